@@ -169,7 +169,7 @@ def test_a_pruned_model_is_closer_to_the_dense_one_in_the_new_basis():
 
 
 def test_what_a_family_does_not_allow_is_refused_by_name():
-    with pytest.raises(InputError, match=r"residual stream of gemma2 cannot be rotated: the gains of the norms behind"):
+    with pytest.raises(InputError, match=r"residual stream of gemma2 cannot be rotated: the gains of the norms"):
         change_basis_(family_model("gemma2"), TOKENS, BasisOptions(rotate="residual"))
     with pytest.raises(InputError, match=r"the basis of gpt_neox cannot be changed: it is not among the families"):
         change_basis_(tiny_model("gpt_neox"), TOKENS, BasisOptions(rotate="values"))
@@ -208,7 +208,7 @@ def test_a_change_that_moves_the_outputs_is_undone_and_said(rotate, monkeypatch)
     before = logits(model)
     report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=5), say=said.append)
     assert distance(logits(model), before) < 1e-5
-    assert sum("left as it was" in line for line in said) == (
+    assert sum("would move by" in line for line in said) == (
         3 if rotate == "residual" else 2
     )  # two blocks and the stream
     assert not report.untied
@@ -228,7 +228,7 @@ def test_a_stream_that_no_pruned_layer_reads_is_neither_folded_nor_untied():
     writers = lambda module, fqn: fqn.endswith(("o_proj", "down_proj"))  # noqa: E731
     options = BasisOptions(rotate="residual", rotation_iterations=5)
     report = change_basis_(model, TOKENS, options, filter_fn=writers, say=said.append)
-    assert "residual stream: not rotated, for no layer that is pruned reads it" in said
+    assert any(line.startswith("residual stream: not rotated") for line in said)
     assert not report.untied
     assert report.stream_basis is None
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

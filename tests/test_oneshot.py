@@ -382,11 +382,11 @@ def test_weight_scaling_has_to_be_folded_first():
 def test_a_model_that_does_more_between_its_blocks_is_refused():
     model = tiny_model("llama")
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
-    with pytest.raises(InputError, match="more between its blocks"):
+    with pytest.raises(InputError, match="between its blocks"):
         prune_oneshot_(model, "wanda", calibration=tokens())
     twice = tiny_model("llama")
     twice.model.layers[1] = twice.model.layers[0]
-    with pytest.raises(InputError, match="more between its blocks"):
+    with pytest.raises(InputError, match="between its blocks"):
         prune_oneshot_(twice, "wanda", calibration=tokens())
 
 

@@ -1,11 +1,11 @@
-"""Changes the basis of a transformer block so that an n:m prune of it loses less, and leaves its function as it is.
+"""Changes the basis inside a transformer block so that pruning it to n:m loses less; its function stays the same.
 
-Two axes inside a block can be turned without a trace outside: the neurons of an MLP (a permutation), and the values of
-each KV head, which `v_proj` writes and `o_proj` reads (a permutation or any rotation). Which weights share a group of
-m, and how large they are in it, depends on that basis, and the gain stays through training. The result is a plain
-checkpoint of the same architecture. `castlm.oneshot.residual` rotates the residual stream too.
+Two axes inside a block can be turned without changing its outputs: the neurons of an MLP (a permutation), and the
+values of each KV head, which `v_proj` writes and `o_proj` reads (a permutation or any rotation). The basis decides
+which weights share a group of m and how large they are; its gain remains after training. The result is a plain
+checkpoint of the same architecture. `castlm.oneshot.residual` also rotates the residual stream.
 
-A change is kept only if the error of the layers solved by SparseGPT falls under it and the outputs stay the same.
+A change is kept only if it lowers the error of the layers solved by SparseGPT and leaves the outputs the same.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from castlm.oneshot.walk import BlockInputs
 TOLERANCE = 1e-4
 """Largest difference of an output relative to the largest output, for weights of 32 bits."""
 TOLERANCE_NARROW = 5e-2
-"""The same for weights of 16 bits, which are rounded again after they have been rotated."""
+"""The same for weights of 16 bits, which are rounded again after the rotation."""
 
 
 def wiring_or_note(model: PreTrainedModel, pattern: Pattern, options: BasisOptions) -> tuple[Wiring | None, str | None]:
-    """The wiring by which the basis is changed; None where nothing is turned, with the reason if the family is why.
+    """The wiring for changes of basis; None if the basis stays, with the reason if the model's family is the reason.
 
     Raises:
-        InputError: another pattern than n:m, or a family that does not allow it, where "auto" does not go without.
+        InputError: a pattern other than n:m, or a family whose basis cannot change. "auto" keeps the basis instead.
     """
     if options.is_off or (options.rotate == "auto" and not isinstance(pattern, NM)):
         return None, None
@@ -54,10 +54,11 @@ def turn_block_(
     """Turns the values and the neurons of the current block of `inputs`.
 
     Args:
-        statistics: of the block's layers that are going to be pruned; those whose input is turned are replaced.
+        statistics: statistics of the block's layers that will be pruned; entries of layers whose input turns are
+            replaced.
     """
     untouched = dict(statistics)
-    # Without autocast: the tolerance is one of the weights' dtype.
+    # Without autocast, because the tolerance depends on the dtype of the weights.
     outputs = partial(inputs.call(0).run, inputs.blocks[inputs.index], inputs[0])
     before, undo = outputs(), []
     if options.rotates_values or options.permute:
@@ -75,14 +76,14 @@ def turn_block_(
     for weight, old in undo:
         weight.copy_(old)
     statistics.update(untouched)
-    report.notes.append(f"block {inputs.index}: its basis is left as it was, for its outputs moved by {moved:.1g}")
+    report.notes.append(f"block {inputs.index}: basis unchanged, because its outputs would move by {moved:.1g}")
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """The largest relative difference of an output that a change of basis may make in a model of this dtype."""
+    """The largest relative difference of an output that a change of basis may cause at this dtype."""
     return TOLERANCE if dtype in (torch.float32, torch.float64) else TOLERANCE_NARROW
 
 
 def distance(before: Tensor, after: Tensor) -> float:
-    """The largest difference, relative to the largest of `before`."""
+    """The largest difference, relative to the largest magnitude in `before`."""
     return float((after - before).abs().max() / before.abs().max())

@@ -1,7 +1,6 @@
 """The changes of basis inside a transformer block: the values of each KV head, and the neurons of each MLP.
 
-Both axes are internal to the block, whatever the rest of the model is like: they need no norm to be folded and no
-embedding to be untied.
+Both axes are internal to the block, so a change needs no folded norm and no untied embedding, whatever the model.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from castlm.oneshot.solvers import damped, row_energies, whole_hessian
 from castlm.oneshot.sparsegpt import lower_factor
 
 _RATE = 0.05  # of Adam, for the skew matrix of a rotation
-_MIN_GAIN = 1e-3  # relative fall of the error that a change has to bring
+_MIN_GAIN = 1e-3  # least relative fall of the error for which a change is kept
 
 Undo = list[tuple[Tensor, Tensor]]
 """Weights that were changed, each with its old value."""
@@ -30,7 +29,7 @@ Undo = list[tuple[Tensor, Tensor]]
 
 @dataclass
 class Change:
-    """One kind of change over the whole model: mean relative error of the layers it concerns, solved by SparseGPT."""
+    """One kind of change over the whole model, with the mean relative error of its layers solved by SparseGPT."""
 
     what: str
     before: float = 0.0
@@ -39,7 +38,7 @@ class Change:
     num_tried: int = 0
 
     def decide(self, before: float, after: float) -> bool:
-        """Whether the change is kept, for an error that it takes from `before` to `after`."""
+        """Records a change of the error from `before` to `after`, and returns whether to keep it."""
         keep = after < before * (1 - _MIN_GAIN)
         self.num_tried += 1
         self.num_kept += keep
@@ -53,7 +52,7 @@ class Change:
 
 
 class Statistic:
-    """The Hessian (in, in) of a layer's input with a sample (tokens, in) of it, and what is derived from it once."""
+    """The Hessian (in, in) and a sample (tokens, in) of a layer's input, with quantities that are computed once."""
 
     def __init__(self, hessian: Tensor, sample: Tensor) -> None:
         self.hessian, self.sample = hessian, sample
@@ -64,7 +63,7 @@ class Statistic:
 
     @cached_property
     def inverse_diagonal(self) -> Tensor:
-        """Of `inverse`, which is not made for it: H^-1 = L^-T L^-1."""
+        """The diagonal of H^-1 = L^-T L^-1, (in,): column sums of squares of L^-1, which costs less than `inverse`."""
         identity = torch.eye(len(self.hessian), device=self.hessian.device)
         return torch.linalg.solve_triangular(self._factor(), identity, upper=False).square_().sum(0)
 
@@ -78,7 +77,10 @@ class Statistic:
         return float(row_energies(weight, self.hessian).sum().clamp(min=1e-30))
 
     def importance(self, weight: Tensor) -> Tensor:
-        """What optimal brain surgery predicts each weight (rows, columns) to be worth, as shares of the energy."""
+        """The loss that optimal brain surgery predicts for pruning each weight (rows, columns), relative to the energy.
+
+        w_j^2 / [H^-1]_jj: the loss after all other weights of the row compensate (Hassibi & Stork 1992).
+        """
         return weight.square() / self.inverse_diagonal / self.energy(weight)
 
     def permuted(self, order: Tensor) -> Statistic:
@@ -90,11 +92,11 @@ class Statistic:
 
 
 Statistics = dict[str, Statistic]
-"""By the name of the layer; layers that read the same input share one. Layers that stay dense have none."""
+"""Statistics by the name of the layer. Layers that read the same input share one; layers that stay dense have none."""
 
 
 def statistics_of(entries: Iterable[LayerInput | ExpertInputs]) -> Statistics:
-    """The statistics of SparseGPT's entries of a block; those of experts under the name of the layer and a number."""
+    """The statistics of a block's inputs; an expert's key is the name of the layer and the number of the expert."""
     found: Statistics = {}
     for entry in entries:
         for seen in entry.experts.values() if isinstance(entry, ExpertInputs) else [entry]:
@@ -103,9 +105,9 @@ def statistics_of(entries: Iterable[LayerInput | ExpertInputs]) -> Statistics:
 
 
 def turn_values_(attention: Attention, statistics: Statistics, pattern: NM, change: Change, iterations: int) -> Undo:
-    """Rotates (permutes, where `iterations` is 0) the values of each KV head, if that lowers the error of v and o.
+    """Rotates the values of each KV head (permutes them if `iterations` is 0) if that lowers the error of v and o.
 
-    `statistics` of the output layer is replaced by that of its new input.
+    Replaces the output layer's entry in `statistics` with the statistic of its new input.
     """
     value, output = attention.value, attention.output
     if output.layer not in statistics:
@@ -152,11 +154,11 @@ def _learn_values(attention: Attention, statistics: Statistics, pattern: NM, ite
 def _value_permutations(attention: Attention, statistics: Statistics, pattern: NM) -> Tensor:
     """A permutation matrix (num_kv_heads, head_dim, head_dim) for each KV head."""
     importance = statistics[attention.output.layer].importance(attention.output.weight.float())
-    by_head = importance.view(len(importance), -1, attention.head_dim)
+    by_head = importance.view(len(importance), -1, attention.head_dim)  # (576, 576) -> (576, 9, 64)
     identity, found = torch.eye(attention.head_dim, device=importance.device), []
     for kv_head in range(attention.num_kv_heads):
         mine = [head for head, kv in enumerate(attention.kv_head_of) if kv == kv_head]
-        score = by_head[:, mine].transpose(0, 1).reshape(-1, attention.head_dim)
+        score = by_head[:, mine].transpose(0, 1).reshape(-1, attention.head_dim)  # (576, 3, 64) -> (1728, 64)
         found.append(identity[:, find_permutation(score, pattern)])
     return torch.stack(found)
 
@@ -187,7 +189,7 @@ def rows_of(matrix: Matrix, turn: Callable[[Tensor], Tensor]) -> list[tuple[Tens
 
 
 def replace_(new: list[tuple[Tensor, Tensor]]) -> Undo:
-    """Gives weights new values, in place; what undoes it."""
+    """Gives weights new values, in place, and returns the old ones."""
     undo = [(weight, weight.clone()) for weight, _ in new]
     for weight, value in new:
         weight.copy_(value)

@@ -1,4 +1,4 @@
-"""Calibration text of one-shot solvers: which sequences of it are drawn, and whether a model can take them."""
+"""Draws the calibration sequences of one-shot solvers, and checks that a model can take them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def calibration_length(model: PreTrainedModel) -> int:
 
 
 def draw_calibration(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
-    """Random sequences of a text: those the loaders of SparseGPT and Wanda take of WikiText-2 and PTB, seed for seed.
+    """Draws random sequences of a text: the same as SparseGPT's and Wanda's loaders of WikiText-2 and PTB for a seed.
 
-    The text is tokenized once as a whole (with the special tokens the tokenizer puts at its start), and each sequence
-    begins at `random.Random(seed).randint(0, num_tokens - seq_len - 1)`: anywhere, also in the middle of a document;
-    sequences can overlap. Of C4 those loaders draw a document first, and then one sequence of it.
+    The text is tokenized once as a whole (with the special tokens that the tokenizer puts at its start). Each sequence
+    begins at `random.Random(seed).randint(0, num_tokens - seq_len - 1)`, also in the middle of a document; sequences
+    can overlap. For C4, those loaders draw a document first, and then one sequence of it.
 
     Args:
         token_ids: int64, (num_tokens,).
-        seq_len: tokens a sequence; `calibration_length(model)` is the convention.
+        seq_len: tokens per sequence; `calibration_length(model)` is the convention.
 
     Returns:
         int64, (num_sequences, seq_len), in the order drawn.
@@ -43,8 +43,8 @@ def draw_calibration(token_ids: Tensor, num_sequences: int = 128, seq_len: int =
     last = len(token_ids) - seq_len - 1
     if last < 0:
         raise InputError(
-            f"the calibration text has {len(token_ids):,} tokens and a sequence takes {seq_len:,} and one more: "
-            "pass a longer text or a smaller seq_len"
+            f"the calibration text has {len(token_ids):,} tokens, and sequences of seq_len {seq_len:,} need "
+            f"{seq_len + 1:,}: pass a longer text or a smaller seq_len"
         )
     draw = random.Random(seed)
     starts = [draw.randint(0, last) for _ in range(num_sequences)]

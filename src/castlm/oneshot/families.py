@@ -1,7 +1,7 @@
-"""Where a model family keeps the axes that a change of basis acts on: residual stream, attention values, MLP neurons.
+"""Finds the axes of a model family that a change of basis acts on: residual stream, attention values, MLP neurons.
 
-Everything is described as views of the model's own parameters, so that fused layers (GPT-2's `c_attn`, fused experts)
-and separate ones look alike to `basis.py`, which changes them in place.
+All matrices are views of the model's own parameters, so fused layers (GPT-2's `c_attn`, fused experts) and separate
+ones look alike to `basis.py`, which changes them in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Matrix:
     """A linear map, or a block of rows or columns of one."""
 
     layer: str
-    """Name of the module it belongs to; of an expert, the name of the projection and its number."""
+    """Name of its module; for an expert, the name of the projection and the number of the expert."""
     weight: Tensor
     """(out, in), a view of the parameter."""
     bias: Tensor | None = None
@@ -34,9 +34,9 @@ class Norm:
 
     module: nn.Module
     is_layer_norm: bool
-    """Subtracts the mean; otherwise it is an RMSNorm."""
+    """Whether it subtracts the mean; otherwise it is an RMSNorm."""
     unit: float = 1.0
-    """The weight at which the gain is 1: 0 in Gemma and Nemotron, whose gain is 1 + weight."""
+    """The weight for a gain of 1: 0 in Gemma and Nemotron, whose gain is 1 + weight."""
 
     @property
     def weight(self) -> Tensor:
@@ -49,7 +49,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """The value path of one attention layer: `output` reads what the heads have averaged of `value`."""
+    """The value path of one attention layer: each head averages outputs of `value` over tokens, for `output`."""
 
     value: Matrix
     """(num_kv_heads * head_dim, hidden)."""
@@ -77,7 +77,7 @@ class Mlp:
 
 
 Read = tuple[Norm | None, list[Matrix]]
-"""A normalization of the residual stream with the matrices that read what it gives; None where they read the stream."""
+"""A norm of the residual stream with the matrices that read its output; None if they read the stream itself."""
 
 
 @dataclass
@@ -87,73 +87,73 @@ class Block:
     attention: Attention
     mlps: list[Mlp]
     reads: list[Read]
-    """What reads the residual stream, in order: attention, then MLPs; one entry where they run in parallel."""
+    """The readers of the residual stream, in order: attention, then MLPs; one entry if they run in parallel."""
 
 
 @dataclass
 class Wiring:
-    """A whole model: what reads the residual stream, what writes it, and what normalizes it."""
+    """The readers, writers and normalizations of the residual stream of a whole model."""
 
     family: str
     hidden: int
     final: Norm
-    """The normalization that the output head reads."""
+    """The normalization before the output head."""
     blocks: list[Block] = field(default_factory=list)
     embeddings: list[Tensor] = field(default_factory=list)
-    """(tokens or positions, hidden) each; what they hold is added to the stream."""
+    """(tokens or positions, hidden) each; their rows are added to the stream."""
     fixed_norms: list[Norm] = field(default_factory=list)
-    """Normalize what a block writes: their gains act on single channels, which a rotation would mix."""
+    """Norms of a block's outputs: their gains act on single channels, which a rotation would mix."""
     ends: str | None = None
-    """Why the stream's basis cannot be changed: something outside the blocks projects it."""
+    """Why the stream's basis cannot be changed: a projection outside the blocks reads or writes it."""
 
     @property
     def reads(self) -> list[Read]:
-        """Those of all blocks, in order; the columns of their matrices are the stream's."""
+        """The reads of all blocks, in order; the columns of their matrices are the channels of the stream."""
         return [read for block in self.blocks for read in block.reads]
 
     @property
     def writes(self) -> list[Matrix]:
-        """The matrices whose rows are the stream's."""
+        """The matrices whose rows are the channels of the stream."""
         return [matrix for b in self.blocks for matrix in (b.attention.output, *(mlp.down for mlp in b.mlps))]
 
     @property
     def rotation_obstacle(self) -> str | None:
-        """Why the residual stream cannot be rotated; None where it can."""
+        """Why the residual stream cannot be rotated; None if it can."""
         if self.ends:
             return self.ends
         if self.fixed_norms:
-            return "the gains of the norms behind its sublayers act on single channels"
+            return "the gains of the norms after its sublayers act on single channels"
         return None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The names of a family's modules; those of a block without the block's own name."""
+    """The names of a family's modules; names inside a block are relative to the block."""
 
     stack: str = "model.layers"
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     final: str = "model.norm"
     attention: str = "self_attn"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """Inside the attention; one name where a layer gives all three, the values last."""
+    """Relative to the attention; one name if a single layer computes q, k and v, in this order."""
     output: str = "o_proj"
-    """Inside the attention."""
+    """Relative to the attention."""
     inner: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """One name where there is no gate, or where a layer gives gate and up."""
+    """One name if there is no gate, or if a single layer computes gate and up."""
     down: str = "mlp.down_proj"
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    """What attention and MLP read; one where they run in parallel, none where they read the stream itself."""
+    """The norms before attention and MLP; one if they run in parallel, none if they read the stream itself."""
     norms_behind: tuple[str, ...] = ()
-    """What normalizes the outputs of attention and MLP."""
+    """The norms after attention and MLP."""
     is_layer_norm: bool = False
     unit: float = 1.0
 
 
 def describe(model: PreTrainedModel) -> Wiring:
-    """The wiring of a model whose `Conv1D` are `nn.Linear` already (`castlm.models.io.load_model` sees to that).
+    """The wiring of a model whose `Conv1D` are `nn.Linear` already, as `castlm.models.io.load_model` makes them.
 
     Raises:
-        InputError: a family that is not known here, or a variant of one whose blocks are put together otherwise.
+        InputError: a family that is not in `LAYOUTS`, or a variant with other blocks.
     """
     sees_images = is_vision_language(model.config)
     config = model.config.get_text_config() if sees_images else model.config
@@ -168,7 +168,7 @@ def describe(model: PreTrainedModel) -> Wiring:
     if sees_images:
         layout = _inside_language_model(model, layout)
     if family == "opt" and (not config.do_layer_norm_before or config._remove_final_layer_norm):
-        raise InputError("the basis of this opt cannot be changed: it normalizes behind its sublayers; use rotate off")
+        raise InputError("the basis of this opt cannot be changed: it normalizes after its sublayers; use rotate off")
     wiring = Wiring(family, int(model.get_input_embeddings().weight.shape[1]), _norm(model, layout.final, layout))
     for index, module in enumerate(model.get_submodule(layout.stack).children()):
         _describe_block(model, module, f"{layout.stack}.{index}", layout, wiring)
@@ -193,13 +193,14 @@ def _inside_language_model(model: PreTrainedModel, layout: Layout) -> Layout:
 
 
 def _describe_block(model: nn.Module, module: nn.Module, name: str, layout: Layout, wiring: Wiring) -> None:
-    """Adds a transformer block, the `module` called `name`, to `wiring`."""
+    """Adds the transformer block `module`, whose name is `name`, to `wiring`."""
     attention: Any = module.get_submodule(layout.attention)
     qkv = [_matrix(model, f"{name}.{layout.attention}.{part}") for part in layout.qkv]
     output = _matrix(model, f"{name}.{layout.attention}.{layout.output}")
     value = qkv[-1]
     if len(qkv) == 1:
-        num_values = (len(value.weight) - output.weight.shape[1]) // 2  # keys have as many rows
+        # The rows are q, k, v; q has as many as o has columns, k as many as v.
+        num_values = (len(value.weight) - output.weight.shape[1]) // 2  # GPT-2: (2304 - 768) // 2 = 768
         value = _rows(value, slice(-num_values, None))
     mlps, readers = _feed_forward(model, name, layout)
     norms = [_norm(module, norm, layout) for norm in layout.norms if module._modules[norm] is not None]
@@ -227,12 +228,12 @@ def _rows(matrix: Matrix, rows: slice) -> Matrix:
 
 
 def _parts(matrix: Matrix, num_rows: int) -> list[Matrix]:
-    """The matrices of `num_rows` each that lie one after the other in `matrix`, as gate and up in a layer for both."""
+    """Cuts `matrix` into matrices of `num_rows` rows, such as gate and up of a fused layer."""
     return [_rows(matrix, slice(at, at + num_rows)) for at in range(0, len(matrix.weight), num_rows)]
 
 
 def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Mlp], list[Matrix]]:
-    """The MLPs of a block, and all that reads its input: with experts, the router too."""
+    """The MLPs of a block, and all readers of their input, the router of experts included."""
     name = f"{block}.mlp"
     module: Any = model.get_submodule(block)._modules.get("mlp")
     if module is None or "experts" not in module._modules:
@@ -255,14 +256,14 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Ml
 
 
 def _mlp(model: nn.Module, name: str, inner: tuple[str, ...], down: str) -> tuple[list[Mlp], list[Matrix]]:
-    """An MLP, and the layers that read its input. Of one layer for gate and up, each half is a matrix of the MLP."""
+    """An MLP, and the layers that read its input. If one layer computes gate and up, each half is a matrix."""
     readers, last = [_matrix(model, f"{name}.{part}") for part in inner], _matrix(model, f"{name}.{down}")
     parts = [part for matrix in readers for part in _parts(matrix, last.weight.shape[1])]
     return [Mlp(tuple(parts), last)], readers
 
 
 def _experts_weight(experts: nn.Module, projection: str) -> Tensor:
-    """(experts, out, in), whether `linearize_experts_` has made a layer of it or not."""
+    """The weight (experts, out, in) of a projection, from an `ExpertLinear` or a plain parameter."""
     layer = experts._modules.get(projection)
     return experts.get_parameter(projection if layer is None else f"{projection}.weight").data
 
@@ -318,4 +319,4 @@ LAYOUTS: dict[str, Layout] = {
         is_layer_norm=True,
     ),
 }
-"""By `model_type`."""
+"""The layout of each family whose basis can be changed, by `model_type`."""

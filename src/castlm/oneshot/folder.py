@@ -1,4 +1,4 @@
-"""The work of a start on disk, so that a process killed at any moment loses at most one transformer block's work.
+"""The work of a start on disk: a process killed at any moment loses the work of at most one transformer block.
 
 A folder holds a file of weights for each finished block, the hidden states that enter the next one, and a record, which
 is written last. Hidden states are read and written with plain calls: a memory-mapped file would count as the process's
@@ -37,12 +37,12 @@ _REMEDY = "free some space and run the same command again to continue"
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where the work of a start is held until the result of the command is whole: beside its output `folder`."""
+    """The folder for the work of a start, beside the output `folder`, until the output is complete."""
     return folder.with_name(f"{folder.name}.partial")
 
 
 def remove_work(folder: Path) -> None:
-    """Deletes what a `StartFolder` has written, now that the result is whole; other files in `folder` stay."""
+    """Deletes the files of a `StartFolder` once the result is complete; other files in `folder` stay."""
     for pattern in (PROGRESS, "block-?????.safetensors", "*-?????.bin", OUTPUT):
         for file in folder.glob(pattern):
             file.unlink()
@@ -52,9 +52,9 @@ class StartFolder:
     """The folder of one start.
 
     Args:
-        path: exists, and is written by this process alone.
-        options: what the result depends on, for JSON. An earlier start with other options is not continued.
-        restart: begin again where the earlier start has other options or is damaged.
+        path: an existing folder that only this process writes to.
+        options: all options that the result depends on, for JSON. A start with other options is not continued.
+        restart: begin again if the earlier start has other options or is damaged.
 
     Raises:
         InputError: an earlier start that cannot be continued, without `restart`.
@@ -63,10 +63,10 @@ class StartFolder:
     def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False) -> None:
         self.path, self.options = path, dict(options)
         self.done = 0
-        """Finished blocks."""
+        """The number of finished blocks."""
         self.results: dict[str, Any] = {}
-        """What the record holds about them."""
-        self._files: dict[str, Any] = {}  # size and CRC-32 by name: finished blocks, and what enters the next
+        """Their results, as `record` was given them."""
+        self._files: dict[str, Any] = {}  # size and CRC-32 by name: finished blocks, and the next block's inputs
         try:
             self._read()
         except InputError:
@@ -117,7 +117,7 @@ class StartFolder:
         """Records that `done` blocks are finished, and moves to the next.
 
         Args:
-            streams: the hidden states, which have been written for the next block if it `has_next`.
+            streams: the hidden states; if `has_next`, the inputs of the next block are written already.
         """
         written = [self.block_file(done - 1)]
         if has_next:
@@ -141,15 +141,15 @@ class StartFolder:
 
 
 class HiddenStates(MutableSequence[Tensor]):
-    """Batches of one shape and dtype, in `folder/NAME-00000.bin` for the first block, and so on.
+    """Batches of one shape and dtype, in one file per block: `folder/NAME-00000.bin` for the first.
 
-    The last batch can have fewer sequences. Reading gives what enters the block `index`; writing goes to the file of
-    the next, and `move_on` makes that the current one. A kill at any moment leaves the file of `index` whole. The first
-    batch that is written empties its file, which may be of an earlier start.
+    The last batch can have fewer sequences. Reading returns the inputs of block `index`; writing goes to the file of
+    the next block, and `move_on` makes that the current one. A kill at any moment leaves the file of `index` whole.
+    Writing the first batch empties its file, which may be from an earlier start.
 
     Args:
-        shape: of a batch, (batch, seq, hidden).
-        index: of the block whose inputs are in the file already, `num_batches` of them.
+        shape: shape of a batch, (batch, seq, hidden).
+        index: the block whose inputs the file holds already, in `num_batches` batches.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class HiddenStates(MutableSequence[Tensor]):
         return self.folder / f"{self.name}-{index:05d}.bin"
 
     def of_next_block(self) -> HiddenStates:
-        """What enters the next block, once it is written."""
+        """The inputs of the next block, once they are written."""
         like = self.shape, self.dtype, self.device
         return HiddenStates(self.folder, self.name, *like, self.index + 1, self.num_batches)
 
@@ -196,11 +196,11 @@ class HiddenStates(MutableSequence[Tensor]):
         raise NotImplementedError("batches are not removed")
 
     def flush(self) -> None:
-        """Waits until what enters the next block is on the disk."""
+        """Waits until the inputs of the next block are on disk."""
         flush_file(self.file(self.index + 1))
 
     def move_on(self, has_next: bool) -> None:
-        """Deletes the file of this block, and moves to the next; deletes that as well if there is none."""
+        """Deletes the file of this block and moves to the next; deletes that file too if there is no next block."""
         self.file(self.index).unlink(missing_ok=True)
         self.index += 1
         if not has_next:

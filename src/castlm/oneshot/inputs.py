@@ -1,4 +1,4 @@
-"""What enters the layers of a transformer block: the statistics that one-shot solvers work with."""
+"""Collects statistics of the inputs of a transformer block's layers, for one-shot solvers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.walk import BlockInputs, StopForward
 
 ERROR_TOKENS = 256
-"""Calibration tokens that the reconstruction error of a layer is measured on."""
+"""Calibration tokens on which the reconstruction error of a layer is measured."""
 
 
 def check_plain_weights(layers: Mapping[str, SparseLayer], work: str) -> None:
     """Checks that the weights of `layers` can be replaced.
 
     Args:
-        work: what is done to them, as "pruning", for the message.
+        work: the work on them, such as "pruning", for the message.
 
     Raises:
         InputError: a layer under weight scaling, or one with a quantized weight.
@@ -38,57 +38,57 @@ def check_plain_weights(layers: Mapping[str, SparseLayer], work: str) -> None:
 
 
 def check_reached(wanted: Iterable[str], reached: Container[str]) -> None:
-    """Raises `InputError` where a layer of `wanted` is not among those that the calibration text has reached."""
+    """Raises `InputError` if the calibration text did not reach a layer of `wanted`."""
     if missing := next((name for name in wanted if name not in reached), None):
         raise InputError(f"no calibration token reaches {missing}: leave it out with filter_fn, or pass more text")
 
 
 def check_finite_weight(names: str, weight: Tensor) -> None:
-    """Raises `InputError` for a weight that is about to be masked and holds NaN or infinity."""
+    """Raises `InputError` if a weight holds NaN or infinity, by which its weights cannot be ranked."""
     if not weight.isfinite().all():
-        raise InputError(f"the weight of {names} has NaN or infinity: no mask of it means anything")
+        raise InputError(f"cannot prune {names}: its weight has NaN or infinity")
 
 
 def check_finite_input(names: str, statistic: Tensor) -> None:
-    """Raises `InputError` for the statistic of a layer's input that is not finite."""
+    """Raises `InputError` if the statistic of a layer's input is not finite."""
     if not statistic.isfinite().all():
         raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
 
 
 class Accumulator(Protocol):
-    """What is summed up over all that enters a layer: a `Solver`, or a `castlm.structured.inputs.UnitAccumulator`."""
+    """Sums a statistic over the inputs of a layer: a `Solver`, or a `castlm.structured.inputs.UnitAccumulator`."""
 
     @property
     def add(self) -> Callable[[Any, Tensor, int], None] | None:
-        """`add(statistic, x, num_sequences)` takes in x (tokens, in) fp32; None where nothing is summed up."""
+        """`add(statistic, x, num_sequences)` adds x (tokens, in) fp32; None if there is no statistic."""
 
     def zeros(self, x: Tensor) -> Any:
-        """The statistic of no token yet, for inputs like `x` (..., in)."""
+        """An empty statistic for inputs like `x` (..., in)."""
 
 
 class LayerInput:
-    """A tensor that enters layers of a block: the same one in every pass, with the statistic over all passes."""
+    """One input of a block's layers, which one or more layers read, with its statistic over all passes."""
 
     def __init__(self, x: Tensor, accumulator: Accumulator) -> None:
         self.names: list[str] = []
-        self.current: Tensor | None = None  # in this pass; held, so that no other tensor can be taken for it
+        self.current: Tensor | None = None  # in this pass; held, so that no new tensor can have its identity
         self.sample = x.reshape(-1, x.shape[-1])[:ERROR_TOKENS].to(torch.float32, copy=True)
         self.statistic = accumulator.zeros(x)
 
     def add(self, x: Tensor, accumulator: Accumulator, num_sequences: int) -> None:
-        """Takes x (..., in) into the statistic, which is fp32 also where the block runs under autocast."""
+        """Adds x (..., in) to the statistic, in fp32 even if the block runs under autocast."""
         if accumulator.add is not None:
             with torch.autocast(x.device.type, enabled=False):
                 accumulator.add(self.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
 
 
 class ExpertInputs:
-    """The tensors that enter one projection of the experts of a block, each as a `LayerInput`.
+    """The inputs of one projection of a block's experts, each as a `LayerInput`.
 
     Attributes:
-        name: of the layer.
-        experts: by expert; `names` of each is the layer's name and the number of the expert.
-        few: the experts to which too few tokens were routed, and which have seen all tokens instead.
+        names: the name of the layer.
+        experts: inputs by the number of the expert; their `names` are the layer's name and that number.
+        few: the experts with too few routed tokens, which have seen all tokens instead.
     """
 
     def __init__(self, name: str) -> None:
@@ -97,7 +97,7 @@ class ExpertInputs:
         self.few: list[int] = []
 
     def add(self, expert: int, x: Tensor, accumulator: Accumulator, num_sequences: int) -> None:
-        """Takes x (tokens, in) into the statistic of an expert."""
+        """Adds x (tokens, in) to the statistic of an expert."""
         if expert not in self.experts:
             self.experts[expert] = LayerInput(x, accumulator)
             self.experts[expert].names.append(f"{self.names[0]}.{expert}")
@@ -110,10 +110,10 @@ def see_inputs(
     accumulator: Accumulator,
     num_sequences: int,
 ) -> list[LayerInput | ExpertInputs]:
-    """Runs the current block on all batches, and returns what enters `layers`, in the order of the calls.
+    """Runs the current block on all batches, and returns the inputs of `layers` in the order of the calls.
 
-    From the second pass on a block ends where it has called all of them: what comes after changes no statistic. Experts
-    with few tokens make a second round over all batches.
+    After the first pass, stops each pass once these layers have run: the rest of the block changes no statistic.
+    Experts with few tokens need a second round over all batches.
     """
     watch = _Watch(layers, inputs, accumulator, num_sequences)
     watch.round(watch.see_routed)
@@ -132,9 +132,9 @@ def see_inputs(
 
 
 def inputs_in_order(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> list[LayerInput | ExpertInputs]:
-    """As `see_inputs` without statistics: which layers read the same input, and in which order.
+    """`see_inputs` without statistics: finds the layers that read the same input, and their order.
 
-    Runs only as many batches as it takes to reach all layers: one, unless experts are linear layers.
+    Runs only as many batches as are needed to reach all layers: one, unless experts are linear layers.
     """
     watch = _Watch(layers, inputs, SOLVERS["magnitude"], 0)
     watch.round(lambda *_: None, until_reached=True)
@@ -143,9 +143,9 @@ def inputs_in_order(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> l
 
 
 def grouped(entries: Iterable[LayerInput | ExpertInputs]) -> list[list[LayerInput | ExpertInputs]]:
-    """Inputs of a block in groups whose layers are pruned together.
+    """Groups the inputs of a block by the layers that are pruned together.
 
-    Inputs of layers that differ in the number of a module alone, as those of parallel experts, are in one group.
+    Layers whose names differ only in the number of a module, such as parallel experts, are in one group.
     """
     groups: dict[tuple[str, ...], list[LayerInput | ExpertInputs]] = {}
     for entry in entries:
@@ -167,7 +167,7 @@ class _Watch:
         self.routed = {experts: Routed(experts, wanted) for experts, wanted in experts_of(block, layers).items()}
         for routed in self.routed.values():
             check_neurons(routed)
-        self.linear = True  # whether what enters linear layers is taken
+        self.linear = True  # whether inputs of linear layers are collected
         self.found: dict[str, LayerInput | ExpertInputs] = {}
         self.experts: dict[str, ExpertInputs] = {}
         self.num_calls, self.last_call = 0, 0
@@ -180,7 +180,7 @@ class _Watch:
         """Runs the block on all batches, or until all layers are reached.
 
         Args:
-            see: what happens when a module of experts is called.
+            see: called with each call of a module of experts.
         """
         self.last_call = 0
 
@@ -203,7 +203,7 @@ class _Watch:
                 self.num_calls = 0
                 with suppress(StopForward):
                     self.inputs.run(hidden, number)
-                if self.last_call == 0:  # experts are not all called in every pass: then no pass ends early
+                if self.last_call == 0:  # set once; -1 if experts are not all called in every pass: none ends early
                     num_layers = len(self.layers) + len(self.experts)
                     all_called = self.num_calls == len(self.found) == num_layers
                     self.last_call = self.num_calls if all_called else -1

@@ -1,8 +1,8 @@
-"""Finds the order of an axis under which an n:m prune of the weights along it keeps most.
+"""Finds the order of an axis in which pruning the weights along it to n:m keeps the highest score.
 
-Only which channels share a group matters. Starting from channels dealt out by importance, as in RIA (Zhang et al.
-2024), one channel of every group is taken out in turn and all of them are put back where they are worth most: a linear
-assignment, solved exactly, so that the kept score never falls.
+Only the division of channels into groups matters. The search starts from channels dealt out by importance, as in RIA
+(Zhang et al. 2024). Each round takes one channel out of every group and puts all of them back by a linear assignment,
+which is solved exactly, so that the kept score never falls.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from castlm.core.nm import NM
 
 _ROUNDS = 20
 _PATIENCE = 6  # rounds without a gain after which the search ends
-_ROWS = 256  # of the score that the search looks at
+_ROWS = 256  # a random choice of rows of the score that the search uses
 _MOST_GROUPS = 512
-"""Groups whose channels are put back together. An assignment takes time with the cube of their number: for 2,048 groups
-in parts of 512 the search finds 95 % of the gain, in 11 s instead of 142 s (random scores, one thread, AMD EPYC)."""
+"""The largest number of groups in one assignment, whose time grows with its cube: for 2,048 groups in parts of 512, the
+search finds 95 % of the gain in 11 s instead of 142 s (random scores, one thread, AMD EPYC)."""
 _MIN_GAIN = 1e-6
 
 
@@ -28,7 +28,7 @@ def kept_score(score: Tensor, pattern: NM) -> float:
 
 
 def find_permutation(score: Tensor, pattern: NM) -> Tensor:
-    """The order of columns, int64 (columns,), under which `score` (rows, columns, no negative) keeps most."""
+    """The order of columns, int64 (columns,), in which n:m keeps most of `score` (rows, columns), which is >= 0."""
     score = score.float().cpu()
     if len(score) > _ROWS:
         score = score[torch.randperm(len(score), generator=torch.Generator().manual_seed(0))[:_ROWS]]
@@ -50,13 +50,13 @@ def find_permutation(score: Tensor, pattern: NM) -> Tensor:
 def _dealt(score: Tensor, m: int) -> Tensor:
     """Columns from the most to the least important, dealt out to the groups one after another."""
     ranked = score.sum(0).argsort(descending=True, stable=True)
-    return ranked.view(m, -1).T.reshape(-1)
+    return ranked.view(m, -1).T.reshape(-1)  # (1536,) -> (4, 384) -> (384, 4): each group has one of every quarter
 
 
 def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, generator: torch.Generator) -> Tensor:
-    """`order` after one column of each group has been taken out and all of them are put back by linear assignment.
+    """`order` after one round: one column leaves each group, and a linear assignment puts all of them back.
 
-    More than `_MOST_GROUPS` groups are divided at random into parts of that size, each with an assignment of its own.
+    More than `_MOST_GROUPS` groups are divided at random into parts of that size, with one assignment each.
     """
     m = pattern.m
     groups = order.view(-1, m)
@@ -75,11 +75,14 @@ def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, genera
 
 
 def _assigned(columns: Tensor, leavers: Tensor, rest: Tensor, n: int) -> Tensor:
-    """Which of the `leavers` (groups,) each group gets, beside the `rest` (groups, m - 1) of it: what keeps most."""
-    cut = columns[rest].topk(n, dim=1).values[:, n - 1]  # the weakest that is kept so far: (groups, rows)
-    candidates = columns[leavers]  # (groups, rows)
-    cost = -torch.stack([torch.maximum(threshold, candidates).sum(1) for threshold in cut])
-    cost -= cost.amin(1, keepdim=True)  # the assignment stays, and is found two to four times as fast
+    """The position in `leavers` (groups,) that each group gets beside its `rest` (groups, m - 1), by kept score.
+
+    A candidate raises the kept score of a group in a row by what it exceeds the n-th best of the rest, if it does.
+    """
+    cut = columns[rest].topk(n, dim=1).values[:, n - 1]  # the n-th best of the rest: (384, 3, 256) -> (384, 256)
+    candidates = columns[leavers]  # (384, 256)
+    cost = -torch.stack([torch.maximum(threshold, candidates).sum(1) for threshold in cut])  # (384, 384)
+    cost -= cost.amin(1, keepdim=True)  # leaves the solution as it is, and finds it two to four times as fast
     cost -= cost.amin(0)
     _, chosen = linear_sum_assignment(cost.numpy())
     return torch.as_tensor(chosen)

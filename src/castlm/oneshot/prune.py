@@ -49,7 +49,7 @@ Memory = Literal["model", "block"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """One prune: what is pruned, on which text, and how it is written."""
+    """One prune: the model, the start, the calibration text and the output."""
 
     model: str
     start: Start
@@ -57,7 +57,7 @@ class Prune:
     text_name: str | None
     num_sequences: int
     seq_len: int
-    """0 for the model's context, at most 2,048."""
+    """Tokens per sequence; 0 takes the model's context, at most 2,048."""
     device: str
     memory: Memory
     precision: str = "auto"
@@ -66,12 +66,12 @@ class Prune:
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
-    """Begin again where an unfinished prune has other options or is damaged."""
+    """Begin again if an unfinished prune has other options or is damaged."""
 
     def run(self, folder: Path) -> OneshotReport:
-        """Prunes the model into `folder`, which is written whole at the end.
+        """Prunes the model and writes the result to `folder` at the end.
 
-        What is finished is held in `partial_folder(folder)` until then, so that a prune that was killed continues.
+        Until then, finished blocks are in `partial_folder(folder)`, so that a killed prune continues.
 
         Raises:
             InputError: as `Start.make_`, `load_model` and `export_model`; or an unfinished prune with other options.
@@ -127,7 +127,7 @@ class Prune:
         return report
 
     def _open(self) -> tuple[Loaded, Checkpoint | None]:
-        """The model in memory; or without its weights, and where they are stored.
+        """The model in memory and None; or the model without weights and the checkpoint that holds them.
 
         Raises:
             InputError: a pattern or a model that cannot be pruned with one block in memory.
@@ -135,7 +135,7 @@ class Prune:
         options: Any = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
         if self.memory == "model":
             keep_freed_memory()
-            # Solvers and changes of basis compute in fp32; magnitude alone needs no more than what is stored.
+            # Solvers and changes of basis compute in fp32; magnitude can compare weights in their stored dtype.
             return load_model(self.model, dtype=None if self.text is None else torch.float32, **options), None
         return_freed_memory()
         if self.start.pattern.cut_out is not None:
@@ -143,12 +143,12 @@ class Prune:
         opened = open_sharded(self.model, **options)
         if opened is None:
             raise InputError(
-                f"the blocks of {self.model} cannot be read one by one: memory block needs a folder of safetensors "
-                "whose names are those of the model; use memory model"
+                f"the blocks of {self.model} cannot be read one by one: memory block needs safetensors with the "
+                "tensor names of the model; use memory model"
             )
         model = opened[0].model
         if any(isinstance(module, ExpertLinear) for module in model.modules()):
-            raise InputError(f"{self.model} has experts, of which a block holds many: use memory model")
+            raise InputError(f"{self.model} has experts, which memory block does not support: use memory model")
         if is_vision_language(model.config):
             raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
         return opened
@@ -167,7 +167,7 @@ class Prune:
         record = {
             "text": self.text_name,
             "text_sha256": self.text.text_hash(),
-            "tokens_sha256": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),  # of a column, by a template
+            "tokens_sha256": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),  # a column or template changes it
             "num_sequences": len(sequences),
             "seq_len": seq_len,
             "seed": seed,
@@ -183,7 +183,10 @@ class Prune:
 
 
 def choose_memory(model: str, revision: str | None, folder: Path, pattern: Pattern, device: str) -> Memory:
-    """Whether the whole model or one block of it is in memory, where neither is asked for; says why it is a block."""
+    """Chooses "block" if the whole model does not fit in memory, with a note why, else "model".
+
+    A prune that continues keeps its choice.
+    """
     if pattern.cut_out is not None:
         return "model"
     partial = partial_folder(folder)
@@ -201,6 +204,6 @@ def choose_memory(model: str, revision: str | None, folder: Path, pattern: Patte
 
 
 def _stamps(checkpoint: Checkpoint) -> list[list[Any]]:
-    """Name, size and time of the files that the weights are read from one block after another."""
+    """Name, size and time of the checkpoint's files: hashing their content would take a pass over the disk."""
     files = sorted({place.file for place in checkpoint.places.values() if isinstance(place, Place)})
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,8 +1,8 @@
-"""Tunes the kept weights of a pruned transformer block so that its output comes back to that of the dense block.
+"""Trains the kept weights of a pruned transformer block to restore the output of the dense block.
 
-Block by block, on hidden states, as arXiv 2406.15524 does for pruning: the weights, gradients and moments of one block
-are in memory at a time, whatever the size of the model. Some sequences are held out; the state with the lowest error on
-them is kept, so that more epochs cost time but do no harm.
+It works block by block on hidden states, as arXiv 2406.15524: only the weights, gradients and moments of one block are
+in memory, whatever the size of the model. Some sequences are held out; the state with the lowest error on them is kept,
+so that more epochs cost time but do no harm.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_HELD_OUT = 8  # one batch of every 8 is held out, or of a single batch one sequence of every 8
+_HELD_OUT = 8  # one batch in 8 is held out; with a single batch, one sequence in 8
 _BETAS = (0.9, 0.99)
 _FINAL_RATE = 0.05  # share of the learning rate that the cosine ends at
 
 
 @dataclass
 class Reconstruction:
-    """What `reconstruct_` did: squared error of the output on held-out sequences, relative to what the block adds."""
+    """The result of `reconstruct_`: squared output error on held-out sequences, relative to |output - input|^2."""
 
     before: float
     after: float
     epochs: int
-    """How many were run: it ends when the held-out error rises."""
+    """The number of epochs that were run; it stops when the held-out error rises."""
 
 
 def reconstruct_(
@@ -40,14 +40,14 @@ def reconstruct_(
     learning_rate: float,
     seed: int = 0,
 ) -> Reconstruction:
-    """Trains the kept weights of `masks` and the norms of `block`, in place, with Adam and a cosine.
+    """Trains the kept weights of `masks` and the norms of `block`, in place, with Adam and a cosine schedule.
 
     Args:
-        run: `run(block, hidden, batch)` is the block's output for the batch of that number.
-        inputs: hidden states (batch, seq, hidden), of the pruned model. One batch in 8 is held out, at least one; of a
-            single batch, one sequence in 8, at least one of two or more.
-        targets: what the block should give for each; of the dense model.
-        masks: True = kept, by weight. Masked weights stay 0.
+        run: `run(block, hidden, batch)` returns the block's output for the batch with this number.
+        inputs: hidden states (batch, seq, hidden) of the pruned model. One batch in 8 is held out, at least one; with a
+            single batch of two or more sequences, one sequence in 8, at least one.
+        targets: the outputs of the block in the dense model, one for each of `inputs`.
+        masks: the mask of each trained weight, True = kept. Masked weights stay 0.
     """
     training, held_out = range(len(inputs)), range(max(1, len(inputs) // _HELD_OUT))
     trained_rows = held_out_rows = slice(None)
@@ -56,7 +56,7 @@ def reconstruct_(
     else:
         first = max(1, len(inputs[0]) // _HELD_OUT)
         trained_rows, held_out_rows = slice(first, None), slice(first)
-    with torch.no_grad():
+    with torch.no_grad():  # the mean energy of the block's contribution to the residual stream
         scale = sum(float((y - x).square().mean()) for x, y in zip(inputs, targets)) / len(inputs)
 
     def distance(batch: int, rows: slice) -> Tensor:
@@ -99,7 +99,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _only_trained:  # noqa: N801
-    """Within it, only `trained` of the block's parameters take gradients; after it, all are as they were."""
+    """Inside the context, only `trained` of the block's parameters take gradients; on exit, flags are restored."""
 
     def __init__(self, block: nn.Module, trained: Sequence[Tensor]) -> None:
         self.flags = {parameter: parameter.requires_grad for parameter in block.parameters()}

@@ -1,4 +1,4 @@
-"""What one-shot pruning did, layer by layer."""
+"""The report of a start, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from castlm.oneshot.reconstruct import Reconstruction
 
 @dataclass
 class LayerResult:
-    """What became of one layer."""
+    """The result of pruning one layer."""
 
     name: str
     shape: tuple[int, ...]
-    """(out, in), of experts (experts, out, in)."""
+    """(out, in), or (experts, out, in)."""
     num_zeros: int
     error: float | None = None
-    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens; None without calibration. Of experts the
-    mean."""
+    """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens, the mean over experts; None without
+    calibration text."""
     num_dead: int = 0
-    """Input columns that the calibration text never moves from 0."""
+    """Input columns that are 0 for all calibration tokens."""
     damping: float | None = None
-    """That SparseGPT took: above what was asked for where the Hessian could not be factorized with that."""
+    """SparseGPT's damping, which is raised above the given value if the Hessian could not be factorized."""
     num_few: int = 0
-    """Experts to which fewer tokens were routed than an input of theirs has columns, and that have seen all tokens
-    instead."""
+    """Experts with fewer routed tokens than their input has columns, which were calibrated on all tokens instead."""
     num_zero_inputs: int = 0
-    """1 where the calibration text leaves the whole input at 0 and the mask is by magnitude; of experts how many."""
+    """Matrices (1, or the number of experts) masked by magnitude because their whole input is 0 on the calibration
+    text."""
 
 
 @dataclass
 class BasisReport:
-    """What the changes of basis of a start did."""
+    """The changes of basis of a start."""
 
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What was left out or undone, and why."""
+    """A line for each change that was omitted or undone, with the reason."""
     untied: bool = False
-    """Whether the output head has got a weight of its own."""
+    """Whether the output head was untied from the embeddings."""
     moved: float = 0.0
     """Largest difference of a block's output, or of a logit, relative to the largest."""
     seconds: float = 0.0
     stream_basis: Tensor | None = None
-    """The rotation (hidden, hidden) of the residual stream; None if it stayed."""
+    """The rotation (hidden, hidden) of the residual stream; None if it was not rotated."""
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON, with the shape of `stream_basis` in its place."""
@@ -59,7 +59,7 @@ class BasisReport:
         return [*map(str, self.changes), *self.notes]
 
     def of(self, what: str) -> Change:
-        """The change of that name, which may have been tried in earlier blocks."""
+        """The change with this name; a new one if no earlier block has tried it."""
         found = next((change for change in self.changes if change.what == what), None)
         if found is None:
             self.changes.append(found := Change(what))
@@ -68,25 +68,25 @@ class BasisReport:
 
 @dataclass
 class OneshotReport:
-    """What `prune_oneshot_` did."""
+    """The result of a start: its settings, its layers and its changes of basis."""
 
     method: str
     pattern: str
     num_sequences: int
     seq_len: int
     damping: float | None
-    """As asked for; None where the method has none."""
+    """The given damping; None for a method without damping."""
     layers: list[LayerResult] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
-    """Reason by name."""
+    """The reason for each layer that stays dense, by name."""
     reconstructions: list[Reconstruction] = field(default_factory=list)
-    """By block, where blocks are reconstructed."""
+    """One for each block, if blocks are reconstructed."""
     seconds: float = 0.0
-    """All that is not the basis."""
+    """Time without the changes of basis."""
     basis: BasisReport = field(default_factory=BasisReport)
 
     def saved(self) -> dict[str, Any]:
-        """What is known of the finished blocks, for JSON."""
+        """The results of the finished blocks, for JSON."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "reconstructions": [asdict(block) for block in self.reconstructions],
@@ -98,7 +98,7 @@ class OneshotReport:
         }
 
     def restore_(self, saved: Mapping[str, Any]) -> None:
-        """Takes over what an earlier process has `saved`."""
+        """Restores the results that an earlier process has `saved`."""
         self.layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in saved["layers"]]
         self.reconstructions = [Reconstruction(**block) for block in saved["reconstructions"]]
         self.seconds, self.basis.seconds = saved["seconds"], saved["basis_seconds"]
@@ -107,26 +107,26 @@ class OneshotReport:
 
     @property
     def zero_fraction(self) -> float:
-        """Of the weights of the pruned layers."""
+        """The share of zeros among the weights of the pruned layers."""
         return sum(r.num_zeros for r in self.layers) / sum(math.prod(r.shape) for r in self.layers)
 
     @property
     def raised_damping(self) -> dict[str, float]:
-        """The layers that needed more damping than was asked for, with what they took."""
+        """The damping of each layer that needed more than the given one, by name."""
         return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
 
     @property
     def few_experts(self) -> dict[str, int]:
-        """By layer, how many experts have seen all tokens of the text, because too few were routed to them."""
+        """The number of experts, by layer, that were calibrated on all tokens because too few were routed to them."""
         return {result.name: result.num_few for result in self.layers if result.num_few}
 
     @property
     def zero_inputs(self) -> dict[str, int]:
-        """By layer, how many of its matrices (one, or experts) were masked by magnitude, as their input is always 0."""
+        """The number of matrices (one, or experts), by layer, masked by magnitude because their input is always 0."""
         return {result.name: result.num_zero_inputs for result in self.layers if result.num_zero_inputs}
 
     def notes(self) -> list[str]:
-        """A line for each thing that went otherwise than asked for."""
+        """A line for each deviation from the given options."""
         lines = [few_experts_note(self.few_experts)] if self.few_experts else []
         if raised := self.raised_damping:
             most = max(raised.values())
@@ -141,7 +141,7 @@ class OneshotReport:
         return lines
 
     def record(self) -> dict[str, Any]:
-        """The content of castlm.json about the start; no damping or experts where a method or a model has none."""
+        """The content of castlm.json about the start; without damping or experts if method or model has none."""
         damping = {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
         zero_inputs = {"masked_by_magnitude": self.zero_inputs} if self.zero_inputs else {}
         times = {"basis": self.basis.as_dict(), "prune_seconds": round(self.seconds, 2)}
@@ -155,23 +155,23 @@ class OneshotReport:
 
 
 def few_experts_note(few: Mapping[str, int]) -> str:
-    """A line about experts that were calibrated on all tokens, of which there are some in each layer of `few`."""
+    """A line about experts that were calibrated on all tokens; `few` has their number by layer, at least 1."""
     of_block: dict[str, int] = {}
     for name, number in few.items():
         experts = name.rpartition(".")[0]
         of_block[experts] = max(number, of_block.get(experts, 0))
     return (
-        f"{sum(of_block.values())} experts had fewer tokens routed to them than an input of theirs has columns, and "
-        "were calibrated on all tokens: more calibration text gives them their own"
+        f"{sum(of_block.values())} experts had fewer routed tokens than their input has columns, and were calibrated "
+        "on all tokens: more calibration text gives them their own"
     )
 
 
 def few_experts_record(few: Mapping[str, int]) -> dict[str, Any]:
-    """What castlm.json says of experts that were calibrated on all tokens; nothing where there are none."""
+    """The entry of castlm.json about experts that were calibrated on all tokens; empty if there are none."""
     return {"experts_calibrated_on_all_tokens": dict(few)} if few else {}
 
 
 def relative_error(lost: Tensor, whole: Tensor) -> float:
-    """`|lost|^2 / |whole|^2`; 0 where there is nothing to lose."""
+    """`|lost|^2 / |whole|^2`; 0 if `whole` is 0."""
     norm = whole.square().sum()
     return float(lost.square().sum() / norm) if norm > 0 else 0.0

@@ -1,9 +1,9 @@
 """The rotation of the residual stream, with the norms' gains folded away (`rotate residual`, off by default).
 
-A norm's gain acts on single channels. Folding moves each gain into the layers that read the norm, and for LayerNorm
-divides its bias by the gain: then RMSNorm lets every rotation pass, and LayerNorm every rotation that leaves the vector
-of ones in place, for its mean is along that vector (SliceGPT, Ashkboos et al. 2024). It needs a pass over the whole
-dense model, in memory, before the walk of a start begins.
+A norm's gain acts on single channels. Folding moves each gain into the layers that read the norm, and divides the bias
+of a LayerNorm by the gain. Then every rotation passes through RMSNorm, and through LayerNorm every rotation that keeps
+the vector of ones, along which the mean lies (SliceGPT, Ashkboos et al. 2024). The rotation needs the whole dense model
+in memory and one more pass over the text before the walk of a start begins.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from castlm.oneshot.walk import Extras, walk
 _RATE = 0.03  # of Adam, for the skew matrix of the rotation
 _SMALLEST_GAIN = 1e-6
 _CHECK_TOKENS = 256
-_IDENTITY = 0.9  # least entry on the diagonal of a rotation that is taken for the identity
-_FARTHEST = 0.5  # largest relative distance of embeddings that training has changed
+_IDENTITY = 0.9  # a rotation whose diagonal is above this everywhere is treated as the identity
+_FARTHEST = 0.5  # largest relative distance by which training may have moved the embeddings
 
 
 @torch.no_grad()
@@ -52,11 +52,11 @@ def rotate_residual_(
     Memory beyond the model: two fp32 matrices (hidden, hidden) for each norm of the stream.
 
     Args:
-        layers: those that are going to be pruned.
-        report: gets what was done.
+        layers: the layers that will be pruned.
+        report: receives the result.
 
     Raises:
-        InputError: a family or a model that does not allow it.
+        InputError: a family or a model whose stream cannot be rotated.
     """
     model = source.model
     stream = Stream(model, wiring, pattern)
@@ -68,50 +68,50 @@ def rotate_residual_(
     for step in walk(source, layers, calibration, extras=extras, precision=precision):
         entries = see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)) if step.inside else []
         stream.see(wiring.blocks[step.index], statistics_of(entries))
-    why_not, change = "no layer that is pruned reads it", report.of("residual stream rotated")
+    why_not, change = "no pruned layer reads it", report.of("residual stream rotated")
     if stream.is_read:
         why_not = "the error of its layers would not fall"
         stream.rotate_(change, iterations)
     if stream.rotation is None:
         stream.unfold_()
-        report.notes.append(f"residual stream: not rotated, for {why_not}")
+        report.notes.append(f"residual stream: not rotated, because {why_not}")
         return
     moved = distance(before, model(input_ids=sample, use_cache=False).logits)
     if moved <= tolerance_of(model.dtype):
         report.stream_basis, report.untied, report.moved = stream.rotation, stream.was_tied, moved
         return
     stream.undo_()
-    report.notes.append(f"residual stream: left as it was, for the logits moved by {moved:.1g}")
+    report.notes.append(f"residual stream: not rotated, because the logits would move by {moved:.1g}")
 
 
 class Stream:
-    """The residual stream of a model, with the statistics of all that reads it."""
+    """The residual stream of a model, with the statistics of its readers."""
 
     def __init__(self, model: PreTrainedModel, wiring: Wiring, pattern: NM) -> None:
         self.model, self.wiring, self.pattern = model, wiring, pattern
         self.gains: list[Tensor] = []
         self.was_tied = False
         self.read: list[Statistic | None] = []
-        """By the entries of `wiring.reads`; None where all that reads the norm stays dense."""
+        """The statistic of each entry of `wiring.reads`; None if all of its readers stay dense."""
         self.pruned: set[str] = set()
         self.written: list[Term] = []
         self.rotation: Tensor | None = None
-        """(hidden, hidden); None while there is none."""
+        """(hidden, hidden); None until the stream is rotated."""
 
     @property
     def norms(self) -> list[tuple[Norm, list[Matrix]]]:
-        """Every norm of the stream with what reads it, the output head among them."""
+        """Every norm of the stream with its readers, the output head included."""
         head = self.model.get_output_embeddings()
         inside = [(norm, readers) for norm, readers in self.wiring.reads if norm is not None]
         return [*inside, (self.wiring.final, [Matrix("head", head.weight.data)])]
 
     @property
     def is_read(self) -> bool:
-        """Whether any layer that is pruned reads it."""
+        """Whether a pruned layer reads the stream."""
         return any(statistic is not None for statistic in self.read)
 
     def obstacle(self) -> str | None:
-        """Why this model's stream cannot be rotated; None where it can."""
+        """Why this model's stream cannot be rotated; None if it can."""
         if self.wiring.rotation_obstacle:
             return self.wiring.rotation_obstacle
         smallest = min(float(_gain(norm).abs().min()) for norm, _ in self.norms)
@@ -127,7 +127,7 @@ class Stream:
             norm.weight.fill_(norm.unit)
             if norm.bias is not None:
                 norm.bias.div_(gain)
-            for matrix in readers:
+            for matrix in readers:  # W (g * x) = (W * g) x: the gain (576,) scales the columns of (1536, 576)
                 matrix.weight.mul_(gain)
 
     def unfold_(self) -> None:
@@ -142,7 +142,7 @@ class Stream:
             tie_(self.model)
 
     def see(self, block: Block, statistics: Statistics) -> None:
-        """Keeps the statistics of what a block reads, and the diagonals of the inputs of what writes the stream."""
+        """Adds the statistics of the stream's readers in a block, and the inverse diagonals for its writers' inputs."""
         for matrix in (block.attention.output, *(mlp.down for mlp in block.mlps)):
             if matrix.layer in statistics:
                 statistic, weight = statistics[matrix.layer], matrix.weight.float()
@@ -150,7 +150,7 @@ class Stream:
         for _, readers in block.reads:
             found = (statistics[matrix.layer] for matrix in readers if matrix.layer in statistics)
             seen = list({id(statistic): statistic for statistic in found}.values())
-            # experts read a part of the tokens each: their sum counts a token as often as it is routed
+            # Each expert reads some of the tokens; their sum counts a token as often as it is routed.
             total = functools.reduce(torch.add, (statistic.hessian for statistic in seen)) if seen else None
             self.read.append(None if total is None else Statistic(total, seen[0].sample))
         self.pruned |= statistics.keys()
@@ -179,7 +179,7 @@ class Stream:
         self.unfold_()
 
     def _readers(self) -> list[tuple[Statistic, list[Tensor]]]:
-        """The weights that are pruned among those that read the stream, by their input and with its statistic."""
+        """The pruned weights that read the stream, grouped by their input, with its statistic."""
         return [
             (statistic, [matrix.weight.float() for matrix in readers if matrix.layer in self.pruned])
             for statistic, (_, readers) in zip(self.read, self.wiring.reads)
@@ -187,12 +187,12 @@ class Stream:
         ]
 
     def _error(self, readers: list[tuple[Statistic, list[Tensor]]]) -> float:
-        """The mean over the weights."""
+        """The mean error of the weights, solved by SparseGPT."""
         errors = [error for s, weights in readers for error in solved_errors(weights, s.hessian, self.pattern)]
         return sum(errors) / len(errors)
 
     def _turn_(self, rotation: Tensor) -> None:
-        """Applies a rotation to the last axis of all that touches the folded stream, in place."""
+        """Rotates the folded stream: the columns of its embeddings and readers, the rows of its writers, the biases."""
         embeddings = list(self.wiring.embeddings)
         if not is_tied(self.model):
             embeddings.append(self.model.get_output_embeddings().weight.data)
@@ -213,10 +213,10 @@ def _gain(norm: Norm) -> Tensor:
 
 
 def basis_between(dense: Tensor, given: Tensor) -> Tensor | None:
-    """The basis of a model's residual stream, by its input embeddings (vocab, hidden) and those of the dense model.
+    """The basis of a model's residual stream, found from its input embeddings (vocab, hidden) and the dense model's.
 
-    It is the rotation Q that brings `dense @ Q` nearest to `given` (orthogonal Procrustes), so that trained embeddings
-    have one too.
+    It is the rotation Q that brings `dense @ Q` nearest to `given` (orthogonal Procrustes), so it is also found for
+    embeddings that have been trained.
 
     Returns:
         Q (hidden, hidden) fp32; None for the identity.
@@ -227,16 +227,16 @@ def basis_between(dense: Tensor, given: Tensor) -> Tensor | None:
     step = max(1, len(dense) // (4 * dense.shape[1]))
     dense, given = dense[::step].double(), given[::step].double()
     left, _, right = torch.linalg.svd(dense.T @ given)
-    rotation = left @ right
+    rotation = left @ right  # with dense^T given = U S V^T, the nearest rotation is U V^T
     is_identity = bool((rotation.diagonal() > _IDENTITY).all())
     turned = dense if is_identity else dense @ rotation
     if not (turned - given).norm() <= _FARTHEST * given.norm():
-        raise InputError("its embeddings are not those of the dense model in another basis")
+        raise InputError("its embeddings are not the dense model's in another basis")
     return None if is_identity else rotation.float()
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head has the weight of the input embeddings."""
+    """Whether the output head shares the weight of the input embeddings."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 

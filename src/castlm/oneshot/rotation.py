@@ -1,11 +1,11 @@
-"""Learns the rotation of an axis under which an n:m prune of the weights along it loses least.
+"""Learns the rotation of an axis that minimizes the loss of pruning the weights along it to n:m.
 
-A rotation R of an activation x leaves a network as it is when what reads x becomes `W R` and what writes it `R^T W`,
-but it changes the basis in which n of m weights are chosen. The objective is the loss that optimal brain surgery
-predicts (Hassibi & Stork 1992): pruning w_j alone, with all other weights of its row compensating, costs
-w_j^2 / [H^-1]_jj, here summed over the m - n cheapest weights of each group. It is differentiable almost everywhere and
-ended lower than the error of the solved layer itself, whose slope is known only for the mask of the moment. R is the
-Cayley transform of a skew-symmetric matrix, found with Adam.
+A rotation R of an activation x leaves the function of a network unchanged if weights that read x become `W R` and
+weights that write it become `R^T W`. It changes the basis in which n of m weights are chosen. The objective is the loss
+that optimal brain surgery predicts (Hassibi & Stork 1992): pruning w_j alone, while all other weights of its row
+compensate, costs w_j^2 / [H^-1]_jj; here this is summed over the m - n cheapest weights of each group. It is
+differentiable almost everywhere. Optimizing the error of the solved layer itself gave worse results, because its
+gradient holds only for the current mask. R is the Cayley transform of a skew-symmetric matrix, found with Adam.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from castlm.oneshot.sparsegpt import sparsegpt
 DAMPING = 0.01
 """Share of the mean diagonal that is added to a Hessian, as in SparseGPT."""
 
-_ROWS = 512  # of a weight that an iteration, or an estimate of the solved error, looks at
+_ROWS = 512  # rows of a weight that are used in one iteration, or in an estimate of the solved error
 
 
 @dataclass(frozen=True)
 class Term:
-    """A weight that takes part in choosing a rotation.
+    """A weight in the objective of a rotation.
 
-    Its rotated axis is cut into consecutive parts of the size of the rotation; `parts` names the rotation of each.
+    Its rotated axis is cut into consecutive parts of the rotation's size; `parts` has the rotation's number for each.
     """
 
     weight: Tensor
     """(out, in) fp32."""
     inverse: Tensor
-    """The inverse of the damped Hessian of its input: (in, in) where columns turn, its diagonal (in,) where rows do."""
+    """The inverse of the damped Hessian of its input: (in, in) if columns turn; only its diagonal (in,) if rows do."""
     energy: float
-    """tr(W H W^T): what is lost is measured against it."""
+    """tr(W H W^T), by which the predicted loss is divided."""
     axis: Literal["in", "out"]
     parts: tuple[int, ...]
 
@@ -48,15 +48,16 @@ class Term:
 def turn_columns(matrix: Tensor, rotations: Tensor, parts: Sequence[int]) -> Tensor:
     """`matrix` (rows, columns) times the block-diagonal matrix of `rotations[part]` (size, size) for each part."""
     size = rotations.shape[-1]
-    cut = matrix.reshape(len(matrix), len(parts), size)
+    cut = matrix.reshape(len(matrix), len(parts), size)  # (576, 576) -> (576, 9, 64)
     return torch.einsum("rps,pst->rpt", cut, rotations[list(parts)]).reshape(len(matrix), -1)
 
 
 def skew_to_rotation(skew: Tensor) -> Tensor:
-    """Cayley transform of the upper triangles of `skew` (num, size, size): a rotation each, the identity at 0."""
+    """The Cayley transforms of the upper triangles of `skew` (num, size, size): rotations, the identity at 0."""
     upper = skew.triu(1)
     antisymmetric = upper - upper.mT
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    # R = (I + S)^-1 (I - S) is orthogonal for any skew-symmetric S, so Adam needs no constraint.
     return torch.linalg.solve(identity + antisymmetric, identity - antisymmetric)
 
 
@@ -80,12 +81,12 @@ def learn_rotations(
 ) -> Tensor:
     """Rotations (num, size, size) that lower the predicted loss of `terms`, starting from the identity.
 
-    Each iteration costs two products with a rotation of at most 512 rows of every term whose columns turn, and of the
-    whole weight of one whose rows do, and one (size, size) solve.
+    Each iteration rotates, forward and backward, at most 512 rows of every term whose columns turn and the whole weight
+    of every term whose rows turn, and solves `num` systems (size, size).
 
     Args:
-        keep_mean: only rotations that leave the vector of ones in place, and with it the mean that LayerNorm subtracts.
-        alive: called once an iteration.
+        keep_mean: allow only rotations that keep the vector of ones, and with it the mean that LayerNorm subtracts.
+        alive: called once per iteration.
     """
     device = terms[0].weight.device
     frame = complement_of_ones(size).to(device) if keep_mean else None
@@ -112,6 +113,7 @@ def _framed(rotations: Tensor, frame: Tensor | None) -> Tensor:
     if frame is None:
         return rotations
     size = frame.shape[0]
+    # F R F^T turns the vectors whose entries sum to 0, F (576, 575); 1 1^T / size keeps the vector of ones.
     return frame @ rotations @ frame.T + torch.full((size, size), 1 / size, device=frame.device)
 
 
@@ -125,7 +127,7 @@ def _predicted_loss(
     """The share of the term's energy that pruning would cost, estimated on a random choice of its rows.
 
     Args:
-        diagonals: of the rotated inverses by id(term.inverse), filled here: terms that read the same input share one.
+        diagonals: a cache of the rotated inverses' diagonals by id(term.inverse), which terms with one input share.
     """
     rows = _some_rows(len(term.weight), generator)
     if term.axis == "out":
@@ -136,21 +138,22 @@ def _predicted_loss(
         if id(term.inverse) not in diagonals:
             diagonals[id(term.inverse)] = rotated_diagonal(term.inverse, rotations, term.parts)
         diagonal = diagonals[id(term.inverse)]
-    cost = weight.square() / diagonal
+    cost = weight.square() / diagonal  # w_j^2 / [H^-1]_jj, (512, 576)
     lost = (cost * ~pattern.mask(cost.detach())).sum()  # the m - n lowest of each group, several times faster than topk
     return lost * (len(term.weight) / len(weight) / term.energy)
 
 
 def rotated_diagonal(matrix: Tensor, rotations: Tensor, parts: Sequence[int]) -> Tensor:
-    """The diagonal of R^T A R for a block-diagonal R, of which only the diagonal blocks of A are needed."""
+    """The diagonal of R^T A R for a block-diagonal R. It needs only the diagonal blocks of A = `matrix`."""
     size = rotations.shape[-1]
+    # (576, 576) -> (9, 64, 9, 64) -> the 9 diagonal blocks (64, 64, 9) -> (9, 64, 64)
     blocks = matrix.view(len(parts), size, len(parts), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     chosen = rotations[list(parts)]
     return ((blocks @ chosen) * chosen).sum(1).reshape(-1)
 
 
 def _some_rows(num_rows: int, generator: torch.Generator) -> Tensor | None:
-    """None for all of them."""
+    """A random choice of `_ROWS` rows, int64; None if there are no more."""
     return torch.randperm(num_rows, generator=generator)[:_ROWS] if num_rows > _ROWS else None
 
 

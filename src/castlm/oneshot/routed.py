@@ -1,8 +1,8 @@
 """The inputs of the experts of a transformer block: each reads the tokens that the router gives it.
 
-An expert that sees fewer tokens than its input has columns leaves the solvers a singular statistic. Such an expert is
-calibrated on all tokens of the text, as if each were routed to it: its down-projection then has statistics of its own
-neurons, which the statistics of other experts cannot replace.
+With fewer tokens than input columns, the statistic of an expert is singular. Such an expert is calibrated on all tokens
+of the text, as if each were routed to it. Its down-projection then has statistics of its own neurons, which statistics
+of other experts could not replace.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Take = Callable[[str, int, Tensor], None]
 
 
 def experts_of(block: nn.Module, layers: dict[str, Any]) -> dict[nn.Module, dict[str, str]]:
-    """The modules of experts in a block that own some of `layers`; of each, the name of a layer by projection."""
+    """The modules of experts in a block that own some of `layers`, each with its layers' names by projection."""
     name_of = {layer: name for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
     found = {}
     for module in block.modules():
@@ -36,11 +36,12 @@ class Routed:
     """Follows the tokens through a module of experts.
 
     Args:
-        experts: as transformers' `use_experts_implementation` makes them: called with hidden states (tokens, hidden)
-            and the experts chosen for each (tokens, top_k).
+        experts: a module as transformers' `use_experts_implementation` makes it: called with hidden states (tokens,
+            hidden) and the chosen experts (tokens, top_k).
+        wanted: the names of its layers that are pruned, by projection.
 
     Raises:
-        InputError: experts that are put together in another way.
+        InputError: experts of another construction.
     """
 
     def __init__(self, experts: nn.Module, wanted: dict[str, str]) -> None:
@@ -59,12 +60,12 @@ class Routed:
 
     @property
     def few(self) -> list[int]:
-        """The experts that have seen fewer tokens than the input of one of their wanted projections has columns."""
+        """The experts that have seen fewer tokens than the widest input of a wanted projection has columns."""
         least = max(self.layers[projection].in_features for projection in self.wanted)
         return [expert for expert, seen in enumerate(self.num_tokens) if seen < least]
 
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], take: Take) -> None:
-        """Gives each expert the tokens that are routed to it in a call of the module."""
+        """Passes each expert's routed tokens in a call of the module to `take`."""
         hidden, chosen = [*args, *kwargs.values()][:2]
         for expert in range(len(self.num_tokens)):
             tokens = hidden[(chosen == expert).any(dim=-1)]
@@ -73,7 +74,7 @@ class Routed:
                 self._give(expert, tokens, take)
 
     def see_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], experts: list[int], take: Take) -> None:
-        """Gives some experts all tokens."""
+        """Passes all tokens in a call of the module to `take`, for each of `experts`."""
         for expert in experts:
             self._give(expert, [*args, *kwargs.values()][0], take)
 
@@ -93,10 +94,10 @@ class Routed:
 
 
 def check_neurons(routed: Routed) -> None:
-    """Checks on one expert that `Routed.neurons` gives the same as the module itself.
+    """Checks on one expert that `Routed.neurons` agrees with the module itself.
 
     Raises:
-        InputError: it does not, so that the down-projections would be calibrated on other inputs.
+        InputError: the results differ, so that down-projections would be calibrated on wrong inputs.
     """
     experts, up = routed.experts, routed.layers[routed.up]
     if getattr(experts, "has_post_expert_norm", False):
@@ -109,6 +110,6 @@ def check_neurons(routed: Routed) -> None:
     ours = F.linear(routed.neurons(0, x), routed.layers["down_proj"].weight[0], bias)
     if not torch.allclose(ours, theirs, rtol=0, atol=2e-2 * float(theirs.abs().max())):
         raise InputError(
-            f"the neurons of {type(experts).__name__} are computed in another way than is known here: use magnitude "
-            "without calibration, or leave its experts dense"
+            f"castlm does not know how {type(experts).__name__} computes its neurons: use magnitude without "
+            "calibration, or leave its experts dense"
         )

@@ -1,6 +1,6 @@
 """Solves layers that read the same input: SparseGPT, Wanda or magnitude, then better masks and a refit.
 
-Their rows are solved in one piece, as they share one statistic and one Cholesky factorization.
+Their rows are solved together, because they share one statistic and one Cholesky factorization.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def prune_layers(
         InputError: a weight or an input that is not finite, or a Hessian that cannot be factorized.
     """
     names, weights = ", ".join(layers), list(layers.values())
-    dense = torch.cat([weight.float() for weight in weights])
+    dense = torch.cat([weight.float() for weight in weights])  # q, k, v: (576, 576), 2 x (192, 576) -> (960, 576)
     check_finite_weight(names, dense)
     statistic = torch.zeros(()) if seen is None else seen.statistic
     check_finite_input(names, statistic)
     has_zero_input = bool(solver.axes) and not statistic.any()
     try:
-        if has_zero_input:  # the layer gives its bias whatever its mask is
+        if has_zero_input:  # any mask gives the same output, the bias
             pruned = SOLVERS["magnitude"].prune(dense, statistic, to)._replace(num_dead=dense.shape[1])
         elif refinements.mask_iterations or refinements.num_refits(to.pattern):
             pruned = _solve_refined(dense, statistic, solver, to, refinements)
@@ -60,14 +60,14 @@ def prune_layers(
 
 
 def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, to: Settings, refinements: Refinements) -> Pruned:
-    """Solves for masks and weights, looks for better masks, and refits the kept weights."""
+    """Solves for masks and weights, improves the masks, and refits the kept weights."""
     hessian = whole_hessian(statistic).clone()
     pruned = solver.prune(dense.clone(), statistic, to)
     weight, is_dead = pruned.weight, hessian.diagonal() == 0
     taken = damped(hessian, to.damping if pruned.damping is None else pruned.damping)
     del hessian
     if refinements.mask_iterations:
-        alive = dense.masked_fill(is_dead, 0)  # a weight that multiplies nothing is not worth a place in a mask
+        alive = dense.masked_fill(is_dead, 0)  # a weight whose input is always 0 should take no place in a mask
         weight = improve_masks(weight, alive, taken, to.pattern, refinements.mask_iterations)
     if num_refits := refinements.num_refits(to.pattern):
         weight = refit(weight, dense, taken, num_refits)
@@ -77,7 +77,7 @@ def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, to: Setting
 def prune_experts(
     layer: ExpertLinear, seen: ExpertInputs, solver: Solver, to: Settings, refinements: Refinements
 ) -> LayerResult:
-    """Prunes one projection of all experts of a transformer block, each by the tokens that it has seen."""
+    """Prunes one projection of all experts of a transformer block, each with the statistics of its own tokens."""
     results = [
         prune_layers({entry.names[0]: layer.weight[expert]}, entry, solver, to, refinements)[0]
         for expert, entry in sorted(seen.experts.items())

@@ -1,7 +1,7 @@
-"""Where the walk of a start takes its transformer blocks from: a model in memory, or the safetensors files of one.
+"""The sources of transformer blocks for the walk of a start: a model in memory, or its safetensors files.
 
-One-shot pruning never needs more than one block: the text passes through the embeddings once, and then through block
-after block. Both sources give the same blocks, so that the results agree bit for bit.
+One-shot pruning needs only one block at a time: the text passes through the embeddings once, and then through one block
+after the other. Both sources give the same blocks, so that the results agree bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from castlm.models.layout import stored_transposed
 
 
 def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
-    """The stack that the named layers lie in: its name, as `model.layers`, and its blocks in order.
+    """The stack of blocks that holds the named layers: its name, such as `model.layers`, and its blocks in order.
 
     Raises:
         InputError: layers outside numbered blocks, or in more than one stack.
@@ -46,11 +46,11 @@ def layers_by_block(stack: str, num_blocks: int, layers: Mapping[str, T]) -> lis
 
 
 class MemoryModel:
-    """A model that is in memory whole, and is changed in place.
+    """A whole model in memory, which is changed in place.
 
     Args:
-        layers: the names of those that are pruned; they tell the list of transformer blocks.
-        keeps_dense: hold the weights of these layers as they are before they are pruned, in their new basis.
+        layers: the names of the layers that are pruned; their blocks are the stack that the walk follows.
+        keeps_dense: keep a copy of the weights of these layers, in their new basis, from before the prune.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[str], keeps_dense: bool = False) -> None:
@@ -58,7 +58,7 @@ class MemoryModel:
         self.stack, self.blocks = block_stack(model, layers)
         self.keeps_dense = keeps_dense
         self.dense: dict[str, Tensor] = {}
-        """On the CPU, by the name of the layer."""
+        """The dense weights on the CPU, by the name of the layer."""
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -67,21 +67,21 @@ class MemoryModel:
 
     @contextmanager
     def entering(self) -> Iterator[None]:
-        """Allows a call of `model.base_model` inside."""
+        """Inside the context, `model.base_model` can be called."""
         yield
 
     def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:
-        """Takes in the weights of layers that are about to be pruned, where that is asked for."""
+        """Copies the weights of layers before they are pruned, if `keeps_dense`."""
         if self.keeps_dense:
             self.dense |= {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
 
     def finished(self, index: int) -> dict[str, Tensor]:
-        """The weights of a finished block by their names in the model, and its dense ones where they are held."""
+        """The weights of a finished block by their names in the model, and the copies of its dense weights."""
         dense = {f"{_DENSE}{k}": v for k, v in self.dense.items() if k.startswith(f"{self.stack}.{index}.")}
         return dense | {name: p.detach().cpu().contiguous() for name, p in self._parameters(index).items()}
 
     def restore_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Gives a block the weights that `finished` gave for it."""
+        """Loads the weights that `finished` returned for a block."""
         self.dense |= {name.removeprefix(_DENSE): t for name, t in tensors.items() if name.startswith(_DENSE)}
         with torch.no_grad():
             for name, parameter in self._parameters(index).items():
@@ -96,17 +96,17 @@ T = TypeVar("T")
 _DENSE = "dense:"  # before the names of dense weights in the file of a block
 
 Held = list[tuple[nn.Module, str, nn.Parameter]]
-"""Parameters that are in memory: the module, the name in it, and the one on the meta device that stood there."""
+"""Parameters in memory: the module, the name in it, and the parameter on the meta device to put back."""
 
 
 class StoredModel:
-    """A model on the meta device, with the files that its weights lie in.
+    """A model on the meta device, with the files of its weights.
 
     Args:
-        model: as `castlm.distributed.loading.open_sharded` gives it: parameters on the meta device, buffers real.
-        layers: the names of those that are pruned; they tell the list of transformer blocks.
-        device: where the weights are read to, in fp32.
-        dtype: of the weights of finished blocks.
+        model: as `castlm.distributed.loading.open_sharded` returns it: parameters on the meta device, buffers real.
+        layers: the names of the layers that are pruned; their blocks are the stack that the walk follows.
+        device: the device to which weights are read, in fp32.
+        dtype: the dtype of the weights of finished blocks.
     """
 
     def __init__(
@@ -138,9 +138,10 @@ class StoredModel:
 
     @contextmanager
     def entering(self) -> Iterator[None]:
-        """Lets `model.base_model` be called: what is outside the blocks is held, each block while it is at work.
+        """Inside the context, `model.base_model` can be called: each block is in memory only while it runs.
 
-        Plain embeddings are held in the dtype that they are stored in, as they are the greatest part of it.
+        Weights outside the blocks are in memory all the time; plain embeddings, the largest of them, in their stored
+        dtype.
         """
         with ExitStack() as stack:
             stack.callback(_drop, self._read_outside(stack))
@@ -150,7 +151,7 @@ class StoredModel:
             yield
 
     def finished(self, index: int) -> dict[str, Tensor]:
-        """The weights of a block that is in memory, as a file of the model holds them, in `dtype`."""
+        """The weights of a block in memory, in `dtype` and laid out as in a file of the model."""
         tensors = {}
         for name, parameter in self.blocks[index].named_parameters(prefix=f"{self.stack}.{index}"):
             value = parameter.detach().to(self.dtype)
@@ -159,10 +160,10 @@ class StoredModel:
         return tensors
 
     def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:
-        """Does nothing: training, which needs dense weights, has the model in memory."""
+        """Does nothing: only training needs dense weights, and it takes a `MemoryModel`."""
 
     def restore_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Does nothing: a finished block is not needed again."""
+        """Does nothing: the walk does not need a finished block again."""
 
     def _loading(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def loaded(*args: Any, **kwargs: Any) -> Any:
@@ -217,7 +218,7 @@ def outside_blocks(checkpoint: Checkpoint, stack: str) -> Iterator[tuple[str, Te
 
 
 def check_outside_blocks(checkpoint: Checkpoint, stack: str) -> None:
-    """Raises `InputError` where a weight outside the blocks is not finite, before the blocks are worked on."""
+    """Raises `InputError` if a weight outside the blocks is not finite, before the work on the blocks begins."""
     for name, value in outside_blocks(checkpoint, stack):
         _check_finite(name, value, checkpoint)
 

@@ -19,26 +19,26 @@ _MOST_COMPARED = 16
 def sparsegpt(
     weight: Tensor, hessian: Tensor, n: int = 2, m: int = 4, damping: float = 0.01, block_size: int = 128
 ) -> tuple[Tensor, float]:
-    """Prunes a layer and makes the weights that stay take over for those that go.
+    """Prunes a layer and updates its kept weights so that they compensate for the pruned ones.
 
     Frantar & Alistarh 2023, arXiv 2301.00774, Alg. 1, with the damping and the dead columns of their published code.
 
-    Columns go from left to right. At the first column of each group every row keeps the n largest of its updated
-    weights by w_j^2 / U_jj^2, and each zeroed weight pushes w_j / U_jj * U_j,j+1: off the columns to its right, where
-    U is the upper Cholesky factor of the inverse of H. Columns with H_jj = 0 are zeroed, the rest of H is damped by
-    `damping` times the mean of its diagonal.
+    Columns are processed from left to right. At the first column of each group, every row keeps the n largest of its
+    updated weights by w_j^2 / U_jj^2. Each zeroed weight subtracts w_j / U_jj * U_j,j+1: from the columns to its right,
+    where U is the upper Cholesky factor of the inverse of H. Columns with H_jj = 0 are zeroed; the diagonal of H is
+    damped by `damping` times its mean.
 
-    U is never formed. With H = R R^T, R upper triangular, U is the inverse of R, so that a weight with all columns
-    before its group gone has become  w_g + D R_:g R_gg^-1,  where D (rows, columns) is what those columns lost: one
-    Cholesky instead of two and an inverse. `block_size` says how many columns take in what lies before them by one
-    matmul; for n:m patterns the result does not depend on it.
+    U is never formed. With H = R R^T, R upper triangular, U is the inverse of R. After all columns before group g are
+    processed, its weights are  w_g + D R_:g R_gg^-1,  where D (rows, columns) holds old minus new weights of those
+    columns. This takes one Cholesky factorization instead of two and an inverse. `block_size` is the number of columns
+    that are updated for all columns before them by one matmul; for n:m patterns the result does not depend on it.
 
     Args:
         weight: (rows, columns), fp32.
         hessian: (columns, columns), fp32, symmetric; it is overwritten.
 
     Returns:
-        The new weight (rows, columns), and the damping: as asked for, or raised tenfold (to 0.01 from 0) until H could
+        The new weight (rows, columns), and the damping: the given one, or raised tenfold (from 0 to 0.01) until H could
         be factorized.
 
     Raises:
@@ -55,7 +55,7 @@ def sparsegpt(
 
 def upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """R upper triangular with R R^T = H + damping * mean(diag H) * I, and the damping."""
-    # Cholesky goes from the first column to the last, and R from the last to the first: hence the flips
+    # Cholesky gives H = L L^T with L lower triangular. Of H with both axes reversed, reversing L gives the upper R.
     lower, damping = lower_factor(hessian.flip(0, 1), damping)
     return lower.flip(0, 1), damping
 
@@ -84,22 +84,24 @@ def lower_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def _prune_groups(weight: Tensor, factor: Tensor, n: int, m: int, block_size: int) -> Tensor:
-    """`sparsegpt` on a transposed weight (columns, rows), in place: a column of the paper lies contiguous here."""
+    """`sparsegpt` on a transposed weight (columns, rows), in place, so that a column of the paper is contiguous."""
     columns, rows = weight.shape
-    blocks = factor.view(columns // m, m, columns // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # R_gg: (., m, m)
+    # The diagonal blocks R_gg: (576, 576) -> (144, 4, 144, 4) -> (144, 4, 4)
+    blocks = factor.view(columns // m, m, columns // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     identity = torch.eye(m, dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)  # U_gg
-    pull = (inverse.mT @ factor.T.reshape(-1, m, columns)).view(columns, columns)  # row j: (R_:g R_gg^-1)_j
+    inverse = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)  # U_gg, (144, 4, 4)
+    # Row j is column j of R_:g R_gg^-1: the share of each earlier column's loss that column j inherits, (576, 576).
+    pull = (inverse.mT @ factor.T.reshape(-1, m, columns)).view(columns, columns)
     scale = factor.diagonal().unsqueeze(1)  # 1 / U_jj
     lowest = _LowestOfGroup(n, m, rows, weight) if m <= _MOST_COMPARED else partial(_lowest_sorted, n=n)
 
-    lost = weight.clone()  # turns into D as the columns are done
+    lost = weight.clone()  # becomes D, old minus new, group by group
     groups = list(zip(weight.split(m), lost.split(m), pull.split(m), scale.split(m), inverse))
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         weight[start:stop].addmm_(pull[start:stop, :start], lost[:start])
         for first in range(start, stop, m):
-            group, lost_here, pull_here, scale_here, inverse_here = groups[first // m]
+            group, lost_here, pull_here, scale_here, inverse_here = groups[first // m]  # group: (4, 1536)
             if first > start:
                 group.addmm_(pull_here[:, start:first], lost[start:first])
             pruned = lowest((group * scale_here).abs_())
@@ -109,24 +111,24 @@ def _prune_groups(weight: Tensor, factor: Tensor, n: int, m: int, block_size: in
 
 
 def _prune_group(group: Tensor, pruned: Tensor, scale: Tensor, inverse: Tensor) -> None:
-    """One group (m, rows) in place: zeroed weights push their error onto those after them; `scale` is 0 where kept."""
+    """Prunes one group (m, rows) in place: zeroed weights pass their error to later ones; `scale` is 0 where kept."""
     for k in range(group.shape[0] - 1):
-        error = scale[k].mul_(group[k])
+        error = scale[k].mul_(group[k])  # w_k / U_kk, (1536,)
         group[k + 1 :].addr_(inverse[k, k + 1 :], error, alpha=-1)
     group.masked_fill_(pruned, 0)
 
 
 def _lowest_sorted(score: Tensor, n: int) -> Tensor:
-    """As `_LowestOfGroup`, for a long group, whose pairs would take too much memory."""
+    """`_LowestOfGroup` for a long group, whose pairs would take too much memory."""
     order = score.argsort(dim=0, descending=True, stable=True)
     return torch.ones_like(score, dtype=torch.bool).scatter_(0, order[:n], False)
 
 
 class _LowestOfGroup:
-    """The m - n lowest of each column of a score (m, rows), ties as in `rank_mask`: of two equal ones the later goes.
+    """Masks the m - n lowest of each column of a score (m, rows); of equal scores the later, as in `rank_mask`.
 
-    `rank_mask` is made for whole weights; for one small group at a time, as here, the calls are what costs. So all
-    pairs are compared at once, and a matmul with a table of 1 and -1 adds the comparisons up to ranks.
+    `rank_mask` is made for whole weights. On one small group, the calls of its operators would take most of the time,
+    so this compares all pairs at once, and a matmul with a table of 1 and -1 adds the comparisons up to ranks.
     """
 
     def __init__(self, n: int, m: int, rows: int, like: Tensor) -> None:

@@ -1,9 +1,9 @@
-"""The start: sparse weights and masks before step 0, made of a dense model in one walk over its transformer blocks.
+"""The start: sparse weights and masks before step 0, made from a dense model in one walk over its transformer blocks.
 
-In each block in turn, the basis is chosen by what enters the block's layers, the layers are pruned, the block is tuned
-towards its dense outputs where that is asked for, and its outputs enter the next block. With staged statistics, a layer
-is solved by what enters it once the layers before it are pruned; layers that read the same tensor (q, k, v; gate, up)
-share one statistic.
+In each block in turn, the inputs of its layers decide the basis, the layers are pruned, reconstruction (an option)
+trains the block towards its dense outputs, and its outputs enter the next block. With staged statistics, the inputs of
+a layer are measured after the layers before it are pruned; layers that read the same tensor (q, k, v; gate, up) share
+one statistic.
 """
 
 from __future__ import annotations
@@ -49,38 +49,38 @@ from castlm.patterns import parse_pattern
 from castlm.structured.prune import UnitSettings, prune_units_
 
 BLOCK_COLUMNS = 128
-"""Columns of SparseGPT between two full matmuls: a matter of speed alone."""
-_SHORT = 10.0  # seconds of a start that is not announced
+"""Columns of SparseGPT between two full matmuls. It affects only the speed."""
+_SHORT = 10.0  # seconds; the time that a shorter start will take is not announced
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
-"""Called with (blocks done, blocks in all)."""
+"""Called with (finished blocks, all blocks)."""
 Seen = list[LayerInput | ExpertInputs]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How a start is made: the basis, the solver, its refinements and the pattern.
+    """The settings of a start: the basis, the solver, its refinements and the pattern.
 
     Raises:
         InputError: an option that is out of range.
     """
 
     method: str | None
-    """A name in `SOLVERS`, or in `SCORES` of a structured pattern; None changes the basis alone."""
+    """A name in `SOLVERS`, or in `SCORES` for a structured pattern; None only changes the basis."""
     pattern: Pattern
     basis: BasisOptions = NO_BASIS
     refinements: Refinements = NO_REFINEMENTS
     damping: float = 0.01
-    """SparseGPT: share of the mean of the diagonal of H that is added to it."""
+    """SparseGPT: share of H's mean diagonal that is added to the diagonal."""
     block_columns: int = BLOCK_COLUMNS
     seed: int = 0
-    """Of method "random"."""
+    """Seed of method "random"."""
     filter_fn: FilterFn = is_sparse_linear
-    """Which layers are pruned, as for `sparse_linears`."""
+    """Chooses the layers to prune, as for `sparse_linears`."""
     precision: str = "fp32"
-    """Of the passes over the calibration text: "fp32", in which they run in the dtype of the weights, or "bf16", in
-    which autocast multiplies in bf16. Statistics and solvers are fp32."""
+    """Precision of the passes over the calibration text: "fp32" runs them in the dtype of the weights, "bf16" under
+    autocast, which multiplies in bf16. Statistics and solvers are fp32."""
 
     def __post_init__(self) -> None:
         self.refinements.check()
@@ -89,20 +89,20 @@ class Start:
 
     @classmethod
     def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> Start:
-        """The start by `options`, which have the fields of `BasisOptions` and `Refinements`.
+        """Makes a start from `options`, which have the fields of `BasisOptions` and `Refinements`.
 
         Args:
-            others: fields of the start that differ from their defaults.
+            others: further fields of the start.
 
         Raises:
-            InputError: an option that is out of range, or that does nothing with the method.
+            InputError: an option that is out of range, or that has no effect with the method.
         """
         refinements = part_of(options, Refinements).for_solver(method, pattern)
         basis = part_of(options, BasisOptions)
         return cls(method=method, pattern=pattern, basis=basis, refinements=refinements, **others)
 
     def options(self) -> dict[str, Any]:
-        """What the result depends on beside the model and the text, for JSON."""
+        """All settings on which the result depends, besides the model and the text, for JSON."""
         return {
             "method": self.method,
             "pattern": str(self.pattern),
@@ -124,26 +124,26 @@ class Start:
         say: Say = lambda line: None,
         progress: Progress = lambda done, total: None,
     ) -> OneshotReport:
-        """Prunes a model in place, or block by block into `folder` where it stays on disk; both give the same bits.
+        """Prunes a model in memory in place, or a `StoredModel` block by block into `folder`, with the same bits.
 
-        Memory beyond the model, or one block of it: the hidden states of the calibration text (in `folder`, where there
-        is one), and the statistics of one block (SparseGPT: a fp32 matrix (in, in) for each distinct input).
+        Memory beyond the model, or one block of it: the hidden states of the calibration text (on disk if there is a
+        `folder`), and the statistics of one block (SparseGPT: an fp32 matrix (in, in) for each distinct input).
 
         Args:
             calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none.
-            extras: for each sequence what the model's forward takes beside its tokens.
-            folder: what is finished is recorded there, and a start that was killed continues.
-            say: called with a line about what was changed, left out or undone, and how long it takes.
+            extras: for each sequence, the further arguments of the model's forward, such as images.
+            folder: records each finished block, so that a start that was killed continues.
+            say: called with a line about each change that was made, omitted or undone, and about the remaining time.
 
         Raises:
-            InputError: an unknown method, a bad pattern or number, no calibration where one is needed, tokens the model
-                cannot take, nothing to prune, a weight or an input of a layer that is not finite, or a model that
-                cannot be followed block by block.
+            InputError: an unknown method, a bad pattern or number, a method that needs calibration text without any,
+                tokens that the model cannot take, nothing to prune, a weight or an input of a layer that is not finite,
+                or a model that cannot be followed block by block.
         """
         assert self.method is not None or folder is None
         model = source.model
         if self.pattern.cut_out is not None:
-            wiring_or_note(model, self.pattern, self.basis)  # refuses a rotation, which is for n:m
+            wiring_or_note(model, self.pattern, self.basis)  # raises for a rotation, which only n:m has
             return self._prune_units_(model, calibration, extras, folder, progress)
         layers, left_dense = sparse_linears(model, self.pattern, self.filter_fn)
         self._check(source, layers, calibration)
@@ -220,27 +220,27 @@ class Start:
                 report.reconstructions.append(block)
 
     def _turn_(self, source: MemoryModel | StoredModel, step: Step, report: BasisReport) -> Seen:
-        """Changes the basis of the current block; returns the inputs of its layers in the new one, in their order."""
+        """Changes the basis of the current block; returns the inputs of its layers in the new basis, in order."""
         assert step.inputs is not None
         assert isinstance(self.pattern, NM)
         seen = see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], step.inputs.num_sequences)
         statistics = statistics_of(seen)
-        wiring = describe(source.model)  # of the weights that are in memory now
+        wiring = describe(source.model)  # anew: its views are of the weights that are in memory now
         turn_block_(wiring.blocks[step.index], statistics, step.inputs, self.basis, self.pattern, report)
         reads_norms = self.method is not None and SOLVERS[self.method].axes == 1  # Wanda
         for entry in seen:
             for part in entry.experts.values() if isinstance(entry, ExpertInputs) else [entry]:
                 found = statistics[part.names[0]]
                 part.statistic, part.sample = found.hessian, found.sample
-                if reads_norms:
+                if reads_norms:  # H = 2 X^T X / num_sequences, and Wanda reads the mean of |X_j|^2
                     part.statistic = found.hessian.diagonal() / 2
         return seen
 
     def _inputs(self, step: Step, turned: Seen) -> Iterator[Seen]:
-        """Yields the inputs of layers that are pruned next, until all layers of the block are.
+        """Yields the inputs of the layers to prune next, until all layers of the block are pruned.
 
         Args:
-            turned: all of them, measured before any layer is pruned; emptied, so that only what is needed is held.
+            turned: the inputs of all layers, measured before any layer is pruned; emptied here, to free their memory.
         """
         inside, inputs, solver = step.inside, step.inputs, SOLVERS[str(self.method)]
         assert inputs is not None
@@ -249,7 +249,7 @@ class Start:
             return
         groups = grouped(turned or inputs_in_order(inside, inputs))
         names = [[name for entry in group for name in entry.names] for group in groups]
-        first = groups[0] if turned else []  # no layer before it changes its inputs
+        first = groups[0] if turned else []  # no pruned layer comes before it, so its inputs are still right
         turned.clear()
         del groups
         for number, group in enumerate(names):
@@ -291,7 +291,7 @@ class Start:
             images=extras,
             to=settings,
             filter_fn=self.filter_fn,
-            folder=None if self.method == "random" else folder,  # whose choice depends on how many were drawn before
+            folder=None if self.method == "random" else folder,  # "random" would draw other units after a resume
             progress=progress,
             precision=self.precision,
         )
@@ -299,7 +299,7 @@ class Start:
     def _check(
         self, source: MemoryModel | StoredModel, layers: Mapping[str, SparseLayer], calibration: Tensor | None
     ) -> None:
-        """Raises `InputError` for what cannot be used, before anything is changed."""
+        """Raises `InputError` for options or layers that cannot be used, before any weight is changed."""
         method, refinements = self.method, self.refinements
         if method is not None and method not in SOLVERS:
             raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")
@@ -313,15 +313,15 @@ class Start:
         if calibration is not None:
             check_calibration(source.model, calibration)
             if refinements.reconstruct_epochs and len(calibration) < 2:
-                raise InputError("reconstruct_epochs holds a calibration sequence out: give at least 2")
+                raise InputError("reconstruct_epochs needs at least 2 calibration sequences, one of them held out")
         elif method is None or SOLVERS[method].add is not None:
             raise InputError(f"method {method} needs a calibration text: pass calibration, from draw_calibration")
         if refinements != NO_REFINEMENTS and method != "sparsegpt":
-            raise InputError(f"refinements are for method sparsegpt, not for {method}: leave them out")
+            raise InputError(f"refinements are for method sparsegpt, not for {method}: omit them")
 
 
 class _timed:  # noqa: N801
-    """Adds the time of the block to `report.seconds`."""
+    """Adds the time spent inside the context to `report.seconds`."""
 
     def __init__(self, report: BasisReport | OneshotReport) -> None:
         self.report = report
@@ -334,7 +334,7 @@ class _timed:  # noqa: N801
 
 
 def _announced(progress: Progress, say: Say) -> Progress:
-    """`progress`, which after the first block also says how long the others will take."""
+    """Wraps `progress`: after the first block, also announces how long the others will take."""
     started, is_first = time.perf_counter(), True
 
     def told(done: int, total: int) -> None:
@@ -368,25 +368,24 @@ def prune_oneshot_(
     progress: Progress | None = None,
     precision: str = "fp32",
 ) -> OneshotReport:
-    """Prunes a model to a pattern in place, without training; by default by the method as published.
+    """Prunes a model to a pattern in place, without training; by default with the method as published.
 
     The weights keep their dtype. `castlm.structured.prune.prune_units_` prunes structured patterns, with the methods
     in its `SCORES`; method taylor holds the gradient of every weight that may be pruned.
 
     Args:
-        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; of a structured pattern a name in `SCORES`.
-        calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none; where it is
-            given one, its first 256 tokens serve for the reconstruction errors.
-        extras: for each sequence what the model's forward takes beside its tokens, as images.
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; for a structured pattern, a name in `SCORES`.
+        calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none, and uses only
+            its first 256 tokens, to measure reconstruction errors.
+        extras: for each sequence, the further arguments of the model's forward, such as images.
         damping: see `Start`, as for `seed`, `filter_fn` and `precision`.
-        block_size: SparseGPT: columns between two full matmuls; a matter of speed only.
+        block_size: SparseGPT: columns between two full matmuls. It affects only the speed.
         basis: changes of basis; none by default.
-        refinements: what is done beyond SparseGPT as published; nothing by default. Of these, structured patterns read
-            `refit_iterations`.
-        progress: called with (blocks done, blocks in all).
+        refinements: refinements of SparseGPT; none by default. Structured patterns read only `refit_iterations`.
+        progress: called with (finished blocks, all blocks).
 
     Raises:
-        InputError: as `Start.make_`. Once pruning has begun, the blocks before the one named are pruned already.
+        InputError: as `Start.make_`. Blocks before the one that the message names are pruned already.
 
     Reference: Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774.
 
@@ -424,16 +423,17 @@ def change_basis_(
     progress: Progress = lambda done, total: None,
     precision: str = "fp32",
 ) -> BasisReport:
-    """Changes the basis of a dense model in place, as `options` say, and prunes nothing.
+    """Changes the basis of a dense model in place, without pruning it.
 
     Args:
         calibration, extras, precision: as for `prune_oneshot_`.
-        filter_fn: which layers are going to be pruned, as for `sparse_linears`; only their errors count.
-        say: called with a line about each kind of change, and about what is left out or undone.
-        progress: called with (blocks done, blocks in all).
+        options: the changes; by default those of `BasisOptions`.
+        filter_fn: chooses the layers that will be pruned, as for `sparse_linears`; only their errors count.
+        say: called with a line about each kind of change, and about each change that was omitted or undone.
+        progress: called with (finished blocks, all blocks).
 
     Raises:
-        InputError: a family that does not allow what is asked for; "auto" leaves its basis as it is and says so.
+        InputError: a family that does not allow the changes; "auto" keeps the basis instead, and reports it.
 
     Examples:
         >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP

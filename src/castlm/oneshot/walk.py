@@ -1,6 +1,6 @@
-"""The walk of a start over the transformer blocks, and what the calibration text feeds to one after another.
+"""The walk of a start over the transformer blocks, and the hidden states that enter them.
 
-What is alive at a time is the input of one block for all sequences, in the model's dtype; it does not grow with depth.
+Memory holds the inputs of one block for all sequences, in the model's dtype; it does not grow with depth.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from castlm.hardware import autocast
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import MemoryModel, StoredModel, layers_by_block
 
-# Tokens a forward pass: short sequences go together, as calling the operators costs too. On a CPU with 1 MiB of L2,
-# 2,048 are a tenth slower than 1,024 (SmolLM2-135M): what passes between operators no longer fits the cache.
+# Tokens per forward pass: short sequences are batched, because calls of operators have a cost. On a CPU with 1 MiB of
+# L2, 2,048 are a tenth slower than 1,024 (SmolLM2-135M): tensors between operators no longer fit in the cache.
 PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
 
 
 class Step(NamedTuple):
-    """One transformer block of a walk, in memory, with what enters it once the blocks before it are changed."""
+    """One transformer block of a walk, in memory, with its inputs from the changed blocks before it."""
 
     index: int
     inside: dict[str, SparseLayer]
-    """Its layers that the walk is about."""
+    """The layers to prune in this block, by name."""
     inputs: BlockInputs | None
-    """None without calibration text, and behind the last block that has such layers."""
+    """None without calibration text, and after the last block with layers to prune."""
     dense_outputs: Sequence[Tensor]
-    """What the block gives in the dense model for each batch, where that is followed."""
+    """The outputs of the block in the dense model for each batch; empty unless `follows_dense`."""
 
 
 def walk(
@@ -52,14 +52,14 @@ def walk(
 ) -> Iterator[Step]:
     """Yields one transformer block after another, which the caller may change before it asks for the next.
 
-    With a `folder`, each finished block is recorded there, and the walk begins behind those that an earlier process has
-    finished.
+    With a `folder`, each finished block is recorded there, and the walk begins after the blocks that an earlier process
+    has finished.
 
     Args:
         calibration, extras, precision: as for `BlockInputs`.
-        follows_dense: runs the text through the dense blocks too, each before it is changed.
-        results: what the record holds about the finished blocks.
-        progress: called with (blocks done, blocks in all).
+        follows_dense: also run the text through the dense blocks, each before it is changed.
+        results: returns the results of the finished blocks, for the record.
+        progress: called with (finished blocks, all blocks).
     """
     num_blocks = len(source.blocks)
     of_block = layers_by_block(source.stack, num_blocks, layers)
@@ -92,7 +92,7 @@ def walk(
 def _states(
     source: MemoryModel | StoredModel, calibration: Tensor, extras: Extras, folder: StartFolder | None, name: str
 ) -> MutableSequence[Tensor]:
-    """Where hidden states are held: on disk, with those that enter the next block to do, or in a list."""
+    """The container for hidden states: a file in `folder`, with the inputs of the next block, or a list."""
     if folder is None:
         return []
     size = 1 if extras is not None else batch_size(calibration, source.device)
@@ -103,7 +103,7 @@ def _states(
 
 
 class BlockCall(NamedTuple):
-    """What a block is called with besides its hidden states: masks, rotary tables, flags."""
+    """The arguments of a block besides its hidden states: masks, rotary tables, flags."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -113,34 +113,33 @@ class BlockCall(NamedTuple):
 
 
 Extras = Sequence[Mapping[str, Tensor]] | None
-"""For each calibration sequence what the model's forward takes beside its tokens; None where it takes tokens alone."""
+"""The further arguments of the model's forward, such as images, for each calibration sequence; None if it has none."""
 
 
 class StopForward(Exception):  # noqa: N818
-    """Ends a forward pass from within, once what was wanted of it is there."""
+    """Ends a forward pass from a hook, once the rest of the pass is not needed."""
 
 
 class BlockInputs(Sequence[Tensor]):
-    """The hidden states that enter the current block, a batch (batch, seq, hidden) each, and how each block is called.
+    """The inputs of the current block, in batches (batch, seq, hidden), and the other arguments of each block.
 
-    Taken from forward passes of the model itself, so that embeddings, masks (which can differ between blocks, as with
-    sliding windows) and rotary tables are those of the model. The first pass goes through all blocks, and also checks
-    that nothing but the hidden states runs from block to block; the others end at the first block.
+    Forward passes of the model itself provide them, so that embeddings, masks (which can differ between blocks, as with
+    sliding windows) and rotary tables are right. The first pass runs all blocks, and checks that only hidden states
+    pass from block to block; later passes stop at the first block.
 
-    Sequences with extras, as images, have a pass of their own, through all blocks where rotary tables depend on them
-    (Qwen2-VL) or features of them are added to some tokens between blocks (Qwen3-VL).
+    Each sequence with extras, such as images, has its own pass. It runs all blocks if rotary tables depend on the
+    extras (Qwen2-VL), or if the model adds image features to some tokens between blocks (Qwen3-VL).
 
     Args:
         calibration: int64, (num_sequences, seq_len).
-        states: where the outputs of the block before the current one are held; a list if not given. What it holds
-            already enters the block `index`.
-        extras: for each sequence what the model's forward takes beside its tokens.
-        precision: "bf16" runs the blocks under autocast, which multiplies in bf16; what passes between them keeps its
-            dtype.
+        states: the container for the outputs of the block before the current one; by default a list. If it is not
+            empty, it holds the inputs of block `index`.
+        extras: for each sequence, the further arguments of the model's forward.
+        precision: "bf16" runs the blocks under autocast, which multiplies in bf16; hidden states keep their dtype.
 
     Raises:
-        InputError: a model that passes more than hidden states between its blocks, or calls them otherwise than once
-            each, in order, with the same arguments for every sequence.
+        InputError: a model that passes more than hidden states between its blocks, or does not call each block once, in
+            order, with the same arguments for every sequence.
     """
 
     def __init__(
@@ -156,16 +155,16 @@ class BlockInputs(Sequence[Tensor]):
         self.blocks, self.index, self.precision = blocks, index, precision
         self.states: MutableSequence[Tensor] = [] if states is None else states
         self.dense: MutableSequence[Tensor] = []
-        """The same of the dense model, where it is followed."""
+        """The outputs of the block before the current one in the dense model, after `follow_dense`."""
         self.num_sequences = len(calibration)
-        self._passes: list[_Pass] = []  # of each batch; those of one shape share their calls
-        self._adds: bool | None = None  # whether something is added between blocks, known after the first extras
+        self._passes: list[_Pass] = []  # one for each batch; batches of one shape share their calls
+        self._adds: bool | None = None  # whether the model adds to tokens between blocks, known after the first extras
         is_filled = bool(self.states)
         self._batch_size = 1 if extras is not None else batch_size(calibration, model.device)
         batches = calibration.to(model.device).split(self._batch_size)
         for ids, beside in zip(batches, extras or [None] * len(batches), strict=True):
             if beside is None and is_filled and self._passes and len(ids) == self._batch_size:
-                self._passes.append(self._passes[0])  # one pass of each shape, for the calls
+                self._passes.append(self._passes[0])  # the calls of one pass serve all batches of its shape
             elif beside is None:
                 self._enter(model, ids, None, keep=not is_filled)
             else:
@@ -181,7 +180,7 @@ class BlockInputs(Sequence[Tensor]):
         return self._entering(self.states[batch], batch)
 
     def call(self, batch: int) -> BlockCall:
-        """How the current block is called with a batch, counted from 0."""
+        """The further arguments of the current block for a batch, counted from 0."""
         return self._passes[batch].calls[self.index]
 
     def run(self, hidden: Tensor, batch: int) -> Tensor:
@@ -191,13 +190,13 @@ class BlockInputs(Sequence[Tensor]):
         return output.to(hidden.dtype)
 
     def follow_dense(self, states: MutableSequence[Tensor]) -> None:
-        """Holds what enters the current block in the dense model in `states`, unless it is there already."""
+        """Also follows the dense model in `states`, which begin as a copy of the inputs unless they are filled."""
         self.dense = states
         if not len(states):
             states.extend(self.states)
 
     def dense_outputs(self) -> Sequence[Tensor]:
-        """What the current block, still dense, gives for each batch of the dense model; it takes the inputs' place."""
+        """The outputs of the current block, still dense, on the dense model's hidden states, which they replace."""
         for batch, hidden in enumerate(self.dense):
             self.dense[batch] = self.run(self._entering(hidden, batch), batch)
         return self.dense.of_next_block() if isinstance(self.dense, HiddenStates) else self.dense
@@ -210,11 +209,11 @@ class BlockInputs(Sequence[Tensor]):
 
     @property
     def streams(self) -> list[HiddenStates]:
-        """The hidden states that are on disk."""
+        """The hidden states on disk."""
         return [states for states in (self.states, self.dense) if isinstance(states, HiddenStates)]
 
     def _entering(self, output: Tensor, batch: int) -> Tensor:
-        """What enters the current block where the one before it has given `output`."""
+        """The input of the current block, given the `output` of the block before it."""
         added = self._passes[batch].added.get(self.index)
         if added is None:
             return output
@@ -223,7 +222,7 @@ class BlockInputs(Sequence[Tensor]):
         return entering
 
     def _enter(self, model: PreTrainedModel, ids: Tensor, extras: dict[str, Tensor] | None, keep: bool) -> None:
-        passed_on: list[Tensor] = []  # what the last block called gave back
+        passed_on: list[Tensor] = []  # the output of the block that ran last
         here = _Pass([], {})
         first = self._passes[0].calls if self._passes else None
         is_of_another_shape = len(ids) != self._batch_size
@@ -238,15 +237,15 @@ class BlockInputs(Sequence[Tensor]):
                     here.added[index] = added
             if not in_order:
                 raise InputError(
-                    f"{type(model).__name__} does more between its blocks than pass hidden states on: "
-                    "pruning block by block cannot follow it, use magnitude without calibration"
+                    f"{type(model).__name__} changes hidden states between its blocks, which pruning block by block "
+                    "cannot follow: use magnitude without calibration"
                 )
             if index == 0:
                 is_like_first = first is not None and _same(call, first[0])
                 if not (first is None or is_like_first or is_of_another_shape) and extras is None:
                     raise InputError(
-                        f"the blocks of {type(model).__name__} take arguments that change with the text: "
-                        "pruning block by block cannot follow it, use magnitude without calibration"
+                        f"the blocks of {type(model).__name__} take arguments that change with the text, which pruning "
+                        "block by block cannot follow: use magnitude without calibration"
                     )
                 if keep:
                     self.states.append(hidden)
@@ -264,7 +263,7 @@ class BlockInputs(Sequence[Tensor]):
                 hooks.enter_context(block.register_forward_hook(lambda _, __, out: passed_on.append(_hidden_of(out))))
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False, **(extras or {}))
-        if not here.calls:  # as in the first pass
+        if not here.calls:  # it stopped at the first block, whose arguments were the first pass's
             assert first is not None
             self._passes.append(_Pass(first, {}))
             return
@@ -272,12 +271,12 @@ class BlockInputs(Sequence[Tensor]):
             self._adds = bool(here.added)
         if len(here.calls) < len(self.blocks):
             raise InputError(f"{type(model).__name__} runs only {len(here.calls)} of its {len(self.blocks)} blocks")
-        is_same = first is not None and _same(here.calls, first)  # then one copy of the tables is kept
+        is_same = first is not None and _same(here.calls, first)  # then only one copy of the tables is held
         self._passes.append(here._replace(calls=first) if is_same else here)
 
 
 class _Added(NamedTuple):
-    """What a model adds to the hidden states of one sequence between two blocks."""
+    """An addition to the hidden states of one sequence between two blocks."""
 
     tokens: Tensor
     """int64, (num_tokens,)."""
@@ -286,14 +285,14 @@ class _Added(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """A forward pass of a batch: how each block was called, and what was added before some, by their number."""
+    """A forward pass of a batch: the call of each block, and additions before some blocks, by the block's number."""
 
     calls: list[BlockCall]
     added: dict[int, _Added]
 
 
 def _added(output: Tensor, hidden: Tensor) -> _Added | None:
-    """What was added between two blocks to some tokens of a sequence; None if all were changed, as by a scaling."""
+    """The addition to some tokens of a sequence between two blocks; None if all changed, as by a scaling."""
     difference = hidden - output
     changed = (difference[0] != 0).any(dim=-1)
     if bool(changed.all()):
@@ -303,7 +302,7 @@ def _added(output: Tensor, hidden: Tensor) -> _Added | None:
 
 
 def batch_size(calibration: Tensor, device: torch.device) -> int:
-    """Sequences of a forward pass: about the same number in each of as few passes as possible, fewer in the last."""
+    """Sequences per forward pass, for the fewest passes of about equal size; the last may have fewer."""
     num_sequences, seq_len = calibration.shape
     pass_tokens = PASS_TOKENS_CPU if device.type == "cpu" else _PASS_TOKENS_ACCELERATOR
     num_passes = math.ceil(num_sequences / max(1, pass_tokens // seq_len))
