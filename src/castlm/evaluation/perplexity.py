@@ -1,6 +1,6 @@
-"""Perplexity, with everything that a comparison needs: sequence length, stride, text, tokenizer, versions.
+"""Measures perplexity, and records what a comparison needs: sequence length, stride, text, tokenizer, versions.
 
-The output head is applied to a chunk of tokens at a time, so that the logits of a whole text are never in memory.
+The output head is applied to one chunk of tokens at a time, so that memory never holds the logits of a whole text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from castlm.versions import library_versions
 
 _HEAD_ROWS = 192  # tokens whose logits are in memory at once
 SEQ_LEN = 1024
-"""Tokens per sequence unless another number is given, of models whose context has as many."""
+"""Default tokens per sequence, for models with at least this context."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,9 @@ class PerplexityResult:
     loss: float
     """Mean cross-entropy in nats per scored token."""
     num_tokens: int
-    """Number of scored tokens, which is below the number of tokens of the text; see `perplexity`."""
+    """Number of scored tokens, fewer than the tokens of the text; see `perplexity`."""
     seq_len: int
-    """Tokens of the longest sequence: as requested, or the whole text if it is shorter."""
+    """Tokens of the longest sequence: as requested, or the length of the text if it is shorter."""
     stride: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,19 +63,19 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of a text, over sequences of `seq_len` tokens that begin every `stride` tokens.
 
-    `stride=None` is the convention of GPTQ, SparseGPT and Wanda: sequences side by side, each on its own, and all
-    tokens of a sequence but the first are scored. A smaller stride is the sliding window of Hugging Face: each sequence
-    scores only the tokens that no earlier sequence contained. Every token of the text but the first is then scored
-    once, with at least `seq_len - stride` tokens before it from the second sequence on. The last sequence ends with the
-    text and may be shorter. (The published GPTQ code drops a shorter one; cut the text to whole sequences to compare
-    with it.)
+    `stride=None` is the convention of GPTQ, SparseGPT and Wanda: separate, adjacent sequences, of which all tokens but
+    the first are scored. A smaller stride is the sliding window of Hugging Face: each sequence scores only the tokens
+    that no earlier sequence contained. Every token of the text but the first is then scored once, with at least
+    `seq_len - stride` tokens before it from the second sequence on. The last sequence ends with the text and may be
+    shorter. (The published GPTQ code drops a shorter one; cut the text to whole sequences to compare with it.)
 
     The model is evaluated in eval mode; the mode of every module is restored. Losses are summed in float64.
 
     Args:
-        text: token ids of a plain text, int64, (num_tokens,), on any device; or a `ScoredText`, whose conversations are
-            each a text of their own.
-        seq_len: tokens per sequence, at most the model's context; default: 1,024, or its context if that is shorter.
+        text: token ids of a plain text, int64, (num_tokens,), on any device; or a `ScoredText`, which scores each
+            conversation separately.
+        seq_len: tokens per sequence, at most the model's context length; default: 1,024, or that length if it is
+            shorter.
         batch_size: sequences per forward pass. It changes speed and memory, not the perplexity.
         autocast_dtype: for example `torch.bfloat16`; None computes in the model's dtype.
         progress: called with (sequences done, number of sequences) after each batch.
@@ -134,7 +134,7 @@ def perplexity(
 
 
 def _packed_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> float:
-    """The summed loss through a packed head, which castlm's kernels compute as they do in `castlm generate`."""
+    """The summed loss through a packed head, by the same kernels as in `castlm generate`."""
     head, (scale, softcap), total = model.get_output_embeddings(), logit_scale(model.config), 0.0
     for x, y in zip(hidden.flatten(0, 1).split(_HEAD_ROWS), labels.flatten().split(_HEAD_ROWS)):
         logits = head(x).float() * scale
@@ -165,7 +165,7 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int,
 
 
 def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
-    """Batches of one length each. The last sequence may be shorter, and padding would change what it attends to."""
+    """Batches of sequences of equal length. The last sequence may be shorter; padding would change its attention."""
     for _, equal in groupby(sequences, key=lambda sequence: sequence.end - sequence.begin):
         group = list(equal)
         for start in range(0, len(group), batch_size):
@@ -181,10 +181,10 @@ def measured_on(
     held_out: ScoredText,
     precision: str,
 ) -> dict[str, Any]:
-    """The entry of castlm.json on how perplexities were measured, over sequences of `seq_len` side by side.
+    """The entry of castlm.json that describes how perplexities were measured, over adjacent sequences of `seq_len`.
 
     Args:
-        held_out: the tokens of the text, scored or not. Which of them are scored is recorded of conversations.
+        held_out: the evaluation text. For conversations, the entry also names the scored tokens.
     """
     return {
         "seq_len": seq_len,
@@ -210,13 +210,14 @@ def evaluate_text(
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The `perplexity` of a text with everything that it depends on, as `castlm eval --json` writes it.
+    """Measures the `perplexity` of a text, and returns it with all settings that it depends on, as in `castlm eval
+    --json`.
 
-    `text_sha256` is what `sha256sum` prints for a file. `text_tokens` counts all of its tokens, `num_tokens` the
-    scored, and `tokens` says which those are.
+    `text_sha256` is the output of `sha256sum` for a file. `text_tokens` counts all tokens and `num_tokens` the scored
+    ones, which `tokens` names.
 
     Args:
-        limit: most tokens of the text; None takes all.
+        limit: at most this many tokens of the text; None takes all.
 
     Raises:
         InputError: see `perplexity` and `scored_text`.

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy through lm-eval, on its own tasks from the hub or on the same tasks from local files.
+"""Measures zero-shot accuracy by lm-eval, on its tasks from the hub or on the same tasks from local files.
 
 Every figure is stored with its metric and its standard error: `acc` and `acc_norm` of one task differ by up to 19
 points.
@@ -39,15 +39,14 @@ _Loader.add_constructor("!function", _function)
 
 
 def local_task_names() -> list[str]:
-    """Names of the tasks that castlm has files for. Each has the name, prompt and metrics of lm-eval's task."""
+    """Names of the tasks with a file in castlm; each has the name, prompt and metrics of lm-eval's task."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def local_task(name: str, folder: str | Path) -> dict[str, Any]:
     """lm-eval's configuration of a task whose data is in `folder`.
 
-    It is read from `folder/<name>.yaml` if that exists, else from the file that castlm ships. `{folder}` in the file
-    stands for `folder`.
+    Reads `folder/<name>.yaml` if it exists, otherwise the file that castlm ships. `{folder}` in the file is replaced.
 
     Raises:
         InputError: the task is unknown, or its data is not in the folder.
@@ -68,7 +67,7 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
     for split, data in files.items():
         files[split] = str(data).replace("{folder}", str(folder))
         if not Path(files[split]).is_file():
-            raise InputError(f"task {name} needs {files[split]}, which is not there: pass the folder that holds it")
+            raise InputError(f"task {name} needs {files[split]}, which does not exist: pass the folder that holds it")
     return config
 
 
@@ -78,7 +77,7 @@ def _require_lm_eval() -> None:
 
 
 def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
-    """Checks that the tasks can be evaluated, before there is a model.
+    """Checks that the tasks can be evaluated, before a model is loaded.
 
     Raises:
         InputError: lm-eval is not installed, an unknown task, or data that is not in `folder`.
@@ -115,15 +114,15 @@ def zero_shot(
 
     Args:
         tasks: names, as `["piqa", "arc_easy"]`.
-        folder: where local files of the tasks lie; None asks the hub for lm-eval's own.
-        limit: number of questions of each task, from the first on; None for all of them.
+        folder: folder with local files of the tasks; None reads lm-eval's own from the hub.
+        limit: only the first `limit` questions of each task; None for all.
         batch_size: sequences per forward pass.
         autocast_dtype: e.g. `torch.bfloat16`; None computes in the model's dtype.
 
     Returns:
         `{"results": [row, ...], ...}`, ready for JSON. There is a row for every metric of every task ("acc",
         "acc_norm", "exact_match", "perplexity", ...), with `task`, `metric`, `value`, `stderr` (None if lm-eval has
-        none), `num_docs`, `num_fewshot`, which is 0, and the source of the data.
+        none), `num_docs`, `num_fewshot` (always 0), and the source of the data.
 
     Raises:
         InputError: lm-eval is not installed, a task is unknown, or its data is not available.
@@ -208,10 +207,10 @@ def _evaluate(
             num_fewshot=0,
             limit=limit,
             log_samples=False,
-            bootstrap_iters=1000,  # perplexity's error; that of accuracies is exact
+            bootstrap_iters=1000,  # for perplexity's error; the error of accuracies is exact
             task_manager=manager,
         )
-    except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three when it cannot get its data
+    except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three if it cannot get its data
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"the tasks {', '.join(tasks)} could not run: {reason}; use --tasks-from FOLDER for data on this machine"

@@ -1,7 +1,7 @@
-"""Writes the model card: what a model folder holds, its perplexity and how it was measured, how to load and verify it.
+"""Writes the model card: the content of a model folder, its measured perplexity, and how to load and verify it.
 
 A perplexity means nothing without its text, sequence length and tokenizer, so the table has a column for each. Names
-come from users and other people's files: they are escaped, and of a local path only the last part is shown.
+come from users and other people's files, so they are escaped, and only the last part of a local path is shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from castlm.core.nm import NM, Pattern
 from castlm.names import markdown, markdown_code
 from castlm.patterns import parse_pattern
 
-_HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # as `Loaded.source` names it
+_HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # the name in `Loaded.source`
 _COLUMNS = {
     "name": "model",
     "perplexity": "perplexity",
@@ -135,7 +135,7 @@ def _tags(pattern: Pattern) -> list[str]:
 
 
 def _sentences(parts: list[str]) -> list[str]:
-    """The first after a colon, the others each on a line of its own."""
+    """Joins sentences: the first follows a colon, each other one starts a line."""
     return [
         parts[0],
         *(f"\n{part[0].upper()}{part[1:]}".replace("\nconsecutive", " consecutive") for part in parts[1:]),
@@ -143,7 +143,7 @@ def _sentences(parts: list[str]) -> list[str]:
 
 
 def _cut_text(cut: Mapping[str, Any] | None) -> list[str]:
-    """What was cut out, as the change of the config."""
+    """Describes a cut by the change of the config."""
     if not cut:
         return []
     fields = [f"`{name}` from {old:,} to {cut['after'][name]:,}" for name, old in cut["before"].items()]
@@ -169,7 +169,7 @@ def _storage(pattern: Pattern) -> str:
 
 
 def _hub_model(source: str) -> tuple[str, str]:
-    """The hub id of a model and what follows it in `source`; both empty if it is not known to be on the hub."""
+    """The hub id in `source` and the text after it; both empty if the model is not known to be on the hub."""
     if cached := re.search(r"(?:^|/)models--([\w.-]+?)--([\w.-]+?)/snapshots/(\w+)", source):
         return f"{cached[1]}/{cached[2]}", f"@{cached[3]}"
     on_hub = None if Path(source).exists() else _HUB_SOURCE.fullmatch(source)
@@ -200,7 +200,7 @@ def _left_dense(left_dense: Mapping[str, str]) -> str:
 
 
 def _as_written(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The row of the files themselves, whose weights may be rounded to a shorter dtype than those that were trained."""
+    """The row of the written files, whose weights may be rounded to a shorter dtype than in training."""
     found = manifest["proof"].get("perplexity_from_disk")
     if found is None or not manifest.get("figures"):
         return []

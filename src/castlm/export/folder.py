@@ -1,6 +1,6 @@
-"""Which files of a model folder transformers loads the weights from, and that no other weights are beside them.
+"""Finds the weight files that transformers loads from a model folder, and refuses other weights beside them.
 
-Verifying one file says nothing about another, so a folder with two sets of weights is refused: which of them is loaded
+A folder with two sets of weights is refused: verifying one says nothing about the other, and which one is loaded
 depends on the program.
 """
 
@@ -24,24 +24,24 @@ _WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 _NOT_OF_THE_MODEL = re.compile(r"(training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth)$")
-"""State of transformers' Trainer, which holds no weights of the model."""
+"""Files of transformers' Trainer without weights of the model."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a model folder; empty where there is none.
+    """The castlm.json of a model folder; empty without one.
 
     Raises:
-        InputError: it is no JSON object.
+        InputError: it is not a JSON object.
     """
     file = folder / "castlm.json"
     return read_json_object(file) if file.is_file() else {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder; empty where there is none.
+    """The config.json of a model folder; empty without one.
 
     Raises:
-        InputError: it is no JSON object, or its `model_type` is no name.
+        InputError: it is not a JSON object, or its `model_type` is not a name.
     """
     file = folder / "config.json"
     config = read_json_object(file) if file.exists() else {}
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """The tensors that transformers would load: of a .safetensors file, or of a folder with one or with several.
+    """The tensors that transformers would load from a .safetensors file, or from a folder with one or several.
 
     Args:
         config: the content of the folder's config.json.
@@ -83,7 +83,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a folder in castlm's packed format."""
+    """Whether a config.json belongs to a folder in castlm's packed format."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 

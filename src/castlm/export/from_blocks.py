@@ -1,4 +1,4 @@
-"""Puts a model folder together from files of transformer blocks, with no more than one tensor in memory."""
+"""Assembles a model folder from files of transformer blocks, with at most one tensor in memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export_blocks(
     """Writes `folder` with castlm.json and a model card, and verifies it; returns the content of castlm.json.
 
     Args:
-        model: on the meta device; it tells names and shapes.
+        model: the model on the meta device, for names and shapes.
         blocks: a safetensors file of each block, in `dtype`, each tensor under its name in `model`. They are linked
             where the file system allows it, and copied otherwise.
         outside: all other weights by name, in the order of `model.named_parameters()`; rounded to `dtype`.

@@ -1,7 +1,7 @@
-"""Writes a finished model as a Hugging Face folder, which gets its name only after it is verified from the disk.
+"""Writes a finished model as a Hugging Face folder, which gets its name only after verification from the disk.
 
-What a user will load is what is verified: the files are read back, every group of every sparse layer is counted, every
-tensor is compared bit for bit with the one in memory, and the perplexity is measured again.
+Verification reads the files back as a user would: it counts every group of every sparse layer, compares every tensor
+bit for bit with the one in memory, and measures the perplexity again.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from castlm.structured.cut import check_cut, cut_model
 from castlm.versions import model_versions
 
 SCHEMA_VERSION = 1
-EVAL_TOLERANCE = 1e-6  # relative; the weights are equal bit for bit, but kernels may sum in another order
+EVAL_TOLERANCE = 1e-6  # relative tolerance: the weights are equal bit for bit, but kernels may sum in another order
 
 
 def check_export(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
-    """Checks, before anything is trained, that the result of `model` can be cut, written and verified.
+    """Checks, before training, that the result of `model` can be cut, written and verified.
 
     Raises:
-        InputError: what `check_cut` raises, or a sparse layer whose weights `verify` would not find in the files.
+        InputError: as `check_cut`, or `verify` would not find the weights of a sparse layer in the files.
     """
     check_cut(model, pattern, filter_fn)
     layers, _ = sparse_linears(model, pattern, filter_fn)
@@ -75,16 +75,16 @@ def export_model(
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and verifies it.
 
     Args:
-        model: pruned and folded: its parameters are plain, without parametrizations. Channels and heads that the
-            pattern masks are cut out of what is written; `model` itself keeps them.
+        model: pruned and folded: its parameters are plain, without parametrizations. Masked channels and heads are cut
+            out of the files, but not of `model` itself.
         folder: the output; it is replaced once everything is written and verified.
         pattern: the pattern of the sparse layers, such as 2:4.
-        left_dense: the reason for each dense module or parameter, by its name, as `sparse_linears` gives it.
-        record: further content of castlm.json. The model card shows `base_model` (hub id or path),
-            `license`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
-        dtype: what the files are written in; that of the model when not given. The weights of `model` are rounded to it
-            as well, and keep their own dtype, so that what is verified and measured is what is written.
-        eval_fn: the perplexity of a model; called for `model` and for the one read back.
+        left_dense: the reason for each dense module or parameter, by name, from `sparse_linears`.
+        record: further content of castlm.json. The model card shows `base_model` (hub id or path), `license`, and
+            `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
+        dtype: the dtype of the files; default: the model's. The weights of `model` are rounded to it too, in their own
+            dtype, so that verification and evaluation see the written values.
+        eval_fn: returns the perplexity of a model; called for `model` and for the model read back.
         keep_rejected: keep a result that fails its verification as `<folder>.rejected`.
 
     Returns:
@@ -116,7 +116,7 @@ def export_model(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json and castlm.json name it: bfloat16."""
+    """The name of a dtype in config.json and castlm.json, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -132,8 +132,9 @@ def new_manifest(pattern: Pattern | str, left_dense: Mapping[str, str], record: 
 
 
 def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
-    """Writes castlm.json and the model card of the model `name` into `folder`. The dense control, whose pattern is
-    None, has no card."""
+    """Writes castlm.json and the model card of the model `name` into `folder`. The dense control (pattern None) has no
+    card.
+    """
     atomic_write_json(folder / "castlm.json", manifest)
     if manifest["pattern"] is not None:
         (folder / "README.md").write_text(model_card(name, manifest), encoding="utf-8")
@@ -142,7 +143,7 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
 def write_all_but_weights(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Writes config, generation config and tokenizer beside weights of `dtype` that were written otherwise."""
+    """Writes config, generation config and tokenizer beside weights of `dtype` that the caller wrote."""
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], dtype_name(dtype)
     config.save_pretrained(folder)
@@ -159,7 +160,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], num_parameters: int
 
 
 def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
-    """Keeps a result that failed its verification beside `folder`; returns the error that says why and where."""
+    """Keeps a result that failed its verification beside `folder`; returns the error with the reason and its path."""
     kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
     record_output(temporary, command="result", complete=True)
     temporary.rename(kept)
@@ -167,7 +168,7 @@ def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
 
 
 def failed(error: BaseException) -> InputError:
-    """The error of a result that failed its verification."""
+    """The error for a result that failed its verification."""
     return InputError(f"the export failed its verification: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
@@ -197,7 +198,7 @@ def _verify(
 def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
     """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`.
 
-    The files may hold a layer under other names than the memory, as they do for experts: transformers says which.
+    The names of a layer in the files and in memory may differ, as for experts; transformers' conversions map them.
     """
     sparse: set[str] = set()
     reasons: dict[str, str] = {}

@@ -1,8 +1,8 @@
-"""Asks transformers what it would load of a model folder: the weight files and the layers of the model.
+"""Asks transformers which weight files and layers it would load from a model folder.
 
-`verify` counts what lies in the files, which says nothing where transformers opens other files or fills layers with
-random numbers. So the config and the model are made by transformers itself, on the meta device, where weights take no
-memory; a file without a config.json is compared with itself.
+The counts of `verify` would mean nothing if transformers opened other files or filled layers with random numbers. So
+transformers itself builds the config and the model, on the meta device, where weights take no memory. Without a
+config.json, the blocks of a file are compared with each other.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
-"""Files that transformers takes for parts of a distributed checkpoint, before it looks for model.safetensors."""
+"""Files that transformers takes for a distributed checkpoint before it looks for model.safetensors."""
 
 
 def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config, ignored: Collection[str] = ()) -> str:
-    """Checks that transformers loads `tensors`, and that they are every linear layer of the model, and no other.
+    """Checks that transformers loads `tensors`, and that they are exactly the linear layers of the model.
 
     Args:
-        path: of the model folder.
-        tensors: what is stored there.
+        path: the model folder.
+        tensors: the stored tensors.
         config: the content of config.json.
-        ignored: names of tensors that may be there and that the model does not have.
+        ignored: names of tensors that may be stored though the model does not have them.
 
     Returns:
-        What the layers were compared with, in words.
+        A description of what the layers were compared with.
 
     Raises:
         InputError: config.json sends transformers to other weights, or a layer is missing, has no place in the model,
@@ -46,7 +46,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
     """
     check_redirections(path, config)
     _refuse_absurd_counts(path, len(tensors), config)
-    if config.get("auto_map") and not _is_native(config):  # nobody here knows the layers of its own code
+    if config.get("auto_map") and not _is_native(config):  # the layers of a model with its own code are unknown
         check_uniform(path, tensors)
         return "each other"
     unexpected = load_on_meta(path, config)
@@ -63,7 +63,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
 
 
 def _is_native(config: Config) -> bool:
-    """Whether transformers has the model, so that it loads without the code that comes with it."""
+    """Whether transformers has the model class, so that the model loads without its own code."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -75,7 +75,7 @@ def _is_native(config: Config) -> bool:
 
 
 def check_redirections(folder: Path, config: Config) -> None:
-    """Refuses what makes transformers read other files than config.json and the weights beside it.
+    """Refuses entries that make transformers read other files than config.json and the weights beside it.
 
     `configuration_files` names another config.json, `transformers_weights` other weights. An `attribute_map` gives
     fields other names, at any depth.
@@ -121,7 +121,7 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
             )
     except InputError:
         raise
-    except Exception as error:  # every config fails in its own way
+    except Exception as error:  # configs fail with errors of any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"transformers cannot say which layers {folder} should hold: {reason}") from error
     if mismatched := sorted(info["mismatched_keys"]):
@@ -136,7 +136,7 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
 
 
 def _check_config_object(folder: Path, config: PretrainedConfig, described: Config) -> None:
-    """Refuses a config that transformers reads otherwise than `verify` does, in what decides about the weights."""
+    """Refuses a config that transformers reads differently from `verify`, where it decides about the weights."""
     text = config.get_text_config(decoder=True)
     if any(getattr(part, "transformers_weights", None) is not None for part in (config, text)):
         raise InputError(f"{folder / 'config.json'} names other weights in transformers_weights: remove that entry")
@@ -165,7 +165,7 @@ def _some(names: list[str]) -> str:
 
 
 def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:
-    """Refuses a config.json with more blocks or experts than there are tensors, before anything counts up to it."""
+    """Refuses a config.json with more blocks or experts than stored tensors, before anything loops over that number."""
     for name, value in _fields(config):
         count = re.search(
             r"(?:^|_)n(?:um)?_(?:\w+_)?(layer|block|expert)s?(?:_per_\w+)?$|^(?:en|de)coder_(layer)s$", name
@@ -183,7 +183,7 @@ def _fields(config: Config) -> list[tuple[str, Any]]:
 
 
 def check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuses transformer blocks that do not all hold the same layers, or whose numbers leave one out."""
+    """Refuses transformer blocks that differ in their layers, or whose numbers have a gap."""
     blocks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name, tensor in tensors.items():
         if len(tensor.shape) >= 2 and not is_tower(name) and (match := re.match(r"(|.*?\.)(\d{1,9})\.(.+)", name)):

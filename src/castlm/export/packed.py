@@ -1,8 +1,7 @@
-"""`castlm pack` and `castlm unpack`: a model folder with its zeros stored, and the packed folder without them.
+"""`castlm pack` and `castlm unpack`: convert between a plain model folder, with zeros, and a packed one without.
 
-One tensor is in memory at a time, whatever the size of the model. The plain folder stays the canonical result. Tensors
-are written in the order of their names in the plain folder, so that a model that is packed, unpacked and packed again
-gives the same file.
+One tensor is in memory at a time. The plain folder stays the canonical result. Tensors are written in the order of
+their names in the plain folder, so that packing, unpacking and packing again gives the same file.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from castlm.models.opening import open_config
 from castlm.patterns import parse_pattern
 
 DENSE = "dense"
-"""In place of a pattern."""
+"""The text of a dense model, instead of a pattern."""
 
 Progress = Callable[[int, int], None]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -67,7 +66,7 @@ class PackReport:
 
     Attributes:
         num_packed: tensors in the packed format.
-        bytes_before, bytes_after: of the weight files.
+        bytes_before, bytes_after: bytes of the weight files.
     """
 
     num_packed: int
@@ -88,17 +87,16 @@ def pack_folder(
 ) -> PackReport:
     """Writes the n:m or dense model in `source` to `folder` in the packed format, and verifies what was written.
 
-    Every linear layer inside the transformer blocks is packed: as n:m, or as a dense matrix where castlm.json lists it
-    as left dense or the whole model is dense. The other tensors are copied. Each packed tensor of floats is unpacked
-    again and compared before it is written.
+    Every linear layer inside the transformer blocks is packed: as n:m, or as a dense matrix if castlm.json lists it as
+    left dense or the whole model is dense. The other tensors are copied. Each packed tensor of floats is unpacked again
+    and compared before it is written.
 
     Args:
-        source: a model folder in safetensors, one file or several, of which the result has as many; or a hub id, a GGUF
-            file or "demo".
+        source: a model folder in safetensors (the result has as many files); or a hub id, a GGUF file or "demo".
         folder: the output.
-        n: kept weights of each group; 0, with m 0, of a dense model.
+        n: kept weights of each group; 0, with m 0, for a dense model.
         m: weights of a group.
-        dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps what is stored.
+        dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps their dtype.
         head: "int8" rounds the output head to int8 with a scale for each row, together with the embedding where the two
             are tied. None keeps it.
         overwrite: replace an earlier result in `folder`.
@@ -133,8 +131,8 @@ def pack_into(
     """`pack_folder` into an existing empty folder.
 
     Args:
-        integers: codes and scales, int8 or int4, that are stored in place of the weights, by the name of the layer in
-            the files; the weights in `source` are their products.
+        integers: int8 or int4 codes and scales to store instead of the weights, by the name of the layer in the files;
+            the weights in `source` are their products.
     """
     plan = _plan(source, n, m, dtype, head, integers or {})
     done, total = 0, len(plan.stored)
@@ -169,7 +167,7 @@ def pack_into(
 
 @contextlib.contextmanager
 def _model_folder(name: str | Path, within: Path) -> Iterator[Path]:
-    """The folder of a model in safetensors; a GGUF file is written as one while it is packed."""
+    """The folder of a model in safetensors; a GGUF file is converted to a temporary one."""
     if not locate(name, needs_weights=False).gguf:
         yield local_folder(name)
         return
@@ -241,16 +239,16 @@ def check_dense(folder: Path, names: Collection[str]) -> None:
 @dataclass(frozen=True)
 class _Plan:
     stored: Mapping[str, StoredTensor]
-    """By name, in the order in which they are written."""
+    """Tensors by name, in the order of writing."""
     specs: Mapping[str, PackedSpec]
-    """By the name of the tensor in the source."""
+    """Specs by the name of the tensor in the source."""
     files: list[tuple[Path, str, list[str]]]
     """Path, new name and tensor names of each file."""
     cast: torch.dtype | None
     integers: Mapping[str, Rounded] = field(default_factory=dict)
 
     def layout(self, name: str) -> Layout:
-        """What is written of the tensor `name`."""
+        """The stored tensors of `name`."""
         spec = self.specs.get(name)
         if spec is not None:
             return {f"{spec.stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
@@ -261,7 +259,7 @@ class _Plan:
 
 def _plan(source: Path, n: int, m: int, dtype: str | None, head: str | None, integers: Mapping[str, Rounded]) -> _Plan:
     config, stored = _read_source(source)
-    if not config.get("auto_map"):  # nobody here knows the layers of a model with its own code
+    if not config.get("auto_map"):  # the layers of a model with its own code are unknown
         check_layers(source, stored, config)
     config["model_type"] = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
     left_dense = read_left_dense(source / "castlm.json")
@@ -298,7 +296,7 @@ def _spec(
     dtype: str | None,
     integers: Mapping[str, Rounded],
 ) -> PackedSpec | None:
-    """How a tensor is packed; None of a dense one whose axes are not known, which is copied."""
+    """The spec of a tensor; None for a dense one with unknown axes, which is copied."""
     experts = tensor.shape[0] if len(tensor.shape) == 3 else 0
     transposed = _transposed(name, tensor, config)
     if transposed is None:
@@ -316,7 +314,7 @@ def _spec(
 
 
 def _transposed(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> bool | None:
-    """Whether the last axis of a tensor is that of its outputs; None where nobody knows."""
+    """Whether the last axis of a tensor is its output axis; None if unknown."""
     if len(tensor.shape) == 2:
         return stored_transposed(config["model_type"], name)
     experts, rows, columns = tensor.shape
@@ -373,7 +371,7 @@ def _read_source(source: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
 
 
 def _packed_tensors(name: str, tensor: Tensor, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
-    """What is written of one tensor of the source, with the dtypes and shapes of `plan.layout`."""
+    """The stored tensors of one tensor of the source, with the dtypes and shapes of `plan.layout`."""
     spec = plan.specs.get(name)
     try:
         if plan.cast is not None and tensor.is_floating_point():
@@ -406,7 +404,7 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
 
 
 def _write_rest(source: Path, folder: Path, plan: _Plan, pattern: NM | None) -> None:
-    """Writes all files but the weights: config.json and castlm.json with what was done, the others as they are."""
+    """Writes all files except the weights: adds the packing to config.json and castlm.json, and copies the others."""
     name = DENSE if pattern is None else str(pattern)
     _copy_small_files(source, folder)
     config = read_json_object(source / "config.json")
@@ -423,7 +421,7 @@ def _write_rest(source: Path, folder: Path, plan: _Plan, pattern: NM | None) -> 
     manifest = read_manifest(source)
     if pattern is None:
         manifest["pattern"] = None
-        manifest.pop("proof", None)  # that of a pattern
+        manifest.pop("proof", None)  # the card names a pattern
     else:
         recorded = parse_pattern(str(manifest.get("pattern") or pattern))
         is_counted = recorded.nm == pattern  # by `verify`, in a packed folder
@@ -453,13 +451,13 @@ def _copy_small_files(source: Path, folder: Path) -> None:
 def unpack_folder(
     source: str | Path, folder: str | Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> int:
-    """Writes the packed model in `source` as a plain model folder, with the zeros stored, and verifies it.
+    """Writes the packed model in `source` as a plain model folder, with zeros, and verifies it.
 
     Floating-point values come back bit for bit, except that -0.0 may become 0.0. Integers come back as value times
     scale in the dtype of config.json.
 
     Returns:
-        How many tensors were unpacked.
+        The number of unpacked tensors.
 
     Raises:
         InputError: not a packed folder, damaged files, values that are infinite in the dtype of config.json, `folder`
@@ -536,7 +534,7 @@ def _check_unpacked(folder: Path, specs: Mapping[str, PackedSpec]) -> None:
 
 
 def _dtype_of(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of the weights by a config.json; fp32 in place of any other than those of `FLOATS`."""
+    """The dtype of the weights by a config.json; fp32 if it is not one of `FLOATS`."""
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return found if found in FLOATS.values() else torch.float32
 

@@ -1,7 +1,7 @@
 """The model card of a packed folder, and of a folder that is unpacked again.
 
-A result of castlm gets its own card, with its figures and its license. The card of another's model stays below a new
-head that says what reads the folder, and `castlm unpack` takes the head off again.
+A result of castlm gets its own card, with its figures and license. The card of any other model stays, below a new head
+that names the programs that read the folder; `castlm unpack` removes the head.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def packed_card(source: Path, manifest: Mapping[str, Any], pattern: str) -> str:
         pattern: n:m.
 
     Raises:
-        InputError: `manifest` is that of a result of castlm, and damaged.
+        InputError: `manifest` is the damaged record of a result of castlm.
     """
     if card := _result_card(source, manifest):
         return card
@@ -68,13 +68,13 @@ def unpacked_card(source: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def _result_card(source: Path, manifest: Mapping[str, Any]) -> str:
-    """The card of a result of castlm; empty where `manifest` is not the record of one."""
+    """The card of a result of castlm; empty if `manifest` is not the record of one."""
     if "proof" not in manifest:
         return ""
     try:
         return model_card(source.resolve().name, manifest)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(f"{source / 'castlm.json'} is damaged: remove it to go on without it") from None
+        raise InputError(f"{source / 'castlm.json'} is damaged: remove it to continue without it") from None
 
 
 def _read_card(folder: Path) -> str:
@@ -83,6 +83,6 @@ def _read_card(folder: Path) -> str:
 
 
 def _front_matter(card: str) -> str:
-    """The YAML at the head of a card, which the hub reads, with its fences; empty where there is none."""
+    """The YAML at the head of a card, with its fences, for the hub; empty if there is none."""
     end = card.find("\n---\n", len("---\n") - 1)
     return card[: end + len("\n---\n")] if card.startswith("---\n") and end > 0 else ""

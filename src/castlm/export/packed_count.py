@@ -1,4 +1,4 @@
-"""Count the groups of a packed tensor from its mask, as it lies on disk: numpy alone, a few chunks in memory."""
+"""Counts the groups of a packed tensor from its stored mask, by numpy alone, with a few chunks in memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from castlm.inference.formats import FORMATS, PackedSpec, read_specs
 
 
 class Packed(NamedTuple):
-    """A packed tensor: its spec, and what is stored of it by suffix."""
+    """A packed tensor: its spec, and its stored tensors by suffix."""
 
     spec: PackedSpec
     parts: Mapping[str, StoredTensor]
 
     def num_non_finite(self) -> int:
-        """Values and scales that are NaN or infinite, and scales with which the largest integer is infinite."""
+        """Number of NaN and infinite values and scales, and of scales that make the largest integer infinite."""
         found = sum(map(count_non_finite, self.parts.values()))
         if found or "scales" not in self.parts:
             return found
@@ -33,10 +33,10 @@ class Packed(NamedTuple):
 
 
 def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
-    """Takes the parts of packed tensors out of `tensors`, in place, and puts each packed tensor there under its name.
+    """Replaces, in place, the parts of each packed tensor in `tensors` by one entry under its own name.
 
     Returns:
-        The packed tensors by that name. In `tensors` they have the shape that they have unpacked.
+        The packed tensors by that name. In `tensors` they have their unpacked shape.
 
     Raises:
         InputError: as `castlm.inference.formats.read_specs`.
@@ -72,11 +72,12 @@ def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> Lay
 
 
 class PackedCounts(NamedTuple):
-    """What the mask of a packed tensor keeps.
+    """The counts of a packed tensor's mask.
 
     Attributes:
-        groups, violations, most_kept: groups of the pattern asked for, those that keep too many, and the most in one.
-        damage: why the mask is not one of the tensor's own pattern; None where it is.
+        groups, violations, most_kept: groups of the requested pattern, those that keep too many, and the most kept in
+            one.
+        damage: why the mask does not have the tensor's own pattern; None if it does.
     """
 
     groups: int
@@ -86,10 +87,10 @@ class PackedCounts(NamedTuple):
 
 
 def count_packed(spec: PackedSpec, mask: StoredTensor, m: int, n: int) -> PackedCounts:
-    """Counts the groups of `m` that keep more than `n`; `m` divides the width, and `spec` is no dense tensor.
+    """Counts the groups of `m` that keep more than `n`. `m` must divide the width, and `spec` must not be dense.
 
-    Every group of the tensor's own pattern must keep exactly `spec.n`, with no bit set past the last column: else
-    values belong to other columns than the mask says.
+    Every group of the tensor's own pattern must keep exactly `spec.n`, with no bit set past the last column; otherwise
+    the values would belong to other columns than in the mask.
     """
     groups = violations = most = num_damaged = 0
     for chunk in byte_chunks(mask, mask.shape[1]):

@@ -31,12 +31,12 @@ _NOT_PASSED_ON = (
     *("schema_version", "versions", "proof", "left_dense", "figures", "perplexity", "dtype"),
     *("packed", "quantized"),
 )
-"""Entries of castlm.json that do not hold for the quantized model, or are written again."""
+"""Entries of castlm.json that are no longer true for the quantized model, or are written again."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The text that int4 reads, and the sequences that are drawn from it."""
+    """The calibration text of int4, and the draw of sequences from it."""
 
     text: str
     """A file, folder, glob or hub dataset."""
@@ -64,27 +64,27 @@ def quantize_folder(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> QuantizeReport:
-    """Rounds the linear layers of a model, zeros kept, and writes the result to `folder`, which is replaced.
+    """Rounds the linear layers of a model, keeps zeros, and writes the result to `folder`, which is replaced.
 
     Args:
         name: a model folder, hub id, GGUF file or "demo".
-        folder: the output: a plain model folder with the rounded values, or a packed one.
-        kind: "int8" or "fp8", the nearest by rows; or "int4", GPTQ in groups of 64 columns.
-        pattern: of the model, which is verified before and after; None of a dense model.
+        folder: the output, a plain model folder with the rounded values, or a packed one.
+        kind: "int8" or "fp8", to the nearest with a scale per row; or "int4", by GPTQ with a scale per 64 columns.
+        pattern: the model's pattern, verified before and after; None for a dense model.
         calibration: int4 needs it.
         packed: store the integers and scales in castlm's packed format.
-        head: with `packed`, "int8" rounds the output head, and an embedding tied to it, too.
-        damping: int4: share of the mean diagonal that is added to the Hessian.
-        chat_template_path: a Jinja file to use, and to save, in place of the tokenizer's own template.
-        dtype: "bf16", "fp16" or "fp32" of the values of a plain folder; "source" is what the model is stored in.
+        head: with `packed`, "int8" also rounds the output head and an embedding tied to it.
+        damping: int4: fraction of the mean diagonal to add to the Hessian.
+        chat_template_path: a Jinja file to use, and to save, instead of the tokenizer's own template.
+        dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.
         progress: called with (blocks or layers done, in all).
 
     Returns:
         Codes, scales and errors by layer.
 
     Raises:
-        InputError: a model that has not the pattern, a kind that cannot be packed, a calibration text that is missing
-            or not wanted, or what loading, rounding and writing refuse. `folder` is then as it was.
+        InputError: a model without the pattern, a kind that cannot be packed, a missing or superfluous calibration
+            text, or an error in loading, rounding or writing. `folder` then stays unchanged.
     """
     if packed and kind == "fp8":
         raise InputError("the packed format holds int8 and int4: leave --packed out for fp8")
@@ -94,7 +94,7 @@ def quantize_folder(
         raise InputError(f"{kind} needs {'a' if kind == 'int4' else 'no'} calibration text: see --calibration")
     groups = None if pattern is None else pattern.nm
     if pattern is not None and groups is None:
-        raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern of an n:m model, or dense")
+        raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern n:m, or dense")
     manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name) / "castlm.json")
     documents = None if calibration is None else open_documents(calibration.text, column=calibration.column)
     # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
@@ -132,7 +132,7 @@ def quantize_folder(
         try:
             _write_plain(loaded, plain, pattern, left_dense, record, stored_as, keep_rejected=False)
             pack_into(temporary, plain, n, m, head=head, integers=stored_layers(loaded.model, report.layers))
-        except InputError as error:  # of a folder that is gone by the time a person reads it
+        except InputError as error:  # it names a folder that no longer exists when a user reads it
             raise InputError(str(error).replace(str(plain), name).replace(str(temporary), str(folder))) from error
         shutil.rmtree(plain.parent)
     return report
@@ -158,7 +158,7 @@ def _write_plain(
         loaded.model,
         loaded.tokenizer,
         folder,
-        pattern=pattern if pattern.cut_out is None or groups is None else groups,  # it is cut already
+        pattern=pattern if pattern.cut_out is None or groups is None else groups,  # the model is cut already
         left_dense=left_dense,
         record=record | {"pattern": str(pattern)},
         overwrite=True,

@@ -1,4 +1,4 @@
-"""What `verify` found: the counts of every layer, what was not counted and why, as text and as JSON."""
+"""The result of `verify`: the counts of every layer, and the tensors not counted, with reasons, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from castlm.core.nm import Pattern
 from castlm.names import printable
 
 _DENSE = 0.1
-"""A layer that violates its pattern counts as dense if a smaller share of it is zero."""
+"""A layer that violates its pattern is reported as dense if its share of zeros is below this."""
 
 
 @dataclass
@@ -22,19 +22,19 @@ class LayerReport:
     shape: tuple[int, ...]
     dtype: str
     axis: int
-    """The input axis, along which the groups run: the last one, or the one before for Conv1D and some 3-D experts."""
+    """The input axis, along which groups run: the last axis, or the one before it for Conv1D and some 3-D experts."""
     num_groups: int = 0
     num_violations: int = 0
     num_zeros: int = 0
     cut: int = 0
-    """Weights of the base that are not there any more, as they were cut out."""
+    """Number of weights of the base that were cut out."""
     max_nonzeros: int = 0
     """The largest number of non-zeros in a group."""
     num_non_finite: int = 0
     problem: str | None = None
     """Why the layer has no groups to count."""
     left_dense: str | None = None
-    """Why the layer is dense on purpose; its groups are counted, but violations do not make the pattern fail."""
+    """Why the layer is dense on purpose; its groups are counted, but may violate the pattern."""
 
     @property
     def numel(self) -> int:
@@ -58,9 +58,11 @@ class VerifyReport:
     pattern: Pattern
     layers: list[LayerReport] = field(default_factory=list)
     compared_with: str = ""
-    """What the list of layers was compared with, to notice a missing one: config.json, transformers, or each other."""
+    """The reference that the list of layers was compared with, to notice missing ones: config.json, transformers, or
+    each other.
+    """
     base: str = ""
-    """The dense model that channels or heads were cut out of, where the pattern does that."""
+    """The dense model before channels or heads were cut out, if the pattern does that."""
     uncounted: dict[str, str] = field(default_factory=dict)
     """Weights of transformer blocks whose groups could not be counted, with the reason. The
     answer is no while there are any."""
@@ -76,7 +78,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether all that must have the pattern was counted and has it, and no value is NaN or infinite."""
+        """Whether every layer that must have the pattern was counted and has it, and every value is finite."""
         return all(layer.ok for layer in self.layers) and not self.uncounted and not self.non_finite_elsewhere
 
     @property
@@ -120,7 +122,7 @@ class VerifyReport:
 
     @property
     def hint(self) -> str:
-        """What makes layers dense that should be sparse, where there are such; else empty."""
+        """A likely cause if layers that should be sparse are dense; otherwise empty."""
         violated = [layer for layer in self.sparse_layers if layer.num_violations > layer.num_groups / 2]
         dense = [layer for layer in violated if layer.zero_fraction < _DENSE]
         if not dense:
@@ -149,7 +151,7 @@ class VerifyReport:
     def text(self, max_good: int = 12) -> str:
         """A table: all layers that fail, at most `max_good` that hold, what was not counted, and `summary()`.
 
-        Names are printed without control characters: they come from the checkpoint, which may be anyone's.
+        Names come from the checkpoint, which may be anyone's, so their control characters are escaped.
         """
         bad = [layer for layer in self.layers if not layer.ok]
         good = [layer for layer in self.layers if layer.ok]
@@ -188,7 +190,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 
 def _by_kind(dense: Mapping[str, str]) -> dict[str, str]:
-    """`dense` with at most three names of each reason, and the number of the others."""
+    """Groups `dense` by reason: at most three names of each, and the number of the others."""
     shown: dict[str, str] = {}
     seen: dict[str, int] = {}
     for name, reason in dense.items():

@@ -1,4 +1,4 @@
-"""Write safetensors a tensor at a time: `safetensors.torch.save_file` wants all tensors of a file in memory at once."""
+"""Writes safetensors one tensor at a time; `safetensors.torch.save_file` needs all tensors of a file in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from castlm.dtypes import STORED, STORED_NAMES, bytes_of
 
 _BYTES = {name: dtype.itemsize for name, dtype in STORED.items()}
-_ALIGNMENT = 8  # of the data, as safetensors pads its header
+_ALIGNMENT = 8  # safetensors pads its header to align the data
 
 
 def write_safetensors(

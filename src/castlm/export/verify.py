@@ -1,9 +1,9 @@
 """Verify that a checkpoint has a pattern, from its bytes on disk, whatever program wrote it.
 
-Every group of every linear layer and expert inside the transformer blocks is counted, and every float of the checkpoint
-is checked for NaN and infinity. What transformers would load is what is counted: other weights beside it, a missing
-layer, and containers that cannot be counted are refused or reported. transformers itself says which weights and layers
-those are. Memory stays at a few chunks of a tensor, whatever the size of the model.
+Counts every group of every linear layer and expert inside the transformer blocks, and checks every float of the
+checkpoint for NaN and infinity. The counted weights are those that transformers would load, by transformers' own
+account. Further weights beside them, missing layers, and containers that cannot be counted are refused or reported.
+Memory stays at a few chunks of a tensor for a model of any size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from castlm.patterns import parse_pattern
 from castlm.structured.count import base_config, count_units
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
-"""Ends of tensor names that hold a packed weight: of GPTQ and AWQ, compressed-tensors, torchao."""
+"""Suffixes of the names of packed weights, in GPTQ and AWQ, compressed-tensors, and torchao."""
 
 
 def verify(
@@ -45,26 +45,25 @@ def verify(
 ) -> VerifyReport:
     """Counts every n:m group of a Hugging Face checkpoint: a folder, sharded or not, or one .safetensors file.
 
-    For a structured pattern it counts the channels or heads that are left of those of the dense model. A model in which
-    they are zero but not cut out does not have the pattern.
+    For a structured pattern it counts the channels or heads that remain of the dense model's. They must be cut out: a
+    model in which they are zero does not have the pattern.
 
     The pattern applies to every 2-D weight inside the transformer blocks, whatever its name, except embeddings and the
     norms of queries and keys. Groups run along the input axis, which is the first one where the family stores Conv1D
-    (GPT-2). Experts are counted one matrix at a time, or as the 3-D tensor that holds all of a block; their router is
-    dense. Layers that the folder's castlm.json lists under `left_dense` are counted but may violate the pattern. Other
-    weights of a block that have more than two dimensions cannot be counted, and the answer is then no. Reads f64, f32,
-    f16, bf16 and f8, where a value of -0.0 is a zero, and castlm's packed format, whose masks must keep exactly n of
-    every m.
+    (GPT-2). Experts are counted one matrix at a time, or as the 3-D tensor of all experts of a block; their router is
+    dense. Layers that the folder's castlm.json lists under `left_dense` are counted but may violate the pattern.
+    Verification fails if a block has other weights of more than two dimensions, which cannot be counted. Reads f64,
+    f32, f16, bf16 and f8, where a value of -0.0 is a zero, and castlm's packed format, whose masks must keep exactly n
+    of every m.
 
     Args:
         path: the checkpoint.
         pattern: n:m, at most n non-zeros in every m consecutive weights, or a structured pattern.
-        include: globs of tensor names that the pattern applies to, in place of the default rule; the list of layers is
+        include: globs of tensor names that the pattern applies to, instead of the default rule; the list of layers is
             then not compared with config.json.
         exclude: globs of tensor names that the pattern does not apply to; the report lists them.
-        known_layers: names of the weights that the checkpoint must hold, where the caller knows them; default: what
-            config.json asks for.
-        base: folder of the dense model that channels or heads were cut out of; None takes its sizes from castlm.json.
+        known_layers: names of the weights that the checkpoint must hold; default: those that config.json asks for.
+        base: folder of the dense model before channels or heads were cut out; None takes its sizes from castlm.json.
 
     Returns:
         The counts by layer; `ok` says whether the checkpoint has the pattern.
@@ -145,7 +144,7 @@ def _compare_layers(
 
 
 def _input_axis(tensor: StoredTensor, config: Mapping[str, Any], pattern: Pattern) -> int | None:
-    """The axis along which the groups of a tensor run; None where they cannot be counted."""
+    """The axis along which the groups of a tensor run; None if they cannot be counted."""
     if len(tensor.shape) == 2:
         return 0 if stored_transposed(config["model_type"], tensor.name) else 1
     if isinstance(pattern, NM) and is_stacked_experts(tensor.name, tensor.shape):
@@ -160,7 +159,7 @@ def _is_router(name: str, with_experts: Collection[str]) -> bool:
 
 
 def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None, with_experts: Collection[str] = ()) -> str | None:
-    """Why the pattern does not apply to a tensor; None where it does. Tensors of one dimension are never listed."""
+    """Why the pattern does not apply to a tensor; None if it does. 1-D tensors are never listed."""
     if len(tensor.shape) < 2:
         return "one dimension"
     if include is not None:
@@ -183,7 +182,7 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None, with_exper
 
 
 def read_left_dense(file: Path) -> Mapping[str, str]:
-    """Why, by the name of a module or parameter, layers are left dense, as a castlm.json says; empty without one."""
+    """The reasons for dense layers in a castlm.json, by the name of a module or parameter; empty without one."""
     content = read_json_object(file).get("left_dense", {}) if file.exists() else {}
     if not isinstance(content, dict):
         raise InputError(f"{file}: left_dense is a {type(content).__name__}, not an object of names and reasons")
@@ -191,7 +190,7 @@ def read_left_dense(file: Path) -> Mapping[str, str]:
 
 
 def left_dense_reason(name: str, left_dense: Mapping[str, str]) -> str | None:
-    """Why `name` is left dense: its own entry, or that of a module it belongs to."""
+    """Why `name` is left dense, by its own entry or the entry of a module that contains it."""
     parts = name.split(".")
     owners = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((str(left_dense[owner]) for owner in owners if owner in left_dense), None)
@@ -207,7 +206,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _refuse_packed(path: Path, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> None:
-    """Refuses containers whose zeros are not the zeros of the weights: quantized, packed, or of integers."""
+    """Refuses quantized, packed and integer tensors, whose zeros are not the zeros of the weights."""
     for name, tensor in tensors.items():
         if name.endswith(PACKED_SUFFIXES):
             raise InputError(f"{name} is a packed weight{_method(config)}: verify the model before it is packed")
@@ -251,8 +250,8 @@ def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | N
 
 
 def _count_whole(layer: LayerReport, tensor: StoredTensor, pattern: Pattern) -> None:
-    """Counts the violations of a pattern of a user's own, which gets the non-zeros of the whole matrix as a mask."""
-    import torch  # castlm's own patterns are counted without it
+    """Counts the violations of a user's own pattern, which gets the non-zeros of the whole matrix as a mask."""
+    import torch  # counting castlm's own patterns does not need it
 
     nonzero = np.concatenate([bits != 0 for bits in magnitude_chunks(tensor)]).reshape(tensor.shape)
     mask = torch.from_numpy(nonzero if layer.axis == 1 else nonzero.T)  # (out, in)
@@ -262,10 +261,10 @@ def _count_whole(layer: LayerReport, tensor: StoredTensor, pattern: Pattern) -> 
 
 
 def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None) -> None:
-    """Counts values, and groups if the pattern has any, of one 2-D tensor, or the 3-D one of all experts of a block.
+    """Counts the values, and the groups if the pattern has any, of a 2-D tensor or the 3-D tensor of a block's experts.
 
-    The matrices of experts lie one after the other, so that they are one matrix; where groups run down its columns,
-    none reaches from one expert into the next, as their number of rows divides by m.
+    The experts' matrices are read as one tall matrix. If groups run down its columns, none spans two experts, because m
+    divides the number of rows of each.
     """
     n, m = (pattern.n, pattern.m) if pattern else (1, 1)
     columns, axis = tensor.shape[-1], layer.axis
@@ -292,7 +291,8 @@ def _group_counts(nonzero: np.ndarray, m: int, axis: int, columns: int) -> np.nd
     if axis == 0:
         return np.add.reduce(ones.reshape(-1, m, columns), axis=1, dtype=dtype)
     if m in (2, 4, 8):
-        # The bytes of a group, read as one integer: times 0x01..01, its top byte is their sum. Faster than a reduce.
+        # The bytes of a group, read as one integer and multiplied by 0x01..01, have their sum in the top byte. This is
+        # faster than a reduce.
         word = np.dtype(f"<u{m}").type
         return (ones.view(word) * word(int("01" * m, 16))) >> word(8 * (m - 1))
     return np.add.reduce(ones.reshape(-1, m), axis=1, dtype=dtype)

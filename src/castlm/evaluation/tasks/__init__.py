@@ -1,1 +1,1 @@
-"""Task files for lm-eval over local data. `{folder}` in them stands for the folder of the data; see `zero_shot`."""
+"""Task files of lm-eval for local data. `{folder}` in them is the folder of the data; see `zero_shot`."""
