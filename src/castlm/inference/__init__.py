@@ -1,7 +1,7 @@
-"""Packed n:m weights on disk and in memory, the CPU kernels that multiply by them, and what loads, runs and serves
-them; quantization that keeps zeros, 2:4 on a GPU where it is faster, and advice on what pays off where.
+"""Packed n:m weights on disk and in memory, their CPU kernels, and loading and generation with them; quantization that
+keeps zeros, 2:4 on a GPU where it is faster, and advice on formats.
 
-Nothing is imported here: the file format is read without torch, the loaders need all of it.
+Imports nothing: the file format is read without torch, which the loaders need.
 """
 
 from __future__ import annotations

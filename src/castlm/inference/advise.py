@@ -1,8 +1,8 @@
-"""Which format to run a model in on this CPU: every format timed here, with its bytes, and its perplexity where known.
+"""Recommends a format for a model on this CPU: times every format, with its bytes, and its perplexity if known.
 
-The layers are those of the model's config, filled with random numbers: nothing is downloaded or trained. Each shape is
-timed in every format in turns, with as many copies of the weight as the caches do not hold, as in a model. Attention,
-norms and caches are left out; they take the same time in every format. GPUs are estimated by `roofline.py`.
+The layers have the shapes of the model's config and random weights, so nothing is downloaded. The formats of a shape
+are timed in turns, over so many copies of the weight that the caches cannot hold them, as in a model. Attention, norms
+and the KV cache are not timed, since they take the same time in every format. `roofline.py` estimates GPUs.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ Shape = tuple[int, int]
 """(out_features, in_features)."""
 
 NOTICEABLE = 1.05
-"""A gain below this is within the spread of measurements, and is not advised."""
+"""A smaller gain is within the spread of measurements, and is not recommended."""
 
 TWO_OF_FOUR = NM(2, 4)
 
 WORKLOADS = {"one token": 1, "batch of 8": 8, "prompt of 512": 512}
-"""Rows that a layer sees at once; the head sees one of a prompt."""
+"""Rows of a layer's input; the head sees only the last row of a prompt."""
 
 TRANSFORMERS = "transformers"
 SECONDS = 30.0
-"""How long all shapes are timed by default, without making the weights."""
+"""Default seconds of timing for all shapes, without the time to make the weights."""
 
-_COLD_BYTES = 48 << 20  # more than most last caches: each call finds its weight in memory, as in a model
-_MOST_WEIGHTS = 4 << 20  # of a timed layer: of a larger one a part of the rows is timed
+_COLD_BYTES = 48 << 20  # more than most last-level caches: each call reads its weight from memory, as in a model
+_MOST_WEIGHTS = 4 << 20  # of a timed layer; of a larger one, only some rows are timed
 _LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The weights of a model by shape."""
+    """The number of a model's weights by shape."""
 
     blocks: Mapping[Shape, int]
-    """How many linear layers inside the transformer blocks have the shape."""
+    """Number of linear layers inside the transformer blocks by shape."""
     head: Shape | None = None
     """The output head."""
     num_expert_weights: int = 0
-    """Weights of experts, which are left out: how many tokens each sees depends on the router."""
+    """Weights of experts, which are not timed: the number of tokens of each depends on the router."""
     is_tied: bool = True
-    """Whether the embedding is the head's table."""
+    """Whether the embedding and the head share one table."""
     num_others: int = 0
-    """Weights that are neither in `blocks`, in the tables of embedding and head, nor of experts."""
+    """All weights outside `blocks`, the tables of embedding and head, and the experts."""
 
 
 def layer_shapes(model: PreTrainedModel) -> Shapes:
@@ -125,9 +125,9 @@ class Option:
     m: int = 0
     """The pattern; both 0 of dense layers."""
     head: str = "bf16"
-    """Values of the output head and of an embedding tied to it."""
+    """Format of the output head and of an embedding tied to it."""
     by_torch: bool = False
-    """Whether torch multiplies, as transformers runs a plain folder, and not castlm's kernels."""
+    """Whether torch multiplies, as for a plain folder in transformers, instead of castlm's kernels."""
 
     @property
     def is_sparse(self) -> bool:
@@ -141,17 +141,18 @@ class Option:
         return f"{f'{self.n}:{self.m}' if self.m else 'dense'} {self.values}{head}"
 
     def spec(self, shape: Shape, values: str | None = None) -> PackedSpec:
-        """How a layer is stored; a width that m does not divide is dense."""
+        """The storage of a layer, dense if m does not divide its width."""
         n, m = (self.n, self.m) if self.m and shape[1] % self.m == 0 else (0, 0)
         return PackedSpec(*shape, n, m, values or self.values)
 
 
 def options(dtype: str = "bf16", pattern: NM | None = TWO_OF_FOUR) -> list[Option]:
-    """What a model could be on a CPU: as transformers runs it, dense in `dtype`, int8 and int4, and n:m in the three.
+    """The options on a CPU: as transformers runs the model, and on castlm's kernels dense and n:m in `dtype`, int8 and
+    int4.
 
     Args:
-        dtype: "bf16", "fp16" or "fp32", of what is not rounded.
-        pattern: None leaves the sparse ones out.
+        dtype: "bf16", "fp16" or "fp32", for weights that are not rounded.
+        pattern: n:m of the sparse options; None gives none.
     """
     patterns = [(0, 0)] if pattern is None else [(0, 0), (pattern.n, pattern.m)]
     rounded = [form.name for form in FORMATS.values() if form.rounds and form.kernel is not None]
@@ -185,13 +186,13 @@ def time_layer(specs: Mapping[str, PackedSpec | torch.dtype], shape: Shape, rows
     """Times one layer in several formats in turns.
 
     Args:
-        specs: how castlm's kernels have the weight, or the dtype in which torch has it, by name.
+        specs: by name, the spec for castlm's kernels, or the dtype for torch.
         shape: of the weight.
-        rows: of the inputs, each a measurement.
-        seconds: for each of them, at least three rounds.
+        rows: numbers of input rows, each a separate measurement.
+        seconds: time for each measurement, of at least three rounds.
 
     Returns:
-        The least seconds of one multiplication, by the number of rows and the name.
+        The least seconds of one multiplication, by number of rows and name.
     """
     share = min(1.0, _MOST_WEIGHTS / math.prod(shape))
     out = max(4, int(shape[0] * share) // 4 * 4) if share < 1 else shape[0]
@@ -203,7 +204,9 @@ def time_layer(specs: Mapping[str, PackedSpec | torch.dtype], shape: Shape, rows
 
 
 def _race(weights: Mapping[str, list[Multiply]], x: Tensor, seconds: float) -> dict[str, float]:
-    """The least seconds of one multiplication by each, A B A B; every call by another copy of the weight."""
+    """The least seconds of one multiplication by each contestant, in turns A B A B; every call uses another weight
+    copy.
+    """
     times: dict[str, list[float]] = {name: [] for name in weights}
     began, number = time.perf_counter(), 0
     while number < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
@@ -219,7 +222,7 @@ def _race(weights: Mapping[str, list[Multiply]], x: Tensor, seconds: float) -> d
 
 
 def _cold_weights(spec: PackedSpec | torch.dtype, shape: Shape) -> list[Multiply]:
-    """Functions of x (tokens, in) that multiply it by a random weight: as many copies as fill the caches."""
+    """Functions that multiply x (tokens, in) by a random weight: enough copies to fill the caches."""
     rows, columns = shape
     if isinstance(spec, torch.dtype):
         weight = torch.randn(rows, columns).to(spec)
@@ -227,7 +230,7 @@ def _cold_weights(spec: PackedSpec | torch.dtype, shape: Shape) -> list[Multiply
         return [lambda x, weight=one: F.linear(x.to(weight.dtype), weight) for one in copies]  # type: ignore[misc]
     packed = _random_packed(rows, columns, spec.n, spec.m, spec.values)
     size = native.packed_bytes(spec.values, spec.n, spec.m, rows, columns)
-    step = -(-size // 64) * 64  # aligned as those of a model
+    step = -(-size // 64) * 64  # aligned as in a model
     buffers = native.allocate(step * max(2, math.ceil(_COLD_BYTES / step))).view(-1, step)[:, :size]
     parts = packed.values, packed.mask_bits, packed.scales
     native.repack_(buffers[0], *parts, spec.values, spec.n, spec.m, columns)
@@ -257,7 +260,7 @@ class Ranked:
 
     option: Option
     seconds: Mapping[str, float]
-    """All linear layers and the head, by workload."""
+    """Seconds of all linear layers and the head, by workload."""
     num_bytes: int
     perplexity: float | None = None
 
@@ -277,15 +280,15 @@ class Ranking:
 
     @property
     def base(self) -> Ranked:
-        """Dense in `dtype` by castlm's kernels: what speeds are relative to."""
+        """The reference of all speeds: dense in `dtype` on castlm's kernels."""
         return next(row for row in self.rows if row.option == Option(self.dtype, head=self.dtype))
 
     def speedup(self, row: Ranked, workload: str) -> float:
-        """How many times as fast as `base`."""
+        """The speed relative to `base`."""
         return self.base.seconds[workload] / row.seconds[workload]
 
     def best(self, sparse: bool, workload: str) -> Ranked:
-        """The fastest dense or n:m row; ties within the noise go to the one with fewer bytes."""
+        """The fastest dense or n:m row; among rows within the noise, the one with the fewest bytes."""
         rows = [row for row in self.rows if row.option.is_sparse == sparse and not row.option.by_torch]
         least = min(row.seconds[workload] for row in rows)
         close = [row for row in rows if row.seconds[workload] <= NOTICEABLE * least]
@@ -317,7 +320,9 @@ class Ranking:
         if not gains:
             return text
         pays = any(ratio >= NOTICEABLE for ratio, _ in gains)
-        use = "use it where they are the cost and its perplexity is good enough" if pays else "it does not pay for them"
+        use = (
+            "use it if they dominate the cost and its perplexity is good enough" if pays else "it does not pay for them"
+        )
         found = " and ".join(words for _, words in gains)
         return f"{text} {found[0].upper()}{found[1:]}: {use}."
 
@@ -340,7 +345,7 @@ class Ranking:
         }
 
     def text(self) -> str:
-        """A table with the speeds relative to dense `dtype`, the verdict, and what the figures rest on."""
+        """A table with the speeds relative to dense `dtype`, the verdict, and the conditions of the figures."""
         known = any(row.perplexity is not None for row in self.rows)
         table = [["format", "MB", *self.workloads, *(["perplexity"] if known else [])]]
         for row in self.rows:
@@ -365,12 +370,12 @@ def rank(
     """Times all linear layers of a model in every option on this CPU.
 
     Args:
-        shapes: of `layer_shapes` or `shapes_of`.
-        dtype: of what is not rounded: bf16, fp16 or fp32.
-        pattern: of the sparse options; None compares dense ones alone.
+        shapes: from `layer_shapes` or `shapes_of`.
+        dtype: bf16, fp16 or fp32, for weights that are not rounded.
+        pattern: n:m of the sparse options; None compares only dense ones.
         workloads: rows of a layer's input by name.
-        seconds: how long the shapes are timed in all; each is timed in at least three rounds.
-        perplexities: by the name of an option, where they are known.
+        seconds: total time for all shapes; each is timed in at least three rounds.
+        perplexities: known perplexities, by the name of the option.
         progress: called with (shapes done, in all).
 
     Raises:
@@ -414,7 +419,7 @@ def _key(option: Option, spec: PackedSpec) -> str:
 def _notes(shapes: Shapes) -> list[str]:
     notes = [
         f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
-        "attention, norms and caches are left out.",
+        "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
     ]
     if shapes.num_expert_weights:

@@ -1,6 +1,6 @@
 """The sparse kernels of an NVIDIA GPU behind one interface: cuSPARSELt in bf16, fp16 and int8, torchao in fp8.
 
-Checked against the sources of torch 2.13 and torchao 0.18; no GPU was at hand, so that none of it has run on one.
+Checked against the sources of torch 2.13 and torchao 0.18; no GPU was at hand, so none of it has run on one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_st
 from castlm.core.errors import InputError
 
 ROUNDS = 20
-_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU: each call finds its weight in memory, as in a model
+_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU: each call reads its weight from memory, as in a model
 
 
 def backend_for(dtype: str, device: torch.device) -> Cusparselt | CusparseltInt8 | TorchaoFp8:
-    """The backend of `to_semi_structured_`'s `dtype`.
+    """The backend for the `dtype` of `to_semi_structured_`.
 
     Raises:
-        InputError: another device than CUDA, one too old for 2:4 or for fp8, an unknown dtype, or no
-            cuSPARSELt or torchao.
+        InputError: a device other than CUDA, one too old for 2:4 or fp8, an unknown dtype, or no cuSPARSELt or torchao.
     """
     if dtype not in ("same", "int8", "fp8"):
         raise InputError(f"dtype {dtype!r} is not known: choose same, int8 or fp8")
@@ -45,12 +44,12 @@ def backend_for(dtype: str, device: torch.device) -> Cusparselt | CusparseltInt8
 
 
 class _Cuda:
-    """What the backends share: the race."""
+    """Base of the backends: races contestants on CUDA."""
 
     tolerance = 0.02
 
     def race(self, modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
-        """Median seconds of CUDA graphs of one call each, A B A B, the cache flushed before every call."""
+        """Median seconds of one call each, as CUDA graphs in turns A B A B, with a flushed cache before every call."""
         with torch.cuda.device(x.device):  # of events and graphs
             return self._race(modules, x)
 
@@ -71,7 +70,7 @@ class _Cuda:
 
 
 def _captured(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One call of `module` as a CUDA graph, after three calls on a side stream that set up the libraries."""
+    """Captures one call of `module` as a CUDA graph, after three calls on a side stream that set up the libraries."""
     side = torch.cuda.Stream(x.device)
     side.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(side):
@@ -92,7 +91,7 @@ def _with_weight(layer: nn.Linear, weight: Tensor) -> nn.Linear:
 
 
 class Cusparselt(_Cuda):
-    """bf16 and fp16 by `to_sparse_semi_structured`, with the default algorithm and the one that the search finds."""
+    """bf16 and fp16 by `to_sparse_semi_structured`, with the default algorithm and the one found by the search."""
 
     def why_not(self, layer: nn.Linear) -> str | None:
         if layer.weight.dtype not in (torch.bfloat16, torch.float16):
@@ -210,6 +209,6 @@ def _bad_shape(layer: nn.Linear, dtype: torch.dtype) -> str | None:
 
 
 def _padded(x: Tensor, multiple: int) -> Tensor:
-    """Rows added until they divide by what cuSPARSELt takes, and torch pads to: 8 of 16 bits, 16 of int8."""
+    """Pads the rows to a multiple that cuSPARSELt takes, as torch does: 8 for 16 bits, 16 for int8."""
     missing = -x.shape[0] % multiple
     return F.pad(x, (0, 0, 0, missing)) if missing else x

@@ -1,6 +1,6 @@
-"""GPUs by name: memory, and bytes and operations per second at most, each from its vendor's public data sheet.
+"""GPUs by name: memory, and peak bytes and operations per second, from the vendors' public data sheets.
 
-How close real kernels come to these figures is in `roofline.KERNELS`.
+`roofline.KERNELS` holds the shares of these peaks that real kernels reach.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from castlm.core.errors import InputError
 
 @dataclass(frozen=True)
 class Device:
-    """A device as the roofline sees it."""
+    """The figures of a device that the roofline needs."""
 
     name: str
     family: str
@@ -25,13 +25,13 @@ class Device:
     peak: Mapping[str, float]
     """Dense operations per second by compute dtype; a multiply-add counts as two."""
     sparse_peak: Mapping[str, float]
-    """The same with 2:4 weights, counted in the operations of the dense product."""
+    """The same with 2:4 weights, counting the operations of the dense product."""
     source: str
-    """Where the figures come from."""
+    """Source of the figures."""
     cuda_name: str = ""
-    """A regular expression for the end of what `torch.cuda.get_device_name` calls it."""
+    """A regular expression for the end of its name in `torch.cuda.get_device_name`."""
     memory_gib: float | None = None
-    """Memory that torch reports, in GiB; None where it is not known."""
+    """Memory that torch reports, in GiB; None if unknown."""
 
 
 def _device(
@@ -43,7 +43,7 @@ def _device(
     memory_gib: float | None = None,
     **tera: float,
 ) -> Device:
-    """Tensor cores of every NVIDIA device since Ampere do twice the dense operations with 2:4 weights."""
+    """A device with 2:4 tensor cores, which do twice the dense operations (NVIDIA, since Ampere)."""
     peak = {dtype: value * 1e12 for dtype, value in tera.items()}
     sparse = {dtype: 2 * value for dtype, value in peak.items()}
     peaks = MappingProxyType(peak), MappingProxyType(sparse)
@@ -83,7 +83,7 @@ DEVICES: dict[str, Device] = {
 
 
 def device_of(cuda_name: str) -> Device | None:
-    """The record of a GPU by what `torch.cuda.get_device_name` calls it; None without one.
+    """The record of a GPU by its name in `torch.cuda.get_device_name`; None if there is none.
 
     Examples:
         >>> device_of("NVIDIA A100-SXM4-80GB").name, device_of("NVIDIA GeForce RTX 4090 Laptop GPU")

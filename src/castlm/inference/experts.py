@@ -1,7 +1,7 @@
-"""Packed experts of a transformer block: where their matrices go while a packed folder is loaded, and their forward.
+"""Packed experts of a transformer block: loads their matrices from a packed folder, and computes their forward.
 
-A packed folder holds each expert's matrices as the plain one does: under names of their own, `experts.7.up_proj`, or
-all of a block together. In the end an expert is packed linear layers, which multiply the tokens routed to it.
+A packed folder stores the experts' matrices as the plain one does: separately, such as `experts.7.up_proj`, or stacked
+for a whole block. After loading, each expert consists of packed linear layers, which multiply the tokens routed to it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class PackedStack(PackedModule):
-    """The stored tensors of one projection of all experts, (experts * out, in), until they are taken apart."""
+    """The stored tensors of one projection of all experts, (experts * out, in), before they are split."""
 
     def apart(self) -> list[PackedLinear]:
-        """One packed layer for each expert, which reads its rows from the file of all."""
+        """Splits the stack into one packed layer per expert, which reads its rows from the shared file."""
         spec, source = self.spec, self.source
         one = replace(spec, rows=spec.rows // spec.experts, experts=0, transposed=False)
         layers = [PackedLinear(one) for _ in range(spec.experts)]
@@ -47,14 +47,14 @@ class _Projection:
     num_experts: int
     transposed: bool
     pieces: tuple[tuple[str, ...], ...]
-    """By expert the paths of its matrices below the module of experts, one below the other; empty where stacked."""
+    """For each expert, the paths of the matrices whose rows follow each other in this projection; empty if stacked."""
 
 
 def replace_experts_(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) -> dict[str, str]:
-    """Puts packed layers without values in the place of 3-D weights that `specs` hold packed.
+    """Replaces the 3-D weights that `specs` hold packed by packed layers without values.
 
     Returns:
-        The names in `specs` that were placed, with where.
+        The place of each name in `specs` that was placed.
 
     Raises:
         InputError: experts of which only some are packed.
@@ -68,12 +68,12 @@ def replace_experts_(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) ->
             continue
         found = [_place_(model, fqn, module, name, transposed, specs, placed) for name in three]
         if any(found) and not all(found):
-            raise InputError(f"only a part of the experts {fqn} is packed: load the model after castlm unpack")
+            raise InputError(f"only some of the experts {fqn} are packed: load the model after castlm unpack")
         projections = [projection for projection in found if projection is not None]
         if projections:
             module.castlm_projections = projections  # type: ignore[assignment]
             module.forward = MethodType(packed_experts_forward, module)
-            vars(module)["_is_hf_initialized"] = True  # transformers would fill the weights that are no longer there
+            vars(module)["_is_hf_initialized"] = True  # transformers would fill the removed weights
     return placed
 
 
@@ -129,12 +129,12 @@ def _add(module: nn.Module, path: str, leaf: nn.Module) -> None:
 
 
 def packed_experts(model: nn.Module) -> list[nn.Module]:
-    """The modules of experts that `replace_experts_` has packed."""
+    """The modules of experts that `replace_experts_` packed."""
     return [module for module in model.modules() if "castlm_projections" in vars(module)]
 
 
 def take_stacks_apart_(model: nn.Module) -> None:
-    """Gives each expert its own packed layers, once it is known where a stack is stored."""
+    """Gives each expert its own packed layers, once the file of a stack is known."""
     for module in packed_experts(model):
         projections = []
         for projection in vars(module)["castlm_projections"]:
@@ -151,7 +151,7 @@ def take_stacks_apart_(model: nn.Module) -> None:
 
 
 def unpack_experts_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes the 3-D weights of the packed experts again, and lets go of the packed layers."""
+    """Restores the 3-D weights of packed experts, and drops the packed layers."""
     for module in packed_experts(model):
         projections = vars(module).pop("castlm_projections")
         weights = {projection.name: _unpacked(module, projection, dtype) for projection in projections}
@@ -160,11 +160,11 @@ def unpack_experts_(model: nn.Module, dtype: torch.dtype) -> None:
                 module._modules.pop(path.split(".")[0], None)
         for name, weight in weights.items():
             module.register_parameter(name, nn.Parameter(weight))
-        del module.forward  # that of its class again
+        del module.forward  # restores the forward of its class
 
 
 def _unpacked(module: nn.Module, projection: _Projection, dtype: torch.dtype) -> Tensor:
-    """The 3-D weight, as the module of experts has it."""
+    """The 3-D weight in the layout of the module of experts."""
     if projection.pieces:
         pieces = [[unpack(_stored(module, path), dtype) for path in paths] for paths in projection.pieces]
         weight = torch.stack([torch.cat(of_expert) for of_expert in pieces])
@@ -181,7 +181,7 @@ def _stored(module: nn.Module, path: str) -> PackedTensor:
 
 
 def packed_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What a module of experts of transformers computes, expert by expert, with packed weights.
+    """The forward of transformers' experts with packed weights, one expert at a time.
 
     Args:
         hidden_states: (tokens, hidden).

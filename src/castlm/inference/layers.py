@@ -1,11 +1,11 @@
-"""The layers of a model whose weights are packed: a linear layer, and an embedding that shares its table with the head.
+"""The layers with packed weights: a linear layer, and an embedding that shares its table with the head.
 
-A layer holds the stored tensors first (`values`, `mask`, `scales`, as a file has them) or knows the file that does,
-then, after `prepare_`, the one buffer in the order in which this processor reads it; never both.
+At first a layer holds the stored tensors (`values`, `mask`, `scales`, as in a file), or the file to read them from.
+`prepare_` replaces them by one buffer in the order in which this processor reads it.
 
 `torch.ops.castlm.packed_linear` multiplies activations by that buffer, with a shape that `torch.compile` can trace: by
-castlm's kernels where that is the fastest way; else many rows of x take the library's GEMM, and a part of the weight
-at a time is unpacked to an fp32 scratch that stays in the cache.
+castlm's kernels where they are fastest; otherwise, for many rows of x, by the library's GEMM, unpacking one part of the
+weight at a time to an fp32 scratch that stays in the cache.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _by_kernels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 
 def _in_parts(x: Tensor, packed: Tensor, out_features: int, most: int) -> Tensor:
-    """Of x (rows, in), `most` rows at a time, which bounds the scratch of the kernels."""
+    """Multiplies at most `most` rows of x (rows, in) at a time, which bounds the kernels' scratch memory."""
     out = x.new_empty(len(x), out_features)
     for rows, part in zip(x.split(most), out.split(most)):
         part.copy_(_by_kernels(rows, packed, out_features))
@@ -71,7 +71,7 @@ def _in_parts(x: Tensor, packed: Tensor, out_features: int, most: int) -> Tensor
 
 
 def multiply_by_gemm(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    """Of x (rows, in) in fp32: a CPU without units for 16-bit products is slower in any other dtype."""
+    """Multiplies x (rows, in) in fp32: a CPU without units for 16-bit products is slower in any other dtype."""
     wide = x.float()
     out = wide.new_empty(len(x), out_features)
     step = max(1, _SCRATCH_BYTES // (4 * x.shape[1] * 8)) * 8  # whole tiles
@@ -95,10 +95,10 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     Tracers and transforms (`torch.compile`, `make_fx`, `torch.jit.trace`, `torch.func`) see the operator.
 
     Raises:
-        InputError: x needs a gradient, which packed weights do not pass on.
+        InputError: x needs a gradient, which packed weights do not propagate.
     """
     if x.requires_grad and torch.is_grad_enabled():
-        raise InputError("packed layers pass no gradients on: train the model that was packed, or castlm unpack it")
+        raise InputError("packed layers have no gradients: train the model that was packed, or castlm unpack it")
     if (
         type(x) is Tensor
         and x.is_cpu
@@ -109,7 +109,7 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 
 class PackedModule(nn.Module):
-    """What packed layers share: the stored tensors of a spec, then the buffer made of them."""
+    """Base of the packed layers: the stored tensors of a spec, then the buffer made from them."""
 
     dtype = torch.float32
     """Of activations."""
@@ -128,15 +128,15 @@ class PackedModule(nn.Module):
         return PackedTensor(self.spec, named["values"], named.get("mask"), named.get("scales"))
 
     def hold_(self, packed: PackedTensor) -> None:
-        """Takes the stored tensors of `packed`."""
+        """Keeps the stored tensors of `packed`."""
         for suffix, tensor in packed.tensors().items():
             setattr(self, suffix, tensor)
 
     def read_from_(self, source: Mapping[str, StoredTensor]) -> None:
-        """Lets go of the stored tensors, to read them from `source` when they are needed.
+        """Drops the stored tensors, to read them from `source` when they are needed.
 
         Args:
-            source: where a file has each of them, by suffix.
+            source: the stored tensors in their file, by suffix.
         """
         self._drop_stored()
         self.source = source
@@ -148,7 +148,7 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Nothing, where the weight is and in the dtype of activations, for code of a model that asks for the two."""
+        """An empty tensor on the layer's device in the activations' dtype, for model code that asks for either."""
         held = next(self.buffers(recurse=False), None)
         return torch.empty(0, dtype=self.dtype, device="meta" if held is None else held.device)
 
@@ -160,11 +160,11 @@ class PackedModule(nn.Module):
         super()._save_to_state_dict(*args, **kwargs)
 
     def num_bytes(self) -> int:
-        """Of the buffer that `prepare_` fills."""
+        """Bytes of the buffer that `prepare_` fills."""
         return native.packed_bytes(self.spec.values, self.spec.n, self.spec.m, self.spec.rows, self.spec.columns)
 
     def prepare_(self, buffer: Tensor) -> None:
-        """Makes the buffer of the stored tensors, in `buffer` (num_bytes(),), and lets go of them.
+        """Writes the stored tensors to `buffer` (num_bytes(),) in the kernels' order, and drops them.
 
         Raises:
             InputError: a mask that does not keep exactly n of every m, or a value that is not finite.
@@ -179,7 +179,7 @@ class PackedModule(nn.Module):
         self.share_(buffer)
 
     def share_(self, buffer: Tensor) -> None:
-        """Takes a buffer that another layer of the same spec has prepared."""
+        """Uses the buffer that another layer of the same spec prepared."""
         self._drop_stored()
         self.register_buffer("packed", buffer, persistent=False)
 
@@ -206,7 +206,7 @@ class PackedLinear(PackedModule):
         return out if bias is None else out + bias.to(out.dtype)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
-        """The layer that the model had, from the stored tensors: `nn.Linear`, or transformers' `Conv1D`."""
+        """Rebuilds the dense layer from the stored tensors: `nn.Linear`, or transformers' `Conv1D`."""
         weight = unpack(self.stored, dtype)
         if self.spec.transposed:
             from transformers.pytorch_utils import Conv1D
@@ -225,11 +225,11 @@ class PackedEmbedding(PackedModule):
 
     def __init__(self, spec: PackedSpec, dtype: torch.dtype, device: torch.device | str = "meta"):
         super().__init__(spec, device)
-        self.dtype = dtype  # of what is looked up
+        self.dtype = dtype  # of the looked-up rows
 
     def forward(self, input_ids: Tensor) -> Tensor:
         spec = self.spec
-        if input_ids.numel() and not torch.compiler.is_compiling():  # a graph has no branch for it
+        if input_ids.numel() and not torch.compiler.is_compiling():  # a traced graph cannot branch on values
             low, high = (int(bound) for bound in input_ids.aminmax())
             if low < 0 or high >= spec.rows:
                 raise IndexError(f"token ids from {low} to {high}: the table has {spec.rows} rows")
@@ -251,7 +251,7 @@ def table_spec(weight: Tensor) -> PackedSpec:
 
 
 def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
-    """Makes the buffers of all layers in one allocation on huge pages, a layer at a time.
+    """Prepares all layers, one at a time, in one allocation on huge pages.
 
     Raises:
         InputError: the kernels were not built, or a mask or a value of the named layer is damaged.
@@ -268,7 +268,7 @@ def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
 
 
 def pack_linear(layer: nn.Linear, packed: PackedTensor) -> PackedLinear:
-    """A `PackedLinear` with the stored tensors of `packed` and the bias of `layer`; `prepare_layers_` comes next."""
+    """A `PackedLinear` with the stored tensors of `packed` and the bias of `layer`; call `prepare_layers_` next."""
     if (layer.out_features, layer.in_features) != (packed.spec.rows, packed.spec.columns):
         raise InputError(f"a packed weight of {packed.spec.rows} x {packed.spec.columns} does not fit {layer}")
     made = PackedLinear(packed.spec, layer.bias)

@@ -1,7 +1,7 @@
-"""The C++ kernels of this folder, called through ctypes: a weight becomes a buffer, and x is multiplied by it.
+"""Calls the C++ kernels of this folder through ctypes: converts a weight to a buffer, and multiplies x by it.
 
-They are built when castlm is installed, and left out where there is no C++ compiler then: `kernels()` says so. The
-signatures are those of `kernels.cpp` and `decoder.cpp`, which check every size again.
+Installing castlm builds the kernels if there is a C++ compiler; otherwise `kernels()` returns None. The signatures
+match `kernels.cpp` and `decoder.cpp`, which check every size again.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from castlm.inference.formats import FORMATS
 NOT_BUILT = "the C++ kernels were not built: install castlm again on a machine with a C++ compiler"
 
 VALUES = {form.name: form.kernel for form in FORMATS.values() if form.kernel is not None}
-"""Codes of the stored values, as `Values` of matrix.h has them."""
+"""Codes of the stored values, as in `Values` of matrix.h."""
 
 LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
 """Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
 
 LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
-"""Instruction sets that there are kernels for, as `Level` of matrix.h has them."""
+"""Instruction sets with kernels, as in `Level` of matrix.h."""
 
 _DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
 _VERSION = 6  # of kernels.cpp
-_HEADER = struct.Struct("4i")  # what a buffer begins with: its magic number, layout, values and n
-_HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as matrix.h has them
+_HEADER = struct.Struct("4i")  # a buffer begins with its magic number, layout, values and n
+_HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as in matrix.h
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
 _BAD_MASK, _NO_MEMORY = 2, 3
@@ -45,13 +45,13 @@ _BAD_MASK, _NO_MEMORY = 2, 3
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """The library, or None where it was not built. Raises `InputError` when it belongs to another version of castlm."""
+    """The library, or None if it was not built. Raises `InputError` if it belongs to another version of castlm."""
     spec = importlib.util.find_spec(f"{__package__}._kernels")
     return None if spec is None or spec.origin is None else load_kernels(spec.origin)
 
 
 def load_kernels(file: str) -> ctypes.CDLL:
-    """The library in `file`. Raises `InputError` when it belongs to another version of castlm."""
+    """Loads the library in `file`. Raises `InputError` if it belongs to another version of castlm."""
     library = ctypes.CDLL(file)
     if ctypes.c_int32.in_dll(library, "castlm_inference_version").value != _VERSION:
         raise InputError(f"{file} belongs to another version of castlm: install castlm again")
@@ -68,17 +68,17 @@ def load_kernels(file: str) -> ctypes.CDLL:
 
 
 def level() -> str:
-    """The name in `LEVELS` of the kernels in use: the fastest that this processor runs, until `use_level`."""
+    """The name in `LEVELS` of the kernels in use: the fastest for this processor, unless `use_level` set another."""
     return LEVELS[_library().castlm_level()]
 
 
 def is_intel() -> bool:
-    """Whether the processor is Intel's, by what it says of itself."""
+    """Whether the processor is Intel's, by its vendor string."""
     return bool(_library().castlm_is_intel())
 
 
 def levels() -> tuple[str, ...]:
-    """The levels that this processor runs, the fastest last; none where the kernels were not built."""
+    """The levels that this processor supports, the fastest last; empty if the kernels were not built."""
     library = kernels()
     return () if library is None else _levels(library)
 
@@ -88,9 +88,9 @@ def _levels(library: ctypes.CDLL) -> tuple[str, ...]:
 
 
 def use_level(name: str) -> None:
-    """Takes the kernels for an instruction set in this process, as the environment variable `CASTLM_CPU_LEVEL` does.
+    """Selects the kernels of an instruction set in this process, as the environment variable `CASTLM_CPU_LEVEL` does.
 
-    Buffers that were made under another level may be refused afterwards: pack again.
+    Buffers from another level may be refused afterwards: pack again.
 
     Raises:
         InputError: an unknown name, or an instruction set that this processor lacks.
@@ -118,7 +118,7 @@ def _library() -> ctypes.CDLL:
 
 
 def packed_bytes(values: str, n: int, m: int, rows: int, columns: int, layout: str = "best") -> int:
-    """Bytes of the buffer of a matrix (rows, columns); `m` = 0 is a dense one.
+    """Bytes of the buffer of a matrix (rows, columns); `m` = 0 means dense.
 
     Raises:
         InputError: no such matrix: a width that does not divide by `m`, or a layout that this processor lacks.
@@ -132,14 +132,14 @@ def packed_bytes(values: str, n: int, m: int, rows: int, columns: int, layout: s
 def allocate(num_bytes: int) -> Tensor:
     """A uint8 buffer (num_bytes,) on huge pages where the system has them, aligned to one.
 
-    Reading weights from 2 MB pages is faster than from 4 kB pages by about half where memory is the limit.
+    If memory bandwidth is the limit, reading weights from 2 MB pages is about 1.5 times as fast as from 4 kB pages.
     """
     room = torch.empty(num_bytes + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
     start = -room.data_ptr() % _HUGE_PAGE
     if sys.platform == "linux" and num_bytes >= _HUGE_PAGE:
         libc = ctypes.CDLL(None)
         length = num_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        # A refusal costs speed, and nothing else.
+        # A refusal only costs speed.
         libc.madvise(ctypes.c_void_p(room.data_ptr() + start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
     return room[start : start + num_bytes]
 
@@ -160,7 +160,7 @@ def repack_(
     Args:
         buffer: uint8 (packed_bytes(...),), contiguous.
         values: (rows, kept) bf16, fp16, fp32 or int8; or uint8 (rows, ceil(kept / 2)) of int4.
-        mask: uint8 (rows, ceil(columns / 8)); None of a dense matrix.
+        mask: uint8 (rows, ceil(columns / 8)); None for a dense matrix.
         scales: (rows, 1) of int8, (rows, ceil(columns / 64)) of int4; else None.
         kind: a name of VALUES.
 
@@ -193,8 +193,8 @@ def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[T
     """Views of the buffer of a dense matrix (rows, columns) in layout "dense", of any values but int4.
 
     Returns:
-        The values (tiles, blocks, 4, 64), of which row r, column c is at [r // 4, c // 64, r % 4, c % 64]; and of int8
-        the scales (rows,) fp32, None of floats.
+        The values (tiles, blocks, 4, 64), with row r, column c at [r // 4, c // 64, r % 4, c % 64]; and the scales
+        (rows,) fp32 for int8, None for floats.
     """
     dtype, tiles, blocks = _DTYPES[values], -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
     end = _HEADER_BYTES + tiles * _TILE_ROWS * blocks * _TILE_COLUMNS * dtype.itemsize
@@ -203,15 +203,15 @@ def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[T
 
 
 def rows_at_a_time(packed: Tensor) -> int:
-    """How many of many rows of x `multiply` should take at once; 0 where the library's GEMM is faster.
+    """The number of rows of x that `multiply` should take at once, if x has many; 0 if the library's GEMM is faster.
 
-    Integers are multiplied by the kernels of AVX2 and later, which rounds prompts as decoding does; bf16 by those of
-    AMX; n:m floats by those of AVX-512, on Intel's processors, whose GEMM is faster, if at most one of four is kept.
+    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding; bf16 with AMX; and n:m floats
+    with AVX-512. On Intel's processors, whose GEMM is faster, they take n:m floats only if at most one of four is kept.
     docs/performance.md has the speeds, measured by `benchmarks.levels`.
     """
     _check_plain("a packed weight", packed, torch.uint8)
     if packed.numel() < _HEADER.size:
-        return 0  # either way refuses it
+        return 0  # both ways refuse it
     _, layout, values, n = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
     used = level()
     if layout == LAYOUTS["rows"] or used not in ("avx2", "avx512", "amx"):
@@ -240,7 +240,7 @@ def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     width, out = shape[-1], x.new_empty((*shape[:-1], out_features))
     data, size, num_rows = packed.data_ptr(), packed.numel(), x.numel() // (width or 1)
     is_bf16, threads = dtype is torch.bfloat16, torch.get_num_threads()
-    multiply_by = _library().castlm_multiply  # a small layer takes as long as what is around this call
+    multiply_by = _library().castlm_multiply  # a small layer takes as long as the Python around this call
     code = multiply_by(data, size, x.data_ptr(), is_bf16, num_rows, width, out.data_ptr(), out_features, threads)
     if code:
         _check_memory(code)
@@ -266,12 +266,12 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
 
 
 def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor, logits: Tensor) -> bool:
-    """Computes the logits of one token of each sequence by `castlm_decode`; False where a size does not fit.
+    """Computes the logits of one token of each sequence by `castlm_decode`; False if a size does not fit.
 
     Args:
-        decoders: the address of a `Decoder`, as decoder.h has it, of each of `count` sequences of one model.
-        positions: the number of tokens before the new one, of each.
-        embeddings: of the tokens, (count, hidden) fp32, contiguous.
+        decoders: addresses of the `Decoder` (decoder.h) of each of `count` sequences of one model.
+        positions: the number of tokens before the new one, for each sequence.
+        embeddings: embeddings of the tokens, (count, hidden) fp32, contiguous.
         logits: (count, vocabulary) fp32, contiguous; written.
 
     Raises:
@@ -288,7 +288,7 @@ def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor
 
 
 def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Raises `InputError` where the kernels cannot read `tensor` by its address."""
+    """Raises `InputError` if the kernels cannot read `tensor` by its address."""
     if not (tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()):
         raise InputError(f"the kernels take {name} as contiguous {dtype} on a CPU, not {_described(tensor)}")
 
@@ -304,7 +304,7 @@ def _check_memory(code: int) -> None:
 
 
 def trim_memory() -> None:
-    """Gives memory that was freed back to the system where the C library keeps it (glibc), as after loading a model."""
+    """Returns freed memory that the C library keeps (glibc) to the system, for example after loading a model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

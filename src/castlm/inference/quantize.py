@@ -1,7 +1,7 @@
-"""Quantize a sparse model: every linear layer inside the transformer blocks on a grid of int8, float8 or int4.
+"""Quantizes a model: rounds every linear layer inside the transformer blocks to int8, float8 or int4.
 
-int4 follows the walk of the one-shot solvers: a block's inputs are those that the quantized blocks before it give, so
-that it also makes up for what they lost.
+int4 follows the walk of the one-shot solvers: a block's inputs come from the quantized blocks before it, so that it
+also compensates for their errors.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from castlm.oneshot.walk import walk
 
 @dataclass
 class QuantizeReport:
-    """What `quantize_` did."""
+    """The result of `quantize_`."""
 
     kind: str
     layers: dict[str, Rounded] = field(default_factory=dict)
-    """Codes and scales by layer, on the CPU; of experts by the layer's name and the number of each."""
+    """Codes and scales by layer, on the CPU; for experts, by the layer's name and the expert's number."""
     errors: dict[str, float] = field(default_factory=dict)
     """|X W^T - X W'^T|^2 / |X W^T|^2 on calibration text by layer; without text, |W - W'|^2 / |W|^2."""
     num_sequences: int = 0
     seq_len: int = 0
     seconds: float = 0.0
     few_experts: dict[str, int] = field(default_factory=dict)
-    """By layer, how many experts have seen all tokens of the text, because too few were routed to them."""
+    """By layer, the number of experts that saw all tokens of the text because too few were routed to them."""
 
     @property
     def mean_error(self) -> float:
         return sum(self.errors.values()) / len(self.errors)
 
     def record(self) -> dict[str, Any]:
-        """What castlm.json says of it."""
+        """The entry of castlm.json."""
         return {
             "kind": self.kind,
             "layers": len(self.layers),
@@ -79,14 +79,15 @@ def quantize_(
     model: the codes, and for int4 the hidden states of the calibration text and one fp32 matrix (in, in).
 
     Args:
-        kind: "int8" or "fp8", nearest by rows, or "int4", GPTQ (arXiv 2210.17323) in groups of 64 columns.
+        kind: "int8" or "fp8", to the nearest with a scale per row; or "int4", by GPTQ (arXiv 2210.17323) with a scale
+            per 64 columns.
         calibration: int64 (num_sequences, seq_len), as from `draw_calibration`; int4 needs it, the others take none.
-        damping: int4: share of the mean diagonal that is added to the Hessian.
-        filter_fn: which layers; dense ones among them are rounded as well.
+        damping: int4: fraction of the mean diagonal to add to the Hessian.
+        filter_fn: selects the layers; dense ones among them are rounded too.
         progress: called with (blocks or layers done, in all).
 
     Returns:
-        What was done, with codes and scales by layer.
+        The codes and scales by layer, and the errors.
 
     Raises:
         InputError: an unknown kind, no layer, weight scaling that is not folded, calibration missing or not wanted, or
@@ -124,14 +125,14 @@ def quantize_(
 
 
 def matrices(name: str, layer: SparseLayer) -> dict[str, Tensor]:
-    """The weight (out, in) of a layer; of experts that of each, under the name of the layer and its number."""
+    """The weight (out, in) of a layer; for experts one per expert, named by the layer and the expert's number."""
     if isinstance(layer, ExpertLinear):
         return {f"{name}.{expert}": weight for expert, weight in enumerate(layer.weight)}
     return {name: layer.weight}
 
 
 def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict[str, Rounded]:
-    """`layers` as a file holds them: by their names on disk, experts taken apart or put together as they are there."""
+    """Converts `layers` to the layout of the files: names on disk, and experts split or stacked as there."""
     found: dict[str, Rounded] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name in layers:
@@ -185,7 +186,7 @@ def _walk(
 def _round_together(
     weights: dict[str, Tensor], hessian: Tensor, sample: Tensor, damping: float, report: QuantizeReport
 ) -> None:
-    """Rounds layers that read the same input, all their rows in one piece; of the Hessian the upper half is there."""
+    """Rounds layers with the same input together, all rows at once. Only the upper half of the Hessian is filled."""
     names = ", ".join(weights)
     check_finite_input(names, hessian)
     whole_hessian(hessian)
@@ -205,7 +206,7 @@ def _named(names: str, work: Callable[[], Rounded]) -> Rounded:
 
 
 def _write(weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:
-    """Puts the dequantized values into a weight; returns the old and the new one in fp32."""
+    """Writes the dequantized values into a weight; returns the old and the new values in fp32."""
     old = weight.to(torch.float32, copy=True)
     weight.copy_(rounded.dequantized())
     return old, weight.float()

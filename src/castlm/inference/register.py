@@ -1,8 +1,8 @@
-"""Makes `import castlm` enough for transformers to load packed folders, without importing transformers.
+"""Lets transformers load packed folders after `import castlm`, without importing transformers.
 
-transformers has no entry point for quantizers: `register_quantizer` must run after `transformers.quantizers.auto` was
-imported, and before a model is loaded. Importing it from `castlm/__init__.py` would take seconds. So a finder waits for
-that one module, lets it be imported as ever, registers castlm's quantizer, and removes itself.
+transformers has no entry point for quantizers: `register_quantizer` must run after `transformers.quantizers.auto` is
+imported and before a model is loaded. Importing it from `castlm/__init__.py` would take seconds. So a finder waits for
+the import of that module, registers castlm's quantizer after it, and removes itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _AWAITED = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Registers the quantizer now if transformers' own are imported, else as soon as they are. Repeating it is safe."""
+    """Registers the quantizer now if transformers' own are imported, otherwise after their import. May be repeated."""
     if _AWAITED in sys.modules:
         _register_now(sys.modules[_AWAITED])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
