@@ -37,7 +37,7 @@ from benchmarks.machine import machine, write_json
 from benchmarks.masks import refresh_rows, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 from castlm.core.adams import AdamS
-from castlm.core.nm import NM, nm_mask, pack_mask, unpack_mask
+from castlm.core.nm import nm_mask, pack_mask, refresh_masks_, unpack_mask
 from castlm.core.sparsify import prune_
 from castlm.inference.cuda_backends import backend_for
 from castlm.inference.semi_structured import Backend, to_semi_structured_
@@ -109,7 +109,7 @@ def check_masks(device: str) -> None:
     packed = pack_mask(found)
     assert torch.equal(packed.cpu(), pack_mask(expected))
     assert torch.equal(unpack_mask(packed, weight.shape[1]), found)
-    flips, has_nan = NM(2, 4).refresh_([[weight.to(device)]], [[packed]], compile=device == "cuda")
+    flips, has_nan = refresh_masks_([weight.to(device)], [packed], 2, 4, compile=device == "cuda")
     assert (int(flips), has_nan) == (0, False)
     assert torch.equal(found.sum(1), topk_mask(weight.to(device)).sum(1))
 

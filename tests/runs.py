@@ -43,9 +43,9 @@ def teacher_batches() -> Iterator[list[tuple[int, ...]]]:
     read: list[tuple[int, ...]] = []
     output_of = Objective._teacher_output
 
-    def output_noted(self: Objective, ids: torch.Tensor, *rest: Any) -> Any:
-        read.append(tuple(ids.shape))
-        return output_of(self, ids, *rest)
+    def output_noted(self: Objective, inputs: dict[str, torch.Tensor], *rest: Any) -> Any:
+        read.append(tuple(inputs["input_ids"].shape))
+        return output_of(self, inputs, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Objective, "_teacher_output", output_noted)

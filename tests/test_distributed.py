@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-import castlm.training.train as loop
+import castlm.training.train as training
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.nm import unpack_mask
@@ -66,7 +66,7 @@ AS_PUBLISHED = {**START, "cross_document_attention": True}
 
 def train_uneven(config: TrainConfig) -> None:
     """Trains with labels that do not count, more of them in one rank than in the other, and keeps the last masks."""
-    original_next, original_finish = BatchLoader.__next__, loop.finish
+    original_next, original_finish = BatchLoader.__next__, training.finish
 
     def next_with_ignored_labels(self: BatchLoader) -> dict[str, torch.Tensor]:
         batch = original_next(self)
@@ -75,13 +75,13 @@ def train_uneven(config: TrainConfig) -> None:
         labels[batch["input_ids"][:, 0] % 3 == 0, 8:] = -100
         return batch | {"labels": labels}
 
-    def keep_masks(run: finish.TrainedRun) -> dict[str, Any]:
+    def keep_masks(run: Run) -> dict[str, Any]:
         masks = {run.names[p]: whole(mask) for p, mask in run.method.masks().items()}
         if run.world.is_main:
-            torch.save(masks, run.folder.parent / "masks.pt")
+            torch.save(masks, run.folder.path.parent / "masks.pt")
         return original_finish(run)
 
-    BatchLoader.__next__, loop.finish = next_with_ignored_labels, keep_masks
+    BatchLoader.__next__, training.finish = next_with_ignored_labels, keep_masks
     train(config)
 
 
@@ -205,7 +205,8 @@ def test_experts_in_a_list_get_their_own_gradients(tmp_path):
 def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
     monkeypatch.setattr("castlm.distributed.world.choose_device", lambda wanted: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in (("RANK", "6"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "2")):
+    numbers = {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in numbers.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"rank 6 needs GPU 2 .* sees 2: .*--nproc-per-node 2"):
         init_world("auto", "full")
@@ -349,7 +350,7 @@ def train_with_a_defect_on_the_main_rank(config: TrainConfig) -> int:
     def broken(self: RunFolder, config: TrainConfig) -> None:
         raise RuntimeError("two shapes that do not fit")
 
-    RunFolder.begin = broken
+    RunFolder.begun = broken
     return train_as_a_command(config)
 
 
@@ -586,6 +587,7 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
     original = Run.save
 
     def save(self):
+        self.saver.folder = mount / "checkpoints"
         if self.progress.step == 4:
             subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
         original(self)
@@ -593,10 +595,8 @@ def test_folder_that_became_read_only(gemma, text, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "save", save)
     try:
         config = small(gemma, text, tmp_path / "run", 1, max_steps=6, save_steps=2, eval_steps=6, async_save=False)
-        run = begin_run(config, init_world("cpu", "full"))
-        run.saver.folder = mount / "checkpoints"
-        with run.telemetry, pytest.raises(InputError, match=r"step 4 could not be saved .*Read-only.*step-00000002"):
-            loop.loop(run, loop.Interrupt())
+        with pytest.raises(InputError, match=r"step 4 could not be saved .*Read-only.*step-00000002"):
+            train(config)
         assert list(checkpoint_steps(mount / "checkpoints")) == [2]
     finally:
         subprocess.run(["umount", str(mount)], check=True)

@@ -356,7 +356,8 @@ def option_values() -> st.SearchStrategy[dict[str, object]]:
     """Values for the options of a run: of the right type, of another one, or out of range."""
     sections = sections_of(TrainConfig).values()
     fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
-    hints = {name: hint for section in sections for name, hint in hints_of(section).items()} | {"pattern": str}
+    hints = {name: hint for section in sections for name, hint in hints_of(section).items()}
+    hints |= dict.fromkeys(("pattern", "output_dir"), str)
 
     def values(name: str) -> st.SearchStrategy[object]:
         choices = choices_of(fields[name])

@@ -59,14 +59,15 @@ def test_verify_counts_every_kind_with_and_without_an_option(names, kind, form, 
 
 
 def test_a_model_is_given_with_an_option_or_without():
+    options = [("options", PackCommand)]
     for arguments in (
         ["x", "--output-dir", "o"],
         ["--output-dir", "o", "--model", "x"],
         ["--model=x", "--output-dir=o"],
     ):
-        assert read_arguments([PackCommand], arguments, "pack") == {"path": "x", "output_dir": "o"}
+        assert read_arguments(options, arguments, "pack", PackCommand) == {"path": "x", "output_dir": "o"}
     with pytest.raises(InputError, match="unrecognized arguments: y"):
-        read_arguments([PackCommand], ["y", "--model", "x"], "pack")
+        read_arguments(options, ["y", "--model", "x"], "pack", PackCommand)
 
 
 @pytest.mark.parametrize(

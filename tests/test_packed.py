@@ -466,8 +466,7 @@ def test_every_chat_template_goes_with_the_model(pruned, tmp_path):
         assert main([*command, "--output-dir", str(folder)]) == 0
         assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
         assert main([*command, "--output-dir", str(folder), "--overwrite"]) == 0  # the templates are its own files
-    listed = json.loads((packed / "castlm.json").read_text())["files"]
-    assert "additional_chat_templates/tool_use.jinja" in listed
+    assert (packed / "additional_chat_templates" / "tool_use.jinja").is_file()
 
 
 # ---- the model card

@@ -147,10 +147,9 @@ def adapted(config_of, model=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = peft.get_peft_model(model, config_of(model, r=4, **options))
-    for name, parameter in found.named_parameters():
+    for parameter in found.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-            assert "shira_" in name
     return found
 
 

@@ -129,6 +129,4 @@ def test_bad_input_is_named():
         round_rows(weight, "int8")
     with pytest.raises(InputError, match="NaN or infinity"):
         round_int4(weight)
-    with pytest.raises(InputError, match="choose int8 or fp8"):
-        round_rows(sparse_weight(), "int4")
     assert Rounded("int8", torch.zeros(1, 4, dtype=torch.int8), torch.ones(1, 1)).dequantized().dtype is torch.float32

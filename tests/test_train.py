@@ -23,7 +23,6 @@ from castlm.data.tokens import token_ids
 from castlm.distributed.world import init_world
 from castlm.export.verify import verify
 from castlm.files.output import begin_output
-from castlm.methods.options import OptimizerOptions
 from castlm.models.io import load_model
 from castlm.oneshot import start
 from castlm.oneshot.calibration import draw_calibration
@@ -225,18 +224,15 @@ def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
         assert torch.equal(p, before[name]), name
 
 
-EPOCHS = {"num_train_epochs": 0.5, "max_steps": OptimizerOptions.max_steps}
-
-
-@pytest.mark.parametrize("given", [EPOCHS, {"decay": "proportional", "lam": "auto"}])
-def test_a_restart_knows_its_run_though_options_were_filled_in(given, llama, text, tmp_path, monkeypatch):
-    config = small(llama, text, tmp_path / "run", **given)
-    filled_in = {"num_train_epochs": None, "max_steps": 7} if "lam" not in given else {"lam": 0.01}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(config.changed(**filled_in).as_yaml())
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert after_restart(config).checkpoint.overwrite
-    assert not after_restart(config.changed(learning_rate=0.5)).checkpoint.overwrite
+def test_a_restart_resumes_what_its_own_job_has_begun(llama, text, tmp_path, monkeypatch):
+    config = small(llama, text, tmp_path / "run", overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    for begun, restarts, resumes in (("job-1", "0", False), ("job-1", "1", True), ("job-2", "1", False)):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        begin_output(tmp_path / "run", "train", job=begun)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        found = after_restart(config).checkpoint
+        assert (found.resume, found.overwrite) == (resumes, not resumes)
 
 
 @pytest.mark.parametrize("method", ["finetune", "srste", "cast"])
@@ -266,8 +262,8 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, dense
     loaded = load_model(llama)
     ids = token_ids(run.text.documents, loaded.tokenizer, limit=16 * 4 * 32)
     sequences = draw_calibration(ids, 4, 32, seed=0)
-    options = {"refinements": part_of(config, Refinements)} if initial == "sparsegpt" else {}
-    prune_oneshot_(loaded.model, initial, calibration=sequences, basis=part_of(config, BasisOptions), **options)
+    options = {"refinements": part_of(config.start, Refinements)} if initial == "sparsegpt" else {}
+    prune_oneshot_(loaded.model, initial, calibration=sequences, basis=part_of(config.start, BasisOptions), **options)
     masks = run.optimizer.masks()
     for name, layer in run.method.layers.items():
         pruned, weight = loaded.model.get_submodule(name).weight, weight_parameter(layer)
@@ -390,7 +386,6 @@ BAD = {
     "out of range": (["--eta", "4"], "eta = 4"),
     "no start of the control": (["--method", "dense", "--init-from", "wanda"], "init_from wanda"),
     "too long": (["--seq-len", "4096"], "seq_len 4096"),
-    "no checkpoint": (["--resume"], "no whole checkpoint"),
     "bad config": (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     "no GPU": (["--device", "cuda"], "cuda"),
 }

@@ -187,15 +187,6 @@ class TrainConfig:
         """Whether the run starts from a model that is n:m already, and not from a dense one."""
         return self.method.row.keeps_mask and self.start.init_from == self.model.model
 
-    def is_begun_as(self, begun: TrainConfig) -> bool:
-        """Whether a run with these options writes down `begun` once those that depend on text and model are known."""
-        found_later = {"resume", "overwrite"}
-        found_later |= {"max_steps", "num_train_epochs"} if self.optimizer.num_train_epochs is not None else set()
-        found_later |= {"lam"} if self.method.lam == "auto" else set()
-        found_later |= {"left_dense"} if self.is_finetuning else set()
-        written = begun.as_dict()
-        return all(written[name] == value for name, value in self.as_dict().items() if name not in found_later)
-
     def as_dict(self) -> dict[str, Any]:
         """Every option by its flat name, as text, numbers and tuples, with the defaults that depend on others."""
         return {

@@ -304,7 +304,7 @@ class RuntimeOptions(Bounded):
     sharding: Literal["full", "replicate", "hybrid"] = "full"
     """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""
 
-    timeout_s: float = 600
+    timeout_s: float = 600.0
     """Under torchrun: seconds that a rank waits for the others before the run stops and names the missing ones."""
 
     def out_of_range(self) -> Iterator[Bound]:
