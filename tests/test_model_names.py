@@ -73,7 +73,6 @@ def test_a_model_is_given_with_an_option_or_without():
 @pytest.mark.parametrize(
     "command",
     [
-        ["pack", "MODEL", "--output-dir", "OUT"],
         ["verify", "MODEL"],
         ["prune", "--model", "MODEL", "--method", "magnitude", "--memory", "block", "--output-dir", "OUT"],
     ],
