@@ -203,7 +203,7 @@ def test_a_packed_model_runs_with_gradients_enabled_and_passes_none_on(num_token
     model = AutoModelForCausalLM.from_pretrained(folders[1])
     assert not model(torch.ones(1, num_tokens, dtype=torch.int64)).logits.requires_grad
     states = torch.randn(1, num_tokens, model.config.hidden_size, requires_grad=True)
-    with pytest.raises(InputError, match="pass no gradients on"):
+    with pytest.raises(InputError, match="gradients"):
         model(inputs_embeds=states)
 
 

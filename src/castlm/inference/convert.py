@@ -1,4 +1,4 @@
-"""A loaded model onto the CPU kernels, in place: what the loader of packed folders ends with, and `pack_model_`."""
+"""Moves a loaded model onto the CPU kernels, in place: `pack_model_`, and the last step of loading a packed folder."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def pack_model_(
     filter_fn: Callable[[nn.Module, str], bool] = is_sparse_linear,
     left_dense: Collection[str] = (),
 ) -> list[str]:
-    """Replaces the linear layers of a model on a CPU by packed ones, and embedding and head by ones in `dtype`
-    where they are plain layers of torch. A layer whose width does not divide by m is multiplied by dense weights.
+    """Replaces the linear layers of a model on a CPU by packed ones, and plain embeddings and heads by ones in `dtype`.
+    A layer whose width does not divide by m uses the kernels for dense weights.
 
     The model computes in fp32 afterwards, without gradients, and cannot be trained or saved.
 
     Args:
-        n: kept weights of each group; 0, with m 0, multiplies by dense weights with the kernels for them.
+        n: kept weights of each group; 0, with m 0, uses the kernels for dense weights.
         m: weights of a group.
-        dtype: that weights are cast to: bf16, fp16 or fp32.
+        dtype: bf16, fp16 or fp32, which weights are cast to.
         head: "int8" rounds the output head, and an embedding tied to it, to int8 with a scale for each row.
-        filter_fn: `filter_fn(module, fqn)` says which layers to pack.
-        left_dense: names of those among them that are not n:m, to multiply by dense weights too.
+        filter_fn: `filter_fn(module, fqn)` selects the layers to pack.
+        left_dense: names of those layers that are not n:m; they use the kernels for dense weights.
 
     Returns:
         The names of the replaced layers.
 
     Raises:
         InputError: another dtype, a layer that is not n:m, no layer to replace, or kernels that were not built; nothing
-            is replaced. Weights that are not finite; some layers may have been replaced then.
+            is replaced then. Also weights that are not finite; some layers may then have been replaced.
     """
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and filter_fn(module, name)
@@ -104,17 +104,18 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def can_pack_tables(model: PreTrainedModel) -> bool:
-    """Whether the embedding is a plain layer of torch, and the head is one or packed already; those that scale or cast
-    are left as they are."""
+    """Whether embedding and head are plain layers of torch (the head may be packed already). Layers that scale or cast
+    are not replaced.
+    """
     head = model.get_output_embeddings()
     return type(model.get_input_embeddings()) is nn.Embedding and type(head) in (type(None), nn.Linear, PackedLinear)
 
 
 def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | None = None) -> None:
-    """Makes embedding and head packed layers where they are plain ones, and prepares all packed layers of `model`.
+    """Packs embedding and head if they are plain layers, and prepares all packed layers of `model`.
 
     Args:
-        dtype: of activations.
+        dtype: dtype of activations.
         head_as: "int8" rounds the head, and an embedding tied to it; None keeps them as they are.
     """
     model.requires_grad_(False)
@@ -134,7 +135,7 @@ def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | Non
         model.set_output_embeddings(nn.Identity())
     elif plain and isinstance(head, nn.Linear):
         model.set_output_embeddings(pack_linear(head, _packed_table(head.weight.detach(), head_as)))
-    del embedding, head  # so that a table goes when its layer is prepared
+    del embedding, head  # so that a table is freed when its layer is prepared
     prepare_layers_({name: module for name, module in model.named_modules() if isinstance(module, PackedModule)})
     if shared is not None:
         shared.share_(model.get_input_embeddings().packed)

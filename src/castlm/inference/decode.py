@@ -1,7 +1,7 @@
-"""Decoding of a packed model, a token in one call of `decoder.cpp`: a `custom_generate` for transformers' `generate`.
+"""Decodes a packed model with one call of `decoder.cpp` per token, as a `custom_generate` of transformers' `generate`.
 
-transformers prepares logits processors and stopping criteria, and runs the prompt. Between the layers of a small model
-its Python code takes longer than the multiplications do; after the first new token, none of it runs.
+transformers prepares logits processors and stopping criteria, and runs the prompt. In a small model its Python code
+between the layers takes longer than the multiplications; after the first new token, none of it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from castlm.inference import native
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 
 FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "cwm", "seed_oss", "smollm3")
-"""Model types of transformers whose layers are what `decoder.cpp` computes."""
+"""Model types of transformers whose layers `decoder.cpp` can compute."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -38,10 +38,11 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 _MODULES = {f"transformers.models.{family}.modeling_{family}" for family in FAMILIES}
 
-_HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # of what `decoder.cpp` writes, whatever the defaults
+# `decoder.cpp` writes fp32 to CPU memory, under any default dtype and device.
+_HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-"""What `generate` is given to return the tokens of one sequence, whatever the generation config of a model says."""
+"""Options of `generate` to return the tokens of one sequence, overriding the model's generation config."""
 
 
 def decoding_method(
@@ -50,14 +51,14 @@ def decoding_method(
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Callable[..., Tensor] | None:
-    """What `generate(custom_generate=...)` takes for one sequence without padding: `decode` where it suits `model`.
+    """The `custom_generate` of `generate` for one sequence without padding: `decode` if `model` allows it.
 
-    None of other models: `generate(custom_generate=None)` decodes in transformers' loop, to the same tokens.
+    None for other models: `generate(custom_generate=None)` decodes in transformers' loop, to the same tokens.
 
     Args:
-        streamer: takes the tokens; transformers does not hand the streamer of `generate` on to a `custom_generate`.
-        say: takes a line that says why a packed model is left to transformers' loop.
-        options: that `generate` is given too, in place of those of the model's generation config.
+        streamer: receives the tokens; transformers does not pass the streamer of `generate` to a `custom_generate`.
+        say: called with a line if a packed model must use transformers' loop, with the reason.
+        options: further options of `generate`, which override the model's generation config.
     """
     reason = _why_not(model, options)
     if reason is None:
@@ -68,7 +69,7 @@ def decoding_method(
 
 
 class TokenTimes(BaseStreamer):
-    """A streamer that notes when the prompt was handed over and when each new token came, in seconds of a clock."""
+    """A streamer that records the times of the prompt and of each new token, in seconds."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -81,18 +82,18 @@ class TokenTimes(BaseStreamer):
 
     @property
     def prompt_seconds(self) -> float:
-        """Until the first new token."""
+        """Seconds until the first new token."""
         return self.times[1] - self.times[0]
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first one, which comes with the prompt; 0 of a single token."""
+        """Speed of the tokens after the first one, which comes with the prompt; 0 for a single token."""
         seconds = self.times[-1] - self.times[1]
         return (len(self.times) - 2) / seconds if seconds > 0 else 0.0
 
 
 def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int, streamer: BaseStreamer | None = None) -> Tensor:
-    """Continues `ids` (1, num_prompt) by exactly `num_tokens`, as `castlm generate` decodes: what is timed.
+    """Continues `ids` (1, num_prompt) by exactly `num_tokens` as `castlm generate` does, for timing.
 
     No token ends the sequence. `min_new_tokens` would do the same, but searches the vocabulary twice for each token.
     """
@@ -114,13 +115,13 @@ def _samples_one_token(model: PreTrainedModel, options: dict[str, Any]) -> bool:
     config = copy.deepcopy(model.generation_config)
     config.update(**options)
     mode = config.get_generation_mode()
-    # transformers does not hand the tokenizer on, by which it would find the strings
+    # stop strings need the tokenizer, which transformers does not pass on
     is_one = config.num_return_sequences in (None, 1) and not config.return_dict_in_generate
     return is_one and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not config.stop_strings
 
 
 def _why_not(model: Any, options: dict[str, Any]) -> str | None:
-    """Why `decode` does not suit a model; None where it does."""
+    """Why `decode` cannot run a model; None if it can."""
     if native.kernels() is None:
         return native.NOT_BUILT
     if type(model).__module__ not in _MODULES:
@@ -197,7 +198,7 @@ class DecoderState:
     """A model and its cache, which holds the keys and values of up to `capacity` tokens in fp32.
 
     Args:
-        model: one that `decoding_method` supports.
+        model: a model that `decoding_method` supports.
         cache: transformers' `Cache` of the prompt; it is copied.
     """
 
@@ -249,8 +250,8 @@ class DecoderState:
 def step_together(states: Sequence[DecoderState], tokens: Tensor) -> Tensor:
     """Logits (count, vocabulary) in fp32 after one of `tokens` (count,) in each of the sequences of one model.
 
-    The weights are read once for all of them. Each token joins the cache of its sequence. The kernels of one row and of
-    several may sum in another order, so the logits are those of `step` to within rounding.
+    The weights are read once for all sequences. Each token joins the cache of its sequence. Kernels for one row and for
+    several may sum in different orders, so the logits equal those of `step` up to rounding.
 
     Raises:
         InputError: a cache is full.
@@ -276,7 +277,7 @@ def decode(
     streamer: Any = None,
     **inputs: Any,
 ) -> Tensor:
-    """Called by `generate`: continues one sequence (1, num_tokens) greedily or by sampling, as its configuration says.
+    """Continues one sequence (1, num_tokens) greedily or by sampling, by its generation config; called by `generate`.
 
     Raises:
         InputError: more than one sequence, padding, or embeddings in place of token ids.

@@ -1,22 +1,22 @@
-"""The numeric formats of weights, and the packed file format as a reader without torch and transformers needs it.
+"""The numeric formats of weights, and the packed file format, readable without torch and transformers.
 
 `FORMATS` is the table: a new format is a record here, its rounding (`rounding.py`) and its kernels (`matrix.h`).
 
 A packed tensor `X.weight` of shape (out, in) is stored in safetensors as
 - `X.values`, (out, in / m * n): the kept values of each row in the order of their columns, exactly n of every m, as
-  bf16, fp16, fp32 or int8; or uint8 (out, ceil(in / m * n / 2)) of int4, two's complement, the earlier value in the low
-  half.
+  bf16, fp16, fp32 or int8; or for int4 uint8 (out, ceil(in / m * n / 2)), two's complement, the earlier value in the
+  low half.
 - `X.mask`, uint8: which weights are kept. Where m is 2, 4 or 8, each group is a code: its number among the masks that
   keep n of m, in the order of the masks as binary numbers whose bit i is column i. A code has as few bits as the
   numbers need (3 at 2:4, 7 at 4:8, 5 at 6:8, 2 at 3:4); the codes of a row follow each other without gaps from the
   lowest bit on, and a row begins at a byte. For other m, bit i of byte j is column 8 j + i, and 0 past `in`.
-- `X.scales`, of int8 fp32 (out, 1), of int4 bf16 (out, ceil(in / 64)): a value times its scale is the weight.
-A dense tensor has no mask. The order is the same for every processor; `native.repack_` makes the one in which this
-processor reads.
+- `X.scales`, fp32 (out, 1) for int8, bf16 (out, ceil(in / 64)) for int4: a value times its scale is the weight.
+A dense tensor has no mask. The order is the same for every processor; `native.repack_` converts it to the order in
+which this processor reads.
 
 The entry "castlm" of the file's metadata is JSON: {"version": 2, "tensors": {X: {"shape", "pattern", "values",
-"transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor that holds the matrices
-of all experts of a block has "experts", their number, and the shape (experts * out, in); its X is its whole name, even
+"transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor that holds the matrices of
+all experts of a block has "experts", their number, and the shape (experts * out, in); its X is its whole name, even
 where that ends in `.weight`. Version 1, which is still read, stores the mask bit by bit for every m.
 """
 
@@ -37,14 +37,15 @@ from safetensors import SafetensorError, safe_open
 from castlm.core.errors import InputError
 
 FILE = "castlm.safetensors"
-"""The weight file of a packed folder. transformers does not look for this name: without castlm it finds no weights."""
+"""The weight file of a packed folder. transformers does not look for this name, so without castlm it finds no weights.
+"""
 
 INDEX = "castlm.safetensors.index.json"
-"""Where there are several files, which one holds each tensor."""
+"""The index of several weight files: the file of each tensor."""
 
 VERSION = 2
 VERSIONS = (1, 2)
-"""The versions that are read."""
+"""The readable versions."""
 METADATA_KEY = "castlm"
 
 _MOST_COLUMNS = 2**31 - 1
@@ -55,13 +56,13 @@ class Format:
     """A numeric format of weights.
 
     Attributes:
-        name: in options and records.
+        name: its name in options and records.
         stored: safetensors' name of the dtype of the values in a file.
-        bits: of a value.
+        bits: bits of a value.
         kernel: its code in `Values` of matrix.h; None without kernels and without a packed form.
-        scale: safetensors' name of the dtype of the scales; empty where values are the weights themselves.
+        scale: safetensors' name of the dtype of the scales; empty if the values are the weights themselves.
         group: columns of a row that share a scale; 0 is the whole row.
-        largest: end of the grid that values are rounded to, in units of the scale.
+        largest: end of the rounding grid, in units of the scale.
         needs_text: whether its rounding reads a calibration text.
     """
 
@@ -103,9 +104,9 @@ FORMATS = {
     )
 }
 ROUNDED = tuple(form.name for form in FORMATS.values() if form.rounds)
-"""What `castlm quantize` rounds to."""
+"""The formats that `castlm quantize` rounds to."""
 PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
-"""What the packed format holds."""
+"""The formats that a packed file can hold."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class PackedSpec:
 
     Attributes:
         rows, columns: shape (out, in) of the weight.
-        n, m: the pattern; both 0 of a dense tensor.
+        n, m: the pattern; both 0 for a dense tensor.
         values: a name of PACKABLE.
         transposed: whether the unpacked file stores the weight (in, out).
         experts: the number of experts whose matrices lie one below the other in `rows`; 0 of a single matrix.
@@ -143,7 +144,7 @@ class PackedSpec:
         return (self.experts, *matrix) if self.experts else matrix
 
     def stem(self, tensor_name: str) -> str:
-        """The name in the packed file of the tensor that has the name `tensor_name` in the unpacked one."""
+        """The name in the packed file of the tensor `tensor_name` of the unpacked one."""
         return tensor_name if self.experts else tensor_name.removesuffix(".weight")
 
     def tensor_name(self, stem: str) -> str:
@@ -177,9 +178,9 @@ class PackedSpec:
         return -(-self.columns // 8)
 
     def mask_to_bits(self, stored: np.ndarray) -> np.ndarray:
-        """The mask bit by bit, uint8 (rows, ceil(columns / 8)), of rows of the stored one.
+        """Decodes rows of the stored mask to bits: uint8 (rows, ceil(columns / 8)).
 
-        A code that no mask has gives eight masked columns, so that its groups keep too few.
+        An invalid code gives eight masked columns, so that its groups keep too few weights.
         """
         bits = mask_bits(self.n, self.m)
         if self.bitmap or bits == 8:
@@ -200,7 +201,7 @@ class PackedSpec:
         return mask
 
     def mask_to_stored(self, mask: np.ndarray) -> np.ndarray:
-        """The stored mask of one bit by bit that keeps exactly n of every m, uint8 (rows, ceil(columns / 8))."""
+        """Encodes a mask of bits, uint8 (rows, ceil(columns / 8)), that keeps exactly n of every m, as stored."""
         bits = mask_bits(self.n, self.m)
         if self.bitmap or bits == 8:
             return mask
@@ -223,7 +224,7 @@ class PackedSpec:
 
 
 def mask_bits(n: int, m: int) -> int:
-    """Bits that the mask of 8 columns takes in a file: 8 where m does not divide 8, and no codes are used."""
+    """Stored bits for the mask of 8 columns; 8 if m does not divide 8, since the mask is then not coded."""
     return 8 // m * (math.comb(m, n) - 1).bit_length() if 8 % m == 0 else 8
 
 
@@ -231,7 +232,7 @@ def mask_bits(n: int, m: int) -> int:
 def _masks_of_codes(n: int, m: int) -> np.ndarray:
     """The mask of 8 columns by the codes of their groups, the first group in the lowest bits: 2:4 has 64 entries.
 
-    Entries with a code that no mask has are 0.
+    Entries with an invalid code are 0.
     """
     masks = [mask for mask in range(1 << m) if mask.bit_count() == n]
     bits = (len(masks) - 1).bit_length()
@@ -244,7 +245,7 @@ def _masks_of_codes(n: int, m: int) -> np.ndarray:
 
 @functools.cache
 def _codes_of_masks(n: int, m: int) -> np.ndarray:
-    """The codes of 8 columns by their mask; groups past the last column, which keep nothing, have the code 0."""
+    """The codes of 8 columns by their mask; groups past the last column keep nothing and have the code 0."""
     masks = [mask for mask in range(1 << m) if mask.bit_count() == n]
     bits = (len(masks) - 1).bit_length()
     codes = np.zeros(256, np.uint8)
@@ -261,11 +262,11 @@ def to_metadata(specs: Mapping[str, PackedSpec]) -> dict[str, str]:
 
 
 def read_specs(files: Iterable[str | Path]) -> dict[str, PackedSpec]:
-    """The packed tensors of some files, by X; none of files that castlm did not pack.
+    """The specs of the packed tensors of some files, by X; none for files that castlm did not pack.
 
     Raises:
-        InputError: a file that is not readable, metadata of another version or damaged, stored tensors that are
-            missing or of another shape or dtype than the metadata say, or values that the metadata do not name.
+        InputError: an unreadable file, damaged metadata or another version, stored tensors that are missing or differ
+            from the metadata in shape or dtype, or values that the metadata do not name.
     """
     specs: dict[str, PackedSpec] = {}
     unnamed: list[str] = []

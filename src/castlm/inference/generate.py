@@ -1,4 +1,4 @@
-"""Text from a model, streamed: a plain folder as transformers runs it, a packed one on castlm's kernels."""
+"""Streams text from a model: a plain folder through transformers, a packed one on castlm's kernels."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from castlm.models.opening import open_model
 
 @dataclass(frozen=True)
 class Generated:
-    """What was generated, and how long it took.
+    """A generated text and its times.
 
     Attributes:
         text: the continuation, without special tokens.
-        prompt_tokens, new_tokens: how many.
+        prompt_tokens, new_tokens: numbers of tokens.
         prompt_seconds, tokens_per_second: those of `TokenTimes`.
     """
 
@@ -51,8 +51,8 @@ def load_to_generate(
         name: a folder, plain or packed, a hub id, a .gguf file or "demo".
         device: as for `castlm.hardware.choose_device`. The packed kernels are for a CPU: on a GPU a packed model is
             unpacked to dense layers.
-        as_stored: if not, the dtype is that of `dtype_to_run`.
-        say: as for `dtype_to_run`; told in a line that a packed model is unpacked, too.
+        as_stored: keep the stored dtype; otherwise it is that of `dtype_to_run`.
+        say: as for `dtype_to_run`; also called with a line if a packed model is unpacked.
 
     Raises:
         InputError: as `castlm.models.opening.open_model`, damaged packed files, weights that `load_weights` refuses, or
@@ -73,8 +73,9 @@ def load_to_generate(
 
 
 def dtype_to_run(config: PretrainedConfig, say: Callable[[str], None]) -> str:
-    """The `dtype` of `from_pretrained`: "float32" for plain weights of 16 bits on a CPU that multiplies fp32 many times
-    faster, which `say` is then told in a line; else "auto", as they are stored."""
+    """The `dtype` for `from_pretrained`: "auto", the stored one, except that plain 16-bit weights run in "float32" on a
+    CPU that multiplies it many times faster, which a line to `say` reports.
+    """
     is_narrow = config.dtype in (torch.bfloat16, torch.float16)
     is_plain = getattr(config, "quantization_config", None) is None
     if not (is_narrow and is_plain) or torch.cuda.is_available() or has_fast_bf16():
@@ -100,7 +101,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) ->
 
 
 class _Stream(TextStreamer):
-    """Hands finished words to `write`, and notes when the tokens came."""
+    """Passes finished words to `write`, and records the times of the tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -131,13 +132,13 @@ def generate_text(
     """Continues `input_ids` (1, num_tokens), calling `write` with text as it comes.
 
     Args:
-        extra: what the model's forward takes beside the tokens.
-        temperature: 0 takes the most probable token each time; at least 1e-6 samples.
-        seed: of the samples.
-        say: takes a line that says why a packed model does not decode in one call for each token.
+        extra: further arguments of the model's forward, such as images.
+        temperature: 0 always takes the most probable token; at least 1e-6 samples.
+        seed: seed of the samples.
+        say: called with a line if a packed model must decode in transformers' loop, with the reason.
 
     Raises:
-        InputError: numbers that make no sense, or more tokens than the model's context holds.
+        InputError: numbers out of range, or more tokens than the model's context holds.
     """
     if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):
         raise InputError(

@@ -1,6 +1,6 @@
-"""Packed n:m tensors in torch: `pack` keeps what a mask keeps, and `unpack` gives the weight back.
+"""Packed n:m tensors in torch: `pack` stores the kept weights and their mask, `unpack` restores the weight.
 
-It comes back bit for bit, except that -0.0 may become 0.0.
+The restored weight has the same bits, except that -0.0 may become 0.0.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class PackedTensor:
     scales: Tensor | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by suffix."""
+        """The stored tensors, by suffix."""
         named = {"values": self.values, "mask": self.mask, "scales": self.scales}
         return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
 
     @property
     def mask_bits(self) -> Tensor | None:
-        """The mask bit by bit, as `castlm.core.nm.pack_mask` has it; None of a dense tensor."""
+        """The mask bit by bit, as from `castlm.core.nm.pack_mask`; None for a dense tensor."""
         return None if self.mask is None else torch.from_numpy(self.spec.mask_to_bits(self.mask.cpu().numpy()))
 
 
@@ -43,7 +43,7 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` in bf16, fp16 or fp32.
 
     Raises:
-        InputError: a finite value that is infinite in `dtype`, such as 1e5 in fp16.
+        InputError: a finite value overflows in `dtype`, such as 1e5 in fp16.
     """
     cast = weight.to(dtype)
     name = FLOAT_NAMES[dtype]
@@ -55,7 +55,7 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """The mask of exactly `n` in every `m` that holds all non-zeros of `weight` (out, in): bool, like `weight`.
 
-    A group with fewer non-zeros keeps its earliest zeros too; of these, any -0.0 before +0.0.
+    A group with fewer non-zeros also keeps its first zeros, -0.0 before +0.0.
 
     Raises:
         InputError: a bad pattern, a width that does not divide by `m`, NaN or infinity, or a group with more non-zeros.
@@ -65,7 +65,7 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
         raise InputError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: the model is damaged")
     nonzero = weight != 0
     if bool((nonzero.reshape(-1, m).sum(-1, dtype=torch.uint8 if m < 256 else torch.int64) == n).all()):
-        return nonzero  # no zero to choose
+        return nonzero  # no zeros to choose from
     score = 2 * nonzero.to(torch.uint8) + torch.signbit(weight)
     mask = rank_mask(score, n, m)
     if bool((nonzero & ~mask).any()):
@@ -76,11 +76,11 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
 def pack(weight: Tensor, n: int, m: int, *, transposed: bool = False, experts: int = 0) -> PackedTensor:
     """Packs a weight (out, in) of bf16, fp16 or fp32 whose groups hold at most `n` non-zeros in `m`.
 
-    `unpack` returns it bit for bit, with one exception: a -0.0 becomes +0.0 where its group has no room for it, which
-    takes more than `n` entries that are not +0.0 in the group. The two compare equal.
+    `unpack` returns the same bits, with one exception: a -0.0 becomes +0.0 if more than `n` entries of its group are
+    not +0.0. The two compare equal.
 
     Args:
-        transposed, experts: recorded in the format; `weight` is (out, in), or (experts * out, in), all the same.
+        transposed, experts: only recorded in the format; `weight` is (out, in), or (experts * out, in), in any case.
 
     Raises:
         InputError: as `kept_mask`, or another dtype.
@@ -113,10 +113,10 @@ def pack_integers(
     """Packs a quantized weight: `codes * scales`, with the codes zero wherever the mask is.
 
     Args:
-        codes: int8 (out, in), -128..127 of int8 and -8..7 of int4.
-        scales: fp32 (out, 1) of int8, bf16 (out, ceil(in / 64)) of int4.
+        codes: int8 (out, in), -128..127 for int8 and -8..7 for int4.
+        scales: fp32 (out, 1) for int8, bf16 (out, ceil(in / 64)) for int4.
         values: "int8" or "int4".
-        n, m: the pattern; both 0 of a dense weight.
+        n, m: the pattern; both 0 for a dense weight.
         mask: bool (out, in), exactly `n` of every `m`; None takes `kept_mask` of the codes.
 
     Raises:
@@ -139,9 +139,9 @@ def pack_integers(
 
 
 def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight (out, in): in the dtype of its values, or fp32 of integers; then cast to `dtype` where one is given.
+    """The weight (out, in), in the dtype of its values (fp32 for integers), then cast to `dtype` if given.
 
-    A zero of integers is 0.0, whatever the sign of its scale.
+    An integer zero becomes 0.0, even with a negative scale.
 
     Raises:
         InputError: a mask that does not keep exactly n of every m.
@@ -167,7 +167,7 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def equal_as_packed(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bits, -0.0 taken as +0.0."""
+    """Whether two tensors of one dtype have the same bits, with -0.0 equal to +0.0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     bits = _BITS[one.element_size()]

@@ -1,9 +1,9 @@
-"""Loads a packed folder through transformers' `from_pretrained`: its hooks for quantized models, for n:m ones.
+"""Loads a packed folder through transformers' `from_pretrained`, by its hooks for quantized models.
 
 On a CPU the layers multiply by packed weights, with activations in fp32. On another device, or with `dequantize`, or
 where the kernels were not built, weights are unpacked to the dense layers that the model was written with;
-`castlm.inference.to_semi_structured_` can go on from there on an NVIDIA GPU. Nothing of transformers itself is imported
-at the top but what is there when `castlm.inference.register` calls for this module.
+`castlm.inference.to_semi_structured_` can convert these on an NVIDIA GPU. The imports at the top are limited to modules
+of transformers that are already loaded when `castlm.inference.register` imports this one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class CastlmConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed folder's config.json.
 
     Args:
-        version: of the packed format.
-        pattern: n:m, for the reader; each file says it again of each tensor.
+        version: version of the packed format.
+        pattern: n:m, for people; the files record the pattern of each tensor.
         weights: the file with the weights, or the index of several.
-        dequantize: unpack to dense layers while loading. It is read from the config of the folder: transformers ignores
-            a `quantization_config` that is given to `from_pretrained` beside it.
+        dequantize: unpack to dense layers while loading. Set it in the folder's config: transformers ignores a
+            `quantization_config` argument of `from_pretrained`.
 
     Examples:
         >>> config = AutoConfig.from_pretrained(folder)  # doctest: +SKIP
@@ -61,9 +61,9 @@ class CastlmConfig(QuantizationConfigMixin):
 
 
 class CastlmQuantizer(HfQuantizer):
-    """What transformers calls while it loads a packed folder, in the order of the methods here."""
+    """The hooks that transformers calls while it loads a packed folder, in the order of the calls."""
 
-    requires_calibration = True  # there is no packing on the fly: `castlm pack` writes the folder
+    requires_calibration = True  # no packing while loading: `castlm pack` writes the folder
     quantization_config: CastlmConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +89,7 @@ class CastlmQuantizer(HfQuantizer):
 
     @property
     def unpacks(self) -> bool:
-        """Whether the weights are unpacked; transformers then takes the model for the dense one that it becomes."""
+        """Whether the weights are unpacked; transformers then treats the model as dense."""
         return self.quantization_config.dequantize
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
@@ -121,8 +121,8 @@ class CastlmQuantizer(HfQuantizer):
             self._read_later(model, checkpoint_files or [], placed)
 
     def _read_later(self, model: PreTrainedModel, files: list[str], placed: dict[str, str]) -> None:
-        """Leaves the packed tensors out of what transformers loads: each layer reads its own when it is prepared, so
-        that the stored tensors of one layer are in memory at a time.
+        """Keeps transformers from loading the packed tensors: each layer reads its own when it is prepared, so that
+        memory holds the stored tensors of one layer at a time.
         """
         tensors = {name: tensor for file in files for name, tensor in read_header(Path(file)).items()}
         for name, path in placed.items():
@@ -133,7 +133,7 @@ class CastlmQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = ignored | {r"\.(values|mask|scales)$"}
 
     def _replace(self, model: PreTrainedModel, name: str, spec: PackedSpec) -> str:
-        """Puts a packed layer without values where the model has the dense one, and returns its path."""
+        """Replaces the dense layer by a packed one without values, and returns its path."""
         path = _path_in(model, loaded_name(model, name))
         module = model.get_submodule(path) if path is not None else None
         weight = getattr(module, "weight", None)
@@ -186,12 +186,12 @@ def _is_cpu(device: Any) -> bool:
 
 
 def _is_left_out(model: PreTrainedModel, name: str) -> bool:
-    """Whether `name` is the head of a model that is loaded without one, as `AutoModel` does."""
+    """Whether `name` is the head and the model is loaded without one, as by `AutoModel`."""
     return not in_block(name) and model.get_output_embeddings() is None and _path_in(model, name) is None
 
 
 def _path_in(model: PreTrainedModel, name: str) -> str | None:
-    """Where the module of a stored name is."""
+    """The path of the module for a stored name."""
     for path in possible_names(model, name):
         with contextlib.suppress(AttributeError):
             model.get_submodule(path)
@@ -200,7 +200,9 @@ def _path_in(model: PreTrainedModel, name: str) -> str | None:
 
 
 def _keep_table_dtypes(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
-    """Has embedding and head loaded as they are stored, not in the dtype of activations: they are packed next."""
+    """Makes transformers load embedding and head in their stored dtype instead of the activations': they are packed
+    next.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not can_pack_tables(model):
         return

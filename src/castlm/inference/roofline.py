@@ -1,11 +1,11 @@
-"""Whether 2:4 pays off on a GPU, before anyone trains or rents: by a roofline that is fitted to published times.
+"""Predicts whether 2:4 pays off on a GPU, before training or renting one, by a roofline fitted to published times.
 
     seconds = launch + max(bytes / (bandwidth * b), operations / (peak * p), in_features * serial)
 
-`launch`, `b`, `p` and `serial` belong to a kernel. The last term is what a plain roofline lacks: with few tokens and a
-narrow layer there are fewer output tiles than processors, and each tile walks through all input features by itself.
-Its share is why 2:4 loses on small layers: cuSPARSELt has a longer launch and walks more slowly than cuBLASLt. On a CPU
-nothing is estimated: `castlm.inference.advise` measures.
+`launch`, `b`, `p` and `serial` are constants of a kernel. A plain roofline lacks the last term: with few tokens and a
+narrow layer there are fewer output tiles than processors, and each tile runs through all input features alone. This
+explains why 2:4 loses on small layers: cuSPARSELt has a longer launch and a larger `serial` than cuBLASLt. A CPU is not
+estimated: `castlm.inference.advise` measures it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class GpuFormat:
 
     name: str
     bits: float
-    """Stored for each weight of the dense matrix, metadata and scales included."""
+    """Stored bytes for each weight of the dense matrix, with metadata and scales."""
     compute: str
     """The dtype of the product, a key of `Device.peak`."""
     sparse: bool = False
@@ -37,7 +37,7 @@ class GpuFormat:
 
 
 def gpu_formats(dtype: str) -> list[GpuFormat]:
-    """The dense format of `dtype` first, then what else a layer could be on a GPU.
+    """The formats of a layer on a GPU, the dense one of `dtype` first.
 
     2:4 keeps half of the values and two bits of metadata for each of them.
     """
@@ -55,7 +55,7 @@ def gpu_formats(dtype: str) -> list[GpuFormat]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """How close a kernel comes to its device."""
+    """The shares of a device's peaks that a kernel reaches."""
 
     launch: float
     """Seconds that every call takes."""
@@ -94,7 +94,7 @@ _ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 2, "fp8
 
 
 def is_assumed(device: Device, form: GpuFormat) -> bool:
-    """Whether no kernel times of the format are published for the device's family, and those of bf16 stand in."""
+    """Whether the constants of bf16 stand in, because no times of the format are published for the device's family."""
     return (device.family, _compute(form), form.sparse) not in KERNELS
 
 
@@ -113,7 +113,7 @@ def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, ke
     Args:
         shape: (out_features, in_features) of the weight.
         tokens: rows of the input.
-        kernel: what runs it; `kernel_of(device, form)` when not given.
+        kernel: the kernel that runs it; default: `kernel_of(device, form)`.
     """
     out_features, in_features = shape
     kernel = kernel or kernel_of(device, form)
@@ -129,7 +129,7 @@ def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, ke
     )
 
 
-# ---- what others have measured: kernel times that calibrate the roofline, and ratios shown beside its answer
+# ---- published measurements: kernel times that calibrate the roofline, and ratios shown beside its answer
 
 
 KERNEL_SOURCE = (
@@ -157,14 +157,14 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One published ratio: how many times as fast as dense in the same dtype, unless `what` says otherwise."""
+    """One published speed-up over dense in the same dtype, unless `what` names another reference."""
 
     device: str
     what: str
     speedup: float
     source: str
     decode: bool = False
-    """Whether it is about few tokens at once."""
+    """Whether it was measured with few tokens at once."""
 
 
 @functools.cache
@@ -226,7 +226,7 @@ EVIDENCE: tuple[Evidence, ...] = (
 
 
 def evidence(device: str, tokens: int) -> list[Evidence]:
-    """What was published of this device or its other form (h100 and h100-pcie) and of as few, or as many, tokens."""
+    """The published ratios of this device or its other form (h100 and h100-pcie), with similarly few or many tokens."""
     base = device.partition("-")[0]
     base = {"h200": "h100"}.get(base, base)
     return [row for row in EVIDENCE if row.device.partition("-")[0] == base and row.decode == (tokens <= 64)]
@@ -236,7 +236,7 @@ def evidence(device: str, tokens: int) -> list[Evidence]:
 
 
 Seconds = Callable[[GpuFormat, Shape, int], float]
-"""`seconds(form, (out_features, in_features), tokens)` of one layer."""
+"""The signature `seconds(form, (out_features, in_features), tokens)` for one layer."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Row:
     shape: Shape
     count: int
     seconds: Mapping[str, float]
-    """Of one layer, by the name of the format."""
+    """Seconds of one layer, by the name of the format."""
     best: str
     """The fastest format that keeps the weights as they are: dense or 2:4. Dense unless 2:4 is noticeably faster."""
 
@@ -259,7 +259,7 @@ class Advice:
     dtype: str
     tokens: int
     source: str
-    """Where the times come from: "roofline" or "measured here"."""
+    """Source of the times: "roofline" or "measured here"."""
     rows: Sequence[Row]
     head_seconds: float
     totals: Mapping[str, float]
@@ -269,12 +269,12 @@ class Advice:
     notes: Sequence[str] = field(default_factory=tuple)
 
     def speedup(self, name: str) -> float:
-        """How many times as fast as dense the whole model is, if all its layers are stored as `name`."""
+        """The speed of the whole model relative to dense, if all its layers are stored as `name`."""
         return self.totals[self.dtype] / self.totals[name]
 
     @property
     def mixed_speedup(self) -> float:
-        """The speed-up if each layer is dense or 2:4, whichever is faster: what `to_semi_structured_` does."""
+        """The speed-up if each layer is dense or 2:4, whichever is faster, as by `to_semi_structured_`."""
         best = self.head_seconds + sum(row.count * row.seconds[row.best] for row in self.rows)
         return self.totals[self.dtype] / best
 
@@ -310,7 +310,7 @@ class Advice:
         }
 
     def text(self) -> str:
-        """A table of the shapes, the verdict, what was published, and what the figures rest on."""
+        """A table of the shapes, the verdict, published ratios, and the conditions of the figures."""
         names = [form.name for form in self.formats]
         table = [["layer (out x in)", "layers", f"{names[0]} us", *names[1:], "advice"]]
         for row in self.rows:
@@ -348,14 +348,14 @@ def advise(
     formats: Sequence[GpuFormat] | None = None,
     seconds: Seconds | None = None,
 ) -> Advice:
-    """Compares what each layer could be on a device.
+    """Compares the formats of each layer on a device.
 
     Args:
-        shapes: of `layer_shapes` or `shapes_of`.
+        shapes: from `layer_shapes` or `shapes_of`.
         tokens: rows of a layer's input at once: the batch size in decode, all tokens of the prompts in prefill.
-        dtype: what the model is served in now; the formats are compared with it.
-        formats: what a layer could be, the dense format of `dtype` first; all that the device has when not given.
-        seconds: times a layer on this device; a roofline when not given.
+        dtype: the dtype in which the model is served now; formats are compared with it.
+        formats: the formats to compare, the dense one of `dtype` first; default: all that the device supports.
+        seconds: times a layer on this device; default: a roofline.
 
     Raises:
         InputError: `tokens` below 1, or a dtype that the device cannot compute in.
@@ -386,7 +386,7 @@ def advise(
 def _row(shape: Shape, count: int, formats: Sequence[GpuFormat], timed: Seconds, tokens: int, dtype: str) -> Row:
     fits = [form for form in formats if not form.sparse or shape[1] % 4 == 0]
     found = {form.name: timed(form, shape, tokens) for form in fits}
-    for form in formats:  # a layer that cannot be 2:4 stays what it is
+    for form in formats:  # a layer that cannot be 2:4 stays dense
         found.setdefault(form.name, found[dtype])
     sparse = f"2:4 {dtype}"
     is_better = sparse in found and found[dtype] / found[sparse] >= NOTICEABLE

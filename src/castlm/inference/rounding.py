@@ -1,11 +1,11 @@
-"""Weights rounded to int8, float8 or int4 so that every zero stays exactly zero: a mask survives quantization.
+"""Rounds weights to int8, float8 or int4 with every zero kept exactly, so that a mask survives quantization.
 
 All scales are symmetric, without a zero point. int4 has one for each row and 64 columns, and is rounded by GPTQ
-(Frantar et al. 2023, arXiv 2210.17323), column by column: what a column loses by rounding, the columns to its right
-make up for. A masked weight has the single grid point 0; what earlier columns would have it take over goes on to the
-columns after it, as in SparseGPT (arXiv 2301.00774). GPTQ counts on columns that turn out to be masked, so a few passes
-of coordinate descent follow (QuantEase, arXiv 2309.01885): each code in turn becomes the best one for the output with
-all others as they are, and each scale the best one for its codes. They never increase the error.
+(Frantar et al. 2023, arXiv 2210.17323), column by column: later columns compensate for the rounding error of a column.
+A masked weight has the single grid point 0 and passes its share of the error to later columns, as in SparseGPT (arXiv
+2301.00774). GPTQ relies on columns that turn out to be masked, so a few passes of coordinate descent follow (QuantEase,
+arXiv 2309.01885): each code in turn becomes the best for the layer's output with all others fixed, and each scale the
+best for its codes. They never increase the error.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Rounded:
     codes: Tensor
     """(rows, columns): int8 holds int8 and int4 (-8 to 7), float8_e4m3fn holds fp8."""
     scales: Tensor
-    """fp32: (rows, 1), or of int4 (rows, ceil(columns / 64)) with values that bf16 holds exactly."""
+    """fp32: (rows, 1), or for int4 (rows, ceil(columns / 64)) with values that are exact in bf16."""
 
     def dequantized(self) -> Tensor:
-        """(rows, columns), fp32. Every zero is 0.0: -0.0 takes room in the packed format, which may have to drop it."""
+        """(rows, columns), fp32. Every zero is 0.0, because the packed format cannot always store -0.0."""
         scales = self.scales
         if group := FORMATS[self.kind].group:
             scales = scales.repeat_interleave(group, dim=1)[:, : self.codes.shape[1]]
@@ -44,14 +44,15 @@ class Rounded:
         return Rounded(self.kind, self.codes.cpu(), self.scales.cpu())
 
     def split(self, rows: list[int]) -> list[Rounded]:
-        """The layers that were rounded as one, with their numbers of rows."""
+        """Splits layers that were rounded together, given their numbers of rows."""
         return [
             Rounded(self.kind, codes, scales) for codes, scales in zip(self.codes.split(rows), self.scales.split(rows))
         ]
 
 
 def round_rows(weight: Tensor, kind: str) -> Rounded:
-    """Rounds each row to the nearest of int8 or float8 (e4m3), its largest magnitude at the end of the range.
+    """Rounds each row to the nearest int8 or float8 (e4m3), scaled so that its largest magnitude is the end of the
+    range.
 
     Args:
         weight: (rows, columns), any float dtype.
@@ -62,7 +63,7 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
     assert kind in ("int8", "fp8"), kind
     weight = weight.float()
     if not weight.isfinite().all():
-        raise InputError("the weight has NaN or infinity: no scale of it means anything")
+        raise InputError("the weight has NaN or infinity: the model is damaged")
     largest = FORMATS[kind].largest
     scales = (weight.abs().amax(1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = weight / scales
@@ -71,20 +72,20 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
 
 
 def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01, passes: int = 4) -> Rounded:
-    """Rounds to int4 in groups of 64 columns: by GPTQ and coordinate descent where the statistic of the input is given,
-    else to the nearest.
+    """Rounds to int4 in groups of 64 columns: by GPTQ and coordinate descent if `hessian` is given, otherwise to the
+    nearest.
 
     Args:
-        weight: (rows, columns), any float dtype; what is 0 stays 0.
-        hessian: X^T X of the input, times any factor: (columns, columns), fp32, symmetric; it is overwritten.
-        damping: share of the mean of the Hessian's diagonal that is added to it.
-        passes: of coordinate descent over all columns.
+        weight: (rows, columns), any float dtype; zeros stay.
+        hessian: X^T X of the input up to a factor, (columns, columns), fp32, symmetric; overwritten.
+        damping: fraction of the Hessian's mean diagonal to add to it.
+        passes: passes of coordinate descent over all columns.
 
     Raises:
         InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
     """
     if not weight.isfinite().all():
-        raise InputError("the weight has NaN or infinity: no scale of it means anything")
+        raise InputError("the weight has NaN or infinity: the model is damaged")
     columns = weight.shape[1]
     target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
     left, kept = target.clone(), target != 0
@@ -112,7 +113,7 @@ def _descend(codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessia
     for _ in range(passes):
         for group, block in enumerate(blocks):
             inner, scale = hessian[block, block], scales[group]
-            slope = hessian[block] @ error  # (64, rows), kept up within the block
+            slope = hessian[block] @ error  # (64, rows), updated within the block
             for j in range(len(slope)):
                 column = codes[block.start + j]
                 wanted = column - slope[j] / (inner[j, j] * scale)
@@ -124,7 +125,9 @@ def _descend(codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessia
 
 
 def _refit(scale: Tensor, codes: Tensor, slope: Tensor, inner: Tensor) -> None:
-    """The best scale (rows,) for the codes (64, rows) of a group, in place, where it still is better as bf16."""
+    """Replaces the scale (rows,) by the best one for the codes (64, rows) of a group, where rounding that to bf16 still
+    improves.
+    """
     first, second = (slope * codes).sum(0), (codes * (inner @ codes)).sum(0)
     change = (scale - first / second.clamp_min(1e-30)).bfloat16().float() - scale
     is_better = (2 * change * first + change.square() * second < 0) & (scale + change != 0)
@@ -132,7 +135,7 @@ def _refit(scale: Tensor, codes: Tensor, slope: Tensor, inner: Tensor) -> None:
 
 
 def _round_block(left: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes: Tensor) -> Tensor:
-    """Rounds the columns of one group, (64, rows), one after the other; returns what each lost, in units of U_jj."""
+    """Rounds the columns of one group, (64, rows), in order; returns the error of each, in units of U_jj."""
     errors = torch.empty_like(left)
     for j in range(len(left)):
         codes[j] = (left[j] / scale).round_().clamp_(-8, 7).mul_(kept[j])
@@ -142,10 +145,10 @@ def _round_block(left: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes
 
 
 def _best_scale(group: Tensor, kept: Tensor, diagonal: Tensor) -> Tensor:
-    """The scale (rows,) of a group (64, rows), as bf16 holds it, that rounds its kept weights best.
+    """The scale (rows,), exact in bf16, that rounds the kept weights of a group (64, rows) best.
 
-    The candidates put the largest magnitude at 7 or at -8 (the scale may be negative), or clip it; the error of each
-    weight counts by 1 / U_jj^2, as what it costs in the layer's output.
+    The candidates put the largest magnitude at 7 or at -8 (the scale may be negative), or clip it. Errors are weighted
+    by 1 / U_jj^2, their cost in the layer's output.
     """
     group = group * kept
     index = group.abs().argmax(0, keepdim=True)
@@ -163,7 +166,7 @@ def _best_scale(group: Tensor, kept: Tensor, diagonal: Tensor) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, with U^T U the inverse of the damped H; columns that no input reaches stand alone.
+    """U, upper triangular, with U^T U = H^-1 of the damped H; columns without input are decoupled.
 
     The damping is added to `hessian`.
     """

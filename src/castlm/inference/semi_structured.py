@@ -1,7 +1,8 @@
-"""2:4 on an NVIDIA GPU where it is faster: each layer shape is timed dense and sparse, and the faster one stays.
+"""Uses 2:4 kernels on an NVIDIA GPU where they are faster: times each layer shape dense and sparse, and keeps the
+faster.
 
-cuSPARSELt picks a poor algorithm by itself, and loses on small layers with any (castlm advise says where). So nothing
-is converted on faith: what does not win the timing at the stated number of tokens remains a dense `nn.Linear`.
+cuSPARSELt's default algorithm is poor, and on small layers every algorithm loses (see castlm advise). So a layer is
+converted only if it wins the timing at the given number of tokens; otherwise it stays a dense `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of one layer."""
+    """The decision for one layer."""
 
     name: str
     shape: tuple[int, int]
@@ -54,18 +55,18 @@ class Choice:
     variant: str
     """"dense", or the winning sparse one."""
     seconds: Mapping[str, float]
-    """Of each contestant on the stated number of tokens; empty if the layer was not timed."""
+    """Seconds of each contestant at the given number of tokens; empty if the layer was not timed."""
     reason: str = ""
-    """Why the layer is dense without a race, or which sparse variants failed on it, with the error of each."""
+    """Why the layer is dense without a race, or the sparse variants that failed, with their errors."""
 
 
 class Race(NamedTuple):
-    """What a shape is decided by."""
+    """The timing that decides for a shape."""
 
     seconds: Mapping[str, float]
-    """By variant, of those that run."""
+    """Seconds by variant that runs."""
     failed: str
-    """The variants that do not, each with its error."""
+    """The error of each variant that fails."""
 
 
 @torch.no_grad()
@@ -80,18 +81,18 @@ def to_semi_structured_(
 ) -> list[Choice]:
     """Replaces the 2:4 linear layers of a model, in place, wherever a sparse kernel is faster than the dense one.
 
-    Times are those of CUDA graphs, with a cold cache: compile the model with `mode="reduce-overhead"`, or capture its
-    decode step, to get them. No layer becomes slower at `tokens`; at other numbers of tokens one may.
+    Times are measured on CUDA graphs with a cold cache; to reach them, compile the model with `mode="reduce-overhead"`
+    or capture its decode step. No layer becomes slower at `tokens`, but one may at another number of tokens.
 
-    Experts stay dense: transformers multiplies all of a block at once, for which there is no 2:4 kernel.
+    Experts stay dense: transformers multiplies all experts of a block at once, for which no 2:4 kernel exists.
 
     Args:
         model: in bf16 or fp16 on a CUDA device, pruned to 2:4.
         tokens: rows of a layer's input: the batch size in decode, the tokens of all prompts in prefill.
         dtype: "same" multiplies in the model's dtype and changes nothing else. "int8" rounds weights by row and
             activations by token. "fp8" does so in float8 through torchao, on Hopper (compute capability 9.0).
-        filter_fn: which layers, as for `sparse_linears`.
-        backend: what converts and times; that of `dtype` when not given.
+        filter_fn: selects the layers, as in `sparse_linears`.
+        backend: converts and times layers; default: the backend for `dtype`.
         progress: called with (layers done, layers in all).
 
     Returns:
@@ -127,7 +128,7 @@ def to_semi_structured_(
 def _choose(
     name: str, layer: nn.Linear, tokens: int, backend: Backend, raced: dict[tuple[object, ...], Race]
 ) -> Choice:
-    """Races the first layer of each shape; the others follow it."""
+    """Races the first layer of each shape; the others use its result."""
     shape = (layer.out_features, layer.in_features)
     reason = backend.why_not(layer)
     if reason is None and not is_nm_sparse(layer.weight, 2, 4):
@@ -167,7 +168,7 @@ def _first_line(error: RuntimeError) -> str:
 
 
 def _replace(model: nn.Module, choice: Choice, layer: nn.Linear, tokens: int, backend: Backend) -> Choice:
-    """Puts the sparse layer into the model if it computes what the dense one does."""
+    """Puts the sparse layer into the model if its output agrees with the dense one's."""
     sparse, x = backend.convert(layer, choice.variant), _input_for(layer, tokens)
     expected, found = layer(x).float(), sparse(x).float()
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
@@ -179,7 +180,7 @@ def _replace(model: nn.Module, choice: Choice, layer: nn.Linear, tokens: int, ba
 
 
 def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
-    """Random rows for `layer`, the same in every call."""
+    """Random input rows for `layer`, the same in every call."""
     generator = torch.Generator(layer.weight.device).manual_seed(0)
     return torch.randn(
         tokens, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype, generator=generator
@@ -187,7 +188,7 @@ def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
 
 
 def this_gpu() -> Device | None:
-    """The record of the CUDA device at hand; None where there is none.
+    """The record of this machine's CUDA device; None without one.
 
     Raises:
         InputError: a device without a record.
@@ -202,7 +203,7 @@ def this_gpu() -> Device | None:
 
 
 class GpuTimer:
-    """Times layers on the CUDA device at hand, each shape once, dense against every sparse variant.
+    """Times layers on this machine's CUDA device, each shape once, dense against every sparse variant.
 
     Layers are in the dtype asked for, and in bf16 for fp8, which takes no other.
     """
