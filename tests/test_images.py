@@ -577,7 +577,7 @@ def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text
     assert "which reads no images: give a vision-language model" in capsys.readouterr().err
     cached = options(llava, dataset, tmp_path / "b", teacher_cache=tmp_path / "cache", teacher_top_k=8)
     assert main(["train", *cached, "--hidden-weight=0"]) == 2
-    assert "teacher_cache knows a sequence by its tokens" in capsys.readouterr().err
+    assert "teacher_cache" in capsys.readouterr().err
     assert main(["eval", str(llama), "--text", str(dataset), "--device", "cpu"]) == 2
     assert "reads no images" in capsys.readouterr().err
     without = tmp_path / "without"

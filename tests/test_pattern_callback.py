@@ -122,7 +122,7 @@ def test_what_fills_a_zero_raises_at_its_step(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ({"deepspeed": "zero3.json"}, "DeepSpeed hands the optimizer flat slices"),
+        ({"deepspeed": "zero3.json"}, "DeepSpeed"),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1 flattens the weights"),
     ],
 )
@@ -136,7 +136,7 @@ def test_engines_that_flatten_weights_are_refused(setting, reason, tmp_path):
 
 def test_deepspeed_of_accelerate_launch_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match="DeepSpeed hands the optimizer flat slices"):
+    with pytest.raises(InputError, match="DeepSpeed"):
         castlm.PatternCallback().on_train_begin(SimpleNamespace(deepspeed=None), None, None, model=sparse_model())
 
 

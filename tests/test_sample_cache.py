@@ -175,7 +175,7 @@ def test_bad_input_is_one_line(llama, own, tmp_path, capsys):
             command(
                 llama, tmp_path / "a.jsonl", *cached(Path(own).parents[1])[2:], "--teacher-cache", str(Path(own).parent)
             ),
-            "are no teacher cache",
+            "teacher_cache",
         ),
         (command(llama, own, *cache), "already exists: name another file or pass overwrite"),
         (command(llama, own, *cache, "--resume", "--top-p", "0.5"), "was sampled differently (top_p 1.0 -> 0.5)"),

@@ -204,7 +204,7 @@ def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsy
 
 
 def test_left_dense_that_matches_nothing_is_refused(llama, text, tmp_path):
-    with pytest.raises(InputError, match="left_dense dwon is in the name of no sparse layer"):
+    with pytest.raises(InputError, match="left_dense dwon"):
         begin_run(small(llama, text, tmp_path / "run", left_dense=("dwon",)), init_world("cpu", "full"))
     run = begin_run(small(llama, text, tmp_path / "run", left_dense=("down_proj",)), init_world("cpu", "full"))
     assert len(run.method.layers) == 12

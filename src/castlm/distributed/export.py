@@ -1,7 +1,7 @@
-"""Writes and verifies the result of a sharded run, a tensor at a time: no rank ever holds the whole model.
+"""Writes and verifies the result of a sharded run, one tensor at a time: no rank ever holds the whole model.
 
-The verification is that of `castlm.export.hf`: the pattern is counted in the files, each rank compares its rows of
-every tensor in bits with those in memory, and the perplexity is measured again on what was read back.
+The verification is the same as in `castlm.export.hf`: it counts the pattern in the files, each rank compares its rows
+of every tensor bit for bit with memory, and the perplexity is measured again on the model read from disk.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class ShardedResult:
-    """A trained and pruned model whose parameters are sharded, and how it is measured."""
+    """A trained and pruned model whose parameters are sharded, with the settings of its export."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -62,17 +62,17 @@ class ShardedResult:
     pattern: Pattern
     left_dense: Mapping[str, str]
     dtype: torch.dtype
-    """What the files are written in."""
+    """The dtype of the files."""
     is_sparse: bool
     """False for the dense control, which has no pattern to verify."""
     root: nn.Module
     """The sharded module that holds `model`."""
     precision: str
-    """Of the forward pass of `root`."""
+    """The precision of the forward pass of `root`."""
     wrap: Callable[[PreTrainedModel], nn.Module]
-    """Makes a root like `root` of another model, without a teacher."""
+    """Makes a root like `root` for another model, without a teacher."""
     measure: Callable[[Any], float]
-    """Perplexity of the model in a sharded root, in fp32; all ranks call it."""
+    """Measures the perplexity of the model in a sharded root, in fp32; all ranks call it."""
 
 
 def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
 
 
 def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """The parameters of a model under the names they have without weight scaling, each with its scale."""
+    """The parameters of a model by their names without weight scaling, each with its scale or None."""
     for name, module in model.named_modules():
         if "parametrizations" in name.split("."):
             continue
@@ -120,7 +120,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
     weights: dict[str, tuple[Tensor, Tensor | None]] = {}
     seen: set[Tensor] = set()
     for name, weight, scale in folded_weights(result.model):
-        if weight not in seen:  # what is tied is written once
+        if weight not in seen:  # tied weights are written once
             weights[name] = weight, scale
             seen.add(weight)
     stored_in: dict[str, str] = {}
@@ -148,7 +148,7 @@ def _save(held: dict[str, Tensor], file: Path) -> None:
 
 
 def _as_stored(result: ShardedResult, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What the files hold of a parameter: as `save_model` would write it."""
+    """The tensors that the files hold for a parameter, as `save_model` would write them."""
     model = result.model
     layer = model.get_submodule(name.rpartition(".")[0])
     if stored_transposed(model.config.model_type, name) or (isinstance(layer, ExpertLinear) and layer.transposed):
@@ -158,7 +158,7 @@ def _as_stored(result: ShardedResult, name: str, tensor: Tensor) -> dict[str, Te
 
 
 def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
-    """Names by file, in order, none but a single large tensor above `MAX_SHARD_BYTES`."""
+    """Divides the names among files of at most `MAX_SHARD_BYTES`, in order; a larger tensor has its own file."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -188,7 +188,7 @@ def _refuse(temporary: Path, folder: Path, failure: str | None) -> None:
 
 @torch.no_grad()
 def _verify_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """Reads the files back, each rank its rows, and compares them and their perplexity with those in memory."""
+    """Reads the files back, each rank its rows, and compares weights and perplexity with the model in memory."""
     opened = open_sharded(str(folder), trust_remote_code=False, revision=None)
     failures = result.world.gather("the files hold other tensors" if opened is None else None)
     if opened is None or any(failures):
@@ -210,7 +210,7 @@ def _verify_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict
 
 
 def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
-    """Around a model on the meta device, which gets memory here, and no values."""
+    """A sharded root around a model on the meta device; allocates memory for its weights, without values."""
     root = result.wrap(model)
     shard_(root, result.world)
     materialize_(root, result.world.device)
@@ -218,14 +218,14 @@ def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
 
 
 def _folded_rows(result: ShardedResult) -> Iterator[tuple[str, Tensor]]:
-    """This rank's rows of every parameter as they are written, in fp32."""
+    """This rank's rows of every parameter, rounded as in the files, in fp32."""
     for name, weight, scale in folded_weights(result.model):
         rows = local(weight) if scale is None else scale_weight(local(weight), local(scale))
         yield name, rows.to(result.dtype).to(rows.dtype)
 
 
 def _in_fp32(result: ShardedResult) -> nn.Module:
-    """The model in fp32, as it is written; built again where it is gathered in bf16 or written in another dtype."""
+    """The model in fp32 with the rounding of the files: `root` itself if it rounds nothing, else a new one."""
     if result.precision == "fp32" and result.dtype is torch.float32:
         return result.root
     model = empty_model(copy.deepcopy(result.model.config)).eval()

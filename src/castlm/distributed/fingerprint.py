@@ -1,4 +1,4 @@
-"""A hash of a few numbers of every dense weight, which tells the weights of two models apart without reading all."""
+"""A hash of a few numbers of every dense weight, which distinguishes two models without reading all weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from castlm.core.shards import local
 from castlm.core.sparsify import dense_name
 
 FIRST = 64
-"""Numbers that are read of each parameter, at the most: the first ones of its first row (of experts: first expert)."""
+"""The largest count of numbers per parameter: the first of its first row, or of its first expert."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def fingerprint_of(first: Mapping[str, Tensor]) -> str:
-    """The fingerprint of a model by the first numbers of its parameters, by name and of any dtype."""
+    """The fingerprint of a model from the first numbers of its parameters, by name, in any dtype."""
     rows = {name: numbers.float().cpu().numpy().tobytes() for name, numbers in first.items()}
     if rows.get("lm_head.weight") in [row for name, row in rows.items() if "embed" in name or "wte" in name]:
         del rows["lm_head.weight"]

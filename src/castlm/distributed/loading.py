@@ -1,7 +1,7 @@
-"""A model that no rank holds whole: built without memory, sharded, and filled from safetensors, each rank its rows.
+"""Loads a model that no rank holds whole: builds it without memory, shards it, and reads each rank's rows.
 
-Buffers are computed and not stored (rotary frequencies): they are made for real from the start, and kept through
-`to_empty`, which would leave garbage in them without a word.
+Buffers such as rotary frequencies are computed and not stored. They are real from the beginning, and are kept over
+`to_empty`, which would silently leave garbage in them.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from castlm.models.locate import Location, cached_snapshot, locate
 from castlm.models.opening import open_model, quiet
 
 Reader = Callable[[Path], Any]
-"""Opens a safetensors file, each once."""
+"""Opens a safetensors file, each file once."""
 
 
 class _WeightsOnMeta(TorchFunctionMode):
-    """Weights, which layers make with `torch.empty`, take no memory; all else, buffers above all, is made for real."""
+    """Inside the context, weights, which layers make with `torch.empty`, take no memory; buffers are real."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*args, **(kwargs or {}) | ({"device": "meta"} if function is torch.empty else {}))
@@ -45,14 +45,14 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies: a tensor of a file."""
+    """The place of a parameter: a tensor in a file."""
 
     file: Path
     key: str
     transposed: bool = False
 
     def read(self, read: Reader, rows: slice) -> Tensor:
-        """Some rows (of experts: some experts) of the parameter."""
+        """Reads some rows of the parameter; some experts of a 3-D one."""
         stored = read(self.file).get_slice(self.key)
         if not self.transposed:
             return stored[rows]
@@ -71,12 +71,12 @@ class Place:
 
 @dataclass(frozen=True)
 class ExpertPlaces:
-    """Where a 3-D parameter lies: each expert in matrices of its own, one below the other."""
+    """The place of a 3-D parameter: for each expert, the matrices that are stacked by rows."""
 
     matrices: tuple[tuple[Place, ...], ...]
 
     def read(self, read: Reader, rows: slice) -> Tensor:
-        """The weights of some experts."""
+        """Reads the weights of some experts."""
         whole = slice(None)
         return torch.stack([torch.cat([place.read(read, whole) for place in of]) for of in self.matrices[rows]])
 
@@ -87,7 +87,7 @@ class ExpertPlaces:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where each parameter of a model lies, by its name without weight scaling."""
+    """The place of each parameter of a model, by its name without weight scaling."""
 
     source: str
     places: Mapping[str, Place | ExpertPlaces]
@@ -101,11 +101,11 @@ class Checkpoint:
 def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) -> tuple[Loaded, Checkpoint] | None:
     """The model that `load_model` would load, without its weights: parameters on the meta device, buffers real.
 
-    None where a rank cannot read its rows alone: GGUF, weights that transformers converts while it loads them, and
-    whatever is wrong with the weights, which `load_model` says.
+    Returns None if a rank cannot read only its rows: for GGUF, for weights that transformers converts while loading,
+    and for damaged weights, for which `load_model` then raises.
 
     Raises:
-        InputError: as `load_model`, of all but the weights.
+        InputError: as `load_model`, except for errors of the weights.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     if where.gguf:
@@ -119,17 +119,17 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
     if places is None:
         return None
     if model.can_generate():
-        with quiet(where), contextlib.suppress(OSError):  # it has none of its own
+        with quiet(where), contextlib.suppress(OSError):  # the model may have no generation config
             model.generation_config = GenerationConfig.from_pretrained(where.target, revision=revision, **where.local)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source, dtype), Checkpoint(source, places)
 
 
 def check_one_snapshot(name: str, revision: str | None, world: World) -> None:
-    """Whether all ranks have read one commit of a hub model: a machine may have an older one in its cache.
+    """Checks that all ranks have the same commit of a hub model: a machine may have an older one in its cache.
 
     Raises:
-        InputError: they have not.
+        InputError: the commits differ.
     """
     if not locate(name).is_hub:
         return
@@ -141,7 +141,7 @@ def check_one_snapshot(name: str, revision: str | None, world: World) -> None:
 
 
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model whose fp32 parameters are on the meta device, its buffers real, made of layers."""
+    """A model with fp32 parameters on the meta device and real buffers; Conv1D and experts are layers."""
     with _WeightsOnMeta():
         model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     made = {p: nn.Parameter(p.to("meta")) for p in model.parameters() if not p.is_meta}  # norms, of `torch.ones`
@@ -168,7 +168,7 @@ def _weight_files(where: Location, revision: str | None) -> list[Path]:
 
 
 def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | ExpertPlaces] | None:
-    """None when the names and shapes in the files are not the model's own."""
+    """The place of each parameter; None if the names and shapes in the files are not the model's own."""
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
@@ -219,7 +219,7 @@ def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _expert_places(
     model: PreTrainedModel, key: str, layer: ExpertLinear, stored: Mapping[str, tuple[Path, tuple[int, ...]]]
 ) -> ExpertPlaces | None:
-    """None when the files do not hold each expert in whole rows."""
+    """The places of the experts of a layer; None if the files do not hold each expert in whole rows."""
     rows = stored_rows(model, key, layer)
     of_expert: list[list[tuple[int, Place]]] = [[] for _ in range(layer.num_experts)]
     for name, expert, part in rows or ():
@@ -232,7 +232,7 @@ def _expert_places(
 
 
 def materialize_(module: nn.Module, device: torch.device) -> None:
-    """Gives the sharded parameters memory, uninitialised, and moves the buffers, in place; what is tied stays tied."""
+    """Allocates memory for sharded parameters, uninitialised, and moves buffers, in place; tied weights stay tied."""
     buffers = dict(module.named_buffers(remove_duplicate=False))
     aliases: dict[Tensor, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -278,7 +278,7 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
 
 @contextlib.contextmanager
 def opened_files() -> Iterator[Reader]:
-    """Opens safetensors files at their first use, and closes them with the block."""
+    """Opens safetensors files at their first use, and closes them at the end of the context."""
 
     with contextlib.ExitStack() as stack:
         opened: dict[Path, Any] = {}

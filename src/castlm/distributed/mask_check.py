@@ -1,7 +1,7 @@
 """Checks during a run that its masks match its weights and that every sparse weight is updated.
 
-A mask that no longer lines up with its weight trains without an error, to a useless model; so it is recomputed by
-another formula, from the weight as all ranks together hold it.
+With a mask that does not match its weight, training would raise no error and give a useless model. So the mask is
+recomputed by another formula, from the whole weight, gathered from all ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from castlm.core.shards import local, own_rows, whole
 from castlm.core.sparsify import SparseLayer, num_weights, weight_parameter
 from castlm.distributed.world import World
 
-_ROWS = 1024  # sorted at a time
+_ROWS = 1024  # rows that are sorted at a time
 
 
 def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
@@ -33,8 +33,10 @@ def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
 
 
 def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[Tensor, Tensor]]:
-    """The weights and masks for `decay_budget`, the same on every rank: those of a single process, or with several
-    ranks an even sample of the masked weights of each."""
+    """The weights and masks for `decay_budget`, the same on every rank.
+
+    With several ranks, they are an even sample of each rank's masked weights.
+    """
     if world.mesh is None:
         return list(masks.items())
     parts = [weight[~mask] for weight, mask in masks.items()]
@@ -45,10 +47,10 @@ def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[T
 
 
 class SelfCheck:
-    """Checks the first step of a process for coverage, and at every refresh the masks of one transformer block.
+    """Checks in the first step that all sparse weights are stepped, and at every refresh the masks of one block.
 
     Args:
-        layers: the sparse layers of the model, by name; blocks are told apart by the number in it.
+        layers: the sparse layers of the model, by name, which contains the number of the block.
     """
 
     def __init__(self, optimizer: AdamS, layers: Mapping[str, SparseLayer], pattern: Pattern, world: World) -> None:
@@ -59,17 +61,19 @@ class SelfCheck:
         by_block: dict[str, list[Tensor]] = {}
         for name, layer in layers.items():
             weight = weight_parameter(layer)
-            if isinstance(pattern, NM):  # there is a second formula for these alone
+            if isinstance(pattern, NM):  # only n:m has a second formula
                 by_block.setdefault(block_name(name) or "", []).append(weight)
             self._names[weight] = name
         self._blocks = list(by_block.values())
 
     @contextlib.contextmanager
     def around_step(self, step: int, mask_interval: int) -> Iterator[None]:
-        """Around the optimizer's 0-based `step`; without a `mask_interval` the masks are fixed and not checked.
+        """Checks the optimizer's 0-based `step`, which runs inside the context.
+
+        Without a `mask_interval`, the masks are fixed and not checked.
 
         Raises:
-            RuntimeError: a sparse weight was not stepped, or a mask is not that of its weight.
+            RuntimeError: a sparse weight was not stepped, or a mask does not match its weight.
         """
         refresh, since = divmod(step, mask_interval) if mask_interval else (0, 1)
         due = bool(self._blocks) and since == 0

@@ -18,14 +18,15 @@ from castlm.distributed.world import World
 
 
 def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
-    """Shards every transformer block of `module`, then the rest, in place. A single process is left as it is.
+    """Shards every transformer block of `module`, then the rest, in place. Does nothing in a single process.
 
-    Parametrizations have to be there already: the other order fails. A vision tower is sharded with the rest, which is
-    gathered in every forward pass: a rank whose batch has no image does not call it, and the others would wait.
+    Parametrize first: `fully_shard` before that fails. A vision tower is sharded with the rest, which is gathered in
+    every forward pass: a rank without an image in its batch does not call the tower, and the others would wait.
 
     Args:
-        precision: of the forward pass. Under "bf16" the fp32 linear layers of the blocks are gathered in bf16, and the
-            forward has to run in autocast; all else is gathered as it is stored, gradients are summed in fp32.
+        precision: the precision of the forward pass. Under "bf16", the fp32 linear layers of the blocks are gathered in
+            bf16, and the forward pass must run under autocast; all other parameters are gathered as they are stored.
+            Gradients are summed in fp32.
     """
     if world.mesh is None:
         return
@@ -37,27 +38,30 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
             fully_shard(block, mesh=world.mesh, mp_policy=_NARROW)
         else:
             fully_shard(block, mesh=world.mesh)
-        if has_list_of_experts(block):  # else ranks that called other experts would add up gradients of these
+        if has_list_of_experts(block):  # else ranks that called different experts would sum gradients of different ones
             block.set_reduce_scatter_unused_params(True)  # type: ignore[attr-defined]
     fully_shard(module, mesh=world.mesh)
     assert isinstance(module, FSDPModule)
 
 
 def sharded_blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks that `shard_` shards each on its own."""
+    """The transformer blocks that `shard_` shards one by one."""
     return [block for name, block in transformer_blocks(module).items() if not is_tower(name)]
 
 
 def free_blocks_(module: nn.Module) -> None:
-    """Frees the weights of sharded transformer blocks that are never called again. FSDP2 holds on to the tensors, and
-    gathers what is outside of the blocks with the rest of the root, so that this stays."""
+    """Frees the weights of sharded transformer blocks that are never called again.
+
+    FSDP2 keeps references to the tensors, so their storage is resized to 0. Parameters outside the blocks stay, because
+    the root gathers them.
+    """
     for block in sharded_blocks(module):
         for parameter in block.parameters():
             local(parameter).untyped_storage().resize_(0)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard_` has sharded `module`; otherwise each rank holds it whole."""
+    """Whether `shard_` has sharded `module`; otherwise each rank holds all of it."""
     return isinstance(module, FSDPModule)
 
 
@@ -68,11 +72,11 @@ def reshard_(module: nn.Module) -> None:
 
 
 def sum_over_replicas_(module: nn.Module, now: bool) -> None:
-    """Says whether backward passes of a sharded module sum the gradients over its replicas from now on.
+    """Sets whether backward passes of a sharded module sum the gradients over its replicas.
 
-    Where not, FSDP2 keeps the sums of each replica for the first pass that does, so that accumulated batches pay for
-    one such sum. Experts in a list are an exception: each batch may reach others, and FSDP2 adds up what it keeps as if
-    they were the same.
+    If not, FSDP2 keeps the sums of each replica until a pass that does, so that accumulated batches need one such sum.
+    Experts in a list always sum: each batch may reach different ones, and FSDP2 would add up the gradients that it
+    keeps as if they belonged to the same experts.
     """
     if not isinstance(module, FSDPModule):
         return
@@ -81,10 +85,10 @@ def sum_over_replicas_(module: nn.Module, now: bool) -> None:
 
 
 def average_gradients_(module: nn.Module, parameters: Iterable[Tensor], world: World) -> None:
-    """Averages the gradients over the ranks where each holds `module` whole; FSDP has averaged those of a sharded one.
+    """Averages the gradients over ranks that each hold all of `module`; FSDP averages those of a sharded module.
 
     Args:
-        parameters: those that are trained, in the same order on all ranks.
+        parameters: the parameters, in the same order on all ranks; frozen ones are skipped.
     """
     if world.mesh is None or is_sharded(module):
         return
@@ -95,33 +99,37 @@ def average_gradients_(module: nn.Module, parameters: Iterable[Tensor], world: W
         parameter.grad = part.view_as(parameter)
 
 
-# Inputs stay as they are: FSDP would round the residual path, which autocast leaves in fp32.
+# Inputs are not cast: FSDP would round the residual stream, which autocast leaves in fp32.
 _NARROW = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 def is_gathered_narrow(block: nn.Module) -> bool:
-    """Whether a transformer block gains from being gathered in bf16. A block with a list of experts does not: some
-    experts may not be called, and FSDP's group of modules waits for each."""
+    """Whether a transformer block can be gathered in bf16 and has fp32 parameters.
+
+    A block with a list of experts cannot: some experts may not be called, and FSDP's group of modules waits for each.
+    """
     return not has_list_of_experts(block) and any(p.dtype == torch.float32 for p in block.parameters())
 
 
 def has_list_of_experts(block: nn.Module) -> bool:
-    """Whether some modules of a transformer block may not be called."""
+    """Whether a transformer block has a list of modules, some of which may not be called."""
     return any(isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList) for m in block.modules())
 
 
 def beside_linears(block: nn.Module) -> list[nn.Module]:
-    """The modules of a block whose parameters autocast does not cast: norms, and the scales of weight scaling, which
-    near 1 would be rounded to steps of 0.4 to 0.8 %."""
+    """The modules of a block whose parameters autocast does not cast: norms, and the scales of weight scaling.
+
+    bf16 would round scales near 1 to steps of 0.4 to 0.8 %.
+    """
     cast = nn.Linear, ExpertLinear, ParametrizationList
     return [m for m in block.modules() if any(True for _ in m.parameters(False)) and not isinstance(m, cast)]
 
 
 def compile_blocks_(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compiles every transformer block of `module` in place, each on its own: blocks of one shape share the code.
+    """Compiles every transformer block of `module` separately, in place: blocks of one shape share the code.
 
-    torch gives every parametrized module a class of its own. Code is compiled again for each class, and after 8 times
-    not at all, so layers that are parametrized alike get the same class here.
+    torch gives every parametrized module its own class. Code is compiled again for each class, and no longer after 8
+    times, so layers with the same parametrization get the same class here.
     """
     classes: dict[Any, type[nn.Module]] = {}
     for layer in _parametrized(module):
@@ -131,10 +139,10 @@ def compile_blocks_(module: nn.Module, backend: str | Callable[..., Any] = "indu
 
 
 def uncompile_blocks_(module: nn.Module) -> None:
-    """Takes back `compile_blocks_`, for passes on another device or in another precision."""
+    """Undoes `compile_blocks_`, for passes on another device or in another precision."""
     for block in transformer_blocks(module).values():
         block._compiled_call_impl = None
-    for layer in _parametrized(module):  # a class of its own again, which loses an attribute with the parametrization
+    for layer in _parametrized(module):  # its own class again: removing the parametrization deletes an attribute of it
         shared = type(layer)
         layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 

@@ -26,9 +26,9 @@ from castlm.hardware import choose_device
 from castlm.progress import note
 
 T = TypeVar("T")
-# How long to wait for ranks that may only be late, once a collective has failed.
+# Seconds to wait for ranks that may only be late, once a collective has failed.
 DIAGNOSIS_S = 10
-# How many times `timeout_s` the other ranks wait for the next sign of progress of the main rank.
+# The other ranks wait this many times `timeout_s` for the next sign of progress of the main rank.
 PATIENCE = 24
 
 
@@ -36,8 +36,8 @@ PATIENCE = 24
 class World:
     """This process among the ranks. `mesh` is None for a single process.
 
-    `control` and `saving` are gloo groups beside the one that computes: for what ranks tell each other as objects, and
-    for the thread that writes checkpoints, whose messages must not mix with those of the loop.
+    `control` and `saving` are gloo groups besides the one for computation: `control` carries Python objects, `saving`
+    the messages of the thread that writes checkpoints, which must not mix with the loop's.
     """
 
     rank: int
@@ -48,7 +48,7 @@ class World:
     saving: dist.ProcessGroup | None = None
     timeout_s: float = 600
     progress: threading.Event = field(default_factory=threading.Event, compare=False)
-    """Set by `reported` whenever a part of the work of `on_main` is done."""
+    """Set by `reported` after each finished part of the work of `on_main`."""
 
     @property
     def is_main(self) -> bool:
@@ -65,7 +65,7 @@ class World:
         return self.rank % (self.size // self.num_replicas)
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` summed over all ranks, in place."""
+        """Sums `values` over all ranks, in place, and returns them."""
         if self.mesh is not None:
             dist.all_reduce(values)
         return values
@@ -75,7 +75,7 @@ class World:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank, by rank; any picklable object."""
+        """The `value` of every rank, in order; any picklable object."""
         values: list[Any] = [value]
         if self.mesh is not None:
             values = [None] * self.size
@@ -86,13 +86,13 @@ class World:
         """Runs `action` on the main rank and returns its result on every rank.
 
         Args:
-            beats: let a thread tell the waiting ranks that the main rank is at work, for an action that may take longer
-                than `timeout_s`. They wait for it even if it hangs, unless it has `reported` progress: then they wait
-                for the next sign of it `PATIENCE` times as long.
+            beats: for an action that may take longer than `timeout_s`: a thread tells the waiting ranks that the main
+                rank is at work. They then wait even if the action hangs; once it has `reported` progress, they wait for
+                the next report at most `PATIENCE * timeout_s`.
 
         Raises:
-            InputError, OSError: raised by `action` there. The other ranks raise `SystemExit`, so that one rank reports
-                the error.
+            InputError, OSError: on the main rank, as `action`. The other ranks raise `SystemExit`, so that only one
+                rank reports the error.
         """
         outcome: list[Any] = [True, None, None]  # at work, result, error
         if self.is_main:
@@ -117,7 +117,7 @@ class World:
         def beat() -> None:
             pause, limit = self.timeout_s / 4, PATIENCE * self.timeout_s
             silent = -math.inf  # until the work reports
-            with contextlib.suppress(RuntimeError):  # a rank has ended, as the next message will find
+            with contextlib.suppress(RuntimeError):  # a rank has ended; the next message reports it
                 while not done.wait(pause):
                     silent = 0.0 if self.progress.is_set() else silent + pause
                     self.progress.clear()
@@ -136,7 +136,7 @@ class World:
             thread.join()
 
     def reported(self, told: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        """`told(done, total)`, which also shows the waiting ranks that an action of `on_main` makes progress."""
+        """Wraps `told(done, total)`: also shows the waiting ranks that an action of `on_main` makes progress."""
 
         def tell(done: int, total: int) -> None:
             self.progress.set()
@@ -150,7 +150,7 @@ class World:
             dist.broadcast_object_list(values, src=0, group=self.control)
 
     def from_main(self, tensor: Tensor | None, shape: torch.Size) -> Tensor:
-        """The main rank's fp32 `tensor` of `shape` on every rank, in host memory where there are several."""
+        """The main rank's fp32 `tensor` of `shape` on every rank; in host memory if there are several ranks."""
         if self.mesh is None:
             assert tensor is not None
             return tensor
@@ -159,7 +159,7 @@ class World:
         return there
 
     def check_all(self, failure: str | None) -> None:
-        """Stops every rank when one of them reports a failure.
+        """Stops all ranks if one of them reports a failure.
 
         Raises:
             InputError: the first failure, on the main rank. The other ranks raise `SystemExit`.
@@ -169,10 +169,10 @@ class World:
             raise InputError(failures[0]) if self.is_main else SystemExit(2)
 
     def check_alike(self, values: Mapping[str, Any]) -> None:
-        """Stops every rank when one of them has another value than the main rank.
+        """Stops all ranks if one of them has another value than the main rank.
 
         Args:
-            values: by what another value is called, as "another training text".
+            values: by the name of a different value, such as "another training text".
 
         Raises:
             InputError: as `check_all`.
@@ -183,9 +183,9 @@ class World:
         self.check_all(failures[0] if failures else None)
 
     def missing(self, timeout_s: float) -> str:
-        """The ranks that do not arrive here within `timeout_s`; "" when all do.
+        """The ranks that do not arrive here within `timeout_s`; "" if all do.
 
-        Rank 0 sees which ranks are missing; the others only see that rank 0 does not answer.
+        Rank 0 knows the missing ranks; the others only know that rank 0 does not answer.
         """
         if self.mesh is None:
             return ""
@@ -194,7 +194,7 @@ class World:
             dist.monitored_barrier(self.control, timeout=timeout, wait_all_ranks=True)
         except RuntimeError as error:
             found = re.search(r"[Rr]anks? ([\d, ]+?) failed to pass", str(error))
-            unnamed = "another rank" if self.is_main else "rank 0 (or one that it names)"  # of a connection that broke
+            unnamed = "another rank" if self.is_main else "rank 0 (or one that it names)"  # the connection broke
             return f"rank {found[1]}" if found else unnamed
         return ""
 
@@ -210,24 +210,24 @@ class World:
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:
-    """Whether `error` was raised by what ranks do together, as when another one has ended; gloo has no class for it."""
+    """Whether a collective raised `error`, such as when another rank has ended; gloo has no class for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def is_main_rank() -> bool:
-    """Whether this process is the only one, or the first of those that torchrun started."""
+    """Whether this process is rank 0, or was not started by torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
-    """Joins the process group that `torchrun` describes; a process without one is alone.
+    """Joins the process group that `torchrun` describes; without torchrun, the world is one process.
 
     Args:
-        timeout_s: how long a rank waits for the others, in the loop and inside a collective.
+        timeout_s: seconds that a rank waits for the others, in the loop and inside a collective.
 
     Raises:
-        InputError: CUDA is requested and not available, this rank has no GPU of its own, or the ranks do not fill a
-            hybrid mesh.
+        InputError: CUDA is requested and not available, this rank has no GPU of its own, or nodes have different
+            numbers of ranks in a hybrid mesh.
     """
     kind = choose_device(device)
     rank, size, local_rank = _torchrun_numbers()
@@ -255,10 +255,10 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
 
 
 def _torchrun_numbers() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without it 0, 1 and 0.
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without torchrun 0, 1 and 0.
 
     Raises:
-        InputError: one of them is set alone or makes no sense.
+        InputError: only some of them are set, or a value is out of range.
     """
     needed = ["RANK", "WORLD_SIZE"]
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -269,7 +269,7 @@ def _torchrun_numbers() -> tuple[int, int, int]:
         raise InputError(f"{found} is set and {missing[0]} is not: start the ranks by torchrun, or unset {found}")
     numbers = {name: os.environ.get(name, default) for name, default in zip((*needed[:2], "LOCAL_RANK"), "010")}
     if strange := [name for name, value in numbers.items() if not (value.isascii() and value.isdecimal())]:
-        raise InputError(f"{strange[0]} = {numbers[strange[0]]!r} is no number: start the ranks by torchrun")
+        raise InputError(f"{strange[0]} = {numbers[strange[0]]!r} is not a number: start the ranks by torchrun")
     rank, size, local_rank = map(int, numbers.values())
     if rank >= size:
         raise InputError(f"RANK = {rank} of WORLD_SIZE = {size}: ranks are numbered from 0")
@@ -277,7 +277,7 @@ def _torchrun_numbers() -> tuple[int, int, int]:
 
 
 def _check_own_gpu(rank: int, local_rank: int) -> None:
-    """Raises `InputError` where more ranks were started on this machine than it has GPUs."""
+    """Raises `InputError` if more ranks were started on this machine than it has GPUs."""
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise InputError(
@@ -289,9 +289,9 @@ def _check_own_gpu(rank: int, local_rank: int) -> None:
 def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:
     """The store through which the ranks find each other.
 
-    torchrun keeps one store over its restarts, and a rank that reads the address of a rank that has ended waits forever
-    (torch 2.13), so each start needs keys of its own. Among nodes the number of restarts can differ: there,
-    `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` makes torchrun create a new store instead.
+    torchrun keeps one store over its restarts, and a rank that reads the address of an ended rank waits forever (torch
+    2.13), so each start needs its own keys. Between nodes, the number of restarts can differ: there, set
+    `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, which makes torchrun create a new store instead.
     """
     store, _, size = next(rendezvous("env://", timeout=timeout))
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
@@ -301,10 +301,10 @@ def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:
 
 @contextlib.contextmanager
 def closing(world: World) -> Iterator[World]:
-    """Gives `world` to the block, and leaves the process group at its end.
+    """Destroys the process group of `world` at the end of the context.
 
-    After an exception, that of GPUs is left to the end of the process: destroying it waits for all ranks, some of which
-    may be waiting for this one, so that the exception would not be reported.
+    After an exception on GPUs, the group stays until the process ends: destroying it waits for all ranks, and one of
+    them may be waiting for this rank, so that the exception would not be reported.
     """
     try:
         yield world

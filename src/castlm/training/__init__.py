@@ -1,1 +1,1 @@
-"""The training loop and what it stands on."""
+"""Training: the config, the loop, its objective, checkpoints and reports."""

@@ -1,4 +1,4 @@
-"""`PatternCallback`: `keep_pattern_` for `transformers.Trainer` and the trainers of TRL that derive from it."""
+"""`PatternCallback`: `keep_pattern_` for `transformers.Trainer`, and for the trainers of TRL, its subclasses."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from castlm.patterns import parse_pattern
 
 
 class PatternCallback(TrainerCallback):
-    """Keeps an n:m sparse model n:m sparse in a `transformers.Trainer`, with any optimizer that it knows.
+    """Keeps an n:m sparse model n:m sparse in a `transformers.Trainer`, with any of its optimizers.
 
-    From `train()` to its end, `castlm.keep_pattern_` guards the model: masked weights stay exactly zero, and what
-    breaks the pattern raises at the step where it happens. Of a PEFT model, an adapter whose merge would fill the zeros
-    is refused before the first step.
+    During `train()`, `castlm.keep_pattern_` guards the model: masked weights stay exactly zero, and a step that breaks
+    the pattern raises. A PEFT adapter whose merge would fill the zeros raises before the first step.
 
     Args:
         pattern: as for `castlm.keep_pattern_`.
         filter_fn: as for `castlm.keep_pattern_`.
 
     Raises:
-        InputError: at the start of `train()`, whatever `keep_pattern_` refuses, DeepSpeed, FSDP1, and plain LoRA on a
-            sparse layer; during training, a step that breaks the pattern.
+        InputError: at the start of `train()`: as `keep_pattern_`, and for DeepSpeed, FSDP1, and plain LoRA on a sparse
+            layer; during training: a step that breaks the pattern.
 
     Examples::
 
@@ -46,7 +45,7 @@ class PatternCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
     ) -> None:
         _refuse_flattening(args)
-        if self.kept is not None:  # of a run that has failed
+        if self.kept is not None:  # an earlier run failed before `on_train_end`
             self.kept.remove()
         self.kept = keep_pattern_(parts["model"], self.pattern, self.filter_fn)
         check_adapters(parts["model"], self.kept)
@@ -59,11 +58,11 @@ class PatternCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         assert self.kept is not None
-        if self.kept.num_checks == self._checks_before:  # the optimizer is not one of torch's, or holds adapters alone
+        if self.kept.num_checks == self._checks_before:  # the optimizer is not torch's, or holds only adapters
             self.kept.check(f"step {state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Checks once more, as `load_best_model_at_end` has loaded other weights, and ends the guard."""
+        """Checks once more, because `load_best_model_at_end` loads other weights, and ends the guard."""
         assert self.kept is not None
         self.kept.check("training")
         self.kept.remove()
@@ -73,8 +72,8 @@ def _refuse_flattening(args: TrainingArguments) -> None:
     """Raises `InputError` for the engines that hand the optimizer flat slices of several weights."""
     if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         raise InputError(
-            "DeepSpeed hands the optimizer flat slices of the weights, without a pattern: use DDP or FSDP2"
+            "DeepSpeed gives the optimizer flat slices of the weights, which have no pattern: use DDP or FSDP2"
         )
     version = (args.fsdp_config or {}).get("version", 2) if args.fsdp else 2
-    if int(version) == 1:  # where accelerate launch has chosen it, `KeptPattern` finds flat weights
+    if int(version) == 1:  # if `accelerate launch` chose FSDP1, `KeptPattern` finds the flat weights
         raise InputError("FSDP1 flattens the weights, which have no pattern then: set fsdp_config to {'version': 2}")

@@ -1,6 +1,7 @@
-"""Checkpoints that survive a kill at any moment: written beside their place, flushed, renamed when whole, and loaded
-only by the run that they belong to. Tensors go through torch.distributed.checkpoint, each rank its shards; the rest is
-a manifest in JSON. No part of a checkpoint is a pickle that could run code.
+"""Checkpoints that survive a kill at any moment: written under a temporary name, flushed, and renamed when complete.
+
+Only the run that wrote a checkpoint loads it. torch.distributed.checkpoint stores the tensors, each rank its shards;
+the rest is a manifest in JSON. No part of a checkpoint is a pickle that could run code.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 def _expect_single_process() -> None:
-    """Has torch not warn that it runs in one process; `catch_warnings` is no tool for the thread that saves."""
+    """Silences torch's warning about a single process; `catch_warnings` does not work in the thread that saves."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
@@ -66,8 +67,8 @@ class Saver:
 
     Args:
         keep: number of checkpoints that are kept.
-        background: write while training goes on, from a copy in host memory.
-        say: called with a line for each checkpoint that is whole.
+        background: write during the following steps, from a copy in host memory.
+        say: called with a line for each complete checkpoint.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, *, background: bool, say: Callable[[str], None]) -> None:
@@ -81,7 +82,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Publishes the checkpoint that is being written, also after an error, unless a single rank has it."""
+        """Publishes the checkpoint that is being written, also after an error, if this process is the only rank."""
         if kind is None:
             self.finish()
         elif issubclass(kind, Exception):
@@ -91,9 +92,9 @@ class Saver:
         """Saves the state of `step`, after finishing the save before it.
 
         Args:
-            tensors: nested dict of tensors; DTensors are written by the ranks that hold them. They may change as soon
-                as this returns.
-            manifest: JSON-able; what `check_same_run` and the loop need to continue.
+            tensors: nested dict of tensors; each rank writes its shards of DTensors. They may change as soon as this
+                returns.
+            manifest: JSON-able; the facts that `check_same_run` and the loop need to continue.
 
         Raises:
             InputError: as `finish`.
@@ -144,11 +145,11 @@ class Saver:
         self.say(f"saved {self.folder / f'step-{step:08d}'}")
 
     def finish_despite_error(self, *, on_all_ranks: bool = False) -> None:
-        """As `finish`, before an error ends the run: a checkpoint that cannot be saved is reported and raises nothing.
+        """`finish` before an error ends the run: reports a checkpoint that cannot be saved, and raises nothing.
 
         Args:
-            on_all_ranks: whether all ranks have the error. One that a single rank has leaves the checkpoint unfinished,
-                because the other ranks do not come here.
+            on_all_ranks: whether all ranks have the error. Otherwise several ranks leave the checkpoint unfinished,
+                because `finish` would wait for ranks that do not call it.
         """
         if self.world.mesh is not None and not on_all_ranks:
             return
@@ -194,7 +195,7 @@ class Saver:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Deletes the files of a checkpoint, its manifest first, without which it is no longer whole; others stay."""
+    """Deletes the files of a checkpoint; other files stay. Without its manifest, deleted first, it is incomplete."""
     for file in [checkpoint / MANIFEST, checkpoint / METADATA, *checkpoint.glob("__*_*.distcp")]:
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody's own file is in it
@@ -202,7 +203,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Deletes the checkpoints of a run that is finished; other files in `folder` stay."""
+    """Deletes the checkpoints of a finished run; other files in `folder` stay."""
     for checkpoint in [*checkpoint_steps(folder).values(), *_half_removed(folder)]:
         _remove(checkpoint)
     with contextlib.suppress(OSError):
@@ -218,12 +219,14 @@ def _write(write: Callable[[], Any], folder: Path, rank: int) -> dict[str, tuple
 
 def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[str, Any]:
     """Reads a checkpoint into `tensors`, in place, and returns its manifest. Any number of ranks may have written it.
-    Figures that were not finite are inf.
 
     Nothing in a checkpoint can run code, allocate more than the run's own tensors, or name a file outside of it.
 
+    Returns:
+        The manifest; figures that were not finite are inf.
+
     Raises:
-        InputError: a file is missing, corrupt, or not what this run would have written.
+        InputError: a file is missing or corrupt, or this run would not have written it.
     """
     manifest = read_manifest(path)
     failure = None
@@ -241,7 +244,7 @@ def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[s
     try:
         _expect_single_process()
         dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None, process_group=world.control)
-    except (CheckpointException, Exception) as error:  # whatever torch raises on a file that is not what it wrote
+    except (CheckpointException, Exception) as error:  # torch raises any type for a file with other content
         failure = f"{path} cannot be read ({_first_line(error)}): remove it to resume from an older one"
     world.check_all(failure)
     for row in manifest["figures"].values():
@@ -253,7 +256,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        InputError: it is corrupt, does not have its own checksum, or is of another format.
+        InputError: it is corrupt, its checksum does not match, or it has another format.
     """
     remedy = f"remove {path} to resume from an older one"
     manifest = read_json_mapping(path / MANIFEST, remedy)
@@ -313,17 +316,17 @@ _BY_CONTENT = {
     "eval_dataset": "eval_sha256",
     "chat_template_path": "chat_template_sha256",
 }
-"""Options that name files, and the fact that holds the hash of what is in them."""
+"""Options that name files, and the fact that holds the hash of their content."""
 
 
 def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Refuses to continue a run as another one.
+    """Checks that a checkpoint belongs to a run with these options and facts.
 
     Args:
-        manifest: of the checkpoint; its `config` and `facts` are compared.
-        config: the options of this start; each outside `FREE_ON_RESUME` must be as it was saved, except for the
-            name of a text whose hash is a fact and the same.
-        facts: what else must be equal: text hashes, global batch.
+        manifest: the manifest of the checkpoint; its `config` and `facts` are compared.
+        config: the options of this start. All outside `FREE_ON_RESUME` must match the checkpoint; a file may be renamed
+            if its hash matches.
+        facts: text hashes and the global batch, which must match too.
 
     Raises:
         InputError: lists every difference.
@@ -349,7 +352,7 @@ def _is_full(error: BaseException) -> bool:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    if isinstance(error, pickle.UnpicklingError):  # torch's own message tells how to run the code in it
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message explains how to run the code in the file
         return "it holds something other than tensors"
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,9 +1,8 @@
-"""Where the tensors of a checkpoint lie, in metadata.json: torch's own storage keeps that as a pickle, which runs code
-when it is read.
+"""Stores the places of a checkpoint's tensors in metadata.json; torch's own storage uses a pickle, which can run code.
 
-The files are those of torch.distributed.checkpoint, one for each rank. A checkpoint is read only when its metadata
-describes exactly the tensors of the run, in files of the checkpoint itself, each part within its file. The tensors
-are unpickled with `weights_only`, which allows no code, and not decompressed.
+Tensors are in the files of torch.distributed.checkpoint, one for each rank. A checkpoint is read only if its metadata
+describes exactly the tensors of the run, in files of the checkpoint itself, each part within its file. Tensors are
+unpickled with `weights_only`, which runs no code, and are never decompressed.
 """
 
 from __future__ import annotations
@@ -58,13 +57,13 @@ class JsonWriter(FileSystemWriter):
 
 
 class JsonReader(FileSystemReader):
-    """torch's reader of what `JsonWriter` wrote.
+    """torch's reader, for checkpoints of `JsonWriter`.
 
     Args:
         state: nested dict of the tensors that the checkpoint is read into.
 
     Raises:
-        InputError: the metadata is corrupt, or describes other tensors than those of `state`.
+        InputError: the metadata is corrupt, or describes other tensors than `state`.
     """
 
     def __init__(self, path: Path, state: Mapping[str, Any]) -> None:
@@ -76,7 +75,7 @@ class JsonReader(FileSystemReader):
         return self._metadata
 
     def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
-        """One tensor's bytes; refused when they would unpack to more than they are."""
+        """The bytes of one tensor. Raises `ValueError` if they are compressed, as in a zip bomb."""
         view = io.BytesIO(super()._slice_file(file, sinfo).read(sinfo.length))
         with zipfile.ZipFile(view) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > sinfo.length:
@@ -95,10 +94,10 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
 
 
 def read_metadata(path: Path, expected: Mapping[str, Tensor]) -> Metadata:
-    """The metadata of the checkpoint `path`, which has to hold the tensors `expected`.
+    """The metadata of the checkpoint `path`, which must hold the tensors `expected`.
 
     Raises:
-        InputError: it is corrupt, or describes something else.
+        InputError: it is corrupt, or describes other tensors.
     """
     remedy = f"remove {path} to resume from an older one"
     content = read_json_mapping(path / METADATA, remedy).get("tensors")
@@ -124,7 +123,7 @@ def read_metadata(path: Path, expected: Mapping[str, Tensor]) -> Metadata:
 def _chunks(
     path: Path, name: str, stored: Mapping[str, Any], tensor: Tensor
 ) -> list[tuple[ChunkStorageMetadata, _StorageInfo]]:
-    """The parts of a tensor and where each lies. Raises `ValueError` unless they make up all of it."""
+    """The parts of a tensor and their places. Raises `ValueError` unless they make up the whole tensor."""
     size = list(tensor.size())
     if stored["size"] != size or _DTYPES[stored["dtype"]] != tensor.dtype:
         raise ValueError(f"{name} is {stored['dtype']} {stored['size']}, not {tensor.dtype} {size}")

@@ -55,7 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 256,
     },
 }
-"""Values that `recipe` stands for; an option that is given as well overrides them."""
+"""The values of each `recipe`; options that are given override them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,11 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "") -> Self:
-        """The config that a mapping describes, by option or in sections.
+        """The config of a mapping, whose options may be grouped in sections.
 
         Args:
-            mapping: `{"max_steps": 300}` and `{"optimizer": {"max_steps": 300}}` mean the same. `recipe` names values
-                of `RECIPES` that the others override.
+            mapping: `{"max_steps": 300}` and `{"optimizer": {"max_steps": 300}}` mean the same. `recipe` names a row of
+                `RECIPES`, which the other options override.
             source: the file of the mapping, for error messages.
 
         Raises:
@@ -110,7 +110,7 @@ class TrainConfig:
 
     @classmethod
     def from_layers(cls, layers: Iterable[Layer]) -> Self:
-        """As `from_mapping`, for several mappings with their sources; later ones override earlier ones."""
+        """`from_mapping` for several mappings with their sources; later ones override earlier ones."""
         values: dict[str, Any] = {}
         recipe, source = "castlm", ""
         for source, mapping in layers:
@@ -162,10 +162,10 @@ class TrainConfig:
         if start in pattern.solvers and start != "magnitude":
             part_of(self.start, Refinements).for_solver(start, pattern)
         if start != "magnitude" and self.method.row.starts_dense:
-            raise InputError(f"init_from {start}: method {self.method.method} starts dense, leave it out")
+            raise InputError(f"init_from {start}: method {self.method.method} starts dense; omit init_from")
         if self.adapter.adapter != "none" and not self.is_finetuning:
             raise InputError(
-                f"adapter {self.adapter.adapter} is trained over a model that is n:m already: use castlm finetune MODEL"
+                f"adapter {self.adapter.adapter} needs a model that is n:m already: use castlm finetune MODEL"
             )
         if self.start.rotate in ("values", "residual") and start not in ("wanda", "sparsegpt"):
             raise InputError(
@@ -174,8 +174,8 @@ class TrainConfig:
         if teacher.teacher_cache and not (teacher.teacher_top_k and teacher.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
         if teacher.hidden_weight and (teacher.teacher_cache or not teacher.eta):
-            remedy = "set eta above 0" if not teacher.eta else "a teacher_cache holds no hidden states, leave it out"
-            raise InputError(f"hidden_weight {teacher.hidden_weight:g} needs the teacher at work: {remedy}, or use 0")
+            remedy = "set eta above 0" if not teacher.eta else "omit teacher_cache, which holds no hidden states"
+            raise InputError(f"hidden_weight {teacher.hidden_weight:g} needs the teacher itself: {remedy}, or use 0")
         if self.optimizer.num_train_epochs is not None:
             if self.optimizer.max_steps != OptimizerOptions.max_steps:
                 raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
@@ -184,7 +184,7 @@ class TrainConfig:
 
     @property
     def is_finetuning(self) -> bool:
-        """Whether the run starts from a model that is n:m already, and not from a dense one."""
+        """Whether the model of the run is n:m already, and not dense."""
         return self.method.row.keeps_mask and self.start.init_from == self.model.model
 
     def as_dict(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class TrainConfig:
     def as_yaml(self) -> str:
         """The run as a file for `--config`, in sections, without `resume` and `overwrite`.
 
-        A default that the run does not read is not filled in, so that the file does not look as if it had been given.
+        A default that the run does not read stays empty, because options in a file count as given.
         """
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in self.as_dict().items()}
         if not self.method.reads_decay_end:
@@ -210,7 +210,7 @@ class TrainConfig:
         return to_yaml(sections)
 
     def reads(self, option: str) -> bool:
-        """Whether an option has an effect in this run, as far as that depends on others."""
+        """Whether an option has an effect in this run, judging by the other options."""
         readers = [method for method, row in METHODS.items() if option in row.options]
         return (not readers or self.method.method in readers) and (option not in EFFECTS or EFFECTS[option].when(self))
 
@@ -254,7 +254,7 @@ def names_of(section: type[Any]) -> list[str]:
 
 
 def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, Any]:
-    """Options by name, as a file may group them: `{"optimizer": {"max_steps": 9}}` becomes `{"max_steps": 9}`.
+    """Options by name, out of their sections: `{"optimizer": {"max_steps": 9}}` becomes `{"max_steps": 9}`.
 
     Raises:
         InputError: an option that is given twice.
@@ -272,7 +272,7 @@ def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, 
 
 
 def is_retired(name: str, value: Any) -> bool:
-    """Whether an option of an older run is one that castlm no longer has, and was off."""
+    """Whether castlm no longer has this option, and the older run had it turned off."""
     return name in RETIRED and value == RETIRED[name]
 
 
@@ -310,7 +310,7 @@ def _refreshes_masks(config: TrainConfig) -> bool:
 
 
 def _is_on_hub(dataset: str) -> bool:
-    from castlm.data.documents import find_files  # imports numpy, which `--help` does without
+    from castlm.data.documents import find_files  # imports numpy, which would slow `--help`
 
     return find_files(dataset) is None
 
@@ -320,7 +320,7 @@ def _any_on_hub(datasets: Iterable[str]) -> bool:
 
 
 def _splits_local_text(config: TrainConfig) -> bool:
-    """Whether a fraction of a text is held out. Of a stream, whose length is not known, a number of documents is."""
+    """Whether a fraction of a local text is held out. A stream, of unknown length, gives a number of documents."""
     return config.evaluation.eval_dataset is None and not all(map(_is_on_hub, config.data.datasets))
 
 
@@ -366,7 +366,7 @@ EFFECTS: dict[str, Effect] = {
     "save_total_limit": Effect(lambda c: c.checkpoint.save_steps > 0, "save_steps above 0"),
     "async_save": Effect(lambda c: c.checkpoint.save_steps > 0, "save_steps above 0"),
 }
-"""The options whose effect depends on others. Those of a method are in its row of `METHODS`."""
+"""The options whose effect depends on others; for the options of a method, see `METHODS`."""
 
 OF_CHAT = {
     "assistant_only_loss": "conversations, and the texts are plain",
@@ -375,9 +375,9 @@ OF_CHAT = {
 """The options whose effect depends on the texts."""
 
 RETIRED: dict[str, Any] = {"target_asymmetry": 0.0, "stream_correction": 0.0}
-"""Options that castlm had, with the value that turned them off, which the files of older runs may still name."""
+"""Former options, which files of older runs may still name, with the value that turned them off."""
 
-# What the result of a run does not depend on.
+# Options that do not change the result of a run.
 WITHOUT_EFFECT = frozenset(
     {
         "output_dir",
@@ -399,12 +399,12 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 
-# What may differ between a run and its resumption; the split of the global batch is compared as a product.
+# Options that may differ between a run and its resumption. The global batch must stay the same, not its factors.
 FREE_ON_RESUME = WITHOUT_EFFECT | {
     "save_dtype",
     "eval_steps",
     "device",
-    "precision",  # what it amounts to is compared
+    "precision",  # compared by its effect, the fact `precision_used`
     "fused_optimizer",
     "torch_compile",
     "gradient_checkpointing",

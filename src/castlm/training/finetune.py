@@ -1,4 +1,4 @@
-"""The config of `castlm finetune`: a training run whose model is n:m sparse already and stays so."""
+"""The config of `castlm finetune`: trains a model that is already n:m sparse, and keeps its zeros."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class SparseModelOptions(ModelOptions):
     """The sparse model that is fine-tuned."""
 
     model: str = positional(essential=True)
-    """n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros are the mask."""
+    """n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros become the mask."""
 
     pattern: Pattern = parsed(NM(2, 4), parse_pattern)
-    """Pattern that the model has, and keeps. On the command line the default is that of the model's castlm.json."""
+    """Pattern of the model, which stays. On the command line, the default is the pattern in the model's castlm.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class FinetuneTeacherOptions(TeacherOptions):
     """Distillation from the model before fine-tuning."""
 
     eta: float = 0.0
-    """Weight of the KL divergence to the model before fine-tuning in the loss, 0 to 1. Above 0 the model stays closer
-    to what it was."""
+    """Weight in the loss of the KL divergence to the model before fine-tuning, 0 to 1. Above 0, the model stays closer
+    to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,13 @@ class FinetuneOptimizerOptions(OptimizerOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
-    """Fine-tune an n:m sparse model on your text. Every zero of it stays zero, and the result is verified.
+    """Fine-tune an n:m sparse model on your text. Every zero stays zero, and the result is verified.
 
-    The options are those of `TrainConfig`; some defaults differ: no teacher, Adam's usual betas, a
-    lower learning rate. `castlm.train` runs it.
+    It has the options of `TrainConfig` with some other defaults: no teacher, Adam's usual betas, a lower learning rate.
+    `castlm.train` runs it.
 
     Raises:
-        InputError: whatever `TrainConfig` refuses, and options that make it another kind of run.
+        InputError: as `TrainConfig`, and for options that make it another kind of run.
 
     Examples:
         >>> config = FinetuneConfig.of("my-2of4-model", "text.jsonl", "run", adapter="shira")
@@ -94,8 +94,8 @@ class FinetuneConfig(TrainConfig):
             raise InputError(f"method {self.method.method} does not fine-tune a sparse model: use castlm train")
         if not self.is_finetuning:
             raise InputError(
-                f"init_from {self.start.init_from}: fine-tuning starts from its model {self.model.model}; leave it "
-                "out, or use castlm train"
+                f"init_from {self.start.init_from}: fine-tuning starts from its model {self.model.model}; omit "
+                "init_from, or use castlm train"
             )
         super()._check()
 
@@ -107,14 +107,14 @@ def _folder_of(model: ModelOptions) -> Path | None:
 
 
 def cut_of_source(model: ModelOptions) -> dict[str, Any]:
-    """The entry "cut" of castlm.json, where units were cut out of the model that is fine-tuned; else nothing."""
+    """The entry "cut" of the model's castlm.json, if channels or heads were cut out of it; else empty."""
     folder = _folder_of(model)
     cut = None if folder is None else read_manifest(folder).get("cut")
     return {} if cut is None else {"cut": cut}
 
 
 def layers_left_dense(model: ModelOptions) -> tuple[str, ...]:
-    """`left_dense` with the layers that the model's castlm.json lists as left dense on purpose."""
+    """`left_dense`, plus the layers that the model's castlm.json lists as left dense on purpose."""
     folder = _folder_of(model)
     if folder is None:
         return model.left_dense

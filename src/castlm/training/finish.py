@@ -1,4 +1,4 @@
-"""The end of a run: prune with the last mask, fold the scale, write the model, and verify it from the disk."""
+"""The end of a run: prunes with the last mask, folds the scales, writes the model, and verifies it from disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def finish(run: Run) -> dict[str, Any]:
         prune_(run.model, pattern, masks=masks, filter_fn=run.method.filter_fn)
     del masks
     free_training_state_(run)
-    is_cut = bool(run.method.layers) and pattern.cut_out is not None  # which takes the whole model
+    is_cut = bool(run.method.layers) and pattern.cut_out is not None  # the cut needs the whole model
     with failing_as_diverged(run):
         if run.source.stored is not None and not is_remote_code(run.model) and not is_cut:
             record = export_sharded(sharded_result(run), finished_record(run, histogram))
@@ -72,7 +72,7 @@ def failing_as_diverged(run: Run) -> Iterator[None]:
 
 
 def _save_dtype(run: Run) -> torch.dtype:
-    """The dtype that the result is written in."""
+    """The dtype of the result's files."""
     return save_dtype(run.config.checkpoint.save_dtype, run.source.loaded.dtype)
 
 
@@ -87,7 +87,7 @@ def free_training_state_(run: Run) -> None:
 
 
 def sharded_result(run: Run) -> ShardedResult:
-    """The record of the run that `export_sharded` takes."""
+    """The sharded model with its settings, for `export_sharded`."""
     world = run.world
 
     def measure(objective: Objective) -> float:
@@ -119,7 +119,7 @@ def is_remote_code(model: PreTrainedModel) -> bool:
 def gathered(run: Run) -> PreTrainedModel | None:
     """The whole model in the memory of the main rank; None on the other ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    with warnings.catch_warnings():  # it is loaded into a model that is scaled alike
+    with warnings.catch_warnings():  # the model it is loaded into has weight scaling, too
         warnings.simplefilter("ignore", UnfoldedWarning)
         state = get_model_state_dict(run.model, options=options)
     if not run.world.is_main:
@@ -182,8 +182,11 @@ def finished_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
 def perplexities_when_sparse(
     method: MethodOptions, max_steps: int, figures: Mapping[str, Mapping[str, float]]
 ) -> list[float]:
-    """The perplexities before the end of a run that becomes sparse on the way, from when every group was n:m: from the
-    first mask refresh of its second half on. Empty for runs that start sparse, and for the dense control."""
+    """The perplexities of a run that becomes sparse during training, since every group is n:m, without the last one.
+
+    Every group is n:m from the first mask refresh in the second half of the run. Empty for runs that start sparse, and
+    for the dense control.
+    """
     if not (method.row.is_sparse and method.row.starts_dense):
         return []
     first = max_steps / 2 + method.mask_interval
@@ -191,7 +194,7 @@ def perplexities_when_sparse(
 
 
 def say_result(run: Run, record: dict[str, Any]) -> None:
-    """Says where the result is and, in the last line, whether training improved on the start."""
+    """Prints the folder of the result and, in the last line, whether training improved on the start."""
     if bool(run.method.layers):
         run.telemetry.say(f"{run.folder.model}: {run.config.model.pattern} verified in {len(run.method.layers)} layers")
     else:
@@ -203,7 +206,7 @@ def say_result(run: Run, record: dict[str, Any]) -> None:
 
 
 def run_record(run: Run) -> dict[str, Any]:
-    """The entries of castlm.json about a run: its figures, and what is needed to compare them with others."""
+    """The entries of castlm.json about a run: its figures, and the facts that are needed to compare them."""
     config = run.config
     first, last = run.progress.figures.get("0", {}), run.progress.figures[str(run.total_steps)]
     figures = {

@@ -1,5 +1,7 @@
-"""Ctrl-C and SIGTERM end a run with a message. Once it writes to its folder, it ends after the current step, saved;
-while it loads, at once, because there is nothing to save. A second Ctrl-C always ends it at once.
+"""Ctrl-C and SIGTERM end a run with a message.
+
+While the run loads, they end it at once, because there is nothing to save. Later, they end it after the current step,
+with a checkpoint. A second Ctrl-C always ends it at once.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from castlm.signals import sent_again
 
 
 class Interrupted(BaseException):
-    """A run that a signal stopped. No `Exception`, so that code which reports bad input does not catch it.
+    """A signal stopped the run. It is no `Exception`, so that code which reports bad input does not catch it.
 
     Attributes:
-        reason: what stopped it and when, without what to do next.
-        exit_code: once the run is saved, 130 after Ctrl-C, and 0 after SIGTERM, which is how a scheduler pre-empts, and
-            on a rank that another one told. Before there is anything to save, 130 and 143.
+        reason: the signal and the step, without the advice what to do next.
+        exit_code: after a save, 130 for Ctrl-C, and 0 for SIGTERM, by which a scheduler pre-empts, and for a signal to
+            another rank. While loading, 130 and 143.
     """
 
     def __init__(self, reason: str, then: str, exit_code: int) -> None:
@@ -46,11 +48,11 @@ class Interrupt:
         return self.signal is not None
 
     def start_training(self) -> None:
-        """From now on a signal waits for the end of the step."""
+        """From now on, a signal ends the run after the current step."""
         self._is_training = True
 
     def start_export(self) -> None:
-        """From now on a signal waits for the result."""
+        """From now on, a signal ends the run after the result is written."""
         self._ends_with = "the model is being written, and the run ends with that"
 
     def __enter__(self) -> Interrupt:
@@ -63,14 +65,14 @@ class Interrupt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._undo.close()
         if self.signal is not None and not self._is_training and isinstance(error, Exception):
-            raise self._while_loading(self.signal) from error  # a library has replaced it by an error of its own
+            raise self._while_loading(self.signal) from error  # a library raised its own error instead
 
     def _signal_of(self, error: BaseException | None) -> int | None:
         return self.signal if isinstance(error, Interrupted) else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_training:
-            self.signal = number  # where a library swallows what is raised, the run ends after its first step
+            self.signal = number  # if a library swallows the exception, the run ends after its first step
             raise self._while_loading(number)
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt

@@ -1,5 +1,7 @@
-"""A few real steps of a run, thrown away: how large the momentum is, hence `lam`; how far each layer's weights have to
-travel; how fast the machine is. What `castlm plan check` reports and what `lam: auto` uses.
+"""Measures the first steps of a run, for `castlm plan check` and `lam: auto`; the trained weights are thrown away.
+
+The momentum gives `lam`; the masked weights give the distance that they must travel, by layer; the clock gives the
+speed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from castlm.training.run import Run
 from castlm.training.start import start_seconds
 
 STEPS = 20
-PLACEHOLDER_LAM = 4e-7  # of the calibration steps themselves, in which the ramp has hardly begun
+PLACEHOLDER_LAM = 4e-7  # for the measured steps, in which lam has hardly an effect: the ramp is near 0
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class LayerCalibration:
 
     @property
     def headroom(self) -> float:
-        """Decay budget over the distance that 99 % of the masked weights have to go; above 1 they arrive."""
+        """The decay budget divided by the 99 % quantile of the masked weights; above 1, these reach zero."""
         return self.budget.travel / max(self.budget.quantiles[2], 1e-30)
 
 
@@ -46,7 +48,7 @@ class Calibration:
     peak_bytes: int
     steps: int
     start_seconds: float = 0.0
-    """Before step 0, to make the start."""
+    """Time before step 0, for the start."""
 
 
 def measure(run: Run, steps: int) -> Calibration:

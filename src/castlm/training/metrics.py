@@ -35,7 +35,7 @@ class Evaluator:
     world: World
 
     def perplexity(self, text: ScoredText | None = None) -> float:
-        """The perplexity of the current forward pass. All ranks call it; it leaves their parameters sharded.
+        """The perplexity of the current forward pass. All ranks call it; parameters are sharded again afterwards.
 
         Args:
             text: a part of the held-out tokens; None for all of them.
@@ -56,8 +56,8 @@ def held_out_perplexity(
 ) -> float:
     """Perplexity of `text` in sequences of `seq_len`, shared among the ranks.
 
-    The sequences are those of `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf or
-    NaN if the model diverged.
+    It uses the same sequences as `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf
+    or NaN if the model diverged.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
@@ -74,8 +74,8 @@ def held_out_perplexity(
 def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[dict[str, Tensor]]:
     """This rank's sequences of `text` as batches of `batch` rows; see `ScoredText.batch`.
 
-    Every rank gets the same number of batches; the last ones are filled up with rows that score nothing. Documents that
-    are scored by themselves are sorted by length, and their batches are no longer than their longest.
+    Every rank gets the same number of batches; the last ones are filled up with rows that score nothing. Documents
+    scored one by one are sorted by length, and a batch is as long as its longest document.
     """
     found = text.sequences(seq_len, seq_len)
     if text.by_document:
@@ -129,7 +129,7 @@ def masked_histogram(masks: Mapping[Tensor, Tensor], world: World) -> dict[str, 
 
     Returns:
         `{"edges": ..., "zeros": ..., "counts": ...}`: `zeros` are exact zeros and `counts[i]` the magnitudes in
-        `[edges[i], edges[i + 1])`. The first and the last bin also hold what is smaller or larger. Empty without masks.
+        `[edges[i], edges[i + 1])`. The first and the last bin also hold smaller and larger ones. Empty without masks.
     """
     if not masks:
         return {}
@@ -156,7 +156,7 @@ def masked_shares(masks: Mapping[Tensor, Tensor], world: World) -> list[float]:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The peak of a device in FLOP/s; None where it is not known, as of CPUs and in fp32."""
+    """The peak of a device in FLOP/s; None if it is not known, as for CPUs and fp32."""
     if device.type != "cuda" or precision != "bf16":
         return None
     record = device_of(torch.cuda.get_device_name(device))
@@ -166,14 +166,14 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def flops_per_token(names: Mapping[Tensor, str], model_config: Any, seq_len: int, has_teacher: bool) -> float:
     """FLOPs of one training token: `6 N + 12 L H T` for the student, and a third of it for a teacher's forward pass.
 
-    Model FLOP/s utilization (MFU, arXiv 2204.02311) is their number per second over the peak of the device.
+    Model FLOP/s utilization (MFU, arXiv 2204.02311) is their number per second divided by the peak of the device.
 
-    N counts the weight matrices (of experts as many as a token takes, of a vision tower none) without the input
-    embedding unless it is also the head, L the transformer blocks, H is the hidden size and T the sequence length.
-    Recomputation for gradient checkpointing does not count.
+    N is the number of weights in matrices (only the experts that a token uses, no vision tower, the input embedding
+    only if it is also the head), L the number of transformer blocks, H the hidden size and T the sequence length.
+    Recomputed activations do not count.
 
     Args:
-        names: name of every trained parameter. Sharded ones count whole.
+        names: the name of every trained parameter. Sharded ones count in full.
     """
     config = model_config.get_text_config()
     embedding = 0 if model_config.tie_word_embeddings else config.vocab_size * config.hidden_size

@@ -1,6 +1,7 @@
-"""Student and teacher as one module whose forward is the loss.
+"""Student and teacher as one module whose forward pass returns the loss.
 
-One module, because FSDP gathers the output head only inside its root's forward, and the loss needs the head itself.
+They are one module because FSDP gathers the output head only during its root's forward pass, and the loss needs the
+head.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class TrainingLoss(NamedTuple):
     ce: Tensor
     kl: Tensor
     hidden: Tensor
-    """Distance of the hidden states to the teacher's, not yet weighted."""
+    """Distance of the hidden states to the teacher's, without its weight."""
 
 
 class _Output(NamedTuple):
@@ -47,26 +48,24 @@ class _Output(NamedTuple):
     states: Tensor
     """(batch, seq, hidden), after the final norm."""
     stream: list[Tensor]
-    """The residual stream behind each transformer block, (batch, seq, hidden), if it is asked for."""
+    """The residual stream after each transformer block, (batch, seq, hidden); empty if not compared."""
 
 
 class Objective(nn.Module):
-    """`forward(input_ids, labels, num_tokens)` -> the distillation loss of a batch (batch, seq), labels shifted.
-    Further tensors are passed on to the forwards of student and teacher.
+    """`forward(input_ids, labels, num_tokens)` returns the distillation loss of a batch (batch, seq), labels shifted.
 
-    `(1 - eta) CE + eta T^2 KL + hidden_weight D`, with D the `hidden_distance` behind all transformer blocks. Tokens
-    whose label is -100 count in none of the three.
+    `(1 - eta) CE + eta T^2 KL + hidden_weight D`, with D the `hidden_distance` after all transformer blocks. Tokens
+    with the label -100 count in none of the three. Further tensors go to the forward passes of student and teacher.
 
     Args:
-        teacher: frozen, in eval mode; None where `eta` is 0, or `cache` holds all that is asked for.
+        teacher: frozen, in eval mode; None if `eta` is 0, or if `cache` holds all sequences.
         top_k: distill from the teacher's `top_k` most probable tokens; 0 uses the full distribution.
-        cache: keeps them.
-        apart: the documents of a training sequence do not attend to each other; `position_ids` then say where each one
-            begins.
+        cache: stores these tokens.
+        apart: the documents of a training sequence do not attend to each other; each begins where `position_ids` are 0.
         hidden_weight: weight of the distance between the hidden states of student and teacher; 0 compares none.
 
-    The buffer `stream_basis` says in which basis the student writes its residual stream, as `in_stream_basis` takes it;
-    None where it is the teacher's.
+    The buffer `stream_basis` is the basis of the student's residual stream, as `in_stream_basis` takes it; None if it
+    is the teacher's basis.
     """
 
     stream_basis: Tensor | None
@@ -124,6 +123,7 @@ class Objective(nn.Module):
         assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
         targets = [in_stream_basis(states, self.stream_basis) for states in theirs.stream]
         hidden = hidden_distance(ours.stream, targets, labels, num_tokens=num_tokens)
+        # Eq. 13, plus the distance of hidden states (ours)
         return TrainingLoss(loss.loss + self.hidden_weight * hidden, loss.ce, loss.kl, hidden.detach())
 
     def _inputs(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Tensor]:
@@ -135,12 +135,12 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def check_documents_apart(self) -> None:
-        """Finds out how the student keeps the documents of a sequence apart: by position ids alone, or with a mask.
+        """Finds out whether position ids are enough to keep the student's documents apart, or a mask is needed.
 
-        The test is exact: another first document must not change the hidden states of the second.
+        It runs the student: a change of the first document must not change the hidden states of the second.
 
         Raises:
-            InputError: it cannot.
+            InputError: neither keeps them apart.
         """
         if not self.apart:
             return
@@ -165,7 +165,7 @@ class Objective(nn.Module):
             return float((states[0] - states[1]).abs().max())
 
         try:
-            # experts and low precision may round a little differently, which is far below a real influence
+            # Not exactly 0: experts and low precision may round a little differently, far below a real influence.
             return influence(self._inputs(input_ids, positions)) <= 0.01 * influence({"input_ids": input_ids})
         except (TypeError, ValueError, RuntimeError):  # the model takes no position ids, or no such mask
             return False
@@ -173,7 +173,7 @@ class Objective(nn.Module):
     def _output(self, model: PreTrainedModel, inputs: dict[str, Tensor], stream: bool) -> _Output:
         self._kept = [] if stream else None
         states = backbone(model)(**inputs, use_cache=False).last_hidden_state
-        kept, self._kept = self._kept, None  # what a checkpoint computes again in the backward pass is not kept
+        kept, self._kept = self._kept, None  # blocks that checkpointing runs again in the backward pass add nothing
         return _Output(states, kept or [])
 
     def _keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
@@ -207,8 +207,11 @@ class Objective(nn.Module):
         return top, output
 
     def trained_parameters(self) -> dict[Tensor, str]:
-        """Names of the student's parameters. FSDP leaves the root's parameters unsharded after a forward pass, so that
-        a later walk over the model would find other tensors than those that the optimizer steps."""
+        """The names of the student's parameters.
+
+        Call it right after sharding: FSDP leaves the root's parameters unsharded after a forward pass, and a later walk
+        over the model would find other tensors than the optimizer's.
+        """
         names: dict[Tensor, str] = {param: name for name, param in self.student.named_parameters()}
         if is_sharded(self):
             whole = [name for param, name in names.items() if not isinstance(param, DTensor)]
@@ -216,7 +219,7 @@ class Objective(nn.Module):
         return names
 
     def prove_head(self) -> None:
-        """`check_head` of the student, as a forward of this module, in which sharded weights are whole."""
+        """Runs `check_head` on the student, as a forward method of this module, in which FSDP gathers the weights."""
         check_head(self.student)
 
 
@@ -227,7 +230,7 @@ def _without_hidden(loss: DistillationLoss) -> TrainingLoss:
 def shard_objective_(
     objective: Objective, stored: Checkpoint | None, precision: str, world: World, whole_copies: bool
 ) -> None:
-    """Shards student and teacher, and among several ranks reads each rank's rows; or leaves each rank its copy."""
+    """Moves student and teacher to the device, sharded unless `whole_copies`; reads each rank's rows from `stored`."""
     if stored is None:
         objective.to(world.device)
     if not whole_copies:
@@ -240,17 +243,17 @@ def shard_objective_(
     if is_sharded(objective):
         register_fsdp_forward_method(objective, "prove_head")
         register_fsdp_forward_method(objective, "check_documents_apart")
-    with autocast(world.device, precision):  # what is gathered in bf16 multiplies nothing else
+    with autocast(world.device, precision):  # weights gathered in bf16 cannot be multiplied with fp32
         if stored is not None:
             objective.prove_head()
         objective.check_documents_apart()
-    reshard_(objective)  # else the root goes on with these weights after a checkpoint is loaded
+    reshard_(objective)  # else the root would keep using these gathered weights after a checkpoint is loaded
 
 
 def checkpoint_activations_(model: PreTrainedModel) -> None:
-    """Lets `model` compute its activations again in the backward pass."""
+    """Recomputes the activations of `model` in the backward pass, to save memory."""
     how = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.24 on
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.24
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
@@ -258,13 +261,15 @@ def checkpoint_activations_(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def make_teacher(student: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen copy of the dense model as it is now, its weights in `dtype`."""
+    """A frozen copy of the dense model, with its weights in `dtype`."""
     return as_teacher_(copy.deepcopy(student), dtype)
 
 
 def as_teacher_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """`model` itself, frozen, with its weights in `dtype`; buffers such as rotary frequencies are not cast: bf16 has
-    too few bits for them."""
+    """Freezes `model` and casts its weights to `dtype`; returns it.
+
+    Buffers such as rotary frequencies keep their dtype, because bf16 has too few bits for them.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
@@ -272,10 +277,10 @@ def as_teacher_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def pruned(masks: dict[Tensor, Tensor]) -> Iterator[None]:
-    """The model as the prune would leave it, for the time of the block; its weights come back bit for bit.
+    """Sets masked weights to zero inside the context, and restores them bit for bit; holds a copy of them.
 
     Args:
-        masks: this rank's part of each sparse weight with its mask, True = kept. Half of the weights are held twice.
+        masks: this rank's part of each sparse weight with its mask, True = kept.
     """
     with torch.no_grad():
         held = []

@@ -1,7 +1,6 @@
-"""The options of a run in sections, one dataclass each, beside those of `castlm.methods.options`.
+"""The options of a run in sections, one dataclass each; `castlm.methods.options` has the sections of the methods.
 
-A component takes the sections that it reads, and nothing else of the config. The docstring after a field is its help
-text.
+A component takes the sections that it reads, never the whole config. The docstring after a field is its help text.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from castlm.patterns import parse_pattern
 SEQ_LEN = 512
 """Tokens per sequence, wherever a command trains or plans a training."""
 HIDDEN_WEIGHT = 15.0
-"""Default weight of the distance of hidden states; docs/results/stories260k-start.md has what it was chosen by."""
+"""Default weight of the distance of hidden states; docs/results/stories260k-start.md has the figures behind it."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class DataOptions(Bounded):
     .txt file is one document, or several separated by <|endoftext|>."""
 
     column: str | None = field(default=None, kw_only=True)
-    """Column of .jsonl and .parquet that holds the text, or messages. By default it is found: messages, prompt with
-    completion, or text. Images of messages are in the column images, or image."""
+    """Column of .jsonl and .parquet with the text or the messages. The default is the first of: messages, prompt with
+    completion, text. Images of messages are in the column images or image."""
 
     assistant_only_loss: bool = field(default=True, kw_only=True)
     """In the loss and the perplexity, count only the assistant's tokens of a conversation, and only the completion of a
@@ -146,9 +145,9 @@ class TeacherOptions(Bounded):
     """Weight of the KL divergence to the dense teacher in the loss, 0 to 1. 0 trains without a teacher."""
 
     hidden_weight: float | None = None
-    """Weight of the distance between the hidden states of student and teacher behind each transformer block. It falls
-    linearly to 0 over the run. The default is 15 where the student is sparse and a teacher is at work: not with eta 0,
-    a teacher_cache (which holds no hidden states), method dense, or castlm finetune."""
+    """Weight of the distance between the hidden states of student and teacher after each transformer block. It falls
+    linearly to 0 over the run. The default is 15, and 0 with eta 0, a teacher_cache (which holds no hidden states),
+    method dense, or castlm finetune."""
 
     temperature: float = 1.0
     """Temperature of the KL divergence, which is multiplied by its square."""
@@ -163,7 +162,7 @@ class TeacherOptions(Bounded):
     def hidden_weight_at(self, step: int, max_steps: int) -> float:
         """The weight of the distance of hidden states at the 0-based `step`: linear from its full value down to 0.
 
-        At first the teacher's hidden states are the nearest target that each block has; in the end a sparse model does
+        At first, the teacher's hidden states are the nearest target for each block; at the end, a sparse model does
         better with hidden states of its own.
         """
         assert self.hidden_weight is not None
@@ -178,7 +177,7 @@ class TeacherOptions(Bounded):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(Bounded):
-    """Perplexity during the run."""
+    """Perplexity on held-out text during the run."""
 
     eval_dataset: str | tuple[str, ...] | None = essential(None)
     """Text for the perplexity. With several texts, each is reported; the main figure is over all of them. Without it,
@@ -194,7 +193,7 @@ class EvaluationOptions(Bounded):
     """Fraction of the documents that is held out if there is no eval_dataset."""
 
     eval_tokens: int = 32768
-    """Maximum number of tokens that are evaluated, of each text. 0 evaluates all of them."""
+    """Maximum number of evaluated tokens of each text. 0 evaluates all of them."""
 
     eval_steps: int = 0
     """Steps between evaluations. 0 is a tenth of the run, rounded up."""
@@ -231,16 +230,17 @@ class CheckpointOptions(Bounded):
     """New folder for the run. The verified model is written to `output_dir/model`."""
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = field(default="source", kw_only=True)
-    """What the result is written in. source: what the dense model is stored in."""
+    """Dtype of the result's files. source: the dtype in which the dense model is stored."""
 
     save_steps: int = field(default=100, kw_only=True)
-    """Steps between checkpoints; there is one at the end too. 0 saves only on Ctrl-C and SIGTERM."""
+    """Steps between checkpoints; the last step is also saved. 0 saves only on Ctrl-C and SIGTERM."""
 
     save_total_limit: int = field(default=2, kw_only=True)
     """Number of checkpoints that are kept."""
 
     async_save: bool = field(default=True, kw_only=True)
-    """Write checkpoints while training goes on. It takes one more copy of weights and moments in host memory."""
+    """Write checkpoints during training, in the background. It takes one more copy of weights and moments in host
+    memory."""
 
     resume: bool = field(default=False, kw_only=True)
     """Continue from the newest whole checkpoint in output_dir, or start if there is none."""
@@ -254,7 +254,7 @@ class CheckpointOptions(Bounded):
     report_to: tuple[Literal["auto", "tensorboard", "wandb", "trackio", "none"], ...] = field(
         default=("auto",), kw_only=True
     )
-    """Trackers that get the metrics besides metrics.jsonl. auto uses every one that is installed."""
+    """Trackers for the metrics, besides metrics.jsonl. auto uses every installed one."""
 
     push_to_hub: bool = field(default=False, kw_only=True)
     """Upload the verified model to the Hugging Face Hub when the run ends, unless it diverged or fell short."""
@@ -296,7 +296,7 @@ class RuntimeOptions(Bounded):
 
     fused_optimizer: Literal["auto", "on", "off"] = "auto"
     """Update of AdamS in one pass: C++ kernels on a CPU, torch.compile on a GPU. auto uses it on a CPU if the kernels
-    are built and on a GPU from 10M parameters; off runs torch operators. Masks take their C++ kernel in any case."""
+    are built and on a GPU from 10M parameters; off runs torch operators. Masks always use their C++ kernel on a CPU."""
 
     torch_compile: bool = False
     """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""

@@ -20,7 +20,7 @@ _NUMBERS = {"step", "tokens", "loss", "perplexity", "prune_now_ppl", "dense_ppl"
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """All rows of a run's `metrics.jsonl`, in file order. Figures that were not finite, which are null there, are inf.
+    """All rows of a run's `metrics.jsonl`, in file order. Null, which stands for a figure that was not finite, is inf.
 
     Args:
         run: the folder of the run, or the file. A last line cut short by a kill is dropped.
@@ -64,17 +64,17 @@ def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
 
 
 FAR_FACTOR = 10.0
-"""A result whose perplexity is more than this many times the dense model's is no use, even if it improved."""
+"""A result whose perplexity is more than this many times the dense model's fell short, even if it improved."""
 CLOSE_FACTOR = 2.0
 """A result within this many times the dense model's perplexity is shown as good, in green."""
 RISE_FACTOR = 2.0
-"""Such a run diverged if it had no sparse start, and ended at more than this many times its own earlier perplexity."""
+"""Such a run without a sparse start diverged if it ended above this many times its own lowest perplexity."""
 
 _DIVERGED = {"problem": "DIVERGED", "remedy": "lower learning_rate"}
 _FELL_SHORT = {"problem": "FELL SHORT", "remedy": "train for more steps"}
 
 MEASURED_ALIKE = ("seq_len", "stride", "text_sha256", "num_tokens", "tokens")
-"""The entries of `record["measured"]` in which two perplexities must agree to be compared."""
+"""The entries of `record["measured"]` that must agree before two perplexities may be compared."""
 
 
 def final_perplexity(perplexities: Mapping[str, Any]) -> Any:
@@ -88,18 +88,19 @@ def problem(verdict: Mapping[str, Any]) -> str | None:
 
 
 def verdict(perplexities: Mapping[str, float], earlier: Iterable[float] = ()) -> dict[str, Any]:
-    """Whether training left the model better than it found it, and why.
+    """Whether training improved the model, and why.
 
     Args:
-        perplexities: `record["perplexity"]` of a run: `pruned` (of the dense control `trained`), and `dense` and
-            `one_shot` where they were measured; of a fine-tuning run, `start`.
-        earlier: of a run that becomes sparse on the way, and has no one-shot start, its perplexities since it is.
+        perplexities: `record["perplexity"]` of a run: `pruned` (`trained` for the dense control), `dense` and
+            `one_shot` if they were measured, and `start` for a fine-tuning run.
+        earlier: perplexities since the model became sparse, for a run that becomes sparse during training.
 
     Returns:
-        `{"ok": bool, "reason": str}`. `ok` is False when the run diverged (the perplexity is not finite, or above that
-        of the one-shot start; of a fine-tuning run, above that of the model before), or is above ten times that of the
-        dense model. "problem" and "remedy" then say which, and what helps. Without a start, a run far from the dense
-        model diverged if it is the dense control, or above twice the lowest of `earlier`; otherwise it fell short.
+        `{"ok": bool, "reason": str}`. `ok` is False if the run diverged (its perplexity is not finite, or above its
+        start: the one-shot start, or the model before fine-tuning), or if it ended above ten times the perplexity of
+        the dense model. Then "problem" and "remedy" name the problem and the help. A run without a start that ended far
+        from the dense model diverged if it is the dense control, or above twice the lowest of `earlier`; otherwise it
+        fell short.
 
     Examples:
         >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})["reason"]

@@ -43,11 +43,11 @@ from castlm.training.text import TrainingText
 from castlm.training.trackers import TrackedRun, Tracker, open_trackers
 
 _MOST_UNCOUNTED = 100
-"""Steps in a row in which no token counts, after which a run ends."""
+"""A run ends after this many consecutive steps in which no token counts."""
 
 
 def num_left(step: int, last: int, every: int) -> int:
-    """The number of multiples of `every` (0: none) from `step` on up to `last`, which always counts as one.
+    """The number of multiples of `every` from `step` to `last`; `last` always counts as one. 0 if `every` is 0.
 
     Examples:
         >>> num_left(1, last=10, every=4)  # at 4, 8 and 10
@@ -58,21 +58,21 @@ def num_left(step: int, last: int, every: int) -> int:
 
 @dataclass
 class Progress:
-    """The progress of a run."""
+    """The steps, tokens, time and evaluations of a run so far."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Evaluations by step."""
+    """The figures of each evaluation, by step."""
     first_step: int = 0
-    """The step that this process started from."""
+    """The step from which this process started."""
     eval_seconds: float = 0.0
     save_seconds: float = 0.0
-    """Seconds of the last evaluation, and of the last save, in this process."""
+    """The duration of the last evaluation, and of the last save, in this process."""
 
     def seconds_left(self, last: int, *, eval_steps: int, save_steps: int) -> float:
-        """Seconds to the end of step `last`, with the evaluations and saves to come, each as long as the last one."""
+        """Seconds to the end of step `last`; each evaluation and save on the way takes as long as the last one."""
         evaluations = num_left(self.step, last, eval_steps) * self.eval_seconds
         saves = num_left(self.step, last, save_steps) * self.save_seconds
         return self.seconds / self.step * (last - self.step) + evaluations + saves
@@ -80,7 +80,7 @@ class Progress:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run: what it consists of, how far it has come, and what it writes once it has begun."""
+    """A run: its components, its progress, and after `begin` its logs and checkpoints."""
 
     config: TrainConfig
     world: World
@@ -92,14 +92,14 @@ class Run:
     method: Retraining
     optimizer: AdamS
     optimizer_text: str
-    """The engine of the optimizer, in words."""
+    """The implementation of the optimizer's update, in words."""
     evaluator: Evaluator
     names: dict[Tensor, str]
     """Name of every trained parameter; collected right after sharding, when each is a DTensor among several ranks."""
     initial_masks: dict[str, Tensor]
     """The masks of step 0 in bits, by parameter name."""
     dense_perplexity: float | None
-    """Perplexity of the dense model, if step 0 does not compute with its weights any more."""
+    """Perplexity of the dense model, if step 0 has other weights."""
     start: dict[str, Any]
     """The record of the start; empty if it is magnitude."""
     budget: DecayBudget | None = None
@@ -111,9 +111,9 @@ class Run:
     self_check: SelfCheck = field(init=False)
     flops_per_token: float = field(init=False)
     peak_flops: float | None = field(init=False)
-    """The peak of a device in FLOP/s, where it is known."""
+    """The peak of a device in FLOP/s, if it is known."""
     _uncounted: int = field(default=0, init=False)
-    """Steps in a row in which no token counted."""
+    """Consecutive steps in which no token counted."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -124,10 +124,10 @@ class Run:
         return self.config.optimizer.max_steps
 
     def begin(self, *, announce: bool = True) -> None:
-        """Makes the output folder this run's, and opens its logs. From here on something is written.
+        """Claims the output folder for this run and opens its logs. Nothing is written before.
 
         Args:
-            announce: tell what the run consists of.
+            announce: print the model, the method, the layers and the options without effect.
         """
         options = self.config.checkpoint
         self.progress.first_step = self.progress.step
@@ -145,7 +145,7 @@ class Run:
 
         self.world.on_main(open_folder_and_trackers, beats=True)
         if options.overwrite:
-            check_shared(self.folder.path, self.world)  # it is another folder of the same name now
+            check_shared(self.folder.path, self.world)  # again: `begun` has replaced the folder
         self.telemetry = Telemetry(
             self.folder.path,
             self.total_steps,
@@ -181,7 +181,7 @@ class Run:
         }
 
     def introduction(self) -> Iterator[str]:
-        """The lines that a run begins with."""
+        """The lines that describe a run before its first step."""
         config, method, teacher = self.config, self.method, self.config.teacher
         where = describe(self.world.device, self.world.size, self.evaluator.precision, self.optimizer_text)
         yield f"{self.source.loaded.source}: {where}"
@@ -219,18 +219,20 @@ class Run:
 
         Raises:
             DivergedError: a loss or gradient is not finite, or a weight is NaN.
-            InputError: a token outside the vocabulary; or no token has counted for long.
+            InputError: a token outside the vocabulary; or no token has counted for many steps.
         """
         config, step, started = self.config, self.progress.step, time.perf_counter()
         optimizer = config.optimizer
         seed = np.random.SeedSequence([config.data.seed, step, self.world.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(seed[0]))  # of the step, so that no generator's state has to be saved
+        torch.manual_seed(int(seed[0]))  # a function of the step, so that checkpoints need no generator's state
         lr = optimizer.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         micro_batches = [next(self.text.loader) for _ in range(optimizer.gradient_accumulation_steps)]
         check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(self.model.config))
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
+        # Tokens that count differ between micro-batches and ranks, so the loss is normalised by their number in the
+        # whole global batch: a mean of means would weigh the tokens of a short micro-batch more.
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
         total, ce, kl, hidden = self.world.sum(self._accumulate(micro_batches, num_tokens)).tolist()
         self._check_counted(int(num_tokens))
@@ -239,7 +241,7 @@ class Run:
             what = f"the loss is {total} and the gradient norm {grad_norm}"
             raise DivergedError(self._diverged(what, on_all_ranks=True))
         self.method.before_update(step)
-        with self.self_check.around_step(step, self.method.mask_interval):
+        with self.self_check.around_step(step, self.method.mask_interval):  # AdamS refreshes its masks in `step`
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -256,7 +258,7 @@ class Run:
         """Adds up the gradients of a step; returns this rank's sums of the loss and its parts, float32, (4,).
 
         Args:
-            num_tokens: that count in the loss, on all ranks.
+            num_tokens: the number of tokens that count in the loss, over all micro-batches and ranks.
         """
         objective, device = self.objective, self.world.device
         try:
@@ -274,13 +276,15 @@ class Run:
                 sum_over_replicas_(objective, now=number == last)
             with autocast(device, self.evaluator.precision):
                 loss = objective(num_tokens=num_tokens, **{name: tensor.to(device) for name, tensor in batch.items()})
-            (loss.loss * self.world.size).backward()  # averaged over ranks; the loss is normalised already
+            # FSDP averages gradients over ranks. The loss is already divided by the tokens of all ranks, so only a sum
+            # is wanted: multiplying by the number of ranks undoes the average.
+            (loss.loss * self.world.size).backward()
             sums += torch.stack(loss).detach().float()
         average_gradients_(objective, self.names, self.world)
         return sums
 
     def _log_step(self, values: dict[str, float], num_read: int, seconds: float) -> None:
-        """Counts a step that is done, and logs it with its speed."""
+        """Counts a finished step, and logs it with its speed."""
         progress, options = self.progress, self.config.checkpoint
         progress.step += 1
         progress.tokens += num_read
@@ -296,7 +300,7 @@ class Run:
         self.telemetry.log(progress.step, values, write=progress.step % options.log_steps == 0)
 
     def _check_counted(self, num_tokens: int) -> None:
-        """Raises `InputError` after many steps in a row, or a whole run, in which no token counted."""
+        """Raises `InputError` after many consecutive steps, or a whole run, in which no token counted."""
         self._uncounted = 0 if num_tokens else self._uncounted + 1
         if self._uncounted >= min(_MOST_UNCOUNTED, self.total_steps - self.progress.first_step):
             self.saver.finish_despite_error(on_all_ranks=True)
@@ -319,7 +323,7 @@ class Run:
         return f"step {self.progress.step + 1}: {what}; {last}; lower learning_rate or look at the data"
 
     def evaluate(self) -> None:
-        """Perplexity of the forward pass as it is, and of the model as the prune would leave it now."""
+        """Measures the perplexity of the current forward pass, and of the model if it were pruned now."""
         started = time.perf_counter()
         values = {"tokens": self.progress.tokens, "perplexity": self.evaluator.perplexity()}
         masks = local_masks(self.method.masks())
@@ -383,7 +387,7 @@ class Run:
         self.progress.save_seconds = time.perf_counter() - started
 
     def cover_teacher_cache(self) -> None:
-        """Records which sequences the teacher cache holds by now."""
+        """Records the sequences that the teacher cache now holds."""
         if self.objective.cache is not None:
             batch = self.config.optimizer.sequences_per_step(self.world.size)
             whole_epoch = self.config.data.repeat_sequences and self.text.loader.state_dict()["epoch"] > 0
@@ -394,7 +398,7 @@ class Run:
         """Continues from a checkpoint.
 
         Raises:
-            InputError: it is of another run, corrupt, or has no usable position in the data.
+            InputError: it belongs to another run, is corrupt, or has no usable position in the data.
         """
         check_same_run(read_manifest(path), self.config.as_dict(), self.facts)
         manifest = load_checkpoint(path, self.tensors(), self.world)
@@ -403,7 +407,7 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(f"{path} has no usable position in the data ({error}): remove it") from error
         self.progress = Progress(manifest["step"], manifest["tokens"], manifest["seconds"], manifest["figures"])
-        first_shard = self.world.shard_index == 0  # one rank of each replica says what all of them changed
+        first_shard = self.world.shard_index == 0  # the total, on one rank of each replica; 0 on the others
         self.method.restore_flips(manifest["flips"] if first_shard else 0)
 
 

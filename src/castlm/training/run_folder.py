@@ -1,4 +1,4 @@
-"""The output folder of a training run: what it holds of an earlier start, how it begins, and when it is finished."""
+"""The output folder of a training run: begins it, finds its newest checkpoint, and knows when the run is finished."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """Where the result goes."""
+        """The folder of the result."""
         return self.path / "model"
 
     @property
@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def run_id(self) -> str | None:
-        """The id of the run that has begun here, which trackers know it by."""
+        """The id of the run in this folder, as in trackers; None if none has begun."""
         found = read_record(self.path / OUTPUT).get("run_id")
         return found if isinstance(found, str) and found.isalnum() else None
 
@@ -51,7 +51,7 @@ class RunFolder:
     def begun(self, config: TrainConfig) -> Iterator[None]:
         """Makes this the folder of `config`, and sets an earlier output aside unless `config.checkpoint.resume`.
 
-        After an error in the block, which opens trackers, what they have made goes.
+        The caller opens trackers inside the context; after an error there, the folders that they made are deleted.
 
         Raises:
             InputError: as `begin_output`.
@@ -69,10 +69,10 @@ class RunFolder:
             raise
 
     def newest_checkpoint(self, config: TrainConfig) -> Path | None:
-        """The checkpoint that `config` resumes from; None where an earlier start has saved nothing yet.
+        """The checkpoint from which `config` resumes; None if an earlier start has saved nothing yet.
 
         Raises:
-            InputError: the earlier start was of another run.
+            InputError: the earlier start belongs to another run.
         """
         whole = checkpoint_steps(self.checkpoints)
         if not whole:
@@ -84,15 +84,15 @@ class RunFolder:
         path = whole[max(whole)]
         model = read_manifest(path)["config"].get("model")
         if model != config.model.model:
-            raise InputError(f"{path} is of the model {model}, not {config.model.model}: use that one")
+            raise InputError(f"{path} belongs to a run with model {model}, not {config.model.model}: use {model}")
         return path
 
     def is_finished(self) -> bool:
-        """Whether the result is there. It gets its name when it is whole."""
+        """Whether the result exists. It gets its name only when it is complete."""
         return (self.model / RESULT).is_file()
 
     def finished_record(self, config: TrainConfig, world_batch: int) -> dict[str, Any]:
-        """The record of the finished run, once its config and its files are found to be as they were.
+        """The record of the finished run, after checking its config and its files.
 
         Raises:
             InputError: `config` describes another run, or a file of the result is missing or has changed.
@@ -107,15 +107,14 @@ class RunFolder:
 
 
 def _job() -> str | None:
-    """What torchrun calls this job over all of its restarts; None without torchrun."""
+    """The id that torchrun gives this job over all of its restarts; None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def after_restart(config: TrainConfig) -> TrainConfig:
-    """`config` as `torchrun --max-restarts` needs it when it starts the ranks again.
+    """`config` for a restart by `torchrun --max-restarts`: resumes the run if an earlier start of this job began it.
 
-    A run that an earlier start of this job has begun is resumed. The folder of another run, which this one may replace,
-    is left to the checks of a first start.
+    Otherwise `config` stays as it is: the folder may hold another run, which the checks of a first start handle.
 
     Raises:
         InputError: `overwrite` with restarts of a job that has no id.
@@ -133,8 +132,9 @@ def after_restart(config: TrainConfig) -> TrainConfig:
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """Checks that all ranks see one output folder. Where each node has one on a disk of its own, checkpoints
-    would lack the parts of the other nodes.
+    """Checks that all ranks see the same output folder.
+
+    If each node had its own folder on a local disk, checkpoints would lack the parts of the other nodes.
 
     Raises:
         InputError: names the first rank that does not see the folder of the main rank.

@@ -1,5 +1,6 @@
-"""The dense model that a run starts from: whole on a single process, and without weights among several ranks until
-each rank reads its own rows; whole on each of them where the method asks for it.
+"""The dense model of a run: whole in a single process; without weights on several ranks, until each reads its rows.
+
+Methods with `whole_copies` load the whole model on each rank.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class Source:
 
     loaded: Loaded
     stored: Checkpoint | None
-    """The place of each parameter on the disk, while the model has no weights; None for a model in memory."""
+    """The place of each parameter on disk, for a model without weights; None for a model in memory."""
     options: dict[str, Any]
     """Keyword arguments of `load_model`."""
     name: str
-    """As the config has it."""
+    """The option `model`."""
     fingerprint: str
-    """A hash of its weights, the same on all ranks."""
+    """A hash of the weights, the same on all ranks."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -46,7 +47,7 @@ class Source:
         return self.loaded.tokenizer
 
     def untie_(self) -> None:
-        """Gives the output head a weight of its own, to be read from where the embeddings are stored."""
+        """Gives the output head its own weight, which is read from the place of the embeddings."""
         names = dict(self.model.named_parameters(remove_duplicate=False))
         head = self.model.get_output_embeddings().weight
         tied = [name for name, parameter in names.items() if parameter is head]
@@ -65,7 +66,7 @@ class Source:
             return self.stored.places[name].read(read, slice(None))
 
     def whole_model(self) -> PreTrainedModel:
-        """A copy of the dense model with all its weights, for one rank to work on."""
+        """A copy of the dense model with all its weights."""
         return copy.deepcopy(self.model) if self.stored is None else load_model(self.name, **self.options).model
 
 
@@ -73,10 +74,10 @@ def open_source(options: ModelOptions, world: World, *, whole_copies: bool = Fal
     """Opens the model of a run.
 
     Args:
-        whole_copies: each of several ranks holds the whole model, instead of its rows.
+        whole_copies: load the whole model on each rank, instead of its rows.
 
     Raises:
-        InputError: as `load_model`; other weights on another rank; an architecture that cannot be distilled.
+        InputError: as `load_model`; weights that differ between ranks; an architecture that cannot be distilled.
     """
     loading = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
     opened = None
@@ -89,13 +90,13 @@ def open_source(options: ModelOptions, world: World, *, whole_copies: bool = Fal
     if stored is None:
         check_head(loaded.model)
     for parameter_name, parameter in loaded.model.named_parameters():
-        if is_tower(parameter_name):  # no text reaches them
+        if is_tower(parameter_name):  # text does not reach a vision tower
             parameter.requires_grad_(False)
     return Source(loaded, stored, loading, options.model, found)
 
 
 def check_sizes(of_model: PretrainedConfig, *, seq_len: int, teacher_top_k: int) -> None:
-    """Raises `InputError` where a run asks for more positions or tokens than its model has."""
+    """Raises `InputError` if `seq_len` or `teacher_top_k` exceeds the positions or the vocabulary of the model."""
     longest = context_length(of_model)
     if longest is not None and seq_len > longest:
         raise InputError(f"seq_len {seq_len} exceeds the model's {longest} positions: lower it")

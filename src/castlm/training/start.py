@@ -1,8 +1,7 @@
-"""Where a run starts when not from the masks of magnitude: a one-shot method's, made before step 0, or a given model's.
+"""Starts other than magnitude: from a one-shot solver, which runs before step 0, or from a given n:m model.
 
-Such masks look at the text, which |W| does not, so that no refresh of the dense weights could find them again: masked
-weights start at zero. One rank prunes, or reads, the whole model and hands its layers out, one at a time, to all the
-others.
+Their masks depend on text. A refresh by |W| of the dense weights would lose them, so masked weights start at zero. The
+main rank prunes, or reads, the whole model and sends its layers, one at a time, to the other ranks.
 """
 
 from __future__ import annotations
@@ -40,32 +39,31 @@ from castlm.training.text import TrainingText
 
 @dataclass
 class StartWeights:
-    """What a run starts from instead of the dense model and its magnitudes. Weights are on the main rank only."""
+    """The weights of a start. Only the main rank has them."""
 
     pruned: dict[str, Tensor] = field(default_factory=dict)
-    """Weights (out, in) of the sparse layers, at n:m, by layer."""
+    """n:m weights (out, in) of the sparse layers, by layer."""
     dense: dict[str, Tensor] = field(default_factory=dict)
-    """Parameters that stay dense, by name, of the dense model in its new basis or of the given model; empty where they
-    are the dense model's own. The weights of sparse layers are among them only in a new basis, if the run
-    `keeps_dense_values`."""
+    """Parameters that differ from the dense model's, by name: dense ones in a new basis or of a given model, and the
+    dense values of sparse layers in a new basis, if the run `keeps_dense_values`."""
     stream_basis: Tensor | None = None
-    """The basis in which the model of `dense` has its residual stream; None if it is the dense model's own."""
+    """The new basis of the residual stream; None if it is the dense model's own."""
     record: dict[str, Any] = field(default_factory=dict)
-    """What was done and what it cost, on every rank."""
+    """The report of the start, with its times, on every rank."""
 
 
 def is_untied(record: dict[str, Any]) -> bool:
-    """Whether a run with this record of its start has an output head with a weight of its own."""
+    """Whether the start with this record untied the output head from the embeddings."""
     return bool(record.get("basis", {}).get("untied", False))
 
 
 def start_seconds(record: dict[str, Any]) -> float:
-    """What the start of a run with this record took: the change of basis and the one-shot solver."""
+    """The seconds that the start with this record took: the change of basis and the one-shot solver."""
     return float(record.get("basis", {}).get("seconds", 0.0)) + float(record.get("prune_seconds", 0.0))
 
 
 def stream_basis(start: StartWeights, world: World) -> Tensor | None:
-    """The basis in which the student has its residual stream, on every rank; for a resumed run a tensor to load into.
+    """The basis of the student's residual stream, on every rank; zeros for a resumed run, whose checkpoint holds it.
 
     A rotation (hidden, hidden) fp32 or a permutation (hidden,) int64, as `castlm.core.hidden.in_stream_basis` takes it.
     """
@@ -80,22 +78,22 @@ def stream_basis(start: StartWeights, world: World) -> Tensor | None:
 
 @dataclass(frozen=True)
 class StartOf:
-    """What a start depends on beside its own options."""
+    """The facts of a run on which its start depends, besides the start's own options."""
 
     pattern: Pattern
     filter_fn: FilterFn
-    """Which layers become sparse."""
+    """Chooses the layers that become sparse."""
     seq_len: int
     """Tokens of a calibration sequence."""
     seed: int
     precision: str
-    """As the option `precision`, for the passes over the calibration text."""
+    """The option `precision`, for the passes over the calibration text."""
     keeps_dense_values: bool
     """Whether masked weights begin at their dense values."""
     is_finetuning: bool
     """Whether the model of the run is its own start."""
     compares_hidden: bool
-    """Whether the run compares hidden states with the teacher's, for which it needs the basis of the stream."""
+    """Whether the run compares hidden states with the teacher's, which needs the basis of the stream."""
 
 
 def make_start(
@@ -107,17 +105,17 @@ def make_start(
     output_dir: str | Path,
     overwrite: bool = False,
 ) -> StartWeights:
-    """Makes the start that `init_from` asks for, on the main rank.
+    """Makes the start of `init_from`, on the main rank.
 
-    Finished transformer blocks are held in `partial_folder(output_dir)`, from which the start of a run that was killed
-    before its first checkpoint continues. It stays until `drop_partial`.
+    Finished transformer blocks are in `partial_folder(output_dir)`, from which a start that was killed continues. The
+    folder stays until `drop_partial`.
 
     Args:
-        overwrite: begin again where that folder holds a start with other options, or a damaged one.
+        overwrite: begin again if that folder holds a start with other options, or a damaged one.
 
     Raises:
-        InputError: on the main rank, whatever the one-shot solver refuses, or a start that is not this model at n:m;
-            the other ranks raise `SystemExit`.
+        InputError: on the main rank, as the one-shot solver, or for a given model that is not this one at n:m. The
+            other ranks raise `SystemExit`.
     """
     start = StartWeights()
 
@@ -136,7 +134,7 @@ def make_start(
 
 
 def drop_partial(output_dir: str | Path) -> None:
-    """Deletes the work of the start of a run that is finished."""
+    """Deletes the work of a start once the run is finished."""
     partial = partial_folder(user_path(output_dir))
     if command_of(partial) == "prune":
         with output_folder(partial, "prune", resume=True):
@@ -153,7 +151,7 @@ def _prune(
     partial: Path,
     overwrite: bool,
 ) -> None:
-    """Prunes a copy of the model, calibrated on the start of the training text. The model itself stays as it is."""
+    """Prunes a copy of the model, calibrated on the beginning of the training text."""
     solver, pattern, filter_fn = options.name, of.pattern, of.filter_fn
     num_sequences, length = options.calibration_sequences, of.seq_len
     model = source.whole_model().to(world.device)
@@ -175,11 +173,11 @@ def _prune(
             told = world.reported(progress)
             report = how.make_(blocks, calibration, extras, folder=folder, say=note, progress=told)
     except InputError as error:
-        raise InputError(f"init_from {solver}: {error}; init_from magnitude does without") from None
+        raise InputError(f"init_from {solver}: {error}; init_from magnitude needs no text") from None
     for line in report.notes():
         note(line)
     if world.mesh is not None:
-        model.to("cpu")  # it is sent to the other ranks from there, and leaves the device to training
+        model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
     start.stream_basis = report.basis.stream_basis
     pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
     start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
@@ -196,7 +194,7 @@ def _prune(
 
 
 def _read(start: StartWeights, name: str, of: StartOf, source: Source) -> None:
-    """Reads the n:m model that `init_from` names: its sparse layers, and all else where it is not the dense model's."""
+    """Reads the n:m model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""
     pattern = of.pattern
     options = source.options if of.is_finetuning else {"trust_remote_code": source.options["trust_remote_code"]}
     is_loaded = of.is_finetuning and source.stored is None
@@ -204,7 +202,7 @@ def _read(start: StartWeights, name: str, of: StartOf, source: Source) -> None:
         model = source.model if is_loaded else load_model(name, **options).model
     except InputError as error:
         known = ", ".join(pattern.solvers)
-        raise InputError(f"init_from {name}, neither one of {known} nor a model: {error}") from None
+        raise InputError(f"init_from {name} is neither one of {known} nor a model: {error}") from None
     layers, _ = sparse_linears(source.model, pattern, of.filter_fn)
     found = dict(model.named_modules())
     weights: dict[str, Tensor] = {}
@@ -230,7 +228,7 @@ def _read(start: StartWeights, name: str, of: StartOf, source: Source) -> None:
 def _read_the_rest(
     start: StartWeights, name: str, of: StartOf, source: Source, given: PreTrainedModel, of_layers: set[str]
 ) -> None:
-    """Takes what stays dense from the given model, which may be written in another basis, or trained."""
+    """Takes the dense parameters of the given model, which may be in another basis or trained."""
     ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
     theirs = dict(given.named_parameters())
     untied = is_tied(source.model) and not is_tied(given)
@@ -253,7 +251,7 @@ def _read_the_rest(
         try:
             start.stream_basis = basis_between(source.embeddings(), given.get_input_embeddings().weight.detach())
         except InputError as error:
-            raise InputError(f"init_from {name}: {error}; --hidden-weight 0 does without them") from None
+            raise InputError(f"init_from {name}: {error}; with hidden_weight 0 they may differ") from None
     shape = None if start.stream_basis is None else list(start.stream_basis.shape)
     if untied or shape:
         start.record = {"basis": {"untied": untied, "stream_basis": shape}}
@@ -261,10 +259,10 @@ def _read_the_rest(
 
 @torch.no_grad()
 def start_(model: nn.Module, method: Retraining, start: StartWeights, world: World) -> None:
-    """Gives the model the weights of the main rank's `start`, each rank its rows.
+    """Loads the weights of the main rank's `start` into the model, each rank its rows.
 
-    The parameters in `start.dense` get their values there, the others stay; then what is zero in `start.pruned` is
-    masked and what is kept gets its value there. What becomes of the masked weights is up to the method.
+    Parameters in `start.dense` get these values. Zeros in `start.pruned` are masked, and kept weights get its values;
+    the method decides the values of masked weights.
     """
 
     def whole_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
-"""The teacher's most probable tokens for every sequence of text it has read, on disk, so that it reads each one once.
+"""The teacher's most probable tokens for every sequence, stored on disk, so that the teacher reads each sequence once.
 
-A sequence is found by its token ids and by where its documents begin, whichever run, rank or order asks for it. The
-teacher's tokens are kept at every position, so that they serve whichever positions a run counts in its loss. The loss
-is the same whether a sequence was found or read by the teacher. Where the cache holds all sequences of a run, the
-teacher is not loaded.
+The key of a sequence is its token ids and the beginnings of its documents, for any run, rank or order. Every position
+is stored, whether or not it counts in the loss. The loss is the same with a cached sequence as with the teacher. If the
+cache holds all sequences of a run, the teacher is not loaded.
 
-A file of the cache carries a checksum over its teacher, its token ids and its content, and its values are checked: a
-damaged file, or one of another teacher, is read again by the teacher, and never used.
+Each file has a checksum over its teacher, its token ids and its content, and its values are checked. The teacher reads
+a sequence again if its file is damaged or belongs to another teacher.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ _FORMAT = 3
 
 
 class TeacherCache:
-    """Sequences in `folder`/blocks, each its own safetensors file; their teacher and settings in `folder`/teacher.json.
+    """Sequences in `folder`/blocks, one safetensors file each; their teacher and settings in `folder`/teacher.json.
 
     Args:
-        stream: what determines the order of the sequences of a run: hash of the text, seed, seq_len.
-        vocab_size: of the teacher; token ids in the cache are below it.
+        stream: all values that determine the order of the sequences of a run: hash of the text, seed, seq_len.
+        vocab_size: the teacher's vocabulary; token ids in the cache are below it.
 
     Raises:
-        InputError: `folder` cannot be made, or holds something else.
+        InputError: `folder` cannot be made, or holds other files.
     """
 
     def __init__(self, folder: str, stream: list[Any], vocab_size: int, world: World) -> None:
@@ -49,7 +48,7 @@ class TeacherCache:
         self._coverage = self.folder / f"coverage-{hashlib.sha256(json.dumps(stream).encode()).hexdigest()[:16]}.json"
         self._failure: str | None = None
         self.complete = False
-        """Whether all sequences of the run are here, so that it has no teacher."""
+        """Whether the cache holds all sequences of the run, which then has no teacher."""
         world.on_main(self._make_folder)
 
     def _make_folder(self) -> None:
@@ -60,13 +59,13 @@ class TeacherCache:
         except OSError as error:
             raise InputError(f"cannot write {self.folder}: {error.strerror}; choose another teacher_cache") from error
         if foreign:
-            raise InputError(f"{self.folder} holds files that are no teacher cache: choose another teacher_cache")
+            raise InputError(f"{self.folder} holds other files than a teacher cache: choose another teacher_cache")
 
     def claim(self, teacher: nn.Module, **settings: Any) -> None:
-        """Records on the main rank which teacher and settings the cache is of, or checks that it is of these.
+        """Records the teacher and its settings in a new cache, or checks that the cache belongs to them.
 
         Raises:
-            InputError: it is of another teacher or other settings.
+            InputError: the cache belongs to another teacher or other settings.
         """
 
         def check() -> dict[str, Any]:
@@ -77,13 +76,13 @@ class TeacherCache:
             theirs = read_json_mapping(known, f"remove {self.folder}")
             changed = [f"{key} {theirs.get(key)} -> {value}" for key, value in mine.items() if theirs.get(key) != value]
             if changed:
-                raise InputError(f"{self.folder} is of another teacher ({', '.join(changed)}): choose another folder")
+                raise InputError(f"{self.folder} has another teacher ({', '.join(changed)}): choose another folder")
             return mine
 
         self._teacher = json.dumps(self.world.on_main(check), sort_keys=True)
 
     def covers(self, num_sequences: int) -> bool:
-        """Whether the first `num_sequences` sequences of the stream are here."""
+        """Whether the cache holds the first `num_sequences` sequences of the stream."""
 
         def covers() -> bool:
             blocks, every_epoch = self._covered()
@@ -92,7 +91,7 @@ class TeacherCache:
         return self.world.on_main(covers)
 
     def _covered(self) -> tuple[int, bool]:
-        """The number of sequences here, from the start of the stream, and whether they serve every epoch."""
+        """The number of cached sequences from the beginning of the stream, and whether they serve every epoch."""
         if not self._coverage.is_file():
             return 0, False
         record = read_json_mapping(self._coverage, "remove it, to load the teacher")
@@ -102,13 +101,13 @@ class TeacherCache:
         return blocks, every_epoch
 
     def cover(self, first: int, last: int, every_epoch: bool = False) -> None:
-        """Records on the main rank that sequences `first` to `last` of the stream are here, if all before them are.
+        """Records that the cache holds sequences `first` to `last` of the stream, if it holds all before them.
 
         Args:
-            every_epoch: these include a whole epoch, and all others have the same sequences.
+            every_epoch: they include a whole epoch, and all other epochs have the same sequences.
 
         Raises:
-            InputError: a rank could not write one.
+            InputError: a rank could not write a sequence.
         """
         self.world.check_all(self._failure)
         if not self.world.is_main or self.complete:
@@ -122,9 +121,10 @@ class TeacherCache:
         """The teacher's tokens for `input_ids` (batch, seq), on their device.
 
         Args:
-            position_ids: (batch, seq), where documents do not attend to each other.
+            position_ids: (batch, seq), if documents do not attend to each other.
 
-        None where any rank lacks a sequence, because the teacher then runs on all ranks.
+        Returns:
+            None if any rank lacks a sequence, because the teacher then runs on all ranks.
 
         Raises:
             InputError: a sequence is missing or damaged, and there is no teacher; or a rank could not write one.
@@ -142,7 +142,7 @@ class TeacherCache:
         return TopTokens(*columns)
 
     def put(self, input_ids: Tensor, top: TopTokens, position_ids: Tensor | None = None) -> None:
-        """Keeps the teacher's tokens for `input_ids` (batch, seq). A failure is raised by the next `get` or `cover`."""
+        """Stores the teacher's tokens for `input_ids` (batch, seq). The next `get` or `cover` raises its failure."""
         rows = _rows(input_ids, position_ids)
         for row, tokens, log_probs in zip(rows, top.tokens.cpu(), top.log_probs.cpu()):
             path = self._path(row)
@@ -182,11 +182,11 @@ class TeacherCache:
                 raise ValueError("its checksum does not match")
             return found
         except (OSError, SafetensorError, TypeError, ValueError) as error:
-            note(f"{path} is damaged ({error}), and the teacher reads the sequence again")
+            note(f"{path} is damaged ({error}): the teacher reads the sequence again")
             return None
 
     def _check(self, row: Tensor, found: TopTokens) -> None:
-        """Raises `ValueError` unless the values are those of a distribution over the teacher's vocabulary."""
+        """Raises `ValueError` unless the values are a distribution over the teacher's vocabulary."""
         tokens, log_probs = found.tokens, found.log_probs
         if tokens.shape[:1] != row.shape[-1:] or tokens.ndim != 2 or tokens.shape != log_probs.shape:
             raise ValueError(f"tokens {tuple(tokens.shape)} and log_probs {tuple(log_probs.shape)}")
@@ -199,7 +199,7 @@ class TeacherCache:
 
 
 def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
-    """The keys of sequences: their token ids, (seq,), or (2, seq) with positions where documents are apart."""
+    """The keys of sequences: token ids (seq,), or (2, seq) with position ids if documents are kept apart."""
     if position_ids is None:
         return list(input_ids.cpu())
     return list(torch.stack([input_ids, position_ids], dim=1).cpu())

@@ -1,8 +1,8 @@
 """The teacher's cache of a run, and a pass of the teacher alone that fills it before the run.
 
-The pass reads the sequences of the first epoch in their order and in the batches of the run, with the run's own text,
-objective and precision. What it writes is therefore what the first epoch of `castlm train` would have written, bit for
-bit, and a run whose sequences are all in the cache loads no teacher.
+The pass reads the sequences of the first epoch in the order and the batches of the run, with the run's own text,
+objective and precision. So it writes the same bits as the first epoch of `castlm train` would, and a run whose
+sequences are all in the cache loads no teacher.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from castlm.training.text import TrainingText, open_training_text
 def open_teacher_cache(
     options: TeacherOptions, data: DataOptions, text: TrainingText, vocab_size: int, world: World
 ) -> TeacherCache | None:
-    """The cache of a run; None where it has none.
+    """The cache of a run; None without the option `teacher_cache`.
 
     Raises:
-        InputError: as `TeacherCache`; a text with images: a cache knows a sequence by its tokens alone.
+        InputError: as `TeacherCache`; a text with images, which the key of a sequence does not contain.
     """
     if options.teacher_cache is None:
         return None
     if text.documents.kind is Kind.WITH_EXTRA:
-        raise InputError("teacher_cache knows a sequence by its tokens, and the text has images: leave it out")
+        raise InputError("teacher_cache identifies a sequence by its tokens, not by images: omit teacher_cache")
     stream = [text.train_sha256, data.seed, data.seq_len, data.repeat_sequences, data.column, text.template_sha256]
     return TeacherCache(options.teacher_cache, stream, vocab_size, world)
 
@@ -56,7 +56,7 @@ def claim_teacher_cache(
     """`TeacherCache.claim` for the teacher of a run.
 
     Args:
-        model: still has the weights of the teacher, in fp32.
+        model: a model that still has the teacher's weights, in fp32.
     """
     cache.claim(
         model,
@@ -68,11 +68,11 @@ def claim_teacher_cache(
 
 
 def check_teacher_pass(config: TrainConfig) -> None:
-    """Checks what `fill_teacher_cache` needs beside the training text, before that is sampled.
+    """Checks the requirements of `fill_teacher_cache`, except for the training text, which is sampled afterwards.
 
     Raises:
-        InputError: an evaluation text that cannot be opened, a folder that cannot be made or is no teacher cache, or
-            more positions or tokens than the model has.
+        InputError: an evaluation text that cannot be opened, a folder that cannot be made or holds other files, or more
+            positions or tokens than the model has.
     """
     model, teacher = config.model, config.teacher
     of_model = open_config(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
@@ -85,17 +85,16 @@ def check_teacher_pass(config: TrainConfig) -> None:
 
 @torch.no_grad()
 def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
-    """Lets the teacher read the sequences of the first epoch of `config` that its cache lacks, on this process.
+    """Runs the teacher in this process on the sequences of the first epoch of `config` that its cache lacks.
 
-    Each batch is recorded when it is done, so that a pass that was stopped continues when it is started again. The
-    teacher does not read a sequence again that is there and whole.
+    Each finished batch is recorded, so that a pass that was stopped can continue.
 
     Args:
-        config: with a `teacher_cache`.
-        progress: called with (sequences so far, sequences of the epoch) after each batch.
+        config: a config with a `teacher_cache`.
+        progress: called with (finished sequences, sequences of the epoch) after each batch.
 
     Returns:
-        How many sequences the cache covers. The last batch may hold some of the second epoch, as in a run.
+        The number of sequences that the cache covers. The last batch may hold some of the second epoch, as in a run.
 
     Raises:
         InputError: as for a run: a model or text that cannot be read, a cache of another teacher, a full disk.

@@ -1,7 +1,7 @@
 """The reports of a run in progress: a live line on the screen, metrics.jsonl, and the trackers of `report_to`.
 
 Only the main rank writes. In metrics.jsonl, a figure that is not finite is null. A resumed run first cuts the file back
-to its checkpoint, so that it reads as if the run had never been stopped.
+to its checkpoint, so that the file looks as if the run had never stopped.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Telemetry:
         output_dir: folder of metrics.jsonl.
         is_main: whether this rank writes; on the others all methods do nothing.
         start_step: step of the checkpoint that a resumed run continues from; 0 for a new run.
-        trackers: clients that get the same figures as metrics.jsonl. They are closed with the run; one that fails
-            does not stop it.
-        hidden: figures that cannot change during this run. They are in the file, not in the lines on the screen.
+        trackers: clients that get the same figures as metrics.jsonl. They are closed with the run; a failing tracker
+            does not stop the run.
+        hidden: figures that cannot change during this run. They are written to the file and not shown on the screen.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Telemetry:
         if not is_main:
             return
         path = output_dir / "metrics.jsonl"
-        cut_back(path, start_step or -1)  # of a start that has saved nothing, the row of step 0 goes too
+        cut_back(path, start_step or -1)  # without a checkpoint, the row of step 0 is removed, too
         self._file = path.open("a", encoding="utf-8")
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, shown="", eta="")
         self._last_print = time.monotonic()
@@ -94,7 +94,7 @@ class Telemetry:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk, which the last row has reported
+            with contextlib.suppress(OSError):  # a full disk, which writing the last row has reported
                 self._file.close()
         self._report(lambda tracker: tracker.close())
 
@@ -116,10 +116,10 @@ class Telemetry:
             self._write(step, values)
 
     def evaluated(self, step: int, values: dict[str, float], details: dict[str, Any]) -> None:
-        """Writes the figures of an evaluation and prints a line of those that can change during the run.
+        """Writes the figures of an evaluation, and prints a line of the figures that can change during the run.
 
         Args:
-            details: lists and dictionaries for metrics.jsonl alone.
+            details: lists and dictionaries that are only written to metrics.jsonl.
         """
         if self.is_main:
             self._write(step, values, details)
@@ -139,11 +139,11 @@ class Telemetry:
         self._report(lambda tracker: tracker.log(values, step))
 
     def _report(self, action: Callable[[Tracker], None]) -> None:
-        """A tracker that fails, as by a lost connection, is dropped with a line, and the run continues."""
+        """Calls `action` for each tracker. One that fails, as by a lost connection, is dropped with a line."""
         for tracker in list(self._trackers):
             try:
                 action(tracker)
-            except Exception as error:  # each client has its own
+            except Exception as error:  # each client has its own types
                 self._trackers.remove(tracker)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self.say(f"{type(tracker).__name__} gets no more figures ({reason}); metrics.jsonl has them all")

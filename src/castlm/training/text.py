@@ -31,33 +31,33 @@ from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions
 
 @dataclass
 class TrainingText:
-    """The text that a run trains on, and the text of its evaluation."""
+    """The training text and the evaluation text of a run."""
 
     documents: AnyDocuments
     """Training documents, without the held-out ones."""
     loader: BatchLoader
-    """This rank's batches of them."""
+    """This rank's batches of the training documents."""
     held_out: ScoredText
     """Tokens of all evaluation texts."""
     eval_parts: dict[str, ScoredText]
-    """Tokens of each evaluation text by its file name, or its path where names meet; empty if there is only one."""
+    """Tokens of each evaluation text by its file name, or its path if names are equal; empty if there is only one."""
     kind: Kind
-    """The largest of all these texts."""
+    """The largest kind among all these texts."""
     encoder: Encoder
-    """Turns them into tokens. The loader has a copy of its own."""
+    """Turns documents into tokens. The loader has its own copy."""
     train_sha256: str
     eval_sha256: str
     template_sha256: str | None
-    """Hash of the chat template that the training documents are rendered with; None for plain text."""
+    """Hash of the chat template of the training documents; None for plain text."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether all texts are plain, those of the evaluation too."""
+        """Whether all texts are plain, evaluation texts included."""
         return self.kind is Kind.TEXT
 
     @property
     def is_masked(self) -> bool:
-        """Whether the loss may leave tokens of the training documents out."""
+        """Whether some tokens of the training documents may not count in the loss."""
         return self.documents.kind is not Kind.TEXT
 
     def explain(self) -> str:
@@ -70,13 +70,13 @@ class TrainingText:
 def steps_of_epochs(
     model: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, num_epochs: float, global_batch: int
 ) -> int:
-    """The optimizer steps that `num_epochs` over the training documents take, rounded up.
+    """The number of optimizer steps in `num_epochs` over the training documents, rounded up.
 
     Args:
-        global_batch: sequences of a step, on all ranks together.
+        global_batch: sequences per step, on all ranks together.
 
     Raises:
-        InputError: the dataset is streamed from the hub, so that its length is not known.
+        InputError: the dataset is streamed from the hub, so its length is not known.
     """
     documents, _ = _open_splits(data, evaluation)
     if not isinstance(documents, Documents):
@@ -132,7 +132,7 @@ def _scored_parts(
     vocab_size: int,
 ) -> dict[str, ScoredText]:
     """The tokens of each evaluation text by its name; raises `InputError` for one that cannot be evaluated."""
-    # Of a part of the training text, a sample: the same for every seed of a run, as its hash is.
+    # A held-out part of the training text is sampled with a fixed seed: its hash does not depend on the run's seed.
     seed = None if evaluation.eval_datasets else 0
     parts = {text.name: scored_text(text, encoder, evaluation.eval_tokens or None, seed=seed) for text in held_out}
     for name, part in parts.items():
@@ -165,8 +165,8 @@ def open_training_text(
     """Opens the texts of a run and tokenizes the held-out text.
 
     Args:
-        tokenizer: gets the chat template of `data`, if that names one.
-        rows_per_rank: sequences of a batch.
+        tokenizer: receives the chat template of `data`, if there is one.
+        rows_per_rank: sequences of a batch on one rank.
 
     Raises:
         InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
@@ -174,7 +174,7 @@ def open_training_text(
     with_template(tokenizer, data.chat_template_path)
     documents, held_out = _open_splits(data, evaluation, Share(world.rank, world.size, world.gather))
     encoder = _encoder(model, data, [documents, *held_out], tokenizer)
-    # the ranks read the same text, but each prepares the images of its own rows alone
+    # All ranks read the same text, but each prepares only the images of its own rows.
     says = world.is_main or documents.kind is Kind.WITH_EXTRA
     loader = BatchLoader(
         _sequences(data, documents, encoder, note if says else lambda line: None),

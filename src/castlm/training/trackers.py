@@ -24,7 +24,7 @@ class Tracker(Protocol):
         """Reports the figures of a step."""
 
     def close(self) -> None:
-        """Sends what has not been sent."""
+        """Sends all pending figures and closes the client."""
 
 
 class TrackedRun(NamedTuple):
@@ -32,7 +32,7 @@ class TrackedRun(NamedTuple):
 
     output_dir: Path
     id: str | None
-    """The same for a run and its resumption, and another for each run, wherever it is."""
+    """The id of the run, which its resumption keeps; no two runs share one."""
     config: dict[str, Any]
     first_step: int
     """0, or the step that a resumed run continues from."""
@@ -122,7 +122,7 @@ def chosen_trackers(report_to: Sequence[str]) -> list[str]:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether the package `name` is there, and not just a folder of that name where Python looks for packages."""
+    """Whether the package `name` is installed; a folder of that name on Python's path is not enough."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.loader is not None and spec.origin is not None
 
@@ -137,9 +137,9 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
     for name in names:
         try:
             opened.append(TRACKERS[name](run))
-        except Exception as error:  # each client has its own
+        except Exception as error:  # each client has its own types
             for tracker in opened:
                 tracker.close()
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"report_to {name}: {reason}; report_to none does without") from error
+            raise InputError(f"report_to {name}: {reason}; report_to none runs without trackers") from error
     return opened

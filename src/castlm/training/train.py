@@ -60,8 +60,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         The record of the run, which is also the result's castlm.json.
 
     Raises:
-        InputError: anything that the user can put right; nothing is half-written.
-        Interrupted: after Ctrl-C or SIGTERM; its message tells what is saved and how to resume.
+        InputError: any error that the user can correct; no result is half-written.
+        Interrupted: after Ctrl-C or SIGTERM; its message names the last saved step and how to resume.
     """
     runtime = config.runtime
     with (
@@ -112,29 +112,29 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 interrupt.start_export()
                 record = finish(run)
                 world.on_main(lambda: drop_partial(folder.path))
-        if output.push_to_hub:  # of a finished run too, which may have been stopped here
+        if output.push_to_hub:  # also for a finished run, which may have been stopped before the upload
             upload(folder.model, output.hub_repo, record, world, private=output.hub_private_repo)
         return record
 
 
 def finished(folder: RunFolder, config: TrainConfig, world_batch: int) -> dict[str, Any]:
-    """The record of a run that is finished, and may have been killed right after that."""
+    """The record of a finished run; finishes the folder if the run was killed right before that."""
     record = folder.finished_record(config, world_batch)
     with folder.begun(config):
         return record
 
 
 def set_up(config: TrainConfig, world: World) -> Run:
-    """Makes what a run consists of, in the order in which it can go wrong, from its checkpoint if it is resumed.
+    """Builds the parts of a run, and loads its checkpoint if it is resumed. Checks that can fail come first.
 
-    Nothing in the output folder changes. The order of the last part is fixed: teacher, method (which parametrizes),
-    shards, optimizer, start.
+    Nothing in the output folder changes. The order of the last part is fixed: the teacher copies the dense weights, the
+    method parametrizes before the model is sharded, the optimizer takes sharded parameters, the start sets its masks.
 
     Args:
-        config: `lam` is a number by now.
+        config: a config whose `lam` is a number.
 
     Raises:
-        InputError: anything that the user can put right.
+        InputError: any error that the user can correct.
     """
     data, teacher_options, optimizer_options, runtime = config.data, config.teacher, config.optimizer, config.runtime
     folder, pattern = RunFolder(config.checkpoint.output_dir), config.model.pattern
@@ -152,7 +152,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
 
     # model and text
     if config.start.name not in all_solvers():
-        locate(config.start.name)  # in the first second, and not after the dense model was loaded
+        locate(config.start.name)  # raises in the first second, before the dense model is loaded
     source = open_source(config.model, world, whole_copies=method_class.whole_copies)
     model, vocab = source.model, vocab_size(source.model.config)
     check_sizes(model.config, seq_len=data.seq_len, teacher_top_k=teacher_options.teacher_top_k)
@@ -260,14 +260,14 @@ def set_up(config: TrainConfig, world: World) -> Run:
 
 
 def begin_run(config: TrainConfig, world: World, *, announce: bool = True) -> Run:
-    """A run with its output folder and logs, before its first step; for those who take the steps themselves."""
+    """A run with its output folder and logs, before its first step, for callers that take the steps themselves."""
     run = set_up(config, world)
     run.begin(announce=announce)
     return run
 
 
 def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
-    """`config` with the values that depend on files: the layers left dense, the steps of its epochs, `lam`."""
+    """`config` with the values that depend on files: `left_dense`, `max_steps` of the epochs, `lam`."""
     if config.is_finetuning:
         config = config.changed(left_dense=world.on_main(lambda: layers_left_dense(config.model)))
     epochs = config.optimizer.num_train_epochs
@@ -282,11 +282,11 @@ def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
     lam = world.on_main(lambda: _saved_lam(config.checkpoint))
     if lam is None and config.method.reads_lam:
         lam = calibrate(config, world).lam
-    return config.changed(lam=0.0 if lam is None else lam)  # 0 where nothing reads it
+    return config.changed(lam=0.0 if lam is None else lam)  # 0 if nothing reads it
 
 
 def _saved_lam(options: CheckpointOptions) -> float | None:
-    """The `lam` of the checkpoint that a run is resumed from; None where there is none."""
+    """The `lam` of the checkpoint from which a run is resumed; None if there is none."""
     whole = checkpoint_steps(RunFolder(options.output_dir).checkpoints) if options.resume else {}
     if not whole:
         return None
@@ -295,12 +295,12 @@ def _saved_lam(options: CheckpointOptions) -> float | None:
 
 
 def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibration:
-    """Runs the first `steps` steps of `config` in a scratch folder and measures them.
+    """Runs the first `steps` steps of `config` in a temporary folder and measures them.
 
-    Nothing of it is kept, but for what it adds to the `teacher_cache` of `config`, which the run reads.
+    Only sequences that it adds to the `teacher_cache` of `config` remain.
 
     Raises:
-        InputError: whatever the run itself would raise, and a method or decay that has no masked weights to judge.
+        InputError: as the run itself; a method or decay without masked weights.
     """
     with tempfile.TemporaryDirectory(prefix="castlm-calibrate-") as scratch:
         scratch_config = config.changed(
@@ -326,21 +326,21 @@ def _decay_budget(
     masks: dict[Tensor, Tensor],
     world: World,
 ) -> DecayBudget | None:
-    """Whether the masked weights of a run reach zero; None where none decay.
+    """The decay budget of a run; None if no weights decay.
 
     Raises:
-        InputError: they do not, and `ignore_decay_budget` is off.
+        InputError: the masked weights cannot reach zero, and `ignore_decay_budget` is off.
     """
     if not method.decays or not DECAYS[options.decay].reduces:
         return None
     budget = decay_budget(masked_samples(masks, world), *schedule(optimizer, options), options.decay)
     if not budget.reaches_zero and not options.ignore_decay_budget:
-        raise InputError(f"{budget.explain()} (ignore_decay_budget runs it all the same)")
+        raise InputError(f"{budget.explain()} (ignore_decay_budget trains anyway)")
     return budget
 
 
 def filter_of(left_dense: Sequence[str]) -> FilterFn:
-    """Which modules a run makes sparse: those of `is_sparse_linear` without `left_dense`."""
+    """The filter of a run: `is_sparse_linear`, except names that contain a part of `left_dense`."""
 
     def is_sparse(module: nn.Module, fqn: str) -> bool:
         return is_sparse_linear(module, fqn) and not any(part in fqn for part in left_dense)
@@ -349,11 +349,11 @@ def filter_of(left_dense: Sequence[str]) -> FilterFn:
 
 
 def check_left_dense(left_dense: Sequence[str], model: nn.Module) -> None:
-    """Raises `InputError` if a part of `left_dense` is in the name of no layer that could be sparse."""
+    """Raises `InputError` if a part of `left_dense` matches no layer that could be sparse."""
     names = [name for name, module in model.named_modules() if is_sparse_linear(module, name)]
     for part in left_dense:
         if not any(part in name for name in names):
-            raise InputError(f"left_dense {part} is in the name of no sparse layer: they are named like {names[-1]}")
+            raise InputError(f"left_dense {part} matches no sparse layer; a name of one is {names[-1]}")
 
 
 def _why_one_process(method: str, adapter: str, method_class: type[Retraining], sharding: str) -> str | None:
@@ -370,11 +370,11 @@ def _why_one_process(method: str, adapter: str, method_class: type[Retraining], 
 
 @contextlib.contextmanager
 def naming_missing_ranks(world: World) -> Iterator[None]:
-    """Names the rank that hangs or has ended where a collective fails; torch names an address, if anything."""
+    """If a collective fails, names the rank that hangs or has ended; torch names at most an address."""
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error) or not is_of_a_collective(error):  # of this rank
+        if is_out_of_memory(error) or not is_of_a_collective(error):  # this rank's own error
             raise
         missing = world.missing(min(DIAGNOSIS_S, world.timeout_s))
         if not missing:
@@ -394,10 +394,10 @@ def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
 
 
 def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:
-    """Uploads the result, unless its verdict is that it is no use: a good one may be in the repository."""
+    """Uploads the result, unless the run diverged or fell short: the repository may hold a better one."""
     if wrong := problem(record.get("verdict", {})):
         if world.is_main:
-            note(f"not uploaded, because the run {wrong}; hf upload {repo} {model} sends the result nevertheless")
+            note(f"not uploaded, because the run {wrong}; hf upload {repo} {model} uploads it anyway")
         return
     url = world.on_main(functools.partial(push, model, repo, private=private), beats=True)
     if world.is_main:
