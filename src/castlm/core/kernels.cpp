@@ -129,7 +129,7 @@ void for_each_run(const Parameter* parameters, int64_t count, int64_t size, int 
 //   kept_bits  31 ............ 3 2 1 0     lane of weight k = bit k
 //   mix        mu where the bit is 1, else keep * mu + pull * sign(w)
 //
-// CAST, arXiv 2509.25996, Alg. 1; the names of `Hyper` are those of `castlm.core.update.hyperparameters`.
+// CAST, arXiv 2509.25996, Alg. 1; the names of `Hyper` are as in `castlm.core.update.hyperparameters`.
 template <bool square_mix>
 INLINE void update_word(float* __restrict weight, const float* __restrict grad, float* __restrict exp_avg,
                         float* __restrict exp_avg_sq, uint32_t kept_bits, int64_t count,

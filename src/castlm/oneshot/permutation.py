@@ -77,7 +77,7 @@ def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, genera
 def _assigned(columns: Tensor, leavers: Tensor, rest: Tensor, n: int) -> Tensor:
     """The position in `leavers` (groups,) that each group gets beside its `rest` (groups, m - 1), by kept score.
 
-    A candidate raises the kept score of a group in a row by what it exceeds the n-th best of the rest, if it does.
+    In each row, a candidate replaces the n-th best of the rest if it is larger, so a group keeps their maximum.
     """
     cut = columns[rest].topk(n, dim=1).values[:, n - 1]  # the n-th best of the rest: (384, 3, 256) -> (384, 256)
     candidates = columns[leavers]  # (384, 256)

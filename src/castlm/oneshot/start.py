@@ -427,7 +427,7 @@ def change_basis_(
 
     Args:
         calibration, extras, precision: as for `prune_oneshot_`.
-        options: the changes; by default those of `BasisOptions`.
+        options: the changes; None for the defaults of `BasisOptions`.
         filter_fn: chooses the layers that will be pruned, as for `sparse_linears`; only their errors count.
         say: called with a line about each kind of change, and about each change that was omitted or undone.
         progress: called with (finished blocks, all blocks).
