@@ -1,4 +1,4 @@
-"""The options of a comparison: read by `castlm compare` and filled in by `castlm plan sweep`."""
+"""The options of a comparison, for `castlm compare` and `castlm plan sweep`."""
 
 from __future__ import annotations
 
@@ -8,59 +8,66 @@ from typing import Literal
 
 @dataclass
 class CompareConfig:
-    """Compare ways to n:m in one harness: same start, data, teacher, token budget and seeds, one table.
+    """Compare methods that make a model n:m, with the same start, data, teacher, token budget and seeds, in one table.
 
-    A dense control with the same training is always among the runs. Finished runs are not repeated. The exit code is 1
-    if a run failed or diverged; the table says why, and which runs fell short.
+    A dense control with the same training is always included. Finished runs are not repeated. The exit code is 1 if a
+    run failed or diverged; the table gives the reason, and lists runs that fell short.
     """
 
     model: str
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
 
     dataset: str
-    """Training text, one as in `castlm train`."""
+    """Training text, as in `castlm train`, but only one."""
 
     eval_dataset: str
     """Text for the perplexity, the same for all runs."""
 
     output_dir: str
-    """Folder of the runs and of table.md, table.json and table.html. Give it again to continue."""
+    """Folder for the runs, table.md, table.json and table.html. The same folder continues an earlier start."""
 
     budget_tokens: int | None = None
-    """Training tokens of each run; with `--preset budgets`, the budget of the largest runs."""
+    """Training tokens of each run; with `--preset budgets`, of the largest runs."""
 
     max_steps: int | None = field(default=None, metadata={"at_least": 1})
-    """Optimizer steps of each run, instead of --budget-tokens. A variant with larger steps makes fewer of them, so that
-    all train on the same number of tokens."""
+    """Optimizer steps of each run, instead of --budget-tokens. Variants with larger steps take fewer, so that all train
+    on the same number of tokens.
+    """
 
     methods: str | None = None
     """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
     sparsegpt; for structured patterns flap, taylor and random. The default is all of them, unless variants or a preset
-    are given."""
+    are given.
+    """
 
     published_starts: bool = False
-    """Give each method the start of its paper, instead of one to all of them. finetune then starts from SparseGPT as
-    published: without the change of basis, ADMM and least squares, unless config sets them."""
+    """Start each method as in its paper, instead of all from the same weights. finetune then starts from SparseGPT as
+    published: without rotation, permutation, ADMM and least squares, unless config sets them.
+    """
 
     preset: Literal["oscillation", "decay", "parts", "budgets", "structured"] | None = None
-    """One of the paper's ablations, all methods at four budgets, or decay against cut for a structured pattern."""
+    """A prepared set of variants: one of the paper's ablations, all methods at four budgets, or decay against cut for a
+    structured pattern.
+    """
 
     variants: str | None = None
-    """YAML file that maps the name of each variant to the options in which it differs. Its method is the option
-    `method`, or its name if that is a method, or cast."""
+    """YAML file that maps the name of each variant to its own options of `castlm train`. Its method is the option
+    `method`, otherwise its name if that is a method, otherwise cast.
+    """
 
     config: str | None = None
-    """YAML file of options of `castlm train` for all runs."""
+    """YAML file of `castlm train` options for all runs."""
 
     seeds: int = 3
-    """Runs of each variant, with the seeds 0, 1, ..."""
+    """Number of runs of each variant, with seeds 0, 1, ..."""
 
     learning_rates: str | None = None
-    """Learning rates, separated by commas. Each variant without a rate of its own tries them with seed 0 and uses the
-    best one for the other seeds."""
+    """Learning rates to try, separated by commas. Each variant without its own rate tries them with seed 0 and uses the
+    best for the other seeds.
+    """
 
     tuning_dataset: str | None = None
-    """Text whose perplexity chooses the learning rate, so that no choice is made on `eval_dataset`."""
+    """Text whose perplexity selects the learning rate, so that `eval_dataset` plays no part in the choice."""
 
     seq_len: int | None = None
     """Tokens per sequence, in training and evaluation."""
@@ -69,16 +76,16 @@ class CompareConfig:
     """Sequences per device and micro-step."""
 
     eval_tokens: int | None = None
-    """Maximum number of tokens that are evaluated. 0 evaluates all of them."""
+    """Maximum number of tokens to evaluate on. 0 is all of them."""
 
     calibration: str | None = None
-    """Text for the one-shot rows wanda and sparsegpt. The default is the training text."""
+    """Calibration text of one-shot methods such as wanda and sparsegpt. The default is the training text."""
 
     num_sequences: int = field(default=128, metadata={"at_least": 1})
-    """Calibration sequences of the one-shot rows."""
+    """Number of calibration sequences of one-shot methods."""
 
     tasks: str | None = None
-    """Zero-shot tasks of lm-eval, separated by commas, that every result is measured on."""
+    """Zero-shot tasks of lm-eval for every result, separated by commas."""
 
     tasks_from: str | None = None
     """Folder with local files of the tasks."""

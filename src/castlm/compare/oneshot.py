@@ -1,6 +1,6 @@
-"""A one-shot solver as a run of a comparison. `castlm.cli.oneshot` runs it in a process of its own.
+"""Runs a one-shot solver as part of a comparison; `castlm.cli.oneshot` starts it in its own process.
 
-It leaves what a training run leaves: a proven model, and a castlm.json with the same figures.
+Like a training run it writes a verified model, and a castlm.json with the same figures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from castlm.training.options import SEQ_LEN
 
 @dataclass
 class OneshotConfig:
-    """Names as in TrainConfig."""
+    """The options of a one-shot run, named as in TrainConfig."""
 
     model: str
     method: str

@@ -1,4 +1,4 @@
-"""A comparison: which way to n:m is best on this model, text and budget. Plans the runs and starts them."""
+"""Plans and starts the runs of a comparison of methods on one model, text and budget."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _OF_COMPARE = (
 )
 """Options of a run that a comparison sets itself."""
 _OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_only_loss")
-"""Options that decide what a perplexity is of: perplexities that differ in one are not compared."""
+"""Options that define what a perplexity measures; perplexities that differ in one are not compared."""
 
 _OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "seq_len")
-"""Options whose product is the tokens of an optimizer step."""
+"""Options whose product is the number of tokens per optimizer step."""
 
 _OF_ONESHOT = (
     *("pattern", "seq_len", "eval_tokens", "column", "assistant_only_loss", "chat_template_path", "device"),
     *("trust_remote_code", "revision", "eval_split", "eval_config", "precision"),
 )
-"""Options of `castlm train` that one-shot rows have as well."""
+"""Options of `castlm train` that one-shot rows share."""
 
 
 def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
@@ -54,14 +54,13 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
 
     Args:
         command: the command that repeats this comparison, for the report.
-        say: is told of each run.
+        say: called with a line for each run.
 
     Returns:
         The exit code, 1 if a run or a zero-shot evaluation failed or a run diverged, and the report.
 
     Raises:
-        InputError: whatever `Plan` refuses, a model that no run could open, or another comparison is at work in the
-            folder.
+        InputError: as `Plan`, a model that no run could open, or another comparison is running in the folder.
     """
     if config.tasks:
         from castlm.evaluation.zero_shot import check_tasks
@@ -93,7 +92,7 @@ class Plan:
     """The runs of a comparison.
 
     Raises:
-        InputError: unknown methods or fields, files that are not there, a budget below one step.
+        InputError: unknown methods or fields, missing files, or a budget below one step.
     """
 
     def __init__(self, command: CompareConfig, say: Say) -> None:
@@ -118,12 +117,12 @@ class Plan:
         self._check_patterns()
         self.largest_budget = self._largest_budget()
         self.hashes = self._hashes()
-        for name in self.variants:  # a mistake in any of them is reported before the first one runs
+        for name in self.variants:  # report a mistake in any of them before the first one runs
             for tokens in self.budgets(name):
                 self.make(name, tokens, 0, None)
 
     def check_model(self) -> None:
-        """Raises `InputError` where config or tokenizer of the model cannot be read, which every run would fail on."""
+        """Raises `InputError` if config or tokenizer of the model cannot be read: every run would fail."""
         from castlm.models.opening import open_model
 
         open_model(self.command.model, trust_remote_code=self._trusts, revision=self.common.get("revision"))
@@ -216,8 +215,9 @@ class Plan:
         return {"model": model, **digests}
 
     def _calibration_text(self) -> dict[str, Any]:
-        """The calibration text of one-shot rows, by the names of `OneshotConfig`: by default the training text, read
-        as the runs read it."""
+        """The calibration text of one-shot rows, as fields of `OneshotConfig`; by default the training text with the
+        runs' options.
+        """
         if self.command.calibration is not None:
             return {"calibration": self.command.calibration}
         hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
@@ -242,7 +242,7 @@ class Plan:
         return 1 if self.variants[name]["method"] == "magnitude" else self.command.seeds
 
     def _is_tuned(self, name: str) -> bool:
-        """Whether its learning rate is chosen on a text of its own."""
+        """Whether its learning rate is selected on a separate text."""
         return self.command.tuning_dataset is not None and self._rates_of(name) != [None]
 
     def _rates_of(self, name: str) -> list[float | None]:
@@ -253,7 +253,7 @@ class Plan:
     def settle(self, name: str, tokens: int, root: Path) -> list[Result]:
         """Measures a variant at a budget: seed 0 at each learning rate, then the other seeds at the best one.
 
-        With a tuning text, seed 0 runs once more at the best rate, measured on the evaluation text.
+        With a tuning text, seed 0 runs again at the best rate, evaluated on the evaluation text.
         """
         tuned = self._is_tuned(name)
         runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
@@ -266,7 +266,7 @@ class Plan:
         return candidates + [self.measure(self.make(name, tokens, s, rate), root) for s in seeds]
 
     def measure(self, run: Run, root: Path) -> Result:
-        """The result of a run, which is read if it is finished, and otherwise started or resumed."""
+        """The result of a run: reads a finished one, otherwise starts or resumes it."""
         self.say(str(run))
         record = execute(run, root, self.say)
         result = Result(run, record, run.folder(root))
@@ -278,8 +278,8 @@ class Plan:
 
         Args:
             budget: training tokens, rounded down to whole steps.
-            rate: learning rate; None for the one of the options.
-            tuning: whether it is measured on the tuning text.
+            rate: learning rate; None takes it from the options.
+            tuning: whether to evaluate on the tuning text.
         """
         fields = {**self.common, **self.variants[name]}
         starts_dense = fields["method"] in METHODS and METHODS[fields["method"]].starts_dense
@@ -323,7 +323,7 @@ class Plan:
         Empty if no task is asked for, or the evaluation fails, which `has_failed` records.
 
         Args:
-            digest: of the content of the model.
+            digest: hash of the model's content.
         """
         command = self.command
         if not command.tasks:
@@ -344,7 +344,7 @@ class Plan:
     def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
         if unused := [option for option in self.variants[name] if option not in (*_OF_ONESHOT, "method")]:
             raise InputError(f"variant {name}: {unused[0]} is no option of {fields['method']} here: take it out")
-        # checked as options of `castlm train`: the class of the one-shot runs imports torch, which planning avoids
+        # checked as options of `castlm train`, because OneshotConfig imports torch, which planning avoids
         sections = list(sections_of(TrainConfig).values())
         content = checked(sections, {k: v for k, v in fields.items() if k in _OF_ONESHOT}, f"variant {name}")
         if "pattern" in content:
@@ -363,7 +363,7 @@ def _tokens_per_step(config: TrainConfig) -> int:
 
 
 def _pattern_of(fields: Mapping[str, Any]) -> Pattern:
-    """The pattern of a run with these options; what is no text is refused where the options are checked."""
+    """The pattern of a run with these options; checking the options refuses values that are not text."""
     pattern = fields.get("pattern")
     return parse_pattern(pattern if isinstance(pattern, str) else "2:4")
 

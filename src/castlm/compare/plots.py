@@ -1,4 +1,4 @@
-"""The charts of `castlm compare`: each function turns rows and runs into pictures, by the stem of their file."""
+"""The charts of `castlm compare`: each function draws rows and runs as pictures, keyed by file stem."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MASK_CHARTS = {
         "sum |kept| / sum |all| in the sparse layers, mean over seeds; 1 means that nothing is left to prune.",
     ),
 }
-"""Title, label and caption by the figure that a run logs."""
+"""Title, label and caption by the name of a logged figure."""
 
 
 def _colours(rows: Rows) -> dict[str, int]:
@@ -180,7 +180,7 @@ def histograms(rows: Rows, results: list[Result]) -> dict[str, Picture]:
 
 
 def _median(zeros: int, counts: list[int], edges: list[float]) -> float:
-    """The lower edge of the bin that holds the median; 0 if the median is an exact zero."""
+    """The lower edge of the median's bin; 0 if the median is an exact zero."""
     seen, half = zeros, (zeros + sum(counts)) / 2
     if seen >= half:
         return 0.0

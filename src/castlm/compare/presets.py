@@ -15,7 +15,7 @@ ONESHOT = all_solvers()
 
 @dataclass(frozen=True)
 class Preset:
-    """The variants of `castlm compare --preset`, and the charts of its report."""
+    """The variants of a `castlm compare --preset`, and the charts of its report."""
 
     question: str
     """The heading of the report."""
@@ -24,12 +24,12 @@ class Preset:
     plots: tuple[str, ...] = ("gaps",)
     """Names in `castlm.compare.plots.PLOTS`. Learning curves ("losses") are always added."""
     budget_shares: tuple[float, ...] = (1.0,)
-    """Token budgets to run, as shares of the given one."""
+    """Token budgets to run, as fractions of the given one."""
     evaluations: int = 4
-    """Number of evaluations in a run, which are the points of the charts over time."""
+    """Number of evaluations in a run: the points of charts over time."""
 
 
-# Two of the decays may not bring masked weights to zero within the budget; these presets show what happens then.
+# Two of the decays may not bring masked weights to zero within the budget; these presets show the effect.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
 SPARSEGPT = {
     "init_from": "sparsegpt",
@@ -104,7 +104,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def every_method(pattern: Pattern) -> Preset:
-    """The preset where no other is asked for: all one-shot and retraining methods of a pattern."""
+    """The default preset: all one-shot and retraining methods of a pattern."""
     retraining = [name for name in RETRAINING if pattern.nm is pattern or name != "gradual_magnitude"]
     return Preset(
         f"Which way to {pattern} is best?", {name: {"method": name} for name in (*pattern.solvers, *retraining)}

@@ -1,6 +1,6 @@
 """The report of `castlm compare`: one summary as Markdown, as JSON, and as an HTML page with its charts inside.
 
-Every figure is a mean over seeds with its sample standard deviation, beside what it was measured on.
+Every figure is a mean over seeds with its sample standard deviation, beside the conditions of its measurement.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Column(NamedTuple):
     form: str
     meaning: str
     factor: float = 1.0
-    """To the unit of the heading."""
+    """Factor that converts a value to the unit in the heading."""
     page_only: bool = False
-    """Whether only the page and table.json have it."""
+    """Whether only the page and table.json show it."""
 
 
 COLUMNS = (
@@ -119,28 +119,28 @@ LEADING = {
 
 
 WIDTH = 100
-"""Characters that a line of the table in table.md and on a terminal takes, as far as the names of variants allow."""
+"""Width of the table in table.md and on a terminal, in characters, if the names of variants allow it."""
 WIDEST_CELL = 32
 
 OPTIONAL = ("peak memory, MiB", "start, s", "time, s", "before the prune", "start", "seeds", "gap to original")
-"""Columns that are left to the page where the table would be wider, the first of them first."""
+"""Columns to drop from a table that would be wider, in this order; the page has them all."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """A table as text: its headings, and the cells of each row."""
+    """A table as text: headings, and the cells of each row."""
 
     headings: list[str]
     lines: list[list[str]]
 
     def without(self, dropped: Collection[str]) -> Cells:
-        """The table without some of its columns."""
+        """A copy without some columns."""
         kept = [number for number, heading in enumerate(self.headings) if heading not in dropped]
         return Cells([self.headings[i] for i in kept], [[line[i] for i in kept] for line in self.lines])
 
     @property
     def width(self) -> int:
-        """Characters of a line, with a bar and two spaces for each column; a longer cell is wrapped."""
+        """Characters of a line, with a bar and two spaces per column; longer cells wrap."""
         columns = zip(self.headings, *self.lines)
         return 1 + sum(3 + min(WIDEST_CELL, max(map(len, column))) for column in columns)
 
@@ -156,7 +156,7 @@ class Report:
     table: Cells
     """The columns that fit into `WIDTH` characters, for a terminal and for table.md."""
     warnings: list[str]
-    """Runs that failed, diverged or fell short."""
+    """Lines on runs that failed, diverged or fell short."""
     notes: list[str]
     files: list[Path]
 
@@ -182,14 +182,14 @@ def stamp(results: list[Result]) -> dict[str, Any]:
 
 
 def _versions(results: list[Result]) -> dict[str, str]:
-    """The versions of the packages that the runs used; this process's where no run records any."""
+    """The package versions that the runs used; those of this process if no run records any."""
     recorded = [r.record["versions"] for r in results if "versions" in r.record]
     made = recorded or [library_versions("torch", "transformers")]
     return {name: " and ".join(sorted({versions[name] for versions in made})) for name in made[0]}
 
 
 def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
-    """The lines under the table: what its figures were measured on."""
+    """The lines under the table: the conditions of its figures."""
     final = [r for r in results if not r.trial]
     untouched = untouched_perplexity(final)
     scored = f" (only the {facts['tokens']}'s are scored)" if facts.get("tokens") == "assistant" else ""
@@ -215,7 +215,7 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
 
 
 def _raised_damping(final: list[Result]) -> list[str]:
-    """A line for each one-shot variant in which some layers needed more damping than was asked for."""
+    """A line for each one-shot variant in which some layers needed more damping than requested."""
     raised: dict[str, list[Result]] = {}
     for result in final:
         if result.record.get("raised_damping"):
@@ -255,9 +255,9 @@ def cells(rows: list[dict[str, Any]]) -> Cells:
 
 
 def fitting(page: Cells) -> tuple[Cells, str]:
-    """The columns that a line of `WIDTH` characters has room for, and a note on the others.
+    """The columns that fit into a line of `WIDTH` characters, and a note on the others.
 
-    Tokens, rates and seeds that all trained runs share stand in the note. The options are in the page.
+    Tokens, rates and seeds that all trained runs share go into the note; the options are on the page.
     """
     shared = {}
     for name in ("tokens", "rate", "seeds"):
@@ -275,7 +275,7 @@ def fitting(page: Cells) -> tuple[Cells, str]:
 
 
 def _is_shown(column: Column, rows: list[dict[str, Any]]) -> bool:
-    """Whether a column tells rows apart; flips of masks that never change, and a prune without effect, do not."""
+    """Whether a column distinguishes rows; flips of masks that never change, and a prune without effect, do not."""
     figures = [(row[column.key], row["pruned"]) for row in rows if row[column.key] is not None]
     if column.key in ("flip_rate", "initial_flip_rate"):
         return any(figure.mean for figure, _ in figures)
@@ -321,8 +321,8 @@ def write_report(
     """Writes table.md, table.json, table.html and the charts as .svg into `root`.
 
     Args:
-        command: the command that repeats the comparison.
-        hashes: SHA-256 of the model and the texts, by option; of those on the hub, of name and revision.
+        command: the command line that repeats the comparison.
+        hashes: SHA-256 of the model and the texts, by option; for those on the hub, of name and revision.
         untouched: zero-shot rows of the model before any training.
     """
     from castlm.compare.plots import PLOTS

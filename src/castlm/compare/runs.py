@@ -1,6 +1,6 @@
-"""The runs of a comparison: each in a folder named by a hash of everything its result depends on, in its own process.
+"""Starts the runs of a comparison, each in its own process and in a folder named by a hash of all its inputs.
 
-The process gives each run its own peak of memory, and turns a crash into one line of the table.
+The process gives each run its own peak of memory, and limits a crash to one line of the table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from castlm.training.checkpoint import remove_checkpoints
 from castlm.training.config import WITHOUT_EFFECT
 from castlm.training.record import final_perplexity, problem
 
-# Fields that always name a model or a text; the key has the hash of what they name.
+# Fields that always name a model or a text; the key hashes their content.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")
 
 
@@ -42,7 +42,7 @@ class Run:
 
     variant: str
     budget: int
-    """Training tokens that were asked for; runs of one budget are compared. 0 for one-shot methods."""
+    """The requested training tokens; runs of one budget are compared. 0 for one-shot methods."""
     tokens: int
     """Training tokens of the whole steps that fit in the budget."""
     config: dict[str, Any] = field(compare=False)
@@ -67,37 +67,37 @@ class Run:
 
 @dataclass
 class Result:
-    """A run and what came of it."""
+    """A run and its record."""
 
     run: Run
     record: dict[str, Any]
     """The content of its castlm.json, or `{"error": ...}`."""
     folder: Path
     trial: bool = False
-    """Only a candidate for the learning rate: no row of the table."""
+    """Whether it only tried a learning rate and has no row in the table."""
     zero_shot: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float:
-        """Perplexity of the pruned model, or of the trained dense control; infinite when the run failed."""
+        """Perplexity of the pruned model, or of the trained dense control; infinite if the run failed."""
         value = final_perplexity(self.record.get("perplexity", {}))
         return float("inf") if value is None else float(value)
 
     @property
     def problem(self) -> str | None:
-        """The problem that the run's own verdict names: "diverged", "fell short" or None."""
+        """The problem in the run's own verdict: "diverged", "fell short" or None."""
         return problem(self.record.get("verdict", {}))
 
 
-# Files beside a model that no result depends on: documents, castlm's own record, and formats that castlm does not read.
+# Files without effect on a result: documents, castlm's own record, and formats that castlm does not read.
 _NOT_CONTENT = frozenset({".md", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".png", ".jpg", ".pdf"})
 
 
 def content_hash(model: str, revision: str | None, *, trust_remote_code: bool = False) -> str:
     """Hash of everything a result can depend on in `model`: weights, config, tokenizer and code of its own.
 
-    Of a hub model it is the hash of the name and the commit in the cache. Where the cache has none, the config is
-    fetched first, so that the hash stays the same once a run has fetched the rest.
+    For a hub model it hashes the name and the cached commit. If none is cached, the config is fetched first, so that
+    the hash stays the same after a run has fetched the rest.
 
     Raises:
         InputError: there is no such model.
@@ -116,7 +116,7 @@ def content_hash(model: str, revision: str | None, *, trust_remote_code: bool = 
 
 
 def files_of(model: Path) -> list[Path]:
-    """The files of a model folder that its content hash covers, in order, without castlm's outputs inside it."""
+    """The files that the content hash of a model folder covers, in order, without castlm's outputs in it."""
     found = []
     for root, folders, names in os.walk(model):
         inside = [Path(root, name) for name in folders if not name.startswith(".")]
@@ -133,8 +133,9 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
     """12 hexadecimal digits for everything the result depends on: fields, the model, the texts, castlm's version.
 
     Args:
-        config: fields of a run. Those in `WITHOUT_EFFECT` do not count, those in `NAMED` and `hashes` by their hash.
-        hashes: hash of what a field names, as a model or a text, by field.
+        config: fields of a run. Fields in `WITHOUT_EFFECT` do not count; fields in `NAMED` and `hashes` count by their
+            hash.
+        hashes: hashes of models and texts, by the field that names them.
     """
     fields = {k: v for k, v in config.items() if k not in WITHOUT_EFFECT and k not in NAMED and k not in hashes}
     named = {k: hashes[k] for k in hashes if k in config}
@@ -142,10 +143,10 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
 
 
 def read_finished(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """The record of a finished run; None where there is none.
+    """The record of a finished run; None if there is none.
 
     Args:
-        config: fields of the run, to be found in the record.
+        config: fields of the run, which must match the record.
 
     Raises:
         InputError: a file of the result is missing or has changed, or the result is of another run.
@@ -157,7 +158,7 @@ def read_finished(folder: Path, config: dict[str, Any] | None = None) -> dict[st
     saved = record.get("config")
     if not isinstance(saved, dict):
         raise InputError(f"{model / RESULT} has no config: remove {folder} and run it again")
-    skipped = {*WITHOUT_EFFECT, *NAMED, "init_from", "lam"}  # by another path, or measured before the run
+    skipped = {*WITHOUT_EFFECT, *NAMED, "init_from", "lam"}  # may be another path, or measured before the run
     for name, value in json.loads(json.dumps(config or {}, default=list)).items():
         if name not in skipped and name in saved and saved[name] != value:
             raise InputError(f"{model} is of a run with {name} {saved[name]}, not {value}: remove {folder}")
@@ -165,11 +166,11 @@ def read_finished(folder: Path, config: dict[str, Any] | None = None) -> dict[st
 
 
 def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The record of a run: read where it is finished, resumed where it was stopped, or run from the start.
+    """Returns the record of a run: reads a finished one, resumes an interrupted one, or starts it.
 
     Returns:
-        The content of its castlm.json, or `{"error": one line}` when its files have changed or its process failed, then
-        with its `exit_code`.
+        The content of its castlm.json; or `{"error": one line}` if its files have changed or its process failed, the
+        latter with its `exit_code`.
     """
     folder = run.folder(root)
     try:
@@ -177,7 +178,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     except InputError as error:
         return {"error": str(error)}
     if record is not None:
-        remove_checkpoints(folder / "checkpoints")  # where a kill came before
+        remove_checkpoints(folder / "checkpoints")  # a kill may have come earlier
         return record
     folder.parent.mkdir(parents=True, exist_ok=True)
     config_file = folder.with_suffix(".yaml")
@@ -204,7 +205,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def refuse_running(root: Path) -> None:
-    """Raises `InputError` while a run that a killed comparison has started in `root` is still at work."""
+    """Raises `InputError` if a run of a killed comparison in `root` is still running."""
     for folder in sorted(root.glob("runs/*/")):
         refuse_locked(folder)
 
@@ -212,7 +213,7 @@ def refuse_running(root: Path) -> None:
 def run_process(arguments: Sequence[str], log: Path) -> int:
     """Runs `python -m ...` with its output in `log`, and returns its exit code.
 
-    On Ctrl-C, and when this process is told to end, the process is told too, and has the time to save itself.
+    Ctrl-C and SIGTERM are passed to the process, which gets time to save its state.
     """
     with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen(
@@ -236,7 +237,7 @@ def zero_shot_key(model: str, tasks: str, folder: str | None, limit: int | None)
 
     Args:
         model: hash of the model's content.
-        folder: where the local files of the tasks lie; their content counts.
+        folder: folder of the tasks' local files, whose content counts.
     """
     local = None if folder is None else sorted(f for f in Path(folder).expanduser().rglob("*") if f.is_file())
     hashes = None if local is None else [[str(file), sha256_file(file)] for file in local]
@@ -250,7 +251,7 @@ def zero_shot_key(model: str, tasks: str, folder: str | None, limit: int | None)
 def zero_shot_rows(
     model: str, file: Path, tasks: str, folder: str | None, limit: int | None, *loading: str
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows of `castlm eval --tasks` on a model, from `file` when it is there; and why there are none.
+    """The rows of `castlm eval --tasks` on a model, read from `file` if it exists; and the error if there are none.
 
     Args:
         loading: options with which the model is loaded.

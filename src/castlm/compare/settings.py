@@ -1,4 +1,4 @@
-"""The settings of a run that a reader of the table needs: its start, and the options that make it what it is."""
+"""The settings of a run that the table shows: its start and its effective options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from castlm.training.options import StartOptions
 SHOWN_ELSEWHERE = {"method", "seed", "learning_rate", "init_from", "max_steps", "eval_steps", "model", "revision"}
 SHOWN_ELSEWHERE |= {"dataset", "eval_dataset", "calibration"}
 START_OPTIONS = {option.name for option in fields(StartOptions)}
-"""Options that distinguish starts of one name."""
+"""Options that distinguish starts of the same name."""
 
 
 def start_of(config: Mapping[str, Any]) -> str:
@@ -27,10 +27,10 @@ def start_of(config: Mapping[str, Any]) -> str:
 
 
 def options_of(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The options by variant: those that belong to its method, and all in which the trained variants differ.
+    """The options by variant: those of its method, and all in which the trained variants differ.
 
     Args:
-        variants: every field of one run of each variant, but its output folder.
+        variants: all fields of one run of each variant, except the output folder.
     """
     trained = [config for config in variants.values() if config["method"] not in ONESHOT]
     names = {name for config in trained for name in config} - SHOWN_ELSEWHERE - WITHOUT_EFFECT
@@ -49,7 +49,7 @@ def _options(config: Mapping[str, Any], differing: list[str]) -> dict[str, Any]:
 
 
 def options_text(options: Mapping[str, Any]) -> str:
-    """Options as a table shows them: "decay horizon, scale_groups 2"."""
+    """Options as text for a table: "decay horizon, scale_groups 2"."""
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in options.items()
     )

@@ -38,9 +38,9 @@ def summarize(results: list[Result]) -> list[dict[str, Any]]:
     """A row for each variant and token budget, in the order of `results`. Figures are `Spread` over the seeds, or None.
 
     `gap` is ln(perplexity / perplexity of the dense control with the same token budget and seed), after the prune, one
-    value for each of `gap_seeds`. The control is the variant "dense", or else the first variant of that method; a run
-    of it that diverged is none. One-shot methods have no budget; they are compared with the control of the largest one.
-    A control of another seed is never used, except for magnitude, which depends on no seed: it is compared with the
+    value for each of `gap_seeds`. The control is the variant "dense", or else the first variant of that method; its
+    diverged runs do not count. One-shot methods have no budget; they are compared with the control of the largest one.
+    A control of another seed is never used, except for magnitude, which depends on no seed and is compared with the
     control of each.
     """
     final = [r for r in results if not r.trial]
@@ -146,7 +146,7 @@ def untouched_perplexity(results: list[Result]) -> float | None:
 def ranked(rows: list[dict[str, Any]]) -> list[int]:
     """The numbers of the rows of the largest budget and of one-shot methods, the smallest gap first.
 
-    A row without a finite gap is left out.
+    Rows without a finite gap are omitted.
     """
     largest = max((row["budget"] for row in rows), default=0)
     rivals = [i for i, row in enumerate(rows) if has_gap(row) and row["budget"] in (0, largest)]
@@ -159,7 +159,7 @@ def has_gap(row: dict[str, Any]) -> bool:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """One sentence: which row is best, by how much, and whether that is more than chance between seeds."""
+    """One sentence: the best row, its lead, and whether the lead exceeds chance between seeds."""
     if not (order := ranked(rows)):
         return "No result can be compared with a dense control yet."
     best, *others = (rows[number] for number in order)
@@ -171,9 +171,9 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
-    """A phrase on how far `second` is behind, over the seeds that both have, or else between the means.
+    """A phrase on the distance of `second`, over the seeds that both have, or else between the means.
 
-    Seeds do not tell two rows apart if the 95 % interval of the difference, by Student's t, includes zero.
+    Seeds do not distinguish two rows if the 95 % interval of the difference, by Student's t, includes zero.
     """
     from scipy.stats import t
 

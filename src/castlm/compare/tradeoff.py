@@ -1,7 +1,7 @@
-"""Finished results against each other: perplexity from their records, bytes and decoding speed measured here.
+"""Compares finished results: perplexity from their records, bytes and decoding speed measured here.
 
-`castlm advise MODEL --results RUN ...` answers with it which pattern to use at equal perplexity. All weights are bf16
-on castlm's CPU kernels, those for dense layers where a result is not n:m, so that only the pattern differs.
+`castlm advise MODEL --results RUN ...` uses it to recommend a pattern at equal perplexity. All models run in bf16 on
+castlm's CPU kernels (dense layers on the kernels for those), so that only the pattern differs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from castlm.patterns import parse_pattern
 from castlm.training.record import MEASURED_ALIKE, final_perplexity
 
 ROUNDS = 2
-"""Turns of each model, each in a new process."""
+"""Rounds for each model, each in a new process."""
 REPEATS = 2
 """Repetitions of the decoding in a process."""
 PROMPT, NEW_TOKENS = 32, 32
 SAME = 0.01
-"""Perplexities that differ by at most this share count as equal: the spread of two seeds of a short run."""
+"""Relative difference up to which perplexities count as equal: the spread between two seeds of a short run."""
 
 DENSE = "dense"
 """Name of the dense model's row."""
@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
     name: str
     folder: str
     pattern: str | None
-    """None of a dense model."""
+    """None for a dense model."""
     perplexity: float
     left_dense: frozenset[str] = frozenset()
     """Layers that are not n:m."""
@@ -57,23 +57,23 @@ class Measured:
     pattern: str
     perplexity: float
     num_bytes: int
-    """Bytes of all weights as they are held to decode."""
+    """Bytes of all weights in memory while decoding."""
     tokens_per_second: float
-    """Greedy decoding of one sequence, median of the repetitions in all rounds."""
+    """Speed of greedy decoding of one sequence: the median over all rounds."""
 
     def beats(self, other: Measured) -> bool:
-        """Whether it is at least as good, as small and as fast as `other`, and better in one of the three."""
+        """Whether it is at least as good, as small and as fast as `other`, and better in one of these."""
         mine = (-self.perplexity, -self.num_bytes, self.tokens_per_second)
         others = (-other.perplexity, -other.num_bytes, other.tokens_per_second)
         return mine != others and all(a >= b for a, b in zip(mine, others))
 
 
 def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
-    """The dense model and finished results of `castlm train` or `castlm finetune`, by the records of the results.
+    """The dense model and finished results of `castlm train` or `castlm finetune`, from the records of the results.
 
     Raises:
-        InputError: a folder without a record or perplexity, a folder given twice, or perplexities that were not
-            measured alike or are of several dense models.
+        InputError: a folder without a record or perplexity, a folder given twice, or perplexities that were measured
+            differently or come from several dense models.
     """
     found: list[Candidate] = []
     harness: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def _run_folder(folder: str) -> Path:
 
 
 def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Measured]:
-    """Bytes and speeds, the candidates in turns, each time in a process of its own."""
+    """Measures bytes and speeds of the candidates in turns, each time in a new process."""
     speeds: dict[str, list[float]] = {candidate.folder: [] for candidate in chosen}
     sizes: dict[str, int] = {}
     turns = [candidate for _ in range(ROUNDS) for candidate in chosen]
@@ -142,7 +142,9 @@ def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Mea
 
 @torch.inference_mode()
 def decode(candidate: Candidate) -> tuple[int, list[float]]:
-    """Bytes of the weights on castlm's kernels, and tokens per second of each repetition, without its prompt."""
+    """Returns the bytes of the weights on castlm's kernels, and the tokens per second of each repetition, without the
+    prompt.
+    """
     model = load_model(candidate.folder).model
     nm = parse_pattern(candidate.pattern).nm if candidate.pattern else None
     pack_model_(model, *((nm.n, nm.m) if nm else (0, 0)), left_dense=candidate.left_dense)
@@ -159,7 +161,7 @@ def decode(candidate: Candidate) -> tuple[int, list[float]]:
 
 
 def at_equal_perplexity(rows: Sequence[Measured], row: Measured) -> tuple[Measured, Measured]:
-    """The fastest and the smallest of all whose perplexity is at most that of `row`, within `SAME`."""
+    """The fastest and the smallest candidate whose perplexity is at most `row`'s, within `SAME`."""
     as_good = [other for other in rows if other.perplexity <= row.perplexity * (1 + SAME)]
     return max(as_good, key=lambda r: r.tokens_per_second), min(as_good, key=lambda r: r.num_bytes)
 
@@ -182,7 +184,7 @@ def as_dict(rows: Sequence[Measured]) -> dict[str, Any]:
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """The report as lines for people."""
+    """The report as text."""
     rows = report["results"]
     dense = next(row for row in rows if row["name"] == DENSE)
     width = max(len(row["name"]) for row in rows)

@@ -1,1 +1,1 @@
-"""Know before you pay: the law that predicts a run's perplexity, an early look at a run's end, and its memory."""
+"""Predictions before a run is paid for: its perplexity by a scaling law, and its memory."""

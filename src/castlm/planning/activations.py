@@ -1,6 +1,6 @@
-"""Counts the bytes that autograd keeps of a forward pass, by running blocks of the real model on fake tensors.
+"""Counts the bytes that autograd saves in a forward pass, by running blocks of the real model on fake tensors.
 
-No formula holds for more than one family. Fake tensors have shapes and no storage: nothing is computed.
+A formula would hold for one model family alone. Fake tensors have shapes but no storage, so nothing is computed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from castlm.models.architecture import backbone, linearize_
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
 
-# How many tokens an expert gets is not known of fake tensors; together the experts get `top_k` for each token.
+# Fake tensors do not show how many tokens each expert gets; together the experts get `top_k` per token.
 _EXPERTS = "castlm_experts_together"
 
 
@@ -55,7 +55,7 @@ def _experts_together(experts: Any, hidden: Tensor, index: Tensor, weights: Tens
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that memory depends on, but for the number of ranks."""
+    """The settings that memory depends on, except the number of ranks."""
 
     seq_len: int
     micro_batch: int
@@ -70,7 +70,7 @@ class Settings:
     moments: str
     calibration_tokens: int
     on_card: bool
-    """Whether the plan is of a GPU's memory, apart from the host's."""
+    """Whether the plan is for a GPU's memory, separate from the host's."""
     fused: bool
 
     @property
@@ -84,7 +84,7 @@ class Saved(NamedTuple):
     block: int
     """Activations of one block, on average."""
     block_weights: int
-    """Weights of one block cast to the compute type, and products `W * A`, on average; tokens do not matter."""
+    """Weights of one block cast to the compute type, and products `W * A`, on average; independent of tokens."""
     rest: int
     """Outside the blocks."""
 
@@ -109,7 +109,10 @@ def trace(config: PretrainedConfig, run: Settings, sharded: bool, kinds: Sequenc
     first = functools.cache(lambda number: saved_bytes(config, number, sizes, run, sharded))
     of_kind = {}
     for kind in set(kinds):
-        later = [*kinds, kinds[-1]]  # not the first block where another is like it: it has what lies around the blocks
+        later = [
+            *kinds,
+            kinds[-1],
+        ]  # not the first block if another is like it: its trace includes layers around the blocks
         index = next((i for i, other in enumerate(later) if i and other == kind), 0)
         of_kind[kind] = [more - less for less, more in zip(first(index), first(index + 1))]
     block, of_16, of_32 = (sum(of_kind[kind][size] for kind in kinds) // len(kinds) for size in range(len(sizes)))
@@ -123,7 +126,7 @@ def saved_bytes(
     """Bytes of the storages that autograd saves in a forward pass of `num_layers` blocks, parameters excluded.
 
     Args:
-        sizes: (sequences, tokens in each) of the forward passes; one number is returned for each.
+        sizes: (sequences, tokens per sequence) of each forward pass; returns one number for each.
     """
     AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_together)
@@ -146,7 +149,7 @@ def saved_bytes(
 
 
 def _saved_by_forward(model: PreTrainedModel, micro_batch: int, seq_len: int, compute: torch.dtype) -> int:
-    storages: dict[int, Tensor] = {}  # keeps them alive, so that no address is used twice
+    storages: dict[int, Tensor] = {}  # kept alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage()._cdata] = tensor
@@ -180,7 +183,7 @@ def as_config_error(config: PretrainedConfig) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:  # every family fails in its own way
+    except Exception as error:  # families fail with errors of any type
         if isinstance(error, KeyError) and error.args == (_ATTENTION,):
             raise InputError(
                 f"the memory of a {config.model_type} is not planned: its attention is chosen in code of its own"

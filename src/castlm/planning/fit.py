@@ -1,8 +1,8 @@
 """Fits the scaling law of sparse quality to finished runs.
 
-A fit reports how far it can be trusted (intervals, and a prediction of the largest token budget from the others), and
-is refused if the data does not support it. The numerical part works on centred logs, where amplitude and exponent are
-nearly uncorrelated.
+A fit reports its uncertainty (intervals, and a prediction of the largest token budget from the others), and is refused
+if the data does not support it. The numerical part works on centred logs, where amplitude and exponent are nearly
+uncorrelated.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def fit_law(
     leave_largest_out: bool = True,
     without_largest: Law | None = None,
 ) -> Law:
-    """Fit `form` to `points` of one method (and, unless `joint`, of one model size).
+    """Fits `form` to `points` of one method (and, unless `joint`, of one model size).
 
     The objective is the Huber loss of the residuals of log loss, minimised from the best of a grid of starts as in
-    Hoffmann et al. (2022), Approach 3. Its delta is 1.345 robust standard deviations of the residuals of a
-    first pass, and at least their 1e-3. Amplitudes are fitted as logs, at the geometric mean of the token budgets;
-    L_inf is fitted as it is, so that a fit at its bound 0 can be detected. Bounds: 0 <= L_inf <= the lowest loss (mean
-    over seeds), 0.01 <= beta, a <= 4.
+    Hoffmann et al. (2022), Approach 3. Its delta is 1.345 robust standard deviations of the residuals of a first pass,
+    and at least their 1e-3. Amplitudes are fitted as logs, at the geometric mean of the token budgets; L_inf is fitted
+    as it is, so that a fit at its bound 0 can be detected. Bounds: 0 <= L_inf <= the lowest loss (mean over seeds),
+    0.01 <= beta, a <= 4.
 
     Intervals (90 %) come from `num_draws` refits to data drawn around the fitted law: deviations between seeds are
     resampled within their token budget, and the remaining scatter of the means is resampled over token budgets. Both
@@ -57,8 +57,8 @@ def fit_law(
     is only one budget more than there are parameters.
 
     Args:
-        leave_largest_out: whether the largest budget is predicted by a law of the others, as `Law.holdout`.
-        without_largest: that law, where an earlier call gave it; otherwise it is fitted here.
+        leave_largest_out: whether a law of the other budgets predicts the largest, as `Law.holdout`.
+        without_largest: that law, if an earlier call fitted it.
 
     Raises:
         InputError: fewer than 3 (loglinear, joint) or 4 (power) distinct budgets; budgets within a factor of
@@ -248,7 +248,7 @@ class Data(NamedTuple):
     x: Array
     """log tokens - x0."""
     z: Array
-    """log params - z0; zeros when the size plays no part."""
+    """log params - z0; zeros if the form ignores the size."""
     y: Array
     """log loss, loss in nats."""
     budget: NDArray[np.int64]
@@ -260,7 +260,7 @@ class Data(NamedTuple):
 
 
 def make_data(x: Array, z: Array, y: Array) -> Data:
-    """Centre `x` (log tokens) and `z` (log params), and number the budgets and cells."""
+    """Centres `x` (log tokens) and `z` (log params), and numbers the budgets and cells."""
     order = np.argsort(x, kind="stable")
     budget = np.empty(len(x), dtype=np.int64)
     budget[order] = np.cumsum(np.diff(x[order], prepend=x[order][:1]) > SAME_BUDGET)
@@ -326,7 +326,7 @@ def solve_from_grid(data: Data, free: list[int], lowest: float) -> tuple[Array, 
     """The minimum from the best of a grid of starts, then again with a delta that suits the residuals.
 
     Returns:
-        theta, (5,), and that delta: 1.345 robust standard deviations of the residuals, at least `HUBER_DELTA`.
+        theta, (5,), and the delta: 1.345 robust standard deviations of the residuals, at least `HUBER_DELTA`.
     """
     starts = np.array(_grid(data, free, lowest))  # (num_starts, 5)
     best = np.argsort(_huber(log_loss(starts, data) - data.y, WIDE_DELTA), kind="stable")[:NUM_STARTS]
@@ -371,12 +371,12 @@ class Noise(NamedTuple):
 
     @property
     def of_budget(self) -> float:
-        """The part of it that the runs of one cell share."""
+        """The part that the runs of one cell share."""
         return math.sqrt(float((self.between**2).mean()))
 
 
 def noise_parts(data: Data, residual: Array, num_free: int) -> Noise:
-    """Split residuals into two levels, each widened for its degrees of freedom; `between` by Student's t as well."""
+    """Splits residuals into two levels, each widened for its degrees of freedom; `between` by Student's t as well."""
     from scipy.stats import t
 
     cells = np.unique(data.cell)

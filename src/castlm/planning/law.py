@@ -1,7 +1,7 @@
-"""The scaling law of sparse quality, and what it says before a run is paid for.
+"""The scaling law of sparse quality, and its predictions before a run is paid for.
 
-The loss ln(perplexity) falls as a power of the training tokens. `castlm.planning.fit` finds the law, which knows how
-far it can be trusted. A law gives the perplexity of a token budget, the budget of a perplexity, and the GPU-hours.
+The loss ln(perplexity) falls as a power of the training tokens. `castlm.planning.fit` fits the law, with its
+uncertainty. A law predicts the perplexity of a token budget, the budget for a perplexity, and the GPU-hours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES = ("L_inf", "B", "beta", "A", "a")
 """Parameters, in the order of a row of `Law.draws`."""
 FORMS = {"loglinear": ("B", "beta"), "power": ("L_inf", "B", "beta"), "joint": NAMES}
 MOST_TOKENS = 1e30
-"""Numbers from here on are refused: no budget is as large, and powers of them overflow."""
+"""Numbers from here on are refused: no budget is that large, and their powers overflow."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Holdout:
     inside: float
     """The fraction of its runs inside the interval."""
     num_budgets: int
-    """The number of token budgets that the law was fitted to."""
+    """The number of token budgets in that fit."""
 
     @property
     def error(self) -> float:
@@ -69,8 +69,9 @@ class Law:
     noise: float
     """Standard deviation of the log loss of one run around the law."""
     noise_of_budget: float
-    """The part of `noise` that all runs of a token budget share: seeds do not average it out. It is widened by what few
-    budgets ask for, Student's t over the normal quantile; the rest of `noise`, between seeds, is not."""
+    """The part of `noise` that all runs of a token budget share, which seeds do not average out. For few budgets it is
+    widened, by Student's t over the normal quantile; the rest of `noise`, between seeds, is not.
+    """
     num_points: int
     num_budgets: int
     tokens_range: tuple[float, float]
@@ -83,7 +84,7 @@ class Law:
     """The `method`, `pattern`, `base_model` and `harness` that the runs share, as far as they are known."""
 
     def loss(self, tokens: ArrayLike, params: ArrayLike | None = None) -> Array:
-        """Predicted ln(perplexity), in the broadcast shape of the arguments; `params` is for the joint law."""
+        """Predicted ln(perplexity), in the broadcast shape of the arguments; a joint law needs `params`."""
         return law_loss([self.L_inf, self.B, self.beta, self.A, self.a], tokens, self.size(params))
 
     def draw_losses(self, tokens: float, params: float | None = None) -> Array:
@@ -99,7 +100,7 @@ class Law:
         return np.outer(self.draw_losses(tokens, params), np.exp(deviations)).ravel()
 
     def size(self, params: ArrayLike | None) -> ArrayLike:
-        """`params`, which a joint law needs and the other forms ignore.
+        """Checks and returns `params`, which a joint law needs and the other forms ignore.
 
         Raises:
             InputError: the law is joint, and `params` is missing or not positive and finite.
@@ -198,13 +199,13 @@ def short(value: float) -> str:
 
 
 def readable(perplexity: float) -> str:
-    """With three decimals, or as a power of ten where it has many digits."""
+    """Formats a number with three decimals, or as a power of ten if it has many digits."""
     return f"{perplexity:.3f}" if perplexity < 1e6 else f"{perplexity:.3g}"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Perplexity of a run at `tokens`, with the 90 % interval that it (or the mean of several) should fall in."""
+    """Perplexity of a run at `tokens`, with the 90 % interval for it, or for the mean of several runs."""
 
     tokens: float
     perplexity: float
@@ -218,7 +219,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TokensNeeded:
-    """Training tokens at which the law reaches `target_ppl`; `low` and `high` are inf where a refit never does."""
+    """Training tokens at which the law reaches `target_ppl`; `low` and `high` are inf if a refit never does."""
 
     target_ppl: float
     tokens: float | None
@@ -260,7 +261,7 @@ def predict_perplexity(law: Law, tokens: float, params: float | None = None, num
 
 @np.errstate(over="ignore")
 def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> TokensNeeded:
-    """The budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - floor))^(1 / beta).
+    """The token budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - floor))^(1 / beta).
 
     Raises:
         InputError: `target_ppl` is not above 1, a joint law got no `params`, or no budget is as large as the answer.

@@ -17,11 +17,11 @@ from castlm.report.charts import NEEDS_MATPLOTLIB, can_draw
 
 _FORMATS = (".pdf", ".png", ".svg")
 _CREATOR = "castlm plan fit"
-"""Stands in the metadata of a plot, which says that it may be replaced."""
+"""Marks a plot, in its metadata, as one that may be replaced."""
 
 
 def check_plot(path: str | Path) -> None:
-    """Checks before a fit that its plot can be written, and that it replaces nothing but an earlier one.
+    """Checks before a fit that its plot can be written and replaces at most an earlier plot.
 
     Raises:
         InputError: matplotlib is not installed, the suffix of `path` is not one of `_FORMATS`, its folder is not there,

@@ -1,4 +1,4 @@
-"""Computes the memory that a run takes on each rank, and how many ranks it needs, from the model's config alone.
+"""Computes the memory of a run on each rank, and the number of ranks it needs, from the model's config alone.
 
 Weights are counted on the meta device, saved activations by `activations`; the rest is arithmetic.
 """
@@ -46,7 +46,7 @@ class _Sizes(NamedTuple):
     largest: int
     largest_sparse: int
     largest_solved: int
-    """Weights that a one-shot solver holds at once: one layer's, or one expert's."""
+    """Weights that a one-shot solver holds at once: one layer or one expert."""
     widest: int
     """Largest input or output width of a sparse layer."""
     widest_input: int
@@ -63,7 +63,7 @@ class _Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each rank. `components` are not all allocated at once; `phases` add up those that are."""
+    """Bytes on each rank. `components` are not all allocated at once; each of `phases` adds up those that are."""
 
     components: dict[str, int]
     phases: dict[str, int]
@@ -74,7 +74,7 @@ class MemoryPlan:
     gradient_checkpointing: bool
     gpu_gib: float | None = None
     smallest_world_size: int | None = None
-    """The least power of two of ranks that fit `gpu_gib`; None if 4,096 do not, or without `gpu_gib`."""
+    """The smallest power of two of ranks that fits `gpu_gib`; None if 4,096 do not fit, or without `gpu_gib`."""
 
     @property
     def peak(self) -> int:

@@ -26,7 +26,7 @@ _COLUMNS = ("tokens", "perplexity", "params", "seed", "method", "pattern", "base
 """Columns of a CSV that are read; others are ignored."""
 
 MAX_POINTS = 2_000
-"""More rows are refused: the bootstrap refits every point 200 times, and no one has finished as many runs."""
+"""More rows are refused: the bootstrap refits every point 200 times, and nobody has that many runs."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Point:
     """File (and line) it was read from; errors name it."""
 
     def is_of_the_model_of(self, other: Point) -> bool:
-        """Whether both runs started from one dense model, which may have been named by two paths."""
+        """Whether both runs started from the same dense model, even under different paths."""
         same_name = self.base_model == other.base_model
         if self.dense is None or other.dense is None:
             return same_name
@@ -102,7 +102,7 @@ def _check_count(count: int, source: object) -> None:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of points that a path names."""
+    """The files with points at a path."""
     if path.is_dir():
         return _finished_runs(path)
     if path.suffix in (".csv", ".json"):
@@ -114,7 +114,7 @@ def _files(path: Path) -> list[Path]:
 
 def _finished_runs(folder: Path) -> list[Path]:
     tables = [file for file in sorted(folder.glob("**/table.json")) if command_of(file.parent) == "compare"]
-    compared = {file.parent for file in tables}  # their tables leave out the trials of learning rates
+    compared = {file.parent for file in tables}  # their tables omit trials of learning rates
     finished = [file for file in sorted(folder.glob("**/castlm.json")) if compared.isdisjoint(file.parents)] + tables
     if not finished and (folder / "metrics.jsonl").is_file():
         raise InputError(f"{folder}: an unfinished run (no castlm.json): resume it")
@@ -127,7 +127,7 @@ def _read_json(path: Path, runs: dict[str, str]) -> list[Point]:
     """The points of a file of records.
 
     Args:
-        runs: where the runs read so far come from, by `run_id`; this file's are added.
+        runs: the sources of the runs read so far, by `run_id`; adds this file's.
     """
     content = parse_json(read_text(path), path)
     if isinstance(content, dict):
@@ -151,7 +151,7 @@ def _read_json(path: Path, runs: dict[str, str]) -> list[Point]:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of `castlm train` with the names of the CSV: flat, and with the perplexity of the pruned model."""
+    """Flattens a record of `castlm train` to the names of the CSV, with the perplexity of the pruned model."""
     flat = {key: value for key, value in record.items() if value is not None}
     if isinstance(flat.get("config"), dict):
         flat.setdefault("seed", flat["config"].get("seed", 0))

@@ -1,4 +1,4 @@
-"""Computes the memory that `castlm prune` takes with the whole model or with one block, from the model's config alone.
+"""Computes the memory of `castlm prune`, with the whole model or one block, from the model's config alone.
 
 Each count follows the tensors that are alive at once in `castlm.oneshot`; a benchmark compares it with a real process.
 """
@@ -40,7 +40,7 @@ class _Read(NamedTuple):
 
     columns: int
     rows: int
-    """Of all of them together."""
+    """Total of these layers."""
 
     @property
     def size(self) -> int:
@@ -48,7 +48,7 @@ class _Read(NamedTuple):
 
 
 class _Model(NamedTuple):
-    """What the plan needs to know of a model."""
+    """The sizes of a model that the plan needs."""
 
     reads: list[_Read]
     """Of one block."""
@@ -77,7 +77,7 @@ class PruneMemoryPlan:
     """Bytes of a `castlm prune` on a CPU."""
 
     components: dict[str, int]
-    """`process` is what Python and its libraries take, as measured in this process."""
+    """Bytes by component; `process` is Python and its libraries, measured in this process."""
     phases: dict[str, int]
     disk: int
     """Bytes of hidden states on disk."""
@@ -107,18 +107,18 @@ def plan_prune_memory(
 ) -> PruneMemoryPlan:
     """The peak memory of `castlm prune` on a CPU.
 
-    The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the
-    inputs of a block are seen), `basis` (the neurons of its MLP are permuted), `solve`, `reconstruction`, and with
-    the whole model in memory `verify` (the result is read back beside it). Structured patterns have no `basis`, and
-    with the method taylor `gradients` (a backward pass of the whole model, whose blocks are run again). Blocks are
-    taken to be alike.
+    The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the inputs
+    of a block are seen), `basis` (the neurons of its MLP are permuted), `solve`, `reconstruction`, and with the whole
+    model in memory `verify` (the result is read back beside it). Structured patterns have no `basis`, and with the
+    method taylor `gradients` (a backward pass of the whole model, whose blocks are run again). Blocks are taken to be
+    alike.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
-        memory: what is held, as the option of `castlm prune`; "model" for structured patterns.
+        memory: "model" or "block", as in `castlm prune`; "model" for structured patterns.
         method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
             structured patterns.
-        dtype: what the model is stored in.
+        dtype: the dtype of the stored model.
         basis: not with the residual stream rotated, whose statistics are not counted.
 
     Raises:
@@ -142,7 +142,7 @@ def plan_prune_memory(
         backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
         parts["gradients"] = 4 * model.num_layers * sum(read.size for read in model.reads)
         parts["kept for backward"] = 4 * backward * _kept_by_model(model)
-    # What enters a block and what leaves it, also in the dense model where that is followed.
+    # The inputs and outputs of a block, also of the dense model if that runs beside it.
     on_disk = states * (4 if refinements.reconstruct_epochs else 2)
     return PruneMemoryPlan(parts, _phases(parts, memory, model.outside * dtype.itemsize), on_disk)
 
@@ -164,10 +164,10 @@ def _check(method: str, memory: str, pattern: Pattern, basis: BasisOptions) -> N
 def _of_a_block(
     model: _Model, tokens: int, method: str, pattern: Pattern, basis: BasisOptions, refinements: Refinements
 ) -> dict[str, int]:
-    """Bytes of what is held for one block beside its weights, at one time or another.
+    """Bytes held for one block beside its weights, by phase.
 
     Args:
-        tokens: of a forward pass.
+        tokens: tokens of a forward pass.
     """
     structured = pattern.cut_out is not None
     axes = 2 if structured else SOLVERS[method].axes
@@ -262,7 +262,7 @@ def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
 
 
 def _reads_of_a_block(model: PreTrainedModel, pattern: Pattern) -> tuple[list[_Read], int]:
-    """Which sparse layers of a model of one block read one input, and the number of parameters of that block."""
+    """The sparse layers that read each input in a one-block model, and the number of parameters of that block."""
     layers, _ = sparse_linears(model, pattern)
     if linearize_experts_(model):
         raise InputError(f"the memory of pruning experts is not known: measure {model.config.model_type} by running it")

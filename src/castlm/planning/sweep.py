@@ -1,4 +1,4 @@
-"""A sweep of token budgets for a scaling law: the cheapest first, and the largest only if it is needed.
+"""Runs a sweep of token budgets for a scaling law: the cheapest first, and the largest only if it is needed.
 
 Each budget is predicted before it runs. When the law has predicted a budget correctly and its interval at the largest
 budget is narrow enough, the largest budget, which costs most, is not run.
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from castlm.planning.law import Law, Prediction
 
 SMALLEST_SHARE = 1 / 64
-"""The smallest budget as a share of the largest, unless it is given."""
+"""Default of the smallest budget, as a fraction of the largest."""
 
 
 @dataclass
 class SweepConfig:
-    """Find the scaling law of a model and text with few runs: the cheapest first, the largest only if it is needed.
+    """Find the scaling law of a model and text with few runs: the cheapest first, the largest only if needed.
 
     Give the same command again to continue. The exit code is 1 if a run failed or no law fits the runs.
     """
@@ -46,13 +46,13 @@ class SweepConfig:
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
 
     dataset: str
-    """Training text, one as in `castlm train`."""
+    """Training text, as in `castlm train`, but only one."""
 
     eval_dataset: str
     """Text for the perplexity, the same for all runs."""
 
     output_dir: str
-    """Folder of the runs and of sweep.json and law.json. Give it again to continue."""
+    """Folder for the runs, sweep.json and law.json. The same folder continues an earlier start."""
 
     largest_tokens: float | None = None
     """Training tokens of the largest budget."""
@@ -64,20 +64,21 @@ class SweepConfig:
     """Number of budgets, evenly spaced on a logarithmic scale."""
 
     tokens: str | None = None
-    """The budgets themselves, separated by commas, instead of the three options above."""
+    """All budgets, separated by commas, instead of the three options above."""
 
     seeds: int = 2
-    """Runs at each budget, with the seeds 0, 1, ..."""
+    """Number of runs at each budget, with seeds 0, 1, ..."""
 
     within: float = 0.02
-    """The largest budget is not run if the 90 % interval of one run of it is narrower than this fraction of its
-    prediction, and the mean of the budget before it fell inside its own predicted interval."""
+    """Skip the largest budget if its predicted 90 % interval is narrower than this fraction of its predicted
+    perplexity, and the mean of the budget before it fell inside its own predicted interval.
+    """
 
     form: Literal["power", "loglinear"] = "power"
-    """power; loglinear for short ranges."""
+    """Form of the law: power, with a floor, or loglinear, without one, for a short range of budgets."""
 
     config: str | None = None
-    """YAML file of options of `castlm train` for all runs; the method is cast unless it names another."""
+    """YAML file of `castlm train` options for all runs; the default method is cast."""
 
     seq_len: int | None = None
     """Tokens per sequence, in training and evaluation."""
@@ -86,14 +87,15 @@ class SweepConfig:
     """Sequences per device and micro-step."""
 
     eval_tokens: int | None = None
-    """Maximum number of tokens that are evaluated. 0 evaluates all of them."""
+    """Maximum number of tokens to evaluate on. 0 is all of them."""
 
     runs_from: tuple[str, ...] = ()
-    """Folders of `castlm compare` or of other sweeps, whose finished runs are used instead of running them again. Runs
-    are the same if all their options, model and texts are."""
+    """Folders of `castlm compare` or other sweeps, to reuse their finished runs. Runs are reused if all options, the
+    model and the texts are the same.
+    """
 
     overwrite: bool = False
-    """Start another sweep in output_dir. The earlier one becomes OUTPUT_DIR.previous, but for shared runs."""
+    """Start another sweep in output_dir. The earlier one becomes OUTPUT_DIR.previous, except for shared runs."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,11 @@ class Step:
     perplexities: list[float]
     """Perplexities of its runs, by seed."""
     predicted: Prediction | None
-    """Prediction of the mean of its runs, by the law of the smaller budgets."""
+    """Prediction of the mean of its runs, by the law of all smaller budgets."""
     largest: Prediction | None = None
     """Prediction of one run at the largest budget, by the law of all budgets so far."""
     no_law: str | None = None
-    """The reason if the budgets so far carry no law."""
+    """The reason if no law fits the budgets so far."""
 
     @property
     def perplexity(self) -> float:
@@ -117,7 +119,7 @@ class Step:
 
     @property
     def inside(self) -> bool | None:
-        """Whether the mean fell in the interval that was predicted of it."""
+        """Whether the mean fell into its predicted interval."""
         return None if self.predicted is None else self.predicted.low <= self.perplexity <= self.predicted.high
 
     @property
@@ -126,7 +128,7 @@ class Step:
         return math.inf if self.largest is None else (self.largest.high - self.largest.low) / self.largest.perplexity
 
     def settles(self, within: float) -> bool:
-        """Whether the largest budget need not be run any more."""
+        """Whether the largest budget need not be run."""
         return self.inside is True and self.width < within
 
     def as_dict(self) -> dict[str, Any]:
@@ -146,7 +148,7 @@ TITLE = (
 
 
 def interval_text(found: Prediction | None) -> str:
-    """A perplexity with its interval; nothing for None."""
+    """A perplexity with its interval; empty for None."""
     return "" if found is None else f"{found.perplexity:.4f} ({found.low:.4f} to {found.high:.4f})"
 
 
@@ -155,14 +157,14 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
 
     Args:
         command: the command that repeats this sweep, for sweep.json.
-        say: is told of each budget and of the verdict.
-        progress: is told of each run.
+        say: called with a line for each budget and for the verdict.
+        progress: called with a line for each run.
 
     Returns:
-        The exit code: 1 if a run failed or the runs carry no law.
+        The exit code: 1 if a run failed or no law fits the runs.
 
     Raises:
-        InputError: whatever `Sweep` refuses, a model that no run could open, or another sweep is at work in the folder.
+        InputError: as `Sweep`, a model that no run could open, or another sweep is running in the folder.
     """
     runs = Sweep(config, command, say, progress)
     runs.plan.check_model()
@@ -173,11 +175,10 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
 
 
 class Sweep:
-    """The runs of a sweep, and the law of those that are finished.
+    """The runs of a sweep, and the law of the finished ones.
 
     Raises:
-        InputError: budgets from which the largest cannot be predicted, a method that does not train, or whatever `Plan`
-            refuses.
+        InputError: as `Plan`; budgets that cannot predict the largest; or a method that does not train.
     """
 
     def __init__(self, command: SweepConfig, command_line: str, say: Say, progress: Say) -> None:
@@ -214,11 +215,11 @@ class Sweep:
 
     @property
     def folders(self) -> list[str]:
-        """Names of the runs' folders: what makes this sweep another than the next."""
+        """Names of the runs' folders, which identify the sweep."""
         return [run.folder(self.root).name for runs in self.runs for run in runs]
 
     def claim(self) -> None:
-        """Makes the output folder this sweep's.
+        """Claims the output folder for this sweep.
 
         Raises:
             InputError: it holds another sweep (without `overwrite`), or sweep.json is corrupt.
@@ -243,7 +244,7 @@ class Sweep:
         self.write("running")
 
     def _take_back(self, earlier: Path) -> None:
-        """Moves the runs that both sweeps share from the earlier one, which is set aside."""
+        """Moves the shared runs here from the earlier sweep, which was renamed."""
         (self.root / "runs").mkdir()
         for name in self.folders:
             for file in (name, f"{name}.yaml", f"{name}.log"):
@@ -281,11 +282,11 @@ class Sweep:
         return self.end("complete", f"the largest was run: perplexity {last.perplexity:.4f}, {held[last.inside]}")
 
     def has_run_largest(self) -> bool:
-        """Whether an earlier start, with another `within` or `form`, went on to the end."""
+        """Whether an earlier start, with another `within` or `form`, ran the largest budget."""
         return all(read_finished(run.folder(self.root)) is not None for run in self.runs[-1])
 
     def measure(self, run: Run) -> Result:
-        """The result of a run, from a folder of `runs_from` that has it finished, or from this sweep's own."""
+        """The result of a run, finished in a folder of `runs_from` or run in this sweep."""
         for other in map(Path, self.command.runs_from):
             for folder in other.glob(f"runs/*-{run.key}"):
                 if (record := read_finished(folder, run.config)) is not None:
@@ -294,7 +295,7 @@ class Sweep:
         return self.plan.measure(run, self.root)
 
     def take(self, results: list[Result]) -> None:
-        """Appends the step of the next budget, with the law of all so far and what it says of the largest."""
+        """Appends the step of the next budget, with the law of all budgets so far and its prediction of the largest."""
         from castlm.planning.fit import MIN_BUDGETS, fit_law
         from castlm.planning.law import predict_perplexity
         from castlm.planning.points import read_points
@@ -321,7 +322,7 @@ class Sweep:
 
     @property
     def saved(self) -> int:
-        """Tokens of those that were not."""
+        """Tokens of the budgets that were not run."""
         return self.command.seeds * sum(self.budgets) - self.spent
 
     def end(self, status: str, verdict: str) -> int:
@@ -342,7 +343,7 @@ class Sweep:
 
     @property
     def budgets_of_file(self) -> int:
-        """Number of budgets that law.json was fitted to; 0 where there is none that can be read."""
+        """Number of budgets in the fit of law.json; 0 if it cannot be read."""
         try:
             return int(read_json_object(self.law_file)["num_budgets"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -351,7 +352,7 @@ class Sweep:
     def write(self, status: str, verdict: str | None = None) -> None:
         """Writes sweep.json, and law.json unless an earlier start of the same runs left one of more budgets.
 
-        Where all budgets have run and carry no law, law.json is removed.
+        Removes law.json if all budgets have run and no law fits them.
         """
         content = {
             "status": status,
@@ -407,7 +408,7 @@ def geometric_budgets(largest: float, smallest: float | None, num: int) -> list[
 
 
 def listed_budgets(text: str) -> list[int]:
-    """Numbers with commas, in ascending order. Raises InputError when one is none."""
+    """Parses numbers separated by commas, in ascending order. Raises InputError if one is not a number."""
     try:
         return sorted(int(float(number)) for number in text.split(","))
     except (ValueError, OverflowError):
@@ -415,7 +416,7 @@ def listed_budgets(text: str) -> list[int]:
 
 
 def check_budgets(budgets: Sequence[int], form: str) -> None:
-    """Refuses ascending budgets whose smaller ones could never predict the largest.
+    """Refuses ascending budgets of which the smaller ones cannot predict the largest.
 
     Raises:
         InputError: too few, too near each other, or over too short a range.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NEEDS_MATPLOTLIB = "Charts need matplotlib: pip install '.[report]' in the clone of castlm."
 
 HALF, WHOLE = 560, 1150
-"""Widths of a chart that takes half of the page or all of it, in pixels, so that all text has the same size."""
+"""Widths of half-page and full-page charts in pixels, so that all text has the same size."""
 PIXELS_PER_INCH = 96
 LONGEST_NAME = 40
 
@@ -46,7 +46,7 @@ STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
-    "text.parse_math": False,  # a $ in the name of a file is a $
+    "text.parse_math": False,  # no math: a file name may contain $
     "text.color": LIGHT["ink"],
     "axes.edgecolor": LIGHT["muted"],
     "axes.labelcolor": LIGHT["muted"],
@@ -96,7 +96,7 @@ class Picture:
     """A whole SVG file, in the light colours."""
     caption: str
     wide: bool = False
-    """Whether it spans the whole page."""
+    """Whether the chart spans the whole page."""
 
     @property
     def inline(self) -> str:
@@ -243,9 +243,9 @@ def heat_map(
     Args:
         values: (rows, columns); None leaves a cell empty.
         row_labels, column_labels: empty strings leave a tick without a label.
-        form: format of the values.
-        in_cells: whether the values are written into the cells, if these are wide enough.
-        from_zero: whether the colour scale begins at 0; else at the smallest value.
+        form: format specification of the values.
+        in_cells: write the values into cells that are wide enough.
+        from_zero: whether the colour scale begins at 0 instead of the smallest value.
         power: exponent of the colour scale; 0.5 makes small values more visible.
     """
     found = [value for row in values for value in row if value is not None]
@@ -296,7 +296,7 @@ def _scale(axes: Axes, which: str, log: bool) -> None:
 
 
 def _svg(draw: Any, width: float, height: float) -> str:
-    """The SVG file of a figure of `width` x `height` pixels, into whose only axes `draw` draws."""
+    """The SVG file of a figure of `width` x `height` pixels; `draw` draws into its axes."""
     import matplotlib
     from matplotlib.figure import Figure
 

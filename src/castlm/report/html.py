@@ -8,7 +8,7 @@ from castlm.report.charts import NEEDS_MATPLOTLIB, PAGE_COLOURS, can_draw
 
 
 def render(template: str, **content: Any) -> str:
-    """The page of a template. Everything in `content` is escaped but the charts; nothing is fetched to show it."""
+    """Renders a template. Escapes everything in `content` except charts; the page loads no other files."""
     from jinja2 import Environment, PackageLoader
 
     loader = PackageLoader("castlm.report", "templates")

@@ -10,7 +10,7 @@ from castlm.report.run_data import RunData
 from castlm.training.record import HISTOGRAM_EDGES
 
 SMALLEST_SHARE = 1e-3
-"""A range of magnitudes is shown if it ever holds this share of the masked weights."""
+"""A range of magnitudes is drawn if it ever holds this share of the masked weights."""
 
 
 def perplexity(run: RunData) -> list[Picture]:
@@ -184,8 +184,6 @@ def machine(run: RunData) -> list[Picture]:
             from_zero=True,
             height=220,
         )
-        caption = (
-            "The most that the process of the main rank has held so far: GPU memory on a GPU, else resident memory."
-        )
+        caption = "Peak memory of the main rank's process so far: GPU memory on a GPU, otherwise resident memory."
         pictures.append(Picture("Peak memory", svg, caption))
     return pictures

@@ -16,7 +16,7 @@ from castlm.training.record import read_metrics
 
 @dataclass(frozen=True)
 class RunData:
-    """A run as its files show it."""
+    """The content of a run's files."""
 
     folder: Path
     config: dict[str, Any]
@@ -47,7 +47,7 @@ class RunData:
 
     @property
     def perplexity(self) -> dict[str, float]:
-        """`dense`, `one_shot`, `before_prune` and `pruned`, those that are known, as `castlm.json` has them."""
+        """The known perplexities among `dense`, `one_shot`, `before_prune` and `pruned`, as in `castlm.json`."""
         if self.record is not None:
             return dict(self.record["perplexity"])
         if not self.evaluations:
@@ -77,10 +77,10 @@ class RunData:
 
     @property
     def layer_errors(self) -> tuple[dict[str, float], str]:
-        """A figure per sparse layer, by name, and which figure it is. Empty if the run has none.
+        """An error per sparse layer, by name, and the kind of error. Empty if the run has none.
 
-        The error of the layer outputs under the start if it was recorded, else the share of the squared weights that
-        the first masks remove.
+        The error of the layer outputs after the start if recorded, otherwise the share of the squared weights that the
+        first masks remove.
         """
         start = (self.record or {}).get("start") or {}
         errors = start.get("layer_errors") or {}

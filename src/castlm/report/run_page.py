@@ -25,10 +25,10 @@ from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, verd
 
 REFRESH_SECONDS = 10
 _MARKS = b'<meta name="generator" content="castlm">', b'<div class="eyebrow">castlm '
-"""One of these is in every page that castlm writes."""
+"""Markers of pages that castlm wrote: each has one of these."""
 GLOSSARY = (
     ("Perplexity", "exp of the mean cross-entropy per token on the held-out text. Lower is better."),
-    ("Before the prune", "The model as it trains: masked weights may still be above zero."),
+    ("Before the prune", "The model during training: masked weights may still be nonzero."),
     ("After the prune", "Every masked weight is set to zero, as in the written model."),
     ("Gap to the dense model", "ln(perplexity / perplexity of the dense model) in nats per token. 0 means no loss."),
     ("One-shot start", "The pruned model before step 0: what pruning gives without training."),
@@ -83,8 +83,8 @@ def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refres
     """Writes report.html into the folder of the run and returns its path.
 
     Raises:
-        InputError: the files of the run hold values that castlm does not write, report.html is not a page of castlm's,
-            or the disk is full.
+        InputError: the files of the run hold values that castlm does not write, castlm did not write report.html, or
+            the disk is full.
     """
     file = run.folder / "report.html"
     if file.exists() and not any(mark in read_bytes(file) for mark in _MARKS):
@@ -134,7 +134,7 @@ def _verdict(run: RunData) -> dict[str, str]:
 
 
 def _is_close(known: Mapping[str, float]) -> bool:
-    """Whether the result is good, and not only better than its start; so is one without a dense model to compare."""
+    """Whether the result is close to the dense model, or there is no dense model to compare with."""
     final, dense = final_perplexity(known), known.get("dense")
     return dense is None or (final is not None and final <= CLOSE_FACTOR * dense)
 
@@ -191,13 +191,13 @@ def _duration(seconds: float) -> str:
 
 
 def _masks_text(run: RunData) -> str:
-    """A note where the masks did not change, so that there is no chart of flips."""
+    """A note instead of the chart of flips if the masks never changed."""
     flips = [value for key in ("flip_rate", "initial_flip_rate") for _, value in run.series(key)]
     return "The masks did not change during this run." if flips and not any(flips) else ""
 
 
 def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Names and values of the settings that differ from the defaults, and of those that do not."""
+    """Names and values of the settings that differ from the defaults, then of the others."""
     defaults: dict[str, Any] = {}
     for field in (field for section in sections_of(TrainConfig).values() for field in dataclasses.fields(section)):
         if field.default is not dataclasses.MISSING:

@@ -27,7 +27,7 @@ LARGEST_PARAMS = 1_000_000_000
 
 
 def read_sample(run: RunData) -> dict[str, Any] | None:
-    """The sample that an earlier report of the run wrote; None if there is none, or it is of a result before this."""
+    """The sample of an earlier report of this result; None if there is none."""
     file = run.folder / "sample.json"
     found = read_json_object(file) if file.exists() else {}
     return found if found and found.get("run_id") == _run_id(run) else None
@@ -45,7 +45,7 @@ def is_large(run: RunData) -> bool:
 def write_sample(run: RunData) -> dict[str, Any]:
     """Generates a sample from a finished run and writes it to sample.json in its folder.
 
-    Both models continue the beginning of the evaluation text, or of the training text if there is none, greedily.
+    Both models greedily continue the beginning of the evaluation text, or else of the training text.
 
     Raises:
         InputError: a model or the text cannot be read.
