@@ -204,7 +204,7 @@ def test_what_makes_no_sense_is_refused(config, tmp_path):
         train(config.changed(teacher_cache=str(tmp_path / "taken")))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="no teacher cache"):
+    with pytest.raises(InputError, match="choose another teacher_cache"):
         TeacherCache(str(tmp_path / "mine"), [], 264, World(0, 1, torch.device("cpu"), None))
 
 
