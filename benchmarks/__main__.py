@@ -1,4 +1,4 @@
-"""The table of what castlm costs, part by part, against what a user would run instead.
+"""Prints the cost of each part of castlm relative to the code that a user would run instead.
 
     python -m benchmarks [--quick] [--only NAME ...] [--threads N] [--clock wall|cpu] [--json OUT]
 

@@ -1,4 +1,4 @@
-"""Counts how often `castlm advise` is right about a GPU, on the cells that others published.
+"""Counts how often `castlm advise` is right about a GPU, on published measurements.
 
     python -m benchmarks.advisor [--fit]
 

@@ -58,7 +58,7 @@ class Case:
 
     @torch.no_grad()
     def matmuls(self) -> None:
-        """The four matmuls that no exact method can leave out, and nothing else."""
+        """Only the four matmuls that every exact method needs."""
         logits = torch.mm(self.hidden, self.weight.t())
         torch.mm(self.teacher_hidden, self.teacher_weight.t(), out=logits)
         torch.mm(logits, self.weight)
@@ -69,7 +69,7 @@ class Case:
 
 
 def measure(run: Callable[[], object], device: str) -> tuple[float, float | None]:
-    """(seconds, peak bytes above what was allocated before), the peak None where the platform does not tell."""
+    """(seconds, peak bytes above the earlier allocation); the peak is None if the platform does not tell."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -95,7 +95,7 @@ def _reset_peak_rss() -> int | None:
 
 
 def compare(tokens: int, hidden: int, vocab: int, repeats: int, device: str) -> dict[str, Any]:
-    """One row: medians over `repeats` interleaved rounds, after one round that does not count."""
+    """One row: medians over `repeats` interleaved rounds, after a warm-up round."""
     case = Case(tokens, hidden, vocab, device)
     case.reset()
     expected = case.naive()

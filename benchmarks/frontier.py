@@ -199,7 +199,7 @@ def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) 
 
 
 def accuracy(options: argparse.Namespace, model: PreTrainedModel, loaded: Loaded) -> list[dict[str, Any]]:
-    """Rows of `acc` of the zero-shot tasks; none without `--tasks-from`."""
+    """The `acc` rows of the zero-shot tasks; empty without `--tasks-from`."""
     if not options.tasks_from:
         return []
     shown = zero_shot(model, loaded.tokenizer, options.tasks, folder=options.tasks_from, limit=options.limit)

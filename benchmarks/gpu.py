@@ -1,4 +1,4 @@
-"""What a GPU has to show, on one card and in under eight minutes; exits with 2 where there is none.
+"""Measures castlm on one GPU in under eight minutes; exits with 2 if there is no GPU.
 
     python -m benchmarks.gpu [--json OUT] [--minutes 8] [--dry-run]
 
@@ -231,7 +231,9 @@ def training_rows(device: str, quick: bool) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def recorded(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """Goes on after an error in the block, which is printed and kept in `failed`: a lent GPU is not lent twice."""
+    """Prints an error in the block, keeps it in `failed`, and continues, so that one failure does not waste the GPU's
+    time.
+    """
     try:
         yield
     except Exception as error:

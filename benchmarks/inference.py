@@ -3,7 +3,7 @@
     python -m benchmarks.inference --resident FOLDER    the memory of one loaded model; what `memory_row` starts
 
 Weights of the linear layers are read from many copies in turn, larger together than the last-level cache, as those of a
-model are. SmolLM2-135M-Instruct is pruned 2:4 by magnitude: its text is poor, and its speed that of a good one.
+model are. SmolLM2-135M-Instruct is pruned 2:4 by magnitude: its text is poor, but its speed does not depend on that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model in llama.cpp: converted by its own script, rounded by its own quantizer, run by llama-cpp-python.
+"""Runs a model in llama.cpp: converts it by its script, rounds it by its quantizer, runs it by llama-cpp-python.
 
 The frontier's rows of llama.cpp come from here. The Python package has no converter; it lies in a checkout of the
 sources (https://github.com/ggml-org/llama.cpp), or below `vendor/` in the source archive of llama-cpp-python, and needs

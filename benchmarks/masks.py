@@ -40,7 +40,7 @@ def sparsifier(weight: Tensor) -> WeightNormSparsifier:
 
 @torch.no_grad()
 def one_weight_rows(repeats: int = 15, clock: str = "wall", shape: tuple[int, int] = (1536, 576)) -> list[Row]:
-    """`nm_mask` as anyone calls it, its NaN check included: by its kernel, and where that is not built."""
+    """`nm_mask` with its NaN check, by its kernel and by its fallback in torch."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(nm_mask(weight), topk_mask(weight))
     torch_ao = sparsifier(weight)

@@ -1,4 +1,4 @@
-"""`plan memory` against what a real run takes: predicted over measured peak of a training step, on CPU.
+"""Compares `plan memory` with real runs: predicted over measured peak of a training step, on a CPU.
 
 Run: `python -m benchmarks.memory [--case NAME ...] [--json OUT]` (Linux: the peak is read from /proc). Each case is a
 process of its own that goes through castlm's loop. Its baseline is taken after a tiny run of the same kind, so that

@@ -1,4 +1,4 @@
-"""`plan memory --prune` against what `castlm prune --memory block` takes: the peak of resident memory.
+"""Compares `plan memory --prune` with the peak of resident memory of `castlm prune --memory block`.
 
 Run: `python -m benchmarks.prune_memory [--shape NAME] [--layers N] [--case NAME ...] [--json OUT]` (Linux: the peak is
 read from /proc). The model has random bf16 weights in the shape of a Llama, one file a transformer block. Each case is

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Times = dict[str, list[float]]
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""Seconds as they pass, or as this process computes: with one thread on a machine that others use too, the second."""
+"""Wall time, or processor time of this process: use the second with one thread on a shared machine."""
 
 
 @dataclass
@@ -24,9 +24,9 @@ class Row:
     Attributes:
         value: the ratio; median of the rounds where there are several.
         low, high: smallest and largest ratio of a round.
-        goal: "<= 1.25" or ">= 8"; empty where there is none.
-        bound: what no implementation can beat, and how far from it this one is.
-        detail: seconds, shapes, whatever the ratio was made from.
+        goal: "<= 1.25" or ">= 8"; empty without a goal.
+        bound: the limit of any implementation, and the distance of this one from it.
+        detail: seconds, shapes and other data behind the ratio.
     """
 
     part: str
@@ -48,7 +48,7 @@ class Row:
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], repeats: int, clock: str = "wall") -> Times:
-    """Seconds of each contestant in each of `repeats` rounds A B A B, after one round that does not count."""
+    """Seconds of each contestant in each of `repeats` rounds A B A B, after a warm-up round."""
     now = CLOCKS[clock]
     times: Times = {name: [] for name in contestants}
     for round_number in range(repeats + 1):

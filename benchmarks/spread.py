@@ -1,8 +1,8 @@
 """Counts how far each concept of castlm is spread over its source files, as one table for source trees.
 
 `python -m benchmarks.spread [TREE ...]` counts the trees that are named, or this one. Identifiers are Python's tokens,
-so that a word in a docstring or a comment does not count. The counts are directions to look in, not limits: lines that
-become fewer because they became denser are no gain.
+so that a word in a docstring or a comment does not count. The counts show where to look; they are not limits, because
+fewer but denser lines are no gain.
 """
 
 from __future__ import annotations

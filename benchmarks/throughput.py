@@ -2,9 +2,9 @@
 
     python -m benchmarks.throughput [--model demo] [--steps 5] [--peak] [--json OUT]
 
-Both live in one process and take turns, A B A B, so that what else the machine does hits both alike. The bare loop is
-what a user would write: full logits, log_softmax KL + cross-entropy, backward, clip, fused AdamW. With `--peak` each is
-in a process of its own instead, whose peak memory during the second step is compared.
+Both run in one process in turns, A B A B, so that other load on the machine affects both alike. The bare loop is what a
+user would write: full logits, log_softmax KL + cross-entropy, backward, clip, fused AdamW. With `--peak` each is in a
+process of its own instead, whose peak memory during the second step is compared.
 """
 
 from __future__ import annotations

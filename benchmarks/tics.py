@@ -1,8 +1,8 @@
-"""How often tics of style occur in the words of castlm, as one table per source tree.
+"""Counts tics of style in the text of castlm, with one column per source tree.
 
 `python -m benchmarks.tics [TREE ...]` counts the trees that are named, or this one, over the files that git tracks.
-`--where` lists the places in the first one. The counts are directions to read in, not limits: a phrase that is replaced
-by rule makes a new riddle.
+`--where` lists the places in the first one. The counts show where to read; they are not limits, because replacing a
+phrase by rule makes a new riddle.
 """
 
 from __future__ import annotations
