@@ -42,7 +42,7 @@ from castlm.structured.sizes import sizes_after, sizes_of
 
 PROMPT, NEW_TOKENS = 256, 32
 SEQUENCES = 128
-"""Of the calibration text."""
+"""Sequences of the calibration text, and their length."""
 
 
 class Key(NamedTuple):

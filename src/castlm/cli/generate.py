@@ -30,7 +30,7 @@ class GenerateCommand:
     """0 always takes the most probable token; above 0, tokens are sampled."""
 
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
 
     raw: bool = False
     """Continue the prompt as it is, without a chat template."""

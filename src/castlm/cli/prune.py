@@ -17,7 +17,7 @@ _OF_CALIBRATION = ("calibration", "column", "chat_template_path", "precision")
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """What is pruned, how, and on which text."""
+    """The model, the pattern, the solver and the calibration text."""
 
     model: str
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""

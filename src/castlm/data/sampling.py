@@ -65,7 +65,7 @@ class Sample(NamedTuple):
     row: dict[str, Any]
     """The row of the file: `messages`, or `text` with `is_cut` (true if the model did not end the text)."""
     num_tokens: int
-    """The prompt and what was generated."""
+    """The prompt and the generated text."""
     is_whole: bool
     """Whether the model ended the text before `max_new_tokens` cut it."""
 

@@ -107,7 +107,7 @@ class ScoredText:
         ]
 
     def batch(self, sequences: Sequence[Scored], width: int, rows: int | None = None) -> dict[str, Tensor]:
-        """`input_ids` and shifted `labels`, int64, (rows, width), and what the model's forward takes beside them.
+        """`input_ids` and shifted `labels`, int64, (rows, width), and the further arguments of the model's forward.
 
         Labels are -100 after the end of a sequence and where a token is not scored.
 

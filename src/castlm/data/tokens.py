@@ -120,7 +120,7 @@ class Encoder:
         return found
 
     def conversation(self, document: str) -> Tokens:
-        """The tokens of a conversation, given as JSON, with what it brings beside them.
+        """The tokens of a conversation, given as JSON, with the tensors of its images.
 
         Raises:
             InputError: as `Chat` and `castlm.data.images.reader.ImageReader`.

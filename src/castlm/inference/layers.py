@@ -112,7 +112,7 @@ class PackedModule(nn.Module):
     """Base of the packed layers: the stored tensors of a spec, then the buffer made from them."""
 
     dtype = torch.float32
-    """Of activations."""
+    """The dtype of activations."""
 
     def __init__(self, spec: PackedSpec, device: torch.device | str = "meta"):
         super().__init__()

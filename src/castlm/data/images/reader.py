@@ -196,7 +196,7 @@ def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image], begin
 def encode_image_prompt(
     processor: ProcessorMixin, prompt: str, paths: Sequence[str], raw: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A prompt about images: its token ids (1, num_tokens), and what the model's forward takes beside them.
+    """Encodes a prompt about images: token ids (1, num_tokens), and the further arguments of the model's forward.
 
     Args:
         processor: as `open_processor` gives it.
