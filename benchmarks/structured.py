@@ -42,7 +42,7 @@ from castlm.structured.sizes import sizes_after, sizes_of
 
 PROMPT, NEW_TOKENS = 256, 32
 SEQUENCES = 128
-"""Sequences of the calibration text, and their length."""
+"""Number of sequences of the calibration text."""
 
 
 class Key(NamedTuple):
