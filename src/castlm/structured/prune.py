@@ -169,8 +169,10 @@ def prune_units_(
                 results=report.saved,
                 progress=progress,
             ):
-                if step.inside:
-                    work.prune_(step.inside, see_statistics(step.inside, step.inputs))
+                inside = {name: layers[name] for name in step.inside}
+                if inside:
+                    assert step.inputs is not None
+                    work.prune_(inside, see_statistics(inside, step.inputs))
     report.seconds = time.perf_counter() - started
     return report
 
