@@ -78,7 +78,7 @@ def train_uneven(config: TrainConfig) -> None:
     def keep_masks(run: Run) -> dict[str, Any]:
         masks = {run.names[p]: whole(mask) for p, mask in run.method.masks().items()}
         if run.world.is_main:
-            torch.save(masks, run.folder.path.parent / "masks.pt")
+            torch.save(masks, run.folder.path / "masks.pt")
         return original_finish(run)
 
     BatchLoader.__next__, training.finish = next_with_ignored_labels, keep_masks

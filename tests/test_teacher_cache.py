@@ -215,7 +215,9 @@ def test_ranks_write_and_read_as_one_rank_does(trained, tmp_path):
     run_ranks(train, 2, ranks, folder=tmp_path)
     fresh = ranks.changed(output_dir=str(tmp_path / "fresh"), teacher_cache=str(tmp_path / "cache2"))
     run_ranks(train, 2, fresh, folder=tmp_path)
-    one = begin_run(in_folder(trained, tmp_path, "one", teacher_cache=fresh.teacher_cache), init_world("cpu", "full"))
+    one = begin_run(
+        in_folder(trained, tmp_path, "one", teacher_cache=fresh.teacher.teacher_cache), init_world("cpu", "full")
+    )
     assert one.objective.teacher is None
     losses = []
     for name in ("run", "ranks", "fresh"):
