@@ -557,7 +557,7 @@ def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
     assert rows["decay"]["start"] == rows["cut"]["start"] == "flap"
     assert rows["flap"]["tokens"] == 0
     (tmp_path / "variants.yaml").write_text(yaml.safe_dump({"sparsegpt": {"pattern": "channels:0.5"}}))
-    with pytest.raises(InputError, match="sparsegpt is not for channels:0.5"):
+    with pytest.raises(InputError, match="sparsegpt is not for channels"):
         Plan(command(files, tmp_path, variants=str(tmp_path / "variants.yaml")), str)
     with pytest.raises(InputError, match="taylor is not for 2:4"):
         Plan(command(files, tmp_path, methods="taylor"), str)
