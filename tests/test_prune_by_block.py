@@ -332,7 +332,7 @@ def test_a_bad_index_is_named_in_one_line(tmp_path, text, index, memory):
 def test_a_folder_of_the_user_named_as_an_unfinished_prune_changes_nothing(llama, tmp_path, text):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("mine")
-    with pytest.raises(InputError, match="something else than an output of castlm prune"):
+    with pytest.raises(InputError, match=r"out\.partial"):
         prune(llama, text, tmp_path / "out", memory="auto")
     assert (tmp_path / "out.partial" / "mine").read_text() == "mine"
 
