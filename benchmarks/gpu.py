@@ -49,7 +49,7 @@ SHAPES = {  # (out_features, in_features) of LLaMA-2, and how many of them a blo
 PHASES = {"decode": (1, 16, 64), "prefill": (256, 1024, 4096)}
 """Tokens that a layer sees at once."""
 BLOCKS, CONTEXT = 8, 512
-"""Of the end-to-end model: blocks of a 7B LLaMA, which has 32, and tokens in the cache before the decode step."""
+"""The end-to-end model: blocks of a 7B LLaMA, which has 32, and tokens in the cache before the decode step."""
 
 
 def check_nccl() -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--minutes 10] [--clock wall|cpu]
 
 The speed: every client sends the same prompt and waits for its answer. The load, for `--minutes`: ten clients at the
-same time, of which half send requests that must be refused (a body that is too long, no JSON, a prompt beyond the
+same time; half of them send requests that must be refused (a body that is too long, no JSON, a prompt beyond the
 context, numbers that make no sense) or go away in the middle of an answer. Every good request must be answered. One
 process serves from the beginning to the end; its resident memory is printed once in a tenth of the time.
 """

@@ -1,4 +1,4 @@
-"""What every test stands on: no hub, one torch thread, and the real small model where the checkout has it."""
+"""The common ground of all tests: no hub, one torch thread, and the real small model where the checkout has it."""
 
 import gc
 import os

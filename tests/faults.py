@@ -112,7 +112,7 @@ def is_saving(config: TrainConfig, step: int) -> bool:
 
 
 def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool) -> str:
-    """SIGKILL; the ranks that are left end by themselves, and the next start goes on."""
+    """SIGKILL; the remaining ranks end by themselves, and the next start continues."""
     chance = random.Random(seed)
     config = ground.new_run(async_save=chance.random() < 0.5)
     ranks, log = ground.start(config)
@@ -125,7 +125,7 @@ def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool)
     for victim in victims:
         ranks[victim].kill()
     codes = wait_ranks(ranks, PATIENCE_S)
-    assert None not in codes, f"a rank goes on without the other: {said(log, 2)}"
+    assert None not in codes, f"a rank continues without the other: {said(log, 2)}"
     ground.bring_home(config)
     when = f"while step {step} is saved" if during_save else f"at row {moment}"
     return f"SIGKILL of {'all ranks' if len(victims) == 2 else f'rank {victims[0]}'} {when}" + (
@@ -168,7 +168,7 @@ def check_hang(ground: Ground, victim: int, timeout_s: float) -> str:
 
 
 def check_torchrun(ground: Ground) -> str:
-    """`torchrun --max-restarts` brings a run home of which a rank is killed."""
+    """`torchrun --max-restarts` brings a run home after one of its ranks is killed."""
     config = ground.new_run()
     folder = Path(config.checkpoint.output_dir)
     arguments = ["--nproc-per-node", "2", "--max-restarts", "2", "--standalone", "-m", "castlm", "train"]

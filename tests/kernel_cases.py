@@ -160,5 +160,5 @@ def check_broken_update(case):
 
 
 def check_message(error):
-    """What a user reads is one line."""
+    """A user reads one line."""
     assert "\n" not in str(error)

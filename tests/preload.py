@@ -1,4 +1,4 @@
-"""What all processes of `tests.ranks` need, imported once by their server. It starts no thread: they are forks."""
+"""The imports of all processes of `tests.ranks`, made once by their server. It starts no thread: they are forks."""
 
 import contextlib
 import gc

@@ -83,7 +83,7 @@ def _numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`Tensor.to`, of which the pretended device is taken away first."""
+    """`Tensor.to` without the pretended device."""
     asked = [a for a in (*args, *kwargs.values()) if isinstance(a, str | torch.device | Tensor)]
     device = _device(asked[0]) if asked and isinstance(asked[0], Tensor) else asked[0] if asked else _device(tensor)
     rest = [a for a in args if not (isinstance(a, str | torch.device))]

@@ -140,7 +140,7 @@ def wait_ranks(ranks: list[BaseProcess], timeout: float) -> list[int | None]:
 
 
 def said(log: Path, size: int) -> str:
-    """What the ranks wrote."""
+    """The output of the ranks."""
     return "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(size) if Path(f"{log}.{rank}").is_file())
 
 

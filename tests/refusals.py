@@ -1,4 +1,4 @@
-"""What every command owes to bad input: exit code 2 and one line."""
+"""Every command answers bad input with exit code 2 and one line."""
 
 from __future__ import annotations
 

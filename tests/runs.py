@@ -53,7 +53,7 @@ def teacher_batches() -> Iterator[list[tuple[int, ...]]]:
 
 
 class Stopped(Exception):  # noqa: N818
-    """What stands for a kill."""
+    """Stands for a kill."""
 
 
 def train_until(config: TrainConfig, step: int) -> None:

@@ -15,5 +15,5 @@ def slow(*values: Any, id: str | None = None) -> Any:
 
 
 def slow_but(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
-    """`cases`, of which all but the `quick` ones are slow."""
+    """`cases`, all of them slow but the `quick` ones."""
     return [case if case in quick else slow(case) for case in cases]

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class StubLinear(nn.Linear):
-    """What the stub converts to."""
+    """The layer that the stub converts to."""
 
 
 class FailingLinear(StubLinear):

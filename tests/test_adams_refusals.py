@@ -1,4 +1,4 @@
-"""What AdamS is given is what it can step: everything else is refused before anything changes, or converted exactly."""
+"""AdamS refuses a parameter that it cannot step before anything changes, or converts it exactly."""
 
 import copy
 import io

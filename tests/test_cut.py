@@ -1,4 +1,4 @@
-"""What is masked is cut out: configs, logits, families that are refused, and verify against the base."""
+"""Masked units are cut out: configs, logits, families that are refused, and verify against the base."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def exported(model, text, folder):
 
 @torch.no_grad()
 def difference(one, other):
-    """Of the logits, relative to the largest."""
+    """The largest difference of the logits, relative to the largest logit."""
     a, b = one(IDS).logits, other(IDS).logits
     return float((a - b).abs().max() / a.abs().max())
 

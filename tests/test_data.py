@@ -350,7 +350,7 @@ def test_long_text_is_cut_at_lines_else_at_words(tmp_path, monkeypatch):
 
 
 def on_two_ranks(action):
-    """What `action` returns on each of two ranks, or the error that it raises."""
+    """The results of `action` on each of two ranks, or the errors that it raises."""
     met, values, found = threading.Barrier(2), [None, None], [None, None]
 
     def run(rank):

@@ -167,7 +167,7 @@ def test_all_ignored_is_zero_with_zero_gradients(num_tokens):
 
 
 def test_zero_token_weights_equal_selection():
-    """What runs on an accelerator, where ignored rows keep their place and get the weight 0."""
+    """The path of an accelerator, where ignored rows keep their place and get the weight 0."""
     hidden, student, labels, teacher_hidden, teacher = make(**HEADS["all"])
     want = distillation_loss(hidden, student, labels, teacher_hidden, teacher, eta=0.3, temperature=2.0)
     real = labels != -100

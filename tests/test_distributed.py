@@ -1,4 +1,4 @@
-"""Several gloo ranks against one: the same weights, checkpoints that any number of ranks goes on from, and faults."""
+"""Several gloo ranks against one: the same weights, checkpoints that any number of ranks continues from, and faults."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class OfExperts(nn.Module):
 
 
 def call_other_experts() -> None:
-    """Each rank calls another expert: its gradient is the average over the ranks, of which the others have none."""
+    """Each rank calls another expert: its gradient is the average over the ranks, although the others have none."""
     world = init_world("cpu", "full")
     torch.manual_seed(0)
     plain = OfExperts()
@@ -514,7 +514,7 @@ def slow_writes(monkeypatch, seconds: float) -> None:
 
 @pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, monkeypatch):
-    """What is written is the state when it was taken, whatever has happened since."""
+    """A checkpoint holds the state at the time of the save, whatever has happened since."""
     config = small(gemma, text, tmp_path / "sync", 1, max_steps=6, save_steps=2, eval_steps=6, async_save=False)
     train(config)
     slow_writes(monkeypatch, 0.5)
@@ -561,7 +561,7 @@ def test_a_rank_that_cannot_write_stops_all_with_the_last_checkpoint_whole(backg
     assert list(checkpoint_steps(folder)) == [2]
     assert not list(folder.glob(".step*"))
     if background:
-        run_ranks(train, 2, config.changed(resume=True), folder=tmp_path)  # and goes on from it
+        run_ranks(train, 2, config.changed(resume=True), folder=tmp_path)  # and continues from it
         assert verify(tmp_path / "run" / "model").ok
 
 
@@ -635,7 +635,7 @@ def export_in_small_files(config: TrainConfig, damage: bool) -> int:
 
 
 GENERATION = {"do_sample": False, "temperature": 0.6, "eos_token_id": [7, 256], "max_new_tokens": 5}
-"""Of which transformers warns, and which it would not save when it is built again."""
+"""Settings that transformers warns about and would not save if they were built again."""
 
 
 def with_generation_config(folder: Path) -> Path:
@@ -838,7 +838,7 @@ def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path)
 
 
 def see_what_is_gathered(folder: str) -> None:
-    """Of the types that the blocks compute with, what is fp32 on one rank stays so; the gradients are fp32."""
+    """Whatever the blocks compute in fp32 on one rank stays fp32 on several; the gradients are fp32."""
     world = init_world("cpu", "full")
     model = load_model(folder).model
     teacher = make_teacher(model, torch.bfloat16)

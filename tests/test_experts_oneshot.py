@@ -32,7 +32,7 @@ def calibration(num_sequences: int = 8, seq_len: int = 64) -> Tensor:
 
 
 def routed_by_hand(family: str, ids: Tensor, **over) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """What enters each expert of block 0 and its down-projection, and all tokens, from transformers' own parameters."""
+    """The inputs of each expert of block 0 and of its down-projection, and all tokens, by transformers' parameters."""
     plain, caught = tiny_model(family, **over), []
     experts = plain.model.layers[0].mlp.experts
     experts.register_forward_pre_hook(lambda module, args: caught.append(args))

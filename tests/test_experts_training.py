@@ -84,7 +84,7 @@ def as_in_one(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(("family", "ranks"), [("qwen3_moe", 2), slow("gpt_oss", 3)])
 def test_ranks_are_one_rank_each_with_its_experts(family, ranks, models, text, tmp_path):
-    """4 experts over 2 ranks, and over 3, of which the last then holds none; files as one rank writes them."""
+    """4 experts over 2 ranks, and over 3, where the last one holds none; files as one rank writes them."""
     start = {"qwen3_moe": "sparsegpt", "gpt_oss": "magnitude"}[family]
     over = {"init_from": start, "scale_groups": 2, "per_device_train_batch_size": 12 // ranks}
     run_ranks(train, ranks, config(models[family], text, tmp_path / "many", **over), folder=tmp_path)

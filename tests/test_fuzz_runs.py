@@ -56,7 +56,7 @@ def train_and_die(config: TrainConfig, moment: int | None) -> int:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """What is in a folder, without locks."""
+    """The files of a folder, without locks."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != LOCK)
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

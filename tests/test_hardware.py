@@ -1,4 +1,4 @@
-"""What a process does with its memory."""
+"""The memory of a process: its peak, and what it gives back."""
 
 from __future__ import annotations
 

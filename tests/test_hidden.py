@@ -18,7 +18,7 @@ BLOCKS, HIDDEN = 3, 8
 
 @pytest.fixture
 def states():
-    """Hidden states of student and teacher, and labels of which some do not count."""
+    """Hidden states of student and teacher, and labels, some of which do not count."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (
         [torch.randn(2, 6, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(BLOCKS)] for _ in range(2)

@@ -623,7 +623,7 @@ def test_a_stream_of_the_hub_gives_the_same_images(dataset, encoder, monkeypatch
 
 
 def processor_of(family: str, tokenizer: Any = None) -> transformers.ProcessorMixin:
-    """Of small images, with a token for each byte; an image of 32 x 32 takes at least 4 tokens."""
+    """A processor of small images, with a token for each byte; an image of 32 x 32 takes at least 4 tokens."""
     tokenizer, small = tokenizer or tiny_tokenizer(), {"height": 16, "width": 16}
 
     def known(**names: str) -> None:

@@ -435,7 +435,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def transformers_log() -> Iterator[list[str]]:
-    """What transformers logs: its handler writes to the stderr of its import, where `capfd` does not see it."""
+    """The log of transformers: its handler writes to the stderr of its import, where `capfd` does not see it."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())

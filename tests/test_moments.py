@@ -121,7 +121,7 @@ def test_the_kernel_writes_the_codes_that_torch_writes(signed):
 
 @pytest.mark.slow
 def test_compiled_steps_equal_the_plain_ones(monkeypatch):
-    """What runs on a GPU: 8-bit moments with masks as words."""
+    """The path of a GPU: 8-bit moments with masks as words."""
     plain, other = parameters()[:1], parameters()[:1]
     steps(plain, optimizer_of(plain, "8bit"), 0, 10)
     optimizer = optimizer_of(other, "8bit")

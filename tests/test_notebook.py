@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def said(cells: list[Any]) -> str:
-    """What cells printed and showed."""
+    """The text that the cells printed and showed."""
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
 

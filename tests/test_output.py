@@ -42,7 +42,7 @@ def begin_and_fail(folder: Path, **options: bool) -> None:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """What is below `folder`, without records and locks."""
+    """The files below `folder`, without records and locks."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (OUTPUT, LOCK)]
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 

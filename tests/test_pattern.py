@@ -20,7 +20,7 @@ from tests.tiny import tiny_model
 
 @dataclass(frozen=True)
 class ColumnBlocks(Pattern):
-    """Of each pair of neighbouring blocks of `size` columns, every row keeps the one with the larger sum."""
+    """Every row keeps the block with the larger sum from each pair of neighbouring blocks of `size` columns."""
 
     size: int
 

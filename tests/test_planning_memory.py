@@ -236,7 +236,7 @@ def test_phases_add_up():
 
 @pytest.mark.slow
 def test_start_is_on_the_first_rank():
-    """Of the whole model, whatever the number of ranks; its copy only where the model itself is there too."""
+    """The start holds the whole model for any number of ranks, and a copy only beside the model itself."""
     one, eight = (plan_7b(world_size=ranks, calibration_tokens=128 * 4096) for ranks in (1, 8))
     assert one.phases["start"] - eight.phases["start"] == 4 * eight.num_params
     states = 4 * 128 * 4096 * 4096

@@ -135,7 +135,7 @@ def test_a_narrow_model_is_written_in_its_own_dtype(tmp_path, text):
 
 
 class Killed(BaseException):
-    """What stands for a SIGKILL: nothing may catch it and go on."""
+    """Stands for a SIGKILL: nothing may catch it and continue."""
 
 
 MOMENTS = {

@@ -1,4 +1,4 @@
-"""What is done beyond SparseGPT: refit, shifted targets, staged statistics and block reconstruction."""
+"""Refinements of SparseGPT: refit, ADMM, staged statistics and block reconstruction."""
 
 import copy
 

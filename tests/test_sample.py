@@ -1,4 +1,4 @@
-"""`castlm sample`: what it writes is what transformers generates, and a stopped start goes on bit for bit."""
+"""`castlm sample` writes the text that transformers generates, and a stopped start continues bit for bit."""
 
 import json
 import shutil

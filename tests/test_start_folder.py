@@ -108,7 +108,7 @@ def test_the_basis_of_a_stream_is_read_off_the_embeddings():
 @pytest.mark.parametrize("decay", ["horizon", "proportional"])
 def test_a_run_killed_in_its_start_continues_to_the_same_result(moment, decay, llama, text, tmp_path, monkeypatch):
     class Killed(BaseException):
-        """Stands for a SIGKILL: nothing may catch it and go on."""
+        """Stands for a SIGKILL: nothing may catch it and continue."""
 
     over = {"decay": decay, "init_from": "sparsegpt", "ignore_decay_budget": True}
     train(small(llama, text, tmp_path / "straight", **over))

@@ -137,7 +137,7 @@ def test_corrupt_checkpoint_is_named(llama, text, tmp_path):
 
 @pytest.mark.parametrize("pattern", ["2:4", slow("channels:0.5+2:4")])
 def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, text, tmp_path):
-    """SIGKILL at random moments of a run that saves every step; each time it goes on, and ends as the straight run."""
+    """SIGKILL at random moments of a run that saves every step; it continues each time and ends as the straight run."""
     straight = small(llama, text, tmp_path / "straight", save_steps=1, pattern=pattern)
     train(straight)
     command = ["castlm", "train", "--config", str(tmp_path / "straight" / "config.yaml")]
@@ -250,7 +250,7 @@ def test_an_evaluation_measures_twice_only_what_a_prune_would_change(method, lla
 
 @pytest.fixture(scope="module")
 def dense_perplexity(llama, text, tmp_path_factory) -> float:
-    """Of the dense model before the first step of its own control."""
+    """The perplexity of the dense model before the first step of its own control."""
     record = train(small(llama, text, tmp_path_factory.mktemp("control") / "run", method="dense", max_steps=1))
     return record["perplexity"]["dense"]
 

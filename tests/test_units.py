@@ -24,7 +24,7 @@ NO_REFIT = Refinements(refit_iterations=0)
 
 
 def mlp_inputs(model):
-    """What enters down_proj of block 0, (tokens, channels)."""
+    """The input of down_proj in block 0, (tokens, channels)."""
     seen = []
     hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_n_of_m_is_solved_in_what_is_left():
 
 
 def test_more_damping_than_asked_for_is_said_of_n_of_m_in_what_is_left():
-    few = TOKENS[:1, :16]  # of which no Hessian has full rank
+    few = TOKENS[:1, :16]  # too few for a Hessian of full rank
     model = tiny_model("llama")
     report = prune_oneshot_(model, "flap", pattern="channels:0.75+2:4", calibration=few, damping=0.0)
     assert report.raised_damping == dict.fromkeys(sparse_linears(model)[0], 0.01)

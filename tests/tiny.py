@@ -18,7 +18,7 @@ from castlm.models.architecture import linearize_
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2")
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
-"""Families whose blocks hold 4 experts, of which a token takes 2; those of gpt_oss are stored (experts, in, out)."""
+"""Families whose blocks hold 4 experts, 2 of them for each token; those of gpt_oss are stored (experts, in, out)."""
 
 VISION = ("llava", "qwen2_vl", "qwen3_vl")
 """Vision-language models: a language model beside a vision tower and a projector. The positions of the second depend on
@@ -177,7 +177,7 @@ def save_tiny(folder: str | Path, family: str = "llama", seed: int = 0, **over: 
 
 
 IMAGE_TOKENS = {"llava": "<image>", "qwen2_vl": "<|image_pad|>", "qwen3_vl": "<|image_pad|>"}
-"""What stands for an image in a text: the token 260 of all three."""
+"""The placeholder of an image in a text: token 260 in all three."""
 IMAGE_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|endoftext|>\n{% endfor %}"

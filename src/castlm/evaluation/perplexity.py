@@ -63,7 +63,7 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of a text, over sequences of `seq_len` tokens that begin every `stride` tokens.
 
-    `stride=None` is the convention of GPTQ, SparseGPT and Wanda: separate, adjacent sequences, of which all tokens but
+    `stride=None` is the convention of GPTQ, SparseGPT and Wanda: separate, adjacent sequences, where all tokens but
     the first are scored. A smaller stride is the sliding window of Hugging Face: each sequence scores only the tokens
     that no earlier sequence contained. Every token of the text but the first is then scored once, with at least
     `seq_len - stride` tokens before it from the second sequence on. The last sequence ends with the text and may be

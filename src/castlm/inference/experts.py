@@ -57,7 +57,7 @@ def replace_experts_(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) ->
         The place of each name in `specs` that was placed.
 
     Raises:
-        InputError: experts of which only some are packed.
+        InputError: only some of the experts are packed.
     """
     placed: dict[str, str] = {}
     for fqn, module in list(model.named_modules()):

@@ -27,7 +27,7 @@ MARGIN = 0.98
 
 
 class Backend(Protocol):
-    """What makes sparse layers and times them. The tests have one that needs no GPU."""
+    """Makes sparse layers and times them. The tests have one that needs no GPU."""
 
     tolerance: float
     """Largest relative error of a layer's output that is due to rounding."""

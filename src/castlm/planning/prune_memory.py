@@ -51,7 +51,7 @@ class _Model(NamedTuple):
     """The sizes of a model that the plan needs."""
 
     reads: list[_Read]
-    """Of one block."""
+    """The layers of one block."""
     hidden: int
     num_layers: int
     block: int

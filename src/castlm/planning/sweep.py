@@ -416,7 +416,7 @@ def listed_budgets(text: str) -> list[int]:
 
 
 def check_budgets(budgets: Sequence[int], form: str) -> None:
-    """Refuses ascending budgets of which the smaller ones cannot predict the largest.
+    """Refuses ascending budgets if the smaller ones cannot predict the largest.
 
     Raises:
         InputError: too few, too near each other, or over too short a range.

@@ -170,7 +170,7 @@ def _settings(
     generation_config: GenerationConfig,
     **_: Any,
 ) -> tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig]:
-    """What `generate` makes of a request and of the model's generation config, before it would decode."""
+    """The generation config and stopping rules that `generate` would use for a request."""
     return logits_processor, stopping_criteria, generation_config
 
 
