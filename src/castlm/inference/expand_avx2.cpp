@@ -1,4 +1,4 @@
-// Tiles and rows of packed weights as fp32, with AVX2: what a prefill multiplies by, and so faster than the GEMM that follows by far.
+// Unpacks tiles and rows of weights to fp32 with AVX2, for a GEMM over many rows of x.
 
 #include "avx2.h"
 

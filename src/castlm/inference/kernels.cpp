@@ -1,5 +1,5 @@
 // Multiplication by n:m and dense weights on a CPU: the entry points with their checks, the threads, the
-// choice among instruction sets, and what is done to the activations. The `kernels_*.cpp` have the fast paths, `plain.cpp`
+// choice among instruction sets, and the conversion of activations. The `kernels_*.cpp` have the fast paths, `plain.cpp`
 // the one that takes any pattern and any processor.
 // Called through ctypes from `native.py`, whose signatures are these.
 

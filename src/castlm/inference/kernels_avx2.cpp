@@ -1,6 +1,12 @@
-// The AVX2 kernels. n:m: x is permuted, not the weights. Two rows of 2:4 share a lane of four floats (`vpermilps` reads
-// the two low bits of each control, so that one shift of 32 bytes of metadata gives the next) or of 16 bytes (`vpshufb`);
-// a panel of 4 rows by 64 columns, or 8 rows of 1:4, is one linear stream of 288, 160 or 104 bytes.
+// The AVX2 kernels for few rows of x: they stream the weights once and are bound by their bytes.
+//
+// n:m kernels permute x, not the weights (`matrix.h` draws a panel). Two rows of 2:4 share a lane of four floats or of 16
+// bytes. `vpermilps` reads the two low bits of each control, so that one shift of the 32 bytes of columns gives the controls
+// of the next step. A panel of 4 rows by 64 columns, or of 8 rows of 1:4, is one linear stream: 288 bytes of bf16, 160 of
+// int8, 104 of int4 (2:4).
+//
+// In the names below, b counts rows of x, r rows of weights, i blocks of 64 columns, t and c steps within a block, h and p
+// halves of a panel's rows, j tiles that are read side by side, e independent sums of one output.
 
 #include "avx2.h"
 
@@ -213,7 +219,7 @@ INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, i
   } else if constexpr (n > 0) {
     panels_of_integers<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
   } else {
-    constexpr int R = BT == 4 ? 2 : 4;  // what the registers hold
+    constexpr int R = BT == 4 ? 2 : 4;  // as many sums as the registers hold
     for (int r = 0; r < 4; r += R) {
       const uint8_t* row = panel + of.dense_block_bytes() * r;
       if constexpr (values < kInt8) dense_floats<values, R, BT, T, in_parts>(row, stride, count, wide, width, sums + r * BT);

@@ -57,10 +57,10 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header");
 
-// What a row of x is turned into before it is multiplied: fp32, padded; for dense bf16, the even columns of each 16 (of each
-// 32 with AVX-512) before the odd ones; or int8 with a scale for each block. With AVX-512 these have 128 added for panels,
-// whose int4 are multiplied as 16 times themselves. `offsets` cancels what was added to dense weights: to int4, and with
-// AVX-512 to int8.
+// The form of x in which kernels multiply it. Floats: fp32, padded; for dense bf16, the even columns of each 16 (of each 32
+// with AVX-512) before the odd ones. Integers: int8 with a scale for each block of 64 columns. AVX-512 adds 128 to these for
+// panels, whose int4 it multiplies as 16 times themselves. `offsets` cancels the constants that are added to dense weights:
+// 8 to int4, and with AVX-512 128 to int8.
 struct Activations {
   const float* wide;
   const int8_t* narrow;
@@ -69,8 +69,8 @@ struct Activations {
   int64_t batch;        // a multiple of 4, or 1 or 2
 };
 
-// What many rows of x are turned into for AMX: 16 rows of 64 bytes at a time, which are 32 bf16 or 64 int8; of fp32
-// activations, what bf16 leaves of them follows in a tile of its own.
+// Many rows of x for AMX: tiles of 16 rows by 64 bytes, which are 32 bf16 or 64 int8. fp32 activations take two tiles: their
+// bf16, and the rest that bf16 leaves of them.
 struct Tiles {
   const uint8_t* tiles;  // (batch / 16, columns), a row of tiles after the other
   const float* scales;   // of int8, (batch, blocks)
@@ -101,8 +101,27 @@ INLINE float float16_to_float(uint16_t bits) {
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * from_bits(0x77800000)));
 }
 
-// Where a panel holds kept value `slot` of `group` (16 of four columns) of row `row`: the two bits of its column within
-// the group, and its value, at byte `value` (`value_shift` of int4 within it).
+// A panel: the kept weights of a few rows by 64 columns, in the order in which the instructions consume them. 2:4 bf16, 4 rows:
+//
+//   byte   0               32              64                                  288
+//          | 8 words: columns | step 0: 16 bf16 | step 1 | ... | step 7: 16 bf16 |
+//
+//   One step is 8 columns. Its 16 bf16, rows 0 and 1 in the even places and rows 2 and 3 in the odd ones, by lane of x:
+//
+//   lane          0       1       2       3       4       5       6       7
+//   columns       c..c+3  (group 0)               c+4..c+7  (group 1)
+//   even: row     0 a     0 b     1 a     1 b     0 a     0 b     1 a     1 b      a, b: the two kept weights of a group
+//   odd: row      2 a     2 b     3 a     3 b     2 a     2 b     3 a     3 b
+//
+//   Bits 2 s and 2 s + 1 of word `lane` say which of the four columns of x that weight meets at step s (rows 0, 1), bits
+//   16 + 2 s those of rows 2, 3: `vpermilps` moves that column to the lane, and one multiplication serves two rows.
+//
+// 2:4 int8, 4 rows, 160 bytes: 32 bytes of columns (2 bits for each of four steps), then four steps of 32 kept bytes. A step is
+// 32 columns of two rows, and `vpshufb` moves the columns of x. int4 puts two steps into the halves of 32 bytes and ends
+// with a bf16 scale for each row. Panels of 1:4 hold 8 rows in the same places: a group has one kept weight.
+//
+// The place of kept value `slot` of `group` (16 groups of four columns) of row `row` in a panel: the two bits of its column
+// within the group, and its value, at byte `value` (`value_shift` bits into it for int4).
 //   floats: 8 words of metadata, word l for lane l = 4 * (group % 2) + n * (row % R) + slot, bits 16 h + 2 s of half
 //     h = row / R and step s = group / 2, with R = 4 / n; then of bf16 per step 16 values, the halves interleaved, and of the
 //     others per two steps and half 16 values, one step after the other.

@@ -1,4 +1,4 @@
-// The plain path, which takes any pattern and any processor, and what it shares with the entry points.
+// The plain path, which takes any pattern and any processor, and the scratch memory that it shares with the entry points.
 
 #pragma once
 
@@ -28,7 +28,7 @@ void* scratch(int64_t bytes) {
   return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
 }
 
-// Frees what a prompt needed and the tokens after it do not.
+// Frees the memory of a prompt, which the tokens after it do not need.
 inline void release_large_scratch() {
   for (int slot = 0; slot < kScratchSlots; ++slot)
     if (scratch_of_thread(slot).size() > kLargeScratch) std::vector<uint8_t>().swap(scratch_of_thread(slot));

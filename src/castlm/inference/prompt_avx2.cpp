@@ -1,8 +1,8 @@
 // Integer weights times many rows of x (prompts, large batches) with AVX2.
 //
-// A single row of x is bound by the bytes of the weights, so that `kernels_avx2.cpp` decodes them anew for every four rows.
-// Many rows are bound by instructions. Here the weights of a tile are decoded once per `kPromptRows` rows of x into what the
-// instructions take, in a buffer that stays in the first-level cache:
+// A single row of x is bound by the bytes of the weights, and `kernels_avx2.cpp` decodes them again for every four rows.
+// Many rows are bound by instructions. Here the weights of a tile are decoded once per `kPromptRows` rows of x into the
+// operands of the instructions, in a buffer that stays in the first-level cache:
 //
 //   n:m, a panel (4 rows by 64 columns of 2:4, 8 rows of 1:4), a record for each half of its rows:
 //     | control 0 | magnitude 0 | signed 0 | control 1 | magnitude 1 | signed 1 | scales (int4) |     32 bytes each
@@ -139,7 +139,7 @@ INLINE void multiply_row(const uint8_t* record, int64_t blocks, const int8_t* x,
 
 // ---- tiles
 
-// The outputs of a tile for one of four rows of x: what the 8 lanes of its sums add up to, in the order of `tile_sums`.
+// The outputs of a tile for one of four rows of x: the sum of the 8 lanes, in the order of `tile_sums`.
 template <int n, int parts>
 INLINE void add_lanes(const float (&sums)[parts][kRowsAtOnce * 8], int b, __m128* outputs) {
   __m128 four[parts];

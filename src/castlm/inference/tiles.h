@@ -4,7 +4,7 @@
 // number of parts of a wide matrix of floats that it reads side by side.
 
 // `share` tiles of each of T parts of the matrix, the first of them from tile `first` on. The T parts are read side by side,
-// so that what is read of x serves T tiles while every part is one stream. `in_parts` is true for what is left over, too: it
+// so that each load of x serves T tiles while every part is one stream. `in_parts` is true for what is left over, too: it
 // decides the order of sums, which may not depend on how a matrix is shared out.
 template <class Set, int n, int values, int BT, int T, bool in_parts>
 INLINE void multiply_parts(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
