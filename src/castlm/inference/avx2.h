@@ -65,10 +65,25 @@ INLINE float sum_of(__m256 v) {
 template <int n, bool is_int4>
 constexpr int integer_panel_bytes() { return is_int4 ? 32 + 64 + 16 / n : 160; }
 
+// The 32 kept weights of a panel at a step, as int8: 32 columns of one half of the rows. int4 stores two steps together.
+template <bool is_int4>
+INLINE __m256i kept_of_step(const uint8_t* panel, int step) {
+  if (!is_int4) return load_bytes(panel + 32 + 32 * step);
+  const __m256i both = load_bytes(panel + 32 + 32 * (step / 2));
+  const __m256i codes = _mm256_and_si256(step % 2 ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+  return _mm256_sub_epi8(codes, _mm256_set1_epi8(8));
+}
+
 // The byte of each group's first column, for each of its kept weights: 16 columns of a lane are four groups.
 template <int n>
 INLINE __m256i first_of_groups() {
   return n == 2 ? _mm256_set1_epi64x(0x0c0c080804040000) : _mm256_set1_epi32(0x0c080400);
+}
+
+// The bytes of x that these weights meet, for `vpshufb`. `meta` is the first 32 bytes of the panel.
+template <int n>
+INLINE __m256i control_of_step(__m256i meta, int step) {
+  return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(meta, 2 * step), _mm256_set1_epi8(3)), first_of_groups<n>());
 }
 
 // Sums of pairs of products, int16. `vpmaddubsw` takes one unsigned factor: |w| times x with the sign of w.
@@ -94,20 +109,17 @@ INLINE void row_scales(const uint8_t* at, __m256* scales) {
   }
 }
 
-// The rows of a tile for row `b` of the BT that `sums` are of: 4, or 8 of 1:4.
+// The outputs of a tile: the sum of the 8 lanes of each of `parts`, which are the four rows of a dense tile, or the two
+// halves of a panel, whose lanes hold two rows of 2:4 or four of 1:4.
 template <int n>
-INLINE void tile_sums(const __m256* sums, int BT, int b, float* rows) {
-  if (n == 0) {
-    for (int r = 0; r < 4; r++) rows[r] = sum_of(sums[r * BT + b]);
-    return;
-  }
-  __m128 half[2];
-  for (int h = 0; h < 2; h++) {
-    const __m256 v = sums[h * BT + b];
-    half[h] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  }
-  _mm_storeu_ps(rows, n == 2 ? _mm_hadd_ps(half[0], half[1]) : half[0]);
-  if (n == 1) _mm_storeu_ps(rows + 4, half[1]);
+INLINE void tile_outputs(const __m256* parts, __m128* outputs) {
+  constexpr int kParts = n ? 2 : 4;
+  __m128 four[kParts];
+  for (int part = 0; part < kParts; part++)
+    four[part] = _mm_add_ps(_mm256_castps256_ps128(parts[part]), _mm256_extractf128_ps(parts[part], 1));
+  if constexpr (n == 0) outputs[0] = _mm_hadd_ps(_mm_hadd_ps(four[0], four[1]), _mm_hadd_ps(four[2], four[3]));
+  if constexpr (n == 1) outputs[0] = four[0], outputs[1] = four[1];
+  if constexpr (n == 2) outputs[0] = _mm_hadd_ps(four[0], four[1]);
 }
 
 }  // namespace castlm

@@ -86,15 +86,13 @@ template <int n, bool is_int4, int BT>
 INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
                     int64_t ld_scales, __m256* sums) {
   constexpr int kBytes = integer_panel_bytes<n, is_int4>();
-  const __m256i low_two = _mm256_set1_epi8(3), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
-  const __m256i group = first_of_groups<n>();
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 a[2][BT];
   for (int p = 0; p < 2; p++)
     for (int b = 0; b < BT; b++) a[p][b] = sums[p * BT + b];
   for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock, scales++) {
     prefetch<kBytes>(panel);
-    const __m256i meta = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
+    const __m256i meta = load_bytes(panel);
     __m256 w_scales[2];
     if (is_int4) row_scales<n>(panel + 96, w_scales);
 #pragma GCC unroll 2
@@ -102,15 +100,7 @@ INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_
       __m256i s[BT];
 #pragma GCC unroll 2
       for (int c = 0; c < 2; c++) {
-        const __m256i control =
-            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(meta, 2 * (2 * p + c)), low_two), group);
-        __m256i w;
-        if (is_int4) {
-          const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 + 32 * p));
-          w = _mm256_sub_epi8(_mm256_and_si256(c ? _mm256_srli_epi16(both, 4) : both, low_four), eight);
-        } else {
-          w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 + 32 * (2 * p + c)));
-        }
+        const __m256i control = control_of_step<n>(meta, 2 * p + c), w = kept_of_step<is_int4>(panel, 2 * p + c);
         const __m256i magnitude = _mm256_abs_epi8(w);
 #pragma GCC unroll 4
         for (int b = 0; b < BT; b++) {
@@ -244,7 +234,14 @@ struct Avx2 {
     add_blocks<n, values, BT, T, in_parts>(of, panel, stride, count, x, at, k, sums);
   }
   template <int n, int values>
-  static INLINE void rows(const Vector* sums, int BT, int b, float* to) { tile_sums<n>(sums, BT, b, to); }
+  static INLINE void rows(const Vector* sums, int BT, int b, float* to) {
+    constexpr int kParts = n ? 2 : 4;
+    Vector parts[kParts];
+    __m128 outputs[n == 1 ? 2 : 1];
+    for (int part = 0; part < kParts; part++) parts[part] = sums[part * BT + b];
+    tile_outputs<n>(parts, outputs);
+    for (const __m128& four : outputs) _mm_storeu_ps(to, four), to += 4;
+  }
 };
 
 }  // namespace

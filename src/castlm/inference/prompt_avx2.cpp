@@ -38,8 +38,6 @@ constexpr int64_t panel_record() { return is_int4 ? 7 * 32 : 6 * 32; }
 // Decodes `blocks` panels: the records of the first half of their rows, then the others.
 template <int n, bool is_int4>
 INLINE void decode_panels(const uint8_t* panel, int64_t blocks, uint8_t* decoded) {
-  const __m256i low_two = _mm256_set1_epi8(3), low_four = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
-  const __m256i group = first_of_groups<n>();
   for (int64_t block = 0; block < blocks; block++, panel += integer_panel_bytes<n, is_int4>()) {
     const __m256i meta = load_bytes(panel);
     __m256 scales[2];
@@ -48,9 +46,8 @@ INLINE void decode_panels(const uint8_t* panel, int64_t blocks, uint8_t* decoded
       uint8_t* to = decoded + (half * blocks + block) * panel_record<is_int4>();
       for (int columns = 0; columns < 2; columns++) {  // 0..31 and 32..63
         const int step = 2 * half + columns;
-        __m256i w = load_bytes(panel + 32 + 32 * (is_int4 ? half : step));
-        if (is_int4) w = _mm256_sub_epi8(_mm256_and_si256(columns ? _mm256_srli_epi16(w, 4) : w, low_four), eight);
-        store(to, _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(meta, 2 * step), low_two), group));
+        const __m256i w = kept_of_step<is_int4>(panel, step);
+        store(to, control_of_step<n>(meta, step));
         store(to, _mm256_abs_epi8(w));
         store(to, w);
       }
@@ -116,7 +113,8 @@ INLINE void multiply_row(const uint8_t* record, int64_t blocks, const int8_t* x,
   for (int b = 0; b < kRowsAtOnce; b++) sum[b] = _mm256_load_ps(sums + 8 * b);
   for (int64_t block = 0; block < blocks; block++, record += dense_record<is_int4>(), x += kBlock, scales++) {
     const __m256i w[2] = {load(record), load(record + (is_int4 ? 32 : 64))};
-    const __m256i magnitude[2] = {load(record + 32), load(record + (is_int4 ? 64 : 96))};  // of int4 the second is the scale
+    const __m256i magnitude[2] = {load(record + 32), load(record + (is_int4 ? 32 : 96))};  // of int8 alone
+    const __m256 w_scale = _mm256_castsi256_ps(load(record + 64));                         // of int4 alone
 #pragma GCC unroll 4
     for (int b = 0; b < kRowsAtOnce; b++) {
       const __m256i v[2] = {load_x(x + b * ldx), load_x(x + b * ldx + 32)};
@@ -126,7 +124,7 @@ INLINE void multiply_row(const uint8_t* record, int64_t blocks, const int8_t* x,
         const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], v[0]), _mm256_maddubs_epi16(w[1], v[1]));
         const int32_t offset = offsets[block + b * ld_scales];
         total = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), _mm256_castsi128_si256(_mm_cvtsi32_si128(offset)));
-        scale = _mm256_mul_ps(_mm256_castsi256_ps(magnitude[1]), scale);
+        scale = _mm256_mul_ps(w_scale, scale);
       } else {
         total = _mm256_add_epi32(_mm256_madd_epi16(dot_bytes(magnitude[0], w[0], v[0]), ones),
                                  _mm256_madd_epi16(dot_bytes(magnitude[1], w[1], v[1]), ones));
@@ -138,19 +136,6 @@ INLINE void multiply_row(const uint8_t* record, int64_t blocks, const int8_t* x,
 }
 
 // ---- tiles
-
-// The outputs of a tile for one of four rows of x: the sum of the 8 lanes, in the order of `tile_sums`.
-template <int n, int parts>
-INLINE void add_lanes(const float (&sums)[parts][kRowsAtOnce * 8], int b, __m128* outputs) {
-  __m128 four[parts];
-  for (int part = 0; part < parts; part++) {
-    const __m256 lanes = _mm256_load_ps(sums[part] + 8 * b);
-    four[part] = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-  }
-  if constexpr (n == 0) outputs[0] = _mm_hadd_ps(_mm_hadd_ps(four[0], four[1]), _mm_hadd_ps(four[2], four[3]));
-  if constexpr (n == 1) outputs[0] = four[0], outputs[1] = four[1];
-  if constexpr (n == 2) outputs[0] = _mm_hadd_ps(four[0], four[1]);
-}
 
 // As `Multiply`, for up to `kPromptRows` rows of x. n = 0 is dense.
 template <int n, int values>
@@ -184,8 +169,11 @@ void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x
     }
     const int64_t row = tile * kTileRows, num_rows = of.rows - row < kTileRows ? of.rows - row : kTileRows;
     for (int64_t b = 0; b < x.batch; b++) {
+      __m256 parts[kParts];
+      for (int part = 0; part < kParts; part++)
+        parts[part] = _mm256_load_ps(sums[b / kRowsAtOnce][part] + b % kRowsAtOnce * 8);
       __m128 outputs[kTileRows / 4];
-      add_lanes<n>(sums[b / kRowsAtOnce], int(b % kRowsAtOnce), outputs);
+      tile_outputs<n>(parts, outputs);
       for (int four = 0; four < kTileRows / 4; four++) {
         const int64_t at = row + 4 * four;
         if (!is_int4) outputs[four] = _mm_mul_ps(outputs[four], _mm_loadu_ps(row_scales_of_int8 + at));
