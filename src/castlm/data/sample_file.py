@@ -11,17 +11,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from castlm.core.errors import InputError
 from castlm.data.sampling import Sample, Sampler
 from castlm.files.atomic_file import atomic_write_json, flush_folder, read_json_mapping
 from castlm.files.disk import is_disk_full
+from castlm.files.lock import HeldError, locked
 from castlm.files.reading import read_record, sha256_file, user_path
 
 FEW_SAMPLES = 32
@@ -219,18 +218,18 @@ def open_samples(
         raise InputError(f"output_file {path} does not end in .jsonl, which tells its readers what it is: rename it")
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"output_file {path} cannot be made: name a file in an existing folder")
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise InputError(f"{path} is being written by another process: wait for it, or name another file") from None
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; name another file") from error
-    try:
-        yield SampleFile(path, settings, dedup_prefix, _replaced(path, overwrite, resume))
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, "sample"))
+        except HeldError:
+            raise InputError(f"{path} is being written by another process: wait for it, or name another file") from None
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; name another file") from error
+        try:
+            yield SampleFile(path, settings, dedup_prefix, _replaced(path, overwrite, resume))
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _replaced(path: Path, overwrite: bool, resume: bool) -> str | None:

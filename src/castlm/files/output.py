@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import glob
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +20,7 @@ from castlm.core.errors import InputError
 from castlm.files.atomic_dir import check_name
 from castlm.files.atomic_file import atomic_write_text, flush_folder, remove_stale, temporary_name
 from castlm.files.disk import disk_full_is_said
+from castlm.files.lock import HeldError, locked
 from castlm.files.reading import read_record
 from castlm.files.record import (
     LOCK,
@@ -248,34 +246,17 @@ def _check_beside(final: Path) -> None:
 def _locked(folder: Path, command: str) -> Iterator[None]:
     """Holds the lock of `folder` during the block. One process of a run takes it for all ranks.
 
-    The lock is a `flock` of the kernel, so it ends with the process, even after a kill. On NFS 4 and most cluster file
-    systems it also holds between machines; after a crash it ends with the lease, in about 90 s.
-
     Raises:
         InputError: another process holds it; names its number, machine and command.
     """
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another output folder") from error
-    try:
+    with contextlib.ExitStack() as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            lock.enter_context(locked(folder / LOCK, command))
+        except HeldError as holder:
             raise InputError(f"{folder} is in use by {holder}: wait for it, or choose another output folder") from None
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            note(f"{folder} is on a file system without locks: start no other command in it meanwhile")
-        if not os.fstat(descriptor).st_nlink:
-            raise InputError(f"{folder} was in use until now: start again")
-        with contextlib.suppress(OSError):  # the disk is full
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} (castlm {command})".encode(), 0)
+            raise InputError(f"cannot write {folder}: {error.strerror}; choose another output folder") from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def refuse_locked(folder: Path) -> None:
