@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -212,24 +212,31 @@ class AdamS(Optimizer):
         self._flips = flips
 
     @torch.no_grad()
-    def refresh_masks(self, group: dict[str, Any]) -> None:
-        """Recomputes the masks of a sparse group from `|W|` (CAST, Eq. 6). Raises `InputError` if a weight is NaN."""
-        pattern, has_nan = group["pattern"], False
-        self._flips = 0
-        if isinstance(pattern, NM):
-            params = [p for p in group["params"] if local(p).numel()]  # a rank may hold no rows of a parameter
-            if params:
-                weights = [local(param) for param in params]
-                masks = [local(self.state[param]["mask"]) for param in params]
-                self._flips, has_nan = refresh_masks_(weights, masks, pattern.n, pattern.m, bool(self._fused))
-        else:
+    def refresh_masks(self, group: dict[str, Any]) -> Tensor | int:
+        """Recomputes the masks of a sparse group from `|W|` (CAST, Eq. 6).
+
+        Returns:
+            The number of mask entries on this rank that changed.
+
+        Raises:
+            InputError: a weight is NaN.
+        """
+        pattern, flips = group["pattern"], cast("Tensor | int", 0)
+        if not isinstance(pattern, NM):
             for params in _joint_params(group):
                 for param, mask in zip(params, pattern.own_masks(params)):
-                    self._flips = self._flips + replace_(local(self.state[param]["mask"]), pack_mask(mask))
+                    flips = flips + replace_(local(self.state[param]["mask"]), pack_mask(mask))
+            return flips
+        params = [p for p in group["params"] if local(p).numel()]  # a rank may hold no rows of a parameter
+        if not params:
+            return 0
+        weights, masks = [local(p) for p in params], [local(self.state[p]["mask"]) for p in params]
+        flips, has_nan = refresh_masks_(weights, masks, pattern.n, pattern.m, bool(self._fused))
         if has_nan:
             raise DivergedError(
                 "a sparse weight is NaN, so the run has diverged: start it again with a lower learning rate"
             )
+        return flips
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -244,13 +251,9 @@ class AdamS(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._check_gradients(group)
-        flips: list[Tensor | int] = []
         # Alg. 1: every T1 steps the mask is made anew at the top of the step, so that step 0 has a true mask.
-        for group in filter(self._is_refresh_due, self.param_groups):
-            self.refresh_masks(group)
-            flips.append(self._flips)
-        if flips:
-            self._flips = sum(flips)
+        if due := list(filter(self._is_refresh_due, self.param_groups)):
+            self._flips = sum(map(self.refresh_masks, due))
         for group in self.param_groups:
             self._step_group(group)
         return loss

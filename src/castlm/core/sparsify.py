@@ -28,12 +28,12 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module has a weight (..., out, in) that the pattern may apply to."""
-    return isinstance(module, (nn.Linear, ExpertLinear))
+    return isinstance(module, SparseLayer)
 
 
-def num_weights(layer: nn.Linear | ExpertLinear) -> int:
-    """The number of weights of a layer, over all experts."""
-    return layer.out_features * layer.in_features * (layer.num_experts if isinstance(layer, ExpertLinear) else 1)
+def num_weights(layer: SparseLayer) -> int:
+    """The number of weights of a layer, over all experts and ranks."""
+    return weight_parameter(layer).numel()
 
 
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
@@ -92,7 +92,7 @@ def sparse_linears(
     for fqn, module in model.named_modules(remove_duplicate=True):
         if "parametrizations" in fqn.split("."):
             continue
-        if isinstance(module, (nn.Linear, ExpertLinear)) and filter_fn(module, fqn):
+        if isinstance(module, SparseLayer) and filter_fn(module, fqn):
             misfit = _misfit(module, pattern)
             if misfit:
                 dense[fqn] = misfit
