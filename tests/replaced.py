@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from castlm.files.atomic_dir import atomic_dir
 from castlm.files.output import check_output
 
 
-def replace_and_die(final: Path, moment: int) -> bool:
-    """Replaces `final` in a child that kills itself before its `moment`-th step on files. False: it came to its end."""
+def killed_at(moment: int, work: Callable[[], object]) -> bool:
+    """Does `work` in a child that kills itself before its `moment`-th step on files. False: it came to its end."""
     child = os.fork()
     if child == 0:
         steps = iter(range(moment))
@@ -29,23 +30,25 @@ def replace_and_die(final: Path, moment: int) -> bool:
 
         sys.addaudithook(hook)
         try:
-            with atomic_dir(final, overwrite=True) as folder:
-                for name in "ab":
-                    (folder / name).write_text("new")
+            work()
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def write(final: Path, text: str) -> None:
+    with atomic_dir(final, overwrite=True) as folder:
+        for name in "ab":
+            (folder / name).write_text(text)
 
 
 def main(folder: Path) -> None:
     """Prints a row for each moment: what lay there after a check of the next start, and what each folder held."""
     for moment in count():
         final = folder / str(moment) / "out"
-        for version in ("older", "old"):
-            with atomic_dir(final, overwrite=True) as earlier:
-                for name in "ab":
-                    (earlier / name).write_text(version)
-        killed = replace_and_die(final, moment)
+        write(final, "older")
+        write(final, "old")
+        killed = killed_at(moment, lambda final=final: write(final, "new"))
         check_output(final, overwrite=True)
         held = {
             entry.name: [(entry / name).read_text() for name in "ab" if (entry / name).exists()]

@@ -18,7 +18,7 @@ import pytest
 from castlm.core.errors import InputError
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_file, atomic_write_json
-from castlm.files.disk import disk_full_is_said, is_disk_full
+from castlm.files.disk import is_disk_full, reporting_full_disk
 from castlm.files.output import check_output
 from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, read_result
@@ -344,10 +344,10 @@ def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(tmp_path):
 
 def test_a_file_that_is_too_large_is_said(tmp_path):
     said = pytest.raises(InputError, match=r"limit \(ulimit -f\) does not allow so large a file")
-    with said, disk_full_is_said(tmp_path / "a"):
+    with said, reporting_full_disk(tmp_path / "a"):
         raise OSError(errno.EFBIG, "File too large")
-    with pytest.raises(InputError, match="so large a file"), disk_full_is_said(tmp_path / "a"):
+    with pytest.raises(InputError, match="so large a file"), reporting_full_disk(tmp_path / "a"):
         raise RuntimeError("I/O error: File too large (os error 27)")
     assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
-    with pytest.raises(ValueError, match="413"), disk_full_is_said(tmp_path / "a"):
+    with pytest.raises(ValueError, match="413"), reporting_full_disk(tmp_path / "a"):
         raise ValueError("HTTP 413: File too large")

@@ -18,6 +18,8 @@ from castlm.core.errors import InputError
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.output import begin_output, check_output, output_folder, record_file, refuse_inputs_inside
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
+from tests.refusals import refuse_mkdir
+from tests.replaced import killed_at
 
 
 def write(file: Path, text: str = "x") -> Path:
@@ -131,20 +133,7 @@ def test_a_folder_without_a_whole_record_is_not_overwritten(record, tmp_path):
 @pytest.mark.parametrize("moment", range(30))
 def test_a_kill_at_any_moment_of_an_overwriting_start_loses_nothing(moment, tmp_path):
     run(tmp_path / "run", "1")
-    pid = os.fork()
-    if not pid:
-        steps = iter(range(moment))
-
-        def hook(event: str, arguments: tuple) -> None:
-            if event.startswith(("os.", "open")) and event != "os.kill" and next(steps, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            run(tmp_path / "run", "2", overwrite=True)
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+    killed_at(moment, lambda: run(tmp_path / "run", "2", overwrite=True))
     held = {folder.name: tree(folder) for folder in tmp_path.iterdir() if not folder.name.startswith(".")}
     assert {"config.yaml": "1", "checkpoints/step/weights": "1"} in held.values()
     run(tmp_path / "run", "3", overwrite=True)
@@ -251,14 +240,7 @@ def test_a_folder_alone_that_can_be_written_is_enough_for_a_run(tmp_path, monkey
     """As a volume mounted at /out, for a user who may not write in /. A result takes its name beside the folder."""
     out = tmp_path / "out"
     out.mkdir()
-    mkdir = os.mkdir
-
-    def refusing(path, *arguments, **options) -> None:
-        if Path(path).parent == tmp_path:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        mkdir(path, *arguments, **options)
-
-    monkeypatch.setattr(os, "mkdir", refusing)
+    refuse_mkdir(monkeypatch, tmp_path)
     with pytest.raises(InputError, match=f"cannot write {tmp_path}, where out is to be: Permission denied"):
         check_output(out)
     run(out, "1")

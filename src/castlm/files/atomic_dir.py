@@ -14,7 +14,7 @@ from pathlib import Path
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import flush_file, flush_folder, remove_stale, temporary_name, widen_access
-from castlm.files.disk import disk_full_is_said
+from castlm.files.disk import reporting_full_disk
 from castlm.files.record import is_empty, record_output, set_aside
 
 
@@ -31,7 +31,7 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     # A link is followed, so that the folder behind it is replaced and the link stays.
     final = Path(os.path.realpath(Path(final).expanduser()))
     temporary = final.with_name(temporary_name(final.name))
-    with disk_full_is_said(final):
+    with reporting_full_disk(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         check_name(final)
         remove_stale(final, os.listdir(final.parent))

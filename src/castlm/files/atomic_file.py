@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files.disk import disk_full_is_said
+from castlm.files.disk import reporting_full_disk
 from castlm.files.reading import read_json_object
 
 
@@ -94,7 +94,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         InputError: the disk is full.
     """
     path = Path(path)
-    with disk_full_is_said(path):
+    with reporting_full_disk(path):
         with atomic_file(path) as temporary:
             write_flushed(temporary, text)
         flush_folder(path.parent)

@@ -11,7 +11,7 @@ from castlm.core.errors import InputError
 
 
 @contextlib.contextmanager
-def disk_full_is_said(path: str | Path, remedy: str = "free some space or choose another folder") -> Iterator[None]:
+def reporting_full_disk(path: str | Path, remedy: str = "free some space or choose another folder") -> Iterator[None]:
     """Raises `InputError` for a full disk, with the `remedy`, and for a file over the size limit; other errors pass."""
     try:
         yield

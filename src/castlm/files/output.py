@@ -19,9 +19,9 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.files.atomic_dir import check_name
 from castlm.files.atomic_file import atomic_write_text, flush_folder, remove_stale, temporary_name
-from castlm.files.disk import disk_full_is_said
+from castlm.files.disk import reporting_full_disk
 from castlm.files.lock import HeldError, locked
-from castlm.files.reading import read_record
+from castlm.files.reading import read_record, user_path
 from castlm.files.record import (
     LOCK,
     OUTPUT,
@@ -52,7 +52,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Inputs | 
     final = _resolve(path, inputs or {})
     _refuse_content(final, overwrite)
     refuse_locked(final)
-    _check_beside(final)
+    check_beside(final)
     return final
 
 
@@ -81,7 +81,7 @@ def output_folder(
     final = _resolve(path, inputs or {})
     existed = final.is_dir()
     if not existed:
-        _check_beside(final)
+        check_beside(final)
         final.mkdir(exist_ok=True)
     with _locked(final, command):
         before = read_record(final / OUTPUT).get("begun")
@@ -89,7 +89,7 @@ def output_folder(
             if not resume:
                 _refuse_content(final, overwrite)
                 if not is_empty(final):
-                    _check_beside(final)
+                    check_beside(final)
             elif not is_empty(final) and command_of(final) != command:
                 raise InputError(f"{final} holds no output of castlm {command}, but other files: name another folder")
             yield final
@@ -127,7 +127,7 @@ def begin_output(
     folder, files = Path(os.path.realpath(folder)), files or {}
     about |= {"command": command, "begun": datetime.datetime.now(datetime.UTC).isoformat(), "complete": False}
     about |= {"begins_with": sorted(files)}
-    with disk_full_is_said(folder):
+    with reporting_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if resume:
             earlier = {name: value for name, value in read_record(folder / OUTPUT).items() if name != "files"}
@@ -196,15 +196,9 @@ def _undo_begin(folder: Path, earlier: str | None) -> None:
 
 def _resolve(path: str | Path, inputs: Inputs) -> Path:
     """Resolves links in `path`; refuses a name that cannot be recorded, a file, or a folder that holds an input."""
-    if not str(path):
-        raise InputError("the output folder has no name: pass output_dir")
     refuse_undecodable({"output_dir": path, **inputs})
-    try:
-        final = Path(os.path.realpath(Path(path).expanduser()))
-        is_file = os.path.lexists(final) and not final.is_dir()
-    except (RuntimeError, ValueError, OSError) as error:  # an unknown home, a NUL byte, a loop of links
-        raise InputError(f"the output folder {str(path)!r} is not a usable path: {error}") from None
-    if is_file:
+    final = Path(os.path.realpath(user_path(path)))
+    if os.path.lexists(final) and not final.is_dir():
         raise InputError(f"{final} is a file: name a folder for the output")
     refuse_inputs_inside(final, inputs)
     return final
@@ -229,7 +223,7 @@ def _refuse_content(final: Path, overwrite: bool) -> None:
         )
 
 
-def _check_beside(final: Path) -> None:
+def check_beside(final: Path) -> None:
     """Checks that folders can be made beside `final`, and removes leftovers of killed writers."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -249,14 +243,11 @@ def _locked(folder: Path, command: str) -> Iterator[None]:
     Raises:
         InputError: another process holds it; names its number, machine and command.
     """
-    with contextlib.ExitStack() as lock:
-        try:
-            lock.enter_context(locked(folder / LOCK, command))
-        except HeldError as holder:
-            raise InputError(f"{folder} is in use by {holder}: wait for it, or choose another output folder") from None
-        except OSError as error:
-            raise InputError(f"cannot write {folder}: {error.strerror}; choose another output folder") from error
-        yield
+    try:
+        with locked(folder / LOCK, command):
+            yield
+    except HeldError as holder:
+        raise InputError(f"{folder} is in use by {holder}: wait for it, or choose another output folder") from None
 
 
 def refuse_locked(folder: Path) -> None:
@@ -291,14 +282,14 @@ def refuse_undecodable(paths: Inputs) -> None:
 def refuse_inputs_inside(final: Path, inputs: Inputs) -> None:
     """Refuses an output folder that is or holds an input of the same command.
 
-    Resolves links, `..`, bind mounts and other names of the same folder.
+    Resolves links and `..`: the folder would be renamed while the input is still being read.
 
     Raises:
         InputError: names the option and the input.
     """
     for option, value in inputs.items():
         for path in _local_paths(str(value or "")):
-            if any(_is_same(folder, final) for folder in (path, *path.parents)):
+            if final in (path, *path.parents):
                 raise InputError(f"{option} {value} is in the output folder {final}: choose another output_dir")
 
 
@@ -312,10 +303,3 @@ def _local_paths(value: str) -> list[Path]:
         return [*(Path(os.path.realpath(name)) for name in names), *links]
     except (RuntimeError, ValueError, OSError):
         return []  # not a path; the command itself reports it
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    try:
-        return one == other or os.path.samefile(one, other)
-    except OSError:
-        return False

@@ -6,11 +6,13 @@ reader of castlm opens its files here; libraries that open files themselves get 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,12 +41,19 @@ def user_path(path: str | Path) -> Path:
     try:
         path = Path(text).expanduser()
         os.stat(path)
-    except OSError as error:
-        if error.errno not in _ABSENT:  # `Path.exists` and its like raise these
-            raise InputError(f"cannot access {str(path)[:200]}: {_reason(error)}") from error
-    except (RuntimeError, ValueError) as error:  # no home, a null character, a lone surrogate
-        raise InputError(f"the path {text!r} cannot be used: {_reason(error)}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # no home, a null character, a lone surrogate
+        if getattr(error, "errno", None) not in _ABSENT:  # `Path.exists` and its like raise the others
+            raise InputError(f"cannot access {text[:200]!r}: {_reason(error)}") from error
     return Path(path)
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Turns an error of the system inside the context into `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}") from error
 
 
 def check_regular(path: str | Path) -> Path:
@@ -54,10 +63,8 @@ def check_regular(path: str | Path) -> Path:
         InputError: the file does not exist, cannot be accessed, or is a folder, named pipe, socket or device.
     """
     path = user_path(path)
-    try:
+    with _reading(path):
         kind = stat.S_IFMT(os.stat(path).st_mode)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from error
     if kind != stat.S_IFREG:
         raise InputError(f"{path} is {_KINDS.get(kind, 'not a regular file')}: give a regular file")
     return path
@@ -69,14 +76,12 @@ def check_regular_entries(folder: Path) -> None:
     Raises:
         InputError: an entry is a named pipe, socket or device, or the folder cannot be listed.
     """
-    try:
+    with _reading(folder):
         for parent in (folder, *filter(Path.is_dir, folder.iterdir())):
             for entry in parent.iterdir():
                 # a dangling link passes: the reader of the file reports that it is missing
                 if entry.exists() and not entry.is_dir():
                     check_regular(entry)
-    except OSError as error:
-        raise InputError(f"cannot read {error.filename or folder}: {_reason(error)}") from error
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -86,15 +91,10 @@ def open_regular(path: str | Path) -> BinaryIO:
         InputError: as `check_regular`.
     """
     path = check_regular(path)
-    try:
-        # not blocking, and checked again: the path may have changed meanwhile
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputError(f"{path} is not a regular file: give a regular file")
-    return os.fdopen(descriptor, "rb")
+    with _reading(path):
+        # not blocking: a named pipe may have taken the place of the file meanwhile
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.fdopen(descriptor, "rb")
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -103,11 +103,8 @@ def read_bytes(path: str | Path) -> bytes:
     Raises:
         InputError: as `check_regular`, or it cannot be read.
     """
-    try:
-        with open_regular(path) as stream:
-            return stream.read()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+    with open_regular(path) as stream, _reading(path):
+        return stream.read()
 
 
 def read_text(path: str | Path) -> str:
@@ -133,9 +130,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
     """
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise InputError(f"{where} is not readable JSON: it is nested too deeply") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not readable JSON: {_reason(error)}") from error
 
 

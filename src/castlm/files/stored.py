@@ -8,7 +8,6 @@ JSON header, the data (github.com/huggingface/safetensors).
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,8 +41,6 @@ FLOATS: dict[str, FloatBits] = {
     "F8_E5M2": FloatBits("u1", 0x7F, 0x7C),
     "F8_E4M3": FloatBits("u1", 0x7F, 0x7F),  # the "fn" kind: no infinity, one NaN
 }
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E5M2", "F8_E4M3"), 1)
 
 
 class StoredTensor(NamedTuple):
@@ -98,42 +95,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     open_regular(file).close()  # safetensors' own message for an unreadable file does not tell why
     try:
-        with safe_open(file, "np"):  # validates the header, and reads no data
+        with safe_open(file, "np"):  # checks the header and the size of the file, and reads no data
             pass
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file} is not a whole safetensors file ({reason}): fetch or write it again") from error
-    try:
-        with open_regular(file) as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = parse_json(stream.read(length), f"the header of {file}")
-            size = stream.seek(0, 2)
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    with open_regular(file) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = parse_json(stream.read(length), f"the header of {file}")
     header.pop("__metadata__", None)
-    try:
-        tensors = {name: _stored(name, entry, file, 8 + length) for name, entry in header.items()}
-    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"the header of {file} is corrupt: fetch or write the file again") from error
-    end = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
-        if tensor.offset != end:
-            raise InputError(f"{tensor.name} overlaps or leaves a hole in {file}: fetch or write the file again")
-        end += tensor.num_bytes
-    if end != size:
-        raise InputError(f"{file} holds {size} bytes where its header says {end}: fetch or write the file again")
-    return tensors
-
-
-def _stored(name: str, entry: dict[str, Any], file: Path, data_start: int) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if any(type(number) is not int or number < 0 for number in (begin, end - begin, *shape)):
-        raise ValueError
-    expected = math.prod(shape) * _BYTES.get(entry["dtype"], 0)  # 0: a dtype that is listed but never read
-    if expected and end - begin != expected:
-        raise ValueError
-    return StoredTensor(name, entry["dtype"], shape, file, data_start + begin, end - begin)
+    found = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        found[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + begin, end - begin)
+    return found
 
 
 def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
@@ -179,10 +154,7 @@ def read_bytes(tensor: StoredTensor) -> np.ndarray:
 def _read_into(stream: Any, chunk: np.ndarray, tensor: StoredTensor) -> None:
     view, done = chunk.data, 0
     while done < len(view):
-        try:
-            count = stream.readinto(view[done:])
-        except OSError as error:
-            raise InputError(f"cannot read {tensor.name} from {tensor.file}: {error.strerror}") from error
+        count = stream.readinto(view[done:])
         if not count:
             raise InputError(f"{tensor.file} was cut short while {tensor.name} was read")
         done += count

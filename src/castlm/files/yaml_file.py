@@ -7,7 +7,7 @@ object. Here `1e-4` is a number and the others are text, which `castlm.fields` c
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from castlm.core.errors import InputError
 from castlm.files.reading import open_regular
 
 MAX_BYTES = 1 << 20
-MAX_DEPTH = 20
 
 
 def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
@@ -23,26 +22,51 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
 
     Raises:
         InputError: the file is missing, no regular file, larger than 1 MiB, not UTF-8, not valid YAML or not a mapping;
-            it repeats a key, uses an alias or a tag, or nests deeper than 20 levels.
+            it repeats a key, uses an alias or a tag, or nests hundreds of levels.
     """
-    return parse_yaml_mapping(_read_text(path), str(path))
+    with open_regular(path) as stream:
+        raw = stream.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is not a file of options")
+    try:
+        return parse_yaml_mapping(raw.decode("utf-8-sig"), str(path))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
 
 
 def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
     """As `read_yaml_mapping`, for text that was read from `source`."""
     import yaml
 
+    seen: set[int] = set()
+
+    def value_of(node: yaml.Node) -> Any:
+        where = f"{source}, line {node.start_mark.line + 1}"
+        if id(node) in seen:  # an alias of an alias of an alias would make a small file huge
+            raise InputError(f"{where}: an alias of this value is not supported: write the value again")
+        if node.tag not in _TAGS:
+            raise InputError(f"{where}: the tag {node.tag} is not supported: leave it out")
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            return [value_of(item) for item in node.value]
+        if isinstance(node, yaml.ScalarNode):
+            return _plain_value(node.value) if node.style is None else node.value
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in found:
+                raise InputError(f"{source}, line {key.start_mark.line + 1}: a key must be text, and there only once")
+            found[key.value] = value_of(value)
+        return found
+
     try:
-        _check_events(text, source)
-        loader = _loader(source)(text)
-        content = loader.get_single_data()
-    except InputError:  # a ValueError too, which already names the file and the line
-        raise
+        node = yaml.compose(text, Loader=yaml.BaseLoader)  # which converts no value, and knows no tag
+    except RecursionError:
+        raise InputError(f"{source} nests too many levels inside each other") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = None if node is None else value_of(node)
     if not isinstance(content, dict):
-        kind = {type(None): "nothing", str: "text", list: "a list"}.get(type(content), "a number")
-        raise InputError(f"{source} holds {kind}, not a mapping: write lines as `max_steps: 300`")
+        raise InputError(f"{source} holds {type(content).__name__}, not a mapping: write lines as `max_steps: 300`")
     return content
 
 
@@ -61,32 +85,7 @@ def to_yaml(content: Mapping[str, Any]) -> str:
     return str(yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
-def _read_text(path: str | Path) -> str:
-    with open_regular(path) as stream:
-        raw = stream.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is not a file of options")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
-
-
-def _check_events(text: str, source: str) -> None:
-    """Refuses aliases, tags and deep nesting, which can make a small file huge, before building anything."""
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        where = f"{source}, line {event.start_mark.line + 1}"
-        if isinstance(event, yaml.AliasEvent):
-            raise InputError(f"{where}: the alias *{event.anchor} is not supported: write the value again")
-        if getattr(event, "tag", None) not in (None, "!"):
-            raise InputError(f"{where}: the tag {event.tag} is not supported: leave it out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise InputError(f"{where}: more than {MAX_DEPTH} levels inside each other")
-
+_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 _PLAIN = {
     "null": re.compile(r"~|null|Null|NULL|"),
@@ -102,32 +101,3 @@ def _plain_value(text: str) -> Any:
     if kind == "bool":
         return text.lower() == "true"
     return {"null": lambda _: None, "int": int, "float": float, "text": str}[kind](text)
-
-
-def _loader(source: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Builds mappings, lists and scalars alone."""
-
-        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-        def construct_object(self, node: Any, deep: bool = False) -> Any:
-            if isinstance(node, yaml.MappingNode):
-                return self._mapping(node)
-            if isinstance(node, yaml.SequenceNode):
-                return [self.construct_object(item) for item in node.value]
-            return _plain_value(node.value) if node.style is None else node.value
-
-        def _mapping(self, node: Any) -> dict[Hashable, Any]:
-            found: dict[Hashable, Any] = {}
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                if not isinstance(key, yaml.ScalarNode):
-                    raise InputError(f"{source}, line {line}: a key must be text")
-                if key.value in found:
-                    raise InputError(f"{source}, line {line}: the key {key.value} is there twice: keep one")
-                found[key.value] = self.construct_object(value)
-            return found
-
-    return Loader

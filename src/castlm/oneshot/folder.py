@@ -29,7 +29,7 @@ from castlm.files.atomic_file import (
     read_json_mapping,
     size_and_crc,
 )
-from castlm.files.disk import disk_full_is_said
+from castlm.files.disk import reporting_full_disk
 from castlm.files.record import OUTPUT
 
 PROGRESS = "progress.json"
@@ -136,7 +136,7 @@ class StartFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Turns a full disk into one line with the remedy."""
-        with disk_full_is_said(self.path, _REMEDY):
+        with reporting_full_disk(self.path, _REMEDY):
             yield
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_file
-from castlm.files.disk import disk_full_is_said
+from castlm.files.disk import reporting_full_disk
 from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
 from castlm.report.charts import NEEDS_MATPLOTLIB, can_draw
@@ -61,6 +61,6 @@ def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
     upper.legend()
     lower.axhline(0, color="grey", linewidth=0.8)
     lower.set(xlabel="training tokens", ylabel="log-loss residual")
-    with disk_full_is_said(path), atomic_file(Path(path)) as temporary:
+    with reporting_full_disk(path), atomic_file(Path(path)) as temporary:
         kind = Path(path).suffix.lower().removeprefix(".")
         figure.savefig(temporary, format=kind, metadata={"Creator": _CREATOR})
