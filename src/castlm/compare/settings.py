@@ -44,7 +44,7 @@ def _options(config: Mapping[str, Any], differing: list[str]) -> dict[str, Any]:
     if method in ONESHOT:
         return {} if method == "magnitude" else {"num_sequences": config.get("num_sequences")}
     run = TrainConfig.from_mapping({**config, "output_dir": method})  # which no effect depends on
-    own = [name for name in METHODS[method].options if run.reads(name)]
+    own = [name for name in METHODS[method].options if run.needs(name) is None]
     return {name: config[name] for name in (*own, *differing) if config.get(name) is not None}
 
 

@@ -65,13 +65,10 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
         >>> kept.masks()["layers.0"].float().mean()
         tensor(0.5000)
     """
-    pattern = parse_pattern(pattern).for_model(model)
-    layers = pattern_layers(model, pattern, filter_fn)
-    check_pattern(layers, pattern)
-    return KeptPattern(layers)
+    return KeptPattern(pattern_layers(model, pattern, filter_fn))
 
 
-def check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
+def _check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
     """Raises `InputError` unless all weights of `layers` have the pattern. Under FSDP2 all ranks call it."""
     weights = {name: weight_parameter(layer).detach() for name, layer in layers.items()}
     if any(weight.dim() < 2 for weight in weights.values()):
@@ -93,12 +90,16 @@ def check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
         )
 
 
-def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None) -> dict[str, SparseLayer]:
-    """The layers of a model that should have the pattern, by their names in the base model, see `plain_name`.
+def pattern_layers(
+    model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn | None = None
+) -> dict[str, SparseLayer]:
+    """The layers of a model that have the pattern, by their names in the base model, see `plain_name`.
 
     Raises:
-        InputError: there is no such layer, or experts in a 3-D parameter that is not an `ExpertLinear`.
+        InputError: there is no such layer, one lacks the pattern, or experts are in a 3-D parameter that is not an
+            `ExpertLinear`.
     """
+    pattern = parse_pattern(pattern).for_model(model)
     adapters = _adapter_parts(model)
     left_dense = _left_dense(model)
 
@@ -118,7 +119,9 @@ def pattern_layers(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | Non
                 f"{name} holds sparse experts in a 3-D parameter: call castlm.linearize_experts_(model) first, before "
                 "the optimizer is made, or load the model with castlm.load_model"
             )
-    return {plain_name(fqn): layer for fqn, layer in layers.items()}
+    named = {plain_name(fqn): layer for fqn, layer in layers.items()}
+    _check_pattern(named, pattern)
+    return named
 
 
 def plain_name(fqn: str) -> str:
@@ -193,7 +196,8 @@ def shira_config(
         model = peft_model.merge_and_unload()
     """
     peft = _peft()
-    layers = _sparse_layers(model, pattern, filter_fn)
+    found = pattern_layers(model, pattern, filter_fn)
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}  # PEFT adapts no experts
     if r < 1:
         raise InputError(f"r = {r} is out of range: it must be at least 1")
     kept = {name: int(layer.weight.count_nonzero()) for name, layer in layers.items()}
@@ -254,13 +258,6 @@ def kept_positions(generator: torch.Generator) -> Callable[..., Tensor]:
         return mask.view(weight.shape).to(weight.device)
 
     return mask_fn
-
-
-def _sparse_layers(model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn | None) -> dict[str, nn.Linear]:
-    pattern = parse_pattern(pattern).for_model(model)
-    layers = pattern_layers(model, pattern, filter_fn)
-    check_pattern(layers, pattern)
-    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}  # PEFT adapts no experts
 
 
 def _peft() -> Any:

@@ -17,5 +17,5 @@ class AST(SRSTE):
         return self.options.mask_interval
 
     def before_update(self, step: int) -> None:
-        ramp = min(1.0, step / (0.25 * self.optimizer_options.max_steps))
+        ramp = min(1.0, step / (0.25 * self.optimizer_options.max_steps))  # t / T0 with T0 = T / 4, then 1
         self.add_decay_(self.options.srste_lam * ramp)

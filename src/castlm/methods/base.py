@@ -28,11 +28,11 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return weight * mask
+        return weight * mask  # (1536, 576), zeros where masked
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+        return grad, None  # as if the mask were the identity, so masked weights keep learning
 
 
 class ForwardMask(nn.Module):

@@ -25,4 +25,4 @@ class SRSTE(STE):
         """Adds `coefficient * weight` to the gradient of every masked weight."""
         for weight, mask in self.masks().items():
             if weight.grad is not None:
-                weight.grad.add_(weight * ~mask, alpha=coefficient)
+                weight.grad.add_(weight * ~mask, alpha=coefficient)  # g + lam (~M * W), Eq. 9; (1536, 576)

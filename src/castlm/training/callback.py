@@ -12,7 +12,6 @@ from castlm.core.keep import KeptPattern
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn
 from castlm.methods.adapters import check_adapters, keep_pattern_
-from castlm.patterns import parse_pattern
 
 
 class PatternCallback(TrainerCallback):
@@ -36,7 +35,7 @@ class PatternCallback(TrainerCallback):
     """
 
     def __init__(self, pattern: Pattern | str = "2:4", filter_fn: FilterFn | None = None) -> None:
-        self.pattern, self.filter_fn = parse_pattern(pattern), filter_fn
+        self.pattern, self.filter_fn = pattern, filter_fn
         self.kept: KeptPattern | None = None
         """The guard of the run in progress, or of the last one."""
         self._checks_before = 0

@@ -187,6 +187,14 @@ class TrainConfig:
         """Whether the model of the run is n:m already, and not dense."""
         return self.method.row.keeps_mask and self.start.init_from == self.model.model
 
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """The models, texts and folders that the run reads, by option; an output folder may hold none of them."""
+        texts = {f"dataset {text}": text for text in self.data.datasets}
+        texts |= {f"eval_dataset {text}": text for text in self.evaluation.eval_datasets}
+        folders = {"teacher_cache": self.teacher.teacher_cache, "init_from": self.start.init_from}
+        return {"model": self.model.model, **texts, **folders}
+
     def as_dict(self) -> dict[str, Any]:
         """Every option by its flat name, as text, numbers and tuples, with the defaults that depend on others."""
         return {
@@ -209,10 +217,13 @@ class TrainConfig:
         }
         return to_yaml(sections)
 
-    def reads(self, option: str) -> bool:
-        """Whether an option has an effect in this run, judging by the other options."""
+    def needs(self, option: str) -> str | None:
+        """The condition for an effect of `option` that this run does not meet, in words; None if it has an effect."""
         readers = [method for method, row in METHODS.items() if option in row.options]
-        return (not readers or self.method.method in readers) and (option not in EFFECTS or EFFECTS[option].when(self))
+        if readers and self.method.method not in readers:
+            return f"method {' or '.join(readers)}"
+        effect = EFFECTS.get(option)
+        return None if effect is None or effect.when(self) else effect.needs
 
     def without_effect(self, has_chat: bool = True) -> dict[str, str]:
         """The options that were changed from their default and have no effect in this run, each with the reason.
@@ -229,16 +240,9 @@ class TrainConfig:
         for name, value in self.given.items():
             if is_required(defaults[name]) or value in (None, default_of(defaults[name])):
                 continue
-            readers = [method for method, row in METHODS.items() if name in row.options]
-            if readers and self.method.method not in readers:
-                needs = f"method {' or '.join(readers)}"
-            elif name in OF_CHAT and not has_chat:
-                needs = OF_CHAT[name]
-            elif name in EFFECTS and not EFFECTS[name].when(self):
-                needs = EFFECTS[name].needs
-            else:
-                continue
-            found[name] = f"{name} = {value} has an effect only with {needs}"
+            needs = self.needs(name) or (None if has_chat else OF_CHAT.get(name))
+            if needs is not None:
+                found[name] = f"{name} = {value} has an effect only with {needs}"
         return found
 
 
