@@ -133,6 +133,22 @@ def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool)
     )
 
 
+def check_kill_in_start(ground: Ground, victims: list[int]) -> str:
+    """SIGKILL while rank 0 makes the start: the next start of the ranks continues after the last finished block."""
+    config = ground.new_run()
+    progress = Path(f"{config.checkpoint.output_dir}.partial") / "progress.json"
+    ranks, log = ground.start(config)
+    assert wait_for(progress.is_file, ranks), said(log, 2)
+    for victim in victims:
+        ranks[victim].kill()
+    codes = wait_ranks(ranks, PATIENCE_S)
+    assert None not in codes, f"a rank continues without the other: {said(log, 2)}"
+    assert not (Path(config.checkpoint.output_dir) / "model").exists(), "the kill came too late"
+    ground.bring_home(config)
+    assert not progress.exists()
+    return f"SIGKILL of {'all ranks' if len(victims) == 2 else f'rank {victims[0]}'} during the start"
+
+
 def check_sigterm(ground: Ground, victims: list[int]) -> str:
     """Pre-emption: all ranks save, exit with 0 within the grace time, also when one alone is told."""
     config = ground.new_run(save_steps=0, max_steps=ground.config.optimizer.max_steps)
@@ -199,10 +215,12 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground.prepare(Path(folder))
-        victims = [[0], [1], [0, 1]]
+        sets = [[0], [1], [0, 1]]
         for kill in range(4 if options.quick else 20):
             seed = options.seed * 1000 + kill
-            print(check_kill(ground, seed, victims[kill % 3], during_save=kill % 2 == 1), flush=True)
+            print(check_kill(ground, seed, sets[kill % 3], during_save=kill % 2 == 1), flush=True)
+        for victims in [[0, 1]] if options.quick else [[0], [1], [0, 1]]:
+            print(check_kill_in_start(ground, victims), flush=True)
         for told in ([1],) if options.quick else ([0], [1], [0, 1]):
             print(check_sigterm(ground, told), flush=True)
         for victim in (1,) if options.quick else (0, 1):

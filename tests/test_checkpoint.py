@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
@@ -23,10 +23,15 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 MANIFEST = {"config": {"model": "m"}, "facts": {}, "data": {}, "tokens": 3, "seconds": 1.5, "flips": 0}
 
 
-def state(value: float) -> dict[str, Any]:
+SHARD = "shard-00000.safetensors"
+
+
+def state(value: float) -> dict[str, Tensor]:
     return {
-        "model": {"a.weight": torch.full((4, 6), value), "b": torch.full((3,), value, dtype=torch.bfloat16)},
-        "optimizer": {"a.weight": {"step": torch.tensor(value), "moment": torch.full((4, 6), value)}},
+        "model.a.weight": torch.full((4, 6), value),
+        "model.b": torch.full((3,), value, dtype=torch.bfloat16),
+        "optimizer.a.weight.step": torch.tensor(value),
+        "optimizer.a.weight.mask": torch.full((4, 6), bool(value)),
     }
 
 
@@ -55,12 +60,6 @@ def reseal(path: Path, name: str, content: bytes) -> None:
     rewrite(path, lambda manifest: manifest["files"].update({name: [len(content), zlib.crc32(content)]}))
 
 
-def metadata_with(path: Path, change: Callable[[dict[str, Any]], None]) -> bytes:
-    metadata = json.loads((path / "metadata.json").read_text())
-    change(metadata["tensors"])
-    return json.dumps(metadata).encode()
-
-
 class Payload:
     """A pickle that makes a file when it is read."""
 
@@ -76,34 +75,19 @@ def test_round_trip(checkpoint):
     manifest = load_checkpoint(checkpoint, into, ALONE)
     assert manifest["step"] == 3
     assert manifest["figures"] == {"0": {"perplexity": float("inf")}}
-    expected = state(3.0)
-    assert torch.equal(into["model"]["a.weight"], expected["model"]["a.weight"])
-    assert torch.equal(into["model"]["b"], expected["model"]["b"])
-    assert torch.equal(into["optimizer"]["a.weight"]["step"], torch.tensor(3.0))
-    assert sorted(file.name for file in checkpoint.iterdir()) == ["__0_0.distcp", "manifest.json", "metadata.json"]
+    assert all(torch.equal(into[name], value) for name, value in state(3.0).items())
+    assert sorted(file.name for file in checkpoint.iterdir()) == ["manifest.json", SHARD]
 
 
-@pytest.mark.parametrize("where", [".metadata", "metadata.json", "__0_0.distcp", "a tensor", "manifest.json"])
+@pytest.mark.parametrize("where", [SHARD, "manifest.json"])
 def test_a_pickle_in_a_checkpoint_is_not_run(where, checkpoint, tmp_path):
     content = pickle.dumps(Payload(tmp_path / "executed"))
-    if where == "a tensor":
-        stream = io.BytesIO()
-        torch.save(Payload(tmp_path / "executed"), stream)
-        content = stream.getvalue()
-        end = (checkpoint / "__0_0.distcp").stat().st_size
-        reseal(checkpoint, "__0_0.distcp", (checkpoint / "__0_0.distcp").read_bytes() + content)
-        place = {"start": end, "length": len(content)}
-        metadata = metadata_with(checkpoint, lambda tensors: tensors["model.b"]["chunks"][0].update(place))
-        reseal(checkpoint, "metadata.json", metadata)
-    elif where == "manifest.json" or where == ".metadata":
-        (checkpoint / where).write_bytes(content)
-    else:
+    if where == SHARD:
         reseal(checkpoint, where, content)
-    if where == ".metadata":  # nothing looks at it
-        load_checkpoint(checkpoint, state(0.0), ALONE)
     else:
-        with pytest.raises(InputError, match=r"step-00000003.* remove"):
-            load_checkpoint(checkpoint, state(0.0), ALONE)
+        (checkpoint / where).write_bytes(content)
+    with pytest.raises(InputError, match=r"step-00000003.* remove"):
+        load_checkpoint(checkpoint, state(0.0), ALONE)
     assert not (tmp_path / "executed").exists()
 
 
@@ -111,49 +95,36 @@ def nested(depth: int) -> bytes:
     return b"[" * depth
 
 
-HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a path": lambda t: t["model.b"]["chunks"][0].update(file="../../secret"),
-    "an absolute path": lambda t: t["model.b"]["chunks"][0].update(file="/etc/passwd"),
-    "a path that is no text": lambda t: t["model.b"]["chunks"][0].update(file=["a"]),
-    "past the end": lambda t: t["model.b"]["chunks"][0].update(start=1 << 40),
-    "a negative offset": lambda t: t["model.b"]["chunks"][0].update(start=-1),
-    "an absurd size": lambda t: t["model.b"].update(size=[1 << 60]),
-    "an absurd part": lambda t: t["model.b"]["chunks"][0].update(sizes=[1 << 60]),
-    "a part outside": lambda t: t["model.b"]["chunks"][0].update(offsets=[2]),
-    "half a tensor": lambda t: t["model.a.weight"]["chunks"][0].update(sizes=[2, 6]),
-    "another dtype": lambda t: t["model.b"].update(dtype="torch.float32"),
-    "a dtype that is none": lambda t: t["model.b"].update(dtype="os.system"),
+OTHERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "another width": lambda t: t.update({"model.a.weight": torch.zeros(4, 7)}),
+    "half a tensor": lambda t: t.update({"model.a.weight": torch.zeros(2, 6)}),
+    "more rows": lambda t: t.update({"model.b": torch.zeros(4, dtype=torch.bfloat16)}),
+    "another dtype": lambda t: t.update({"model.b": torch.zeros(3)}),
     "no tensor": lambda t: t.pop("model.b"),
-    "bytes for a tensor": lambda t: t.update({"model.b": {"type": "bytes"}}),
-    "1e400": lambda t: t["model.b"]["chunks"][0].update(sizes=[float("inf")]),
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
-def test_metadata_that_lies_is_refused(case, checkpoint):
-    reseal(checkpoint, "metadata.json", metadata_with(checkpoint, HOSTILE[case]))
-    with pytest.raises(InputError, match=r"metadata\.json does not describe this run") as refusal:
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_tensors_than_those_of_the_run_are_refused(case, checkpoint):
+    tensors = load_file(checkpoint / SHARD)
+    OTHERS[case](tensors)
+    reseal(checkpoint, SHARD, save(tensors))
+    with pytest.raises(InputError, match=r"does not describe this run \(model\.") as refusal:
         load_checkpoint(checkpoint, state(0.0), ALONE)
     assert "\n" not in str(refusal.value)
 
 
-def test_a_tensor_that_unpacks_to_more_than_it_is_is_refused(checkpoint):
-    plain, packed = io.BytesIO(), io.BytesIO()
-    torch.save(torch.zeros(1 << 22), plain)
-    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
-    content = packed.getvalue()
-    end = (checkpoint / "__0_0.distcp").stat().st_size
-    reseal(checkpoint, "__0_0.distcp", (checkpoint / "__0_0.distcp").read_bytes() + content)
-    place = {"start": end, "length": len(content)}
-    reseal(
-        checkpoint,
-        "metadata.json",
-        metadata_with(checkpoint, lambda tensors: tensors["model.b"]["chunks"][0].update(place)),
-    )
-    with pytest.raises(InputError, match="holds compressed tensors"):
-        load_checkpoint(checkpoint, state(0.0), ALONE)
+def test_rows_follow_each_other_in_the_order_of_the_files(checkpoint):
+    """As several ranks would have written them; plain tensors are in the first file alone."""
+    tensors = load_file(checkpoint / SHARD)
+    tensors["model.a.weight"] = torch.arange(24.0).view(4, 6)
+    second = {"model.a.weight": tensors["model.a.weight"][3:].clone()}
+    first = tensors | {"model.a.weight": tensors["model.a.weight"][:3].clone()}
+    reseal(checkpoint, "shard-00001.safetensors", save(second))
+    reseal(checkpoint, SHARD, save(first))
+    into = state(0.0)
+    load_checkpoint(checkpoint, into, ALONE)
+    assert torch.equal(into["model.a.weight"], tensors["model.a.weight"])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"\0", nested(200_000), b'{"format": 2}'])
@@ -171,22 +142,17 @@ def test_a_manifest_carries_its_own_checksum(checkpoint):
         read_manifest(checkpoint)
 
 
-FIELDS = {
-    **{"step": -1, "tokens": "3", "flips": None, "seconds": float("nan"), "config": [], "facts": 3, "data": None},
-    **{"figures": {"0": 3}, "files": {"../../x": [1, 2], "metadata.json": [0, 0]}},
-}
-
-
-@pytest.mark.parametrize("field", FIELDS)
-def test_a_manifest_of_other_types_is_refused(field, checkpoint):
-    rewrite(checkpoint, lambda manifest: manifest.update({field: FIELDS[field]}))
-    with pytest.raises(InputError, match=f"{field} is not what castlm writes"):
-        read_manifest(checkpoint)
+def test_a_damaged_file_is_named(checkpoint):
+    content = bytearray((checkpoint / SHARD).read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (checkpoint / SHARD).write_bytes(content)
+    with pytest.raises(InputError, match="is missing or corrupt: remove"):
+        load_checkpoint(checkpoint, state(0.0), ALONE)
 
 
 def test_a_link_in_a_checkpoint_is_refused(checkpoint, tmp_path):
-    (checkpoint / "__0_0.distcp").rename(tmp_path / "elsewhere")
-    (checkpoint / "__0_0.distcp").symlink_to(tmp_path / "elsewhere")
+    (checkpoint / SHARD).rename(tmp_path / "elsewhere")
+    (checkpoint / SHARD).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="missing or corrupt"):
         load_checkpoint(checkpoint, state(0.0), ALONE)
 

@@ -151,7 +151,7 @@ def test_a_figure_that_is_no_number_is_named_with_its_line(running, figure, caps
     with (running / "metrics.jsonl").open("a") as file:
         file.write(f'{{"step": 9, {figure}}}\n{{"step": 10}}\n')
     assert main(["report", str(running)]) == 2
-    assert "a number was expected" in capsys.readouterr().err
+    assert "is not a row" in capsys.readouterr().err
 
 
 def test_the_sample_of_another_run_is_not_shown(running, finished):

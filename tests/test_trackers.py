@@ -172,6 +172,8 @@ def test_a_tracker_that_fails_during_a_run_does_not_stop_it(at, tmp_path, capsys
     told = []
 
     class Broken:
+        name = "broken"
+
         def log(self, values, step) -> None:
             told.append(step)
             if at == "log":
@@ -186,7 +188,7 @@ def test_a_tracker_that_fails_during_a_run_does_not_stop_it(at, tmp_path, capsys
         for step in (1, 2):
             telemetry.log(step, {"loss": 1.0, "eta_s": 0.0}, write=True)
     assert told == ([1] if at == "log" else [1, 2, "close"])
-    assert capsys.readouterr().err.count("Broken gets no more figures (no route to host)") == 1
+    assert capsys.readouterr().err.count("broken gets no more figures (no route to host)") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -312,9 +314,3 @@ def test_a_failed_upload_says_how_to_send_the_result(endpoint, tmp_path, monkeyp
     monkeypatch.setattr(Hub, "do_POST", lambda self: self.answer({"error": "no"}, 403))
     with pytest.raises(InputError, match=f"the result is whole: hf upload me/run {tmp_path} sends it"):
         hub.push(tmp_path, "me/run", private=False)
-
-
-def test_none_and_a_tracker_contradict_each_other():
-    assert chosen_trackers(["none"]) == []
-    with pytest.raises(InputError, match="report_to none and wandb"):
-        chosen_trackers(["none", "wandb"])

@@ -122,7 +122,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         if self.teacher_cache is not None:
             from castlm.training.teacher_pass import check_teacher_pass
 
-            check_teacher_pass(config)
+            check_teacher_pass(config.model, config.data, config.evaluation, config.teacher)
         free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", *_CACHE_OPTIONS}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         record = None

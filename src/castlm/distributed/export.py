@@ -43,7 +43,7 @@ from castlm.export.hf import (
 )
 from castlm.export.verify import verify
 from castlm.files.atomic_dir import atomic_dir
-from castlm.files.disk import is_disk_full
+from castlm.files.disk import reporting_full_disk
 from castlm.files.stored import SINGLE
 from castlm.models.conversion import as_stored, state_dict_key
 from castlm.models.layout import stored_transposed
@@ -89,16 +89,16 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         manifest["pattern"] = None  # the dense control
     result.root.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
     with contextlib.ExitStack() as stack:
-        temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)), beats=True)
+        temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)), patient=True)
         _write_weights(result, temporary)
         world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
-            manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest), beats=True)
+            manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest), patient=True)
             failure, proof = _verify_again(result, temporary)
-            world.on_main(lambda: _refuse(temporary, folder, failure), beats=True)
+            world.on_main(lambda: _refuse(temporary, folder, failure), patient=True)
             manifest["proof"] |= proof
         world.on_main(lambda: write_record(temporary, folder.name, manifest))
-        world.on_main(stack.close, beats=True)  # hashes all files
+        world.on_main(stack.close, patient=True)  # hashes all files
     return manifest
 
 
@@ -133,18 +133,15 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
             if result.world.is_main:
                 held |= _as_stored(result, name, tensor)
         stored_in |= dict.fromkeys(held, file)
-        result.world.on_main(functools.partial(_save, held, folder / file), beats=True)
+        result.world.on_main(functools.partial(_save, held, folder / file), patient=True)
     if len(files) > 1:
         total = sum(weight.numel() for weight, _ in weights.values())
         result.world.on_main(lambda: write_index(folder, stored_in, total, result.dtype))
 
 
 def _save(held: dict[str, Tensor], file: Path) -> None:
-    try:
+    with reporting_full_disk(file):
         save_file(held, file, metadata={"format": "pt"})
-    except Exception as error:  # safetensors' own type
-        why = "disk full" if is_disk_full(error) else str(error)
-        raise InputError(f"{why} while writing {file}: free some space or choose another folder") from error
 
 
 def _as_stored(result: ShardedResult, name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from castlm.models.architecture import auto_class, linearize_
 from castlm.models.conversion import as_stored, state_dict_key, stored_rows, stored_shapes
 from castlm.models.io import Loaded, stored_dtype
 from castlm.models.layout import OLD_BUFFERS, stored_transposed
-from castlm.models.locate import Location, cached_snapshot, locate
+from castlm.models.locate import Location
 from castlm.models.opening import open_model, quiet
 
 Reader = Callable[[Path], Any]
@@ -123,21 +123,6 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
             model.generation_config = GenerationConfig.from_pretrained(where.target, revision=revision, **where.local)
     source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
     return Loaded(model.eval(), tokenizer, source, dtype), Checkpoint(source, places)
-
-
-def check_one_snapshot(name: str, revision: str | None, world: World) -> None:
-    """Checks that all ranks have the same commit of a hub model: a machine may have an older one in its cache.
-
-    Raises:
-        InputError: the commits differ.
-    """
-    if not locate(name).is_hub:
-        return
-    snapshot = cached_snapshot(name, revision)
-    commits = sorted(set(world.gather("none" if snapshot is None else snapshot.name[:12])))
-    if len(commits) > 1:
-        found = ", ".join(commits)
-        world.check_all(f"the ranks have different commits of {name} in their caches ({found}): set revision to one")
 
 
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -27,6 +27,7 @@ def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
     n, m = pattern.n, pattern.m
     masks = []
     for rows in weight.detach().abs().flatten(0, -2).split(_ROWS):
+        # (1024, 576) -> (1024, 144, 4): the indices of the n largest of each group, ties by position
         best = rows.unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True)[..., :n]
         masks.append(torch.zeros_like(rows, dtype=torch.bool).unflatten(1, (-1, m)).scatter_(-1, best, True).flatten(1))
     return torch.cat(masks).view(weight.shape) if masks else torch.zeros_like(weight, dtype=torch.bool)

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -23,21 +21,18 @@ from torch.distributed.rendezvous import rendezvous
 
 from castlm.core.errors import InputError
 from castlm.hardware import choose_device
-from castlm.progress import note
 
 T = TypeVar("T")
 # Seconds to wait for ranks that may only be late, once a collective has failed.
 DIAGNOSIS_S = 10
-# The other ranks wait this many times `timeout_s` for the next sign of progress of the main rank.
-PATIENCE = 24
 
 
 @dataclass(frozen=True)
 class World:
     """This process among the ranks. `mesh` is None for a single process.
 
-    `control` and `saving` are gloo groups besides the one for computation: `control` carries Python objects, `saving`
-    the messages of the thread that writes checkpoints, which must not mix with the loop's.
+    `control` and `patient` are gloo groups besides the one for computation; they carry Python objects. Ranks wait in
+    `control` at most `timeout_s`, in `patient` at most a day.
     """
 
     rank: int
@@ -45,10 +40,8 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None
     control: dist.ProcessGroup | None = None
-    saving: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None
     timeout_s: float = 600
-    progress: threading.Event = field(default_factory=threading.Event, compare=False)
-    """Set by `reported` after each finished part of the work of `on_main`."""
 
     @property
     def is_main(self) -> bool:
@@ -82,72 +75,29 @@ class World:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def on_main(self, action: Callable[[], T], *, beats: bool = False) -> T:
+    def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
         """Runs `action` on the main rank and returns its result on every rank.
 
         Args:
-            beats: for an action that may take longer than `timeout_s`: a thread tells the waiting ranks that the main
-                rank is at work. They then wait even if the action hangs; once it has `reported` progress, they wait for
-                the next report at most `PATIENCE * timeout_s`.
+            patient: for an action that may take longer than `timeout_s`: the other ranks wait for it up to a day, as
+                long as the main rank lives.
 
         Raises:
             InputError, OSError: on the main rank, as `action`. The other ranks raise `SystemExit`, so that only one
                 rank reports the error.
         """
-        outcome: list[Any] = [True, None, None]  # at work, result, error
+        outcome: list[Any] = [None, None]  # result, error
         if self.is_main:
             try:
-                with self._beating() if beats and self.mesh is not None else contextlib.nullcontext():
-                    outcome = [False, action(), None]
+                outcome[0] = action()
             except (InputError, OSError) as error:
-                outcome = [False, None, error]
-            self._tell(outcome)
-        while outcome[0]:
-            self._tell(outcome)
-        if outcome[2] is not None:
-            raise outcome[2] if self.is_main else SystemExit(2)
-        result: T = outcome[1]
-        return result
-
-    @contextlib.contextmanager
-    def _beating(self) -> Iterator[None]:
-        """Inside the context, a thread tells the waiting ranks that the main rank is at work."""
-        done = threading.Event()
-
-        def beat() -> None:
-            pause, limit = self.timeout_s / 4, PATIENCE * self.timeout_s
-            silent = -math.inf  # until the work reports
-            with contextlib.suppress(RuntimeError):  # a rank has ended; the next message reports it
-                while not done.wait(pause):
-                    silent = 0.0 if self.progress.is_set() else silent + pause
-                    self.progress.clear()
-                    if silent >= limit:
-                        note(f"the main rank has made no progress for {limit:g} s: the others stop waiting for it")
-                        return
-                    self._tell([True, None, None])
-
-        self.progress.clear()
-        thread = threading.Thread(target=beat, name="alive", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def reported(self, told: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        """Wraps `told(done, total)`: also shows the waiting ranks that an action of `on_main` makes progress."""
-
-        def tell(done: int, total: int) -> None:
-            self.progress.set()
-            told(done, total)
-
-        return tell
-
-    def _tell(self, values: list[Any]) -> None:
-        """Copies the main rank's `values` to every rank, in place; any picklable objects."""
+                outcome[1] = error
         if self.mesh is not None:
-            dist.broadcast_object_list(values, src=0, group=self.control)
+            dist.broadcast_object_list(outcome, src=0, group=self.patient if patient else self.control)
+        if outcome[1] is not None:
+            raise outcome[1] if self.is_main else SystemExit(2)
+        result: T = outcome[0]
+        return result
 
     def from_main(self, tensor: Tensor | None, shape: torch.Size) -> Tensor:
         """The main rank's fp32 `tensor` of `shape` on every rank; in host memory if there are several ranks."""
@@ -226,14 +176,13 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         timeout_s: seconds that a rank waits for the others, in the loop and inside a collective.
 
     Raises:
-        InputError: CUDA is requested and not available, this rank has no GPU of its own, or nodes have different
-            numbers of ranks in a hybrid mesh.
+        InputError: CUDA is requested and not available, or nodes have different numbers of ranks in a hybrid mesh.
     """
     kind = choose_device(device)
-    rank, size, local_rank = _torchrun_numbers()
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in names.items())
     here = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
-        _check_own_gpu(rank, local_rank)
         torch.cuda.set_device(here)
     if size == 1:
         return World(0, 1, here, None)
@@ -245,45 +194,14 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         store = _store_of_this_start(timeout)
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     if sharding == "full":
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     else:
         shards = per_node if sharding == "hybrid" else 1
         mesh = init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-    return World(rank, size, here, mesh, control, saving, timeout_s)
-
-
-def _torchrun_numbers() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without torchrun 0, 1 and 0.
-
-    Raises:
-        InputError: only some of them are set, or a value is out of range.
-    """
-    needed = ["RANK", "WORLD_SIZE"]
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        needed += ["MASTER_ADDR", "MASTER_PORT"]
-    missing = [name for name in needed if name not in os.environ]
-    if missing and len(missing) < len(needed):
-        found = next(name for name in needed if name in os.environ)
-        raise InputError(f"{found} is set and {missing[0]} is not: start the ranks by torchrun, or unset {found}")
-    numbers = {name: os.environ.get(name, default) for name, default in zip((*needed[:2], "LOCAL_RANK"), "010")}
-    if strange := [name for name, value in numbers.items() if not (value.isascii() and value.isdecimal())]:
-        raise InputError(f"{strange[0]} = {numbers[strange[0]]!r} is not a number: start the ranks by torchrun")
-    rank, size, local_rank = map(int, numbers.values())
-    if rank >= size:
-        raise InputError(f"RANK = {rank} of WORLD_SIZE = {size}: ranks are numbered from 0")
-    return rank, size, local_rank
-
-
-def _check_own_gpu(rank: int, local_rank: int) -> None:
-    """Raises `InputError` if more ranks were started on this machine than it has GPUs."""
-    num_gpus = torch.cuda.device_count()
-    if local_rank >= num_gpus:
-        raise InputError(
-            f"rank {rank} needs GPU {local_rank} of its machine, where torch sees {num_gpus}: start one rank for each "
-            f"GPU (torchrun --nproc-per-node {num_gpus}) and let all of them see all GPUs, or use device cpu"
-        )
+    return World(rank, size, here, mesh, control, patient, timeout_s)
 
 
 def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:

@@ -1,34 +1,37 @@
 """Checkpoints that survive a kill at any moment: written under a temporary name, flushed, and renamed when complete.
 
-Only the run that wrote a checkpoint loads it. torch.distributed.checkpoint stores the tensors, each rank its shards;
-the rest is a manifest in JSON. No part of a checkpoint is a pickle that could run code.
+A checkpoint is a folder with one safetensors file for each rank, which holds the rank's rows of every tensor, and a
+manifest in JSON. The rows of a tensor follow each other in the order of the files, so any number of ranks can read
+them. Nothing in a checkpoint can run code. Only the run that wrote a checkpoint loads it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from castlm.core.errors import InputError
+from castlm.core.shards import local, own_rows
 from castlm.distributed.world import World
 from castlm.files.atomic_file import (
     atomic_write_json,
+    flush_file,
     flush_folder,
     is_whole,
     plain_json,
@@ -36,17 +39,12 @@ from castlm.files.atomic_file import (
     size_and_crc,
 )
 from castlm.files.disk import is_disk_full
-from castlm.training.checkpoint_storage import DATA_FILE, METADATA, JsonReader, JsonWriter
 from castlm.training.config import FREE_ON_RESUME, is_retired
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
-
-
-def _expect_single_process() -> None:
-    """Silences torch's warning about a single process; `catch_warnings` does not work in the thread that saves."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+_SHARDS = "shard-*.safetensors"
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
@@ -73,7 +71,6 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, world: World, *, background: bool, say: Callable[[str], None]) -> None:
         self.folder, self.keep, self.world, self.background, self.say = folder, keep, world, background, say
-        _expect_single_process()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._half_removed = _half_removed(folder) if world.is_main else []  # the main rank publishes, and removes
         self._pending: tuple[int, str, Future[dict[str, tuple[int, int]]]] | None = None
@@ -92,7 +89,7 @@ class Saver:
         """Saves the state of `step`, after finishing the save before it.
 
         Args:
-            tensors: nested dict of tensors; each rank writes its shards of DTensors. They may change as soon as this
+            tensors: by name, alike on all ranks; each rank writes its rows of DTensors. They may change as soon as this
                 returns.
             manifest: JSON-able; the facts that `check_same_run` and the loop need to continue.
 
@@ -100,17 +97,15 @@ class Saver:
             InputError: as `finish`.
         """
         self.finish()
-        temporary = self._temporary(step)
         self.world.check_all(self.world.on_main(lambda: self._start(step)))
         content = json.dumps({**manifest, "format": FORMAT, "step": step})  # now, because its values change later
-        writer = JsonWriter(temporary, per_thread_copy_ahead=0)  # copying ahead takes the stream of this thread's GPU
-        options: dict[str, Any] = {"storage_writer": writer, "no_dist": self.world.mesh is None}
-        options["process_group"] = self.world.saving
-        if self.background:
-            write = dcp.async_save(dict(tensors), **options).result
-        else:
-            write = functools.partial(dcp.save, dict(tensors), **options)
-        self._pending = step, content, self._thread.submit(_write, write, temporary, self.world.rank)
+        rows = {
+            name: _rows(tensor).to("cpu", copy=self.background).contiguous()
+            for name, tensor in tensors.items()
+            if _writes(tensor, self.world)
+        }
+        file = self._temporary(step) / f"shard-{self.world.shard_index:05d}.safetensors"
+        self._pending = step, content, self._thread.submit(_write, rows, file)
         if not self.background:
             self.finish()
 
@@ -132,7 +127,7 @@ class Saver:
         files, failure = {}, None
         try:
             files = written.result()
-        except (OSError, CheckpointException, RuntimeError) as error:
+        except (OSError, SafetensorError) as error:
             failure = self._explain(step, error)
         gathered = self.world.gather((files, failure))
         failure = next((f for _, f in gathered if f is not None), None)
@@ -190,13 +185,13 @@ class Saver:
     def _explain(self, step: int, error: BaseException) -> str:
         whole = checkpoint_steps(self.folder)
         last = f"the last whole checkpoint is {whole[max(whole)]}" if whole else "there is no earlier checkpoint"
-        why = "the disk is full" if _is_full(error) else _first_line(error)
+        why = "the disk is full" if is_disk_full(error) else str(error)
         return f"step {step} could not be saved in {self.folder}: {why}; {last}"
 
 
 def _remove(checkpoint: Path) -> None:
     """Deletes the files of a checkpoint; other files stay. Without its manifest, deleted first, it is incomplete."""
-    for file in [checkpoint / MANIFEST, checkpoint / METADATA, *checkpoint.glob("__*_*.distcp")]:
+    for file in [checkpoint / MANIFEST, *checkpoint.glob(_SHARDS)]:
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody's own file is in it
         checkpoint.rmdir()
@@ -210,17 +205,29 @@ def remove_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def _write(write: Callable[[], Any], folder: Path, rank: int) -> dict[str, tuple[int, int]]:
-    """Writes this rank's part; returns size and CRC-32 of its files, by name."""
-    write()
-    mine = [*folder.glob(f"__{rank}_*"), *(folder.glob(METADATA) if rank == 0 else ())]
-    return {path.name: size_and_crc(path) for path in sorted(mine)}
+def _writes(tensor: Tensor, world: World) -> bool:
+    """Whether this rank writes its part of `tensor`: once over all replicas, and the first rank for a plain tensor."""
+    is_first_replica = world.rank == world.shard_index
+    return is_first_replica and (world.is_main or isinstance(tensor, DTensor))
 
 
-def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[str, Any]:
+def _rows(tensor: Tensor) -> Tensor:
+    """This rank's rows of `tensor`, sharing its memory; a number is one row."""
+    mine = local(tensor.detach())
+    return mine if mine.dim() else mine.view(1)
+
+
+def _write(rows: Mapping[str, Tensor], file: Path) -> dict[str, tuple[int, int]]:
+    """Writes this rank's rows, if it has any; returns size and CRC-32 of the file by its name."""
+    if not rows:
+        return {}
+    save_file(dict(rows), file)
+    flush_file(file)
+    return {file.name: size_and_crc(file)}
+
+
+def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], world: World) -> dict[str, Any]:
     """Reads a checkpoint into `tensors`, in place, and returns its manifest. Any number of ranks may have written it.
-
-    Nothing in a checkpoint can run code, allocate more than the run's own tensors, or name a file outside of it.
 
     Returns:
         The manifest; figures that were not finite are inf.
@@ -229,27 +236,41 @@ def load_checkpoint(path: Path, tensors: dict[str, Any], world: World) -> dict[s
         InputError: a file is missing or corrupt, or this run would not have written it.
     """
     manifest = read_manifest(path)
+    files = sorted(manifest["files"].items())
+    broken = [path / name for name, about in files[world.rank :: world.size] if not is_whole(path / name, about)]
+    remedy = f"remove {path} to resume from an older one"
+    world.check_all(f"{broken[0]} is missing or corrupt: {remedy}" if broken else None)
     failure = None
-    for name, expected in list(manifest["files"].items())[world.rank :: world.size]:
-        file = path / name
-        if not is_whole(file, expected):
-            failure = f"{file} is missing or corrupt: remove {path} to resume from an older one"
-    world.check_all(failure)
-    reader = None
     try:
-        reader = JsonReader(path, tensors)
-    except InputError as error:
-        failure = str(error)
-    world.check_all(failure)
-    try:
-        _expect_single_process()
-        dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None, process_group=world.control)
-    except (CheckpointException, Exception) as error:  # torch raises any type for a file with other content
-        failure = f"{path} cannot be read ({_first_line(error)}): remove it to resume from an older one"
+        _read_rows([path / name for name, _ in files], tensors)
+    except (OSError, SafetensorError, ValueError) as error:
+        failure = f"{path} does not describe this run ({error}): {remedy}"
     world.check_all(failure)
     for row in manifest["figures"].values():
         row.update({name: math.inf for name, value in row.items() if value is None})  # JSON has no infinity
     return manifest
+
+
+@torch.no_grad()
+def _read_rows(files: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
+    """Reads this rank's rows of every tensor, in place. Raises `ValueError` unless the files hold these tensors."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+        held = [(file, set(file.keys())) for file in opened]
+        for name, tensor in tensors.items():
+            mine, first, done = _rows(tensor), own_rows(tensor).start if tensor.dim() else 0, 0
+            for part in (file.get_slice(name) for file, names in held if name in names):
+                size, *width = part.get_shape()
+                # The rows of the file are done to done + size of the whole tensor, ours first to first + len(mine).
+                begin, end = max(done, first), min(done + size, first + len(mine))
+                if begin < end:
+                    rows = part[begin - done : end - done]
+                    if rows.dtype != mine.dtype or list(mine.shape[1:]) != width:
+                        raise ValueError(f"{name} is {rows.dtype} {width}, not {mine.dtype} {list(mine.shape[1:])}")
+                    mine[begin - first : end - first].copy_(rows)
+                done += size
+            if done != (len(tensor) if tensor.dim() else 1):
+                raise ValueError(f"{name} has {done} rows")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -267,48 +288,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     checksum = manifest.pop("checksum", None)
     if checksum != _checksum(manifest):
         raise InputError(f"{path / MANIFEST} is corrupt: its checksum does not match; {remedy}")
-    if wrong := next((name for name, is_right in _EXPECTED.items() if not is_right(manifest.get(name))), None):
-        raise InputError(f"{path / MANIFEST} is corrupt: {wrong} is not what castlm writes; {remedy}")
     return manifest
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of the manifest in canonical JSON."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_mapping(value: Any, is_right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(is_right, value.values()))
-
-
-def _is_file_list(value: Any) -> bool:
-    def is_entry(entry: Any) -> bool:
-        return isinstance(entry, list) and len(entry) == 2 and all(map(_is_count, entry))
-
-    return _is_mapping(value, is_entry) and all(name == METADATA or DATA_FILE.fullmatch(name) for name in value)
-
-
-_EXPECTED: dict[str, Callable[[Any], bool]] = {
-    "step": _is_count,
-    "tokens": _is_count,
-    "flips": _is_count,
-    "seconds": lambda value: _is_number(value) and value >= 0,
-    "config": lambda value: isinstance(value, dict),
-    "facts": lambda value: isinstance(value, dict),
-    "data": lambda value: isinstance(value, dict),
-    # a perplexity that overflowed is null
-    "figures": lambda value: _is_mapping(value, lambda row: _is_mapping(row, lambda x: x is None or _is_number(x))),
-    "files": lambda value: _is_file_list(value) and METADATA in value,
-}
-"""A test for each field of a manifest."""
 
 
 _BY_CONTENT = {
@@ -341,18 +326,3 @@ def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts
         raise InputError(
             f"this is not the run that was saved ({', '.join(changed)}): undo that, or use a new output_dir"
         )
-
-
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, CheckpointException):
-        return any(is_disk_full(wrapped[0]) for wrapped in error.failures.values())
-    return is_disk_full(error)
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, pickle.UnpicklingError):  # torch's own message explains how to run the code in the file
-        return "it holds something other than tensors"
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

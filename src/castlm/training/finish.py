@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import platform
 import warnings
@@ -27,7 +28,7 @@ from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.io import parameters_in, save_dtype, save_model
 from castlm.training.finetune import cut_of_source
-from castlm.training.metrics import held_out_perplexity, masked_histogram
+from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective
 from castlm.training.record import verdict
 from castlm.training.run import Run, local_masks
@@ -43,6 +44,8 @@ def finish(run: Run) -> dict[str, Any]:
     """
     pattern = run.config.model.pattern
     run.world.on_main(lambda: run.method.save_parts(run.folder.path))
+    # The order matters: an adapter is merged before the prune, and weight scaling is folded after it (in the export),
+    # because the masks belong to the weights beneath the scales.
     run.method.fold_()
     masks = run.method.masks()
     histogram = masked_histogram(local_masks(masks), run.world)
@@ -57,7 +60,7 @@ def finish(run: Run) -> dict[str, Any]:
             say_result(run, record)
             return record
         model = gathered(run) if is_sharded(run.objective) else run.model
-        return run.world.on_main(lambda: write_result(run, model, histogram), beats=True)
+        return run.world.on_main(lambda: write_result(run, model, histogram), patient=True)
 
 
 @contextlib.contextmanager
@@ -88,18 +91,15 @@ def free_training_state_(run: Run) -> None:
 
 def sharded_result(run: Run) -> ShardedResult:
     """The sharded model with its settings, for `export_sharded`."""
-    world = run.world
 
     def measure(objective: Objective) -> float:
-        return held_out_perplexity(
-            objective, run.text.held_out, seq_len=run.config.data.seq_len, batch=1, precision="fp32", world=world
-        )
+        return dataclasses.replace(run.evaluator, objective=objective, batch=1, precision="fp32").perplexity()
 
     return ShardedResult(
         model=run.model,
         tokenizer=run.source.tokenizer,
         folder=run.folder.model,
-        world=world,
+        world=run.world,
         pattern=run.config.model.pattern,
         left_dense=run.method.left_dense,
         dtype=_save_dtype(run),

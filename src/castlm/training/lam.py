@@ -88,6 +88,7 @@ def _budgets(run: Run) -> dict[str, DecayBudget]:
 
 def _momentum_rms(run: Run) -> dict[str, float]:
     """The rms of each layer's bias-corrected momentum, over the rows of all ranks."""
+    # mu_t / (1 - b1^t): Adam's moment starts at zero, and is too small in the first steps
     correction = 1 - run.config.optimizer.adam_betas[0] ** run.progress.step
     momenta = [run.optimizer.momentum(weight_parameter(layer)) for layer in run.method.layers.values()]
     sums = [[float(momentum.square().sum()), momentum.numel()] for momentum in momenta]

@@ -34,41 +34,27 @@ class Evaluator:
     precision: str
     world: World
 
+    @torch.no_grad()
     def perplexity(self, text: ScoredText | None = None) -> float:
-        """The perplexity of the current forward pass. All ranks call it; parameters are sharded again afterwards.
+        """Perplexity of the current forward pass in sequences of `seq_len`; all ranks call it and share the sequences.
+
+        They are the sequences of `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf
+        or NaN if the model diverged.
 
         Args:
             text: a part of the held-out tokens; None for all of them.
         """
-        return held_out_perplexity(
-            self.objective,
-            self.text if text is None else text,
-            seq_len=self.seq_len,
-            batch=self.batch,
-            precision=self.precision,
-            world=self.world,
-        )
-
-
-@torch.no_grad()
-def held_out_perplexity(
-    objective: Objective, text: ScoredText, *, seq_len: int, batch: int, precision: str, world: World
-) -> float:
-    """Perplexity of `text` in sequences of `seq_len`, shared among the ranks.
-
-    It uses the same sequences as `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf
-    or NaN if the model diverged.
-    """
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    objective.eval()
-    with autocast(world.device, precision):
-        for tensors in sequences(text, seq_len, batch, world):
-            on_device = {name: tensor.to(world.device) for name, tensor in tensors.items()}
-            nll = objective(num_tokens=1, ce_only=True, **on_device).ce
-            sums += torch.stack([nll.double(), (on_device["labels"] != -100).sum().double()])
-    reshard_(objective)
-    total, count = world.sum(sums)
-    return float((total / count).exp())
+        world, objective = self.world, self.objective
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        objective.eval()
+        with autocast(world.device, self.precision):
+            for tensors in sequences(text or self.text, self.seq_len, self.batch, world):
+                on_device = {name: tensor.to(world.device) for name, tensor in tensors.items()}
+                nll = objective(num_tokens=1, ce_only=True, **on_device).ce
+                sums += torch.stack([nll.double(), (on_device["labels"] != -100).sum().double()])
+        reshard_(objective)  # FSDP leaves the parameters of the root whole after a forward pass
+        total, count = world.sum(sums)
+        return float((total / count).exp())
 
 
 def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[dict[str, Tensor]]:
@@ -105,7 +91,7 @@ def mask_figures(
         kept, total = (magnitude * mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)
         flipped = (mask != unpack_mask(packed, mask.shape[-1])).sum().double()
         entries = torch.tensor(float(mask.numel()), device=mask.device)
-        sums[:4] += torch.stack([kept, total, flipped, entries.double()])
+        sums[:4] += torch.stack([kept, total, flipped, entries.double()])  # |W * M|_1, |W|_1, |M xor M_0|, |M|
         if magnitude.numel():
             largest = torch.maximum(largest, (magnitude * ~mask).amax())
     sums[4] = flips
@@ -113,7 +99,7 @@ def mask_figures(
     if world.mesh is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return {
-        "sparse_weight_ratio": kept_sum / total_sum,
+        "sparse_weight_ratio": kept_sum / total_sum,  # S_t = |W * M|_1 / |W|_1, which goes to 1
         "initial_flip_rate": flipped_sum / entries_sum,
         "flip_rate": flips_sum / entries_sum,
         "largest_masked": float(largest),
@@ -138,6 +124,7 @@ def masked_histogram(masks: Mapping[Tensor, Tensor], world: World) -> dict[str, 
     lowest = round(4 * math.log10(HISTOGRAM_EDGES[0]))
     for weight, mask in masks.items():
         masked = weight[~mask].abs().float()
+        # four bins to a decade: bin = floor(4 log10 |w|), counted from the lowest edge
         bins = ((masked[masked > 0].log10() * 4).floor() - lowest).clamp(0, num_bins - 1)
         counts[1:] += torch.bincount(bins.long(), minlength=num_bins)
         counts[0] += (masked == 0).sum()

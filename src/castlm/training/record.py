@@ -35,21 +35,22 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            is_right = isinstance(row, dict) and all(
+                _is_number(row.get(name)) or (row.get(name) is None and name != "step")  # null: it was not finite
+                for name in {"step"} | _NUMBERS & row.keys()
+            )
+        except (ValueError, RecursionError):
+            is_right = False
             if number == len(lines):
                 break
-            reason = getattr(error, "msg", "nested too deeply")
-            raise InputError(f"{path}, line {number}: not a JSON object ({reason})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a JSON object was expected, found {type(row).__name__}")
-        for name in {"step"} | _NUMBERS & row.keys():
-            value = row.get(name)
-            is_unknown = value is None and name != "step"  # a figure that was not finite
-            if not is_unknown and (type(value) not in (int, float) or (type(value) is int and abs(value) >= 2**63)):
-                shown = repr(value)[:40]
-                raise InputError(f"{path}, line {number}: {name} is {shown}, a number was expected")
+        if not is_right:
+            raise InputError(f"{path}, line {number} is not a row that castlm writes: {line[:60]!r}")
         rows.append({name: math.inf if value is None else value for name, value in row.items()})
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:

@@ -139,11 +139,11 @@ class Run:
         opened: list[Tracker] = []
 
         def open_folder_and_trackers() -> None:
-            with self.folder.begun(self.config):
+            with self.folder.begun(self.config.as_yaml(), resume=options.resume):
                 of = TrackedRun(self.folder.path, self.folder.run_id, self.config.as_dict(), self.progress.step)
                 opened.extend(open_trackers(self.trackers, of))
 
-        self.world.on_main(open_folder_and_trackers, beats=True)
+        self.world.on_main(open_folder_and_trackers, patient=True)
         if options.overwrite:
             check_shared(self.folder.path, self.world)  # again: `begun` has replaced the folder
         self.telemetry = Telemetry(
@@ -354,19 +354,17 @@ class Run:
             details["masked_share"] = dict(zip(names, masked_shares(masks, self.world)))
         return details
 
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name, as views: loading fills them in place."""
-        trained = {name: param for param, name in self.names.items() if param.requires_grad}
-        state = {name: self.optimizer.state[param] for name, param in trained.items()}
-        weights = {name: param.detach() for name, param in trained.items()}
-        basis = self.objective.stream_basis
-        return {
-            "model": weights,
-            "optimizer": state,
-            "method": self.method.tensors(),
-            "initial_masks": self.initial_masks,
-            **({} if basis is None else {"start": {"stream_basis": basis}}),
-        }
+        found = dict(self.method.tensors())
+        for param, name in self.names.items():
+            if param.requires_grad:
+                found[f"model.{name}"] = param.detach()
+                found |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[param].items()}
+        found |= {f"initial_masks.{name}": mask for name, mask in self.initial_masks.items()}
+        if self.objective.stream_basis is not None:
+            found["stream_basis"] = self.objective.stream_basis
+        return found
 
     def save(self) -> None:
         started = time.perf_counter()

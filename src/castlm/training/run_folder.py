@@ -9,18 +9,20 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
-from castlm.files.output import begin_output
+from castlm.files.output import Inputs, begin_output, output_folder
 from castlm.files.reading import read_record, user_path
 from castlm.files.record import OUTPUT, PROBE, RESULT, read_result
 from castlm.files.yaml_file import read_yaml_mapping
+from castlm.progress import note
 from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
+from castlm.training.options import CheckpointOptions
 
 _NO_JOB = "none"  # the default of --rdzv-id; on a single node torchrun generates one instead
 _OF_TRACKERS = ("tensorboard", "wandb")
@@ -48,18 +50,21 @@ class RunFolder:
         return found if isinstance(found, str) and found.isalnum() else None
 
     @contextlib.contextmanager
-    def begun(self, config: TrainConfig) -> Iterator[None]:
-        """Makes this the folder of `config`, and sets an earlier output aside unless `config.checkpoint.resume`.
+    def begun(self, config_yaml: str, *, resume: bool) -> Iterator[None]:
+        """Makes this the folder of a run, and sets an earlier output aside unless `resume`.
 
         The caller opens trackers inside the context; after an error there, the folders that they made are deleted.
+
+        Args:
+            config_yaml: the content of config.yaml, which is written unless the run has saved something.
 
         Raises:
             InputError: as `begin_output`.
         """
-        has_saved = config.checkpoint.resume and (self.is_finished() or bool(checkpoint_steps(self.checkpoints)))
-        files = {} if has_saved else {"config.yaml": config.as_yaml()}
-        run_id = (config.checkpoint.resume and self.run_id) or secrets.token_hex(8)
-        begin_output(self.path, "train", files, resume=config.checkpoint.resume, run_id=run_id, job=_job())
+        has_saved = resume and (self.is_finished() or bool(checkpoint_steps(self.checkpoints)))
+        files = {} if has_saved else {"config.yaml": config_yaml}
+        run_id = (resume and self.run_id) or secrets.token_hex(8)
+        begin_output(self.path, "train", files, resume=resume, run_id=run_id, job=_job())
         made = [name for name in _OF_TRACKERS if not (self.path / name).exists()]
         try:
             yield
@@ -68,8 +73,11 @@ class RunFolder:
                 shutil.rmtree(self.path / name, ignore_errors=True)
             raise
 
-    def newest_checkpoint(self, config: TrainConfig) -> Path | None:
-        """The checkpoint from which `config` resumes; None if an earlier start has saved nothing yet.
+    def newest_checkpoint(self, options: Mapping[str, Any]) -> Path | None:
+        """The checkpoint to resume from; None if an earlier start has saved nothing yet.
+
+        Args:
+            options: of the resuming run, by name.
 
         Raises:
             InputError: the earlier start belongs to another run.
@@ -79,30 +87,36 @@ class RunFolder:
             begun = self.path / "config.yaml"
             if begun.is_file():
                 saved = TrainConfig.from_mapping(read_yaml_mapping(begun), str(begun)).as_dict()
-                check_same_run({"config": json.loads(json.dumps(saved)), "facts": {}}, config.as_dict(), {})
+                check_same_run({"config": json.loads(json.dumps(saved)), "facts": {}}, options, {})
             return None
         path = whole[max(whole)]
         model = read_manifest(path)["config"].get("model")
-        if model != config.model.model:
-            raise InputError(f"{path} belongs to a run with model {model}, not {config.model.model}: use {model}")
+        if model != options["model"]:
+            raise InputError(f"{path} belongs to a run with model {model}, not {options['model']}: use {model}")
         return path
 
     def is_finished(self) -> bool:
         """Whether the result exists. It gets its name only when it is complete."""
         return (self.model / RESULT).is_file()
 
-    def finished_record(self, config: TrainConfig, world_batch: int) -> dict[str, Any]:
-        """The record of the finished run, after checking its config and its files.
+    def finished_record(self, options: Mapping[str, Any], world_batch: int) -> dict[str, Any]:
+        """The record of the finished run, after checking its options and its files.
 
         Raises:
-            InputError: `config` describes another run, or a file of the result is missing or has changed.
+            InputError: `options` describe another run, or a file of the result is missing or has changed.
         """
         record = read_result(self.model)
-        batch = record.get("world_batch")
         written = record.get("config", {})
-        facts = {"save_dtype": written.get("save_dtype")} | ({} if batch is None else {"world_batch": batch})
-        now = {"save_dtype": config.checkpoint.save_dtype} | ({} if batch is None else {"world_batch": world_batch})
-        check_same_run({"config": written, "facts": facts}, config.as_dict(), now)
+        facts = {"save_dtype": written.get("save_dtype"), "world_batch": record.get("world_batch")}
+        now = {"save_dtype": options["save_dtype"], "world_batch": world_batch}
+        check_same_run({"config": written, "facts": facts}, options, now)
+        return record
+
+    def finish_again(self, options: Mapping[str, Any], config_yaml: str, world_batch: int) -> dict[str, Any]:
+        """`finished_record`, of a run that may have been killed right before its folder was finished."""
+        record = self.finished_record(options, world_batch)
+        with self.begun(config_yaml, resume=True):
+            note(f"{self.model} is finished already")
         return record
 
 
@@ -111,24 +125,41 @@ def _job() -> str | None:
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-def after_restart(config: TrainConfig) -> TrainConfig:
-    """`config` for a restart by `torchrun --max-restarts`: resumes the run if an earlier start of this job began it.
+def is_restart(options: CheckpointOptions) -> bool:
+    """Whether `torchrun --max-restarts` starts this job again after an earlier start has begun the run.
 
-    Otherwise `config` stays as it is: the folder may hold another run, which the checks of a first start handle.
+    Otherwise the folder may hold another run, which the checks of a first start handle.
 
     Raises:
         InputError: `overwrite` with restarts of a job that has no id.
     """
-    if config.checkpoint.overwrite and _job() == _NO_JOB and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    if options.overwrite and _job() == _NO_JOB and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise InputError(
             "overwrite with --max-restarts: a restart cannot tell this job's run from the one that it replaces; give "
             "torchrun a --rdzv-id that is new for each job"
         )
-    record = read_record(RunFolder(config.checkpoint.output_dir).path / OUTPUT)
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if is_restart and "begun" in record and record.get("job") == _job():
-        return config.changed(resume=True, overwrite=False)
-    return config
+    record = read_record(RunFolder(options.output_dir).path / OUTPUT)
+    has_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return has_restarted and "begun" in record and record.get("job") == _job()
+
+
+@contextlib.contextmanager
+def claimed(options: CheckpointOptions, inputs: Inputs, world: World) -> Iterator[RunFolder]:
+    """Locks the output folder of a run for all ranks, which must all see it; yields it.
+
+    Args:
+        inputs: the paths that the run reads, by option.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            how = {"overwrite": options.overwrite, "resume": options.resume}
+            stack.enter_context(output_folder(options.output_dir, "train", inputs=inputs, **how))
+
+        world.on_main(claim, patient=True)
+        folder = RunFolder(options.output_dir)
+        check_shared(folder.path, world)
+        yield folder
 
 
 def check_shared(folder: Path, world: World) -> None:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
 from castlm.distributed.fingerprint import fingerprint
-from castlm.distributed.loading import Checkpoint, check_one_snapshot, open_sharded, opened_files
+from castlm.distributed.loading import Checkpoint, open_sharded, opened_files
 from castlm.distributed.world import World
 from castlm.models.architecture import check_head, context_length, vocab_size
 from castlm.models.io import Loaded, load_model
@@ -84,7 +84,6 @@ def open_source(options: ModelOptions, world: World, *, whole_copies: bool = Fal
     if world.mesh is not None and not whole_copies:
         opened = open_sharded(options.model, **loading)
     loaded, stored = (load_model(options.model, **loading), None) if opened is None else opened
-    check_one_snapshot(options.model, options.revision, world)
     found = fingerprint(loaded.model) if stored is None else stored.fingerprint()
     world.check_alike({f"other weights of {options.model}": found})
     if stored is None:

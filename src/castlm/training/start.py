@@ -65,7 +65,7 @@ def start_seconds(record: dict[str, Any]) -> float:
 def stream_basis(start: StartWeights, world: World) -> Tensor | None:
     """The basis of the student's residual stream, on every rank; zeros for a resumed run, whose checkpoint holds it.
 
-    A rotation (hidden, hidden) fp32, as `castlm.training.objective.Objective` takes it.
+    A rotation (hidden, hidden) fp32 or a permutation (hidden,) int64, as `castlm.core.hidden.in_stream_basis` takes it.
     """
     shape = start.record.get("basis", {}).get("stream_basis")
     if shape is None:
@@ -73,7 +73,7 @@ def stream_basis(start: StartWeights, world: World) -> Tensor | None:
     basis = torch.zeros(shape)
     if world.on_main(lambda: start.stream_basis is not None):
         basis = world.from_main(start.stream_basis, basis.shape)
-    return basis.to(world.device)
+    return (basis.long() if basis.dim() == 1 else basis).to(world.device)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make_start(
             _read(start, options.name, of, source)
         return start.record
 
-    start.record = world.on_main(make, beats=True)  # loading a large model and each block may take long
+    start.record = world.on_main(make, patient=True)  # loading a large model and each block may take long
     return start
 
 
@@ -170,8 +170,7 @@ def _prune(
         folder = StartFolder(partial, depends_on, restart=overwrite)
         blocks = MemoryModel(model, layers, keeps_dense=of.keeps_dense_values)
         with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
-            told = world.reported(progress)
-            report = how.make_(blocks, calibration, extras, folder=folder, say=note, progress=told)
+            report = how.make_(blocks, calibration, extras, folder=folder, say=note, progress=progress)
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude needs no text") from None
     for line in report.notes():

@@ -4,28 +4,29 @@ The key of a sequence is its token ids and the beginnings of its documents, for 
 is stored, whether or not it counts in the loss. The loss is the same with a cached sequence as with the teacher. If the
 cache holds all sequences of a run, the teacher is not loaded.
 
-Each file has a checksum over its teacher, its token ids and its content, and its values are checked. The teacher reads
-a sequence again if its file is damaged or belongs to another teacher.
+Each file has a checksum over its teacher, its token ids and its content. The teacher reads a sequence again if its file
+is damaged or belongs to another teacher.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.core.top_tokens import TopTokens
-from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.world import World
 from castlm.files.atomic_file import atomic_file, atomic_write_json, read_json_mapping, widen_access
 from castlm.files.disk import is_disk_full
+from castlm.files.reading import user_path
 from castlm.progress import note
 
 _FORMAT = 3
@@ -36,50 +37,33 @@ class TeacherCache:
 
     Args:
         stream: all values that determine the order of the sequences of a run: hash of the text, seed, seq_len.
-        vocab_size: the teacher's vocabulary; token ids in the cache are below it.
+        teacher: the hash of its weights and its settings. A cache belongs to one teacher.
 
     Raises:
-        InputError: `folder` cannot be made, or holds other files.
+        InputError: `folder` cannot be made, holds other files, or belongs to another teacher or other settings.
     """
 
-    def __init__(self, folder: str, stream: list[Any], vocab_size: int, world: World) -> None:
-        self.folder, self.vocab_size, self.world = Path(folder).expanduser(), vocab_size, world
-        self._teacher = ""
+    def __init__(self, folder: str, stream: list[Any], teacher: Mapping[str, Any], world: World) -> None:
+        self.folder, self.world = user_path(folder), world
+        teacher = {"format": _FORMAT, **teacher}
+        self._teacher = json.dumps(teacher, sort_keys=True)
         self._coverage = self.folder / f"coverage-{hashlib.sha256(json.dumps(stream).encode()).hexdigest()[:16]}.json"
         self._failure: str | None = None
         self.complete = False
         """Whether the cache holds all sequences of the run, which then has no teacher."""
-        world.on_main(self._make_folder)
+        world.on_main(lambda: self._claim(teacher))
 
-    def _make_folder(self) -> None:
+    def _claim(self, teacher: dict[str, Any]) -> None:
+        """Records the teacher in a new cache, or checks that the cache belongs to it."""
+        make_cache_folder(self.folder)
         known = self.folder / "teacher.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            foreign = not known.is_file() and any(not entry.name.startswith(".") for entry in self.folder.iterdir())
-        except OSError as error:
-            raise InputError(f"cannot write {self.folder}: {error.strerror}; choose another teacher_cache") from error
-        if foreign:
-            raise InputError(f"{self.folder} holds other files than a teacher cache: choose another teacher_cache")
-
-    def claim(self, teacher: nn.Module, **settings: Any) -> None:
-        """Records the teacher and its settings in a new cache, or checks that the cache belongs to them.
-
-        Raises:
-            InputError: the cache belongs to another teacher or other settings.
-        """
-
-        def check() -> dict[str, Any]:
-            known, mine = self.folder / "teacher.json", {"format": _FORMAT, "weights": fingerprint(teacher), **settings}
-            if not known.is_file():
-                atomic_write_json(known, mine)
-                return mine
-            theirs = read_json_mapping(known, f"remove {self.folder}")
-            changed = [f"{key} {theirs.get(key)} -> {value}" for key, value in mine.items() if theirs.get(key) != value]
-            if changed:
-                raise InputError(f"{self.folder} has another teacher ({', '.join(changed)}): choose another folder")
-            return mine
-
-        self._teacher = json.dumps(self.world.on_main(check), sort_keys=True)
+        if not known.is_file():
+            atomic_write_json(known, teacher)
+            return
+        theirs = read_json_mapping(known, f"remove {self.folder}")
+        changed = [f"{key} {theirs.get(key)} -> {value}" for key, value in teacher.items() if theirs.get(key) != value]
+        if changed:
+            raise InputError(f"{self.folder} has another teacher ({', '.join(changed)}): choose another folder")
 
     def covers(self, num_sequences: int) -> bool:
         """Whether the cache holds the first `num_sequences` sequences of the stream."""
@@ -177,7 +161,6 @@ class TeacherCache:
                 checksum = (file.metadata() or {}).get("checksum")
                 content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             found = TopTokens(**content)
-            self._check(row, found)
             if checksum != self._checksum(row, **content):
                 raise ValueError("its checksum does not match")
             return found
@@ -185,17 +168,21 @@ class TeacherCache:
             note(f"{path} is damaged ({error}): the teacher reads the sequence again")
             return None
 
-    def _check(self, row: Tensor, found: TopTokens) -> None:
-        """Raises `ValueError` unless the values are a distribution over the teacher's vocabulary."""
-        tokens, log_probs = found.tokens, found.log_probs
-        if tokens.shape[:1] != row.shape[-1:] or tokens.ndim != 2 or tokens.shape != log_probs.shape:
-            raise ValueError(f"tokens {tuple(tokens.shape)} and log_probs {tuple(log_probs.shape)}")
-        if tokens.is_floating_point() or not log_probs.is_floating_point():
-            raise ValueError(f"tokens are {tokens.dtype}, log_probs {log_probs.dtype}")
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
-            raise ValueError(f"token ids outside the vocabulary of {self.vocab_size}")
-        if not (log_probs.float().exp().sum(-1) < 1.01).all():  # NaN too
-            raise ValueError("the probabilities of a position do not sum to at most 1")
+
+def make_cache_folder(folder: Path) -> None:
+    """Makes the folder of a teacher cache.
+
+    Raises:
+        InputError: it cannot be made, or holds other files.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_known = (folder / "teacher.json").is_file()
+        is_foreign = not is_known and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another teacher_cache") from error
+    if is_foreign:
+        raise InputError(f"{folder} holds other files than a teacher cache: choose another teacher_cache")
 
 
 def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:

@@ -11,28 +11,31 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, init_world
+from castlm.files.reading import user_path
 from castlm.hardware import autocast, choose_precision
 from castlm.models.architecture import vocab_size
 from castlm.models.opening import open_config
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective, as_teacher_
-from castlm.training.options import DataOptions, TeacherOptions
-from castlm.training.source import check_sizes, open_source
-from castlm.training.teacher_cache import TeacherCache
+from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
+from castlm.training.source import Source, check_sizes, open_source
+from castlm.training.teacher_cache import TeacherCache, make_cache_folder
 from castlm.training.text import TrainingText, open_training_text
 
 
 def open_teacher_cache(
-    options: TeacherOptions, data: DataOptions, text: TrainingText, vocab_size: int, world: World
+    options: TeacherOptions, data: DataOptions, text: TrainingText, source: Source, precision: str, world: World
 ) -> TeacherCache | None:
     """The cache of a run; None without the option `teacher_cache`.
+
+    Args:
+        source: the dense model, which is the teacher.
 
     Raises:
         InputError: as `TeacherCache`; a text with images, which the key of a sequence does not contain.
@@ -42,7 +45,14 @@ def open_teacher_cache(
     if text.documents.kind is Kind.WITH_EXTRA:
         raise InputError("teacher_cache identifies a sequence by its tokens, not by images: omit teacher_cache")
     stream = [text.train_sha256, data.seed, data.seq_len, data.repeat_sequences, data.column, text.template_sha256]
-    return TeacherCache(options.teacher_cache, stream, vocab_size, world)
+    teacher = {
+        "weights": source.fingerprint,
+        "dtype": str(teacher_dtype(precision)),
+        "top_k": options.teacher_top_k,
+        "temperature": options.temperature,
+        "cross_document_attention": data.cross_document_attention,
+    }
+    return TeacherCache(options.teacher_cache, stream, teacher, world)
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
@@ -50,37 +60,21 @@ def teacher_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def claim_teacher_cache(
-    cache: TeacherCache, options: TeacherOptions, data: DataOptions, model: nn.Module, precision: str
+def check_teacher_pass(
+    model: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, teacher: TeacherOptions
 ) -> None:
-    """`TeacherCache.claim` for the teacher of a run.
-
-    Args:
-        model: a model that still has the teacher's weights, in fp32.
-    """
-    cache.claim(
-        model,
-        dtype=str(teacher_dtype(precision)),
-        top_k=options.teacher_top_k,
-        temperature=options.temperature,
-        cross_document_attention=data.cross_document_attention,
-    )
-
-
-def check_teacher_pass(config: TrainConfig) -> None:
     """Checks the requirements of `fill_teacher_cache`, except for the training text, which is sampled afterwards.
 
     Raises:
         InputError: an evaluation text that cannot be opened, a folder that cannot be made or holds other files, or more
             positions or tokens than the model has.
     """
-    model, teacher = config.model, config.teacher
     of_model = open_config(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    check_sizes(of_model, seq_len=config.data.seq_len, teacher_top_k=teacher.teacher_top_k)
-    for text in config.evaluation.eval_datasets:
-        open_documents(text, column=config.data.column)
+    check_sizes(of_model, seq_len=data.seq_len, teacher_top_k=teacher.teacher_top_k)
+    for text in evaluation.eval_datasets:
+        open_documents(text, column=data.column)
     assert teacher.teacher_cache is not None
-    TeacherCache(teacher.teacher_cache, [], 0, init_world(config.runtime.device, config.runtime.sharding))
+    make_cache_folder(user_path(teacher.teacher_cache))
 
 
 @torch.no_grad()
@@ -107,9 +101,8 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     rows = config.optimizer.per_device_train_batch_size
     text = open_training_text(config.model, data, config.evaluation, source.tokenizer, vocab, world, rows_per_rank=rows)
     precision = choose_precision(runtime.precision, world.device, source.model.config)
-    cache = open_teacher_cache(options, data, text, vocab, world)
+    cache = open_teacher_cache(options, data, text, source, precision, world)
     assert cache is not None
-    claim_teacher_cache(cache, options, data, source.model, precision)
     teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not data.cross_document_attention
     objective = Objective(teacher, teacher, options.eta, options.temperature, options.teacher_top_k, cache, apart)
     objective.to(world.device).eval()

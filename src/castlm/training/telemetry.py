@@ -17,9 +17,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text, plain_json
-from castlm.files.disk import is_disk_full
+from castlm.files.disk import reporting_full_disk
 from castlm.progress import Screen
 from castlm.training.trackers import Tracker
 
@@ -130,12 +129,9 @@ class Telemetry:
 
     def _write(self, step: int, values: dict[str, float], details: dict[str, Any] | None = None) -> None:
         assert self._file is not None
-        try:
-            row = plain_json({"step": step, **values, **(details or {})})
+        row = plain_json({"step": step, **values, **(details or {})})
+        with reporting_full_disk(self._file.name, "free some space and resume"):
             print(json.dumps(row, allow_nan=False), file=self._file, flush=True)
-        except OSError as error:
-            why = "the disk is full" if is_disk_full(error) else error.strerror
-            raise InputError(f"{self._file.name} cannot be written: {why}; free some space and resume") from error
         self._report(lambda tracker: tracker.log(values, step))
 
     def _report(self, action: Callable[[Tracker], None]) -> None:
@@ -146,7 +142,7 @@ class Telemetry:
             except Exception as error:  # each client has its own types
                 self._trackers.remove(tracker)
                 reason = " ".join(str(error).split()) or type(error).__name__
-                self.say(f"{type(tracker).__name__} gets no more figures ({reason}); metrics.jsonl has them all")
+                self.say(f"{tracker.name} gets no more figures ({reason}); metrics.jsonl has them all")
 
 
 def cut_back(path: Path, step: int) -> None:

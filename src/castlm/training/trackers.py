@@ -5,6 +5,8 @@ To add a tracker, add a row to `TRACKERS`. A client is imported only when a run 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -19,6 +21,9 @@ PROJECT = "castlm"
 
 class Tracker(Protocol):
     """The interface of a tracker."""
+
+    name: str
+    """As in `report_to`."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Reports the figures of a step."""
@@ -41,6 +46,8 @@ class TrackedRun(NamedTuple):
 class TensorBoard:
     """Event files in `output_dir/tensorboard`."""
 
+    name = "tensorboard"
+
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -55,40 +62,22 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
-    """A run in the project "castlm" of Weights & Biases; offline, in `output_dir/wandb`, without an API key."""
+class Client:
+    """A client with the interface of wandb: a run in the project "castlm" of Weights & Biases, or of Trackio.
 
-    def __init__(self, run: TrackedRun) -> None:
-        wandb = importlib.import_module("wandb")
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=run.output_dir.name,
-            id=run.id,
-            resume="allow",
-            dir=str(run.output_dir),
-            config=run.config,
-            mode=mode,
-        )
+    Without an API key, Weights & Biases writes to `output_dir/wandb` and sends nothing.
+    """
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
-    """A run in the local project "castlm" of Trackio."""
-
-    def __init__(self, run: TrackedRun) -> None:
-        trackio = importlib.import_module("trackio")
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-            name=f"{run.output_dir.name}-{run.id}",
-            config=run.config,
-            resume="allow",
-        )
+    def __init__(self, package: str, run: TrackedRun) -> None:
+        self.name, client = package, importlib.import_module(package)
+        project = os.environ.get(f"{package.upper()}_PROJECT", PROJECT)
+        options: dict[str, Any] = {"project": project, "config": run.config, "resume": "allow"}
+        if package == "wandb":
+            mode = os.environ.get("WANDB_MODE") or ("online" if client.api.api_key else "offline")
+            options |= {"name": run.output_dir.name, "id": run.id, "dir": str(run.output_dir), "mode": mode}
+        else:  # Trackio knows a run by its name
+            options["name"] = f"{run.output_dir.name}-{run.id}"
+        self._run = client.init(**options)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -99,8 +88,8 @@ class Trackio:
 
 TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "trackio": Trackio,
+    "wandb": functools.partial(Client, "wandb"),
+    "trackio": functools.partial(Client, "trackio"),
 }
 """By the name of the package."""
 
@@ -133,13 +122,14 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
     Raises:
         InputError: a client fails, with its reason.
     """
-    opened: list[Tracker] = []
-    for name in names:
-        try:
-            opened.append(TRACKERS[name](run))
-        except Exception as error:  # each client has its own types
-            for tracker in opened:
-                tracker.close()
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"report_to {name}: {reason}; report_to none runs without trackers") from error
-    return opened
+    with contextlib.ExitStack() as opened:
+        trackers = []
+        for name in names:
+            try:
+                trackers.append(TRACKERS[name](run))
+            except Exception as error:  # each client has its own types
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise InputError(f"report_to {name}: {reason}; report_to none runs without trackers") from error
+            opened.callback(trackers[-1].close)
+        opened.pop_all()  # all are open: the run closes them
+        return trackers

@@ -26,12 +26,13 @@ from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import DIAGNOSIS_S, World, closing, init_world, is_of_a_collective
 from castlm.export.hf import check_export
 from castlm.export.hub import check_login, push
-from castlm.files.output import output_folder
+from castlm.files.output import check_beside
 from castlm.hardware import check_compile, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
 from castlm.models.architecture import vocab_size
 from castlm.models.locate import locate
+from castlm.oneshot.folder import partial_folder
 from castlm.patterns import all_solvers
 from castlm.progress import note
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
@@ -45,10 +46,10 @@ from castlm.training.objective import Objective, checkpoint_activations_, make_t
 from castlm.training.options import CheckpointOptions
 from castlm.training.record import problem
 from castlm.training.run import Run, local_masks
-from castlm.training.run_folder import RunFolder, after_restart, check_shared
+from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.source import check_sizes, open_source
 from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, make_start, start_, stream_basis
-from castlm.training.teacher_pass import claim_teacher_cache, open_teacher_cache, teacher_dtype
+from castlm.training.teacher_pass import open_teacher_cache, teacher_dtype
 from castlm.training.text import open_training_text, steps_of_epochs
 from castlm.training.trackers import chosen_trackers
 
@@ -68,60 +69,56 @@ def train(config: TrainConfig) -> dict[str, Any]:
         Interrupt() as interrupt,
         closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world,
         naming_missing_ranks(world),
-        contextlib.ExitStack() as stack,
     ):
-        config = world.on_main(lambda: after_restart(config))
-        world.on_main(lambda: stack.enter_context(_claimed(config)) and None, beats=True)
-        output, folder = config.checkpoint, RunFolder(config.checkpoint.output_dir)
-        check_shared(folder.path, world)
-        if output.push_to_hub:
-            world.on_main(lambda: check_login(output.hub_repo))
-        config = with_values_found(config, world)
-        if world.on_main(lambda: output.resume and folder.is_finished()):
-            batch = config.optimizer.sequences_per_step(world.size)
-            record = world.on_main(lambda: finished(folder, config, batch), beats=True)
-            if world.is_main:
-                note(f"{folder.model} is finished already")
-        else:
-            run = set_up(config, world)
-            interrupt.start_training()
-            run.begin()
-            last, progress = config.optimizer.max_steps, run.progress
-            eval_steps, save_steps = config.evaluation.steps_between(last), output.save_steps
-            saved = progress.step or None
-            with run.telemetry:
-                with run.saver:
-                    if progress.step == 0:
-                        run.evaluate()
-                    while progress.step < last:
-                        world.meet(f"step {progress.step + 1}")
-                        run.saver.finish_if_written()
-                        run.train_step()
-                        is_last = progress.step == last
-                        if progress.step % eval_steps == 0 or is_last:
-                            run.evaluate()
-                        if save_steps and (progress.step % save_steps == 0 or is_last):
-                            run.save()
-                            saved = progress.step
-                        if world.any(interrupt.requested):
-                            if saved != progress.step:
-                                run.save()
-                            run.saver.finish()
-                            raise interrupt.stopped(progress.step, folder.path)
-                run.cover_teacher_cache()
-                interrupt.start_export()
-                record = finish(run)
-                world.on_main(lambda: drop_partial(folder.path))
-        if output.push_to_hub:  # also for a finished run, which may have been stopped before the upload
-            upload(folder.model, output.hub_repo, record, world, private=output.hub_private_repo)
-        return record
+        if world.on_main(lambda: is_restart(config.checkpoint)):
+            config = config.changed(resume=True, overwrite=False)
+        output = config.checkpoint
+        with claimed(output, config.inputs, world) as folder:
+            if output.push_to_hub:
+                world.on_main(lambda: check_login(output.hub_repo))
+            config = with_values_found(config, world)
+            if world.on_main(lambda: output.resume and folder.is_finished()):
+                options, batch = config.as_dict(), config.optimizer.sequences_per_step(world.size)
+                record = world.on_main(lambda: folder.finish_again(options, config.as_yaml(), batch), patient=True)
+            else:
+                run = set_up(config, world)
+                interrupt.start_training()
+                run.begin()
+                with run.telemetry:
+                    take_steps(run, interrupt)
+                    interrupt.start_export()
+                    record = finish(run)
+                    world.on_main(lambda: drop_partial(folder.path))
+            if output.push_to_hub:  # also for a finished run, which may have been stopped before the upload
+                upload(folder.model, output.hub_repo, record, world, private=output.hub_private_repo)
+            return record
 
 
-def finished(folder: RunFolder, config: TrainConfig, world_batch: int) -> dict[str, Any]:
-    """The record of a finished run; finishes the folder if the run was killed right before that."""
-    record = folder.finished_record(config, world_batch)
-    with folder.begun(config):
-        return record
+def take_steps(run: Run, interrupt: Interrupt) -> None:
+    """Takes the steps of a run that are left, with its evaluations and checkpoints.
+
+    Raises:
+        Interrupted: after a signal to any rank, once the state after the current step is saved.
+    """
+    last, progress = run.total_steps, run.progress
+    eval_steps, save_steps = run.config.evaluation.steps_between(last), run.config.checkpoint.save_steps
+    with run.saver:
+        if progress.step == 0:
+            run.evaluate()
+        while progress.step < last:
+            run.world.meet(f"step {progress.step + 1}")
+            run.saver.finish_if_written()
+            run.train_step()
+            is_last = progress.step == last
+            if progress.step % eval_steps == 0 or is_last:
+                run.evaluate()
+            is_stopped = run.world.any(interrupt.requested)
+            if is_stopped or (save_steps and (progress.step % save_steps == 0 or is_last)):
+                run.save()
+            if is_stopped:
+                run.saver.finish()
+                raise interrupt.stopped(progress.step, run.folder.path)
+    run.cover_teacher_cache()
 
 
 def set_up(config: TrainConfig, world: World) -> Run:
@@ -146,13 +143,16 @@ def set_up(config: TrainConfig, world: World) -> Run:
     trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
     checkpoint, resumed = None, None
     if config.checkpoint.resume:
-        checkpoint = world.on_main(lambda: folder.newest_checkpoint(config))
+        checkpoint = world.on_main(lambda: folder.newest_checkpoint(config.as_dict()))
         if checkpoint is not None:
             resumed = world.on_main(lambda: read_manifest(checkpoint)["start"])
 
-    # model and text
+    # model and text; what can be refused in the first second comes before the model is loaded
+    has_start = resumed is None and config.start.name != "magnitude"
     if config.start.name not in all_solvers():
-        locate(config.start.name)  # raises in the first second, before the dense model is loaded
+        locate(config.start.name)
+    elif has_start:
+        world.on_main(lambda: check_beside(partial_folder(folder.path)))
     source = open_source(config.model, world, whole_copies=method_class.whole_copies)
     model, vocab = source.model, vocab_size(source.model.config)
     check_sizes(model.config, seq_len=data.seq_len, teacher_top_k=teacher_options.teacher_top_k)
@@ -165,7 +165,6 @@ def set_up(config: TrainConfig, world: World) -> Run:
         check_export(model, pattern, filter_fn)
 
     # start
-    has_start = resumed is None and config.start.name != "magnitude"
     start = StartWeights(record=resumed or {})
     if has_start:
         of = StartOf(
@@ -182,7 +181,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         start = make_start(config.start, of, source, text, world, output.output_dir, output.overwrite)
 
     # teacher, objective, method
-    cache = open_teacher_cache(teacher_options, data, text, vocab, world)
+    cache = open_teacher_cache(teacher_options, data, text, source, precision, world)
     if cache is not None:
         num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
         cache.complete = cache.covers(num_sequences)
@@ -216,8 +215,6 @@ def set_up(config: TrainConfig, world: World) -> Run:
         compile_blocks_(objective)
     shard_objective_(objective, source.stored, precision, world, method.whole_copies)
     names = objective.trained_parameters()
-    if cache is not None:
-        claim_teacher_cache(cache, teacher_options, data, model, precision)
 
     # optimizer, step 0
     fused, optimizer_text = choose_fused(runtime.fused_optimizer, world.device, sum(p.numel() for p in names))
@@ -274,7 +271,7 @@ def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
     if epochs is not None:
         batch = config.optimizer.sequences_per_step(world.size)
         steps = world.on_main(
-            lambda: steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch), beats=True
+            lambda: steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch), patient=True
         )
         config = config.changed(max_steps=steps, num_train_epochs=None)
     if config.method.lam != "auto":
@@ -383,22 +380,12 @@ def naming_missing_ranks(world: World) -> Iterator[None]:
         raise InputError(f"{missing} hangs or has ended; torchrun --max-restarts starts it again ({reason})") from error
 
 
-def _claimed(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
-    """The output folder, locked by the main rank for all."""
-    inputs = {"model": config.model.model, "teacher_cache": config.teacher.teacher_cache}
-    inputs |= {f"dataset {text}": text for text in config.data.datasets}
-    inputs |= {f"eval_dataset {text}": text for text in config.evaluation.eval_datasets}
-    inputs["init_from"] = config.start.init_from
-    output = config.checkpoint
-    return output_folder(output.output_dir, "train", overwrite=output.overwrite, resume=output.resume, inputs=inputs)
-
-
 def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:
     """Uploads the result, unless the run diverged or fell short: the repository may hold a better one."""
     if wrong := problem(record.get("verdict", {})):
         if world.is_main:
             note(f"not uploaded, because the run {wrong}; hf upload {repo} {model} uploads it anyway")
         return
-    url = world.on_main(functools.partial(push, model, repo, private=private), beats=True)
+    url = world.on_main(functools.partial(push, model, repo, private=private), patient=True)
     if world.is_main:
         note(f"uploaded: {url}")
