@@ -4,7 +4,7 @@ FUZZ_SECONDS ?= 3600
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow fuzz lint bench docs clean
+.PHONY: setup demo test pytest test-slow fuzz lint bench docs clean
 
 $(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp $(wildcard src/castlm/inference/*.cpp src/castlm/inference/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -17,9 +17,11 @@ setup: $(VENV)/.installed
 demo: setup
 	$(BIN)/castlm demo --output-dir demo-output --overwrite
 
-test: setup lint
-	$(BIN)/python -m pytest --doctest-modules src/castlm
-	$(BIN)/python -m pytest -n 3 --dist worksteal  # some tests wait for processes of their own; ends with what was skipped
+test: setup  # the checks beside the tests: mypy is one process
+	@$(MAKE) --no-print-directory -j 2 lint pytest
+
+pytest: setup  # three processes, as some tests wait for processes of their own; ends with what was skipped
+	$(BIN)/python -m pytest -n 3 --dist worksteal --doctest-modules src/castlm tests
 
 test-slow: setup  # more ranks, families, options and moments of a kill than `make test` tries; CI runs both
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow

@@ -5,7 +5,6 @@ import io
 import math
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -86,93 +85,56 @@ def another_grad(param, grad):
     param.data = data
 
 
+def sparse_grad(param):
+    return torch.ones_like(param).to_sparse()
+
+
 @pytest.mark.parametrize("fused", WAYS)
-@pytest.mark.parametrize("which", [1, 2])
 @pytest.mark.parametrize(
-    ("grad", "message"),
+    ("of", "change"),
     [
-        (torch.ones(2, 8), "gradient of shape"),
-        (torch.ones(40), "gradient of shape"),
-        (torch.ones(4, 8, dtype=torch.complex64), "complex64"),
-        (torch.ones(5, dtype=torch.complex64), "complex64"),
-        (torch.ones(4, 8, device="meta"), "on meta"),
-        (torch.ones(5, device="meta"), "on meta"),
+        (1, lambda p: another_grad(p, torch.ones(2, 8))),
+        (1, lambda p: another_grad(p, torch.ones(40))),
+        (2, lambda p: another_grad(p, torch.ones(40))),
+        (2, lambda p: setattr(p, "grad", sparse_grad(p))),
+        (1, lambda p: setattr(p, "data", p.data.t().contiguous().t())),
+        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data.bfloat16()), give_grads(p))),
+        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data.double()), give_grads(p))),
+        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data[:2].clone()), give_grads(p))),
     ],
 )
-def test_a_gradient_that_is_not_the_parameters_is_refused(fused, which, grad, message):
+def test_what_changed_after_the_optimizer_was_built_is_refused_before_any_weight_changes(fused, of, change):
     given = make(fused)
-    optimizer, param = given[0], given[which]
-    if message != "gradient of shape" and grad.shape != param.shape:
-        pytest.skip("is of the other parameter")
+    optimizer, other = given[0], given[3 - of]
     give_grads(*given[1:])
     optimizer.step()
-    before = state_of(optimizer)
+    before = other.detach().clone(), copy.deepcopy(optimizer.state[other])
     give_grads(*given[1:])
-    try:
-        another_grad(param, grad)
-    except RuntimeError:
-        pytest.skip("torch refuses to set it")
-    with pytest.raises(InputError, match=message) as raised:
+    change(given[of])
+    with pytest.raises(InputError, match="a parameter is") as raised:
         optimizer.step()
     assert "\n" not in str(raised.value)
-    assert_same_state(before, state_of(optimizer))
-
-
-@pytest.mark.parametrize("fused", WAYS)
-def test_a_sparse_gradient_is_refused(fused):
-    embedding = nn.Embedding(10, 8, sparse=True)
-    layer = nn.Linear(8, 4, bias=False)
-    groups = [{"params": [layer.weight], "sparse": True}, {"params": [embedding.weight]}]
-    optimizer = AdamS(groups, total_steps=10, fused=fused)
-    layer(embedding(torch.tensor([1, 2]))).sum().backward()
-    before = state_of(optimizer)
-    with pytest.raises(InputError, match=r"layout torch\.sparse_coo"):
-        optimizer.step()
-    assert_same_state(before, state_of(optimizer))
+    assert torch.equal(other, before[0])
+    assert all(torch.equal(value, before[1][key]) for key, value in optimizer.state[other].items())
 
 
 # ---- parameters
 
 
-@pytest.mark.parametrize("fused", WAYS)
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p: p.data.t().contiguous().t(), "strides"),
-        (lambda p: p.data.to(torch.bfloat16), "bfloat16"),
-        (lambda p: p.data.double(), "float64"),
-        (lambda p: p.data[:2].clone(), "was .* when AdamS was built"),
-        (lambda p: p.data.repeat(2, 1), "was .* when AdamS was built"),
-    ],
-)
-def test_a_parameter_that_changed_after_the_optimizer_was_built_is_refused(fused, change, message):
-    optimizer, sparse, dense = make(fused)
-    give_grads(sparse, dense)
-    optimizer.step()
-    sparse.grad = None
-    sparse.data = change(sparse)
-    give_grads(sparse, dense)
-    before = dense.detach().clone()
-    with pytest.raises(InputError, match=message):
-        optimizer.step()
-    assert torch.equal(dense, before)
-
-
-@pytest.mark.parametrize("fused", WAYS)
 @pytest.mark.parametrize("is_sparse", [True, False])
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
+        (torch.randn(4, 8).half(), "float16"),
         (torch.randn(4, 8, dtype=torch.complex64), "complex64"),
-        (torch.randn(8, 4).t(), "strides"),
-        (torch.randn(1, 8).expand(4, 8), "strides"),
-        (torch.randn(4, 8).to_sparse(), "layout"),
-        (torch.randn(4, 8).to(torch.float8_e4m3fn), "float8"),
+        (torch.randn(8, 4).t(), r"strides \(1, 4\)"),
+        (torch.randn(1, 8).expand(4, 8), r"strides \(0, 1\)"),
+        (torch.randn(4, 8).to_sparse(), "sparse_coo"),
     ],
 )
-def test_a_parameter_that_cannot_be_stepped_is_refused(weight, message, is_sparse, fused):
+def test_a_parameter_that_cannot_be_stepped_is_refused(weight, message, is_sparse):
     with pytest.raises(InputError, match=message):
-        AdamS([{"params": [nn.Parameter(weight)], "sparse": is_sparse}], total_steps=1, fused=fused)
+        AdamS([{"params": [nn.Parameter(weight)], "sparse": is_sparse}], total_steps=1)
 
 
 @pytest.mark.parametrize("fused", WAYS)
@@ -191,79 +153,40 @@ def test_empty_and_zero_dimensional_parameters_are_stepped_over(fused, moments):
     restored.load_state_dict(optimizer.state_dict())
 
 
-def test_a_parameter_twice_is_refused():
-    weight = nn.Parameter(torch.randn(4, 8))
-    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(InputError, match="twice"):
-        AdamS([{"params": [weight, weight], "sparse": True}], total_steps=1)
-
-
-def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was():
-    optimizer, sparse, dense = make()
-    with pytest.raises(InputError, match="strides"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(8, 4).t())], "sparse": True})
-    assert len(optimizer.param_groups) == len(optimizer.state) == 2
-    give_grads(sparse, dense)
-    optimizer.step()
-
-
 # ---- options
 
 BAD = {
-    "lr": ["1e-3", None, math.nan, math.inf, -1.0, True, 1e39, 1j, torch.tensor([1.0, 2.0]), [1e-3]],
-    "betas": [0.9, (0.9,), (0.9, 0.9, 0.9), ("0.9", 0.9), (0.9, 1.0), (math.nan, 0.9), (True, 0.9), None],
-    "eps": ["1e-8", -1e-8, math.nan, math.inf, True, None],
-    "weight_decay": ["0.1", -1, math.nan, True, None],
-    "lam": ["auto", -1.0, math.nan, math.inf, False, None],
-    "total_steps": [0, -1, 1.5, 10.0, "10", True, None, math.inf],
-    "mask_interval": [-1, 0.5, "10", True, None],
-    "decay": ["l2", None, 1, ["horizon"], ""],
-    "decay_end": [0, 1.1, "0.5", math.nan, True, None],
-    "second_moment": ["adam", 1, ["mix"]],
-    "moments": ["fp16", None, 8, ["fp32"]],
-    "fused": ["auto", 2, 0.5],
+    "lr": [-1.0, math.nan, math.inf],
+    "betas": [(0.9,), (0.9, 1.0), (math.nan, 0.9)],
+    "eps": [-1e-8],
+    "weight_decay": [-1],
+    "lam": [-1.0, math.inf],
+    "total_steps": [0, -1],
+    "mask_interval": [-1],
+    "decay": ["l2", None],
+    "decay_end": [0, 1.1, math.nan],
+    "second_moment": ["adam"],
+    "moments": ["fp16"],
 }
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
-def test_an_option_of_the_wrong_type_or_range_is_refused_by_name(name, value):
-    options = {"total_steps": 10, name: value}
-    with pytest.raises(InputError, match=f"AdamS: {name} = .* is not allowed") as raised:
-        AdamS([{"params": [nn.Parameter(torch.randn(4, 8))], "sparse": True}], **options)
-    assert "\n" not in str(raised.value)
-    if name != "fused":
-        group = {"params": [nn.Parameter(torch.randn(4, 8))], "sparse": True, name: value}
-        with pytest.raises(InputError, match=f"AdamS: {name} = "):
-            AdamS([group], total_steps=10)
+def test_an_option_out_of_range_is_refused_by_name_for_all_groups_and_for_one(name, value):
+    def group(**options):
+        return [{"params": [nn.Parameter(torch.randn(4, 8))], "sparse": True, **options}]
 
-
-@pytest.mark.parametrize("lr", [np.float32(1e-2), np.float64(1e-2), torch.tensor(1e-2), torch.tensor([1e-2]), 1])
-def test_numbers_of_numpy_and_torch_are_numbers(lr):
-    optimizer, sparse, dense = make(lr=lr, total_steps=np.int64(20), betas=[0.9, np.float32(0.5)])
-    give_grads(sparse, dense)
-    optimizer.step()
-    assert sparse.isfinite().all()
-
-
-@pytest.mark.parametrize("option", ["weight_decays", "n", "lamda"])
-def test_an_unknown_option_of_a_group_is_refused(option):
-    with pytest.raises(InputError, match=f"no option '{option}'"):
-        AdamS([{"params": [nn.Parameter(torch.randn(4, 8))], "sparse": True, option: 1}], total_steps=10)
+    for groups, options in ((group(), {name: value}), (group(**{name: value}), {})):
+        with pytest.raises(InputError, match=f"AdamS: {name} = ") as raised:
+            AdamS(groups, **{"total_steps": 10, **options})
+        assert "\n" not in str(raised.value)
 
 
 def test_sparsity_has_to_be_asked_for_or_declined():
     model = nn.Linear(8, 4)
-    for params in (model.parameters(), list(model.parameters()), model.named_parameters(), [{"params": [model.bias]}]):
+    for params in (model.parameters(), model.named_parameters(), [{"params": [model.bias]}]):
         with pytest.raises(InputError, match="sparse_param_groups"):
             AdamS(params, total_steps=10)
     assert not list(AdamS([{"params": model.parameters(), "sparse": False}], total_steps=10).sparse_params())
-
-
-def test_total_steps_is_required_and_options_are_keywords():
-    group = [{"params": [nn.Parameter(torch.randn(4, 8))], "sparse": True}]
-    with pytest.raises(TypeError, match="total_steps"):
-        AdamS(group, 1e-3)
-    with pytest.raises(TypeError, match="positional"):
-        AdamS(group, 1e-3, (0.9, 0.99), total_steps=10)
 
 
 # ---- which way it runs
@@ -298,7 +221,7 @@ def test_fused_is_refused_for_tensors_whose_memory_is_elsewhere():
         """As a quantized tensor."""
 
     weight = nn.Parameter(torch.randn(4, 8).as_subclass(Elsewhere))
-    with pytest.raises(InputError, match="plain tensors"):
+    with pytest.raises(InputError, match="Elsewhere"):
         AdamS([{"params": [weight], "sparse": False}], total_steps=1, fused=True)
 
 
@@ -345,8 +268,6 @@ def test_a_copy_goes_on_bit_for_bit_and_apart(through, moments, fused):
         (torch.ones(4, 8, dtype=torch.bool), "not 2:4"),
         (torch.zeros(4, 4, dtype=torch.bool), "does not fit"),
         (torch.zeros(4, 8), "does not fit"),
-        (torch.zeros(4, 8, dtype=torch.uint8), "does not fit"),
-        (torch.zeros(4, 2, dtype=torch.uint8), "does not fit"),
         (torch.zeros(8, 4, dtype=torch.bool), "does not fit"),
     ],
 )
@@ -361,20 +282,6 @@ def test_a_mask_that_is_not_of_the_pattern_is_refused(mask, message):
     with pytest.raises(InputError, match=message):
         prune_(model, masks={model[0].weight: nm_mask(model[0].weight), model[1].weight: mask})
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, weights))
-
-
-def test_a_mask_that_keeps_fewer_is_allowed():
-    optimizer, sparse, _ = make()
-    optimizer.set_mask(sparse, torch.zeros(4, 8, dtype=torch.bool))
-    assert not optimizer.mask(sparse).any()
-
-
-def test_masks_of_parameters_without_one_are_refused():
-    optimizer, _, dense = make()
-    for use in (lambda: optimizer.mask(dense), lambda: optimizer.set_mask(dense, torch.zeros(5, dtype=torch.bool))):
-        with pytest.raises(InputError, match="in no sparse group"):
-            use()
-    assert set(optimizer.state) == {p for group in optimizer.param_groups for p in group["params"]}
 
 
 def test_a_nan_leaves_every_layer_as_it_was():
@@ -406,16 +313,11 @@ def corrupted(saved, key, value):
         lambda s: corrupted(s, "mask", s["state"][0]["mask"].bool()),
         lambda s: corrupted(s, "mask", s["state"][0]["mask"][:, :8]),
         lambda s: corrupted(s, "mask", torch.full_like(s["state"][0]["mask"], 255)),
-        lambda s: corrupted(s, "step", torch.tensor(-1.0)),
-        lambda s: corrupted(s, "step", torch.tensor(math.nan)),
-        lambda s: corrupted(s, "step", "three"),
         lambda s: corrupted(s, "more", torch.ones(1)),
         lambda s: s["state"][0].pop("mask") is None or s,
         lambda s: s["state"].pop(0) is None or s,
         lambda s: s["param_groups"].pop() is None or s,
         lambda s: s["param_groups"][0]["params"].append(7) or s,
-        lambda s: s["param_groups"][0].update(lr="1e-3") or s,
-        lambda s: s["param_groups"][0].update(betas=(0.9, math.nan)) or s,
         lambda s: s["param_groups"][0].update(pattern="1:4") or s,
         lambda s: s["param_groups"][0].pop("sparse") is None or s,
     ],
@@ -489,32 +391,8 @@ def test_the_update_kernel_gets_no_tensor_that_it_would_misread(which, wrong):
     native.update_(**arguments)
     holder = arguments["moments"] if which.startswith("exp") else arguments
     holder[which] = [WRONG[wrong](holder[which][0])]
-    with pytest.raises(InputError, match=r"kernels take|exponent|weights|moment"):
+    with pytest.raises(InputError, match="kernels take"):
         native.update_(**arguments)
-
-
-@needs_kernels
-@pytest.mark.parametrize("which", ["grads", "masks", "hyper", "exp_avg"])
-def test_the_update_kernel_gets_lists_of_one_length(which):
-    arguments = update_arguments()
-    holder = arguments["moments"] if which.startswith("exp") else arguments
-    holder[which] = [*holder[which], *holder[which]]
-    with pytest.raises(InputError):
-        native.update_(**arguments)
-
-
-@needs_kernels
-@pytest.mark.parametrize("scales", [0, 1, 3, 4096])
-def test_the_update_kernel_gets_scales_that_divide_the_weights(scales):
-    arguments = update_arguments() | {
-        "weights": [torch.randn(64, 128)],
-        "grads": [torch.randn(64, 128)],
-        "masks": [None],
-    }
-    codes = [torch.zeros(64, 128, dtype=torch.uint8)]
-    scale = {"exp_avg_scale": [torch.zeros(scales)], "exp_avg_sq_scale": [torch.zeros(64)]}
-    with pytest.raises(InputError, match="scales"):
-        native.update_(**arguments | {"moments": {"exp_avg": codes, "exp_avg_sq": codes, **scale}})
 
 
 @needs_kernels
@@ -526,14 +404,6 @@ def test_the_refresh_kernel_gets_no_tensor_that_it_would_misread(which, wrong):
     arguments[which] = WRONG[wrong](arguments[which])
     with pytest.raises(InputError):
         native.refresh_(*([argument] for argument in arguments), 2, 4)
-
-
-@needs_kernels
-@pytest.mark.parametrize(("n", "m"), [(2, 3), (0, 4), (4, 4), (1, 257), (1, 2**40), (-1, 4), (5, 4)])
-def test_the_refresh_kernel_gets_patterns_that_it_has_room_for(n, m):
-    weight = torch.randn(4, 8)
-    with pytest.raises(InputError):
-        native.refresh_([weight], [pack_mask(nm_mask(weight))], n, m)
 
 
 def test_groups_of_a_model_name_their_pattern():

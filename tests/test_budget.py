@@ -49,7 +49,5 @@ def test_travel_and_quantiles_are_the_sums_they_say():
     assert budget.travel == 2.5
     assert budget.quantiles == pytest.approx((200, 360, 396, 400), abs=1)
     assert budget.floor == 2.0
-    with pytest.raises(InputError, match="2 learning rates against 1"):
-        decay_budget([(weight, mask)], [1, 1], [1], "additive")
     with pytest.raises(InputError, match="no masked weight"):
         decay_budget([(weight, ~mask)], [1], [1], "additive")

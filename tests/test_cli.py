@@ -7,18 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from castlm.cli.main import Command, main
 from castlm.cli.options import result_folder
 from castlm.core.errors import DivergedError
 from tests.slow import slow
-from tests.tiny import save_tiny
 
-ARGUMENTS = [["--help"], ["verify", "--help"], ["plan"], ["verify", "{model}"], ["verify", "{model}", "--json", "-"]]
+ARGUMENTS = [["--help"], ["verify", "--help"], ["plan"], ["verify", "{file}"], ["verify", "{file}", "--json", "-"]]
+"""Commands that import no torch: each of them is a process of its own."""
 
 
-def castlm(arguments, model, unbuffered="", **streams):
-    command = [sys.executable, "-m", "castlm", *(argument.format(model=model) for argument in arguments)]
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """A weight at 2:4."""
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 8)}, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def castlm(arguments, file="", unbuffered="", **streams):
+    command = [sys.executable, "-m", "castlm", *(argument.format(file=file) for argument in arguments)]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # where it is set, no print waits for the end
     return subprocess.run(command, text=True, env=environment, **streams)
 
@@ -32,23 +40,21 @@ def test_a_run_is_found_where_the_shell_does_not_expand_its_home(tmp_path, monke
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=" ".join)
-def test_output_that_nobody_reads_is_no_error(arguments, tmp_path):
-    model = save_tiny(tmp_path / "model")
+def test_output_that_nobody_reads_is_no_error(arguments, file):
     reader, writer = os.pipe()
     os.close(reader)
-    done = castlm(arguments, model, stdout=writer, stderr=subprocess.PIPE)
+    done = castlm(arguments, file, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.slow
-def test_progress_that_nobody_reads_ends_a_run_as_sigpipe_does(tmp_path, text):
-    model = save_tiny(tmp_path / "model")
-    arguments = ["train", "--model", "{model}", "--dataset", text, "--output-dir", str(tmp_path / "run")]
+def test_progress_that_nobody_reads_ends_a_run_as_sigpipe_does(tmp_path, text, llama):
+    arguments = ["train", "--model", llama, "--dataset", text, "--output-dir", str(tmp_path / "run")]
     arguments += ["--max-steps", "2", "--seq-len", "16", "--init-from", "magnitude", "--ignore-decay-budget"]
     reader, writer = os.pipe()
     os.close(reader)
-    done = castlm(arguments, model, stdout=subprocess.PIPE, stderr=writer)
+    done = castlm(arguments, stdout=subprocess.PIPE, stderr=writer)
     os.close(writer)
     assert (done.returncode, done.stdout) == (141, "")
 
@@ -72,11 +78,10 @@ def test_a_deleted_working_folder_and_a_run_that_diverged_have_their_own_lines_a
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("unbuffered", ["", slow("1")])
 @pytest.mark.parametrize("arguments", ARGUMENTS[1:], ids=" ".join)
-def test_output_that_finds_no_space_is_one_line(arguments, unbuffered, tmp_path):
-    model = save_tiny(tmp_path / "model")
+def test_output_that_finds_no_space_is_one_line(arguments, unbuffered, file):
     with open("/dev/full", "w") as full:
-        done = castlm(arguments, model, unbuffered, stdout=full, stderr=subprocess.PIPE)
-        assert castlm(arguments, model, unbuffered, stdout=full, stderr=full).returncode == 2
+        done = castlm(arguments, file, unbuffered, stdout=full, stderr=subprocess.PIPE)
+        assert castlm(arguments, file, unbuffered, stdout=full, stderr=full).returncode == 2
     line = "castlm: error: the output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, line)
 

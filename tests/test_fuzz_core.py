@@ -54,32 +54,6 @@ def test_any_text_is_a_pattern_or_an_error_of_one_line(text):
     assert 1 <= pattern.n < pattern.m
 
 
-ANY = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 20), st.floats(), st.text(max_size=3), st.lists(st.floats(), max_size=2)
-)
-
-OPTIONS = ("lr", "betas", "eps", "lam", "mask_interval", "decay_end", "decay", "moments")
-
-
-@settings(max_examples=100, deadline=None, database=None)
-@given(
-    st.fixed_dictionaries(
-        {"total_steps": ANY},
-        optional=dict.fromkeys(OPTIONS, ANY),
-    )
-)
-def test_any_options_are_refused_in_one_line_or_train_to_finite_weights(options):
-    weight = nn.Parameter(torch.linspace(-1, 1, 16).view(2, 8))
-    try:
-        optimizer = AdamS([{"params": [weight], "sparse": True}], **options)
-    except InputError as error:
-        cases.check_message(error)
-        return
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    assert not weight.isnan().any()
-
-
 @needs_kernels
 @settings(max_examples=40, deadline=None, database=None)
 @given(

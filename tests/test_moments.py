@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from castlm.core.adams import AdamS
-from castlm.core.moments import block_size, from_codes, to_codes_
+from castlm.core.moments import block_size, code_values, from_codes, to_codes_
 from tests.fused import needs_kernels, through_torch_compile
 
 SHAPES = [(64, 128), (128, 64), (32, 192), (64, 20), (64,)]  # the last two are kept in fp32
@@ -32,19 +32,9 @@ def parameters():
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_codes_are_those_of_torchao(signed):
-    subclass_8bit = pytest.importorskip("torchao.optim.subclass_8bit")
-    torch.manual_seed(0)
-    values = torch.randn(64, 256) * torch.logspace(-6, 2, 64)[:, None]
-    values = values if signed else values.square()
-    theirs = subclass_8bit.OptimState8bit.zeros(values.shape, signed=signed, block_size=64)
-    theirs.copy_(values)
-    codes, scale = torch.zeros(values.numel() // 64, 64, dtype=torch.uint8), torch.zeros(values.numel() // 64)
-    to_codes_(values.view(-1, 64), codes, scale, signed)
-    differ = codes.view_as(values) != theirs.codes
-    assert differ.float().mean() < 1e-3  # a tie may go either way
-    mine = from_codes(codes, scale, signed).view_as(values)
-    torch.testing.assert_close(mine[~differ], theirs.dequantize()[~differ], rtol=1e-5, atol=0)
+def test_codes_are_those_of_bitsandbytes(signed):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.testing.assert_close(code_values(signed), functional.create_dynamic_map(signed), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("signed", [True, False])

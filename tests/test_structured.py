@@ -14,7 +14,7 @@ from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
 from castlm.models.architecture import linearize_conv1d_
 from castlm.patterns import parse_pattern
-from castlm.structured.pattern import Channels, Combined, left_of
+from castlm.structured.pattern import Channels, left_of
 from tests.fused import needs_kernels
 from tests.tiny import tiny_model
 
@@ -50,7 +50,7 @@ def test_the_text_of_a_pattern_parses_back(text):
 
 def test_a_share_may_begin_with_the_point():
     assert parse_pattern("channels:.25") == Channels(0.25)
-    assert parse_pattern("channels:0.75+2:4") == Combined(Channels(0.75), NM(2, 4))
+    assert parse_pattern("channels:0.75+2:4") == Channels(0.75, NM(2, 4))
 
 
 NO_PATTERNS = (
@@ -100,9 +100,9 @@ def test_n_of_m_is_counted_in_what_is_left_after_the_cut():
     pattern = parse_pattern("channels:0.75+2:4")
     prune_(model, pattern)
     gate, up, down = weights_of(model, *MLP)
-    kept = pattern.outer.kept_units([gate, up, down])
+    kept = pattern.kept_units([gate, up, down])
     assert int(kept.sum()) == 48
-    for weight, mask in zip((gate, up, down), pattern.outer.expand(kept, (gate, up, down))):
+    for weight, mask in zip((gate, up, down), pattern.expand(kept, (gate, up, down))):
         assert NM(2, 4).violations(left_of(weight, mask)) == 0
         assert int((left_of(weight, mask) == 0).sum()) == left_of(weight, mask).numel() // 2
     assert NM(2, 4).violations(down) > 0  # in the layout before the cut

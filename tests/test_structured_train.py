@@ -23,7 +23,7 @@ from tests.tiny import save_tiny
         slow({"pattern": "channels:0.5"}),
         slow({"pattern": "heads:0.5", "init_from": "magnitude"}),
         {"pattern": "channels:0.75+2:4", "init_from": "flap"},
-        slow({"pattern": "channels:0.5", "method": "finetune", "init_from": "random"}),
+        slow({"pattern": "channels:0.5", "method": "finetune"}),
         {"pattern": "heads:0.5+2:4", "method": "ste"},
     ],
 )
@@ -72,8 +72,8 @@ def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, te
     for model, fields, reason in (
         (gpt2, {"pattern": "heads:0.5"}, "cannot cut heads out of opt"),
         (llama, {"pattern": "channels:0.5", "left_dense": ("layers.1.mlp.up",)}, "each of the 2 transformer blocks"),
-        (llama, {"pattern": "channels:0.5", "init_from": "sparsegpt"}, "neither one of magnitude, wanda, flap"),
-        (llama, {"pattern": "channels:0.5", "rotate": "values", "init_from": "wanda"}, "use rotate auto"),
+        (llama, {"pattern": "channels:0.5", "init_from": "sparsegpt"}, "neither one of magnitude, flap"),
+        (llama, {"pattern": "channels:0.5", "rotate": "values", "init_from": "flap"}, "rotate values"),
         (llama, {"pattern": "heads:0.9"}, "keeps all of 2 units"),
     ):
         with pytest.raises(InputError, match=reason):

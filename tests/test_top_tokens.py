@@ -105,29 +105,13 @@ def test_batches_keep_their_shape_and_bf16_its_order():
     torch.testing.assert_close(coarse.log_probs.exp().sum(-1), top.log_probs.exp().sum(-1), rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("k", [0, VOCAB + 1])
-def test_k_out_of_range_raises(k):
-    _, _, _, teacher_hidden, teacher = make()
-    with pytest.raises(InputError, match=f"between 1 and {VOCAB}"):
-        top_tokens(teacher_hidden, teacher, k)
-
-
 def test_no_token_gives_an_empty_result():
     head = OutputHead(torch.eye(4))
     assert top_tokens(torch.zeros(0, 4), head, k=2).tokens.shape == (0, 2)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_temperature_that_is_not_above_0_raises(temperature):
-    _, _, _, teacher_hidden, teacher = make()
-    with pytest.raises(InputError, match="temperature is"):
-        top_tokens(teacher_hidden, teacher, 2, temperature)
-
-
 def test_another_shape_raises():
     hidden, student, labels, teacher_hidden, teacher = make()
-    with pytest.raises(InputError, match="does not fit a head of width"):
-        top_tokens(teacher_hidden[..., :-1], teacher, 2)
     top = top_tokens(teacher_hidden[:3], teacher, 2)
-    with pytest.raises(InputError, match="teacher_top has shapes"):
+    with pytest.raises(InputError, match=r"\(3,\)"):
         distillation_loss(hidden, student, labels, teacher_top=top)

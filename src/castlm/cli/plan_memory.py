@@ -62,7 +62,7 @@ class MemoryOptions:
     before step 0."""
 
     calibration_sequences: int = field(default=StartOptions.calibration_sequences, metadata=_AT_LEAST_1)
-    """Calibration sequences of the start; magnitude and random read none."""
+    """Calibration sequences of the start; magnitude reads none."""
 
     eta: float = field(default=TeacherOptions.eta, metadata={"at_least": 0})
     """Weight of the KL divergence to the teacher. 0 trains without a teacher."""

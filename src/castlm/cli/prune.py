@@ -27,11 +27,10 @@ class PruneOptions:
 
     method: str | None = choice(None, all_solvers)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
-    Structured patterns rank their units by flap (the default of channels), taylor (of heads), wanda,
-    magnitude or random."""
+    Structured patterns rank their units by flap (the default of channels), taylor (of heads) or magnitude."""
 
     calibration: str | None = None
-    """Calibration text, for all methods except magnitude and random: a file, folder, glob or hub dataset, as --dataset
+    """Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as --dataset
     of castlm train.
     """
 
@@ -105,7 +104,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
         method = self.method or pattern.default_solver
         if method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
-        needs_text = method not in ("magnitude", "random")
+        needs_text = method != "magnitude"
         takes_text = (
             needs_text or pattern.cut_out is not None
         )  # the rest of a layer is refitted after its units are removed

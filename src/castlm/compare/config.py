@@ -36,7 +36,7 @@ class CompareConfig:
 
     methods: str | None = None
     """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
-    sparsegpt; for structured patterns flap, taylor and random. The default is all of them, unless variants or a preset
+    sparsegpt; for structured patterns flap and taylor. The default is all of them, unless variants or a preset
     are given.
     """
 

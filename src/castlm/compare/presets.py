@@ -97,7 +97,7 @@ PRESETS: dict[str, Preset] = {
         "Is a decay better than a cut at step 0?",
         {
             **{f"cast, {score}": {"method": "cast", "init_from": score} for score in _TRAINED_SCORES},
-            **{f"cut, {score}": {"method": "finetune", "init_from": score} for score in (*_TRAINED_SCORES, "random")},
+            **{f"cut, {score}": {"method": "finetune", "init_from": score} for score in _TRAINED_SCORES},
         },
     ),
 }

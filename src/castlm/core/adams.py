@@ -7,9 +7,8 @@ mask is optimizer state: it is up to `mask_interval` steps old, so it cannot be 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,14 +19,11 @@ from castlm.core import native
 from castlm.core.decay import DECAYS
 from castlm.core.errors import DivergedError, InputError
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
-from castlm.core.nm import NM, Pattern, as_pattern, pack_mask, refresh_masks_, replace_, unpack_mask
+from castlm.core.nm import NM, as_pattern, pack_mask, refresh_masks_, replace_, unpack_mask
 from castlm.core.shards import flat, like_rows, local
 from castlm.core.update import SECOND_MOMENTS, hyperparameters, update_
 
 _TRAINED = (torch.float32, torch.float64, torch.bfloat16)  # float16 rounds eps and small squared gradients to 0
-_LARGEST = torch.finfo(torch.float32).max
-_OUTSIDE = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
-"""Keys of a parameter group that torch, its schedulers and users add, beside the options of AdamS."""
 EXACT_ON_RESUME = (
     *("sparse", "pattern", "total_steps", "mask_interval"),
     *("decay", "decay_end", "second_moment", "moments"),
@@ -88,12 +84,12 @@ class AdamS(Optimizer):
     Gradients of another real dtype are converted to the parameter's.
 
     Raises:
-        InputError: when a group is added: an option of the wrong type or out of range; no group has `"sparse"`; a
-            parameter is complex, float16, not contiguous or not dense; a sparse parameter is not 2-D or 3-D, not
-            float32 or float64, does not fit its pattern, is sharded along its groups or contains NaN; `fused=True` is
-            not possible. From `step`: a sparse parameter has no gradient, or a gradient or parameter has another shape,
-            layout or device than before. From `load_state_dict`: the saved options, shapes or dtypes differ, or a saved
-            mask is not of the pattern.
+        InputError: when a group is added: an option is out of range; no group has `"sparse"`; a parameter is complex,
+            float16, not contiguous or not dense; a sparse parameter is not 2-D or 3-D, not float32 or float64, does not
+            fit its pattern, is sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a
+            sparse parameter has no gradient, or a gradient or parameter has another shape, layout or device than
+            before. From `load_state_dict`: the saved options, shapes or dtypes differ, or a saved mask is not of the
+            pattern.
 
     Examples:
         >>> import torch
@@ -125,8 +121,6 @@ class AdamS(Optimizer):
         weight_decay: float = 0.0,
         fused: bool | None = None,
     ) -> None:
-        if fused not in (None, True, False):
-            raise InputError(f"AdamS: fused = {fused!r} is not allowed: it must be None, True or False")
         groups: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         if not any(isinstance(group, dict) and "sparse" in group for group in groups):
             raise InputError(
@@ -157,46 +151,25 @@ class AdamS(Optimizer):
         """Adds a group of parameters, as in torch. The class lists the keys of a group and the errors."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
-            self._init_group(group)
-        except InputError:
-            self.param_groups.pop()
-            for param in group["params"]:
-                self.state.pop(param, None)
-            raise
-
-    def _init_group(self, group: dict[str, Any]) -> None:
         group["pattern"] = as_pattern(group["pattern"])
-        if group["second_moment"] is None and isinstance(group["decay"], str) and group["decay"] in DECAYS:
+        if group["second_moment"] is None and group["decay"] in DECAYS:
             group["second_moment"] = "mix" if DECAYS[group["decay"]].needs_lam else "gradient"
-        unknown = [key for key in group if key not in _OPTIONS and key not in _OUTSIDE]
-        if unknown:
-            raise InputError(f"AdamS has no option {unknown[0]!r} for a parameter group, only {', '.join(_OPTIONS)}")
         _check_options(group)
-        if len(set(group["params"])) != len(group["params"]):
-            raise InputError("a parameter appears twice in a parameter group of AdamS: pass each once")
         for param in group["params"]:
-            _check_parameter(param)
+            _check_parameter(param, group)
             if self._fused and param.device.type == "cpu":
                 native.check_runs_on(local(param))
-            if group["sparse"]:
-                _check_sparse_parameter(param, group["pattern"])
             self.state[param] |= {"step": torch.tensor(0.0), **new_moments(param, group["moments"])}
         for params in _joint_params(group) if group["sparse"] else ():
             for param, mask in zip(params, group["pattern"].own_masks(params)):
                 self.state[param]["mask"] = like_rows(pack_mask(mask), param)
 
-    def _pattern_of(self, param: Tensor) -> Pattern:
-        for group in self.param_groups:
-            if group["sparse"] and any(param is own for own in group["params"]):
-                pattern: Pattern = group["pattern"]
-                return pattern
-        raise InputError(f"a parameter of shape {tuple(param.shape)} is in no sparse group of this optimizer")
-
     def mask(self, param: Tensor) -> Tensor:
-        """A copy of the current mask of a sparse parameter: bool, True = kept, shaped and placed like the parameter."""
-        if "mask" not in self.state.get(param, {}):
-            raise InputError(f"a parameter of shape {tuple(param.shape)} is in no sparse group of this optimizer")
+        """A copy of the current mask of a sparse parameter: bool, True = kept, shaped and placed like the parameter.
+
+        Raises:
+            KeyError: the parameter is in no sparse group.
+        """
         return like_rows(unpack_mask(local(self.state[param]["mask"]), param.shape[-1]), param)
 
     def set_mask(self, param: Tensor, mask: Tensor) -> None:
@@ -207,10 +180,12 @@ class AdamS(Optimizer):
 
         Raises:
             InputError: another shape or dtype, or a mask that keeps more than the pattern does.
+            KeyError: the parameter is in no sparse group.
         """
-        pattern = self._pattern_of(param)
-        pattern.check_mask(local(mask), local(param).shape, count=not pattern.gathers([param]))
-        local(self.state[param]["mask"]).copy_(pack_mask(local(mask)))
+        packed = local(self.state[param]["mask"])
+        group = next(group for group in self.param_groups if any(param is own for own in group["params"]))
+        group["pattern"].check_mask(local(mask), param)
+        packed.copy_(pack_mask(local(mask)))
 
     def momentum(self, param: Tensor) -> Tensor:
         """A copy of this rank's part of the first moment of a parameter, (numel,), in fp32 however it is stored."""
@@ -237,24 +212,31 @@ class AdamS(Optimizer):
         self._flips = flips
 
     @torch.no_grad()
-    def refresh_masks(self, group: dict[str, Any]) -> None:
-        """Recomputes the masks of a sparse group from `|W|` (CAST, Eq. 6). Raises `InputError` if a weight is NaN."""
-        pattern, has_nan = group["pattern"], False
-        self._flips = 0
-        if isinstance(pattern, NM):
-            params = [p for p in group["params"] if local(p).numel()]  # a rank may hold no rows of a parameter
-            if params:
-                weights = [local(param) for param in params]
-                masks = [local(self.state[param]["mask"]) for param in params]
-                self._flips, has_nan = refresh_masks_(weights, masks, pattern.n, pattern.m, bool(self._fused))
-        else:
+    def refresh_masks(self, group: dict[str, Any]) -> Tensor | int:
+        """Recomputes the masks of a sparse group from `|W|` (CAST, Eq. 6).
+
+        Returns:
+            The number of mask entries on this rank that changed.
+
+        Raises:
+            InputError: a weight is NaN.
+        """
+        pattern, flips = group["pattern"], cast("Tensor | int", 0)
+        if not isinstance(pattern, NM):
             for params in _joint_params(group):
                 for param, mask in zip(params, pattern.own_masks(params)):
-                    self._flips = self._flips + replace_(local(self.state[param]["mask"]), pack_mask(mask))
+                    flips = flips + replace_(local(self.state[param]["mask"]), pack_mask(mask))
+            return flips
+        params = [p for p in group["params"] if local(p).numel()]  # a rank may hold no rows of a parameter
+        if not params:
+            return 0
+        weights, masks = [local(p) for p in params], [local(self.state[p]["mask"]) for p in params]
+        flips, has_nan = refresh_masks_(weights, masks, pattern.n, pattern.m, bool(self._fused))
         if has_nan:
             raise DivergedError(
                 "a sparse weight is NaN, so the run has diverged: start it again with a lower learning rate"
             )
+        return flips
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -269,13 +251,9 @@ class AdamS(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._check_gradients(group)
-        flips: list[Tensor | int] = []
         # Alg. 1: every T1 steps the mask is made anew at the top of the step, so that step 0 has a true mask.
-        for group in filter(self._is_refresh_due, self.param_groups):
-            self.refresh_masks(group)
-            flips.append(self._flips)
-        if flips:
-            self._flips = sum(flips)
+        if due := list(filter(self._is_refresh_due, self.param_groups)):
+            self._flips = sum(map(self.refresh_masks, due))
         for group in self.param_groups:
             self._step_group(group)
         return loss
@@ -365,24 +343,13 @@ class AdamS(Optimizer):
                 raise InputError(
                     f"the saved optimizer state is of another run ({', '.join(changed)}): use the options of that run"
                 )
-            _check_options({**group, **saved, **{key: group[key] for key in ("params", "pattern", "joint")}})
             for i, param in zip(saved["params"], group["params"]):
                 found[param] = state_dict["state"].get(i, {})
                 _check_saved(found[param], self.state[param], f"parameter {i}")
-            if group["sparse"]:
-                self._check_masks(group, found)
+            for params in _joint_params(group) if group["sparse"] else ():
+                masks = [unpack_mask(local(found[param]["mask"]), param.shape[-1]) for param in params]
+                group["pattern"].check_joint_masks(masks, params)
         return found
-
-    def _check_masks(self, group: dict[str, Any], saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Checks the saved masks of a sparse group; counts patterns across rows only where a rank holds all rows."""
-        pattern: Pattern = group["pattern"]
-        for params in _joint_params(group):
-            masks = [unpack_mask(local(saved[param]["mask"]), param.shape[-1]) for param in params]
-            gathers = pattern.gathers(params)  # no collective call: another rank may have raised already, and not come
-            for param, mask in zip(params, masks):
-                pattern.check_mask(mask, local(param).shape, count=not gathers)
-            if len(params) > 1 and not gathers:
-                pattern.check_joint_masks(masks)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fused": self._fused, "_flips": self._flips}
@@ -394,48 +361,22 @@ def _joint_params(group: dict[str, Any]) -> list[list[Tensor]]:
     return [[param] for param in params] if joint is None else [[params[i] for i in part] for part in joint]
 
 
-def _is_number(value: object) -> bool:
-    """Whether `value` is a finite real number that float32 can hold, and not a bool or a text."""
-    if isinstance(value, bool | str | bytes | Tensor) or not hasattr(type(value), "__float__"):
-        return False
-    return math.isfinite(value) and abs(value) <= _LARGEST  # type: ignore[arg-type]
-
-
-def _is_rate(value: object) -> bool:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
-    return _is_number(value) and value >= 0  # type: ignore[operator]
-
-
-def _is_count(value: object, least: int) -> bool:
-    return not isinstance(value, bool | Tensor) and hasattr(type(value), "__index__") and operator.index(value) >= least  # type: ignore[arg-type]
-
-
-def _are_betas(value: object) -> bool:
-    return isinstance(value, tuple | list) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
-
-
-def _one_of(names: Any) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
-
-
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (_is_rate, "a finite number >= 0"),
-    "betas": (_are_betas, "two numbers in [0, 1)"),
-    "eps": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
-    "lam": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
-    "weight_decay": (lambda v: _is_number(v) and v >= 0, "a finite number >= 0"),
-    "total_steps": (lambda v: _is_count(v, 1), "an integer >= 1"),
-    "mask_interval": (lambda v: _is_count(v, 0), "an integer >= 0"),
-    "decay": _one_of(DECAYS),
-    "decay_end": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1]"),
-    "second_moment": _one_of(SECOND_MOMENTS),
-    "moments": _one_of(MOMENTS),
-    "sparse": (lambda v: isinstance(v, bool), "True or False"),
-    "pattern": (lambda v: isinstance(v, Pattern), "a pattern such as 2:4"),
-    "joint": (lambda v: v is None or isinstance(v, list | tuple), "None, or lists of positions in params"),
+    "lr": (lambda lr: 0 <= lr < math.inf, "a finite number >= 0"),
+    "betas": (lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+    "eps": (lambda eps: 0 <= eps < math.inf, "a finite number >= 0"),
+    "lam": (lambda lam: 0 <= lam < math.inf, "a finite number >= 0"),
+    "weight_decay": (lambda factor: 0 <= factor < math.inf, "a finite number >= 0"),
+    "total_steps": (lambda steps: steps >= 1, "at least 1"),
+    "mask_interval": (lambda steps: steps >= 0, "at least 0"),
+    "decay": (lambda name: name in DECAYS, f"one of {', '.join(DECAYS)}"),
+    "decay_end": (lambda share: 0 < share <= 1, "a number in (0, 1]"),
+    "second_moment": (lambda name: name in SECOND_MOMENTS, f"one of {', '.join(SECOND_MOMENTS)}"),
+    "moments": (lambda name: name in MOMENTS, f"one of {', '.join(MOMENTS)}"),
 }
-"""For each option of a parameter group: a check of its value, and the allowed values in words."""
+"""For each option of a parameter group: a check of its range, and the allowed values in words.
+
+A value of another type, such as a text for a number, ends in Python's own error."""
 
 
 def _check_options(group: Mapping[str, Any]) -> None:
@@ -447,37 +388,30 @@ def _check_options(group: Mapping[str, Any]) -> None:
             f"AdamS: second_moment = 'gradient' is not allowed with decay {group['decay']!r}, whose lam would be lost "
             "beside the gradient: use mix"
         )
-    joint = group["joint"]
-    if joint is not None and sorted(i for part in joint for i in part) != list(range(len(group["params"]))):
-        raise InputError("AdamS: joint must name every position in the params of the group once")
 
 
-def _check_parameter(param: Tensor) -> None:
+def _check_parameter(param: Tensor, group: Mapping[str, Any]) -> None:
     shape = tuple(param.shape)
-    if param.dtype not in _TRAINED:
-        raise InputError(f"a parameter of shape {shape} is {param.dtype}: AdamS trains float32, float64 and bfloat16")
-    if param.layout != torch.strided:
-        raise InputError(f"a parameter of shape {shape} has layout {param.layout}: AdamS takes dense tensors")
-    if not local(param).is_contiguous():
+    if param.dtype not in _TRAINED or param.layout != torch.strided or not local(param).is_contiguous():
+        strides = param.stride() if param.layout == torch.strided else ()
         raise InputError(
-            f"a parameter of shape {shape} has strides {param.stride()}: make it contiguous before it is given to AdamS"
+            f"a parameter of shape {shape} is {param.dtype} with layout {param.layout} and strides {strides}: AdamS "
+            "trains contiguous, dense float32, float64 and bfloat16"
         )
-
-
-def _check_sparse_parameter(param: Tensor, pattern: Pattern) -> None:
-    shape = tuple(param.shape)
+    if not group["sparse"]:
+        return
     if param.dim() not in (2, 3):
         raise InputError(
             f"a sparse parameter has shape {shape}, not (out, in) or (experts, out, in): sharding that flattens "
             "parameters (FSDP1, DeepSpeed ZeRO) cuts groups apart; use FSDP2 fully_shard"
         )
-    if param.dtype not in (torch.float32, torch.float64):
+    if param.dtype == torch.bfloat16:
         raise InputError(
             f"a sparse parameter of shape {shape} is {param.dtype}, which rounds the decay away: keep fp32 master "
             "weights and use autocast or FSDP mixed precision"
         )
-    pattern.check_shape(shape)
-    pattern.check_placement(param)
+    group["pattern"].check_shape(shape)
+    group["pattern"].check_placement(param)
 
 
 def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -485,42 +419,28 @@ def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
 
     Checked at each step, because a model that is converted or moved meanwhile would train wrongly without an error.
     """
-    grad = param.grad
+    grad, moment = param.grad, state["exp_avg"]
     assert grad is not None
-    moment, second = state["exp_avg"], state["exp_avg_sq"]
-    is_dtype = param.dtype == second.dtype or (second.dtype == torch.uint8 and param.dtype in _TRAINED)
-    is_placed = param.shape == moment.shape and param.device == moment.device
-    if not (is_dtype and is_placed and local(param).is_contiguous()):
+    is_dtype = moment.dtype in (param.dtype, torch.uint8) and param.dtype in _TRAINED and grad.dtype.is_floating_point
+    is_placed = param.shape == moment.shape == grad.shape and param.device == moment.device == grad.device
+    is_placed &= getattr(grad, "placements", None) == getattr(param, "placements", None)
+    if not (is_dtype and is_placed and grad.layout == torch.strided and local(param).is_contiguous()):
         raise InputError(
-            f"a parameter is {param.dtype} {tuple(param.shape)} on {param.device} with strides {param.stride()}, but "
-            f"was {second.dtype} {tuple(moment.shape)} on {moment.device}, contiguous, when AdamS was built: convert "
-            "or move the model before building the optimizer"
-        )
-    placed_alike = getattr(grad, "placements", None) == getattr(param, "placements", None)
-    is_dense = grad.layout == torch.strided and grad.dtype.is_floating_point
-    if not (is_dense and placed_alike and grad.shape == param.shape and grad.device == param.device):
-        raise InputError(
-            f"a parameter of shape {tuple(param.shape)} on {param.device} has a gradient of shape {tuple(grad.shape)} "
-            f"on {grad.device}, {grad.dtype}, layout {grad.layout}: AdamS takes real, dense gradients with the shape "
-            "and placement of the parameter"
+            f"a parameter is {param.dtype} {tuple(param.shape)} on {param.device}, its gradient {grad.dtype} "
+            f"{tuple(grad.shape)} {grad.layout} on {grad.device}, its moments {tuple(moment.shape)} on "
+            f"{moment.device}: convert or move a model before AdamS is built; gradients are real and dense"
         )
 
 
 def _check_saved(saved: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
     """Raises `InputError` unless the saved state of a parameter has the names, shapes and dtypes of its `state`."""
-    if set(saved) != set(state):
+
+    def described(tensors: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        tensors = {name: torch.as_tensor(tensor) for name, tensor in tensors.items()}
+        return {name: (tuple(t.shape), () if name == "step" else t.dtype) for name, t in tensors.items()}
+
+    if described(saved) != described(state):
         raise InputError(
-            f"the saved state of {where} holds {', '.join(sorted(map(str, saved)))}, not {', '.join(sorted(state))}: "
-            "load the state of the same model and options"
+            f"the saved state of {where} is {described(saved)}, not {described(state)}: load the state of the same "
+            "model and options"
         )
-    for name, tensor in state.items():
-        value = saved[name]
-        if name == "step":
-            if not (_is_rate(value) and float(value).is_integer()):
-                raise InputError(f"the saved step of {where} is {value!r}, not a number of steps: the state is damaged")
-        elif not isinstance(value, Tensor) or value.shape != tensor.shape or value.dtype != tensor.dtype:
-            given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise InputError(
-                f"the saved {name} of {where} is {given}, not {tensor.dtype} {tuple(tensor.shape)}: load the state of "
-                "the same model and options"
-            )

@@ -135,3 +135,13 @@ def is_block_linear(name: str, shape: Sequence[int]) -> bool:
     if len(shape) != 2 or kind != "weight" or not in_block(module) or is_tower(module):
         return False
     return not _LAST_PART_NOT_LINEAR.search(last) and not is_router(module)
+
+
+def is_block_weight(name: str, shape: Sequence[int]) -> bool:
+    """Whether a stored tensor holds weights that may become sparse: of a linear layer, or of all experts of a block.
+
+    Examples:
+        >>> is_block_weight("model.layers.3.mlp.up_proj.weight", (1536, 576))
+        True
+    """
+    return is_block_linear(name, shape) or is_stacked_experts(name, shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.core.head import OutputHead, Side, default_chunk_tokens, log_probs_, log_softmax_, logits_, matmul_dtype
-from castlm.core.top_tokens import TopTokens, check_temperature, spread_
+from castlm.core.top_tokens import TopTokens, spread_
 
 
 class DistillationLoss(NamedTuple):
@@ -62,8 +62,8 @@ def distillation_loss(
         The loss and its parts: three 0-dimensional tensors in nats per token. Only `loss` has a gradient.
 
     Raises:
-        InputError: shapes or vocabularies that do not match, a missing teacher, a number out of range, or fp16 matmuls
-            with gradients (1/num_tokens underflows before a loss scaler can act).
+        InputError: tokens or vocabularies that do not match, a missing teacher, or fp16 matmuls with gradients
+            (1/num_tokens underflows before a loss scaler can act).
 
     Reference: CAST, arXiv 2509.25996, Eq. 13.
 
@@ -75,9 +75,14 @@ def distillation_loss(
         >>> abs(kl.item()) < 1e-6 and torch.allclose(loss, 2 / 3 * ce)  # the teacher is the student
         True
     """
-    _check_numbers(eta, temperature, num_tokens, chunk_tokens)
-    _check_head("student", student_hidden, student_head, labels)
-    teacher = _checked_teacher(eta, student_head, labels, teacher_hidden, teacher_head, teacher_top)
+    teacher: _Teacher = None
+    if eta:
+        teacher = teacher_top
+        if teacher is None and teacher_hidden is not None and teacher_head is not None:
+            teacher = teacher_hidden, teacher_head
+        if teacher is None:
+            raise InputError(f"eta is {eta} but no teacher is given: pass teacher_hidden and teacher_head, or eta=0")
+    _check_tokens(student_hidden, student_head, labels, teacher)
 
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (student_hidden, student_head.weight, student_head.bias)
@@ -110,46 +115,20 @@ def distillation_loss(
     return _chunked_loss(hidden, student_head, plan, (False, False, False))[0]
 
 
-def _check_numbers(eta: float, temperature: float, num_tokens: int | Tensor | None, chunk_tokens: int | None) -> None:
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta is {eta}: it is the share of the KL term and must be in [0, 1]")
-    check_temperature(temperature)
-    if isinstance(num_tokens, int) and num_tokens < 0:
-        raise InputError(f"num_tokens is {num_tokens}: it is the number of tokens that count in the global batch")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise InputError(f"chunk_tokens is {chunk_tokens}: it must be at least 1, or None for the default")
-
-
 _Teacher: TypeAlias = tuple[Tensor, OutputHead] | TopTokens | None
 
 
-def _checked_teacher(
-    eta: float,
-    student_head: OutputHead,
-    labels: Tensor,
-    hidden: Tensor | None,
-    head: OutputHead | None,
-    teacher_top: TopTokens | None,
-) -> _Teacher:
-    if eta == 0:
-        return None
-    if teacher_top is not None:
-        if any(part.dim() != labels.dim() + 1 or part.shape[:-1] != labels.shape for part in teacher_top):
-            shapes = tuple(teacher_top.tokens.shape), tuple(teacher_top.log_probs.shape)
-            raise InputError(
-                f"teacher_top has shapes {shapes}, the labels {tuple(labels.shape)}: it must be that shape + (k,)"
-            )
-        return teacher_top
-    if hidden is None or head is None:
-        raise InputError(f"eta is {eta} but no teacher is given: pass teacher_hidden and teacher_head, or eta=0")
-    _check_head("teacher", hidden, head, labels)
-    vocab, student_vocab = head.weight.shape[0], student_head.weight.shape[0]
-    if vocab != student_vocab:
+def _check_tokens(hidden: Tensor, head: OutputHead, labels: Tensor, teacher: _Teacher) -> None:
+    """Raises `InputError` for a pair of tensors of which torch would read a part, or which it would broadcast."""
+    theirs = () if teacher is None else teacher[:1]  # the hidden states, or the tokens of `TopTokens`
+    shapes = [tuple(states.shape[:-1]) for states in (hidden, *theirs)]
+    if any(shape != labels.shape for shape in shapes):
+        raise InputError(f"hidden states or top tokens of {shapes} tokens do not match labels {tuple(labels.shape)}")
+    if isinstance(teacher, tuple) and isinstance(teacher[1], OutputHead) and len(teacher[1].weight) != len(head.weight):
         raise InputError(
-            f"the teacher's vocabulary has {vocab} entries, the student's {student_vocab}: "
+            f"the teacher's vocabulary has {len(teacher[1].weight)} entries, the student's {len(head.weight)}: "
             "distillation needs the same vocabulary, or eta=0"
         )
-    return hidden, head
 
 
 def _rows(teacher: _Teacher, real: Tensor) -> _Teacher:
@@ -162,26 +141,6 @@ def _flat(teacher: _Teacher, dtype: torch.dtype) -> Side | TopTokens | None:
     if isinstance(teacher, TopTokens):
         return TopTokens(teacher.tokens.flatten(0, -2), teacher.log_probs.flatten(0, -2))
     return teacher and Side.of(*teacher, dtype)
-
-
-def _check_head(name: str, hidden: Tensor, head: OutputHead, labels: Tensor) -> None:
-    if hidden.dim() not in (2, 3) or hidden.shape[:-1] != labels.shape:
-        raise InputError(
-            f"{name} hidden states {tuple(hidden.shape)} do not match labels {tuple(labels.shape)}: "
-            "give (tokens, hidden) with (tokens,), or (batch, seq, hidden) with (batch, seq)"
-        )
-    if labels.dtype != torch.int64:
-        raise InputError(f"labels are {labels.dtype}: give int64 token ids")
-    vocab = head.weight.shape[0]
-    if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[-1]:
-        raise InputError(
-            f"{name} head weight {tuple(head.weight.shape)} does not match hidden states {tuple(hidden.shape)}: "
-            f"it must be (vocab, {hidden.shape[-1]})"
-        )
-    if head.bias is not None and head.bias.shape != (vocab,):
-        raise InputError(f"{name} head bias {tuple(head.bias.shape)} does not match the vocabulary: give ({vocab},)")
-    if head.softcap is not None and not head.softcap > 0:
-        raise InputError(f"{name} head softcap is {head.softcap}: it must be above 0 (None for no cap)")
 
 
 class _Plan(NamedTuple):

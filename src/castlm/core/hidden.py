@@ -94,19 +94,3 @@ def _compare(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     power = target.square().sum(-1).clamp(min=torch.finfo(wide).tiny)
     difference = ours.to(wide) - target
     return difference, difference.square().sum(-1) / power, power
-
-
-def in_stream_basis(hidden: Tensor, basis: Tensor | None) -> Tensor:
-    """Hidden states (..., hidden) of the model as it was before a change of basis, in the new basis of the stream.
-
-    Args:
-        basis: a rotation (hidden, hidden) that the stream is multiplied by from the right; a permutation (hidden,)
-            int64, the old channel of each new one; None for no change.
-
-    Examples:
-        >>> in_stream_basis(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0, 1]))
-        tensor([3., 1., 2.])
-    """
-    if basis is None:
-        return hidden
-    return hidden[..., basis] if basis.dim() == 1 else hidden @ basis.to(hidden.dtype)

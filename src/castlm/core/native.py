@@ -78,10 +78,11 @@ def check_runs_on(tensor: Tensor) -> None:
     """Raises `InputError` if the kernels cannot work on `tensor`, which is on a CPU."""
     if kernels() is None:
         raise InputError(f"fused=True is not available on this CPU: {NOT_BUILT}, or pass fused=None")
-    if tensor.dtype != torch.float32:
-        raise InputError(f"fused=True on a CPU takes float32 parameters, not {tensor.dtype}: pass fused=None")
     if not runs_on(tensor):
-        raise InputError(f"fused=True on a CPU takes plain tensors, not {type(tensor).__name__}: pass fused=None")
+        raise InputError(
+            f"fused=True on a CPU takes plain float32 tensors, not {type(tensor).__name__} of {tensor.dtype}: pass "
+            "fused=None"
+        )
 
 
 def update_(
@@ -102,21 +103,17 @@ def update_(
         hyper: the 7 numbers of `castlm.core.update.hyperparameters`.
 
     Raises:
-        InputError: a tensor of another dtype, size, layout or device, or lists of different lengths.
+        InputError: a tensor of another dtype, size, layout or device.
     """
     library = kernels()
-    if library is None or len(hyper) != _NUM_HYPER:
-        raise InputError(f"the fused update needs compiled kernels and {_NUM_HYPER} hyperparameters, not {len(hyper)}")
-    if len({mask is None for mask in masks}) > 1:
-        raise InputError("the fused update takes either sparse or dense parameters in one call")
+    assert library is not None
+    assert len(hyper) == _NUM_HYPER
     in_8bit = "exp_avg_scale" in moments
     stored = torch.uint8 if in_8bit else torch.float32
     dtypes = {"grad": torch.float32, "exp_avg": stored, "exp_avg_sq": stored}
     parameters = _parameters(weights, masks)
     for name, column in (("grad", grads), *moments.items()):
-        if len(column) != len(weights):
-            raise InputError(f"the fused update was given {len(weights)} weights but {len(column)} of {name}")
-        for parameter, weight, tensor in zip(parameters, weights, column):
+        for parameter, weight, tensor in zip(parameters, weights, column, strict=True):
             if name.endswith("_scale"):
                 parameter.block = _block_size(weight, tensor, parameter.block)
                 setattr(parameter, name, _pointer(name, tensor, torch.float32, tensor.numel()))
@@ -139,24 +136,20 @@ def refresh_(weights: Sequence[Tensor], masks: Sequence[Tensor], n: int, m: int)
         The number of entries that changed, which is -1 if a weight contains NaN, and whether one does.
 
     Raises:
-        InputError: a tensor of another dtype, size, layout or device, or a width that does not divide by `m`.
+        InputError: a tensor of another dtype, size, layout or device.
     """
     library = kernels()
-    if library is None or not 1 <= n < m <= MOST_GROUPED:
-        raise InputError(f"masks in C++ need compiled kernels and 1 <= n < m <= {MOST_GROUPED}, not {n}:{m}")
-    for weight in weights:
-        if weight.dim() == 0 or weight.shape[-1] % m:
-            raise InputError(f"a weight of shape {tuple(weight.shape)} does not divide into groups of {m}")
+    assert library is not None
+    assert 1 <= n < m <= MOST_GROUPED
+    assert all(weight.dim() and weight.shape[-1] % m == 0 for weight in weights)
     parameters = _parameters(weights, masks)
     flips = library.castlm_refresh(parameters, len(parameters), n, m, torch.get_num_threads())
     return flips, flips < 0
 
 
 def _parameters(weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> ctypes.Array[_Parameter]:
-    if len(masks) != len(weights):
-        raise InputError(f"the kernels were given {len(weights)} weights but {len(masks)} masks")
     parameters = (_Parameter * len(weights))()
-    for parameter, weight, mask in zip(parameters, weights, masks):
+    for parameter, weight, mask in zip(parameters, weights, masks, strict=True):
         parameter.weight = _pointer("weight", weight, torch.float32, weight.numel())
         parameter.rows, parameter.width = 1, weight.numel()
         if mask is not None:
@@ -171,25 +164,23 @@ def _parameters(weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> ct
 def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
     """The address of `tensor`, after checking its dtype, size, device and layout."""
     is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-    if not is_plain or tensor.device.type != "cpu" or tensor.dtype != dtype or tensor.numel() != numel:
+    fits = is_plain and tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.numel() == numel
+    address = tensor.data_ptr() if fits else 1
+    if not fits or not tensor.is_contiguous() or address % tensor.element_size():
         raise InputError(
-            f"the kernels take {name} as a plain CPU tensor of {numel} {dtype}, not as {type(tensor).__name__} of "
-            f"{tensor.numel()} {tensor.dtype} on {tensor.device} with layout {tensor.layout}"
+            f"the kernels take {name} as a plain, contiguous CPU tensor of {numel} {dtype}, not as "
+            f"{type(tensor).__name__} of {tensor.numel()} {tensor.dtype} on {tensor.device}, {tensor.layout}"
         )
-    address = tensor.data_ptr()
-    if not tensor.is_contiguous() or address % tensor.element_size():
-        raise InputError(f"the kernels take {name} contiguous and aligned, not with strides {tensor.stride()}")
     return address
 
 
 def _block_size(weight: Tensor, scale: Tensor, known: int) -> int:
     """The number of weights that share a scale; `known` is the same number of the other moment, or 0."""
     block = weight.numel() // max(1, scale.numel())
-    fits = block * scale.numel() == weight.numel() and 8 <= block <= LONGEST_BLOCK and weight.shape[-1] % block == 0
-    if not fits or block & (block - 1) or known not in (0, block):  # the kernels cut a weight at multiples of 65,536
-        raise InputError(
-            f"{scale.numel()} scales do not divide {weight.numel()} weights into blocks of 8, 16, 32, 64, 128 or 256"
-        )
+    assert block in (8, 16, 32, 64, 128, LONGEST_BLOCK)  # the kernels cut a weight at multiples of 65,536
+    assert block * scale.numel() == weight.numel()
+    assert weight.shape[-1] % block == 0
+    assert known in (0, block)
     return block
 
 

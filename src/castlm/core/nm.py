@@ -115,11 +115,12 @@ class Pattern(ABC):
 
     def check_placement(self, param: Tensor) -> None:
         """Raises `InputError` if a DTensor is sharded in another way than by rows."""
-        from castlm.core.shards import splits_rows
+        from torch.distributed.tensor import DTensor, Shard
 
-        if placement := splits_rows(param):
+        placements = param.placements if isinstance(param, DTensor) else ()
+        if not all(placement.is_replicate() or placement == Shard(0) for placement in placements):
             raise InputError(
-                f"a sparse parameter of shape {tuple(param.shape)} is placed as {placement}, which splits groups of "
+                f"a sparse parameter of shape {tuple(param.shape)} is placed as {placements}, which splits groups of "
                 f"{self}: shard sparse weights by rows, Shard(0)"
             )
 
@@ -132,28 +133,31 @@ class Pattern(ABC):
                 "another pattern"
             )
 
-    def check_mask(self, mask: Tensor, shape: Sequence[int], count: bool = True) -> None:
-        """Raises `InputError` unless `mask` is a bool tensor of this shape that keeps no more than the pattern does.
+    def check_mask(self, mask: Tensor, param: Tensor) -> None:
+        """Raises `InputError` unless `mask` fits the rows of `param` on this rank and keeps no more than the pattern.
 
         Args:
-            count: whether to count the kept weights. The rows of one rank do not suffice for every pattern.
+            mask: bool, True = kept. A pattern across rows is counted only where this process holds all of them.
         """
         import torch
 
-        if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
+        from castlm.core.shards import local
+
+        if mask.dtype != torch.bool or mask.shape != local(param).shape:
             raise InputError(
-                f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape {tuple(shape)}: "
-                "pass a torch.bool mask of the weight's shape, True where a weight is kept"
+                f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape "
+                f"{tuple(local(param).shape)}: pass a torch.bool mask of that shape, True where a weight is kept"
             )
-        if count and (violations := self.violations(mask)):
+        if not self.gathers([param]) and (violations := self.violations(mask)):
             raise InputError(
-                f"a mask of shape {tuple(shape)} is not {self}: it keeps too many weights in {violations:,} places"
+                f"a mask of shape {tuple(mask.shape)} is not {self}: it keeps too many weights in {violations:,} places"
             )
 
-    def check_joint_masks(self, masks: Sequence[Tensor]) -> None:
-        """Raises `InputError` if the masks of weights that are masked together keep more than the pattern does."""
-        violations = self.joint_violations(masks)
-        if violations:
+    def check_joint_masks(self, masks: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        """`check_mask` of weights that are masked together, and the same of all of them together."""
+        for mask, param in zip(masks, params):
+            self.check_mask(mask, param)
+        if len(params) > 1 and not self.gathers(params) and (violations := self.joint_violations(masks)):
             shapes = ", ".join(str(tuple(mask.shape)) for mask in masks)
             raise InputError(
                 f"the masks of shapes {shapes} are not {self} together: they keep too much in {violations:,} places"
@@ -219,23 +223,38 @@ class NM(Pattern):
             return "it has no axis to form groups along"
         return f"its width {shape[-1]} does not divide by m = {self.m}" if shape[-1] % self.m else None
 
-    def check_width(self, width: int) -> None:
-        """Raises `InputError` unless `width`, the length of the input axis, divides by `m`."""
-        self.check_shape((width,))
-
     def mask(self, weight: Tensor) -> Tensor:
         """The mask of the `n` largest `|weight|` of every `m` consecutive weights (CAST, arXiv 2509.25996, Eq. 6).
 
         Args:
-            weight: (..., width), any real dtype. fp32 tensors on a CPU take the C++ kernel where it is built, with the
-                same result.
+            weight: (..., width), any dtype; integers are ranked as float64. fp32 tensors on a CPU take the C++ kernel
+                where it is built, with the same result.
 
         Returns:
             bool, the shape of `weight`, True where a weight is kept: exactly `n` in every group. Of equal magnitudes
             the earlier ones are kept.
         """
+        import torch
+
+        from castlm.core import native
+
         self.check_shape(weight.shape)
-        return largest_mask(weight.detach(), self.n, self.m)
+        weight = weight.detach()
+        if weight.numel() and self.m <= native.MOST_GROUPED and native.runs_on(weight):
+            packed = pack_mask(torch.zeros_like(weight, dtype=torch.bool))
+            _, has_nan = native.refresh_([weight.contiguous()], [packed], self.n, self.m)
+            mask = unpack_mask(packed, weight.shape[-1])
+        else:
+            # torch does not compare fp8, and abs(-128) overflows in int8
+            is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+            magnitude = (weight if is_plain else weight.double()).abs()
+            has_nan = bool(magnitude.sum().isnan())
+            mask = rank_mask(magnitude, self.n, self.m)
+        if has_nan:
+            raise InputError(
+                f"the weight of shape {tuple(weight.shape)} contains NaN: it cannot be ranked by magnitude"
+            )
+        return mask
 
     def violations(self, weight: Tensor) -> int:
         """The number of groups of `weight` (..., width) that hold more than `n` non-zeros. NaN is a non-zero."""
@@ -343,52 +362,6 @@ def _two_of_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
         second | ~(first | d_wins),
         second | (~first & d_wins),
     ]
-
-
-def by_magnitude(weight: Tensor) -> Tensor:
-    """A tensor with the same order as `|weight|`, for any real dtype; NaN stays NaN.
-
-    Raises:
-        InputError: `weight` is complex.
-    """
-    import torch
-
-    dtype = weight.dtype
-    if weight.is_complex():
-        raise InputError(f"a weight is {dtype}: masks by magnitude are made of real weights")
-    if dtype.is_floating_point:
-        return (weight.to(torch.float32) if dtype.itemsize == 1 else weight).abs()  # torch does not compare fp8
-    if dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-        # abs(-128) overflows in int8. The smaller of w and -w is -|w|, which does not, and ~x is -x - 1: |w| - 1.
-        return ~torch.minimum(weight, -weight)
-    if dtype == torch.uint64:
-        return weight.view(torch.int64) ^ torch.iinfo(torch.int64).min  # the same order in int64, which torch compares
-    return weight.to(torch.int64)  # bool and the other unsigned integers
-
-
-def largest_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    """The mask of the `n` largest `|weight|` of each `m`: bool, the shape of `weight` (..., width).
-
-    fp32 tensors on a CPU take the C++ kernel where it is built. The result is the same.
-
-    Raises:
-        InputError: `weight` is complex or contains NaN.
-    """
-    import torch
-
-    from castlm.core import native
-
-    if weight.numel() and m <= native.MOST_GROUPED and native.runs_on(weight):
-        packed = weight.new_zeros((*weight.shape[:-1], -(-weight.shape[-1] // 8)), dtype=torch.uint8)
-        _, has_nan = native.refresh_([weight.contiguous()], [packed], n, m)
-        mask = unpack_mask(packed, weight.shape[-1])
-    else:
-        magnitude = by_magnitude(weight)
-        has_nan = magnitude.is_floating_point() and bool(magnitude.sum().isnan())
-        mask = rank_mask(magnitude, n, m)
-    if has_nan:
-        raise InputError(f"the weight of shape {tuple(weight.shape)} contains NaN: it cannot be ranked by magnitude")
-    return mask
 
 
 # Eight bytes of 0 and 1 as one little-endian int64: byte k of the eight becomes bit k ("Bit Twiddling Hacks").
@@ -517,16 +490,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def flip_rate(old_mask: Tensor, new_mask: Tensor) -> float:
     """The share of mask entries that changed, 0 to 1 (CAST, arXiv 2509.25996, App. C). 0 for empty masks.
 
-    Raises:
-        InputError: masks of different shapes.
-
     Examples:
         >>> import torch
         >>> flip_rate(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False]))
         0.5
     """
-    if old_mask.shape != new_mask.shape:
-        raise InputError(f"masks of shapes {tuple(old_mask.shape)} and {tuple(new_mask.shape)} cannot be compared")
     return float((old_mask != new_mask).count_nonzero() / max(1, old_mask.numel()))
 
 
@@ -539,9 +507,6 @@ def sparse_weight_ratio(weight: Tensor, mask: Tensor) -> float:
         weight: any shape and real dtype; summed in float64.
         mask: bool, of the same shape, True = kept.
 
-    Raises:
-        InputError: a mask of another shape.
-
     Examples:
         >>> import torch
         >>> sparse_weight_ratio(torch.tensor([3.0, 1.0]), torch.tensor([True, False]))
@@ -549,8 +514,6 @@ def sparse_weight_ratio(weight: Tensor, mask: Tensor) -> float:
     """
     import torch
 
-    if weight.shape != mask.shape:
-        raise InputError(f"a mask of shape {tuple(mask.shape)} is not for a weight of shape {tuple(weight.shape)}")
     magnitude = weight.detach().abs()
     total = magnitude.sum(dtype=torch.float64)
     kept = (magnitude * mask).sum(dtype=torch.float64)

@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -48,11 +48,3 @@ def own_rows(tensor: Tensor) -> slice:
         return slice(0, len(tensor))
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return slice(offset[0], offset[0] + shape[0])
-
-
-def splits_rows(tensor: Tensor) -> str | None:
-    """The first placement of a DTensor that splits its rows, as Shard(1) does; None if there is none."""
-    for placement in tensor.placements if isinstance(tensor, DTensor) else ():
-        if not (placement.is_replicate() or placement == Shard(0)):
-            return str(placement)
-    return None

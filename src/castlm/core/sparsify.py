@@ -18,7 +18,7 @@ from castlm.core.blocks import block_name, in_block, is_router, is_tower
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern, as_pattern, pack_mask, unpack_mask
-from castlm.core.shards import local, whole
+from castlm.core.shards import local
 
 SparseLayer = nn.Linear | ExpertLinear
 """A layer that may become sparse: a module with `weight` (..., out, in), `in_features` and `out_features`."""
@@ -28,12 +28,12 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module has a weight (..., out, in) that the pattern may apply to."""
-    return isinstance(module, (nn.Linear, ExpertLinear))
+    return isinstance(module, SparseLayer)
 
 
-def num_weights(layer: nn.Linear | ExpertLinear) -> int:
-    """The number of weights of a layer, over all experts."""
-    return layer.out_features * layer.in_features * (layer.num_experts if isinstance(layer, ExpertLinear) else 1)
+def num_weights(layer: SparseLayer) -> int:
+    """The number of weights of a layer, over all experts and ranks."""
+    return weight_parameter(layer).numel()
 
 
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
@@ -92,7 +92,7 @@ def sparse_linears(
     for fqn, module in model.named_modules(remove_duplicate=True):
         if "parametrizations" in fqn.split("."):
             continue
-        if isinstance(module, (nn.Linear, ExpertLinear)) and filter_fn(module, fqn):
+        if isinstance(module, SparseLayer) and filter_fn(module, fqn):
             misfit = _misfit(module, pattern)
             if misfit:
                 dense[fqn] = misfit
@@ -236,11 +236,10 @@ def prune_(
         pattern.check_placement(weight)
         if masks is not None and weight not in masks:
             raise InputError(f"there is no mask for {name}: pass the masks of the optimizer that trained this model")
-        if masks is not None:
-            pattern.check_mask(local(masks[weight]), local(weight).shape, count=not pattern.gathers([weight]))
-    for names in pattern.joint_layers(weights):
-        if masks is not None and (len(names) > 1 or pattern.gathers([weights[name] for name in names])):
-            pattern.check_joint_masks([whole(masks[weights[name]]) for name in names])
+    if masks is not None:
+        for names in pattern.joint_layers(weights):
+            params = [weights[name] for name in names]
+            pattern.check_joint_masks([local(masks[param]) for param in params], params)
     # All masks before any weight changes, as a NaN is only found while its mask is made.
     by_magnitude = magnitude_masks(weights, pattern) if masks is None else ()
     packed = {name: pack_mask(mask) for name, mask in by_magnitude}

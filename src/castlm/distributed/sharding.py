@@ -11,9 +11,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from castlm.core.blocks import is_tower
-from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local
-from castlm.core.sparsify import transformer_blocks
+from castlm.core.sparsify import SparseLayer, transformer_blocks
 from castlm.distributed.world import World
 
 
@@ -121,7 +120,7 @@ def beside_linears(block: nn.Module) -> list[nn.Module]:
 
     bf16 would round scales near 1 to steps of 0.4 to 0.8 %.
     """
-    cast = nn.Linear, ExpertLinear, ParametrizationList
+    cast = SparseLayer | ParametrizationList
     return [m for m in block.modules() if any(True for _ in m.parameters(False)) and not isinstance(m, cast)]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.core.blocks import is_block_linear, is_stacked_experts
+from castlm.core.blocks import is_block_weight
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_linears
@@ -52,7 +52,7 @@ def check_export(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn =
     layers, _ = sparse_linears(model, pattern, filter_fn)
     for name, layer in layers.items():
         for stored, shape in stored_shapes(model, name, layer).items():
-            if not (is_block_linear(stored, shape) or is_stacked_experts(stored, shape)):
+            if not is_block_weight(stored, shape):
                 raise InputError(
                     f"{name} is stored as {stored} of shape {tuple(shape)}, whose groups castlm verify does not count: "
                     "leave it dense (left_dense)"

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castlm.core.blocks import is_block_linear, is_stacked_experts, is_tower
+from castlm.core.blocks import is_block_weight, is_tower
 from castlm.core.errors import InputError
 from castlm.files.stored import StoredTensor
 
@@ -53,7 +53,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
     linear = [
         name
         for name in sorted(tensors.keys() & unexpected - set(ignored))
-        if is_block_linear(name, tensors[name].shape) or is_stacked_experts(name, tensors[name].shape)
+        if is_block_weight(name, tensors[name].shape)
     ]
     if linear:
         raise InputError(

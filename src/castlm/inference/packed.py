@@ -60,7 +60,7 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     Raises:
         InputError: a bad pattern, a width that does not divide by `m`, NaN or infinity, or a group with more non-zeros.
     """
-    NM(n, m).check_width(weight.shape[-1])
+    NM(n, m).check_shape(weight.shape)
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: the model is damaged")
     nonzero = weight != 0

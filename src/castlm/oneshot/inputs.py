@@ -56,7 +56,7 @@ def check_finite_input(names: str, statistic: Tensor) -> None:
 
 
 class Accumulator(Protocol):
-    """Sums a statistic over the inputs of a layer: a `Solver`, or a `castlm.structured.inputs.UnitAccumulator`."""
+    """Sums a statistic over the inputs of a layer: a `Solver`, or a `castlm.structured.prune.UnitAccumulator`."""
 
     @property
     def add(self) -> Callable[[Any, Tensor, int], None] | None:

@@ -46,7 +46,7 @@ from castlm.oneshot.solvers import SOLVERS, Settings
 from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.walk import Extras, Step, walk
 from castlm.patterns import parse_pattern
-from castlm.structured.prune import UnitSettings, prune_units_
+from castlm.structured.prune import prune_units_
 
 BLOCK_COLUMNS = 128
 """Columns of SparseGPT between two full matmuls. It affects only the speed."""
@@ -67,7 +67,7 @@ class Start:
     """
 
     method: str | None
-    """A name in `SOLVERS`, or in `SCORES` for a structured pattern; None only changes the basis."""
+    """A name in `SOLVERS`, or in `SCORED_BY` for a structured pattern; None only changes the basis."""
     pattern: Pattern
     basis: BasisOptions = NO_BASIS
     refinements: Refinements = NO_REFINEMENTS
@@ -282,16 +282,16 @@ class Start:
         folder: StartFolder | None,
         progress: Progress,
     ) -> OneshotReport:
-        settings = UnitSettings(self.damping, self.refinements.num_refits(self.pattern), self.seed)
         return prune_units_(
             model,
             str(self.method),
             self.pattern,
             calibration=calibration,
             images=extras,
-            to=settings,
+            damping=self.damping,
+            refit_iterations=self.refinements.num_refits(self.pattern),
             filter_fn=self.filter_fn,
-            folder=None if self.method == "random" else folder,  # "random" would draw other units after a resume
+            folder=folder,
             progress=progress,
             precision=self.precision,
         )
@@ -371,10 +371,10 @@ def prune_oneshot_(
     """Prunes a model to a pattern in place, without training; by default with the method as published.
 
     The weights keep their dtype. `castlm.structured.prune.prune_units_` prunes structured patterns, with the methods
-    in its `SCORES`; method taylor holds the gradient of every weight that may be pruned.
+    in `SCORED_BY`; method taylor holds the gradient of every weight that may be pruned.
 
     Args:
-        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; for a structured pattern, a name in `SCORES`.
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; for a structured pattern, a name in `SCORED_BY`.
         calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none, and uses only
             its first 256 tokens, to measure reconstruction errors.
         extras: for each sequence, the further arguments of the model's forward, such as images.

@@ -17,11 +17,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENTS, new_moments
 from castlm.core.nm import Pattern
 from castlm.core.scaling import add_weight_scaling
-from castlm.core.sparsify import SparseLayer, num_weights, sparse_linears
+from castlm.core.sparsify import num_weights, sparse_linears
 from castlm.files.reading import read_json_object, user_path
 from castlm.models.architecture import is_vision_language, shape_model
 from castlm.models.opening import check_num_layers, open_config
@@ -315,10 +314,6 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     }
 
 
-def _num_matrices(layer: SparseLayer) -> int:
-    return layer.num_experts if isinstance(layer, ExpertLinear) else 1
-
-
 def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
     if is_vision_language(config):
         raise InputError(
@@ -334,6 +329,7 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
     in_blocks = sum(p.numel() for name, p in model.named_parameters() if in_block(name))
     sparse = [num_weights(layer) for layer in layers.values()]
     vocab, hidden = cast("Tensor", model.get_input_embeddings().weight).shape
+    inputs = sum(num_weights(layer) // layer.out_features * layer.in_features for layer in layers.values())
     return _Sizes(
         total=sum(p.numel() for p in model.parameters()),
         sparse=sum(sparse),
@@ -346,7 +342,7 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
         hidden=hidden,
         vocab=vocab,
         num_layers=num_layers,
-        inputs=sum(_num_matrices(layer) * layer.in_features**2 for layer in layers.values()) // num_layers,
+        inputs=inputs // num_layers,
         kinds=block_kinds(model, num_layers),
         moments=sum(state.nbytes for p in model.parameters() for state in new_moments(p, run.moments).values()),
     )

@@ -30,7 +30,7 @@ from castlm.oneshot.walk import PASS_TOKENS_CPU
 from castlm.patterns import parse_pattern
 from castlm.planning.activations import as_config_error
 from castlm.planning.memory import GIB, read_config
-from castlm.structured.prune import BACKWARD_TOKENS, SCORES
+from castlm.structured.prune import BACKWARD_TOKENS
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
 
@@ -149,12 +149,9 @@ def plan_prune_memory(
 
 def _check(method: str, memory: str, pattern: Pattern, basis: BasisOptions) -> None:
     structured = pattern.cut_out is not None
-    scores = [name for name, score in SCORES.items() if score.needs]
-    known = scores if structured else [name for name, solver in SOLVERS.items() if solver.add is not None]
-    if method not in known:
-        raise InputError(
-            f"method {method!r} reads no calibration text for {pattern}: the plan is for {', '.join(known)}"
-        )
+    if method not in pattern.calibrated:
+        known = ", ".join(pattern.calibrated)
+        raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
     if structured and memory == "block":
         raise InputError(f"memory 'block' is not for {pattern}, which takes the whole model: choose 'model'")
     if basis.rotate == "residual":

@@ -10,7 +10,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.files.reading import read_json_object, user_path
-from castlm.structured.pattern import Channels, Heads
+from castlm.structured.pattern import Heads, Units
 from castlm.structured.sizes import sizes_after, sizes_of
 
 _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
@@ -52,32 +52,32 @@ def base_config(
 
 def count_units(report: VerifyReport, config: Mapping[str, Any], base: Mapping[str, Any], where: str) -> None:
     """Adds the channels or heads of every layer to `report`; each unit above the share is one violation."""
-    outer = report.pattern.cut_out
-    assert isinstance(outer, Channels | Heads)
-    before = sizes_of(report.pattern, base)
-    allowed = sizes_after(report.pattern, before)
+    pattern = report.pattern
+    assert isinstance(pattern, Units)
+    before = sizes_of(pattern, base)
+    allowed = sizes_after(pattern, before)
     number, limit = next(iter(before.values())), next(iter(allowed.values()))
     report.base = where
     layers = {layer.name.removesuffix(".weight"): layer for layer in report.layers}
-    blocks = outer.joint_layers(layers)
+    blocks = pattern.unit_layers(layers)
     for names in blocks:
         members = [layers[name] for name in names]
-        found = _units_in(members, outer, before)
+        found = _units_in(members, pattern, before)
         for layer in members:
             layer.num_groups += number
             layer.num_violations += max(0, found - limit)
             layer.cut = max(0, layer.numel * number // found - layer.numel) if found else 0
     inside = {name for names in blocks for name in names}
-    if report.pattern.nm is None:
+    if pattern.inner is None:
         for name, layer in layers.items():
             if name not in inside and layer.left_dense is None:
-                layer.left_dense = outer.outside
+                layer.left_dense = pattern.outside
     num_blocks = base.get("num_hidden_layers", base.get("n_layer"))
     if len(blocks) != num_blocks:
         raise InputError(f"{report.path} has units in {len(blocks)} blocks, and its base has {num_blocks} blocks")
 
 
-def _units_in(layers: list[LayerReport], outer: Channels | Heads, base: Mapping[str, int]) -> int:
+def _units_in(layers: list[LayerReport], pattern: Units, base: Mapping[str, int]) -> int:
     """The number of units in the layers of one block.
 
     Raises:
@@ -85,7 +85,7 @@ def _units_in(layers: list[LayerReport], outer: Channels | Heads, base: Mapping[
     """
     shapes = [layer.shape[::-1] if layer.axis == 0 else layer.shape for layer in layers]
     per_row = [1] * len(shapes)
-    if isinstance(outer, Heads):
+    if isinstance(pattern, Heads):
         head_dim = base["head_dim"]
         of_query = base["num_attention_heads"] // base["num_key_value_heads"] * head_dim
         per_row = [of_query, head_dim, head_dim, of_query]
@@ -93,7 +93,7 @@ def _units_in(layers: list[LayerReport], outer: Channels | Heads, base: Mapping[
     counts = {size / rows for size, rows in zip(sizes, per_row)}
     if len(counts) != 1 or not (count := counts.pop()).is_integer():
         raise InputError(
-            f"{layers[0].name} and the layers beside it do not hold the same whole number of units of {outer}: "
+            f"{layers[0].name} and the layers beside it do not hold the same whole number of units of {pattern}: "
             "they were not cut together"
         )
     return int(count)

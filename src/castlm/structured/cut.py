@@ -20,7 +20,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
 from castlm.models.architecture import context_length, eval_mode, linearize_
-from castlm.structured.pattern import Channels, Heads
+from castlm.structured.pattern import Heads, Units
 from castlm.structured.sizes import check_family, sizes_after, sizes_of
 
 TOLERANCE = 1e-4
@@ -49,12 +49,11 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
         InputError: a family without a config for the smaller model, a block in which the units stay dense, a share that
             keeps all units or none, or a number of heads that the family's config does not allow.
     """
-    outer = pattern.cut_out
-    if outer is None:
+    if not isinstance(pattern, Units):
         return
     check_family(pattern, model.config.model_type)
     layers, _ = sparse_linears(model, pattern, filter_fn)
-    num_blocks, num_found = len(transformer_blocks(model)), len(outer.joint_layers(layers))
+    num_blocks, num_found = len(transformer_blocks(model)), len(pattern.unit_layers(layers))
     if num_found != num_blocks:
         raise InputError(
             f"pattern {pattern} needs its units in each of the {num_blocks} transformer blocks, because one config "
@@ -65,7 +64,7 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
     _config_after(model, pattern)
 
 
-def _config_after(model: PreTrainedModel, pattern: Pattern) -> PretrainedConfig:
+def _config_after(model: PreTrainedModel, pattern: Units) -> PretrainedConfig:
     """The config of the model that is cut.
 
     Raises:
@@ -77,7 +76,7 @@ def _config_after(model: PreTrainedModel, pattern: Pattern) -> PretrainedConfig:
     if (reason := _refusal(config)) is None:
         return config
     (units, number), *_ = sizes.items()
-    assert isinstance(pattern.cut_out, Heads)  # configs restrict no size but the number of heads
+    assert isinstance(pattern, Heads)  # configs restrict no size but the number of heads
     others = {k: _with_sizes(model.config, sizes_after(Heads(k / number), sizes)) for k in range(1, number)}
     fitting = [k for k, other in others.items() if _refusal(other) is None]
     shares = ", ".join(f"heads:{k / number:.3g}" for k in fitting) or "channels:0.5"
@@ -118,16 +117,15 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
         InputError: as `check_cut`, or the logits differ by more than `TOLERANCE` (fp32), because a unit was not zero.
     """
     check_cut(model, pattern)
-    assert pattern.cut_out is not None
-    outer = pattern.cut_out.for_model(model)
-    assert isinstance(outer, Channels | Heads)
+    pattern = pattern.for_model(model)
+    assert isinstance(pattern, Units)
     before = sizes_of(pattern, model.config.to_dict())
     after = sizes_after(pattern, before)
     config = _config_after(model, pattern)
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced
         small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)  # type: ignore[no-untyped-call]
     linearize_(small)
-    small.load_state_dict(_small_state(model, pattern, outer))
+    small.load_state_dict(_small_state(model, pattern))
     small = small.to(model.device)
     small.generation_config = copy.deepcopy(model.generation_config)
     moved = _logits_moved(model, small)
@@ -136,14 +134,14 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
     return small, Cut(before, after, moved)
 
 
-def _small_state(model: PreTrainedModel, pattern: Pattern, outer: Channels | Heads) -> Mapping[str, Tensor]:
+def _small_state(model: PreTrainedModel, pattern: Units) -> Mapping[str, Tensor]:
     """The state dict of `model` without the rows and columns of the units that are zero."""
     layers, _ = sparse_linears(model, pattern)
     state = model.state_dict()
-    for names in outer.joint_layers(layers):
+    for names in pattern.unit_layers(layers):
         weights = [layers[name].weight for name in names]
-        kept = outer.kept_units(weights)
-        for name, mask in zip(names, outer.expand(kept, weights)):
+        kept = pattern.kept_units(weights)
+        for name, mask in zip(names, pattern.expand(kept, weights)):
             rows, columns = mask.any(1), mask.any(0)  # of down (576, 1536): all 576 rows, the 768 kept columns
             state[f"{name}.weight"] = state[f"{name}.weight"][rows][:, columns].clone()
             if f"{name}.bias" in state:

@@ -23,30 +23,41 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _SHARE = re.compile(r"0?\.\d{1,4}")
-SCORED_BY = ("magnitude", "wanda", "flap", "taylor", "random")
-"""The scores by which units can be ranked: the rows of `castlm.structured.prune.SCORES`."""
+SCORED_BY = ("magnitude", "flap", "taylor")
+"""The scores by which units can be ranked; `castlm.structured.prune` computes them."""
 
 
 class Units(Pattern):
     """Ranks units by one score each and keeps the share `kept` of them, the same number in every block.
+
+    With `inner`, the weights of kept units are n:m as well, and layers without units are n:m only. Groups of m are
+    counted in the weights after the cut: in down, m consecutive columns of kept channels.
 
     Raises:
         InputError: `kept` is not between 0 and 1.
     """
 
     kept: float
-    multiple: int
-    """A divisor of the number of units that stay."""
+    inner: NM | None
 
     zeros_can_return: ClassVar[bool] = False  # in a unit that is zero as a whole, no weight gets a gradient
     solvers: ClassVar[tuple[str, ...]] = SCORED_BY
-    calibrated: ClassVar[tuple[str, ...]] = ("wanda", "flap", "taylor")
+    calibrated: ClassVar[tuple[str, ...]] = ("flap", "taylor")
+    kind: ClassVar[str]
+    """The name of the units in the text of the pattern, such as `channels`."""
     parts: ClassVar[tuple[tuple[str, ...], ...]]
     """Last names of the layers that hold a unit, in order; the last layer writes to the residual stream."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kept < 1:
             raise InputError(f"pattern {self} keeps {self.kept:g} of its units: it must be between 0 and 1, as 0.5")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.kept:g}" + (f"+{self.inner}" if self.inner else "")
+
+    @property
+    def nm(self) -> NM | None:
+        return self.inner
 
     @property
     def cut_out(self) -> Units:
@@ -60,6 +71,11 @@ class Units(Pattern):
     def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """The masks of the weights that keep the units `kept` (units,), bool."""
 
+    @property
+    def multiple(self) -> int:
+        """A divisor of the number of units that stay."""
+        return 1
+
     def num_kept(self, num_units: int) -> int:
         """Returns how many of `num_units` stay: the nearest number to `kept * num_units` that divides by `multiple`.
 
@@ -67,7 +83,7 @@ class Units(Pattern):
             InputError: the number is 0 or `num_units`.
 
         Examples:
-            >>> Channels(0.5).num_kept(172), Channels(0.75, multiple=4).num_kept(172)
+            >>> Channels(0.5).num_kept(172), Channels(0.75, NM(2, 4)).num_kept(172)
             (86, 128)
         """
         number = round(self.kept * num_units / self.multiple) * self.multiple
@@ -94,7 +110,9 @@ class Units(Pattern):
         return self.best(self.sums([weight.detach().float().square() for weight in weights]))
 
     def misfit(self, shape: Sequence[int]) -> str | None:
-        return None if len(shape) == 2 else f"it has {len(shape)} dimensions, not 2"
+        if len(shape) != 2:
+            return f"it has {len(shape)} dimensions, not 2"
+        return self.inner.misfit(shape) if self.inner else None
 
     def mask(self, weight: Tensor) -> Tensor:
         raise InputError(f"pattern {self} masks several weights together: use joint_masks")
@@ -103,7 +121,7 @@ class Units(Pattern):
         """Returns 0: one weight alone does not show which units are kept; `joint_violations` counts."""
         return 0
 
-    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+    def unit_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """Groups the layers of one module whose last names are one entry of `parts`, in the order of that entry."""
         known = dict.fromkeys(names)
         found = []
@@ -115,13 +133,34 @@ class Units(Pattern):
                     found.append(layers)
         return found
 
+    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        """`unit_layers`, and with `inner` every other layer alone."""
+        names = list(names)
+        joint = self.unit_layers(names)
+        inside = {name for layers in joint for name in layers}
+        return joint + [(name,) for name in names if self.inner and name not in inside]
+
     def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        return self.expand(self.kept_units(weights), weights)
+        import torch
+
+        if self.inner and len(weights) == 1:  # a layer without units
+            return [self.inner.mask(weights[0])]
+        masks = self.expand(self.kept_units(weights), weights)
+        if self.inner is None:
+            return masks
+        inside = [self.inner.mask(left_of(weight, mask)) for weight, mask in zip(weights, masks)]
+        return [torch.zeros_like(mask).masked_scatter_(mask, small) for mask, small in zip(masks, inside)]
 
     def joint_violations(self, weights: Sequence[Tensor]) -> int:
-        """The number of units with a non-zero, minus the number that the pattern keeps; at least 0."""
+        """The number of units with a non-zero beyond those that the pattern keeps, and of n:m groups with too many."""
+        if self.inner and len(weights) == 1:
+            return self.inner.violations(weights[0])
         alive = self.sums([weight.ne(0).float() for weight in weights])
-        return max(0, int(alive.count_nonzero()) - self.num_kept(len(alive)))
+        of_units = max(0, int(alive.count_nonzero()) - self.num_kept(len(alive)))
+        if self.inner is None:
+            return of_units
+        masks = self.expand(self.kept_units(weights), weights)
+        return of_units + sum(self.inner.violations(left_of(weight, mask)) for weight, mask in zip(weights, masks))
 
 
 @dataclass(frozen=True)
@@ -136,8 +175,9 @@ class Channels(Units):
     """
 
     kept: float
-    multiple: int = field(default=1, compare=False, repr=False)
+    inner: NM | None = None
 
+    kind: ClassVar[str] = "channels"
     outside: ClassVar[str] = "not of the channels of an MLP"
     parts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("gate_proj", "up_proj", "down_proj"),
@@ -146,16 +186,17 @@ class Channels(Units):
         ("dense_h_to_4h", "dense_4h_to_h"),
     )
 
-    def __str__(self) -> str:
-        return f"channels:{self.kept:g}"
-
     @property
     def default_solver(self) -> str:
         return "flap"
 
     @property
     def counted(self) -> str:
-        return "channels"
+        return "channels and groups" if self.inner else "channels"
+
+    @property
+    def multiple(self) -> int:
+        return self.inner.m if self.inner else 1  # the columns of down are the kept channels
 
     def sums(self, values: Sequence[Tensor]) -> Tensor:
         *inner, down = values  # (1536, 576) twice, (576, 1536)
@@ -179,17 +220,15 @@ class Heads(Units):
     """
 
     kept: float
-    multiple: int = field(default=1, compare=False, repr=False)
+    inner: NM | None = None
     head_dim: int = field(default=0, compare=False, repr=False)
 
+    kind: ClassVar[str] = "heads"
     outside: ClassVar[str] = "not of the heads of an attention with weights of its own for q, k, v"
     parts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("q_proj", "k_proj", "v_proj", "o_proj"),
         ("q_proj", "k_proj", "v_proj", "out_proj"),
     )
-
-    def __str__(self) -> str:
-        return f"heads:{self.kept:g}"
 
     @property
     def default_solver(self) -> str:
@@ -197,7 +236,7 @@ class Heads(Units):
 
     @property
     def counted(self) -> str:
-        return "KV heads"
+        return "KV heads and groups" if self.inner else "KV heads"
 
     def for_model(self, model: nn.Module) -> Heads:
         """Returns the pattern with the head size of `model`, read from its attention modules.
@@ -206,7 +245,7 @@ class Heads(Units):
             InputError: no attention with weights of its own for q, k and v, or heads of different sizes.
         """
         names = [name for name, _ in model.named_modules()]
-        owners = {q.rpartition(".")[0] for q, *_ in self.joint_layers(names)}
+        owners = {q.rpartition(".")[0] for q, *_ in self.unit_layers(names)}
         sizes = {getattr(model.get_submodule(owner), "head_dim", None) for owner in owners}
         if len(sizes) != 1 or not isinstance(size := sizes.pop(), int):
             raise InputError(
@@ -215,15 +254,11 @@ class Heads(Units):
             )
         return replace(self, head_dim=size)
 
-    def num_heads(self, weights: Sequence[Tensor]) -> int:
-        """The number of KV heads of the weights (q, k, v, o)."""
+    def sums(self, values: Sequence[Tensor]) -> Tensor:
         if not self.head_dim:
             raise InputError(f"pattern {self} does not know the size of a head: call for_model(model) first")
-        return weights[1].shape[0] // self.head_dim
-
-    def sums(self, values: Sequence[Tensor]) -> Tensor:
         *inner, out = values  # (576, 576), (192, 576) twice, (576, 576): 3 KV heads of 64, each with 3 query heads
-        number = self.num_heads(values)
+        number = len(values[1]) // self.head_dim  # of KV heads
         total = out.sum(0).view(number, -1).sum(1)
         for rows in inner:
             total = total + rows.sum(1).view(number, -1).sum(1)
@@ -235,84 +270,7 @@ class Heads(Units):
         return [*of_rows, kept.repeat_interleave(out.shape[1] // len(kept)).expand_as(out)]
 
 
-@dataclass(frozen=True)
-class Combined(Pattern):
-    """Whole units, then n:m in the weights of the kept ones; layers without units are n:m only.
-
-    Groups of m are counted in the weights after the cut: in down, m consecutive columns of kept channels.
-    """
-
-    outer: Channels | Heads
-    inner: NM
-
-    zeros_can_return: ClassVar[bool] = False
-    solvers: ClassVar[tuple[str, ...]] = SCORED_BY
-    calibrated: ClassVar[tuple[str, ...]] = Units.calibrated
-
-    def __str__(self) -> str:
-        return f"{self.outer}+{self.inner}"
-
-    @property
-    def default_solver(self) -> str:
-        return self.outer.default_solver
-
-    @property
-    def nm(self) -> NM:
-        return self.inner
-
-    @property
-    def cut_out(self) -> Channels | Heads:
-        return self.outer
-
-    @property
-    def counted(self) -> str:
-        return f"{self.outer.counted} and groups"
-
-    def for_model(self, model: nn.Module) -> Combined:
-        outer = self.outer.for_model(model)
-        assert isinstance(outer, Channels | Heads)
-        return replace(self, outer=outer)
-
-    def misfit(self, shape: Sequence[int]) -> str | None:
-        return self.inner.misfit(shape)
-
-    def mask(self, weight: Tensor) -> Tensor:
-        raise InputError(f"pattern {self} masks several weights together: use joint_masks")
-
-    def violations(self, weight: Tensor) -> int:
-        """Returns 0: one weight alone does not show which units are kept; `joint_violations` counts."""
-        return 0
-
-    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        names = list(names)
-        joint = self.outer.joint_layers(names)
-        inside = {name for layers in joint for name in layers}
-        return joint + [(name,) for name in names if name not in inside]
-
-    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        if len(weights) == 1:  # a layer without units
-            return [self.inner.mask(weights[0])]
-        return self.masks_within(self.outer.kept_units(weights), weights)
-
-    def masks_within(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The masks of `weights` that keep n of every m weights of the units `kept` (units,)."""
-        import torch
-
-        masks = []
-        for weight, mask in zip(weights, self.outer.expand(kept, weights)):
-            small = self.inner.mask(left_of(weight, mask))
-            masks.append(torch.zeros_like(mask).masked_scatter_(mask, small))
-        return masks
-
-    def joint_violations(self, weights: Sequence[Tensor]) -> int:
-        if len(weights) == 1:
-            return self.inner.violations(weights[0])
-        masks = self.outer.expand(self.outer.kept_units(weights), weights)
-        of_groups = sum(self.inner.violations(left_of(weight, mask)) for weight, mask in zip(weights, masks))
-        return self.outer.joint_violations(weights) + of_groups
-
-
-def parse(text: str) -> Units | Combined | None:
+def parse(text: str) -> Units | None:
     """The pattern that a text such as "channels:0.5" or "heads:0.5+2:4" describes; None if it has another form.
 
     Raises:
@@ -322,12 +280,8 @@ def parse(text: str) -> Units | Combined | None:
     kind, _, share = units.partition(":")
     if kind not in ("channels", "heads") or not _SHARE.fullmatch(share):
         return None
-    outer = Channels(float(share)) if kind == "channels" else Heads(float(share))
-    if not plus:
-        return outer
-    inner = NM.parse(groups)
-    # The columns of down are the kept channels; the columns of o are whole heads, whose size mostly divides by m.
-    return Combined(replace(outer, multiple=inner.m) if isinstance(outer, Channels) else outer, inner)
+    inner = NM.parse(groups) if plus else None
+    return Channels(float(share), inner) if kind == "channels" else Heads(float(share), inner)
 
 
 def left_of(weight: Tensor, mask: Tensor) -> Tensor:

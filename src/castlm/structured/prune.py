@@ -3,6 +3,12 @@
 Every score is a sum over the weights of a unit. For each transformer block in turn, the inputs of its layers are
 collected while it is still dense; then its units are ranked, and the lowest are set to zero. With `refit_iterations`,
 the kept columns of the output layer are solved for by least squares on the calibration text.
+
+| score | of a unit | reads |
+|---|---|---|
+| `magnitude` | the squared L2 norm of its weights | nothing |
+| `flap` | the variance of its contribution to the stream (An et al. 2023, arXiv 2312.11983) | inputs |
+| `taylor` | the sum of `|w dL/dw|` over its weights, as in LLM-Pruner (Ma et al. 2023, arXiv 2305.11627) | gradients |
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +32,21 @@ from castlm.hardware import autocast
 from castlm.models.architecture import eval_mode
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.folder import StartFolder
-from castlm.oneshot.inputs import check_finite_weight, check_plain_weights, check_reached
+from castlm.oneshot.inputs import (
+    LayerInput,
+    check_finite_input,
+    check_finite_weight,
+    check_plain_weights,
+    check_reached,
+    see_inputs,
+)
 from castlm.oneshot.options import check_damping
 from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
 from castlm.oneshot.source import MemoryModel, block_stack
 from castlm.oneshot.sparsegpt import sparsegpt
-from castlm.oneshot.walk import Extras, walk
-from castlm.structured.inputs import InputStatistic, see_statistics
-from castlm.structured.pattern import Channels, Combined, Heads
+from castlm.oneshot.walk import BlockInputs, Extras, walk
+from castlm.structured.pattern import SCORED_BY, Units
 
 TAYLOR_SEQUENCES = 32
 """Calibration sequences on which the Taylor score computes the gradient of the loss."""
@@ -43,71 +55,53 @@ BACKWARD_TOKENS = 2048
 _BLOCK_COLUMNS = 128  # of SparseGPT
 
 
-class Seen(NamedTuple):
-    """The facts about a layer from which its units are scored; a fact that the score does not need is None."""
+@dataclass
+class InputStatistic:
+    """Sums over the inputs of a layer: tokens, columns, and products of two columns."""
 
-    weight: Tensor
-    writes: bool
-    """Whether the layer writes to the residual stream."""
-    input: InputStatistic | None
-    gradient: Tensor | None
-    generator: torch.Generator
-    """The random numbers of the score "random", on the CPU."""
+    gram: Tensor
+    """X^T X, (in, in)."""
+    total: Tensor
+    """The sum of each column, fp64, (in,)."""
+    squares: Tensor
+    """The sum of squares of each column, fp64, (in,): with a large mean, the variance is a small difference of sums."""
+    num_tokens: int = 0
 
-
-class Score(NamedTuple):
-    """A row of `SCORES`."""
-
-    values: Callable[[Seen], Tensor]
-    """The share of each weight (out, in) of a layer in the score of its unit."""
-    needs: str = ""
-    """"inputs" or "gradients", both of which need calibration text; "" if the score needs none."""
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each column over the tokens."""
+        num_tokens = max(1, self.num_tokens)
+        return (self.squares / num_tokens - (self.total / num_tokens).square()).clamp(min=0).float()
 
 
-def _magnitude(seen: Seen) -> Tensor:
-    return seen.weight.square()
+class UnitAccumulator:
+    """Sums up an `InputStatistic`, for `see_inputs`."""
+
+    def zeros(self, x: Tensor) -> InputStatistic:
+        width = x.shape[-1]
+        sums = x.new_zeros(width, dtype=torch.float64)
+        return InputStatistic(x.new_zeros(width, width, dtype=torch.float32), sums, sums.clone())
+
+    def add(self, statistic: InputStatistic, x: Tensor, num_sequences: int) -> None:
+        statistic.gram.addmm_(x.T, x)  # (4096, 1536) -> (1536, 1536)
+        statistic.total += x.sum(0, dtype=torch.float64)
+        statistic.squares += x.double().square().sum(0)
+        statistic.num_tokens += len(x)
 
 
-def _of_columns(seen: Seen, per_column: Callable[[InputStatistic], Tensor]) -> Tensor:
-    """`W_ij^2` times a figure of input column j, in the layer that writes to the residual stream; 0 in the others."""
-    if not seen.writes:
-        return torch.zeros_like(seen.weight)
-    assert seen.input is not None
-    return seen.weight.square() * per_column(seen.input)
+def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict[str, InputStatistic]:
+    """The statistics of the inputs of the current block's `layers`, by name; layers with the same input share one.
 
-
-def _taylor(seen: Seen) -> Tensor:
-    assert seen.gradient is not None
-    return (seen.weight * seen.gradient).abs()
-
-
-def _random(seen: Seen) -> Tensor:
-    if not seen.writes:
-        return torch.zeros_like(seen.weight)
-    return torch.rand(seen.weight.shape, generator=seen.generator).to(seen.weight.device)
-
-
-SCORES: dict[str, Score] = {
-    "magnitude": Score(_magnitude),
-    "wanda": Score(lambda seen: _of_columns(seen, lambda x: x.second_moment), "inputs"),
-    "flap": Score(lambda seen: _of_columns(seen, lambda x: x.variance), "inputs"),
-    "taylor": Score(_taylor, "gradients"),
-    "random": Score(_random),
-}
-"""The scores of units: the L2 norm of their weights; the energy of their contribution to the stream, as in Wanda (Sun
-et al. 2023, arXiv 2306.11695); its variance, as in FLAP (An et al. 2023, arXiv 2312.11983); |w dL/dw|, as in LLM-Pruner
-(Ma et al. 2023, arXiv 2305.11627); and random numbers, as the control."""
-
-
-class UnitSettings(NamedTuple):
-    """Options beside the choice of units."""
-
-    damping: float = 0.01
-    """Share of the mean diagonal of X^T X that is added to the diagonal, for the least squares."""
-    refit_iterations: int = 0
-    """Steps of conjugate gradients on n:m weights; 0 leaves the kept weights as they are, as published. Above 0, the
-    kept columns of an output layer are solved for exactly."""
-    seed: int = 0
+    Raises:
+        InputError: a layer that no calibration token reaches, or an input that is not finite.
+    """
+    found: dict[str, InputStatistic] = {}
+    for seen in see_inputs(layers, inputs, UnitAccumulator(), num_sequences=1):  # sums, not means over sequences
+        assert isinstance(seen, LayerInput), "structured patterns leave experts dense"
+        found |= dict.fromkeys(seen.names, seen.statistic)
+    for name in layers:
+        check_finite_input(name, found[name].gram)
+    return found
 
 
 @torch.no_grad()
@@ -118,7 +112,8 @@ def prune_units_(
     *,
     calibration: Tensor | None = None,
     images: Extras = None,
-    to: UnitSettings = UnitSettings(),  # noqa: B008  # it cannot change
+    damping: float = 0.01,
+    refit_iterations: int = 0,
     filter_fn: FilterFn = is_sparse_linear,
     folder: StartFolder | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -130,10 +125,13 @@ def prune_units_(
     has the error of each layer on the whole calibration text.
 
     Args:
-        score: a name in `SCORES`.
+        score: a name in `SCORED_BY`.
         calibration: int64, (num_sequences, seq_len). Without it, only scores that need none work, and nothing is
             refitted.
         images, precision: as for `prune_oneshot_`.
+        damping: share of the mean diagonal of X^T X that is added to the diagonal, for the least squares.
+        refit_iterations: steps of conjugate gradients on n:m weights; 0 leaves the kept weights as they are, as
+            published. Above 0, the kept columns of an output layer are solved for exactly.
 
     Raises:
         InputError: an unknown score, a score that needs calibration text without one, a pattern that does not fit,
@@ -143,13 +141,21 @@ def prune_units_(
     pattern = pattern.for_model(model)
     found, left_dense = sparse_linears(model, pattern, filter_fn)
     layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}  # experts stay dense
-    _check(model, score, pattern, layers, calibration, to)
+    if score not in SCORED_BY:
+        raise InputError(f"{score!r} does not rank the units of {pattern}: choose one of {', '.join(SCORED_BY)}")
+    check_damping(damping)
+    check_plain_weights(layers, "pruning")
+    if calibration is not None:
+        check_calibration(model, calibration)
+    elif score in Units.calibrated:
+        raise InputError(f"score {score} needs a calibration text: pass calibration, from draw_calibration")
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
-    report = OneshotReport(score, str(pattern), num_sequences, seq_len, to.damping, left_dense=left_dense)
+    report = OneshotReport(score, str(pattern), num_sequences, seq_len, damping, left_dense=left_dense)
     with eval_mode(model):
-        work = _Pruning(score, pattern, to, report, torch.Generator().manual_seed(to.seed))
-        scored = {name: layers[name] for names in work.outer.joint_layers(layers) for name in names}
-        if SCORES[score].needs == "gradients" and scored:
+        assert isinstance(pattern, Units)
+        work = _Pruning(score, pattern, damping, refit_iterations, report)
+        scored = {name: layers[name] for names in work.pattern.unit_layers(layers) for name in names}
+        if score == "taylor" and scored:
             assert calibration is not None
             of_taylor = None if images is None else images[:TAYLOR_SEQUENCES]
             work.rank(scored, loss_gradients(model, scored, calibration[:TAYLOR_SEQUENCES], of_taylor, precision))
@@ -158,17 +164,11 @@ def prune_units_(
         else:
             if folder is not None and folder.done:
                 report.restore_(folder.results)
-            source = MemoryModel(model, layers)
-            for step in walk(
-                source,
-                layers,
-                calibration,
-                extras=images,
-                precision=precision,
-                folder=folder,
-                results=report.saved,
-                progress=progress,
-            ):
+            options: dict[str, Any] = {"extras": images, "precision": precision, "progress": progress}
+            steps = walk(
+                MemoryModel(model, layers), layers, calibration, folder=folder, results=report.saved, **options
+            )
+            for step in steps:
                 inside = {name: layers[name] for name in step.inside}
                 if inside:
                     assert step.inputs is not None
@@ -236,22 +236,16 @@ class _Pruning:
     """The state of one pruning while it moves from block to block."""
 
     score: str
-    pattern: Pattern
-    to: UnitSettings
+    pattern: Units
+    damping: float
+    refit_iterations: int
     report: OneshotReport
-    generator: torch.Generator
     scores: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
     """The scores (units,) that were computed before the walk, by the names of the layers."""
 
-    @property
-    def outer(self) -> Channels | Heads:
-        outer = self.pattern.cut_out
-        assert isinstance(outer, Channels | Heads)
-        return outer
-
     def rank(self, layers: Mapping[str, nn.Linear], gradients: Mapping[str, Tensor]) -> None:
         """Scores the units of all `layers` by the gradients of their weights, which can be freed afterwards."""
-        for names in self.outer.joint_layers(layers):
+        for names in self.pattern.unit_layers(layers):
             weights = {name: layers[name].weight.float() for name in names}
             self.scores[names] = self._score(weights, {}, gradients)
 
@@ -271,38 +265,39 @@ class _Pruning:
         self, names: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
     ) -> dict[str, tuple[Tensor, float]]:
         """The new weights of layers that are masked together, each with its damping."""
-        pattern, outer, weights = self.pattern, self.outer, list(dense.values())
+        weights = list(dense.values())
         if len(names) == 1:  # n:m alone
             whole = torch.ones_like(weights[0], dtype=torch.bool)
             return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in names}
-        kept = outer.best(self.scores.pop(names) if names in self.scores else self._score(dense, inputs, {}))
-        damping, solved = max(self.to.damping, MIN_DAMPING), {}
-        for name, weight, mask in zip(names, weights, outer.expand(kept, weights)):
+        kept = self.pattern.best(self.scores.pop(names) if names in self.scores else self._score(dense, inputs, {}))
+        damping, solved = max(self.damping, MIN_DAMPING), {}
+        for name, weight, mask in zip(names, weights, self.pattern.expand(kept, weights)):
             new = weight.masked_fill(~mask, 0)
-            if self.to.refit_iterations and name in inputs and name == names[-1]:
+            if self.refit_iterations and name in inputs and name == names[-1]:
                 new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
-            groups = isinstance(pattern, Combined)
-            solved[name] = self._groups_in(new, mask, inputs.get(name)) if groups else (new, self.to.damping)
+            solved[name] = self._groups_in(new, mask, inputs.get(name)) if self.pattern.inner else (new, self.damping)
         return solved
 
     def _score(
         self, weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistic], gradients: Mapping[str, Tensor]
     ) -> Tensor:
         """The scores (units,) of the units in `weights`, whose last entry writes to the residual stream."""
-        *_, last = weights
-        seen = [Seen(w, n == last, inputs.get(n), gradients.get(n), self.generator) for n, w in weights.items()]
-        return self.outer.sums([SCORES[self.score].values(layer) for layer in seen])
-
-    def _refitted(self, new: Tensor, target: Tensor, gram: Tensor) -> Tensor:
-        return refit(new, target, damped(gram, max(self.to.damping, MIN_DAMPING)), self.to.refit_iterations)
+        if self.score == "magnitude":
+            return self.pattern.sums([weight.square() for weight in weights.values()])
+        if self.score == "taylor":
+            return self.pattern.sums([(weight * gradients[name]).abs() for name, weight in weights.items()])
+        *inner, (name, last) = weights.items()
+        # W_ij^2 times the variance of input column j, in the layer that writes: (576, 1536) * (1536,)
+        values = [torch.zeros_like(weight) for _, weight in inner]
+        return self.pattern.sums([*values, last.square() * inputs[name].variance])
 
     def _groups_in(self, weight: Tensor, mask: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float]:
         """Prunes the kept rows and columns of a weight to n:m; returns the new weight and SparseGPT's damping.
 
         Groups of m are counted as they lie after the cut.
         """
-        assert isinstance(self.pattern, Combined)
-        inner, damping = self.pattern.inner, self.to.damping
+        inner, damping = self.pattern.inner, self.damping
+        assert inner is not None
         rows, columns = mask.any(1), mask.any(0)
         small = weight[rows][:, columns].contiguous()  # (576, 1536) -> (576, 768)
         if statistic is None:
@@ -311,7 +306,8 @@ class _Pruning:
             gram = statistic.gram[columns][:, columns]
             inner.check_shape(small.shape)
             new, damping = sparsegpt(small, gram.clone(), inner.n, inner.m, damping, _BLOCK_COLUMNS)
-            new = self._refitted(new, small, gram) if self.to.refit_iterations else new
+            if self.refit_iterations:
+                new = refit(new, small, damped(gram, max(self.damping, MIN_DAMPING)), self.refit_iterations)
         return torch.zeros_like(weight).masked_scatter_(mask, new), damping
 
 
@@ -342,21 +338,3 @@ def _relative_error(old: Tensor, new: Tensor, gram: Tensor) -> float:
     """|X old^T - X new^T|^2 / |X old^T|^2."""
     whole = row_energies(old, gram).sum()
     return float(row_energies(old - new, gram).sum() / whole) if whole > 0 else 0.0
-
-
-def _check(
-    model: PreTrainedModel,
-    score: str,
-    pattern: Pattern,
-    layers: dict[str, nn.Linear],
-    calibration: Tensor | None,
-    to: UnitSettings,
-) -> None:
-    if score not in SCORES:
-        raise InputError(f"{score!r} does not rank the units of {pattern}: choose one of {', '.join(SCORES)}")
-    check_damping(to.damping)
-    check_plain_weights(layers, "pruning")
-    if calibration is not None:
-        check_calibration(model, calibration)
-    elif SCORES[score].needs:
-        raise InputError(f"score {score} needs a calibration text: pass calibration, from draw_calibration")

@@ -10,7 +10,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.structured.pattern import Channels, Heads
+from castlm.structured.pattern import Channels, Heads, Units
 
 _GATED = (
     *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "ernie4_5"),
@@ -29,13 +29,12 @@ HEADS = frozenset(_GATED) - {"helium", "olmo", "olmo2", "olmo3", "cohere", "stab
 
 def check_family(pattern: Pattern, model_type: object) -> None:
     """Raises `InputError` if models of the family have no config without the units that `pattern` cuts out."""
-    outer = pattern.cut_out
-    if isinstance(outer, Channels) and model_type not in CHANNELS:
+    if isinstance(pattern, Channels) and model_type not in CHANNELS:
         raise InputError(
             f"pattern {pattern}: castlm cannot cut channels out of {model_type}, only out of "
             f"{', '.join(sorted(CHANNELS))}; use 2:4"
         )
-    if isinstance(outer, Heads) and model_type not in HEADS:
+    if isinstance(pattern, Heads) and model_type not in HEADS:
         raise InputError(
             f"pattern {pattern}: castlm cannot cut heads out of {model_type}, whose config ties the size of a head to "
             f"hidden_size or whose norms run across heads, only out of {', '.join(sorted(HEADS))}; use channels:0.5"
@@ -53,8 +52,7 @@ def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, int]:
         {'intermediate_size': 172}
     """
     check_family(pattern, config.get("model_type"))
-    outer = pattern.cut_out
-    if isinstance(outer, Channels):
+    if isinstance(pattern, Channels):
         field = CHANNELS[str(config["model_type"])]
         value = config.get(field)
         if value is None and field == "n_inner":
@@ -78,8 +76,7 @@ def sizes_after(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
         >>> sizes_after(Heads(0.5), {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8})
         {'num_key_value_heads': 2, 'num_attention_heads': 4, 'head_dim': 8}
     """
-    outer = pattern.cut_out
-    assert isinstance(outer, Channels | Heads)
+    assert isinstance(pattern, Units)
     (units, number), *rest = sizes.items()
-    kept = outer.num_kept(number)
+    kept = pattern.num_kept(number)
     return {units: kept, **{name: n // number * kept if name == "num_attention_heads" else n for name, n in rest}}

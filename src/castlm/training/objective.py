@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from castlm.core.blocks import is_tower
 from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.errors import InputError
-from castlm.core.hidden import hidden_distance, in_stream_basis
+from castlm.core.hidden import hidden_distance
 from castlm.core.sparsify import transformer_blocks
 from castlm.core.top_tokens import TopTokens, top_tokens
 from castlm.data.packing import document_mask
@@ -64,8 +64,8 @@ class Objective(nn.Module):
         apart: the documents of a training sequence do not attend to each other; each begins where `position_ids` are 0.
         hidden_weight: weight of the distance between the hidden states of student and teacher; 0 compares none.
 
-    The buffer `stream_basis` is the basis of the student's residual stream, as `in_stream_basis` takes it; None if it
-    is the teacher's basis.
+    The buffer `stream_basis` is the rotation (hidden, hidden) that brings the teacher's residual stream into the basis
+    of the student's, multiplied from the right; None if both have the same basis.
     """
 
     stream_basis: Tensor | None
@@ -121,7 +121,8 @@ class Objective(nn.Module):
         if not compares_hidden:
             return _without_hidden(loss)
         assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
-        targets = [in_stream_basis(states, self.stream_basis) for states in theirs.stream]
+        basis = self.stream_basis
+        targets = [states if basis is None else states @ basis.to(states.dtype) for states in theirs.stream]
         hidden = hidden_distance(ours.stream, targets, labels, num_tokens=num_tokens)
         # Eq. 13, plus the distance of hidden states (ours)
         return TrainingLoss(loss.loss + self.hidden_weight * hidden, loss.ce, loss.kl, hidden.detach())

@@ -119,11 +119,11 @@ class StartOptions(Refinements, BasisOptions):
 
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
-    taken. Structured patterns: magnitude, wanda, flap, taylor or random. The default for cast and finetune is
+    taken. Structured patterns: magnitude, flap or taylor. The default for cast and finetune is
     sparsegpt, flap for channels and taylor for heads; for the other methods it is magnitude."""
 
     calibration_sequences: int = 128
-    """Training sequences that the start is calibrated on, except for magnitude and random."""
+    """Training sequences that the start is calibrated on, except for magnitude."""
 
     def out_of_range(self) -> Iterator[Bound]:
         yield "calibration_sequences", self.calibration_sequences >= 1, "at least 1"

@@ -65,7 +65,7 @@ def start_seconds(record: dict[str, Any]) -> float:
 def stream_basis(start: StartWeights, world: World) -> Tensor | None:
     """The basis of the student's residual stream, on every rank; zeros for a resumed run, whose checkpoint holds it.
 
-    A rotation (hidden, hidden) fp32 or a permutation (hidden,) int64, as `castlm.core.hidden.in_stream_basis` takes it.
+    A rotation (hidden, hidden) fp32, as `castlm.training.objective.Objective` takes it.
     """
     shape = start.record.get("basis", {}).get("stream_basis")
     if shape is None:
@@ -73,7 +73,7 @@ def stream_basis(start: StartWeights, world: World) -> Tensor | None:
     basis = torch.zeros(shape)
     if world.on_main(lambda: start.stream_basis is not None):
         basis = world.from_main(start.stream_basis, basis.shape)
-    return (basis.long() if basis.dim() == 1 else basis).to(world.device)
+    return basis.to(world.device)
 
 
 @dataclass(frozen=True)
