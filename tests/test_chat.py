@@ -17,6 +17,7 @@ from castlm.data.chat import Chat
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents, split_documents
 from castlm.data.loader import BatchLoader
+from castlm.data.options import TextOptions
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, token_ids
@@ -182,7 +183,7 @@ def test_rows_of_nulls_do_not_decide_what_a_column_holds(tmp_path, suffix):
     else:
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         path.write_bytes(gzip.compress(data) if suffix == "jsonl.gz" else data)
-    pieces = list(open_documents(path, column="chat").pieces(None))
+    pieces = list(open_documents(path, TextOptions(column="chat")).pieces(None))
     assert len(pieces) == 2
     assert all(piece.kind is Kind.CHAT for piece in pieces)
 
@@ -198,8 +199,8 @@ def test_text_and_messages_in_different_rows_are_refused(tmp_path):
 
 def test_a_column_can_be_named(tmp_path):
     both = write_rows(tmp_path / "a.jsonl", [{"text": "plain", "messages": TALK, "chat": TALK[:3]}])
-    assert [piece.text for piece in open_documents(both, column="text").pieces(None)] == ["plain"]
-    (piece,) = open_documents(both, column="chat").pieces(None)
+    assert [piece.text for piece in open_documents(both, TextOptions(column="text")).pieces(None)] == ["plain"]
+    (piece,) = open_documents(both, TextOptions(column="chat")).pieces(None)
     assert len(json.loads(piece.text)["messages"]) == 3
     with pytest.raises(InputError, match="columns messages and text could both be meant: choose one with column"):
         open_documents(both)
@@ -313,7 +314,7 @@ def test_a_tokenizer_without_offsets_is_refused():
 )
 def test_a_template_that_takes_all_memory_is_refused(template):
     limit = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(InputError, match="it takes more than 512 MiB of memory"):
+    with pytest.raises(InputError, match="it takes more than 512 MiB of memory; see document_limit"):
         Chat(chat_tokenizer(template), assistant_only=False)(json.dumps(GOOD))
     assert resource.getrlimit(resource.RLIMIT_AS) == limit
 
@@ -321,8 +322,12 @@ def test_a_template_that_takes_all_memory_is_refused(template):
 def test_a_conversation_of_thousands_of_messages_is_refused_where_it_would_take_minutes():
     messages = [{"role": role, "content": f"{role} {i}"} for i in range(600) for role in ("user", "assistant")]
     document = json.dumps({"messages": messages})
-    with pytest.raises(InputError, match="has 1,200 messages, more than 512"):
+    with pytest.raises(InputError, match=r"has 1,200 messages, more than 512: .*document_limit"):
         Chat(chat_tokenizer())(document)
+    small = json.dumps({"messages": messages[:30]})
+    with pytest.raises(InputError, match="more than 26"):
+        Chat(chat_tokenizer(), document_limit=0.05)(small)
+    assert sum(Chat(chat_tokenizer(), document_limit=0.1)(small).counts) > 15
     assert len(Chat(chat_tokenizer(), assistant_only=False)(document).ids) > 1200
     assert sum(Chat(chat_tokenizer(MARKED))(document).counts) > 600
 

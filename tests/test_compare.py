@@ -262,9 +262,9 @@ def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
 def test_each_text_is_opened_as_its_runs_open_it(files, tmp_path, monkeypatch):
     real, opened = documents.open_documents, {}
 
-    def open_documents(text, **how):
+    def open_documents(text, options, **how):
         opened[Path(text).name] = (how.get("split"), how.get("data_config"))
-        return real(text, column=how["column"])
+        return real(text, options)
 
     monkeypatch.setattr(documents, "open_documents", open_documents)
     config = {**CONFIG, "dataset_split": "a", "eval_split": "b", "eval_config": "c"}

@@ -16,11 +16,12 @@ from castlm.cli.train import parse_train
 from castlm.core.decay import DECAYS, Decay
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
+from castlm.data.options import OF_CONVERSATIONS
 from castlm.fields import COMMAND_LINE, build, convert, docs_of, positional, suggest
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.table import METHODS, Method
-from castlm.training.config import EFFECTS, OF_CHAT, RECIPES, TrainConfig, names_of, sections_of
+from castlm.training.config import EFFECTS, RECIPES, TrainConfig, names_of, sections_of
 
 REQUIRED = {"model": "m", "dataset": "d", "output_dir": "o"}
 
@@ -57,7 +58,7 @@ OPTIONS = [name for section in sections_of(TrainConfig).values() for name in nam
 
 
 def test_options_of_effects_and_methods_exist():
-    assert set(EFFECTS) | set(OF_CHAT) <= set(OPTIONS)
+    assert set(EFFECTS) | set(OF_CONVERSATIONS) <= set(OPTIONS)
     assert {option for row in METHODS.values() for option in row.options} <= set(OPTIONS)
 
 
@@ -220,7 +221,7 @@ def test_options_of_the_hub_have_no_effect_on_local_text(tmp_path):
 def test_options_of_conversations_have_no_effect_on_plain_text():
     config = TrainConfig.of(**REQUIRED, assistant_only_loss=False, chat_template_path="mine.jinja")
     assert config.without_effect() == {}
-    assert sorted(config.without_effect(has_chat=False)) == ["assistant_only_loss", "chat_template_path"]
+    assert sorted(config.without_effect(is_plain=True)) == ["assistant_only_loss", "chat_template_path"]
 
 
 # ----------------------------------------------------------------------------------------------------------- YAML

@@ -31,6 +31,7 @@ from castlm.data.documents import Documents, open_documents, split_documents
 from castlm.data.hub import HubDocuments
 from castlm.data.json_rows import Share
 from castlm.data.loader import BatchLoader
+from castlm.data.options import TextOptions
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, end_of_text_id, token_ids
@@ -116,21 +117,26 @@ def stream_of(documents, seq_len=16, seed=5, eos_token_id=None, **kwargs):
 # Small inputs of a large cost
 
 
+LARGER = TextOptions(document_limit=4)
+
+
 def test_a_line_that_expands_to_more_than_a_text_can_be_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1 << 20)
     monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 16)
     for name in ("a.jsonl", "a.jsonl.gz"):
         path = write_lines(tmp_path / name, ["short", "a" * (3 << 20)])
-        with pytest.raises(InputError, match=rf"{name}, line 2 is longer than 1,048,576 bytes: .*\.txt file"):
+        with pytest.raises(InputError, match=rf"{name}, line 2 is longer than 1,048,576 bytes: .*document_limit"):
             open_documents(path)
+        assert len(open_documents(path, LARGER)) == 2
 
 
 @pytest.mark.parametrize("write", [write_lines, write_parquet])
 def test_a_text_that_cannot_be_tokenized_at_once_is_refused(write, tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "MOST_CHARACTERS", 1000)
     path = write(tmp_path / f"a.{'parquet' if write is write_parquet else 'jsonl'}", ["short", "a" * 1001])
-    with pytest.raises(InputError, match="a text of 1,001 characters, more than 1,000"):
+    with pytest.raises(InputError, match=r"1,001 characters, more than 1,000: .*document_limit"):
         texts_of(open_documents(path))
+    assert len(texts_of(open_documents(path, LARGER))) == 2
 
 
 def test_gzip_is_entered_at_the_same_places_however_much_it_expands_to(tmp_path, monkeypatch):
@@ -645,7 +651,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     )
     assert text_hash(open_documents("some/name", data_config="small")) != first_hash
     with pytest.raises(InputError, match=r"no column 'body'; there are: id, text"):
-        open_documents("some/name", column="body", data_config="small")
+        open_documents("some/name", TextOptions(column="body"), data_config="small")
 
 
 def test_a_first_row_of_a_hub_dataset_that_is_null_does_not_decide(monkeypatch):
@@ -653,7 +659,7 @@ def test_a_first_row_of_a_hub_dataset_that_is_null_does_not_decide(monkeypatch):
     rows = datasets.Dataset.from_list([{"chat": None}, {"chat": messages}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows.to_iterable_dataset())
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc"))
-    documents = open_documents("some/name", column="chat")
+    documents = open_documents("some/name", TextOptions(column="chat"))
     assert documents.kind is Kind.CHAT
     assert len(list(documents.pieces(None))) == 1
 
@@ -709,7 +715,7 @@ def test_bad_file(tmp_path, name, content, message):
 def test_bad_parquet(tmp_path):
     whole = parquet_bytes(tmp_path, pa.table({"body": ["one"], "text": [1]}))
     with pytest.raises(InputError, match="no column 'story'; there are: body, text"):
-        open_documents(bad(tmp_path, "a.parquet", whole), column="story")
+        open_documents(bad(tmp_path, "a.parquet", whole), TextOptions(column="story"))
     with pytest.raises(InputError, match="holds int64"):
         open_documents(bad(tmp_path, "a.parquet", whole))
     whole = parquet_bytes(tmp_path, pa.table({"text": make_texts(500)}))

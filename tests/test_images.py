@@ -30,7 +30,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
-from castlm.data.columns import Kind, find_columns
+from castlm.data.columns import Kind, find_columns, types_of
 from castlm.data.documents import open_documents
 from castlm.data.extra import Extra, join_extra
 from castlm.data.images import reader as image_reader
@@ -39,6 +39,7 @@ from castlm.data.images.reader import open_processor, read_image
 from castlm.data.images.sequences import ImageSequences
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import Mixture
+from castlm.data.options import TextOptions
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, Tokens
 from castlm.evaluation.perplexity import perplexity
@@ -142,7 +143,7 @@ def loss_of(model: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
 
 
 def document_of(row: dict[str, Any], folder: Path | None = None) -> str:
-    columns = find_columns({name: type(value).__name__ for name, value in row.items()}, None, "a.jsonl", folder)
+    columns = find_columns(types_of(row), TextOptions(), "a.jsonl", folder)
     return columns.document(row, "a.jsonl, line 1").text
 
 
@@ -203,7 +204,7 @@ def test_images_are_found_in_any_row_and_either_column(dataset, tmp_path):
         assert documents.kind is Kind.WITH_EXTRA
         kinds = [Kind.CHAT, Kind.CHAT, Kind.WITH_EXTRA, Kind.WITH_EXTRA]
         assert [piece.kind for piece in documents.pieces(None)] == kinds
-    named = open_documents(path, column="messages")  # which leaves the other columns out
+    named = open_documents(path, TextOptions(column="messages"))  # which leaves the other columns out
     assert named.kind is Kind.CHAT
 
 
@@ -505,10 +506,12 @@ def test_an_image_that_is_small_as_a_file_and_large_in_memory_is_refused(dataset
     Image.new("1", (13_000, 13_000)).save(tmp_path / "large.png")
     with pytest.raises(InputError, match=r"large.png: it has 169,000,000 pixels, more than 64,000,000"):
         read_image(str(tmp_path / "large.png"))
+    assert read_image(str(tmp_path / "large.png"), document_limit=2.7).size == (13_000, 13_000)
     monkeypatch.setattr(image_reader, "MOST_PIXELS", 2 * 32 * 32 - 1)
     row = json.loads(dataset.read_text().splitlines()[0])
     with pytest.raises(InputError, match="images of the conversation that begins 'which\\? and' have 2,048 pixels"):
         encoder.conversation(document_of(row, dataset.parent))
+    assert len(image_reader.open_images([str(dataset.parent / "red.png")] * 2, "a", document_limit=1.1)) == 2
 
 
 @pytest.mark.parametrize(
@@ -554,13 +557,14 @@ def test_a_run_in_which_nothing_counts_does_not_end_well(llava, dataset, text, t
 
 def test_columns_of_any_row_that_would_be_lost_are_refused(dataset):
     first = {"messages": [user("hi"), assistant("ho")]}
-    columns = find_columns({"messages": "list"}, None, "a.jsonl")
+    columns = find_columns({"messages": "list"}, TextOptions(), "a.jsonl")
     with pytest.raises(InputError, match="the column 'videos' is neither text nor images"):
         columns.document(first | {"videos": ["a.mp4"]}, "line 2")
-    columns = find_columns({"text": "str"}, None, "a.jsonl")
+    columns = find_columns({"text": "str"}, TextOptions(), "a.jsonl")
     with pytest.raises(InputError, match="column 'image'"):
         columns.document({"text": "a", "image": "red.png"}, "line 2")
-    assert find_columns({"text": "str"}, "text", "a").document({"text": "a", "image": "red.png"}, "line 2").text == "a"
+    named = find_columns({"text": "str"}, TextOptions(column="text"), "a")
+    assert named.document({"text": "a", "image": "red.png"}, "line 2").text == "a"
 
 
 def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_path, capsys):

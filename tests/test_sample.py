@@ -12,6 +12,7 @@ from castlm.core.errors import InputError
 from castlm.data import sample_file
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
+from castlm.data.options import TextOptions
 from castlm.data.sample_file import finished_samples, open_samples, sample
 from castlm.data.sampling import Sampler, SamplingOptions, read_prompts
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
@@ -398,9 +399,9 @@ def test_two_processes_do_not_write_one_file(tmp_path):
 
 def test_prompts_are_lines_or_documents(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n two \n")
-    assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
+    assert read_prompts(tmp_path / "a.txt", TextOptions()) == ["one", "two"]
     path = write_rows(tmp_path / "a.jsonl", [{"question": "  one "}, {"question": "two\n"}])
-    assert read_prompts(path, "question") == ["  one ", "two\n"]
+    assert read_prompts(path, TextOptions(column="question")) == ["  one ", "two\n"]
 
 
 def test_patience_is_what_the_message_says():

@@ -16,6 +16,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.data.columns import find_columns
+from castlm.data.options import TextOptions
 from castlm.export.verify import verify
 from castlm.inference import native
 from castlm.models.architecture import auto_class, check_head, is_vision_language
@@ -166,9 +167,9 @@ def test_the_model_without_its_head_is_refused_by_name(tmp_path):
 
 def test_images_beside_plain_text_are_refused_unless_the_text_is_named():
     with pytest.raises(InputError, match="column 'image'"):
-        find_columns({"text": "str", "image": "str"}, None, "data.jsonl")
-    assert find_columns({"text": "str", "image": "str"}, "text", "data.jsonl").name == "text"
-    assert find_columns({"text": "str", "image": "NoneType"}, None, "data.jsonl").name == "text"
+        find_columns({"text": "str", "image": "str"}, TextOptions(), "data.jsonl")
+    assert find_columns({"text": "str", "image": "str"}, TextOptions(column="text"), "data.jsonl").name == "text"
+    assert find_columns({"text": "str", "image": "NoneType"}, TextOptions(), "data.jsonl").name == "text"
 
 
 @pytest.mark.parametrize("family", VISION)

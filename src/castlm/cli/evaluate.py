@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from castlm.cli.json_report import check_json_path
 from castlm.cli.options import parse, refuse_given, result_folder, to_stderr, write_json
 from castlm.core.errors import InputError
+from castlm.data.options import ScoredTextOptions
 from castlm.fields import positional
 from castlm.names import printable
 
-_OF_TEXT = ("eval_split", "eval_config", "eval_tokens", "column", "assistant_only_loss", "seq_len", "stride")
+_OF_TEXT = (
+    *("eval_split", "eval_config", "eval_tokens", "seq_len", "stride"),
+    *(field.name for field in fields(ScoredTextOptions)),
+)
 
 
-@dataclass
-class EvalCommand:
+@dataclass(frozen=True)
+class EvalCommand(ScoredTextOptions):
     """Measure the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, or both."""
 
     path: str = positional()
@@ -32,15 +36,6 @@ class EvalCommand:
 
     eval_tokens: int = field(default=0, metadata={"at_least": 0})
     """Maximum number of tokens of the text. 0 scores all of it."""
-
-    column: str | None = None
-    """Column of .jsonl and .parquet with the text, or with chat messages. By default it is detected."""
-
-    assistant_only_loss: bool = True
-    """Score only the assistant's tokens of a conversation."""
-
-    chat_template_path: str | None = None
-    """Jinja chat template to use instead of the tokenizer's own."""
 
     seq_len: int | None = None
     """Tokens per sequence. The default is 1024, or the model's context length if that is shorter. Perplexities at
@@ -90,7 +85,6 @@ class EvalCommand:
             refuse_given(self, ("tasks_from", "limit"), "is for --tasks: name tasks, or leave it out")
         import torch
 
-        from castlm.data.chat import with_template
         from castlm.data.documents import open_documents
         from castlm.data.tokens import open_encoder
         from castlm.evaluation.perplexity import evaluate_text
@@ -99,15 +93,12 @@ class EvalCommand:
         from castlm.progress import shown_progress
 
         if self.text is not None:
-            documents = open_documents(
-                self.text, column=self.column, split=self.eval_split, data_config=self.eval_config
-            )
+            documents = open_documents(self.text, self, split=self.eval_split, data_config=self.eval_config)
         keep_freed_memory()
         device = choose_device(self.device)
         name = result_folder(self.path)
         code: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
         loaded = load_model(name, unpack=device != "cpu", **code)  # measures the computation of castlm generate
-        with_template(loaded.tokenizer, self.chat_template_path)
         model = loaded.model
         model.to(device)
         precision = choose_precision(self.precision, model.device, model.config)
@@ -116,8 +107,7 @@ class EvalCommand:
         dtype = torch.bfloat16 if precision == "bf16" else None
         figures: dict[str, Any] = {"model": self.path}
         if self.text is not None:
-            assistant_only = self.assistant_only_loss
-            encoder = open_encoder([documents], loaded.tokenizer, name, assistant_only=assistant_only, **code)
+            encoder = open_encoder([documents], loaded.tokenizer, name, self, **code)
             with shown_progress("perplexity, sequences") as progress:
                 figures |= evaluate_text(
                     model,

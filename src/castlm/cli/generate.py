@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 from castlm.cli.options import parse, result_folder, use_threads
+from castlm.data.options import TextOptions
 from castlm.fields import positional
 from castlm.names import LAYOUT, printable
 
@@ -32,6 +33,9 @@ class GenerateCommand:
     seed: int = 0
     """Seed of the samples."""
 
+    document_limit: float = TextOptions.document_limit
+    """Factor on the limit of 64 million pixels for an image."""
+
     raw: bool = False
     """Continue the prompt as it is, without a chat template."""
 
@@ -51,7 +55,7 @@ class GenerateCommand:
         model, tokenizer = load_to_generate(name, as_stored=False, say=note, **code)
         if self.image:
             processor = open_processor(name, tokenizer, **code)
-            ids, extra = encode_image_prompt(processor, self.prompt, self.image, self.raw)
+            ids, extra = encode_image_prompt(processor, self.prompt, self.image, self.raw, self.document_limit)
         else:
             ids, extra = encode_prompt(tokenizer, self.prompt, self.raw), {}
         done = generate_text(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from castlm.cli.options import parse, refuse_given
 from castlm.core.errors import InputError
+from castlm.data.options import TextOptions
 from castlm.fields import choice
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.patterns import all_solvers, parse_pattern
 
-_OF_CALIBRATION = ("calibration", "column", "chat_template_path", "precision")
+_OF_CALIBRATION = ("calibration", "precision", *(field.name for field in fields(TextOptions)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,6 @@ class PruneOptions:
     """Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as --dataset
     of castlm train.
     """
-
-    column: str | None = None
-    """Column of .jsonl and .parquet with the text, or with chat messages. By default it is detected."""
-
-    chat_template_path: str | None = None
-    """Jinja chat template to use, and to save, instead of the tokenizer's own."""
 
     pattern: str = "2:4"
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
@@ -83,7 +78,7 @@ class PruneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of the last base come first
+class PruneCommand(Refinements, BasisOptions, TextOptions, PruneOptions):  # the fields of the last base come first
     """Prune a model one-shot, without training, and verify the result.
 
     Finished transformer blocks are kept in OUTPUT_DIR.partial, so that the same command continues after a kill.
@@ -116,7 +111,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             why = f"is for a method that reads a text, and {method} reads none: leave it out, or use wanda or sparsegpt"
             refuse_given(self, _OF_CALIBRATION, why)
         if self.calibration is not None and takes_text:
-            text = open_documents(self.calibration, column=self.column)
+            text = open_documents(self.calibration, self)
         start = Start.of(self, method, pattern, damping=self.damping, seed=self.seed)
         inputs = {"model": self.model, "calibration": self.calibration}
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs=inputs)
@@ -134,7 +129,7 @@ class PruneCommand(Refinements, BasisOptions, PruneOptions):  # the fields of th
             memory=memory,
             precision=self.precision,
             save_dtype=self.save_dtype,
-            chat_template_path=self.chat_template_path,
+            options=self,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             overwrite=self.overwrite,

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from castlm.cli.options import parse, refuse_given, result_folder
+from castlm.data.options import TextOptions
 from castlm.fields import positional
 
-_OF_INT4 = ("column", "num_sequences", "seq_len", "seed", "damping")
+_OF_INT4 = ("column", "document_limit", "num_sequences", "seq_len", "seed", "damping")
 
 
-@dataclass
-class QuantizeCommand:
+@dataclass(frozen=True)
+class QuantizeCommand(TextOptions):
     """Round the linear layers of a model to int8, fp8 or int4, and verify the result. Zeros of an n:m model stay."""
 
     model: str = positional()
@@ -36,12 +37,6 @@ class QuantizeCommand:
 
     calibration: str | None = None
     """Calibration text of int4: a file, folder, glob or hub dataset, as --dataset of castlm train."""
-
-    column: str | None = None
-    """Column of .jsonl and .parquet with the text, or with chat messages. By default it is detected."""
-
-    chat_template_path: str | None = None
-    """Jinja chat template to use, and to save, instead of the tokenizer's own."""
 
     pattern: str | None = None
     """n:m of the model, or dense. The default is the pattern in its castlm.json; without one, 2:4 if the first layer
@@ -88,7 +83,7 @@ class QuantizeCommand:
             refuse_given(self, _OF_INT4, "is for int4, which reads a --calibration text: leave it out")
         else:
             drawn = self.num_sequences, self.seq_len, self.seed
-            calibration = CalibrationText(self.calibration, self.column, *drawn)
+            calibration = CalibrationText(self.calibration, *drawn)
         source = result_folder(self.model)
         pattern = pattern_of(source, self.pattern)
         inputs = {"model": source, "calibration": self.calibration}
@@ -103,7 +98,7 @@ class QuantizeCommand:
                 packed=self.packed,
                 head=self.head,
                 damping=self.damping,
-                chat_template_path=self.chat_template_path,
+                options=self,
                 dtype=self.save_dtype,
                 device=choose_device(self.device),
                 trust_remote_code=self.trust_remote_code,

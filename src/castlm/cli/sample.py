@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from castlm.cli.options import command_of, parse, refuse_given, result_folder
 from castlm.core.errors import InputError
+from castlm.data.options import TextOptions
 from castlm.fields import positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig
 from castlm.training.options import SEQ_LEN
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleOptions:
     """Options of the text and of the sampling."""
 
@@ -32,12 +33,6 @@ class SampleOptions:
 
     prompts: str | None = None
     """Texts to continue, or with --chat to answer: a .txt file with one per line, .jsonl, .parquet or a hub dataset."""
-
-    column: str | None = None
-    """Column that holds the prompts in .jsonl and .parquet."""
-
-    chat_template_path: str | None = None
-    """File with a Jinja chat template to use in place of the tokenizer's own."""
 
     max_new_tokens: int = 256
     """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped."""
@@ -73,7 +68,7 @@ class SampleOptions:
     """Run the Python code that comes with a hub model."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheOptions:
     """Stores the teacher's predictions for the text, for `castlm train`, whose options have the same names."""
 
@@ -103,8 +98,8 @@ class CacheOptions:
     """Compute type of the teacher in the run."""
 
 
-@dataclass
-class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base come first
+@dataclass(frozen=True)
+class SampleCommand(CacheOptions, TextOptions, SampleOptions):  # the fields of the last base come first
     """Let a model write text to train on: documents, continuations of prompts, or conversations. After Ctrl-C or a
     kill, the same command with --resume continues.
     """
@@ -118,12 +113,13 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
         config = self._train_config()
         names = [option.name for option in dataclasses.fields(SamplingOptions)]
         options = SamplingOptions(**{name: getattr(self, name) for name in names})
-        prompts = None if self.prompts is None else read_prompts(self.prompts, self.column)
+        prompts = None if self.prompts is None else read_prompts(self.prompts, self)
         if self.teacher_cache is not None:
             from castlm.training.teacher_pass import check_teacher_pass
 
             check_teacher_pass(config.model, config.data, config.evaluation, config.teacher)
-        free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", *_CACHE_OPTIONS}
+        free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", "document_limit"}
+        free |= {*_CACHE_OPTIONS}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         record = None
         if self.resume:
@@ -157,7 +153,7 @@ class SampleCommand(CacheOptions, SampleOptions):  # the fields of the last base
             refuse_given(
                 self, _CACHE_OPTIONS, "is for a teacher cache: give its folder by --teacher-cache, or leave it out"
             )
-        passed_on = ("chat_template_path", "revision", "trust_remote_code")
+        passed_on = ("chat_template_path", "document_limit", "revision", "trust_remote_code")
         options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
         if self.teacher_cache is not None:
             options |= {name: getattr(self, name) for name in (*_CACHE_OPTIONS, "seed", "device")}

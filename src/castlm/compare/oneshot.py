@@ -15,10 +15,10 @@ import torch
 
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
-from castlm.data.chat import with_template
 from castlm.data.documents import open_documents
+from castlm.data.options import ScoredTextOptions
 from castlm.data.scored import scored_text
-from castlm.data.tokens import Encoder
+from castlm.data.tokens import text_encoder
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import check_export, export_model
 from castlm.files.output import begin_output, output_folder
@@ -30,8 +30,8 @@ from castlm.patterns import parse_pattern
 from castlm.training.options import SEQ_LEN
 
 
-@dataclass
-class OneshotConfig:
+@dataclass(frozen=True)
+class OneshotConfig(ScoredTextOptions):
     """The options of a one-shot run, named as in TrainConfig."""
 
     model: str
@@ -44,9 +44,6 @@ class OneshotConfig:
     """Tokens per sequence of the evaluation. Calibration sequences have the model's context, at most 2,048 tokens."""
     num_sequences: int = 128
     eval_tokens: int = 32768
-    column: str | None = None
-    assistant_only_loss: bool = True
-    chat_template_path: str | None = None
     calibration_split: str = "train"
     calibration_config: str | None = None
     eval_split: str = "validation"
@@ -78,14 +75,11 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     pattern = parse_pattern(config.pattern)
     loaded = load_model(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision)
     model = loaded.model
-    with_template(loaded.tokenizer, config.chat_template_path)
     device = torch.device(choose_device(config.device))
     precision = choose_precision(config.precision, device, model.config)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-    documents = open_documents(
-        config.eval_dataset, column=config.column, split=config.eval_split, data_config=config.eval_config
-    )
-    encoder = Encoder(loaded.tokenizer, assistant_only=config.assistant_only_loss)
+    documents = open_documents(config.eval_dataset, config, split=config.eval_split, data_config=config.eval_config)
+    encoder = text_encoder(loaded.tokenizer, config)
     held_out = scored_text(documents, encoder, config.eval_tokens or None)
     check_export(model, pattern)
     _, left_dense = sparse_linears(model, pattern)
@@ -94,7 +88,7 @@ def _prune(config: OneshotConfig, folder: Path) -> dict[str, Any]:
     length = calibration_length(model)
     calibration = open_documents(
         config.calibration,
-        column=config.column,
+        config,
         split=config.calibration_split,
         data_config=config.calibration_config,
     )

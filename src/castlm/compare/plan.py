@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from castlm.compare.runs import (
 )
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
+from castlm.data.options import ScoredTextOptions, TextOptions
 from castlm.fields import checked, convert
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
@@ -43,7 +45,8 @@ _OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "seq_l
 """Options whose product is the number of tokens per optimizer step."""
 
 _OF_ONESHOT = (
-    *("pattern", "seq_len", "eval_tokens", "column", "assistant_only_loss", "chat_template_path", "device"),
+    *("pattern", "seq_len", "eval_tokens", "device"),
+    *(field.name for field in dataclasses.fields(ScoredTextOptions)),
     *("trust_remote_code", "revision", "eval_split", "eval_config", "precision"),
 )
 """Options of `castlm train` that one-shot rows share."""
@@ -191,7 +194,7 @@ class Plan:
         from castlm.data.documents import open_documents
 
         command = self.command
-        column = self.common.get("column")
+        options = TextOptions.of(self.common)
         texts = {"dataset": command.dataset, "eval_dataset": command.eval_dataset}
         calibration = self._calibration_text()
         texts["calibration"] = calibration["calibration"]
@@ -204,9 +207,7 @@ class Plan:
             "split": calibration.get("calibration_split", "train"),
             "data_config": calibration.get("calibration_config"),
         }
-        digests = {
-            name: open_documents(text, column=column, **of_role[name]).text_hash() for name, text in texts.items()
-        }
+        digests = {name: open_documents(text, options, **of_role[name]).text_hash() for name, text in texts.items()}
         if command.tuning_dataset and digests["tuning_dataset"] == digests["eval_dataset"]:
             raise InputError(
                 f"tuning_dataset {command.tuning_dataset} is the text of eval_dataset: give another one to choose by"

@@ -52,10 +52,15 @@ class Chat:
 
     Args:
         assistant_only: False counts every token.
+        document_limit: factor on `MOST_MESSAGES` and `TEMPLATE_BYTES`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True, document_limit: float = 1.0
+    ) -> None:
         self._tokenizer, self._assistant_only = tokenizer, assistant_only
+        self._most_messages = round(MOST_MESSAGES * document_limit)
+        self._template_bytes = round(TEMPLATE_BYTES * document_limit)
         self._special = tuple(tokenizer.all_special_tokens)
         self._reads_text: bool | None = None  # whether the template does, or lists of parts alone
 
@@ -81,11 +86,11 @@ class Chat:
         whole = self._whole(messages, tools)
         spans = [(0, len(whole))]
         if self._assistant_only:
-            if len(messages) > MOST_MESSAGES:
+            if len(messages) > self._most_messages:
                 raise InputError(
                     f"the conversation that begins {_begin(messages)} has {len(messages):,} messages, more than "
-                    f"{MOST_MESSAGES}: divide it, mark what the assistant writes with {{% generation %}} in the "
-                    "template (chat_template_path), or set assistant_only_loss to false"
+                    f"{self._most_messages:,}: divide it, mark what the assistant writes with {{% generation %}} in "
+                    "the template (chat_template_path), set assistant_only_loss to false, or raise document_limit"
                 )
             turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             turns = [number for number in turns if number >= len(prompt)]
@@ -155,7 +160,7 @@ class Chat:
             raise self._refused(messages, error) from error
 
     def _apply(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
-        with _bounded_memory(TEMPLATE_BYTES):
+        with _bounded_memory(self._template_bytes):
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def _whole(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
@@ -206,7 +211,7 @@ class Chat:
         roles = ", ".join(str(message["role"]) for message in messages[:6])
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, MemoryError):
-            reason = f"it takes more than {TEMPLATE_BYTES >> 20} MiB of memory"
+            reason = f"it takes more than {self._template_bytes >> 20} MiB of memory; see document_limit"
         return InputError(
             f"the chat template cannot render the conversation that begins {_begin(messages)} (roles {roles}): {reason}"
         )

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from castlm.core.errors import InputError
 from castlm.data.images.columns import IMAGE_COLUMNS, IMAGE_PART, collect_images, message_content
+from castlm.data.options import TextOptions
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEITHER = ("video", "videos", "audio", "audios")
@@ -23,7 +24,7 @@ _TEXT_COLUMNS = ("messages", "text")
 CUT_COLUMN = "is_cut"
 """Column that `castlm sample` writes beside a text: true if `max_new_tokens` cut the text off."""
 MOST_CHARACTERS = 16 << 20
-"""Most characters of a row's text, which is tokenized at once and takes about 40 times its size meanwhile."""
+"""Most characters of a row's text, times `document_limit`. Tokenizing takes some 40 times its size in memory."""
 _IMAGES = '{"images": '
 """Prefix of the JSON of a conversation with images."""
 _MESSAGE = "each with a role and its content"
@@ -60,6 +61,7 @@ class Columns(NamedTuple):
     """Columns that may hold the images of a conversation; the first of them with a value counts."""
     folder: Path | None = None
     """Base folder of relative image paths."""
+    document_limit: float = 1.0
     refused: tuple[str, ...] = ()
     """Columns that would be lost without an error."""
 
@@ -108,7 +110,7 @@ class Columns(NamedTuple):
             return ""
         if not isinstance(value, str):
             raise InputError(f"{where}: column {self.name!r} holds a {_type(value)}: strings are needed")
-        return _checked_text(value, where)
+        return self._checked_text(value, where)
 
     def _conversation(self, row: Mapping[str, Any], where: str, text_alone: bool) -> Document:
         if self.form == "messages":
@@ -125,14 +127,30 @@ class Columns(NamedTuple):
         if tools := row.get("tools"):
             content["tools"] = _tools(tools, where)
         if text_alone:
-            text = _checked_text(json.dumps(content, ensure_ascii=False), where)
+            text = self._checked_text(json.dumps(content, ensure_ascii=False), where)
             return Document(text, kind=Kind.WITH_EXTRA if IMAGE_PART in text else Kind.CHAT)
         listed = next((row[name] for name in self.images if row.get(name)), None)
         images = collect_images(_messages_of(content, listed, where), listed, self.folder, where)
-        text = _checked_text(json.dumps(content, ensure_ascii=False), where)
+        text = self._checked_text(json.dumps(content, ensure_ascii=False), where)
         if not images:
             return Document(text, kind=Kind.CHAT)
         return Document(f"{_IMAGES}{json.dumps(images)}, {text[1:]}", kind=Kind.WITH_EXTRA)
+
+    def _checked_text(self, text: str, where: str) -> str:
+        most = MOST_CHARACTERS * self.document_limit
+        if len(text) > most:
+            raise InputError(
+                f"{where}: a text of {len(text):,} characters, more than {most:,.0f}: divide it, put it into a .txt "
+                "file, which is read in pieces, or raise document_limit"
+            )
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"{where}: half a surrogate pair at character {error.start}: correct the line"
+                ) from error
+        return text
 
     def lost(self, column: str, where: str) -> str:
         """The error for an unread column that holds something."""
@@ -166,22 +184,22 @@ def is_undecided(holds: Mapping[str, str], column: str | None) -> bool:
     return bool(found) and all(kind == "NoneType" for kind in found)
 
 
-def find_columns(holds: Mapping[str, str], column: str | None, where: str, folder: Path | None = None) -> Columns:
+def find_columns(holds: Mapping[str, str], options: TextOptions, where: str, folder: Path | None = None) -> Columns:
     """The columns of a dataset.
 
     Args:
         holds: the type of each column's values ("str", "list", "NoneType" or another), as `types_of` gives it for a row
             that is not `is_undecided`.
-        column: the only column to use, without images; None finds `messages`, `prompt` with `completion`, or `text`,
-            and images beside conversations.
+        options: `column` is the only column to use, without images; None finds `messages`, `prompt` with `completion`,
+            or `text`, and images beside conversations.
         folder: base of relative image paths; None if there are no files.
 
     Raises:
         InputError: there is no such column, more than one could be meant, or the dataset has images, videos or audio
             beside a text and `column` is None.
     """
-    found = _find_text(holds, column, where)
-    if column is not None:
+    found = _find_text(holds, options.column, where)._replace(document_limit=options.document_limit)
+    if options.column is not None:
         return found
     others = tuple(name for name in _TEXT_COLUMNS if name != found.name)  # empty in the rows that were read so far
     if found.is_chat:
@@ -298,17 +316,3 @@ def _tools(tools: Any, where: str) -> Sequence[Any]:
     if not isinstance(found, list):
         raise InputError(f"{where}: tools holds no list of JSON schemas: correct it, or remove the column")
     return found
-
-
-def _checked_text(text: str, where: str) -> str:
-    if len(text) > MOST_CHARACTERS:
-        raise InputError(
-            f"{where}: a text of {len(text):,} characters, more than {MOST_CHARACTERS:,}: divide it, or put it into a "
-            ".txt file, which is read in pieces"
-        )
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: half a surrogate pair at character {error.start}: correct the line") from error
-    return text

@@ -19,6 +19,7 @@ from castlm.core.errors import InputError
 from castlm.data.columns import Document, Kind
 from castlm.data.hub import HubDocuments, open_hub
 from castlm.data.json_rows import ALONE, Share
+from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.parquet import ParquetRows
 from castlm.data.readers import (
     GzipJsonLines,
@@ -137,8 +138,8 @@ class Documents:
 
 def open_documents(
     dataset: str | Path,
+    options: TextOptions = DEFAULTS,
     *,
-    column: str | None = None,
     split: str = "train",
     data_config: str | None = None,
     share: Share = ALONE,
@@ -152,7 +153,6 @@ def open_documents(
     - Otherwise the name of a hub dataset, `owner/name` or `owner/name@revision`, which is streamed.
 
     Args:
-        column: of strings, or of lists of messages; None takes `messages`, `prompt` with `completion`, or `text`.
         split, data_config: of a hub dataset.
         share: where several ranks open the same dataset, each checks a part of the lines.
 
@@ -163,7 +163,7 @@ def open_documents(
     """
     files = find_files(dataset)
     if files is None:
-        return open_hub(str(dataset), column, split, data_config)
+        return open_hub(str(dataset), options, split, data_config)
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     counts = share.gather(len(files))
@@ -173,7 +173,7 @@ def open_documents(
         )
     pool = Pool(SHUFFLE_BYTES)
     try:
-        sources = [_open_file(file, column, pool, share) for file in files]
+        sources = [_open_file(file, options, pool, share) for file in files]
     except OSError as error:
         raise InputError(f"cannot read {error.filename or dataset}: {error.strerror or error}") from error
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT]
@@ -186,16 +186,16 @@ def open_documents(
     return documents
 
 
-def _open_file(path: Path, column: str | None, pool: Pool, share: Share) -> Source:
+def _open_file(path: Path, options: TextOptions, pool: Pool, share: Share) -> Source:
     match _suffix(path):
         case ".txt":
             return open_text(path)
         case ".jsonl":
-            return open_json_lines(path, column, share)
+            return open_json_lines(path, options, share)
         case ".jsonl.gz":
-            return GzipJsonLines(path, column, pool, share)
+            return GzipJsonLines(path, options, pool, share)
         case _:
-            return ParquetRows(path, column, pool)
+            return ParquetRows(path, options, pool)
 
 
 def _suffix(path: Path) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Columns, Kind, find_columns, is_undecided, types_of
+from castlm.data.options import TextOptions
 from castlm.data.readers import Piece, Position
 
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
@@ -81,7 +82,7 @@ def _undecoded(load: Callable[[], Any]) -> Any:
     return stream if stream.features is None else stream.decode(False)
 
 
-def open_hub(name: str, column: str | None, split: str, data_config: str | None) -> HubDocuments:
+def open_hub(name: str, options: TextOptions, split: str, data_config: str | None) -> HubDocuments:
     """The split of `name`, owner/name or owner/name@revision. See `open_documents`."""
     import datasets  # slow to import
     from huggingface_hub import HfApi
@@ -94,14 +95,14 @@ def open_hub(name: str, column: str | None, split: str, data_config: str | None)
         stream = open_stream()
         row = None
         for row in islice(stream, HUB_BUFFER):
-            if not is_undecided(types_of(row), column):
+            if not is_undecided(types_of(row), options.column):
                 break
     except Exception as error:  # datasets raises exceptions of many types
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
-    columns = find_columns(types_of(row), column, name)
+    columns = find_columns(types_of(row), options, name)
     document = columns.document(row, f"{name}, its first row with a text")
     kind = max(document.kind, columns.kind_of(dict.fromkeys(stream.features or row, "a feature")))
     identity = f"{repository}@{revision} {data_config} {split} {columns.name}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Columns, Document, Kind, find_columns, is_undecided, types_of
+from castlm.data.options import TextOptions
 from castlm.files.reading import parse_json
 
 
@@ -39,8 +40,8 @@ class LineIndex(NamedTuple):
 class JsonRows:
     """The documents in the lines of a file; the first row with a document determines the columns."""
 
-    def __init__(self, column: str | None, folder: Path, share: Share) -> None:
-        self._column, self._folder, self._share = column, folder, share
+    def __init__(self, options: TextOptions, folder: Path, share: Share) -> None:
+        self._options, self._folder, self._share = options, folder, share
         self._columns: Columns | None = None
         self.kind = Kind.TEXT
         """Kind of the lines read so far; after `index`, of the whole file."""
@@ -90,9 +91,9 @@ class JsonRows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
         if self._columns is None:
-            if is_undecided(holds := types_of(row), self._column):
+            if is_undecided(holds := types_of(row), self._options.column):
                 return Document("")
-            self._columns = find_columns(holds, self._column, where, self._folder)
+            self._columns = find_columns(holds, self._options, where, self._folder)
             self.kind = self._columns.kind_of({})
         document = self._columns.document(row, where)
         self.kind = max(self.kind, document.kind)

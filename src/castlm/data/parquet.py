@@ -9,6 +9,7 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Document, Kind, find_columns
+from castlm.data.options import TextOptions
 from castlm.data.readers import Pool
 from castlm.files.reading import check_regular, sha256_file
 
@@ -21,7 +22,7 @@ class ParquetRows:
     Opening reads all conversations once, without images, so that a bad one is found before the run, as in JSON lines.
     """
 
-    def __init__(self, path: Path, column: str | None, pool: Pool) -> None:
+    def __init__(self, path: Path, options: TextOptions, pool: Pool) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -33,7 +34,7 @@ class ParquetRows:
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
             raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
         holds = {field.name: _arrow_kind(field.type) for field in schema}
-        self._columns = find_columns(holds, column, str(path), path.parent)
+        self._columns = find_columns(holds, options, str(path), path.parent)
         self.kind = self._columns.kind_of(holds)
         name = self._columns.name
         if self.kind is Kind.TEXT and holds[name] != "str":

@@ -24,6 +24,7 @@ import numpy as np
 from castlm.core.errors import InputError
 from castlm.data.columns import Document, Kind
 from castlm.data.json_rows import JsonRows, Share
+from castlm.data.options import TextOptions
 from castlm.files.reading import open_regular, sha256_file
 
 SEPARATOR = "<|endoftext|>"
@@ -31,7 +32,7 @@ PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenize
 SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
 READ_BYTES = 1 << 20
 CHUNK_BYTES = 16 << 20  # decompressed at a time, as a file may be 1,000 times smaller than its text
-MAX_LINE_BYTES = 64 << 20  # of a JSON line, with the images in it
+MAX_LINE_BYTES = 64 << 20  # of a JSON line, with the images in it, times `document_limit`
 
 _INK = re.compile(rb"\S")
 # Tokenizers split at these places themselves, so the tokens are those of the whole text, as `castlm.data.tokens` shows
@@ -186,11 +187,12 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
     return Spans(buffer, starts, stops, last, lambda span: Document(span.decode()), path)
 
 
-def open_json_lines(path: Path, column: str | None, share: Share) -> Spans:
+def open_json_lines(path: Path, options: TextOptions, share: Share) -> Spans:
     """A file with one JSON object per line."""
-    rows = JsonRows(column, path.parent, share)
+    rows = JsonRows(options, path.parent, share)
     with open_regular(path) as file:
-        found = rows.index(split_lines(iter(partial(file.read, READ_BYTES), b""), path), path)
+        lines = split_lines(iter(partial(file.read, READ_BYTES), b""), path, options.document_limit)
+        found = rows.index(lines, path)
     last = np.ones(len(found.start), dtype=bool)
     decode = partial(rows.read, where=str(path))
     spans = Spans(_map(path), found.start, found.stop, last, decode, path)
@@ -201,12 +203,12 @@ def open_json_lines(path: Path, column: str | None, share: Share) -> Spans:
 class GzipJsonLines:
     """Gzipped JSON lines with random access: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
 
-    def __init__(self, path: Path, column: str | None, pool: Pool, share: Share) -> None:
-        self._path, self._rows, self._pool = path, JsonRows(column, path.parent, share), pool
+    def __init__(self, path: Path, options: TextOptions, pool: Pool, share: Share) -> None:
+        self._path, self._rows, self._pool = path, JsonRows(options, path.parent, share), pool
         # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
         self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
         try:
-            self._start, self._stop = self._rows.index(split_lines(self._scan(), path), path)
+            self._start, self._stop = self._rows.index(split_lines(self._scan(), path, options.document_limit), path)
         except (zlib.error, EOFError, OSError) as error:
             raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
         begins = np.asarray([point[0] for point in self._points])
@@ -270,14 +272,13 @@ def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tupl
         raise EOFError("it ends too early")
 
 
-def split_lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+def split_lines(chunks: Iterable[bytes], path: Path, document_limit: float = 1.0) -> Iterator[bytes]:
     """The lines of a file, with their ends.
 
     Raises:
-        InputError: a line is longer than `MAX_LINE_BYTES`, which bounds the memory that it takes.
+        InputError: a line is longer than `document_limit` times `MAX_LINE_BYTES`.
     """
-    begun, number = list[bytes](), 1
-    num_begun = 0
+    most, begun, number, num_begun = MAX_LINE_BYTES * document_limit, list[bytes](), 1, 0
     for chunk in chunks:
         *whole, rest = chunk.split(b"\n")
         for line in whole:
@@ -285,10 +286,10 @@ def split_lines(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
             begun, num_begun, number = [], 0, number + 1
         begun.append(rest)
         num_begun += len(rest)
-        if num_begun > MAX_LINE_BYTES:
+        if num_begun > most:
             raise InputError(
-                f"{path}, line {number} is longer than {MAX_LINE_BYTES:,} bytes: divide it, or put a long text into a "
-                ".txt file, which is read in pieces"
+                f"{path}, line {number} is longer than {most:,.0f} bytes: divide it, put a long text into a .txt file, "
+                "which is read in pieces, or raise document_limit"
             )
     if line := b"".join(begun):
         yield line

@@ -23,6 +23,7 @@ from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.data.columns import CUT_COLUMN, Kind
 from castlm.data.documents import open_documents
+from castlm.data.options import TextOptions
 from castlm.data.tokens import Encoder
 from castlm.files.reading import read_text
 from castlm.models.architecture import context_length
@@ -238,7 +239,7 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase, template: Chat) -> tuple[str,
     return before, int(ends[0])
 
 
-def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
+def read_prompts(path: str | Path, options: TextOptions) -> list[str]:
     """The prompts in a file: the lines of a .txt file, else the texts of `open_documents`.
 
     Raises:
@@ -247,7 +248,7 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
     if str(path).lower().endswith(".txt"):
         prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     else:
-        documents = open_documents(path, column=column)
+        documents = open_documents(path, options)
         if documents.kind is not Kind.TEXT:
             raise InputError(f"{path} holds conversations: name a column of texts")
         prompts = [piece.text for piece in documents.pieces(None)]

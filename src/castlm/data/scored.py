@@ -19,8 +19,6 @@ from castlm.data.hub import HubDocuments
 from castlm.data.readers import Position
 from castlm.data.tokens import IGNORED, Encoder, Tokens, first_tokens
 
-ALL, ASSISTANT = "all", "assistant"
-
 
 class ScoredExtra(NamedTuple):
     """Prepares the tensors of a document on each use: all tensors of a text may not fit in memory."""
@@ -51,7 +49,7 @@ class ScoredText:
     """int64, (num_tokens,): the token ids, not shifted, and -100 where a token is not scored."""
     starts: tuple[int, ...] = (0,)
     """Positions that always begin a sequence: the first token of the text and of each conversation."""
-    tokens: str = ALL
+    tokens: str = "all"
     """Names the scored tokens: "all" or "assistant"; both for several kinds of text."""
     extra: tuple[ScoredExtra | None, ...] = ()
     """Tensors beside the tokens, by position in `starts`; empty if no document has any."""
@@ -172,7 +170,7 @@ def scored_text(
         torch.from_numpy(tokens.ids).long(),
         torch.from_numpy(tokens.labels).long(),
         tuple(tokens.begins.nonzero()[0].tolist()),
-        ASSISTANT if encoder.assistant_only else ALL,
+        encoder.counted,
         extra,
         by_document=True,
     )

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat, Rendered
+from castlm.data.chat import Chat, Rendered, with_template
 from castlm.data.columns import Kind
 from castlm.data.documents import Documents, open_documents
 from castlm.data.extra import Extra
 from castlm.data.hub import HubDocuments
 from castlm.data.images.reader import ImageReader, open_processor
 from castlm.data.mixture import AnyDocuments
+from castlm.data.options import TextOptions
 from castlm.data.readers import Piece
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Encoder:
         assistant_only: count only the assistant's tokens of a conversation; see `castlm.data.chat`.
         eos_token_id: the token that ends a document; default: `end_of_text_id(tokenizer)`.
         processor: prepares images; see `open_encoder`.
+        document_limit: see `castlm.data.options`.
     """
 
     def __init__(
@@ -76,11 +78,14 @@ class Encoder:
         assistant_only: bool = True,
         eos_token_id: int | None = None,
         processor: ProcessorMixin | None = None,
+        document_limit: float = 1.0,
     ) -> None:
         # A copy: a fast tokenizer that another thread uses meanwhile may raise "Already borrowed".
         self._tokenizer = copy.deepcopy(tokenizer)
-        self.chat, self.assistant_only = Chat(self._tokenizer, assistant_only), assistant_only
-        self._images = ImageReader(processor, assistant_only) if processor is not None else None
+        self.chat = Chat(self._tokenizer, assistant_only, document_limit)
+        self._images = ImageReader(processor, assistant_only, document_limit) if processor is not None else None
+        self.counted = "assistant" if assistant_only else "all"
+        """The tokens of a conversation that count."""
         self.tokenizer_name = str(tokenizer.name_or_path)
         self.eos = end_of_text_id(tokenizer) if eos_token_id is None else eos_token_id
         bos = tokenizer.bos_token_id
@@ -143,8 +148,8 @@ class Encoder:
         if is_rendered and ids and ids[-1] == self.eos:
             return Tokens.of(list(ids), list(counts), True)
         first = [] if is_rendered else self._first
-        ends = not is_rendered or not self.assistant_only
-        return Tokens.of([*first, *ids, self.eos], [not self.assistant_only] * len(first) + [*counts, ends], True)
+        ends = not is_rendered or self.counted == "all"
+        return Tokens.of([*first, *ids, self.eos], [self.counted == "all"] * len(first) + [*counts, ends], True)
 
     def plain(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -178,24 +183,39 @@ def open_encoder(
     texts: Iterable[AnyDocuments],
     tokenizer: PreTrainedTokenizerBase,
     model: str,
+    options: TextOptions,
     *,
-    assistant_only: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Encoder:
     """Opens the encoder of these texts for a model, with an image processor if a text has images.
 
     Args:
-        tokenizer: the model's; without a chat template it gets the one of the model's processor.
+        tokenizer: the model's. It receives the chat template of `options`, or if it has none that of the processor.
         model: name of the model, with the options that it was loaded with.
 
     Raises:
-        InputError: a text has images, and the model reads none, or its processor cannot be loaded.
+        InputError: a text has images, and the model reads none, or its processor cannot be loaded; or a chat template
+            cannot be read.
     """
+    with_template(tokenizer, options.chat_template_path)
     processor = None
     if any(text.kind is Kind.WITH_EXTRA for text in texts):
         processor = open_processor(model, tokenizer, trust_remote_code=trust_remote_code, revision=revision)
-    return Encoder(tokenizer, assistant_only=assistant_only, processor=processor)
+    return text_encoder(tokenizer, options, processor)
+
+
+def text_encoder(
+    tokenizer: PreTrainedTokenizerBase, options: TextOptions, processor: ProcessorMixin | None = None
+) -> Encoder:
+    """An encoder with these options, which refuses images without a processor; otherwise as `open_encoder`."""
+    with_template(tokenizer, options.chat_template_path)
+    return Encoder(
+        tokenizer,
+        assistant_only=options.assistant_only,
+        processor=processor,
+        document_limit=options.document_limit,
+    )
 
 
 def token_ids(

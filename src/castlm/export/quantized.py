@@ -15,9 +15,9 @@ from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
-from castlm.data.chat import with_template
 from castlm.data.documents import open_documents
-from castlm.data.tokens import Encoder
+from castlm.data.options import DEFAULTS, TextOptions
+from castlm.data.tokens import text_encoder
 from castlm.export.folder import read_manifest
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_into, write_dense
@@ -40,7 +40,6 @@ class CalibrationText:
 
     text: str
     """A file, folder, glob or hub dataset."""
-    column: str | None = None
     num_sequences: int = 64
     seq_len: int = 512
     seed: int = 0
@@ -57,7 +56,7 @@ def quantize_folder(
     packed: bool = False,
     head: str | None = None,
     damping: float = 0.01,
-    chat_template_path: str | None = None,
+    options: TextOptions = DEFAULTS,
     dtype: str = "source",
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -75,7 +74,7 @@ def quantize_folder(
         packed: store the integers and scales in castlm's packed format.
         head: with `packed`, "int8" also rounds the output head and an embedding tied to it.
         damping: int4: fraction of the mean diagonal to add to the Hessian.
-        chat_template_path: a Jinja file to use, and to save, instead of the tokenizer's own template.
+        options: how the calibration text is read; a chat template is also saved.
         dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.
         progress: called with (blocks or layers done, in all).
 
@@ -96,11 +95,11 @@ def quantize_folder(
     if pattern is not None and groups is None:
         raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern n:m, or dense")
     manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name) / "castlm.json")
-    documents = None if calibration is None else open_documents(calibration.text, column=calibration.column)
+    documents = None if calibration is None else open_documents(calibration.text, options)
     # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
     held = None if kind != "int4" and dtype == "source" else torch.float32
     loaded = load_model(name, dtype=held, trust_remote_code=trust_remote_code)
-    with_template(loaded.tokenizer, chat_template_path)
+    encoder = text_encoder(loaded.tokenizer, options)
     left_dense: dict[str, str] = {}
     if groups is not None:
         layers, left_dense = sparse_linears(loaded.model, groups)
@@ -114,7 +113,6 @@ def quantize_folder(
     if documents is not None and calibration is not None:
         length = min(calibration.seq_len, calibration_length(loaded.model))
         drawn = calibration.num_sequences, length, calibration.seed
-        encoder = Encoder(loaded.tokenizer, assistant_only=False)
         tokens, _ = calibration_sequences(documents, encoder, *drawn, say=say)
         text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": calibration.seed}
     loaded.model.to(device)

@@ -16,9 +16,9 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
-from castlm.data.chat import with_template
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
+from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
 from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import Checkpoint, Place, open_sharded
@@ -62,7 +62,8 @@ class Prune:
     memory: Memory
     precision: str = "auto"
     save_dtype: str = "source"
-    chat_template_path: str | None = None
+    options: TextOptions = DEFAULTS
+    """How the calibration text is read."""
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
@@ -157,12 +158,11 @@ class Prune:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Tensor | None, Extras, dict[str, Any]]:
         """The calibration sequences, their extras, and their record for castlm.json."""
-        with_template(tokenizer, self.chat_template_path)
         if self.text is None:
             return None, None, {}
         seq_len, seed = self.seq_len or calibration_length(model), self.start.seed
-        options: Any = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
-        encoder = open_encoder([self.text], tokenizer, self.model, assistant_only=False, **options)
+        loading: Any = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
+        encoder = open_encoder([self.text], tokenizer, self.model, self.options, **loading)
         sequences, extras = calibration_sequences(self.text, encoder, self.num_sequences, seq_len, seed, note)
         record = {
             "text": self.text_name,

@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
-from castlm.data.chat import with_template
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
-from castlm.data.tokens import token_ids
+from castlm.data.options import TextOptions
+from castlm.data.tokens import first_tokens, text_encoder
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import record_file
 from castlm.files.reading import read_json_object
@@ -57,7 +57,8 @@ def write_sample(run: RunData) -> dict[str, Any]:
         text, of = next(iter(weighted_texts(config["dataset"]))), "dataset"
     names = [("Dense model", str(config["model"])), (f"After {config['method']}", str(run.folder / "model"))]
     hub = {"split": config.get(f"{of}_split", "train"), "data_config": config.get(f"{of}_config")}
-    documents = open_documents(text, column=config.get("column"), **hub)
+    options = TextOptions.of(config)
+    documents = open_documents(text, options, **hub)
     if documents.kind is Kind.WITH_EXTRA:
         raise InputError(f"{text} has images, and the sample continues text alone")
     models: list[dict[str, str]] = []
@@ -65,8 +66,8 @@ def write_sample(run: RunData) -> dict[str, Any]:
     for title, name in names:
         revision = config.get("revision") if name == config["model"] else None
         loaded = load_model(name, trust_remote_code=bool(config.get("trust_remote_code")), revision=revision)
-        with_template(loaded.tokenizer, config.get("chat_template_path"))
-        ids = token_ids(documents, loaded.tokenizer, limit=PROMPT_TOKENS)[:PROMPT_TOKENS]
+        tokens = first_tokens(documents, text_encoder(loaded.tokenizer, options), PROMPT_TOKENS)
+        ids = torch.from_numpy(tokens.ids).long()
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
         models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})
     sample = {

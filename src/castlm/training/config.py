@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
+from castlm.data.options import OF_CONVERSATIONS
 from castlm.fields import check_complete, checked, convert, default_of, hints_of, is_required, label
 from castlm.files.yaml_file import read_yaml_mapping, to_yaml
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
@@ -225,11 +226,11 @@ class TrainConfig:
         effect = EFFECTS.get(option)
         return None if effect is None or effect.when(self) else effect.needs
 
-    def without_effect(self, has_chat: bool = True) -> dict[str, str]:
+    def without_effect(self, is_plain: bool = False) -> dict[str, str]:
         """The options that were changed from their default and have no effect in this run, each with the reason.
 
         Args:
-            has_chat: whether any text of the run holds conversations.
+            is_plain: whether every text of the run is plain.
 
         Examples:
             >>> TrainConfig.of("model", "text.jsonl", "run", eta=0.0, temperature=2.0).without_effect()
@@ -240,7 +241,7 @@ class TrainConfig:
         for name, value in self.given.items():
             if is_required(defaults[name]) or value in (None, default_of(defaults[name])):
                 continue
-            needs = self.needs(name) or (None if has_chat else OF_CHAT.get(name))
+            needs = self.needs(name) or (OF_CONVERSATIONS.get(name) if is_plain else None)
             if needs is not None:
                 found[name] = f"{name} = {value} has an effect only with {needs}"
         return found
@@ -372,12 +373,6 @@ EFFECTS: dict[str, Effect] = {
 }
 """The options whose effect depends on others; for the options of a method, see `METHODS`."""
 
-OF_CHAT = {
-    "assistant_only_loss": "conversations, and the texts are plain",
-    "chat_template_path": "conversations, and the texts are plain; the template is saved with the result",
-}
-"""The options whose effect depends on the texts."""
-
 RETIRED: dict[str, Any] = {"target_asymmetry": 0.0, "stream_correction": 0.0}
 """Former options, which files of older runs may still name, with the value that turned them off."""
 
@@ -405,6 +400,7 @@ WITHOUT_EFFECT = frozenset(
 
 # Options that may differ between a run and its resumption. The global batch must stay the same, not its factors.
 FREE_ON_RESUME = WITHOUT_EFFECT | {
+    "document_limit",  # so that a run that met a larger document can continue
     "save_dtype",
     "eval_steps",
     "device",

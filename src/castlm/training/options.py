@@ -13,6 +13,7 @@ from typing import Literal
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
+from castlm.data.options import ScoredTextOptions
 from castlm.fields import Bound, Bounded, essential, parsed
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.patterns import parse_pattern
@@ -49,24 +50,13 @@ class ModelOptions(Bounded):
 
 
 @dataclass(frozen=True)
-class DataOptions(Bounded):
+class DataOptions(ScoredTextOptions):
     """The training text."""
 
     dataset: str | tuple[str, ...] = essential()
     """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed). Several
     are mixed by their weights, which are shares of the tokens: a.txt:0.7 b.jsonl:0.3, or equally without weights. A
     .txt file is one document, or several separated by <|endoftext|>."""
-
-    column: str | None = field(default=None, kw_only=True)
-    """Column of .jsonl and .parquet with the text or the messages. The default is the first of: messages, prompt with
-    completion, text. Images of messages are in the column images or image."""
-
-    assistant_only_loss: bool = field(default=True, kw_only=True)
-    """In the loss and the perplexity, count only the assistant's tokens of a conversation, and only the completion of a
-    prompt. Plain text counts in full."""
-
-    chat_template_path: str | None = field(default=None, kw_only=True)
-    """File with a Jinja chat template to use, and to save, in place of the tokenizer's own."""
 
     dataset_split: str = field(default="train", kw_only=True)
     """Split of a hub dataset."""
@@ -108,6 +98,7 @@ class DataOptions(Bounded):
         return weighted_texts(self.dataset)
 
     def out_of_range(self) -> Iterator[Bound]:
+        yield from super().out_of_range()
         yield "dataset", bool(self.dataset), "at least one text"
         yield "seq_len", self.seq_len >= 2, "at least 2"
         yield "seed", self.seed >= 0, "at least 0"

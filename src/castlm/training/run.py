@@ -210,9 +210,7 @@ class Run:
             yield f"hidden states: their distance to the teacher's has weight {teacher.hidden_weight:g}, falling to 0"
         if self.budget is not None:
             yield self.budget.explain()
-        yield from (
-            f"no effect: {reason}" for reason in config.without_effect(has_chat=not self.text.is_plain).values()
-        )
+        yield from (f"no effect: {reason}" for reason in config.without_effect(is_plain=self.text.is_plain).values())
 
     def train_step(self) -> None:
         """One optimizer step, with its log line.

@@ -72,7 +72,7 @@ def check_teacher_pass(
     of_model = open_config(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
     check_sizes(of_model, seq_len=data.seq_len, teacher_top_k=teacher.teacher_top_k)
     for text in evaluation.eval_datasets:
-        open_documents(text, column=data.column)
+        open_documents(text, data)
     assert teacher.teacher_cache is not None
     make_cache_folder(user_path(teacher.teacher_cache))
 

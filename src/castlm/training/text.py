@@ -13,7 +13,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
-from castlm.data.chat import with_template
 from castlm.data.columns import Kind
 from castlm.data.documents import Documents, joined_digest, open_documents, split_documents
 from castlm.data.hub import HubDocuments
@@ -62,9 +61,8 @@ class TrainingText:
 
     def explain(self) -> str:
         """One line on which tokens of conversations count."""
-        which = "the assistant's tokens count" if self.encoder.assistant_only else "all tokens count"
         what = "conversations with images" if self.documents.kind is Kind.WITH_EXTRA else "conversations"
-        return f"{what}: {which} in the loss; the perplexity is over {self.held_out.tokens} tokens"
+        return f"{what}: {self.encoder.counted} tokens count in the loss, and {self.held_out.tokens} in the perplexity"
 
 
 def steps_of_epochs(
@@ -82,7 +80,7 @@ def steps_of_epochs(
     if not isinstance(documents, Documents):
         raise InputError(f"num_train_epochs: {data.dataset} is streamed, its length is not known: give max_steps")
     _, _, tokenizer = open_model(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    encoder = _encoder(model, data, [documents], with_template(tokenizer, data.chat_template_path))
+    encoder = _encoder(model, data, [documents], tokenizer)
     sequences = _sequences(data, documents, encoder, lambda line: None)
     assert not isinstance(sequences, MixedSequences)  # a mixture has no end
     tokens = sequences.tokens_per_epoch()
@@ -93,7 +91,7 @@ def _open_splits(
     data: DataOptions, evaluation: EvaluationOptions, share: Share = ALONE
 ) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
-    found = partial(open_documents, column=data.column, share=share)
+    found = partial(open_documents, options=data, share=share)
     hub = {"split": data.dataset_split, "data_config": data.dataset_config}
     parts = [found(text, **hub) for text in data.datasets]
     hub = {"split": evaluation.eval_split, "data_config": evaluation.eval_config}
@@ -112,7 +110,7 @@ def _encoder(
         texts,
         tokenizer,
         model.model,
-        assistant_only=data.assistant_only_loss,
+        data,
         trust_remote_code=model.trust_remote_code,
         revision=model.revision,
     )
@@ -171,7 +169,6 @@ def open_training_text(
     Raises:
         InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
     """
-    with_template(tokenizer, data.chat_template_path)
     documents, held_out = _open_splits(data, evaluation, Share(world.rank, world.size, world.gather))
     encoder = _encoder(model, data, [documents, *held_out], tokenizer)
     # All ranks read the same text, but each prepares only the images of its own rows.

@@ -83,12 +83,14 @@ class ImageReader:
     Args:
         processor: as `open_processor` gives it.
         assistant_only: only the tokens of the assistant count; see `castlm.data.chat`.
+        document_limit: factor on `MOST_PIXELS` and `MOST_PIXELS_OF_ONE`.
     """
 
-    def __init__(self, processor: ProcessorMixin, assistant_only: bool) -> None:
+    def __init__(self, processor: ProcessorMixin, assistant_only: bool, document_limit: float = 1.0) -> None:
         self._processor = copy.deepcopy(processor)  # a thread prepares batches while another evaluates
         self._tokenizer = self._processor.tokenizer
-        self._chat = Chat(self._tokenizer, assistant_only)
+        self._chat = Chat(self._tokenizer, assistant_only, document_limit)
+        self._document_limit = document_limit
         known = self._tokenizer.get_vocab()
         names = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
         self._placeholders = {name: known[name] for name in names if name in known}
@@ -114,7 +116,7 @@ class ImageReader:
             )
         if not sources:
             return rendered, None
-        images = open_images(sources, begin)
+        images = open_images(sources, begin, self._document_limit)
         text = self._chat.text(plain)
         found, expanded = self._prepare(text, images, begin)
         ids = found["input_ids"][0].tolist()
@@ -194,7 +196,7 @@ def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image], begin
 
 
 def encode_image_prompt(
-    processor: ProcessorMixin, prompt: str, paths: Sequence[str], raw: bool
+    processor: ProcessorMixin, prompt: str, paths: Sequence[str], raw: bool, document_limit: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Encodes a prompt about images: token ids (1, num_tokens), and the further arguments of the model's forward.
 
@@ -206,7 +208,7 @@ def encode_image_prompt(
     Raises:
         InputError: an image that cannot be read, a template that refuses the turn, or a processor that cannot take it.
     """
-    images = [read_image(path) for path in paths]
+    images = [read_image(path, document_limit) for path in paths]
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
     parts += [{"type": "text", "text": prompt}] if prompt else []
     text = prompt if raw else Chat(processor.tokenizer).user_turn(parts, reply=True)
@@ -246,34 +248,35 @@ def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[
     return pieces
 
 
-def open_images(sources: Sequence[str], begin: str) -> list[Image]:
+def open_images(sources: Sequence[str], begin: str, document_limit: float = 1.0) -> list[Image]:
     """The images of the conversation that begins with the words `begin`, which an error names; see `read_image`.
 
     Raises:
-        InputError: as `read_image`, or they have more than `MOST_PIXELS` together.
+        InputError: as `read_image`, or they have more than `document_limit` times `MOST_PIXELS` together.
     """
     images: list[Image] = []
     for source in sources:
         try:
-            images.append(read_image(source))
+            images.append(read_image(source, document_limit))
         except InputError as error:
             raise InputError(f"{error}; remove the row of the conversation that begins {begin}") from error
-        if (total := sum(image.width * image.height for image in images)) > MOST_PIXELS:
+        if (total := sum(image.width * image.height for image in images)) > (most := MOST_PIXELS * document_limit):
             raise InputError(
                 f"the images of the conversation that begins {begin} have {total:,} pixels together, more than "
-                f"{MOST_PIXELS:,}: scale them down"
+                f"{most:,.0f}: scale them down, or raise document_limit"
             )
     return images
 
 
-def read_image(source: str) -> Image:
+def read_image(source: str, document_limit: float = 1.0) -> Image:
     """Reads an image as RGB, rotated by its EXIF orientation.
 
     Args:
         source: a path, or bytes as `castlm.data.images.columns.collect_images` gives them.
 
     Raises:
-        InputError: it cannot be read, is in no format of `FORMATS`, or has more than `MOST_PIXELS_OF_ONE`.
+        InputError: it cannot be read, is in no format of `FORMATS`, or has more than `document_limit` times
+            `MOST_PIXELS_OF_ONE`.
     """
     from PIL import Image, ImageOps
 
@@ -286,8 +289,11 @@ def read_image(source: str) -> Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
         with data as file, Image.open(file, formats=known) as image:
             pixels = image.width * image.height
-            if pixels > MOST_PIXELS_OF_ONE:  # checked before any image is decoded
-                raise InputError(f"it has {pixels:,} pixels, more than {MOST_PIXELS_OF_ONE:,}: scale it down")
+            most = MOST_PIXELS_OF_ONE * document_limit
+            if pixels > most:  # checked before any image is decoded
+                raise InputError(
+                    f"it has {pixels:,} pixels, more than {most:,.0f}: scale it down, or raise document_limit"
+                )
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a decoder is a program, with errors of many types
         reason = re.sub(r" <_io.*?>", " it", " ".join(str(error).split())[:200])
