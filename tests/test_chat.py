@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat
-from castlm.data.columns import Kind
+from castlm.data.chat.template import Chat
+from castlm.data.columns import Document, Kind
 from castlm.data.documents import open_documents, split_documents
 from castlm.data.loader import BatchLoader
 from castlm.data.options import TextOptions
@@ -208,30 +208,23 @@ def test_a_column_can_be_named(tmp_path):
 
 GOOD = {"messages": talk("a", "b")}
 BAD_ROWS = {
-    "wrong role": (
-        {"messages": [turn("human", "a"), turn("gpt", "b")]},
-        "message 1 has the role 'human': the roles",
-    ),
-    "other keys": (
-        {"messages": [{"from": "user", "value": "a"}]},
-        "message 1 has the keys from, value: role and",
-    ),
-    "empty turn": ({"messages": talk("a", " ")}, r"message 2 \(assistant\) is empty: remove it"),
-    "no assistant": ({"messages": [turn("user", "a")]}, "no message of the assistant in the conversation"),
-    "not a list": ({"messages": "a"}, "column 'messages' holds a str: a list of messages is needed"),
-    "not messages": ({"messages": ["a"]}, "message 1 is a str: a conversation is a list of messages"),
-    "parts": (
-        {"messages": [turn("user", [{"type": "text"}])]},
-        r"message 1 \(user\) has a part of type 'text': parts are of type text, with a text, or image",
-    ),
+    "wrong role": ({"messages": [turn("human", "a"), turn("gpt", "b")]}, 'message 1 is .*"human".*assistant'),
+    "other keys": ({"messages": [{"from": "user", "value": "a"}]}, 'message 1 is .*"from".*role'),
+    "a number": ({"messages": [turn("user", 3)]}, "message 1 is .*3.*content"),
+    "empty turn": ({"messages": talk("a", " ")}, r"message 2 \(assistant\) is empty"),
+    "no assistant": ({"messages": [turn("user", "a")]}, "no message of the assistant"),
+    "not a list": ({"messages": "a"}, "column 'messages' is \"a\""),
+    "not messages": ({"messages": ["a"]}, 'message 1 is "a"'),
+    "parts": ({"messages": [turn("user", [{"type": "text"}])]}, "message 1 has the part .*'text'"),
     "mixed columns": ({"text": "a"}, "no column 'messages'; there are: text"),
-    "tools": (GOOD | {"tools": "{"}, "tools holds no list of JSON schemas"),
+    "tools": (GOOD | {"tools": "{"}, 'tools is "{"'),
 }
 BAD_PAIRS = {
-    "mixed types": ({"prompt": "a", "completion": talk("a")}, "prompt holds a str and completion a list: both must be"),
-    "no completion": ({"prompt": "a", "completion": " "}, "the completion is empty"),
-    "two turns": ({"prompt": talk("a"), "completion": talk("a", "b")}, "not the roles user, assistant: longer conv"),
-    "no prompt": ({"prompt": [], "completion": [turn("assistant", "b")]}, "not no prompt"),
+    "mixed types": ({"prompt": "a", "completion": talk("a")}, r'prompt is "a" and completion \[.*text'),
+    "no completion": ({"prompt": "a", "completion": " "}, 'completion " "'),
+    "two turns": ({"prompt": talk("a"), "completion": talk("a", "b")}, "one message of the assistant"),
+    "no prompt": ({"prompt": [], "completion": [turn("assistant", "b")]}, r"prompt is \[\]"),
+    "nothing beside it": ({"prompt": talk("a", "b")}, "completion null"),
 }
 
 
@@ -248,7 +241,7 @@ def test_a_bad_row_of_a_parquet_file_is_found_before_the_run(tmp_path):
     rows = [{"messages": talk("a", "b")}] * 5 + [{"messages": talk("a", "")}]
     with pytest.raises(InputError, match=r"a\.parquet, row 5: message 2 \(assistant\) is empty"):
         open_documents(write_parquet(tmp_path / "a.parquet", rows))
-    with pytest.raises(InputError, match="column 'messages' holds a str"):
+    with pytest.raises(InputError, match="column 'messages' is \"a\""):
         open_documents(write_parquet(tmp_path / "b.parquet", [{"messages": "a"}]))
 
 
@@ -355,7 +348,7 @@ def path(tmp_path_factory):
 
 
 def sequences(stream, count):
-    batches = [stream.take(1).batch(stream.seq_len) for _ in range(count)]
+    batches = [stream.batch(stream.take(1)) for _ in range(count)]
     return [{name: tensor[0] for name, tensor in batch.items()} for batch in batches]
 
 
@@ -457,7 +450,7 @@ def test_the_end_of_text_of_a_template_is_not_repeated():
     ends = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
     for assistant_only in (True, False):
         encoder = Encoder(chat_tokenizer(ends), assistant_only=assistant_only)
-        tokens = encoder.conversation(json.dumps({"messages": TALK}))
+        tokens = encoder.conversation(Document(json.dumps({"messages": TALK})))
         ids, labels = list(tokens.ids), list(tokens.labels)
         assert ids[-1] == EOS_ID
         assert ids[-2] != EOS_ID

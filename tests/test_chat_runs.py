@@ -164,6 +164,6 @@ def test_a_bad_conversation_ends_a_command_with_one_line(llama, tmp_path, capsys
     bad = write_rows(tmp_path / "bad.jsonl", [{"messages": [turn("user", "a"), turn("gpt", "b")]}])
     run = ["train", "--model", llama, "--dataset", bad, "--seq-len", "64", "--output-dir", str(tmp_path / "run")]
     prune = ["prune", "--model", llama, "--calibration", bad, "--output-dir", str(tmp_path / "pruned")]
-    message = "line 1: message 2 has the role 'gpt'"
+    message = 'line 1: message 2 is {"role": "gpt"'
     assert_refused([(command, message) for command in (run, ["eval", llama, "--text", bad], prune)], capsys)
     assert not (tmp_path / "run").exists()

@@ -83,7 +83,7 @@ def texts_of(documents, seed=None, epoch=0):
 
 def blocks_of(stream, count):
     """Dicts of `input_ids`, `labels` and `position_ids`, (seq_len,)."""
-    batches = [stream.take(1).batch(stream.seq_len) for _ in range(count)]
+    batches = [stream.batch(stream.take(1)) for _ in range(count)]
     return [{name: tensor[0] for name, tensor in batch.items()} for batch in batches]
 
 
@@ -98,7 +98,7 @@ def local(count=23):
 def hub(count=23):
     rows = datasets.Dataset.from_dict({"text": make_texts(count)})
     return HubDocuments(
-        lambda: rows.to_iterable_dataset(num_shards=3), Columns("text", "text"), "some/name", "some/name@abc"
+        lambda: rows.to_iterable_dataset(num_shards=3), Columns("text", False), "some/name", "some/name@abc"
     )
 
 
@@ -530,7 +530,8 @@ def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
     documents = Documents.from_texts([text, "a dog"])
     expected = [bos_id, *ids_of(text), EOS_ID, *repeated, *ids_of("a dog")]
     assert token_ids(documents, tokenizer).tolist() == expected
-    flat = PackedSequences(documents, Encoder(tokenizer), seq_len=100, seed=0).take(9).ids.tolist()
+    rows = PackedSequences(documents, Encoder(tokenizer), seq_len=100, seed=0).take(9)
+    flat = [token for row in rows for token in row.ids[:-1].tolist()]
     order = [t for text in texts_of(documents, 0) for t in [*repeated, *ids_of(text), EOS_ID]]
     assert flat == order[: len(flat)]
 
@@ -556,8 +557,8 @@ def test_the_end_of_text_behind_a_cut_document_does_not_count(tmp_path):
         scored = scored_text(open_documents(path), ENCODER)
         assert scored.ids.tolist() == ids
         assert [ids[place] for place in (scored.labels < 0).nonzero().flatten()] == [EOS_ID]
-        row = stream_of(open_documents(path), seq_len=5).take(1)
-        (uncounted,) = (row.labels < 0).nonzero().flatten().tolist()
+        (row,) = stream_of(open_documents(path), seq_len=5).take(1)
+        (uncounted,) = (row.labels < 0).nonzero()[0]
         assert row.ids[uncounted] == EOS_ID
         assert row.ids[uncounted - 1] == ids_of("ab")[-1]
 

@@ -14,8 +14,8 @@ from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import Mixture
-from castlm.data.packing import MixedRow, MixedSequences, PackedSequences
-from castlm.data.tokens import Encoder
+from castlm.data.packing import MixedSequences, PackedSequences
+from castlm.data.tokens import Encoder, Tokens
 from castlm.distributed.world import init_world
 from castlm.training import text as text_module
 from castlm.training.config import TrainConfig
@@ -42,9 +42,9 @@ def sequences(*weights: float) -> MixedSequences:
     )
 
 
-def letters(rows: MixedRow) -> list[str]:
+def letters(rows: list[Tokens]) -> list[str]:
     """Which text each sequence is of."""
-    return [tiny_tokenizer().decode(row.ids.tolist()).replace(EOS, "")[0] for row in rows.rows]
+    return [tiny_tokenizer().decode(row.ids.tolist()).replace(EOS, "")[0] for row in rows]
 
 
 def test_shares_of_the_tokens_hold_at_every_point_however_long_the_documents_are():
@@ -85,7 +85,7 @@ def test_sequences_of_a_mixture_resume_exactly_on_any_number_of_ranks():
     for rank in ranks:
         rank.load_state_dict(state)
     for _ in range(10):
-        expected, found = straight.take(6).batch(16), [next(rank) for rank in ranks]
+        expected, found = straight.batch(straight.take(6)), [next(rank) for rank in ranks]
         assert all(torch.equal(torch.cat([rows[name] for rows in found]), expected[name]) for name in expected)
 
 
@@ -151,7 +151,7 @@ def test_the_held_out_tokens_of_a_hub_dataset_are_the_same_for_every_seed(tmp_pa
     def stream():
         return Dataset.from_list([{"text": f"<{number:04}>"} for number in range(300)]).to_iterable_dataset()
 
-    documents = HubDocuments(stream, Columns("text", "text"), "name", "identity")
+    documents = HubDocuments(stream, Columns("text", False), "name", "identity")
     monkeypatch.setattr(text_module, "open_documents", lambda *args, **kwargs: documents)
     model, world = str(save_tiny(tmp_path / "llama")), init_world("cpu", "full")
     found = [text_of(small(model, "name", tmp_path / "run", seed=seed, eval_tokens=300), world) for seed in (0, 1)]

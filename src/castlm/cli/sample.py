@@ -179,7 +179,7 @@ class SampleCommand(CacheOptions, TextOptions, SampleOptions):  # the fields of 
     def _sample(self, file: Any, options: Any, prompts: list[str] | None) -> dict[str, Any]:
         import torch
 
-        from castlm.data.chat import with_template
+        from castlm.data.chat.template import with_template
         from castlm.data.sample_file import sample
         from castlm.data.sampling import Sampler
         from castlm.hardware import choose_device

@@ -109,7 +109,7 @@ def _with_extra(
     documents: AnyDocuments, encoder: Encoder, num_sequences: int, seq_len: int, seed: int
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     pieces = islice(documents.pieces(None), CALIBRATION_POOL * num_sequences)
-    found = [piece.text for piece in pieces]
+    found = list(pieces)
     random.Random(seed).shuffle(found)
     ids, extra = list[Tensor](), list[dict[str, Tensor]]()
     for number, document in enumerate(found):
@@ -119,7 +119,7 @@ def _with_extra(
         row, following = tokens.ids[:seq_len].tolist(), number
         while len(row) < seq_len:
             following = (following + 1) % len(found)
-            row += encoder.text_alone(found[following])
+            row += encoder.text_alone(found[following].text)
         ids.append(torch.tensor(row[:seq_len]))
         extra.append(join_extra([tokens.extra], seq_len))
         if len(ids) == num_sequences:

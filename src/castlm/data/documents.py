@@ -80,9 +80,9 @@ class Documents:
         start = position or 0
         for here, index in enumerate(order[start:].tolist(), start):
             first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
-            text, is_cut, kind = self._read(index)
+            text, *more = self._read(index)
             if not (first and last) or (text and not text.isspace()):
-                yield Piece(text, first, last, here, is_cut, kind)
+                yield Piece(text, first, last, here, *more)
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.

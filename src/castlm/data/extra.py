@@ -23,6 +23,8 @@ class Extra(NamedTuple):
     """Tensors of one number a token, (num_tokens,): `mm_token_type_ids`."""
     end: int
     """Number of tokens up to and including the last one that the tensors belong to."""
+    begin: str = ""
+    """The first words of the document, for messages."""
 
     def fits(self, num_tokens: int) -> bool:
         """Whether the tensors belong to the first `num_tokens` tokens alone."""

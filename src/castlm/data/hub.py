@@ -51,10 +51,9 @@ class HubDocuments:
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(documents)), kind="stable")
             for index, row in enumerate(order[start:].tolist(), start):
-                text, is_cut, kind = documents[row]
+                text, *more = documents[row]
                 if text and not text.isspace():
-                    here = {"stream": state, "buffer": buffer, "index": index}
-                    yield Piece(text, True, True, here, is_cut, kind)
+                    yield Piece(text, True, True, {"stream": state, "buffer": buffer, "index": index}, *more)
             state, buffer, start = stream.state_dict(), buffer + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:

@@ -3,44 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from castlm.data.columns import Kind
-from castlm.data.images.sequences import ImageSequences
-from castlm.data.mixture import AnyDocuments, Mixture
-from castlm.data.packing import MixedSequences, PackedSequences
-from castlm.data.tokens import Encoder
-
-Sequences = PackedSequences | MixedSequences | ImageSequences
-
-
-def open_sequences(
-    documents: AnyDocuments,
-    encoder: Encoder,
-    *,
-    seq_len: int,
-    seed: int,
-    repeat: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> Sequences:
-    """Opens the training sequences of documents: packed text, or one sequence per conversation with images.
-
-    Args:
-        encoder: copied, as a fast tokenizer that two threads use at a time may raise "Already borrowed".
-        repeat: every epoch has the sequences of the first.
-        say: called with lines on documents that are too long or cannot be prepared.
-    """
-    encoder = copy.deepcopy(encoder)
-    options: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "repeat": repeat, "say": say}
-    if documents.kind is Kind.WITH_EXTRA:
-        return ImageSequences(documents, encoder, **options)
-    if isinstance(documents, Mixture):
-        return MixedSequences(
-            [PackedSequences(part, encoder, **options) for part in documents.parts], documents.weights
-        )
-    return PackedSequences(documents, encoder, **options)
+from castlm.data.packing import Sequences
 
 
 class BatchLoader:
@@ -81,10 +47,9 @@ class BatchLoader:
         return batch
 
     def _next(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        row = self.sequences.take(self.world_size * self.rows_per_rank)
+        taken: Any = self.sequences.take(self.world_size * self.rows_per_rank)
         first = self.rank * self.rows_per_rank
-        batch = row.batch(self.sequences.seq_len, slice(first, first + self.rows_per_rank))
-        return batch, self.sequences.state_dict()
+        return self.sequences.batch(taken[first : first + self.rows_per_rank]), self.sequences.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """See `PackedSequences.state_dict`."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Kind, text_length
+from castlm.data.columns import Kind
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
 from castlm.data.readers import Piece, Position
@@ -57,7 +57,7 @@ class Mixture:
             texts[number] = [texts[number][0], piece.position, False]
             yield piece._replace(position={"texts": [list(text) for text in texts], "used": list(used)})
             texts[number][2] = True
-            used[number] += text_length(piece.text)
+            used[number] += len(piece.text)
 
     def _open(self, number: int, seed: int | None, epoch: int, position: Position, is_used: bool) -> Iterator[Piece]:
         """The pieces of a text, starting at `position`, or after it if that piece `is_used`."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import Documents
+from castlm.data.extra import join_extra
 from castlm.data.hub import HubDocuments
-from castlm.data.mixture import furthest_behind
+from castlm.data.mixture import AnyDocuments, Mixture, furthest_behind
 from castlm.data.readers import Piece
-from castlm.data.tokens import IGNORED, Encoder, Tokens
+from castlm.data.tokens import Encoder, Tokens
 
 # Tokenized together: enough to keep a fast tokenizer's threads busy, little enough that no step waits long.
 _BATCH_PIECES = 64
@@ -76,24 +78,6 @@ class Resumable:
         raise NotImplementedError
 
 
-class Row(NamedTuple):
-    """Consecutive sequences in one row, with the token after them: three tensors, (num_sequences * seq_len + 1,)."""
-
-    ids: Tensor
-    """int64."""
-    labels: Tensor
-    """int64: the ids themselves, not shifted, and -100 where a token does not count."""
-    begins: Tensor
-    """bool: whether the token is the first of a document."""
-
-    def batch(self, seq_len: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """`input_ids`, shifted `labels` and `position_ids`, int64, (num_sequences, seq_len); `rows` selects some."""
-        ids, labels, begins = (
-            tensor.view(-1, seq_len)[rows] for tensor in (self.ids[:-1], self.labels[1:], self.begins[:-1])
-        )
-        return {"input_ids": ids, "labels": labels, "position_ids": document_positions(begins)}
-
-
 class PackedSequences(Resumable):
     """Sequences of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
 
@@ -131,8 +115,8 @@ class PackedSequences(Resumable):
         self._go_to({"epoch": 0, "document": None, "token": 0, "sequences": 0})
         self._fill(seq_len + 1)  # raises before a run if the text is too short
 
-    def take(self, num_sequences: int) -> Row:
-        """The next sequences; sequence i starts at `i * seq_len`."""
+    def take(self, num_sequences: int) -> list[Tokens]:
+        """The next sequences, each with the token after it: `seq_len` + 1 tokens."""
         used = num_sequences * self.seq_len
         self._fill(used + 1)
         parts, missing = [], used + 1
@@ -148,8 +132,12 @@ class PackedSequences(Resumable):
             self._token -= len(self._pending.popleft()[2].ids)
         self.num_taken += num_sequences
         found = Tokens.joined(parts)
-        ids, labels = torch.from_numpy(found.ids).long(), torch.from_numpy(found.labels).long()
-        return Row(ids, labels, torch.from_numpy(found.begins))
+        return [found.part(slice(start, start + self.seq_len + 1)) for start in range(0, used, self.seq_len)]
+
+    def batch(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
+        """`input_ids`, shifted `labels` and `position_ids`, int64, (num_sequences, seq_len)."""
+        begins = torch.from_numpy(np.stack([sequence.begins[:-1] for sequence in sequences]))
+        return {**_shifted(sequences), "position_ids": document_positions(begins)}
 
     def tokens_per_epoch(self) -> int:
         """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
@@ -215,8 +203,7 @@ class PackedSequences(Resumable):
             )
         if not place or count <= self.seq_len - place:
             return conversation
-        filler = Tokens.of([self._encoder.eos] * (self.seq_len - place), None, True)
-        return Tokens.joined([filler._replace(labels=np.full_like(filler.ids, IGNORED)), conversation])
+        return Tokens.joined([Tokens.filler(self._encoder.eos, self.seq_len - place), conversation])
 
     def _whole_sequences(self, batches: Iterator[list[_Encoded]], skipped: int) -> Iterator[list[_Encoded]]:
         """`batches` of one epoch, without the last tokens that do not fill a sequence."""
@@ -254,16 +241,103 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-class MixedRow(NamedTuple):
-    """Sequences of several texts."""
+class UnpackedSequences(Resumable):
+    """Sequences of `seq_len` tokens: conversations shuffled by (seed, epoch), each in a sequence of its own.
 
-    rows: list[Row]
-    """Rows of one sequence each."""
+    For conversations with images or other tensors beside their tokens: the positions around an image depend on the
+    model, and a processor prepares one conversation at a time. End-of-text tokens that do not count fill the rest of a
+    sequence. A longer conversation is cut. A conversation whose images do not fit or cannot be prepared keeps its
+    sequence, but none of its tokens count.
 
-    def batch(self, seq_len: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """See `Row.batch`."""
-        batches = [row.batch(seq_len) for row in self.rows[rows]]
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    Args:
+        encoder: with a processor; this class alone uses it.
+        repeat: every epoch has the order of the first.
+        say: called with a line for each conversation that cannot be prepared, and for the first that is too long.
+    """
+
+    def __init__(
+        self,
+        documents: AnyDocuments,
+        encoder: Encoder,
+        *,
+        seq_len: int,
+        seed: int,
+        repeat: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.documents, self.seq_len, self.seed, self.repeat = documents, seq_len, seed, repeat
+        self._encoder, self._say, self._said = encoder, say, set[str]()
+        self._go_to({"epoch": 0, "document": None, "token": 0, "sequences": 0})
+
+    def take(self, num_sequences: int) -> list[Piece]:
+        """The next conversations, not yet prepared."""
+        self.num_taken += num_sequences
+        return list(islice(self._reader, num_sequences))
+
+    def batch(self, sequences: Sequence[Piece]) -> dict[str, Tensor]:
+        """`input_ids` and shifted `labels`, int64, (num_sequences, seq_len), and the further arguments of the model's
+        forward; no `position_ids`, which the model derives from the images.
+        """
+        found = [self._encode(piece) for piece in sequences]
+        return {**_shifted(found), **join_extra([tokens.extra for tokens in found], self.seq_len)}
+
+    def tokens_per_epoch(self) -> int:
+        """Number of tokens of one epoch."""
+        assert isinstance(self.documents, Documents)
+        return len(self.documents) * self.seq_len
+
+    def _position(self) -> tuple[int, Any, int]:
+        """The last conversation and 1, or the next conversation and 0."""
+        epoch, position, is_used = self._at
+        return epoch, position, int(is_used)
+
+    def _go_to(self, state: dict[str, Any]) -> None:
+        self._at: tuple[int, Any, bool] = (state["epoch"], state["document"], bool(state["token"]))
+        self.num_taken = state["sequences"]
+        self._reader = self._read()
+
+    def _read(self) -> Iterator[Piece]:
+        epoch, position, is_used = self._at
+        while True:
+            pieces = self.documents.pieces(self.seed, 0 if self.repeat else epoch, position)
+            has_any = position is not None
+            for piece in islice(pieces, int(is_used), None):
+                self._at, has_any = (epoch, piece.position, True), True
+                yield piece
+            if not has_any:
+                raise InputError(f"{self.documents.name} holds no conversation: give some")
+            epoch, position, is_used = epoch + 1, None, False
+
+    def _encode(self, piece: Piece) -> Tokens:
+        """The tokens of a conversation, cut or filled to `seq_len` + 1."""
+        try:
+            tokens = self._encoder.conversation(piece)
+        except InputError as error:
+            if piece.kind is not Kind.WITH_EXTRA:  # no image file can be the cause
+                raise
+            self._say_once(str(error), f"a conversation does not count: {error}")
+            tokens = Tokens.of([], None, True)
+        count, most = len(tokens.ids), self.seq_len + 1
+        if tokens.extra is not None and not tokens.extra.fits(self.seq_len):
+            self._say_once(
+                "left out",
+                f"the images of a conversation take {count:,} tokens with its text, more than seq_len {self.seq_len}: "
+                "it does not count, and so for others as long; raise seq_len",
+            )
+            tokens = Tokens.of([], None, True)
+        elif count > most:
+            self._say_once(
+                "cut",
+                f"a conversation of {count:,} tokens is longer than seq_len {self.seq_len}: it is cut, and so are "
+                "others as long",
+            )
+        filler = Tokens.filler(self._encoder.eos, max(0, most - len(tokens.ids)))
+        return Tokens.joined([tokens.part(slice(most)), filler])._replace(extra=tokens.extra)
+
+    def _say_once(self, kind: str, line: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            self._say(line)
 
 
 class MixedSequences:
@@ -281,13 +355,17 @@ class MixedSequences:
         self.seq_len = parts[0].seq_len
         self._parts, self._weights = list(parts), list(weights)
 
-    def take(self, num_sequences: int) -> MixedRow:
-        """The next sequences."""
-        rows: list[Row] = []
-        while len(rows) < num_sequences:
+    def take(self, num_sequences: int) -> list[Tokens]:
+        """See `PackedSequences.take`."""
+        found: list[Tokens] = []
+        while len(found) < num_sequences:
             number = furthest_behind([part.num_taken for part in self._parts], self._weights)
-            rows.append(self._parts[number].take(1))
-        return MixedRow(rows)
+            found += self._parts[number].take(1)
+        return found
+
+    def batch(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
+        """See `PackedSequences.batch`."""
+        return self._parts[0].batch(sequences)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in each text, as plain JSON; the same on every rank."""
@@ -302,6 +380,42 @@ class MixedSequences:
         """
         for part, position in zip(self._parts, state["texts"], strict=True):
             part.load_state_dict(position)
+
+
+Sequences = PackedSequences | UnpackedSequences | MixedSequences
+
+
+def open_sequences(
+    documents: AnyDocuments,
+    encoder: Encoder,
+    *,
+    seq_len: int,
+    seed: int,
+    repeat: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Sequences:
+    """Opens the training sequences of documents: packed text, or one sequence per conversation with images.
+
+    Args:
+        encoder: copied, as a fast tokenizer that two threads use at a time may raise "Already borrowed".
+        repeat: every epoch has the sequences of the first.
+        say: called with lines on documents that are too long or cannot be prepared.
+    """
+    encoder = copy.deepcopy(encoder)
+    options: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "repeat": repeat, "say": say}
+    if documents.kind is Kind.WITH_EXTRA:
+        return UnpackedSequences(documents, encoder, **options)
+    if isinstance(documents, Mixture):
+        return MixedSequences(
+            [PackedSequences(part, encoder, **options) for part in documents.parts], documents.weights
+        )
+    return PackedSequences(documents, encoder, **options)
+
+
+def _shifted(sequences: Sequence[Tokens]) -> dict[str, Tensor]:
+    """`input_ids` and `labels`, the token after each, of sequences that each have one token more."""
+    ids, labels = (torch.from_numpy(np.stack(arrays)).long() for arrays in list(zip(*sequences))[:2])  # (8, 513)
+    return {"input_ids": ids[:, :-1].contiguous(), "labels": labels[:, 1:].contiguous()}
 
 
 def document_positions(begins: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Piece(NamedTuple):
     """A document, or a part of a very long one."""
 
     text: str
-    """For a conversation its JSON, which `castlm.data.chat` reads."""
+    """For a conversation its JSON, which `castlm.data.chat` renders."""
     first: bool
     """Whether it is the first piece of its document."""
     last: bool
@@ -59,6 +59,8 @@ class Piece(NamedTuple):
     is_cut: bool = False
     """Whether the document was cut off, so that the end-of-text after it does not count."""
     kind: Kind = Kind.TEXT
+    extra: tuple[str, ...] = ()
+    """What a conversation brings beside its text; see `Document`."""
 
 
 class Source(Protocol):

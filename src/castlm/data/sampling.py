@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat
+from castlm.data.chat.template import Chat
 from castlm.data.columns import CUT_COLUMN, Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import TextOptions
@@ -156,7 +156,7 @@ class Sampler:
         samples: list[Sample | None] = [None] * len(prompts)
         for (row, begin), answer in zip(begins.items(), self._continue([*begins.values()])):
             if answer.is_whole and (text := self._decode(answer.ids).strip()):
-                messages = [{"role": "user", "content": prompts[row]}, {"role": "assistant", "content": text}]
+                messages = [_user(prompts[row]), {"role": "assistant", "content": text}]
                 samples[row] = Sample({"messages": messages}, len(begin) + len(answer.ids), True)
         return samples
 
@@ -167,7 +167,7 @@ class Sampler:
             return self._first + ids
         if not prompt:
             return self._user
-        return self._encode(self._template.user_turn(prompt, reply=True))
+        return self._encode(self._template.render([_user(prompt)], reply=True))
 
     def _check_room(self, begin: list[int]) -> None:
         if self._longest is not None and len(begin) + self.options.max_new_tokens > self._longest:
@@ -221,6 +221,10 @@ class Sampler:
         return found
 
 
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
 def _user_turn(tokenizer: PreTrainedTokenizerBase, template: Chat) -> tuple[str, int]:
     """The text that the chat template puts before a user's first turn, and the token that ends the turn.
 
@@ -229,7 +233,7 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase, template: Chat) -> tuple[str,
     """
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer {tokenizer.name_or_path} has no chat template: sample without chat")
-    before, found, after = template.user_turn(_SENTINEL).partition(_SENTINEL)
+    before, found, after = template.render([_user(_SENTINEL)]).partition(_SENTINEL)
     ends = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     if not found or not before or not ends or ends[0] not in tokenizer.all_special_ids:
         raise InputError(

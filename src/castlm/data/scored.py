@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.chat import begin_of
 from castlm.data.columns import Kind
 from castlm.data.documents import Documents
 from castlm.data.extra import Extra, join_extra
 from castlm.data.hub import HubDocuments
-from castlm.data.readers import Position
+from castlm.data.readers import Piece, Position
 from castlm.data.tokens import IGNORED, Encoder, Tokens, first_tokens
 
 
@@ -182,13 +181,13 @@ def _with_extra(
     """The tokens of whole conversations up to `limit`, and what each brings beside them."""
     found, extra, count = list[Tokens](), list[ScoredExtra | None](), 0
     for piece in documents.pieces(seed):
-        tokens = encoder.conversation(piece.text)
+        tokens = encoder.conversation(piece)
         if tokens.extra is None:
             extra.append(None)
         else:
-            again = piece.position if isinstance(documents, Documents) else piece.text  # a stream is not read again
+            again = piece.position if isinstance(documents, Documents) else piece  # a stream is not read again
             load = partial(_load, encoder, documents, again, seed)
-            extra.append(ScoredExtra(load, tokens.extra.end, begin_of(piece.text)))
+            extra.append(ScoredExtra(load, tokens.extra.end, tokens.extra.begin))
         found.append(tokens._replace(extra=None))
         count += len(tokens.ids)
         if limit is not None and count >= limit:
@@ -197,9 +196,9 @@ def _with_extra(
 
 
 def _load(
-    encoder: Encoder, documents: Documents | HubDocuments, document: str | Position, seed: int | None
+    encoder: Encoder, documents: Documents | HubDocuments, document: Piece | Position, seed: int | None
 ) -> Extra | None:
-    """The tensors of a conversation, given by its JSON or, for local documents, by its position."""
-    if not isinstance(document, str):
-        document = next(documents.pieces(seed, position=document)).text
+    """The tensors of a conversation, given by itself or, for local documents, by its position."""
+    if not isinstance(document, Piece):
+        document = next(documents.pieces(seed, position=document))
     return encoder.conversation(document).extra

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat, Rendered, with_template
-from castlm.data.columns import Kind
+from castlm.data.chat.template import Chat, Rendered, begin_of, with_template
+from castlm.data.columns import Document, Kind
 from castlm.data.documents import Documents, open_documents
 from castlm.data.extra import Extra
 from castlm.data.hub import HubDocuments
@@ -51,6 +51,11 @@ class Tokens(NamedTuple):
         array, begins = np.asarray(ids, dtype=np.int32), np.zeros(len(ids), dtype=bool)
         begins[:1] = first
         return cls(array, array if counts is None else np.where(counts, array, IGNORED).astype(np.int32), begins)
+
+    @classmethod
+    def filler(cls, eos: int, count: int) -> Tokens:
+        """`count` end-of-text tokens that do not count."""
+        return cls.of([eos] * count, [False] * count, True)
 
     def part(self, rows: slice) -> Tokens:
         return Tokens(self.ids[rows], self.labels[rows], self.begins[rows])
@@ -98,8 +103,7 @@ class Encoder:
     def __call__(self, pieces: list[Piece]) -> list[Tokens]:
         texts = iter(self._ids_of([piece for piece in pieces if piece.kind is Kind.TEXT]))
         return [
-            self._text(piece, next(texts)) if piece.kind is Kind.TEXT else self.conversation(piece.text)
-            for piece in pieces
+            self._text(piece, next(texts)) if piece.kind is Kind.TEXT else self.conversation(piece) for piece in pieces
         ]
 
     def _text(self, piece: Piece, ids: list[int]) -> Tokens:
@@ -124,16 +128,21 @@ class Encoder:
             found[number] = ids[len(head) : stop] if is_apart else self.plain([piece.text])[0]
         return found
 
-    def conversation(self, document: str) -> Tokens:
-        """The tokens of a conversation, given as JSON, with the tensors of its images.
+    def conversation(self, document: Document | Piece) -> Tokens:
+        """The tokens of a conversation, with the tensors of its images.
 
         Raises:
-            InputError: as `Chat` and `castlm.data.images.reader.ImageReader`.
+            InputError: as `Chat` and `castlm.data.images.reader.ImageReader`; or images without a processor.
         """
-        if self._images is None:
-            return self._with_end(self.chat(document))
-        rendered, extra = self._images(document)
-        return self._with_end(rendered)._replace(extra=extra)
+        if self._images is not None:
+            rendered, extra = self._images(document.text, document.extra)
+            return self._with_end(rendered)._replace(extra=extra)
+        if document.extra:
+            raise InputError(
+                f"the conversation that begins {begin_of(document.text)} has images, which are read by castlm train, "
+                "finetune, prune and eval of a vision-language model: give text alone"
+            )
+        return self._with_end(self.chat(document.text))
 
     def text_alone(self, document: str) -> list[int]:
         """The token ids of a conversation without its images, followed by an end-of-text token."""
@@ -170,7 +179,7 @@ class Encoder:
         before, counts, begins = self.bos, True, True
         for piece in documents.pieces(seed):
             if piece.kind is not Kind.TEXT:
-                yield self.conversation(piece.text)
+                yield self.conversation(piece)
                 before, counts, begins = self.bos, True, True
                 continue
             (ids,) = self._ids_of([piece])

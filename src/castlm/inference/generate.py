@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat
+from castlm.data.chat.template import Chat
 from castlm.hardware import choose_device, has_fast_bf16
 from castlm.inference.decode import ONE_SEQUENCE, TokenTimes, decoding_method
 from castlm.models.architecture import context_length
@@ -91,7 +91,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) ->
         InputError: an empty prompt, or a template that refuses it.
     """
     if tokenizer.chat_template and not raw:
-        text = Chat(tokenizer).user_turn(prompt, reply=True)
+        text = Chat(tokenizer).render([{"role": "user", "content": prompt}], reply=True)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

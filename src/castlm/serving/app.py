@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from castlm.core.errors import InputError, is_out_of_memory
-from castlm.data.chat import Chat
+from castlm.data.chat.template import Chat
 from castlm.files.reading import parse_json
 from castlm.models.architecture import vocab_size
 from castlm.serving.engine import Answer, BusyError, Engine
@@ -206,7 +206,7 @@ class _Api:
         if not isinstance(messages, list) or not 1 <= len(messages) <= _MOST_MESSAGES:
             raise RefusedError(400, f"messages must be a list of 1 to {_MOST_MESSAGES} messages", "messages")
         try:
-            text = self.chat.reply_to([_checked_message(message) for message in messages])
+            text = self.chat.render([_checked_message(message) for message in messages], reply=True)
         except InputError as error:
             raise RefusedError(400, str(error), "messages") from None
         return self._tokenize(text, "messages", add_special_tokens=False)

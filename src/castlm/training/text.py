@@ -17,9 +17,9 @@ from castlm.data.columns import Kind
 from castlm.data.documents import Documents, joined_digest, open_documents, split_documents
 from castlm.data.hub import HubDocuments
 from castlm.data.json_rows import ALONE, Share
-from castlm.data.loader import BatchLoader, Sequences, open_sequences
+from castlm.data.loader import BatchLoader
 from castlm.data.mixture import AnyDocuments, Mixture
-from castlm.data.packing import MixedSequences
+from castlm.data.packing import MixedSequences, Sequences, open_sequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
 from castlm.distributed.world import World

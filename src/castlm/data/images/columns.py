@@ -1,7 +1,6 @@
 """Finds the images of a conversation: the message part that stands for each, and its file or bytes.
 
-They are checked here, where the line is known for messages. The JSON of the conversation then carries the path of a
-file or, from parquet and the hub, the bytes; `castlm.data.images.reader` opens them.
+They are checked here, where file and line are known. `castlm.data.images.reader` opens them.
 """
 
 from __future__ import annotations
@@ -37,16 +36,13 @@ def message_content(content: list[Any], where: str) -> str | list[dict[str, Any]
 
 
 def _part(part: Any, where: str) -> dict[str, Any]:
-    if not isinstance(part, dict):
-        raise InputError(f"{where} has a part that is a {type(part).__name__}: a part is an object with a type")
-    part = {key: value for key, value in part.items() if value is not None}  # parquet fills absent keys with nulls
-    kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    if kind == "image":
-        source = next((part[key] for key in _SOURCES if key in part), None)
+    found = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    if found.get("type") == "text" and isinstance(found.get("text"), str):
+        return {"type": "text", "text": found["text"]}
+    if found.get("type") == "image":
+        source = next((found[key] for key in _SOURCES if key in found), None)
         return {"type": "image"} if source is None else {"type": "image", "image": source}
-    raise InputError(f"{where} has a part of type {str(kind)[:60]!r}: parts are of type text, with a text, or image")
+    raise InputError(f"{where} has the part {str(part)[:100]}: a part is of type text, with a text, or of type image")
 
 
 def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path | None, where: str) -> list[str]:
@@ -73,13 +69,12 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
     images = images or inline
     if images and not parts:
         parts = _cut_at_placeholders(messages)
-    if images and not parts:
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is None:
-            raise InputError(f"{where}: images, and no message of the user that they could belong to")
-        first["content"] = [*({"type": "image"} for _ in images), {"type": "text", "text": first.get("content", "")}]
-    elif len(images) != len(parts):
-        raise InputError(f"{where}: {len(images)} images for {len(parts)} parts of type image in the messages")
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if images and not parts and first is not None:
+        parts = [{"type": "image"} for _ in images]
+        first["content"] = [*parts, {"type": "text", "text": first.get("content", "")}]
+    if len(images) != len(parts):
+        raise InputError(f"{where}: {len(images)} images for {len(parts)} places in the messages: give one for each")
     return [_source(image, folder, f"{where}: image {number}") for number, image in enumerate(images, 1)]
 
 
@@ -107,13 +102,13 @@ def _source(image: Any, folder: Path | None, where: str) -> str:
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
         return BYTES + base64.b64encode(image).decode()
-    if not isinstance(image, str) or not image:
-        raise InputError(f"{where} is a {type(image).__name__}: give the path of a file")
-    if image.startswith("data:image") and ";base64," in image[:64]:
+    if isinstance(image, str) and image.startswith("data:image") and ";base64," in image[:64]:
         return BYTES + image.split(";base64,", 1)[1]
-    if "://" in image[:16]:
-        raise InputError(f"{where} is {image[:200]}: download it, and give the path of the file")
-    path = user_path(image) if folder is None else folder / user_path(image)
-    if not path.is_file():
-        raise InputError(f"{where}: there is no file {path}; paths are relative to the folder of the dataset")
-    return str(path.absolute())
+    if isinstance(image, str) and image and "://" not in image[:16]:
+        path = user_path(image) if folder is None else folder / user_path(image)
+        if path.is_file():
+            return str(path.absolute())
+    raise InputError(
+        f"{where} is {str(image)[:200]!r}: give the path of a file, relative to the folder of the dataset; images are "
+        "not downloaded"
+    )

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat, Rendered, begin_of
+from castlm.data.chat.rows import messages_of
+from castlm.data.chat.template import Chat, Rendered, begin_of
 from castlm.data.extra import Extra
-from castlm.data.images.columns import BYTES, message_content
+from castlm.data.images.columns import BYTES
 from castlm.files.reading import open_regular
 from castlm.models.architecture import is_vision_language
 from castlm.models.locate import find
@@ -95,7 +96,7 @@ class ImageReader:
         names = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
         self._placeholders = {name: known[name] for name in names if name in known}
 
-    def __call__(self, document: str) -> tuple[Rendered, Extra | None]:
+    def __call__(self, document: str, sources: Sequence[str]) -> tuple[Rendered, Extra | None]:
         """The tokens of a conversation, given as JSON, and what its images add to them; None without images.
 
         The tokens that stand for an image never count.
@@ -104,10 +105,7 @@ class ImageReader:
             InputError: as `Chat`; an image that cannot be read; a text that has more or fewer placeholders than there
                 are images; or a processor that cannot take it, or changes more of the text than the images.
         """
-        content = json.loads(document)
-        sources = content.pop("images", [])
-        plain = json.dumps(content)
-        rendered, begin = self._chat(plain), begin_of(plain)
+        rendered, begin = self._chat(document), begin_of(document)
         if (count := sum(token in self._placeholders.values() for token in rendered.ids)) != len(sources):
             raise InputError(
                 f"the conversation that begins {begin} has {len(sources)} images, and {count} tokens that "
@@ -117,23 +115,22 @@ class ImageReader:
         if not sources:
             return rendered, None
         images = open_images(sources, begin, self._document_limit)
-        text = self._chat.text(plain)
+        content = json.loads(document)
+        text = self._chat.render(messages_of(content), content.get("tools"))
         found, expanded = self._prepare(text, images, begin)
         ids = found["input_ids"][0].tolist()
         counts, end = self._counts(text, rendered, expanded, ids)
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) and name not in _OF_TEXT}
         by_token = {name: value[0] for name, value in tensors.items() if value.shape == (1, len(ids))}
         by_item = {name: value for name, value in tensors.items() if name not in by_token}
-        return Rendered(ids, counts, rendered.is_rendered), Extra(by_item, by_token, end)
+        return Rendered(ids, counts, rendered.is_rendered), Extra(by_item, by_token, end, begin)
 
     def text_alone(self, document: str) -> list[int]:
         """The token ids of a conversation without its images."""
         content = json.loads(document)
-        content.pop("images", None)
-        for messages in (content.get(name) for name in ("messages", "prompt", "completion")):
-            for message in messages if isinstance(messages, list) else []:
-                if isinstance(message.get("content"), list):
-                    message["content"] = message_content([p for p in message["content"] if p["type"] == "text"], "")
+        for message in messages_of(content):
+            if isinstance(message.get("content"), list):
+                message["content"] = "".join(part["text"] for part in message["content"] if part["type"] == "text")
         ids = self._chat(json.dumps(content)).ids
         return [token for token in ids if token not in self._placeholders.values()]
 
@@ -211,7 +208,7 @@ def encode_image_prompt(
     images = [read_image(path, document_limit) for path in paths]
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
     parts += [{"type": "text", "text": prompt}] if prompt else []
-    text = prompt if raw else Chat(processor.tokenizer).user_turn(parts, reply=True)
+    text = prompt if raw else Chat(processor.tokenizer).render([{"role": "user", "content": parts}], reply=True)
     found = dict(prepare(processor, text, images, repr(prompt[:40])))
     return found.pop("input_ids"), {k: v for k, v in found.items() if isinstance(v, Tensor) and k != "attention_mask"}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.core.errors import InputError
+from castlm.data.chat.rows import messages_of
 from castlm.files.reading import read_text, user_path
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Rendered(NamedTuple):
 
 
 class Chat:
-    """Renders and tokenizes the conversations that `castlm.data.columns` checks.
+    """Renders and tokenizes the conversations that `castlm.data.chat.rows` checks.
 
     In `messages` the assistant's turns count, each with the token that ends it; in `prompt` and `completion`, the
     completion. A token counts if any of its characters does, as in transformers.
@@ -69,18 +70,12 @@ class Chat:
 
         Raises:
             InputError: the tokenizer has no template; the template refuses the conversation, leaves out a message, or
-                does not show which tokens the assistant wrote; or the conversation has images, which
-                `castlm.data.images` reads.
+                does not show which tokens the assistant wrote.
         """
         content = json.loads(document)
-        if "images" in content:
-            raise InputError(
-                f"the conversation that begins {begin_of(document)} has images, which are read by castlm train, "
-                "finetune, prune and eval of a vision-language model: give text alone"
-            )
         if isinstance(content.get("prompt"), str):
             return self._tokenize(content["prompt"], content["completion"])
-        messages, tools, prompt = _messages(content), content.get("tools"), content.get("prompt", [])
+        messages, tools, prompt = messages_of(content), content.get("tools"), content.get("prompt", [])
         if self._assistant_only and not prompt and _MARK.search(self._template()):
             return self._marked(messages, tools)
         whole = self._whole(messages, tools)
@@ -97,29 +92,21 @@ class Chat:
             spans = [self._turn(whole, messages, number, tools) for number in turns]
         return self._counted(whole, spans, is_rendered=True)
 
-    def text(self, document: str) -> str:
-        """A conversation of messages, given as JSON, as the chat template renders it."""
-        content = json.loads(document)
-        return self._render(_messages(content), content.get("tools"))
-
-    def user_turn(self, content: str | list[dict[str, Any]], reply: bool = False) -> str:
-        """Renders a user's turn by the chat template; with `reply`, also the header that asks for an answer.
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, reply: bool = False) -> str:
+        """Renders messages by the chat template; with `reply`, also the header that asks the assistant for an answer.
 
         Args:
-            content: a text, or parts of types `text` and `image`.
+            messages: each with a role and its content, a text or a list of parts of type text or image.
+            tools: JSON schemas.
 
         Raises:
             InputError: the tokenizer has no template, or its template refuses this.
         """
-        return self._render([{"role": "user", "content": content}], None, prompt=reply)
-
-    def reply_to(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Renders a conversation by the chat template, with the header that asks the assistant for an answer.
-
-        Raises:
-            InputError: as `user_turn`.
-        """
-        return self._render(messages, None, prompt=True)
+        self._template()
+        try:
+            return self._apply(self._as_read(messages), tools=tools, add_generation_prompt=reply)
+        except Exception as error:  # a template is a program and may raise anything
+            raise self._refused(messages, error) from error
 
     def _template(self) -> str:
         try:
@@ -152,13 +139,6 @@ class Chat:
         except Exception:  # of any type; rendering the conversation raises it again
             return ""
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool = False) -> str:
-        self._template()
-        try:
-            return self._apply(self._as_read(messages), tools=tools, add_generation_prompt=prompt)
-        except Exception as error:  # a template is a program and may raise anything
-            raise self._refused(messages, error) from error
-
     def _apply(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
         with _bounded_memory(self._template_bytes):
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
@@ -169,7 +149,7 @@ class Chat:
         A template may rewrite a message, so one that is not found verbatim is replaced by a marker and looked for
         again.
         """
-        whole = self._render(messages, tools)
+        whole = self.render(messages, tools)
         self._check_whole(whole, messages, tools)
         return whole
 
@@ -202,7 +182,7 @@ class Chat:
                 content = [part if part["type"] != "text" else {**part, "text": text} for part in content]
             replaced[number] = {**messages[number], "content": content}
         try:
-            whole = self._render(replaced, tools)
+            whole = self.render(replaced, tools)
         except InputError:  # it reads the messages, and refuses the others
             return None
         return next((number for number in numbers if str(_STAND_IN + number) not in whole), None)
@@ -219,7 +199,7 @@ class Chat:
     def _marked(self, messages: list[Any], tools: Any) -> Rendered:
         """Finds the assistant's tokens by the `{% generation %}` marks of the template."""
         self._check_fast()
-        whole = self._render(messages, tools)
+        whole = self.render(messages, tools)
         options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
             found = self._tokenizer.apply_chat_template(self._as_read(messages), **options)
@@ -241,8 +221,8 @@ class Chat:
                 f"the conversation that begins {_begin(messages)} starts with the assistant, and the chat template has "
                 "no generation marks: put a turn before it, or mark the template (chat_template_path)"
             )
-        before = self._render(messages[:number], tools, prompt=True)
-        upto = self._render(messages[: number + 1], tools)
+        before = self.render(messages[:number], tools, reply=True)
+        upto = self.render(messages[: number + 1], tools)
         if not (whole.startswith(before) and whole.startswith(upto) and len(upto) > len(before)):
             raise InputError(
                 f"the chat template has no generation marks, and renders turn {number + 1} of the conversation that "
@@ -303,10 +283,6 @@ def _bounded_memory(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _messages(content: Mapping[str, Any]) -> list[Any]:
-    return content.get("messages") or [*content["prompt"], *content["completion"]]
-
-
 def _texts_of(message: Mapping[str, Any]) -> list[str]:
     """The texts in a message that are not blank."""
     content = message.get("content", "")
@@ -317,7 +293,7 @@ def _texts_of(message: Mapping[str, Any]) -> list[str]:
 def begin_of(document: str) -> str:
     """The first words of a conversation, given as JSON, for messages."""
     content = json.loads(document)
-    return _begin(_messages(content)) if not isinstance(content.get("prompt"), str) else repr(content["prompt"][:40])
+    return _begin(messages_of(content)) if not isinstance(content.get("prompt"), str) else repr(content["prompt"][:40])
 
 
 def _begin(messages: Sequence[Mapping[str, Any]]) -> str:

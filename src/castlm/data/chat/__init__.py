@@ -1,0 +1,1 @@
+"""Conversations: the rows that hold them, and the chat templates that render them."""
