@@ -12,9 +12,9 @@ from castlm.core.errors import InputError
 from castlm.data import sample_file
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
-from castlm.data.options import TextOptions
-from castlm.data.sample_file import finished_samples, open_samples, sample
-from castlm.data.sampling import Sampler, SamplingOptions, read_prompts
+from castlm.data.options import SamplingOptions, TextOptions
+from castlm.data.sample_file import open_samples, sample
+from castlm.data.sampling import Sampler, prompt_of, read_prompts
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
 from tests.ranks import start_command
 from tests.refusals import assert_refused
@@ -91,7 +91,7 @@ def test_prompts_are_used_in_turn_over_the_batches():
     sampler = sampler_of(prompts=["a", "b", "c"])
     found = [sample.row["text"][0] for number in range(2) for sample in sampler.batch(number)]
     assert "".join(found) == "abcabcab"
-    assert [sampler.prompt_of(place) for place in range(8)] == found
+    assert [prompt_of(sampler.prompts, place) for place in range(8)] == found
 
 
 def test_a_text_ends_where_the_model_ends_it():
@@ -125,8 +125,8 @@ def test_it_is_said_once_that_most_conversations_do_not_end(tmp_path, monkeypatc
     model = Scripted(*(part for pair in zip(turns, answers) for part in pair))
     sampler = sampler_of(tokenizer, chat=True, model=model, batch_size=3)
     with open_samples(tmp_path / "chat.jsonl", {"seed": 0}, dedup_prefix=5) as file:
-        record = sample(sampler, file, num_tokens=3 * (len(sampler._begin("a")) + 1), say=said.append)
-    assert record["samples"] == 3
+        sample(sampler, file, num_tokens=3 * (len(sampler._begin("a")) + 1), say=said.append)
+    assert file.samples == 3
     assert said == [
         "4 of 6 texts are left out, empty or unfinished: raise max_new_tokens, lower temperature and top_p, or pass "
         "prompts"
@@ -145,19 +145,19 @@ def test_a_given_users_turn_is_answered():
 
 
 def written(path, sampler, num_tokens=150, stop_after=None, **options):
-    options = {"dedup_prefix": 5, **options}
+    options = {"dedup_prefix": 5, "prompts": sampler.prompts, **options}
     with open_samples(path, {"seed": 0}, **options) as file:
-        if options.get("resume"):
-            file.restore(sampler.prompt_of)
         add = file.add
 
-        def add_until(rows):
-            add(rows)
+        def add_until(*batch):
+            count = add(*batch)
             if file.batches == stop_after:
                 raise KeyboardInterrupt
+            return count
 
         file.add = add_until
-        return sample(sampler, file, num_tokens=num_tokens)
+        sample(sampler, file, num_tokens=num_tokens)
+    return json.loads(path.with_name(f"{path.name}.castlm.json").read_text())
 
 
 @pytest.mark.parametrize("prompts", [None, ["a", "bc", "a"]])
@@ -272,12 +272,12 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsy
         (command(llama, path, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),
         (command(llama, other, "--resume"), "already exists"),
         (command(llama, path, "--resume", "--overwrite"), "exclude each other"),
-        (command(llama, tmp_path / "b.txt"), "does not end in .jsonl"),
-        (command(llama, tmp_path / "no" / "b.jsonl"), "name a file in an existing folder"),
+        (command(llama, tmp_path / "b.txt"), "ends in .jsonl"),
+        (command(llama, tmp_path / "no" / "b.jsonl"), "in an existing folder"),
         (command(llama, tmp_path / "b.jsonl", "--temperature", "0"), "temperature = 0.0 is out of range"),
         (command(llama, tmp_path / "b.jsonl", "--top-p", "2"), "top_p = 2.0 is out of range"),
         (command(llama, tmp_path / "b.jsonl", "--max-new-tokens", "256"), "exceed the model's 256 positions"),
-        (command(str(bare), tmp_path / "b.jsonl", "--chat"), "has no chat template: sample without chat"),
+        (command(str(bare), tmp_path / "b.jsonl", "--chat"), "has no chat template"),
         (
             command(llama, tmp_path / "b.jsonl", "--chat", "--chat-template-path", str(ends_without)),
             "does not end a user's turn with a special token",
@@ -326,10 +326,11 @@ def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path,
         patch.setattr(sample_file, "flush_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             written(path, sampler_of())
-    assert json.loads(record.read_text())["finished"] is False
-    found = finished_samples(path, {"seed": 0}, 150)
-    assert found is not None
-    assert found == json.loads(record.read_text()) == {**found, "finished": True}
+    before = record.read_text()
+    with open_samples(path, {"seed": 0}, dedup_prefix=5, resume=True) as file:
+        assert file.is_finished
+        assert file.tokens >= 150
+    assert record.read_text() == before
     written(path, sampler_of(), overwrite=True)
 
 
@@ -342,7 +343,7 @@ def test_an_edited_record_is_not_resumed(edit, tmp_path):
         written(path, sampler_of(), stop_after=2)
     record = path.with_name("a.jsonl.castlm.json")
     record.write_text(json.dumps(json.loads(record.read_text()) | edit))
-    with pytest.raises(InputError, match="is corrupt"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.castlm\.json has changed"):
         written(path, sampler_of(), resume=True)
 
 
@@ -365,7 +366,6 @@ def test_a_file_of_others_at_the_name_of_the_output_is_never_overwritten(when, t
             written(path, sampler_of(), resume=True)
     else:
         with open_samples(path, {"seed": 0}, dedup_prefix=5, resume=True) as file:
-            file.restore(sampler_of().prompt_of)
             path.write_text("mine")
             with pytest.raises(InputError, match="move it away"):
                 sample(sampler_of(), file, num_tokens=150)
@@ -382,12 +382,11 @@ def test_a_changed_part_or_another_setting_is_not_resumed(tmp_path):
         written(path, sampler_of(), stop_after=2)
     with pytest.raises(InputError, match="from a start that was stopped: pass resume, or overwrite"):
         written(path, sampler_of())
-    other = open_samples(path, {"seed": 1}, dedup_prefix=5, resume=True)
-    with other as file, pytest.raises(InputError, match=r"sampled differently \(seed 0 -> 1\)"):
-        file.restore(lambda place: "")
+    with pytest.raises(InputError, match=r"sampled differently \(seed 0 -> 1\)"):
+        open_samples(path, {"seed": 1}, dedup_prefix=5, resume=True).__enter__()
     part = tmp_path / "a.jsonl.part"
     part.write_bytes(b"x" + part.read_bytes()[1:])
-    with pytest.raises(InputError, match="has changed since castlm wrote it"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.part .* has changed"):
         written(path, sampler_of(), resume=True)
 
 
@@ -402,7 +401,3 @@ def test_prompts_are_lines_or_documents(tmp_path):
     assert read_prompts(tmp_path / "a.txt", TextOptions()) == ["one", "two"]
     path = write_rows(tmp_path / "a.jsonl", [{"question": "  one "}, {"question": "two\n"}])
     assert read_prompts(path, TextOptions(column="question")) == ["  one ", "two\n"]
-
-
-def test_patience_is_what_the_message_says():
-    assert sample_file.PATIENCE == 20

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from castlm.cli.options import command_of, parse, refuse_given, result_folder
 from castlm.core.errors import InputError
-from castlm.data.options import TextOptions
+from castlm.data.options import SamplingOptions, TextOptions
 from castlm.fields import positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig
@@ -34,23 +34,8 @@ class SampleOptions:
     prompts: str | None = None
     """Texts to continue, or with --chat to answer: a .txt file with one per line, .jsonl, .parquet or a hub dataset."""
 
-    max_new_tokens: int = 256
-    """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped."""
-
-    temperature: float = 1.0
-    """Sampling temperature: above 1, rare tokens become more likely; below 1, less likely."""
-
-    top_p: float = 1.0
-    """Sample from the most probable tokens that together have this probability. 1 samples from all tokens."""
-
-    batch_size: int = 16
-    """Number of texts that are sampled together."""
-
     dedup_prefix: int = field(default=200, metadata={"at_least": 0})
     """Number of leading characters to compare: texts that share them are duplicates. 0 compares whole texts."""
-
-    seed: int = 0
-    """Seed of the samples, and of the order of the sequences in teacher_cache."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU. A GPU computes in the model's dtype, a CPU in fp32."""
@@ -99,20 +84,18 @@ class CacheOptions:
 
 
 @dataclass(frozen=True)
-class SampleCommand(CacheOptions, TextOptions, SampleOptions):  # the fields of the last base come first
+class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
     """Let a model write text to train on: documents, continuations of prompts, or conversations. After Ctrl-C or a
     kill, the same command with --resume continues.
     """
 
     def run(self) -> int:
-        from castlm.data.sample_file import finished_samples, open_samples
-        from castlm.data.sampling import SamplingOptions, read_prompts
+        from castlm.data.sample_file import open_samples
+        from castlm.data.sampling import read_prompts
 
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
         config = self._train_config()
-        names = [option.name for option in dataclasses.fields(SamplingOptions)]
-        options = SamplingOptions(**{name: getattr(self, name) for name in names})
         prompts = None if self.prompts is None else read_prompts(self.prompts, self)
         if self.teacher_cache is not None:
             from castlm.training.teacher_pass import check_teacher_pass
@@ -121,22 +104,23 @@ class SampleCommand(CacheOptions, TextOptions, SampleOptions):  # the fields of 
         free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", "document_limit"}
         free |= {*_CACHE_OPTIONS}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
-        record = None
-        if self.resume:
-            record = finished_samples(self.output_file, settings, self.num_tokens)
-        if record is None:
-            with open_samples(
-                self.output_file,
-                settings,
-                dedup_prefix=self.dedup_prefix,
-                overwrite=self.overwrite,
-                resume=self.resume,
-            ) as file:
-                record = self._sample(file, options, prompts)
+        with open_samples(
+            self.output_file,
+            settings,
+            prompts=prompts,
+            dedup_prefix=self.dedup_prefix,
+            overwrite=self.overwrite,
+            resume=self.resume,
+        ) as file:
+            if not file.is_finished:
+                self._sample(file, prompts)
+            elif file.tokens < self.num_tokens:
+                raise InputError(
+                    f"{self.output_file} is finished with {file.tokens:,} tokens: lower num_tokens, or overwrite it"
+                )
         print(
-            f"{self.output_file}: {record['samples']:,} texts of {record['tokens']:,} tokens; left out: "
-            f"{record['duplicates']:,} duplicates, {record['dropped']:,} empty or unfinished; {record['cut']:,} were "
-            "cut at max_new_tokens"
+            f"{self.output_file}: {file.samples:,} texts of {file.tokens:,} tokens; left out: {file.duplicates:,} "
+            f"duplicates, {file.dropped:,} empty or unfinished; {file.cut:,} were cut at max_new_tokens"
         )
         if self.teacher_cache is not None:
             self._fill_cache(config)
@@ -176,7 +160,7 @@ class SampleCommand(CacheOptions, TextOptions, SampleOptions):  # the fields of 
             f"{self.seq_len} tokens, for {serves} without a teacher"
         )
 
-    def _sample(self, file: Any, options: Any, prompts: list[str] | None) -> dict[str, Any]:
+    def _sample(self, file: Any, prompts: list[str] | None) -> None:
         import torch
 
         from castlm.data.chat.template import with_template
@@ -194,12 +178,12 @@ class SampleCommand(CacheOptions, TextOptions, SampleOptions):  # the fields of 
             revision=self.revision,
         )
         with_template(loaded.tokenizer, self.chat_template_path)
-        sampler = Sampler(loaded.model.to(device), loaded.tokenizer, options, prompts=prompts, chat=self.chat)
+        sampler = Sampler(loaded.model.to(device), loaded.tokenizer, self, prompts=prompts, chat=self.chat)
         if self.resume:
-            file.restore(sampler.prompt_of)
+            note(f"continuing after {file.samples:,} texts" if file.batches else "nothing to continue: starting")
         try:
             with shown_progress("sampling, tokens", rate="tokens/s", before=file.tokens) as progress:
-                return sample(sampler, file, num_tokens=self.num_tokens, progress=progress, say=note)
+                sample(sampler, file, num_tokens=self.num_tokens, progress=progress, say=note)
         except (KeyboardInterrupt, SystemExit):
             if file.batches:
                 note(f"{file.samples:,} texts are saved; the same command with --resume continues")

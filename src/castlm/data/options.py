@@ -57,6 +57,34 @@ class ScoredTextOptions(TextOptions):
         return self.assistant_only_loss
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Bounded):
+    """How `castlm sample` draws a batch of texts."""
+
+    max_new_tokens: int = 256
+    """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped."""
+
+    temperature: float = 1.0
+    """Sampling temperature: above 1, rare tokens become more likely; below 1, less likely."""
+
+    top_p: float = 1.0
+    """Sample from the most probable tokens that together have this probability. 1 samples from all tokens."""
+
+    batch_size: int = 16
+    """Number of texts that are sampled together."""
+
+    seed: int = 0
+    """Seed of the samples, and of the order of the sequences in teacher_cache."""
+
+    def out_of_range(self) -> Iterator[Bound]:
+        yield from super().out_of_range()
+        yield "max_new_tokens", self.max_new_tokens >= 1, "at least 1"
+        yield "temperature", self.temperature >= 1e-6, "at least 1e-6 (0 would write the same text each time)"
+        yield "top_p", 0 < self.top_p <= 1, "in (0, 1]"
+        yield "batch_size", self.batch_size >= 1, "at least 1"
+        yield "seed", self.seed >= 0, "at least 0"
+
+
 OF_CONVERSATIONS = {
     "assistant_only_loss": "conversations, and the texts are plain",
     "chat_template_path": "conversations, and the texts are plain; the template is saved with the result",

@@ -9,9 +9,7 @@ then answers itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +21,7 @@ from castlm.core.errors import InputError
 from castlm.data.chat.template import Chat
 from castlm.data.columns import CUT_COLUMN, Kind
 from castlm.data.documents import open_documents
-from castlm.data.options import TextOptions
+from castlm.data.options import SamplingOptions, TextOptions
 from castlm.data.tokens import Encoder
 from castlm.files.reading import read_text
 from castlm.models.architecture import context_length
@@ -32,32 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTINEL = "castlm-user-turn"
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """The settings of a batch."""
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    batch_size: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, right, remedy in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            (
-                "temperature",
-                1e-6 <= self.temperature < math.inf,
-                "at least 1e-6 (0 would write the same text each time)",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "at least 0"),
-        ):
-            if not right:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {remedy}")
 
 
 class Sample(NamedTuple):
@@ -122,18 +94,12 @@ class Sampler:
         With `chat`, a conversation with an empty or unfinished turn is None.
         """
         size = self.options.batch_size
-        prompts = [""] * size
-        if self.prompts is not None:
-            prompts = [self.prompts[(number * size + row) % len(self.prompts)] for row in range(size)]
+        prompts = [prompt_of(self.prompts, number * size + row) for row in range(size)]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         seed = np.random.SeedSequence([self.options.seed, number]).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(int(seed[0]))
             return self._talk(prompts) if self.chat else self._write(prompts)
-
-    def prompt_of(self, place: int) -> str:
-        """The prompt of sample number `place`, counted over the batches; "" without prompts."""
-        return self.prompts[place % len(self.prompts)] if self.prompts is not None else ""
 
     def _write(self, prompts: list[str]) -> list[Sample]:
         begins = [self._begin(prompt) for prompt in prompts]
@@ -206,10 +172,8 @@ class Sampler:
             eos_token_id=self._ends,
             pad_token_id=self._ends[0],
         )
-        own, self.model.generation_config = (
-            self.model.generation_config,
-            config,
-        )  # transformers would fill unset options from it
+        own = self.model.generation_config
+        self.model.generation_config = config  # transformers would fill unset options from it
         try:
             output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         finally:
@@ -219,6 +183,11 @@ class Sampler:
             end = next((place for place, token in enumerate(row) if token in ends), None)
             found.append(_Continued(row[:end], end is not None))
         return found
+
+
+def prompt_of(prompts: Sequence[str] | None, place: int) -> str:
+    """The prompt of sample number `place`, counted over the batches; "" without prompts."""
+    return prompts[place % len(prompts)] if prompts is not None else ""
 
 
 def _user(content: str) -> dict[str, str]:
@@ -231,8 +200,6 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase, template: Chat) -> tuple[str,
     Raises:
         InputError: there is no template, or it has no such token.
     """
-    if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer {tokenizer.name_or_path} has no chat template: sample without chat")
     before, found, after = template.render([_user(_SENTINEL)]).partition(_SENTINEL)
     ends = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     if not found or not before or not ends or ends[0] not in tokenizer.all_special_ids:
