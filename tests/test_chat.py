@@ -135,7 +135,7 @@ def test_without_marks_the_tokens_are_those_that_the_marks_of_trl_name(name):
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gptoss"])
 def test_templates_that_rewrite_the_history_need_marks(name):
     messages = talk("Hi", "Hello", "Bye", "See you")
-    with pytest.raises(InputError, match="has no generation marks, and renders turn 2"):
+    with pytest.raises(InputError, match="has no generation marks, and turn 2"):
         counted({"messages": messages}, trl_template(name))
     assert "Hello" in counted({"messages": messages}, trl_template(f"{name}_training"))[0]
 
@@ -261,7 +261,7 @@ def test_empty_conversations_are_dropped_and_counted_as_blank_documents_are(tmp_
 
 REFUSED = {
     "no template": (None, TALK, "has no chat template, which conversations need: give one with chat_template_path"),
-    "a template that rewrites": (REWRITING, talk("a", "<b>c", "d", "e"), "no generation marks, and renders turn 2 of"),
+    "a template that rewrites": (REWRITING, talk("a", "<b>c", "d", "e"), "no generation marks, and turn 2 of"),
     "the template refuses": (
         STRICT,
         [*TALK],
@@ -276,7 +276,7 @@ REFUSED = {
     "the assistant first": (
         CHATML,
         [turn("assistant", "a")],
-        "starts with the assistant, and the chat template",
+        "turn 1 of the conversation that begins 'a'",
     ),
 }
 

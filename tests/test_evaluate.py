@@ -185,16 +185,15 @@ def test_autocast_and_progress():
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
-        (some_ids(1), {}, r"the text has 1 token\(s\)"),
-        (some_ids(0), {}, r"the text has 0 token\(s\)"),
+        (some_ids(1), {}, r"\(1,\).*at least 2 tokens"),
+        (some_ids(0), {}, r"\(0,\)"),
         (some_ids(9).view(3, 3), {}, r"\(3, 3\) torch.int64"),
         (some_ids(9).float(), {}, "torch.float32"),
         (some_ids(9) + 260, {}, "outside the model's vocabulary of 264"),
-        (some_ids(9), {"seq_len": 257}, "seq_len is 257, and the model takes at most 256"),
+        (some_ids(9), {"seq_len": 257}, "seq_len is 257: .* 256"),
         (some_ids(9), {"seq_len": 1}, "seq_len is 1"),
         (some_ids(9), {"seq_len": 8, "stride": 9}, "stride is 9"),
         (some_ids(9), {"seq_len": 8, "stride": 0}, "stride is 0"),
-        (some_ids(9), {"seq_len": 8, "batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_refusals_are_one_line_with_the_value(ids, options, message):

@@ -52,7 +52,7 @@ class EvalCommand(ScoredTextOptions):
     tasks_from: str | None = None
     """Folder with local files of the tasks, instead of the hub."""
 
-    limit: int | None = None
+    limit: int | None = field(default=None, metadata={"at_least": 1})
     """Maximum number of questions per task."""
 
     precision: Literal["auto", "fp32", "bf16"] = "fp32"

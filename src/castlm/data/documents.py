@@ -210,21 +210,19 @@ def find_files(dataset: str | Path) -> list[Path] | None:
     """
     path, known = user_path(dataset), ", ".join(SUFFIXES)
     if path.is_dir():
-        found, what = sorted(path.iterdir()), "folder"
+        found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
     elif path.exists():
-        if _suffix(path) is None:
-            raise InputError(f"{dataset}: the type of this file is not supported; supported are {known}")
-        return [check_regular(path)]
+        found = [path]
     elif glob.has_magic(str(path)):
-        found, what = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))], "glob"
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     elif _suffix(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", str(dataset)):
         raise InputError(f"{dataset}: no such file or folder; name a file ({known}), a folder or a glob of them")
     else:
         return None
-    files = [file for file in found if not file.is_dir() and not file.name.startswith(".") and _suffix(file)]
+    files = [file for file in found if not file.is_dir() and _suffix(file)]
     if not files:
         others = ", ".join(file.name for file in found[:5]) or "nothing"
-        raise InputError(f"{dataset}: this {what} holds no {known} file, but {others}: name the files")
+        raise InputError(f"{dataset}: no file of a type that is supported ({known}), but {others}")
     return [check_regular(file) for file in files]
 
 

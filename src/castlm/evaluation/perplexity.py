@@ -94,7 +94,7 @@ def perplexity(
     head = None if isinstance(packed_head, PackedLinear) else output_head(model)
     device = model.device
     text = text if isinstance(text, ScoredText) else ScoredText.of(text)
-    _check(model, text.ids, seq_len, stride, batch_size)
+    _check(model, text.ids, seq_len, stride)
     check_vocabulary(text.ids, packed_head.out_features if head is None else head.weight.shape[0])
 
     sequences = text.sequences(seq_len, stride)
@@ -144,24 +144,17 @@ def _packed_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> float
     return total
 
 
-def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int, batch_size: int) -> None:
-    if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
-        raise InputError(f"token_ids are {tuple(token_ids.shape)} {token_ids.dtype}: give a 1-D int64 tensor")
-    if len(token_ids) < 2:
+def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int) -> None:
+    if token_ids.dim() != 1 or token_ids.dtype != torch.int64 or len(token_ids) < 2:
         raise InputError(
-            f"the text has {len(token_ids)} token(s): at least 2 are needed, one to predict the other from"
+            f"the text is a tensor of {tuple(token_ids.shape)} {token_ids.dtype}: give int64, in one dimension, "
+            "and at least 2 tokens"
         )
-    if seq_len < 2:
-        raise InputError(f"seq_len is {seq_len}: a sequence needs at least 2 tokens")
-    longest = context_length(model.config)
-    if longest is not None and seq_len > longest:
-        raise InputError(f"seq_len is {seq_len}, and the model takes at most {longest} tokens: use --seq-len {longest}")
+    longest = context_length(model.config) or seq_len
+    if not 2 <= seq_len <= longest:
+        raise InputError(f"seq_len is {seq_len}: the model takes 2 to {longest} tokens, as --seq-len {longest}")
     if not 1 <= stride <= seq_len:
-        raise InputError(
-            f"stride is {stride}: it must be between 1 and seq_len ({seq_len}), or tokens would be skipped"
-        )
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}: it must be at least 1")
+        raise InputError(f"stride is {stride}: between 1 and seq_len ({seq_len}), it skips no tokens")
 
 
 def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:

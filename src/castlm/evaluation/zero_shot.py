@@ -71,20 +71,14 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def _require_lm_eval() -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
-
-
 def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
     """Checks that the tasks can be evaluated, before a model is loaded.
 
     Raises:
         InputError: lm-eval is not installed, an unknown task, or data that is not in `folder`.
     """
-    _require_lm_eval()
-    if not tasks or not all(tasks):
-        raise InputError("no task is named: pass, for example, --tasks piqa,arc_easy")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
     if folder is not None:
         for name in tasks:
             local_task(name, folder)
@@ -92,10 +86,7 @@ def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        _refuse_unknown(tasks, TaskManager().all_tasks)
-
-
-def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
+        known = TaskManager().all_tasks
     if unknown := [name for name in tasks if name not in known]:
         raise InputError(f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
 
@@ -115,7 +106,7 @@ def zero_shot(
     Args:
         tasks: names, as `["piqa", "arc_easy"]`.
         folder: folder with local files of the tasks; None reads lm-eval's own from the hub.
-        limit: only the first `limit` questions of each task; None for all.
+        limit: only the first `limit` questions of each task, at least 1; None for all.
         batch_size: sequences per forward pass.
         autocast_dtype: e.g. `torch.bfloat16`; None computes in the model's dtype.
 
@@ -125,16 +116,30 @@ def zero_shot(
         none), `num_docs`, `num_fewshot` (always 0), and the source of the data.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, or its data is not available.
+        InputError: the data of a task is not available; see also `check_tasks`.
     """
-    _require_lm_eval()
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}: it must be at least 1, or left out for all questions")
-    if not tasks:
-        raise InputError("no task is named: pass, for example, --tasks piqa,arc_easy")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     configs = None if folder is None else [local_task(name, folder) for name in tasks]
-    with _quiet():
-        results = _evaluate(model, tokenizer, tasks, configs, limit, batch_size, autocast_dtype)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast_dtype)
+    try:
+        with _quiet():
+            results: dict[str, Any] = simple_evaluate(
+                lm,
+                tasks=configs or list(tasks),
+                num_fewshot=0,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=1000,  # for perplexity's error; the error of accuracies is exact
+                task_manager=TaskManager(include_defaults=configs is None),
+            )
+    except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three if it cannot get its data
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the tasks {', '.join(tasks)} could not run: {reason}; use --tasks-from FOLDER for data on this machine"
+        ) from error
     rows = []
     for name, figures in results["results"].items():
         source = {"data": "hub"} if configs is None else _source(configs, name)
@@ -176,46 +181,6 @@ def _source(configs: list[dict[str, Any]], name: str) -> dict[str, str]:
     config = next(c for c in configs if c["task"] == name)
     file = next(iter(config["dataset_kwargs"]["data_files"].values()))
     return {"data": Path(file).name, "sha256": sha256_file(file)}
-
-
-def _evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    configs: list[dict[str, Any]] | None,
-    limit: int | None,
-    batch_size: int,
-    autocast_dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=configs is None)
-    if configs is None:
-        _refuse_unknown(tasks, manager.all_tasks)
-    lm = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        mixed_precision_dtype=autocast_dtype,
-    )
-    try:
-        results: dict[str, Any] = simple_evaluate(
-            lm,
-            tasks=configs or list(tasks),
-            num_fewshot=0,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=1000,  # for perplexity's error; the error of accuracies is exact
-            task_manager=manager,
-        )
-    except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three if it cannot get its data
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"the tasks {', '.join(tasks)} could not run: {reason}; use --tasks-from FOLDER for data on this machine"
-        ) from error
-    return results
 
 
 @contextlib.contextmanager

@@ -74,12 +74,14 @@ class Chat:
         """
         content = json.loads(document)
         if isinstance(content.get("prompt"), str):
-            return self._tokenize(content["prompt"], content["completion"])
+            start, whole = len(content["prompt"]), content["prompt"] + content["completion"]
+            return self._counted(whole, [(start, len(whole))], is_rendered=False)
         messages, tools, prompt = messages_of(content), content.get("tools"), content.get("prompt", [])
         if self._assistant_only and not prompt and _MARK.search(self._template()):
             return self._marked(messages, tools)
-        whole = self._whole(messages, tools)
-        spans = [(0, len(whole))]
+        whole = self.render(messages, tools)
+        self._check_whole(whole, messages, tools)
+        spans: list[tuple[int, int]] = []
         if self._assistant_only:
             if len(messages) > self._most_messages:
                 raise InputError(
@@ -143,18 +145,12 @@ class Chat:
         with _bounded_memory(self._template_bytes):
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
-    def _whole(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
-        """Checks that a rendered conversation has every message, and returns it.
+    def _check_whole(self, whole: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
+        """Raises `InputError` if the rendered conversation `whole` lacks a message.
 
         A template may rewrite a message, so one that is not found verbatim is replaced by a marker and looked for
         again.
         """
-        whole = self.render(messages, tools)
-        self._check_whole(whole, messages, tools)
-        return whole
-
-    def _check_whole(self, whole: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
-        """Raises `InputError` if the rendered conversation `whole` lacks a message."""
         at = 0
         missing: list[int] = []
         for number, message in enumerate(messages):
@@ -216,29 +212,19 @@ class Chat:
 
     def _turn(self, whole: str, messages: list[Any], number: int, tools: Any) -> tuple[int, int]:
         """Begin and end of the turn `number` of the assistant in the rendered conversation."""
-        if number == 0:
-            raise InputError(
-                f"the conversation that begins {_begin(messages)} starts with the assistant, and the chat template has "
-                "no generation marks: put a turn before it, or mark the template (chat_template_path)"
-            )
-        before = self.render(messages[:number], tools, reply=True)
+        before = self.render(messages[:number], tools, reply=True) if number else whole  # no template renders nothing
         upto = self.render(messages[: number + 1], tools)
         if not (whole.startswith(before) and whole.startswith(upto) and len(upto) > len(before)):
             raise InputError(
-                f"the chat template has no generation marks, and renders turn {number + 1} of the conversation that "
-                f"begins {_begin(messages)} differently when the conversation is cut there: mark what the assistant "
-                "writes with {% generation %} (chat_template_path), or set assistant_only_loss to false"
+                f"the chat template has no generation marks, and turn {number + 1} of the conversation that begins "
+                f"{_begin(messages)} is the first, or rendered differently if the conversation is cut there: mark what "
+                "the assistant writes with {% generation %} (chat_template_path), or set assistant_only_loss to false"
             )
         bare = upto.rstrip()  # the line break after the token that ends a turn is the template's
         return len(before), len(bare) if bare.endswith(self._special) and len(bare) > len(before) else len(upto)
 
-    def _tokenize(self, prompt: str, completion: str) -> Rendered:
-        whole = prompt + completion
-        span = (len(prompt), len(whole)) if self._assistant_only else (0, len(whole))
-        return self._counted(whole, [span], is_rendered=False)
-
     def _counted(self, text: str, spans: list[tuple[int, int]], is_rendered: bool) -> Rendered:
-        """The tokens of a text; a token counts if it overlaps one of the spans."""
+        """The tokens of a text; with `assistant_only`, a token counts if it overlaps one of the spans."""
         if not self._assistant_only:
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return Rendered(ids, [True] * len(ids), is_rendered)
@@ -308,12 +294,9 @@ def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTr
     """Gives `tokenizer` the chat template in the file `path`, if given; it is also saved with the result.
 
     Raises:
-        InputError: the file cannot be read, or is empty. Mistakes in a template appear when it renders.
+        InputError: the file cannot be read. Mistakes in a template appear when it renders.
     """
     if path is None:
         return tokenizer
-    template = read_text(user_path(path))
-    if not template.strip():
-        raise InputError(f"{path} is empty: give a Jinja template")
-    tokenizer.chat_template = template
+    tokenizer.chat_template = read_text(user_path(path))
     return tokenizer
