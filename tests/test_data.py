@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from castlm.core.errors import InputError
-from castlm.data import columns, json_rows, readers
+from castlm.data import columns, json_lines, readers
 from castlm.data import documents as documents_module
 from castlm.data import hub as hub_module
 from castlm.data import packing as data_module
@@ -29,7 +29,7 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Columns, Document, Kind
 from castlm.data.documents import Documents, open_documents, split_documents
 from castlm.data.hub import HubDocuments
-from castlm.data.json_rows import Share
+from castlm.data.json_lines import Share
 from castlm.data.loader import BatchLoader
 from castlm.data.options import TextOptions
 from castlm.data.packing import PackedSequences
@@ -109,9 +109,8 @@ def collection(request, monkeypatch):
     return request.param
 
 
-def stream_of(documents, seq_len=16, seed=5, eos_token_id=None, **kwargs):
-    encoder = Encoder(TOKENIZER, eos_token_id=eos_token_id)
-    return PackedSequences(documents, encoder, seq_len=seq_len, seed=seed, **kwargs)
+def stream_of(documents, seq_len=16, seed=5, **kwargs):
+    return PackedSequences(documents, Encoder(TOKENIZER), seq_len=seq_len, seed=seed, **kwargs)
 
 
 # Small inputs of a large cost
@@ -121,8 +120,8 @@ LARGER = TextOptions(document_limit=4)
 
 
 def test_a_line_that_expands_to_more_than_a_text_can_be_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1 << 20)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_lines, "CHUNK_BYTES", 1 << 16)
     for name in ("a.jsonl", "a.jsonl.gz"):
         path = write_lines(tmp_path / name, ["short", "a" * (3 << 20)])
         with pytest.raises(InputError, match=rf"{name}, line 2 is longer than 1,048,576 bytes: .*document_limit"):
@@ -140,11 +139,11 @@ def test_a_text_that_cannot_be_tokenized_at_once_is_refused(write, tmp_path, mon
 
 
 def test_gzip_is_entered_at_the_same_places_however_much_it_expands_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "SEGMENT_BYTES", 1 << 14)
-    monkeypatch.setattr(readers, "READ_BYTES", 1 << 8)
+    monkeypatch.setattr(json_lines, "SEGMENT_BYTES", 1 << 14)
+    monkeypatch.setattr(json_lines, "READ_BYTES", 1 << 8)
     path = write_lines(tmp_path / "a.jsonl.gz", [f"{i} " + "a" * 500 for i in range(400)])
     whole = open_documents(path)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(json_lines, "CHUNK_BYTES", 1000)
     parts = open_documents(path)
     assert texts_of(parts, seed=3) == texts_of(whole, seed=3)
     assert len({*whole._unit.tolist()}) > 2
@@ -284,8 +283,8 @@ def test_position_of_another_seed_or_seq_len_is_refused():
 
 
 def test_all_types_hold_the_same_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "SEGMENT_BYTES", 700)
-    monkeypatch.setattr(readers, "READ_BYTES", 50)
+    monkeypatch.setattr(json_lines, "SEGMENT_BYTES", 700)
+    monkeypatch.setattr(json_lines, "READ_BYTES", 50)
     texts = make_texts(200)
     write_lines(tmp_path / "a.jsonl", texts)
     write_lines(tmp_path / "a.jsonl.gz", texts)
@@ -300,16 +299,16 @@ def test_all_types_hold_the_same_documents(tmp_path, monkeypatch):
 
 
 def test_little_is_held_when_units_do_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "SEGMENT_BYTES", 700)
-    monkeypatch.setattr(readers, "READ_BYTES", 50)
+    monkeypatch.setattr(json_lines, "SEGMENT_BYTES", 700)
+    monkeypatch.setattr(json_lines, "READ_BYTES", 50)
     monkeypatch.setattr(documents_module, "SHUFFLE_BYTES", 5000)
     texts = make_texts(400)
     write_lines(tmp_path / "a.jsonl.gz", texts[:200])
     write_parquet(tmp_path / "b.parquet", texts[200:300], rows=9)
     write_lines(tmp_path / "c.jsonl", texts[300:])
     documents = open_documents(tmp_path)
-    loads, read = [], readers.GzipJsonLines._read
-    monkeypatch.setattr(readers.GzipJsonLines, "_read", lambda self, unit: loads.append(unit) or read(self, unit))
+    loads, read = [], json_lines.GzipJsonLines._read
+    monkeypatch.setattr(json_lines.GzipJsonLines, "_read", lambda self, unit: loads.append(unit) or read(self, unit))
     order = texts_of(documents, 1)
     assert sorted(order) == sorted(texts)
     assert documents._pool._bytes <= 5000
@@ -383,8 +382,8 @@ def on_two_ranks(action):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_each_rank_parses_its_part_of_the_lines_and_all_find_the_same(tmp_path, monkeypatch, name):
     path = write_lines(tmp_path / name, [None, "", *make_texts(50), " ", *make_texts(50, seed=1), ""])
-    parsed, parse = [], json_rows.parse_json
-    monkeypatch.setattr(json_rows, "parse_json", lambda *given: parsed.append(given) or parse(*given))
+    parsed, parse = [], json_lines.parse_json
+    monkeypatch.setattr(json_lines, "parse_json", lambda *given: parsed.append(given) or parse(*given))
     alone = open_documents(path)
     assert (len(alone), len(parsed)) == (100, 104)
     parsed.clear()

@@ -18,16 +18,14 @@ import numpy as np
 from castlm.core.errors import InputError
 from castlm.data.columns import Document, Kind
 from castlm.data.hub import HubDocuments, open_hub
-from castlm.data.json_rows import ALONE, Share
+from castlm.data.json_lines import ALONE, GzipJsonLines, Share, open_json_lines
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.parquet import ParquetRows
 from castlm.data.readers import (
-    GzipJsonLines,
     Piece,
     Pool,
     Position,
     Source,
-    open_json_lines,
     open_text,
     texts_in_memory,
 )

@@ -1,7 +1,7 @@
 """Reads the documents of one file in place, any of them by its number, without a copy on disk and in little memory.
 
-Plain text and JSON lines are memory-mapped. A gzip file is read from seek points, a parquet file
-(`castlm.data.parquet`) by row groups. All files share a `Pool` of bounded size for decompressed parts.
+Plain text is memory-mapped here, as JSON lines are (`castlm.data.json_lines`). A gzip file is read from seek points, a
+parquet file (`castlm.data.parquet`) by row groups. All files share a `Pool` of bounded size for decompressed parts.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import hashlib
 import mmap
 import re
 import threading
-import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,16 +21,11 @@ import numpy as np
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Document, Kind
-from castlm.data.json_rows import JsonRows, Share
-from castlm.data.options import TextOptions
 from castlm.files.reading import open_regular, sha256_file
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size
-SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
 READ_BYTES = 1 << 20
-CHUNK_BYTES = 16 << 20  # decompressed at a time, as a file may be 1,000 times smaller than its text
-MAX_LINE_BYTES = 64 << 20  # of a JSON line, with the images in it, times `document_limit`
 
 _INK = re.compile(rb"\S")
 # Tokenizers split at these places themselves, so the tokens are those of the whole text, as `castlm.data.tokens` shows
@@ -137,7 +130,7 @@ def open_text(path: Path) -> Spans:
 
     The line breaks around that separator are dropped.
     """
-    buffer = _map(path)
+    buffer = map_file(path)
     _check_utf8(buffer, path)
     return _cut_text(buffer, path)
 
@@ -189,115 +182,8 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
     return Spans(buffer, starts, stops, last, lambda span: Document(span.decode()), path)
 
 
-def open_json_lines(path: Path, options: TextOptions, share: Share) -> Spans:
-    """A file with one JSON object per line."""
-    rows = JsonRows(options, path.parent, share)
-    with open_regular(path) as file:
-        lines = split_lines(iter(partial(file.read, READ_BYTES), b""), path, options.document_limit)
-        found = rows.index(lines, path)
-    last = np.ones(len(found.start), dtype=bool)
-    decode = partial(rows.read, where=str(path))
-    spans = Spans(_map(path), found.start, found.stop, last, decode, path)
-    spans.kind = rows.kind
-    return spans
-
-
-class GzipJsonLines:
-    """Gzipped JSON lines with random access: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
-
-    def __init__(self, path: Path, options: TextOptions, pool: Pool, share: Share) -> None:
-        self._path, self._rows, self._pool = path, JsonRows(options, path.parent, share), pool
-        # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
-        self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
-        try:
-            self._start, self._stop = self._rows.index(split_lines(self._scan(), path, options.document_limit), path)
-        except (zlib.error, EOFError, OSError) as error:
-            raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
-        begins = np.asarray([point[0] for point in self._points])
-        self.kind = self._rows.kind
-        self.last = np.ones(len(self._start), dtype=bool)
-        self.unit = np.searchsorted(begins, self._start, side="right") - 1
-        ends = begins.copy()  # a line belongs to the segment that it starts in, and may reach into the next
-        np.maximum.at(ends, self.unit, self._stop)
-        self.unit_bytes = ends - begins
-
-    def _scan(self) -> Iterator[bytes]:
-        total = 0
-        for chunk, offset, inflater in _inflate(self._path):
-            yield chunk
-            total += len(chunk)
-            if offset is not None and total - self._points[-1][0] >= SEGMENT_BYTES:
-                self._points.append((total, offset, inflater.copy()))
-
-    def read(self, piece: int) -> Document:
-        unit = int(self.unit[piece])
-        segment = self._pool.get((id(self), unit), int(self.unit_bytes[unit]), lambda: self._read(unit))
-        begin = self._points[unit][0]
-        line = segment[self._start[piece] - begin : self._stop[piece] - begin]
-        return self._rows.read(line, str(self._path))
-
-    def _read(self, unit: int) -> bytes:
-        _, offset, inflater = self._points[unit]
-        parts, missing = [], int(self.unit_bytes[unit])
-        for chunk, _, _ in _inflate(self._path, offset, inflater):
-            parts.append(chunk[:missing])
-            missing -= len(parts[-1])
-            if not missing:
-                break
-        return b"".join(parts)
-
-    def sha256(self) -> str:
-        return sha256_file(self._path)
-
-
-def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tuple[bytes, int | None, Any]]:
-    """Chunks of a gzip file (of several members, too), and the decompressor after each.
-
-    After the text of each `READ_BYTES` of the file comes an empty chunk, with the offset to continue from.
-    """
-    inflater = inflater.copy() if inflater else zlib.decompressobj(wbits=31)
-    with open_regular(path) as file:
-        file.seek(offset)
-        while raw := file.read(READ_BYTES):
-            chunk = b""
-            while raw or len(chunk) == CHUNK_BYTES:  # then the decompressor may hold more
-                if inflater.eof:
-                    raw = raw.lstrip(b"\0")  # padding after a member is allowed
-                    if not raw:
-                        break
-                    inflater = zlib.decompressobj(wbits=31)
-                chunk = inflater.decompress(raw, CHUNK_BYTES)
-                raw = inflater.unconsumed_tail or inflater.unused_data
-                yield chunk, None, inflater
-            yield b"", file.tell(), inflater
-    if not inflater.eof:
-        raise EOFError("it ends too early")
-
-
-def split_lines(chunks: Iterable[bytes], path: Path, document_limit: float = 1.0) -> Iterator[bytes]:
-    """The lines of a file, with their ends.
-
-    Raises:
-        InputError: a line is longer than `document_limit` times `MAX_LINE_BYTES`.
-    """
-    most, begun, number, num_begun = MAX_LINE_BYTES * document_limit, list[bytes](), 1, 0
-    for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        for line in whole:
-            yield b"".join([*begun, line, b"\n"])
-            begun, num_begun, number = [], 0, number + 1
-        begun.append(rest)
-        num_begun += len(rest)
-        if num_begun > most:
-            raise InputError(
-                f"{path}, line {number} is longer than {most:,.0f} bytes: divide it, put a long text into a .txt file, "
-                "which is read in pieces, or raise document_limit"
-            )
-    if line := b"".join(begun):
-        yield line
-
-
-def _map(path: Path) -> bytes | mmap.mmap:
+def map_file(path: Path) -> bytes | mmap.mmap:
+    """The bytes of a file, mapped into memory."""
     with open_regular(path) as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -71,7 +71,6 @@ class Encoder:
 
     Args:
         assistant_only: count only the assistant's tokens of a conversation; see `castlm.data.chat`.
-        eos_token_id: the token that ends a document; default: `end_of_text_id(tokenizer)`.
         processor: prepares images; see `open_encoder`.
         document_limit: see `castlm.data.options`.
     """
@@ -81,7 +80,6 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         assistant_only: bool = True,
-        eos_token_id: int | None = None,
         processor: ProcessorMixin | None = None,
         document_limit: float = 1.0,
     ) -> None:
@@ -92,7 +90,7 @@ class Encoder:
         self.counted = "assistant" if assistant_only else "all"
         """The tokens of a conversation that count."""
         self.tokenizer_name = str(tokenizer.name_or_path)
-        self.eos = end_of_text_id(tokenizer) if eos_token_id is None else eos_token_id
+        self.eos = end_of_text_id(tokenizer)
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
         """The tokens that the tokenizer itself puts before a text."""
@@ -231,8 +229,6 @@ def token_ids(
     documents: Documents | HubDocuments | str | Path,
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
-    *,
-    eos_token_id: int | None = None,
 ) -> Tensor:
     """The tokens of documents in file order, joined with end-of-text: int64, shape (num_tokens,).
 
@@ -246,7 +242,7 @@ def token_ids(
     """
     if isinstance(documents, str | Path):
         documents = open_documents(documents)
-    encoder = Encoder(tokenizer, assistant_only=False, eos_token_id=eos_token_id)
+    encoder = Encoder(tokenizer, assistant_only=False)
     tokens = first_tokens(documents, encoder, limit)
     return torch.from_numpy(tokens.ids).long()
 

@@ -16,7 +16,7 @@ from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import Documents, joined_digest, open_documents, split_documents
 from castlm.data.hub import HubDocuments
-from castlm.data.json_rows import ALONE, Share
+from castlm.data.json_lines import ALONE, Share
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import AnyDocuments, Mixture
 from castlm.data.packing import MixedSequences, Sequences, open_sequences
