@@ -215,7 +215,7 @@ BAD_ROWS = {
     "no assistant": ({"messages": [turn("user", "a")]}, "no message of the assistant"),
     "not a list": ({"messages": "a"}, "column 'messages' is \"a\""),
     "not messages": ({"messages": ["a"]}, 'message 1 is "a"'),
-    "parts": ({"messages": [turn("user", [{"type": "text"}])]}, "message 1 has the part .*'text'"),
+    "parts": ({"messages": [turn("user", [{"type": "text"}])]}, 'message 1 has the part .*"text"'),
     "mixed columns": ({"text": "a"}, "no column 'messages'; there are: text"),
     "tools": (GOOD | {"tools": "{"}, 'tools is "{"'),
 }

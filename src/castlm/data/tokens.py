@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -89,6 +90,7 @@ class Encoder:
         self._images = ImageReader(processor, assistant_only, document_limit) if processor is not None else None
         self.counted = "assistant" if assistant_only else "all"
         """The tokens of a conversation that count."""
+        self.template_sha256 = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
         self.tokenizer_name = str(tokenizer.name_or_path)
         self.eos = end_of_text_id(tokenizer)
         bos = tokenizer.bos_token_id

@@ -287,7 +287,7 @@ class Start:
             str(self.method),
             self.pattern,
             calibration=calibration,
-            images=extras,
+            extras=extras,
             damping=self.damping,
             refit_iterations=self.refinements.num_refits(self.pattern),
             filter_fn=self.filter_fn,

@@ -21,7 +21,7 @@ NEEDS_MATPLOTLIB = "Charts need matplotlib: pip install '.[report]' in the clone
 
 HALF, WHOLE = 560, 1150
 """Widths of half-page and full-page charts in pixels, so that all text has the same size."""
-PIXELS_PER_INCH = 96
+DPI = 96
 LONGEST_NAME = 40
 
 LIGHT = {"ink": "#1d1d1b", "muted": "#6a6963", "line": "#e3e2dc", "paper": "#fcfcfa", "card": "#ffffff"}
@@ -301,7 +301,7 @@ def _svg(draw: Any, width: float, height: float) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), layout="constrained")
+        figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
         draw(figure.add_subplot())
         return save_svg(figure)
 

@@ -111,7 +111,7 @@ def prune_units_(
     pattern: Pattern,
     *,
     calibration: Tensor | None = None,
-    images: Extras = None,
+    extras: Extras = None,
     damping: float = 0.01,
     refit_iterations: int = 0,
     filter_fn: FilterFn = is_sparse_linear,
@@ -128,7 +128,7 @@ def prune_units_(
         score: a name in `SCORED_BY`.
         calibration: int64, (num_sequences, seq_len). Without it, only scores that need none work, and nothing is
             refitted.
-        images, precision: as for `prune_oneshot_`.
+        extras, precision: as for `prune_oneshot_`.
         damping: share of the mean diagonal of X^T X that is added to the diagonal, for the least squares.
         refit_iterations: steps of conjugate gradients on n:m weights; 0 leaves the kept weights as they are, as
             published. Above 0, the kept columns of an output layer are solved for exactly.
@@ -157,14 +157,14 @@ def prune_units_(
         scored = {name: layers[name] for names in work.pattern.unit_layers(layers) for name in names}
         if score == "taylor" and scored:
             assert calibration is not None
-            of_taylor = None if images is None else images[:TAYLOR_SEQUENCES]
+            of_taylor = None if extras is None else extras[:TAYLOR_SEQUENCES]
             work.rank(scored, loss_gradients(model, scored, calibration[:TAYLOR_SEQUENCES], of_taylor, precision))
         if calibration is None:
             work.prune_(layers, {})
         else:
             if folder is not None and folder.done:
                 report.restore_(folder.results)
-            options: dict[str, Any] = {"extras": images, "precision": precision, "progress": progress}
+            options: dict[str, Any] = {"extras": extras, "precision": precision, "progress": progress}
             steps = walk(
                 MemoryModel(model, layers), layers, calibration, folder=folder, results=report.saved, **options
             )
@@ -182,12 +182,12 @@ def loss_gradients(
     model: PreTrainedModel,
     layers: Mapping[str, nn.Linear],
     sequences: Tensor,
-    images: Extras = None,
+    extras: Extras = None,
     precision: str = "fp32",
 ) -> dict[str, Tensor]:
     """The gradient of the mean loss over `sequences` (num_sequences, seq_len) for the weight of each layer.
 
-    With `images`, image tokens do not count in the loss. The gradients of all layers are held at the same time, because
+    With `extras`, image tokens do not count in the loss. The gradients of all layers are held at the same time, because
     they are summed over several passes; activations take more memory and are recomputed block by block.
     """
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
@@ -195,14 +195,14 @@ def loss_gradients(
         parameter.requires_grad_(False)
         parameter.grad = None
     weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
-    size = 1 if images is not None else max(1, BACKWARD_TOKENS // sequences.shape[1])
+    size = 1 if extras is not None else max(1, BACKWARD_TOKENS // sequences.shape[1])
     batches: Any = sequences.to(model.device).split(size)  # type: ignore[no-untyped-call]
     image_token = getattr(model.config, "image_token_id", -1)
     _, blocks = block_stack(model, layers)
     try:
         with _recomputed(blocks):
-            for ids, beside in zip(batches, images or [{}] * len(batches), strict=True):
-                labels = ids if images is None else ids.masked_fill(ids == image_token, -100)
+            for ids, beside in zip(batches, extras or [{}] * len(batches), strict=True):
+                labels = ids if extras is None else ids.masked_fill(ids == image_token, -100)
                 given = {name: tensor.to(model.device) for name, tensor in beside.items()}
                 with autocast(model.device, precision):
                     output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -193,5 +192,5 @@ def open_training_text(
         encoder,
         train_sha256,
         eval_sha256,
-        hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if documents.kind is not Kind.TEXT else None,
+        encoder.template_sha256 if documents.kind is not Kind.TEXT else None,
     )

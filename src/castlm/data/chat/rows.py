@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.data.images.columns import message_content
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_SOURCES = ("image", "path", "url")
+"""Keys of a message part that may hold its image."""
 
 
 def conversation(row: Mapping[str, Any], column: str, where: str, *, has_completion: bool) -> dict[str, Any]:
@@ -74,10 +75,23 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             f"{where} is {_shown(message)}: it needs a role ({', '.join(ROLES)}) and a content, text or a list of parts"
         )
     if isinstance(content, list):
-        content = found["content"] = message_content(content, where)
+        parts = [_part(part, where) for part in content]
+        is_text = all(part["type"] == "text" for part in parts)
+        content = found["content"] = "".join(part["text"] for part in parts) if is_text else parts
     if isinstance(content, str) and not content.strip() and not found.get("tool_calls"):
         raise InputError(f"{where} ({found['role']}) is empty: remove it, or the conversation")
     return found
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    """A part of a message: a text, or an image with its source as `image`, if it is given here."""
+    found = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    if found.get("type") == "text" and isinstance(found.get("text"), str):
+        return {"type": "text", "text": found["text"]}
+    if found.get("type") == "image":
+        source = next((found[key] for key in _SOURCES if key in found), None)
+        return {"type": "image"} if source is None else {"type": "image", "image": source}
+    raise InputError(f"{where} has the part {_shown(part)}: a part is of type text, with a text, or of type image")
 
 
 def _tools(tools: Any, where: str) -> list[Any]:

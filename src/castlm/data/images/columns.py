@@ -19,30 +19,6 @@ BYTES = "data:image;base64,"
 IMAGE_PART = '{"type": "image"'
 """Beginning of an image part in the JSON of a conversation."""
 _PLACEHOLDER = "<image>"
-_SOURCES = ("image", "path", "url")
-"""Keys of a message part that may hold its image."""
-
-
-def message_content(content: list[Any], where: str) -> str | list[dict[str, Any]]:
-    """Checks message content that is a list of parts; joins it to a text if no part is an image.
-
-    Raises:
-        InputError: a part of another type than text or image.
-    """
-    parts = [_part(part, where) for part in content]
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
-
-
-def _part(part: Any, where: str) -> dict[str, Any]:
-    found = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
-    if found.get("type") == "text" and isinstance(found.get("text"), str):
-        return {"type": "text", "text": found["text"]}
-    if found.get("type") == "image":
-        source = next((found[key] for key in _SOURCES if key in found), None)
-        return {"type": "image"} if source is None else {"type": "image", "image": source}
-    raise InputError(f"{where} has the part {str(part)[:100]}: a part is of type text, with a text, or of type image")
 
 
 def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path | None, where: str) -> list[str]:
