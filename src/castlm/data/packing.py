@@ -37,13 +37,30 @@ _Encoded = tuple[int, Any, Tokens]  # epoch, position and tokens of a piece
 
 
 class Resumable:
-    """Sequences that continue from a saved position of the same seed, seq_len and repeat."""
+    """Sequences that continue from a saved position of the same seed, seq_len and repeat.
 
-    seed: int
-    seq_len: int
-    repeat: bool
+    Args:
+        encoder: of one document at a time; this object alone uses it.
+        repeat: every epoch has the sequences of the first, in its order.
+        say: called with a line on the first document that is too long, and on each that cannot be prepared.
+    """
+
     num_taken: int
     """Number of sequences before the next one, including those before a saved position."""
+
+    def __init__(
+        self,
+        documents: AnyDocuments,
+        encoder: Encoder,
+        *,
+        seq_len: int,
+        seed: int,
+        repeat: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.documents, self.seq_len, self.seed, self.repeat = documents, seq_len, seed, repeat
+        self._encoder, self._say, self._said = encoder, say, set[str]()
+        self._go_to({"epoch": 0, "document": None, "token": 0, "sequences": 0})
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next sequence, as plain JSON, the same on every rank."""
@@ -77,6 +94,11 @@ class Resumable:
     def _go_to(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def _say_once(self, kind: str, line: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            self._say(line)
+
 
 class PackedSequences(Resumable):
     """Sequences of `seq_len` tokens: documents shuffled by (seed, epoch), an end-of-text after each, nothing dropped.
@@ -90,30 +112,15 @@ class PackedSequences(Resumable):
     count fill the rest. A conversation longer than `seq_len` starts a sequence and continues in the following ones;
     each sees its own part alone, as in a long document.
 
-    Args:
-        encoder: of one document at a time; this class alone uses it.
-        repeat: every epoch has the sequences of the first, in its order; the last incomplete one of each is dropped.
-        say: called with a line when the first conversation longer than `seq_len` is met.
+    With `repeat`, the last incomplete sequence of an epoch is dropped.
 
     Raises:
         InputError: the text is shorter than one sequence.
     """
 
-    def __init__(
-        self,
-        documents: Documents | HubDocuments,
-        encoder: Encoder,
-        *,
-        seq_len: int,
-        seed: int,
-        repeat: bool = False,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self.documents, self.seq_len, self.seed, self.repeat = documents, seq_len, seed, repeat
-        self._say, self._has_said = say, False
-        self._encoder = encoder
-        self._go_to({"epoch": 0, "document": None, "token": 0, "sequences": 0})
-        self._fill(seq_len + 1)  # raises before a run if the text is too short
+    def __init__(self, documents: Documents | HubDocuments, encoder: Encoder, **options: Any) -> None:
+        super().__init__(documents, encoder, **options)
+        self._fill(self.seq_len + 1)  # raises before a run if the text is too short
 
     def take(self, num_sequences: int) -> list[Tokens]:
         """The next sequences, each with the token after it: `seq_len` + 1 tokens."""
@@ -195,11 +202,11 @@ class PackedSequences(Resumable):
     def _with_filler(self, conversation: Tokens, place: int) -> Tokens:
         """`conversation`, preceded by filler up to the next sequence if it does not fit into this one."""
         count = len(conversation.ids)
-        if count > self.seq_len and not self._has_said:
-            self._has_said = True
-            self._say(
+        if count > self.seq_len:
+            self._say_once(
+                "long",
                 f"a conversation of {count:,} tokens is longer than seq_len {self.seq_len}: each of its sequences sees "
-                "its own part alone, and so for others as long"
+                "its own part alone, and so for others as long",
             )
         if not place or count <= self.seq_len - place:
             return conversation
@@ -248,26 +255,7 @@ class UnpackedSequences(Resumable):
     model, and a processor prepares one conversation at a time. End-of-text tokens that do not count fill the rest of a
     sequence. A longer conversation is cut. A conversation whose images do not fit or cannot be prepared keeps its
     sequence, but none of its tokens count.
-
-    Args:
-        encoder: with a processor; this class alone uses it.
-        repeat: every epoch has the order of the first.
-        say: called with a line for each conversation that cannot be prepared, and for the first that is too long.
     """
-
-    def __init__(
-        self,
-        documents: AnyDocuments,
-        encoder: Encoder,
-        *,
-        seq_len: int,
-        seed: int,
-        repeat: bool = False,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self.documents, self.seq_len, self.seed, self.repeat = documents, seq_len, seed, repeat
-        self._encoder, self._say, self._said = encoder, say, set[str]()
-        self._go_to({"epoch": 0, "document": None, "token": 0, "sequences": 0})
 
     def take(self, num_sequences: int) -> list[Piece]:
         """The next conversations, not yet prepared."""
@@ -333,11 +321,6 @@ class UnpackedSequences(Resumable):
             )
         filler = Tokens.filler(self._encoder.eos, max(0, most - len(tokens.ids)))
         return Tokens.joined([tokens.part(slice(most)), filler])._replace(extra=tokens.extra)
-
-    def _say_once(self, kind: str, line: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
-            self._say(line)
 
 
 class MixedSequences:
