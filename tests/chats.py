@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from tests.texts import write_rows
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CHATML = (
@@ -62,11 +62,6 @@ def talks(count: int, seed: int = 0, longest: int = 20) -> list[list[dict[str, A
         return "".join(draw.choices("abcde", k=draw.randint(1, longest)))
 
     return [talk(*(words() for _ in range(2 * draw.randint(1, 2)))) for _ in range(count)]
-
-
-def write_rows(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def write_talks(path: Path, conversations: list[Any]) -> str:

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,13 +14,13 @@ from castlm.core.errors import InputError
 from castlm.data.chat.template import Chat
 from castlm.data.columns import Document, Kind
 from castlm.data.documents import open_documents, split_documents
-from castlm.data.loader import BatchLoader
 from castlm.data.options import TextOptions
 from castlm.data.packing import PackedSequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from tests.chats import CHATML, MARKED, REWRITING, STRICT, chat_tokenizer, talk, talks, turn, write_rows, write_talks
+from tests.texts import sequences
 from tests.tiny import EOS_ID, tiny_model
 
 TOKENIZER = chat_tokenizer()
@@ -143,11 +141,6 @@ def test_templates_that_rewrite_the_history_need_marks(name):
 # Columns and files
 
 
-def write_parquet(path, rows):
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
-    return str(path)
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -157,15 +150,7 @@ def write_parquet(path, rows):
     ],
 )
 def test_columns_are_recognized_alike_in_json_lines_gzip_and_parquet(row, tmp_path):
-    import gzip
-
-    rows = [row] * 7
-    files = [
-        write_rows(tmp_path / "a.jsonl", rows),
-        write_parquet(tmp_path / "a.parquet", rows),
-        tmp_path / "b.jsonl.gz",
-    ]
-    files[2].write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    files = [write_rows(tmp_path / name, [row] * 7) for name in ("a.jsonl", "a.parquet", "b.jsonl.gz")]
     texts = [[piece.text for piece in open_documents(file).pieces(None)] for file in files]
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) == 7
@@ -175,14 +160,8 @@ def test_columns_are_recognized_alike_in_json_lines_gzip_and_parquet(row, tmp_pa
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
 def test_rows_of_nulls_do_not_decide_what_a_column_holds(tmp_path, suffix):
-    import gzip
-
-    path, rows = tmp_path / f"a.{suffix}", [{"chat": None, "text": None}] * 4 + [{"chat": TALK, "text": None}] * 2
-    if suffix == "parquet":
-        write_parquet(path, rows)
-    else:
-        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        path.write_bytes(gzip.compress(data) if suffix == "jsonl.gz" else data)
+    rows = [{"chat": None, "text": None}] * 4 + [{"chat": TALK, "text": None}] * 2
+    path = write_rows(tmp_path / f"a.{suffix}", rows)
     pieces = list(open_documents(path, TextOptions(column="chat")).pieces(None))
     assert len(pieces) == 2
     assert all(piece.kind is Kind.CHAT for piece in pieces)
@@ -240,9 +219,9 @@ def test_a_bad_row_is_refused_with_its_line_and_what_was_found(case, tmp_path):
 def test_a_bad_row_of_a_parquet_file_is_found_before_the_run(tmp_path):
     rows = [{"messages": talk("a", "b")}] * 5 + [{"messages": talk("a", "")}]
     with pytest.raises(InputError, match=r"a\.parquet, row 5: message 2 \(assistant\) is empty"):
-        open_documents(write_parquet(tmp_path / "a.parquet", rows))
+        open_documents(write_rows(tmp_path / "a.parquet", rows))
     with pytest.raises(InputError, match="column 'messages' is \"a\""):
-        open_documents(write_parquet(tmp_path / "b.parquet", [{"messages": "a"}]))
+        open_documents(write_rows(tmp_path / "b.parquet", [{"messages": "a"}]))
 
 
 def test_plain_text_and_conversations_are_two_datasets(tmp_path):
@@ -347,15 +326,6 @@ def path(tmp_path_factory):
     return write_talks(tmp_path_factory.mktemp("chat") / "talks.jsonl", talks(40))
 
 
-def sequences(stream, count):
-    batches = [stream.batch(stream.take(1)) for _ in range(count)]
-    return [{name: tensor[0] for name, tensor in batch.items()} for batch in batches]
-
-
-def same(one, other):
-    return len(one) == len(other) and all(torch.equal(a[key], b[key]) for a, b in zip(one, other) for key in a)
-
-
 def test_each_conversation_lies_in_one_sequence_and_is_a_document_of_its_own(tmp_path):
     conversations = talks(40, longest=6)
     path = write_talks(tmp_path / "a.jsonl", conversations)
@@ -377,26 +347,6 @@ def test_each_conversation_lies_in_one_sequence_and_is_a_document_of_its_own(tmp
         expected[text] = "".join(f"{m['content']}<|im_end|>" for m in messages if m["role"] == "assistant")
     assert {text for text, _ in found} == set(expected)
     assert all(expected[text] == kept for text, kept in found)
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 30, 55])
-@pytest.mark.parametrize("repeat", [False, True])
-def test_a_restored_position_goes_on_bit_for_bit(count, repeat, path):
-    straight = sequences(packed(path, repeat=repeat), count + 60)  # more than two epochs
-    stopped = packed(path, repeat=repeat)
-    sequences(stopped, count)
-    resumed = packed(path, repeat=repeat)
-    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
-    assert same(sequences(resumed, 60), straight[count:])
-
-
-def test_ranks_share_the_sequences_of_one(path):
-    one = BatchLoader(packed(path), rows_per_rank=4)
-    ranks = [BatchLoader(packed(path), rows_per_rank=2, rank=rank, world_size=2, prefetch=True) for rank in range(2)]
-    for _ in range(9):
-        whole, parts = next(one), [next(loader) for loader in ranks]
-        assert all(torch.equal(whole[key], torch.cat([part[key] for part in parts])) for key in whole)
-    assert one.state_dict() == ranks[0].state_dict() == ranks[1].state_dict()
 
 
 def test_a_conversation_of_100k_tokens_goes_through_its_sequences_with_one_line(tmp_path):

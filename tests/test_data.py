@@ -37,10 +37,12 @@ from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, end_of_text_id, token_ids
 from castlm.files.reading import read_text
 from castlm.oneshot.calibration import draw_calibration
+from tests.chats import chat_tokenizer, talks, write_talks
 from tests.slow import slow_but
+from tests.texts import same, sequences, write_texts
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 
-TOKENIZER = tiny_tokenizer()
+TOKENIZER = chat_tokenizer()
 ENCODER = Encoder(TOKENIZER)
 
 
@@ -57,17 +59,6 @@ def ids_of(text):
     return TOKENIZER(text)["input_ids"]
 
 
-def write_lines(path, texts, column="text"):
-    data = "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
-
-
-def write_parquet(path, texts, rows=None):
-    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=rows)
-    return path
-
-
 def texts_of(documents, seed=None, epoch=0):
     """Whole documents in the order of `pieces`."""
     found, begun = [], None
@@ -81,16 +72,6 @@ def texts_of(documents, seed=None, epoch=0):
     return found
 
 
-def blocks_of(stream, count):
-    """Dicts of `input_ids`, `labels` and `position_ids`, (seq_len,)."""
-    batches = [stream.batch(stream.take(1)) for _ in range(count)]
-    return [{name: tensor[0] for name, tensor in batch.items()} for batch in batches]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x[k], y[k]) for x, y in zip(a, b) for k in ("input_ids", "labels"))
-
-
 def local(count=23):
     return Documents.from_texts(make_texts(count))
 
@@ -102,11 +83,25 @@ def hub(count=23):
     )
 
 
-@pytest.fixture(params=[local, hub])
-def collection(request, monkeypatch):
+def chat(folder):
+    path = write_talks(folder / "talks.jsonl", talks(9))
+    return lambda: open_documents(path)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
     monkeypatch.setattr(data_module, "_BATCH_PIECES", 3)
     monkeypatch.setattr(hub_module, "HUB_BUFFER", 7)
+
+
+@pytest.fixture(params=[local, hub])
+def plain(request):
     return request.param
+
+
+@pytest.fixture(params=[local, hub, chat])
+def collection(request, tmp_path):
+    return chat(tmp_path) if request.param is chat else request.param
 
 
 def stream_of(documents, seq_len=16, seed=5, **kwargs):
@@ -123,16 +118,16 @@ def test_a_line_that_expands_to_more_than_a_text_can_be_is_refused(tmp_path, mon
     monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1 << 20)
     monkeypatch.setattr(json_lines, "CHUNK_BYTES", 1 << 16)
     for name in ("a.jsonl", "a.jsonl.gz"):
-        path = write_lines(tmp_path / name, ["short", "a" * (3 << 20)])
+        path = write_texts(tmp_path / name, ["short", "a" * (3 << 20)])
         with pytest.raises(InputError, match=rf"{name}, line 2 is longer than 1,048,576 bytes: .*document_limit"):
             open_documents(path)
         assert len(open_documents(path, LARGER)) == 2
 
 
-@pytest.mark.parametrize("write", [write_lines, write_parquet])
-def test_a_text_that_cannot_be_tokenized_at_once_is_refused(write, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_text_that_cannot_be_tokenized_at_once_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "MOST_CHARACTERS", 1000)
-    path = write(tmp_path / f"a.{'parquet' if write is write_parquet else 'jsonl'}", ["short", "a" * 1001])
+    path = write_texts(tmp_path / name, ["short", "a" * 1001])
     with pytest.raises(InputError, match=r"1,001 characters, more than 1,000: .*document_limit"):
         texts_of(open_documents(path))
     assert len(texts_of(open_documents(path, LARGER))) == 2
@@ -141,7 +136,7 @@ def test_a_text_that_cannot_be_tokenized_at_once_is_refused(write, tmp_path, mon
 def test_gzip_is_entered_at_the_same_places_however_much_it_expands_to(tmp_path, monkeypatch):
     monkeypatch.setattr(json_lines, "SEGMENT_BYTES", 1 << 14)
     monkeypatch.setattr(json_lines, "READ_BYTES", 1 << 8)
-    path = write_lines(tmp_path / "a.jsonl.gz", [f"{i} " + "a" * 500 for i in range(400)])
+    path = write_texts(tmp_path / "a.jsonl.gz", [f"{i} " + "a" * 500 for i in range(400)])
     whole = open_documents(path)
     monkeypatch.setattr(json_lines, "CHUNK_BYTES", 1000)
     parts = open_documents(path)
@@ -152,19 +147,19 @@ def test_gzip_is_entered_at_the_same_places_however_much_it_expands_to(tmp_path,
 # Packing and order
 
 
-def test_blocks_are_the_documents_joined_with_end_of_text(collection):
-    flat = [t for epoch in range(3) for text in texts_of(collection(), 5, epoch) for t in [*ids_of(text), EOS_ID]]
+def test_blocks_are_the_documents_joined_with_end_of_text(plain):
+    flat = [t for epoch in range(3) for text in texts_of(plain(), 5, epoch) for t in [*ids_of(text), EOS_ID]]
     count = (len(flat) - 1) // 16
-    for i, block in enumerate(blocks_of(stream_of(collection()), count)):
+    for i, block in enumerate(sequences(stream_of(plain()), count)):
         assert block["input_ids"].tolist() == flat[16 * i : 16 * i + 16]
         assert block["labels"].tolist() == flat[16 * i + 1 : 16 * i + 17]
         assert block["labels"].dtype == torch.int64
 
 
-def test_repeated_epochs_have_the_sequences_of_the_first(collection):
-    flat = [t for text in texts_of(collection(), 5, 0) for t in [*ids_of(text), EOS_ID]]
+def test_repeated_epochs_have_the_sequences_of_the_first(plain):
+    flat = [t for text in texts_of(plain(), 5, 0) for t in [*ids_of(text), EOS_ID]]
     count = len(flat) // 16
-    blocks = blocks_of(stream_of(collection(), repeat=True), 3 * count)
+    blocks = sequences(stream_of(plain(), repeat=True), 3 * count)
     for i, block in enumerate(blocks):
         start = 16 * (i % count)
         assert block["input_ids"].tolist() == flat[start : start + 16]
@@ -174,70 +169,59 @@ def test_repeated_epochs_have_the_sequences_of_the_first(collection):
     ]
 
 
-@pytest.mark.parametrize("count", slow_but((0, 17, 60), [0, 1, 17, 59, 60, 61, 100]))
-def test_restored_repeated_stream_goes_on_bit_for_bit(collection, count):
-    straight = blocks_of(stream_of(collection(), repeat=True), count + 130)
-    stopped = stream_of(collection(), repeat=True)
-    blocks_of(stopped, count)
-    resumed = stream_of(collection(), repeat=True)
-    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
-    assert same(blocks_of(resumed, 130), straight[count:])
-    with pytest.raises(InputError, match="keep repeat"):
-        stream_of(collection()).load_state_dict(stopped.state_dict())
-
-
-def test_every_document_once_an_epoch_in_another_order(collection):
+def test_every_document_once_an_epoch_in_another_order(plain):
     texts = make_texts(23)
-    orders = [texts_of(collection(), seed, epoch) for seed, epoch in ((5, 0), (5, 1), (6, 0))]
+    orders = [texts_of(plain(), seed, epoch) for seed, epoch in ((5, 0), (5, 1), (6, 0))]
     assert all(sorted(order) == sorted(texts) for order in orders)
     assert len({tuple(order) for order in [*orders, texts]}) == 4
-    assert texts_of(collection(), 5, 1) == orders[1]
-    assert texts_of(collection()) == texts
+    assert texts_of(plain(), 5, 1) == orders[1]
+    assert texts_of(plain()) == texts
 
 
 def test_first_block_needs_few_documents_only(monkeypatch):
     read = []
     monkeypatch.setattr(data_module, "_BATCH_CHARS", 250)
     monkeypatch.setattr(Documents, "_read", lambda self, index: read.append(index) or Document("x" * 100))
-    blocks_of(stream_of(local(1000)), 1)
+    sequences(stream_of(local(1000)), 1)
     assert len(read) == 3
 
 
 # Position
 
 
-@pytest.mark.parametrize("count", slow_but((0, 17, 100), [0, 1, 2, 17, 60, 100]))
-def test_restored_stream_goes_on_bit_for_bit(collection, count):
-    straight = blocks_of(stream_of(collection()), count + 80)  # an epoch is about 60 blocks
-    stopped = stream_of(collection())
-    blocks_of(stopped, count)
+@pytest.mark.parametrize("count", slow_but((0, 17, 100), [0, 1, 2, 17, 59, 60, 61, 100]))
+@pytest.mark.parametrize("repeat", [False, True])
+def test_restored_stream_goes_on_bit_for_bit(collection, count, repeat):
+    straight = sequences(stream_of(collection(), repeat=repeat), count + 130)  # an epoch is about 60
+    stopped = stream_of(collection(), repeat=repeat)
+    sequences(stopped, count)
     state = json.loads(json.dumps(stopped.state_dict()))
-    resumed = stream_of(collection())
+    resumed = stream_of(collection(), repeat=repeat)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     assert state["sequences"] == count
-    assert same(blocks_of(resumed, 80), straight[count:])
-    assert same(blocks_of(stopped, 80), straight[count:])
+    assert same(sequences(resumed, 130), straight[count:])
+    assert same(sequences(stopped, 130), straight[count:])
 
 
 def test_restored_in_the_middle_of_a_long_document(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PIECE_BYTES", 100)
     path = tmp_path / "long.txt"
     path.write_text("\n".join(make_texts(40)))
-    straight = blocks_of(stream_of(open_documents(path)), 200)
+    straight = sequences(stream_of(open_documents(path)), 200)
     for count in (3, 50, 101):
         stopped = stream_of(open_documents(path))
-        blocks_of(stopped, count)
+        sequences(stopped, count)
         resumed = stream_of(open_documents(path))
         resumed.load_state_dict(stopped.state_dict())
-        assert same(blocks_of(resumed, 40), straight[count : count + 40])
+        assert same(sequences(resumed, 40), straight[count : count + 40])
     flat = torch.cat([block["input_ids"] for block in straight]).tolist()
     assert [*ids_of(path.read_text()), EOS_ID][:3000] == flat[: min(3000, flat.index(EOS_ID) + 1)]
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_resume_on_other_world_sizes(collection, prefetch):
-    straight = blocks_of(stream_of(collection()), 130)
+    straight = sequences(stream_of(collection()), 130)
     state, at = None, 0
     for world_size, rows, batches in ((1, 3, 9), (2, 2, 6), (4, 1, 12), (1, 1, 20)):
         ranks = []
@@ -271,12 +255,14 @@ def test_prefetched_batch_is_not_in_the_state():
     assert same([next(loader), next(loader)], [first, second])
 
 
-def test_position_of_another_seed_or_seq_len_is_refused():
+def test_position_of_another_seed_seq_len_or_repeat_is_refused():
     state = stream_of(local()).state_dict()
     with pytest.raises(InputError, match="seed 5, not 6"):
         stream_of(local(), seed=6).load_state_dict(state)
     with pytest.raises(InputError, match="seq_len 16, not 8"):
         stream_of(local(), seq_len=8).load_state_dict(state)
+    with pytest.raises(InputError, match="repeat False, not True"):
+        stream_of(local(), repeat=True).load_state_dict(state)
 
 
 # Files
@@ -286,9 +272,9 @@ def test_all_types_hold_the_same_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(json_lines, "SEGMENT_BYTES", 700)
     monkeypatch.setattr(json_lines, "READ_BYTES", 50)
     texts = make_texts(200)
-    write_lines(tmp_path / "a.jsonl", texts)
-    write_lines(tmp_path / "a.jsonl.gz", texts)
-    write_parquet(tmp_path / "a.parquet", texts, rows=9)
+    write_texts(tmp_path / "a.jsonl", texts)
+    write_texts(tmp_path / "a.jsonl.gz", texts)
+    write_texts(tmp_path / "a.parquet", texts, 9)
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(texts) + "\n<|endoftext|>\n", newline="")
     assert len(open_documents(tmp_path / "a.jsonl.gz")._unit_bytes) > 10
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"):
@@ -303,9 +289,9 @@ def test_little_is_held_when_units_do_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(json_lines, "READ_BYTES", 50)
     monkeypatch.setattr(documents_module, "SHUFFLE_BYTES", 5000)
     texts = make_texts(400)
-    write_lines(tmp_path / "a.jsonl.gz", texts[:200])
-    write_parquet(tmp_path / "b.parquet", texts[200:300], rows=9)
-    write_lines(tmp_path / "c.jsonl", texts[300:])
+    write_texts(tmp_path / "a.jsonl.gz", texts[:200])
+    write_texts(tmp_path / "b.parquet", texts[200:300], 9)
+    write_texts(tmp_path / "c.jsonl", texts[300:])
     documents = open_documents(tmp_path)
     loads, read = [], json_lines.GzipJsonLines._read
     monkeypatch.setattr(json_lines.GzipJsonLines, "_read", lambda self, unit: loads.append(unit) or read(self, unit))
@@ -321,10 +307,10 @@ def test_little_is_held_when_units_do_not_fit(tmp_path, monkeypatch):
 
 
 def test_folder_and_glob(tmp_path):
-    write_lines(tmp_path / "b.jsonl", ["two", "three"])
+    write_texts(tmp_path / "b.jsonl", ["two", "three"])
     (tmp_path / "a.txt").write_text("one")
-    write_parquet(tmp_path / "c.parquet", ["four"])
-    write_lines(tmp_path / ".hidden.jsonl", ["hidden"])
+    write_texts(tmp_path / "c.parquet", ["four"])
+    write_texts(tmp_path / ".hidden.jsonl", ["hidden"])
     (tmp_path / "README.md").write_text("not data")
     assert texts_of(open_documents(tmp_path)) == ["one", "two", "three", "four"]
     assert texts_of(open_documents(str(tmp_path / "[bc].*"))) == ["two", "three", "four"]
@@ -381,7 +367,7 @@ def on_two_ranks(action):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_each_rank_parses_its_part_of_the_lines_and_all_find_the_same(tmp_path, monkeypatch, name):
-    path = write_lines(tmp_path / name, [None, "", *make_texts(50), " ", *make_texts(50, seed=1), ""])
+    path = write_texts(tmp_path / name, [None, "", *make_texts(50), " ", *make_texts(50, seed=1), ""])
     parsed, parse = [], json_lines.parse_json
     monkeypatch.setattr(json_lines, "parse_json", lambda *given: parsed.append(given) or parse(*given))
     alone = open_documents(path)
@@ -401,7 +387,7 @@ def test_all_ranks_name_the_first_bad_line_and_files_that_differ(tmp_path):
     assert found[0] == found[1]
     assert "line 7 is not readable JSON" in found[0]
     for rank, count in enumerate((3, 5)):
-        write_lines(tmp_path / f"{rank}.jsonl", ["a"] * count)
+        write_texts(tmp_path / f"{rank}.jsonl", ["a"] * count)
     found = on_two_ranks(lambda share: open_documents(tmp_path / f"{share.rank}.jsonl", share=share))
     assert all("has other lines on rank 1 than on rank 0" in error for error in found)
 
@@ -418,12 +404,12 @@ def test_blank_documents_are_skipped_and_counted(tmp_path):
     path.write_text('{"text": "one"}\n\n{"text": ""}\n{"text": null}\n{"text": " \\n"}\n{"text": "two"}')
     documents = open_documents(path)
     assert (texts_of(documents), len(documents)) == (["one", "two"], 2)
-    assert texts_of(open_documents(write_parquet(tmp_path / "a.parquet", ["", "one", None]))) == ["one"]
+    assert texts_of(open_documents(write_texts(tmp_path / "a.parquet", ["", "one", None]))) == ["one"]
     assert len(Documents.from_texts(["", "one", " "])) == 1
 
 
 def test_text_hash_is_of_the_contents(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    path = write_texts(tmp_path / "a.jsonl", ["one", "two"])
     assert text_hash(open_documents(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
     (tmp_path / "b.txt").write_text("three")
     assert text_hash(open_documents(tmp_path)) != text_hash(open_documents(path))
@@ -457,7 +443,7 @@ def test_split_of_one_document_is_its_end(tmp_path, monkeypatch, piece_bytes):
 
 
 def test_a_limit_of_a_held_out_part_takes_documents_from_all_of_it(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [f"<{i:03}>" for i in range(400)])
+    path = write_texts(tmp_path / "a.jsonl", [f"<{i:03}>" for i in range(400)])
     _, held_out = split_documents(open_documents(path), 0.5, seed=0)
     found = [int(n) for n in re.findall(r"<(\d+)>", TOKENIZER.decode(scored_text(held_out, ENCODER, 90, seed=0).ids))]
     assert len(found) >= 14
@@ -478,7 +464,7 @@ def test_calibration_comes_from_all_over_a_long_document_and_several_files(tmp_p
     assert max(places_of(tmp_path / "long.txt")) > 1000
     (tmp_path / "files").mkdir()
     for number in range(4):
-        write_lines(
+        write_texts(
             tmp_path / "files" / f"{number}.jsonl", [f"<{i:04}>" for i in range(500 * number, 500 * number + 500)]
         )
     assert max(places_of(tmp_path / "files")) > 1000
@@ -486,7 +472,7 @@ def test_calibration_comes_from_all_over_a_long_document_and_several_files(tmp_p
 
 
 def test_calibration_from_the_start_of_a_much_longer_file_is_said(tmp_path):
-    path, said = write_lines(tmp_path / "a.jsonl", [f"<{i:04}>" for i in range(2000)]), []
+    path, said = write_texts(tmp_path / "a.jsonl", [f"<{i:04}>" for i in range(2000)]), []
     for num_sequences in (4, 40):
         calibration_sequences(open_documents(path), ENCODER, num_sequences, 10, say=said.append)
     (line,) = said  # a sixteenth or more of a file is not little
@@ -509,7 +495,7 @@ def test_split_that_leaves_nothing_is_refused():
 
 
 def test_token_ids_are_documents_joined(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    path = write_texts(tmp_path / "a.jsonl", ["one", "two"])
     expected = [*ids_of("one"), EOS_ID, *ids_of("two")]
     assert token_ids(path, TOKENIZER).tolist() == expected
     assert token_ids(open_documents(path), TOKENIZER, limit=5).tolist() == expected[:5]
@@ -618,7 +604,7 @@ def test_token_outside_the_vocabulary_is_refused():
 
 
 def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
-    files = [str(write_lines(tmp_path / f"{i}.jsonl", make_texts(9, seed=i))) for i in range(3)]
+    files = [str(write_texts(tmp_path / f"{i}.jsonl", make_texts(9, seed=i))) for i in range(3)]
     load = datasets.load_dataset
 
     def from_files(name, config, *, split, revision, streaming):
@@ -636,14 +622,14 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     assert sorted(texts_of(documents, 1)) == sorted(texts)
     train, held_out = split_documents(documents, 0.1, seed=0)
     assert (texts_of(train), texts_of(held_out)) == (texts[4:], texts[:4])
-    straight = blocks_of(stream_of(train), 100)
+    straight = sequences(stream_of(train), 100)
     stopped = stream_of(train)
-    blocks_of(stopped, 41)
+    sequences(stopped, 41)
     assert texts_of(held_out) == texts[:4]  # reading one part leaves the other's position alone
     resumed = stream_of(split_documents(open_documents("some/name", data_config="small"), 0.1, 0)[0])
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
-    assert same(blocks_of(resumed, 59), straight[41:])
-    assert same(blocks_of(stopped, 59), straight[41:])
+    assert same(sequences(resumed, 59), straight[41:])
+    assert same(sequences(stopped, 59), straight[41:])
     first_hash = text_hash(documents)
     info.sha = "def"
     monkeypatch.setattr(
@@ -744,10 +730,10 @@ def test_missing_and_empty_places(tmp_path):
 
 def test_text_shorter_than_one_sequence():
     documents = Documents.from_texts(["abcd", "efg"])  # 9 tokens with their ends
-    assert len(blocks_of(stream_of(documents, seq_len=8), 3)) == 3
+    assert len(sequences(stream_of(documents, seq_len=8), 3)) == 3
     with pytest.raises(InputError, match="shorter than 10 tokens, a sequence of seq_len 9 and one more"):
         stream_of(documents, seq_len=9)
-    again = blocks_of(stream_of(documents, seq_len=9, repeat=True), 3)
+    again = sequences(stream_of(documents, seq_len=9, repeat=True), 3)
     assert all(torch.equal(again[0]["input_ids"], block["input_ids"]) for block in again)
     with pytest.raises(InputError, match="shorter than 10 tokens, a sequence of seq_len 10"):
         stream_of(documents, seq_len=10, repeat=True)

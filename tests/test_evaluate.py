@@ -221,14 +221,6 @@ def test_evaluate_text_records_what_the_figure_depends_on(tmp_path):
     assert record["versions"]["torch"] == importlib.metadata.version("torch")
 
 
-def test_a_missing_or_broken_text_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.txt"):
-        open_documents(tmp_path / "nowhere.txt")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(InputError, match="UTF-8"):
-        open_documents(tmp_path / "latin.txt")
-
-
 @pytest.mark.slow
 def test_stories260k_on_tinystories(stories260k, tmp_path):
     if not TINYSTORIES.is_file():
