@@ -488,10 +488,8 @@ def test_calibration_of_a_text_that_is_read_whole_is_drawn_in_file_order(tmp_pat
 
 
 def test_split_that_leaves_nothing_is_refused():
-    with pytest.raises(InputError, match="too few"):
+    with pytest.raises(InputError, match=r"0\.1 of it"):
         split_documents(Documents.from_texts(["a"]), 0.1, seed=0)
-    with pytest.raises(InputError, match="between 0 and 1"):
-        split_documents(local(), 1.0, seed=0)
 
 
 def test_token_ids_are_documents_joined(tmp_path):
@@ -677,7 +675,7 @@ BAD_FILES = [
     ("a.jsonl", LINE + b'{"id": 2}\n', r"line 2: no column 'text'; there are: id"),
     ("a.jsonl", b'{"body": "one", "id": 1}\n', r"no column 'text'; there are: body, id"),
     ("a.jsonl", b'{"text": 3}\n', r"holds a int"),
-    ("a.jsonl", LINE + b'{"text": "\xff"}\n', r"line 2: not UTF-8"),
+    ("a.jsonl", LINE + b'{"text": "\xff"}\n', r"line 2 .*utf-8"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', r"surrogate"),
     ("a.jsonl", b"", r"no document with text"),
     ("a.jsonl", b'{"text": " "}\n', r"no document with text in it"),
@@ -702,8 +700,8 @@ def test_bad_parquet(tmp_path):
     whole = parquet_bytes(tmp_path, pa.table({"body": ["one"], "text": [1]}))
     with pytest.raises(InputError, match="no column 'story'; there are: body, text"):
         open_documents(bad(tmp_path, "a.parquet", whole), TextOptions(column="story"))
-    with pytest.raises(InputError, match="holds int64"):
-        open_documents(bad(tmp_path, "a.parquet", whole))
+    with pytest.raises(InputError, match="column 'text' holds a int"):
+        texts_of(open_documents(bad(tmp_path, "a.parquet", whole)))
     whole = parquet_bytes(tmp_path, pa.table({"text": make_texts(500)}))
     documents = open_documents(bad(tmp_path, "a.parquet", whole[:200] + bytes(2000) + whole[2200:]))
     with pytest.raises(InputError, match="row group 0 cannot be read"):

@@ -95,7 +95,6 @@ def test_weights_are_read_from_the_names():
 
     assert of("a.txt:0.7", "b.jsonl:3") == {"a.txt": 0.7, "b.jsonl": 3.0}
     assert of("a.txt", "owner/name@v1:0.5") == {"a.txt": 1.0, "owner/name@v1": 0.5}
-    assert of("a.txt:-2", "b.txt") == {"a.txt": -2.0, "b.txt": 1.0}  # which a mixture refuses
     assert TrainConfig.of("m", ["a:1"], "o").data.dataset == "a:1"  # a single text has no weight
     for names, message in ((("a", "a:2"), "names a text twice"), (("a", ""), "is not text or a list"), ((), "dataset")):
         with pytest.raises(InputError, match=message):
@@ -105,8 +104,9 @@ def test_weights_are_read_from_the_names():
     for more in ({"num_train_epochs": 1}, {"repeat_sequences": True}):
         with pytest.raises(InputError, match="needs a single dataset"):
             TrainConfig.of("m", ("a", "b"), "o", **more)
-    with pytest.raises(InputError, match="weight 0 is not above 0"):
-        mixture(1, 0)
+    for weight in (0, -2):
+        with pytest.raises(InputError, match=r"dataset .*weight above 0"):
+            of(f"a.txt:{weight}", "b.txt")
 
 
 def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text(text, tmp_path):

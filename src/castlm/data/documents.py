@@ -170,10 +170,7 @@ def open_documents(
             f"{dataset} has {counts[0]} files on rank 0 and others elsewhere: give all ranks the same files"
         )
     pool = Pool(SHUFFLE_BYTES)
-    try:
-        sources = [_open_file(file, options, pool, share) for file in files]
-    except OSError as error:
-        raise InputError(f"cannot read {error.filename or dataset}: {error.strerror or error}") from error
+    sources = [_open_file(file, options, pool, share) for file in files]
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT]
     if 0 < len(plain) < len(files):
         other = next(file for file in files if file not in plain)
@@ -236,10 +233,9 @@ def split_documents(
         The documents for training, and those held out.
 
     Raises:
-        InputError: a fraction outside (0, 1), or too little text to split.
+        InputError: too little text to split.
     """
-    if not 0 < holdout_fraction < 1:
-        raise InputError(f"holdout_fraction {holdout_fraction} is not between 0 and 1: try 0.05")
+    assert 0 < holdout_fraction < 1
     if isinstance(documents, HubDocuments):
         return documents.split(HUB_HELD_OUT)
     count = len(documents)
@@ -253,10 +249,11 @@ def split_documents(
 
 
 def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents, Documents]:
+    too_short = InputError(
+        f"{documents.name} is too short to train on it and hold out {holdout_fraction} of it: give eval_dataset"
+    )
     if documents.kind is not Kind.TEXT:
-        raise InputError(
-            f"{documents.name}: a single conversation cannot be held out and trained on: give eval_dataset"
-        )
+        raise too_short
     count = len(documents._piece)
     num_held_out = int(count * holdout_fraction)
     if num_held_out:
@@ -267,7 +264,7 @@ def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents
     near = text[at : (at + len(text)) // 2]
     cut = at + 1 + (near.find("\n") if "\n" in near else near.find(" "))  # at `at` if there is neither
     if not text[:cut].strip() or not text[cut:].strip():
-        raise InputError(f"{documents.name}: {len(text)} characters are too few to hold out {holdout_fraction}")
+        raise too_short
     return Documents.from_texts([text[:cut]], documents.name), Documents.from_texts([text[cut:]], documents.name)
 
 

@@ -5,7 +5,6 @@ Each line is parsed once before a run, by one of the ranks that open the file, s
 
 from __future__ import annotations
 
-import codecs
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -84,13 +83,9 @@ class JsonRows:
         """The document of a line.
 
         Raises:
-            InputError: the line is not JSON, or as `Columns.document`.
+            InputError: the line is not JSON in UTF-8, or as `Columns.document`.
         """
-        try:
-            decoded = line.removeprefix(codecs.BOM_UTF8).decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-        row = parse_json(decoded, where)
+        row = parse_json(line, where)
         if not isinstance(row, dict):
             raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
         if self._columns is None:

@@ -21,13 +21,11 @@ class Mixture:
         weights: the share of each, above 0; they need not add up to 1.
 
     Raises:
-        InputError: a weight that is not above 0, or plain text beside conversations with images.
+        InputError: plain text beside conversations with images.
     """
 
     def __init__(self, parts: Sequence[Documents | HubDocuments], weights: Sequence[float]) -> None:
-        for part, weight in zip(parts, weights, strict=True):
-            if not weight > 0:
-                raise InputError(f"dataset {part.name}: its weight {weight:g} is not above 0")
+        for part in parts:
             if part.kind is Kind.TEXT and any(other.kind is Kind.WITH_EXTRA for other in parts):
                 raise InputError(f"{part.name}: plain text beside conversations with images: give it as conversations")
         self.parts, self.weights = list(parts), [weight / sum(weights) for weight in weights]

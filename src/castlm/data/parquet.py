@@ -31,19 +31,16 @@ class ParquetRows:
         try:
             file = pq.ParquetFile(path, memory_map=True)
             schema = file.schema_arrow
+            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+            rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
+            if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
+                raise ValueError(f"{rows.sum():,} rows")
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
             raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
         holds = {field.name: _arrow_kind(field.type) for field in schema}
         self._columns = find_columns(holds, options, str(path), path.parent)
         self.kind = self._columns.kind_of(holds)
-        name = self._columns.name
-        if self.kind is Kind.TEXT and holds[name] != "str":
-            raise InputError(f"{path}: column {name!r} holds {holds[name]}: strings are needed")
         self._read_names = [name for name in self._columns.read if name in holds]
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
-        if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
-            raise InputError(f"{path}: not a whole parquet file ({rows.sum():,} rows): fetch it again")
         self._first = np.cumsum(rows) - rows
         self.unit = np.repeat(np.arange(len(rows)), rows)
         self.last = np.ones(int(rows.sum()), dtype=bool)
@@ -64,10 +61,7 @@ class ParquetRows:
         return self._document(table, int(piece - self._first[unit]), piece)
 
     def _document(self, table: Any, row: int, number: int, text_alone: bool = False) -> Document:
-        try:
-            values = {name: table.column(name)[row].as_py() for name in table.column_names}
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self._path}: row {number} is not UTF-8 ({error.reason}): convert the file") from error
+        values = {name: table.column(name)[row].as_py() for name in table.column_names}
         return self._columns.document(values, f"{self._path}, row {number}", text_alone)
 
     def _read(self, unit: int, names: list[str]) -> Any:
@@ -76,7 +70,7 @@ class ParquetRows:
 
         try:
             table = pq.ParquetFile(self._path).read_row_group(unit, columns=names)
-            table.validate(full=True)  # otherwise a corrupt offset would read out of bounds
+            table.validate(full=True)  # otherwise a corrupt offset would read out of bounds; checks UTF-8, too
             return table
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{self._path}: row group {unit} cannot be read ({_one_line(error)})") from error

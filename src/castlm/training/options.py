@@ -100,6 +100,7 @@ class DataOptions(ScoredTextOptions):
     def out_of_range(self) -> Iterator[Bound]:
         yield from super().out_of_range()
         yield "dataset", bool(self.dataset), "at least one text"
+        yield "dataset", all(weight > 0 for weight in self.datasets.values()), "texts of a weight above 0"
         yield "seq_len", self.seq_len >= 2, "at least 2"
         yield "seed", self.seed >= 0, "at least 0"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import importlib.util
 import io
 import json
 import re
@@ -66,8 +65,6 @@ def open_processor(
             f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or leave the "
             "images out (those of a dataset by naming the column of its conversations)"
         )
-    if importlib.util.find_spec("PIL") is None:
-        raise InputError("images need Pillow: install the extra vision of castlm")
     with quiet(where), as_input_error(where):
         processor = AutoProcessor.from_pretrained(where.target, **options, **where.local)
     if not isinstance(processor, ProcessorMixin):
@@ -288,9 +285,7 @@ def read_image(source: str, document_limit: float = 1.0) -> Image:
             pixels = image.width * image.height
             most = MOST_PIXELS_OF_ONE * document_limit
             if pixels > most:  # checked before any image is decoded
-                raise InputError(
-                    f"it has {pixels:,} pixels, more than {most:,.0f}: scale it down, or raise document_limit"
-                )
+                raise ValueError(f"it has {pixels:,} pixels, more than {most:,.0f}: scale it down; see document_limit")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a decoder is a program, with errors of many types
         reason = re.sub(r" <_io.*?>", " it", " ".join(str(error).split())[:200])
