@@ -8,7 +8,6 @@ import gzip
 import io
 import json
 import os
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +38,7 @@ from castlm.data.images.reader import open_processor, read_image
 from castlm.data.loader import BatchLoader
 from castlm.data.mixture import Mixture
 from castlm.data.options import TextOptions
-from castlm.data.packing import UnpackedSequences
+from castlm.data.packing import UnpackedSequences, open_sequences
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, Tokens
 from castlm.evaluation.perplexity import perplexity
@@ -215,14 +214,20 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     assert read_image(str(tmp_path / "photo.jpg")).size == (32, 64)
 
 
-def test_the_shares_of_a_mixture_are_of_the_text_alone(dataset, tmp_path):
-    data = "data:image/png;base64," + base64.b64encode((dataset.parent / "red.png").read_bytes() * 50).decode()
+def test_each_text_of_a_mixture_with_images_has_its_share_and_position(dataset, encoder, tmp_path):
+    data = "data:image/png;base64," + base64.b64encode((dataset.parent / "red.png").read_bytes()).decode()
     for name, image in (("paths", str(dataset.parent / "red.png")), ("bytes", data)):
         row = {"messages": [user(PICTURE, "color"), assistant("red")], "images": [image]}
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 20)
-    mixed = Mixture([open_documents(tmp_path / f"{name}.jsonl") for name in ("paths", "bytes")], [1, 1])
-    pieces = list(islice(mixed.pieces(None), 20))
-    assert sum(piece.extra[0].startswith(BYTES) for piece in pieces) == 10
+    mixed = Mixture([open_documents(tmp_path / f"{name}.jsonl") for name in ("paths", "bytes")], [3, 1])
+    stream, resumed = (open_sequences(mixed, encoder, seq_len=64, seed=0) for _ in range(2))
+    assert sum(piece.extra[0].startswith(BYTES) for piece in stream.take(20)) == 5
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert [piece.extra for piece in resumed.take(9)] == [piece.extra for piece in stream.take(9)]
+    ids, extra = calibration_sequences(mixed, encoder, 4, 64)
+    assert ids.shape == (4, 64)
+    assert extra is not None
+    assert all("pixel_values" in of for of in extra)
 
 
 def test_bytes_in_parquet_are_the_same_as_files(dataset, encoder, tmp_path):

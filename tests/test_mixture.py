@@ -1,7 +1,6 @@
 """Several texts in one run: their shares, an exact position, and figures of each evaluation text."""
 
 import json
-from itertools import islice
 
 import pytest
 import torch
@@ -62,15 +61,6 @@ def test_calibration_takes_from_each_text_its_share_of_the_sequences_in_turns():
     assert "".join(words) == "abcaabca"
     with pytest.raises(InputError, match=r"b: the calibration text has 10.* tokens.* 200"):
         calibration_sequences(mixture(1, 1), Encoder(tiny_tokenizer()), 8, 200)
-
-
-@pytest.mark.parametrize("start", range(0, 60, 7))
-def test_a_saved_position_goes_on_exactly(start):
-    mixed = mixture(3, 1, 1)
-    straight = [(piece.text, piece.position) for piece in islice(mixed.pieces(seed=2), 90)]
-    position = json.loads(json.dumps(straight[start][1]))
-    again = [(piece.text, piece.position) for piece in islice(mixed.pieces(2, 0, position), 90 - start)]
-    assert again == straight[start:]
 
 
 def test_sequences_of_a_mixture_resume_exactly_on_any_number_of_ranks():

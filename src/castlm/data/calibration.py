@@ -14,6 +14,7 @@ from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import Documents
 from castlm.data.extra import join_extra
+from castlm.data.hub import HubDocuments
 from castlm.data.mixture import AnyDocuments, Mixture, turns_by_share
 from castlm.data.tokens import Encoder, Tokens, up_to
 from castlm.oneshot.calibration import draw_calibration
@@ -48,6 +49,8 @@ def calibration_sequences(
     Raises:
         InputError: as `draw_calibration` and `Encoder`; or no conversation fits.
     """
+    if isinstance(documents, Mixture):
+        return _of_each(documents, encoder, num_sequences, seq_len, seed, say)
     if documents.kind is Kind.WITH_EXTRA:
         ids, extra = _with_extra(documents, encoder, num_sequences, seq_len, seed)
         if len(ids) < num_sequences:
@@ -55,8 +58,6 @@ def calibration_sequences(
                 f"calibration: {len(ids)} conversations have images that fit into {seq_len} tokens, not {num_sequences}"
             )
         return ids, extra
-    if isinstance(documents, Mixture):
-        return _of_each(documents, encoder, num_sequences, seq_len, seed, say), None
     limit = CALIBRATION_POOL * num_sequences * seq_len
     num_read = 0
 
@@ -84,18 +85,20 @@ def _of_each(
     seq_len: int,
     seed: int,
     say: Callable[[str], None],
-) -> Tensor:
+) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
     """Takes the sequences of the texts in turns, by share, so that the first few sequences cover all texts."""
     turns = turns_by_share(documents.weights, num_sequences)
-    drawn: dict[int, Iterator[Tensor]] = {}
+    drawn: dict[int, Iterator[tuple[Tensor, dict[str, Tensor]]]] = {}
     for number in sorted(set(turns)):
         part = documents.parts[number]
         try:
-            ids, _ = calibration_sequences(part, encoder, turns.count(number), seq_len, seed, say=say)
-            drawn[number] = iter(ids)
+            ids, extra = calibration_sequences(part, encoder, turns.count(number), seq_len, seed, say=say)
+            drawn[number] = iter(list(zip(ids, extra or [{}] * len(ids))))
         except InputError as error:
             raise InputError(f"{part.name}: {error}") from error
-    return torch.stack([next(drawn[number]) for number in turns])
+    found = [sequence for number in turns if (sequence := next(drawn[number], None)) is not None]
+    extras = [extra for _, extra in found] if documents.kind is Kind.WITH_EXTRA else None
+    return torch.stack([ids for ids, _ in found]), extras
 
 
 def _sample(documents: Documents, encoder: Encoder, limit: int, seed: int) -> Tensor:
@@ -106,7 +109,7 @@ def _sample(documents: Documents, encoder: Encoder, limit: int, seed: int) -> Te
 
 
 def _with_extra(
-    documents: AnyDocuments, encoder: Encoder, num_sequences: int, seq_len: int, seed: int
+    documents: Documents | HubDocuments, encoder: Encoder, num_sequences: int, seq_len: int, seed: int
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     pieces = islice(documents.pieces(None), CALIBRATION_POOL * num_sequences)
     found = list(pieces)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
-from castlm.data.readers import Piece, Position
 
 
 class Mixture:
@@ -32,37 +31,6 @@ class Mixture:
         shares = (f"{part.name} ({weight:.0%})" for part, weight in zip(parts, self.weights))
         self.name = " + ".join(shares)
         self.kind = max(part.kind for part in parts)
-
-    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
-        """An endless stream of conversations in fixed shares of the characters; see `Documents.pieces`.
-
-        The next one comes from the text that is furthest behind its share. A text that ends starts its next epoch, in
-        another order; `epoch` counts from the epoch of each text.
-        """
-        count = range(len(self.parts))
-        state = position or {"texts": [[epoch, None, False] for _ in count], "used": [0 for _ in count]}
-        texts, used = [list(text) for text in state["texts"]], list(state["used"])
-        streams = [self._open(number, seed, *texts[number]) for number in count]
-        while True:
-            number = furthest_behind(used, self.weights)
-            piece = next(streams[number], None)
-            if piece is None:
-                texts[number] = [texts[number][0] + 1, None, False]
-                streams[number] = self._open(number, seed, *texts[number])
-                piece = next(streams[number], None)
-                if piece is None:
-                    raise InputError(f"dataset {self.parts[number].name} has no text: leave it out")
-            texts[number] = [texts[number][0], piece.position, False]
-            yield piece._replace(position={"texts": [list(text) for text in texts], "used": list(used)})
-            texts[number][2] = True
-            used[number] += len(piece.text)
-
-    def _open(self, number: int, seed: int | None, epoch: int, position: Position, is_used: bool) -> Iterator[Piece]:
-        """The pieces of a text, starting at `position`, or after it if that piece `is_used`."""
-        pieces = self.parts[number].pieces(seed, epoch, position)
-        if is_used:
-            next(pieces, None)
-        return pieces
 
     def text_hash(self) -> str:
         """A SHA-256 of the texts and their shares, in hexadecimal."""

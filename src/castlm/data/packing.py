@@ -50,7 +50,7 @@ class Resumable:
 
     def __init__(
         self,
-        documents: AnyDocuments,
+        documents: Documents | HubDocuments,
         encoder: Encoder,
         *,
         seq_len: int,
@@ -330,25 +330,23 @@ class MixedSequences:
     whatever the lengths of the documents, and no random state needs to be saved.
 
     Args:
-        parts: the sequences of each text: endless, and of one length.
+        parts: the sequences of each text: endless, of one length and one class.
         weights: the share of each.
     """
 
-    def __init__(self, parts: Sequence[PackedSequences], weights: Sequence[float]) -> None:
-        self.seq_len = parts[0].seq_len
+    def __init__(
+        self, parts: Sequence[PackedSequences] | Sequence[UnpackedSequences], weights: Sequence[float]
+    ) -> None:
+        self.batch = parts[0].batch
         self._parts, self._weights = list(parts), list(weights)
 
-    def take(self, num_sequences: int) -> list[Tokens]:
-        """See `PackedSequences.take`."""
-        found: list[Tokens] = []
+    def take(self, num_sequences: int) -> list[Any]:
+        """The next sequences, for `batch`."""
+        found: list[Any] = []
         while len(found) < num_sequences:
             number = furthest_behind([part.num_taken for part in self._parts], self._weights)
             found += self._parts[number].take(1)
         return found
-
-    def batch(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
-        """See `PackedSequences.batch`."""
-        return self._parts[0].batch(sequences)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in each text, as plain JSON; the same on every rank."""
@@ -386,13 +384,10 @@ def open_sequences(
     """
     encoder = copy.deepcopy(encoder)
     options: dict[str, Any] = {"seq_len": seq_len, "seed": seed, "repeat": repeat, "say": say}
-    if documents.kind is Kind.WITH_EXTRA:
-        return UnpackedSequences(documents, encoder, **options)
+    kind = UnpackedSequences if documents.kind is Kind.WITH_EXTRA else PackedSequences
     if isinstance(documents, Mixture):
-        return MixedSequences(
-            [PackedSequences(part, encoder, **options) for part in documents.parts], documents.weights
-        )
-    return PackedSequences(documents, encoder, **options)
+        return MixedSequences([kind(part, encoder, **options) for part in documents.parts], documents.weights)
+    return kind(documents, encoder, **options)
 
 
 def _shifted(sequences: Sequence[Tokens]) -> dict[str, Tensor]:
