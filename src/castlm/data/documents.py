@@ -98,8 +98,8 @@ class Documents:
                     pool, held = pool + 1, 0
                 held += num_bytes
                 pool_of_unit[unit] = pool
-        document = np.cumsum(self._last) - self._last
-        key = rng.random(len(self))[document]
+        document = np.cumsum(self._last) - self._last  # the number of the document of each piece
+        key = rng.random(len(self))[document]  # one draw a document: its pieces stay together, in their order
         return np.lexsort((key, pool_of_unit[self._unit]))
 
     def _read(self, index: int) -> Document:

@@ -409,7 +409,7 @@ def document_positions(begins: Tensor) -> Tensor:
         >>> document_positions(torch.tensor([[0, 0, 0, 1, 0, 1, 1]]).bool())
         tensor([[0, 1, 2, 0, 1, 0, 0]])
     """
-    index = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)
+    index = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)  # (8, 512)
     return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
@@ -423,5 +423,5 @@ def document_mask(positions: Tensor) -> Tensor:
         bool, (batch, 1, seq, seq), True = attends.
     """
     document = (positions == 0).cumsum(dim=1)
-    same = document[:, :, None] == document[:, None, :]
+    same = document[:, :, None] == document[:, None, :]  # (8, 512, 512)
     return torch.tril(same)[:, None]

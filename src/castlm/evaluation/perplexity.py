@@ -106,7 +106,7 @@ def perplexity(
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             labels = tensors.pop("labels")[:, :-1]  # nothing follows the last token
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                hidden = backbone(model)(**tensors, use_cache=False).last_hidden_state
+                hidden = backbone(model)(**tensors, use_cache=False).last_hidden_state  # (1, 1024, 576)
                 if head is None:
                     nll = _packed_nll(model, hidden[:, :-1], labels)
                 else:
@@ -137,7 +137,7 @@ def _packed_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> float
     """The summed loss through a packed head, by the same kernels as in `castlm generate`."""
     head, (scale, softcap), total = model.get_output_embeddings(), logit_scale(model.config), 0.0
     for x, y in zip(hidden.flatten(0, 1).split(_HEAD_ROWS), labels.flatten().split(_HEAD_ROWS)):
-        logits = head(x).float() * scale
+        logits = head(x).float() * scale  # (192, 49152)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         total += F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum").item()
