@@ -92,15 +92,16 @@ class SampleFile:
         vars(self).update(counts)
         if self.is_finished or not self.bytes:
             return
+        number = 0
         try:
             with self.part.open("rb") as file:
-                for line in islice(file, self.samples):
+                for number, line in enumerate(islice(file, self.samples), 1):  # noqa: B007  # compared below
                     self._digest.update(line)
                     row = json.loads(line)
                     self._is_new(prompt_of(self._prompts, row["sample"]), row)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise changed from error
-        if self._digest.hexdigest() != record.get("sha256"):
+        if number != self.samples or self._digest.hexdigest() != record.get("sha256"):
             raise changed
 
     def add(self, found: Sequence[Sample | None], size: int) -> int:
