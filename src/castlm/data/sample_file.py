@@ -60,19 +60,20 @@ class SampleFile:
         """
         record = read_record(self.record_file)
         digest = sha256_file(self.path) if self.path.exists() else None
-        self.is_finished = digest is not None and digest == record.get("sha256") and not self.part.exists()
+        is_whole = digest is not None and digest == record.get("sha256")
+        self.is_finished = resume and is_whole and not self.part.exists()
+        if not self.is_finished:
+            if digest is not None and not (overwrite or (resume and record)):
+                raise InputError(f"{self.path} already exists: name another file or pass overwrite")
+            if digest not in (None, record.get("sha256"), record.get("replaces")):
+                raise InputError(f"{self.path} is not as castlm wrote it: move it away, or name another file")
+            if self.part.exists() and not (record and (resume or overwrite)):
+                remedy = "pass resume, or overwrite" if record else "it has no record of castlm beside it: move it away"
+                raise InputError(f"{self.part} is there, from a start that was stopped: {remedy}")
         if resume and record:
             self._restore(record)
-            if self.is_finished:
-                return
-        self.is_finished = False
-        if digest is not None and not (overwrite or (resume and record)):
-            raise InputError(f"{self.path} already exists: name another file or pass overwrite")
-        if digest not in (None, record.get("sha256"), record.get("replaces")):
-            raise InputError(f"{self.path} is not as castlm wrote it: move it away, or name another file")
-        if self.part.exists() and not (record and (resume or overwrite)):
-            remedy = "pass resume, or overwrite" if record else "it has no record of castlm beside it, so move it away"
-            raise InputError(f"{self.part} is there, from a start that was stopped: {remedy}")
+        if self.is_finished:
+            return
         self._replaces = digest
         if not self.batches:  # a kill from now on leaves no rows without a record
             self._write_record()
