@@ -344,7 +344,7 @@ def test_the_solver_sees_the_images(vlm, dataset):
     assert not torch.equal(loaded.model.get_submodule(name).weight, blind.get_submodule(name).weight)
 
 
-@pytest.mark.parametrize("score", ["wanda", "taylor"])
+@pytest.mark.parametrize("score", ["flap", "taylor"])
 def test_scores_of_channels_see_the_images(llava, dataset, score):
     def pruned(number: int | None) -> torch.Tensor:
         loaded = load_model(llava)
