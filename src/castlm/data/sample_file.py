@@ -19,7 +19,7 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.data.sampling import Sample, Sampler, prompt_of
 from castlm.files.atomic_file import atomic_write_json, flush_folder
-from castlm.files.disk import disk_full_is_said
+from castlm.files.disk import reporting_full_disk
 from castlm.files.lock import HeldError, locked
 from castlm.files.reading import read_record, sha256_file, user_path
 
@@ -124,7 +124,7 @@ class SampleFile:
                 rows.append({**sample.row, "sample": place})
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         with (
-            disk_full_is_said(self.part, "free some space and resume"),
+            reporting_full_disk(self.part, "free some space and resume"),
             self.part.open("r+b" if self.bytes else "wb") as file,
         ):
             file.truncate(self.bytes)
