@@ -184,7 +184,7 @@ def check_hang(ground: Ground, victim: int, timeout_s: float) -> str:
 
 
 def check_torchrun(ground: Ground) -> str:
-    """`torchrun --max-restarts` brings a run home after one of its ranks is killed."""
+    """`torchrun --max-restarts` brings a run home after a rank is killed in the start, and another after a save."""
     config = ground.new_run()
     folder = Path(config.checkpoint.output_dir)
     arguments = ["--nproc-per-node", "2", "--max-restarts", "2", "--standalone", "-m", "castlm", "train"]
@@ -195,17 +195,18 @@ def check_torchrun(ground: Ground) -> str:
     log = ground.folder / "torchrun.log"
     with log.open("w") as stream:
         agent = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
-    deadline = time.monotonic() + PATIENCE_S
-    while not (folder / "checkpoints" / "step-00000002").is_dir() and agent.poll() is None:
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.005)
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    for moment in (Path(f"{folder}.partial") / "progress.json", folder / "checkpoints" / "step-00000002"):
+        deadline = time.monotonic() + PATIENCE_S
+        while not moment.exists() and agent.poll() is None:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.005)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
     assert agent.wait(PATIENCE_S) == 0, log.read_text()
     text = log.read_text()
     assert "resuming" in text, text
     ground.compare(config)
-    return "torchrun --max-restarts, a rank killed: home by itself"
+    return "torchrun --max-restarts, a rank killed in the start and one after a save: home by itself"
 
 
 def main() -> int:

@@ -77,6 +77,7 @@ def test_round_trip(checkpoint):
     assert manifest["figures"] == {"0": {"perplexity": float("inf")}}
     assert all(torch.equal(into[name], value) for name, value in state(3.0).items())
     assert sorted(file.name for file in checkpoint.iterdir()) == ["manifest.json", SHARD]
+    assert (checkpoint / SHARD).stat().st_mode & 0o666 == checkpoint.stat().st_mode & 0o666
 
 
 @pytest.mark.parametrize("where", [SHARD, "manifest.json"])

@@ -46,7 +46,15 @@ from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder
 from castlm.training.trackers import TrackedRun
 from castlm.training.train import begin_run, calibrate, train, with_values_found
-from tests.faults import Ground, check_hang, check_kill, check_kill_in_start, check_sigterm, train_as_a_command
+from tests.faults import (
+    Ground,
+    check_hang,
+    check_kill,
+    check_kill_in_start,
+    check_sigterm,
+    check_torchrun,
+    train_as_a_command,
+)
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
 from tests.runs import assert_same_runs_but_for_sums, metrics, train_until
 from tests.slow import slow
@@ -695,6 +703,11 @@ def test_killed_ranks_come_home_bit_for_bit(victims, during_save, ground):
 @pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
 def test_ranks_killed_in_the_start_come_home_bit_for_bit(victims, ground):
     check_kill_in_start(ground, victims)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_killed_in_its_start_and_later(ground):
+    check_torchrun(ground)
 
 
 def test_sigterm_to_one_rank_saves_and_ends_all_with_0(ground):

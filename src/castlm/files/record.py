@@ -68,8 +68,9 @@ def unrecorded(folder: Path) -> dict[str, list[int]]:
 def _listed(folder: Path) -> dict[str, list[int]]:
     """The files that the record of `folder` lists; empty if the record is malformed."""
     listed = read_record(folder / OUTPUT).get("files")
-    is_right = isinstance(listed, dict) and all(isinstance(about, list) for about in listed.values())
-    return listed if is_right else {}
+    if not isinstance(listed, dict) or not all(isinstance(about, list) for about in listed.values()):
+        return {}
+    return listed
 
 
 def record_output(folder: Path, *, checksums: bool = False, **about: Any) -> None:

@@ -87,17 +87,18 @@ def to_yaml(content: Mapping[str, Any]) -> str:
 
 _TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
-_PLAIN = {
-    "null": re.compile(r"~|null|Null|NULL|"),
-    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
-    "int": re.compile(r"-?(0|[1-9][0-9]{0,18})"),
-    "float": re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?"),
-}
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"-?(0|[1-9][0-9]{0,18})")
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 
 
 def _plain_value(text: str) -> Any:
     """The value of a scalar without quotes: a number, boolean, null, or else text."""
-    kind = next((kind for kind, form in _PLAIN.items() if form.fullmatch(text)), "text")
-    if kind == "bool":
+    if _NULL.fullmatch(text):
+        return None
+    if _BOOL.fullmatch(text):
         return text.lower() == "true"
-    return {"null": lambda _: None, "int": int, "float": float, "text": str}[kind](text)
+    if _INT.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text

@@ -37,6 +37,7 @@ from castlm.files.atomic_file import (
     plain_json,
     read_json_mapping,
     size_and_crc,
+    widen_access,
 )
 from castlm.files.disk import is_disk_full
 from castlm.training.config import FREE_ON_RESUME, is_retired
@@ -222,6 +223,7 @@ def _write(rows: Mapping[str, Tensor], file: Path) -> dict[str, tuple[int, int]]
     if not rows:
         return {}
     save_file(dict(rows), file)
+    widen_access(file, file.parent)
     flush_file(file)
     return {file.name: size_and_crc(file)}
 
