@@ -85,6 +85,10 @@ def output_folder(
         final.mkdir(exist_ok=True)
     with _locked(final, command):
         before = read_record(final / OUTPUT).get("begun")
+
+        def has_begun() -> bool:
+            return read_record(final / OUTPUT).get("begun") not in (None, before)
+
         try:
             if not resume:
                 _refuse_content(final, overwrite)
@@ -93,10 +97,10 @@ def output_folder(
             elif not is_empty(final) and command_of(final) != command:
                 raise InputError(f"{final} holds no output of castlm {command}, but other files: name another folder")
             yield final
-            if read_record(final / OUTPUT).get("begun") not in (None, before):
+            if has_begun():
                 update_record(final, complete=True)
         except BaseException as error:
-            if read_record(final / OUTPUT).get("begun") not in (None, before):
+            if has_begun():
                 _end_early(final, may_continue=isinstance(error, KeyboardInterrupt | SystemExit), resumes=resume)
             raise
         finally:
