@@ -12,10 +12,10 @@ from castlm.core.errors import InputError
 from castlm.methods.options import MethodOptions, OptimizerOptions
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.patterns import parse_pattern
-from castlm.training.options import HIDDEN_WEIGHT, SEQ_LEN, StartOptions, TeacherOptions
+from castlm.training.options import SEQ_LEN, StartOptions, TeacherOptions
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
-_OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "hidden_weight")
+_OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "teacher", "hidden_weight")
 """Options without effect on `castlm prune`."""
 _OF_PRUNE = ("memory", *(option.name for section in (BasisOptions, Refinements) for option in fields(section)))
 """Options without effect on the memory of a training run, whose start holds the whole model."""
@@ -67,8 +67,12 @@ class MemoryOptions:
     eta: float = field(default=TeacherOptions.eta, metadata={"at_least": 0})
     """Weight of the KL divergence to the teacher. 0 trains without a teacher."""
 
-    hidden_weight: float = field(default=HIDDEN_WEIGHT, metadata={"at_least": 0})
-    """Weight of the distance to the teacher's hidden states. 0 turns it off, and so does eta 0."""
+    teacher: str | None = None
+    """Model to distill from, or its config .json. The default is the model itself."""
+
+    hidden_weight: float | None = field(default=None, metadata={"at_least": 0})
+    """Weight of the distance to the teacher's hidden states. The default is 15, and 0 with another teacher. 0 turns it
+    off, and so does eta 0."""
 
     prune: bool = False
     """Predict `castlm prune` on a CPU instead of a training run."""
@@ -107,7 +111,8 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
             compute_dtype=self.precision,
             teacher_dtype=self.precision,
             teacher=self.eta > 0,
-            hidden_states=self.hidden_weight > 0,
+            teacher_model=self.teacher,
+            hidden_states=self.teacher is None if self.hidden_weight is None else self.hidden_weight > 0,
             moments=self.moments,
             calibration_tokens=self.calibration_sequences * self.seq_len if prunes else 0,
             gpu_gib=gib,

@@ -217,10 +217,15 @@ def _expert_places(
 
 
 def materialize_(module: nn.Module, device: torch.device) -> None:
-    """Allocates memory for sharded parameters, uninitialised, and moves buffers, in place; tied weights stay tied."""
-    buffers = dict(module.named_buffers(remove_duplicate=False))
+    """Allocates memory for parameters on the meta device, uninitialised, in place; moves buffers and other parameters.
+
+    Tied weights stay tied.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    held = {name: local(tensor).detach() for name, tensor in parameters.items() if not local(tensor).is_meta}
+    held |= dict(module.named_buffers(remove_duplicate=False))
     aliases: dict[Tensor, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         aliases.setdefault(parameter, []).append(name)
     module.to_empty(device=device)
     for first, *others in aliases.values():  # `to_empty` makes one parameter for each name
@@ -228,8 +233,10 @@ def materialize_(module: nn.Module, device: torch.device) -> None:
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, module.get_parameter(first))
     with torch.no_grad():
-        for name, buffer in module.named_buffers(remove_duplicate=False):
-            buffer.copy_(buffers[name])
+        tensors = dict(module.named_parameters(remove_duplicate=False))
+        tensors |= dict(module.named_buffers(remove_duplicate=False))
+        for name, tensor in held.items():
+            local(tensors[name]).copy_(tensor)
 
 
 @torch.no_grad()

@@ -82,9 +82,8 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     """The README.md of an exported folder, from its name and the content of its castlm.json (see `export_model`)."""
     pattern = parse_pattern(manifest["pattern"])
     source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
-    hub_id, rest = _hub_model(source)
-    base_name = (hub_id or _public(source)).split("/")[-1]
-    base = f"[{hub_id}](https://huggingface.co/{hub_id}){markdown(rest)}" if hub_id else markdown(base_name)
+    hub_id, _ = _hub_model(source)
+    base_name, base = (hub_id or _public(source)).split("/")[-1], _reference(source)
     front_matter = {
         **({"base_model": hub_id} if hub_id else {}),
         **({"license": license_id} if license_id else {}),
@@ -103,9 +102,11 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         total = proof["cut"] + proof["weights"]
         removed = f"{proof['cut']:,} of the {total:,} weights of {proof['layers']} layers are gone."
         counts = removed if is_dense else f"{removed} {counts}"
-    made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm (the CAST method, arXiv 2509.25996)"
-    kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
     config = manifest.get("config") or {}
+    made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm (the CAST method, arXiv 2509.25996)"
+    if config.get("teacher"):
+        made += f", distilled from {_reference(config['teacher'])}"
+    kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
     return _CARD.format(
         how=kept if config.get("init_from") and config.get("init_from") == config.get("model") else made,
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
@@ -174,6 +175,14 @@ def _hub_model(source: str) -> tuple[str, str]:
         return f"{cached[1]}/{cached[2]}", f"@{cached[3]}"
     on_hub = None if Path(source).exists() else _HUB_SOURCE.fullmatch(source)
     return (on_hub["id"], on_hub["rest"] or "") if on_hub else ("", "")
+
+
+def _reference(source: str) -> str:
+    """A model in Markdown: a link to the hub, or the last part of its path."""
+    hub_id, rest = _hub_model(source)
+    if hub_id:
+        return f"[{hub_id}](https://huggingface.co/{hub_id}){markdown(rest)}"
+    return markdown(_public(source).split("/")[-1])
 
 
 def _public(name: str) -> str:

@@ -19,6 +19,8 @@ from castlm.core.errors import InputError
 from castlm.inference.formats import FORMATS, INT4_GROUP
 from castlm.oneshot.sparsegpt import upper_factor
 
+INT4_RANGE = (-8, 7)
+"""The smallest and the largest code of int4."""
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
@@ -117,7 +119,7 @@ def _descend(codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessia
             for j in range(len(slope)):
                 column = codes[block.start + j]
                 wanted = column - slope[j] / (inner[j, j] * scale)
-                change = wanted.round_().clamp_(-8, 7).mul_(kept[block.start + j]).sub_(column)
+                change = wanted.round_().clamp_(*INT4_RANGE).mul_(kept[block.start + j]).sub_(column)
                 column += change
                 slope.addr_(inner[:, j], change.mul_(scale))
             _refit(scale, codes[block], slope, inner)
@@ -138,7 +140,7 @@ def _round_block(left: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes
     """Rounds the columns of one group, (64, rows), in order; returns the error of each, in units of U_jj."""
     errors = torch.empty_like(left)
     for j in range(len(left)):
-        codes[j] = (left[j] / scale).round_().clamp_(-8, 7).mul_(kept[j])
+        codes[j] = (left[j] / scale).round_().clamp_(*INT4_RANGE).mul_(kept[j])
         errors[j] = left[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
         left[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     return errors
@@ -155,11 +157,11 @@ def _best_scale(group: Tensor, kept: Tensor, diagonal: Tensor) -> Tensor:
     extreme = group.gather(0, index).squeeze(0)
     importance = diagonal.square().reciprocal().unsqueeze(1)
     best, least = torch.ones_like(extreme), torch.full_like(extreme, float("inf"))
-    for end in (7.0, -8.0):
+    for end in reversed(INT4_RANGE):
         for shrink in _SHRINK:
             scale = (extreme * (shrink / end)).bfloat16().float()
             scale = torch.where(scale == 0, 1.0, scale)
-            lost = (group / scale).round_().clamp_(-8, 7).mul_(scale).sub_(group).square_().mul_(importance).sum(0)
+            lost = (group / scale).round_().clamp_(*INT4_RANGE).mul_(scale).sub_(group).square_().mul_(importance).sum(0)
             better = lost < least
             best, least = torch.where(better, scale, best), torch.where(better, lost, least)
     return best

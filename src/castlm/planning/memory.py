@@ -59,6 +59,11 @@ class _Sizes(NamedTuple):
     kinds: tuple[Hashable, ...]
     """A key for each transformer block; see `block_kinds`."""
 
+    @property
+    def outside(self) -> int:
+        """Parameters outside the transformer blocks."""
+        return self.total - self.block * self.num_layers
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -119,6 +124,7 @@ def plan_memory(
     gradient_checkpointing: bool = False,
     compute_dtype: str = "bf16",
     teacher: bool = True,
+    teacher_model: PretrainedConfig | str | Path | None = None,
     teacher_dtype: str = "bf16",
     hidden_states: bool = True,
     chunk_tokens: int = 1024,
@@ -157,6 +163,7 @@ def plan_memory(
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
+        teacher_model: the config of a teacher other than the model itself, as `config`.
         hidden_states: whether the teacher's hidden states are distilled; no effect without a teacher.
         compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
         chunk_tokens: tokens whose logits are in memory at once (default of the loss: 1,024 on a GPU, 192 on a CPU).
@@ -201,12 +208,13 @@ def plan_memory(
         fused=fused_optimizer,
     )
     sizes = _sizes(config, run)
+    tutor = sizes if teacher_model is None else _sizes(read_config(teacher_model), replace(run, scale_groups=0))
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded, sizes.kinds) for sharded in sharded_or_not}
-    plan = _plan(sizes, saved[world_size > 1], run, world_size)
+    plan = _plan(sizes, tutor, saved[world_size > 1], run, world_size)
     if gpu_gib is None:
         return plan
-    candidates = (replace(_plan(sizes, saved[r > 1], run, r), gpu_gib=gpu_gib) for r in WORLD_SIZES)
+    candidates = (replace(_plan(sizes, tutor, saved[r > 1], run, r), gpu_gib=gpu_gib) for r in WORLD_SIZES)
     least = next((candidate.world_size for candidate in candidates if candidate.fits), None)
     return replace(plan, gpu_gib=gpu_gib, smallest_world_size=least)
 
@@ -243,18 +251,18 @@ def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
     return made
 
 
-def _plan(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> MemoryPlan:
-    parts = _components(sizes, saved, run, world_size)
+def _plan(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world_size: int) -> MemoryPlan:
+    parts = _components(sizes, tutor, saved, run, world_size)
     phases = _start(sizes, run, world_size) | _phases(parts, sizes, saved, run)
     return MemoryPlan(parts, phases, sizes.total, sizes.sparse, world_size, run.checkpointing)
 
 
-def _components(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
+def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
     sharded, c = world_size > 1, run.compute.itemsize
     t = 0 if run.teacher is None else run.teacher.itemsize
     residual = 4  # in autocast too: only the inputs of linear layers are cast
     narrow = c if c < 4 else 0  # of a copy that is not made in fp32
-    outside = sizes.total - sizes.block * sizes.num_layers
+    gathered = 4 * sizes.outside + 2 * c * sizes.block + t * (tutor.outside + 2 * tutor.block)
     head, states = sizes.vocab * sizes.hidden, run.tokens * sizes.hidden
 
     def shard(size: int) -> int:
@@ -271,12 +279,12 @@ def _components(sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> 
         "gradients": shard(4 * sizes.total),
         "moments": shard(sizes.moments),
         "masks": shard(sizes.sparse // 4),
-        "teacher": shard(t * sizes.total),
+        "teacher": shard(t * tutor.total),
         "activations": sizes.num_layers * saved.block + saved.rest,
         "activations, checkpointed": sizes.num_layers * states * residual + saved.block + saved.rest,
         "weights kept for backward": layers_kept * saved.block_weights,
         "teacher's hidden states": run.hidden_states * sizes.num_layers * states * t,
-        "gathered weights": sharded * (outside * (4 + t) + 2 * sizes.block * (c + t)),
+        "gathered weights": sharded * gathered,
         "gathered gradients": sharded * sizes.block * (c + 4),
         "logits": run.chunk_tokens * sizes.vocab * ((12 if t else 4) + narrow),
         "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (t and c) + 2 * narrow),

@@ -302,6 +302,7 @@ _BY_CONTENT = {
     "dataset": "dataset_sha256",
     "eval_dataset": "eval_sha256",
     "chat_template_path": "chat_template_sha256",
+    "teacher": "teacher_fingerprint",
 }
 """Options that name files, and the fact that holds the hash of their content."""
 

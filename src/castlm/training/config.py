@@ -152,8 +152,8 @@ class TrainConfig:
             decay_end = 0.3 if method.starts_at_zero(start, pattern) else 0.1
             object.__setattr__(self, "method", dataclasses.replace(method, decay_end=decay_end))
         if self.teacher.hidden_weight is None:
-            has_teacher = self.teacher.eta > 0 and self.teacher.teacher_cache is None
-            compares = has_teacher and method.row.is_sparse and not self.is_finetuning
+            reads_dense = self.teacher.teacher is None and self.teacher.teacher_cache is None
+            compares = self.teacher.eta > 0 and reads_dense and method.row.is_sparse and not self.is_finetuning
             weight = HIDDEN_WEIGHT if compares else 0.0
             object.__setattr__(self, "teacher", dataclasses.replace(self.teacher, hidden_weight=weight))
 
@@ -355,6 +355,7 @@ EFFECTS: dict[str, Effect] = {
         lambda c: _turns_axes(c) and c.start.rotates_values,
         "a rotation: rotate other than off, and an n:m pattern with init_from sparsegpt or wanda",
     ),
+    "teacher": Effect(lambda c: c.teacher.eta > 0, "eta above 0"),
     "temperature": Effect(lambda c: c.teacher.eta > 0, "eta above 0"),
     "teacher_top_k": Effect(lambda c: c.teacher.eta > 0, "eta above 0"),
     "min_lr_ratio": Effect(lambda c: c.optimizer.lr_scheduler_type != "constant", "a learning rate that falls"),

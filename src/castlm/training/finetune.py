@@ -42,11 +42,11 @@ class FixedMaskOptions(MethodOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneTeacherOptions(TeacherOptions):
-    """Distillation from the model before fine-tuning."""
+    """Distillation from the model before fine-tuning, or from another one."""
 
     eta: float = 0.0
-    """Weight in the loss of the KL divergence to the model before fine-tuning, 0 to 1. Above 0, the model stays closer
-    to it."""
+    """Weight in the loss of the KL divergence to the teacher, by default the model before fine-tuning, 0 to 1. Above 0,
+    the model stays closer to it."""
 
 
 @dataclass(frozen=True, kw_only=True)

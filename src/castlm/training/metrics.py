@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,8 +150,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None if record is None else record.peak["bf16"]
 
 
-def flops_per_token(names: Mapping[Tensor, str], model_config: Any, seq_len: int, has_teacher: bool) -> float:
-    """FLOPs of one training token: `6 N + 12 L H T` for the student, and a third of it for a teacher's forward pass.
+def forward_flops(parameters: Iterable[tuple[Tensor, str]], model_config: Any, seq_len: int) -> float:
+    """FLOPs of one token in a forward pass: `2 N + 4 L H T`; a training step takes three times as many.
 
     Model FLOP/s utilization (MFU, arXiv 2204.02311) is their number per second divided by the peak of the device.
 
@@ -160,15 +160,14 @@ def flops_per_token(names: Mapping[Tensor, str], model_config: Any, seq_len: int
     Recomputed activations do not count.
 
     Args:
-        names: the name of every trained parameter. Sharded ones count in full.
+        parameters: all parameters with their names. Sharded ones count in full.
     """
     config = model_config.get_text_config()
     embedding = 0 if model_config.tie_word_embeddings else config.vocab_size * config.hidden_size
     active = getattr(config, "num_experts_per_tok", 1)
     matrices = sum(
         p.numel() * (min(1.0, active / len(p)) if p.dim() == 3 else 1)
-        for p, name in names.items()
+        for p, name in parameters
         if p.dim() > 1 and name.endswith(("weight", "weight.original")) and not is_tower(name)
     )
-    training = 6 * (matrices - embedding) + 12 * config.num_hidden_layers * config.hidden_size * seq_len
-    return training * (4 / 3 if has_teacher else 1)
+    return 2 * (matrices - embedding) + 4 * config.num_hidden_layers * config.hidden_size * seq_len

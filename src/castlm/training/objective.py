@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from castlm.core.blocks import is_tower
 from castlm.core.distill import DistillationLoss, distillation_loss
 from castlm.core.errors import InputError
+from castlm.core.head import OutputHead
 from castlm.core.hidden import hidden_distance
 from castlm.core.sparsify import transformer_blocks
 from castlm.core.top_tokens import TopTokens, top_tokens
@@ -58,7 +59,8 @@ class Objective(nn.Module):
     with the label -100 count in none of the three. Further tensors go to the forward passes of student and teacher.
 
     Args:
-        teacher: frozen, in eval mode; None if `eta` is 0, or if `cache` holds all sequences.
+        teacher: frozen, in eval mode, with at least the student's vocabulary; None if `eta` is 0, or if `cache` holds
+            all sequences.
         top_k: distill from the teacher's `top_k` most probable tokens; 0 uses the full distribution.
         cache: stores these tokens.
         apart: the documents of a training sequence do not attend to each other; each begins where `position_ids` are 0.
@@ -117,7 +119,7 @@ class Objective(nn.Module):
             loss = distillation_loss(ours.states, head, labels, teacher_top=found, **settings)
         else:
             theirs = self._teacher_output(inputs, compares_hidden)
-            loss = distillation_loss(ours.states, head, labels, theirs.states, output_head(self.teacher), **settings)
+            loss = distillation_loss(ours.states, head, labels, theirs.states, self._teacher_head(), **settings)
         if not compares_hidden:
             return _without_hidden(loss)
         assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
@@ -187,6 +189,12 @@ class Objective(nn.Module):
         assert self.teacher is not None
         return self._output(self.teacher, inputs, stream)
 
+    def _teacher_head(self) -> OutputHead:
+        """The teacher's head on the student's vocabulary: families pad larger models to more rows of no token."""
+        assert self.teacher is not None
+        head, rows = output_head(self.teacher), len(self.student.get_input_embeddings().weight)
+        return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
+
     def fill_cache(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
         """Lets the teacher read a batch (batch, seq), unless the cache holds all of it."""
         position_ids = position_ids if self.apart else None
@@ -201,8 +209,7 @@ class Objective(nn.Module):
         if found is not None:
             return found, None
         output = self._teacher_output(inputs, stream)
-        assert self.teacher is not None
-        top = top_tokens(output.states, output_head(self.teacher), self.top_k, self.temperature)
+        top = top_tokens(output.states, self._teacher_head(), self.top_k, self.temperature)
         if self.cache is not None:
             self.cache.put(input_ids, top, position_ids)
         return top, output
@@ -229,18 +236,28 @@ def _without_hidden(loss: DistillationLoss) -> TrainingLoss:
 
 
 def shard_objective_(
-    objective: Objective, stored: Checkpoint | None, precision: str, world: World, whole_copies: bool
+    objective: Objective,
+    stored: Checkpoint | None,
+    teacher_stored: Checkpoint | None,
+    precision: str,
+    world: World,
+    whole_copies: bool,
 ) -> None:
-    """Moves student and teacher to the device, sharded unless `whole_copies`; reads each rank's rows from `stored`."""
-    if stored is None:
+    """Moves student and teacher to the device, sharded unless `whole_copies`.
+
+    Args:
+        stored: the place of the student's weights, of which each rank reads its rows; None if they are in memory.
+        teacher_stored: the same of the teacher.
+    """
+    if stored is None and teacher_stored is None:
         objective.to(world.device)
     if not whole_copies:
         shard_(objective, world, precision)
-    if stored is not None:
+    if stored is not None or teacher_stored is not None:
         materialize_(objective, world.device)
-        load_rows_(objective.student, stored, world)
-        if objective.teacher is not None:
-            load_rows_(objective.teacher, stored, world)
+    for model, places in ((objective.student, stored), (objective.teacher, teacher_stored)):
+        if model is not None and places is not None:
+            load_rows_(model, places, world)
     if is_sharded(objective):
         register_fsdp_forward_method(objective, "prove_head")
         register_fsdp_forward_method(objective, "check_documents_apart")

@@ -131,15 +131,19 @@ class StartOptions(Refinements, BasisOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions(Bounded):
-    """Distillation from the dense model."""
+    """Distillation from the dense model, or from another one."""
+
+    teacher: str | None = essential(None)
+    """Model to distill from, such as a larger one with the same tokenizer: a folder, hub id or GGUF file. The default
+    is the dense model."""
 
     eta: float = 2 / 3
-    """Weight of the KL divergence to the dense teacher in the loss, 0 to 1. 0 trains without a teacher."""
+    """Weight of the KL divergence to the teacher in the loss, 0 to 1. 0 trains without a teacher."""
 
     hidden_weight: float | None = None
     """Weight of the distance between the hidden states of student and teacher after each transformer block. It falls
-    linearly to 0 over the run. The default is 15, and 0 with eta 0, a teacher_cache (which holds no hidden states),
-    method dense, or castlm finetune."""
+    linearly to 0 over the run. The default is 15, and 0 with eta 0, another teacher, a teacher_cache (which holds no
+    hidden states), method dense, or castlm finetune."""
 
     temperature: float = 1.0
     """Temperature of the KL divergence, which is multiplied by its square."""

@@ -29,7 +29,7 @@ from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, 
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import (
     Evaluator,
-    flops_per_token,
+    forward_flops,
     mask_figures,
     masked_histogram,
     masked_shares,
@@ -86,6 +86,8 @@ class Run:
     world: World
     folder: RunFolder
     source: Source
+    teacher_fingerprint: str | None
+    """A hash of the weights of the option `teacher`; None if the dense model is the teacher."""
     text: TrainingText
     objective: Objective
     """Student and teacher."""
@@ -133,8 +135,11 @@ class Run:
         self.progress.first_step = self.progress.step
         watched = self.method.layers if self.method.decays else {}
         self.self_check = SelfCheck(self.optimizer, watched, self.config.model.pattern, self.world)
-        has_teacher, seq_len = self.objective.teacher is not None, self.config.data.seq_len
-        self.flops_per_token = flops_per_token(self.names, self.model.config, seq_len, has_teacher)
+        seq_len, teacher = self.config.data.seq_len, self.objective.teacher
+        self.flops_per_token = 3 * forward_flops(self.names.items(), self.model.config, seq_len)  # backward: twice it
+        if teacher is not None:
+            named = ((parameter, name) for name, parameter in teacher.named_parameters())
+            self.flops_per_token += forward_flops(named, teacher.config, seq_len)
         self.peak_flops = peak_flops(self.world.device, self.evaluator.precision)
         opened: list[Tracker] = []
 
@@ -174,6 +179,7 @@ class Run:
         return {
             "world_batch": self.config.optimizer.sequences_per_step(self.world.size),
             "model_fingerprint": self.source.fingerprint,
+            **({"teacher_fingerprint": self.teacher_fingerprint} if self.teacher_fingerprint else {}),
             "dataset_sha256": self.text.train_sha256,
             "eval_sha256": self.text.eval_sha256,
             "precision_used": self.evaluator.precision,
@@ -202,6 +208,8 @@ class Run:
         yield f"{config.method.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
         if self.text.is_masked:
             yield self.text.explain()
+        if self.teacher_fingerprint:
+            yield f"teacher: {teacher.teacher}"
         if teacher.teacher_cache:
             here = "every sequence is in the cache: no teacher is loaded"
             kept = here if self.objective.teacher is None else "missing sequences are added"

@@ -1,4 +1,5 @@
-"""The dense model of a run: whole in a single process; without weights on several ranks, until each reads its rows.
+"""The dense model of a run, and its teacher: whole in a single process; without weights on several ranks, until each
+reads its rows.
 
 Methods with `whole_copies` load the whole model on each rank.
 """
@@ -18,10 +19,11 @@ from castlm.core.errors import InputError
 from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import Checkpoint, open_sharded, opened_files
 from castlm.distributed.world import World
-from castlm.models.architecture import check_head, context_length, vocab_size
+from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
 from castlm.models.io import Loaded, load_model
+from castlm.models.opening import open_model
 from castlm.oneshot.residual import untie_
-from castlm.training.options import ModelOptions
+from castlm.training.options import ModelOptions, TeacherOptions
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Source:
 
 
 def open_source(options: ModelOptions, world: World, *, whole_copies: bool = False) -> Source:
-    """Opens the model of a run.
+    """Opens the model of a run, or its teacher.
 
     Args:
         whole_copies: load the whole model on each rank, instead of its rows.
@@ -102,3 +104,50 @@ def check_sizes(of_model: PretrainedConfig, *, seq_len: int, teacher_top_k: int)
     vocab = vocab_size(of_model)
     if teacher_top_k > vocab:
         raise InputError(f"teacher_top_k {teacher_top_k} exceeds the model's {vocab} tokens: lower it")
+
+
+_PROBE = "Once upon a time, 1,234 x-rays:\n\tdef naïve(x): return x**2  # 世界 🙂"
+"""Words, digits, white space, code and other scripts, in whose splitting tokenizers differ."""
+
+
+def options_of_teacher(teacher: TeacherOptions, model: ModelOptions) -> ModelOptions:
+    """The options that open the teacher; those of the dense model if it is the teacher."""
+    if teacher.teacher is None:
+        return model
+    return ModelOptions(teacher.teacher, trust_remote_code=model.trust_remote_code)
+
+
+def check_teacher(teacher: TeacherOptions, model: ModelOptions, *, seq_len: int) -> None:
+    """Checks that the dense model can be distilled from another teacher, without the weights of either.
+
+    Raises:
+        InputError: a teacher that cannot be opened, with other tokens, fewer positions or a smaller vocabulary, or with
+            hidden states of another shape if they are compared.
+    """
+    name = teacher.teacher
+    if name is None or not teacher.eta:
+        return
+    (_, ours, tokenizer), (_, theirs, of_teacher) = (
+        open_model(options.model, trust_remote_code=options.trust_remote_code, revision=options.revision)
+        for options in (model, options_of_teacher(teacher, model))
+    )
+    remedy = "give a teacher with the tokenizer of the model, or use eta 0"
+    known = of_teacher.get_vocab()
+    for token, number in tokenizer.get_vocab().items():
+        if known.get(token) != number:
+            raise InputError(
+                f"teacher {name}: {token!r} is its token {known.get(token)}, the model's {number}: {remedy}"
+            )
+    if tokenizer(_PROBE)["input_ids"] != of_teacher(_PROBE)["input_ids"]:
+        raise InputError(f"teacher {name} cuts text into other tokens than the model: {remedy}")
+    if vocab_size(theirs) < vocab_size(ours):
+        raise InputError(f"teacher {name} has {vocab_size(theirs)} logits, the model {vocab_size(ours)}: {remedy}")
+    if is_vision_language(theirs) != is_vision_language(ours):
+        raise InputError(f"teacher {name} is a {theirs.model_type}, the model a {ours.model_type}: one reads no images")
+    check_sizes(theirs, seq_len=seq_len, teacher_top_k=0)
+    shapes = [(c.num_hidden_layers, c.hidden_size) for c in (ours.get_text_config(), theirs.get_text_config())]
+    if teacher.hidden_weight and shapes[0] != shapes[1]:
+        raise InputError(
+            f"hidden_weight {teacher.hidden_weight:g}: teacher {name} has (blocks, hidden size) {shapes[1]}, the model "
+            f"{shapes[0]}: use hidden_weight 0"
+        )

@@ -35,7 +35,7 @@ def open_teacher_cache(
     """The cache of a run; None without the option `teacher_cache`.
 
     Args:
-        source: the dense model, which is the teacher.
+        source: the teacher.
 
     Raises:
         InputError: as `TeacherCache`; a text with images, which the key of a sequence does not contain.

@@ -42,12 +42,18 @@ from castlm.training.finish import finish
 from castlm.training.interrupt import Interrupt
 from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
 from castlm.training.metrics import Evaluator
-from castlm.training.objective import Objective, checkpoint_activations_, make_teacher, shard_objective_
+from castlm.training.objective import (
+    Objective,
+    as_teacher_,
+    checkpoint_activations_,
+    make_teacher,
+    shard_objective_,
+)
 from castlm.training.options import CheckpointOptions
 from castlm.training.record import problem
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
-from castlm.training.source import check_sizes, open_source
+from castlm.training.source import check_sizes, check_teacher, open_source, options_of_teacher
 from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, make_start, start_, stream_basis
 from castlm.training.teacher_pass import open_teacher_cache, teacher_dtype
 from castlm.training.text import open_training_text, steps_of_epochs
@@ -153,6 +159,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         locate(config.start.name)
     elif has_start:
         world.on_main(lambda: check_beside(partial_folder(folder.path)))
+    check_teacher(teacher_options, config.model, seq_len=data.seq_len)
     source = open_source(config.model, world, whole_copies=method_class.whole_copies)
     model, vocab = source.model, vocab_size(source.model.config)
     check_sizes(model.config, seq_len=data.seq_len, teacher_top_k=teacher_options.teacher_top_k)
@@ -181,12 +188,17 @@ def set_up(config: TrainConfig, world: World) -> Run:
         start = make_start(config.start, of, source, text, world, output.output_dir, output.overwrite)
 
     # teacher, objective, method
-    cache = open_teacher_cache(teacher_options, data, text, source, precision, world)
+    tutor = source
+    if teacher_options.teacher is not None and teacher_options.eta > 0:
+        of_teacher = options_of_teacher(teacher_options, config.model)
+        tutor = open_source(of_teacher, world, whole_copies=method_class.whole_copies)
+    cache = open_teacher_cache(teacher_options, data, text, tutor, precision, world)
     if cache is not None:
         num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
         cache.complete = cache.covers(num_sequences)
     has_teacher = teacher_options.eta > 0 and not (cache and cache.complete)
-    teacher = make_teacher(model, teacher_dtype(precision)) if has_teacher else None
+    make = make_teacher if tutor is source else as_teacher_
+    teacher = make(tutor.model, teacher_dtype(precision)) if has_teacher else None
     if is_untied(start.record):
         source.untie_()
     method = method_class(
@@ -213,7 +225,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
     )
     if runtime.torch_compile:
         compile_blocks_(objective)
-    shard_objective_(objective, source.stored, precision, world, method.whole_copies)
+    shard_objective_(objective, source.stored, tutor.stored, precision, world, method.whole_copies)
     names = objective.trained_parameters()
 
     # optimizer, step 0
@@ -237,6 +249,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         world=world,
         folder=folder,
         source=source,
+        teacher_fingerprint=tutor.fingerprint if tutor is not source else None,
         text=text,
         objective=objective,
         method=method,
