@@ -121,7 +121,7 @@ def start_of(args: argparse.Namespace, pattern: str) -> str:
     folder = Path(args.starts) / pattern.replace(":", "of")
     if not folder.exists():
         options = ["--pattern", pattern, "--calibration", args.text, "--seq-len", str(args.seq_len)]
-        prune([args.model, *options, "--output-dir", str(folder)])
+        prune(["--model", args.model, *options, "--output-dir", str(folder)])
     return str(folder)
 
 

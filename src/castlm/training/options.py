@@ -133,7 +133,7 @@ class StartOptions(Refinements, BasisOptions):
 class TeacherOptions(Bounded):
     """Distillation from the dense model, or from another one."""
 
-    teacher: str | None = essential(None)
+    teacher: str | None = None
     """Model to distill from, such as a larger one with the same tokenizer: a folder, hub id or GGUF file. The default
     is the dense model."""
 
