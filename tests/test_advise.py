@@ -1,6 +1,8 @@
 """The advisor: its shapes, its roofline against what others measured, and what it says."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 from benchmarks import advisor
@@ -13,6 +15,7 @@ from castlm.inference import advise as advise_module
 from castlm.inference import native
 from castlm.inference.advise import (
     Option,
+    Quality,
     Ranked,
     Ranking,
     Shapes,
@@ -26,6 +29,9 @@ from castlm.inference.advise import (
 from castlm.inference.devices import DEVICES, find_device
 from castlm.inference.formats import FILE, FORMATS, PackedSpec
 from castlm.inference.roofline import EVIDENCE, advise, evidence, gpu_formats, kernel_times, layer_seconds
+from castlm.planning.fit import fit_law
+from castlm.planning.law import predict_perplexity
+from castlm.planning.points import Point
 from tests.tiny import save_tiny, tiny_model
 
 LLAMA_1B = Shapes({(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 32, (2048, 8192): 16}, (128256, 2048))
@@ -216,8 +222,28 @@ def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick
         assert all(seconds > 0 for seconds in row["seconds"].values())
         assert row["name"] in printed.out
     assert report["verdict"] in printed.out
-    assert "at equal bytes dense int4" in report["verdict"]
-    assert "12.50" in printed.out
+    assert "a perplexity of 14.25 before rounding, against 12.50 of the dense model" in report["verdict"]
+    assert "measured by its run" in printed.out
+
+
+@needs_kernels
+def test_the_law_predicts_the_perplexity_of_n_m(quick, tmp_path, capsys):
+    folder = save_tiny(tmp_path / "m", "llama")
+    points = [Point(tokens=tokens, perplexity=math.exp(2 + 30 * tokens**-0.3)) for tokens in (1e4, 3e4, 1e5, 1e6)]
+    law = fit_law(points)
+    (tmp_path / "law.json").write_text(json.dumps(law.as_dict()))
+    report = tmp_path / "a.json"
+    by_law = ["advise", str(folder), "--law", str(tmp_path / "law.json")]
+    assert main([*by_law, "--train-tokens", "5e5", "--json", str(report)]) == 0
+    expected = predict_perplexity(law, 5e5).perplexity
+    rows = {row["name"]: row["perplexity"] for row in json.loads(report.read_text())["rows"]}
+    assert rows["2:4 bf16"] == expected
+    assert rows["dense bf16"] is None
+    assert "for 5e+05 training tokens" in capsys.readouterr().out
+    assert main(by_law) == 2
+    (tmp_path / "law.json").write_text(json.dumps(law.as_dict() | {"runs_of": {"pattern": "1:4"}}))
+    assert main([*by_law, "--train-tokens", "5e5"]) == 2
+    assert "the law of 1:4" in capsys.readouterr().err
 
 
 @needs_kernels
@@ -246,6 +272,10 @@ def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_co
     found = made_up(dense_int4_int8_head=(2.1, 1, 0.9), **{"2of4_int8_int8_head": (1.5, 2.75, 1.3)})
     assert found.verdict.startswith("For one token, use dense int4, int8 head: it is 2.10 times as fast as dense bf16")
     assert "for a prompt of 512, 2:4 int8, int8 head is 1.30 times as fast as dense" in found.verdict
+    assert "at equal bytes dense int4" in found.verdict
+    known = replace(found, quality=Quality(sparse=19.5))
+    assert "with a perplexity of 19.50 before rounding" in known.verdict
+    assert "a perplexity of 19.50 is good enough" in known.verdict
     slow = made_up(**{"2of4_int8_int8_head": (0.5, 0.5, 0.5)})
     assert "it does not pay" in slow.verdict
 

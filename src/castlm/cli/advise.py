@@ -11,10 +11,13 @@ from castlm.cli.options import parse, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.fields import positional
+from castlm.files.reading import read_json_object
 from castlm.patterns import parse_pattern
 
 if TYPE_CHECKING:
     from typing import Any
+
+    from castlm.inference.advise import Quality
 
 
 @dataclass
@@ -45,6 +48,12 @@ class AdviseCommand:
     and compares its speed with the whole model.
     """
 
+    law: str | None = None
+    """Scaling law of `castlm plan fit --json`, which predicts the perplexity of n:m after train_tokens."""
+
+    train_tokens: float = 0.0
+    """Training tokens for which the law predicts."""
+
     results: tuple[str, ...] = ()
     """Runs of `castlm train`, or their model folders, to compare with the dense model at equal perplexity: bytes, and
     decoding speed on this CPU in bf16. All must be evaluated on the same text.
@@ -63,6 +72,8 @@ class AdviseCommand:
         if self.results:
             return self._compare_results()
         pattern = parse_pattern(self.pattern)
+        if (self.law is None) != (not self.train_tokens):
+            raise InputError("give both --law and --train-tokens, or neither")
         cut = None if pattern.cut_out is None else pattern
         if cut is None and not isinstance(pattern, NM):
             raise InputError(f"pattern {pattern}: advise knows n:m, and channels and heads that are cut out")
@@ -85,7 +96,7 @@ class AdviseCommand:
             found = rank(
                 shapes,
                 pattern=pattern if isinstance(pattern, NM) else None,
-                perplexities=_perplexities(name, self.dtype),
+                quality=self._quality(name, pattern),
                 **options,
             )
             report, lines = found.as_dict(), [found.text()]
@@ -96,6 +107,27 @@ class AdviseCommand:
                 said = ", ".join(f"{speed:.2f} for {workload}" for workload, speed in speeds.items())
                 lines.append(f"{pattern}: dense in {self.dtype}, times as fast as the whole model: {said}")
         return self._show(report, "\n".join(lines))
+
+    def _quality(self, name: str, pattern: Pattern) -> Quality:
+        """The figures of the result in the folder `name`, if it has this pattern; n:m by the law if there is one."""
+        from castlm.export.folder import read_manifest
+        from castlm.inference.advise import Quality
+        from castlm.planning.law import Law, predict_perplexity
+        from castlm.training.record import final_perplexity
+
+        record = read_manifest(Path(name)) if Path(name).is_dir() else {}
+        found = record.get("perplexity")
+        found = found if isinstance(found, dict) and record.get("pattern") == str(pattern) else {}
+        if self.law is None:
+            return Quality(found.get("dense"), final_perplexity(found), "measured by its run")
+        law = Law.from_dict(read_json_object(Path(self.law)))
+        of = law.runs_of.get("pattern", str(pattern))
+        if of != str(pattern):
+            raise InputError(f"{self.law} is the law of {of}, and --pattern is {pattern}: give the one or the other")
+        at = predict_perplexity(law, self.train_tokens)
+        interval = f"90 %: {at.low:.2f} to {at.high:.2f}"
+        source = f"{pattern} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"
+        return Quality(found.get("dense"), at.perplexity, source)
 
     def _on_gpu(self, pattern: Pattern, cut: Pattern | None) -> int:
         from castlm.inference.advise import shapes_of
@@ -147,21 +179,7 @@ class AdviseCommand:
         return self._show(report, text(report))
 
 
-_ADVICE = ("tokens", "dtype", "device", "pattern", "trust_remote_code")
-
-
-def _perplexities(name: str, dtype: str) -> dict[str, float]:
-    """The perplexities in the castlm.json of a result, by the name of their format."""
-    from castlm.export.folder import read_manifest
-    from castlm.training.record import final_perplexity
-
-    record = read_manifest(Path(name)) if Path(name).is_dir() else {}
-    found = record.get("perplexity")
-    if not isinstance(found, dict):
-        return {}
-    final = final_perplexity(found)
-    known = {f"dense {dtype}": found.get("dense"), f"{record.get('pattern')} {dtype}": final}
-    return {option: float(value) for option, value in known.items() if value is not None}
+_ADVICE = ("tokens", "dtype", "device", "pattern", "law", "train_tokens", "trust_remote_code")
 
 
 def main(arguments: list[str]) -> int:

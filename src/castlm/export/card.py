@@ -58,7 +58,7 @@ tokenizer = AutoTokenizer.from_pretrained("path or hub id of this folder")
 `castlm verify PATH --pattern {pattern}` counts all of it again. `castlm.json` holds the configuration, the versions
 of the libraries, the hashes of the texts, and the counts from when this folder was written.
 
-## License
+{pays}## License
 
 {license}
 """
@@ -76,6 +76,15 @@ _STORED_ZEROS = (
     "smaller inference needs kernels for the pattern, such as `torch.sparse.to_sparse_semi_structured` for 2:4 on an "
     "NVIDIA\nGPU."
 )
+
+
+_WHEN_IT_PAYS = """## When it pays
+
+{pattern} pays where products are the limit: prompts, batches, and GPUs with hardware for it. One sequence at a time is
+limited by bytes, and there dense int4 can have the lower perplexity at the same size. `castlm advise PATH` times every
+format of this model on your processor and says what to use for what.
+
+"""
 
 
 def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
@@ -121,6 +130,7 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         dense="All that is left is dense." if is_dense else "Embeddings and the output head are dense.",
         left_dense="" if is_dense else _left_dense(manifest["left_dense"]),
         figures=_figures([*(manifest.get("figures") or []), *_as_written(manifest)]),
+        pays=_WHEN_IT_PAYS.format(pattern=pattern) if isinstance(pattern, NM) else "",
         license=_license(hub_id or base_name, license_id),
     )
 

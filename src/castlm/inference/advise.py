@@ -255,6 +255,21 @@ def _random_packed(rows: int, columns: int, n: int, m: int, values: str) -> Pack
 
 
 @dataclass(frozen=True)
+class Quality:
+    """The perplexities of a model before rounding, as far as they are known."""
+
+    dense: float | None = None
+    sparse: float | None = None
+    """After training to n:m."""
+    source: str = ""
+    """Where the figures come from, in words."""
+
+    def of(self, option: Option, dtype: str) -> float | None:
+        """The perplexity of an option; None for rounded weights."""
+        return (self.sparse if option.is_sparse else self.dense) if option.values == dtype else None
+
+
+@dataclass(frozen=True)
 class Ranked:
     """One option for a model, measured."""
 
@@ -273,6 +288,7 @@ class Ranking:
     dtype: str
     rows: Sequence[Ranked]
     notes: Sequence[str] = field(default_factory=tuple)
+    quality: Quality = Quality()
 
     @property
     def workloads(self) -> list[str]:
@@ -308,8 +324,7 @@ class Ranking:
         sparse = self.best(True, first)
         text += (
             f"; {sparse.option.name} is {self.speedup(sparse, first):.2f} times as fast and takes "
-            f"{sparse.num_bytes / 1e6:,.0f} MB, but at equal bytes dense int4 has the lower perplexity after a short "
-            "recovery."
+            f"{sparse.num_bytes / 1e6:,.0f} MB, {self._quality_in_words}."
         )
         gains = []
         for workload in many:
@@ -320,11 +335,19 @@ class Ranking:
         if not gains:
             return text
         pays = any(ratio >= NOTICEABLE for ratio, _ in gains)
-        use = (
-            "use it if they dominate the cost and its perplexity is good enough" if pays else "it does not pay for them"
-        )
+        known = self.quality.sparse
+        enough = "its perplexity" if known is None else f"a perplexity of {known:.2f}"
+        use = f"use it if they dominate the cost and {enough} is good enough" if pays else "it does not pay for them"
         found = " and ".join(words for _, words in gains)
         return f"{text} {found[0].upper()}{found[1:]}: {use}."
+
+    @property
+    def _quality_in_words(self) -> str:
+        dense, sparse = self.quality.dense, self.quality.sparse
+        if sparse is None:
+            return "but at equal bytes dense int4 has the lower perplexity after a short recovery"
+        against = "" if dense is None else f", against {dense:.2f} of the dense model"
+        return f"with a perplexity of {sparse:.2f} before rounding{against}"
 
     def as_dict(self) -> dict[str, Any]:
         """The ranking as plain JSON."""
@@ -354,7 +377,8 @@ class Ranking:
             table.append([row.option.name, f"{row.num_bytes / 1e6:,.1f}", *speeds, *value])
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
-        return "\n".join([*lines, "", self.verdict, "", *self.notes])
+        source = [f"Perplexity before rounding: {self.quality.source}."] if known else []
+        return "\n".join([*lines, "", self.verdict, "", *self.notes, *source])
 
 
 def rank(
@@ -364,7 +388,7 @@ def rank(
     pattern: NM | None = TWO_OF_FOUR,
     workloads: Mapping[str, int] = WORKLOADS,
     seconds: float = SECONDS,
-    perplexities: Mapping[str, float] | None = None,
+    quality: Quality = Quality(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Ranking:
     """Times all linear layers of a model in every option on this CPU.
@@ -375,7 +399,7 @@ def rank(
         pattern: n:m of the sparse options; None compares only dense ones.
         workloads: rows of a layer's input by name.
         seconds: total time for all shapes; each is timed in at least three rounds.
-        perplexities: known perplexities, by the name of the option.
+        quality: the perplexities that are known.
         progress: called with (shapes done, in all).
 
     Raises:
@@ -404,12 +428,12 @@ def rank(
                 totals[option][name] += count * found[number][_key(option, spec)]
         if progress is not None:
             progress(done, len(parts))
-    known = perplexities or {}
     ranked = [
-        Ranked(option, totals[option], num_bytes(option, shapes, dtype), known.get(option.name)) for option in compared
+        Ranked(option, totals[option], num_bytes(option, shapes, dtype), quality.of(option, dtype))
+        for option in compared
     ]
     first = next(iter(workloads))
-    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), _notes(shapes))
+    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), _notes(shapes), quality)
 
 
 def _key(option: Option, spec: PackedSpec) -> str:
