@@ -6,8 +6,8 @@
 Without `--sparse` the 2:4 model is the dense one pruned by SparseGPT, without training; with it, a folder or a run of
 castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot accuracy are of the rounded
 weights in fp32. Bytes count the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32),
-norms. Speed is greedy decoding of one sequence in turns, A B A B, by castlm's kernels and in its loop, fp32 by
-transformers alone.
+norms. Speeds are measured in turns, A B A B, by castlm's kernels, fp32 by transformers alone: greedy decoding of one
+sequence, a prompt of 512 tokens with the logits of the last one, and one token of each of 8 sequences.
 
 `--llama-cpp` adds the dense model as llama.cpp's Q8_0 and Q4_0; `benchmarks/llamacpp.py` says what it needs. Their
 perplexity and speed are measured in llama.cpp, their zero-shot accuracy with the same rounded weights in fp32.
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,7 @@ class Format(NamedTuple):
 FORMATS = tuple(map(Format, ("fp32", "bf16", "int8", "int4")))
 WITH_HEADS = tuple(form._replace(head="int8") for form in FORMATS[2:])
 PROMPT, NEW_TOKENS = 32, 48
+LONG_PROMPT, BATCH = 512, 8
 
 
 @dataclass
@@ -75,6 +77,11 @@ class Point:
     perplexity: float
     num_bytes: int
     tokens_per_second: float = 0.0
+    """Decoding one sequence."""
+    prompt_per_second: float = 0.0
+    """Tokens of a long prompt."""
+    batch_per_second: float | None = None
+    """Tokens of a batch; None in llama.cpp."""
     zero_shot: list[dict[str, Any]] = field(default_factory=list)
     """Rows of `castlm.evaluation.zero_shot`, of `acc` alone."""
 
@@ -141,12 +148,25 @@ def onto_kernels(model: PreTrainedModel, form: Format, sparse: bool, report: Qua
     onto_kernels_(model, torch.float32, form.head)
 
 
-Decoders = dict[str, Callable[[Tensor], object]]
-"""Greedy decoding of `NEW_TOKENS` after a prompt, by name of the point."""
+class Runner(NamedTuple):
+    """A model in one format, ready to be timed. Each function takes token ids (sequences, tokens)."""
+
+    decode: Callable[[Tensor], object]
+    """Greedy decoding of `NEW_TOKENS` after a prompt."""
+    read: Callable[[Tensor], object]
+    """A forward pass with the logits of the last token."""
+
+
+Runners = dict[str, Runner]
+"""By name of the point."""
+
+
+def runner_of(model: PreTrainedModel) -> Runner:
+    return Runner(lambda ids: greedy(model, ids, NEW_TOKENS), lambda ids: model(ids, use_cache=False, logits_to_keep=1))
 
 
 @torch.no_grad()
-def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Decoders]:
+def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
     """Dense and 2:4 in every format of castlm, printed as they come."""
     documents, length = open_documents(options.calibration), options.calibration_len
     calibration, _ = calibration_sequences(
@@ -157,7 +177,7 @@ def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> 
     else:
         sparse = copy.deepcopy(loaded.model)
         prune_oneshot_(sparse, "sparsegpt", calibration=calibration)
-    points, decoders = [], {}
+    points, runners = [], {}
     for label, model in (("dense", loaded.model), ("2:4", sparse)):
         is_sparse = label == "2:4"
         of_codes: dict[str, tuple[PreTrainedModel, QuantizeReport | None]] = {}
@@ -175,15 +195,15 @@ def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> 
             print(point, flush=True)
             onto_kernels(made.eval(), form, is_sparse, report)
             points.append(point)
-            decoders[point.name] = lambda prompt, model=made: greedy(model, prompt, NEW_TOKENS)
-    return points, decoders
+            runners[point.name] = runner_of(made)
+    return points, runners
 
 
-def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Decoders]:
+def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
     """The dense model in llama.cpp, printed as they come."""
     from benchmarks import llamacpp
 
-    points, decoders = [], {}
+    points, runners = [], {}
     with tempfile.TemporaryDirectory() as folder:
         save_model(loaded.model, loaded.tokenizer, Path(folder) / "model")
         source = llamacpp.convert(Path(folder) / "model", options.llama_cpp, Path(folder) / "bf16.gguf")
@@ -194,8 +214,11 @@ def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) 
             point.zero_shot = accuracy(options, load_model(file).model, loaded)
             print(point, flush=True)
             points.append(point)
-            decoders[point.name] = lambda prompt, runner=runner: runner.greedy(prompt[0], NEW_TOKENS)
-    return points, decoders
+            runners[point.name] = Runner(
+                lambda ids, runner=runner: runner.greedy(ids[0], NEW_TOKENS),
+                lambda ids, runner=runner: runner.greedy(ids[0], 1),
+            )
+    return points, runners
 
 
 def accuracy(options: argparse.Namespace, model: PreTrainedModel, loaded: Loaded) -> list[dict[str, Any]]:
@@ -206,18 +229,27 @@ def accuracy(options: argparse.Namespace, model: PreTrainedModel, loaded: Loaded
     return [row for row in shown["results"] if row["metric"] == "acc"]
 
 
+@torch.inference_mode()
 def frontier(options: argparse.Namespace) -> list[Point]:
-    """All points, with the speeds of all decoders measured in turns."""
+    """All points, with all speeds measured in turns."""
     loaded = load_model(options.model)
     text = token_ids(options.text, loaded.tokenizer, limit=options.eval_tokens)
-    more_points, more_decoders = llama_cpp_points(options, loaded, text) if options.llama_cpp else ([], {})
-    points, decoders = castlm_points(options, loaded, text)
-    points, decoders = points + more_points, decoders | more_decoders
-    prompt = text[:PROMPT].unsqueeze(0)
-    contestants = {name: lambda decode=decode: decode(prompt) for name, decode in decoders.items()}
-    seconds = interleaved(contestants, options.rounds, options.clock)
+    more_points, more_runners = llama_cpp_points(options, loaded, text) if options.llama_cpp else ([], {})
+    points, runners = castlm_points(options, loaded, text)
+    points, runners = points + more_points, runners | more_runners
+
+    def seconds(of: str, ids: Tensor, names: Iterable[str]) -> dict[str, float]:
+        contestants = {name: functools.partial(getattr(runners[name], of), ids) for name in names}
+        found = interleaved(contestants, options.rounds, options.clock)
+        return {name: statistics.median(rounds) for name, rounds in found.items()}
+
+    decode = seconds("decode", text[None, :PROMPT], runners)
+    prompt = seconds("read", text[None, :LONG_PROMPT], runners)
+    batch = seconds("read", text[:BATCH, None], runners.keys() - more_runners.keys())
     for point in points:
-        point.tokens_per_second = NEW_TOKENS / statistics.median(seconds[point.name])
+        point.tokens_per_second = NEW_TOKENS / decode[point.name]
+        point.prompt_per_second = LONG_PROMPT / prompt[point.name]
+        point.batch_per_second = BATCH / batch[point.name] if point.name in batch else None
     return points
 
 
@@ -225,13 +257,15 @@ def table(points: list[Point]) -> str:
     """Markdown, speeds in units of dense bf16 beside tokens per second."""
     base = next(point for point in points if point.name == "dense bf16")
     tasks = [f" {row['task']}, {row['num_docs']} questions |" for row in base.zero_shot]
-    lines = [f"| format | perplexity |{''.join(tasks)} MB | tokens/s | speed of dense bf16 |"]
-    lines.append("|---|" + "---:|" * (4 + len(tasks)))
+    speeds = f"tokens/s | of dense bf16 | prompt of {LONG_PROMPT}, tokens/s | batch of {BATCH}, tokens/s"
+    lines = [f"| format | perplexity |{''.join(tasks)} MB | {speeds} |"]
+    lines.append("|---|" + "---:|" * (6 + len(tasks)))
     for p in points:
         ratio = p.tokens_per_second / base.tokens_per_second
         shown = "".join(f" {100 * row['value']:.1f} ± {100 * row['stderr']:.1f} % |" for row in p.zero_shot)
         size, speed = f"{p.num_bytes / 1e6:.1f}", f"{p.tokens_per_second:.1f} | {ratio:.2f}x |"
-        lines.append(f"| {p.name} | {p.perplexity:.2f} |{shown} {size} | {speed}")
+        many = f" {p.prompt_per_second:.0f} | {'' if p.batch_per_second is None else f'{p.batch_per_second:.0f}'} |"
+        lines.append(f"| {p.name} | {p.perplexity:.2f} |{shown} {size} | {speed}{many}")
     return "\n".join(lines)
 
 

@@ -25,6 +25,8 @@ from castlm.core.errors import InputError
 
 FORMATS = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 """Name of the format, and of llama_cpp's constant of it."""
+LEAST_CONTEXT = 512
+"""Tokens that a runner takes at least, whatever its `seq_len`."""
 
 
 def convert(model_folder: str | Path, sources: str | Path, file: Path, dtype: str = "bf16") -> Path:
@@ -66,7 +68,7 @@ class LlamaCpp:
     threads: int
 
     def __post_init__(self) -> None:
-        sizes = {"n_ctx": self.seq_len, "n_batch": self.seq_len, "n_ubatch": self.seq_len}
+        sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), max(self.seq_len, LEAST_CONTEXT))
         threads = {"n_threads": self.threads, "n_threads_batch": self.threads}
         self._scoring = llama_cpp.Llama(str(self.file), logits_all=True, verbose=False, **sizes, **threads)
         self._decoding = llama_cpp.Llama(str(self.file), verbose=False, **sizes, **threads)

@@ -158,6 +158,7 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
   const bool by_prompt = level == kAvx2 && avx2_prompt_gains(of, batch);
   const int64_t most = by_prompt ? kPromptRows : kMaxBatch;  // rows of x at once
   if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
+  if (by_prompt) part = whole(part, 4);  // tiles that it takes together
   if (threads == 1 && batch <= kMaxBatch) part = tiles;
   in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
     for (int64_t b = 0; b < x.batch; b += most) {

@@ -23,7 +23,7 @@ namespace castlm {
 constexpr uint32_t kMagic = 0x6e6d3031;
 constexpr int64_t kBlock = 64;  // columns that share a panel, a scale of int4, and a scale of int8 activations
 constexpr int64_t kMaxBatch = 16;  // rows of x that are multiplied at once
-constexpr int64_t kPromptRows = 64;  // the same of `avx2_prompt`: as int8, 4,096 columns of them are half of a 512 KiB cache
+constexpr int64_t kPromptRows = 128;  // the same of `avx2_prompt`: as int8, 2,048 columns of them are half of a 512 KiB cache
 constexpr int64_t kHeaderBytes = 64;
 
 enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4 };

@@ -1,8 +1,8 @@
 // Integer weights times many rows of x (prompts, large batches) with AVX2.
 //
 // A single row of x is bound by the bytes of the weights, and `kernels_avx2.cpp` decodes them again for every four rows.
-// Many rows are bound by instructions. Here the weights of a tile are decoded once per `kPromptRows` rows of x into the
-// operands of the instructions, in a buffer that stays in the first-level cache:
+// Many rows are bound by instructions. Here the weights of four tiles are decoded once per `kPromptRows` rows of x into the
+// operands of the instructions, in a buffer that stays in the first-level cache, while x comes from the second:
 //
 //   n:m, a panel (4 rows by 64 columns of 2:4, 8 rows of 1:4), a record for each half of its rows:
 //     | control 0 | magnitude 0 | signed 0 | control 1 | magnitude 1 | signed 1 | scales (int4) |     32 bytes each
@@ -24,7 +24,8 @@ namespace castlm {
 namespace {
 
 constexpr int kRowsAtOnce = 4;        // rows of x that share a record while it is in registers
-constexpr int64_t kDecodedBlocks = 16;  // blocks of 64 columns that are decoded at once: 12 KiB of 2:4
+constexpr int kTilesAtOnce = 4;       // tiles that share rows of x, and complete a cache line of each row of y
+constexpr int64_t kDecodedBlocks = 12;  // blocks of 64 columns of these tiles that are decoded at once: 18 KiB of 2:4 int8
 
 INLINE __m256i load(const void* at) { return _mm256_load_si256(static_cast<const __m256i*>(at)); }
 INLINE __m256i load_x(const int8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
@@ -59,10 +60,10 @@ INLINE void decode_panels(const uint8_t* panel, int64_t blocks, uint8_t* decoded
 // The records of one half times four rows of x, added to `sums`: 8 floats for each row of x.
 template <bool is_int4>
 INLINE void multiply_panels(const uint8_t* record, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
-                            int64_t ld_scales, float* sums) {
+                            int64_t ld_scales, bool starts, float* sums) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 sum[kRowsAtOnce];
-  for (int b = 0; b < kRowsAtOnce; b++) sum[b] = _mm256_load_ps(sums + 8 * b);
+  for (int b = 0; b < kRowsAtOnce; b++) sum[b] = starts ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * b);
   for (int64_t block = 0; block < blocks; block++, record += panel_record<is_int4>(), x += kBlock, scales++) {
     const __m256i control[2] = {load(record), load(record + 96)};
     const __m256i magnitude[2] = {load(record + 32), load(record + 128)};
@@ -107,10 +108,10 @@ INLINE void decode_rows(const uint8_t* row, int64_t blocks, uint8_t* decoded) {
 // The records of one row times four rows of x. `offsets` takes off the 8 that int4 have added.
 template <bool is_int4>
 INLINE void multiply_row(const uint8_t* record, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
-                         const int32_t* offsets, int64_t ld_scales, float* sums) {
+                         const int32_t* offsets, int64_t ld_scales, bool starts, float* sums) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 sum[kRowsAtOnce];
-  for (int b = 0; b < kRowsAtOnce; b++) sum[b] = _mm256_load_ps(sums + 8 * b);
+  for (int b = 0; b < kRowsAtOnce; b++) sum[b] = starts ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * b);
   for (int64_t block = 0; block < blocks; block++, record += dense_record<is_int4>(), x += kBlock, scales++) {
     const __m256i w[2] = {load(record), load(record + (is_int4 ? 32 : 64))};
     const __m256i magnitude[2] = {load(record + 32), load(record + (is_int4 ? 32 : 96))};  // of int8 alone
@@ -137,49 +138,65 @@ INLINE void multiply_row(const uint8_t* record, int64_t blocks, const int8_t* x,
 
 // ---- tiles
 
+constexpr int kSums = kRowsAtOnce * 8;  // of a part (a half of a panel's rows, or a dense row) by four rows of x
+
+// The outputs of a tile for four rows of x: `sums` has those of each part.
+template <int n, int values>
+INLINE void write_tile(const float (*sums)[kSums], const float* row_scales, int64_t num_rows, float* y, int64_t ldy) {
+  constexpr int kParts = n ? 2 : 4, kTileRows = n == 1 ? 8 : 4;
+  for (int b = 0; b < kRowsAtOnce; b++, y += ldy) {
+    __m256 parts[kParts];
+    for (int part = 0; part < kParts; part++) parts[part] = _mm256_load_ps(sums[part] + 8 * b);
+    __m128 outputs[kTileRows / 4];
+    tile_outputs<n>(parts, outputs);
+    for (int four = 0; four < kTileRows / 4; four++) {
+      if (values == kInt8) outputs[four] = _mm_mul_ps(outputs[four], _mm_loadu_ps(row_scales + 4 * four));
+      if (num_rows == kTileRows) _mm_storeu_ps(y + 4 * four, outputs[four]);
+    }
+    if (num_rows < kTileRows) std::memcpy(y, outputs, num_rows * 4);
+  }
+}
+
 // As `Multiply`, for up to `kPromptRows` rows of x. n = 0 is dense.
 template <int n, int values>
 void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                      int64_t last) {
   constexpr bool is_int4 = values == kInt4;
-  constexpr int kParts = n ? 2 : 4;  // halves of a panel, or rows
+  constexpr int kParts = n ? 2 : 4;
   constexpr int kTileRows = n == 1 ? 8 : 4;
   constexpr int64_t kRecord = n ? panel_record<is_int4>() : dense_record<is_int4>();
-  alignas(64) uint8_t decoded[kParts * kDecodedBlocks * kRecord];
-  alignas(64) float sums[kPromptRows / kRowsAtOnce][kParts][kRowsAtOnce * 8];
+  alignas(64) uint8_t decoded[kTilesAtOnce][kParts * kDecodedBlocks * kRecord];
+  alignas(64) float sums[kPromptRows / kRowsAtOnce][kTilesAtOnce][kParts][kSums];
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t blocks = of.blocks(), width = of.padded(), bytes = of.panel_bytes();
-  const float* row_scales_of_int8 = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);
-  for (int64_t tile = first; tile < last; tile++) {
-    std::memset(sums, 0, x.batch / kRowsAtOnce * sizeof sums[0]);
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);  // of int8 alone
+  for (int64_t tile = first; tile < last; tile += kTilesAtOnce) {
+    const int64_t tiles = smaller(kTilesAtOnce, last - tile);
     for (int64_t k = 0; k < blocks; k += kDecodedBlocks) {
-      const int64_t count = blocks - k < kDecodedBlocks ? blocks - k : kDecodedBlocks;
-      const uint8_t* weights = data + (tile * blocks + k) * bytes;
-      if constexpr (n > 0) decode_panels<n, is_int4>(weights, count, decoded);
-      else decode_rows<is_int4>(weights, count, decoded);
-      for (int64_t b = 0; b < x.batch; b += kRowsAtOnce)
-        for (int part = 0; part < kParts; part++) {
-          const uint8_t* records = decoded + part * count * kRecord;
-          const int8_t* narrow = x.narrow + b * width + k * kBlock;
-          const float* scales = x.scales + b * blocks + k;
-          float* to = sums[b / kRowsAtOnce][part];
-          if constexpr (n > 0) multiply_panels<is_int4>(records, count, narrow, width, scales, blocks, to);
-          else multiply_row<is_int4>(records, count, narrow, width, scales,
-                                     is_int4 ? x.offsets + b * blocks + k : nullptr, blocks, to);
-        }
-    }
-    const int64_t row = tile * kTileRows, num_rows = of.rows - row < kTileRows ? of.rows - row : kTileRows;
-    for (int64_t b = 0; b < x.batch; b++) {
-      __m256 parts[kParts];
-      for (int part = 0; part < kParts; part++)
-        parts[part] = _mm256_load_ps(sums[b / kRowsAtOnce][part] + b % kRowsAtOnce * 8);
-      __m128 outputs[kTileRows / 4];
-      tile_outputs<n>(parts, outputs);
-      for (int four = 0; four < kTileRows / 4; four++) {
-        const int64_t at = row + 4 * four;
-        if (!is_int4) outputs[four] = _mm_mul_ps(outputs[four], _mm_loadu_ps(row_scales_of_int8 + at));
-        if (num_rows == kTileRows) _mm_storeu_ps(y + b * ldy + at, outputs[four]);
+      const int64_t count = smaller(kDecodedBlocks, blocks - k);
+      for (int64_t t = 0; t < tiles; t++) {
+        const uint8_t* weights = data + ((tile + t) * blocks + k) * bytes;
+        if constexpr (n > 0) decode_panels<n, is_int4>(weights, count, decoded[t]);
+        else decode_rows<is_int4>(weights, count, decoded[t]);
       }
-      if (num_rows < kTileRows) std::memcpy(y + b * ldy + row, outputs, num_rows * 4);
+      for (int64_t b = 0; b < x.batch; b += kRowsAtOnce) {
+        const int8_t* narrow = x.narrow + b * width + k * kBlock;
+        const int64_t scale = b * blocks + k;
+        for (int64_t t = 0; t < tiles; t++) {
+          float(*to)[kSums] = sums[blocks > kDecodedBlocks ? b / kRowsAtOnce : 0][t];
+          for (int part = 0; part < kParts; part++) {
+            const uint8_t* records = decoded[t] + part * count * kRecord;
+            if constexpr (n > 0)
+              multiply_panels<is_int4>(records, count, narrow, width, x.scales + scale, blocks, k == 0, to[part]);
+            else
+              multiply_row<is_int4>(records, count, narrow, width, x.scales + scale,
+                                    is_int4 ? x.offsets + scale : nullptr, blocks, k == 0, to[part]);
+          }
+          if (k + count < blocks) continue;
+          const int64_t row = (tile + t) * kTileRows;
+          write_tile<n, values>(to, row_scales + row, smaller(kTileRows, of.rows - row), y + b * ldy + row, ldy);
+        }
+      }
     }
   }
 }

@@ -161,7 +161,9 @@ def _best_scale(group: Tensor, kept: Tensor, diagonal: Tensor) -> Tensor:
         for shrink in _SHRINK:
             scale = (extreme * (shrink / end)).bfloat16().float()
             scale = torch.where(scale == 0, 1.0, scale)
-            lost = (group / scale).round_().clamp_(*INT4_RANGE).mul_(scale).sub_(group).square_().mul_(importance).sum(0)
+            lost = (
+                (group / scale).round_().clamp_(*INT4_RANGE).mul_(scale).sub_(group).square_().mul_(importance).sum(0)
+            )
             better = lost < least
             best, least = torch.where(better, scale, best), torch.where(better, lost, least)
     return best
