@@ -2,9 +2,9 @@
 
     python -m benchmarks.left_dense --model stories260K --text TEXT --eval-text HELD_OUT [--steps 100 400] [--json O]
 
-Layers are chosen by the error of their output at 2:4, relative to the output, for each of its weights. Up to 5 % of
-all weights are left dense, or up to 10 % are 3:4, with the same products and nearly the same bytes. Then all three models
-are fine-tuned with fixed masks, as castlm train --method finetune does.
+Layers are chosen by the error of their output at 2:4, relative to the output, for each of their weights. Either up to
+5 % of all weights are left dense, or up to 10 % are 3:4, with the same products and nearly the same bytes. Then all
+three models are fine-tuned with fixed masks, as castlm train --method finetune does.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ class TrainConfig:
         texts = {f"dataset {text}": text for text in self.data.datasets}
         texts |= {f"eval_dataset {text}": text for text in self.evaluation.eval_datasets}
         folders = {"teacher_cache": self.teacher.teacher_cache, "init_from": self.start.init_from}
-        return {"model": self.model.model, **texts, **folders}
+        return {"model": self.model.model, "teacher": self.teacher.teacher, **texts, **folders}
 
     def as_dict(self) -> dict[str, Any]:
         """Every option by its flat name, as text, numbers and tuples, with the defaults that depend on others."""
