@@ -31,7 +31,7 @@ FULL_RATES, ADAPTER_RATES = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 
 @dataclass(frozen=True)
 class Way:
-    """A way to fine-tune: from which model, with which adapter, and what is done with the result."""
+    """A way to fine-tune: the model, the adapter, and the treatment of the result."""
 
     name: str
     dense: bool = False

@@ -119,7 +119,7 @@ def measure_in_child(cases: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def measure_here(cases: Sequence[dict[str, Any]], folder: str) -> None:
-    """The child's part: prints what it has measured as JSON."""
+    """Measures in the child process and prints the result as JSON."""
     import torch
 
     from castlm.distributed.world import init_world
@@ -145,17 +145,25 @@ def prepare(case: dict[str, Any], folder: Path) -> None:
 def predict(case: dict[str, Any]) -> Any:
     from tests.tiny import tiny_model
 
+    from castlm.dtypes import FLOATS
     from castlm.models.io import load_model
+    from castlm.planning.activations import Settings
     from castlm.planning.memory import plan_memory
 
     model = tiny_model(case["family"], **case["over"]) if case["family"] else load_model("demo").model
-    options = {name: case[name] for name in DEFAULTS}
-    return plan_memory(
-        model.config,
-        **options,
-        teacher_dtype=case["compute_dtype"],
+    dtype = FLOATS[case["compute_dtype"]]
+    run = Settings(
+        seq_len=case["seq_len"],
+        micro_batch=case["micro_batch"],
+        scale_groups=case["scale_groups"],
+        accumulates=case["accumulation"] > 1,
+        checkpointing=case["gradient_checkpointing"],
+        compute=dtype,
+        teacher=dtype if case["teacher"] else None,
+        moments=case["moments"],
         chunk_tokens=256,
     )
+    return plan_memory(model.config, run, world_size=case["world_size"])
 
 
 def main() -> None:

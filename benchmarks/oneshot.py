@@ -130,7 +130,7 @@ def published_(model: PreTrainedModel, method: str, calibration: Tensor, pattern
 
 
 def enter_first_block(model: PreTrainedModel, block: nn.Module, calibration: Tensor) -> tuple[Tensor, BlockCall]:
-    """(num_sequences, seq_len, hidden), and what the block is called with besides."""
+    """(num_sequences, seq_len, hidden), and the further arguments of the block."""
     states: list[Tensor] = []
     calls: list[BlockCall] = []
 

@@ -144,7 +144,7 @@ def resident(pid: int) -> float:
 
 
 def load(port: int, pid: int, minutes: float, tokens: int) -> dict[str, Any]:
-    """Ten clients with mixed requests; what they were answered, and the memory of the server over time."""
+    """Ten clients with mixed requests: the answers, and the memory of the server over time."""
     until = time.monotonic() + 60 * minutes
     statuses: Counter[str] = Counter()
 

@@ -157,7 +157,7 @@ def count(tree: Path) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the table, one column for each tree; `--files` lists what was counted in the first one."""
+    """Prints the table, one column for each tree; `--files` lists the files counted in the first one."""
     trees = [Path(name) for name in arguments if name != "--files"] or [Path(__file__).resolve().parents[1]]
     columns = [count(tree) for tree in trees]
     print("| what | " + " | ".join(tree.name for tree in trees) + " |")

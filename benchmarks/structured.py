@@ -147,7 +147,7 @@ def plot(runs: dict[Key, list[dict[str, Any]]], file: str) -> None:
 
 
 def cut_config(config: PretrainedConfig, pattern: str) -> PretrainedConfig:
-    """The config of what is left of a model; of patterns that cut nothing out, itself."""
+    """The config of a model after the cut; unchanged for patterns that cut nothing out."""
     made, parsed = copy.deepcopy(config), parse_pattern(pattern)
     if parsed.cut_out is not None:
         for name, value in sizes_after(parsed, sizes_of(parsed, config.to_dict())).items():

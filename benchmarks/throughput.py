@@ -136,7 +136,7 @@ def peak_in_child(side: str, precision: str, teacher_dtype: str) -> tuple[int, s
 
 
 def show_peak(args: argparse.Namespace, scratch: Path) -> None:
-    """The child's part: prints the bytes that this process held at most from the end of the first step to that of the
+    """Runs in the child process: prints the bytes that it held at most from the end of the first step to that of the
     second, its libraries included; the compute type; and the teacher's dtype. castlm keeps freed memory, as its
     commands do; the bare loop does not."""
     if args.side == "castlm":

@@ -1,4 +1,4 @@
-"""The advisor: its shapes, its roofline against what others measured, and what it says."""
+"""The advisor: its shapes, its roofline against published measurements, and its verdicts."""
 
 import json
 import math

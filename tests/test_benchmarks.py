@@ -1,4 +1,4 @@
-"""The cheapest rows of `python -m benchmarks`, without thresholds: that they run and say what they measured."""
+"""The cheapest rows of `python -m benchmarks`, without thresholds: they run and report a figure."""
 
 import json
 import re

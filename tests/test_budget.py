@@ -1,4 +1,4 @@
-"""The decay budget against a run of AdamS itself: what it promises has to come true, and so does what it denies."""
+"""The decay budget against a run of AdamS itself: both its verdicts come true."""
 
 import pytest
 import torch

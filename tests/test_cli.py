@@ -1,6 +1,7 @@
 """The command as a process: what its neighbours in a pipe see of it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from castlm.cli.main import Command, main
+from castlm.cli.main import COMMANDS, Command, main
 from castlm.cli.options import result_folder
 from castlm.core.errors import DivergedError
 from tests.slow import slow
@@ -37,6 +38,20 @@ def test_a_run_is_found_where_the_shell_does_not_expand_its_home(tmp_path, monke
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     assert result_folder("~/run") == str(tmp_path / "run" / "model")
     assert result_folder("hub/name") == "hub/name"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_the_everyday_options_and_help_all_every_one(name, capsys):
+    texts = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            main([*name.split(), option])
+        assert not stop.value.code
+        texts.append(capsys.readouterr().out)
+    short, full = texts
+    assert short.startswith(f"usage: castlm {name}")
+    assert len(short.splitlines()) <= 66
+    assert set(re.findall(r"--[a-z][a-z-]+", short)) - {"--help-all"} <= set(re.findall(r"--[a-z][a-z-]+", full))
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=" ".join)

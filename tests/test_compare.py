@@ -1,4 +1,4 @@
-"""castlm compare: what a run is, when it is done, what the table says of it. Runs are in-process here, but for one."""
+"""castlm compare: the identity of a run, its resumption and its table. All but one test run in this process."""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ import statistics
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from castlm.cli import oneshot
 from castlm.cli.compare import show
 from castlm.cli.main import main
 from castlm.cli.options import command_line, to_stderr
-from castlm.compare import oneshot, runs
+from castlm.compare import runs
 from castlm.compare.config import CompareConfig
 from castlm.compare.plan import Plan
 from castlm.compare.plan import compare as run_comparison
@@ -81,11 +81,7 @@ def in_process(monkeypatch) -> list[str]:
 
     def run_here(arguments, log):
         started.append(Path(arguments[-1]).stem)
-        if arguments[0] == "castlm":
-            code = main(arguments[1:])
-        else:
-            oneshot.run_oneshot(oneshot.OneshotConfig(**yaml.safe_load(Path(arguments[-1]).read_text())))
-            code = 0
+        code = main(arguments[1:]) if arguments[0] == "castlm" else oneshot.main(arguments[-1])
         log.write_text("castlm: error: as it said\n" if code else "done\n")
         return code
 
@@ -330,32 +326,28 @@ def test_a_hub_model_counts_by_its_commit_before_a_run_has_fetched_it_too(files,
     assert fetched == ["someone/tiny", "someone/start"]
 
 
-def test_a_start_for_all_runs_is_not_the_control_s(files, tmp_path):
-    (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "init_from": "wanda"}))
-    over = {"methods": "srste,gradual_magnitude", "config": str(tmp_path / "common.yaml")}
-    plan = Plan(command(files, tmp_path, **over), str)
-    starts = {name: plan.make(name, 6 * 64, 0, None).config["init_from"] for name in plan.variants}
-    assert starts == {"srste": "wanda", "gradual_magnitude": "magnitude", "dense": "magnitude"}
-
-
-def test_every_method_starts_alike_unless_published_starts_are_asked_for(files, tmp_path):
+@pytest.mark.parametrize(
+    ("published", "init_from", "starts"),
+    [
+        (False, None, {"cast": "sparsegpt", "finetune": "sparsegpt", "srste": "sparsegpt"}),
+        (True, None, {"cast": "magnitude", "finetune": "sparsegpt", "srste": "magnitude"}),
+        (False, "wanda", {"cast": "wanda", "finetune": "wanda", "srste": "wanda"}),  # the control has no start
+    ],
+)
+def test_every_method_starts_alike_unless_published_starts_are_asked_for(published, init_from, starts, files, tmp_path):
+    config = {**CONFIG, **({} if init_from is None else {"init_from": init_from})}
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump(config))
     names = "cast,finetune,srste,gradual_magnitude"
-
-    def starts(**over):
-        plan = Plan(command(files, tmp_path, methods=names, **over), str)
-        return {name: plan.make(name, 6 * 64, 0, None).config["init_from"] for name in plan.variants}
-
-    dense = {"gradual_magnitude": "magnitude", "dense": "magnitude"}
-    assert starts() == {"cast": "sparsegpt", "finetune": "sparsegpt", "srste": "sparsegpt", **dense}
-    published = {"cast": "magnitude", "finetune": "sparsegpt", "srste": "magnitude"}
-    assert starts(published_starts=True) == {**published, **dense}
+    over = {"methods": names, "published_starts": published, "config": str(tmp_path / "common.yaml")}
+    plan = Plan(command(files, tmp_path, **over), str)
+    found = {name: plan.make(name, 6 * 64, 0, None).config["init_from"] for name in plan.variants}
+    assert found == {**starts, "gradual_magnitude": "magnitude", "dense": "magnitude"}
 
 
 def test_a_published_start_is_as_published_unless_the_options_say_otherwise(files, tmp_path):
     def start(**over):
-        config = (
-            Plan(command(files, tmp_path, methods="finetune", **over), str).make("finetune", 6 * 64, 0, None).config
-        )
+        plan = Plan(command(files, tmp_path, methods="finetune", **over), str)
+        config = plan.make("finetune", 6 * 64, 0, None).config
         return {name: config[name] for name in SPARSEGPT}
 
     assert start() != SPARSEGPT
@@ -564,43 +556,32 @@ def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("over", "variants", "reason"),
     [
-        ("dense: {method: ste}", "variant dense: method = 'ste', but the name is the dense control's"),
-        ("dense: {method: cast}\nother: {method: dense}", "rename it"),
-        ('"": {method: ste}', "a variant without a name"),
+        ({"methods": "cast,stee"}, "", "methods = 'stee'"),
+        ({"budget_tokens": 63}, "", "less than one step of 64"),
+        ({"learning_rates": "1e-3,fast"}, "", "learning_rates = 'fast' is not a number"),
+        ({"learning_rates": "1e-3,-1"}, "", "out of range"),
+        ({"tuning_dataset": "x.txt"}, "", "give --learning-rates"),
+        ({"variants": "nowhere.yaml"}, "", "cannot read nowhere.yaml"),
+        ({"dataset": "nowhere.txt"}, "", "nowhere.txt"),
+        ({"model": "no where"}, "", "no where"),
+        ({}, "dense: {method: ste}", "variant dense: method = 'ste', but the name is the dense control's"),
+        ({}, "dense: {method: cast}\nother: {method: dense}", "rename it"),
+        ({}, "other: {method: cast, seq_len: 16}", "set it for all variants"),
+        ({}, "other: {method: cast, assistant_only_loss: false}", "set it for all variants"),
+        ({}, "cast: {eval_dataset: nowhere.txt}", "variant cast sets eval_dataset"),
+        ({}, "cast: {seed: 7}", "variant cast sets seed"),
+        ({}, "wanda: {mask_iterations: 5}", "variant wanda: mask_iterations is no option of wanda"),
+        ({}, "wanda: {calibration: a.txt}", "variant wanda: calibration is no option of wanda"),
+        ({}, "good: {}\nbad: {lerning_rate: 1}", "no option lerning_rate; did you mean learning_rate"),
     ],
 )
-def test_names_that_no_variant_can_have_are_refused(text, reason, files, tmp_path):
-    (tmp_path / "variants.yaml").write_text(text)
-    with pytest.raises(InputError, match=reason):
-        Plan(command(files, tmp_path, variants=str(tmp_path / "variants.yaml")), str)
-
-
-@pytest.mark.parametrize("option", ["seq_len: 16", "eval_tokens: 64", "assistant_only_loss: false"])
-def test_variants_are_measured_alike(option, files, tmp_path):
-    (tmp_path / "variants.yaml").write_text(f"other: {{method: cast, {option}}}")
-    with pytest.raises(InputError, match="which changes what its perplexity is of: set it for all variants"):
-        Plan(command(files, tmp_path, variants=str(tmp_path / "variants.yaml")), str)
-
-
-@pytest.mark.parametrize(
-    ("over", "reason"),
-    [
-        ({"methods": "cast,stee"}, "no method stee"),
-        ({"budget_tokens": 63}, "less than one step of 64"),
-        ({"seeds": 0}, "seeds is 0"),
-        ({"learning_rates": "1e-3,fast"}, "learning_rates = 'fast' is not a number"),
-        ({"learning_rates": "1e-3,nan"}, "nan"),
-        ({"learning_rates": "1e-3,-1"}, "out of range"),
-        ({"tuning_dataset": "x.txt"}, "give --learning-rates"),
-        ({"variants": "nowhere.yaml"}, "cannot read nowhere.yaml"),
-        ({"dataset": "nowhere.txt"}, "nowhere.txt"),
-        ({"model": "no where"}, "no where"),
-    ],
-)
-def test_refusals(over, reason, files, tmp_path):
-    with pytest.raises(InputError, match=reason):
+def test_what_cannot_be_compared_is_refused_before_anything_runs(over, variants, reason, files, tmp_path):
+    if variants:
+        (tmp_path / "variants.yaml").write_text(variants + "\n")
+        over = {**over, "variants": str(tmp_path / "variants.yaml")}
+    with pytest.raises(InputError, match=re.escape(reason)):
         Plan(command(files, tmp_path, **over), str)
 
 
@@ -615,30 +596,6 @@ def test_a_shared_teacher_cache_is_said_to_spoil_the_times():
     assert "do not compare" not in "".join(explain(stamp(results), results))
     results[0].run.config["teacher_cache"] = "cache"
     assert "their times do not compare" in "".join(explain(stamp(results), results))
-
-
-def test_an_unknown_field_is_refused_before_anything_runs(files, tmp_path, in_process):
-    variants = tmp_path / "variants.yaml"
-    variants.write_text("good: {}\nbad: {lerning_rate: 1}\n")
-    with pytest.raises(InputError, match="no option lerning_rate; did you mean learning_rate"):
-        compare(files, tmp_path, variants=str(variants))
-    assert not in_process
-
-
-@pytest.mark.parametrize(
-    ("variants", "reason"),
-    [
-        ("cast: {eval_dataset: nowhere.txt}", "variant cast sets eval_dataset, which castlm compare sets"),
-        ("cast: {seed: 7}", "variant cast sets seed"),
-        ("wanda: {mask_iterations: 5}", "variant wanda: mask_iterations is no option of wanda here"),
-        ("wanda: {nonsense: 3}", "variant wanda: nonsense is no option of wanda here"),
-    ],
-)
-def test_an_option_of_a_variant_that_would_have_no_effect_is_refused(variants, reason, files, tmp_path):
-    file = tmp_path / "variants.yaml"
-    file.write_text(variants + "\n")
-    with pytest.raises(InputError, match=reason):
-        Plan(command(files, tmp_path, variants=str(file)), str)
 
 
 def test_the_control_is_the_dense_variant_of_that_name_and_none_that_diverged():
@@ -657,7 +614,7 @@ def test_names_of_variants_may_be_long_and_hold_marks_of_tables(files, tmp_path,
     file.write_text(f'"[/red] a|{"b" * 300}": {{method: magnitude}}\n')
     options = command(files, tmp_path, variants=str(file), seeds=1)
     code, report = run_comparison(options, "castlm compare", to_stderr)
-    show(report)
+    show(report, options.output_dir)
     assert code == 0
     assert "[/red] a|b" in capsys.readouterr().out
     assert "[/red] a\\|b" in (tmp_path / "out" / "table.md").read_text()
@@ -804,10 +761,6 @@ def test_command_line_repeats_the_comparison(files, tmp_path):
     assert "--preset" not in line
 
 
-def test_oneshot_fields_are_those_of_a_plan(files, tmp_path):
-    plan = Plan(command(files, tmp_path, methods="wanda"), str)
-    run = plan.make("wanda", 0, 0, None)
-    known = {f.name for f in dataclasses.fields(oneshot.OneshotConfig)}
-    assert set(run.config) <= known
+def test_a_one_shot_run_has_the_options_that_all_runs_share(files, tmp_path):
+    run = Plan(command(files, tmp_path, methods="wanda"), str).make("wanda", 0, 0, None)
     assert run.config["seq_len"] == CONFIG["seq_len"]
-    assert torch.get_num_threads() == 1

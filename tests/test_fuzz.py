@@ -35,6 +35,7 @@ from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yam
 from castlm.inference.formats import PackedSpec
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
+from castlm.planning.activations import Settings
 from castlm.planning.law import FORMS, Law, predict_perplexity, tokens_for
 from castlm.planning.memory import plan_memory
 from castlm.planning.points import read_points
@@ -238,10 +239,10 @@ def test_model_folders(here, tiny, data):
 
 
 @settings(fuzz, max_examples=1 + EXAMPLES // 4)  # each builds a model, without memory
-@given(config=objects(CONFIG), seq_len=st.integers() | st.integers(1, 64), gib=st.none() | st.floats())
+@given(config=objects(CONFIG), seq_len=st.integers(1, 64), gib=st.none() | st.floats(0.1, 100))
 def test_memory_plan(here, config, seq_len, gib):
     folder = put(new(here), config__json=config)
-    answers(plan_memory, folder, seq_len=seq_len, micro_batch=1, scale_groups=0, gpu_gib=gib)
+    answers(plan_memory, folder, Settings(seq_len, micro_batch=1, scale_groups=0), gpu_gib=gib)
 
 
 # ---- data
@@ -467,7 +468,7 @@ def test_pipes_sockets_devices_and_folders_are_refused_at_once(here, monkeypatch
 
 
 def plan(path: str) -> None:
-    plan_memory(path, seq_len=8, micro_batch=1)
+    plan_memory(path, Settings(seq_len=8, micro_batch=1))
 
 
 def test_a_pipe_in_a_model_folder_is_refused_before_transformers_opens_it(here):
@@ -485,4 +486,4 @@ def test_every_command_says_in_one_line_what_is_wrong_with_its_names(here, capsy
             assert line.startswith("castlm: error: "), line
             assert line.count("\n") == 1
             assert printable(line[:-1]) == line[:-1]
-    assert set(COMMANDS) >= {"verify", "train", "eval", "plan"}
+    assert set(COMMANDS) >= {"verify", "train", "eval", "plan fit"}

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from castlm.cli.json_report import check_json_path
 from castlm.cli.main import main
+from castlm.cli.options import check_json_path, write_json
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_json
 
@@ -30,19 +30,16 @@ def test_what_is_not_a_report_is_refused_and_kept(tmp_path, name):
 
 
 def test_a_new_file_and_an_older_report_are_accepted(tmp_path):
-    check_json_path(None)
-    check_json_path("-")
-    check_json_path(str(tmp_path / "new.json"))
-    (tmp_path / "old.json").write_text(json.dumps({"ok": True}))
-    check_json_path(str(tmp_path / "old.json"), "somewhere else")
-    with pytest.raises(InputError, match="is a file that the command reads"):
-        check_json_path(str(tmp_path / "old.json"), str(tmp_path / "old.json"))
+    for name in (None, "-", str(tmp_path / "new.json")):
+        check_json_path(name)
+    write_json(str(tmp_path / "old.json"), {"ok": True})
+    check_json_path(str(tmp_path / "old.json"))
 
 
 @pytest.mark.parametrize("name", ["castlm-output.json", "progress.json", "text.jsonl.castlm.json", "one.jsonl"])
 def test_records_and_texts_are_no_reports(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match="exists and is not a report of castlm"):
+    with pytest.raises(InputError, match="not a report"):
         check_json_path(str(tmp_path / name))
 
 
@@ -50,7 +47,7 @@ def test_a_pipe_is_never_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name in ("pipe", "link"):
-        with pytest.raises(InputError, match="a named pipe"):
+        with pytest.raises(InputError, match="not a report"):
             check_json_path(str(tmp_path / name))
         with pytest.raises(InputError, match="not a regular file"):
             atomic_write_json(tmp_path / name, {})

@@ -121,8 +121,8 @@ def test_predict_refuses_what_it_would_not_use_and_says_how_far_outside_a_budget
     predict = ["plan", "predict", law[1]]
     cases = [
         ([*predict, "--tokens", "1e7", "--params", "5"], "params 5 is for a joint law"),
-        ([*predict, "--target-ppl", "20", "--tokens-per-s", "0"], "tokens_per_s must be a positive number, got 0"),
-        ([*predict, "--target-ppl", "1e308"], "must be above 1 and below 1e+30, got 1e+308"),
+        ([*predict, "--target-ppl", "20", "--tokens-per-s", "0"], "tokens_per_s is 0"),
+        ([*predict, "--target-ppl", "1e308"], "target_ppl is 1e+308"),
     ]
     assert_refused(cases, capsys)
     assert main([*predict, "--tokens", "5e3"]) == 0
@@ -130,7 +130,7 @@ def test_predict_refuses_what_it_would_not_use_and_says_how_far_outside_a_budget
     content = json.loads(Path(law[1]).read_text())
     del content["holdout"]
     Path(law[1]).write_text(json.dumps(content))
-    assert_refused([([*predict, "--tokens", "1e7"], "not a fitted law (its 'holdout' is missing")], capsys)
+    assert_refused([([*predict, "--tokens", "1e7"], "'holdout'")], capsys)
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_memory(given, capsys):
         (["plan", "memory", "--model", "m", "--gpu", "abacus"], "abacus"),
         (["plan", "check", "--model", "m"], "dataset"),
         ([*CHECK, "--price-per-hour", "0"], "price_per_hour is 0"),
-        ([*CHECK, "--price-per-hour", "2.5", "--devices", "0"], "devices is 0"),
+        ([*CHECK, "--price-per-hour", "2.5", "--devices", "0"], "devices = 0"),
         ([*CHECK, "--devices", "8"], "give --price-per-hour"),
         ([*CHECK, "--max-steps", "0"], "max_steps = 0 is out of range"),
         ([*CHECK, "--price-per-hour", "much"], "much"),

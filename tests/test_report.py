@@ -1,4 +1,4 @@
-"""castlm report: what the page of a run says, finished or not, its charts, and how it looks in a browser."""
+"""castlm report: the page of a run, finished or not, its charts, and its look in a browser."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import pytest
 
 from castlm.cli.main import main
 from castlm.cli.report import write_report
-from castlm.compare.settings import options_of, start_of
+from castlm.compare.summary import options_of, start_of
 from castlm.core.errors import InputError
 from castlm.report import charts
 from castlm.report.charts import Level, Picture, Series, dot_chart, heat_map, line_chart, short

@@ -12,6 +12,7 @@ from castlm.core.errors import InputError
 from castlm.distributed.loading import materialize_
 from castlm.distributed.world import init_world
 from castlm.models.io import load_model
+from castlm.planning.activations import Settings
 from castlm.planning.memory import plan_memory
 from castlm.training import source
 from castlm.training import train as training
@@ -120,8 +121,8 @@ def test_a_teacher_without_effect_is_named(llama, text, tmp_path):
 
 
 def test_memory_of_a_larger_teacher(llama, wider):
-    sizes = {"world_size": 2, "seq_len": 32, "micro_batch": 4, "hidden_states": False}
-    own, other = (plan_memory(llama, teacher_model=teacher, **sizes) for teacher in (None, wider))
+    run = Settings(seq_len=32, micro_batch=4, hidden_states=False)
+    own, other = (plan_memory(llama, run, teacher=teacher, world_size=2) for teacher in (None, wider))
     number = sum(parameter.numel() for parameter in load_model(wider).model.parameters())
     assert other.components["teacher"] == number  # bf16, on two ranks
     assert other.components["gathered weights"] > own.components["gathered weights"]

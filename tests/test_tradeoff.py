@@ -1,4 +1,4 @@
-"""Finished results against each other: what counts as equal, what is measured, and records that do not fit together."""
+"""Finished results against each other: equal perplexity, the measured columns, and records that do not fit together."""
 
 import json
 
@@ -121,7 +121,7 @@ def test_what_does_not_compare_is_refused_in_one_line(dense, result, tmp_path, c
     (tmp_path / "empty").mkdir()
     for options, complaint in (
         (["--results", run, str(other)], "run/model (seq_len 64, not 32): compare runs of one text and context"),
-        (["--results", str(tmp_path / "empty")], "no castlm.json; name a run of castlm train"),
+        (["--results", str(tmp_path / "empty")], "no castlm.json"),
         (["--results", str(dense)], "no castlm.json"),
         (["--results", run, "--device", "h100"], "--device is not for --results"),
     ):

@@ -12,8 +12,6 @@ from castlm.core.sparsify import sparse_linears
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.start import prune_oneshot_
 from castlm.patterns import parse_pattern
-from castlm.planning.fit import fit_law
-from castlm.planning.points import Point
 from castlm.structured.pattern import SCORED_BY, left_of
 from castlm.structured.prune import UnitAccumulator, loss_gradients, solve_columns
 from tests.tiny import TEXT, VOCAB_SIZE, save_tiny, tiny_model
@@ -215,6 +213,3 @@ def test_plans_and_advice_know_the_patterns_or_refuse_them(files, capsys):
     advise = ["advise", dense, "--device", "h100", "--pattern"]
     assert main([*advise, "channels:0.5"]) == 0
     assert "times as fast as those of the whole model" in capsys.readouterr().out
-    points = [Point(tokens=10.0**i, perplexity=9.0 - i, pattern=("2:4", "heads:0.5")[i % 2]) for i in range(1, 7)]
-    with pytest.raises(InputError, match="points of 2 patterns"):
-        fit_law(points, "power")

@@ -158,7 +158,9 @@ def check_complete(kinds: Iterable[type[Any]], values: Mapping[str, Any], source
     for field in itertools.chain.from_iterable(map(dataclasses.fields, kinds)):
         if is_required(field) and field.name not in values:
             is_option = source == COMMAND_LINE and not field.metadata.get("positional")
-            raise InputError(f"{field.name} is missing: give {label(field.name, source) if is_option else field.name}")
+            where = "" if source in ("", COMMAND_LINE) else f"{source}: "
+            remedy = f": give {label(field.name, source)}" if is_option else ""
+            raise InputError(f"{where}{field.name} is missing{remedy}")
 
 
 def checked(kinds: Sequence[type[Any]], values: Mapping[str, Any], source: str = "") -> dict[str, Any]:

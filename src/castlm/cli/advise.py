@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from castlm.cli.json_report import check_json_path
-from castlm.cli.options import parse, refuse_given, result_folder, write_json
+from castlm.cli.options import check_json_path, parse, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.fields import positional
@@ -68,7 +67,7 @@ class AdviseCommand:
     def run(self) -> int:
         from castlm.inference.semi_structured import this_gpu
 
-        check_json_path(self.json, result_folder(self.model), *self.results)
+        check_json_path(self.json)
         if self.results:
             return self._compare_results()
         pattern = parse_pattern(self.pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castlm.cli.options import command_line, parse, to_stderr
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from castlm.compare.report import Report
 
 
-def show(report: Report) -> None:
-    """Prints the table, the verdict and the path of the report."""
+def show(report: Report, folder: str) -> None:
+    """Prints the table, the verdict and the path of the page."""
     from rich.table import Table
     from rich.text import Text
 
@@ -29,12 +30,12 @@ def show(report: Report) -> None:
     if not console.is_terminal:  # a log has no width to wrap at
         console = Screen(highlight=False, width=WIDTH)
     console.print(table)
-    for text in (*report.warnings, *report.notes, report.verdict, f"report: {report.files[0]}"):
+    for text in (*report.warnings, *report.notes, report.verdict, f"report: {Path(folder, 'table.html')}"):
         console.print(text, markup=False, soft_wrap=True)
 
 
 def main(arguments: list[str]) -> int:
     config = parse(CompareConfig, arguments, "compare")
     code, report = compare(config, command_line("compare", config), to_stderr)
-    show(report)
+    show(report, config.output_dir)
     return code

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from castlm.cli.json_report import check_json_path
-from castlm.cli.options import parse, refuse_given, result_folder, to_stderr, write_json
+from castlm.cli.options import check_json_path, parse, refuse_given, result_folder, to_stderr, write_json
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
 from castlm.fields import positional
@@ -75,7 +74,7 @@ class EvalCommand(ScoredTextOptions):
             raise InputError("nothing to evaluate on: give --text FILE, or --tasks piqa,arc_easy, or both")
         if self.text is None:
             refuse_given(self, _OF_TEXT, "is for --text: name a text, or leave it out")
-        check_json_path(self.json, result_folder(self.path), *([self.text] if self.text else []))
+        check_json_path(self.json)
         if self.tasks is not None:
             from castlm.evaluation.zero_shot import check_tasks, zero_shot
 

@@ -16,9 +16,6 @@ from castlm.fields import choices_of, default_of, docs_of, hints_of, is_required
 
 WIDTH = 100
 _INDENT = 30
-_SHORT = 24
-"""`--help` describes all options of a command with at most this many, or without essential ones."""
-
 
 Sections = Sequence[tuple[str, type[Any]]]
 """Dataclasses of a command's options, by the title of their section; titles may repeat."""
@@ -29,7 +26,7 @@ def help_text(sections: Sections, name: str, everything: bool, about: type[Any])
 
     Args:
         about: the class whose docstring describes the command.
-        everything: describe all options; otherwise only name the inessential ones, if there are many.
+        everything: describe all options; otherwise only name the inessential ones, if the command has essential ones.
     """
     groups: dict[str, list[tuple[type[Any], dataclasses.Field[Any]]]] = {}
     for title, kind in sections:
@@ -40,14 +37,15 @@ def help_text(sections: Sections, name: str, everything: bool, about: type[Any])
     summary = " ".join(str(about.__doc__).partition("\n\n")[0].split())
     lines = [usage, "", *_wrap(summary), ""]
     essential = [option for option in options if option[1].metadata.get("essential")]
-    if everything or len(options) <= _SHORT or not essential:
+    if everything or not essential:
         for title, members in groups.items():
             lines += [f"{title}:", *(line for option in members for line in _described(*option)), ""]
         return "\n".join(lines).rstrip()
     essential.sort(key=lambda option: not is_required(option[1]))
     lines += ["most important options:", *(line for option in essential for line in _described(*option)), ""]
     for title, members in groups.items():
-        names = "  ".join(_option(field, hints_of(kind)[field.name]) for kind, field in members)
+        others = [(kind, field) for kind, field in members if not field.metadata.get("essential")]
+        names = "  ".join(_option(field, hints_of(kind)[field.name]) for kind, field in others)
         lines += _wrap(names, initial_indent=f"{title + ':':13}", subsequent_indent=" " * 13)
     return "\n".join([*lines, "", f"castlm {name} --help-all describes every option."])
 

@@ -16,13 +16,14 @@ from castlm.signals import TERMINATED, ending_on_sigterm
 
 
 class Command(NamedTuple):
-    """A row of `COMMANDS`: the module in `castlm.cli` with `main(arguments)`, and the line of help."""
+    """A row of `COMMANDS`: a module in `castlm.cli`, the line of help, and the function that takes the arguments."""
 
     module: str
     what: str
+    function: str = "main"
 
     def run(self, arguments: list[str]) -> int:
-        return int(importlib.import_module(f"castlm.cli.{self.module}").main(arguments))
+        return int(getattr(importlib.import_module(f"castlm.cli.{self.module}"), self.function)(arguments))
 
 
 COMMANDS: dict[str, Command] = {
@@ -33,7 +34,11 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("compare", "train CAST and its rivals under equal conditions and print one table"),
     "sample": Command("sample", "let a model write its own training text, if you have no data"),
     "report": Command("report", "write an HTML page about a run: verdict, charts, sample text"),
-    "plan": Command("plan", "predict convergence, perplexity, hours and memory of a run"),
+    "plan check": Command("plan_check", "run the first steps: will the run converge, and what does it cost?"),
+    "plan memory": Command("plan_memory", "predict the memory on each rank from the model's config"),
+    "plan sweep": Command("plan_law", "find the scaling law of a model and text with few runs", "sweep"),
+    "plan fit": Command("plan_law", "fit a scaling law to finished runs", "fit"),
+    "plan predict": Command("plan_law", "predict a perplexity, or the tokens that it takes", "predict"),
     "quantize": Command("quantize", "round a model, sparse or dense, to int8, fp8 or int4; every zero stays"),
     "advise": Command("advise", "time every format of a model here, dense and n:m, and tell which to use for what"),
     "verify": Command("verify", "count every n:m group of a model folder"),
@@ -45,8 +50,9 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def usage() -> str:
-    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+def usage(first: str = "") -> str:
+    """The commands whose names begin with `first`."""
+    lines = [f"  {name:14}{command.what}" for name, command in COMMANDS.items() if name.startswith(first)]
     return "\n".join(["usage: castlm COMMAND [OPTIONS]   (castlm COMMAND --help lists the options)", "", *lines])
 
 
@@ -149,10 +155,15 @@ def _main(arguments: list[str]) -> int:
         for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # transformers and peft import them
             logging.getLogger(name).setLevel(logging.ERROR)
         _check_utf8(arguments)
-        if arguments[0] not in COMMANDS:
-            raise InputError(f"there is no command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
+        words = 2 if arguments[0] == "plan" else 1
+        name = " ".join(arguments[:words])
+        if name in ("plan", "plan -h", "plan --help"):
+            print(usage("plan"))
+            return 0 if arguments[1:] else 2
+        if name not in COMMANDS:
+            raise InputError(f"there is no command {name!r}: use one of {', '.join(COMMANDS)}")
         with ending_on_sigterm():
-            return COMMANDS[arguments[0]].run(arguments[1:])
+            return COMMANDS[name].run(arguments[words:])
     except SystemExit as stop:
         if stop.code == TERMINATED:
             print("castlm: stopped by SIGTERM", file=sys.stderr)

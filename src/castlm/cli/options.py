@@ -18,9 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import castlm
 from castlm.cli.help import Sections, help_text
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, default_of, given, hints_of, is_required, unknown
+from castlm.files.reading import read_json_object, user_path
 from castlm.names import printable
 
 T = TypeVar("T")
@@ -188,11 +190,35 @@ def refuse_given(options: Any, names: Iterable[str], why: str) -> None:
         raise InputError(f"--{found[0].replace('_', '-')} {why}")
 
 
+WRITTEN_BY = "written_by"
+"""The entry of a JSON report by which a later command recognizes a file that it may replace."""
+
+
+def check_json_path(path: str | None) -> None:
+    """Checks, before the work, that the report of `--json` can be written and replaces nothing but a report.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written, or the file is there and is no report of castlm.
+    """
+    if path is None or path == "-":
+        return
+    target = Path(os.path.realpath(user_path(path)))
+    if target.is_dir() or not os.access(target.parent, os.W_OK) or target.parts[:2] in (("/", "dev"), ("/", "proc")):
+        raise InputError(f"--json {path} is not a file in a folder that can be written: name another")
+    try:
+        is_report = not os.path.lexists(target) or WRITTEN_BY in read_json_object(target)
+    except InputError:  # not JSON, or not even a regular file
+        is_report = False
+    if not is_report:
+        raise InputError(f"--json {path} exists and is not a report of castlm: name another file")
+
+
 def write_json(path: str | None, content: dict[str, Any]) -> None:
     """Writes a report to the file of `--json`; "-" is the standard output."""
     from castlm.files.atomic_file import atomic_write_json, plain_json
 
+    report = {WRITTEN_BY: f"castlm {castlm.__version__}", **content}
     if path == "-":
-        print(json.dumps(plain_json(content), indent=2))
+        print(json.dumps(plain_json(report), indent=2))
     elif path is not None:
-        atomic_write_json(path, content)
+        atomic_write_json(path, report)

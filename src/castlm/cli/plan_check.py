@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from castlm.cli.train import parse_train
@@ -20,17 +20,17 @@ class CheckOptions:
     price_per_hour: float | None = None
     """Price of one device per hour; adds the cost of the run."""
 
-    devices: int | None = None
+    devices: int | None = field(default=None, metadata={"at_least": 1})
     """Number of devices to pay for, at the speed measured here. The default is one per rank."""
 
 
 def main(arguments: list[str]) -> int:
     config, given = parse_train(arguments, "plan check", CheckOptions)
     options = CheckOptions(**given)
-    from castlm.planning.law import check_price
+    from castlm.planning.law import check_positive
 
     if options.price_per_hour is not None:
-        check_price(options.price_per_hour, 1 if options.devices is None else options.devices)
+        check_positive("price_per_hour", options.price_per_hour)
     elif options.devices is not None:
         raise InputError(f"devices is {options.devices} without a price: give --price-per-hour too")
     if not config.method.row.decays:

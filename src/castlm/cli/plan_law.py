@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from castlm.cli.json_report import check_json_path
-from castlm.cli.options import command_line, parse, to_stderr, to_stdout, write_json
+from castlm.cli.options import check_json_path, command_line, parse, to_stderr, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
 from castlm.files.reading import read_json
@@ -44,7 +43,7 @@ class FitCommand:
         from castlm.planning.law_plot import check_plot, plot_law
         from castlm.planning.points import read_points
 
-        check_json_path(self.json, *self.runs)
+        check_json_path(self.json)
         if self.plot is not None:
             check_plot(self.plot)
             if self.json is not None and os.path.realpath(self.json) == os.path.realpath(self.plot):
@@ -97,18 +96,18 @@ class PredictCommand:
     """Price of one hour of that device; adds the cost."""
 
     def run(self) -> int:
-        from castlm.planning.law import check_price, duration, gpu_hours, predict_perplexity, readable, tokens_for
+        from castlm.planning.law import check_positive, duration, gpu_hours, predict_perplexity, readable, tokens_for
 
         if (self.tokens is None) == (self.target_ppl is None):
             raise InputError("give one of --tokens and --target-ppl")
         if self.price_per_hour is not None:
-            check_price(self.price_per_hour)
+            check_positive("price_per_hour", self.price_per_hour)
             if self.tokens_per_s is None:
                 raise InputError(
                     f"price_per_hour is {self.price_per_hour:g}, but the hours are unknown: give --tokens-per-s too"
                 )
-        if self.tokens_per_s is not None:
-            gpu_hours(1, self.tokens_per_s)  # checks the number, before half of the answer is printed
+        if self.tokens_per_s is not None:  # before half of the answer is printed
+            check_positive("tokens_per_s", self.tokens_per_s)
         law = self.law()
         if self.params is not None and law.form != "joint":
             raise InputError(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from castlm.cli.options import parse, refuse_given
 from castlm.core.errors import InputError
+from castlm.fields import essential
 from castlm.methods.options import MethodOptions, OptimizerOptions
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.patterns import parse_pattern
@@ -20,35 +21,33 @@ _OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "teach
 _OF_PRUNE = ("memory", *(option.name for section in (BasisOptions, Refinements) for option in fields(section)))
 """Options without effect on the memory of a training run, whose start holds the whole model."""
 
-_AT_LEAST_1 = {"at_least": 1}
-
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
     """Options of the planned run."""
 
-    model: str
+    model: str = essential()
     """Hugging Face folder, or a config .json such as configs/models/*.json."""
 
-    world_size: int = field(default=1, metadata=_AT_LEAST_1)
+    world_size: int = essential(1, at_least=1)
     """Ranks that shard the run."""
 
-    seq_len: int = field(default=SEQ_LEN, metadata=_AT_LEAST_1)
+    seq_len: int = essential(SEQ_LEN, at_least=1)
     """Tokens per sequence."""
 
-    per_device_train_batch_size: int = field(default=OptimizerOptions.per_device_train_batch_size, metadata=_AT_LEAST_1)
+    per_device_train_batch_size: int = essential(OptimizerOptions.per_device_train_batch_size, at_least=1)
     """Sequences per device and micro-step."""
 
-    gradient_accumulation_steps: int = field(default=1, metadata=_AT_LEAST_1)
+    gradient_accumulation_steps: int = field(default=1, metadata={"at_least": 1})
     """Micro-steps per optimizer step."""
 
-    pattern: str = "2:4"
+    pattern: str = essential("2:4")
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern."""
 
     scale_groups: int = field(default=MethodOptions.scale_groups, metadata={"at_least": 0})
     """Learnable scale factors per weight row. 0 turns weight scaling off."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = essential(False)
     """Recompute activations in the backward pass."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -61,7 +60,7 @@ class MemoryOptions:
     """Start of the run, as in `castlm train`. Unless it is magnitude or a model, the first rank holds the whole model
     before step 0."""
 
-    calibration_sequences: int = field(default=StartOptions.calibration_sequences, metadata=_AT_LEAST_1)
+    calibration_sequences: int = field(default=StartOptions.calibration_sequences, metadata={"at_least": 1})
     """Calibration sequences of the start; magnitude reads none."""
 
     eta: float = field(default=TeacherOptions.eta, metadata={"at_least": 0})
@@ -74,14 +73,14 @@ class MemoryOptions:
     """Weight of the distance to the teacher's hidden states. The default is 15, and 0 with another teacher. 0 turns it
     off, and so does eta 0."""
 
-    prune: bool = False
+    prune: bool = essential(False)
     """Predict `castlm prune` on a CPU instead of a training run."""
 
-    memory: Literal["model", "block"] = "block"
+    memory: Literal["model", "block"] = essential("block")
     """With --prune: keep the whole model in memory, or one transformer block. Structured patterns need the whole model.
     """
 
-    gpu: str | None = None
+    gpu: str | None = essential(None)
     """GPU that the run should fit on: h100, a100, ..., or a number of GiB."""
 
 
@@ -92,31 +91,29 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
     """
 
     def run(self) -> int:
-        from castlm.planning.memory import plan_memory
-
         if self.prune:
             return self._run_prune()
+        from castlm.dtypes import FLOATS
+        from castlm.planning.activations import Settings
+        from castlm.planning.memory import plan_memory
+
         refuse_given(self, _OF_PRUNE, "is for --prune: give that too, or leave it out")
         gib = None if self.gpu is None else _gib(self.gpu)
-        prunes = self._prunes()
-        plan = plan_memory(
-            self.model,
-            world_size=self.world_size,
+        dtype = FLOATS[self.precision]
+        run = Settings(
             seq_len=self.seq_len,
             micro_batch=self.per_device_train_batch_size,
             pattern=parse_pattern(self.pattern),
             scale_groups=self.scale_groups,
-            accumulation=self.gradient_accumulation_steps,
-            gradient_checkpointing=self.gradient_checkpointing,
-            compute_dtype=self.precision,
-            teacher_dtype=self.precision,
-            teacher=self.eta > 0,
-            teacher_model=self.teacher,
+            accumulates=self.gradient_accumulation_steps > 1,
+            checkpointing=self.gradient_checkpointing,
+            compute=dtype,
+            teacher=dtype if self.eta > 0 else None,
             hidden_states=self.teacher is None if self.hidden_weight is None else self.hidden_weight > 0,
             moments=self.moments,
-            calibration_tokens=self.calibration_sequences * self.seq_len if prunes else 0,
-            gpu_gib=gib,
+            calibration_tokens=self.calibration_sequences * self.seq_len if self._prunes() else 0,
         )
+        plan = plan_memory(self.model, run, teacher=self.teacher, world_size=self.world_size, gpu_gib=gib)
         print(plan.table())
         return 0 if plan.fits in (True, None) else 1
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from castlm.cli.json_report import check_json_path
-from castlm.cli.options import parse, write_json
+from castlm.cli.options import check_json_path, parse, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
 from castlm.files.reading import read_json_object, user_path
@@ -35,7 +34,7 @@ class VerifyCommand:
         from castlm.export.verify import verify
 
         path = _counted(self.path)
-        check_json_path(self.json, path)
+        check_json_path(self.json)
         pattern = parse_pattern(self.pattern or recorded_pattern(path) or "2:4")
         report = verify(path, pattern, base=None if self.base is None else _counted(self.base))
         write_json(self.json, report.as_dict())

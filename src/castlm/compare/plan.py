@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from castlm.compare.config import CompareConfig
-from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, every_method
-from castlm.compare.report import Report, write_report
+from castlm.compare.config import CompareConfig, OneshotConfig
+from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, Preset, every_method
+from castlm.compare.report import Report, make_report
 from castlm.compare.runs import (
     Result,
     Run,
@@ -23,13 +23,13 @@ from castlm.compare.runs import (
 )
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.data.options import ScoredTextOptions, TextOptions
-from castlm.fields import checked, convert
+from castlm.data.options import TextOptions
+from castlm.fields import build, convert
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
 from castlm.patterns import parse_pattern
-from castlm.training.config import TrainConfig, sections_of, without_sections
+from castlm.training.config import TrainConfig, without_sections
 
 Say = Callable[[str], None]
 
@@ -43,13 +43,6 @@ _OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_onl
 
 _OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "seq_len")
 """Options whose product is the number of tokens per optimizer step."""
-
-_OF_ONESHOT = (
-    *("pattern", "seq_len", "eval_tokens", "device"),
-    *(field.name for field in dataclasses.fields(ScoredTextOptions)),
-    *("trust_remote_code", "revision", "eval_split", "eval_config", "precision"),
-)
-"""Options of `castlm train` that one-shot rows share."""
 
 
 def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
@@ -80,13 +73,14 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         for name in plan.variants:
             for tokens in plan.budgets(name):
                 results += plan.settle(name, tokens, root)
-                write_report(root, plan.preset, results, command, plan.hashes)
+                make_report(plan.preset.question, results, command, plan.hashes).write(root, plan.preset)
         untouched = plan.zero_shot(config.model, plan.hashes["model"], root / "runs" / "untouched")
         for result in results:
             if "error" not in result.record and not result.trial:
                 model = str(result.folder / "model")
                 result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
-    report = write_report(root, plan.preset, results, command, plan.hashes, untouched)
+    report = make_report(plan.preset.question, results, command, plan.hashes, untouched)
+    report.write(root, plan.preset)
     has_failed = any("error" in r.record or (r.problem == "diverged" and not r.trial) for r in results)
     return (1 if plan.has_failed or has_failed else 0), report
 
@@ -101,24 +95,19 @@ class Plan:
     def __init__(self, command: CompareConfig, say: Say) -> None:
         self.command, self.say = command, say
         self.has_failed = False
-        if command.seeds < 1:
-            raise InputError(f"seeds is {command.seeds}: it must be at least 1")
-        self.rates = [_rate(r) for r in command.learning_rates.split(",")] if command.learning_rates else []
+        self.rates = _rates(command.learning_rates)
         if command.tuning_dataset and not self.rates:
             raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
         self.common = without_sections(read_yaml_mapping(command.config), command.config) if command.config else {}
-        if taken := [name for name in _OF_COMPARE if name in self.common]:
-            raise InputError(f"{command.config} sets {taken[0]}, which castlm compare sets for each run: take it out")
+        _refuse_taken(self.common, _OF_COMPARE, f"{command.config} sets")
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
-        if command.preset:
-            self.preset = PRESETS[command.preset]
-        else:
-            self.preset = every_method(_pattern_of(self.common))
-        self.variants = self._variants()
+        self.preset = PRESETS[command.preset] if command.preset else every_method(_pattern_of(self.common))
+        self.variants = _variants(command, self.preset)
         self._check_patterns()
         self.largest_budget = self._largest_budget()
+        self.calibration = self._calibration()
         self.hashes = self._hashes()
         for name in self.variants:  # report a mistake in any of them before the first one runs
             for tokens in self.budgets(name):
@@ -135,40 +124,14 @@ class Plan:
         """Whether any run trusts the code of its model."""
         return any(fields.get("trust_remote_code") for fields in (self.common, *self.variants.values()))
 
-    def _variants(self) -> dict[str, dict[str, Any]]:
-        command, known = self.command, (*RETRAINING, *ONESHOT)
-        if command.methods:
-            named = command.methods.split(",")
-            if unknown := [name for name in named if name not in known]:
-                raise InputError(f"there is no method {', '.join(unknown)}: use {', '.join(known)}")
-            variants = {name: self.preset.variants.get(name, {"method": name}) for name in named}
-        else:
-            variants = {} if command.variants and not command.preset else dict(self.preset.variants)
-        if command.variants:
-            for name, fields in read_yaml_mapping(command.variants).items():
-                if not isinstance(fields, dict | None):
-                    raise InputError(
-                        f"{command.variants}: variant {name} is not a mapping: write `{name}: {{eta: 0.5}}`"
-                    )
-                if not str(name).strip():
-                    raise InputError(f"{command.variants} has a variant without a name: give it one")
-                start = variants.get(name, {"method": name if name in known else "cast"})
-                variants[name] = {**start, **without_sections(fields or {}, f"{command.variants}: variant {name}")}
-        for name, fields in variants.items():
-            if not isinstance(fields["method"], str):
-                raise InputError(f"variant {name}: method = {fields['method']!r} is not text: use {', '.join(known)}")
-            if taken := [option for option in _OF_COMPARE if option in fields]:
-                raise InputError(f"variant {name} sets {taken[0]}, which castlm compare sets for each run: take it out")
-            if taken := [option for option in _OF_ALL if option in fields]:
-                raise InputError(
-                    f"variant {name} sets {taken[0]}, which changes what its perplexity is of: set it for all variants "
-                    "in --config"
-                )
-        if not is_control(method := variants.get("dense", {"method": "dense"})["method"]):
-            raise InputError(f"variant dense: method = {method!r}, but the name is the dense control's: rename it")
-        if not any(is_control(fields["method"]) for fields in variants.values()):
-            variants["dense"] = {"method": "dense"}
-        return variants
+    def _check_patterns(self) -> None:
+        """Raises `InputError` for one-shot methods that are not for the pattern."""
+        for name, fields in self.variants.items():
+            pattern = _pattern_of({**self.common, **fields})
+            if fields["method"] in ONESHOT and fields["method"] not in pattern.solvers:
+                raise InputError(f"variant {name}: method {fields['method']} is not for {pattern}: leave it out")
+            if self.command.preset == "structured" and pattern.cut_out is None:
+                raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
 
     def _largest_budget(self) -> int:
         """The token budget: given as such, or as steps of the options that all runs share."""
@@ -181,41 +144,7 @@ class Plan:
         shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
         return int(command.max_steps or 0) * _tokens_per_step(TrainConfig.from_mapping({**named, **shared}, ""))
 
-    def _check_patterns(self) -> None:
-        """Raises `InputError` for one-shot methods that are not for the pattern."""
-        for name, fields in self.variants.items():
-            pattern = _pattern_of({**self.common, **fields})
-            if fields["method"] in ONESHOT and fields["method"] not in pattern.solvers:
-                raise InputError(f"variant {name}: method {fields['method']} is not for {pattern}: leave it out")
-            if self.command.preset == "structured" and pattern.cut_out is None:
-                raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
-
-    def _hashes(self) -> dict[str, str]:
-        from castlm.data.documents import open_documents
-
-        command = self.command
-        options = TextOptions.of(self.common)
-        texts = {"dataset": command.dataset, "eval_dataset": command.eval_dataset}
-        calibration = self._calibration_text()
-        texts["calibration"] = calibration["calibration"]
-        if command.tuning_dataset:
-            texts["tuning_dataset"] = command.tuning_dataset
-        train = {"split": self.common.get("dataset_split", "train"), "data_config": self.common.get("dataset_config")}
-        held_out = {"split": self.common.get("eval_split", "validation"), "data_config": self.common.get("eval_config")}
-        of_role = {"dataset": train, "eval_dataset": held_out, "tuning_dataset": held_out}
-        of_role["calibration"] = {
-            "split": calibration.get("calibration_split", "train"),
-            "data_config": calibration.get("calibration_config"),
-        }
-        digests = {name: open_documents(text, options, **of_role[name]).text_hash() for name, text in texts.items()}
-        if command.tuning_dataset and digests["tuning_dataset"] == digests["eval_dataset"]:
-            raise InputError(
-                f"tuning_dataset {command.tuning_dataset} is the text of eval_dataset: give another one to choose by"
-            )
-        model = content_hash(command.model, self.common.get("revision"), trust_remote_code=self._trusts)
-        return {"model": model, **digests}
-
-    def _calibration_text(self) -> dict[str, Any]:
+    def _calibration(self) -> dict[str, Any]:
         """The calibration text of one-shot rows, as fields of `OneshotConfig`; by default the training text with the
         runs' options.
         """
@@ -224,6 +153,35 @@ class Plan:
         hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
         named = {name: self.common[option] for name, option in hub.items() if option in self.common}
         return {"calibration": self.command.dataset, **named}
+
+    def _hashes(self) -> dict[str, str]:
+        """SHA-256 of the model and the texts, by option; for those on the hub, of name and revision."""
+        from castlm.data.documents import open_documents
+
+        command, common, calibration = self.command, self.common, self.calibration
+        options = TextOptions.of(common)
+        held_out = common.get("eval_split", "validation"), common.get("eval_config")
+        texts = {
+            "dataset": (command.dataset, common.get("dataset_split", "train"), common.get("dataset_config")),
+            "eval_dataset": (command.eval_dataset, *held_out),
+            "calibration": (
+                calibration["calibration"],
+                calibration.get("calibration_split", "train"),
+                calibration.get("calibration_config"),
+            ),
+        }
+        if command.tuning_dataset:
+            texts["tuning_dataset"] = (command.tuning_dataset, *held_out)
+        digests = {
+            name: open_documents(text, options, split=split, data_config=data_config).text_hash()
+            for name, (text, split, data_config) in texts.items()
+        }
+        if digests.get("tuning_dataset") == digests["eval_dataset"]:
+            raise InputError(
+                f"tuning_dataset {command.tuning_dataset} is the text of eval_dataset: give another one to choose by"
+            )
+        model = content_hash(command.model, common.get("revision"), trust_remote_code=self._trusts)
+        return {"model": model, **digests}
 
     def budgets(self, name: str) -> list[int]:
         """Token budgets of a variant; 0 for a one-shot method."""
@@ -282,24 +240,15 @@ class Plan:
             rate: learning rate; None takes it from the options.
             tuning: whether to evaluate on the tuning text.
         """
-        fields = {**self.common, **self.variants[name]}
-        starts_dense = fields["method"] in METHODS and METHODS[fields["method"]].starts_dense
-        if starts_dense and "init_from" not in self.variants[name]:
-            fields.pop("init_from", None)  # the start of all runs is for the methods that have one
-        elif fields["method"] in METHODS and "init_from" not in fields:
-            start = _pattern_of(fields).default_solver
-            if self.command.published_starts:
-                start = METHODS[fields["method"]].published_start
-                fields = {**(SPARSEGPT if start == "sparsegpt" else {}), **fields}
-            fields["init_from"] = start
         command, hashes = self.command, self.hashes
         named = {"model": command.model, "eval_dataset": command.eval_dataset, "seed": seed}
         if tuning:
             named["eval_dataset"] = command.tuning_dataset
             hashes = {**hashes, "eval_dataset": hashes["tuning_dataset"]}
-        if fields["method"] in ONESHOT:
-            return self._make_oneshot(name, fields, named)
-        fields |= {**named, "dataset": command.dataset, "output_dir": command.output_dir, "report_to": ("none",)}
+        if self.variants[name]["method"] in ONESHOT:
+            return self._make_oneshot(name, named)
+        fields = {**self._with_start(name), **named, "dataset": command.dataset, "output_dir": command.output_dir}
+        fields["report_to"] = ("none",)
         if rate is not None:
             fields["learning_rate"] = rate
         config = TrainConfig.from_mapping(fields, f"variant {name}")
@@ -317,6 +266,37 @@ class Plan:
         if config.start.name not in ONESHOT:
             hashes = {**hashes, "init_from": content_hash(config.start.name, None, trust_remote_code=self._trusts)}
         return with_key(Run(name, budget, steps * batch, content), hashes)
+
+    def _with_start(self, name: str) -> dict[str, Any]:
+        """The options of a variant that trains, with its start."""
+        fields = {**self.common, **self.variants[name]}
+        method = METHODS[fields["method"]]
+        if method.starts_dense:
+            if "init_from" not in self.variants[name]:
+                fields.pop("init_from", None)  # the start of all runs is for the methods that have one
+        elif "init_from" not in fields and self.command.published_starts:
+            fields = {**(SPARSEGPT if method.published_start == "sparsegpt" else {}), **fields}
+            fields["init_from"] = method.published_start
+        elif "init_from" not in fields:
+            fields["init_from"] = _pattern_of(fields).default_solver
+        return fields
+
+    def _make_oneshot(self, name: str, named: dict[str, Any]) -> Run:
+        variant = self.variants[name]
+        fields = {**self.common, **variant}
+        calibration = ("calibration", "calibration_split", "calibration_config", "num_sequences")  # of all rows alike
+        shared = {field.name for field in dataclasses.fields(OneshotConfig)}.difference(calibration)
+        if unused := [option for option in variant if option not in shared]:
+            raise InputError(f"variant {name}: {unused[0]} is no option of {variant['method']} here: take it out")
+        if fields.get("left_dense"):
+            raise InputError(
+                f"left_dense is for training, and {variant['method']} prunes every layer: leave one of the two out"
+            )
+        given = {option: value for option, value in fields.items() if option in shared}
+        given |= {**named, **self.calibration, "num_sequences": self.command.num_sequences}
+        content = dataclasses.asdict(build(OneshotConfig, given, f"variant {name}"))
+        del content["output_dir"]
+        return with_key(Run(name, 0, 0, content), self.hashes)
 
     def zero_shot(self, model: str, digest: str, folder: Path) -> list[dict[str, Any]]:
         """The zero-shot rows of a model, kept in a file beside `folder`.
@@ -342,21 +322,34 @@ class Plan:
             self.has_failed = True
         return rows
 
-    def _make_oneshot(self, name: str, fields: dict[str, Any], named: dict[str, Any]) -> Run:
-        if unused := [option for option in self.variants[name] if option not in (*_OF_ONESHOT, "method")]:
-            raise InputError(f"variant {name}: {unused[0]} is no option of {fields['method']} here: take it out")
-        # checked as options of `castlm train`, because OneshotConfig imports torch, which planning avoids
-        sections = list(sections_of(TrainConfig).values())
-        content = checked(sections, {k: v for k, v in fields.items() if k in _OF_ONESHOT}, f"variant {name}")
-        if "pattern" in content:
-            content["pattern"] = str(content["pattern"])
-        if fields.get("left_dense"):
-            raise InputError(
-                f"left_dense is for training, and {fields['method']} prunes every layer: leave one of the two out"
-            )
-        content |= {"method": fields["method"], **named, **self._calibration_text()}
-        content |= {"num_sequences": self.command.num_sequences}
-        return with_key(Run(name, 0, 0, content), self.hashes)
+
+def _variants(command: CompareConfig, preset: Preset) -> dict[str, dict[str, Any]]:
+    """The options of each variant, by name: methods or a preset, then the file of variants, then the dense control."""
+    known = (*RETRAINING, *ONESHOT)
+    if command.methods:
+        named = [convert("methods", name, str, known) for name in command.methods.split(",")]
+        variants = {name: preset.variants.get(name, {"method": name}) for name in named}
+    else:
+        variants = {} if command.variants and not command.preset else dict(preset.variants)
+    if command.variants:
+        for name, fields in read_yaml_mapping(command.variants).items():
+            start = variants.get(name, {"method": name if name in known else "cast"})
+            variants[name] = {**start, **without_sections(fields or {}, f"{command.variants}: variant {name}")}
+    for name, fields in variants.items():
+        convert(f"variant {name}: method", fields["method"], str, known)
+        _refuse_taken(fields, (*_OF_COMPARE, *_OF_ALL), f"variant {name} sets")
+    if not is_control(method := variants.get("dense", {"method": "dense"})["method"]):
+        raise InputError(f"variant dense: method = {method!r}, but the name is the dense control's: rename it")
+    if not any(is_control(fields["method"]) for fields in variants.values()):
+        variants["dense"] = {"method": "dense"}
+    return variants
+
+
+def _refuse_taken(fields: Mapping[str, Any], taken: Sequence[str], source: str) -> None:
+    """Raises `InputError` for an option that is the comparison's to set."""
+    if found := [option for option in taken if option in fields]:
+        where = "set it for all variants in --config" if found[0] in _OF_ALL else "castlm compare sets it: take it out"
+        raise InputError(f"{source} {found[0]}, which all runs share: {where}")
 
 
 def _tokens_per_step(config: TrainConfig) -> int:
@@ -369,8 +362,9 @@ def _pattern_of(fields: Mapping[str, Any]) -> Pattern:
     return parse_pattern(pattern if isinstance(pattern, str) else "2:4")
 
 
-def _rate(text: str) -> float:
-    rate = float(convert("learning_rates", text.strip(), float))
-    if rate <= 0:
+def _rates(text: str | None) -> list[float]:
+    """Parses learning rates separated by commas."""
+    rates: list[float] = [convert("learning_rates", rate.strip(), float) for rate in text.split(",")] if text else []
+    if rates and min(rates) <= 0:
         raise InputError(f"learning_rates = {text} is out of range: each must be above 0, as 1e-3,3e-3")
-    return rate
+    return rates

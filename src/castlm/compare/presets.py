@@ -92,7 +92,7 @@ PRESETS: dict[str, Preset] = {
         plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),
     ),
-    # needs a structured pattern in the options of all runs; a cut is fine-tuning of what the score leaves
+    # needs a structured pattern in the options of all runs; a cut is fine-tuning of the units that the score keeps
     "structured": Preset(
         "Is a decay better than a cut at step 0?",
         {

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from castlm.compare.settings import options_text
 from castlm.compare.summary import (
     Spread,
+    options_text,
     ranked,
     starts_note,
     summarize,
@@ -25,6 +25,7 @@ from castlm.compare.summary import (
     zero_shot_note,
 )
 from castlm.files.atomic_file import atomic_write_json, atomic_write_text
+from castlm.methods.table import METHODS
 from castlm.versions import library_versions
 
 if TYPE_CHECKING:
@@ -145,22 +146,6 @@ class Cells:
         return 1 + sum(3 + min(WIDEST_CELL, max(map(len, column))) for column in columns)
 
 
-@dataclass(frozen=True)
-class Report:
-    """A finished report."""
-
-    question: str
-    verdict: str
-    page: Cells
-    """The whole table, for the page."""
-    table: Cells
-    """The columns that fit into `WIDTH` characters, for a terminal and for table.md."""
-    warnings: list[str]
-    """Lines on runs that failed, diverged or fell short."""
-    notes: list[str]
-    files: list[Path]
-
-
 def stamp(results: list[Result]) -> dict[str, Any]:
     """The conditions of all figures: text, sequence length, tokenizer, versions, machine and date."""
     record = next((r.record for r in results if "measured" in r.record and not r.trial), {})
@@ -182,7 +167,7 @@ def stamp(results: list[Result]) -> dict[str, Any]:
 
 
 def _versions(results: list[Result]) -> dict[str, str]:
-    """The package versions that the runs used; those of this process if no run records any."""
+    """The package versions that the runs used, or of this process if no run records any."""
     recorded = [r.record["versions"] for r in results if "versions" in r.record]
     made = recorded or [library_versions("torch", "transformers")]
     return {name: " and ".join(sorted({versions[name] for versions in made})) for name in made[0]}
@@ -289,123 +274,134 @@ def _scaled(figure: Spread, factor: float) -> Spread:
     return Spread(figure.mean * factor, std, tuple(v * factor for v in figure.values))
 
 
-def glossary(headings: Sequence[str]) -> list[tuple[str, str]]:
-    """The meaning of every column that the table has."""
-    meanings = LEADING | {column.heading: column.meaning for column in COLUMNS}
-    return [(name, meanings[name]) for name in headings if name in meanings]
+@dataclass(frozen=True)
+class Report:
+    """The results of a comparison, finished or not.
+
+    Attributes:
+        rows: see `summarize`.
+        conditions: see `stamp`, with the hashes of the model and the texts.
+        page: the whole table, for the page.
+        table: the columns that fit into `WIDTH` characters, for a terminal and for table.md.
+        warnings: lines on runs that failed, diverged or fell short.
+    """
+
+    question: str
+    command: str
+    results: list[Result]
+    untouched: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    conditions: dict[str, Any]
+    verdict: str
+    page: Cells
+    table: Cells
+    warnings: list[str]
+    notes: list[str]
+
+    @property
+    def final(self) -> list[Result]:
+        """The results with a row in the table."""
+        return [result for result in self.results if not result.trial]
+
+    def glossary(self, table: Cells) -> list[tuple[str, str]]:
+        """The meaning of every column of `table`, and of every method that trains."""
+        meanings = LEADING | {column.heading: column.meaning for column in COLUMNS}
+        columns = [(name, meanings[name]) for name in table.headings if name in meanings]
+        methods = dict.fromkeys(row["method"] for row in self.rows if row["method"] in METHODS)
+        return columns + [(f"method {name}", METHODS[name].title) for name in methods]
+
+    def markdown(self) -> str:
+        """The report as Markdown."""
+        headings = self.table.headings
+        rule = ["---" if name in ("variant", "start") else "---:" for name in headings]
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in (headings, rule, *self.table.lines)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        columns = "\n".join(f"- **{name}**: {meaning}" for name, meaning in self.glossary(self.table))
+        warnings = [f"- {warning}" for warning in self.warnings]
+        parts = [f"# {self.question}", self.verdict, f"`{self.command}`", table, *warnings, *self.notes, columns]
+        return "\n\n".join(parts) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for table.json."""
+        tuned = {r.run.variant for r in self.results if r.trial}
+        tried = [r for r in self.results if r.run.tokens and r.run.seed == 0 and r.run.variant in tuned]
+        done = [r for r in self.final if "error" not in r.record]
+        return {
+            "question": self.question,
+            "verdict": self.verdict,
+            "command": self.command,
+            "stamp": self.conditions,
+            "untouched": untouched_perplexity(self.final),
+            "untouched_zero_shot": self.untouched,
+            "rows": [_plain(row) for row in self.rows],
+            "trials": [
+                {"variant": r.run.variant, "tokens": r.run.tokens, "learning_rate": r.run.config["learning_rate"]}
+                | {"perplexity": r.perplexity, "text": r.run.config["eval_dataset"], "in_table": not r.trial}
+                for r in tried
+            ],
+            "results": [_record(r) for r in done if r.run.tokens],  # as `castlm plan fit` reads them
+            "one_shot_results": [_record(r) for r in done if not r.run.tokens],
+        }
+
+    def write(self, root: Path, preset: Preset) -> None:
+        """Writes table.md, table.json, table.html and the charts as .svg into `root`."""
+        from castlm.compare.plots import PLOTS
+        from castlm.report.charts import can_draw
+        from castlm.report.html import render
+
+        pictures: dict[str, Picture] = {}
+        for name in dict.fromkeys((*preset.plots, "losses")) if can_draw() else ():
+            pictures |= PLOTS[name](self.rows, self.final)
+        atomic_write_json(root / "table.json", self.as_dict())
+        atomic_write_text(root / "table.md", self.markdown())
+        for name, picture in pictures.items():
+            atomic_write_text(root / f"{name}.svg", picture.svg)
+        page = render(
+            "compare.html.jinja",
+            title=self.question,
+            report=self,
+            pictures=pictures.values(),
+            glossary=self.glossary(self.page),
+            best=next(iter(ranked(self.rows)), None),
+        )
+        atomic_write_text(root / "table.html", page)
 
 
-def markdown(report: Report, command: str) -> str:
-    """The report as Markdown."""
-    is_text = {"variant", "start", "options"}
-    headings = report.table.headings
-    rule = ["---" if name in is_text else "---:" for name in headings]
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (headings, rule, *report.table.lines)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    columns = "\n".join(f"- **{name}**: {meaning}" for name, meaning in glossary(headings))
-    warnings = [f"- {warning}" for warning in report.warnings]
-    return (
-        "\n\n".join([f"# {report.question}", report.verdict, f"`{command}`", table, *warnings, *report.notes, columns])
-        + "\n"
-    )
-
-
-def write_report(
-    root: Path,
-    preset: Preset,
+def make_report(
+    question: str,
     results: list[Result],
     command: str,
     hashes: Mapping[str, str],
     untouched: Sequence[dict[str, Any]] = (),
 ) -> Report:
-    """Writes table.md, table.json, table.html and the charts as .svg into `root`.
+    """Builds the report of a comparison.
 
     Args:
         command: the command line that repeats the comparison.
         hashes: SHA-256 of the model and the texts, by option; for those on the hub, of name and revision.
         untouched: zero-shot rows of the model before any training.
     """
-    from castlm.compare.plots import PLOTS
-    from castlm.report.charts import can_draw
-    from castlm.report.html import render
-
-    rows, facts = summarize(results), stamp(results)
-    final = [r for r in results if not r.trial]
-    pictures: dict[str, Picture] = {}
-    for name in dict.fromkeys((*preset.plots, "losses")) if can_draw() else ():
-        pictures |= PLOTS[name](rows, final)
-    report = _report(root, preset, rows, results, facts, untouched, pictures)
-    facts["sha256"] = dict(hashes)
-    atomic_write_json(root / "table.json", _as_json(report, command, rows, results, facts, untouched))
-    atomic_write_text(root / "table.md", markdown(report, command))
-    for name, picture in pictures.items():
-        atomic_write_text(root / f"{name}.svg", picture.svg)
-    page = render(
-        "compare.html.jinja",
-        title=report.question,
-        report=report,
-        command=command,
-        pictures=pictures.values(),
-        glossary=glossary(report.page.headings),
-        best=next(iter(ranked(rows)), None),
-    )
-    atomic_write_text(root / "table.html", page)
-    return report
-
-
-def _report(
-    root: Path,
-    preset: Preset,
-    rows: list[dict[str, Any]],
-    results: list[Result],
-    facts: dict[str, Any],
-    untouched: Sequence[dict[str, Any]],
-    pictures: Mapping[str, Picture],
-) -> Report:
+    rows, conditions = summarize(results), stamp(results)
     page = cells(rows)
     table, columns_note = fitting(page)
-    notes = [note for note in (columns_note, starts_note(rows), tokens_note(rows), *explain(facts, results)) if note]
-    if untouched:
-        notes.append(zero_shot_note(untouched))
-    warnings = [f"failed: {row['variant']}, {error}" for row in rows for error in row["errors"]]
-    warnings += [f"diverged: {row['variant']}, {reason}" for row in rows for reason in row["diverged"]]
-    warnings += [f"fell short: {row['variant']}, {reason}" for row in rows for reason in row["fell_short"]]
+    notes = [columns_note, starts_note(rows), tokens_note(rows), *explain(conditions, results)]
+    notes += [zero_shot_note(untouched)] if untouched else []
+    warnings = [
+        f"{kind}: {row['variant']}, {reason}"
+        for kind, key in (("failed", "errors"), ("diverged", "diverged"), ("fell short", "fell_short"))
+        for row in rows
+        for reason in row[key]
+    ]
     warnings += [
         f"failed: {r.run.variant}, a trial at the rate {r.run.config.get('learning_rate')}: {r.record['error']}"
         for r in results
         if r.trial and "error" in r.record
     ]
-    files = [root / name for name in ("table.html", "table.md", "table.json", *(f"{name}.svg" for name in pictures))]
-    return Report(preset.question, verdict(rows), page, table, warnings, notes, files)
-
-
-def _as_json(
-    report: Report,
-    command: str,
-    rows: list[dict[str, Any]],
-    results: list[Result],
-    facts: dict[str, Any],
-    untouched: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    tuned = {r.run.variant for r in results if r.trial}
-    tried = [r for r in results if r.run.tokens and r.run.seed == 0 and r.run.variant in tuned]
-    done = [r for r in results if not r.trial and "error" not in r.record]
-    return {
-        "question": report.question,
-        "verdict": report.verdict,
-        "command": command,
-        "stamp": facts,
-        "untouched": untouched_perplexity([r for r in results if not r.trial]),
-        "untouched_zero_shot": list(untouched),
-        "rows": [_plain(row) for row in rows],
-        "trials": [
-            {"variant": r.run.variant, "tokens": r.run.tokens, "learning_rate": r.run.config["learning_rate"]}
-            | {"perplexity": r.perplexity, "text": r.run.config["eval_dataset"], "in_table": not r.trial}
-            for r in tried
-        ],
-        "results": [_record(r) for r in done if r.run.tokens],  # as `castlm plan fit` reads them
-        "one_shot_results": [_record(r) for r in done if not r.run.tokens],
-    }
+    conditions["sha256"] = dict(hashes)
+    notes = list(filter(None, notes))
+    return Report(
+        question, command, results, list(untouched), rows, conditions, verdict(rows), page, table, warnings, notes
+    )
 
 
 def _record(r: Result) -> dict[str, Any]:

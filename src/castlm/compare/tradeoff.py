@@ -72,27 +72,22 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
     """The dense model and finished results of `castlm train` or `castlm finetune`, from the records of the results.
 
     Raises:
-        InputError: a folder without a record or perplexity, a folder given twice, or perplexities that were measured
-            differently or come from several dense models.
+        InputError: a folder without a record or perplexity, or perplexities that were measured differently or come from
+            several dense models.
     """
     found: list[Candidate] = []
     harness: dict[str, Any] = {}
     dense: float | None = None
-    if len({os.path.realpath(folder) for folder in results}) < len(results):
-        raise InputError("results names a result twice: name each once")
-    for folder in results:
+    for folder in dict.fromkeys(results):
         file = Path(folder) / "castlm.json"
-        if not file.is_file():
-            raise InputError(f"{folder}: no castlm.json; name a run of castlm train, or its model folder")
-        record = read_json_object(file)
-        perplexities = record.get("perplexity")
-        value = final_perplexity(perplexities) if isinstance(perplexities, dict) else None
-        if perplexities is None or value is None:
-            raise InputError(f"{file}: no perplexity of the result; name a finished run of castlm train")
+        record = read_json_object(file) if file.is_file() else {}
+        perplexities = record.get("perplexity") or {}
+        value = final_perplexity(perplexities)
+        if value is None:
+            raise InputError(f"{folder}: no castlm.json with a perplexity; name a finished run of castlm train")
         measured = {key: record.get("measured", {}).get(key) for key in MEASURED_ALIKE}
         harness = harness or measured
-        if measured != harness:
-            differing = [f"{key} {mine}, not {harness[key]}" for key, mine in measured.items() if mine != harness[key]]
+        if differing := [f"{key} {mine}, not {harness[key]}" for key, mine in measured.items() if mine != harness[key]]:
             raise InputError(
                 f"{file}: its perplexity was measured otherwise than the one of {results[0]} ({'; '.join(differing)}): "
                 "compare runs of one text and context"
@@ -100,19 +95,20 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         of = str(record.get("base_model", model))
         if of != model and os.path.isdir(model) and os.path.realpath(of) != os.path.realpath(model):
             raise InputError(f"{file}: a result of the model {of}, not of {model}: compare it with its own model")
-        own = perplexities.get("dense", dense)
+        own: float | None = perplexities.get("dense", dense)
+        if own is None:
+            raise InputError(f"{file}: no perplexity of the dense model {model}; name a run of castlm train first")
         dense = own if dense is None else dense
-        if dense is not None and abs(own - dense) > SAME * dense:
+        if abs(own - dense) > SAME * dense:
             raise InputError(
                 f"{file}: its dense model has perplexity {own:.4g}, and the one of another result {dense:.4g}: name "
                 "results of one model"
             )
-        left_dense = frozenset(record.get("left_dense") or ())
         run = _run_folder(folder)
         name = str(run) if run.name in (DENSE, *(other.name for other in found)) else run.name
+        left_dense = frozenset(record.get("left_dense") or ())
         found.append(Candidate(name, folder, record.get("pattern"), float(value), left_dense))
-    if dense is None:
-        raise InputError(f"no result records the perplexity of the dense model {model}; name one of castlm train")
+    assert dense is not None
     return [Candidate(DENSE, model, None, float(dense)), *found]
 
 

@@ -54,7 +54,8 @@ class MethodOptions(Bounded):
     zero, and a refresh keeps those that have grown larger than kept ones; structured patterns keep a given mask."""
 
     srste_lam: float = 5e-3
-    """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight.
+    """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight
+    (ast: AST's equation under plain Adam, not its authors' optimizer).
     Our tables use 0.005 for SmolLM2-135M and 0.05 for stories260K."""
 
     scale_groups: int = 2

@@ -56,7 +56,8 @@ METHODS: dict[str, Method] = {
     "ast": Method(
         "castlm.methods.ast",
         "AST",
-        "SR-STE with an annealed decay (arXiv 2407.20584)",
+        "SR-STE with an annealed decay: the equation of AST (arXiv 2407.20584) under plain Adam, masks by magnitude; "
+        "its authors' optimizer adds the decay after the momentum and takes masks by Wanda's metric",
         ("srste_lam", "mask_interval"),
     ),
     "gradual_magnitude": Method(

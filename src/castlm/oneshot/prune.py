@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,10 @@ class Prune:
     trust_remote_code: bool = False
     overwrite: bool = False
     """Begin again if an unfinished prune has other options or is damaged."""
+    evaluate: Callable[[Loaded], dict[str, Any]] | None = None
+    """Measures the model in memory before and after it is pruned: returns its `perplexity`, and further entries of
+    castlm.json.
+    """
 
     def run(self, folder: Path) -> OneshotReport:
         """Prunes the model and writes the result to `folder` at the end.
@@ -101,6 +106,7 @@ class Prune:
         sequences, extras, calibration = self._calibration(model, loaded.tokenizer)
         if checkpoint is None:
             source = MemoryModel(model.to(device), layers)
+        before = self.evaluate(loaded) if self.evaluate else {}
         start = self._in_precision(start, model)
         work = None
         if partial is not None:
@@ -117,6 +123,9 @@ class Prune:
             report = start.make_(source, sequences, extras, folder=work, say=note, progress=progress)
         text = {**calibration, "precision": start.precision} if calibration else {}
         record = {"base_model": self.model, "method": start.method, "calibration": text, **report.record()}
+        if self.evaluate:
+            after = self.evaluate(loaded)
+            record |= {**after, "perplexity": {"dense": before["perplexity"], "pruned": after["perplexity"]}}
         written = {"pattern": start.pattern, "left_dense": left_dense, "record": record, "dtype": dtype}
         if checkpoint is None:
             export_model(model.to("cpu"), loaded.tokenizer, folder, overwrite=True, **written)
@@ -137,7 +146,8 @@ class Prune:
         if self.memory == "model":
             keep_freed_memory()
             # Solvers and changes of basis compute in fp32; magnitude can compare weights in their stored dtype.
-            return load_model(self.model, dtype=None if self.text is None else torch.float32, **options), None
+            dtype = torch.float32 if self.text is not None or self.evaluate else None
+            return load_model(self.model, dtype=dtype, **options), None
         return_freed_memory()
         if self.start.pattern.cut_out is not None:
             raise InputError(f"pattern {self.start.pattern} is chosen over the whole model: use memory model")

@@ -10,7 +10,7 @@ import copy
 import functools
 import logging
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.core.errors import InputError
-from castlm.core.nm import Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow
@@ -55,23 +55,30 @@ def _experts_together(experts: Any, hidden: Tensor, index: Tensor, weights: Tens
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that memory depends on, except the number of ranks."""
+    """The settings of a training run that its memory depends on, except the number of ranks."""
 
     seq_len: int
     micro_batch: int
-    pattern: Pattern
-    scale_groups: int
-    accumulates: bool
-    checkpointing: bool
-    compute: torch.dtype
-    teacher: torch.dtype | None
-    hidden_states: bool
-    chunk_tokens: int
-    moments: str
-    calibration_tokens: int
-    on_card: bool
-    """Whether the plan is for a GPU's memory, separate from the host's."""
-    fused: bool
+    """Sequences of a forward pass, on each rank."""
+    pattern: Pattern = field(default=NM(2, 4))
+    scale_groups: int = 2
+    accumulates: bool = False
+    """Whether a step has several micro-steps, so that gradients are there throughout."""
+    checkpointing: bool = False
+    compute: torch.dtype = torch.bfloat16
+    """Type of the forward and backward pass; master weights are fp32."""
+    teacher: torch.dtype | None = torch.bfloat16
+    """Type of the teacher; None without one."""
+    hidden_states: bool = True
+    """Whether the teacher's hidden states are distilled; no effect without a teacher."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits are in memory at once (default of the loss: 1,024 on a GPU, 192 on a CPU)."""
+    moments: str = "fp32"
+    """"fp32" or "8bit", as `AdamS` has them."""
+    calibration_tokens: int = 0
+    """Tokens of calibration text of the start (SparseGPT or Wanda); 0 if it reads none: then no phase `start`."""
+    fused: bool = True
+    """Whether the optimizer step is fused."""
 
     @property
     def tokens(self) -> int:

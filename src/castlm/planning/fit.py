@@ -30,6 +30,13 @@ MIN_EXPONENT, MAX_EXPONENT = 0.01, 4.0
 WIDE_DELTA, HUBER_DELTA = 2e-2, 1e-3
 """Huber's delta of the first pass, and the least of the second: residuals of log loss. 1e-3 is from Hoffmann et al.
 (2022)."""
+_SHARED = {
+    "method": "choose one with --method",
+    "pattern": "give runs of one",
+    "harness": "evaluate all on one eval_dataset with one seq_len",
+}
+"""Fields of a point that all points of a law share, with the remedy if they do not."""
+
 NUM_STARTS = 5
 """Points of the grid of starts from which the solver descends: those with the smallest loss."""
 
@@ -66,8 +73,6 @@ def fit_law(
             together; several methods, patterns, base models or sizes mixed; a value that is not finite and positive;
             loss that does not fall with tokens; L_inf or an exponent at its bound.
     """
-    if form not in FORMS:
-        raise InputError(f"unknown form {form!r}; one of {', '.join(FORMS)}")
     data = _as_data(points, form)
     _check_design(data, form, MIN_BUDGETS[form], MIN_SPREAD)
     law = replace(_fit(data, form, num_draws, seed), runs_of=_common(points))
@@ -87,25 +92,17 @@ def _as_data(points: Sequence[Point], form: str) -> Data:
                 f"{point.source or 'a point'}: tokens {point.tokens:g}, perplexity {point.perplexity:g}, params "
                 f"{point.params}: positive finite numbers and a perplexity above 1 are needed"
             )
-    if len(methods := _named(points, "method")) > 1:
-        raise InputError(
-            f"points of {len(methods)} methods ({', '.join(methods)}): a law holds for one; choose a method"
-        )
-    if len(patterns := _named(points, "pattern")) > 1:
-        raise InputError(f"points of {len(patterns)} patterns ({', '.join(patterns)}): a law holds for one; give one")
-    if len(harnesses := _named(points, "harness")) > 1:
-        raise InputError(
-            f"perplexities measured in {len(harnesses)} ways ({'; '.join(harnesses[:2])}) do not compare: evaluate "
-            "all runs on one eval_dataset with one seq_len"
-        )
+    for name, remedy in _SHARED.items():
+        if len(values_of := _named(points, name)) > 1:
+            raise InputError(
+                f"points of {len(values_of)} values of {name} ({'; '.join(values_of)}): a law holds for one; {remedy}"
+            )
     _check_models(points, form)
     sizes = {point.params for point in points}
     if form == "joint" and None in sizes:
         raise InputError("the joint form needs params of every point; add the column, or use form power")
     if form != "joint" and len(sizes - {None}) > 1:
         raise InputError(f"points of {len(sizes)} model sizes: use form joint, or give one size at a time")
-    if not points:
-        raise InputError("no points to fit")
     x = np.log([point.tokens for point in points])
     z = np.log([point.params or 1.0 for point in points]) * (form == "joint")
     return make_data(x, z, np.log(np.log([point.perplexity for point in points])))
@@ -118,25 +115,20 @@ def _named(points: Sequence[Point], field: str) -> list[str]:
 
 def _common(points: Sequence[Point]) -> dict[str, str]:
     """`Law.runs_of`; a joint law has several base models."""
-    known = {name: _named(points, name) for name in ("method", "pattern", "base_model", "harness")}
+    known = {name: _named(points, name) for name in (*_SHARED, "base_model")}
     return {name: " and ".join(values) for name, values in known.items() if values}
 
 
 def _check_models(points: Sequence[Point], form: str) -> None:
     """Raises `InputError` for points of several dense models, or of one size in a joint law."""
     first: dict[float | None, Point] = {}
-    for point in points:
-        if point.base_model:
-            other = first.setdefault(point.params if form == "joint" else None, point)
-            if not point.is_of_the_model_of(other):
-                models = [
-                    f"{p.base_model} (dense perplexity {p.dense:.4g})" if p.dense else p.base_model
-                    for p in (other, point)
-                ]
-                raise InputError(
-                    f"{other.source} is a run of the model {models[0]}, and {point.source} of {models[1]}: a law holds "
-                    "for one; give the runs of one model"
-                )
+    for point in filter(lambda point: point.base_model, points):
+        other = first.setdefault(point.params if form == "joint" else None, point)
+        if not point.is_of_the_model_of(other):
+            raise InputError(
+                f"{other.source} is a run of {other.base_model} (dense perplexity {other.dense}), and {point.source} "
+                f"of {point.base_model} ({point.dense}): a law holds for one model"
+            )
 
 
 def _check_design(data: Data, form: str, min_budgets: int, min_spread: float) -> None:

@@ -7,7 +7,6 @@ uncertainty. A law predicts the perplexity of a token budget, the budget for a p
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
@@ -100,19 +99,17 @@ class Law:
         return np.outer(self.draw_losses(tokens, params), np.exp(deviations)).ravel()
 
     def size(self, params: ArrayLike | None) -> ArrayLike:
-        """Checks and returns `params`, which a joint law needs and the other forms ignore.
+        """Returns `params`, which a joint law needs; 1.0 for the other forms, which ignore it.
 
         Raises:
             InputError: the law is joint, and `params` is missing or not positive and finite.
         """
         if self.form != "joint":
             return 1.0
-        if params is None:
-            raise InputError("a joint law predicts for one model size: give params")
-        values = np.asarray(params, dtype=np.float64)
+        values = np.asarray(math.nan if params is None else params, dtype=np.float64)
         if not np.all(np.isfinite(values) & (values > 0)):
-            raise InputError(f"params is {params}: a positive finite number is needed")
-        return params
+            raise InputError(f"params is {params!r}: a joint law predicts for one model size: give params above 0")
+        return values
 
     def as_dict(self) -> dict[str, Any]:
         """The law as plain JSON, with the draws that predictions need."""
@@ -148,37 +145,20 @@ class Law:
                 holdout_reason=str(content["holdout_reason"]),
                 runs_of={str(name): str(value) for name, value in content.get("runs_of", {}).items()},
             )
-        except KeyError as error:
-            raise InputError(
-                f"not a fitted law (its {error} is missing or unknown): write one with `plan fit`"
-            ) from error
-        except (TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
-            raise InputError(
-                f"not a fitted law ({type(error).__name__}: {error}): write one with `plan fit`"
-            ) from error
-        law.check()
+            law.check()
+        except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"not a fitted law ({reason}): write one with `plan fit`") from error
         return law
 
     def check(self) -> None:
-        """Checks that every number is one that a fit can give.
-
-        Raises:
-            InputError: a number is NaN, infinite or out of range, or there are no draws.
-        """
+        """Raises `ValueError` unless every number is one that a fit can give."""
         rows = np.vstack([[getattr(self, name) for name in NAMES], self.draws])
         low, high = self.tokens_range
-        problems = {
-            "a parameter or draw is not finite": not np.isfinite(rows).all(),
-            "there are no draws": not len(self.draws),
-            "a parameter or draw is negative": bool((rows < 0).any()),
-            "beta is not above 0": bool((rows[:, NAMES.index("beta")] <= 0).any()),
-            f"noise is {self.noise}": not 0 <= self.noise <= 100,  # nats of loss
-            f"noise_of_budget is {self.noise_of_budget}": not 0 <= self.noise_of_budget <= self.noise,
-            f"tokens_range is {self.tokens_range}": not 0 < low <= high < math.inf,
-        }
-        found = [problem for problem, is_there in problems.items() if is_there]
-        if found:
-            raise InputError(f"not a fitted law ({found[0]}): write one with `plan fit`")
+        parameters = len(self.draws) and np.isfinite(rows).all() and (rows >= 0).all() and (rows[:, 2] > 0).all()
+        noise = 0 <= self.noise_of_budget <= self.noise <= 100  # nats of loss
+        if not (parameters and noise and 0 < low <= high < math.inf):
+            raise ValueError("a number is out of range")
 
 
 def law_loss(theta: Sequence[float] | Array, tokens: ArrayLike, params: ArrayLike = 1.0) -> Array:
@@ -191,11 +171,6 @@ def interval(values: Array) -> tuple[float, float]:
     """The central 90 % of `values` (num,), which may be infinite."""
     low, high = np.quantile(values, 0.05, method="lower"), np.quantile(values, 0.95, method="higher")
     return float(low), float(high)
-
-
-def short(value: float) -> str:
-    """A number for a message: a whole number may have thousands of digits."""
-    return f"{value:g}" if abs(value) <= sys.float_info.max else "a number out of range"
 
 
 def readable(perplexity: float) -> str:
@@ -249,8 +224,7 @@ def predict_perplexity(law: Law, tokens: float, params: float | None = None, num
     Raises:
         InputError: `tokens` is not a positive number, a joint law got no `params`, or the law gives no finite number.
     """
-    if not 0 < tokens < MOST_TOKENS:
-        raise InputError(f"tokens must be a positive number, got {short(tokens)}")
+    check_positive("tokens", tokens)
     low, high = interval(np.exp(law.run_losses(tokens, params, num_runs)))
     perplexity = float(np.exp(law.loss(tokens, params)))
     if not math.isfinite(perplexity):
@@ -267,7 +241,7 @@ def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> Toke
         InputError: `target_ppl` is not above 1, a joint law got no `params`, or no budget is as large as the answer.
     """
     if not 1 < target_ppl < MOST_TOKENS:
-        raise InputError(f"the target perplexity must be above 1 and below {MOST_TOKENS:g}, got {short(target_ppl)}")
+        raise InputError(f"target_ppl is {target_ppl:g}: it must be above 1 and below {MOST_TOKENS:g}")
     rows = np.vstack([[law.L_inf, law.B, law.beta, law.A, law.a], law.draws])
     L_inf, B, beta, A, a = rows.T
     floor = L_inf + A * np.asarray(law.size(params), float) ** -a
@@ -286,8 +260,7 @@ def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> Toke
 
 def gpu_hours(tokens: float, tokens_per_s: float) -> float:
     """GPU-hours of `tokens` at a measured throughput of `tokens_per_s` for each GPU."""
-    if not 0 < tokens_per_s < MOST_TOKENS:
-        raise InputError(f"tokens_per_s must be a positive number, got {short(tokens_per_s)}")
+    check_positive("tokens_per_s", tokens_per_s)
     return tokens / tokens_per_s / 3600
 
 
@@ -299,9 +272,7 @@ def duration(hours: float) -> str:
     return f"{hours * 3600:.3g} seconds"
 
 
-def check_price(price_per_hour: float, devices: int = 1) -> None:
-    """Raises InputError unless the price of a device-hour is positive and there is a device."""
-    if not 0 < price_per_hour < MOST_TOKENS:
-        raise InputError(f"price_per_hour is {short(price_per_hour)}: give what an hour of one device costs, above 0")
-    if devices < 1:
-        raise InputError(f"devices is {devices}: it must be at least 1")
+def check_positive(name: str, value: float) -> None:
+    """Raises `InputError` unless `value` is positive and below `MOST_TOKENS`."""
+    if not 0 < value < MOST_TOKENS:
+        raise InputError(f"{name} is {value:g}: it must be above 0 and below {MOST_TOKENS:g}")

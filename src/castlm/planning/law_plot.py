@@ -24,15 +24,13 @@ def check_plot(path: str | Path) -> None:
     """Checks before a fit that its plot can be written and replaces at most an earlier plot.
 
     Raises:
-        InputError: matplotlib is not installed, the suffix of `path` is not one of `_FORMATS`, its folder is not there,
-            or it is a file that is no plot of a law.
+        InputError: matplotlib is not installed, the suffix of `path` is not one of `_FORMATS`, or it is a file that is
+            no plot of a law.
     """
     if not can_draw():
         raise InputError(NEEDS_MATPLOTLIB)
     if Path(path).suffix.lower() not in _FORMATS:
         raise InputError(f"{path} has no suffix of a plot format: use one of {', '.join(_FORMATS)}")
-    if not Path(path).absolute().parent.is_dir():
-        raise InputError(f"the folder of {path} does not exist: make it, or name another")
     if os.path.lexists(path) and not (os.path.isfile(path) and _CREATOR.encode() in Path(path).read_bytes()):
         raise InputError(f"{path} exists and is not a plot of castlm plan fit: choose another name")
 

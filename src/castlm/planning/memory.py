@@ -5,26 +5,22 @@ Weights are counted on the meta device, saved activations by `activations`; the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.moments import MOMENTS, new_moments
-from castlm.core.nm import Pattern
+from castlm.core.moments import new_moments
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import num_weights, sparse_linears
 from castlm.files.reading import read_json_object, user_path
 from castlm.models.architecture import is_vision_language, shape_model
 from castlm.models.opening import check_num_layers, open_config
-from castlm.patterns import parse_pattern
 from castlm.planning.activations import Saved, Settings, block_kinds, trace
 from castlm.structured.cut import check_cut
 
@@ -32,7 +28,6 @@ GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
 """Reserve on a card: the memory of CUDA and NCCL, and the share of the peak that the allocator loses."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Sizes(NamedTuple):
@@ -75,7 +70,6 @@ class MemoryPlan:
     num_params: int
     num_sparse: int
     world_size: int
-    gradient_checkpointing: bool
     gpu_gib: float | None = None
     smallest_world_size: int | None = None
     """The smallest power of two of ranks that fits `gpu_gib`; None if 4,096 do not fit, or without `gpu_gib`."""
@@ -114,23 +108,10 @@ class MemoryPlan:
 
 def plan_memory(
     config: PretrainedConfig | str | Path,
+    run: Settings,
     *,
+    teacher: PretrainedConfig | str | Path | None = None,
     world_size: int = 1,
-    seq_len: int,
-    micro_batch: int,
-    pattern: Pattern | str = "2:4",
-    scale_groups: int = 2,
-    accumulation: int = 1,
-    gradient_checkpointing: bool = False,
-    compute_dtype: str = "bf16",
-    teacher: bool = True,
-    teacher_model: PretrainedConfig | str | Path | None = None,
-    teacher_dtype: str = "bf16",
-    hidden_states: bool = True,
-    chunk_tokens: int = 1024,
-    moments: str = "fp32",
-    calibration_tokens: int = 0,
-    fused_optimizer: bool = True,
     gpu_gib: float | None = None,
 ) -> MemoryPlan:
     r"""Memory of each of `world_size` ranks that shard everything (FSDP2), in steps of micro_batch x seq_len tokens.
@@ -163,76 +144,32 @@ def plan_memory(
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
-        teacher_model: the config of a teacher other than the model itself, as `config`.
-        hidden_states: whether the teacher's hidden states are distilled; no effect without a teacher.
-        compute_dtype: "bf16" or "fp32", of the forward and backward pass; master weights are fp32.
-        chunk_tokens: tokens whose logits are in memory at once (default of the loss: 1,024 on a GPU, 192 on a CPU).
-        moments: "fp32" or "8bit", as `AdamS` has them.
-        calibration_tokens: tokens of calibration text of the start (SparseGPT or Wanda); 0 if it needs none, which
-            leaves no phase `start`.
+        teacher: the config of a teacher other than the model itself, as `config`.
         gpu_gib: memory of a card in GiB, to check whether the run fits. The plan is then of the card's memory, without
             what the start holds on the host.
 
     Raises:
-        InputError: an unreadable config, not a causal LM, no layer that can be n:m sparse, or a number out of range.
+        InputError: an unreadable config, not a causal LM, or no layer that can be n:m sparse.
     """
-    _check_range(
-        world_size=(world_size, 1, 2**20),
-        seq_len=(seq_len, 1, 2**32),
-        micro_batch=(micro_batch, 1, 2**32),
-        accumulation=(accumulation, 1, 2**32),
-        chunk_tokens=(chunk_tokens, 1, 2**32),
-        scale_groups=(scale_groups, 0, 2**32),
-        calibration_tokens=(calibration_tokens, 0, 2**62),
-    )
-    if gpu_gib is not None and not 0 < gpu_gib < math.inf:
-        raise InputError(f"gpu_gib = {gpu_gib} is out of range: it must be a positive number of GiB")
-    _check_known(
-        compute_dtype=(compute_dtype, DTYPES), teacher_dtype=(teacher_dtype, DTYPES), moments=(moments, MOMENTS)
-    )
     config = read_config(config)
-    run = Settings(
-        seq_len=seq_len,
-        micro_batch=micro_batch,
-        pattern=parse_pattern(pattern),
-        scale_groups=scale_groups,
-        accumulates=accumulation > 1,
-        checkpointing=gradient_checkpointing,
-        compute=DTYPES[compute_dtype],
-        teacher=DTYPES[teacher_dtype] if teacher else None,
-        hidden_states=hidden_states,
-        chunk_tokens=min(chunk_tokens, micro_batch * seq_len),
-        moments=moments,
-        calibration_tokens=calibration_tokens,
-        on_card=gpu_gib is not None,
-        fused=fused_optimizer,
-    )
     sizes = _sizes(config, run)
-    tutor = sizes if teacher_model is None else _sizes(read_config(teacher_model), replace(run, scale_groups=0))
+    tutor = sizes if teacher is None else _sizes(read_config(teacher), replace(run, scale_groups=0))
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded, sizes.kinds) for sharded in sharded_or_not}
-    plan = _plan(sizes, tutor, saved[world_size > 1], run, world_size)
-    if gpu_gib is None:
-        return plan
-    candidates = (replace(_plan(sizes, tutor, saved[r > 1], run, r), gpu_gib=gpu_gib) for r in WORLD_SIZES)
-    least = next((candidate.world_size for candidate in candidates if candidate.fits), None)
-    return replace(plan, gpu_gib=gpu_gib, smallest_world_size=least)
 
+    def plan(ranks: int) -> MemoryPlan:
+        parts = _components(sizes, tutor, saved[ranks > 1], run, ranks)
+        phases = _phases(parts, sizes, saved[ranks > 1], run)
+        if run.calibration_tokens:
+            phases["start"] = _start(sizes, run, ranks, on_card=gpu_gib is not None)
+        return MemoryPlan(parts, phases, sizes.total, sizes.sparse, ranks, gpu_gib)
 
-def _check_range(**numbers: tuple[int, int, int]) -> None:
-    for name, (value, least, most) in numbers.items():
-        if type(value) is not int or not least <= value <= most:
-            raise InputError(f"{name} = {value} is out of range: it must be a whole number from {least} to {most}")
-
-
-def _check_known(**names: tuple[str, Collection[str]]) -> None:
-    for name, (value, known) in names.items():
-        if value not in known:
-            raise InputError(f"{name} = {value!r} is unknown: one of {', '.join(known)}")
+    least = None if gpu_gib is None else next((ranks for ranks in WORLD_SIZES if plan(ranks).fits), None)
+    return replace(plan(world_size), smallest_world_size=least)
 
 
 def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
-    """The config itself, that of a JSON file, or that of a model, whose weights are not needed.
+    """Returns the config itself, or reads it from a JSON file or a model, whose weights are not needed.
 
     Raises:
         InputError: no such file or model, not JSON, or a family that transformers does not know.
@@ -249,12 +186,6 @@ def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
         raise InputError(f"{path} is not the config of a model: {' '.join(str(error).split())[:200]}") from error
     check_num_layers(made, path)
     return made
-
-
-def _plan(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world_size: int) -> MemoryPlan:
-    parts = _components(sizes, tutor, saved, run, world_size)
-    phases = _start(sizes, run, world_size) | _phases(parts, sizes, saved, run)
-    return MemoryPlan(parts, phases, sizes.total, sizes.sparse, world_size, run.checkpointing)
 
 
 def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
@@ -286,21 +217,20 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
         "teacher's hidden states": run.hidden_states * sizes.num_layers * states * t,
         "gathered weights": sharded * gathered,
         "gathered gradients": sharded * sizes.block * (c + 4),
-        "logits": run.chunk_tokens * sizes.vocab * ((12 if t else 4) + narrow),
+        "logits": min(run.chunk_tokens, run.tokens) * sizes.vocab * ((12 if t else 4) + narrow),
         "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (t and c) + 2 * narrow),
         "optimizer step": shard(4 * step),
     }
 
 
-def _start(sizes: _Sizes, run: Settings, world_size: int) -> dict[str, int]:
-    if not run.calibration_tokens:
-        return {}
+def _start(sizes: _Sizes, run: Settings, world_size: int, on_card: bool) -> int:
+    """Bytes of the first rank before step 0."""
     held = sizes.total
-    if not run.on_card:
+    if not on_card:
         held += (sizes.total if world_size == 1 else 0) + sizes.total - sizes.sparse
     states = run.calibration_tokens * sizes.hidden
     work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
-    return {"start": 4 * (held + states + work)}
+    return 4 * (held + states + work)
 
 
 def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -> dict[str, int]:

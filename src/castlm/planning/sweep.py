@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.compare.config import CompareConfig
+from castlm.compare.config import CompareConfig, SharedOptions
 from castlm.compare.plan import Plan, Say
 from castlm.compare.presets import RETRAINING
 from castlm.compare.runs import Result, Run, read_finished, refuse_running
 from castlm.core.errors import InputError
+from castlm.fields import convert, essential
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import begin_output, output_folder
-from castlm.files.reading import read_json_object, read_record
-from castlm.files.record import OUTPUT, unrecorded
+from castlm.files.reading import read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.training.config import without_sections
@@ -35,38 +34,26 @@ SMALLEST_SHARE = 1 / 64
 """Default of the smallest budget, as a fraction of the largest."""
 
 
-@dataclass
-class SweepConfig:
+@dataclass(kw_only=True)
+class SweepConfig(SharedOptions):
     """Find the scaling law of a model and text with few runs: the cheapest first, the largest only if needed.
 
-    Give the same command again to continue. The exit code is 1 if a run failed or no law fits the runs.
+    The method is cast, unless --config names another. The exit code is 1 if a run failed or no law fits the runs.
     """
 
-    model: str
-    """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
-
-    dataset: str
-    """Training text, as in `castlm train`, but only one."""
-
-    eval_dataset: str
-    """Text for the perplexity, the same for all runs."""
-
-    output_dir: str
-    """Folder for the runs, sweep.json and law.json. The same folder continues an earlier start."""
-
-    largest_tokens: float | None = None
+    largest_tokens: float | None = essential(None)
     """Training tokens of the largest budget."""
 
     smallest_tokens: float | None = None
     """Training tokens of the smallest budget. The default is a 64th of the largest."""
 
-    budgets: int = 6
+    budgets: int = essential(6, at_least=2)
     """Number of budgets, evenly spaced on a logarithmic scale."""
 
-    tokens: str | None = None
-    """All budgets, separated by commas, instead of the three options above."""
+    tokens: str | None = essential(None)
+    """All budgets, separated by commas, instead of --largest-tokens, --smallest-tokens and --budgets."""
 
-    seeds: int = 2
+    seeds: int = essential(2, at_least=1)
     """Number of runs at each budget, with seeds 0, 1, ..."""
 
     within: float = 0.02
@@ -77,25 +64,10 @@ class SweepConfig:
     form: Literal["power", "loglinear"] = "power"
     """Form of the law: power, with a floor, or loglinear, without one, for a short range of budgets."""
 
-    config: str | None = None
-    """YAML file of `castlm train` options for all runs; the default method is cast."""
-
-    seq_len: int | None = None
-    """Tokens per sequence, in training and evaluation."""
-
-    per_device_train_batch_size: int | None = None
-    """Sequences per device and micro-step."""
-
-    eval_tokens: int | None = None
-    """Maximum number of tokens to evaluate on. 0 is all of them."""
-
-    runs_from: tuple[str, ...] = ()
+    runs_from: tuple[str, ...] = essential(())
     """Folders of `castlm compare` or other sweeps, to reuse their finished runs. Runs are reused if all options, the
     model and the texts are the same.
     """
-
-    overwrite: bool = False
-    """Start another sweep in output_dir. The earlier one becomes OUTPUT_DIR.previous, except for shared runs."""
 
 
 @dataclass(frozen=True)
@@ -182,26 +154,16 @@ class Sweep:
     """
 
     def __init__(self, command: SweepConfig, command_line: str, say: Say, progress: Say) -> None:
-        if not 0 < command.within < math.inf:
-            raise InputError(f"within is {command.within:g}: give a fraction above 0, such as 0.02")
         self.command, self.root = command, Path(command.output_dir)
-        self.law_file = self.root / "law.json"
         self.command_line, self.say = command_line, say
         self.method = _method(command.config)
         asked = _ask(command)
         self.plan = Plan(
             CompareConfig(
-                model=command.model,
-                dataset=command.dataset,
-                eval_dataset=command.eval_dataset,
-                output_dir=command.output_dir,
+                **{option.name: getattr(command, option.name) for option in fields(SharedOptions)},
                 budget_tokens=asked[0],
                 methods=self.method,
-                config=command.config,
                 seeds=command.seeds,
-                seq_len=command.seq_len,
-                per_device_train_batch_size=command.per_device_train_batch_size,
-                eval_tokens=command.eval_tokens,
                 published_starts=not METHODS[self.method].starts_solved,  # each run starts as `castlm train` would
             ),
             progress,
@@ -219,56 +181,30 @@ class Sweep:
         return [run.folder(self.root).name for runs in self.runs for run in runs]
 
     def claim(self) -> None:
-        """Claims the output folder for this sweep.
-
-        Raises:
-            InputError: it holds another sweep (without `overwrite`), or sweep.json is corrupt.
-        """
+        """Claims the output folder. Raises `InputError` if it holds another sweep."""
         file = self.root / "sweep.json"
-        if not file.is_file():
-            begin_output(self.root, "sweep", resume=True)
+        held = read_json_object(file) if file.is_file() else {}
+        if held.get("runs", self.folders) != self.folders:
+            raise InputError(
+                f"{self.root} holds a sweep of other runs ({held.get('command')}): choose another folder, and reuse "
+                f"the runs with --runs-from {self.root}"
+            )
+        begin_output(self.root, "sweep", resume=True)
+        if not held:
             self.write("running")
-            return
-        try:
-            held = read_json_object(file)
-            old, line = [str(name) for name in held["runs"]], str(held["command"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{file} was not written by a sweep: remove it or choose another output folder") from None
-        if old == self.folders:
-            begin_output(self.root, "sweep", resume=True)
-            return
-        if not self.command.overwrite:
-            raise InputError(f"{self.root} holds a sweep of other runs ({line}): choose another folder or --overwrite")
-        begin_output(self.root, "sweep", foreign=unrecorded(self.root))
-        self._take_back(Path(os.path.realpath(self.root)).with_name(read_record(self.root / OUTPUT)["earlier"]))
-        self.write("running")
-
-    def _take_back(self, earlier: Path) -> None:
-        """Moves the shared runs here from the earlier sweep, which was renamed."""
-        (self.root / "runs").mkdir()
-        for name in self.folders:
-            for file in (name, f"{name}.yaml", f"{name}.log"):
-                if (earlier / "runs" / file).exists():
-                    os.rename(earlier / "runs" / file, self.root / "runs" / file)
 
     def run(self) -> int:
         """Runs the budgets in order until the largest is predicted well enough or has run. Returns the exit code."""
         self.say(f"{self.method}, {self.command.seeds} seeds, {self.command.form} law, in {self.root}")
         self.say(TITLE)
-        for runs in self.runs:
+        for number, runs in enumerate(self.runs, 1):
             results = [self.measure(run) for run in runs]
             for result in results:
-                if "error" in result.record:
-                    remedy = (
-                        "" if result.record.get("exit_code") == 1 else "; the same command continues"
-                    )  # 1: diverged
-                    return self.end("failed", f"stopped: {result.run}: {result.record['error']}{remedy}")
-                if math.isinf(result.perplexity) or result.problem == "diverged":
-                    reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
-                    return self.end("failed", f"stopped: {result.run} diverged: {reason}; lower learning_rate")
+                if problem := _problem(result):
+                    return self.end("failed", f"stopped: {result.run} {problem}")
             self.take(results)
             self.say(str(self.steps[-1]))
-            if self.steps[-1].settles(self.command.within) and not self.has_run_largest():
+            if self.steps[-1].settles(self.command.within) and not self.are_finished(self.runs[number:]):
                 break
             self.write("running")
         last = self.steps[-1]
@@ -281,9 +217,9 @@ class Sweep:
         held = {None: "not predicted", True: "inside the predicted interval", False: "outside the predicted interval"}
         return self.end("complete", f"the largest was run: perplexity {last.perplexity:.4f}, {held[last.inside]}")
 
-    def has_run_largest(self) -> bool:
-        """Whether an earlier start, with another `within` or `form`, ran the largest budget."""
-        return all(read_finished(run.folder(self.root)) is not None for run in self.runs[-1])
+    def are_finished(self, budgets: list[list[Run]]) -> bool:
+        """Whether an earlier start, with another `within` or `form`, ran all these budgets: they cost nothing now."""
+        return all(read_finished(run.folder(self.root)) is not None for runs in budgets for run in runs)
 
     def measure(self, run: Run) -> Result:
         """The result of a run, finished in a folder of `runs_from` or run in this sweep."""
@@ -326,34 +262,26 @@ class Sweep:
         return self.command.seeds * sum(self.budgets) - self.spent
 
     def end(self, status: str, verdict: str) -> int:
+        """Writes and prints the result. A failed start leaves the law.json of an earlier one as it is."""
         self.write(status, verdict)
         self.say(verdict)
+        if status == "failed":
+            return 1
         if status == "predicted":
             share = self.saved / (self.spent + self.saved)
             self.say(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {interval_text(self.steps[-1].largest)}")
             self.say(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
-        held = self.budgets_of_file
+        file = self.root / "law.json"
         if self.law is None:
-            reason = self.steps[-1].no_law or "too few budgets" if self.steps else "nothing was run"
-            self.say(f"{f'{self.law_file} is the law of {held} budgets' if held else 'no law.json'}: {reason}")
+            file.unlink(missing_ok=True)
+            self.say(f"no law.json: {self.steps[-1].no_law}")
             return 1
-        origin = f", of an earlier start with {held} budgets" if held > self.law.num_budgets else ""
-        self.say(f"law: {self.law_file}{origin} (castlm plan predict)")
-        return 1 if status == "failed" else 0
-
-    @property
-    def budgets_of_file(self) -> int:
-        """Number of budgets in the fit of law.json; 0 if it cannot be read."""
-        try:
-            return int(read_json_object(self.law_file)["num_budgets"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
+        atomic_write_json(file, self.law.as_dict())
+        self.say(f"law: {file} (castlm plan predict)")
+        return 0
 
     def write(self, status: str, verdict: str | None = None) -> None:
-        """Writes sweep.json, and law.json unless an earlier start of the same runs left one of more budgets.
-
-        Removes law.json if all budgets have run and no law fits them.
-        """
+        """Writes sweep.json."""
         content = {
             "status": status,
             "verdict": verdict,
@@ -369,10 +297,17 @@ class Sweep:
             "runs": self.folders,
         }
         atomic_write_json(self.root / "sweep.json", content)
-        if self.law is not None and self.law.num_budgets >= self.budgets_of_file:
-            atomic_write_json(self.law_file, self.law.as_dict())
-        elif self.law is None and status == "complete":
-            self.law_file.unlink(missing_ok=True)
+
+
+def _problem(result: Result) -> str | None:
+    """The reason why the sweep cannot use a run, with its remedy."""
+    if "error" in result.record:
+        remedy = "" if result.record.get("exit_code") == 1 else "; the same command continues"  # 1: diverged
+        return f"failed: {result.record['error']}{remedy}"
+    if math.isinf(result.perplexity) or result.problem == "diverged":
+        reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
+        return f"diverged: {reason}; lower learning_rate"
+    return None
 
 
 def _ask(command: SweepConfig) -> list[int]:
@@ -393,26 +328,21 @@ def _method(config: str | None) -> str:
 
 
 def geometric_budgets(largest: float, smallest: float | None, num: int) -> list[int]:
-    """`num` budgets, each by the same factor above the one before; `smallest` None is a 64th of `largest`.
+    """`num` >= 2 budgets, each by the same factor above the one before; `smallest` None is a 64th of `largest`.
 
     Raises:
-        InputError: fewer than 2, or bounds that are not positive numbers in order.
+        InputError: bounds that are not positive numbers in order.
     """
     smallest = largest * SMALLEST_SHARE if smallest is None else smallest
     if not 0 < smallest < largest < math.inf:
         raise InputError(f"budgets from {smallest:g} to {largest:g} tokens: the largest must be above the smallest")
-    if num < 2:
-        raise InputError(f"budgets is {num}: it must be at least 2")
     factor = (largest / smallest) ** (1 / (num - 1))
     return [round(smallest * factor**i) for i in range(num)]
 
 
 def listed_budgets(text: str) -> list[int]:
     """Parses numbers separated by commas, in ascending order. Raises InputError if one is not a number."""
-    try:
-        return sorted(int(float(number)) for number in text.split(","))
-    except (ValueError, OverflowError):
-        raise InputError(f"tokens {text!r} are not numbers: write --tokens 1e5,3e5,1e6") from None
+    return sorted(int(convert("tokens", number, float)) for number in text.split(","))
 
 
 def check_budgets(budgets: Sequence[int], form: str) -> None:
