@@ -49,7 +49,7 @@ from tests.tiny import save_tiny
 
 TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
 CONFIG = {"mask_interval": 2, "eval_tokens": 256, "seq_len": 32, "per_device_train_batch_size": 2}
-CONFIG |= {"calibration_sequences": 4, "rotation_iterations": 10}
+CONFIG |= {"calibration_sequences": 4, "rotation_iterations": 4}
 
 
 @pytest.fixture(scope="module")
@@ -246,10 +246,10 @@ def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "train_step", train_step)
         with pytest.raises(Killed):
-            compare(files, tmp_path, methods="cast", config=None, seq_len=32, per_device_train_batch_size=2)
+            compare(files, tmp_path, methods="cast")
     steps = []
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.progress.step), original(self)))
-    compare(files, tmp_path, methods="cast", config=None, seq_len=32, per_device_train_batch_size=2)
+    compare(files, tmp_path, methods="cast")
     first = steps[0]
     assert first in (3, 4)  # it saves every step of six here; the newest save may not have been whole
     assert steps == [*range(first, 6), *range(6)]  # the dense control follows

@@ -31,7 +31,7 @@ OPTIONS = {
     "eval_steps": 3,
     "learning_rate": 1e-3,
     "calibration_sequences": 4,
-    "rotation_iterations": 10,
+    "rotation_iterations": 4,
     "device": "cpu",
 }
 

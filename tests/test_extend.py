@@ -21,9 +21,9 @@ PAGE = (Path(__file__).resolve().parents[1] / "docs" / "how-to" / "extend.md").r
 FILES = {code.splitlines()[0].removeprefix("# "): code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S)}
 COMMANDS = re.findall(r"^python (.*)$", PAGE, re.M)
 
-SMALL = "--max-steps 8 --seq-len 32 --per-device-train-batch-size 4 --eval-tokens 256 --save-steps 0 --report-to none"
-SMALL += " --calibration-sequences 4"
-SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32", "verify": ""}
+SMALL = "--max-steps 4 --seq-len 32 --per-device-train-batch-size 4 --eval-tokens 128 --save-steps 0 --report-to none"
+SMALL += " --calibration-sequences 4 --rotation-iterations 4 --no-report"
+SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32 --rotation-iterations 4", "verify": ""}
 
 
 @pytest.fixture

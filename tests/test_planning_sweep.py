@@ -326,7 +326,7 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "run_process", run_here)
     config = tmp_path / "config.yaml"
     fields = {"method": "ste", "eta": 0.0, "learning_rate": 0.003, "eval_steps": 1000}
-    config.write_text(yaml.safe_dump({**fields, "calibration_sequences": 4, "rotation_iterations": 10}))
+    config.write_text(yaml.safe_dump({**fields, "calibration_sequences": 4, "rotation_iterations": 4}))
     base = ["plan", "sweep", *files, "--config", str(config), "--seeds", "1", "--form", "loglinear", "--within", "1e-9"]
     base += ["--tokens", ",".join(str(STEP * n) for n in (2, 4, 8, 16))]
     original, steps = TrainingRun.train_step, []

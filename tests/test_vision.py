@@ -37,7 +37,7 @@ OPTIONS = {
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 4,
     "calibration_sequences": 4,
-    "rotation_iterations": 10,
+    "rotation_iterations": 4,
     "device": "cpu",
 }
 
