@@ -28,7 +28,6 @@ from castlm.distributed.world import World
 from castlm.export import hf
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
-from castlm.methods.adapters import keep_pattern_
 from castlm.models.io import load_model, save_model
 from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, experts_input_axis
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model, tiny_tokenizer
@@ -269,24 +268,6 @@ def test_a_config_with_more_experts_than_it_can_hold_is_refused(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="num_experts = 100000"):
         verify(tmp_path)
-
-
-def test_keep_pattern_guards_the_zeros_of_experts():
-    model = linear_model("gpt_oss")
-    prune_(model)
-    kept = keep_pattern_(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(3):
-        model(ids(), labels=ids()).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    kept.check()
-    sparse, _ = sparse_linears(model)
-    assert all(is_nm_sparse(layer.weight) for layer in sparse.values())
-    with torch.no_grad():
-        model.get_submodule("model.layers.0.mlp.experts.down_proj").weight.add_(1)
-    with pytest.raises(InputError, match=r"experts\.down_proj"):
-        kept.check()
 
 
 def test_a_gate_without_experts_beside_it_is_counted_as_a_layer(tmp_path):

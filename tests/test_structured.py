@@ -199,7 +199,7 @@ def test_the_channels_of_gpt2_and_opt_are_found(family, parts):
 def test_heads_without_q_k_and_v_of_their_own_are_refused():
     with pytest.raises(InputError, match="GPT2LMHeadModel"):
         sparse_linears(tiny_model("gpt2"), parse_pattern("heads:0.5"))
-    with pytest.raises(InputError, match="call for_model"):
+    with pytest.raises(AssertionError, match="call for_model"):
         parse_pattern("heads:0.5").joint_masks([torch.ones(8, 8)] * 4)
 
 

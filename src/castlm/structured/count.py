@@ -40,8 +40,6 @@ def base_config(
             )
         return {**config, **sizes}, "the sizes in castlm.json"
     file = user_path(base) / "config.json"
-    if not file.is_file():
-        raise InputError(f"--base {base} has no config.json: name the folder of the dense model")
     found = read_json_object(file)
     resolved = {**found, **sizes_of(pattern, found)}
     for name, size in ({name: config.get(name) for name in _SAME} | sizes).items():

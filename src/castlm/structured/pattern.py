@@ -115,7 +115,7 @@ class Units(Pattern):
         return self.inner.misfit(shape) if self.inner else None
 
     def mask(self, weight: Tensor) -> Tensor:
-        raise InputError(f"pattern {self} masks several weights together: use joint_masks")
+        raise NotImplementedError(f"pattern {self} masks several weights together: use joint_masks")
 
     def violations(self, weight: Tensor) -> int:
         """Returns 0: one weight alone does not show which units are kept; `joint_violations` counts."""
@@ -255,8 +255,7 @@ class Heads(Units):
         return replace(self, head_dim=size)
 
     def sums(self, values: Sequence[Tensor]) -> Tensor:
-        if not self.head_dim:
-            raise InputError(f"pattern {self} does not know the size of a head: call for_model(model) first")
+        assert self.head_dim, f"pattern {self} does not know the size of a head: call for_model(model) first"
         *inner, out = values  # (576, 576), (192, 576) twice, (576, 576): 3 KV heads of 64, each with 3 query heads
         number = len(values[1]) // self.head_dim  # of KV heads
         total = out.sum(0).view(number, -1).sum(1)

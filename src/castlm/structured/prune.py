@@ -148,7 +148,7 @@ def prune_units_(
     if calibration is not None:
         check_calibration(model, calibration)
     elif score in Units.calibrated:
-        raise InputError(f"score {score} needs a calibration text: pass calibration, from draw_calibration")
+        raise InputError(f"score {score} needs a calibration text: pass calibration")
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     report = OneshotReport(score, str(pattern), num_sequences, seq_len, damping, left_dense=left_dense)
     with eval_mode(model):

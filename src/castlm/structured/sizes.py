@@ -10,7 +10,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.structured.pattern import Channels, Heads, Units
+from castlm.structured.pattern import Channels, Units
 
 _GATED = (
     *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "ernie4_5"),
@@ -29,23 +29,21 @@ HEADS = frozenset(_GATED) - {"helium", "olmo", "olmo2", "olmo3", "cohere", "stab
 
 def check_family(pattern: Pattern, model_type: object) -> None:
     """Raises `InputError` if models of the family have no config without the units that `pattern` cuts out."""
-    if isinstance(pattern, Channels) and model_type not in CHANNELS:
+    if not isinstance(pattern, Units):
+        return
+    families = CHANNELS if isinstance(pattern, Channels) else HEADS
+    if model_type not in families:
         raise InputError(
-            f"pattern {pattern}: castlm cannot cut channels out of {model_type}, only out of "
-            f"{', '.join(sorted(CHANNELS))}; use 2:4"
-        )
-    if isinstance(pattern, Heads) and model_type not in HEADS:
-        raise InputError(
-            f"pattern {pattern}: castlm cannot cut heads out of {model_type}, whose config ties the size of a head to "
-            f"hidden_size or whose norms run across heads, only out of {', '.join(sorted(HEADS))}; use channels:0.5"
+            f"pattern {pattern}: castlm cannot cut {pattern.kind} out of {model_type}, only out of "
+            f"{', '.join(sorted(families))}; use 2:4"
         )
 
 
-def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, int]:
+def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes in config.json that the cut of `pattern` changes or fixes, the number of units first.
 
     Raises:
-        InputError: a family that cannot be cut, or a field that is not a positive integer.
+        InputError: a family that cannot be cut.
 
     Examples:
         >>> sizes_of(Channels(0.5), {"model_type": "llama", "intermediate_size": 172})
@@ -57,16 +55,11 @@ def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, int]:
         value = config.get(field)
         if value is None and field == "n_inner":
             value = 4 * config.get("n_embd", 0)
-        found: dict[str, Any] = {field: value}
-    else:
-        heads = config.get("num_attention_heads")
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or config.get("hidden_size", 0) // (heads or 1)
-        found = {"num_key_value_heads": kv_heads, "num_attention_heads": heads, "head_dim": head_dim}
-    for name, value in found.items():
-        if type(value) is not int or value < 1:
-            raise InputError(f"config.json has {name} = {value!r}, not a size: fetch or write it again")
-    return found
+        return {field: value}
+    heads = config.get("num_attention_heads")
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // (heads or 1)
+    return {"num_key_value_heads": kv_heads, "num_attention_heads": heads, "head_dim": head_dim}
 
 
 def sizes_after(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
