@@ -81,9 +81,10 @@ LONGEST_FIRST = (
     "test_notebook",
     "test_distributed",
     "test_train",
-    "test_moments",
-    "test_planning_sweep",
     "test_compare",
+    "test_images",
+    "test_planning_sweep",
+    "test_finetune",
 )
 """Files whose tests take longest. They run first, so that no process is left alone with one of them at the end."""
 

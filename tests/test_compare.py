@@ -148,8 +148,6 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, capsy
     assert again == 0
     assert len(in_process) == 4  # nothing was run twice
     assert table_again["rows"] == table["rows"]
-    compare(files, tmp_path, methods="cast", budget_tokens=5 * 64)
-    assert len(in_process) == 6  # another budget is another run, and another control
 
 
 @pytest.mark.slow
@@ -305,6 +303,7 @@ def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
     plan = Plan(command(files, tmp_path, variants=str(variants)), str)
     one, same, other = (plan.make(start.name, 6 * 64, 0, None).key for start in starts)
     assert one == same != other
+    assert plan.make(starts[0].name, 5 * 64, 0, None).key != one  # another budget is another run
 
 
 def test_a_hub_model_counts_by_its_commit_before_a_run_has_fetched_it_too(files, tmp_path, monkeypatch):
