@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castlm.core.errors import InputError
-
 
 def hidden_distance(
     student: Sequence[Tensor],
@@ -40,9 +38,6 @@ def hidden_distance(
         labels: int64; tokens whose label is `ignore_index` do not count.
         num_tokens: the divisor, in place of this call's number of tokens that count; as for `distillation_loss`.
 
-    Raises:
-        InputError: no hidden states, or not the same number and shapes of both.
-
     Reference: SquareHead, Kurtic et al. 2023 (arXiv 2310.06927), which normalizes a whole batch at once and has no
     logarithm.
 
@@ -51,15 +46,10 @@ def hidden_distance(
         >>> hidden_distance([1.5 * states], [states], labels)  # log 1.25
         tensor(0.2231)
     """
-    if not student or [s.shape for s in student] != [t.shape for t in teacher]:
-        raise InputError(
-            f"the student has {len(student)} hidden states and the teacher {len(teacher)}: distilling them needs the "
-            "same number, at least one, of the same shapes"
-        )
     real = labels != ignore_index
     count = real.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=labels.device)
     weights = real / count.clamp(min=1) / len(student)
-    pairs = zip(student, teacher)
+    pairs = zip(student, teacher, strict=True)
     distances = [_Distance.apply(ours, theirs.detach(), weights) for ours, theirs in pairs]  # type: ignore[no-untyped-call]
     return torch.stack(distances).sum()
 
