@@ -139,7 +139,7 @@ def test_parse_names_the_text_and_every_form():
     assert parse_pattern(NM(1, 4)) == NM(1, 4)
 
 
-@pytest.mark.parametrize("text", [124, None, 2.4, True, b"2:4", ("2", "4"), "2:" + "9" * 5000, "٢:٤", " 2:4", "2 :4"])
+@pytest.mark.parametrize("text", ["4:2", "0:4", "2", "2:4:8", "", "2:", "-2:4", "2.0:4", "٢:٤", " 2:4", 124, None])
 def test_other_things_than_a_pattern_are_refused_in_one_line(text):
     with pytest.raises(InputError, match="2:4") as raised:
         parse_pattern(text)
@@ -148,6 +148,7 @@ def test_other_things_than_a_pattern_are_refused_in_one_line(text):
 
 def test_a_pattern_is_frozen_hashed_and_compared_by_value():
     pattern = parse_pattern("2:4")
+    assert str(parse_pattern("12:16")) == "12:16"
     with pytest.raises(AttributeError):
         pattern.n = 3
     assert {pattern, NM(2, 4)} == {NM(2, 4)}
