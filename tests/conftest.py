@@ -68,6 +68,13 @@ def lessons() -> Iterator[list[tuple[int, ...]]]:
         yield read
 
 
+@pytest.fixture
+def no_charts(monkeypatch) -> None:
+    """Pages and tables as without matplotlib: charts take longer than all the rest of a small run."""
+    for room in ("charts", "html", "run_page"):
+        monkeypatch.setattr(f"castlm.report.{room}.can_draw", lambda: False)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Says what was skipped and why, where everybody looks: in the last lines."""
     reasons = Counter(

@@ -15,7 +15,7 @@ from tests.tiny import save_tiny
 
 
 @pytest.fixture
-def tiny_demo(tmp_path, monkeypatch) -> str:
+def tiny_demo(no_charts, tmp_path, monkeypatch) -> str:
     """The output folder of a demo whose model is tiny, and neither generates nor is timed."""
     monkeypatch.setattr(demo, "DEMO", str(save_tiny(tmp_path / "model", "llama", max_position_embeddings=256)))
     monkeypatch.setattr(demo, "payoff_table", lambda *_: (Table(), "a text"))

@@ -371,7 +371,7 @@ def trained(vlm, dataset, tmp_path_factory) -> Path:
     """The folder of a run of the command."""
     run = tmp_path_factory.mktemp("trained") / "run"
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert main(["train", *options(vlm, dataset, run)]) == 0
+        assert main(["train", *options(vlm, dataset, run), "--no-report"]) == 0
     assert "conversations with images: assistant tokens count" in said.getvalue()
     return run
 
@@ -549,7 +549,7 @@ def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):
     lines[1]["images"] = ["torn.png"]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = options(llava, tmp_path / "data.jsonl", tmp_path / "run", eval_dataset=dataset, max_steps=7, save_steps=0)
-    assert main(["train", *given, "--init-from=magnitude"]) == 0
+    assert main(["train", *given, "--init-from=magnitude", "--no-report"]) == 0
     assert capsys.readouterr().err.count("a conversation does not count: cannot read the image") == 1
 
 

@@ -148,6 +148,7 @@ MOMENTS = {
     "while a block is read": (StoredModel, "_value"),
     "before the export": (command_module, "export_blocks"),
 }
+QUICK = ("behind the record", "behind a block's file", "while the hidden states are written", "before the export")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,8 @@ def straight(llama, text, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("moment", "call"),
-    [(moment, 1) for moment in MOMENTS]
+    [(moment, 1) for moment in QUICK]
+    + [slow(moment, 1) for moment in MOMENTS if moment not in QUICK]
     + [slow(moment, 2) for moment in MOMENTS if moment not in ("before the export", "while the text enters")],
 )
 def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(

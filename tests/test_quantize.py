@@ -299,7 +299,7 @@ def test_a_run_does_not_lose_its_model_to_a_quantized_one(tmp_path, capsys):
     assert (sparse / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", [slow("int8"), "int4"])
 def test_a_dense_model_is_quantized_packed_with_an_int8_head_and_runs(kind, tmp_path, capsys):
     dense, packed = save_tiny(tmp_path / "dense", "llama"), tmp_path / "packed"
     (tmp_path / "t.txt").write_text(TEXT)

@@ -123,6 +123,7 @@ def running(finished, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_page_of_a_running_run_says_how_far_it_is(running):
     assert main(["report", str(running)]) == 0
     page = (running / "report.html").read_text()
@@ -163,6 +164,7 @@ def test_the_sample_of_another_run_is_not_shown(running, finished):
     assert read_sample(read_run(running)) is None
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_watching_ends_with_the_run(running, finished, monkeypatch):
     pages = []
 
@@ -180,6 +182,7 @@ def test_watching_ends_with_the_run(running, finished, monkeypatch):
     assert "<h2>A sample of text</h2>" in last
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_page_of_a_diverged_run_says_so(running, finished):
     shutil.copytree(finished / "model", running / "model")
     file = running / "model" / "castlm.json"
@@ -191,6 +194,7 @@ def test_the_page_of_a_diverged_run_says_so(running, finished):
     assert "ABOVE the one-shot start (5.000)" in page
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(("pruned", "kind"), [(3.0, "good"), (9.4, "done")])
 def test_the_badge_is_green_only_where_the_result_is_close_to_the_dense_model(pruned, kind, running, finished):
     shutil.copytree(finished / "model", running / "model")
@@ -201,6 +205,7 @@ def test_the_badge_is_green_only_where_the_result_is_close_to_the_dense_model(pr
     assert f'<span class="badge {kind}">done</span>' in run_page(read_run(running))
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_page_that_castlm_did_not_write_is_not_replaced(running, tmp_path):
     (tmp_path / "mine.txt").write_text("my own page")
     page = running / "report.html"
@@ -284,9 +289,8 @@ def test_a_chart_in_a_page_follows_its_colours():
     assert "var(--c0)" in inline
 
 
-def test_without_matplotlib_the_page_has_its_figures_and_names_the_remedy(finished, monkeypatch):
-    for room in ("charts", "html", "run_page"):
-        monkeypatch.setattr(f"castlm.report.{room}.can_draw", lambda: False)
+@pytest.mark.usefixtures("no_charts")
+def test_without_matplotlib_the_page_has_its_figures_and_names_the_remedy(finished):
     page = run_page(read_run(finished))
     assert charts.NEEDS_MATPLOTLIB.replace("'", "&#39;") in page
     assert "<svg" not in page

@@ -18,6 +18,7 @@ from castlm.training.train import begin_run, train
 from tests.faults import train_as_a_command
 from tests.ranks import start_ranks, wait_ranks
 from tests.runs import assert_equal_weights, metrics, small, stop_and_resume
+from tests.slow import slow
 from tests.tiny import save_tiny
 
 
@@ -104,8 +105,15 @@ def test_the_basis_of_a_stream_is_read_off_the_embeddings():
         basis_between(dense, torch.randn(400, 24, generator=generator))
 
 
-@pytest.mark.parametrize("moment", ["record", "write_block"])
-@pytest.mark.parametrize("decay", ["horizon", "proportional"])
+@pytest.mark.parametrize(
+    ("moment", "decay"),
+    [
+        ("write_block", "horizon"),
+        ("record", "proportional"),
+        slow("record", "horizon"),
+        slow("write_block", "proportional"),
+    ],
+)
 def test_a_run_killed_in_its_start_continues_to_the_same_result(moment, decay, llama, text, tmp_path, monkeypatch):
     class Killed(BaseException):
         """Stands for a SIGKILL: nothing may catch it and continue."""
