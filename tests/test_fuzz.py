@@ -109,46 +109,19 @@ def new(here: Path) -> Path:
 # ---- checkpoints
 
 
-def headers() -> st.SearchStrategy[bytes]:
-    """safetensors files with an arbitrary header."""
-    entry = st.fixed_dictionaries(
-        {
-            "dtype": st.sampled_from(["F32", "BF16", "I8", "F8_E8M0", "F4", "x"]) | VALUES,
-            "shape": st.lists(st.integers(-1, 9) | NUMBERS, max_size=4) | VALUES,
-            "data_offsets": st.tuples(st.integers(-1, 300), st.integers(-1, 300)) | VALUES,
-        }
-    )
-    names = st.sampled_from([*WEIGHTS, "lm_head.weight", "__metadata__", "a.\x1b[2J.0.b"]) | st.text(max_size=5)
-    header = st.dictionaries(names, entry | VALUES, max_size=3).map(to_json) | HOSTILE_JSON
-
-    def build(header: bytes, length: int | None, data: bytes) -> bytes:
-        return (len(header) if length is None else length).to_bytes(8, "little") + header + data
-
-    return st.builds(build, header, st.none() | st.integers(0, 2**64 - 1), st.binary(max_size=300))
-
-
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I64": 8, "BOOL": 1}
 
 
 @st.composite
 def whole_files(draw: st.DrawFn) -> bytes:
     """Files that the safetensors library accepts, with any names, dtypes, shapes and values."""
-    stems = (
-        "model.layers.0.mlp.up_proj",
-        "model.layers.0.attn.in_proj",
-        "h.0.attn.c_attn",
-        "x.0.norm",
-        "lm_head",
-        "a.1",
-    )
+    stems = ("model.layers.0.mlp.up_proj", "model.layers.0.attn.in_proj", "h.0.attn.c_attn", "x.0.norm", "lm_head")
     kinds = (".weight", ".weight", "_weight", ".bias", ".qweight", ".values", "", ".\x1b[2J")
     chosen = st.builds("".join, st.tuples(st.sampled_from(stems), st.sampled_from(kinds)))
     header, data = {}, b""
     for name in draw(st.lists(chosen | st.text(max_size=6), max_size=4, unique=True)):
-        dtype, shape = (
-            draw(st.just("F32") | st.sampled_from(sorted(BYTES))),
-            draw(st.lists(st.integers(0, 8), max_size=4)),
-        )
+        dtype = draw(st.just("F32") | st.sampled_from(sorted(BYTES)))
+        shape = draw(st.lists(st.integers(0, 8), max_size=4))
         size = math.prod(shape) * BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + size]}
         data += draw(st.binary(min_size=1, max_size=9)) * (size + 1)
@@ -158,7 +131,7 @@ def whole_files(draw: st.DrawFn) -> bytes:
 
 
 @fuzz
-@given(content=whole_files() | whole_files() | headers() | damaged(CHECKPOINT) | st.binary(max_size=40))
+@given(content=whole_files() | damaged(CHECKPOINT) | st.binary(max_size=40))
 def test_weights(here, content):
     folder = put(new(here), model__safetensors=content, config__json=to_json(CONFIG))
     part = folder / "part.safetensors"  # of a name that is not compared with config.json
@@ -450,17 +423,8 @@ def test_pipes_sockets_devices_and_folders_are_refused_at_once(here, monkeypatch
     server.bind("socket.jsonl")
     Path("device.jsonl").symlink_to("/dev/zero")
     Path("link.jsonl").symlink_to("pipe.jsonl")
-    for name in (
-        "pipe.jsonl",
-        "socket.jsonl",
-        "device.jsonl",
-        "link.jsonl",
-        ".",
-        "missing.jsonl",
-        "a\0b",
-        "x" * 5000,
-        "",
-    ):
+    names = ("pipe.jsonl", "socket.jsonl", "device.jsonl", "link.jsonl", ".", "missing.jsonl", "a\0b", "x" * 5000, "")
+    for name in names:
         for read in (open_regular, open_documents, read_yaml_mapping, verify, read_metrics, plan):
             assert isinstance(answers(read, name), Exception), (read, name)
         assert isinstance(answers(read_points, [name]), Exception)
