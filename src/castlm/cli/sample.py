@@ -9,29 +9,29 @@ from typing import Any, Literal
 from castlm.cli.options import command_of, parse, refuse_given, result_folder
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.fields import positional
+from castlm.fields import essential, positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig
 from castlm.training.options import SEQ_LEN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """Options of the text and of the sampling."""
 
-    path: str = positional()
+    path: str = positional(essential=True)
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
-    output_file: str = field(kw_only=True)
+    output_file: str = essential()
     """File to write, .jsonl, with one document or conversation on a line."""
 
-    num_tokens: int = field(default=1_000_000, metadata={"at_least": 1})
+    num_tokens: int = essential(1_000_000, at_least=1)
     """Number of tokens to write, not counting duplicates, which are dropped."""
 
-    chat: bool = False
+    chat: bool = essential(False)
     """Write conversations, a user's turn and an answer, in the chat template instead of plain text."""
 
-    prompts: str | None = None
+    prompts: str | None = essential(None)
     """Texts to continue, or with --chat to answer: a .txt file with one per line, .jsonl, .parquet or a hub dataset."""
 
     dedup_prefix: int = field(default=200, metadata={"at_least": 0})
@@ -40,10 +40,10 @@ class SampleOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU. A GPU computes in the model's dtype, a CPU in fp32."""
 
-    resume: bool = False
+    resume: bool = essential(False)
     """Continue an interrupted start with the same options; without one, start."""
 
-    overwrite: bool = False
+    overwrite: bool = essential(False)
     """Replace a file that castlm sample wrote."""
 
     revision: str | None = None
@@ -57,7 +57,7 @@ class SampleOptions:
 class CacheOptions:
     """Stores the teacher's predictions for the text, for `castlm train`, whose options have the same names."""
 
-    teacher_cache: str | None = None
+    teacher_cache: str | None = essential(None)
     """Folder for the teacher's top-k tokens of one epoch of the text. castlm train reads them instead of loading a
     teacher.
     """
