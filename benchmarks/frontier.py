@@ -43,7 +43,7 @@ from castlm.evaluation.zero_shot import zero_shot
 from castlm.inference.convert import onto_kernels_, pack_model_
 from castlm.inference.decode import greedy
 from castlm.inference.formats import PackedSpec
-from castlm.inference.layers import pack_linear
+from castlm.inference.layers import PackedLinear
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.inference.rounding import round_rows
@@ -139,8 +139,8 @@ def onto_kernels(model: PreTrainedModel, form: Format, sparse: bool, report: Qua
     for name, layer in linears(model).items():
         found = report.layers[name]
         mask = kept_mask(found.dequantized(), n, m) if sparse else None
-        scales = found.scales.to(torch.bfloat16) if form.values == "int4" else found.scales
-        model.set_submodule(name, pack_linear(layer, pack_integers(found.codes, scales, form.values, n, m, mask=mask)))
+        packed = pack_integers(found.codes, found.scales, form.values, n, m, mask)
+        model.set_submodule(name, PackedLinear(packed.spec, layer.bias).hold_(packed))
     table = model.get_input_embeddings()
     table.weight = nn.Parameter(table.weight.to(torch.bfloat16), requires_grad=False)
     if model.config.tie_word_embeddings:

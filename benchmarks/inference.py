@@ -31,7 +31,6 @@ from castlm.hardware import has_fast_bf16
 from castlm.inference import native
 from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
-from castlm.inference.formats import PackedSpec
 from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers
 from castlm.inference.rounding import round_rows
@@ -69,7 +68,7 @@ def linear_times(shape: tuple[int, int], clock: str) -> Times:
     codes, scales = rounded.codes, rounded.scales
     contestants = {
         "2:4 bf16": packed_copies(pack(sparse.bfloat16(), 2, 4)),
-        "dense bf16": packed_copies(PackedTensor(PackedSpec(*shape, 0, 0, "bf16"), weight.bfloat16(), None, None)),
+        "dense bf16": packed_copies(pack(weight.bfloat16(), 0, 0)),
         "2:4 int8": packed_copies(pack_integers(codes * nm_mask(weight), scales, "int8", 2, 4, nm_mask(weight))),
         "dense int8": packed_copies(pack_integers(codes, scales, "int8", 0, 0)),
         "torch bf16": torch_copies(weight.bfloat16()),

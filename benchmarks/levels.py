@@ -24,11 +24,11 @@ from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.hardware import keep_freed_memory
 from castlm.inference import native
-from castlm.inference.formats import INT4_GROUP, PackedSpec
+from castlm.inference.formats import FORMATS
 from castlm.inference.layers import multiply_by_gemm
-from castlm.inference.packed import PackedTensor, pack, pack_integers
+from castlm.inference.packed import pack, pack_integers
 
-FORMATS = [(values, n) for values in ("bf16", "fp16", "int8", "int4") for n in (2, 1, 0)]
+KINDS = [(values, n) for values in ("bf16", "fp16", "int8", "int4") for n in (2, 1, 0)]
 FEW_ROWS, MANY_ROWS = (1, 2, 4, 8, 16, 32, 128), 1024
 CACHED, SHAPES = (512, 1024), ((2048, 2048), (1536, 576))
 PRODUCTS = 1 << 27
@@ -45,11 +45,11 @@ def random_buffer(values: str, n: int, shape: tuple[int, int]) -> Tensor:
     mask = nm_mask(weight, n, m) if n else torch.ones_like(weight, dtype=torch.bool)
     if values in FLOATS:
         weight = weight.masked_fill(~mask, 0).to(FLOATS[values])
-        packed = pack(weight, n, m) if n else PackedTensor(PackedSpec(*shape, 0, 0, values), weight, None, None)
+        packed = pack(weight, n, m)
     else:
-        most, groups = (127, 1) if values == "int8" else (7, -(-shape[1] // INT4_GROUP))
+        most, groups = int(FORMATS[values].largest), FORMATS[values].num_scales(shape[1])
         codes = (weight / weight.abs().max() * most).round().to(torch.int8)
-        scales = torch.ones(shape[0], groups, dtype=torch.float32 if values == "int8" else torch.bfloat16)
+        scales = torch.ones(shape[0], groups)
         packed = pack_integers(codes * mask, scales, values, n, m, mask if n else None)
     buffer = native.allocate(native.packed_bytes(values, n, m, *shape))
     native.repack_(buffer, packed.values, packed.mask_bits, packed.scales, values, n, m, shape[1])
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (1, (1, 16), ((64, 128),), 160) if args.quick else (9, FEW_ROWS, SHAPES, MANY_ROWS)
     )
     table = []
-    for values, n in FORMATS:
+    for values, n in KINDS:
         found = [(CACHED, rows, against_the_level_before(values, n, rows, repeats, args.clock)) for rows in few_rows]
         found += [
             (shape, many_rows, against_the_gemm(values, n, shape, many_rows, repeats, args.clock)) for shape in shapes

@@ -1,11 +1,13 @@
 """Tokens per second of `castlm serve` for 1, 4 and 8 clients, beside `castlm generate`, and its memory under load.
 
-    python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--minutes 10] [--clock wall|cpu]
+    python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--minutes 10]
 
-The speed: every client sends the same prompt and waits for its answer. The load, for `--minutes`: ten clients at the
-same time; half of them send requests that must be refused (a body that is too long, no JSON, a prompt beyond the
-context, numbers that make no sense) or go away in the middle of an answer. Every good request must be answered. One
-process serves from the beginning to the end; its resident memory is printed once in a tenth of the time.
+The speed: OpenAI's client streams the answer to the same prompt, in as many threads as there are clients. Tokens are
+counted per second, and per second of processor time of the server, which other work on the machine hardly changes.
+`castlm generate` runs in this process on as many threads. The load, for `--minutes`: ten clients at the same
+time; half of them send requests that must be refused (a body that is too long, no JSON, a prompt beyond the context,
+numbers that make no sense) or go away in the middle of an answer. Every good request must be answered. One process
+serves from the beginning to the end; its resident memory is printed once in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -78,63 +79,51 @@ def good(tokens: int) -> bytes:
     return json.dumps({"prompt": PROMPT, "max_tokens": tokens, "temperature": 0}).encode()
 
 
-def serving_speed(port: int, clients: int, tokens: int) -> float:
-    """New tokens per second over all clients, prompts included."""
-    counts: list[int] = []
+Speed = tuple[float, float]
+"""New tokens per second, and per second of processor time, prompts included."""
 
-    def client() -> None:
-        counts.append(post(port, good(tokens))[1]["usage"]["completion_tokens"])
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    started = time.perf_counter()
+def serving_speed(port: int, pid: int, clients: int, tokens: int) -> Speed:
+    """Speed over all clients, which begin at the same time."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+    model, counts = client.models.list().data[0].id, []
+
+    def ask() -> None:
+        options = {"max_tokens": tokens, "temperature": 0, "stream_options": {"include_usage": True}}
+        *_, last = client.completions.create(model=model, prompt=PROMPT, stream=True, **options)
+        counts.append(last.usage.completion_tokens)
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    started, used = time.perf_counter(), processor_seconds(pid)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(counts) / (time.perf_counter() - started)
+    return sum(counts) / (time.perf_counter() - started), sum(counts) / (processor_seconds(pid) - used)
 
 
-def generate_speed(model: str, threads: int, tokens: int) -> tuple[float, float]:
-    """`castlm generate`: new tokens per second with the prompt, and without it as it prints them."""
-    options = ["--raw", "--max-new-tokens", str(tokens), "--threads", str(threads)]
-    command = [sys.executable, "-m", "castlm", "generate", model, "--prompt", PROMPT, *options]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.search(r"prompt in ([\d.]+) s, (\d+) new tokens, ([\d.]+) a second", said)
-    assert found is not None, said
-    prompt, new, speed = float(found[1]), int(found[2]), float(found[3])
-    return new / (prompt + (new - 1) / speed), speed
-
-
-def cpu_speeds(model: str, threads: int, tokens: int) -> dict[str, float]:
-    """New tokens per second of processor time, prompts included, in this process: other work does not change them."""
+def generate_speed(model: str, threads: int, tokens: int) -> Speed:
+    """Speed of `castlm generate`, without loading."""
     import torch
 
     from castlm.inference.generate import generate_text, load_to_generate
-    from castlm.serving.engine import Answer, Engine
 
     torch.set_num_threads(threads)
     loaded, tokenizer = load_to_generate(model, as_stored=False)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    engine = Engine(loaded, tokenizer)
-
-    def serve(clients: int, count: int) -> int:
-        answers = [Answer(ids, count) for _ in range(clients)]
-        for answer in answers:
-            engine.submit(answer)
-        while any(answer.reason is None for answer in answers):
-            time.sleep(0.01)
-        return sum(len(answer.tokens) for answer in answers)
-
-    serve(1, 2)  # warms up
-    started = time.process_time()
+    generate_text(loaded, tokenizer, ids, max_new_tokens=8)  # warms up
+    started, used = time.perf_counter(), time.process_time()
     count = generate_text(loaded, tokenizer, ids, max_new_tokens=tokens).new_tokens
-    speeds = {"generate": count / (time.process_time() - started)}
-    for clients in CLIENTS:
-        started = time.process_time()
-        count = serve(clients, tokens)
-        speeds[f"serve, {clients} clients"] = count / (time.process_time() - started)
-    engine.close()
-    return speeds
+    return count / (time.perf_counter() - started), count / (time.process_time() - used)
+
+
+def processor_seconds(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    with open(f"/proc/{pid}/stat") as stat:
+        ticks = stat.read().rpartition(")")[2].split()[11:13]  # of itself and of the kernel for it
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(pid: int) -> float:
@@ -189,20 +178,18 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--json")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: no server and no load")
     options = parser.parse_args()
-    if options.clock == "cpu":
-        for name, speed in cpu_speeds(options.model, options.threads, options.new_tokens).items():
-            print(f"{name}: {speed:.0f} tokens per second of processor time")
-        return
-    whole, alone = generate_speed(options.model, options.threads, options.new_tokens)
-    print(f"castlm generate: {whole:.1f} tokens/s with the prompt, {alone:.1f} after it")
-    result: dict[str, Any] = {"machine": machine(), "generate": whole, "generate_after_prompt": alone, "serve": {}}
+    result: dict[str, Any] = {"machine": machine(), "columns": ["a second", "a second of processor time"]}
+
+    def show(name: str, speed: Speed) -> None:
+        result[name] = speed
+        print(f"{name}: {speed[0]:.1f} tokens a second, {speed[1]:.1f} a second of processor time", flush=True)
+
+    show("castlm generate", generate_speed(options.model, options.threads, options.new_tokens))
     with served(options.model, options.threads) as (port, pid):
-        serving_speed(port, 1, 8)  # warms up
+        serving_speed(port, pid, 1, 8)  # warms up
         for clients in CLIENTS:
-            result["serve"][clients] = serving_speed(port, clients, options.new_tokens)
-            print(f"castlm serve, {clients} clients: {result['serve'][clients]:.1f} tokens/s", flush=True)
+            show(f"castlm serve, {clients} clients", serving_speed(port, pid, clients, options.new_tokens))
         if options.minutes:
             result["load"] = load(port, pid, options.minutes, options.new_tokens // 4)
     if options.json:

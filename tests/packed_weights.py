@@ -12,7 +12,6 @@ from torch import Tensor
 from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.inference import native
-from castlm.inference.formats import PackedSpec
 from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers, unpack
 
@@ -35,13 +34,11 @@ def random_packed(values: str, n: int, m: int, rows: int, columns: int, seed: in
     mask = nm_mask(weight, n, m) if m else torch.ones_like(weight, dtype=torch.bool)
     weight = weight.masked_fill(~mask, 0.0)
     if values in FLOATS:
-        spec = PackedSpec(rows, columns, 0, 0, values)
-        weight = weight.to(FLOATS[values])
-        return pack(weight, n, m) if m else PackedTensor(spec, weight, None, None)
+        return pack(weight.to(FLOATS[values]), n, m)
     low, high, groups = (-128, 128, 1) if values == "int8" else (-8, 8, -(-columns // 64))
     codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.int8) * mask
     scales = torch.rand(rows, groups, generator=generator) + 0.1
-    return pack_integers(codes, scales if values == "int8" else scales.bfloat16(), values, n, m, mask if m else None)
+    return pack_integers(codes, scales, values, n, m, mask if m else None)
 
 
 def buffer_of(packed: PackedTensor, layout: str = "best") -> Tensor:

@@ -28,7 +28,7 @@ from castlm.inference.advise import (
 )
 from castlm.inference.devices import DEVICES, find_device
 from castlm.inference.formats import FILE, FORMATS, PackedSpec
-from castlm.inference.roofline import EVIDENCE, advise, evidence, gpu_formats, kernel_times, layer_seconds
+from castlm.inference.roofline import EVIDENCE, advise, gpu_formats, kernel_times, layer_seconds
 from castlm.planning.fit import fit_law
 from castlm.planning.law import predict_perplexity
 from castlm.planning.points import Point
@@ -50,8 +50,8 @@ def test_shapes_come_from_the_config_alone(tmp_path):
 def test_experts_are_said_not_to_be_counted(tmp_path):
     shapes = shapes_of(str(save_tiny(tmp_path / "m", "qwen3_moe")))
     advice = advise(shapes, DEVICES["h100"], tokens=1)
-    assert shapes.num_expert_weights > 0
-    assert f"The {shapes.num_expert_weights:,} weights of the experts are not in these figures." in advice.text()
+    assert shapes.num_untimed > 0
+    assert f"The {shapes.num_untimed:,} weights of the experts are not in these figures." in advice.text()
 
 
 def test_conv1d_layers_count_as_linear(tmp_path):
@@ -96,7 +96,7 @@ def test_measured_seconds_decide_when_given():
         (11008, 4096): "bf16",
         (4096, 11008): "bf16",
     }
-    assert advice.source == "measured here"
+    assert advice.is_measured
     assert advice.mixed_speedup == pytest.approx(225 / 161)
 
 
@@ -121,8 +121,6 @@ def test_text_and_json_carry_the_verdict_and_the_sources():
 def test_bad_input_is_named():
     with pytest.raises(InputError, match="no record of the device 'tpu': choose one of this, a100"):
         find_device("tpu")
-    with pytest.raises(InputError, match="0 tokens"):
-        advise(LLAMA_1B, find_device("h100"), tokens=0)
     with pytest.raises(InputError, match="a100 has no fp8: choose one of bf16"):
         advise(LLAMA_1B, find_device("a100"), tokens=1, dtype="fp8")
 
@@ -141,7 +139,7 @@ def test_every_published_figure_is_of_a_known_device_and_has_a_source():
     assert all(row.device in DEVICES and row.source and row.speedup > 0 for row in EVIDENCE)
     assert {cell.device for cell in kernel_times()} <= set(DEVICES)
     assert all(cell.sparse_us > 0 and cell.dense_us > 0 for cell in kernel_times())
-    assert all(found.decode for found in evidence("h200", 1))
+    assert all(found.decode for found in advise(LLAMA_1B, find_device("h200"), tokens=1).evidence)
 
 
 def test_time_grows_with_every_dimension():
@@ -285,8 +283,6 @@ def test_layers_that_the_pattern_does_not_fit_count_as_dense(quick):
     ranking = rank(Shapes({(64, 30): 2}), dtype="fp32", workloads={"one token": 1}, seconds=0.0)
     seconds = {row.option.name: row.seconds["one token"] for row in ranking.rows}
     assert seconds["2:4 fp32"] == seconds["dense fp32"]
-    with pytest.raises(InputError, match="0 tokens"):
-        rank(Shapes({(64, 64): 1}), workloads={"none": 0})
 
 
 def test_a_large_layer_is_timed_by_a_part_of_its_rows(monkeypatch):
@@ -294,6 +290,6 @@ def test_a_large_layer_is_timed_by_a_part_of_its_rows(monkeypatch):
         pytest.skip(native.NOT_BUILT)
     monkeypatch.setattr(advise_module, "_MOST_WEIGHTS", 64 * 64)
     monkeypatch.setattr(advise_module, "_COLD_BYTES", 1 << 12)
-    seen = []
-    monkeypatch.setattr(advise_module, "_race", lambda weights, x, seconds: seen.append(weights) or {"x": 1.0})
-    assert time_layer({"x": PackedSpec(640, 64, 0, 0, "bf16")}, (640, 64), [1], 0.0) == {1: {"x": 10.0}}
+    monkeypatch.setattr(advise_module, "_race", lambda weights, x, seconds: dict.fromkeys(weights, 1.0))
+    spec = PackedSpec(640, 64, 0, 0, "bf16")
+    assert time_layer([spec], (640, 64), [1], 0.0) == {1: {spec: 10.0}}

@@ -51,7 +51,7 @@ def generate(model: PreTrainedModel, fast: bool, **over) -> Tensor:
 
 
 @pytest.mark.parametrize(("family", "over"), CASES)
-def test_logits_are_those_of_the_model(family, over):
+def test_logits_and_tokens_are_those_of_transformers_in_every_family(family, over):
     model = packed_model(family, **over)
     assert decoding_method(model) is not None
     with torch.inference_mode():
@@ -61,13 +61,6 @@ def test_logits_are_those_of_the_model(family, over):
         state = DecoderState(model, cache, IDS.shape[1])
         for i in range(2, IDS.shape[1]):
             torch.testing.assert_close(state.step(IDS[0, i : i + 1])[0], exact[i], rtol=1e-4, atol=1e-4)
-        with pytest.raises(InputError, match="does not fit a cache of 6"):
-            state.step(IDS[0, :1])
-
-
-@pytest.mark.parametrize(("family", "over"), CASES)
-def test_tokens_are_those_of_transformers_in_every_family(family, over):
-    model = packed_model(family, **over)
     assert torch.equal(generate(model, True), generate(model, False))
 
 
@@ -141,9 +134,6 @@ def test_sequences_decoded_together_have_the_logits_that_each_has_alone(family, 
             each = torch.cat([state.step(torch.tensor([t])) for state, t in zip(alone, token)])
             torch.testing.assert_close(step_together(together, torch.tensor(token)), each, rtol=1e-5, atol=1e-5)
         assert [state.length for state in together] == [4, 8, 6, 3, 6]
-        together[1].length = 12
-        with pytest.raises(InputError, match="token 12 does not fit a cache of 12"):
-            step_together(together, torch.tensor([0] * 5))
 
 
 def test_attention_does_not_depend_on_threads():
@@ -243,11 +233,9 @@ def test_the_times_of_tokens_give_their_rate(packed, monkeypatch):
 
 def test_several_sequences_padding_and_embeddings_are_refused():
     model = packed_model("llama")
-    with pytest.raises(InputError, match="a batch of 2 sequences"):
-        model.generate(input_ids=IDS.expand(2, -1), max_new_tokens=2, pad_token_id=0, custom_generate=decode)
-    padded = {"input_ids": IDS, "attention_mask": (IDS != 5).long()}
-    for inputs in (padded, {"inputs_embeds": model.get_input_embeddings()(IDS)}):
-        with pytest.raises(InputError, match="takes token ids without padding"):
+    two, padded = {"input_ids": IDS.expand(2, -1)}, {"input_ids": IDS, "attention_mask": (IDS != 5).long()}
+    for inputs in (two, padded, {"inputs_embeds": model.get_input_embeddings()(IDS)}):
+        with pytest.raises(InputError, match="custom_generate"):
             model.generate(**inputs, max_new_tokens=2, pad_token_id=0, custom_generate=decode)
 
 

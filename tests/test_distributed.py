@@ -836,6 +836,6 @@ def test_bad_weights_are_refused_by_every_rank(fault, text, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     config = small(str(tmp_path / "model"), text, tmp_path / "run", 2)
     assert wait_ranks(start_ranks(train_as_a_command, 2, config, log=tmp_path / "log"), 60) == [2, 2]
-    message = {"NaN": "mlp.down_proj.weight of {} holds NaN", "missing": "the weights of {} lack model.layers.1.mlp"}
+    message = {"NaN": "mlp.down_proj.weight of {} holds NaN", "missing": "{} lacks model.layers.1.mlp"}
     assert message[fault].format(tmp_path / "model") in said(tmp_path / "log", 2)
     assert "Traceback" not in said(tmp_path / "log", 2)

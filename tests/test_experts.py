@@ -29,7 +29,7 @@ from castlm.export import hf
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
 from castlm.models.io import load_model, save_model
-from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, experts_input_axis
+from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, input_axis
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model, tiny_tokenizer
 
 ROUTERS = {"mixtral": "mlp.gate", "qwen3_moe": "mlp.gate", "gpt_oss": "mlp.router"}
@@ -238,10 +238,10 @@ def test_the_families_that_store_experts_the_other_way_are_those_of_transformers
     causal = {family for family in turned if not family.endswith("MaskedLM")}
     assert causal <= EXPERTS_EITHER_WAY, "a new family turns its experts round while they are loaded"
     config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 32}}
-    assert experts_input_axis(config, "x.experts.gate_up_proj", (4, 32, 96)) == 1
-    assert experts_input_axis(config, "x.experts.down_proj", (4, 48, 32)) == 1
-    assert experts_input_axis(config, "x.experts.down_proj", (4, 32, 48)) == 2
-    assert experts_input_axis(config, "x.experts.down_proj", (4, 32, 32)) is None
+    assert input_axis(config, "x.experts.gate_up_proj", (4, 32, 96)) == 1
+    assert input_axis(config, "x.experts.down_proj", (4, 48, 32)) == 1
+    assert input_axis(config, "x.experts.down_proj", (4, 32, 48)) == 2
+    assert input_axis(config, "x.experts.down_proj", (4, 32, 32)) is None
 
 
 def test_experts_have_only_nm_patterns_and_scale_groups_that_divide_their_width():
@@ -294,7 +294,7 @@ def test_experts_under_the_older_names_are_counted(family, tmp_path):
 
 
 def test_a_layer_that_verify_would_not_count_is_refused_before_anything_is_trained(monkeypatch):
-    monkeypatch.setattr(hf, "is_stacked_experts", lambda name, shape: False)
+    monkeypatch.setattr(hf, "is_block_weight", lambda name, shape: False)
     model = tiny_model("gpt_oss")
     linearize_experts_(model)
     with pytest.raises(InputError, match="whose groups castlm verify does not count: leave it dense"):

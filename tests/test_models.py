@@ -302,9 +302,20 @@ def refusal(name: str | Path, **options) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "model.gguf", "", "two words", "a/b/c"])
-def test_no_such_path(name):
-    assert ("does not exist" if name else "a path is empty") in refusal(name)
+NOT_ON_THE_HUB = "is neither a local folder nor available on the Hugging Face Hub"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, "does not exist") for name in ("/nowhere/model", "./model", "model.gguf", "two words", "a/b/c")),
+        ("", "a path is empty"),
+        ("x--y/z", f"x--y/z {NOT_ON_THE_HUB}"),
+        ("nobody/never", f"nobody/never {NOT_ON_THE_HUB}"),
+    ],
+)
+def test_no_such_model(name, said):
+    assert said in refusal(name)
 
 
 @pytest.fixture
@@ -348,10 +359,7 @@ def test_a_hub_that_nobody_reaches_is_one_line(tmp_path, monkeypatch, caplog):
     hub = {"HF_HUB_CACHE": str(tmp_path), "ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": False}
     for name, value in hub.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    assert (
-        "nobody/never is neither a local folder nor available on the Hugging Face Hub: the hub cannot be reached"
-        in refusal("nobody/never")
-    )
+    assert f"nobody/never {NOT_ON_THE_HUB}: the hub cannot be reached" in refusal("nobody/never")
     assert "Retrying" not in caplog.text
 
 
@@ -398,14 +406,6 @@ def test_what_is_not_whole_in_the_cache_is_asked_for(lost, tmp_path, monkeypatch
         loaded, checkpoint = open_sharded("someone/tiny", trust_remote_code=False, revision=None)
         assert loaded.source == checkpoint.source == "someone/tiny"
         assert {place.file.parent for place in checkpoint.places.values()} == {snapshot}
-
-
-def test_name_that_no_hub_model_can_have():
-    assert "x--y/z is neither a local folder nor available on the Hugging Face Hub" in refusal("x--y/z")
-
-
-def test_hub_id_that_cannot_be_had():
-    assert "nobody/never is neither a local folder nor available on the Hugging Face Hub" in refusal("nobody/never")
 
 
 def test_a_file_and_an_empty_folder(tmp_path):
@@ -483,15 +483,15 @@ DAMAGES = {
         r"quantized \(gptq\)",
     ),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
-    "truncated": (lambda f: cut(f, -100), r"model\.safetensors is corrupt or cut short"),
-    "truncated header": (lambda f: cut(f, 50), r"model\.safetensors is corrupt or cut short"),
-    "empty file": (lambda f: cut(f, 0), r"model\.safetensors is corrupt or cut short"),
+    "truncated": (lambda f: cut(f, -100), r"model\.safetensors (is not a whole safetensors file|holds \d+ bytes)"),
+    "truncated header": (lambda f: cut(f, 50), r"model\.safetensors (is not a whole safetensors file|holds \d+ bytes)"),
+    "empty file": (lambda f: cut(f, 0), r"model\.safetensors (is not a whole safetensors file|holds \d+ bytes)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
     "pickle": (to_pickle, r"only the pickle pytorch_model\.bin"),
     "pickle beside other weights": (to_pickle_beside_other_weights, r"no file named model\.safetensors"),
     "lost shard": (lose_shard, r"model-00002-of-00004\.safetensors"),
-    "missing weight": (lambda f: edit_weights(f, lambda w: w.pop(UP)), f"lack {UP} "),
-    "missing head": (lambda f: edit_weights(f, lambda w: w.pop("lm_head.weight")), r"lack lm_head\.weight "),
+    "missing weight": (lambda f: edit_weights(f, lambda w: w.pop(UP)), f"lacks {UP} "),
+    "missing head": (lambda f: edit_weights(f, lambda w: w.pop("lm_head.weight")), r"lacks lm_head\.weight "),
     "left-over layer": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), r"no place for .* and 8 more"),
     "left-over bias": (
         lambda f: edit_weights(f, lambda w: w.update({"model.layers.0.mlp.up_proj.bias": torch.ones(64)})),
@@ -499,7 +499,7 @@ DAMAGES = {
     ),
     "other shape": (
         lambda f: edit_json(f / "config.json", intermediate_size=72),
-        r"stored as \(32, 64\), expected \(32, 72\)",
+        r"stored as \(32, 64\), and its config\.json asks for \(32, 72\)",
     ),
     "NaN": (lambda f: edit_weights(f, lambda w: w[UP][3].fill_(float("nan"))), f"{UP} .* NaN or infinity"),
     "infinity": (lambda f: edit_weights(f, lambda w: w[UP][3].fill_(float("-inf"))), f"{UP} .* NaN or infinity"),
@@ -523,17 +523,15 @@ def test_damaged_folder(damage, whole, tmp_path, capfd, transformers_log):
 
 def test_a_weight_file_without_permission_is_not_called_corrupt(whole, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(whole, tmp_path / "model"))
-    opened = Path.open
+    opened = os.open
 
-    def denied(self, *args):
-        if self.suffix == ".safetensors":
+    def denied(path, *args):
+        if str(path).endswith(".safetensors"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))  # root may read everything
-        return opened(self, *args)
+        return opened(path, *args)
 
-    monkeypatch.setattr(Path, "open", denied)
-    assert (
-        refusal(folder) == f"{folder / 'model.safetensors'} cannot be read (Permission denied): change its permissions"
-    )
+    monkeypatch.setattr(os, "open", denied)
+    assert f"{folder / 'model.safetensors'}: Permission denied" in refusal(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,6 @@ from castlm.inference.layers import (
     DIRECT_ROWS,
     PackedEmbedding,
     PackedLinear,
-    pack_linear,
     packed_linear,
     prepare_layers_,
 )
@@ -35,7 +34,8 @@ def test_products_keep_leading_dimensions_and_take_no_rows():
 def test_a_layer_multiplies_as_the_one_it_replaces():
     layer = torch.nn.Linear(96, 20)
     layer.weight.data = layer.weight.data.masked_fill(~nm_mask(layer.weight), 0.0)
-    made = pack_linear(layer, pack(layer.weight.detach(), 2, 4))
+    packed = pack(layer.weight.detach(), 2, 4)
+    made = PackedLinear(packed.spec, layer.bias).hold_(packed)
     prepare_layers_({"made": made})
     x = torch.randn(2, 7, 96)
     torch.testing.assert_close(made(x), layer(x))
@@ -46,8 +46,7 @@ def test_a_layer_multiplies_as_the_one_it_replaces():
 def test_an_embedding_looks_up_what_the_head_multiplies_by(values):
     packed = random_packed(values, 0, 0, 37, 50)
     table, head = PackedEmbedding(packed.spec, torch.float32), PackedLinear(packed.spec)
-    for suffix, tensor in packed.tensors().items():
-        setattr(table, suffix, tensor)
+    table.hold_(packed)
     prepare_layers_({"table": table})
     head.share_(table.packed)
     ids = torch.tensor([[0, 36, 5], [17, 17, 31]])

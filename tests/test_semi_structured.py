@@ -8,8 +8,9 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.inference import semi_structured, to_semi_structured_
-from castlm.inference.cuda_backends import Cusparselt, backend_for, int8_rows
+from castlm.inference import semi_structured
+from castlm.inference.cuda_backends import Cusparselt, int8_rows
+from castlm.inference.semi_structured import to_semi_structured_
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
 
@@ -110,8 +111,6 @@ def test_a_sparse_layer_that_computes_something_else_is_refused(pruned):
 def test_bad_input_is_named(pruned):
     with pytest.raises(InputError, match="0 tokens: give at least 1"):
         to_semi_structured_(pruned, 0, backend=StubBackend(by_name({})))
-    with pytest.raises(InputError, match="'fp4' is not known"):
-        backend_for("fp4", torch.device("cpu"))
     with pytest.raises(InputError, match=r"the model is on cpu: .* model.cuda"):
         to_semi_structured_(pruned, 8)
 

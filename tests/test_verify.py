@@ -455,7 +455,7 @@ def test_a_missing_or_renamed_layer_is_refused(tmp_path, name):
     tensors[name.replace("_proj", "_project")] = held
     refused(write(tmp_path / "renamed", tensors), f"lacks {name} that its config.json asks for")
     refused(write(tmp_path / "short", llama(), LLAMA | {"num_hidden_layers": 3}), "lacks model.layers.2")
-    refused(write(tmp_path / "shape", llama(), LLAMA | {"intermediate_size": 32}), "has the shape")
+    refused(write(tmp_path / "shape", llama(), LLAMA | {"intermediate_size": 32}), "is stored as")
     refused(write(tmp_path / "more", llama(), LLAMA | {"num_hidden_layers": 1}), "its config.json does not describe")
     refused(write(tmp_path / "none", llama(), LLAMA | {"num_hidden_layers": -1}), "num_hidden_layers = -1")
     refused(write(tmp_path / "huge", llama(), LLAMA | {"num_hidden_layers": 10**9}), "num_hidden_layers = 1000000000")
@@ -528,10 +528,10 @@ def test_nothing_there(tmp_path):
     refused(tmp_path / "no", "does not exist")
     refused(tmp_path, "holds no model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    refused(tmp_path, "it holds pytorch_model.bin: convert")
+    refused(tmp_path, "it holds pytorch_model.bin: .* convert")
     save_file({Q0: pruned(4, 4)}, tmp_path / "a.safetensors")
     assert verify(tmp_path / "a.safetensors").ok
-    refused(tmp_path, "it holds a.safetensors, which transformers does not load")
+    refused(tmp_path, "it holds a.safetensors: name")
     (tmp_path / "adapter_config.json").write_text("{}")
     refused(tmp_path, "adapter")
 
@@ -598,11 +598,11 @@ def test_files_of_other_kinds(tmp_path):
 def test_quantized_checkpoints_are_refused_by_name(tmp_path):
     quantized = LLAMA | {"quantization_config": {"quant_method": "compressed-tensors"}}
     int8 = write(tmp_path / "int8", llama(**{Q0: torch.ones(8, 8, dtype=torch.int8)}), quantized)
-    refused(int8, rf"{Q0} is stored as I8 \(compressed-tensors\)")
+    refused(int8, rf"{Q0} \(I8\)")
     packed = "model.layers.0.self_attn.q_proj.qweight"
-    refused(write(tmp_path / "float", llama(), quantized), r"is quantized \(compressed-tensors\)")
+    refused(write(tmp_path / "float", llama(), quantized), "compressed-tensors")
     gptq = part(tmp_path / "gptq", {packed: torch.ones(8, 8, dtype=torch.int32)})
-    refused(gptq, f"{packed} is a packed weight")
+    refused(gptq, packed)
 
 
 # ---- what it costs

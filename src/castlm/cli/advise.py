@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from castlm.cli.options import check_json_path, parse, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
@@ -34,8 +34,10 @@ class AdviseCommand:
     CPU, and 1 on a GPU.
     """
 
-    dtype: Literal["bf16", "fp16", "fp32", "int8", "fp8"] = "bf16"
-    """Dtype in which the model is served now; speeds are relative to it."""
+    dtype: str = "bf16"
+    """Dtype in which the model is served now: bf16, fp16, fp32, and on some GPUs int8 or fp8. Speeds are relative to
+    it.
+    """
 
     device: str = "this"
     """"this" times the GPU or CPU of this machine. A name such as h100, a100-40gb, l40s or rtx4090 estimates that GPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from castlm.cli.options import parse, result_folder, use_threads
+from castlm.cli.options import parse, use_threads
 from castlm.data.options import TextOptions
 from castlm.fields import positional
 from castlm.names import LAYOUT, printable
@@ -51,10 +51,10 @@ class GenerateCommand:
         from castlm.progress import note
 
         use_threads(self.threads)
-        name, code = result_folder(self.path), {"trust_remote_code": self.trust_remote_code}
-        model, tokenizer = load_to_generate(name, as_stored=False, say=note, **code)
+        code = {"trust_remote_code": self.trust_remote_code}
+        model, tokenizer = load_to_generate(self.path, as_stored=False, say=note, **code)
         if self.image:
-            processor = open_processor(name, tokenizer, **code)
+            processor = open_processor(self.path, tokenizer, **code)
             ids, extra = encode_image_prompt(processor, self.prompt, self.image, self.raw, self.document_limit)
         else:
             ids, extra = encode_prompt(tokenizer, self.prompt, self.raw), {}

@@ -180,8 +180,14 @@ def result_folder(path: str) -> str:
     from castlm.models.locate import model_in
 
     folder = Path(path).expanduser()
-    found = model_in(folder) if folder.is_dir() else folder
-    return path if found == folder else str(found)
+    return str(model_in(folder)) if folder.is_dir() else path
+
+
+def head_formats() -> tuple[str, ...]:
+    """The choices of `--head`."""
+    from castlm.inference.formats import HEADS
+
+    return HEADS
 
 
 def refuse_given(options: Any, names: Iterable[str], why: str) -> None:

@@ -7,9 +7,9 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from castlm.cli.options import parse, result_folder
+from castlm.cli.options import head_formats, parse, result_folder
 from castlm.core.errors import InputError
-from castlm.fields import positional
+from castlm.fields import choice, positional
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PackCommand:
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """Cast all weights to this dtype first. By default they keep their bits, except that -0.0 may become 0.0."""
 
-    head: Literal["int8"] | None = None
+    head: str | None = choice(None, head_formats)
     """int8 rounds the output head, and an embedding tied to it, with one scale per row."""
 
     overwrite: bool = False

@@ -6,9 +6,9 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
-from castlm.cli.options import parse, refuse_given, result_folder
+from castlm.cli.options import head_formats, parse, refuse_given, result_folder
 from castlm.data.options import TextOptions
-from castlm.fields import positional
+from castlm.fields import choice, positional
 
 _OF_INT4 = ("column", "document_limit", "num_sequences", "seq_len", "seed", "damping")
 
@@ -32,7 +32,7 @@ class QuantizeCommand(TextOptions):
     """Write codes and scales without zeros, in castlm's packed format (int8 or int4), instead of a plain model folder.
     """
 
-    head: Literal["int8"] | None = None
+    head: str | None = choice(None, head_formats)
     """With --packed, int8 also rounds the output head, and an embedding tied to it, with one scale per row."""
 
     calibration: str | None = None
@@ -73,7 +73,6 @@ class QuantizeCommand(TextOptions):
         from castlm.files.output import check_output
         from castlm.hardware import choose_device, keep_freed_memory
         from castlm.oneshot.options import check_damping
-        from castlm.oneshot.report import few_experts_note
         from castlm.progress import note, shown_progress
 
         keep_freed_memory()
@@ -105,8 +104,8 @@ class QuantizeCommand(TextOptions):
                 progress=progress,
                 say=note,
             )
-        if report.few_experts:
-            note(few_experts_note(report.few_experts))
+        for line in report.notes:
+            note(line)
         print(
             f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
             f"{'dense' if pattern is None else f'{pattern} verified'}; "

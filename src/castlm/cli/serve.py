@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from castlm.cli.options import parse, result_folder, use_threads
+from castlm.cli.options import parse, use_threads
 from castlm.core.errors import InputError
 from castlm.fields import positional
 
@@ -48,8 +48,8 @@ class ServeCommand:
         from castlm.serving.app import make_app
         from castlm.serving.engine import Engine
 
-        path = result_folder(self.path)
-        model, tokenizer = load_to_generate(path, as_stored=False, trust_remote_code=self.trust_remote_code, say=note)
+        code = {"trust_remote_code": self.trust_remote_code}
+        model, tokenizer = load_to_generate(self.path, as_stored=False, say=note, **code)
         if not tokenizer.chat_template:
             note("the model has no chat template: /v1/chat/completions answers 400, use /v1/completions")
         engine = Engine(model, tokenizer, say=note)

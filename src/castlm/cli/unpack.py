@@ -25,19 +25,11 @@ class UnpackCommand:
     def run(self) -> int:
         from castlm.export.packed import unpack_folder
         from castlm.files.output import check_output
-        from castlm.models.io import convert_gguf
-        from castlm.models.locate import local_folder, locate
         from castlm.progress import shown_progress
 
-        is_gguf = bool(locate(self.path, needs_weights=False).gguf)
-        source = self.path if is_gguf else str(local_folder(self.path))
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": self.path})
-        if is_gguf:
-            convert_gguf(source, folder)
-            print(f"{folder}: {self.path} in bf16")
-            return 0
         with shown_progress("unpack, tensors") as progress:
-            count = unpack_folder(source, folder, overwrite=True, progress=progress)
+            count = unpack_folder(self.path, folder, overwrite=True, progress=progress)
         print(f"{folder}: {count} tensors unpacked")
         return 0
 

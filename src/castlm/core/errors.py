@@ -1,8 +1,20 @@
 """The exception for bad input. The command line prints it as one line, without a traceback, and exits with code 2."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """The given input cannot be used. The message is one line that names the offending value and the remedy."""
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Puts `what`, such as the name of a layer, before the message of an `InputError` in the block."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 class DivergedError(InputError):

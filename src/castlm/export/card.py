@@ -1,7 +1,11 @@
 """Writes the model card: the content of a model folder, its measured perplexity, and how to load and verify it.
 
-A perplexity means nothing without its text, sequence length and tokenizer, so the table has a column for each. Names
-come from users and other people's files, so they are escaped, and only the last part of a local path is shown.
+The text is `card.md.jinja`. A perplexity means nothing without its text, sequence length and tokenizer, so the table
+has a column for each. Names come from users and other people's files, so they are escaped, and only the last part of a
+local path is shown.
+
+A packed model of others keeps its own card, below a head that names the programs that read the folder; `castlm unpack`
+removes the head.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from castlm.core.blocks import in_block
+from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.names import markdown, markdown_code
 from castlm.patterns import parse_pattern
@@ -30,69 +36,13 @@ _COLUMNS = {
     "tokenizer": "tokenizer",
 }
 
-_MEANING = (
-    "Perplexity is exp of the mean cross-entropy in nats per token of the text, cut into sequences of that length; "
-    "lower is better. Only rows with the same text, sequence length and tokenizer can be compared."
-)
-
-_CARD = """---
-{front_matter}---
-
-# {title}
-
-{warning}This is {base}, {how}: {meaning}
-{counts}
-
-{dense}{left_dense}
-
-{figures}## Use
-
-```python
-{imports}
-model = AutoModelForCausalLM.from_pretrained("path or hub id of this folder")
-tokenizer = AutoTokenizer.from_pretrained("path or hub id of this folder")
-```
-
-{storage}
-
-`castlm verify PATH --pattern {pattern}` counts all of it again. `castlm.json` holds the configuration, the versions
-of the libraries, the hashes of the texts, and the counts from when this folder was written.
-
-{pays}## License
-
-{license}
-"""
-
-
-_IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-_PACKED_IMPORTS = f"import castlm\n{_IMPORTS}"
-_STORED_PACKED = (
-    "The weights are stored without their zeros, in castlm's packed format, which `import castlm` registers with\n"
-    "transformers (`pip install castlm`); without it transformers finds no weights here.\n"
-    "`castlm unpack PATH --output-dir OUT` writes a plain model folder, which loads anywhere."
-)
-_STORED_ZEROS = (
-    "The zeros are stored, so the files are as large as those of the dense model and load wherever it does. Faster or\n"
-    "smaller inference needs kernels for the pattern, such as `torch.sparse.to_sparse_semi_structured` for 2:4 on an "
-    "NVIDIA\nGPU."
-)
-
-
-_WHEN_IT_PAYS = """## When it pays
-
-{pattern} pays where products are the limit: prompts, batches, and GPUs with hardware for it. One sequence at a time is
-limited by bytes, and there dense int4 can have the lower perplexity at the same size. `castlm advise PATH` times every
-format of this model on your processor and says what to use for what.
-
-"""
-
 
 def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     """The README.md of an exported folder, from its name and the content of its castlm.json (see `export_model`)."""
     pattern = parse_pattern(manifest["pattern"])
     source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
     hub_id, _ = _hub_model(source)
-    base_name, base = (hub_id or _public(source)).split("/")[-1], _reference(source)
+    base_name = (hub_id or _public(source)).split("/")[-1]
     front_matter = {
         **({"base_model": hub_id} if hub_id else {}),
         **({"license": license_id} if license_id else {}),
@@ -100,43 +50,39 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["castlm", "sparsity", *_tags(pattern)],
     }
-    proof = manifest["proof"]
-    cut = manifest.get("cut")
-    is_dense = bool(cut) and pattern.nm is None
-    counts = (
-        f"That is {proof['zero_fraction']:.2%} zeros in {proof['layers']} layers of {proof['weights']:,} weights, "
-        f"and {proof['violations']} violations in {proof['groups']:,} {pattern.counted}."
-    )
-    if "cut" in proof:
-        total = proof["cut"] + proof["weights"]
-        removed = f"{proof['cut']:,} of the {total:,} weights of {proof['layers']} layers are gone."
-        counts = removed if is_dense else f"{removed} {counts}"
-    config = manifest.get("config") or {}
+    short = f"{pattern.n} of {pattern.m}" if isinstance(pattern, NM) else str(pattern)
+    is_dense = bool(manifest.get("cut")) and pattern.nm is None
     made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm (the CAST method, arXiv 2509.25996)"
+    config = manifest.get("config") or {}
     if config.get("teacher"):
         made += f", distilled from {_reference(config['teacher'])}"
     kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
-    return _CARD.format(
-        how=kept if config.get("init_from") and config.get("init_from") == config.get("model") else made,
+    verdict = manifest.get("verdict") or {}
+    templates = Environment(
+        loader=PackageLoader("castlm", "export"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters.update(md=markdown, code=markdown_code)
+    return templates.get_template("card.md.jinja").render(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
-        title=markdown(f"{base_name}, {_short(pattern)}" if base_name else folder_name),
-        base=base or "a model",
+        title=markdown(f"{base_name}, {short}" if base_name else folder_name),
+        base=_reference(source),
+        how=kept if config.get("init_from") and config.get("init_from") == config.get("model") else made,
+        verdict=None if verdict.get("ok", True) else verdict,
         pattern=pattern,
-        warning=_warning(manifest.get("verdict") or {}),
-        meaning="".join(_sentences([*_cut_text(cut), *_meaning(pattern)])),
-        counts=counts,
-        imports=_PACKED_IMPORTS if manifest.get("packed") else _IMPORTS,
-        storage=_STORED_PACKED if manifest.get("packed") else _storage(pattern),
-        dense="All that is left is dense." if is_dense else "Embeddings and the output head are dense.",
-        left_dense="" if is_dense else _left_dense(manifest["left_dense"]),
-        figures=_figures([*(manifest.get("figures") or []), *_as_written(manifest)]),
-        pays=_WHEN_IT_PAYS.format(pattern=pattern) if isinstance(pattern, NM) else "",
+        groups=pattern.nm,
+        is_nm=isinstance(pattern, NM),
+        is_dense=is_dense,
+        packed="packed" in manifest,
+        proof=manifest["proof"],
+        changed=_changed(manifest.get("cut")),
+        left_dense={name: reason for name, reason in manifest["left_dense"].items() if in_block(name)},
+        table=_table([*(manifest.get("figures") or []), *_as_written(manifest)]),
         license=_license(hub_id or base_name, license_id),
     )
-
-
-def _short(pattern: Pattern) -> str:
-    return f"{pattern.n} of {pattern.m}" if isinstance(pattern, NM) else str(pattern)
 
 
 def _tags(pattern: Pattern) -> list[str]:
@@ -145,38 +91,10 @@ def _tags(pattern: Pattern) -> list[str]:
     return ["structured-pruning"] if pattern.cut_out else []
 
 
-def _sentences(parts: list[str]) -> list[str]:
-    """Joins sentences: the first follows a colon, each other one starts a line."""
-    return [
-        parts[0],
-        *(f"\n{part[0].upper()}{part[1:]}".replace("\nconsecutive", " consecutive") for part in parts[1:]),
-    ]
-
-
-def _cut_text(cut: Mapping[str, Any] | None) -> list[str]:
-    """Describes a cut by the change of the config."""
-    if not cut:
-        return []
-    fields = [f"`{name}` from {old:,} to {cut['after'][name]:,}" for name, old in cut["before"].items()]
-    changed = [text for text, (name, old) in zip(fields, cut["before"].items()) if cut["after"][name] != old]
-    return [f"the same model with {' and '.join(changed)}."]
-
-
-def _meaning(pattern: Pattern) -> list[str]:
-    """The sentences that the pattern adds about the stored weights."""
-    groups = pattern.nm
-    if groups is None:
-        return [] if pattern.cut_out else [f"its linear layers inside the transformer blocks are {pattern}."]
-    return [
-        f"of every {groups.m}\nconsecutive weights along the input axis of each linear layer inside the "
-        f"transformer blocks, at most {groups.n} are non-zero."
-    ]
-
-
-def _storage(pattern: Pattern) -> str:
-    if pattern.cut_out and pattern.nm is None:
-        return "The model is dense and smaller than its base: it needs no kernels of its own."
-    return _STORED_ZEROS
+def _changed(cut: Mapping[str, Any] | None) -> list[str]:
+    """The fields of the config that a cut has changed."""
+    before, after = (cut["before"], cut["after"]) if cut else ({}, {})
+    return [f"`{name}` from {old:,} to {after[name]:,}" for name, old in before.items() if after[name] != old]
 
 
 def _hub_model(source: str) -> tuple[str, str]:
@@ -201,23 +119,6 @@ def _public(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
 
-def _warning(verdict: Mapping[str, Any]) -> str:
-    """The first line of the card of a run that diverged or fell short."""
-    if verdict.get("ok", True):
-        return ""
-    problem = str(verdict.get("problem", "diverged")).lower()
-    return f"**This run {problem}: {markdown(str(verdict['reason']))}. Do not use this model.**\n\n"
-
-
-def _left_dense(left_dense: Mapping[str, str]) -> str:
-    inside = {name: reason for name, reason in left_dense.items() if in_block(name)}
-    if not inside:
-        return ""
-    return " So are, inside the transformer blocks:\n\n" + "\n".join(
-        f"- {markdown_code(name)}: {markdown(reason)}" for name, reason in inside.items()
-    )
-
-
 def _as_written(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The row of the written files, whose weights may be rounded to a shorter dtype than in training."""
     found = manifest["proof"].get("perplexity_from_disk")
@@ -227,13 +128,11 @@ def _as_written(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [{**manifest["figures"][-1], "name": written, "perplexity": found}]
 
 
-def _figures(figures: list[Mapping[str, Any]]) -> str:
+def _table(figures: list[Mapping[str, Any]]) -> list[str]:
     columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in figures)]
-    if not columns:
-        return ""
-    lines = ["| " + " | ".join(_COLUMNS[key] for key in columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in figures]
-    return "\n".join(["## Perplexity", "", *lines, "", _MEANING, "", ""])
+    cells = [[_COLUMNS[key] for key in columns], *([_cell(row.get(key)) for key in columns] for row in figures)]
+    head, *rows = [f"| {' | '.join(row)} |" for row in cells]
+    return [head, "|" + "---|" * len(columns), *rows] if columns else []
 
 
 def _cell(value: Any) -> str:
@@ -248,3 +147,81 @@ def _license(base: str, license_id: str | None) -> str:
     stated = f"{markdown(license_id)}, as for the base model. " if license_id else ""
     of = markdown(base) or "its base model"
     return f"{stated}This model is a derivative of {of}, whose license applies: read it before you share the model."
+
+
+# ---- packed folders
+
+
+_PACKED_HEAD = """{front_matter}# {name}, packed {pattern}
+
+The weights of this model are stored in castlm's packed format{zeros}. Without castlm (`pip install castlm`),
+transformers finds no weights here. Python:
+
+```python
+import castlm  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path of this folder")
+```
+
+`castlm unpack PATH --output-dir OUT` writes the plain model folder again, which loads anywhere.
+"""
+_BELOW = "\n<!-- castlm pack: below is the card of the model before it was packed. -->\n\n"
+
+
+def packed_card(source: Path, manifest: Mapping[str, Any], pattern: str) -> str:
+    """The README.md of the folder that the model in `source` is packed to.
+
+    Args:
+        manifest: the castlm.json of the packed folder.
+        pattern: n:m.
+
+    Raises:
+        InputError: `manifest` is the damaged record of a result of castlm.
+    """
+    if card := _result_card(source, manifest):
+        return card
+    before = _read_card(source)
+    front_matter = _front_matter(before)
+    head = _PACKED_HEAD.format(
+        front_matter=front_matter,
+        name=source.resolve().name,
+        pattern=pattern,
+        zeros="" if pattern == "dense" else ", without their zeros",
+    )
+    body = before.removeprefix(front_matter)
+    return f"{head}{_BELOW}{body}" if body.strip() else head
+
+
+def unpacked_card(source: Path, manifest: Mapping[str, Any]) -> str:
+    """The README.md of the folder that the packed `source` is unpacked to; empty where the model had none.
+
+    Args:
+        manifest: the castlm.json of the unpacked folder.
+
+    Raises:
+        InputError: as `packed_card`.
+    """
+    packed = _read_card(source)
+    return _result_card(source, manifest) or _front_matter(packed) + packed.partition(_BELOW)[2]
+
+
+def _result_card(source: Path, manifest: Mapping[str, Any]) -> str:
+    """The card of a result of castlm; empty if `manifest` is not the record of one."""
+    if "proof" not in manifest:
+        return ""
+    try:
+        return model_card(source.resolve().name, manifest)
+    except (AttributeError, KeyError, TypeError, ValueError, UndefinedError):
+        raise InputError(f"{source / 'castlm.json'} is damaged: remove it to continue without it") from None
+
+
+def _read_card(folder: Path) -> str:
+    file = folder / "README.md"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def _front_matter(card: str) -> str:
+    """The YAML at the head of a card, with its fences, for the hub; empty if there is none."""
+    end = card.find("\n---\n", len("---\n") - 1)
+    return card[: end + len("\n---\n")] if card.startswith("---\n") and end > 0 else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The castlm.json of a model folder; empty without one.
 
     Raises:
-        InputError: it is not a JSON object.
+        InputError: it is not a JSON object, or its `left_dense` is none.
     """
     file = folder / "castlm.json"
-    return read_json_object(file) if file.is_file() else {}
+    manifest = read_json_object(file) if file.is_file() else {}
+    left_dense = manifest.get("left_dense", {})
+    if not isinstance(left_dense, dict):
+        raise InputError(f"{file}: left_dense is a {type(left_dense).__name__}, not an object of names and reasons")
+    return manifest
+
+
+def read_left_dense(folder: Path) -> dict[str, str]:
+    """The reason for each dense module or parameter in the castlm.json of a model folder, by name."""
+    return dict(read_manifest(folder).get("left_dense", {}))
+
+
+def left_dense_reason(name: str, left_dense: Mapping[str, str]) -> str | None:
+    """Why `name` is left dense, by its own entry or the entry of a module that contains it."""
+    parts = name.split(".")
+    owners = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((str(left_dense[owner]) for owner in owners if owner in left_dense), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -73,12 +89,20 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
         if named != (single if single.exists() else index).name:
             raise InputError(f"{path / 'config.json'} names the weights {named!r}, which castlm does not write")
     if single.exists():
-        files, tensors = [single.name], read_header(single)
+        tensors, index_read = read_header(single), ()
     elif index.exists():
-        files, tensors = _sharded(index)
+        tensors, index_read = _sharded(index), (index.name,)
     else:
-        raise InputError(f"{path} holds no {single.name} and no {index.name} ({_hint(path)})")
-    _refuse_other_weights(path, set(files) if single.exists() else {*files, index.name}, single.name)
+        other = _other_weights(path)
+        remedy = "name a .safetensors file by its own path, convert others with save_pretrained"
+        hint = f"it holds {other}: {remedy}" if other else "is it a model folder?"
+        raise InputError(f"{path} holds no {single.name} and no {index.name} ({hint})")
+    read = {*index_read, *(tensor.file.name for tensor in tensors.values())}
+    if other := _other_weights(path, read):
+        raise InputError(
+            f"{path} holds {other} beside {max(read)}: only one of them would be verified, and a program may load the "
+            "other; move one away"
+        )
     return tensors
 
 
@@ -97,33 +121,15 @@ def _one_file(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _hint(folder: Path) -> str:
-    others = sorted(name for name in os.listdir(folder) if _WEIGHTS.search(name) and not _NOT_OF_THE_MODEL.match(name))
-    if not others:
-        return "is it a model folder?"
-    if others[0].endswith(".safetensors"):
-        return f"it holds {others[0]}, which transformers does not load: verify that file by its own path"
-    return f"it holds {others[0]}: convert it with transformers' save_pretrained"
+def _other_weights(folder: Path, read: Collection[str] = ()) -> str | None:
+    """The first file of weights in `folder` that is not among `read`."""
+    names = sorted(os.listdir(folder))
+    return next((n for n in names if n not in read and _WEIGHTS.search(n) and not _NOT_OF_THE_MODEL.match(n)), None)
 
 
-def _refuse_other_weights(folder: Path, read: set[str], single: str) -> None:
-    found = sorted(
-        name
-        for name in os.listdir(folder)
-        if name not in read and _WEIGHTS.search(name) and not _NOT_OF_THE_MODEL.match(name)
-    )
-    if found:
-        used = single if single in read else sorted(read)[-1]
-        raise InputError(
-            f"{folder} holds {found[0]} beside {used}: only one of them would be verified, and a program may load the "
-            "other; move one away"
-        )
-
-
-def _sharded(index: Path) -> tuple[list[str], dict[str, StoredTensor]]:
+def _sharded(index: Path) -> dict[str, StoredTensor]:
     weight_map = read_weight_map(index)
-    files = shard_files(index, weight_map)
-    shards = {file: read_header(check_regular(index.parent / file)) for file in files}
+    shards = {file: read_header(check_regular(index.parent / file)) for file in shard_files(index, weight_map)}
     absent = [name for name, file in weight_map.items() if name not in shards[file]]
     if absent:
         first = f"{absent[0]} in {weight_map[absent[0]]}"
@@ -133,4 +139,4 @@ def _sharded(index: Path) -> tuple[list[str], dict[str, StoredTensor]]:
         if twice := sorted(tensors.keys() & shard.keys()):
             raise InputError(f"{twice[0]} is stored in {tensors[twice[0]].file.name} and in {file}: remove one of them")
         tensors |= shard
-    return files, tensors
+    return tensors

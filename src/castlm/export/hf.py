@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.blocks import is_block_weight
@@ -25,7 +24,7 @@ from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_li
 from castlm.dtypes import bytes_of
 from castlm.export.card import model_card
 from castlm.export.report import VerifyReport
-from castlm.export.verify import verify
+from castlm.export.verify import check_ok, verify
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.reading import user_path
@@ -91,11 +90,9 @@ def export_model(
         The content of castlm.json.
 
     Raises:
-        InputError: the folder is not empty, the disk is full, or the verification fails.
+        InputError: weight scaling that is not folded, the folder is not empty, the disk is full, or the verification
+            fails.
     """
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            raise InputError(f"{name} is still parametrized: call fold_weight_scaling(model) before the export")
     folder = Path(os.path.realpath(user_path(folder)))
     pattern = parse_pattern(pattern)
     manifest = new_manifest(pattern, left_dense, {**record, "dtype": dtype_name(dtype or model.dtype)})
@@ -217,8 +214,7 @@ def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dic
     for layer in report.layers:
         if layer.left_dense is None and layer.name not in sparse and (layer.problem or layer.num_violations):
             layer.left_dense = left_dense[layer.name] = reasons.get(layer.name, other)
-    if not report.ok:
-        raise InputError(report.summary())
+    check_ok(report)
     if missing := sparse - {layer.name for layer in report.sparse_layers}:
         raise InputError(f"{len(missing)} of {len(sparse)} sparse layers are not in {report.path}, as {min(missing)}")
 

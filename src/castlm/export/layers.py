@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 
+_REDIRECTIONS = ("configuration_files", "transformers_weights", "attribute_map")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 """Files that transformers takes for a distributed checkpoint before it looks for model.safetensors."""
 
@@ -49,6 +50,8 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
     if config.get("auto_map") and not _is_native(config):  # the layers of a model with its own code are unknown
         check_uniform(path, tensors)
         return "each other"
+    from castlm.models.opening import some_of
+
     unexpected = load_on_meta(path, config)
     linear = [
         name
@@ -57,7 +60,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
     ]
     if linear:
         raise InputError(
-            f"{path} holds {_some(linear)}, which its config.json does not describe: fetch or write it again"
+            f"{path} holds {some_of(linear)}, which its config.json does not describe: fetch or write it again"
         )
     return "transformers"
 
@@ -80,11 +83,10 @@ def check_redirections(folder: Path, config: Config) -> None:
     `configuration_files` names another config.json, `transformers_weights` other weights. An `attribute_map` gives
     fields other names, at any depth.
     """
-    for key in ("configuration_files", "transformers_weights", "attribute_map"):
-        if any(name == key and value is not None for name, value in _fields(config)):
-            raise InputError(f"{folder / 'config.json'} names other weights or fields in {key}: remove that entry")
-    if any("quantization_config" in dict(_fields(value)) for value in config.values() if isinstance(value, dict)):
-        raise InputError(f"{folder / 'config.json'} hides a quantization_config in another entry: remove it")
+    inner = [pair for value in config.values() if isinstance(value, dict) for pair in _fields(value)]
+    other = [key for key, value in _fields(config) if key in _REDIRECTIONS and value is not None]
+    if other := other or [key for key, _ in inner if key == "quantization_config"]:
+        raise InputError(f"{folder / 'config.json'} names other weights or fields in {other[0]}: remove that entry")
     if parts := [file.name for file in folder.iterdir() if _DISTRIBUTED.match(file.name)]:
         raise InputError(f"{folder} holds {parts[0]}, a part of a distributed checkpoint: save the whole model")
 
@@ -104,7 +106,7 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
     """
     from transformers import AutoConfig
 
-    from castlm.models.opening import quiet_transformers
+    from castlm.models.opening import check_loading_info, quiet_transformers
 
     try:
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
@@ -124,27 +126,17 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
     except Exception as error:  # configs fail with errors of any type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"transformers cannot say which layers {folder} should hold: {reason}") from error
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, stored, expected = mismatched[0]
-        raise InputError(
-            f"{name} of {folder} has the shape {tuple(stored)}, and its config.json asks for {tuple(expected)}: "
-            "they do not belong together"
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(f"{folder} lacks {_some(missing)} that its config.json asks for: fetch or write it again")
+    check_loading_info(folder, info)
     return set(info["unexpected_keys"])
 
 
 def _check_config_object(folder: Path, config: PretrainedConfig, described: Config) -> None:
     """Refuses a config that transformers reads differently from `verify`, where it decides about the weights."""
     text = config.get_text_config(decoder=True)
-    if any(getattr(part, "transformers_weights", None) is not None for part in (config, text)):
-        raise InputError(f"{folder / 'config.json'} names other weights in transformers_weights: remove that entry")
-    quantization = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    if (quantization or None) != (described.get("quantization_config") or None):
-        raise InputError(f"{folder / 'config.json'} names two quantization_config: fetch or write it again")
-    if config.model_type != described.get("model_type"):
-        raise InputError(f"{folder / 'config.json'} names no model_type, or two: fetch or write it again")
+    for key in ("transformers_weights", "quantization_config", "model_type"):
+        value = getattr(config, key, None) or getattr(text, key, None) or None
+        if value != (described.get(key) or None):
+            raise InputError(f"{folder / 'config.json'}: transformers reads {key} = {value!r:.100}: write it again")
 
 
 def _class_of(folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -153,15 +145,13 @@ def _class_of(folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
 
     named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
     kind = getattr(transformers, str(named[0]), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise InputError(f"{folder}: transformers has no architecture {named[0]!r}: which layers it holds is unknown")
-    if kind.config_class is not type(config):
-        raise InputError(f"{folder} is a {config.model_type} by its model_type, but names {named[0]}: write it again")
+    is_class = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not is_class or kind.config_class is not type(config):
+        raise InputError(
+            f"{folder}: transformers has no architecture {named[0]!r} of a {config.model_type}: which layers it holds "
+            "is unknown"
+        )
     return kind
-
-
-def _some(names: list[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:

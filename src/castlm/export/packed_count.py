@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.export.report import LayerReport
 from castlm.files.stored import FLOATS, StoredTensor, byte_chunks, count_non_finite, magnitude_chunks
@@ -45,8 +44,6 @@ def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
     for stem, spec in read_specs(sorted({tensor.file for tensor in tensors.values()})).items():
         parts = {suffix: tensors.pop(f"{stem}.{suffix}") for suffix in spec.tensors()}
         shape, name = spec.unpacked_shape, spec.tensor_name(stem)
-        if name in tensors:
-            raise InputError(f"{name} is stored packed and plain: pack the model again")
         dtype = "F32" if spec.rounded else parts["values"].dtype
         tensors[name] = parts["values"]._replace(name=name, dtype=dtype, shape=shape)
         packed[name] = Packed(spec, parts)
@@ -54,7 +51,11 @@ def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
 
 
 def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> LayerReport:
-    """Counts a layer from its mask; a kept value that is zero counts as a zero."""
+    """Counts a layer from its mask; a kept value that is zero counts as a zero.
+
+    Every group of the tensor's own pattern must keep exactly `spec.n`, with no bit set past the last column; otherwise
+    the values would belong to other columns than in the mask.
+    """
     spec = packed.spec
     layer = LayerReport(tensor.name, tensor.shape, spec.values, axis=len(tensor.shape) - (2 if spec.transposed else 1))
     layer.num_non_finite = packed.num_non_finite()
@@ -64,46 +65,20 @@ def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> Lay
     layer.num_zeros = spec.rows * spec.columns - _nonzeros(spec, packed.parts["values"])
     if spec.columns % pattern.m:
         layer.problem = f"its width of {spec.columns} does not divide by {pattern.m}"
-    else:
-        counts = count_packed(spec, packed.parts["mask"], pattern.m, pattern.n)
-        layer.num_groups, layer.num_violations, layer.max_nonzeros = counts.groups, counts.violations, counts.most_kept
-        layer.problem = counts.damage
-    return layer
-
-
-class PackedCounts(NamedTuple):
-    """The counts of a packed tensor's mask.
-
-    Attributes:
-        groups, violations, most_kept: groups of the requested pattern, those that keep too many, and the most kept in
-            one.
-        damage: why the mask does not have the tensor's own pattern; None if it does.
-    """
-
-    groups: int
-    violations: int
-    most_kept: int
-    damage: str | None
-
-
-def count_packed(spec: PackedSpec, mask: StoredTensor, m: int, n: int) -> PackedCounts:
-    """Counts the groups of `m` that keep more than `n`. `m` must divide the width, and `spec` must not be dense.
-
-    Every group of the tensor's own pattern must keep exactly `spec.n`, with no bit set past the last column; otherwise
-    the values would belong to other columns than in the mask.
-    """
-    groups = violations = most = num_damaged = 0
-    for chunk in byte_chunks(mask, mask.shape[1]):
-        bits = np.unpackbits(spec.mask_to_bits(chunk.reshape(-1, mask.shape[1])), axis=1, bitorder="little")
-        num_damaged += int(np.count_nonzero(bits[:, spec.columns :]))
+        return layer
+    num_damaged, width = 0, packed.parts["mask"].shape[1]
+    for chunk in byte_chunks(packed.parts["mask"], width):
+        bits = np.unpackbits(spec.mask_to_bits(chunk.reshape(-1, width)), axis=1, bitorder="little")
         kept = np.ascontiguousarray(bits[:, : spec.columns])
+        num_damaged += int(np.count_nonzero(bits[:, spec.columns :]))
         num_damaged += int(np.count_nonzero(_sums(kept, spec.m) != spec.n))
-        counts = _sums(kept, m)
-        groups += counts.size
-        violations += int(np.count_nonzero(counts > n))
-        most = max(most, int(counts.max()))
-    damage = f"{num_damaged:,} groups of its mask do not keep exactly {spec.n} of {spec.m}" if num_damaged else None
-    return PackedCounts(groups, violations, most, damage)
+        counts = _sums(kept, pattern.m)
+        layer.num_groups += counts.size
+        layer.num_violations += int(np.count_nonzero(counts > pattern.n))
+        layer.max_nonzeros = max(layer.max_nonzeros, int(counts.max()))
+    if num_damaged:
+        layer.problem = f"{num_damaged:,} groups of its mask do not keep exactly {spec.n} of {spec.m}"
+    return layer
 
 
 def _sums(kept: np.ndarray, m: int) -> np.ndarray:
@@ -113,10 +88,10 @@ def _sums(kept: np.ndarray, m: int) -> np.ndarray:
 def _nonzeros(spec: PackedSpec, values: StoredTensor) -> int:
     if values.dtype in FLOATS:
         return sum(int(np.count_nonzero(bits)) for bits in magnitude_chunks(values))
-    if spec.values == "int8":
+    if FORMATS[spec.values].bits == 8:
         return sum(int(np.count_nonzero(chunk)) for chunk in byte_chunks(values))
     count = 0
-    for chunk in byte_chunks(values, values.shape[1]):
+    for chunk in byte_chunks(values, values.shape[1]):  # two values in a byte, the last of a row in its low half
         rows = chunk.reshape(-1, values.shape[1])
         count += int(np.count_nonzero(rows & 15)) + int(np.count_nonzero(rows[:, : spec.kept // 2] >> 4))
     return count

@@ -18,11 +18,11 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
-from castlm.export.folder import read_manifest
+from castlm.export.folder import left_dense_reason, read_left_dense, read_manifest
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_into, write_dense
-from castlm.export.verify import left_dense_reason, read_left_dense
 from castlm.files.atomic_dir import atomic_dir
+from castlm.inference.formats import FORMATS
 from castlm.inference.quantize import QuantizeReport, quantize_, stored_layers
 from castlm.models.io import Loaded, load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
@@ -85,19 +85,20 @@ def quantize_folder(
         InputError: a model without the pattern, a kind that cannot be packed, a missing or superfluous calibration
             text, or an error in loading, rounding or writing. `folder` then stays unchanged.
     """
-    if packed and kind == "fp8":
-        raise InputError("the packed format holds int8 and int4: leave --packed out for fp8")
+    if packed and FORMATS[kind].kernel is None:
+        raise InputError(f"the packed format does not hold {kind}: leave --packed out")
     if head is not None and not packed:
         raise InputError(f"--head {head} is for the packed format: pass --packed, or leave it out")
-    if (calibration is not None) != (kind == "int4"):
-        raise InputError(f"{kind} needs {'a' if kind == 'int4' else 'no'} calibration text: see --calibration")
+    needs_text = FORMATS[kind].needs_text
+    if (calibration is not None) != needs_text:
+        raise InputError(f"{kind} needs {'a' if needs_text else 'no'} calibration text: see --calibration")
     groups = None if pattern is None else pattern.nm
     if pattern is not None and groups is None:
         raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern n:m, or dense")
-    manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name) / "castlm.json")
+    manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name))
     documents = None if calibration is None else open_documents(calibration.text, options)
     # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
-    held = None if kind != "int4" and dtype == "source" else torch.float32
+    held = None if not needs_text and dtype == "source" else torch.float32
     loaded = load_model(name, dtype=held, trust_remote_code=trust_remote_code)
     encoder = text_encoder(loaded.tokenizer, options)
     left_dense: dict[str, str] = {}

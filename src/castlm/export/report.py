@@ -137,7 +137,8 @@ class VerifyReport:
         totals = self.totals()
         rest = f", {totals['left_dense']} left dense" if totals["left_dense"] else ""
         rest += f", {totals['uncounted']} not counted" if totals["uncounted"] else ""
-        rest += f", {totals['non_finite']:,} values not finite" if totals["non_finite"] else ""
+        damaged = [*self.non_finite_elsewhere, *(layer.name for layer in self.layers if layer.num_non_finite)]
+        rest += f", {totals['non_finite']:,} values not finite, as in {damaged[0]}" if damaged else ""
         counted = f"{totals['violations']:,} of {totals['groups']:,} {self.pattern.counted} violate it"
         zeros = f"{totals['zero_fraction']:.2%} zeros"
         if self.base:

@@ -19,14 +19,14 @@ import numpy as np
 from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_experts, is_tower, owners_of_experts
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.export.folder import is_packed, read_config, stored_tensors
+from castlm.export.folder import is_packed, left_dense_reason, read_config, read_left_dense, stored_tensors
 from castlm.export.layers import check_layers, check_redirections, check_uniform
 from castlm.export.packed_count import Packed, count_packed_layer, take_packed
 from castlm.export.report import LayerReport, VerifyReport
-from castlm.files.reading import read_json_object, user_path
+from castlm.files.reading import user_path
 from castlm.files.stored import FLOATS, SINGLE, StoredTensor, count_non_finite, magnitude_chunks, non_finite_of
 from castlm.inference import formats
-from castlm.models.layout import OLD_BUFFERS, experts_input_axis, guess_model_type, stored_transposed
+from castlm.models.layout import OLD_BUFFERS, guess_model_type, input_axis
 from castlm.patterns import parse_pattern
 from castlm.structured.count import base_config, count_units
 
@@ -90,13 +90,13 @@ def verify(
     excluded = {name for name in tensors if _matches(name, globs)}
     compared_with = _compare_layers(path, tensors, config, include, known_layers, excluded)
     report = VerifyReport(str(path), pattern, compared_with=compared_with)
-    model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in tensors.items()})
-    left_dense = read_left_dense(folder / "castlm.json")
+    config["model_type"] = config.get("model_type") or guess_model_type({n: t.shape for n, t in tensors.items()})
+    left_dense = read_left_dense(folder)
     included = tuple(include) if include is not None else None
     with_experts = owners_of_experts(tensors)
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = "excluded" if name in excluded else _why_dense(tensor, included, with_experts)
-        axis = _input_axis(tensor, {**config, "model_type": model_type}, pattern)
+        axis = input_axis(config, name, tensor.shape) if _can_count(tensor, pattern) else None
         listed = left_dense_reason(name, left_dense)
         if why_dense is None and axis is not None:
             layer = _count(tensor, pattern, axis, packed.get(name))
@@ -143,14 +143,10 @@ def _compare_layers(
     return "the model in memory"
 
 
-def _input_axis(tensor: StoredTensor, config: Mapping[str, Any], pattern: Pattern) -> int | None:
-    """The axis along which the groups of a tensor run; None if they cannot be counted."""
-    if len(tensor.shape) == 2:
-        return 0 if stored_transposed(config["model_type"], tensor.name) else 1
-    if isinstance(pattern, NM) and is_stacked_experts(tensor.name, tensor.shape):
-        experts, rows, columns = tensor.shape
-        return experts_input_axis(config, tensor.name, (experts, rows, columns))
-    return None
+def _can_count(tensor: StoredTensor, pattern: Pattern) -> bool:
+    """Whether the tensor is a matrix, or the 3-D tensor of a block's experts, which only n:m is counted in."""
+    is_matrix = len(tensor.shape) == 2
+    return is_matrix or (isinstance(pattern, NM) and is_stacked_experts(tensor.name, tensor.shape))
 
 
 def _is_router(name: str, with_experts: Collection[str]) -> bool:
@@ -181,21 +177,6 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None, with_exper
     return None
 
 
-def read_left_dense(file: Path) -> Mapping[str, str]:
-    """The reasons for dense layers in a castlm.json, by the name of a module or parameter; empty without one."""
-    content = read_json_object(file).get("left_dense", {}) if file.exists() else {}
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: left_dense is a {type(content).__name__}, not an object of names and reasons")
-    return content
-
-
-def left_dense_reason(name: str, left_dense: Mapping[str, str]) -> str | None:
-    """Why `name` is left dense, by its own entry or the entry of a module that contains it."""
-    parts = name.split(".")
-    owners = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next((str(left_dense[owner]) for owner in owners if owner in left_dense), None)
-
-
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
@@ -207,16 +188,23 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _refuse_packed(path: Path, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> None:
     """Refuses quantized, packed and integer tensors, whose zeros are not the zeros of the weights."""
-    for name, tensor in tensors.items():
-        if name.endswith(PACKED_SUFFIXES):
-            raise InputError(f"{name} is a packed weight{_method(config)}: verify the model before it is packed")
-        is_mask = _why_dense(tensor, None) == "a causal mask"
-        if len(tensor.shape) >= 2 and in_block(name) and tensor.dtype not in FLOATS and not is_mask:
-            raise InputError(
-                f"{name} is stored as {tensor.dtype}{_method(config)}: verify the model before quantization"
-            )
-    if config.get("quantization_config") and not is_packed(config):
-        raise InputError(f"{path} is quantized{_method(config)}: verify the model before quantization")
+
+    def is_rounded(tensor: StoredTensor) -> bool:
+        is_weight = len(tensor.shape) >= 2 and in_block(tensor.name) and _why_dense(tensor, None) != "a causal mask"
+        return tensor.name.endswith(PACKED_SUFFIXES) or (is_weight and tensor.dtype not in FLOATS)
+
+    what = next((f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if is_rounded(tensor)), None)
+    quantization = config.get("quantization_config")
+    if what is None and quantization and not is_packed(config):
+        what = f"{path} ({quantization.get('quant_method') if isinstance(quantization, dict) else quantization})"
+    if what is not None:
+        raise InputError(f"{what} is quantized or packed by another program: verify the model before")
+
+
+def check_ok(report: VerifyReport) -> None:
+    """Raises `InputError` unless the pattern holds."""
+    if not report.ok:
+        raise InputError(report.summary())
 
 
 def _refuse_empty(report: VerifyReport, num_tensors: int) -> None:
@@ -225,11 +213,6 @@ def _refuse_empty(report: VerifyReport, num_tensors: int) -> None:
         raise InputError(
             f"{report.path} has no layer that {report.pattern} applies to ({found}): name some with include"
         )
-
-
-def _method(config: Mapping[str, Any]) -> str:
-    quantization = config.get("quantization_config")
-    return f" ({quantization.get('quant_method', 'quantized')})" if isinstance(quantization, dict) else ""
 
 
 def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | None) -> LayerReport:

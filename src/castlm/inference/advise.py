@@ -11,7 +11,7 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOATS, STORED
 from castlm.hardware import has_fast_bf16
 from castlm.inference import native
-from castlm.inference.formats import FORMATS, PackedSpec
+from castlm.inference.formats import FORMATS, HEADS, PackedSpec
 from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers
 from castlm.structured.sizes import sizes_after, sizes_of
@@ -44,7 +44,6 @@ TWO_OF_FOUR = NM(2, 4)
 WORKLOADS = {"one token": 1, "batch of 8": 8, "prompt of 512": 512}
 """Rows of a layer's input; the head sees only the last row of a prompt."""
 
-TRANSFORMERS = "transformers"
 SECONDS = 30.0
 """Default seconds of timing for all shapes, without the time to make the weights."""
 
@@ -61,7 +60,7 @@ class Shapes:
     """Number of linear layers inside the transformer blocks by shape."""
     head: Shape | None = None
     """The output head."""
-    num_expert_weights: int = 0
+    num_untimed: int = 0
     """Weights of experts, which are not timed: the number of tokens of each depends on the router."""
     is_tied: bool = True
     """Whether the embedding and the head share one table."""
@@ -136,14 +135,16 @@ class Option:
     @property
     def name(self) -> str:
         if self.by_torch:
-            return f"{TRANSFORMERS}, {self.values}"
-        head = ", int8 head" if self.head == "int8" else ""
+            return f"transformers, {self.values}"
+        head = f", {self.head} head" if FORMATS[self.head].rounds else ""
         return f"{f'{self.n}:{self.m}' if self.m else 'dense'} {self.values}{head}"
 
-    def spec(self, shape: Shape, values: str | None = None) -> PackedSpec:
-        """The storage of a layer, dense if m does not divide its width."""
+    def spec(self, shape: Shape, is_head: bool = False) -> PackedSpec:
+        """The storage of a layer, dense if m does not divide its width, or of the output head."""
+        if is_head:
+            return PackedSpec(*shape, 0, 0, self.head)
         n, m = (self.n, self.m) if self.m and shape[1] % self.m == 0 else (0, 0)
-        return PackedSpec(*shape, n, m, values or self.values)
+        return PackedSpec(*shape, n, m, self.values)
 
 
 def options(dtype: str = "bf16", pattern: NM | None = TWO_OF_FOUR) -> list[Option]:
@@ -159,14 +160,14 @@ def options(dtype: str = "bf16", pattern: NM | None = TWO_OF_FOUR) -> list[Optio
     by_torch = "bf16" if dtype == "bf16" and has_fast_bf16() else "fp32"
     found = [Option(by_torch, head=by_torch, by_torch=True)]
     for n, m in patterns:
-        found += [Option(dtype, n, m, head=dtype), *(Option(values, n, m, head="int8") for values in rounded)]
+        found += [Option(dtype, n, m, head=dtype), *(Option(values, n, m, head=HEADS[0]) for values in rounded)]
     return found
 
 
 def num_bytes(option: Option, shapes: Shapes, dtype: str) -> int:
     """Bytes of a model's weights in a file, without experts."""
     blocks = sum(count * _bytes_of(option.spec(shape)) for shape, count in shapes.blocks.items())
-    head = 0 if shapes.head is None else _bytes_of(PackedSpec(*shapes.head, 0, 0, option.head))
+    head = 0 if shapes.head is None else _bytes_of(option.spec(shapes.head, is_head=True))
     width = FORMATS[option.values if option.by_torch else dtype].bits // 8
     embedding = 0 if shapes.is_tied or shapes.head is None else math.prod(shapes.head) * width
     return blocks + head + embedding + shapes.num_others * width
@@ -179,49 +180,53 @@ def _bytes_of(spec: PackedSpec) -> int:
 # ---- timing
 
 Multiply = Callable[[Tensor], Tensor]
+Stored = PackedSpec | torch.dtype
+"""A weight in the packed format for castlm's kernels, or a dtype for torch."""
 
 
 @torch.no_grad()
-def time_layer(specs: Mapping[str, PackedSpec | torch.dtype], shape: Shape, rows: Sequence[int], seconds: float) -> Any:
+def time_layer(
+    stored: Collection[Stored], shape: Shape, rows: Sequence[int], seconds: float
+) -> dict[int, dict[Stored, float]]:
     """Times one layer in several formats in turns.
 
     Args:
-        specs: by name, the spec for castlm's kernels, or the dtype for torch.
+        stored: the formats.
         shape: of the weight.
         rows: numbers of input rows, each a separate measurement.
         seconds: time for each measurement, of at least three rounds.
 
     Returns:
-        The least seconds of one multiplication, by number of rows and name.
+        The least seconds of one multiplication, by number of rows and format.
     """
     share = min(1.0, _MOST_WEIGHTS / math.prod(shape))
     out = max(4, int(shape[0] * share) // 4 * 4) if share < 1 else shape[0]
-    weights = {name: _cold_weights(spec, (out, shape[1])) for name, spec in specs.items()}
+    weights = {form: _cold_weights(form, (out, shape[1])) for form in stored}
     return {
-        count: {name: s * shape[0] / out for name, s in _race(weights, torch.randn(count, shape[1]), seconds).items()}
+        count: {form: s * shape[0] / out for form, s in _race(weights, torch.randn(count, shape[1]), seconds).items()}
         for count in rows
     }
 
 
-def _race(weights: Mapping[str, list[Multiply]], x: Tensor, seconds: float) -> dict[str, float]:
+def _race(weights: Mapping[Stored, list[Multiply]], x: Tensor, seconds: float) -> dict[Stored, float]:
     """The least seconds of one multiplication by each contestant, in turns A B A B; every call uses another weight
     copy.
     """
-    times: dict[str, list[float]] = {name: [] for name in weights}
+    times: dict[Stored, list[float]] = {form: [] for form in weights}
     began, number = time.perf_counter(), 0
     while number < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
-        for name, copies in weights.items():
+        for form, copies in weights.items():
             count = max(1, math.ceil(len(copies) / len(x) / 2))  # fewer where the multiplications take longer
             chosen = [copies[(number * count + i) % len(copies)] for i in range(count)]
             started = time.perf_counter()
             for multiply in chosen:
                 multiply(x)
-            times[name].append((time.perf_counter() - started) / count)
+            times[form].append((time.perf_counter() - started) / count)
         number += 1
-    return {name: min(found[1:]) for name, found in times.items()}  # the first round warms up
+    return {form: min(found[1:]) for form, found in times.items()}  # the first round warms up
 
 
-def _cold_weights(spec: PackedSpec | torch.dtype, shape: Shape) -> list[Multiply]:
+def _cold_weights(spec: Stored, shape: Shape) -> list[Multiply]:
     """Functions that multiply x (tokens, in) by a random weight: enough copies to fill the caches."""
     rows, columns = shape
     if isinstance(spec, torch.dtype):
@@ -244,11 +249,10 @@ def _random_packed(rows: int, columns: int, n: int, m: int, values: str) -> Pack
     if mask is not None:
         weight.masked_fill_(~mask, 0)
     if form.rounds:
-        scales = torch.ones(rows, form.num_scales(columns), dtype=STORED[form.scale])
+        scales = torch.ones(rows, form.num_scales(columns))
         codes = weight.clamp(-1, 1).mul(form.largest).round().to(torch.int8)
         return pack_integers(codes, scales, values, n, m, mask)
-    weight = weight.to(FLOATS[values])
-    return pack(weight, n, m) if m else PackedTensor(PackedSpec(rows, columns, 0, 0, values), weight, None, None)
+    return pack(weight.to(FLOATS[values]), n, m)
 
 
 # ---- the ranking
@@ -375,10 +379,8 @@ class Ranking:
             speeds = [f"{self.speedup(row, name):.2f}x" for name in self.workloads]
             value = [] if not known else ["" if row.perplexity is None else f"{row.perplexity:.2f}"]
             table.append([row.option.name, f"{row.num_bytes / 1e6:,.1f}", *speeds, *value])
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
         source = [f"Perplexity before rounding: {self.quality.source}."] if known else []
-        return "\n".join([*lines, "", self.verdict, "", *self.notes, *source])
+        return "\n".join([*aligned(table), "", self.verdict, "", *self.notes, *source])
 
 
 def rank(
@@ -403,29 +405,25 @@ def rank(
         progress: called with (shapes done, in all).
 
     Raises:
-        InputError: kernels that were not built, another dtype, or a workload without rows.
+        InputError: kernels that were not built, or another dtype.
     """
     native.check_built()
     if dtype not in FLOATS:
         raise InputError(f"this CPU has no {dtype}: choose one of {', '.join(FLOATS)}")
-    if min(workloads.values()) < 1:
-        raise InputError(f"{min(workloads.values())} tokens: give at least 1, the rows that a layer sees at once")
+    assert min(workloads.values()) >= 1
     compared = options(dtype, pattern)
     totals = {option: dict.fromkeys(workloads, 0.0) for option in compared}
     parts = [(shape, count, False) for shape, count in shapes.blocks.items()]
     parts += [(shapes.head, 1, True)] if shapes.head else []
     for done, (shape, count, is_head) in enumerate(parts, 1):
         rows = {name: 1 if is_head and name.startswith("prompt") else number for name, number in workloads.items()}
-        named: dict[str, PackedSpec | torch.dtype] = {}
-        for option in compared:
-            spec = PackedSpec(*shape, 0, 0, option.head) if is_head else option.spec(shape)
-            named[_key(option, spec)] = FLOATS[option.values] if option.by_torch else spec
+        # By what is timed, so that a layer that several options store alike is timed once.
+        timed = {o: FLOATS[o.values] if o.by_torch else o.spec(shape, is_head) for o in compared}
         distinct = sorted(set(rows.values()))
-        found = time_layer(named, shape, distinct, seconds / len(parts) / len(distinct))
+        found = time_layer(set(timed.values()), shape, distinct, seconds / len(parts) / len(distinct))
         for option in compared:
-            spec = PackedSpec(*shape, 0, 0, option.head) if is_head else option.spec(shape)
             for name, number in rows.items():
-                totals[option][name] += count * found[number][_key(option, spec)]
+                totals[option][name] += count * found[number][timed[option]]
         if progress is not None:
             progress(done, len(parts))
     ranked = [
@@ -436,19 +434,24 @@ def rank(
     return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), _notes(shapes), quality)
 
 
-def _key(option: Option, spec: PackedSpec) -> str:
-    return option.name if option.by_torch else f"{spec.pattern} {spec.values}"
-
-
 def _notes(shapes: Shapes) -> list[str]:
-    notes = [
+    return [
+        *untimed_note(shapes.num_untimed),
         f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
         "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
     ]
-    if shapes.num_expert_weights:
-        notes.insert(0, f"The {shapes.num_expert_weights:,} weights of the experts are not in these figures.")
-    return notes
+
+
+def untimed_note(num_weights: int) -> list[str]:
+    """The note on weights that are not timed, for a model that has some."""
+    return [f"The {num_weights:,} weights of the experts are not in these figures."] if num_weights else []
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; the first column is aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
 
 
 def cpu_name() -> str:

@@ -13,16 +13,7 @@ from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES
 from castlm.inference import native
-from castlm.inference.formats import PackedSpec
-from castlm.inference.layers import (
-    PackedEmbedding,
-    PackedLinear,
-    PackedModule,
-    pack_linear,
-    pack_table,
-    prepare_layers_,
-    table_spec,
-)
+from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule, prepare_layers_
 from castlm.inference.packed import PackedTensor, cast_weight, pack, pack_integers
 from castlm.inference.rounding import round_rows
 
@@ -61,46 +52,27 @@ def pack_model_(
         InputError: another dtype, a layer that is not n:m, no layer to replace, or kernels that were not built; nothing
             is replaced then. Also weights that are not finite; some layers may then have been replaced.
     """
-    names = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and filter_fn(module, name)
-    ]
-    if not names:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, name)}
+    if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
     if dtype not in FLOAT_NAMES:
         raise InputError(f"weights cannot be packed as {dtype}: pass torch.bfloat16, torch.float16 or torch.float32")
     native.check_built()
-    sparse = [name for name in names if m and name not in left_dense and model.get_submodule(name).in_features % m == 0]
+    names: list[str] = []
+    sparse = [name for name, layer in layers.items() if m and name not in left_dense and layer.in_features % m == 0]
     for name in sparse:
-        if violations := NM(n, m).violations(model.get_submodule(name).weight):
+        if violations := NM(n, m).violations(layers[name].weight):
             raise InputError(
                 f"{name} is not {n}:{m} in {violations:,} of its groups: prune it, or name it in left_dense"
             )
     model.float()  # norms and biases stay so
-    for name in names:
-        layer = model.get_submodule(name)
-        weight = cast_weight(layer.weight.detach(), dtype)
-        spec = PackedSpec(*weight.shape, 0, 0, FLOAT_NAMES[dtype])
-        packed = pack(weight, n, m) if name in sparse else PackedTensor(spec, weight, None, None)
-        model.set_submodule(name, pack_linear(layer, packed))
-    if can_pack_tables(model):
-        _cast_tables_(model, dtype)
-    onto_kernels_(model, torch.float32, head)
+    for name in list(layers):
+        layer = layers.pop(name)  # the only reference but the model's
+        packed = pack(cast_weight(layer.weight.detach(), dtype), *((n, m) if name in sparse else (0, 0)))
+        model.set_submodule(name, PackedLinear(packed.spec, layer.bias).hold_(packed))
+        names.append(name)
+    onto_kernels_(model, torch.float32, head, dtype)
     return names
-
-
-def _cast_tables_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = _is_tied(model)
-    for table in (embedding, output):
-        if isinstance(table, (nn.Embedding, nn.Linear)):
-            table.weight = nn.Parameter(cast_weight(table.weight, dtype), requires_grad=False)
-    if tied:
-        output.weight = embedding.weight
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return isinstance(head, nn.Linear) and head.weight is model.get_input_embeddings().weight
 
 
 def can_pack_tables(model: PreTrainedModel) -> bool:
@@ -111,39 +83,46 @@ def can_pack_tables(model: PreTrainedModel) -> bool:
     return type(model.get_input_embeddings()) is nn.Embedding and type(head) in (type(None), nn.Linear, PackedLinear)
 
 
-def onto_kernels_(model: PreTrainedModel, dtype: torch.dtype, head_as: str | None = None) -> None:
+def onto_kernels_(
+    model: PreTrainedModel, dtype: torch.dtype, head_as: str | None = None, table_dtype: torch.dtype | None = None
+) -> None:
     """Packs embedding and head if they are plain layers, and prepares all packed layers of `model`.
 
     Args:
         dtype: dtype of activations.
-        head_as: "int8" rounds the head, and an embedding tied to it; None keeps them as they are.
+        head_as: the format that the head, and an embedding tied to it, are rounded to; None rounds neither.
+        table_dtype: casts embedding and head first; None keeps their dtypes.
     """
+
+    def packed_table(weight: torch.Tensor, values: str | None) -> PackedTensor:
+        weight = weight.detach() if table_dtype is None else cast_weight(weight.detach(), table_dtype)
+        if values is None:
+            return pack(weight, 0, 0)
+        rounded = round_rows(weight, values)
+        return pack_integers(rounded.codes, rounded.scales, values, 0, 0)
+
     model.requires_grad_(False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = None
     plain = can_pack_tables(model)
     if plain:
-        tied = _is_tied(model)
-        table = pack_table(_packed_table(embedding.weight.detach(), head_as if tied else None), dtype)
+        tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
+        packed = packed_table(embedding.weight, head_as if tied else None)
         if tied:
-            shared = PackedLinear(table.spec, head.bias)
-        model.set_input_embeddings(table)
+            shared = PackedLinear(packed.spec, head.bias)
+        model.set_input_embeddings(PackedEmbedding(packed.spec, dtype).hold_(packed))
+        del packed
     elif isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Identity):
         shared = PackedLinear(embedding.spec)  # the tied head of a packed table: see `CastlmQuantizer`
     if shared is not None:
         model.all_tied_weights_keys = {}  # they share a buffer from here on, not a parameter
         model.set_output_embeddings(nn.Identity())
     elif plain and isinstance(head, nn.Linear):
-        model.set_output_embeddings(pack_linear(head, _packed_table(head.weight.detach(), head_as)))
+        packed = packed_table(head.weight, head_as)
+        model.set_output_embeddings(PackedLinear(packed.spec, head.bias).hold_(packed))
+        del packed
     del embedding, head  # so that a table is freed when its layer is prepared
     prepare_layers_({name: module for name, module in model.named_modules() if isinstance(module, PackedModule)})
     if shared is not None:
         shared.share_(model.get_input_embeddings().packed)
         model.set_output_embeddings(shared)
-
-
-def _packed_table(weight: torch.Tensor, as_values: str | None) -> PackedTensor:
-    if as_values == "int8":
-        rounded = round_rows(weight, "int8")
-        return pack_integers(rounded.codes, rounded.scales, "int8", 0, 0)
-    return PackedTensor(table_spec(weight), weight, None, None)

@@ -213,8 +213,7 @@ class DecoderState:
             self._values[i, :, first : self.length] = layer.values[0]
         angles = model.model.rotary_emb(self._keys, torch.arange(capacity, device="cpu")[None])
         self._cosines, self._sines = (part[0].float().contiguous() for part in angles)
-        if self._cosines.shape != (capacity, head_dim):
-            raise InputError(f"rotary embedding of width {self._cosines.shape[1]} in heads of {head_dim}")
+        assert self._cosines.shape == (capacity, head_dim)
         windows = [getattr(layer, "sliding_window", 0) for layer in cache.layers]
         self._layers = (_Layer * len(layers))(*(self._layer(i, windows[i]) for i in range(len(layers))))
         self._of = _Decoder(
@@ -239,11 +238,7 @@ class DecoderState:
         return _Layer(*map(_weight, linear), *pointers, window)
 
     def step(self, token: Tensor) -> Tensor:
-        """Logits (1, vocabulary) in fp32 after `token` (1,), which joins the cache.
-
-        Raises:
-            InputError: the cache is full.
-        """
+        """Logits (1, vocabulary) in fp32 after `token` (1,), which joins the cache; it must have room."""
         return step_together([self], token)
 
 
@@ -252,17 +247,13 @@ def step_together(states: Sequence[DecoderState], tokens: Tensor) -> Tensor:
 
     The weights are read once for all sequences. Each token joins the cache of its sequence. Kernels for one row and for
     several may sum in different orders, so the logits equal those of `step` up to rounding.
-
-    Raises:
-        InputError: a cache is full.
     """
     model = states[0].model
     logits = torch.empty(len(states), model.lm_head.out_features, **_HOST)
     addresses, positions = [ctypes.addressof(state._of) for state in states], [state.length for state in states]
     embeddings = model.model.embed_tokens(tokens).contiguous()
-    if not native.decode(addresses, positions, embeddings, logits):
-        full = next(state for state in states if state.length >= state._of.capacity)
-        raise InputError(f"token {full.length} does not fit a cache of {full._of.capacity}")
+    assert all(state.length < state._of.capacity for state in states)
+    native.decode(addresses, positions, embeddings, logits)
     for state in states:
         state.length += 1
     return logits
@@ -282,14 +273,10 @@ def decode(
     Raises:
         InputError: more than one sequence, padding, or embeddings in place of token ids.
     """
-    if input_ids.shape[0] != 1:
-        raise InputError(f"a batch of {input_ids.shape[0]} sequences: castlm's decoding takes one at a time")
     mask = inputs.get("attention_mask")
-    if inputs.get("inputs_embeds") is not None or (mask is not None and not bool(mask.all())):
-        raise InputError(
-            "castlm's decoding takes token ids without padding, and got inputs_embeds or an attention_mask with zeros: "
-            "leave custom_generate out"
-        )
+    is_padded = mask is not None and not bool(mask.all())
+    if input_ids.shape[0] != 1 or is_padded or inputs.get("inputs_embeds") is not None:
+        raise InputError("castlm's decoding takes one sequence of token ids without padding: leave custom_generate out")
     output = model(input_ids, use_cache=True, logits_to_keep=1)
     cache = next(value for value in output.values() if isinstance(value, Cache))
     state = DecoderState(model, cache, generation_config.max_length)

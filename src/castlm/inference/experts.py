@@ -86,36 +86,37 @@ def _place_(
     specs: Mapping[str, PackedSpec],
     placed: dict[str, str],
 ) -> _Projection | None:
-    weight = module.get_parameter(name)
     path = f"{fqn}.{name}"
-    num_experts = len(weight)
-    stacked = [stem for stem in specs if specs[stem].experts and loaded_name(model, stem) == path]
-    if stacked:
-        spec = specs[stacked[0]]
-        rows = weight.shape[2] if transposed else weight.shape[1]
-        if (spec.experts, spec.rows, spec.columns) != (num_experts, num_experts * rows, weight[0].numel() // rows):
-            raise InputError(f"{stacked[0]} does not fit {type(model).__name__}: load the model after castlm unpack")
-        delattr(module, name)
-        module.add_module(name, PackedStack(spec))
-        placed[stacked[0]] = path
-        return _Projection(name, num_experts, transposed, ())
+    weight = torch.empty(module.get_parameter(name).shape, device="meta")
     with torch.device("meta"):
-        like = ExpertLinear(torch.empty(weight.shape, device="meta"), transposed)
+        like = ExpertLinear(weight, transposed)
+
+    def check(stem: str, rows: int, experts: int = 0) -> PackedSpec:
+        """The spec of a stored matrix, which must have as many rows and experts."""
+        spec = specs.get(stem)
+        if spec is None or (spec.rows, spec.columns, spec.experts) != (rows, like.in_features, experts):
+            raise InputError(f"{stem} is not packed as {path} needs it: load the model after castlm unpack")
+        return spec
+
+    for stem in specs:
+        if specs[stem].experts and loaded_name(model, stem) == path:
+            spec = check(stem, like.num_experts * like.out_features, like.num_experts)
+            delattr(module, name)
+            module.add_module(name, PackedStack(spec))
+            placed[stem] = path
+            return _Projection(name, like.num_experts, transposed, ())
     rows_of = stored_rows(model, path, like) or []
     if not rows_of or rows_of[0].name.removesuffix(".weight") not in specs:
         return None
-    pieces: list[list[tuple[int, str]]] = [[] for _ in range(num_experts)]
+    pieces: list[list[tuple[int, str]]] = [[] for _ in range(like.num_experts)]
     for stored in rows_of:
         stem = stored.name.removesuffix(".weight")
-        spec = specs.get(stem, PackedSpec(0, 0, 0, 0, "bf16"))
-        if (spec.rows, spec.columns) != (stored.rows.stop - stored.rows.start, like.in_features):
-            raise InputError(f"{stem} is not packed as {path} needs it: load the model after castlm unpack")
         below = loaded_name(model, stem).removeprefix(f"{fqn}.")
-        _add(module, below, PackedLinear(spec))
+        _add(module, below, PackedLinear(check(stem, stored.rows.stop - stored.rows.start)))
         pieces[stored.expert].append((stored.rows.start, below))
         placed[stem] = f"{fqn}.{below}"
     delattr(module, name)
-    return _Projection(name, num_experts, transposed, tuple(tuple(p for _, p in sorted(of)) for of in pieces))
+    return _Projection(name, like.num_experts, transposed, tuple(tuple(p for _, p in sorted(of)) for of in pieces))
 
 
 def _add(module: nn.Module, path: str, leaf: nn.Module) -> None:

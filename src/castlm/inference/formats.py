@@ -84,13 +84,6 @@ class Format:
         """Scales of a row of `columns` weights."""
         return -(-columns // self.group) if self.group else 1
 
-    def bits_per_weight(self, n: int, m: int) -> float:
-        """Bits that each weight of an n:m layer takes in a file, without the scales of whole rows; m = 0 is dense."""
-        share, mask = (n / m, mask_bits(n, m) / 8) if m else (1.0, 0.0)
-        return self.bits * share + mask + (16 / self.group if self.group else 0)
-
-
-INT4_GROUP = 64
 
 FORMATS = {
     form.name: form
@@ -99,7 +92,7 @@ FORMATS = {
         Format("fp16", "F16", 16, 1),
         Format("fp32", "F32", 32, 2),
         Format("int8", "I8", 8, 3, "F32", largest=127),
-        Format("int4", "U8", 4, 4, "BF16", INT4_GROUP, largest=7, needs_text=True),
+        Format("int4", "U8", 4, 4, "BF16", group=64, largest=7, needs_text=True),
         Format("fp8", "F8_E4M3", 8, None, "F32", largest=448),
     )
 }
@@ -107,6 +100,8 @@ ROUNDED = tuple(form.name for form in FORMATS.values() if form.rounds)
 """The formats that `castlm quantize` rounds to."""
 PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
 """The formats that a packed file can hold."""
+HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].needs_text)
+"""The formats that an output head can be rounded to."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,12 @@ class PackedSpec:
     transposed: bool = False
     experts: int = 0
     bitmap: bool = False
+
+    @classmethod
+    def of_stored(cls, shape: tuple[int, ...], axis: int, n: int, m: int, values: str) -> PackedSpec:
+        """The spec of a tensor of the unpacked file, a matrix or those of all experts, whose input axis is `axis`."""
+        transposed, experts = axis == len(shape) - 2, shape[0] if len(shape) == 3 else 0
+        return cls(math.prod(shape) // shape[axis], shape[axis], n, m, values, transposed, experts)
 
     @property
     def pattern(self) -> str:
@@ -192,11 +193,8 @@ class PackedSpec:
         word, table = words.view("<u8")[:, :, 0].copy(), _masks_of_codes(self.n, self.m)
         for k in range(8):
             words[:, :, k] = table[(word >> np.uint64(k * bits)).astype(np.uint8) & np.uint8((1 << bits) - 1)]
-        return self._cleared(words.reshape(rows, -1)[:, : self._mask_bytes])
-
-    def _cleared(self, mask: np.ndarray) -> np.ndarray:
-        mask = np.ascontiguousarray(mask)
-        if self.columns % 8:
+        mask = np.ascontiguousarray(words.reshape(rows, -1)[:, : self._mask_bytes])
+        if self.columns % 8:  # the code 0 of the columns past the last one is a mask too
             mask[:, -1] &= (1 << self.columns % 8) - 1
         return mask
 
@@ -266,23 +264,25 @@ def read_specs(files: Iterable[str | Path]) -> dict[str, PackedSpec]:
 
     Raises:
         InputError: an unreadable file, damaged metadata or another version, stored tensors that are missing or differ
-            from the metadata in shape or dtype, or values that the metadata do not name.
+            from the metadata in shape or dtype, values that the metadata do not name, or a tensor stored plain too.
     """
     specs: dict[str, PackedSpec] = {}
-    unnamed: list[str] = []
+    names: set[str] = set()
     for file in files:
         try:
             with safe_open(file, framework="numpy") as opened:
                 text = (opened.metadata() or {}).get(METADATA_KEY)
                 found = {} if text is None else _parse(text, file)
                 _check_stored(opened, found, file)
-                named = {f"{name}.values" for name in found}
-                unnamed += [name for name in opened.keys() if name.endswith(".values") and name not in named]  # noqa: SIM118
+                names |= set(opened.keys())
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is corrupt or cut short ({error}): fetch it again") from error
         specs.update(found)
+    unnamed = {name for name in names if name.endswith(".values") and name.removesuffix(".values") not in specs}
     if specs and unnamed:
-        raise InputError(f"the castlm metadata of {file} do not name {unnamed[0]}: pack the model again")
+        raise InputError(f"the castlm metadata of {file} do not name {min(unnamed)}: pack the model again")
+    if twice := {spec.tensor_name(stem) for stem, spec in specs.items()} & names:
+        raise InputError(f"{min(twice)} of {file} is stored packed and plain: pack the model again")
     return specs
 
 
@@ -318,11 +318,10 @@ def _check_stored(opened: Any, specs: Mapping[str, PackedSpec], file: str | Path
     present = set(opened.keys())
     for name, spec in specs.items():
         for suffix, (dtype, shape) in spec.tensors().items():
-            if f"{name}.{suffix}" not in present:
-                raise InputError(f"{file} lacks {name}.{suffix}: pack the model again")
-            stored = opened.get_slice(f"{name}.{suffix}")
-            if stored.get_dtype() != dtype or tuple(stored.get_shape()) != shape:
+            key, found = f"{name}.{suffix}", "missing"
+            if key in present:
+                stored = opened.get_slice(key)
+                if stored.get_dtype() == dtype and tuple(stored.get_shape()) == shape:
+                    continue
                 found = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
-                raise InputError(
-                    f"{name}.{suffix} in {file} is {found}, expected {dtype} {shape}: pack the model again"
-                )
+            raise InputError(f"{key} of {file} is {found}, not {dtype} {shape}: pack the model again")

@@ -55,8 +55,7 @@ def load_to_generate(
         say: as for `dtype_to_run`; also called with a line if a packed model is unpacked.
 
     Raises:
-        InputError: as `castlm.models.opening.open_model`, damaged packed files, weights that `load_weights` refuses, or
-            a token id of another type in the generation config.
+        InputError: as `castlm.models.opening.open_model`, damaged packed files, or weights that `load_weights` refuses.
     """
     device = choose_device(device)
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
@@ -64,11 +63,6 @@ def load_to_generate(
     if device == "cuda" and unpack_on_load_(config):
         say("the packed kernels are for a CPU: on this GPU the model runs unpacked, at dense speed")
     model = load_weights(where, config, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        found = getattr(model.generation_config, key, None)
-        ids = found if isinstance(found, list) else [found]
-        if not all(number is None or type(number) is int for number in ids):
-            raise InputError(f"the generation_config.json of {where} says {key} = {found!r}: a token id is needed")
     return model.eval().to(device), tokenizer  # a `device_map` would need accelerate
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
-from castlm.core.errors import InputError
-from castlm.dtypes import FLOAT_NAMES, STORED
+from castlm.core.errors import InputError, naming
+from castlm.dtypes import STORED
 from castlm.files.stored import StoredTensor, read_bytes
 from castlm.inference import native
 from castlm.inference.formats import FORMATS, PackedSpec
@@ -114,12 +114,12 @@ class PackedModule(nn.Module):
     dtype = torch.float32
     """The dtype of activations."""
 
-    def __init__(self, spec: PackedSpec, device: torch.device | str = "meta"):
+    def __init__(self, spec: PackedSpec):
         super().__init__()
         self.spec = spec
         self.source: Mapping[str, StoredTensor] = {}
         for suffix, (dtype, shape) in spec.tensors().items():
-            self.register_buffer(suffix, torch.empty(shape, dtype=STORED[dtype], device=device))
+            self.register_buffer(suffix, torch.empty(shape, dtype=STORED[dtype], device="meta"))
 
     @property
     def stored(self) -> PackedTensor:
@@ -127,10 +127,11 @@ class PackedModule(nn.Module):
         named = {suffix: _read(tensor) for suffix, tensor in self.source.items()} or dict(self.named_buffers())
         return PackedTensor(self.spec, named["values"], named.get("mask"), named.get("scales"))
 
-    def hold_(self, packed: PackedTensor) -> None:
-        """Keeps the stored tensors of `packed`."""
+    def hold_(self, packed: PackedTensor) -> Self:
+        """Keeps the stored tensors of `packed`; returns the layer. Call `prepare_layers_` next."""
         for suffix, tensor in packed.tensors().items():
             setattr(self, suffix, tensor)
+        return self
 
     def read_from_(self, source: Mapping[str, StoredTensor]) -> None:
         """Drops the stored tensors, to read them from `source` when they are needed.
@@ -195,8 +196,8 @@ def _read(tensor: StoredTensor) -> Tensor:
 class PackedLinear(PackedModule):
     """`nn.Linear` over a packed weight; x (..., in) in fp32, bf16 or fp16 on a CPU, without gradients."""
 
-    def __init__(self, spec: PackedSpec, bias: nn.Parameter | None = None, device: torch.device | str = "meta"):
-        super().__init__(spec, device)
+    def __init__(self, spec: PackedSpec, bias: nn.Parameter | None = None):
+        super().__init__(spec)
         self.in_features, self.out_features = spec.columns, spec.rows
         self.register_parameter("bias", bias)
 
@@ -223,8 +224,8 @@ class PackedLinear(PackedModule):
 class PackedEmbedding(PackedModule):
     """`nn.Embedding` over the packed table of an output head: rows are looked up in the buffer that the head reads."""
 
-    def __init__(self, spec: PackedSpec, dtype: torch.dtype, device: torch.device | str = "meta"):
-        super().__init__(spec, device)
+    def __init__(self, spec: PackedSpec, dtype: torch.dtype):
+        super().__init__(spec)
         self.dtype = dtype  # of the looked-up rows
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -244,12 +245,6 @@ class PackedEmbedding(PackedModule):
         return nn.Embedding.from_pretrained(unpack(self.stored, dtype), freeze=False)
 
 
-def table_spec(weight: Tensor) -> PackedSpec:
-    """The spec of a dense table (rows, columns) as it is, bf16, fp16 or fp32."""
-    rows, columns = weight.shape
-    return PackedSpec(rows, columns, 0, 0, FLOAT_NAMES[weight.dtype])
-
-
 def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
     """Prepares all layers, one at a time, in one allocation on huge pages.
 
@@ -259,25 +254,7 @@ def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
     sizes = {name: -(-layer.num_bytes() // _ALIGNMENT) * _ALIGNMENT for name, layer in layers.items()}
     arena, offset = native.allocate(sum(sizes.values())), 0
     for name, layer in layers.items():
-        try:
+        with naming(name):
             layer.prepare_(arena[offset : offset + layer.num_bytes()])
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
         offset += sizes[name]
     native.trim_memory()
-
-
-def pack_linear(layer: nn.Linear, packed: PackedTensor) -> PackedLinear:
-    """A `PackedLinear` with the stored tensors of `packed` and the bias of `layer`; call `prepare_layers_` next."""
-    if (layer.out_features, layer.in_features) != (packed.spec.rows, packed.spec.columns):
-        raise InputError(f"a packed weight of {packed.spec.rows} x {packed.spec.columns} does not fit {layer}")
-    made = PackedLinear(packed.spec, layer.bias)
-    made.hold_(packed)
-    return made
-
-
-def pack_table(packed: PackedTensor, dtype: torch.dtype) -> PackedEmbedding:
-    """A `PackedEmbedding` with the stored tensors of `packed`, whose rows are looked up in `dtype`."""
-    made = PackedEmbedding(packed.spec, dtype)
-    made.hold_(packed)
-    return made

@@ -34,6 +34,7 @@ LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
 """Instruction sets with kernels, as in `Level` of matrix.h."""
 
 _DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
+_INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
 _VERSION = 6  # of kernels.cpp
 _HEADER = struct.Struct("4i")  # a buffer begins with its magic number, layout, values and n
@@ -99,10 +100,8 @@ def use_level(name: str) -> None:
 
 
 def _use_level(library: ctypes.CDLL, name: str) -> None:
-    if name not in LEVELS:
-        raise InputError(f"there are no kernels for the level {name!r}: choose one of {', '.join(LEVELS)}")
-    if library.castlm_set_level(LEVELS.index(name)):
-        raise InputError(f"this processor has no {name}: choose one of {', '.join(_levels(library))}")
+    if name not in LEVELS or library.castlm_set_level(LEVELS.index(name)):
+        raise InputError(f"there are no kernels of {name!r} here: choose one of {', '.join(_levels(library))}")
 
 
 def check_built() -> None:
@@ -165,8 +164,7 @@ def repack_(
         kind: a name of VALUES.
 
     Raises:
-        InputError: sizes that do not belong together, a tensor of another dtype or device, or a mask that does not keep
-            exactly `n` of every `m`.
+        InputError: a tensor of another dtype or device, or a mask that does not keep exactly `n` of every `m`.
         MemoryError: there is no memory for the threads.
     """
     values = values.contiguous()
@@ -185,8 +183,7 @@ def repack_(
     _check_memory(code)
     if code == _BAD_MASK:
         raise InputError(f"the mask does not keep exactly {n} of every {m} weights: the file is damaged")
-    if code:
-        raise InputError(f"values, mask and scales do not fit a {n}:{m} {kind} weight of width {columns}")
+    assert not code, f"values, mask and scales do not fit a {n}:{m} {kind} weight of width {columns}"
 
 
 def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
@@ -199,7 +196,7 @@ def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[T
     dtype, tiles, blocks = _DTYPES[values], -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
     end = _HEADER_BYTES + tiles * _TILE_ROWS * blocks * _TILE_COLUMNS * dtype.itemsize
     table = packed[_HEADER_BYTES:end].view(dtype).view(tiles, blocks, _TILE_ROWS, _TILE_COLUMNS)
-    return table, packed[end : end + 4 * rows].view(torch.float32) if values == "int8" else None
+    return table, packed[end : end + 4 * rows].view(torch.float32) if FORMATS[values].rounds else None
 
 
 def rows_at_a_time(packed: Tensor) -> int:
@@ -216,7 +213,7 @@ def rows_at_a_time(packed: Tensor) -> int:
     used = level()
     if layout == LAYOUTS["rows"] or used not in ("avx2", "avx512", "amx"):
         return 0
-    is_integer = values in (VALUES["int8"], VALUES["int4"])
+    is_integer = values in _INTEGERS
     if used == "amx" and (is_integer or values == VALUES["bf16"]):
         return 512
     floats_gain = used != "avx2" and layout == LAYOUTS["panels"] and (n == 1 or not is_intel())
@@ -252,7 +249,7 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
     """Writes rows [first, last) of the matrix in `packed` to `out` (last - first, in), fp32, contiguous.
 
     Raises:
-        InputError: rows that the matrix lacks, or a tensor of another size, dtype, layout or device.
+        InputError: a tensor of another dtype, layout or device.
         MemoryError: there is no memory for the threads.
     """
     _check_plain("a packed weight", packed, torch.uint8)
@@ -261,12 +258,11 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
         packed.data_ptr(), packed.numel(), first, last, out.data_ptr(), out.numel(), torch.get_num_threads()
     )
     _check_memory(code)
-    if code:
-        raise InputError(f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight")
+    assert not code, f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight"
 
 
-def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor, logits: Tensor) -> bool:
-    """Computes the logits of one token of each sequence by `castlm_decode`; False if a size does not fit.
+def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor, logits: Tensor) -> None:
+    """Computes the logits of one token of each sequence by `castlm_decode`.
 
     Args:
         decoders: addresses of the `Decoder` (decoder.h) of each of `count` sequences of one model.
@@ -284,7 +280,7 @@ def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor
     addresses, places = (ctypes.c_void_p * count)(*decoders), (ctypes.c_int64 * count)(*positions)
     code = library.castlm_decode(addresses, places, count, embeddings.data_ptr(), logits.data_ptr(), threads)
     _check_memory(code)
-    return not code
+    assert not code, "a size does not fit"
 
 
 def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -73,25 +73,25 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     return mask
 
 
-def pack(weight: Tensor, n: int, m: int, *, transposed: bool = False, experts: int = 0) -> PackedTensor:
+def pack(weight: Tensor, n: int, m: int) -> PackedTensor:
     """Packs a weight (out, in) of bf16, fp16 or fp32 whose groups hold at most `n` non-zeros in `m`.
 
     `unpack` returns the same bits, with one exception: a -0.0 becomes +0.0 if more than `n` entries of its group are
     not +0.0. The two compare equal.
 
     Args:
-        transposed, experts: only recorded in the format; `weight` is (out, in), or (experts * out, in), in any case.
+        n, m: the pattern; both 0 keep the weight as it is, without a mask.
 
     Raises:
         InputError: as `kept_mask`, or another dtype.
     """
-    if weight.dtype not in FLOAT_NAMES or weight.dim() != 2:
-        raise InputError(
-            f"a {weight.dim()}-D weight of {weight.dtype} cannot be packed: give bf16, fp16 or fp32 (out, in)"
-        )
-    mask = kept_mask(weight, n, m)
+    if weight.dtype not in FLOAT_NAMES:
+        raise InputError(f"a weight of {weight.dtype} cannot be packed: give bf16, fp16 or fp32")
     rows, columns = weight.shape
-    spec = PackedSpec(rows, columns, n, m, FLOAT_NAMES[weight.dtype], transposed, experts)
+    spec = PackedSpec(rows, columns, n, m, FLOAT_NAMES[weight.dtype])
+    if m == 0:
+        return PackedTensor(spec, weight, None, None)
+    mask = kept_mask(weight, n, m)
     return PackedTensor(spec, weight[mask].view(rows, spec.kept), _stored_mask(mask, spec), None)
 
 
@@ -100,42 +100,37 @@ def _stored_mask(mask: Tensor, spec: PackedSpec) -> Tensor:
 
 
 def pack_integers(
-    codes: Tensor,
-    scales: Tensor,
-    values: str,
-    n: int,
-    m: int,
-    mask: Tensor | None = None,
-    *,
-    transposed: bool = False,
-    experts: int = 0,
+    codes: Tensor, scales: Tensor, values: str, n: int, m: int, mask: Tensor | None = None
 ) -> PackedTensor:
     """Packs a quantized weight: `codes * scales`, with the codes zero wherever the mask is.
 
     Args:
-        codes: int8 (out, in), -128..127 for int8 and -8..7 for int4.
-        scales: fp32 (out, 1) for int8, bf16 (out, ceil(in / 64)) for int4.
-        values: "int8" or "int4".
+        codes: int8 (out, in), within the range of `values`.
+        scales: (out, scales of a row), finite, and exact in the dtype that the format stores.
+        values: a format of `FORMATS` that rounds.
         n, m: the pattern; both 0 for a dense weight.
         mask: bool (out, in), exactly `n` of every `m`; None takes `kept_mask` of the codes.
 
     Raises:
-        InputError: codes out of range, scales of another shape or dtype or not finite, or as `kept_mask`.
+        InputError: as `kept_mask`.
     """
     rows, columns = codes.shape
-    spec = PackedSpec(rows, columns, n, m, values, transposed, experts)
-    dtype, shape = STORED[FORMATS[values].scale], spec.tensors()["scales"][1]
-    if tuple(scales.shape) != shape or scales.dtype != dtype or not bool(torch.isfinite(scales).all()):
-        raise InputError(f"scales are {scales.dtype} {tuple(scales.shape)}: {values} takes finite {dtype} {shape}")
-    if codes.dtype != torch.int8 or (values == "int4" and not bool(((codes >= -8) & (codes <= 7)).all())):
-        raise InputError(f"codes are {codes.dtype}: give int8, within -8..7 of int4")
-    if m and mask is None:
-        mask = kept_mask(codes.float(), n, m)
-    if m and mask is not None and bool((codes.masked_fill(mask, 0) != 0).any()):
-        raise InputError("there are codes where the mask keeps nothing: pack the model that was quantized")
-    kept = codes if mask is None or not m else codes[mask].view(rows, spec.kept)
-    stored = _join_halves(kept) if values == "int4" else kept.contiguous()
-    return PackedTensor(spec, stored, _stored_mask(mask, spec) if m and mask is not None else None, scales)
+    spec = PackedSpec(rows, columns, n, m, values)
+    form = FORMATS[values]
+    assert tuple(scales.shape) == spec.tensors()["scales"][1]
+    assert bool(scales.isfinite().all())
+    low, high = map(int, codes.aminmax())
+    assert -form.largest - 1 <= low
+    assert high <= form.largest
+    scales = scales.to(STORED[form.scale])
+    if m == 0:
+        kept, stored_mask = codes, None
+    else:
+        mask = kept_mask(codes.float(), n, m) if mask is None else mask
+        assert not bool(codes.masked_fill(mask, 0).any())
+        kept, stored_mask = codes[mask].view(rows, spec.kept), _stored_mask(mask, spec)
+    stored = _join_halves(kept) if form.bits == 4 else kept.contiguous()
+    return PackedTensor(spec, stored, stored_mask, scales)
 
 
 def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -147,7 +142,7 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
         InputError: a mask that does not keep exactly n of every m.
     """
     spec, values = packed.spec, packed.values
-    if spec.values == "int4":
+    if FORMATS[spec.values].bits == 4:
         values = _split_halves(values, spec.kept)
     weight = values
     bits = packed.mask_bits

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, naming
 from castlm.core.experts import ExpertLinear
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear
-from castlm.inference.formats import FORMATS, ROUNDED
-from castlm.inference.rounding import Rounded, round_int4, round_rows
+from castlm.inference.formats import FORMATS
+from castlm.inference.rounding import Rounded, round_in_groups, round_rows
 from castlm.models.architecture import eval_mode
 from castlm.models.conversion import stored_rows, stored_shapes
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_finite_input, check_plain_weights, see_inputs
-from castlm.oneshot.options import check_damping
-from castlm.oneshot.report import few_experts_record, relative_error
+from castlm.oneshot.report import few_experts_note, few_experts_record, relative_error
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.walk import walk
@@ -49,6 +48,11 @@ class QuantizeReport:
     @property
     def mean_error(self) -> float:
         return sum(self.errors.values()) / len(self.errors)
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user."""
+        return [few_experts_note(self.few_experts)] if self.few_experts else []
 
     def record(self) -> dict[str, Any]:
         """The entry of castlm.json."""
@@ -90,8 +94,7 @@ def quantize_(
         The codes and scales by layer, and the errors.
 
     Raises:
-        InputError: an unknown kind, no layer, weight scaling that is not folded, calibration missing or not wanted, or
-            a weight or an input that is not finite.
+        InputError: no layer, weight scaling that is not folded, or a weight or an input that is not finite.
 
     Examples:
         >>> tokens = draw_calibration(token_ids, 64, 512)  # doctest: +SKIP
@@ -100,21 +103,22 @@ def quantize_(
         torch.int8
     """
     started = time.perf_counter()
-    layers = _layers(model, kind, filter_fn, damping)
+    assert FORMATS[kind].needs_text == (calibration is not None)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
+    check_plain_weights(layers, "quantizing")
     report = QuantizeReport(kind)
-    if FORMATS[kind].needs_text:
-        if calibration is None:
-            raise InputError("int4 needs a calibration text: pass calibration, from draw_calibration")
+    if calibration is not None:
         check_calibration(model, calibration)
         report.num_sequences, report.seq_len = calibration.shape
         with eval_mode(model):
             _walk(model, layers, calibration, damping, report, progress)
     else:
-        if calibration is not None:
-            raise InputError(f"{kind} is rounded without a calibration text: leave calibration out")
         for done, (layer_name, layer) in enumerate(layers.items(), 1):
             for name, weight in matrices(layer_name, layer).items():
-                rounded = _named(name, lambda weight=weight: round_rows(weight, kind))
+                with naming(name):
+                    rounded = round_rows(weight, kind)
                 old, new = _write(weight, rounded)
                 report.layers[name] = rounded.cpu()
                 report.errors[name] = relative_error(new - old, old)
@@ -151,17 +155,6 @@ def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict
     return found
 
 
-def _layers(model: PreTrainedModel, kind: str, filter_fn: FilterFn, damping: float) -> dict[str, SparseLayer]:
-    if kind not in ROUNDED:
-        raise InputError(f"there is no rounding to {kind!r}: choose one of {', '.join(ROUNDED)}")
-    check_damping(damping)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
-    if not layers:
-        raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
-    check_plain_weights(layers, "quantizing")
-    return layers
-
-
 def _walk(
     model: PreTrainedModel,
     layers: dict[str, SparseLayer],
@@ -191,18 +184,12 @@ def _round_together(
     check_finite_input(names, hessian)
     whole_hessian(hessian)
     together = torch.cat([weight.float() for weight in weights.values()])
-    rounded = _named(names, lambda: round_int4(together, hessian, damping))
+    with naming(names):
+        rounded = round_in_groups(together, hessian, damping)
     for (name, weight), part in zip(weights.items(), rounded.split([len(weight) for weight in weights.values()])):
         old, new = _write(weight, part)
         report.layers[name] = part.cpu()
         report.errors[name] = relative_error(sample @ (new - old).T, sample @ old.T)
-
-
-def _named(names: str, work: Callable[[], Rounded]) -> Rounded:
-    try:
-        return work()
-    except InputError as error:
-        raise InputError(f"{names}: {error}") from None
 
 
 def _write(weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:

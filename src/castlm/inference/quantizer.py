@@ -2,7 +2,7 @@
 
 On a CPU the layers multiply by packed weights, with activations in fp32. On another device, or with `dequantize`, or
 where the kernels were not built, weights are unpacked to the dense layers that the model was written with;
-`castlm.inference.to_semi_structured_` can convert these on an NVIDIA GPU. The imports at the top are limited to modules
+`castlm.to_semi_structured_` can convert these on an NVIDIA GPU. The imports at the top are limited to modules
 of transformers that are already loaded when `castlm.inference.register` imports this one.
 """
 
@@ -26,7 +26,7 @@ from castlm.files.stored import read_header, read_weight_map
 from castlm.inference import native
 from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
-from castlm.inference.formats import FILE, INDEX, VERSION, VERSIONS, PackedSpec, read_specs
+from castlm.inference.formats import FILE, INDEX, VERSION, PackedSpec, read_specs
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
 from castlm.models.conversion import loaded_name, possible_names
 from castlm.models.layout import QUANT_METHOD
@@ -67,15 +67,9 @@ class CastlmQuantizer(HfQuantizer):
     quantization_config: CastlmConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        config = self.quantization_config
-        if config.version not in VERSIONS:
-            raise InputError(
-                f"the model is in packed format {config.version!r}, this castlm reads {VERSION}: upgrade it"
-            )
-        if config.weights not in (FILE, INDEX):
-            raise InputError(
-                f"quantization_config names the weights {config.weights!r}: only {FILE} or {INDEX} is read"
-            )
+        weights = self.quantization_config.weights
+        if weights not in (FILE, INDEX):
+            raise InputError(f"quantization_config names the weights {weights!r}: only {FILE} or {INDEX} is read")
 
     def update_device_map(self, device_map: Any) -> Any:
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -112,6 +106,7 @@ class CastlmQuantizer(HfQuantizer):
         specs = read_specs(checkpoint_files or [])
         if not specs:
             raise InputError(f"{', '.join(checkpoint_files or [])} holds no packed weights: run castlm pack again")
+        _refuse_missing_weights(model)
         placed = replace_experts_(model, specs)
         for name, spec in specs.items():
             if name not in placed and not _is_left_out(model, name):
@@ -143,8 +138,7 @@ class CastlmQuantizer(HfQuantizer):
                 f"{type(model).__name__} has no layer {name} of shape {shape}: load the model after castlm unpack"
             )
         if isinstance(module, nn.Embedding):
-            if type(module) is not nn.Embedding:
-                raise InputError(f"{type(module).__name__} scales what it looks up: pack the model without head")
+            assert type(module) is nn.Embedding, "castlm pack leaves tables that scale as they are"
             model.set_submodule(path, PackedEmbedding(spec, self.dtype))
             if f"{path}.weight" in model.all_tied_weights_keys.values():  # the head takes the table over after loading
                 model.set_output_embeddings(nn.Identity())
@@ -177,6 +171,22 @@ class CastlmQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _refuse_missing_weights(model: PreTrainedModel) -> None:
+    """Makes loading fail where transformers would warn of a missing weight and fill it with random numbers.
+
+    A class that was not packed may have a new head, as `AutoModelForSequenceClassification` does.
+    """
+
+    def check(info: Any) -> None:
+        del model.__dict__["_adjust_missing_and_unexpected_keys"]  # the class's own again
+        model._adjust_missing_and_unexpected_keys(info)
+        is_packed_class = type(model).__name__ in (model.config.architectures or ())
+        if missing := sorted(name for name in info.missing_keys if is_packed_class or in_block(name)):
+            raise InputError(f"the packed folder lacks {missing[0]}: fetch it again, or pack the model again")
+
+    model.__dict__["_adjust_missing_and_unexpected_keys"] = check
 
 
 def _is_cpu(device: Any) -> bool:

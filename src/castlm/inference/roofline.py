@@ -13,12 +13,12 @@ from __future__ import annotations
 import csv
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.inference.advise import NOTICEABLE, Shape, Shapes
+from castlm.inference.advise import NOTICEABLE, Shape, Shapes, aligned, untimed_note
 from castlm.inference.devices import Device
 
 
@@ -90,21 +90,16 @@ KERNELS: dict[tuple[str, str, bool], Kernel] = {
 """By family, compute dtype and 2:4 or not: cuBLASLt and cuSPARSELt with their best algorithm, fitted to published.csv
 by `python -m benchmarks.advisor --fit` with the least mean absolute error of the logarithm (0.03 to 0.17)."""
 
-_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 2, "fp8": 1}
+_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 
 
-def is_assumed(device: Device, form: GpuFormat) -> bool:
-    """Whether the constants of bf16 stand in, because no times of the format are published for the device's family."""
-    return (device.family, _compute(form), form.sparse) not in KERNELS
-
-
-def _compute(form: GpuFormat) -> str:
-    return {"fp16": "bf16"}.get(form.compute, form.compute)
-
-
-def kernel_of(device: Device, form: GpuFormat) -> Kernel:
-    """The kernel that runs `form` on `device`."""
-    return KERNELS[device.family, "bf16" if is_assumed(device, form) else _compute(form), form.sparse]
+def kernel_of(device: Device, form: GpuFormat) -> tuple[Kernel, bool]:
+    """The kernel that runs `form` on `device`, and whether it is that of bf16 because no times of the format are
+    published for the device's family. fp16 runs as fast as bf16.
+    """
+    compute = "bf16" if form.compute == "fp16" else form.compute
+    found = KERNELS.get((device.family, compute, form.sparse))
+    return found or KERNELS[device.family, "bf16", form.sparse], found is None
 
 
 def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, kernel: Kernel | None = None) -> float:
@@ -116,7 +111,7 @@ def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, ke
         kernel: the kernel that runs it; default: `kernel_of(device, form)`.
     """
     out_features, in_features = shape
-    kernel = kernel or kernel_of(device, form)
+    kernel = kernel or kernel_of(device, form)[0]
     peak = (device.sparse_peak if form.sparse else device.peak)[form.compute] * kernel.peak
     weight = out_features * in_features * form.bits / 8
     of_output = 4 if form.compute == "fp32" else 2
@@ -144,8 +139,7 @@ class KernelTime:
 
     device: str
     dtype: str
-    shapes: tuple[tuple[int, int], ...]
-    """(out_features, in_features) of each layer."""
+    shapes: tuple[Shape, ...]
     tokens: int
     dense_us: float
     sparse_us: float
@@ -170,23 +164,19 @@ class Evidence:
 @functools.cache
 def kernel_times() -> tuple[KernelTime, ...]:
     """The rows of published.csv."""
+
+    def layers(text: str) -> tuple[Shape, ...]:  # "4096x4096+11008x4096"
+        pairs = (layer.split("x") for layer in text.split("+"))
+        return tuple((int(out_features), int(in_features)) for out_features, in_features in pairs)
+
     text = files("castlm.inference").joinpath("published.csv").read_text(encoding="utf-8")
     return tuple(
         KernelTime(
-            row["device"],
-            row["dtype"],
-            tuple(_shape(layer) for layer in row["layers"].split("+")),
-            int(row["tokens"]),
-            float(row["dense_us"]),
-            float(row["sparse_us"]),
+            *(row["device"], row["dtype"], layers(row["layers"]), int(row["tokens"])),
+            *(float(row["dense_us"]), float(row["sparse_us"])),
         )
         for row in csv.DictReader(text.splitlines())
     )
-
-
-def _shape(text: str) -> tuple[int, int]:
-    out_features, _, in_features = text.partition("x")
-    return int(out_features), int(in_features)
 
 
 _APPENDIX = "arXiv 2603.05232, github.com/bcacdwk/vllmbench, slidesparse/tools/appendix_tables"
@@ -255,18 +245,29 @@ class Row:
 class Advice:
     """The answer for one model, device, dtype and number of tokens."""
 
-    device: str
-    dtype: str
+    device: Device
     tokens: int
-    source: str
-    """Source of the times: "roofline" or "measured here"."""
+    formats: Sequence[GpuFormat]
+    """The dense one of the model's dtype first."""
     rows: Sequence[Row]
     head_seconds: float
-    totals: Mapping[str, float]
-    """Seconds of all layers and the dense head, by format."""
-    formats: Sequence[GpuFormat]
-    evidence: Sequence[Evidence] = field(default_factory=tuple)
-    notes: Sequence[str] = field(default_factory=tuple)
+    """Of the output head, which stays dense."""
+    is_measured: bool
+    """Whether the times were measured on the device; otherwise they come from the roofline."""
+    num_untimed: int
+    """Weights of experts, which are not in the figures."""
+
+    @property
+    def dtype(self) -> str:
+        return self.formats[0].name
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds of all layers and the dense head, by format."""
+        return {
+            form.name: self.head_seconds + sum(row.count * row.seconds[form.name] for row in self.rows)
+            for form in self.formats
+        }
 
     def speedup(self, name: str) -> float:
         """The speed of the whole model relative to dense, if all its layers are stored as `name`."""
@@ -279,12 +280,20 @@ class Advice:
         return self.totals[self.dtype] / best
 
     @property
+    def evidence(self) -> list[Evidence]:
+        """The published ratios of this device or its other form (h100 and h100-pcie), with as few or as many tokens."""
+        base = self.device.name.partition("-")[0]
+        base = {"h200": "h100"}.get(base, base)
+        is_decode = self.tokens <= 64
+        return [row for row in EVIDENCE if row.device.partition("-")[0] == base and row.decode == is_decode]
+
+    @property
     def verdict(self) -> str:
         """One sentence on 2:4 in the model's own dtype."""
         sparse = f"2:4 {self.dtype}"
-        where = f"at {self.tokens:,} token{'s' * (self.tokens > 1)} on {self.device}"
+        where = f"at {self.tokens:,} token{'s' * (self.tokens > 1)} on {self.device.name}"
         if sparse not in self.totals:
-            return f"Do not use 2:4 for speed: {self.device} has no hardware for it in {self.dtype}."
+            return f"Do not use 2:4 for speed: {self.device.name} has no hardware for it in {self.dtype}."
         whole, mixed = self.speedup(sparse), self.mixed_speedup
         if mixed < NOTICEABLE:
             kind = "slower than" if whole < 1 / NOTICEABLE else "no faster than"
@@ -293,41 +302,49 @@ class Advice:
             return f"Use 2:4 {where} in some layers only: {mixed:.2f}x of dense, {whole:.2f}x if all are 2:4."
         return f"Use 2:4 {where}: the linear layers run {whole:.2f}x as fast as dense."
 
+    @property
+    def notes(self) -> list[str]:
+        """The conditions of the figures."""
+        notes = untimed_note(self.num_untimed)
+        if self.is_measured:
+            return [*notes, f"Times: measured here ({self.device.source})."]
+        notes.append(f"Times: a roofline of {self.device.source}; attention, norms and caches are left out.")
+        notes.append(f"Kernels: {KERNEL_SOURCE}.")
+        assumed = ", ".join(form.name for form in self.formats if kernel_of(self.device, form)[1])
+        if assumed:
+            notes.append(f"No times of {assumed} on {self.device.family} are published: the shares of bf16 stand in.")
+        return notes
+
     def as_dict(self) -> dict[str, Any]:
         """The advice as plain JSON."""
-        rows = [asdict(row) | {"shape": list(row.shape), "seconds": dict(row.seconds)} for row in self.rows]
         return {
-            "device": self.device,
+            "device": self.device.name,
             "dtype": self.dtype,
             "tokens": self.tokens,
-            "source": self.source,
+            "source": "measured here" if self.is_measured else "roofline",
             "verdict": self.verdict,
             "speedup": {form.name: self.speedup(form.name) for form in self.formats},
             "mixed_speedup": self.mixed_speedup,
-            "rows": rows,
+            "rows": [asdict(row) for row in self.rows],
             "evidence": [asdict(found) for found in self.evidence],
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
 
     def text(self) -> str:
         """A table of the shapes, the verdict, published ratios, and the conditions of the figures."""
-        names = [form.name for form in self.formats]
-        table = [["layer (out x in)", "layers", f"{names[0]} us", *names[1:], "advice"]]
+        dense, *others = (form.name for form in self.formats)
+        table = [["layer (out x in)", "layers", f"{dense} us", *others, "advice"]]
         for row in self.rows:
-            dense = row.seconds[names[0]]
-            ratios = [f"{dense / row.seconds[name]:.2f}x" for name in names[1:]]
+            ratios = [f"{row.seconds[dense] / row.seconds[name]:.2f}x" for name in others]
             shape = f"{row.shape[0]} x {row.shape[1]}"
-            table.append([shape, str(row.count), f"{dense * 1e6:.1f}", *ratios, row.best])
-        whole = [f"{self.speedup(name):.2f}x" for name in names[1:]]
-        table.append(["all, with a dense head", "", f"{self.totals[names[0]] * 1e6:.0f}", *whole, ""])
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
-        lines += ["", self.verdict]
-        others = [form.name for form in self.formats[1:] if form.changes_weights]
-        if others:
-            best = max(others, key=self.speedup)
-            if self.speedup(best) > max(NOTICEABLE, self.mixed_speedup):
-                lines.append(f"Faster still is {best}, {self.speedup(best):.2f}x of dense; it rounds the weights.")
+            table.append([shape, str(row.count), f"{row.seconds[dense] * 1e6:.1f}", *ratios, row.best])
+        whole = [f"{self.speedup(name):.2f}x" for name in others]
+        table.append(["all, with a dense head", "", f"{self.totals[dense] * 1e6:.0f}", *whole, ""])
+        lines = [*aligned(table), "", self.verdict]
+        rounded = [form.name for form in self.formats[1:] if form.changes_weights]
+        best = max(rounded, key=self.speedup, default=dense)
+        if self.speedup(best) > max(NOTICEABLE, self.mixed_speedup):
+            lines.append(f"Faster still is {best}, {self.speedup(best):.2f}x of dense; it rounds the weights.")
         if self.evidence:
             sources = list(dict.fromkeys(found.source for found in self.evidence))
             lines += ["", "Published, in units of dense in the same dtype where not said otherwise:"]
@@ -358,50 +375,19 @@ def advise(
         seconds: times a layer on this device; default: a roofline.
 
     Raises:
-        InputError: `tokens` below 1, or a dtype that the device cannot compute in.
+        InputError: a dtype that the device cannot compute in.
     """
-    if tokens < 1:
-        raise InputError(f"{tokens} tokens: give at least 1, the rows that a layer sees at once")
+    assert tokens >= 1
     formats = [f for f in formats or gpu_formats(dtype) if f.compute in device.peak]
     if not formats or formats[0].name != dtype:
         raise InputError(f"{device.name} has no {dtype}: choose one of {', '.join(device.peak)}")
     timed = seconds or (lambda form, shape, count: layer_seconds(device, form, shape, count))
-    rows = [_row(shape, count, formats, timed, tokens, dtype) for shape, count in shapes.blocks.items()]
-    head = timed(formats[0], shapes.head, tokens) if shapes.head else 0.0
-    totals = {form.name: head + sum(row.count * row.seconds[form.name] for row in rows) for form in formats}
-    return Advice(
-        device.name,
-        dtype,
-        tokens,
-        "measured here" if seconds else "roofline",
-        rows,
-        head,
-        totals,
-        formats,
-        evidence(device.name, tokens),
-        _notes(device, formats, seconds is not None, shapes.num_expert_weights),
-    )
-
-
-def _row(shape: Shape, count: int, formats: Sequence[GpuFormat], timed: Seconds, tokens: int, dtype: str) -> Row:
-    fits = [form for form in formats if not form.sparse or shape[1] % 4 == 0]
-    found = {form.name: timed(form, shape, tokens) for form in fits}
-    for form in formats:  # a layer that cannot be 2:4 stays dense
-        found.setdefault(form.name, found[dtype])
-    sparse = f"2:4 {dtype}"
-    is_better = sparse in found and found[dtype] / found[sparse] >= NOTICEABLE
-    return Row(shape, count, found, sparse if is_better else dtype)
-
-
-def _notes(device: Device, formats: Sequence[GpuFormat], measured: bool, num_expert_weights: int) -> list[str]:
-    notes = []
-    if num_expert_weights:
-        notes.append(f"The {num_expert_weights:,} weights of the experts are not in these figures.")
-    if measured:
-        return [*notes, f"Times: measured here ({device.source})."]
-    notes += [f"Times: a roofline of {device.source}; attention, norms and caches are left out."]
-    notes.append(f"Kernels: {KERNEL_SOURCE}.")
-    assumed = [form.name for form in formats if is_assumed(device, form)]
-    if assumed:
-        notes.append(f"No times of {', '.join(assumed)} on {device.family} are published: the shares of bf16 stand in.")
-    return notes
+    dense, sparse = formats[0], f"2:4 {dtype}"
+    rows = []
+    for shape, count in shapes.blocks.items():
+        fits = [form if shape[1] % 4 == 0 or not form.sparse else dense for form in formats]
+        found = {form.name: timed(fit, shape, tokens) for form, fit in zip(formats, fits)}
+        is_better = sparse in found and found[dtype] / found[sparse] >= NOTICEABLE
+        rows.append(Row(shape, count, found, sparse if is_better else dtype))
+    head = timed(dense, shapes.head, tokens) if shapes.head else 0.0
+    return Advice(device, tokens, formats, rows, head, seconds is not None, shapes.num_untimed)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.inference.formats import FORMATS, INT4_GROUP
+from castlm.inference.formats import FORMATS
 from castlm.oneshot.sparsegpt import upper_factor
 
 INT4_RANGE = (-8, 7)
 """The smallest and the largest code of int4."""
+INT4_GROUP = FORMATS["int4"].group
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
@@ -63,9 +64,7 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
         InputError: NaN or infinity in the weight.
     """
     assert kind in ("int8", "fp8"), kind
-    weight = weight.float()
-    if not weight.isfinite().all():
-        raise InputError("the weight has NaN or infinity: the model is damaged")
+    weight = _finite(weight).float()
     largest = FORMATS[kind].largest
     scales = (weight.abs().amax(1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = weight / scales
@@ -73,7 +72,7 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
     return Rounded(kind, codes, scales)
 
 
-def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01, passes: int = 4) -> Rounded:
+def round_in_groups(weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01, passes: int = 4) -> Rounded:
     """Rounds to int4 in groups of 64 columns: by GPTQ and coordinate descent if `hessian` is given, otherwise to the
     nearest.
 
@@ -86,10 +85,8 @@ def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0
     Raises:
         InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
     """
-    if not weight.isfinite().all():
-        raise InputError("the weight has NaN or infinity: the model is damaged")
     columns = weight.shape[1]
-    target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
+    target = _finite(weight).float().T.contiguous()  # (columns, rows): a column lies contiguous
     left, kept = target.clone(), target != 0
     upper = torch.eye(columns, device=left.device) if hessian is None else _inverse_factor(hessian, damping)
     codes, scales = torch.empty_like(left), left.new_empty(-(-columns // INT4_GROUP), left.shape[1])
@@ -101,6 +98,12 @@ def round_int4(weight: Tensor, hessian: Tensor | None = None, damping: float = 0
     if hessian is not None:
         _descend(codes, scales, target, kept, hessian, passes)
     return Rounded("int4", codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
+
+
+def _finite(weight: Tensor) -> Tensor:
+    if not weight.isfinite().all():
+        raise InputError("the weight has NaN or infinity: the model is damaged")
+    return weight
 
 
 def _groups(columns: int) -> list[slice]:

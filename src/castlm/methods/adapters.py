@@ -25,7 +25,7 @@ from castlm.core.keep import KeptPattern, summed
 from castlm.core.nm import Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears, weight_parameter
-from castlm.export.verify import left_dense_reason, read_left_dense
+from castlm.export.folder import left_dense_reason, read_left_dense
 from castlm.files.atomic_dir import atomic_dir
 from castlm.methods.finetune import Finetune
 from castlm.patterns import parse_pattern
@@ -157,7 +157,7 @@ def _adapter_parts(model: nn.Module) -> set[str]:
 def _left_dense(model: nn.Module) -> Mapping[str, str]:
     """The layers left dense, with the reasons, by the castlm.json of the folder that a model was loaded from."""
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return read_left_dense(Path(source) / "castlm.json") if source and Path(source).is_dir() else {}
+    return read_left_dense(Path(source)) if source and Path(source).is_dir() else {}
 
 
 def shira_config(

@@ -22,7 +22,6 @@ from transformers.utils.hub import cached_file
 
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
-from castlm.files.atomic_dir import atomic_dir
 from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
 from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
@@ -30,10 +29,12 @@ from castlm.models.locate import Location, cached_snapshot, find
 from castlm.models.opening import (
     PROCESSOR_FILES,
     as_input_error,
+    check_loading_info,
     open_model,
     quantization_method,
     quiet,
     quiet_transformers,
+    some_of,
 )
 
 
@@ -207,13 +208,6 @@ def save_model(
     copy_processor(model.config, folder)
 
 
-def convert_gguf(name: str | Path, folder: Path) -> None:
-    """Writes the model of a GGUF file, dequantized and rounded to bf16, as a folder; replaces its content."""
-    loaded = load_model(name, dtype=None)
-    with atomic_dir(folder, overwrite=True) as temporary:
-        save_model(loaded.model, loaded.tokenizer, temporary)
-
-
 def copy_processor(config: PretrainedConfig, folder: str | Path) -> None:
     """Copies the image processor of a vision-language model from its source into `folder`."""
     if not is_vision_language(config) or not config.name_or_path:
@@ -231,10 +225,10 @@ def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         InputError: a parametrized weight, such as an unfolded weight scaling.
     """
-    state_dict = model.state_dict()
-    hidden = next((name for name in state_dict if "parametrizations" in name.split(".")), None)
+    hidden = next((name for name, _ in model.named_parameters() if "parametrizations" in name.split(".")), None)
     if hidden:
         raise InputError(f"{hidden} cannot be saved under that name: fold_weight_scaling(model) first")
+    state_dict = model.state_dict()
     for name, tensor in state_dict.items():
         layer = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, nn.Linear) and stored_transposed(model.config.model_type, name):
@@ -243,24 +237,12 @@ def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
-    def some(names: list[str]) -> str:
-        return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-
-    architecture = type(model).__name__
-    mismatched = sorted(loading_info["mismatched_keys"])
-    if mismatched:
-        name, stored, expected = mismatched[0]
-        raise InputError(
-            f"{some([entry[0] for entry in mismatched])} of {where} does not fit its config.json: "
-            f"{name} is stored as {tuple(stored)}, expected {tuple(expected)}"
-        )
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
-        raise InputError(f"the weights of {where} lack {some(missing)} for {architecture}: fetch them again")
+    check_loading_info(where, loading_info)
     unexpected = sorted(name for name in loading_info["unexpected_keys"] if not OLD_BUFFERS.search(name))
     if unexpected:
         raise InputError(
-            f"{architecture} has no place for {some(unexpected)} of {where}: the weights belong to another config.json"
+            f"{type(model).__name__} has no place for {some_of(unexpected)} of {where}: the weights belong to another "
+            "config.json"
         )
     for name, param in model.named_parameters():
         if param.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(param.detach())):

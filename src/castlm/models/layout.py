@@ -31,6 +31,19 @@ def stored_transposed(model_type: str | None, name: str) -> bool:
     return model_type in CONV1D_FAMILIES and _CONV1D_LAYER.search(name) is not None
 
 
+def input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> int | None:
+    """The axis of a stored weight that n:m groups run along; None for experts whose order config.json leaves open.
+
+    Args:
+        config: the content of config.json.
+        name: of the tensor, ending in `.weight` if it is 2-D; 3-D as `model.layers.3.mlp.experts.gate_up_proj`.
+        shape: (out, in) or (in, out); or of all experts of a block, with their number first.
+    """
+    if len(shape) == 2:
+        return 0 if stored_transposed(config.get("model_type"), name) else 1
+    return _experts_input_axis(config, name, shape)
+
+
 EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"})
 """`config.json` model types whose 3-D experts are stored (experts, in, out); all others have (experts, out, in)."""
 
@@ -38,13 +51,7 @@ EXPERTS_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 """Model types whose checkpoints have either order, which transformers tells apart by their sizes."""
 
 
-def experts_input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, int, int]) -> int | None:
-    """The axis of a 3-D tensor of experts that groups run along: 1 or 2; None where config.json leaves it open.
-
-    Args:
-        config: the content of config.json.
-        name: of the tensor, as `model.layers.3.mlp.experts.gate_up_proj`.
-    """
+def _experts_input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> int | None:
     model_type = config.get("model_type")
     if model_type in EXPERTS_IN_OUT:
         return 1

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from castlm.core.errors import InputError
 from castlm.files.reading import check_regular, check_regular_entries, read_json_object, user_path
+from castlm.files.stored import read_header
 from castlm.progress import note
 
 DEMO = "demo"
@@ -221,14 +220,7 @@ def _check_folder(folder: Path) -> None:
 def _check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
-        try:
-            file.open("rb").close()
-            with safe_open(file, "pt"):
-                pass
-        except PermissionError as error:
-            raise InputError(f"{file} cannot be read ({error.strerror}): change its permissions") from error
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{file} is corrupt or cut short ({error}): fetch it again") from error
+        read_header(file)  # refuses a file that is corrupt or cut short
     if not files:
         pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         found = f"only the pickle {pickles[0].name}, which can run code when loaded" if pickles else "no weights"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,25 @@ def _load_tokenizer(where: Location, options: Mapping[str, Any]) -> PreTrainedTo
     if not set(token_ids) - set(tokenizer.all_special_ids):
         raise InputError(_NO_TOKENIZER.format(where))
     return tokenizer
+
+
+def check_loading_info(where: object, info: Mapping[str, Any]) -> None:
+    """Raises `InputError` for a weight that is missing or has another shape, by the loading info of transformers, which
+    only warns of them.
+    """
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise InputError(
+            f"{name} of {where} is stored as {tuple(stored)}, and its config.json asks for {tuple(expected)}: they do "
+            "not belong together"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{where} lacks {some_of(missing)} that its config.json asks for: fetch or write it again")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of some names, and the number of the others."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 @contextlib.contextmanager

@@ -10,8 +10,7 @@ from typing import Any
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.export.folder import read_manifest
-from castlm.export.verify import read_left_dense
+from castlm.export.folder import read_left_dense, read_manifest
 from castlm.fields import essential, parsed, positional
 from castlm.methods.options import MethodOptions, OptimizerOptions
 from castlm.models.locate import cached_snapshot, locate
@@ -120,7 +119,7 @@ def layers_left_dense(model: ModelOptions) -> tuple[str, ...]:
         return model.left_dense
     found: list[str] = [
         name.removesuffix(".weight")
-        for name, reason in read_left_dense(folder / "castlm.json").items()
+        for name, reason in read_left_dense(folder).items()
         if in_block(name) and reason == "excluded by the filter"
     ]
     return tuple(dict.fromkeys([*model.left_dense, *found]))
