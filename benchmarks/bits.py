@@ -34,8 +34,8 @@ from castlm.cli.prune import main as prune
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import init_world
 from castlm.inference import rounding
-from castlm.inference.formats import INT4_GROUP
 from castlm.inference.quantize import QuantizeReport, quantize_
+from castlm.inference.rounding import INT4_GROUP
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run
 from castlm.training.train import begin_run
