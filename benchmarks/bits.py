@@ -116,7 +116,8 @@ def train_rounding_(run: Run, bits: int) -> None:
         made = TrainedRounding(found.scales, bounds_of(bits))
         parametrize.register_parametrization(layer, "weight", made, unsafe=True)
         scales.append(made.log_scale)
-    run.optimizer.add_param_group({"params": scales, "sparse": False})
+    names = [f"{name}.log_scale" for name in report.layers]
+    run.optimizer.add_param_group({"params": scales, "param_names": names, "sparse": False})
 
 
 def start_of(args: argparse.Namespace, pattern: str) -> str:
