@@ -120,6 +120,7 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, monke
     assert table["untouched"] == pytest.approx(untouched, rel=1e-5)
     assert rows["cast"]["tokens"] == 6 * 64
     assert rows["magnitude"]["tokens"] == 0
+    assert rows["magnitude"]["train_seconds"]["mean"] >= 0
     assert rows["cast"]["peak_memory_bytes"]["mean"] > 1e8
     for name in ("seq_len", "stride", "text_sha256", "tokenizer", "precision", "versions", "date", "metric"):
         assert table["stamp"][name]

@@ -103,7 +103,7 @@ def _row(
         "flip_rate": over(lambda r: _mask_figure(r, "flip_rate")),
         "initial_flip_rate": over(lambda r: _mask_figure(r, "initial_flip_rate")),
         "sparse_weight_ratio": over(lambda r: _mask_figure(r, "sparse_weight_ratio")),
-        "train_seconds": over(lambda r: r.record.get("train_seconds")),
+        "train_seconds": over(lambda r: r.record.get("train_seconds", r.record.get("prune_seconds"))),
         "peak_memory_bytes": over(lambda r: r.record.get("peak_memory_bytes")),
         "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
         "start_seconds": over(lambda r: _start_seconds(r.record.get("start") or {})),
