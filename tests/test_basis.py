@@ -11,7 +11,7 @@ from castlm.core.nm import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.models.architecture import linearize_, linearize_conv1d_
 from castlm.oneshot import basis, permutation
-from castlm.oneshot.block_basis import statistics_of
+from castlm.oneshot.basis import statistics_of
 from castlm.oneshot.families import LAYOUTS, describe
 from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.options import BasisOptions

@@ -348,7 +348,7 @@ def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
     assert len(lines) <= 100
     assert max(map(len, [*lines, *long.splitlines()])) <= 100
     essential = short.partition("most important options:")[2].partition("\n\n")[0]
-    assert sum(line.startswith("  --") for line in essential.splitlines()) == 10
+    assert sum(line.startswith("  --") for line in essential.splitlines()) == 11
     assert "  --config " in essential
     for title in set(sections_of(TrainConfig)) - {"adapter"}:
         assert f"\n{title}:" in short

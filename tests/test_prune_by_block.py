@@ -76,20 +76,21 @@ def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, t
 
 def test_only_the_statistics_that_are_solved_next_are_held(llama, tmp_path, text, monkeypatch):
     """Those of the other inputs, which chose the basis, are gone when the first layers are solved."""
-    turn, solve, seen = start_module.turn_block_, start_module.prune_layers, []
+    see, solve, seen = start_module.see_inputs, start_module.prune_layers, []
 
-    def turn_block_(block, statistics, *args):
-        turn(block, statistics, *args)
-        seen[:] = [weakref.ref(statistic.hessian) for statistic in {id(s): s for s in statistics.values()}.values()]
+    def see_inputs(*args):
+        found = see(*args)
+        seen.extend(weakref.ref(entry.statistic) for entry in found)
+        return found
 
     def prune_layers(*args):
         assert sum(reference() is not None for reference in seen) <= 1
         return solve(*args)
 
-    monkeypatch.setattr(start_module, "turn_block_", turn_block_)
+    monkeypatch.setattr(start_module, "see_inputs", see_inputs)
     monkeypatch.setattr(start_module, "prune_layers", prune_layers)
     prune(llama, text, tmp_path / "out")
-    assert len(seen) == 4
+    assert len(seen) == 3 * (4 + 3)  # in each block all inputs, then again those of o, of gate and up, and of down
 
 
 def test_magnitude_refuses_a_text_that_it_would_not_read(llama, tmp_path, text, capsys):

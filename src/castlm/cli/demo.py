@@ -51,7 +51,7 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
 
 def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
     texts = folder / "text"
-    start = {"calibration_sequences": 64, "rotation_iterations": 50, "mask_iterations": 8} if method == "castlm" else {}
+    start = {"start_effort": "quick"} if method == "castlm" else {}
     return TrainConfig.of(
         model=DEMO,
         dataset=str(texts / "train.jsonl"),

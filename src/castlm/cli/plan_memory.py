@@ -13,7 +13,7 @@ from castlm.fields import essential
 from castlm.methods.options import MethodOptions, OptimizerOptions
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.patterns import parse_pattern
-from castlm.training.options import SEQ_LEN, StartOptions, TeacherOptions
+from castlm.training.options import SEQ_LEN, TeacherOptions
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
 _OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "teacher", "hidden_weight")
@@ -60,7 +60,7 @@ class MemoryOptions:
     """Start of the run, as in `castlm train`. Unless it is magnitude or a model, the first rank holds the whole model
     before step 0."""
 
-    calibration_sequences: int = field(default=StartOptions.calibration_sequences, metadata={"at_least": 1})
+    calibration_sequences: int = field(default=128, metadata={"at_least": 1})
     """Calibration sequences of the start; magnitude reads none."""
 
     eta: float = field(default=TeacherOptions.eta, metadata={"at_least": 0})

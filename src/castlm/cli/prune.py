@@ -6,11 +6,11 @@ import shlex
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from castlm.cli.options import parse, refuse_given
+from castlm.cli.options import read_arguments, refuse_given
 from castlm.core.errors import InputError
 from castlm.data.options import TextOptions
-from castlm.fields import choice
-from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.fields import COMMAND_LINE, build, choice, essential
+from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements, with_effort
 from castlm.patterns import all_solvers, parse_pattern
 
 _OF_CALIBRATION = ("calibration", "precision", *(field.name for field in fields(TextOptions)))
@@ -20,29 +20,30 @@ _OF_CALIBRATION = ("calibration", "precision", *(field.name for field in fields(
 class PruneOptions:
     """The model, the pattern, the solver and the calibration text."""
 
-    model: str
+    model: str = essential()
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
 
-    output_dir: str
+    output_dir: str = essential()
     """Folder for the pruned model."""
 
-    method: str | None = choice(None, all_solvers)
+    method: str | None = choice(None, all_solvers, essential=True)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
     Structured patterns rank their units by flap (the default of channels), taylor (of heads) or magnitude."""
 
-    calibration: str | None = None
+    calibration: str | None = essential(None)
     """Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as --dataset
     of castlm train.
     """
 
-    pattern: str = "2:4"
+    pattern: str = essential("2:4")
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
     channels:0.5, heads:0.5, channels:0.75+2:4."""
 
-    num_sequences: int = field(default=128, metadata={"at_least": 1})
-    """Calibration sequences."""
+    num_sequences: int | None = field(default=None, metadata={"at_least": 1})
+    """Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest layer if that is
+    more), at most 128, and a quarter for a quick start."""
 
-    seq_len: int = field(default=0, metadata={"at_least": 0})
+    seq_len: int = essential(0, at_least=0)
     """Tokens per calibration sequence. 0 is the model's context length, at most 2,048."""
 
     seed: int = 0
@@ -59,7 +60,7 @@ class PruneOptions:
     multiplies it faster and the model is not tiny.
     """
 
-    memory: Literal["auto", "model", "block"] = "auto"
+    memory: Literal["auto", "model", "block"] = essential("auto")
     """Keep the whole model in memory in fp32, or one transformer block at a time; the result is the same. auto: block
     if the model does not fit, in GPU memory if there is a GPU.
     """
@@ -67,7 +68,7 @@ class PruneOptions:
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
     """Dtype of the written result. source: the dtype of the stored model."""
 
-    overwrite: bool = False
+    overwrite: bool = essential(False)
     """Replace an earlier result in output_dir."""
 
     revision: str | None = None
@@ -78,7 +79,9 @@ class PruneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneCommand(Refinements, BasisOptions, TextOptions, PruneOptions):  # the fields of the last base come first
+class PruneCommand(
+    Refinements, BasisOptions, EffortOptions, TextOptions, PruneOptions
+):  # the last base's fields come first
     """Prune a model one-shot, without training, and verify the result.
 
     Finished transformer blocks are kept in OUTPUT_DIR.partial, so that the same command continues after a kill.
@@ -125,6 +128,7 @@ class PruneCommand(Refinements, BasisOptions, TextOptions, PruneOptions):  # the
             text_name=self.calibration,
             num_sequences=self.num_sequences,
             seq_len=self.seq_len,
+            effort=self.start_effort,
             device=device,
             memory=memory,
             precision=self.precision,
@@ -143,4 +147,5 @@ class PruneCommand(Refinements, BasisOptions, TextOptions, PruneOptions):  # the
 
 
 def main(arguments: list[str]) -> int:
-    return int(parse(PruneCommand, arguments, "prune").run())
+    given = read_arguments([("options", PruneCommand)], arguments, "prune", about=PruneCommand)
+    return build(PruneCommand, with_effort(given), COMMAND_LINE).run()

@@ -2,15 +2,17 @@
 
 Two axes inside a block can be turned without changing its outputs: the neurons of an MLP (a permutation), and the
 values of each KV head, which `v_proj` writes and `o_proj` reads (a permutation or any rotation). The basis decides
-which weights share a group of m and how large they are; its gain remains after training. The result is a plain
-checkpoint of the same architecture. `castlm.oneshot.residual` also rotates the residual stream.
+which weights share a group of m and how large they are; its gain remains after training. Neither axis leaves the
+block, so a change needs no folded norm and no untied embedding. The result is a plain checkpoint of the same
+architecture. `castlm.oneshot.residual` also rotates the residual stream.
 
 A change is kept only if it lowers the error of the layers solved by SparseGPT and leaves the outputs the same.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,16 +20,24 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.oneshot.block_basis import Statistics, turn_mlps_, turn_values_
-from castlm.oneshot.families import Block, Wiring, describe
+from castlm.oneshot.families import Attention, Block, Matrix, Mlp, Wiring, describe
+from castlm.oneshot.inputs import Seen, entries_of
 from castlm.oneshot.options import BasisOptions
-from castlm.oneshot.report import BasisReport
+from castlm.oneshot.permutation import find_permutation
+from castlm.oneshot.report import BasisReport, Change
+from castlm.oneshot.rotation import DAMPING, Term, learn_rotations, solved_error, turn_columns
+from castlm.oneshot.solvers import damped, row_energies, whole_hessian
+from castlm.oneshot.sparsegpt import lower_factor
 from castlm.oneshot.walk import BlockInputs
 
 TOLERANCE = 1e-4
 """Largest difference of an output relative to the largest output, for weights of 32 bits."""
 TOLERANCE_NARROW = 5e-2
 """The same for weights of 16 bits, which are rounded again after the rotation."""
+_RATE = 0.05  # of Adam, for the skew matrix of a rotation
+
+Undo = list[tuple[Tensor, Tensor]]
+"""Weights that were changed, each with its old value."""
 
 
 def wiring_or_note(model: PreTrainedModel, pattern: Pattern, options: BasisOptions) -> tuple[Wiring | None, str | None]:
@@ -48,35 +58,180 @@ def wiring_or_note(model: PreTrainedModel, pattern: Pattern, options: BasisOptio
         return None, str(error)
 
 
+class Statistic:
+    """The Hessian (in, in) and a sample (tokens, in) of a layer's input, with quantities that are computed once."""
+
+    def __init__(self, hessian: Tensor, sample: Tensor) -> None:
+        self.hessian, self.sample = hessian, sample
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        return torch.cholesky_inverse(self._factor())
+
+    @cached_property
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of H^-1 = L^-T L^-1, (in,): column sums of squares of L^-1, which costs less than `inverse`."""
+        identity = torch.eye(len(self.hessian), device=self.hessian.device)
+        return torch.linalg.solve_triangular(self._factor(), identity, upper=False).square_().sum(0)
+
+    def _factor(self) -> Tensor:
+        """L of the damped Hessian L L^T."""
+        factor, _ = lower_factor(damped(self.hessian, DAMPING), 0)
+        return factor
+
+    def energy(self, weight: Tensor) -> float:
+        """tr(W H W^T)."""
+        return float(row_energies(weight, self.hessian).sum().clamp(min=1e-30))
+
+    def importance(self, weight: Tensor) -> Tensor:
+        """The loss that optimal brain surgery predicts for pruning each weight (rows, columns), relative to the energy.
+
+        w_j^2 / [H^-1]_jj: the loss after all other weights of the row compensate (Hassibi & Stork 1992).
+        """
+        return weight.square() / self.inverse_diagonal / self.energy(weight)
+
+    def permuted(self, order: Tensor) -> Statistic:
+        return Statistic(self.hessian[order][:, order], self.sample[:, order])
+
+    def rotated(self, rotations: Tensor, parts: tuple[int, ...]) -> Statistic:
+        halfway = turn_columns(self.hessian, rotations, parts)
+        return Statistic(turn_columns(halfway.T, rotations, parts), turn_columns(self.sample, rotations, parts))
+
+
+Statistics = dict[str, Statistic]
+"""Statistics by the name of the layer. Layers that read the same input share one; layers that stay dense have none."""
+
+
+def statistics_of(seen: Seen) -> Statistics:
+    """The statistics of a block's inputs; an expert's key is the name of the layer and the number of the expert."""
+    found: Statistics = {}
+    for entry in entries_of(seen):
+        found |= dict.fromkeys(entry.names, Statistic(whole_hessian(entry.statistic), entry.sample))
+    return found
+
+
 def turn_block_(
-    block: Block, statistics: Statistics, inputs: BlockInputs, options: BasisOptions, pattern: NM, report: BasisReport
+    block: Block, seen: Seen, inputs: BlockInputs, options: BasisOptions, pattern: NM, report: BasisReport
 ) -> None:
     """Turns the values and the neurons of the current block of `inputs`.
 
     Args:
-        statistics: statistics of the block's layers that will be pruned; entries of layers whose input turns are
-            replaced.
+        seen: the inputs of the layers that will be pruned; the statistics of those that turn are replaced.
     """
-    untouched = dict(statistics)
-    # Without autocast, because the tolerance depends on the dtype of the weights.
-    outputs = partial(inputs.call(0).run, inputs.blocks[inputs.index], inputs[0])
-    before, undo = outputs(), []
+    statistics = statistics_of(seen)
+    before, undo = inputs.outputs_anew(), []
     if options.rotates_values or options.permute:
-        iterations = options.rotation_iterations if options.rotates_values else 0
         change = report.of("values rotated" if options.rotates_values else "values permuted")
-        undo += turn_values_(block.attention, statistics, pattern, change, iterations)
+        undo += turn_values_(block.attention, statistics, pattern, change, options)
     if options.permute:
-        undo += turn_mlps_(block.mlps, statistics, pattern, report.of("MLP neurons permuted"))
+        change = report.of("MLP neurons permuted")
+        undo += turn_mlps_(block.mlps, statistics, pattern, change, options.permute_iterations)
     if not undo:
         return
-    moved = distance(before, outputs())
-    if moved <= tolerance_of(before.dtype):
-        report.moved = max(report.moved, moved)
+    moved = distance(before, inputs.outputs_anew())
+    if moved > tolerance_of(before.dtype):
+        for weight, old in undo:
+            weight.copy_(old)
+        report.notes.append(f"block {inputs.index}: basis unchanged, because its outputs would move by {moved:.1g}")
         return
-    for weight, old in undo:
-        weight.copy_(old)
-    statistics.update(untouched)
-    report.notes.append(f"block {inputs.index}: basis unchanged, because its outputs would move by {moved:.1g}")
+    report.moved = max(report.moved, moved)
+    for entry in entries_of(seen):
+        found = statistics[entry.names[0]]
+        entry.statistic, entry.sample = found.hessian, found.sample
+
+
+def turn_values_(
+    attention: Attention, statistics: Statistics, pattern: NM, change: Change, options: BasisOptions
+) -> Undo:
+    """Rotates the values of each KV head (permutes them with rotate off) if that lowers the error of v and o.
+
+    Replaces the output layer's entry in `statistics` with the statistic of its new input.
+    """
+    value, output = attention.value, attention.output
+    if output.layer not in statistics:
+        return []
+    if options.rotates_values:
+        rotations = _learn_values(attention, statistics, pattern, options.rotation_iterations)
+    elif attention.head_dim % pattern.m == 0:
+        rotations = _value_permutations(attention, statistics, pattern, options.permute_iterations)
+    else:
+        return []
+    readers, writers = tuple(attention.kv_head_of), tuple(range(attention.num_kv_heads))
+    new_value = turn_columns(value.weight.float().T, rotations, writers).T
+    new_output = turn_columns(output.weight.float(), rotations, readers)
+    new_statistic = statistics[output.layer].rotated(rotations, readers)
+    before = solved_error(output.weight.float(), statistics[output.layer].hessian, pattern)
+    after = solved_error(new_output, new_statistic.hessian, pattern)
+    if value.layer in statistics:
+        before += solved_error(value.weight.float(), statistics[value.layer].hessian, pattern)
+        after += solved_error(new_value, statistics[value.layer].hessian, pattern)
+        before, after = before / 2, after / 2
+    if not change.decide(before, after):
+        return []
+    new = [(value.weight, new_value), (output.weight, new_output)]
+    if value.bias is not None:
+        new.append((value.bias, turn_columns(value.bias.float()[None], rotations, writers)[0]))
+    statistics[output.layer] = new_statistic
+    return replace_(new)
+
+
+def _learn_values(attention: Attention, statistics: Statistics, pattern: NM, iterations: int) -> Tensor:
+    """A rotation (num_kv_heads, head_dim, head_dim) for each KV head."""
+    value, output = attention.value, attention.output
+    weight, statistic = output.weight.float(), statistics[output.layer]
+    readers, writers = tuple(attention.kv_head_of), tuple(range(attention.num_kv_heads))
+    terms = [Term(weight, statistic.inverse, statistic.energy(weight), "in", readers)]
+    if value.layer in statistics:
+        weight, statistic = value.weight.float(), statistics[value.layer]
+        terms.append(Term(weight, statistic.inverse_diagonal, statistic.energy(weight), "out", writers))
+    return learn_rotations(
+        terms, attention.num_kv_heads, attention.head_dim, pattern, iterations=iterations, learning_rate=_RATE
+    )
+
+
+def _value_permutations(attention: Attention, statistics: Statistics, pattern: NM, rounds: int) -> Tensor:
+    """A permutation matrix (num_kv_heads, head_dim, head_dim) for each KV head."""
+    importance = statistics[attention.output.layer].importance(attention.output.weight.float())
+    by_head = importance.view(len(importance), -1, attention.head_dim)  # (576, 576) -> (576, 9, 64)
+    identity, found = torch.eye(attention.head_dim, device=importance.device), []
+    for kv_head in range(attention.num_kv_heads):
+        mine = [head for head, kv in enumerate(attention.kv_head_of) if kv == kv_head]
+        score = by_head[:, mine].transpose(0, 1).reshape(-1, attention.head_dim)  # (576, 3, 64) -> (1728, 64)
+        found.append(identity[:, find_permutation(score, pattern, rounds)])
+    return torch.stack(found)
+
+
+def turn_mlps_(mlps: list[Mlp], statistics: Statistics, pattern: NM, change: Change, rounds: int) -> Undo:
+    """Permutes the neurons of each MLP if that lowers the error of its down-projection."""
+    undo: Undo = []
+    for mlp in mlps:
+        if mlp.down.layer not in statistics:
+            continue
+        weight, statistic = mlp.down.weight.float(), statistics[mlp.down.layer]
+        order = find_permutation(statistic.importance(weight), pattern, rounds).to(weight.device)
+        permuted = statistic.permuted(order)
+        before = solved_error(weight, statistic.hessian, pattern)
+        if change.decide(before, solved_error(weight[:, order], permuted.hessian, pattern)):
+            statistics[mlp.down.layer] = permuted
+            new = [(mlp.down.weight, mlp.down.weight[:, order])]
+            for matrix in mlp.inner:
+                new += rows_of(matrix, lambda rows, order=order: rows[order])
+            undo += replace_(new)
+    return undo
+
+
+def rows_of(matrix: Matrix, turn: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The weight and the bias of a matrix, each with its value after `turn` of axis 0."""
+    parts = [matrix.weight] if matrix.bias is None else [matrix.weight, matrix.bias]
+    return [(part, turn(part)) for part in parts]
+
+
+def replace_(new: list[tuple[Tensor, Tensor]]) -> Undo:
+    """Gives weights new values, in place, and returns the old ones."""
+    undo = [(weight, weight.clone()) for weight, _ in new]
+    for weight, value in new:
+        weight.copy_(value)
+    return undo
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

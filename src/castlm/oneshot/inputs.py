@@ -104,12 +104,22 @@ class ExpertInputs:
         self.experts[expert].add(x, accumulator, num_sequences)
 
 
+Seen = list[LayerInput | ExpertInputs]
+"""The inputs of some layers of a block, in the order of the calls."""
+
+
+def entries_of(seen: Seen) -> list[LayerInput]:
+    """The inputs with a statistic of their own: one for each expert."""
+    nested = (entry.experts.values() if isinstance(entry, ExpertInputs) else [entry] for entry in seen)
+    return [entry for entries in nested for entry in entries]
+
+
 def see_inputs(
     layers: Mapping[str, SparseLayer],
     inputs: BlockInputs,
     accumulator: Accumulator,
     num_sequences: int,
-) -> list[LayerInput | ExpertInputs]:
+) -> Seen:
     """Runs the current block on all batches, and returns the inputs of `layers` in the order of the calls.
 
     After the first pass, stops each pass once these layers have run: the rest of the block changes no statistic.
@@ -131,7 +141,7 @@ def see_inputs(
     return list(dict.fromkeys(watch.found.values()))
 
 
-def inputs_in_order(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> list[LayerInput | ExpertInputs]:
+def inputs_in_order(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> Seen:
     """`see_inputs` without statistics: finds the layers that read the same input, and their order.
 
     Runs only as many batches as are needed to reach all layers: one, unless experts are linear layers.
@@ -142,13 +152,13 @@ def inputs_in_order(layers: Mapping[str, SparseLayer], inputs: BlockInputs) -> l
     return list(dict.fromkeys(watch.found.values()))
 
 
-def grouped(entries: Iterable[LayerInput | ExpertInputs]) -> list[list[LayerInput | ExpertInputs]]:
+def grouped(seen: Seen) -> list[Seen]:
     """Groups the inputs of a block by the layers that are pruned together.
 
     Layers whose names differ only in the number of a module, such as parallel experts, are in one group.
     """
-    groups: dict[tuple[str, ...], list[LayerInput | ExpertInputs]] = {}
-    for entry in entries:
+    groups: dict[tuple[str, ...], Seen] = {}
+    for entry in seen:
         alike = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in entry.names)
         groups.setdefault(alike, []).append(entry)
     return list(groups.values())

@@ -5,13 +5,13 @@ Commands and configs inherit them. Importing this module does not import torch, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.fields import Bound, Bounded
+from castlm.fields import Bound, Bounded, essential
 
 T = TypeVar("T")
 
@@ -25,6 +25,27 @@ def check_damping(damping: float) -> None:
     """Raises `InputError` if `damping`, a share of a Hessian's mean diagonal, is out of range."""
     if not 0 <= damping <= 1:
         raise InputError(f"damping = {damping} is out of range: it must be between 0 and 1")
+
+
+EFFORTS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "quick": {"rotation_iterations": 25, "permute_iterations": 6, "staged_statistics": False, "mask_iterations": 8},
+}
+"""The values of each `start_effort`; options that are given override them."""
+
+
+def with_effort(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, the options that are given, with those that their `start_effort` sets."""
+    return {**EFFORTS.get(str(values.get("start_effort")), {}), **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffortOptions:
+    """The effort of a start, which sets the options of its solver."""
+
+    start_effort: Literal["best", "quick"] = essential("best")
+    """Effort of the one-shot start. quick takes about a third of the time, for demonstrations and short runs: it reads
+    a quarter of the calibration text, once for each transformer block, and takes fewer iterations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +63,12 @@ class BasisOptions(Bounded):
     rotation_iterations: int = 100
     """Optimization steps for each rotation."""
 
+    permute_iterations: int = 20
+    """Rounds of the search for a permutation, each with one linear assignment."""
+
     def out_of_range(self) -> Iterator[Bound]:
         yield "rotation_iterations", self.rotation_iterations >= 1, "at least 1"
+        yield "permute_iterations", self.permute_iterations >= 1, "at least 1"
 
     @property
     def rotates_values(self) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from castlm.core.nm import NM
 
-_ROUNDS = 20
 _PATIENCE = 6  # rounds without a gain after which the search ends
 _ROWS = 256  # a random choice of rows of the score that the search uses
 _MOST_GROUPS = 512
@@ -27,7 +26,7 @@ def kept_score(score: Tensor, pattern: NM) -> float:
     return float((score * pattern.mask(score)).sum())
 
 
-def find_permutation(score: Tensor, pattern: NM) -> Tensor:
+def find_permutation(score: Tensor, pattern: NM, rounds: int = 20) -> Tensor:
     """The order of columns, int64 (columns,), in which n:m keeps most of `score` (rows, columns), which is >= 0."""
     score = score.float().cpu()
     if len(score) > _ROWS:
@@ -36,7 +35,7 @@ def find_permutation(score: Tensor, pattern: NM) -> Tensor:
     best, since_gain = kept_score(score[:, order], pattern), 0
     columns = score.T.contiguous()
     generator = torch.Generator().manual_seed(0)
-    for number in range(_ROUNDS):
+    for number in range(rounds):
         candidate = _reassigned(columns, order, number, pattern, generator)
         value = kept_score(score[:, candidate], pattern)
         since_gain = 0 if value > best * (1 + _MIN_GAIN) else since_gain + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import sparse_linears
+from castlm.core.sparsify import SparseLayer, sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import Documents
 from castlm.data.hub import HubDocuments
@@ -37,7 +37,7 @@ from castlm.hardware import (
 )
 from castlm.models.architecture import is_vision_language
 from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
-from castlm.oneshot.calibration import calibration_length
+from castlm.oneshot.calibration import calibration_length, default_sequences
 from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder, remove_work
 from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.source import MemoryModel, StoredModel, check_outside_blocks, outside_blocks
@@ -56,11 +56,13 @@ class Prune:
     start: Start
     text: Documents | HubDocuments | None
     text_name: str | None
-    num_sequences: int
+    num_sequences: int | None
+    """None takes `default_sequences` for `effort`."""
     seq_len: int
     """Tokens per sequence; 0 takes the model's context, at most 2,048."""
     device: str
     memory: Memory
+    effort: str = "best"
     precision: str = "auto"
     save_dtype: str = "source"
     options: TextOptions = DEFAULTS
@@ -103,7 +105,7 @@ class Prune:
         else:
             source = StoredModel(model, checkpoint, layers, device, dtype)
             check_outside_blocks(checkpoint, source.stack)
-        sequences, extras, calibration = self._calibration(model, loaded.tokenizer)
+        sequences, extras, calibration = self._calibration(model, loaded.tokenizer, layers)
         if checkpoint is None:
             source = MemoryModel(model.to(device), layers)
         before = self.evaluate(loaded) if self.evaluate else {}
@@ -165,15 +167,16 @@ class Prune:
         return opened
 
     def _calibration(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Mapping[str, SparseLayer]
     ) -> tuple[Tensor | None, Extras, dict[str, Any]]:
         """The calibration sequences, their extras, and their record for castlm.json."""
         if self.text is None:
             return None, None, {}
         seq_len, seed = self.seq_len or calibration_length(model), self.start.seed
+        num_sequences = self.num_sequences or default_sequences(layers, seq_len, self.effort)
         loading: Any = {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
         encoder = open_encoder([self.text], tokenizer, self.model, self.options, **loading)
-        sequences, extras = calibration_sequences(self.text, encoder, self.num_sequences, seq_len, seed, note)
+        sequences, extras = calibration_sequences(self.text, encoder, num_sequences, seq_len, seed, note)
         record = {
             "text": self.text_name,
             "text_sha256": self.text.text_hash(),

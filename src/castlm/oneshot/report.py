@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from castlm.oneshot.block_basis import Change
 from castlm.oneshot.reconstruct import Reconstruction
+
+_MIN_GAIN = 1e-3  # least relative fall of the error for which a change of basis is kept
 
 
 @dataclass
@@ -33,6 +34,30 @@ class LayerResult:
     num_zero_inputs: int = 0
     """Matrices (1, or the number of experts) masked by magnitude because their whole input is 0 on the calibration
     text."""
+
+
+@dataclass
+class Change:
+    """One kind of change over the whole model, with the mean relative error of its layers solved by SparseGPT."""
+
+    what: str
+    before: float = 0.0
+    after: float = 0.0
+    num_kept: int = 0
+    num_tried: int = 0
+
+    def decide(self, before: float, after: float) -> bool:
+        """Records a change of the error from `before` to `after`, and returns whether to keep it."""
+        keep = after < before * (1 - _MIN_GAIN)
+        self.num_tried += 1
+        self.num_kept += keep
+        self.before += (before - self.before) / self.num_tried
+        self.after += ((after if keep else before) - self.after) / self.num_tried
+        return keep
+
+    def __str__(self) -> str:
+        where = f"{self.num_kept} of {self.num_tried} kept, " if self.num_kept < self.num_tried else ""
+        return f"{self.what}: {where}layer error {self.before:.4f} -> {self.after:.4f}"
 
 
 @dataclass

@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.core.sparsify import SparseLayer
-from castlm.oneshot.basis import distance, tolerance_of
-from castlm.oneshot.block_basis import Change, Statistic, Statistics, statistics_of
+from castlm.oneshot.basis import Statistic, Statistics, distance, statistics_of, tolerance_of
 from castlm.oneshot.families import Block, Matrix, Norm, Wiring
 from castlm.oneshot.inputs import see_inputs
-from castlm.oneshot.report import BasisReport
+from castlm.oneshot.report import BasisReport, Change
 from castlm.oneshot.rotation import Term, learn_rotations, solved_errors
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import MemoryModel

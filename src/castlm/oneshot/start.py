@@ -24,27 +24,27 @@ from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
 from castlm.models.architecture import eval_mode
 from castlm.oneshot.basis import turn_block_, wiring_or_note
-from castlm.oneshot.block_basis import statistics_of
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import describe
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.inputs import (
     ERROR_TOKENS,
     ExpertInputs,
-    LayerInput,
+    Seen,
     check_plain_weights,
+    entries_of,
     grouped,
     inputs_in_order,
     see_inputs,
 )
 from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements, check_damping, part_of
 from castlm.oneshot.reconstruct import reconstruct_
-from castlm.oneshot.report import BasisReport, OneshotReport
+from castlm.oneshot.report import BasisReport, LayerResult, OneshotReport
 from castlm.oneshot.residual import rotate_residual_
 from castlm.oneshot.solve import prune_experts, prune_layers
-from castlm.oneshot.solvers import SOLVERS, Settings
+from castlm.oneshot.solvers import SOLVERS, Settings, Solver
 from castlm.oneshot.source import MemoryModel, StoredModel
-from castlm.oneshot.walk import Extras, Step, walk
+from castlm.oneshot.walk import BlockInputs, Extras, Step, walk
 from castlm.patterns import parse_pattern
 from castlm.structured.prune import prune_units_
 
@@ -55,7 +55,6 @@ _SHORT = 10.0  # seconds; the time that a shorter start will take is not announc
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called with (finished blocks, all blocks)."""
-Seen = list[LayerInput | ExpertInputs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,22 +192,18 @@ class Start:
         if not step.inside:
             return
         if inputs is None:
-            settings, solver = self._settings, SOLVERS[str(self.method)]
             for name, layer in step.inside.items():
-                report.layers += prune_layers({name: layer.weight}, None, solver, settings)
+                report.layers += prune_layers({name: layer.weight}, None, self._solver, self._settings)
             return
-        turned: Seen = []
-        if turns:
-            with _timed(report.basis):
-                turned = self._turn_(source, step, report.basis)
-        source.keep_dense(step.inside)
-        if self.method is None:
-            return
-        with _timed(report):
-            for seen in self._inputs(step, turned):
-                report.layers += self._prune_(step.inside, seen)
-            if self.refinements.reconstruct_epochs:
-                block = reconstruct_(
+        for seen in self._stages(source, step, inputs, turns, report):
+            if self.method is not None:
+                with _timed(report):
+                    report.layers += self._prune_(step.inside, seen)
+                    inputs.keep_outputs(step.inside[name] for entry in seen for name in entry.names)
+        if self.refinements.reconstruct_epochs:
+            inputs.drop_outputs()
+            with _timed(report):
+                block_report = reconstruct_(
                     inputs.blocks[inputs.index],
                     lambda _, hidden, batch: inputs.run(hidden, batch),
                     inputs,
@@ -217,58 +212,60 @@ class Start:
                     epochs=self.refinements.reconstruct_epochs,
                     learning_rate=self.refinements.reconstruct_rate,
                 )
-                report.reconstructions.append(block)
+            report.reconstructions.append(block_report)
 
-    def _turn_(self, source: MemoryModel | StoredModel, step: Step, report: BasisReport) -> Seen:
-        """Changes the basis of the current block; returns the inputs of its layers in the new basis, in order."""
-        assert step.inputs is not None
-        assert isinstance(self.pattern, NM)
-        seen = see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], step.inputs.num_sequences)
-        statistics = statistics_of(seen)
-        wiring = describe(source.model)  # anew: its views are of the weights that are in memory now
-        turn_block_(wiring.blocks[step.index], statistics, step.inputs, self.basis, self.pattern, report)
-        reads_norms = self.method is not None and SOLVERS[self.method].axes == 1  # Wanda
-        for entry in seen:
-            for part in entry.experts.values() if isinstance(entry, ExpertInputs) else [entry]:
-                found = statistics[part.names[0]]
-                part.statistic, part.sample = found.hessian, found.sample
-                if reads_norms:  # H = 2 X^T X / num_sequences, and Wanda reads the mean of |X_j|^2
-                    part.statistic = found.hessian.diagonal() / 2
-        return seen
-
-    def _inputs(self, step: Step, turned: Seen) -> Iterator[Seen]:
-        """Yields the inputs of the layers to prune next, until all layers of the block are pruned.
-
-        Args:
-            turned: the inputs of all layers, measured before any layer is pruned; emptied here, to free their memory.
-        """
-        inside, inputs, solver = step.inside, step.inputs, SOLVERS[str(self.method)]
-        assert inputs is not None
-        if not self.refinements.staged_statistics:
-            yield turned or see_inputs(inside, inputs, solver, inputs.num_sequences)
+    def _stages(
+        self, source: MemoryModel | StoredModel, step: Step, inputs: BlockInputs, turns: bool, report: OneshotReport
+    ) -> Iterator[Seen]:
+        """Yields the inputs of the layers to prune next, in their new basis, until the whole block is pruned."""
+        inside = step.inside
+        first: Seen = []
+        if turns:
+            with _timed(report.basis):
+                first = self._turn_(source, step, inputs, report.basis)
+        source.keep_dense(inside)
+        if not self.refinements.staged_statistics or self.method is None:
+            yield first or self._see(inside, inputs, report)
             return
-        groups = grouped(turned or inputs_in_order(inside, inputs))
+        groups = grouped(first or inputs_in_order(inside, inputs))
         names = [[name for entry in group for name in entry.names] for group in groups]
-        first = groups[0] if turned else []  # no pruned layer comes before it, so its inputs are still right
-        turned.clear()
+        first = groups[0] if turns else []  # no pruned layer comes before it, so its inputs are still right
         del groups
-        for number, group in enumerate(names):
-            layers = {name: inside[name] for name in group}
-            yield first if number == 0 and first else see_inputs(layers, inputs, solver, inputs.num_sequences)
+        for group in names:
+            yield first or self._see({name: inside[name] for name in group}, inputs, report)
             first = []
 
-    def _prune_(self, inside: Mapping[str, SparseLayer], seen: Seen) -> list[Any]:
+    def _see(self, layers: Mapping[str, SparseLayer], inputs: BlockInputs, report: OneshotReport) -> Seen:
+        with _timed(report):
+            return see_inputs(layers, inputs, self._solver, inputs.num_sequences)
+
+    def _turn_(self, source: MemoryModel | StoredModel, step: Step, inputs: BlockInputs, report: BasisReport) -> Seen:
+        """Changes the basis of the current block; returns the inputs of its layers in the new basis, in order."""
+        assert isinstance(self.pattern, NM)
+        seen = see_inputs(step.inside, inputs, SOLVERS["sparsegpt"], inputs.num_sequences)
+        block = describe(source.model).blocks[step.index]  # anew: its views are of the weights in memory now
+        turn_block_(block, seen, inputs, self.basis, self.pattern, report)
+        if self._solver.axes == 1:  # H = 2 X^T X / num_sequences, and Wanda reads the mean of |X_j|^2
+            for entry in entries_of(seen):
+                entry.statistic = entry.statistic.diagonal() / 2
+        return seen
+
+    def _prune_(self, inside: Mapping[str, SparseLayer], seen: Seen) -> list[LayerResult]:
         """Prunes the layers that read the inputs `seen`."""
-        solver, results = SOLVERS[str(self.method)], []
+        results = []
         for entry in seen:
             if isinstance(entry, ExpertInputs):
                 layer = inside[entry.names[0]]
                 assert isinstance(layer, ExpertLinear)
-                results.append(prune_experts(layer, entry, solver, self._settings, self.refinements))
+                results.append(prune_experts(layer, entry, self._solver, self._settings, self.refinements))
             else:
                 weights = {name: inside[name].weight for name in entry.names}
-                results += prune_layers(weights, entry, solver, self._settings, self.refinements)
+                results += prune_layers(weights, entry, self._solver, self._settings, self.refinements)
         return results
+
+    @property
+    def _solver(self) -> Solver:
+        return SOLVERS[self.method or "sparsegpt"]
 
     @property
     def _settings(self) -> Settings:

@@ -6,7 +6,7 @@ Memory holds the inputs of one block for all sequences, in the model's dtype; it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from castlm.oneshot.source import MemoryModel, StoredModel, layers_by_block
 # L2, 2,048 are a tenth slower than 1,024 (SmolLM2-135M): tensors between operators no longer fit in the cache.
 PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
+KEPT_BYTES = 2**30
+"""Memory for the outputs of finished layers, see `BlockInputs.keep_outputs`."""
 
 
 class Step(NamedTuple):
@@ -83,6 +85,8 @@ def walk(
                 folder.write_block(index, source.finished(index))
             if inputs is not None and index < last:
                 inputs.advance()
+            if inputs is not None:
+                inputs.drop_outputs()
         if folder is not None:
             streams = [] if inputs is None else inputs.streams
             folder.record(index + 1, results(), streams, has_next=index < last)
@@ -156,7 +160,12 @@ class BlockInputs(Sequence[Tensor]):
         self.states: MutableSequence[Tensor] = [] if states is None else states
         self.dense: MutableSequence[Tensor] = []
         """The outputs of the block before the current one in the dense model, after `follow_dense`."""
-        self.num_sequences = len(calibration)
+        self.num_sequences, self.num_tokens = len(calibration), calibration.numel()
+        self.running: int | None = None
+        """The batch that is run; None if no outputs are kept of it."""
+        self.num_runs = 0
+        self._kept: list[_KeptOutputs] = []
+        self._kept_bytes = 0
         self._passes: list[_Pass] = []  # one for each batch; batches of one shape share their calls
         self._adds: bool | None = None  # whether the model adds to tokens between blocks, known after the first extras
         is_filled = bool(self.states)
@@ -183,8 +192,32 @@ class BlockInputs(Sequence[Tensor]):
         """The further arguments of the current block for a batch, counted from 0."""
         return self._passes[batch].calls[self.index]
 
+    def keep_outputs(self, layers: Iterable[SparseLayer]) -> None:
+        """Computes the outputs of `layers` in the current block only once more for each batch.
+
+        These layers do not change any more, and no layer before them does. Keeps at most `KEPT_BYTES`: layers whose
+        outputs do not fit are computed in every pass, with the same bits.
+        """
+        for layer in layers:
+            num_bytes = self.num_tokens * layer.weight.shape[0] * layer.weight.element_size()
+            if isinstance(layer, nn.Linear) and self._kept_bytes + num_bytes <= KEPT_BYTES:
+                self._kept_bytes += num_bytes
+                self._kept.append(_KeptOutputs(layer, self))
+
+    def drop_outputs(self) -> None:
+        """Undoes `keep_outputs`."""
+        for kept in self._kept:
+            del kept.layer.forward  # the attribute of the instance, which hides the method
+        self._kept, self._kept_bytes = [], 0
+
+    def outputs_anew(self) -> Tensor:
+        """The outputs of the current block for the first batch, without autocast and without kept outputs."""
+        self.running = None
+        return self.call(0).run(self.blocks[self.index], self[0])
+
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         """The output of the current block for the hidden states (batch, seq, hidden) of a batch."""
+        self.running, self.num_runs = batch, self.num_runs + 1
         with autocast(hidden.device, self.precision):
             output = self.call(batch).run(self.blocks[self.index], hidden)
         return output.to(hidden.dtype)
@@ -273,6 +306,30 @@ class BlockInputs(Sequence[Tensor]):
             raise InputError(f"{type(model).__name__} runs only {len(here.calls)} of its {len(self.blocks)} blocks")
         is_same = first is not None and _same(here.calls, first)  # then only one copy of the tables is held
         self._passes.append(here._replace(calls=first) if is_same else here)
+
+
+class _KeptOutputs:
+    """Takes the place of a layer's forward: computes its output for a batch, and returns it again in later passes."""
+
+    def __init__(self, layer: nn.Linear, inputs: BlockInputs) -> None:
+        self.layer, self.inputs, self.forward = layer, inputs, layer.forward
+        self.version = layer.weight._version
+        self.outputs: dict[int, tuple[Tensor, int, int]] = {}  # output, its version, the run that computed it
+        layer.forward = self  # type: ignore[method-assign,assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        batch, run = self.inputs.running, self.inputs.num_runs
+        if batch is None:
+            return self.forward(x)
+        assert self.layer.weight._version == self.version, "the layer changed after keep_outputs"
+        if batch in self.outputs:
+            output, version, computed = self.outputs[batch]
+            # Where a block changes the output in place, or calls the layer twice in a run, it is computed again.
+            if output._version == version and computed != run:
+                return output
+        output = self.forward(x)
+        self.outputs[batch] = output, output._version, run
+        return output
 
 
 class _Added(NamedTuple):

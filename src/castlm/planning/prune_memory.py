@@ -26,7 +26,7 @@ from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.walk import PASS_TOKENS_CPU
+from castlm.oneshot.walk import KEPT_BYTES, PASS_TOKENS_CPU
 from castlm.patterns import parse_pattern
 from castlm.planning.activations import as_config_error
 from castlm.planning.memory import GIB, read_config
@@ -138,6 +138,8 @@ def plan_prune_memory(
         "weights": 4 * (model.block if memory == "block" else model.total),
         **_of_a_block(model, tokens, method, pattern, basis, refinements),
     }
+    if refinements.staged_statistics:
+        parts["kept outputs"] = _kept(model, num_sequences * seq_len)
     if method == "taylor":
         backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
         parts["gradients"] = 4 * model.num_layers * sum(read.size for read in model.reads)
@@ -187,20 +189,30 @@ def _of_a_block(
 
 def _phases(parts: dict[str, int], memory: str, embeddings: int) -> dict[str, int]:
     """Bytes at each moment that can be the peak; `embeddings` is all outside the blocks, as stored."""
-    held = parts["process"] + parts["weights"]
-    seen, turned = held + parts["statistics"], held + parts.get("statistics of the basis", 0)
+    block = parts["process"] + parts["weights"]
+    held = block + parts.get("kept outputs", 0)
+    seen, turned = held + parts["statistics"], block + parts.get("statistics of the basis", 0)
     phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
     if memory == "block":  # beside the embeddings stands the file that they are read from, or a block
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
     else:
-        phases["verify"] = held + parts["weights"]
+        phases["verify"] = block + parts["weights"]
     if "gradients" in parts:
         phases["gradients"] = held + parts["gradients"] + parts["kept for backward"]
     if parts["basis"]:
         phases["basis"] = turned + parts["basis"]
     if "reconstruction" in parts:
-        phases["reconstruction"] = held + parts["reconstruction"]
+        phases["reconstruction"] = block + parts["reconstruction"]
     return phases
+
+
+def _kept(model: _Model, num_tokens: int) -> int:
+    """Bytes of the outputs of finished layers, see `BlockInputs.keep_outputs`."""
+    kept = 0
+    for read in model.reads[:-1]:  # after the last layers comes the next block
+        size = 4 * num_tokens * read.rows
+        kept += size if kept + size <= KEPT_BYTES else 0
+    return kept
 
 
 def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -> int:

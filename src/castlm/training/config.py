@@ -20,7 +20,7 @@ from castlm.fields import check_complete, checked, convert, default_of, hints_of
 from castlm.files.yaml_file import read_yaml_mapping, to_yaml
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
-from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements, part_of, with_effort
 from castlm.training.options import (
     HIDDEN_WEIGHT,
     CheckpointOptions,
@@ -131,8 +131,9 @@ class TrainConfig:
     @classmethod
     def _made(cls, values: Mapping[str, Any]) -> Self:
         """The config of checked values."""
+        chosen = with_effort(values)
         sections = {
-            title: kind(**{name: values[name] for name in names_of(kind) if name in values})
+            title: kind(**{name: chosen[name] for name in names_of(kind) if name in chosen})
             for title, kind in sections_of(cls).items()
         }
         return cls(**sections, given=values)
@@ -338,7 +339,10 @@ EFFECTS: dict[str, Effect] = {
         lambda c: not c.method.row.decays or _refreshes_masks(c),
         "init_from magnitude, or an n:m pattern whose decay is horizon",
     ),
-    "calibration_sequences": Effect(_reads_text, "a start that reads text, such as init_from sparsegpt"),
+    **dict.fromkeys(
+        ("calibration_sequences", *names_of(EffortOptions)),
+        Effect(_reads_text, "a start that reads text, such as init_from sparsegpt"),
+    ),
     **dict.fromkeys(
         names_of(Refinements),
         Effect(_reads_text, "init_from sparsegpt"),

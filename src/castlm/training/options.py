@@ -15,7 +15,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.data.options import ScoredTextOptions
 from castlm.fields import Bound, Bounded, essential, parsed
-from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements
 from castlm.patterns import parse_pattern
 
 SEQ_LEN = 512
@@ -106,7 +106,7 @@ class DataOptions(ScoredTextOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOptions(Refinements, BasisOptions):
+class StartOptions(Refinements, BasisOptions, EffortOptions):
     """The sparse weights and masks before step 0."""
 
     init_from: str | None = essential(None)
@@ -114,11 +114,14 @@ class StartOptions(Refinements, BasisOptions):
     taken. Structured patterns: magnitude, flap or taylor. The default for cast and finetune is
     sparsegpt, flap for channels and taylor for heads; for the other methods it is magnitude."""
 
-    calibration_sequences: int = 128
-    """Training sequences that the start is calibrated on, except for magnitude."""
+    calibration_sequences: int | None = None
+    """Training sequences that the start is calibrated on, except for magnitude. The default is enough for
+    32,768 tokens (16 for each input of the widest layer if that is more), at most 128, and a quarter for a quick start.
+    """
 
     def out_of_range(self) -> Iterator[Bound]:
-        yield "calibration_sequences", self.calibration_sequences >= 1, "at least 1"
+        given = self.calibration_sequences
+        yield "calibration_sequences", given is None or given >= 1, "at least 1"
         yield from BasisOptions.out_of_range(self)
         yield from Refinements.out_of_range(self)
 

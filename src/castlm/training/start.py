@@ -27,6 +27,7 @@ from castlm.files.record import RESULT, command_of
 from castlm.hardware import choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
+from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.folder import StartFolder, partial_folder, remove_work
 from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.source import MemoryModel
@@ -153,13 +154,14 @@ def _prune(
 ) -> None:
     """Prunes a copy of the model, calibrated on the beginning of the training text."""
     solver, pattern, filter_fn = options.name, of.pattern, of.filter_fn
-    num_sequences, length = options.calibration_sequences, of.seq_len
     model = source.whole_model().to(world.device)
     try:
         precision = choose_precision(of.precision, world.device, model.config)
         how = Start.of(options, solver, pattern, seed=of.seed, filter_fn=filter_fn, precision=precision)
-        calibration, extras = calibration_sequences(text.documents, text.encoder, num_sequences, length, of.seed, note)
         layers, _ = sparse_linears(model, pattern, filter_fn)
+        num_sequences = options.calibration_sequences or default_sequences(layers, of.seq_len, options.start_effort)
+        drawn = num_sequences, of.seq_len, of.seed
+        calibration, extras = calibration_sequences(text.documents, text.encoder, *drawn, note)
         depends_on = {
             "weights": source.fingerprint,
             "tokens_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
