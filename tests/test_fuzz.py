@@ -359,8 +359,9 @@ def test_plans_of_a_comparison(here, tiny, common, variant, more, seeds):
         (folder / name).write_bytes(content)
     put(folder, common__yaml=to_json(common), variants__yaml=to_json({"one": variant, "two": more}))
     text = str(folder / "a.txt")
+    inputs = {"model": str(folder), "dataset": text, "eval_dataset": text, "output_dir": str(folder / "out")}
     files = {"config": str(folder / "common.yaml"), "variants": str(folder / "variants.yaml")}
-    config = CompareConfig(str(folder), text, text, str(folder / "out"), 4096, seeds=seeds, **files)
+    config = CompareConfig(**inputs, **files, budget_tokens=4096, seeds=seeds)
     answers(Plan, config, lambda _: None)
 
 

@@ -84,10 +84,13 @@ def parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
 
 
 class Bounded:
-    """A dataclass of options that checks their ranges when it is made."""
+    """A dataclass of options that checks their ranges when it is made.
+
+    Each class yields the ranges of its own options; a command that inherits several classes is checked against all.
+    """
 
     def out_of_range(self) -> Iterator[Bound]:
-        """The range of each option that has one."""
+        """The range of each option of this class that has one."""
         return iter(())
 
     def __post_init__(self) -> None:
@@ -95,7 +98,8 @@ class Bounded:
 
     def check(self) -> None:
         """Raises `InputError` for an option that is out of range."""
-        for name, in_range, allowed in self.out_of_range():
+        methods = [vars(owner)["out_of_range"] for owner in type(self).__mro__ if "out_of_range" in vars(owner)]
+        for name, in_range, allowed in (bound for method in methods for bound in method(self)):
             if not in_range:
                 raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
 

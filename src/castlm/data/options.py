@@ -77,7 +77,6 @@ class SamplingOptions(Bounded):
     """Seed of the samples, and of the order of the sequences in teacher_cache."""
 
     def out_of_range(self) -> Iterator[Bound]:
-        yield from super().out_of_range()
         yield "max_new_tokens", self.max_new_tokens >= 1, "at least 1"
         yield "temperature", self.temperature >= 1e-6, "at least 1e-6 (0 would write the same text each time)"
         yield "top_p", 0 < self.top_p <= 1, "in (0, 1]"

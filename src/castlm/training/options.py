@@ -98,7 +98,6 @@ class DataOptions(ScoredTextOptions):
         return weighted_texts(self.dataset)
 
     def out_of_range(self) -> Iterator[Bound]:
-        yield from super().out_of_range()
         yield "dataset", bool(self.dataset), "at least one text"
         yield "dataset", all(weight > 0 for weight in self.datasets.values()), "texts of a weight above 0"
         yield "seq_len", self.seq_len >= 2, "at least 2"
@@ -122,8 +121,6 @@ class StartOptions(Refinements, BasisOptions, EffortOptions):
     def out_of_range(self) -> Iterator[Bound]:
         given = self.calibration_sequences
         yield "calibration_sequences", given is None or given >= 1, "at least 1"
-        yield from BasisOptions.out_of_range(self)
-        yield from Refinements.out_of_range(self)
 
     @property
     def name(self) -> str:
