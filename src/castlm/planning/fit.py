@@ -73,6 +73,8 @@ def fit_law(
             together; several methods, patterns, base models or sizes mixed; a value that is not finite and positive;
             loss that does not fall with tokens; L_inf or an exponent at its bound.
     """
+    # In one order: the draws of the intervals go through the points, so the order of files would change their digits.
+    points = sorted(points, key=lambda point: (point.params or 0, point.tokens, point.seed or 0, point.perplexity))
     data = _as_data(points, form)
     _check_design(data, form, MIN_BUDGETS[form], MIN_SPREAD)
     law = replace(_fit(data, form, num_draws, seed), runs_of=_common(points))

@@ -66,6 +66,7 @@ def sizes_after(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes of `sizes_of` in the model that is cut.
 
     Examples:
+        >>> from castlm.structured.pattern import Heads
         >>> sizes_after(Heads(0.5), {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8})
         {'num_key_value_heads': 2, 'num_attention_heads': 4, 'head_dim': 8}
     """
