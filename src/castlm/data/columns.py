@@ -43,7 +43,7 @@ class Document(NamedTuple):
     """Whether a plain text was cut off, so that the end-of-text behind it does not count."""
     kind: Kind = Kind.TEXT
     extra: tuple[str, ...] = ()
-    """What a conversation brings beside its text: the path or the bytes of each image."""
+    """The images of a conversation: the path or the bytes of each."""
 
 
 class Columns(NamedTuple):

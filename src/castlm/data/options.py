@@ -13,7 +13,7 @@ from castlm.fields import Bound, Bounded
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Bounded):
-    """How documents are read and rendered."""
+    """Options of reading and rendering documents."""
 
     column: str | None = None
     """Column of .jsonl and .parquet with the text or the messages. The default is the first of: messages, prompt with
@@ -46,7 +46,7 @@ DEFAULTS = TextOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredTextOptions(TextOptions):
-    """How documents are read for a loss or a perplexity."""
+    """Options of reading documents for a loss or a perplexity."""
 
     assistant_only_loss: bool = True
     """In the loss and the perplexity, count only the assistant's tokens of a conversation, and only the completion of a
@@ -59,7 +59,7 @@ class ScoredTextOptions(TextOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Bounded):
-    """How `castlm sample` draws a batch of texts."""
+    """Options of drawing a batch of texts, as `castlm sample` does."""
 
     max_new_tokens: int = 256
     """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped."""

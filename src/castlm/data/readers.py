@@ -53,7 +53,7 @@ class Piece(NamedTuple):
     """Whether the document was cut off, so that the end-of-text after it does not count."""
     kind: Kind = Kind.TEXT
     extra: tuple[str, ...] = ()
-    """What a conversation brings beside its text; see `Document`."""
+    """The extra inputs of a conversation, such as images; see `Document`."""
 
 
 class Source(Protocol):

@@ -266,7 +266,7 @@ class Quality:
     sparse: float | None = None
     """After training to n:m."""
     source: str = ""
-    """Where the figures come from, in words."""
+    """The source of the figures, in words."""
 
     def of(self, option: Option, dtype: str) -> float | None:
         """The perplexity of an option; None for rounded weights."""

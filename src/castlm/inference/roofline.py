@@ -251,7 +251,7 @@ class Advice:
     """The dense one of the model's dtype first."""
     rows: Sequence[Row]
     head_seconds: float
-    """Of the output head, which stays dense."""
+    """Seconds that the output head takes, which stays dense."""
     is_measured: bool
     """Whether the times were measured on the device; otherwise they come from the roofline."""
     num_untimed: int

@@ -66,7 +66,7 @@ class Prune:
     precision: str = "auto"
     save_dtype: str = "source"
     options: TextOptions = DEFAULTS
-    """How the calibration text is read."""
+    """The options of the calibration text."""
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False

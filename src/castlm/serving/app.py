@@ -104,7 +104,7 @@ def make_app(engine: Engine, name: str) -> Starlette:
 
 @dataclass(frozen=True)
 class _Wording:
-    """How the two kinds of completion name their parts."""
+    """The names of the parts of the two kinds of completion."""
 
     id: str
     whole: str
