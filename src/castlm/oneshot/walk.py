@@ -196,9 +196,12 @@ class BlockInputs(Sequence[Tensor]):
         """Computes the outputs of `layers` in the current block only once more for each batch.
 
         These layers do not change any more, and no layer before them does. Keeps at most `KEPT_BYTES`: layers whose
-        outputs do not fit are computed in every pass, with the same bits.
+        outputs do not fit are computed in every pass, with the same bits. So are all layers in torch's inference mode,
+        whose tensors have no version that would tell of a change.
         """
         for layer in layers:
+            if torch.is_inference_mode_enabled() or layer.weight.is_inference():
+                continue
             num_bytes = self.num_tokens * layer.weight.shape[0] * layer.weight.element_size()
             if isinstance(layer, nn.Linear) and self._kept_bytes + num_bytes <= KEPT_BYTES:
                 self._kept_bytes += num_bytes
