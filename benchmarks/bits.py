@@ -30,13 +30,13 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from benchmarks.machine import machine, write_json
+from benchmarks.short_run import add_run_options, short_run
 from castlm.cli.prune import main as prune
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import init_world
 from castlm.inference import rounding
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.inference.rounding import INT4_GROUP
-from castlm.training.config import TrainConfig
 from castlm.training.run import Run
 from castlm.training.train import begin_run
 
@@ -133,22 +133,15 @@ def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, trains_ro
     """One run: its perplexity before rounding (that of the weights in fp32) and after."""
     rate = DENSE_RATE if pattern == "dense" and not trains_rounding else RATE
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig.of(
-            args.model,
-            args.text,
+        config = short_run(
+            args,
             Path(folder) / "run",
-            eval_dataset=args.eval_text,
             method="dense" if pattern == "dense" else "finetune",
             **({} if pattern == "dense" else {"pattern": pattern, "init_from": start_of(args, pattern)}),
             seed=seed,
             max_steps=args.steps,
             learning_rate=rate,
             hidden_weight=15.0,
-            seq_len=args.seq_len,
-            per_device_train_batch_size=args.batch,
-            eval_tokens=0,
-            save_steps=0,
-            report_to=("none",),
         )
         run = begin_run(config, init_world("cpu", "full"), announce=False)
         if trains_rounding:
@@ -188,16 +181,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True, help="training and calibration text")
-    parser.add_argument("--eval-text", required=True)
+    add_run_options(parser)
     parser.add_argument("--starts", required=True, help="folder for the pruned models")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--cells", nargs="+", default=[f"{pattern}/{bits}" for pattern, bits in CELLS])
-    parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args(arguments)
     rows = []
     for seed, name, way in itertools.product(range(options.seeds), options.cells, (False, True)):

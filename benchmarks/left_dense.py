@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.machine import machine, write_json
+from benchmarks.short_run import add_run_options, short_run
 from castlm.core.sparsify import is_sparse_linear
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
@@ -28,7 +29,6 @@ from castlm.data.tokens import Encoder
 from castlm.models.io import load_model, save_model
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.start import change_basis_, prune_oneshot_
-from castlm.training.config import TrainConfig
 from castlm.training.train import train
 
 SHARES = {"2:4": 0.0, "the chosen dense": 0.05, "the chosen 3:4": 0.10}
@@ -84,23 +84,15 @@ def trained(
     """The perplexities of the start and of the result."""
     left_dense = {"left_dense": tuple(layers)} if name == "the chosen dense" else {}
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig.of(
-            args.model,
-            args.text,
+        config = short_run(
+            args,
             Path(folder) / "run",
-            eval_dataset=args.eval_text,
             method="finetune",
             pattern="3:4" if name == "the chosen 3:4" else "2:4",  # a mask keeps every zero of the start
             init_from=str(start),
             seed=seed,
             max_steps=steps,
             learning_rate=args.rate,
-            seq_len=args.seq_len,
-            per_device_train_batch_size=args.batch,
-            eval_tokens=0,
-            eval_steps=100_000,
-            save_steps=0,
-            report_to=("none",),
             **left_dense,
         )
         record = train(config)
@@ -122,16 +114,10 @@ def table(models: Mapping[str, dict[str, Any]], rows: list[dict[str, Any]]) -> s
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True, help="training and calibration text")
-    parser.add_argument("--eval-text", required=True)
+    add_run_options(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 400])
-    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=128, help="of calibration text")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         models, rows = starts(options, Path(folder)), []
