@@ -38,7 +38,7 @@ from castlm.inference import rounding
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.inference.rounding import INT4_GROUP
 from castlm.training.run import Run
-from castlm.training.train import begin_run
+from castlm.training.train import set_up
 
 CELLS = (("dense", 4), ("dense", 3), ("2:4", 4), ("3:4", 4), ("3:4", 3), ("5:8", 3), ("6:8", 3))
 DENSE_RATE, RATE = 5e-4, 3e-3
@@ -143,7 +143,7 @@ def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, trains_ro
             learning_rate=rate,
             hidden_weight=15.0,
         )
-        run = begin_run(config, init_world("cpu", "full"), announce=False)
+        run = set_up(config, init_world("cpu", "full")).begin(announce=False)
         if trains_rounding:
             train_rounding_(run, bits)
         start = run.evaluator.perplexity()

@@ -61,7 +61,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
     from benchmarks.machine import proc_status
     from castlm.hardware import keep_freed_memory
     from castlm.training.config import TrainConfig
-    from castlm.training.train import begin_run
+    from castlm.training.train import set_up
 
     def start(model: str, name: str) -> Any:
         config = TrainConfig.of(
@@ -80,7 +80,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
             report_to=("none",),
             device="cpu",
         )
-        return begin_run(config, world)
+        return set_up(config, world).begin()
 
     start(str(folder / "tiny"), "warm").train_step()
     gc.collect()

@@ -34,7 +34,7 @@ from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.options import TeacherOptions
 from castlm.training.run import Run
-from castlm.training.train import begin_run
+from castlm.training.train import set_up
 
 
 def bare_step(student, teacher, optimizer, batches, precision, eta):
@@ -82,7 +82,7 @@ def castlm_side(args: argparse.Namespace, scratch: Path) -> Run:
         device=args.device,
         report_to=("none",),
     )
-    return begin_run(config, init_world(args.device, "full"))
+    return set_up(config, init_world(args.device, "full")).begin()
 
 
 def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.Module, nn.Module, torch.optim.AdamW]:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from castlm.distributed.world import World
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective
 from castlm.training.run import Run
-from castlm.training.train import train
+from castlm.training.train import set_up, train
 
 
 def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfig:
@@ -35,6 +36,11 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfi
         "learning_rate": 1e-3,
     }
     return TrainConfig.of(model, dataset, str(output_dir), **{**fields, **over})
+
+
+def begin_run(config: TrainConfig, world: World) -> Run:
+    """A run before its first step, for tests that take the steps themselves."""
+    return set_up(config, world).begin()
 
 
 @contextlib.contextmanager

@@ -9,11 +9,19 @@ from torch.nn.functional import log_softmax
 from castlm.cli.main import main
 from castlm.distributed.world import init_world
 from castlm.training.objective import Objective
-from castlm.training.train import begin_run, train
+from castlm.training.train import train
 from tests.chats import CHATML, MARKED, chat_tokenizer, save_chat_model, talks, turn, write_rows, write_talks
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused
-from tests.runs import assert_equal_weights, assert_same_runs_but_for_sums, metrics, small, stop_and_resume, train_until
+from tests.runs import (
+    assert_equal_weights,
+    assert_same_runs_but_for_sums,
+    begin_run,
+    metrics,
+    small,
+    stop_and_resume,
+    train_until,
+)
 from tests.tiny import TEXT, tiny_model
 
 

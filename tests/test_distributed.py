@@ -45,7 +45,7 @@ from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder
 from castlm.training.trackers import TrackedRun
-from castlm.training.train import begin_run, calibrate, train, with_values_found
+from castlm.training.train import calibrate, train, with_values_found
 from tests.faults import (
     Ground,
     check_hang,
@@ -56,7 +56,7 @@ from tests.faults import (
     train_as_a_command,
 )
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
-from tests.runs import assert_same_runs_but_for_sums, metrics, train_until
+from tests.runs import assert_same_runs_but_for_sums, begin_run, metrics, train_until
 from tests.slow import slow
 from tests.tiny import EXPERTS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 

@@ -39,7 +39,7 @@ from castlm.planning.activations import Settings
 from castlm.planning.law import FORMS, Law, predict_perplexity, tokens_for
 from castlm.planning.memory import plan_memory
 from castlm.planning.points import read_points
-from castlm.training.config import TrainConfig, sections_of
+from castlm.training.config import TrainConfig
 from castlm.training.record import read_metrics
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
@@ -327,7 +327,7 @@ def test_yaml_that_would_grow_is_refused():
 
 def option_values() -> st.SearchStrategy[dict[str, object]]:
     """Values for the options of a run: of the right type, of another one, or out of range."""
-    sections = sections_of(TrainConfig).values()
+    sections = TrainConfig.sections().values()
     fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
     hints = {name: hint for section in sections for name, hint in hints_of(section).items()}
     hints |= dict.fromkeys(("pattern", "output_dir"), str)

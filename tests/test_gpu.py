@@ -16,9 +16,8 @@ from castlm.evaluation.perplexity import perplexity
 from castlm.inference.quantize import quantize_
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.start import change_basis_, prune_oneshot_
-from castlm.training.train import begin_run
 from tests.pretend_gpu import PretendTensor, pretend_gpu
-from tests.runs import small
+from tests.runs import begin_run, small
 from tests.tiny import save_tiny, tiny_model
 
 IDS = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))

@@ -8,8 +8,7 @@ from castlm.distributed.world import init_world
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.start import change_basis_
 from castlm.training.objective import Objective, make_teacher
-from castlm.training.train import begin_run
-from tests.runs import small
+from tests.runs import begin_run, small
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 BLOCKS, HIDDEN = 3, 8

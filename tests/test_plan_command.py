@@ -10,9 +10,9 @@ from castlm.cli.main import main
 from castlm.distributed.world import init_world
 from castlm.planning.law_plot import check_plot
 from castlm.training.config import TrainConfig
-from castlm.training.train import begin_run, calibrate, train
+from castlm.training.train import calibrate, train
 from tests.refusals import assert_refused
-from tests.runs import small
+from tests.runs import begin_run, small
 from tests.tiny import save_tiny
 
 CHECK = ["plan", "check", "--model", "m", "--dataset", "d", "--output-dir", "o"]

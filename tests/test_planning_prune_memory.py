@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from castlm.cli import plan_memory as command
 from castlm.core.errors import InputError
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
+from castlm.patterns import parse_pattern
 from castlm.planning.prune_memory import plan_prune_memory
 from tests.tiny import save_tiny
 
@@ -23,6 +24,7 @@ CONFIG = AutoConfig.for_model(
     vocab_size=VOCAB,
 )
 BLOCK = 2 * HIDDEN**2 + 2 * HIDDEN * KEYS + 3 * HIDDEN * NEURONS + 2 * HIDDEN
+HALF = parse_pattern("channels:0.5")
 PLAIN = {"basis": BasisOptions(rotate="off", permute=False), "refinements": NO_REFINEMENTS}
 
 
@@ -90,9 +92,7 @@ def test_wanda_needs_vectors_only_where_the_basis_stays_and_magnitude_has_no_pla
 
 def test_gradients_of_the_taylor_score_are_those_of_the_layers_with_units():
     plans = {
-        method: plan_prune_memory(
-            CONFIG, memory="model", method=method, pattern="channels:0.5", num_sequences=4, seq_len=32
-        )
+        method: plan_prune_memory(CONFIG, memory="model", method=method, pattern=HALF, num_sequences=4, seq_len=32)
         for method in ("flap", "taylor")
     }
     taylor = plans["taylor"]
@@ -103,9 +103,9 @@ def test_gradients_of_the_taylor_score_are_those_of_the_layers_with_units():
     assert taylor.phases.keys() - plans["flap"].phases.keys() == {"gradients"}
     assert "basis" not in taylor.phases
     with pytest.raises(InputError, match="memory 'block' is not for channels"):
-        plan_prune_memory(CONFIG, method="taylor", pattern="channels:0.5")
+        plan_prune_memory(CONFIG, method="taylor", pattern=HALF)
     with pytest.raises(InputError, match="'sparsegpt' reads no calibration text for channels"):
-        plan_prune_memory(CONFIG, memory="model", pattern="channels:0.5")
+        plan_prune_memory(CONFIG, memory="model", pattern=HALF)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma"])

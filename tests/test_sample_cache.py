@@ -12,10 +12,10 @@ from castlm.distributed.world import init_world
 from castlm.training import teacher_pass
 from castlm.training.config import TrainConfig
 from castlm.training.teacher_pass import fill_teacher_cache
-from castlm.training.train import begin_run, train
+from castlm.training.train import train
 from tests.chats import save_chat_model
 from tests.refusals import assert_refused
-from tests.runs import assert_equal_weights, small
+from tests.runs import assert_equal_weights, begin_run, small
 from tests.slow import slow
 
 

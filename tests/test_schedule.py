@@ -20,8 +20,8 @@ from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import peak_flops
 from castlm.training.run import num_left
-from castlm.training.train import begin_run, with_values_found
-from tests.runs import metrics, small
+from castlm.training.train import with_values_found
+from tests.runs import begin_run, metrics, small
 from tests.tiny import TEXT, tiny_model
 
 

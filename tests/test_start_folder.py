@@ -14,10 +14,10 @@ from castlm.distributed.world import init_world
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.residual import basis_between
-from castlm.training.train import begin_run, train
+from castlm.training.train import train
 from tests.faults import train_as_a_command
 from tests.ranks import start_ranks, wait_ranks
-from tests.runs import assert_equal_weights, metrics, small, stop_and_resume
+from tests.runs import assert_equal_weights, begin_run, metrics, small, stop_and_resume
 from tests.slow import slow
 from tests.tiny import save_tiny
 

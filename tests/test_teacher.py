@@ -18,9 +18,17 @@ from castlm.training import source
 from castlm.training import train as training
 from castlm.training.config import TrainConfig
 from castlm.training.finetune import FinetuneConfig
-from castlm.training.train import begin_run, train
+from castlm.training.train import train
 from tests.ranks import run_ranks
-from tests.runs import assert_equal_weights, assert_same_runs_but_for_sums, metrics, small, stop_and_resume, train_until
+from tests.runs import (
+    assert_equal_weights,
+    assert_same_runs_but_for_sums,
+    begin_run,
+    metrics,
+    small,
+    stop_and_resume,
+    train_until,
+)
 from tests.tiny import save_tiny
 
 

@@ -16,9 +16,9 @@ from castlm.distributed.world import World, init_world
 from castlm.training import teacher_cache
 from castlm.training.config import TrainConfig
 from castlm.training.teacher_cache import TeacherCache
-from castlm.training.train import begin_run, train
+from castlm.training.train import train
 from tests.ranks import run_ranks
-from tests.runs import assert_equal_weights, metrics, small, teacher_batches
+from tests.runs import assert_equal_weights, begin_run, metrics, small, teacher_batches
 from tests.slow import slow_but
 from tests.tiny import save_tiny
 

@@ -20,8 +20,8 @@ from castlm.training import trackers
 from castlm.training.record import read_metrics, read_series
 from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
-from castlm.training.train import begin_run, train
-from tests.runs import metrics, small
+from castlm.training.train import train
+from tests.runs import begin_run, metrics, small
 from tests.tiny import save_tiny
 
 

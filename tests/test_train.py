@@ -34,9 +34,17 @@ from castlm.training.config import TrainConfig
 from castlm.training.interrupt import Interrupt, Interrupted
 from castlm.training.objective import pruned
 from castlm.training.run import Run
-from castlm.training.train import begin_run, train
+from castlm.training.train import train
 from tests.ranks import start_command, wait_ranks
-from tests.runs import assert_equal_weights, assert_same_runs_but_for_sums, metrics, small, stop_and_resume, train_until
+from tests.runs import (
+    assert_equal_weights,
+    assert_same_runs_but_for_sums,
+    begin_run,
+    metrics,
+    small,
+    stop_and_resume,
+    train_until,
+)
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, TEXT, save_tiny
 

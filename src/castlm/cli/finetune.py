@@ -11,7 +11,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.fields import COMMAND_LINE, checked
 from castlm.patterns import parse_pattern
-from castlm.training.config import names_of, read_layers, sections_of
+from castlm.training.config import names_of, read_layers
 from castlm.training.finetune import FinetuneConfig
 from castlm.training.options import ModelOptions
 
@@ -28,7 +28,7 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[FinetuneConfig, bool]:
         InputError: whatever `read_arguments`, `read_yaml_mapping` or `FinetuneConfig` refuses; castlm.json names no
             pattern, or one that left no zeros in the model.
     """
-    all_sections = sections_of(FinetuneConfig)
+    all_sections = FinetuneConfig.sections()
     of_train = [all_sections.pop("method"), all_sections.pop("start")]
     sections = [*all_sections.items(), ("options", FileOptions), ("options", PageOptions)]
     elsewhere = {option: "train" for section in of_train for option in names_of(section)}

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
-from castlm.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from castlm.training.lam import Calibration
@@ -41,22 +40,21 @@ def main(arguments: list[str]) -> int:
     runtime = config.runtime
     with closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world:
         found = calibrate(config, world)
-    return report(config, options, found, world.size) if world.is_main else 0
+    return report(config.method.decay, config.optimizer.max_steps, options, found, world.size) if world.is_main else 0
 
 
-def report(config: TrainConfig, options: CheckOptions, found: Calibration, world_size: int) -> int:
+def report(decay: str, max_steps: int, options: CheckOptions, found: Calibration, world_size: int) -> int:
     """Prints the findings. Returns the exit code: 1 if the masked weights cannot reach zero."""
     from castlm.planning.law import duration, gpu_hours
 
     by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
-    has_headroom = config.method.decay != "horizon"  # reaches zero by construction, at any learning rate
+    has_headroom = decay != "horizon"  # reaches zero by construction, at any learning rate
     print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}" + f"{'headroom':>10}" * has_headroom)
     for name, layer in by_headroom[:10]:
         row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}"
         print(row + f"{layer.headroom:>9.2f}x" * has_headroom)
     if len(by_headroom) > 10:
         print(f"... and {len(by_headroom) - 10} layers" + " with more headroom" * has_headroom)
-    max_steps = config.optimizer.max_steps
     hours = gpu_hours(max_steps * found.tokens_per_step, found.tokens_per_s)
     print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
     print(f"{found.tokens_per_s:,.0f} tokens/s: {duration(hours)} for {max_steps} steps of training alone")

@@ -9,7 +9,8 @@ from typing import Literal
 
 from castlm.cli.options import parse, refuse_given
 from castlm.core.errors import InputError
-from castlm.fields import essential
+from castlm.core.nm import NM, Pattern
+from castlm.fields import essential, parsed
 from castlm.methods.options import MethodOptions, OptimizerOptions
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.patterns import parse_pattern
@@ -41,7 +42,7 @@ class MemoryOptions:
     gradient_accumulation_steps: int = field(default=1, metadata={"at_least": 1})
     """Micro-steps per optimizer step."""
 
-    pattern: str = essential("2:4")
+    pattern: Pattern = parsed(NM(2, 4), parse_pattern, essential=True)
     """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern."""
 
     scale_groups: int = field(default=MethodOptions.scale_groups, metadata={"at_least": 0})
@@ -103,7 +104,7 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
         run = Settings(
             seq_len=self.seq_len,
             micro_batch=self.per_device_train_batch_size,
-            pattern=parse_pattern(self.pattern),
+            pattern=self.pattern,
             scale_groups=self.scale_groups,
             accumulates=self.gradient_accumulation_steps > 1,
             checkpointing=self.gradient_checkpointing,
@@ -121,13 +122,12 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
         from castlm.planning.prune_memory import plan_prune_memory
 
         refuse_given(self, _OF_TRAINING, "is for a training run: leave it out with --prune")
-        pattern = parse_pattern(self.pattern)
-        method = self.init_from or pattern.default_solver
+        method = self.init_from or self.pattern.default_solver
         plan = plan_prune_memory(
             self.model,
-            memory=self.memory if pattern.cut_out is None else "model",
+            memory=self.memory if self.pattern.cut_out is None else "model",
             method=method,
-            pattern=pattern,
+            pattern=self.pattern,
             num_sequences=self.calibration_sequences,
             seq_len=self.seq_len,
             basis=part_of(self, BasisOptions),
@@ -138,7 +138,7 @@ class MemoryCommand(Refinements, BasisOptions, MemoryOptions):  # the fields of 
 
     def _prunes(self) -> bool:
         """Whether the first rank prunes the whole model before step 0."""
-        known = parse_pattern(self.pattern).solvers
+        known = self.pattern.solvers
         if self.init_from is None or self.init_from in known:
             return self.init_from != "magnitude"
         if not Path(self.init_from).expanduser().is_dir():

@@ -12,7 +12,7 @@ from typing import Any
 from castlm.cli.options import read_arguments
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, checked, choice, essential
-from castlm.training.config import RECIPES, TrainConfig, names_of, read_layers, sections_of
+from castlm.training.config import RECIPES, TrainConfig, names_of, read_layers
 
 
 @dataclass
@@ -56,7 +56,7 @@ def parse_train(
     Raises:
         InputError: whatever `read_arguments`, `read_yaml_mapping` or `TrainConfig` refuses.
     """
-    all_sections = sections_of(TrainConfig)
+    all_sections = TrainConfig.sections()
     elsewhere = dict.fromkeys(names_of(all_sections.pop("adapter")), "finetune")
     sections = [*all_sections.items(), ("options", RecipeOptions), *([("options", more)] if more else [])]
     about = TrainConfig if more is None or name == "train" else more

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
-from castlm.core.nm import Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.hardware import resident_memory
 from castlm.models.architecture import auto_class, backbone, linearize_conv1d_
@@ -27,7 +27,6 @@ from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import KEPT_BYTES, PASS_TOKENS_CPU
-from castlm.patterns import parse_pattern
 from castlm.planning.activations import as_config_error
 from castlm.planning.memory import GIB, read_config
 from castlm.structured.prune import BACKWARD_TOKENS
@@ -98,7 +97,7 @@ def plan_prune_memory(
     *,
     memory: Literal["model", "block"] = "block",
     method: str = "sparsegpt",
-    pattern: Pattern | str = "2:4",
+    pattern: Pattern = NM(2, 4),  # noqa: B008
     num_sequences: int = 128,
     seq_len: int = 2048,
     dtype: torch.dtype = torch.bfloat16,
@@ -125,7 +124,7 @@ def plan_prune_memory(
         InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
             there is no plan for.
     """
-    config, basis, pattern = read_config(config), basis or BasisOptions(), parse_pattern(pattern)
+    config, basis = read_config(config), basis or BasisOptions()
     _check(method, memory, pattern, basis)
     refinements = (refinements or Refinements()).for_solver(method, pattern)
     basis.check()

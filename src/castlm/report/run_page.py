@@ -20,7 +20,7 @@ from castlm.report import run_charts
 from castlm.report.charts import can_draw, short
 from castlm.report.html import render
 from castlm.report.run_data import RunData
-from castlm.training.config import TrainConfig, sections_of
+from castlm.training.config import TrainConfig
 from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, verdict
 
 REFRESH_SECONDS = 10
@@ -199,7 +199,7 @@ def _masks_text(run: RunData) -> str:
 def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Names and values of the settings that differ from the defaults, then of the others."""
     defaults: dict[str, Any] = {}
-    for field in (field for section in sections_of(TrainConfig).values() for field in dataclasses.fields(section)):
+    for field in (field for section in TrainConfig.sections().values() for field in dataclasses.fields(section)):
         if field.default is not dataclasses.MISSING:
             defaults[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:

@@ -40,7 +40,7 @@ from castlm.files.atomic_file import (
     widen_access,
 )
 from castlm.files.disk import is_disk_full
-from castlm.training.config import FREE_ON_RESUME, is_retired
+from castlm.training.config import FREE_ON_RESUME
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -322,8 +322,8 @@ def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts
     before = manifest["facts"]
     free = FREE_ON_RESUME | {k for k, fact in _BY_CONTENT.items() if fact in before and before[fact] == facts.get(fact)}
     then, given = manifest["config"], json.loads(json.dumps(config))
-    saved = {k: v for k, v in then.items() if k not in free and not is_retired(k, v)} | before
-    now = {k: v for k, v in given.items() if k not in free and not is_retired(k, v)} | dict(facts)
+    saved = {k: v for k, v in then.items() if k not in free} | before
+    now = {k: v for k, v in given.items() if k not in free} | dict(facts)
     changed = [f"{k} {saved.get(k)} -> {now.get(k)}" for k in sorted(saved | now) if saved.get(k) != now.get(k)]
     if changed:
         raise InputError(

@@ -7,10 +7,10 @@ in Python; a default that depends on other options is filled in when a config is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
@@ -96,6 +96,12 @@ class TrainConfig:
         return cls.from_mapping({"model": model, "dataset": dataset, "output_dir": output_dir, **options})
 
     @classmethod
+    def sections(cls) -> dict[str, type[Any]]:
+        """The sections of a config by their titles, in the order of the help."""
+        hints = hints_of(cls)
+        return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "given"}
+
+    @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "") -> Self:
         """The config of a mapping, whose options may be grouped in sections.
 
@@ -118,14 +124,14 @@ class TrainConfig:
             options = without_sections(mapping, source)
             if "recipe" in options:
                 recipe = convert(label("recipe", source), options.pop("recipe"), str, tuple(RECIPES))
-            values |= checked(list(sections_of(cls).values()), options, source)
+            values |= checked(list(cls.sections().values()), options, source)
         values = {**RECIPES[recipe], **values}
-        check_complete(sections_of(cls).values(), values, source)
+        check_complete(cls.sections().values(), values, source)
         return cls._made(values)
 
     def changed(self, **options: Any) -> Self:
         """A copy with other values of these options."""
-        values = checked(list(sections_of(type(self)).values()), options)
+        values = checked(list(self.sections().values()), options)
         return self._made({**self.given, **values})
 
     @classmethod
@@ -134,7 +140,7 @@ class TrainConfig:
         chosen = with_effort(values)
         sections = {
             title: kind(**{name: chosen[name] for name in names_of(kind) if name in chosen})
-            for title, kind in sections_of(cls).items()
+            for title, kind in cls.sections().items()
         }
         return cls(**sections, given=values)
 
@@ -201,7 +207,7 @@ class TrainConfig:
         """Every option by its flat name, as text, numbers and tuples, with the defaults that depend on others."""
         return {
             name: _plain(getattr(getattr(self, title), name))
-            for title, kind in sections_of(type(self)).items()
+            for title, kind in self.sections().items()
             for name in names_of(kind)
         }
 
@@ -215,7 +221,7 @@ class TrainConfig:
             values["decay_end"] = self.given.get("decay_end")
         sections = {
             title: {name: values[name] for name in names_of(kind) if name not in ("resume", "overwrite")}
-            for title, kind in sections_of(type(self)).items()
+            for title, kind in self.sections().items()
         }
         return to_yaml(sections)
 
@@ -224,8 +230,51 @@ class TrainConfig:
         readers = [method for method, row in METHODS.items() if option in row.options]
         if readers and self.method.method not in readers:
             return f"method {' or '.join(readers)}"
-        effect = EFFECTS.get(option)
-        return None if effect is None or effect.when(self) else effect.needs
+        is_met, words = self.conditions().get(option, (True, ""))
+        return None if is_met else words
+
+    def conditions(self) -> dict[str, tuple[bool, str]]:
+        """The options whose effect depends on others: whether this run meets the condition, and the condition in words.
+
+        The words end the sentence "... has an effect only with". For the options of a method, see `METHODS`.
+        """
+        method, teacher, checkpoint, start = self.method, self.teacher, self.checkpoint, self.start.name
+        pattern, held_out = self.model.pattern, self.evaluation.eval_datasets
+        saves, uploads = checkpoint.save_steps > 0, checkpoint.push_to_hub
+        reads_text = start in pattern.solvers and start != "magnitude"
+        turns_axes = reads_text and isinstance(pattern, NM)
+        refreshes_masks = not method.row.decays or start == "magnitude" or method.starts_at_zero(start, pattern)
+        # A fraction of local text is held out; a stream, of unknown length, gives a number of documents.
+        are_streamed, holds_out = list(map(_is_on_hub, self.data.datasets)), not held_out
+        rows: list[tuple[Iterable[str], bool, str]] = [
+            (["decay_end"], method.reads_decay_end, "a decay that ends before the run"),
+            (["lam"], method.reads_lam, "a decay that uses lam"),
+            (["ignore_decay_budget"], method.row.decays and DECAYS[method.decay].reduces, "a decay"),
+            (["lora_r"], self.adapter.adapter != "none", "adapter shira"),
+            (["mask_interval"], refreshes_masks, "init_from magnitude, or an n:m pattern whose decay is horizon"),
+            (
+                ["calibration_sequences", *names_of(EffortOptions)],
+                reads_text,
+                "a start that reads text, such as init_from sparsegpt",
+            ),
+            (names_of(Refinements), reads_text, "a start that reads text, such as init_from sparsegpt"),
+            (
+                names_of(BasisOptions),
+                turns_axes,
+                "an n:m pattern from a calibrated start: init_from sparsegpt or wanda",
+            ),
+            (["rotation_iterations"], turns_axes and self.start.rotates_values, "an n:m pattern and a rotation"),
+            (["teacher", "temperature", "teacher_top_k"], teacher.eta > 0, "eta above 0"),
+            (["min_lr_ratio"], self.optimizer.lr_scheduler_type != "constant", "a learning rate that falls"),
+            (["hub_model_id", "hub_private_repo"], uploads, "push_to_hub"),
+            (["dataset_split"], any(are_streamed), "a dataset of the hub"),
+            (["eval_fraction"], holds_out and not all(are_streamed), "local text, and no eval_dataset"),
+            (["eval_split"], any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"),
+            (["eval_config"], bool(held_out), "an eval_dataset"),
+            (["left_dense", "pattern"], method.row.is_sparse, "a method that makes weights sparse"),
+            (["save_total_limit", "async_save"], saves, "save_steps above 0"),
+        ]
+        return {name: (is_met, words) for names, is_met, words in rows for name in names}
 
     def without_effect(self, is_plain: bool = False) -> dict[str, str]:
         """The options that were changed from their default and have no effect in this run, each with the reason.
@@ -237,7 +286,7 @@ class TrainConfig:
             >>> TrainConfig.of("model", "text.jsonl", "run", eta=0.0, temperature=2.0).without_effect()
             {'temperature': 'temperature = 2.0 has an effect only with eta above 0'}
         """
-        defaults = {f.name: f for kind in sections_of(type(self)).values() for f in dataclasses.fields(kind)}
+        defaults = {f.name: f for kind in self.sections().values() for f in dataclasses.fields(kind)}
         found = {}
         for name, value in self.given.items():
             if is_required(defaults[name]) or value in (None, default_of(defaults[name])):
@@ -246,12 +295,6 @@ class TrainConfig:
             if needs is not None:
                 found[name] = f"{name} = {value} has an effect only with {needs}"
         return found
-
-
-def sections_of(kind: type[TrainConfig]) -> dict[str, type[Any]]:
-    """The sections of a config by their titles, in the order of the help."""
-    hints = hints_of(kind)
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.name != "given"}
 
 
 def names_of(section: type[Any]) -> list[str]:
@@ -267,19 +310,12 @@ def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, 
     """
     found: dict[str, Any] = {}
     for key, value in mapping.items():
-        is_section = isinstance(value, Mapping) and key in sections_of(TrainConfig)
+        is_section = isinstance(value, Mapping) and key in TrainConfig.sections()
         for name, item in value.items() if is_section else [(key, value)]:
-            if is_retired(name, item):
-                continue
             if name in found:
                 raise InputError(f"{label(name, source)} is given twice: once is enough")
             found[name] = item
     return found
-
-
-def is_retired(name: str, value: Any) -> bool:
-    """Whether castlm no longer has this option, and the older run had it turned off."""
-    return name in RETIRED and value == RETIRED[name]
 
 
 def read_layers(paths: Iterable[str]) -> list[Layer]:
@@ -291,95 +327,11 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, (Pattern, Path)) else value
 
 
-# --------------------------------------------------------------------------------------- options without an effect
-
-
-class Effect(NamedTuple):
-    """The condition under which an option has an effect."""
-
-    when: Callable[[TrainConfig], bool]
-    needs: str
-    """The same in words, as the end of "... has an effect only with"."""
-
-
-def _reads_text(config: TrainConfig) -> bool:
-    return config.start.name in config.model.pattern.solvers and config.start.name != "magnitude"
-
-
-def _turns_axes(config: TrainConfig) -> bool:
-    return _reads_text(config) and isinstance(config.model.pattern, NM)
-
-
-def _refreshes_masks(config: TrainConfig) -> bool:
-    start = config.start.name
-    return start == "magnitude" or config.method.starts_at_zero(start, config.model.pattern)
-
-
 def _is_on_hub(dataset: str) -> bool:
     from castlm.data.documents import find_files  # imports numpy, which would slow `--help`
 
     return find_files(dataset) is None
 
-
-def _any_on_hub(datasets: Iterable[str]) -> bool:
-    return any(map(_is_on_hub, datasets))
-
-
-def _splits_local_text(config: TrainConfig) -> bool:
-    """Whether a fraction of a local text is held out. A stream, of unknown length, gives a number of documents."""
-    return config.evaluation.eval_dataset is None and not all(map(_is_on_hub, config.data.datasets))
-
-
-EFFECTS: dict[str, Effect] = {
-    "decay_end": Effect(lambda c: c.method.reads_decay_end, "a decay that ends before the run"),
-    "lam": Effect(lambda c: c.method.reads_lam, "a decay that uses lam"),
-    "ignore_decay_budget": Effect(lambda c: c.method.row.decays and DECAYS[c.method.decay].reduces, "a decay"),
-    "lora_r": Effect(lambda c: c.adapter.adapter != "none", "adapter shira"),
-    "mask_interval": Effect(
-        lambda c: not c.method.row.decays or _refreshes_masks(c),
-        "init_from magnitude, or an n:m pattern whose decay is horizon",
-    ),
-    **dict.fromkeys(
-        ("calibration_sequences", *names_of(EffortOptions)),
-        Effect(_reads_text, "a start that reads text, such as init_from sparsegpt"),
-    ),
-    **dict.fromkeys(
-        names_of(Refinements),
-        Effect(_reads_text, "init_from sparsegpt"),
-    ),
-    "refit_iterations": Effect(
-        _reads_text,
-        "init_from sparsegpt, or a structured pattern with a score that reads text",
-    ),
-    **dict.fromkeys(
-        names_of(BasisOptions),
-        Effect(_turns_axes, "an n:m pattern from a calibrated start: init_from sparsegpt or wanda"),
-    ),
-    "rotation_iterations": Effect(
-        lambda c: _turns_axes(c) and c.start.rotates_values,
-        "a rotation: rotate other than off, and an n:m pattern with init_from sparsegpt or wanda",
-    ),
-    "teacher": Effect(lambda c: c.teacher.eta > 0, "eta above 0"),
-    "temperature": Effect(lambda c: c.teacher.eta > 0, "eta above 0"),
-    "teacher_top_k": Effect(lambda c: c.teacher.eta > 0, "eta above 0"),
-    "min_lr_ratio": Effect(lambda c: c.optimizer.lr_scheduler_type != "constant", "a learning rate that falls"),
-    "hub_model_id": Effect(lambda c: c.checkpoint.push_to_hub, "push_to_hub"),
-    "hub_private_repo": Effect(lambda c: c.checkpoint.push_to_hub, "push_to_hub"),
-    "dataset_split": Effect(lambda c: _any_on_hub(c.data.datasets), "a dataset of the hub"),
-    "eval_fraction": Effect(
-        _splits_local_text, "a held-out part of local text: no eval_dataset, and no stream of the hub"
-    ),
-    "eval_split": Effect(lambda c: _any_on_hub(c.evaluation.eval_datasets), "an eval_dataset of the hub"),
-    "eval_config": Effect(lambda c: c.evaluation.eval_dataset is not None, "an eval_dataset"),
-    "left_dense": Effect(lambda c: c.method.row.is_sparse, "a method that makes weights sparse"),
-    "pattern": Effect(lambda c: c.method.row.is_sparse, "a method that makes weights sparse"),
-    "save_total_limit": Effect(lambda c: c.checkpoint.save_steps > 0, "save_steps above 0"),
-    "async_save": Effect(lambda c: c.checkpoint.save_steps > 0, "save_steps above 0"),
-}
-"""The options whose effect depends on others; for the options of a method, see `METHODS`."""
-
-RETIRED: dict[str, Any] = {"target_asymmetry": 0.0, "stream_correction": 0.0}
-"""Former options, which files of older runs may still name, with the value that turned them off."""
 
 # Options that do not change the result of a run.
 WITHOUT_EFFECT = frozenset(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -125,8 +125,8 @@ class Run:
     def total_steps(self) -> int:
         return self.config.optimizer.max_steps
 
-    def begin(self, *, announce: bool = True) -> None:
-        """Claims the output folder for this run and opens its logs. Nothing is written before.
+    def begin(self, *, announce: bool = True) -> Self:
+        """Claims the output folder for this run and opens its logs; returns itself. Nothing is written before.
 
         Args:
             announce: print the model, the method, the layers and the options without effect.
@@ -172,6 +172,7 @@ class Run:
             say(f"resuming {self.resumed_from}")
         elif options.resume:
             say(f"{self.folder.path} holds no checkpoint yet: starting at step 0")
+        return self
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -269,13 +269,6 @@ def set_up(config: TrainConfig, world: World) -> Run:
     return run
 
 
-def begin_run(config: TrainConfig, world: World, *, announce: bool = True) -> Run:
-    """A run with its output folder and logs, before its first step, for callers that take the steps themselves."""
-    run = set_up(config, world)
-    run.begin(announce=announce)
-    return run
-
-
 def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
     """`config` with the values that depend on files: `left_dense`, `max_steps` of the epochs, `lam`."""
     if config.is_finetuning:
@@ -322,7 +315,7 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
             resume=False,
             overwrite=False,
         )
-        run = begin_run(scratch_config, world, announce=False)
+        run = set_up(scratch_config, world).begin(announce=False)
         found = measure(run, steps)
         del run
         collect_garbage(world.device.type)
