@@ -35,7 +35,7 @@ CONCEPTS = {
 """Patterns of the identifiers of each concept. `uint8` is the type of bytes and bits, and no numeric format."""
 
 ROOMS = {
-    IMAGES: r"data/images/|data/image",
+    IMAGES: r"data/image",
     STRUCTURED: r"structured/|core/(structured|combined|unit_masks)",
     EXPERTS: r"(core|inference)/experts|oneshot/routed",
     FORMATS: r"inference/(formats|rounding)\.",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from castlm.core.errors import InputError
-from castlm.data.chat.template import Chat
+from castlm.data.chat import Chat
 from castlm.data.columns import Document, Kind
 from castlm.data.documents import open_documents, split_documents
 from castlm.data.options import TextOptions

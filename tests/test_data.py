@@ -5,7 +5,6 @@ import hashlib
 import json
 import random
 import re
-import threading
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -21,18 +20,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from castlm.core.errors import InputError
-from castlm.data import columns, json_lines, readers
+from castlm.data import columns, readers
 from castlm.data import documents as documents_module
-from castlm.data import hub as hub_module
 from castlm.data import packing as data_module
 from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Columns, Document, Kind
-from castlm.data.documents import Documents, open_documents, split_documents
-from castlm.data.hub import HubDocuments
-from castlm.data.json_lines import Share
-from castlm.data.loader import BatchLoader
+from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents
 from castlm.data.options import TextOptions
-from castlm.data.packing import PackedSequences
+from castlm.data.packing import BatchLoader, PackedSequences
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, end_of_text_id, token_ids
 from castlm.files.reading import read_text
@@ -91,7 +86,7 @@ def chat(folder):
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
     monkeypatch.setattr(data_module, "_BATCH_PIECES", 3)
-    monkeypatch.setattr(hub_module, "HUB_BUFFER", 7)
+    monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
 
 
 @pytest.fixture(params=[local, hub])
@@ -115,8 +110,8 @@ LARGER = TextOptions(document_limit=4)
 
 
 def test_a_line_that_expands_to_more_than_a_text_can_be_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1 << 20)
-    monkeypatch.setattr(json_lines, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 16)
     for name in ("a.jsonl", "a.jsonl.gz"):
         path = write_texts(tmp_path / name, ["short", "a" * (3 << 20)])
         with pytest.raises(InputError, match=rf"{name}, line 2 is longer than 1,048,576 bytes: .*document_limit"):
@@ -134,11 +129,11 @@ def test_a_text_that_cannot_be_tokenized_at_once_is_refused(name, tmp_path, monk
 
 
 def test_gzip_is_entered_at_the_same_places_however_much_it_expands_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lines, "SEGMENT_BYTES", 1 << 14)
-    monkeypatch.setattr(json_lines, "READ_BYTES", 1 << 8)
+    monkeypatch.setattr(readers, "SEGMENT_BYTES", 1 << 14)
+    monkeypatch.setattr(readers, "READ_BYTES", 1 << 8)
     path = write_texts(tmp_path / "a.jsonl.gz", [f"{i} " + "a" * 500 for i in range(400)])
     whole = open_documents(path)
-    monkeypatch.setattr(json_lines, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
     parts = open_documents(path)
     assert texts_of(parts, seed=3) == texts_of(whole, seed=3)
     assert len({*whole._unit.tolist()}) > 2
@@ -269,8 +264,8 @@ def test_position_of_another_seed_seq_len_or_repeat_is_refused():
 
 
 def test_all_types_hold_the_same_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lines, "SEGMENT_BYTES", 700)
-    monkeypatch.setattr(json_lines, "READ_BYTES", 50)
+    monkeypatch.setattr(readers, "SEGMENT_BYTES", 700)
+    monkeypatch.setattr(readers, "READ_BYTES", 50)
     texts = make_texts(200)
     write_texts(tmp_path / "a.jsonl", texts)
     write_texts(tmp_path / "a.jsonl.gz", texts)
@@ -285,16 +280,16 @@ def test_all_types_hold_the_same_documents(tmp_path, monkeypatch):
 
 
 def test_little_is_held_when_units_do_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lines, "SEGMENT_BYTES", 700)
-    monkeypatch.setattr(json_lines, "READ_BYTES", 50)
+    monkeypatch.setattr(readers, "SEGMENT_BYTES", 700)
+    monkeypatch.setattr(readers, "READ_BYTES", 50)
     monkeypatch.setattr(documents_module, "SHUFFLE_BYTES", 5000)
     texts = make_texts(400)
     write_texts(tmp_path / "a.jsonl.gz", texts[:200])
     write_texts(tmp_path / "b.parquet", texts[200:300], 9)
     write_texts(tmp_path / "c.jsonl", texts[300:])
     documents = open_documents(tmp_path)
-    loads, read = [], json_lines.GzipJsonLines._read
-    monkeypatch.setattr(json_lines.GzipJsonLines, "_read", lambda self, unit: loads.append(unit) or read(self, unit))
+    loads, read = [], readers.GzipJsonLines._segment
+    monkeypatch.setattr(readers.GzipJsonLines, "_segment", lambda self, unit: loads.append(unit) or read(self, unit))
     order = texts_of(documents, 1)
     assert sorted(order) == sorted(texts)
     assert documents._pool._bytes <= 5000
@@ -338,58 +333,6 @@ def test_long_text_is_cut_at_lines_else_at_words(tmp_path, monkeypatch):
             assert len(pieces) >= 5
             assert all(one[-1] == before and two[0] == after for one, two in pairwise(pieces))
     assert len(open_documents(path)) == 1
-
-
-def on_two_ranks(action):
-    """The results of `action` on each of two ranks, or the errors that it raises."""
-    met, values, found = threading.Barrier(2), [None, None], [None, None]
-
-    def run(rank):
-        def gather(value):
-            values[rank] = value
-            met.wait(10)
-            both = list(values)
-            met.wait(10)
-            return both
-
-        try:
-            found[rank] = action(Share(rank, 2, gather))
-        except InputError as error:
-            found[rank] = str(error)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_each_rank_parses_its_part_of_the_lines_and_all_find_the_same(tmp_path, monkeypatch, name):
-    path = write_texts(tmp_path / name, [None, "", *make_texts(50), " ", *make_texts(50, seed=1), ""])
-    parsed, parse = [], json_lines.parse_json
-    monkeypatch.setattr(json_lines, "parse_json", lambda *given: parsed.append(given) or parse(*given))
-    alone = open_documents(path)
-    assert (len(alone), len(parsed)) == (100, 104)
-    parsed.clear()
-    found = on_two_ranks(lambda share: open_documents(path, share=share))
-    assert len(parsed) == 104 + 2  # until the columns are known, both read
-    for documents in found:
-        assert texts_of(documents, 3) == texts_of(alone, 3)
-
-
-def test_all_ranks_name_the_first_bad_line_and_files_that_differ(tmp_path):
-    lines = [b'{"text": "a"}\n'] * 20
-    lines[6], lines[11] = b"{\n", b'{"text": 1}\n'
-    bad(tmp_path, "bad.jsonl", b"".join(lines))
-    found = on_two_ranks(lambda share: open_documents(tmp_path / "bad.jsonl", share=share))
-    assert found[0] == found[1]
-    assert "line 7 is not readable JSON" in found[0]
-    for rank, count in enumerate((3, 5)):
-        write_texts(tmp_path / f"{rank}.jsonl", ["a"] * count)
-    found = on_two_ranks(lambda share: open_documents(tmp_path / f"{share.rank}.jsonl", share=share))
-    assert all("has other lines on rank 1 than on rank 0" in error for error in found)
 
 
 def test_gzip_of_several_members_and_padding(tmp_path):
@@ -612,7 +555,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     info = SimpleNamespace(sha="abc")
     monkeypatch.setattr(datasets, "load_dataset", from_files)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
-    monkeypatch.setattr(hub_module, "HUB_BUFFER", 7)
+    monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
     monkeypatch.setattr(documents_module, "HUB_HELD_OUT", 4)
     documents = open_documents("some/name@v1", data_config="small")
     texts = [text for i in range(3) for text in make_texts(9, seed=i)]

@@ -28,7 +28,7 @@ from castlm.core.nm import unpack_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.shards import local, whole
 from castlm.core.sparsify import sparse_linears, sparse_param_groups
-from castlm.data.loader import BatchLoader
+from castlm.data.packing import BatchLoader
 from castlm.distributed import export
 from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import load_rows_, materialize_, open_sharded

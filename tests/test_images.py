@@ -28,17 +28,14 @@ from castlm.core.blocks import is_tower
 from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
+from castlm.data import images as image_reader
 from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Document, Kind, find_columns, types_of
-from castlm.data.documents import open_documents
+from castlm.data.documents import Mixture, open_documents
 from castlm.data.extra import Extra, join_extra
-from castlm.data.images import reader as image_reader
-from castlm.data.images.columns import BYTES
-from castlm.data.images.reader import open_processor, read_image
-from castlm.data.loader import BatchLoader
-from castlm.data.mixture import Mixture
+from castlm.data.images import BYTES, open_processor, read_image
 from castlm.data.options import TextOptions
-from castlm.data.packing import UnpackedSequences, open_sequences
+from castlm.data.packing import BatchLoader, UnpackedSequences, open_sequences
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, Tokens
 from castlm.evaluation.perplexity import perplexity

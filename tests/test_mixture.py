@@ -9,11 +9,8 @@ from datasets import Dataset
 from castlm.core.errors import InputError
 from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Columns
-from castlm.data.documents import Documents
-from castlm.data.hub import HubDocuments
-from castlm.data.loader import BatchLoader
-from castlm.data.mixture import Mixture
-from castlm.data.packing import MixedSequences, PackedSequences
+from castlm.data.documents import Documents, HubDocuments, Mixture
+from castlm.data.packing import BatchLoader, MixedSequences, PackedSequences
 from castlm.data.tokens import Encoder, Tokens
 from castlm.distributed.world import init_world
 from castlm.training import text as text_module

@@ -13,8 +13,7 @@ from castlm.data import sample_file
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.data.sample_file import open_samples, sample
-from castlm.data.sampling import Sampler, prompt_of, read_prompts
+from castlm.data.sampling import Sampler, open_samples, prompt_of, read_prompts, sample
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
 from tests.ranks import start_command
 from tests.refusals import assert_refused

@@ -46,7 +46,7 @@ class GenerateCommand:
     """Run the Python code that comes with a hub model."""
 
     def run(self) -> int:
-        from castlm.data.images.reader import encode_image_prompt, open_processor
+        from castlm.data.images import encode_image_prompt, open_processor
         from castlm.inference.generate import encode_prompt, generate_text, load_to_generate
         from castlm.progress import note
 

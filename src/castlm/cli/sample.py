@@ -90,8 +90,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
     """
 
     def run(self) -> int:
-        from castlm.data.sample_file import open_samples
-        from castlm.data.sampling import read_prompts
+        from castlm.data.sampling import open_samples, read_prompts
 
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
@@ -163,9 +162,8 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
     def _sample(self, file: Any, prompts: list[str] | None) -> None:
         import torch
 
-        from castlm.data.chat.template import with_template
-        from castlm.data.sample_file import sample
-        from castlm.data.sampling import Sampler
+        from castlm.data.chat import with_template
+        from castlm.data.sampling import Sampler, sample
         from castlm.hardware import choose_device
         from castlm.models.io import load_model
         from castlm.progress import note, shown_progress

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
-from castlm.data.documents import Documents
+from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, turns_by_share
 from castlm.data.extra import join_extra
-from castlm.data.hub import HubDocuments
-from castlm.data.mixture import AnyDocuments, Mixture, turns_by_share
 from castlm.data.tokens import Encoder, Tokens, up_to
 from castlm.oneshot.calibration import draw_calibration
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from castlm.core.errors import InputError
-from castlm.data.chat.rows import conversation, messages_of
-from castlm.data.images.columns import IMAGE_COLUMNS, IMAGE_PART, collect_images
+from castlm.data.chat import conversation, messages_of
+from castlm.data.images import IMAGE_COLUMNS, IMAGE_PART, collect_images
 from castlm.data.options import TextOptions
 
 _FORMS = ("messages", "prompt", "text")

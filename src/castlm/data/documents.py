@@ -1,7 +1,7 @@
-"""Opens a dataset, local or on the Hugging Face Hub, as documents in a reproducible random order.
+"""Opens a dataset, local or on the Hugging Face Hub, as documents in a reproducible random order, and mixes several.
 
 Local files are read in place (`readers`); `datasets.load_dataset` would first copy them, decompressed, to the disk. A
-hub dataset is streamed.
+hub dataset is streamed: only what is read is downloaded.
 """
 
 from __future__ import annotations
@@ -9,23 +9,27 @@ from __future__ import annotations
 import copy
 import glob
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Document, Kind
-from castlm.data.hub import HubDocuments, open_hub
-from castlm.data.json_lines import ALONE, GzipJsonLines, Share, open_json_lines
+from castlm.data.columns import Columns, Document, Kind, find_columns, is_undecided, types_of
 from castlm.data.options import DEFAULTS, TextOptions
-from castlm.data.parquet import ParquetRows
 from castlm.data.readers import (
+    GzipJsonLines,
+    ParquetRows,
     Piece,
     Pool,
     Position,
     Source,
+    open_json_lines,
     open_text,
     texts_in_memory,
 )
@@ -34,6 +38,8 @@ from castlm.files.reading import check_regular, user_path
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
 HUB_HELD_OUT = 200  # documents of a stream
+HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
+_SMALL_BUFFER = 64  # for documents with images
 
 
 class Documents:
@@ -134,13 +140,119 @@ class Documents:
         return hashlib.sha256(digest.encode() + self._selection).hexdigest() if self._selection else digest
 
 
+class HubDocuments:
+    """A streamed dataset of the Hugging Face Hub. `HUB_BUFFER` documents at a time are held and shuffled, fewer with
+    images.
+
+    Args:
+        open_stream: returns a new `datasets.IterableDataset` of the same rows at each call; copies of one would share
+            its position.
+        columns: what a row holds.
+        identity: name, revision, config, split and column, which `text_hash` hashes.
+        kind: the kind of the documents, if rows bring more than `columns` tells.
+    """
+
+    def __init__(
+        self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str, kind: Kind | None = None
+    ) -> None:
+        self.name, self.kind = name, columns.kind_of({}) if kind is None else kind
+        self._buffer = _SMALL_BUFFER if self.kind is Kind.WITH_EXTRA else HUB_BUFFER
+        self._open_stream, self._columns, self._identity = open_stream, columns, identity
+
+    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
+        """See `Documents.pieces`. A position holds the state of the stream, not the text of the held documents."""
+        stream = self._open_stream()
+        state, buffer, start = stream.state_dict(), 0, 0
+        if position is not None:
+            state, buffer, start = position["stream"], position["buffer"], position["index"]
+            stream.load_state_dict(state)
+        rows = iter(stream)
+        while documents := [self._columns.document(row, self.name) for row in islice(rows, self._buffer)]:
+            order = np.arange(len(documents))
+            if seed is not None:
+                order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(documents)), kind="stable")
+            for index, row in enumerate(order[start:].tolist(), start):
+                text, *more = documents[row]
+                if text and not text.isspace():
+                    yield Piece(text, True, True, {"stream": state, "buffer": buffer, "index": index}, *more)
+            state, buffer, start = stream.state_dict(), buffer + 1, 0
+
+    def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
+        """Splits off the first `num_held_out` documents; returns the others, then those."""
+
+        def part(cut: str) -> HubDocuments:
+            return HubDocuments(
+                lambda: getattr(self._open_stream(), cut)(num_held_out),
+                self._columns,
+                self.name,
+                f"{self._identity} {cut} {num_held_out}",
+                self.kind,
+            )
+
+        return part("skip"), part("take")
+
+    def text_hash(self) -> str:
+        """The hash of name, revision, config, split and column; see `Documents.text_hash`."""
+        return hashlib.sha256(self._identity.encode()).hexdigest()
+
+
+class Mixture:
+    """Several texts and their shares.
+
+    Args:
+        parts: the texts.
+        weights: the share of each, above 0; they need not add up to 1.
+
+    Raises:
+        InputError: plain text beside conversations with images.
+    """
+
+    def __init__(self, parts: Sequence[Documents | HubDocuments], weights: Sequence[float]) -> None:
+        for part in parts:
+            if part.kind is Kind.TEXT and any(other.kind is Kind.WITH_EXTRA for other in parts):
+                raise InputError(f"{part.name}: plain text beside conversations with images: give it as conversations")
+        self.parts, self.weights = list(parts), [weight / sum(weights) for weight in weights]
+        shares = (f"{part.name} ({weight:.0%})" for part, weight in zip(parts, self.weights))
+        self.name = " + ".join(shares)
+        self.kind = max(part.kind for part in parts)
+
+    def text_hash(self) -> str:
+        """A SHA-256 of the texts and their shares, in hexadecimal."""
+        content = [[part.text_hash(), weight] for part, weight in zip(self.parts, self.weights)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def furthest_behind(used: Sequence[float], weights: Sequence[float]) -> int:
+    """The number of the text that is furthest behind its share.
+
+    Adding one half makes the counts equal rounded shares, so a text of small weight does not come first.
+    """
+    return min(range(len(used)), key=lambda number: (used[number] + 0.5) / weights[number])
+
+
+def turns_by_share(weights: Sequence[float], total: int) -> list[int]:
+    """The number of the text that each of the first `total` sequences of a mixture comes from.
+
+    Examples:
+        >>> turns_by_share([0.7, 0.28, 0.02], 10)
+        [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
+    """
+    counts, turns = [0] * len(weights), []
+    for _ in range(total):
+        turns.append(furthest_behind(counts, weights))
+        counts[turns[-1]] += 1
+    return turns
+
+
+AnyDocuments = Documents | HubDocuments | Mixture
+
+
 def open_documents(
     dataset: str | Path,
     options: TextOptions = DEFAULTS,
     *,
     split: str = "train",
     data_config: str | None = None,
-    share: Share = ALONE,
 ) -> Documents | HubDocuments:
     """Opens a file, a folder, a glob, or a dataset of the Hugging Face Hub.
 
@@ -152,7 +264,6 @@ def open_documents(
 
     Args:
         split, data_config: of a hub dataset.
-        share: where several ranks open the same dataset, each checks a part of the lines.
 
     Raises:
         InputError: the dataset does not exist, its type is not supported, it has no such column or several that could
@@ -164,13 +275,8 @@ def open_documents(
         return open_hub(str(dataset), options, split, data_config)
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
-    counts = share.gather(len(files))
-    if len(set(counts)) > 1:
-        raise InputError(
-            f"{dataset} has {counts[0]} files on rank 0 and others elsewhere: give all ranks the same files"
-        )
     pool = Pool(SHUFFLE_BYTES)
-    sources = [_open_file(file, options, pool, share) for file in files]
+    sources = [_open_file(file, options, pool) for file in files]
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT]
     if 0 < len(plain) < len(files):
         other = next(file for file in files if file not in plain)
@@ -181,14 +287,14 @@ def open_documents(
     return documents
 
 
-def _open_file(path: Path, options: TextOptions, pool: Pool, share: Share) -> Source:
+def _open_file(path: Path, options: TextOptions, pool: Pool) -> Source:
     match _suffix(path):
         case ".txt":
             return open_text(path)
         case ".jsonl":
-            return open_json_lines(path, options, share)
+            return open_json_lines(path, options)
         case ".jsonl.gz":
-            return GzipJsonLines(path, options, pool, share)
+            return GzipJsonLines(path, options, pool)
         case _:
             return ParquetRows(path, options, pool)
 
@@ -271,3 +377,36 @@ def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents
 def joined_digest(digests: Sequence[str]) -> str:
     """The digest of a single text, or the SHA-256 of several digests in order."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _undecoded(load: Callable[[], Any]) -> Any:
+    """A stream that leaves images as bytes, as in a file."""
+    stream = load()
+    return stream if stream.features is None else stream.decode(False)
+
+
+def open_hub(name: str, options: TextOptions, split: str, data_config: str | None) -> HubDocuments:
+    """The split of `name`, owner/name or owner/name@revision. See `open_documents`."""
+    import datasets  # slow to import
+    from huggingface_hub import HfApi
+
+    repository, _, revision = name.partition("@")
+    try:
+        revision = HfApi().dataset_info(repository, revision=revision or None).sha
+        load = partial(datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True)
+        open_stream = partial(_undecoded, load)
+        stream = open_stream()
+        row = None
+        for row in islice(stream, HUB_BUFFER):
+            if not is_undecided(types_of(row), options.column):
+                break
+    except Exception as error:  # datasets raises exceptions of many types
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
+    if row is None:
+        raise InputError(f"{name}: split {split!r} is empty; name another split")
+    columns = find_columns(types_of(row), options, name)
+    document = columns.document(row, f"{name}, its first row with a text")
+    kind = max(document.kind, columns.kind_of(dict.fromkeys(stream.features or row, "a feature")))
+    identity = f"{repository}@{revision} {data_config} {split} {columns.name}"
+    return HubDocuments(open_stream, columns, name, identity, kind)

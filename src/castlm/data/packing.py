@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -22,10 +23,8 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
-from castlm.data.documents import Documents
+from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
 from castlm.data.extra import join_extra
-from castlm.data.hub import HubDocuments
-from castlm.data.mixture import AnyDocuments, Mixture, furthest_behind
 from castlm.data.readers import Piece
 from castlm.data.tokens import Encoder, Tokens
 
@@ -388,6 +387,61 @@ def open_sequences(
     if isinstance(documents, Mixture):
         return MixedSequences([kind(part, encoder, **options) for part in documents.parts], documents.weights)
     return kind(documents, encoder, **options)
+
+
+class BatchLoader:
+    """One rank's rows of each global micro-batch of the sequences that `open_sequences` gives.
+
+    With R ranks of b rows, global batch g holds the sequences `[g*R*b, (g+1)*R*b)`, and rank r its rows `[r*b,
+    (r+1)*b)`: dicts of `input_ids` and `labels`, int64, shape (rows_per_rank, seq_len), with `position_ids` for packed
+    documents or with other tensors for the model's forward. Every rank tokenizes all text, but prepares only the images
+    of its own rows. `state_dict` is the position after the last batch that was returned, whatever has been prepared
+    ahead. It is the same on every rank and may be loaded with another `rows_per_rank`, `rank` and `world_size`.
+
+    Args:
+        prefetch: prepare the next batch in a thread meanwhile (fast tokenizers release the interpreter lock).
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        rows_per_rank: int,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: bool = False,
+    ) -> None:
+        self.sequences, self.rows_per_rank, self.rank, self.world_size = sequences, rows_per_rank, rank, world_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
+        self._ahead: Future[tuple[dict[str, Any], dict[str, Any]]] | None = None
+        self._position = sequences.state_dict()
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        item = self._ahead.result() if self._ahead is not None else self._next()
+        if self._thread is not None:
+            self._ahead = self._thread.submit(self._next)
+        batch, self._position = item
+        return batch
+
+    def _next(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        taken: Any = self.sequences.take(self.world_size * self.rows_per_rank)
+        first = self.rank * self.rows_per_rank
+        return self.sequences.batch(taken[first : first + self.rows_per_rank]), self.sequences.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `PackedSequences.state_dict`."""
+        return copy.deepcopy(self._position)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `PackedSequences.load_state_dict`."""
+        if self._ahead is not None:
+            self._ahead.exception()  # waits
+            self._ahead = None
+        self.sequences.load_state_dict(state)
+        self._position = copy.deepcopy(state)
 
 
 def _shifted(sequences: Sequence[Tokens]) -> dict[str, Tensor]:

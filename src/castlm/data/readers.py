@@ -1,7 +1,8 @@
 """Reads the documents of one file in place, any of them by its number, without a copy on disk and in little memory.
 
-Plain text is memory-mapped here, as JSON lines are (`castlm.data.json_lines`). A gzip file is read from seek points, a
-parquet file (`castlm.data.parquet`) by row groups. All files share a `Pool` of bounded size for decompressed parts.
+Plain text and JSON lines are memory-mapped. A gzip file is read from seek points and a parquet file by row groups,
+which share a `Pool` of bounded size. Opening a file reads its lines or conversations once, so that a bad one is found
+before a run.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ import hashlib
 import mmap
 import re
 import threading
+import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Document, Kind
-from castlm.files.reading import open_regular, sha256_file
+from castlm.data.columns import Columns, Document, Kind, find_columns, is_undecided, types_of
+from castlm.data.options import TextOptions
+from castlm.files.reading import check_regular, open_regular, parse_json, sha256_file
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size
 READ_BYTES = 1 << 20
+SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
+CHUNK_BYTES = 16 << 20  # decompressed at a time, as a file may be 1,000 times smaller than its text
+MAX_LINE_BYTES = 64 << 20  # of a line, with the images in it, times `document_limit`
+MAX_ROWS = 1 << 30  # of a parquet file
 
 _INK = re.compile(rb"\S")
 # Tokenizers split at these places themselves, so the tokens are those of the whole text, as `castlm.data.tokens` shows
@@ -56,22 +64,29 @@ class Piece(NamedTuple):
     """The extra inputs of a conversation, such as images; see `Document`."""
 
 
-class Source(Protocol):
+class Source:
     """The pieces of one file, numbered from 0. A document is one piece or a few consecutive ones.
 
-    `last` (bool, num_pieces): whether the piece ends its document. `unit` (int64, num_pieces): its unit of
-    decompression. `unit_bytes` (int64, num_units): memory of the decompressed unit, 0 if the file is not compressed.
-    `kind`: the largest kind among the documents. Blank documents are dropped.
+    Attributes:
+        last: bool, (num_pieces,): whether the piece ends its document. Blank documents are dropped.
+        unit: int64, (num_pieces,): the unit of decompression of each piece.
+        unit_bytes: int64, (num_units,): memory of the decompressed unit, 0 if the file is not compressed.
+        kind: the largest kind among the documents.
     """
 
+    path: Path
+    kind: Kind
     last: np.ndarray
     unit: np.ndarray
     unit_bytes: np.ndarray
-    kind: Kind
 
-    def read(self, piece: int) -> Document: ...
+    def read(self, piece: int) -> Document:
+        """The document, or the part of one, that a piece holds."""
+        raise NotImplementedError
 
-    def sha256(self) -> str: ...
+    def sha256(self) -> str:
+        """The hash of the file, in hexadecimal."""
+        return sha256_file(self.path)
 
 
 class Pool:
@@ -79,25 +94,35 @@ class Pool:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._held: OrderedDict[tuple[int, int], tuple[Any, int]] = OrderedDict()
+        self._held: OrderedDict[tuple[Path, int], tuple[Any, int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()  # evaluation may read while the loader reads ahead
 
-    def get(self, key: tuple[int, int], num_bytes: int, load: Callable[[], Any]) -> Any:
+    def get(self, source: Source, unit: int, load: Callable[[int], Any]) -> Any:
+        """A unit of a source; `load` reads it if it is not held."""
+        key, num_bytes = (source.path, unit), int(source.unit_bytes[unit])
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key][0]
             while self._held and self._bytes + num_bytes > self.limit:
                 self._bytes -= self._held.popitem(last=False)[1][1]
-            value = load()
+            value = load(unit)
             self._held[key] = (value, num_bytes)
             self._bytes += num_bytes
             return value
 
 
-class Spans:
-    """Pieces that are byte ranges of a buffer (a mapped file, or bytes in memory); `decode` reads one."""
+# ------------------------------------------------------------------------------------------------------- plain text
+
+
+class Spans(Source):
+    """Pieces that are byte ranges of a buffer: a mapped file, or bytes in memory.
+
+    Args:
+        start, stop: int64, (num_pieces,): the bytes of each piece.
+        decode: reads the bytes of a piece.
+    """
 
     def __init__(
         self,
@@ -105,11 +130,10 @@ class Spans:
         start: Sequence[int] | np.ndarray,
         stop: Sequence[int] | np.ndarray,
         last: Sequence[bool] | np.ndarray,
-        decode: Callable[[bytes], Document],
-        path: Path | None = None,
+        decode: Callable[[bytes], Document] = lambda span: Document(span.decode()),
+        kind: Kind = Kind.TEXT,
     ) -> None:
-        self._buffer, self._decode, self._path = buffer, decode, path
-        self.kind = Kind.TEXT
+        self._buffer, self._decode, self.kind = buffer, decode, kind
         self._start, self._stop = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
         self.last = np.asarray(last, dtype=bool)
         self.unit = np.cumsum(self.last) - self.last  # every document is a unit of its own
@@ -119,10 +143,10 @@ class Spans:
         return self._decode(self._buffer[self._start[piece] : self._stop[piece]])
 
     def sha256(self) -> str:
-        if self._path is not None:
-            return sha256_file(self._path)
+        if isinstance(self._buffer, mmap.mmap):
+            return hashlib.sha256(self._buffer).hexdigest()
         ends = self._stop[self.last].tobytes()
-        return hashlib.sha256(ends + bytes(self._buffer)).hexdigest()
+        return hashlib.sha256(ends + self._buffer).hexdigest()
 
 
 def open_text(path: Path) -> Spans:
@@ -132,7 +156,12 @@ def open_text(path: Path) -> Spans:
     """
     buffer = map_file(path)
     _check_utf8(buffer, path)
-    return _cut_text(buffer, path)
+    begin = len(codecs.BOM_UTF8) if buffer[:3] == codecs.BOM_UTF8 else 0
+    cuts = [match.span() for match in re.finditer(re.escape(SEPARATOR.encode()), buffer)]
+    if not cuts:
+        return _pieces(buffer, [(begin, len(buffer))])
+    starts, stops = [begin, *(stop for _, stop in cuts)], [*(start for start, _ in cuts), len(buffer)]
+    return _pieces(buffer, (_trim(buffer, *span) for span in zip(starts, stops)))
 
 
 def texts_in_memory(texts: Iterable[str]) -> Spans:
@@ -143,15 +172,6 @@ def texts_in_memory(texts: Iterable[str]) -> Spans:
     return _pieces(b"".join(encoded), zip(starts.tolist(), stops.tolist()))
 
 
-def _cut_text(buffer: bytes | mmap.mmap, path: Path) -> Spans:
-    begin = len(codecs.BOM_UTF8) if buffer[:3] == codecs.BOM_UTF8 else 0
-    cuts = [match.span() for match in re.finditer(re.escape(SEPARATOR.encode()), buffer)]
-    if not cuts:
-        return _pieces(buffer, [(begin, len(buffer))], path)
-    starts, stops = [begin, *(stop for _, stop in cuts)], [*(start for start, _ in cuts), len(buffer)]
-    return _pieces(buffer, (_trim(buffer, *span) for span in zip(starts, stops)), path)
-
-
 def _trim(buffer: bytes | mmap.mmap, start: int, stop: int) -> tuple[int, int]:
     while start < stop and buffer[start] in b"\r\n":
         start += 1
@@ -160,7 +180,7 @@ def _trim(buffer: bytes | mmap.mmap, start: int, stop: int) -> tuple[int, int]:
     return start, stop
 
 
-def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], path: Path | None = None) -> Spans:
+def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]]) -> Spans:
     """Drops blank documents and splits long ones at line starts, else between words, else not at all."""
     starts, stops, last = array("q"), array("q"), []
     for start, stop in documents:
@@ -179,7 +199,7 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]], pat
         starts.append(start)
         stops.append(stop)
         last.append(True)
-    return Spans(buffer, starts, stops, last, lambda span: Document(span.decode()), path)
+    return Spans(buffer, starts, stops, last)
 
 
 def map_file(path: Path) -> bytes | mmap.mmap:
@@ -200,3 +220,225 @@ def _check_utf8(buffer: bytes | mmap.mmap, path: Path) -> None:
             raise InputError(
                 f"{path}: not UTF-8 near byte {at + error.start} ({error.reason}): convert the file to UTF-8"
             ) from error
+
+
+# ------------------------------------------------------------------------------------------------------- JSON lines
+
+
+class JsonRows:
+    """The documents in the lines of a file; the first row with a document determines the columns."""
+
+    def __init__(self, path: Path, options: TextOptions) -> None:
+        self._path, self._options = path, options
+        self._columns: Columns | None = None
+        self.kind = Kind.TEXT
+        """Kind of the lines read so far; after `index`, of the whole file."""
+
+    def index(self, chunks: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The first byte of each line that holds a document, and the one after it: two int64 arrays, (num_documents,).
+
+        Raises:
+            InputError: the first line that is wrong.
+        """
+        starts, stops, at = array("q"), array("q"), 0
+        for number, line in enumerate(split_lines(chunks, self._path, self._options.document_limit), 1):
+            if not line.isspace() and self._read(line, f"{self._path}, line {number}").text.strip():
+                starts.append(at)
+                stops.append(at + len(line))
+            at += len(line)
+        return np.asarray(starts, dtype=np.int64), np.asarray(stops, dtype=np.int64)
+
+    def read(self, line: bytes) -> Document:
+        """The document of a line that `index` has checked."""
+        return self._read(line, str(self._path))
+
+    def _read(self, line: bytes, where: str) -> Document:
+        row = parse_json(line, where)
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
+        if self._columns is None:
+            if is_undecided(holds := types_of(row), self._options.column):
+                return Document("")
+            self._columns = find_columns(holds, self._options, where, self._path.parent)
+            self.kind = self._columns.kind_of({})
+        document = self._columns.document(row, where)
+        self.kind = max(self.kind, document.kind)
+        return document
+
+
+def open_json_lines(path: Path, options: TextOptions) -> Spans:
+    """A file with one JSON object per line."""
+    rows = JsonRows(path, options)
+    with open_regular(path) as file:
+        start, stop = rows.index(iter(partial(file.read, READ_BYTES), b""))
+    return Spans(map_file(path), start, stop, np.ones(len(start), dtype=bool), rows.read, rows.kind)
+
+
+class GzipJsonLines(Source):
+    """Gzipped JSON lines with random access: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
+
+    def __init__(self, path: Path, options: TextOptions, pool: Pool) -> None:
+        self.path, self._rows, self._pool = path, JsonRows(path, options), pool
+        # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
+        self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
+        try:
+            self._start, self._stop = self._rows.index(self._scan())
+        except (zlib.error, EOFError, OSError) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
+        begins = np.asarray([point[0] for point in self._points])
+        self.kind = self._rows.kind
+        self.last = np.ones(len(self._start), dtype=bool)
+        self.unit = np.searchsorted(begins, self._start, side="right") - 1
+        ends = begins.copy()  # a line belongs to the segment that it starts in, and may reach into the next
+        np.maximum.at(ends, self.unit, self._stop)
+        self.unit_bytes = ends - begins
+
+    def _scan(self) -> Iterator[bytes]:
+        total = 0
+        for chunk, offset, inflater in _inflate(self.path):
+            yield chunk
+            total += len(chunk)
+            if offset is not None and total - self._points[-1][0] >= SEGMENT_BYTES:
+                self._points.append((total, offset, inflater.copy()))
+
+    def read(self, piece: int) -> Document:
+        unit = int(self.unit[piece])
+        segment, begin = self._pool.get(self, unit, self._segment), self._points[unit][0]
+        return self._rows.read(segment[self._start[piece] - begin : self._stop[piece] - begin])
+
+    def _segment(self, unit: int) -> bytes:
+        _, offset, inflater = self._points[unit]
+        parts, missing = [], int(self.unit_bytes[unit])
+        for chunk, _, _ in _inflate(self.path, offset, inflater):
+            parts.append(chunk[:missing])
+            missing -= len(parts[-1])
+            if not missing:
+                break
+        return b"".join(parts)
+
+
+def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tuple[bytes, int | None, Any]]:
+    """Chunks of a gzip file (of several members, too), and the decompressor after each.
+
+    After the text of each `READ_BYTES` of the file comes an empty chunk, with the offset to continue from.
+    """
+    inflater = inflater.copy() if inflater else zlib.decompressobj(wbits=31)
+    with open_regular(path) as file:
+        file.seek(offset)
+        while raw := file.read(READ_BYTES):
+            chunk = b""
+            while raw or len(chunk) == CHUNK_BYTES:  # then the decompressor may hold more
+                if inflater.eof:
+                    raw = raw.lstrip(b"\0")  # padding after a member is allowed
+                    if not raw:
+                        break
+                    inflater = zlib.decompressobj(wbits=31)
+                chunk = inflater.decompress(raw, CHUNK_BYTES)
+                raw = inflater.unconsumed_tail or inflater.unused_data
+                yield chunk, None, inflater
+            yield b"", file.tell(), inflater
+    if not inflater.eof:
+        raise EOFError("it ends too early")
+
+
+def split_lines(chunks: Iterable[bytes], path: Path, document_limit: float = 1.0) -> Iterator[bytes]:
+    """The lines of a file, with their ends.
+
+    Raises:
+        InputError: a line is longer than `document_limit` times `MAX_LINE_BYTES`.
+    """
+    most, begun, number, num_begun = MAX_LINE_BYTES * document_limit, list[bytes](), 1, 0
+    for chunk in chunks:
+        *whole, rest = chunk.split(b"\n")
+        for line in whole:
+            yield b"".join([*begun, line, b"\n"])
+            begun, num_begun, number = [], 0, number + 1
+        begun.append(rest)
+        num_begun += len(rest)
+        if num_begun > most:
+            raise InputError(
+                f"{path}, line {number} is longer than {most:,.0f} bytes: divide it, put a long text into a .txt file, "
+                "which is read in pieces, or raise document_limit"
+            )
+    if line := b"".join(begun):
+        yield line
+
+
+# ---------------------------------------------------------------------------------------------------------- parquet
+
+
+class ParquetRows(Source):
+    """The documents of a parquet file; a row group is decoded as a whole, and blank rows are empty pieces.
+
+    Opening reads all conversations once, without images, so that a bad one is found before the run, as in JSON lines.
+    """
+
+    def __init__(self, path: Path, options: TextOptions, pool: Pool) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path, self._pool = path, pool
+        check_regular(path)
+        try:
+            file = pq.ParquetFile(path, memory_map=True)
+            schema = file.schema_arrow
+            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+            rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
+            if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
+                raise ValueError(f"{rows.sum():,} rows")
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
+            raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
+        holds = {field.name: _arrow_kind(field.type) for field in schema}
+        self._columns = find_columns(holds, options, str(path), path.parent)
+        self.kind = self._columns.kind_of(holds)
+        self._names = [name for name in self._columns.read if name in holds]
+        self._first = np.cumsum(rows) - rows
+        self.unit = np.repeat(np.arange(len(rows)), rows)
+        self.last = np.ones(int(rows.sum()), dtype=bool)
+        paths = [file.metadata.schema.column(index).path for index in range(file.metadata.num_columns)]
+        leaves = [i for i, at in enumerate(paths) if any((at + ".").startswith(n + ".") for n in self._names)]
+        sizes = [sum(group.column(leaf).total_uncompressed_size for leaf in leaves) for group in groups]
+        self.unit_bytes = np.asarray(sizes, dtype=np.int64)
+        if self.kind is not Kind.TEXT:
+            names = [name for name in self._columns.text_columns if name in holds]
+            for unit, first in enumerate(self._first.tolist()):
+                table = self._group(unit, names)
+                for row in range(len(table)):
+                    self.kind = max(self.kind, self._document(table, row, first + row, text_alone=True).kind)
+
+    def read(self, piece: int) -> Document:
+        unit = int(self.unit[piece])
+        table = self._pool.get(self, unit, partial(self._group, names=self._names))
+        return self._document(table, int(piece - self._first[unit]), piece)
+
+    def _document(self, table: Any, row: int, number: int, text_alone: bool = False) -> Document:
+        values = {name: table.column(name)[row].as_py() for name in table.column_names}
+        return self._columns.document(values, f"{self.path}, row {number}", text_alone)
+
+    def _group(self, unit: int, names: list[str]) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(self.path).read_row_group(unit, columns=names)
+            table.validate(full=True)  # otherwise a corrupt offset would read out of bounds; checks UTF-8, too
+            return table
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"{self.path}: row group {unit} cannot be read ({_one_line(error)})") from error
+
+
+def _arrow_kind(kind: Any) -> str:
+    """The type of a column of an arrow type, in the words of `find_columns`."""
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return "str"
+    if types.is_null(kind):
+        return "NoneType"
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
+    return "list" if any(is_list(kind) for is_list in lists) else str(kind)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
-from castlm.data.documents import Documents
+from castlm.data.documents import Documents, HubDocuments
 from castlm.data.extra import Extra, join_extra
-from castlm.data.hub import HubDocuments
 from castlm.data.readers import Piece, Position
 from castlm.data.tokens import IGNORED, Encoder, Tokens, first_tokens
 

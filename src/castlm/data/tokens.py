@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.chat.template import Chat, Rendered, begin_of, with_template
+from castlm.data.chat import Chat, Rendered, begin_of, with_template
 from castlm.data.columns import Document, Kind
-from castlm.data.documents import Documents, open_documents
+from castlm.data.documents import AnyDocuments, Documents, HubDocuments, open_documents
 from castlm.data.extra import Extra
-from castlm.data.hub import HubDocuments
-from castlm.data.images.reader import ImageReader, open_processor
-from castlm.data.mixture import AnyDocuments
+from castlm.data.images import ImageReader, open_processor
 from castlm.data.options import TextOptions
 from castlm.data.readers import Piece
 
@@ -132,7 +130,7 @@ class Encoder:
         """The tokens of a conversation, with the tensors of its images.
 
         Raises:
-            InputError: as `Chat` and `castlm.data.images.reader.ImageReader`; or images without a processor.
+            InputError: as `Chat` and `castlm.data.images.ImageReader`; or images without a processor.
         """
         if self._images is not None:
             rendered, extra = self._images(document.text, document.extra)

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
-from castlm.data.documents import Documents
-from castlm.data.hub import HubDocuments
+from castlm.data.documents import Documents, HubDocuments
 from castlm.data.scored import Scored, ScoredText, scored_text
 from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
 from castlm.inference.layers import PackedLinear

@@ -17,8 +17,7 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer, sparse_linears
 from castlm.data.calibration import calibration_sequences
-from castlm.data.documents import Documents
-from castlm.data.hub import HubDocuments
+from castlm.data.documents import Documents, HubDocuments
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
 from castlm.distributed.fingerprint import fingerprint

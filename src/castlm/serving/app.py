@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from castlm.core.errors import InputError, is_out_of_memory
-from castlm.data.chat.template import Chat
+from castlm.data.chat import Chat
 from castlm.files.reading import parse_json
 from castlm.models.architecture import vocab_size
 from castlm.serving.engine import Answer, BusyError, Engine

@@ -13,12 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
-from castlm.data.documents import Documents, joined_digest, open_documents, split_documents
-from castlm.data.hub import HubDocuments
-from castlm.data.json_lines import ALONE, Share
-from castlm.data.loader import BatchLoader
-from castlm.data.mixture import AnyDocuments, Mixture
-from castlm.data.packing import MixedSequences, Sequences, open_sequences
+from castlm.data.documents import (
+    AnyDocuments,
+    Documents,
+    HubDocuments,
+    Mixture,
+    joined_digest,
+    open_documents,
+    split_documents,
+)
+from castlm.data.packing import BatchLoader, MixedSequences, Sequences, open_sequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
 from castlm.distributed.world import World
@@ -87,10 +91,10 @@ def steps_of_epochs(
 
 
 def _open_splits(
-    data: DataOptions, evaluation: EvaluationOptions, share: Share = ALONE
+    data: DataOptions, evaluation: EvaluationOptions
 ) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
-    found = partial(open_documents, options=data, share=share)
+    found = partial(open_documents, options=data)
     hub = {"split": data.dataset_split, "data_config": data.dataset_config}
     parts = [found(text, **hub) for text in data.datasets]
     hub = {"split": evaluation.eval_split, "data_config": evaluation.eval_config}
@@ -168,7 +172,7 @@ def open_training_text(
     Raises:
         InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
     """
-    documents, held_out = _open_splits(data, evaluation, Share(world.rank, world.size, world.gather))
+    documents, held_out = _open_splits(data, evaluation)
     encoder = _encoder(model, data, [documents, *held_out], tokenizer)
     # All ranks read the same text, but each prepares only the images of its own rows.
     says = world.is_main or documents.kind is Kind.WITH_EXTRA

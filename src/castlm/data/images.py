@@ -1,8 +1,8 @@
-"""Conversations with images, as the processor of a vision-language model prepares them.
+"""Conversations with images: the row that holds them, and what the processor of a vision-language model makes of them.
 
-A processor replaces each image by a run of tokens and makes the tensors that the vision tower reads. It does not tell
-which tokens the assistant wrote: `castlm.data.chat` finds them before the images are inserted, and aligning the two
-texts carries them over.
+A row is checked where file and line are known; its images are opened when a batch needs them. A processor replaces each
+image by a run of tokens and makes the tensors that the vision tower reads. It does not tell which tokens the assistant
+wrote: `castlm.data.chat` finds them before the images are inserted, and aligning the two texts carries them over.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from castlm.core.errors import InputError
-from castlm.data.chat.rows import messages_of
-from castlm.data.chat.template import Chat, Rendered, begin_of
+from castlm.data.chat import Chat, Rendered, begin_of, messages_of
 from castlm.data.extra import Extra
-from castlm.data.images.columns import BYTES
-from castlm.files.reading import open_regular
+from castlm.files.reading import open_regular, user_path
 from castlm.models.architecture import is_vision_language
 from castlm.models.locate import find
 from castlm.models.opening import PROCESSOR_FILES, as_input_error, open_config, quiet
@@ -33,6 +31,12 @@ from castlm.models.opening import PROCESSOR_FILES, as_input_error, open_config, 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+IMAGE_COLUMNS = ("images", "image")
+BYTES = "data:image;base64,"
+"""Prefix of an image that is given by its bytes instead of its path."""
+IMAGE_PART = '{"type": "image"'
+"""Beginning of an image part in the JSON of a conversation."""
+_PLACEHOLDER = "<image>"
 _OF_TEXT = ("input_ids", "attention_mask")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that hold pixels; JPEG includes MPO. Pillow hands EPS, which is a program, to Ghostscript."""
@@ -40,6 +44,81 @@ MOST_PIXELS_OF_ONE = 64_000_000
 """Most pixels of one image (its file may be 10,000 times smaller). Processors scale images down to a few million."""
 MOST_PIXELS = 256_000_000
 """Most pixels of all images of a conversation, which are in memory together."""
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path | None, where: str) -> list[str]:
+    """Takes the images out of `messages`, leaving parts that mark the place of each.
+
+    In plain text messages `<image>` stands for an image, as in LLaVA's data; without it, the images go before the text
+    of the user's first message, as in TRL.
+
+    Args:
+        listed: the value of the column of images.
+        folder: base of relative paths; None if there are no files.
+
+    Returns:
+        Each image in order: the absolute path of a file, or its bytes as `BYTES` and base64.
+
+    Raises:
+        InputError: more or fewer images than parts, or an image that is not there.
+    """
+    parts = [part for message in messages for part in _parts(message) if part["type"] == "image"]
+    inline = [part.pop("image") for part in parts if "image" in part]
+    images = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if inline and (images or len(inline) != len(parts)):
+        raise InputError(f"{where}: some images are in the messages and some are not: give all of them in one place")
+    images = images or inline
+    if images and not parts:
+        parts = _cut_at_placeholders(messages)
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if images and not parts and first is not None:
+        parts = [{"type": "image"} for _ in images]
+        first["content"] = [*parts, {"type": "text", "text": first.get("content", "")}]
+    if len(images) != len(parts):
+        raise InputError(f"{where}: {len(images)} images for {len(parts)} places in the messages: give one for each")
+    return [_source(image, folder, f"{where}: image {number}") for number, image in enumerate(images, 1)]
+
+
+def _cut_at_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns each `<image>` in the texts of `messages` into a part; returns these parts."""
+    parts: list[dict[str, Any]] = []
+    for message in messages:
+        texts = str(message.get("content", "")).split(_PLACEHOLDER)
+        if len(texts) > 1:
+            cut: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}]
+            for text in texts[1:]:
+                parts.append({"type": "image"})
+                cut += [parts[-1], {"type": "text", "text": text}]
+            message["content"] = [part for part in cut if part["type"] == "image" or part["text"]]
+    return parts
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message.get("content", "")
+    return content if isinstance(content, list) else []
+
+
+def _source(image: Any, folder: Path | None, where: str) -> str:
+    if isinstance(image, dict):  # as `datasets` stores images in parquet
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return BYTES + base64.b64encode(image).decode()
+    if isinstance(image, str) and image.startswith("data:image") and ";base64," in image[:64]:
+        return BYTES + image.split(";base64,", 1)[1]
+    if isinstance(image, str) and image and "://" not in image[:16]:
+        path = user_path(image) if folder is None else folder / user_path(image)
+        if path.is_file():
+            return str(path.absolute())
+    raise InputError(
+        f"{where} is {str(image)[:200]!r}: give the path of a file, relative to the folder of the dataset; images are "
+        "not downloaded"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- processor
 
 
 def open_processor(
@@ -266,7 +345,7 @@ def read_image(source: str, document_limit: float = 1.0) -> Image:
     """Reads an image as RGB, rotated by its EXIF orientation.
 
     Args:
-        source: a path, or bytes as `castlm.data.images.columns.collect_images` gives them.
+        source: a path, or bytes as `collect_images` gives them.
 
     Raises:
         InputError: it cannot be read, is in no format of `FORMATS`, or has more than `document_limit` times
