@@ -9,7 +9,7 @@ import torch
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.data import sample_file
+from castlm.data import sampling
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
@@ -115,7 +115,7 @@ def test_a_conversation_is_the_users_turn_and_then_the_answer_in_the_template():
 
 
 def test_it_is_said_once_that_most_conversations_do_not_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_file, "FEW_SAMPLES", 4)
+    monkeypatch.setattr(sampling, "FEW_SAMPLES", 4)
     tokenizer, said = chat_tokenizer(), []
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     letters = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "abcd"]
@@ -300,8 +300,8 @@ def test_a_kill_around_the_first_rows_leaves_what_can_be_resumed_or_overwritten(
 
     for options in ({}, {"overwrite": True}):
         with monkeypatch.context() as patch:
-            patch.setattr(sample_file.os, "fsync", killed)  # the rows are there, their record is not
-            patch.setattr(sample_file, "atomic_write_json", plain_write_json)
+            patch.setattr(sampling.os, "fsync", killed)  # the rows are there, their record is not
+            patch.setattr(sampling, "atomic_write_json", plain_write_json)
             with pytest.raises(KeyboardInterrupt):
                 written(path, sampler_of(), **options)
         assert (tmp_path / "a.jsonl.part").exists()
@@ -322,7 +322,7 @@ def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_file, "flush_folder", killed)
+        patch.setattr(sampling, "flush_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             written(path, sampler_of())
     before = record.read_text()

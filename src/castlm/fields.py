@@ -83,6 +83,17 @@ def parsed(default: Any, parse: Callable[[Any], Any], **more: Any) -> Any:
     return dataclasses.field(default=default, kw_only=True, metadata={"parse": parse, **more})
 
 
+def like(section: type[Any], name: str, **more: Any) -> Any:
+    """A field with the default, the help and the choices of the option `name` of another dataclass.
+
+    Args:
+        more: a `default` of its own, or metadata such as `essential`.
+    """
+    field = next(field for field in dataclasses.fields(section) if field.name == name)
+    default = more.pop("default", field.default)
+    return dataclasses.field(default=default, kw_only=True, metadata={**field.metadata, "like": section, **more})
+
+
 class Bounded:
     """A dataclass of options that checks their ranges when it is made.
 
@@ -143,7 +154,8 @@ def docs_of(kind: type[Any]) -> dict[str, str]:
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
                 docs[field.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
-    return docs
+    others = {field.name: field.metadata["like"] for field in dataclasses.fields(kind) if "like" in field.metadata}
+    return docs | {name: docs_of(section)[name] for name, section in others.items()}
 
 
 def build(kind: type[T], values: Mapping[str, Any], source: str = "") -> T:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from castlm.cli.options import command_of, parse, refuse_given, result_folder
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.fields import essential, positional
+from castlm.fields import essential, like, positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig
-from castlm.training.options import SEQ_LEN
+from castlm.training.options import DataOptions, EvaluationOptions, RuntimeOptions, TeacherOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,30 +57,13 @@ class SampleOptions:
 class CacheOptions:
     """Stores the teacher's predictions for the text, for `castlm train`, whose options have the same names."""
 
-    teacher_cache: str | None = essential(None)
-    """Folder for the teacher's top-k tokens of one epoch of the text. castlm train reads them instead of loading a
-    teacher.
-    """
-
-    teacher_top_k: int = 64
-    """Number of teacher tokens to store at each position, 8 bytes each."""
-
-    seq_len: int = SEQ_LEN
-    """Tokens per training sequence."""
-
-    per_device_train_batch_size: int = OptimizerOptions.per_device_train_batch_size
-    """Sequences per forward pass of the teacher, as in the run."""
-
-    repeat_sequences: bool = False
-    """Use the same sequences in every epoch, so that teacher_cache serves all epochs."""
-
-    eval_dataset: str | None = None
-    """Text for the perplexity of the run. The default holds out some of the sampled documents, which teacher_cache then
-    skips.
-    """
-
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute type of the teacher in the run."""
+    teacher_cache: str | None = like(TeacherOptions, "teacher_cache", essential=True)
+    teacher_top_k: int = like(TeacherOptions, "teacher_top_k", default=64)
+    seq_len: int = like(DataOptions, "seq_len", essential=False)
+    per_device_train_batch_size: int = like(OptimizerOptions, "per_device_train_batch_size")
+    repeat_sequences: bool = like(DataOptions, "repeat_sequences")
+    eval_dataset: str | None = like(EvaluationOptions, "eval_dataset", essential=False)
+    precision: Literal["auto", "fp32", "bf16"] = like(RuntimeOptions, "precision")
 
 
 @dataclass(frozen=True)
