@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from castlm.cli.options import check_json_path, command_line, parse, to_stderr, to_stdout, write_json
 from castlm.core.errors import InputError
@@ -22,12 +22,7 @@ class FitCommand:
     """Fit a scaling law to finished runs: loss(D) = L_inf + B * D^-beta, in nats per token, for D training tokens."""
 
     runs: tuple[str, ...] = positional()
-    """Run folders, folders of runs, compare results (.json), or CSVs: tokens,perplexity[,params][,seed][,method]."""
-
-    form: Literal["power", "loglinear", "joint"] = "power"
-    """power: with a floor L_inf. loglinear: without a floor, for a short range of budgets. joint: in parameters and
-    tokens.
-    """
+    """Run folders, folders of runs, compare results (.json), or CSVs: tokens,perplexity[,seed][,method]."""
 
     method: str | None = None
     """Use only the runs of this method."""
@@ -49,7 +44,7 @@ class FitCommand:
             if self.json is not None and os.path.realpath(self.json) == os.path.realpath(self.plot):
                 raise InputError(f"--json and --plot both name {self.plot}: choose another name for one of them")
         points = read_points(self.runs, method=self.method)
-        law = fit_law(points, self.form)
+        law = fit_law(points)
         write_json(self.json, law.as_dict())
         if self.plot is not None:
             plot_law(law, points, self.plot)
@@ -58,10 +53,7 @@ class FitCommand:
         for name, (low, high) in law.intervals.items():
             print(f"{name:<6} {getattr(law, name):.5g}  (90 %: {low:.5g} to {high:.5g})")
         print(f"{law.num_points} runs at {law.num_budgets} budgets")
-        if law.holdout is not None:
-            print(f"the largest budget, predicted from the others: off by {law.holdout.error:+.3f} perplexity")
-        else:
-            print(f"the largest budget was not predicted from the others: {law.holdout_reason}")
+        print(law.tested())
         return 0
 
 
@@ -74,9 +66,6 @@ class PredictCommand:
     compare` or `plan sweep`, or CSVs.
     """
 
-    form: Literal["power", "loglinear", "joint"] = "power"
-    """Form of the law, if it is fitted here; see `castlm plan fit`."""
-
     method: str | None = None
     """Use only the runs of this method."""
 
@@ -85,9 +74,6 @@ class PredictCommand:
 
     target_ppl: float | None = None
     """Perplexity to find the training tokens for."""
-
-    params: float | None = None
-    """Parameters of the model, for a joint law."""
 
     tokens_per_s: float | None = None
     """Measured throughput of one GPU or CPU; adds the hours of training."""
@@ -109,21 +95,17 @@ class PredictCommand:
         if self.tokens_per_s is not None:  # before half of the answer is printed
             check_positive("tokens_per_s", self.tokens_per_s)
         law = self.law()
-        if self.params is not None and law.form != "joint":
-            raise InputError(
-                f"params {self.params:g} is for a joint law, and {self.runs[0]} is a {law.form} law: leave it out"
-            )
         if law.runs_of:
             print("law of " + ", ".join(f"{name} {printable(value)}" for name, value in law.runs_of.items()))
         if self.tokens is not None:
-            found = predict_perplexity(law, self.tokens, self.params)
+            found = predict_perplexity(law, self.tokens)
             beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""
             beyond = f", {found.below:.1f}x below the fitted budgets" if found.below > 1 else beyond
             ppl, low, high = (readable(value) for value in (found.perplexity, found.low, found.high))
             print(f"{self.tokens:.3g} tokens: perplexity {ppl} (90 %: {low} to {high}){beyond}")
             tokens: float | None = self.tokens
         else:
-            needed = tokens_for(law, float(self.target_ppl or 0), self.params)
+            needed = tokens_for(law, float(self.target_ppl or 0))
             print(needed)
             tokens = needed.tokens
         if tokens is not None and self.tokens_per_s is not None:
@@ -141,9 +123,9 @@ class PredictCommand:
 
         file = Path(self.runs[0])
         content = read_json(file) if len(self.runs) == 1 and file.suffix == ".json" else None
-        if isinstance(content, dict) and "form" in content:
+        if isinstance(content, dict) and "draws" in content:
             return Law.from_dict(content)
-        return fit_law(read_points(self.runs, method=self.method), self.form, leave_largest_out=False)
+        return fit_law(read_points(self.runs, method=self.method), leave_largest_out=False)
 
 
 def sweep(arguments: list[str]) -> int:

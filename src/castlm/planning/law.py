@@ -19,9 +19,8 @@ from castlm.core.errors import InputError
 
 Array = NDArray[np.float64]
 
-NAMES = ("L_inf", "B", "beta", "A", "a")
+NAMES = ("L_inf", "B", "beta")
 """Parameters, in the order of a row of `Law.draws`."""
-FORMS = {"loglinear": ("B", "beta"), "power": ("L_inf", "B", "beta"), "joint": NAMES}
 MOST_TOKENS = 1e30
 """Numbers from here on are refused: no budget is that large, and their powers overflow."""
 
@@ -50,72 +49,54 @@ class Holdout:
 
 @dataclass(frozen=True)
 class Law:
-    """loss(D, N) = L_inf + A * N^-a + B * D^-beta in nats a token, with perplexity = exp(loss).
+    """loss(D) = L_inf + B * D^-beta in nats a token for D training tokens, with perplexity = exp(loss)."""
 
-    `power` has no A term; `loglinear` has no floor either (L_inf = 0), so log loss = log B - beta * log D is a line.
-    """
-
-    form: str
     L_inf: float
     B: float
     beta: float
-    A: float
-    a: float
     r2: float
     """1 - residual / total sum of squares of log loss."""
     intervals: dict[str, tuple[float, float]]
-    """90 % interval of each fitted parameter and of r2."""
+    """90 % interval of each parameter and of r2."""
     noise: float
     """Standard deviation of the log loss of one run around the law."""
-    noise_of_budget: float
-    """The part of `noise` that all runs of a token budget share, which seeds do not average out. For few budgets it is
-    widened, by Student's t over the normal quantile; the rest of `noise`, between seeds, is not.
-    """
     num_points: int
     num_budgets: int
     tokens_range: tuple[float, float]
     draws: Array
-    """(num_draws, 5): bootstrap refits, columns as in NAMES."""
+    """(num_draws, 3): bootstrap refits, columns as in NAMES."""
     holdout: Holdout | None = None
     holdout_reason: str = ""
     """The reason if `holdout` is None."""
     runs_of: dict[str, str] = field(default_factory=dict)
     """The `method`, `pattern`, `base_model` and `harness` that the runs share, as far as they are known."""
 
-    def loss(self, tokens: ArrayLike, params: ArrayLike | None = None) -> Array:
-        """Predicted ln(perplexity), in the broadcast shape of the arguments; a joint law needs `params`."""
-        return law_loss([self.L_inf, self.B, self.beta, self.A, self.a], tokens, self.size(params))
+    def loss(self, tokens: ArrayLike) -> Array:
+        """Predicted ln(perplexity), in the shape of `tokens`."""
+        return law_loss([self.L_inf, self.B, self.beta], tokens)
 
-    def draw_losses(self, tokens: float, params: float | None = None) -> Array:
+    def draw_losses(self, tokens: float) -> Array:
         """(num_draws,): `loss` under each bootstrap refit."""
-        return law_loss(self.draws.T, tokens, self.size(params))
+        return law_loss(self.draws.T, tokens)
 
-    def run_losses(self, tokens: float, params: float | None = None, num_runs: int = 1) -> Array:
-        """(num_draws * 21,): losses that a new run may reach, or the mean of `num_runs` of them: each refit with 21
-        normal quantiles of the noise."""
-        shared = self.noise_of_budget**2
-        noise = math.sqrt(shared + (self.noise**2 - shared) / num_runs)
-        deviations = noise * np.array([NormalDist().inv_cdf((i + 0.5) / 21) for i in range(21)])
-        return np.outer(self.draw_losses(tokens, params), np.exp(deviations)).ravel()
+    def run_losses(self, tokens: float) -> Array:
+        """(num_draws * 21,): losses that a new run may reach: each refit with 21 normal quantiles of the noise."""
+        deviations = self.noise * np.array([NormalDist().inv_cdf((i + 0.5) / 21) for i in range(21)])
+        return np.outer(self.draw_losses(tokens), np.exp(deviations)).ravel()
 
-    def size(self, params: ArrayLike | None) -> ArrayLike:
-        """Returns `params`, which a joint law needs; 1.0 for the other forms, which ignore it.
-
-        Raises:
-            InputError: the law is joint, and `params` is missing or not positive and finite.
-        """
-        if self.form != "joint":
-            return 1.0
-        values = np.asarray(math.nan if params is None else params, dtype=np.float64)
-        if not np.all(np.isfinite(values) & (values > 0)):
-            raise InputError(f"params is {params!r}: a joint law predicts for one model size: give params above 0")
-        return values
+    def tested(self) -> str:
+        """One line on how well the other budgets predict the largest."""
+        if self.holdout is None:
+            return f"the largest budget was not predicted from the others: {self.holdout_reason}"
+        found = self.holdout
+        return (
+            f"the largest budget, predicted from the others: perplexity {found.predicted:.4f} ({found.low:.4f} to "
+            f"{found.high:.4f}), measured {found.perplexity:.4f}, off by {found.error:+.3f}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The law as plain JSON, with the draws that predictions need."""
         content = asdict(self)
-        if self.form != "joint":
-            del content["A"], content["a"]
         content["intervals"] = {name: list(pair) for name, pair in self.intervals.items()}
         content["tokens_range"] = list(self.tokens_range)
         content["draws"] = [[float(f"{value:.8g}") for value in row] for row in self.draws]
@@ -133,14 +114,12 @@ class Law:
         try:
             holdout = content["holdout"]
             law = cls(
-                **{name: float(content[name]) for name in ("L_inf", "B", "beta", "r2", "noise", "noise_of_budget")},
-                **{name: float(content.get(name, 0.0)) for name in ("A", "a")},
-                form={form: form for form in FORMS}[content["form"]],
+                **{name: float(content[name]) for name in (*NAMES, "r2", "noise")},
                 intervals={name: (float(low), float(high)) for name, (low, high) in content["intervals"].items()},
                 num_points=int(content["num_points"]),
                 num_budgets=int(content["num_budgets"]),
                 tokens_range=(float(content["tokens_range"][0]), float(content["tokens_range"][1])),
-                draws=np.asarray(content["draws"], dtype=np.float64).reshape(-1, len(NAMES)),
+                draws=np.asarray(content["draws"], dtype=np.float64),
                 holdout=None if holdout is None else Holdout(**{k: v for k, v in holdout.items() if k != "error"}),
                 holdout_reason=str(content["holdout_reason"]),
                 runs_of={str(name): str(value) for name, value in content.get("runs_of", {}).items()},
@@ -153,18 +132,17 @@ class Law:
 
     def check(self) -> None:
         """Raises `ValueError` unless every number is one that a fit can give."""
-        rows = np.vstack([[getattr(self, name) for name in NAMES], self.draws])
+        rows = np.vstack([[self.L_inf, self.B, self.beta], self.draws])
         low, high = self.tokens_range
         parameters = len(self.draws) and np.isfinite(rows).all() and (rows >= 0).all() and (rows[:, 2] > 0).all()
-        noise = 0 <= self.noise_of_budget <= self.noise <= 100  # nats of loss
-        if not (parameters and noise and 0 < low <= high < math.inf):
+        if not (parameters and 0 <= self.noise <= 100 and 0 < low <= high < math.inf):  # noise in nats of loss
             raise ValueError("a number is out of range")
 
 
-def law_loss(theta: Sequence[float] | Array, tokens: ArrayLike, params: ArrayLike = 1.0) -> Array:
-    """L_inf + A * N^-a + B * D^-beta for `theta` (5, ...) in the order of NAMES; arrays broadcast."""
-    L_inf, B, beta, A, a = theta
-    return np.asarray(L_inf + B * np.asarray(tokens, float) ** -beta + A * np.asarray(params, float) ** -a)
+def law_loss(theta: Sequence[float] | Array, tokens: ArrayLike) -> Array:
+    """L_inf + B * D^-beta for `theta` (3, ...) in the order of NAMES; arrays broadcast."""
+    L_inf, B, beta = theta
+    return np.asarray(L_inf + B * np.asarray(tokens, float) ** -beta)
 
 
 def interval(values: Array) -> tuple[float, float]:
@@ -180,7 +158,7 @@ def readable(perplexity: float) -> str:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Perplexity of a run at `tokens`, with the 90 % interval for it, or for the mean of several runs."""
+    """Perplexity of a run at `tokens`, with its 90 % interval."""
 
     tokens: float
     perplexity: float
@@ -202,7 +180,7 @@ class TokensNeeded:
     low: float
     high: float
     floor_ppl: float
-    """Perplexity of endless training: exp(L_inf), for a joint law exp(L_inf + A * N^-a)."""
+    """Perplexity of endless training: exp(L_inf)."""
     probability: float
     """Share of the bootstrap refits under which the target can be reached at all."""
 
@@ -217,16 +195,15 @@ class TokensNeeded:
 
 
 @np.errstate(over="ignore")  # a bad law gives infinity
-def predict_perplexity(law: Law, tokens: float, params: float | None = None, num_runs: int = 1) -> Prediction:
-    """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run, or
-    of the geometric mean of `num_runs` perplexities.
+def predict_perplexity(law: Law, tokens: float) -> Prediction:
+    """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run.
 
     Raises:
-        InputError: `tokens` is not a positive number, a joint law got no `params`, or the law gives no finite number.
+        InputError: `tokens` is not a positive number, or the law gives no finite number.
     """
     check_positive("tokens", tokens)
-    low, high = interval(np.exp(law.run_losses(tokens, params, num_runs)))
-    perplexity = float(np.exp(law.loss(tokens, params)))
+    low, high = interval(np.exp(law.run_losses(tokens)))
+    perplexity = float(np.exp(law.loss(tokens)))
     if not math.isfinite(perplexity):
         raise InputError(f"the law gives no finite perplexity at {tokens:g} tokens: fit it again")
     smallest, largest = law.tokens_range
@@ -234,20 +211,18 @@ def predict_perplexity(law: Law, tokens: float, params: float | None = None, num
 
 
 @np.errstate(over="ignore")
-def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> TokensNeeded:
-    """The token budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - floor))^(1 / beta).
+def tokens_for(law: Law, target_ppl: float) -> TokensNeeded:
+    """The token budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - L_inf))^(1 / beta).
 
     Raises:
-        InputError: `target_ppl` is not above 1, a joint law got no `params`, or no budget is as large as the answer.
+        InputError: `target_ppl` is not above 1, or no budget is as large as the answer.
     """
     if not 1 < target_ppl < MOST_TOKENS:
         raise InputError(f"target_ppl is {target_ppl:g}: it must be above 1 and below {MOST_TOKENS:g}")
-    rows = np.vstack([[law.L_inf, law.B, law.beta, law.A, law.a], law.draws])
-    L_inf, B, beta, A, a = rows.T
-    floor = L_inf + A * np.asarray(law.size(params), float) ** -a
-    margin = math.log(target_ppl) - floor
+    L_inf, B, beta = np.vstack([[law.L_inf, law.B, law.beta], law.draws]).T
+    margin = math.log(target_ppl) - L_inf
     reached = margin > 0
-    tokens = np.full(len(rows), math.inf)
+    tokens = np.full(len(L_inf), math.inf)
     tokens[reached] = (B[reached] / margin[reached]) ** (1 / beta[reached])
     low, high = interval(tokens[1:])
     value = float(tokens[0]) if reached[0] else None
@@ -255,7 +230,7 @@ def tokens_for(law: Law, target_ppl: float, params: float | None = None) -> Toke
         raise InputError(
             f"perplexity {target_ppl:.10g} needs more than {MOST_TOKENS:g} tokens by this law: give a larger target"
         )
-    return TokensNeeded(target_ppl, value, low, high, float(np.exp(floor[0])), float(reached[1:].mean()))
+    return TokensNeeded(target_ppl, value, low, high, float(np.exp(law.L_inf)), float(reached[1:].mean()))
 
 
 def gpu_hours(tokens: float, tokens_per_s: float) -> float:

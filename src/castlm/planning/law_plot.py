@@ -47,16 +47,13 @@ def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
     figure = Figure(figsize=(7, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     tokens = np.geomspace(law.tokens_range[0] / 1.5, law.tokens_range[1] * 4, 100)
-    for size in sorted({point.params for point in points}, key=lambda params: params or 0.0):
-        of_size = [point for point in points if point.params == size]
-        x, ppl = np.array([p.tokens for p in of_size]), np.array([p.perplexity for p in of_size])
-        band = np.array([interval(np.exp(law.draw_losses(t, size))) for t in tokens])
-        (line,) = upper.plot(tokens, np.exp(law.loss(tokens, size)), label=f"{size:.3g} parameters" if size else "law")
-        upper.fill_between(tokens, band[:, 0], band[:, 1], alpha=0.2, color=line.get_color())
-        upper.plot(x, ppl, "o", color=line.get_color())
-        lower.plot(x, np.log(np.log(ppl)) - np.log(law.loss(x, size)), "o", color=line.get_color())
-    upper.set(xscale="log", ylabel="perplexity", title=f"{law.form} law, R² {law.r2:.4f} in log loss")
-    upper.legend()
+    x, ppl = np.array([point.tokens for point in points]), np.array([point.perplexity for point in points])
+    band = np.array([interval(np.exp(law.draw_losses(t))) for t in tokens])
+    (line,) = upper.plot(tokens, np.exp(law.loss(tokens)))
+    upper.fill_between(tokens, band[:, 0], band[:, 1], alpha=0.2, color=line.get_color())
+    upper.plot(x, ppl, "o", color=line.get_color())
+    lower.plot(x, np.log(np.log(ppl)) - np.log(law.loss(x)), "o", color=line.get_color())
+    upper.set(xscale="log", ylabel="perplexity", title=f"R² {law.r2:.4f} in log loss")
     lower.axhline(0, color="grey", linewidth=0.8)
     lower.set(xlabel="training tokens", ylabel="log-loss residual")
     with reporting_full_disk(path), atomic_file(Path(path)) as temporary:

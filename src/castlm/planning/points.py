@@ -33,7 +33,7 @@ class Point:
     perplexity: float
     """Perplexity after the final prune (above 1)."""
     params: float | None = None
-    """Parameters of the model; only the joint form needs it."""
+    """Parameters of the model, if known; a law holds for one size."""
     seed: int | None = None
     method: str | None = None
     harness: str = ""

@@ -1,8 +1,4 @@
-"""Runs a sweep of token budgets for a scaling law: the cheapest first, and the largest only if it is needed.
-
-Each budget is predicted before it runs. When the law has predicted a budget correctly and its interval at the largest
-budget is narrow enough, the largest budget, which costs most, is not run.
-"""
+"""Runs a sweep of token budgets, the cheapest first, and fits a scaling law to its runs."""
 
 from __future__ import annotations
 
@@ -10,9 +6,9 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from castlm.compare.config import CompareConfig, SharedOptions
 from castlm.compare.plan import Plan, Say
@@ -27,16 +23,13 @@ from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.training.config import without_sections
 
-if TYPE_CHECKING:
-    from castlm.planning.law import Law, Prediction
-
 SMALLEST_SHARE = 1 / 64
 """Default of the smallest budget, as a fraction of the largest."""
 
 
 @dataclass(kw_only=True)
 class SweepConfig(SharedOptions):
-    """Find the scaling law of a model and text with few runs: the cheapest first, the largest only if needed.
+    """Find the scaling law of a model and text with few runs, the cheapest first.
 
     The method is cast, unless --config names another. The exit code is 1 if a run failed or no law fits the runs.
     """
@@ -56,72 +49,10 @@ class SweepConfig(SharedOptions):
     seeds: int = essential(2, at_least=1)
     """Number of runs at each budget, with seeds 0, 1, ..."""
 
-    within: float = 0.02
-    """Skip the largest budget if its predicted 90 % interval is narrower than this fraction of its predicted
-    perplexity, and the mean of the budget before it fell inside its own predicted interval.
-    """
-
-    form: Literal["power", "loglinear"] = "power"
-    """Form of the law: power, with a floor, or loglinear, without one, for a short range of budgets."""
-
     runs_from: tuple[str, ...] = essential(())
     """Folders of `castlm compare` or other sweeps, to reuse their finished runs. Runs are reused if all options, the
     model and the texts are the same.
     """
-
-
-@dataclass(frozen=True)
-class Step:
-    """A budget that was run."""
-
-    tokens: int
-    perplexities: list[float]
-    """Perplexities of its runs, by seed."""
-    predicted: Prediction | None
-    """Prediction of the mean of its runs, by the law of all smaller budgets."""
-    largest: Prediction | None = None
-    """Prediction of one run at the largest budget, by the law of all budgets so far."""
-    no_law: str | None = None
-    """The reason if no law fits the budgets so far."""
-
-    @property
-    def perplexity(self) -> float:
-        """Geometric mean over its runs."""
-        return math.exp(statistics.fmean(map(math.log, self.perplexities)))
-
-    @property
-    def inside(self) -> bool | None:
-        """Whether the mean fell into its predicted interval."""
-        return None if self.predicted is None else self.predicted.low <= self.perplexity <= self.predicted.high
-
-    @property
-    def width(self) -> float:
-        """Width of the interval of the largest budget, as a share of its prediction."""
-        return math.inf if self.largest is None else (self.largest.high - self.largest.low) / self.largest.perplexity
-
-    def settles(self, within: float) -> bool:
-        """Whether the largest budget need not be run."""
-        return self.inside is True and self.width < within
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"perplexity": self.perplexity, "inside": self.inside, "width": self.width}
-
-    def __str__(self) -> str:
-        inside = {None: "", True: "inside", False: "outside"}[self.inside]
-        width = "" if self.largest is None else f"{self.width:.2%}"
-        columns = f"{self.tokens:>14,}{self.perplexity:>12.4f}  {interval_text(self.predicted):<30}{inside:<10}"
-        largest = f"no law: {self.no_law}" if self.no_law else f"{interval_text(self.largest):<30}{width:>8}"
-        return f"{columns}{largest}".rstrip()
-
-
-TITLE = (
-    f"{'tokens':>14}{'perplexity':>12}  {'predicted (90 %)':<30}{'':<10}{'largest, predicted (90 %)':<30}{'width':>8}"
-)
-
-
-def interval_text(found: Prediction | None) -> str:
-    """A perplexity with its interval; empty for None."""
-    return "" if found is None else f"{found.perplexity:.4f} ({found.low:.4f} to {found.high:.4f})"
 
 
 def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
@@ -129,174 +60,74 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
 
     Args:
         command: the command that repeats this sweep, for sweep.json.
-        say: called with a line for each budget and for the verdict.
+        say: called with a line for each budget and for the law.
         progress: called with a line for each run.
 
     Returns:
         The exit code: 1 if a run failed or no law fits the runs.
 
     Raises:
-        InputError: as `Sweep`, a model that no run could open, or another sweep is running in the folder.
+        InputError: as `Plan`; a model that no run could open, budgets that carry no law, a method that does not train,
+            or another sweep in the folder.
     """
-    runs = Sweep(config, command, say, progress)
-    runs.plan.check_model()
-    with output_folder(runs.root, "sweep", resume=True):
-        refuse_running(runs.root)
-        runs.claim()
-        return runs.run()
+    method, asked = _method(config.config), _budgets(config)
+    plan = Plan(
+        CompareConfig(
+            **{option.name: getattr(config, option.name) for option in fields(SharedOptions)},
+            budget_tokens=asked[0],
+            methods=method,
+            seeds=config.seeds,
+            published_starts=not METHODS[method].starts_solved,  # each run starts as `castlm train` would
+        ),
+        progress,
+    )
+    runs = [[plan.make(method, tokens, seed, None) for seed in range(config.seeds)] for tokens in asked]
+    check_budgets([of_budget[0].tokens for of_budget in runs])
+    plan.check_model()
+    root = Path(config.output_dir)
+    with output_folder(root, "sweep", resume=True):
+        refuse_running(root)
+        _claim(root, [run.folder(root).name for of_budget in runs for run in of_budget], command)
+        say(f"{method}, {config.seeds} seeds, in {root}")
+        results: list[Result] = []
+        for of_budget in runs:
+            found = [_measure(run, plan, root, config.runs_from) for run in of_budget]
+            for result in found:
+                if problem := _problem(result):
+                    say(f"stopped: {result.run} {problem}")
+                    return 1
+            results += found
+            mean = math.exp(statistics.fmean(math.log(result.perplexity) for result in found))
+            say(f"{of_budget[0].tokens:>14,} tokens: perplexity {mean:.4f}")
+        return _fit(root, results, say)
 
 
-class Sweep:
-    """The runs of a sweep, and the law of the finished ones.
+def _claim(root: Path, names: list[str], command: str) -> None:
+    """Claims the output folder for a sweep, which the names of its runs identify.
 
     Raises:
-        InputError: as `Plan`; budgets that cannot predict the largest; or a method that does not train.
+        InputError: the folder holds another sweep.
     """
-
-    def __init__(self, command: SweepConfig, command_line: str, say: Say, progress: Say) -> None:
-        self.command, self.root = command, Path(command.output_dir)
-        self.command_line, self.say = command_line, say
-        self.method = _method(command.config)
-        asked = _ask(command)
-        self.plan = Plan(
-            CompareConfig(
-                **{option.name: getattr(command, option.name) for option in fields(SharedOptions)},
-                budget_tokens=asked[0],
-                methods=self.method,
-                seeds=command.seeds,
-                published_starts=not METHODS[self.method].starts_solved,  # each run starts as `castlm train` would
-            ),
-            progress,
+    file = root / "sweep.json"
+    held: dict[str, Any] = read_json_object(file) if file.is_file() else {}
+    if held.get("runs", names) != names:
+        raise InputError(
+            f"{root} holds a sweep of other runs ({held.get('command')}): choose another folder, and reuse "
+            f"the runs with --runs-from {root}"
         )
-        self.runs = [[self.plan.make(self.method, t, seed, None) for seed in range(command.seeds)] for t in asked]
-        self.budgets = [runs[0].tokens for runs in self.runs]
-        check_budgets(self.budgets, command.form)
-        self.results: list[Result] = []
-        self.steps: list[Step] = []
-        self.law: Law | None = None
+    begin_output(root, "sweep", resume=True)
+    if not held:
+        atomic_write_json(file, {"command": command, "runs": names})
 
-    @property
-    def folders(self) -> list[str]:
-        """Names of the runs' folders, which identify the sweep."""
-        return [run.folder(self.root).name for runs in self.runs for run in runs]
 
-    def claim(self) -> None:
-        """Claims the output folder. Raises `InputError` if it holds another sweep."""
-        file = self.root / "sweep.json"
-        held = read_json_object(file) if file.is_file() else {}
-        if held.get("runs", self.folders) != self.folders:
-            raise InputError(
-                f"{self.root} holds a sweep of other runs ({held.get('command')}): choose another folder, and reuse "
-                f"the runs with --runs-from {self.root}"
-            )
-        begin_output(self.root, "sweep", resume=True)
-        if not held:
-            self.write("running")
-
-    def run(self) -> int:
-        """Runs the budgets in order until the largest is predicted well enough or has run. Returns the exit code."""
-        self.say(f"{self.method}, {self.command.seeds} seeds, {self.command.form} law, in {self.root}")
-        self.say(TITLE)
-        for number, runs in enumerate(self.runs, 1):
-            results = [self.measure(run) for run in runs]
-            for result in results:
-                if problem := _problem(result):
-                    return self.end("failed", f"stopped: {result.run} {problem}")
-            self.take(results)
-            self.say(str(self.steps[-1]))
-            if self.steps[-1].settles(self.command.within) and not self.are_finished(self.runs[number:]):
-                break
-            self.write("running")
-        last = self.steps[-1]
-        if last.largest is not None:
-            return self.end(
-                "predicted",
-                f"the largest was not run: {last.tokens:,} tokens fell inside the predicted interval, and "
-                f"{last.width:.2%} is narrower than {self.command.within:.2%}",
-            )
-        held = {None: "not predicted", True: "inside the predicted interval", False: "outside the predicted interval"}
-        return self.end("complete", f"the largest was run: perplexity {last.perplexity:.4f}, {held[last.inside]}")
-
-    def are_finished(self, budgets: list[list[Run]]) -> bool:
-        """Whether an earlier start, with another `within` or `form`, ran all these budgets: they cost nothing now."""
-        return all(read_finished(run.folder(self.root)) is not None for runs in budgets for run in runs)
-
-    def measure(self, run: Run) -> Result:
-        """The result of a run, finished in a folder of `runs_from` or run in this sweep."""
-        for other in map(Path, self.command.runs_from):
-            for folder in other.glob(f"runs/*-{run.key}"):
-                if (record := read_finished(folder, run.config)) is not None:
-                    self.plan.say(f"{run}: {folder}")
-                    return Result(run, record, folder)
-        return self.plan.measure(run, self.root)
-
-    def take(self, results: list[Result]) -> None:
-        """Appends the step of the next budget, with the law of all budgets so far and its prediction of the largest."""
-        from castlm.planning.fit import MIN_BUDGETS, fit_law
-        from castlm.planning.law import predict_perplexity
-        from castlm.planning.points import read_points
-
-        tokens = self.budgets[len(self.steps)]
-        predicted = None if self.law is None else predict_perplexity(self.law, tokens, num_runs=self.command.seeds)
-        smaller, self.law, largest, no_law = self.law, None, None, None
-        self.results += results
-        if len(self.steps) + 1 >= MIN_BUDGETS[self.command.form]:
-            try:
-                files = [result.folder / "model" / "castlm.json" for result in self.results]
-                self.law = fit_law(read_points(files), self.command.form, without_largest=smaller)
-                if tokens != self.budgets[-1]:
-                    largest = predict_perplexity(self.law, self.budgets[-1])
-            except InputError as error:
-                no_law = str(error)
-        perplexities = [result.perplexity for result in results]
-        self.steps.append(Step(tokens, perplexities, predicted, largest, no_law))
-
-    @property
-    def spent(self) -> int:
-        """Tokens of the budgets that were run."""
-        return self.command.seeds * sum(step.tokens for step in self.steps)
-
-    @property
-    def saved(self) -> int:
-        """Tokens of the budgets that were not run."""
-        return self.command.seeds * sum(self.budgets) - self.spent
-
-    def end(self, status: str, verdict: str) -> int:
-        """Writes and prints the result. A failed start leaves the law.json of an earlier one as it is."""
-        self.write(status, verdict)
-        self.say(verdict)
-        if status == "failed":
-            return 1
-        if status == "predicted":
-            share = self.saved / (self.spent + self.saved)
-            self.say(f"largest budget, {self.budgets[-1]:,} tokens: perplexity {interval_text(self.steps[-1].largest)}")
-            self.say(f"{self.spent:,} tokens trained, {self.saved:,} saved: {share:.0%} of the sweep")
-        file = self.root / "law.json"
-        if self.law is None:
-            file.unlink(missing_ok=True)
-            self.say(f"no law.json: {self.steps[-1].no_law}")
-            return 1
-        atomic_write_json(file, self.law.as_dict())
-        self.say(f"law: {file} (castlm plan predict)")
-        return 0
-
-    def write(self, status: str, verdict: str | None = None) -> None:
-        """Writes sweep.json."""
-        content = {
-            "status": status,
-            "verdict": verdict,
-            "command": self.command_line,
-            "method": self.method,
-            "form": self.command.form,
-            "within": self.command.within,
-            "seeds": self.command.seeds,
-            "budgets": self.budgets,
-            "steps": [step.as_dict() for step in self.steps],
-            "trained_tokens": self.spent,
-            "saved_tokens": self.saved if status == "predicted" else 0,
-            "runs": self.folders,
-        }
-        atomic_write_json(self.root / "sweep.json", content)
+def _measure(run: Run, plan: Plan, root: Path, runs_from: Sequence[str]) -> Result:
+    """The result of a run, finished in a folder of `runs_from` or run in this sweep."""
+    for other in map(Path, runs_from):
+        for folder in other.glob(f"runs/*-{run.key}"):
+            if (record := read_finished(folder, run.config)) is not None:
+                plan.say(f"{run}: {folder}")
+                return Result(run, record, folder)
+    return plan.measure(run, root)
 
 
 def _problem(result: Result) -> str | None:
@@ -310,14 +141,33 @@ def _problem(result: Result) -> str | None:
     return None
 
 
-def _ask(command: SweepConfig) -> list[int]:
-    if command.tokens is None:
-        if command.largest_tokens is None:
+def _fit(root: Path, results: Sequence[Result], say: Say) -> int:
+    """Writes the law of all runs; returns the exit code."""
+    from castlm.planning.fit import fit_law
+    from castlm.planning.points import read_points
+
+    file = root / "law.json"
+    try:
+        law = fit_law(read_points([result.folder / "model" / "castlm.json" for result in results]))
+    except InputError as error:
+        file.unlink(missing_ok=True)
+        say(f"no law.json: {error}")
+        return 1
+    atomic_write_json(file, law.as_dict())
+    say(law.tested())
+    say(f"law: {file} (castlm plan predict)")
+    return 0
+
+
+def _budgets(config: SweepConfig) -> list[int]:
+    """The token budgets that the options ask for, in ascending order."""
+    if config.tokens is None:
+        if config.largest_tokens is None:
             raise InputError("which budgets? Give --largest-tokens, or --tokens with all of them")
-        return geometric_budgets(command.largest_tokens, command.smallest_tokens, command.budgets)
-    if command.largest_tokens is not None or command.smallest_tokens is not None:
-        raise InputError(f"--tokens {command.tokens} has all budgets: leave out --largest-tokens and --smallest-tokens")
-    return listed_budgets(command.tokens)
+        return geometric_budgets(config.largest_tokens, config.smallest_tokens, config.budgets)
+    if config.largest_tokens is not None or config.smallest_tokens is not None:
+        raise InputError(f"--tokens {config.tokens} has all budgets: leave out --largest-tokens and --smallest-tokens")
+    return sorted(int(convert("tokens", number, float)) for number in config.tokens.split(","))
 
 
 def _method(config: str | None) -> str:
@@ -340,32 +190,17 @@ def geometric_budgets(largest: float, smallest: float | None, num: int) -> list[
     return [round(smallest * factor**i) for i in range(num)]
 
 
-def listed_budgets(text: str) -> list[int]:
-    """Parses numbers separated by commas, in ascending order. Raises InputError if one is not a number."""
-    return sorted(int(convert("tokens", number, float)) for number in text.split(","))
-
-
-def check_budgets(budgets: Sequence[int], form: str) -> None:
-    """Refuses ascending budgets if the smaller ones cannot predict the largest.
-
-    Raises:
-        InputError: too few, too near each other, or over too short a range.
-    """
+def check_budgets(budgets: Sequence[int]) -> None:
+    """Raises `InputError` for ascending budgets that are too few, too near each other, or over too short a range."""
     from castlm.planning.fit import MIN_BUDGETS, MIN_SPREAD, SAME_BUDGET
 
-    least = MIN_BUDGETS[form] + 1
-    if len(budgets) < least:
-        other = "loglinear"
-        remedy = f", or use --form {other}" if len(budgets) > MIN_BUDGETS[other] else ""
-        raise InputError(
-            f"{len(budgets)} budgets: the {form} form needs {least} to predict the largest from the others; give more "
-            f"budgets{remedy}"
-        )
+    if len(budgets) < MIN_BUDGETS:
+        raise InputError(f"{len(budgets)} budgets: a law needs {MIN_BUDGETS}; give more budgets")
     for one, following in itertools.pairwise(budgets):
         if math.log(following / one) <= SAME_BUDGET:
             raise InputError(f"budgets of {one:,} and {following:,} tokens, in whole steps, are one: set them apart")
-    if budgets[-2] < MIN_SPREAD * budgets[0]:
+    if budgets[-1] < MIN_SPREAD * budgets[0]:
         raise InputError(
-            f"budgets below the largest go from {budgets[0]:,} to {budgets[-2]:,} tokens: a law needs a factor of "
-            f"{MIN_SPREAD:g} between them; start from a smaller one"
+            f"budgets from {budgets[0]:,} to {budgets[-1]:,} tokens: a law needs a factor of {MIN_SPREAD:g} between "
+            "them; start from a smaller one"
         )
