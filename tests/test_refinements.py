@@ -10,8 +10,9 @@ from castlm.core.nm import NM, nm_mask
 from castlm.core.sparsify import sparse_linears
 from castlm.oneshot import start
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
+from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.inputs import grouped, inputs_in_order
-from castlm.oneshot.options import NO_REFINEMENTS, Refinements
+from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.solvers import damped, refit, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt
@@ -244,3 +245,25 @@ def test_refinements_are_checked():
         Refinements(mask_iterations=5).for_solver("flap", Channels(0.5))
     with pytest.raises(InputError, match=r"mask_iterations = -1 is out of range"):
         prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(mask_iterations=-1))
+
+
+def test_an_effort_sets_options_that_are_not_given():
+    given = {"start_effort": "quick", "rotation_iterations": 3}
+    assert with_effort(given) == {**EFFORTS["quick"].options, **given}
+    assert with_effort({}) == {}
+    assert with_effort({"start_effort": "best"}) == {"start_effort": "best"}
+
+
+def test_a_quick_start_does_not_ask_other_solvers_for_its_refinements():
+    quick = {k: v for k, v in EFFORTS["quick"].options.items() if hasattr(NO_REFINEMENTS, k)}
+    assert Refinements(**quick).for_solver("sparsegpt", NM(2, 4)) == Refinements(**quick)
+    assert Refinements(**quick).for_solver("wanda", NM(2, 4)) == NO_REFINEMENTS
+    assert Refinements(**quick).for_solver("wanda", Channels(0.25)).num_refits(Channels(0.25)) == 6
+
+
+@pytest.mark.parametrize(
+    ("effort", "width", "num_sequences"), [("best", 64, 64), ("best", 4096, 128), ("quick", 64, 16)]
+)
+def test_the_default_calibration_text_counts_tokens(effort, width, num_sequences):
+    layers = {"layer": torch.nn.Linear(width, 8)}
+    assert default_sequences(layers, 512, EFFORTS[effort]) == num_sequences

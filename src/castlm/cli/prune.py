@@ -10,7 +10,7 @@ from castlm.cli.options import read_arguments, refuse_given
 from castlm.core.errors import InputError
 from castlm.data.options import TextOptions
 from castlm.fields import COMMAND_LINE, build, choice, essential
-from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements, with_effort
+from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, with_effort
 from castlm.patterns import all_solvers, parse_pattern
 
 _OF_CALIBRATION = ("calibration", "precision", *(field.name for field in fields(TextOptions)))
@@ -128,7 +128,7 @@ class PruneCommand(
             text_name=self.calibration,
             num_sequences=self.num_sequences,
             seq_len=self.seq_len,
-            effort=self.start_effort,
+            effort=EFFORTS[self.start_effort],
             device=device,
             memory=memory,
             precision=self.precision,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
 from castlm.models.architecture import context_length
+from castlm.oneshot.options import Effort
 
 
 def calibration_length(model: PreTrainedModel) -> int:
@@ -20,14 +21,14 @@ def calibration_length(model: PreTrainedModel) -> int:
     return min(2048, context_length(model.config) or 2048)
 
 
-def default_sequences(layers: Mapping[str, SparseLayer], seq_len: int, effort: str) -> int:
+def default_sequences(layers: Mapping[str, SparseLayer], seq_len: int, effort: Effort) -> int:
     """The number of calibration sequences if none is given: enough for 32,768 tokens, at most 128.
 
-    Wide layers need more: 16 tokens for each input of the widest. Effort "quick" takes a quarter. On stories260K, twice
-    the tokens bring nothing after 100 steps, and half of them cost 2.7 % (docs/results/stories260k-start.md).
+    Wide layers need more: 16 tokens for each input of the widest. An effort takes a share of this. On stories260K,
+    twice the tokens bring nothing after 100 steps, and half of them cost 2.7 % (docs/results/stories260k-start.md).
     """
     widest = max(layer.weight.shape[-1] for layer in layers.values())
-    tokens = max(32_768, 16 * widest) / (4 if effort == "quick" else 1)
+    tokens = max(32_768, 16 * widest) * effort.calibration
     return min(128, math.ceil(tokens / seq_len))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
@@ -27,16 +27,35 @@ def check_damping(damping: float) -> None:
         raise InputError(f"damping = {damping} is out of range: it must be between 0 and 1")
 
 
-EFFORTS: dict[str, dict[str, Any]] = {
-    "best": {},
-    "quick": {"rotation_iterations": 25, "permute_iterations": 6, "staged_statistics": False, "mask_iterations": 8},
+class Effort(NamedTuple):
+    """A row of `EFFORTS`."""
+
+    options: dict[str, Any]
+    """The options that it sets; options that are given override them."""
+    calibration: float
+    """The share of the default calibration text that it reads."""
+
+
+EFFORTS = {
+    "best": Effort({}, 1.0),
+    "quick": Effort(
+        {
+            "rotation_iterations": 25,
+            "permute_iterations": 6,
+            "staged_statistics": False,
+            "mask_iterations": 0,
+            "refit_iterations": 6,
+        },
+        0.25,
+    ),
 }
-"""The values of each `start_effort`; options that are given override them."""
+"""The settings of each `start_effort`."""
 
 
 def with_effort(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values`, the options that are given, with those that their `start_effort` sets."""
-    return {**EFFORTS.get(str(values.get("start_effort")), {}), **values}
+    effort = EFFORTS.get(str(values.get("start_effort")))
+    return {**effort.options, **values} if effort else dict(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +137,17 @@ class Refinements(Bounded):
         Structured patterns have only `refit_iterations`, with every solver.
 
         Raises:
-            InputError: an option without effect is neither at its default nor off.
+            InputError: an option without effect is neither at its default, nor off, nor the value of an effort.
         """
         asked = [
             option.name
             for option in fields(self)
-            if getattr(self, option.name) not in (option.default, getattr(NO_REFINEMENTS, option.name))
+            if getattr(self, option.name)
+            not in (
+                option.default,
+                getattr(NO_REFINEMENTS, option.name),
+                *(effort.options.get(option.name) for effort in EFFORTS.values()),
+            )
         ]
         if pattern.cut_out is not None:
             if others := [name for name in asked if name != "refit_iterations"]:

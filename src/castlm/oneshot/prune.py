@@ -38,6 +38,7 @@ from castlm.models.architecture import is_vision_language
 from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length, default_sequences
 from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder, remove_work
+from castlm.oneshot.options import EFFORTS, Effort
 from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.source import MemoryModel, StoredModel, check_outside_blocks, outside_blocks
 from castlm.oneshot.start import Start
@@ -61,7 +62,7 @@ class Prune:
     """Tokens per sequence; 0 takes the model's context, at most 2,048."""
     device: str
     memory: Memory
-    effort: str = "best"
+    effort: Effort = EFFORTS["best"]
     precision: str = "auto"
     save_dtype: str = "source"
     options: TextOptions = DEFAULTS

@@ -122,6 +122,7 @@ class Start:
         folder: StartFolder | None = None,
         say: Say = lambda line: None,
         progress: Progress = lambda done, total: None,
+        time_after: Callable[[float], str] = lambda seconds_per_token: "",
     ) -> OneshotReport:
         """Prunes a model in memory in place, or a `StoredModel` block by block into `folder`, with the same bits.
 
@@ -133,6 +134,8 @@ class Start:
             extras: for each sequence, the further arguments of the model's forward, such as images.
             folder: records each finished block, so that a start that was killed continues.
             say: called with a line about each change that was made, omitted or undone, and about the remaining time.
+            time_after: words about the time of what follows the start, from the seconds of one token in the forward
+                pass of one block.
 
         Raises:
             InputError: an unknown method, a bad pattern or number, a method that needs calibration text without any,
@@ -167,9 +170,9 @@ class Start:
             say(
                 f"continuing after {folder.done} of {len(source.blocks)} transformer blocks, which are in {folder.path}"
             )
-        told = _announced(progress, say)
+        started = time.perf_counter()
         with eval_mode(model):
-            for step in walk(
+            blocks = walk(
                 source,
                 layers,
                 calibration,
@@ -178,8 +181,14 @@ class Start:
                 follows_dense=self.refinements.reconstruct_epochs > 0,
                 folder=folder,
                 results=report.saved,
-                progress=told,
-            ):
+                progress=progress,
+            )
+            for number, step in enumerate(blocks):
+                left = len(source.blocks) - step.index
+                seconds = (time.perf_counter() - started) * left  # once the first block is done
+                if number == 1 and seconds > _SHORT and step.inputs is not None:
+                    after = time_after(step.inputs.seconds_per_token())
+                    say(f"the start takes about {readable(seconds)} more, for {left} transformer blocks{after}")
                 self._make_block_(source, step, turns, report)
         report.basis.changes = [change for change in report.basis.changes if change.num_tried]
         for line in report.basis.lines():
@@ -330,22 +339,8 @@ class _timed:  # noqa: N801
         self.report.seconds += time.perf_counter() - self.started
 
 
-def _announced(progress: Progress, say: Say) -> Progress:
-    """Wraps `progress`: after the first block, also announces how long the others will take."""
-    started, is_first = time.perf_counter(), True
-
-    def told(done: int, total: int) -> None:
-        nonlocal is_first
-        seconds = (time.perf_counter() - started) * (total - done)
-        if is_first and seconds > _SHORT:
-            say(f"the start takes about {_readable(seconds)} more: {total - done} of {total} transformer blocks")
-        is_first = False
-        progress(done, total)
-
-    return told
-
-
-def _readable(seconds: float) -> str:
+def readable(seconds: float) -> str:
+    """The time in seconds, or in minutes from two on."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 

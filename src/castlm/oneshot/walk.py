@@ -6,6 +6,7 @@ Memory holds the inputs of one block for all sequences, in the model's dtype; it
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any, NamedTuple
@@ -217,6 +218,13 @@ class BlockInputs(Sequence[Tensor]):
         """The outputs of the current block for the first batch, without autocast and without kept outputs."""
         self.running = None
         return self.call(0).run(self.blocks[self.index], self[0])
+
+    def seconds_per_token(self) -> float:
+        """The time of a forward pass of the current block, for each token of the first batch."""
+        started = time.perf_counter()
+        output = self.run(self[0], 0)
+        output.flatten()[0].item()  # waits for an accelerator
+        return (time.perf_counter() - started) / output.shape[:-1].numel()
 
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         """The output of the current block for the hidden states (batch, seq, hidden) of a batch."""

@@ -29,9 +29,10 @@ from castlm.methods.base import Retraining
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.folder import StartFolder, partial_folder, remove_work
+from castlm.oneshot.options import EFFORTS
 from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.source import MemoryModel
-from castlm.oneshot.start import Start
+from castlm.oneshot.start import Start, readable
 from castlm.progress import note, shown_progress
 from castlm.training.options import StartOptions
 from castlm.training.source import Source
@@ -95,6 +96,8 @@ class StartOf:
     """Whether the model of the run is its own start."""
     compares_hidden: bool
     """Whether the run compares hidden states with the teacher's, which needs the basis of the stream."""
+    training_tokens: float
+    """Tokens of all forward passes of the training on one rank; a backward pass counts as two."""
 
 
 def make_start(
@@ -159,7 +162,8 @@ def _prune(
         precision = choose_precision(of.precision, world.device, model.config)
         how = Start.of(options, solver, pattern, seed=of.seed, filter_fn=filter_fn, precision=precision)
         layers, _ = sparse_linears(model, pattern, filter_fn)
-        num_sequences = options.calibration_sequences or default_sequences(layers, of.seq_len, options.start_effort)
+        effort = EFFORTS[options.start_effort]
+        num_sequences = options.calibration_sequences or default_sequences(layers, of.seq_len, effort)
         drawn = num_sequences, of.seq_len, of.seed
         calibration, extras = calibration_sequences(text.documents, text.encoder, *drawn, note)
         depends_on = {
@@ -171,8 +175,17 @@ def _prune(
         }
         folder = StartFolder(partial, depends_on, restart=overwrite)
         blocks = MemoryModel(model, layers, keeps_dense=of.keeps_dense_values)
+
+        def time_after(seconds_per_token: float) -> str:
+            # The output head is as much work as so many blocks, by its weights: 28.3 M / 3.5 M = 8 (SmolLM2-135M).
+            head = model.get_output_embeddings().weight.numel()
+            size = len(blocks.blocks) + head / sum(weight.numel() for weight in blocks.blocks[0].parameters())
+            return f"; training takes about {readable(of.training_tokens * size * seconds_per_token)} after it"
+
         with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
-            report = how.make_(blocks, calibration, extras, folder=folder, say=note, progress=progress)
+            report = how.make_(
+                blocks, calibration, extras, folder=folder, say=note, progress=progress, time_after=time_after
+            )
     except InputError as error:
         raise InputError(f"init_from {solver}: {error}; init_from magnitude needs no text") from None
     for line in report.notes():

@@ -174,6 +174,8 @@ def set_up(config: TrainConfig, world: World) -> Run:
     # start
     start = StartWeights(record=resumed or {})
     if has_start:
+        passes = 3 + (teacher_options.eta > 0)  # forward, twice as much backward, and the teacher's forward
+        sequences = optimizer_options.sequences_per_step(world.size)
         of = StartOf(
             pattern=pattern,
             filter_fn=filter_fn,
@@ -183,6 +185,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
             keeps_dense_values=config.method.keeps_dense_values(config.start.name, pattern),
             is_finetuning=config.is_finetuning,
             compares_hidden=bool(teacher_options.hidden_weight),
+            training_tokens=passes * optimizer_options.max_steps * sequences * data.seq_len / world.size,
         )
         output = config.checkpoint
         start = make_start(config.start, of, source, text, world, output.output_dir, output.overwrite)
