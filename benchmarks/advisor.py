@@ -9,16 +9,54 @@ where it names the faster one. `--fit` fits the constants of `roofline.KERNELS` 
 from __future__ import annotations
 
 import argparse
+import csv
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.rows import Row
+from castlm.inference.advise import Shape
 from castlm.inference.devices import find_device
-from castlm.inference.roofline import KERNELS, Kernel, KernelTime, gpu_formats, kernel_times, layer_seconds
+from castlm.inference.roofline import KERNELS, Kernel, gpu_formats, layer_seconds
 
 GOAL = ">= 0.9"
 NOTICEABLE = math.log(1.05)
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One published cell: a linear layer, or several as a sum, dense and 2:4, in microseconds."""
+
+    device: str
+    dtype: str
+    shapes: tuple[Shape, ...]
+    tokens: int
+    dense_us: float
+    sparse_us: float
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_us / self.sparse_us
+
+
+@functools.cache
+def kernel_times() -> tuple[KernelTime, ...]:
+    """The rows of published.csv; `roofline.KERNEL_SOURCE` is their source."""
+
+    def layers(text: str) -> tuple[Shape, ...]:  # "4096x4096+11008x4096"
+        pairs = (layer.split("x") for layer in text.split("+"))
+        return tuple((int(out_features), int(in_features)) for out_features, in_features in pairs)
+
+    text = Path(__file__).with_name("published.csv").read_text(encoding="utf-8")
+    return tuple(
+        KernelTime(
+            *(row["device"], row["dtype"], layers(row["layers"]), int(row["tokens"])),
+            *(float(row["dense_us"]), float(row["sparse_us"])),
+        )
+        for row in csv.DictReader(text.splitlines())
+    )
 
 
 def predicted(cell: KernelTime, sparse: bool, kernel: Kernel | None = None) -> float:

@@ -40,10 +40,9 @@ from castlm.data.tokens import Encoder, token_ids
 from castlm.dtypes import STORED
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
-from castlm.inference.convert import onto_kernels_, pack_model_
 from castlm.inference.decode import greedy
 from castlm.inference.formats import PackedSpec
-from castlm.inference.layers import PackedLinear
+from castlm.inference.layers import PackedLinear, onto_kernels_, pack_model_
 from castlm.inference.packed import kept_mask, pack_integers
 from castlm.inference.quantize import QuantizeReport, quantize_
 from castlm.inference.rounding import round_rows

@@ -29,9 +29,8 @@ from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
 from castlm.hardware import has_fast_bf16
 from castlm.inference import native
-from castlm.inference.convert import pack_model_
 from castlm.inference.decode import greedy
-from castlm.inference.layers import packed_linear
+from castlm.inference.layers import pack_model_, packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers
 from castlm.inference.rounding import round_rows
 from castlm.models.io import load_model, save_model

@@ -26,8 +26,6 @@ class StubBackend:
         failing: a variant that raises when it runs, or "search": the list of variants raises.
     """
 
-    tolerance = 1e-3
-
     def __init__(self, seconds, refuse=None, wrong=False, variants=("2:4 a", "2:4 b"), failing=None):
         self.failing = failing
         self.seconds, self.refuse, self.wrong = seconds, refuse or {}, wrong

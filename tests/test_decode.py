@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
 from castlm.inference import native
-from castlm.inference.convert import pack_model_
 from castlm.inference.decode import DecoderState, TokenTimes, decode, decoding_method, greedy, step_together
 from castlm.inference.generate import generate_text
+from castlm.inference.layers import pack_model_
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)

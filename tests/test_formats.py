@@ -1,4 +1,4 @@
-"""The table of numeric formats and the masks of the packed file: codes of a group, and the bitmap of version 1."""
+"""The table of numeric formats and the masks of the packed file: the codes of its groups."""
 
 import itertools
 import json
@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
+from castlm.core.errors import InputError
 from castlm.core.nm import nm_mask, pack_mask, unpack_mask
 from castlm.dtypes import STORED
-from castlm.export.packed import pack_folder, unpack_folder
+from castlm.export.packed import pack_folder
 from castlm.export.verify import verify
 from castlm.inference import native
-from castlm.inference.formats import FILE, METADATA_KEY, PackedSpec, mask_bits, read_specs
+from castlm.inference.formats import FILE, METADATA_KEY, PackedSpec, mask_bits
 from castlm.inference.packed import pack, pack_integers
-from tests.test_packed import pruned_folder, tensors_of
+from tests.test_packed import pruned_folder
 
 PATTERNS = [(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m) if m != 16 or n == 8]
 
@@ -34,8 +34,6 @@ def test_a_stored_mask_comes_back_bit_for_bit(pattern, rows, groups, seed):
     stored = spec.mask_to_stored(bits)
     assert stored.shape == spec.tensors()["mask"][1]
     assert np.array_equal(spec.mask_to_bits(stored), bits)
-    old = PackedSpec(rows, groups * m, n, m, "bf16", bitmap=True)
-    assert old.mask_to_bits(bits) is bits
 
 
 def test_codes_number_the_masks_of_a_group_in_order():
@@ -74,35 +72,15 @@ def test_every_format_with_kernels_is_one_of_matrix_h():
     assert native.VALUES == {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}
 
 
-def in_version_1(folder):
-    """Rewrites the file of a packed folder with the masks as bitmaps, as format 1 had them."""
-    specs = read_specs([folder / FILE])
-    with safe_open(folder / FILE, framework="pt") as opened:
+def test_another_packed_format_is_refused(tmp_path):
+    pack_folder(pruned_folder(tmp_path / "source"), tmp_path / "packed")
+    with safe_open(tmp_path / "packed" / FILE, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         metadata = dict(opened.metadata())
-    for stem, spec in specs.items():
-        tensors[f"{stem}.mask"] = torch.from_numpy(spec.mask_to_bits(tensors[f"{stem}.mask"].numpy()))
     content = json.loads(metadata[METADATA_KEY])
-    metadata[METADATA_KEY] = json.dumps(content | {"version": 1})
-    save_file(tensors, folder / FILE, metadata)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["version"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_folders_of_version_1_are_still_read(tmp_path):
-    source = pruned_folder(tmp_path / "source")
-    pack_folder(source, tmp_path / "packed")
-    ids = torch.arange(12)[None]
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(ids).logits
-    size = (tmp_path / "packed" / FILE).stat().st_size
-    in_version_1(tmp_path / "packed")
-    assert (tmp_path / "packed" / FILE).stat().st_size > size
-    assert verify(tmp_path / "packed").ok
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(ids).logits, expected)
-    unpack_folder(tmp_path / "packed", tmp_path / "back")
-    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    save_file(tensors, tmp_path / "packed" / FILE, {METADATA_KEY: json.dumps(content | {"version": 1})})
+    with pytest.raises(InputError, match=r"packed format 1, .* castlm pack"):
+        verify(tmp_path / "packed")
 
 
 def test_integers_keep_a_given_mask():

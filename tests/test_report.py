@@ -17,7 +17,7 @@ from castlm.compare.summary import options_of, start_of
 from castlm.core.errors import InputError
 from castlm.report import charts
 from castlm.report.charts import Level, Picture, Series, dot_chart, heat_map, line_chart, short
-from castlm.report.run_data import read_run
+from castlm.report.run_charts import read_run
 from castlm.report.run_page import run_page
 from castlm.report.sample import read_sample
 from castlm.training.config import TrainConfig

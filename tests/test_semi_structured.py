@@ -8,9 +8,7 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.inference import semi_structured
-from castlm.inference.cuda_backends import Cusparselt, int8_rows
-from castlm.inference.semi_structured import to_semi_structured_
+from castlm.inference.semi_structured import GpuTimer, to_semi_structured_, why_not_cusparselt
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
 
@@ -87,13 +85,11 @@ def test_a_shape_whose_search_fails_stays_dense_with_the_error(pruned):
 
 
 @pytest.mark.parametrize("failing", ["2:4 a", "search"])
-def test_the_gpu_timer_counts_a_layer_that_does_not_run_as_dense(failing, monkeypatch):
+def test_the_gpu_timer_counts_a_layer_that_does_not_run_as_dense(failing):
     backend = StubBackend(
         lambda variant, *_: {"dense": 3.0, "2:4 a": 1.0}[variant], variants=["2:4 a"], failing=failing
     )
-    monkeypatch.setattr(semi_structured, "backend_for", lambda dtype, device: backend)
-    timer = semi_structured.GpuTimer("bf16")
-    timer._device = torch.device("cpu")
+    timer = GpuTimer("bf16", backend)
     sparse = next(form for form in timer.formats if form.sparse)
     assert timer.seconds(sparse, (64, 64), 4) == 3.0
     backend.failing = None
@@ -116,43 +112,18 @@ def test_bad_input_is_named(pruned):
 
 
 def test_cusparselt_names_the_shapes_and_dtypes_that_it_does_not_take():
-    backend = Cusparselt()
-    assert "convert the model to bf16" in backend.why_not(nn.Linear(64, 64))
-    assert "30 x 64 does not divide" in backend.why_not(nn.Linear(64, 30, dtype=torch.bfloat16))
-    assert backend.why_not(nn.Linear(64, 64, dtype=torch.bfloat16)) is None
-
-
-def test_int8_rows_keep_zeros_and_err_by_half_a_step():
-    x = torch.randn(5, 16) * (torch.rand(5, 16) > 0.5)
-    rounded, scale = int8_rows(x)
-    assert rounded.dtype is torch.int8
-    assert torch.equal(rounded == 0, x.abs() < scale.unsqueeze(1) / 2)
-    assert ((rounded * scale.unsqueeze(1) - x).abs() <= scale.unsqueeze(1) / 2 + 1e-6).all()
-    assert torch.equal(int8_rows(torch.zeros(2, 4))[0], torch.zeros(2, 4, dtype=torch.int8))
+    assert "convert the model to bf16" in why_not_cusparselt(nn.Linear(64, 64))
+    assert "30 x 64 does not divide" in why_not_cusparselt(nn.Linear(64, 30, dtype=torch.bfloat16))
+    assert why_not_cusparselt(nn.Linear(64, 64, dtype=torch.bfloat16)) is None
 
 
 @NEEDS_CUDA
-@pytest.mark.parametrize("dtype", ["same", "int8"])
-def test_on_cuda_no_layer_is_slower_and_the_output_agrees(dtype):
+def test_on_cuda_no_layer_is_slower_and_the_output_agrees():
     model = nn.ModuleDict({"0": nn.Linear(4096, 11008, bias=False, dtype=torch.bfloat16)}).cuda()
     prune_(model)
     x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     expected = model["0"](x)
-    (choice,) = to_semi_structured_(model, 4096, dtype=dtype)
+    (choice,) = to_semi_structured_(model, 4096)
     assert not choice.reason
     assert choice.seconds[choice.variant] <= choice.seconds["dense"]
-    assert (model["0"](x) - expected).float().norm() <= 0.05 * expected.float().norm()
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="fp8 2:4 needs a Hopper GPU, none is here",
-)
-def test_on_hopper_fp8_agrees():
-    pytest.importorskip("torchao", reason="fp8 2:4 needs torchao")
-    model = nn.ModuleDict({"0": nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16)}).cuda()
-    prune_(model)
-    x = torch.randn(1024, 4096, device="cuda", dtype=torch.bfloat16)
-    expected = model["0"](x)
-    to_semi_structured_(model, 1024, dtype="fp8")
-    assert (model["0"](x) - expected).float().norm() <= 0.1 * expected.float().norm()
+    assert (model["0"](x) - expected).float().norm() <= 0.02 * expected.float().norm()

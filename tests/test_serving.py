@@ -21,8 +21,8 @@ from castlm.cli.main import main
 from castlm.cli.serve import default_name
 from castlm.core.sparsify import prune_
 from castlm.inference import native
-from castlm.inference.convert import pack_model_
 from castlm.inference.generate import generate_text
+from castlm.inference.layers import pack_model_
 from castlm.serving import engine as engine_module
 from castlm.serving.app import make_app
 from castlm.serving.engine import Answer, BusyError, Engine

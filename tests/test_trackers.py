@@ -14,7 +14,7 @@ import pytest
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import init_world
-from castlm.export import hub
+from castlm.export.hf import push
 from castlm.files.record import LOCK, OUTPUT
 from castlm.training import trackers
 from castlm.training.record import read_metrics, read_series
@@ -295,7 +295,7 @@ def test_an_upload_removes_the_weights_of_an_earlier_one_and_nothing_else(endpoi
     monkeypatch.setattr(Hub, "there", ["model.safetensors", "config.json", "notes.txt", "old/model.safetensors"])
     for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         (tmp_path / name).write_text("{}")
-    hub.push(tmp_path, "me/run", private=False)
+    push(tmp_path, "me/run", private=False)
     (commit,) = Hub.commits
     assert [entry["value"]["path"] for entry in commit if entry["key"] == "deletedFile"] == ["model.safetensors"]
 
@@ -313,4 +313,4 @@ def test_an_upload_that_cannot_work_is_refused_before_the_run(endpoint, text, tm
 def test_a_failed_upload_says_how_to_send_the_result(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "do_POST", lambda self: self.answer({"error": "no"}, 403))
     with pytest.raises(InputError, match=f"the result is whole: hf upload me/run {tmp_path} sends it"):
-        hub.push(tmp_path, "me/run", private=False)
+        push(tmp_path, "me/run", private=False)

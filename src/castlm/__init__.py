@@ -26,7 +26,7 @@ _HOME = {
     "castlm.export.hf": ("export_model",),
     "castlm.export.packed": ("pack_folder", "unpack_folder"),
     "castlm.export.verify": ("verify",),
-    "castlm.inference.convert": ("pack_model_",),
+    "castlm.inference.layers": ("pack_model_",),
     "castlm.inference.semi_structured": ("to_semi_structured_",),
     "castlm.methods.adapters": ("keep_pattern_", "shira_config"),
     "castlm.models.io": ("load_model", "save_model"),

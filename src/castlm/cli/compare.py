@@ -18,7 +18,6 @@ def show(report: Report, folder: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from castlm.compare.report import WIDTH
     from castlm.progress import Screen
 
     table = Table(title=report.question, title_justify="left")
@@ -28,7 +27,7 @@ def show(report: Report, folder: str) -> None:
         table.add_row(*map(Text, line))
     console = Screen(highlight=False)
     if not console.is_terminal:  # a log has no width to wrap at
-        console = Screen(highlight=False, width=WIDTH)
+        console = Screen(highlight=False, width=100)
     console.print(table)
     for text in (*report.warnings, *report.notes, report.verdict, f"report: {Path(folder, 'table.html')}"):
         console.print(text, markup=False, soft_wrap=True)

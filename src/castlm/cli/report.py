@@ -28,7 +28,7 @@ class ReportCommand:
     """Rewrite the page every few seconds until the run ends; an open browser tab reloads it."""
 
     def run(self) -> int:
-        from castlm.report.run_data import read_run
+        from castlm.report.run_charts import read_run
         from castlm.report.run_page import REFRESH_SECONDS, write_run_page
 
         run = read_run(self.run_folder)
@@ -51,7 +51,7 @@ def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "aut
     Raises:
         InputError: the folder holds no run, or `sample` is "yes" and there can be none.
     """
-    from castlm.report.run_data import read_run
+    from castlm.report.run_charts import read_run
     from castlm.report.run_page import write_run_page
     from castlm.report.sample import is_large, read_sample, write_sample
 

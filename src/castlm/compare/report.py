@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +41,6 @@ class Column(NamedTuple):
     heading: str
     form: str
     meaning: str
-    factor: float = 1.0
-    """Factor that converts a value to the unit in the heading."""
-    page_only: bool = False
-    """Whether only the page and table.json show it."""
 
 
 COLUMNS = (
@@ -74,39 +69,28 @@ COLUMNS = (
         "+.4f",
         "ln(perplexity / perplexity of the dense model before any training). Training alone can make it negative.",
     ),
-    Column(
-        "flip_rate",
-        "flip rate",
-        ".1e",
-        "Share of the mask entries that the last refresh of the masks changed.",
-        page_only=True,
-    ),
+    Column("flip_rate", "flip rate", ".1e", "Share of the mask entries that the last refresh of the masks changed."),
     Column(
         "initial_flip_rate",
         "flips since step 0",
         ".2%",
         "Share of the mask entries that differ from the masks of step 0.",
-        page_only=True,
     ),
     Column(
         "sparse_weight_ratio",
         "kept share",
         ".4f",
         "sum |kept weights| / sum |all weights| of the sparse layers before the prune; 1: nothing left to prune.",
-        page_only=True,
     ),
     Column(
         "start_tokens",
         "start, tokens",
         ",.0f",
         "Tokens that the start read before step 0; empty for one-shot methods.",
-        page_only=True,
     ),
     Column("train_seconds", "time, s", ".0f", "Seconds of the optimizer steps; of one-shot methods, of the pruning."),
     Column("start_seconds", "start, s", ".0f", "Seconds that the start took before step 0."),
-    Column(
-        "peak_memory_bytes", "peak memory, MiB", ".0f", "The most memory that the process of the run held.", 1 / 2**20
-    ),
+    Column("peak_memory_mib", "peak memory, MiB", ".0f", "The most memory that the process of the run held."),
 )
 
 LEADING = {
@@ -119,12 +103,8 @@ LEADING = {
 }
 
 
-WIDTH = 100
-"""Width of the table in table.md and on a terminal, in characters, if the names of variants allow it."""
-WIDEST_CELL = 32
-
-OPTIONAL = ("peak memory, MiB", "start, s", "time, s", "before the prune", "start", "seeds", "gap to original")
-"""Columns to drop from a table that would be wider, in this order; the page has them all."""
+SHORT = ("variant", "start", "tokens", "rate", "pruned", "gap to dense control")
+"""Columns of the table on a terminal and in table.md, besides zero-shot tasks; the page has all of them."""
 
 
 @dataclass(frozen=True)
@@ -134,31 +114,24 @@ class Cells:
     headings: list[str]
     lines: list[list[str]]
 
-    def without(self, dropped: Collection[str]) -> Cells:
-        """A copy without some columns."""
-        kept = [number for number, heading in enumerate(self.headings) if heading not in dropped]
-        return Cells([self.headings[i] for i in kept], [[line[i] for i in kept] for line in self.lines])
-
-    @property
-    def width(self) -> int:
-        """Characters of a line, with a bar and two spaces per column; longer cells wrap."""
-        columns = zip(self.headings, *self.lines)
-        return 1 + sum(3 + min(WIDEST_CELL, max(map(len, column))) for column in columns)
+    def only(self, kept: Collection[str]) -> Cells:
+        """A copy with some of the columns."""
+        places = [place for place, heading in enumerate(self.headings) if heading in kept]
+        return Cells([self.headings[i] for i in places], [[line[i] for i in places] for line in self.lines])
 
 
 def stamp(results: list[Result]) -> dict[str, Any]:
     """The conditions of all figures: text, sequence length, tokenizer, versions, machine and date."""
+    from castlm.hardware import cpu_name  # imports torch
+
     record = next((r.record for r in results if "measured" in r.record and not r.trial), {})
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "metric": "perplexity",
         **record.get("measured", {}),
         "base_model": record.get("base_model"),
         "dataset_sha256": next((r.record["dataset"]["sha256"] for r in results if "dataset" in r.record), None),
         "versions": _versions(results),
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "devices": sorted({r.record["machine"] for r in results if "machine" in r.record}),
@@ -196,23 +169,6 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
         )
     if any(r.run.config.get("teacher_cache") for r in final):
         lines.append("The runs share a teacher cache, which the first of them fills: their times do not compare.")
-    return lines + _raised_damping(final)
-
-
-def _raised_damping(final: list[Result]) -> list[str]:
-    """A line for each one-shot variant in which some layers needed more damping than requested."""
-    raised: dict[str, list[Result]] = {}
-    for result in final:
-        if result.record.get("raised_damping"):
-            raised.setdefault(result.run.variant, []).append(result)
-    lines = []
-    for variant, results in raised.items():
-        layers = [r.record["raised_damping"] for r in results]
-        lines.append(
-            f"{variant}: up to {max(map(len, layers))} layers took more damping than {results[0].record['damping']:g}, "
-            f"up to {max(max(taken.values()) for taken in layers):g}, with seed "
-            f"{', '.join(str(r.run.seed) for r in results)}; the castlm.json of each run lists them."
-        )
     return lines
 
 
@@ -223,8 +179,8 @@ def cells(rows: list[dict[str, Any]]) -> Cells:
     headings = ["variant", "start", "tokens", "rate", "seeds", *(c.heading for c in shown), *tasks, "options"]
     lines = []
     for row in rows:
-        figures = [(row[c.key], c.form, c.factor) for c in shown]
-        figures += [(row["zero_shot"].get(task), ".3f", 1.0) for task in tasks]
+        figures = [(row[c.key], c.form) for c in shown]
+        figures += [(row["zero_shot"].get(task), ".3f") for task in tasks]
         lines.append(
             [
                 row["variant"],
@@ -232,31 +188,11 @@ def cells(rows: list[dict[str, Any]]) -> Cells:
                 f"{row['tokens']:,}",
                 "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
                 str(len(row["seeds"])),
-                *("" if s is None else _scaled(s, f).show(form) for s, form, f in figures),
+                *("" if s is None else s.show(form) for s, form in figures),
                 options_text(row["options"]),
             ]
         )
     return Cells(headings, lines)
-
-
-def fitting(page: Cells) -> tuple[Cells, str]:
-    """The columns that fit into a line of `WIDTH` characters, and a note on the others.
-
-    Tokens, rates and seeds that all trained runs share go into the note; the options are on the page.
-    """
-    shared = {}
-    for name in ("tokens", "rate", "seeds"):
-        values = {line[page.headings.index(name)] for line in page.lines} - {"", "0"}
-        if len(values) <= 1:
-            shared[name] = "".join(values)
-    table = page.without({"options", *shared, *(column.heading for column in COLUMNS if column.page_only)})
-    for name in OPTIONAL:
-        if table.width > WIDTH:
-            table = table.without({name})
-    same = ", ".join(f"{name} {value}" for name, value in shared.items() if value)
-    left = [name for name in page.headings if name not in table.headings and not shared.get(name)]
-    note = f"The same in every row that has it: {same}. " if same else ""
-    return table, f"{note}table.html also has {', '.join(left)}." if left else note.strip()
 
 
 def _is_shown(column: Column, rows: list[dict[str, Any]]) -> bool:
@@ -269,11 +205,6 @@ def _is_shown(column: Column, rows: list[dict[str, Any]]) -> bool:
     return bool(figures)
 
 
-def _scaled(figure: Spread, factor: float) -> Spread:
-    std = None if figure.std is None else figure.std * factor
-    return Spread(figure.mean * factor, std, tuple(v * factor for v in figure.values))
-
-
 @dataclass(frozen=True)
 class Report:
     """The results of a comparison, finished or not.
@@ -282,7 +213,7 @@ class Report:
         rows: see `summarize`.
         conditions: see `stamp`, with the hashes of the model and the texts.
         page: the whole table, for the page.
-        table: the columns that fit into `WIDTH` characters, for a terminal and for table.md.
+        table: its columns `SHORT` and the zero-shot tasks, for a terminal and for table.md.
         warnings: lines on runs that failed, diverged or fell short.
     """
 
@@ -346,8 +277,7 @@ class Report:
     def write(self, root: Path, preset: Preset) -> None:
         """Writes table.md, table.json, table.html and the charts as .svg into `root`."""
         from castlm.compare.plots import PLOTS
-        from castlm.report.charts import can_draw
-        from castlm.report.html import render
+        from castlm.report.charts import can_draw, render
 
         pictures: dict[str, Picture] = {}
         for name in dict.fromkeys((*preset.plots, "losses")) if can_draw() else ():
@@ -383,8 +313,8 @@ def make_report(
     """
     rows, conditions = summarize(results), stamp(results)
     page = cells(rows)
-    table, columns_note = fitting(page)
-    notes = [columns_note, starts_note(rows), tokens_note(rows), *explain(conditions, results)]
+    tasks = [name for row in rows for name in row["zero_shot"]]
+    notes = [starts_note(rows), tokens_note(rows), *explain(conditions, results)]
     notes += [zero_shot_note(untouched)] if untouched else []
     warnings = [
         f"{kind}: {row['variant']}, {reason}"
@@ -399,6 +329,7 @@ def make_report(
     ]
     conditions["sha256"] = dict(hashes)
     notes = list(filter(None, notes))
+    table = page.only((*SHORT, *tasks))
     return Report(
         question, command, results, list(untouched), rows, conditions, verdict(rows), page, table, warnings, notes
     )

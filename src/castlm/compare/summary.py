@@ -104,7 +104,7 @@ def _row(
         "initial_flip_rate": over(lambda r: _mask_figure(r, "initial_flip_rate")),
         "sparse_weight_ratio": over(lambda r: _mask_figure(r, "sparse_weight_ratio")),
         "train_seconds": over(lambda r: r.record.get("train_seconds", r.record.get("prune_seconds"))),
-        "peak_memory_bytes": over(lambda r: r.record.get("peak_memory_bytes")),
+        "peak_memory_mib": over(lambda r: _mebibytes(r.record.get("peak_memory_bytes"))),
         "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
         "start_seconds": over(lambda r: _start_seconds(r.record.get("start") or {})),
         "zero_shot": _zero_shot(done),
@@ -117,6 +117,10 @@ def _row(
 def _mask_figure(result: Result, key: str) -> float | None:
     figure: float | None = result.record.get("mask", {}).get(key)
     return figure
+
+
+def _mebibytes(number: int | None) -> float | None:
+    return None if number is None else number / 2**20
 
 
 def _gaps(done: list[Result], controls: dict[tuple[int, int], float], largest: int) -> dict[int, float]:

@@ -19,8 +19,8 @@ import torch
 from castlm.core.errors import InputError
 from castlm.files.reading import read_json_object
 from castlm.hardware import in_own_process
-from castlm.inference.convert import pack_model_
 from castlm.inference.decode import TokenTimes, greedy
+from castlm.inference.layers import pack_model_
 from castlm.models.io import load_model
 from castlm.patterns import parse_pattern
 from castlm.training.record import MEASURED_ALIKE, final_perplexity

@@ -1,22 +1,31 @@
-"""Finds the weight files that transformers loads from a model folder, and refuses other weights beside them.
+"""Finds the weight files and layers that transformers loads from a model folder, and refuses other weights beside them.
 
 A folder with two sets of weights is refused: verifying one says nothing about the other, and which one is loaded
-depends on the program.
+depends on the program. The counts of `verify` would also mean nothing if transformers opened other files or filled
+layers with random numbers. So transformers itself builds the config and the model, on the meta device, where weights
+take no memory. Without a config.json, the blocks of a file are compared with each other.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from castlm.core.blocks import is_block_weight, is_tower
 from castlm.core.errors import InputError
 from castlm.files.reading import check_regular, read_json_object
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
 from castlm.inference import formats
 from castlm.models.layout import QUANT_METHOD
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"
@@ -140,3 +149,170 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
             raise InputError(f"{twice[0]} is stored in {tensors[twice[0]].file.name} and in {file}: remove one of them")
         tensors |= shard
     return tensors
+
+
+Config = Mapping[str, Any]
+
+_REDIRECTIONS = ("configuration_files", "transformers_weights", "attribute_map")
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
+"""Files that transformers takes for a distributed checkpoint before it looks for model.safetensors."""
+
+
+def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config, ignored: Collection[str] = ()) -> str:
+    """Checks that transformers loads `tensors`, and that they are exactly the linear layers of the model.
+
+    Args:
+        path: the model folder.
+        tensors: the stored tensors.
+        config: the content of config.json.
+        ignored: names of tensors that may be stored though the model does not have them.
+
+    Returns:
+        A description of what the layers were compared with.
+
+    Raises:
+        InputError: config.json sends transformers to other weights, or a layer is missing, has no place in the model,
+            or has another shape.
+    """
+    check_redirections(path, config)
+    _refuse_absurd_counts(path, len(tensors), config)
+    if config.get("auto_map") and not _is_native(config):  # the layers of a model with its own code are unknown
+        check_uniform(path, tensors)
+        return "each other"
+    from castlm.models.opening import some_of
+
+    unexpected = load_on_meta(path, config)
+    linear = [
+        name
+        for name in sorted(tensors.keys() & unexpected - set(ignored))
+        if is_block_weight(name, tensors[name].shape)
+    ]
+    if linear:
+        raise InputError(
+            f"{path} holds {some_of(linear)}, which its config.json does not describe: fetch or write it again"
+        )
+    return "transformers"
+
+
+def _is_native(config: Config) -> bool:
+    """Whether transformers has the model class, so that the model loads without its own code."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = config.get("architectures")
+    classes = named if isinstance(named, list) else []
+    return config.get("model_type") in CONFIG_MAPPING_NAMES and all(
+        hasattr(transformers, str(name)) for name in classes
+    )
+
+
+def check_redirections(folder: Path, config: Config) -> None:
+    """Refuses entries that make transformers read other files than config.json and the weights beside it.
+
+    `configuration_files` names another config.json, `transformers_weights` other weights. An `attribute_map` gives
+    fields other names, at any depth.
+    """
+    inner = [pair for value in config.values() if isinstance(value, dict) for pair in _fields(value)]
+    other = [key for key, value in _fields(config) if key in _REDIRECTIONS and value is not None]
+    if other := other or [key for key, _ in inner if key == "quantization_config"]:
+        raise InputError(f"{folder / 'config.json'} names other weights or fields in {other[0]}: remove that entry")
+    if parts := [file.name for file in folder.iterdir() if _DISTRIBUTED.match(file.name)]:
+        raise InputError(f"{folder} holds {parts[0]}, a part of a distributed checkpoint: save the whole model")
+
+
+def load_on_meta(folder: Path, described: Config) -> set[str]:
+    """Loads the model folder without its data, as the class that its config.json names.
+
+    Args:
+        described: the content of config.json.
+
+    Returns:
+        The names of the stored tensors that the class does not have.
+
+    Raises:
+        InputError: transformers does not know the class, or would load other weights, or a weight is missing or has
+            another shape.
+    """
+    from transformers import AutoConfig
+
+    from castlm.models.opening import check_loading_info, quiet_transformers
+
+    try:
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            _check_config_object(folder, config, described)
+            _, info = _class_of(folder, config).from_pretrained(
+                folder,
+                config=config,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+    except InputError:
+        raise
+    except Exception as error:  # configs fail with errors of any type
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"transformers cannot say which layers {folder} should hold: {reason}") from error
+    check_loading_info(folder, info)
+    return set(info["unexpected_keys"])
+
+
+def _check_config_object(folder: Path, config: PretrainedConfig, described: Config) -> None:
+    """Refuses a config that transformers reads differently from `verify`, where it decides about the weights."""
+    text = config.get_text_config(decoder=True)
+    for key in ("transformers_weights", "quantization_config", "model_type"):
+        value = getattr(config, key, None) or getattr(text, key, None) or None
+        if value != (described.get(key) or None):
+            raise InputError(f"{folder / 'config.json'}: transformers reads {key} = {value!r:.100}: write it again")
+
+
+def _class_of(folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
+    kind = getattr(transformers, str(named[0]), None)
+    is_class = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not is_class or kind.config_class is not type(config):
+        raise InputError(
+            f"{folder}: transformers has no architecture {named[0]!r} of a {config.model_type}: which layers it holds "
+            "is unknown"
+        )
+    return kind
+
+
+def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:
+    """Refuses a config.json with more blocks or experts than stored tensors, before anything loops over that number."""
+    for name, value in _fields(config):
+        count = re.search(
+            r"(?:^|_)n(?:um)?_(?:\w+_)?(layer|block|expert)s?(?:_per_\w+)?$|^(?:en|de)coder_(layer)s$", name
+        )
+        if count is None or type(value) is not int:
+            continue
+        if value < 0 or value > (65_536 if count[1] == "expert" else max(1000, num_tensors)):
+            raise InputError(f"config.json of {path} says {name} = {value}, and it holds {num_tensors} tensors")
+
+
+def _fields(config: Config) -> list[tuple[str, Any]]:
+    """The fields of a config and of all configs in it, such as `text_config`."""
+    inner = [pair for value in config.values() if isinstance(value, dict) for pair in _fields(value)]
+    return [*config.items(), *inner]
+
+
+def check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuses transformer blocks that differ in their layers, or whose numbers have a gap."""
+    blocks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name, tensor in tensors.items():
+        if len(tensor.shape) >= 2 and not is_tower(name) and (match := re.match(r"(|.*?\.)(\d{1,9})\.(.+)", name)):
+            blocks[match[1]][int(match[2])].add(match[3])
+    for stem, of_index in blocks.items():
+        everything = set().union(*of_index.values())
+        for index in range(max(of_index) + 1 if len(of_index) > 1 else 0):
+            if index not in of_index or (lacking := sorted(everything - of_index[index])):
+                what = f"{lacking[0]}, which other blocks have" if index in of_index else "every layer"
+                raise InputError(
+                    f"{stem}{index} of {path} lacks {what}: without a config.json that names the layers, "
+                    "only a checkpoint of equal blocks can be verified"
+                )

@@ -1,27 +1,32 @@
 """Writes a finished model as a Hugging Face folder, which gets its name only after verification from the disk.
 
 Verification reads the files back as a user would: it counts every group of every sparse layer, compares every tensor
-bit for bit with the one in memory, and measures the perplexity again.
+bit for bit with the one in memory, and measures the perplexity again. A model that does not fit in memory is assembled
+from files of its transformer blocks, with at most one tensor in memory.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.blocks import is_block_weight
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_linears
-from castlm.dtypes import bytes_of
+from castlm.dtypes import STORED, STORED_NAMES, bytes_of
 from castlm.export.card import model_card
 from castlm.export.report import VerifyReport
 from castlm.export.verify import check_ok, verify
@@ -235,3 +240,144 @@ def equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(bytes_of(one), bytes_of(other))
+
+
+def export_blocks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    blocks: Sequence[Path],
+    outside: Iterator[tuple[str, Tensor]],
+    pattern: Pattern,
+    left_dense: Mapping[str, str],
+    record: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Writes `folder` with castlm.json and a model card, and verifies it; returns the content of castlm.json.
+
+    Args:
+        model: the model on the meta device, for names and shapes.
+        blocks: a safetensors file of each block, in `dtype`, each tensor under its name in `model`. They are linked
+            where the file system allows it, and copied otherwise.
+        outside: all other weights by name, in the order of `model.named_parameters()`; rounded to `dtype`.
+
+    Raises:
+        InputError: the disk is full, or the verification fails; the result is then kept as `<folder>.rejected`.
+    """
+    folder = Path(os.path.realpath(user_path(folder)))
+    manifest = new_manifest(pattern, left_dense, {**record, "dtype": dtype_name(dtype)})
+    with atomic_dir(folder, overwrite=True) as temporary:
+        files = [f"model-{i:05d}-of-{len(blocks) + 1:05d}.safetensors" for i in range(1, len(blocks) + 2)]
+        weight_map: dict[str, str] = {}
+        for block, name in zip(blocks, files[1:]):
+            _link_or_copy(block, temporary / name)
+            with safe_open(block, "pt") as opened:
+                weight_map |= dict.fromkeys(opened.keys(), name)
+        others = {name: p for name, p in model.named_parameters() if name not in weight_map}
+        layout = {name: (STORED_NAMES[dtype], tuple(parameter.shape)) for name, parameter in others.items()}
+        rounded = ((name, tensor.to(dtype)) for name, tensor in outside)
+        write_safetensors(temporary / files[0], layout, rounded, {"format": "pt"})
+        weight_map |= dict.fromkeys(layout, files[0])
+        total = sum(p.numel() for p in model.parameters())
+        write_index(temporary, dict(sorted(weight_map.items())), total, dtype)
+        write_all_but_weights(model, tokenizer, temporary, dtype)
+        try:
+            report = verify(temporary, pattern, known_layers=())
+            verify_pattern(report, model, manifest["left_dense"])
+        except Exception as error:
+            raise rejected(temporary, folder, error) from error
+        manifest["proof"] = report.totals()
+        write_record(temporary, folder.name, manifest)
+    return manifest
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+_BYTES = {name: dtype.itemsize for name, dtype in STORED.items()}
+_ALIGNMENT = 8  # safetensors pads its header to align the data
+
+
+def write_safetensors(
+    file: Path,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Iterator[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes `file`; `tensors` are consumed one by one.
+
+    Args:
+        layout: dtype (safetensors' name) and shape of every tensor, in the order in which `tensors` gives them.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + math.prod(shape) * _BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    left = dict(layout)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            assert (STORED_NAMES[tensor.dtype], tuple(tensor.shape)) == left.pop(name), name
+            stream.write(memoryview(bytes_of(tensor).numpy()))
+    assert not left, left
+
+
+def check_login(repo_id: str) -> None:
+    """Makes sure before a run that its result can be uploaded.
+
+    Raises:
+        InputError: `repo_id` is not a valid name, the user is not logged in, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        HfApi().whoami()
+    except HFValidationError as error:
+        raise InputError(f"hub_model_id {repo_id}: {_first_line(error)}") from None
+    except Exception as error:  # of the HTTP client, which depends on huggingface_hub's version
+        raise InputError(f"push_to_hub: {_first_line(error)}; log in with hf auth login, or leave it out") from None
+
+
+def push(folder: Path, repo_id: str, *, private: bool) -> str:
+    """Creates the repository `repo_id` if needed and uploads all files of a model folder in one commit.
+
+    The commit removes weights of an earlier upload under other names, which would be loaded instead of these.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        InputError: the upload fails; the folder is unchanged, and the message says how to upload it.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        created = api.create_repo(repo_id, private=private, exist_ok=True)
+        commit: Any = api.upload_folder(
+            folder_path=folder,
+            repo_id=created.repo_id,
+            commit_message="Sparse model, verified by castlm",
+            ignore_patterns=["castlm-output.json"],  # records of this disk
+            delete_patterns=["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
+        )
+    except Exception as error:  # of the HTTP client, which depends on huggingface_hub's version
+        raise InputError(
+            f"push_to_hub: {_first_line(error)}; the result is whole: hf upload {repo_id} {folder} sends it"
+        ) from error
+    return str(getattr(commit, "commit_url", commit))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

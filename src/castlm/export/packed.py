@@ -26,6 +26,7 @@ from castlm.core.nm import NM, Pattern, is_nm_sparse
 from castlm.dtypes import FLOATS, STORED, STORED_NAMES
 from castlm.export.card import packed_card, unpacked_card
 from castlm.export.folder import (
+    check_layers,
     is_packed,
     left_dense_reason,
     read_config,
@@ -33,19 +34,16 @@ from castlm.export.folder import (
     read_manifest,
     stored_tensors,
 )
-from castlm.export.hf import dtype_name, new_manifest
-from castlm.export.layers import check_layers
-from castlm.export.packed_count import take_packed
-from castlm.export.stream import write_safetensors
-from castlm.export.verify import check_ok, verify
+from castlm.export.hf import dtype_name, new_manifest, write_safetensors
+from castlm.export.verify import check_ok, take_packed, verify
 from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, count_non_finite
 from castlm.inference import formats
-from castlm.inference.convert import can_pack_tables
 from castlm.inference.formats import FORMATS, PackedSpec
+from castlm.inference.layers import can_pack_tables
 from castlm.inference.packed import PackedTensor, cast_weight, equal_as_packed, kept_mask, pack, pack_integers, unpack
 from castlm.inference.rounding import Rounded, round_rows
 from castlm.models.architecture import shape_model

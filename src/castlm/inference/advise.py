@@ -8,12 +8,10 @@ and the KV cache are not timed, since they take the same time in every format. `
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern, nm_mask
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOATS, STORED
-from castlm.hardware import has_fast_bf16
+from castlm.hardware import cpu_name, has_fast_bf16
 from castlm.inference import native
 from castlm.inference.formats import FORMATS, HEADS, PackedSpec
 from castlm.inference.layers import packed_linear
@@ -452,10 +450,3 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table; the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*table)]
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]
-
-
-def cpu_name() -> str:
-    """The model name of this processor."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

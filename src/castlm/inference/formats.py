@@ -17,7 +17,7 @@ which this processor reads.
 The entry "castlm" of the file's metadata is JSON: {"version": 2, "tensors": {X: {"shape", "pattern", "values",
 "transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor that holds the matrices of
 all experts of a block has "experts", their number, and the shape (experts * out, in); its X is its whole name, even
-where that ends in `.weight`. Version 1, which is still read, stores the mask bit by bit for every m.
+where that ends in `.weight`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ INDEX = "castlm.safetensors.index.json"
 """The index of several weight files: the file of each tensor."""
 
 VERSION = 2
-VERSIONS = (1, 2)
-"""The readable versions."""
 METADATA_KEY = "castlm"
 
 _MOST_COLUMNS = 2**31 - 1
@@ -114,7 +112,6 @@ class PackedSpec:
         values: a name of PACKABLE.
         transposed: whether the unpacked file stores the weight (in, out).
         experts: the number of experts whose matrices lie one below the other in `rows`; 0 of a single matrix.
-        bitmap: whether the mask is stored bit by bit though m is 2, 4 or 8, as in version 1.
     """
 
     rows: int
@@ -124,7 +121,6 @@ class PackedSpec:
     values: str
     transposed: bool = False
     experts: int = 0
-    bitmap: bool = False
 
     @classmethod
     def of_stored(cls, shape: tuple[int, ...], axis: int, n: int, m: int, values: str) -> PackedSpec:
@@ -168,7 +164,7 @@ class PackedSpec:
         width = -(-self.kept // 2) if form.bits == 4 else self.kept
         stored = {"values": (form.stored, (self.rows, width))}
         if self.m:
-            bits = 8 if self.bitmap else mask_bits(self.n, self.m)
+            bits = mask_bits(self.n, self.m)
             stored["mask"] = ("U8", (self.rows, -(-self._mask_bytes * bits // 8)))
         if form.rounds:
             stored["scales"] = (form.scale, (self.rows, form.num_scales(self.columns)))
@@ -184,7 +180,7 @@ class PackedSpec:
         An invalid code gives eight masked columns, so that its groups keep too few weights.
         """
         bits = mask_bits(self.n, self.m)
-        if self.bitmap or bits == 8:
+        if bits == 8:
             return stored
         rows, eights = len(stored), -(-self._mask_bytes // 8)  # of 64 columns, whose codes take `bits` bytes
         words = np.zeros((rows, eights, 8), np.uint8)
@@ -201,7 +197,7 @@ class PackedSpec:
     def mask_to_stored(self, mask: np.ndarray) -> np.ndarray:
         """Encodes a mask of bits, uint8 (rows, ceil(columns / 8)), that keeps exactly n of every m, as stored."""
         bits = mask_bits(self.n, self.m)
-        if self.bitmap or bits == 8:
+        if bits == 8:
             return mask
         rows, eights = len(mask), -(-self._mask_bytes // 8)
         codes = np.zeros((rows, eights * 8), np.uint64)
@@ -290,14 +286,16 @@ def _parse(text: str, file: str | Path) -> dict[str, PackedSpec]:
     try:
         content = json.loads(text)
         version = content["version"]
-        if version in VERSIONS:
-            return {name: _spec(entry, version == 1) for name, entry in content["tensors"].items()}
+        if version == VERSION:
+            return {name: _spec(entry) for name, entry in content["tensors"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"the castlm metadata of {file} are damaged: pack the model again") from error
-    raise InputError(f"{file} is in packed format {version!r}, and this castlm reads {VERSION}: upgrade castlm")
+    raise InputError(
+        f"{file} is in packed format {version!r}, and this castlm reads {VERSION}: write it again with castlm pack"
+    )
 
 
-def _spec(entry: Mapping[str, Any], bitmap: bool) -> PackedSpec:
+def _spec(entry: Mapping[str, Any]) -> PackedSpec:
     rows, columns = entry["shape"]
     n, m = (int(number) for number in entry["pattern"].split(":")) if entry["pattern"] is not None else (0, 0)
     values, transposed = entry["values"], entry["transposed"]
@@ -311,7 +309,7 @@ def _spec(entry: Mapping[str, Any], bitmap: bool) -> PackedSpec:
         raise ValueError
     if experts < 0 or (experts and rows % experts):
         raise ValueError
-    return PackedSpec(rows, columns, n, m, values, transposed, experts, bitmap)
+    return PackedSpec(rows, columns, n, m, values, transposed, experts)
 
 
 def _check_stored(opened: Any, specs: Mapping[str, PackedSpec], file: str | Path) -> None:

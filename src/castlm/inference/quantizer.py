@@ -24,10 +24,9 @@ from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
 from castlm.files.stored import read_header, read_weight_map
 from castlm.inference import native
-from castlm.inference.convert import can_pack_tables, onto_kernels_
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
 from castlm.inference.formats import FILE, INDEX, VERSION, PackedSpec, read_specs
-from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule
+from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule, can_pack_tables, onto_kernels_
 from castlm.models.conversion import loaded_name, possible_names
 from castlm.models.layout import QUANT_METHOD
 

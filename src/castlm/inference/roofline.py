@@ -10,11 +10,8 @@ estimated: `castlm.inference.advise` measures it.
 
 from __future__ import annotations
 
-import csv
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from typing import Any
 
 from castlm.core.errors import InputError
@@ -87,8 +84,9 @@ KERNELS: dict[tuple[str, str, bool], Kernel] = {
     ("hopper", "int8", False): _kernel(0.059, 4.43, 0.795, 0.646),
     ("hopper", "int8", True): _kernel(3.41, 0.013, 0.805, 0.452),
 }
-"""By family, compute dtype and 2:4 or not: cuBLASLt and cuSPARSELt with their best algorithm, fitted to published.csv
-by `python -m benchmarks.advisor --fit` with the least mean absolute error of the logarithm (0.03 to 0.17)."""
+"""By family, compute dtype and 2:4 or not: cuBLASLt and cuSPARSELt with their best algorithm, fitted to
+benchmarks/published.csv by `python -m benchmarks.advisor --fit` with the least mean absolute error of the logarithm
+(0.03 to 0.17)."""
 
 _ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 
@@ -124,29 +122,13 @@ def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, ke
     )
 
 
-# ---- published measurements: kernel times that calibrate the roofline, and ratios shown beside its answer
+# ---- published measurements: the source of the kernel times, and ratios shown beside the answer
 
 
 KERNEL_SOURCE = (
     "Shao et al. 2026, SlideSparse, arXiv 2603.05232: github.com/bcacdwk/vllmbench, "
     "slidesparse/benchmark_kernel/*/alg_search_results (cuBLASLt and cuSPARSELt, best algorithm, torch 2.9, CUDA 12.9)"
 )
-
-
-@dataclass(frozen=True)
-class KernelTime:
-    """One published cell: a linear layer, or several as a sum, dense and 2:4, in microseconds."""
-
-    device: str
-    dtype: str
-    shapes: tuple[Shape, ...]
-    tokens: int
-    dense_us: float
-    sparse_us: float
-
-    @property
-    def speedup(self) -> float:
-        return self.dense_us / self.sparse_us
 
 
 @dataclass(frozen=True)
@@ -159,24 +141,6 @@ class Evidence:
     source: str
     decode: bool = False
     """Whether it was measured with few tokens at once."""
-
-
-@functools.cache
-def kernel_times() -> tuple[KernelTime, ...]:
-    """The rows of published.csv."""
-
-    def layers(text: str) -> tuple[Shape, ...]:  # "4096x4096+11008x4096"
-        pairs = (layer.split("x") for layer in text.split("+"))
-        return tuple((int(out_features), int(in_features)) for out_features, in_features in pairs)
-
-    text = files("castlm.inference").joinpath("published.csv").read_text(encoding="utf-8")
-    return tuple(
-        KernelTime(
-            *(row["device"], row["dtype"], layers(row["layers"]), int(row["tokens"])),
-            *(float(row["dense_us"]), float(row["sparse_us"])),
-        )
-        for row in csv.DictReader(text.splitlines())
-    )
 
 
 _APPENDIX = "arXiv 2603.05232, github.com/bcacdwk/vllmbench, slidesparse/tools/appendix_tables"
@@ -213,13 +177,6 @@ EVIDENCE: tuple[Evidence, ...] = (
     ),
 )
 """Published ratios; a value below 1 is a loss."""
-
-
-def evidence(device: str, tokens: int) -> list[Evidence]:
-    """The published ratios of this device or its other form (h100 and h100-pcie), with similarly few or many tokens."""
-    base = device.partition("-")[0]
-    base = {"h200": "h100"}.get(base, base)
-    return [row for row in EVIDENCE if row.device.partition("-")[0] == base and row.decode == (tokens <= 64)]
 
 
 # ---- the advice

@@ -2,35 +2,38 @@
 faster.
 
 cuSPARSELt's default algorithm is poor, and on small layers every algorithm loses (see castlm advise). So a layer is
-converted only if it wins the timing at the given number of tokens; otherwise it stays a dense `nn.Linear`.
+converted only if it wins the timing at the given number of tokens; otherwise it stays a dense `nn.Linear`. Checked
+against the sources of torch 2.13; no GPU was at hand, so none of it has run on one.
 """
 
 from __future__ import annotations
 
-import contextlib
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_structured
 
 from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
-from castlm.inference.cuda_backends import backend_for
 from castlm.inference.devices import DEVICES, Device, device_of
 from castlm.inference.roofline import GpuFormat
 
 MARGIN = 0.98
 """A sparse layer replaces a dense one if it takes at most this share of its time; closer calls are noise."""
+TOLERANCE = 0.02
+"""Largest relative error of a layer's output that is due to rounding."""
+ROUNDS = 20
+_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU: each call reads its weight from memory, as in a model
 
 
 class Backend(Protocol):
     """Makes sparse layers and times them. The tests have one that needs no GPU."""
-
-    tolerance: float
-    """Largest relative error of a layer's output that is due to rounding."""
 
     def why_not(self, layer: nn.Linear) -> str | None:
         """Why `layer` cannot be converted; None if it can."""
@@ -74,7 +77,6 @@ def to_semi_structured_(
     model: nn.Module,
     tokens: int,
     *,
-    dtype: Literal["same", "int8", "fp8"] = "same",
     filter_fn: FilterFn = is_sparse_linear,
     backend: Backend | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -89,17 +91,15 @@ def to_semi_structured_(
     Args:
         model: in bf16 or fp16 on a CUDA device, pruned to 2:4.
         tokens: rows of a layer's input: the batch size in decode, the tokens of all prompts in prefill.
-        dtype: "same" multiplies in the model's dtype and changes nothing else. "int8" rounds weights by row and
-            activations by token. "fp8" does so in float8 through torchao, on Hopper (compute capability 9.0).
         filter_fn: selects the layers, as in `sparse_linears`.
-        backend: converts and times layers; default: the backend for `dtype`.
+        backend: converts and times layers; default: `Cusparselt`.
         progress: called with (layers done, layers in all).
 
     Returns:
         One choice for each layer, in the order of the model.
 
     Raises:
-        InputError: `tokens` below 1, no layer to convert, no CUDA device, or a package that is missing for fp8.
+        InputError: `tokens` below 1, no layer to convert, no CUDA device from Ampere on, or no cuSPARSELt.
 
     Examples:
         >>> choices = to_semi_structured_(model, tokens=4096)  # doctest: +SKIP
@@ -112,7 +112,7 @@ def to_semi_structured_(
     if not layers:
         raise InputError(f"{type(model).__name__} has only experts to convert: there are no 2:4 kernels for them here")
     if backend is None:
-        backend = backend_for(dtype, next(iter(layers.values())).weight.device)
+        backend = Cusparselt(next(iter(layers.values())).weight.device)
     raced: dict[tuple[object, ...], Race] = {}
     choices = []
     for done, (name, layer) in enumerate(layers.items(), 1):
@@ -172,7 +172,7 @@ def _replace(model: nn.Module, choice: Choice, layer: nn.Linear, tokens: int, ba
     sparse, x = backend.convert(layer, choice.variant), _input_for(layer, tokens)
     expected, found = layer(x).float(), sparse(x).float()
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    if not error <= backend.tolerance:
+    if not error <= TOLERANCE:
         reason = f"{choice.variant} computes something else (relative error {error:.2g})"
         return Choice(choice.name, choice.shape, "dense", choice.seconds, reason)
     model.set_submodule(choice.name, sparse)
@@ -185,6 +185,83 @@ def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
     return torch.randn(
         tokens, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype, generator=generator
     )
+
+
+class Cusparselt:
+    """bf16 and fp16 by `to_sparse_semi_structured`, with the default algorithm and the one found by the search.
+
+    Raises:
+        InputError: a device other than CUDA, one too old for 2:4, or no cuSPARSELt.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise InputError(f"the model is on {device}: 2:4 kernels need a GPU from Ampere on, as by model.cuda()")
+        if not torch.backends.cusparselt.is_available():
+            raise InputError(
+                f"this build of torch {torch.__version__} has no cuSPARSELt: install a CUDA wheel of pytorch.org"
+            )
+
+    def why_not(self, layer: nn.Linear) -> str | None:
+        """See `why_not_cusparselt`."""
+        return why_not_cusparselt(layer)
+
+    def variants(self, layer: nn.Linear, x: Tensor) -> list[str]:
+        """The algorithm that the search finds for an input like `x`, and the default one."""
+        packed = torch._cslt_compress(layer.weight.contiguous())
+        rows = F.pad(x, (0, 0, 0, -len(x) % 8))  # cuSPARSELt takes multiples of 8, and torch pads likewise
+        found = int(torch._cslt_sparse_mm_search(packed, rows.t(), bias=layer.bias, transpose_result=True))
+        return [f"2:4, algorithm {number}" for number in dict.fromkeys((found, 0))]
+
+    def convert(self, layer: nn.Linear, variant: str) -> nn.Linear:
+        """A linear layer with a sparse weight and the bias of `layer`."""
+        weight = to_sparse_semi_structured(layer.weight.contiguous(), alg_id=int(variant.rpartition(" ")[2]))
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        made.weight, made.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        return made.train(layer.training)
+
+    def race(self, modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
+        """Median seconds of one call each, as CUDA graphs in turns A B A B, with a flushed cache before every call."""
+        times: dict[str, list[float]] = {name: [] for name in modules}
+        with torch.cuda.device(x.device):  # of events and graphs
+            flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=x.device)
+            graphs = {name: _captured(module, x) for name, module in modules.items()}
+            for _ in range(ROUNDS):
+                for name, replay in graphs.items():
+                    flush.zero_()
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    replay()
+                    end.record()
+                    end.synchronize()
+                    times[name].append(start.elapsed_time(end) / 1000)
+        return {name: statistics.median(found) for name, found in times.items()}
+
+
+def why_not_cusparselt(layer: nn.Linear) -> str | None:
+    """Why cuSPARSELt does not take the weight of a layer, in words; None if it does."""
+    dtype, shape = layer.weight.dtype, (layer.out_features, layer.in_features)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its weight is {dtype}: convert the model to bf16"
+    limits = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    rows, columns = limits.sparse_min_rows, limits.sparse_min_cols
+    if shape[0] % rows or shape[1] % columns:
+        return f"its shape {shape[0]} x {shape[1]} does not divide by {rows} x {columns}"
+    return None
+
+
+def _captured(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Captures one call of `module` as a CUDA graph, after three calls on a side stream that set up the libraries."""
+    side = torch.cuda.Stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            module(x)
+    torch.cuda.current_stream(x.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        module(x)
+    return graph.replay
 
 
 def this_gpu() -> Device | None:
@@ -203,41 +280,33 @@ def this_gpu() -> Device | None:
 
 
 class GpuTimer:
-    """Times layers on this machine's CUDA device, each shape once, dense against every sparse variant.
+    """Times layers on this machine's CUDA device, each shape once, dense against every sparse variant."""
 
-    Layers are in the dtype asked for, and in bf16 for fp8, which takes no other.
-    """
-
-    def __init__(self, dtype: str) -> None:
-        """`formats`: dense and 2:4 in `dtype`, 2:4 int8, and 2:4 fp8 where torchao and the device have it.
+    def __init__(self, dtype: str, backend: Backend | None = None) -> None:
+        """`formats`: dense and 2:4 in `dtype`.
 
         Raises:
-            InputError: another dtype than bf16 and fp16.
+            InputError: another dtype than bf16 and fp16, or as `Cusparselt`.
         """
         if dtype not in ("bf16", "fp16"):
             raise InputError(f"a GPU at hand is timed in bf16 and fp16, not {dtype}: estimate it by --device")
-        self._device, self._dtype = torch.device("cuda"), {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-        self._found: dict[tuple[tuple[int, int], int, str], dict[str, float]] = {}
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self._device = torch.device("cuda" if backend is None else "cpu")
+        self._backend = Cusparselt(self._device) if backend is None else backend
+        self._found: dict[tuple[tuple[int, int], int], Mapping[str, float]] = {}
         self.formats = [GpuFormat(dtype, 16, dtype), GpuFormat(f"2:4 {dtype}", 9, dtype, sparse=True)]
-        self.formats.append(GpuFormat("2:4 int8", 5, "int8", sparse=True, changes_weights=True))
-        with contextlib.suppress(InputError):
-            backend_for("fp8", self._device)
-            self.formats.append(GpuFormat("2:4 fp8", 5, "fp8", sparse=True, changes_weights=True))
 
     @torch.no_grad()
     def seconds(self, form: GpuFormat, shape: tuple[int, int], tokens: int) -> float:
         """The fastest variant of `form`, or the dense layer; a layer that cannot be converted counts as dense."""
-        kind = form.compute if form.changes_weights else "same"
-        key = (shape, tokens, kind)
-        if key not in self._found:
-            dtype = torch.bfloat16 if kind == "fp8" else self._dtype
-            layer = torch.nn.Linear(shape[1], shape[0], bias=False, device=self._device, dtype=dtype)
-            if shape[1] % 4 == 0:
+        if (shape, tokens) not in self._found:
+            layer = nn.Linear(shape[1], shape[0], bias=False, device=self._device, dtype=self._dtype)
+            x = torch.randn(tokens, shape[1], device=self._device, dtype=self._dtype)
+            if shape[1] % 4 == 0 and self._backend.why_not(layer) is None:
                 layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
-            x = torch.randn(tokens, shape[1], device=self._device, dtype=dtype)
-            backend = backend_for(kind, self._device)
-            can = shape[1] % 4 == 0 and backend.why_not(layer) is None
-            self._found[key] = race_variants(layer, x, backend).seconds if can else backend.race({"dense": layer}, x)
-        found = self._found[key]
+                self._found[shape, tokens] = race_variants(layer, x, self._backend).seconds
+            else:
+                self._found[shape, tokens] = self._backend.race({"dense": layer}, x)
+        found = self._found[shape, tokens]
         sparse_only = [value for name, value in found.items() if name != "dense"]
         return min(sparse_only, default=found["dense"]) if form.sparse else found["dense"]

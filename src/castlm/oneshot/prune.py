@@ -22,8 +22,7 @@ from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
 from castlm.distributed.fingerprint import fingerprint
 from castlm.distributed.loading import Checkpoint, Place, open_sharded
-from castlm.export.from_blocks import export_blocks
-from castlm.export.hf import check_export, dtype_name, export_model
+from castlm.export.hf import check_export, dtype_name, export_blocks, export_model
 from castlm.files.output import begin_output, output_folder
 from castlm.files.reading import read_json_object
 from castlm.files.record import command_of

@@ -1,4 +1,4 @@
-"""Charts of the pages and result folders: lines with bands, dots and heat maps, drawn by matplotlib as SVG.
+"""Charts of pages and result folders, drawn by matplotlib as SVG (lines with bands, dots, heat maps), and their pages.
 
 matplotlib is in the extra `report`. `Picture.inline` puts a chart into a page, where it follows the page's colours.
 """
@@ -312,3 +312,13 @@ def save_svg(figure: Figure) -> str:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=nothing, facecolor=LIGHT["card"])
         return file.getvalue()
+
+
+def render(template: str, **content: Any) -> str:
+    """Renders a template to one HTML page that loads no other files; escapes everything in `content` except charts."""
+    from jinja2 import Environment, PackageLoader
+
+    loader = PackageLoader("castlm.report", "templates")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    no_charts = "" if can_draw() else NEEDS_MATPLOTLIB
+    return environment.get_template(template).render(colours=PAGE_COLOURS, no_charts=no_charts, **content)

@@ -17,9 +17,8 @@ from castlm.files.output import record_file
 from castlm.files.reading import read_bytes
 from castlm.methods.table import METHODS, is_control
 from castlm.report import run_charts
-from castlm.report.charts import can_draw, short
-from castlm.report.html import render
-from castlm.report.run_data import RunData
+from castlm.report.charts import can_draw, render, short
+from castlm.report.run_charts import RunData
 from castlm.training.config import TrainConfig
 from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, verdict
 
@@ -75,7 +74,6 @@ def _sections(run: RunData) -> list[dict[str, Any]]:
         {"title": "Quality", "pictures": run_charts.perplexity(run) + run_charts.loss(run)},
         {"title": "Masks", "pictures": masks, "text": _masks_text(run)},
         {"title": "Layers", "pictures": run_charts.layers(run)},
-        {"title": "Machine", "pictures": run_charts.machine(run)},
     ]
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
@@ -16,9 +15,9 @@ from castlm.data.tokens import first_tokens, text_encoder
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import record_file
 from castlm.files.reading import read_json_object
-from castlm.inference.decode import ONE_SEQUENCE
+from castlm.inference.generate import generate_text
 from castlm.models.io import load_model
-from castlm.report.run_data import RunData
+from castlm.report.run_charts import RunData
 from castlm.training.options import weighted_texts
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
@@ -69,7 +68,8 @@ def write_sample(run: RunData) -> dict[str, Any]:
         tokens = first_tokens(documents, text_encoder(loaded.tokenizer, options), PROMPT_TOKENS)
         ids = torch.from_numpy(tokens.ids).long()
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
-        models.append({"name": title, "completion": complete(loaded.model, loaded.tokenizer, ids, NEW_TOKENS)})
+        found = generate_text(loaded.model, loaded.tokenizer, ids[None], max_new_tokens=NEW_TOKENS)
+        models.append({"name": title, "completion": found.text})
     sample = {
         "run_id": _run_id(run),
         "text": Path(text).name,
@@ -81,20 +81,3 @@ def write_sample(run: RunData) -> dict[str, Any]:
     atomic_write_json(run.folder / "sample.json", sample)
     record_file(run.folder / "sample.json")
     return sample
-
-
-@torch.no_grad()
-def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, new_tokens: int) -> str:
-    """The text that greedy decoding appends to `prompt` (num_tokens,)."""
-    input_ids = prompt[None].to(model.device)
-    prefix = str(tokenizer.decode(prompt, skip_special_tokens=True))
-    ids = model.generate(  # type: ignore[operator]
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        tokenizer=tokenizer,
-        **ONE_SEQUENCE,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True)).removeprefix(prefix)

@@ -24,8 +24,7 @@ from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import DIAGNOSIS_S, World, closing, init_world, is_of_a_collective
-from castlm.export.hf import check_export
-from castlm.export.hub import check_login, push
+from castlm.export.hf import check_export, check_login, push
 from castlm.files.output import check_beside
 from castlm.hardware import check_compile, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
