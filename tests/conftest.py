@@ -71,7 +71,7 @@ def lessons() -> Iterator[list[tuple[int, ...]]]:
 @pytest.fixture
 def no_charts(monkeypatch) -> None:
     """Pages and tables as without matplotlib: charts take longer than all the rest of a small run."""
-    for room in ("charts", "html", "run_page"):
+    for room in ("charts", "run_page"):
         monkeypatch.setattr(f"castlm.report.{room}.can_draw", lambda: False)
 
 

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from castlm.files.atomic_dir import atomic_dir
-from castlm.files.output import check_output
+from castlm.files.output import atomic_dir, check_output
 
 
 def killed_at(moment: int, work: Callable[[], object]) -> bool:

@@ -82,7 +82,7 @@ def test_a_deleted_working_folder_and_a_run_that_diverged_have_their_own_lines_a
     assert "the working folder no longer exists" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
 
-    def diverge(self, arguments):
+    def diverge(self, name, arguments):
         raise DivergedError("step 2: the loss is inf")
 
     monkeypatch.setattr(Command, "run", diverge)

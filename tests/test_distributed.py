@@ -35,7 +35,7 @@ from castlm.distributed.loading import load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World, close_world, closing, init_world
 from castlm.export.verify import verify
-from castlm.files import atomic_dir as atomic_dir_module
+from castlm.files import output as atomic_dir_module
 from castlm.models.io import load_model
 from castlm.training import checkpoint, finish, source, trackers
 from castlm.training.checkpoint import Saver, checkpoint_steps

@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_dir import atomic_dir
-from castlm.files.atomic_file import atomic_file, atomic_write_json
-from castlm.files.disk import is_disk_full, reporting_full_disk
-from castlm.files.output import check_output
+from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_full, reporting_full_disk
+from castlm.files.output import atomic_dir, check_output
 from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, read_result
 

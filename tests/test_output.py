@@ -15,8 +15,14 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_dir import atomic_dir
-from castlm.files.output import begin_output, check_output, output_folder, record_file, refuse_inputs_inside
+from castlm.files.output import (
+    atomic_dir,
+    begin_output,
+    check_output,
+    output_folder,
+    record_file,
+    refuse_inputs_inside,
+)
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
 from tests.refusals import refuse_mkdir
 from tests.replaced import killed_at
@@ -330,6 +336,12 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(earlier, tmp_path, ca
             return
         time.sleep(0.01)
     pytest.fail("the lock of a dead process blocks")
+
+
+def test_a_lock_that_cannot_be_opened_is_named_with_a_remedy(tmp_path):
+    (tmp_path / "run" / LOCK).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{LOCK} cannot be opened .*: remove it, or name"):
+        run(tmp_path / "run", "1", resume=True)
 
 
 def test_a_stale_lock_does_not_block(tmp_path):

@@ -322,7 +322,7 @@ def also_plain(tensors, metadata):
         (nan_value, 1, "finite|infinite|infinity"),
         (lose_mask, 2, r"up_proj\.mask"),
         (cut_values, 2, r"up_proj\.values"),
-        (newer_version, 2, "upgrade castlm"),
+        (newer_version, 2, "write it again with castlm pack"),
         (broken_json, 2, "metadata of"),
         (drop_entry, 2, r"up_proj\.values"),
         (drop_layer, 2, r"up_proj\.weight"),

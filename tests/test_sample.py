@@ -391,7 +391,7 @@ def test_a_changed_part_or_another_setting_is_not_resumed(tmp_path):
 
 def test_two_processes_do_not_write_one_file(tmp_path):
     one, other = (open_samples(tmp_path / "a.jsonl", {}, dedup_prefix=0) for _ in range(2))
-    with one, pytest.raises(InputError, match="is being written by another process"):
+    with one, pytest.raises(InputError, match="is in use by process"):
         other.__enter__()
 
 

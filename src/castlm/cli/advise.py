@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from castlm.cli.options import check_json_path, parse, refuse_given, result_folder, write_json
+from castlm.cli.options import check_json_path, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.fields import positional
+from castlm.fields import like, positional
 from castlm.files.reading import read_json_object
 from castlm.patterns import parse_pattern
+from castlm.training.options import ModelOptions
 
 if TYPE_CHECKING:
     from typing import Any
@@ -63,8 +64,7 @@ class AdviseCommand:
     json: str | None = None
     """File for the advice as JSON; "-" prints it instead of the table."""
 
-    trust_remote_code: bool = False
-    """Run Python code that comes with a hub model."""
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
         from castlm.inference.semi_structured import this_gpu
@@ -181,7 +181,3 @@ class AdviseCommand:
 
 
 _ADVICE = ("tokens", "dtype", "device", "pattern", "law", "train_tokens", "trust_remote_code")
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(AdviseCommand, arguments, "advise").run())

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from castlm.cli.options import check_json_path, parse, refuse_given, result_folder, to_stderr, write_json
+from castlm.cli.options import check_json_path, refuse_given, result_folder, to_stderr, write_json
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
-from castlm.fields import positional
+from castlm.fields import like, positional
 from castlm.names import printable
+from castlm.training.options import ModelOptions, RuntimeOptions
 
 _OF_TEXT = (
     *("eval_split", "eval_config", "eval_tokens", "seq_len", "stride"),
@@ -57,17 +58,13 @@ class EvalCommand(ScoredTextOptions):
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Compute type of the forward pass. auto: bf16 if the hardware multiplies it faster."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto uses CUDA if there is a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
     json: str | None = None
     """File for the figures as JSON; "-" prints them."""
 
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a hub model."""
+    revision: str | None = like(ModelOptions, "revision")
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
         if self.text is None and self.tasks is None:
@@ -139,7 +136,3 @@ class EvalCommand(ScoredTextOptions):
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
             docs = "" if row["num_docs"] is None else f"  ({row['num_docs']:,} questions)"  # none of a group of tasks
             print(f"{row['task']:16}{row['metric']:12}{row['value']:.4f}{error}{docs}")
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(EvalCommand, arguments, "eval").run())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from castlm.cli.options import parse, use_threads
+from castlm.cli.options import use_threads
 from castlm.data.options import TextOptions
-from castlm.fields import positional
+from castlm.fields import like, positional
 from castlm.names import LAYOUT, printable
+from castlm.training.options import ModelOptions
 
 
 @dataclass
@@ -42,8 +43,7 @@ class GenerateCommand:
     threads: int = field(default=0, metadata={"at_least": 0})
     """Processor threads; 0 leaves the number to torch."""
 
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a hub model."""
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
         from castlm.data.images import encode_image_prompt, open_processor
@@ -76,7 +76,3 @@ class GenerateCommand:
             file=sys.stderr,
         )
         return 0
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(GenerateCommand, arguments, "generate").run())

@@ -16,37 +16,47 @@ from castlm.signals import TERMINATED, ending_on_sigterm
 
 
 class Command(NamedTuple):
-    """A row of `COMMANDS`: a module in `castlm.cli`, the line of help, and the function that takes the arguments."""
+    """A row of `COMMANDS`."""
 
-    module: str
+    place: str
+    """A module in `castlm.cli`, and in it the dataclass of options that runs itself, or a function of the arguments."""
     what: str
-    function: str = "main"
+    """The line of help."""
 
-    def run(self, arguments: list[str]) -> int:
-        return int(getattr(importlib.import_module(f"castlm.cli.{self.module}"), self.function)(arguments))
+    def run(self, name: str, arguments: list[str]) -> int:
+        """Runs the command of this name, and returns its exit code."""
+        module, _, member = self.place.partition(".")
+        found = getattr(importlib.import_module(f"castlm.cli.{module}"), member)
+        if isinstance(found, type):
+            from castlm.cli.options import parse
+
+            return int(parse(found, arguments, name).run())
+        return int(found(arguments))
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("train", "train a dense model to a verified n:m sparse one"),
-    "finetune": Command("finetune", "fine-tune an n:m sparse model; every zero stays"),
-    "prune": Command("prune", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
-    "eval": Command("evaluate", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
-    "compare": Command("compare", "train CAST and its rivals under equal conditions and print one table"),
-    "sample": Command("sample", "let a model write its own training text, if you have no data"),
-    "report": Command("report", "write an HTML page about a run: verdict, charts, sample text"),
-    "plan check": Command("plan_check", "run the first steps: will the run converge, and what does it cost?"),
-    "plan memory": Command("plan_memory", "predict the memory on each rank from the model's config"),
-    "plan sweep": Command("plan_law", "find the scaling law of a model and text with few runs", "sweep"),
-    "plan fit": Command("plan_law", "fit a scaling law to finished runs", "fit"),
-    "plan predict": Command("plan_law", "predict a perplexity, or the tokens that it takes", "predict"),
-    "quantize": Command("quantize", "round a model, sparse or dense, to int8, fp8 or int4; every zero stays"),
-    "advise": Command("advise", "time every format of a model here, dense and n:m, and tell which to use for what"),
-    "verify": Command("verify", "count every n:m group of a model folder"),
-    "pack": Command("pack", "store a model for castlm's CPU kernels; an n:m one without its zeros"),
-    "unpack": Command("unpack", "write a packed model as a plain model folder again"),
-    "generate": Command("generate", "continue a prompt with a model, plain or packed"),
-    "serve": Command("serve", "serve a model, plain or packed, over the OpenAI API"),
-    "demo": Command("demo", "train the bundled SmolLM2-135M-Instruct to 2:4 on a laptop, in minutes"),
+    "train": Command("train.main", "train a dense model to a verified n:m sparse one"),
+    "finetune": Command("finetune.main", "fine-tune an n:m sparse model; every zero stays"),
+    "prune": Command("prune.main", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
+    "eval": Command("evaluate.EvalCommand", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
+    "compare": Command("compare.main", "train CAST and its rivals under equal conditions and print one table"),
+    "sample": Command("sample.SampleCommand", "let a model write its own training text, if you have no data"),
+    "report": Command("report.ReportCommand", "write an HTML page about a run: verdict, charts, sample text"),
+    "plan check": Command("plan_check.main", "run the first steps: will the run converge, and what does it cost?"),
+    "plan memory": Command("plan_memory.MemoryCommand", "predict the memory on each rank from the model's config"),
+    "plan sweep": Command("plan_law.sweep", "find the scaling law of a model and text with few runs"),
+    "plan fit": Command("plan_law.FitCommand", "fit a scaling law to finished runs"),
+    "plan predict": Command("plan_law.PredictCommand", "predict a perplexity, or the tokens that it takes"),
+    "quantize": Command(
+        "quantize.QuantizeCommand", "round a model, sparse or dense, to int8, fp8 or int4; every zero stays"
+    ),
+    "advise": Command("advise.AdviseCommand", "time every format of a model here, and tell which to use for what"),
+    "verify": Command("verify.VerifyCommand", "count every n:m group of a model folder"),
+    "pack": Command("pack.PackCommand", "store a model for castlm's CPU kernels; an n:m one without its zeros"),
+    "unpack": Command("unpack.UnpackCommand", "write a packed model as a plain model folder again"),
+    "generate": Command("generate.GenerateCommand", "continue a prompt with a model, plain or packed"),
+    "serve": Command("serve.ServeCommand", "serve a model, plain or packed, over the OpenAI API"),
+    "demo": Command("demo.main", "train the bundled SmolLM2-135M-Instruct to 2:4 on a laptop, in minutes"),
 }
 
 
@@ -163,7 +173,7 @@ def _main(arguments: list[str]) -> int:
         if name not in COMMANDS:
             raise InputError(f"there is no command {name!r}: use one of {', '.join(COMMANDS)}")
         with ending_on_sigterm():
-            return COMMANDS[name].run(arguments[words:])
+            return COMMANDS[name].run(name, arguments[words:])
     except SystemExit as stop:
         if stop.code == TERMINATED:
             print("castlm: stopped by SIGTERM", file=sys.stderr)

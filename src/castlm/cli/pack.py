@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from castlm.cli.options import head_formats, parse, result_folder
+from castlm.cli.options import head_formats, result_folder
 from castlm.core.errors import InputError
 from castlm.fields import choice, positional
 
@@ -65,7 +65,3 @@ class PackCommand:
             f"try it with: castlm generate {shlex.quote(str(folder))} --prompt TEXT"
         )
         return 0
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(PackCommand, arguments, "pack").run())

@@ -135,9 +135,5 @@ def sweep(arguments: list[str]) -> int:
     return sweep(config, command_line("plan sweep", config), to_stdout, to_stderr)
 
 
-def fit(arguments: list[str]) -> int:
-    return parse(FitCommand, arguments, "plan fit").run()
-
-
 def predict(arguments: list[str]) -> int:
     return parse(PredictCommand, arguments, "plan predict").run()

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from castlm.cli.options import parse, refuse_given
+from castlm.cli.options import refuse_given
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
-from castlm.fields import essential, parsed
+from castlm.core.nm import Pattern
+from castlm.fields import essential, like
 from castlm.methods.options import MethodOptions, OptimizerOptions
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
-from castlm.patterns import parse_pattern
-from castlm.training.options import SEQ_LEN, TeacherOptions
+from castlm.training.options import DataOptions, ModelOptions, RuntimeOptions, TeacherOptions
 
 _OF_TRAINING = ("gpu", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "scale_groups")
 _OF_TRAINING += ("gradient_checkpointing", "precision", "moments", "eta", "teacher", "hidden_weight")
@@ -33,29 +32,16 @@ class MemoryOptions:
     world_size: int = essential(1, at_least=1)
     """Ranks that shard the run."""
 
-    seq_len: int = essential(SEQ_LEN, at_least=1)
-    """Tokens per sequence."""
-
-    per_device_train_batch_size: int = essential(OptimizerOptions.per_device_train_batch_size, at_least=1)
-    """Sequences per device and micro-step."""
-
-    gradient_accumulation_steps: int = field(default=1, metadata={"at_least": 1})
-    """Micro-steps per optimizer step."""
-
-    pattern: Pattern = parsed(NM(2, 4), parse_pattern, essential=True)
-    """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern."""
-
-    scale_groups: int = field(default=MethodOptions.scale_groups, metadata={"at_least": 0})
-    """Learnable scale factors per weight row. 0 turns weight scaling off."""
-
-    gradient_checkpointing: bool = essential(False)
-    """Recompute activations in the backward pass."""
-
+    seq_len: int = like(DataOptions, "seq_len", at_least=1)
+    per_device_train_batch_size: int = like(OptimizerOptions, "per_device_train_batch_size", at_least=1, essential=True)
+    gradient_accumulation_steps: int = like(OptimizerOptions, "gradient_accumulation_steps", at_least=1)
+    pattern: Pattern = like(ModelOptions, "pattern", essential=True)
+    scale_groups: int = like(MethodOptions, "scale_groups", at_least=0)
+    gradient_checkpointing: bool = like(RuntimeOptions, "gradient_checkpointing", essential=True)
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type of the forward and backward pass."""
 
-    moments: Literal["fp32", "8bit"] = OptimizerOptions.moments
-    """Storage of Adam's moments."""
+    moments: Literal["fp32", "8bit"] = like(OptimizerOptions, "moments")
 
     init_from: str | None = None
     """Start of the run, as in `castlm train`. Unless it is magnitude or a model, the first rank holds the whole model
@@ -160,7 +146,3 @@ def _gib(card: str) -> float:
     if not 0 < gib < math.inf:
         raise InputError(f"there is no card {card!r}: use one of {', '.join(known)}, or a number of GiB")
     return gib
-
-
-def main(arguments: list[str]) -> int:
-    return parse(MemoryCommand, arguments, "plan memory").run()

@@ -9,9 +9,10 @@ from typing import Literal
 from castlm.cli.options import read_arguments, refuse_given
 from castlm.core.errors import InputError
 from castlm.data.options import TextOptions
-from castlm.fields import COMMAND_LINE, build, choice, essential
+from castlm.fields import COMMAND_LINE, build, choice, essential, like
 from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, with_effort
 from castlm.patterns import all_solvers, parse_pattern
+from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
 
 _OF_CALIBRATION = ("calibration", "precision", *(field.name for field in fields(TextOptions)))
 
@@ -52,8 +53,7 @@ class PruneOptions:
     damping: float = 0.01
     """SparseGPT: add this fraction of the mean diagonal to the Hessian."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto uses CUDA if there is a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type of the passes over the calibration text; solvers compute in fp32. auto: bf16 if the hardware
@@ -65,17 +65,13 @@ class PruneOptions:
     if the model does not fit, in GPU memory if there is a GPU.
     """
 
-    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
-    """Dtype of the written result. source: the dtype of the stored model."""
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = like(CheckpointOptions, "save_dtype")
 
     overwrite: bool = essential(False)
     """Replace an earlier result in output_dir."""
 
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a hub model."""
+    revision: str | None = like(ModelOptions, "revision")
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,10 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
-from castlm.cli.options import head_formats, parse, refuse_given, result_folder
+from castlm.cli.options import head_formats, refuse_given, result_folder
 from castlm.data.options import TextOptions
-from castlm.fields import choice, positional
+from castlm.fields import choice, like, positional
+from castlm.training.options import ModelOptions, RuntimeOptions
 
 _OF_INT4 = ("column", "document_limit", "num_sequences", "seq_len", "seed", "damping")
 
@@ -55,8 +56,7 @@ class QuantizeCommand(TextOptions):
     damping: float = 0.01
     """int4: add this fraction of the mean diagonal to the Hessian."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto uses CUDA if there is a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
     """Dtype of the dequantized values in a plain folder. source: the dtype of the stored model."""
@@ -64,8 +64,7 @@ class QuantizeCommand(TextOptions):
     overwrite: bool = False
     """Replace an earlier result in output_dir."""
 
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a hub model."""
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
         from castlm.export.packed import pattern_of
@@ -112,7 +111,3 @@ class QuantizeCommand(TextOptions):
             f"measure it with: castlm eval {shlex.quote(str(folder))} --text FILE"
         )
         return 0
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(QuantizeCommand, arguments, "quantize").run())

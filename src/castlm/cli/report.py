@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from castlm.cli.options import parse
 from castlm.core.errors import InputError
 from castlm.fields import positional
 from castlm.progress import note
@@ -67,7 +66,3 @@ def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "aut
                 raise
             note(f"no sample of text: {error}")
     return write_run_page(run, text)
-
-
-def main(arguments: list[str]) -> int:
-    return parse(ReportCommand, arguments, "report").run()

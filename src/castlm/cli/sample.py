@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from castlm.cli.options import command_of, parse, refuse_given, result_folder
+from castlm.cli.options import command_of, refuse_given, result_folder
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.fields import essential, like, positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig
-from castlm.training.options import DataOptions, EvaluationOptions, RuntimeOptions, TeacherOptions
+from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, RuntimeOptions, TeacherOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,8 @@ class SampleOptions:
     overwrite: bool = essential(False)
     """Replace a file that castlm sample wrote."""
 
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a hub model."""
+    revision: str | None = like(ModelOptions, "revision")
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +169,3 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
 
 
 _CACHE_OPTIONS = tuple(field.name for field in dataclasses.fields(CacheOptions))
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(SampleCommand, arguments, "sample").run())

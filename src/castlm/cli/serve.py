@@ -8,9 +8,10 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from castlm.cli.options import parse, use_threads
+from castlm.cli.options import use_threads
 from castlm.core.errors import InputError
-from castlm.fields import positional
+from castlm.fields import like, positional
+from castlm.training.options import ModelOptions
 
 
 @dataclass
@@ -32,8 +33,7 @@ class ServeCommand:
     threads: int = dataclasses.field(default=0, metadata={"at_least": 0})
     """Processor threads; 0 leaves the number to torch."""
 
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a hub model."""
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
         missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -86,7 +86,3 @@ def _check_address(host: str, port: int) -> None:
     except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
         raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another host or port") from error
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(ServeCommand, arguments, "serve").run())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from castlm.cli.options import parse
 from castlm.fields import positional
 
 
@@ -32,7 +31,3 @@ class UnpackCommand:
             count = unpack_folder(self.path, folder, overwrite=True, progress=progress)
         print(f"{folder}: {count} tensors unpacked")
         return 0
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(UnpackCommand, arguments, "unpack").run())

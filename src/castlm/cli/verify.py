@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from castlm.cli.options import check_json_path, parse, write_json
+from castlm.cli.options import check_json_path, write_json
 from castlm.core.errors import InputError
 from castlm.fields import positional
 from castlm.files.reading import read_json_object, user_path
@@ -70,7 +70,3 @@ def recorded_pattern(path: str) -> str | None:
         return str(found)
     except KeyError:
         raise InputError(f"{file} names no pattern: give --pattern 2:4") from None
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(VerifyCommand, arguments, "verify").run())

@@ -30,9 +30,8 @@ from castlm.data.columns import CUT_COLUMN, Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.data.tokens import Encoder
-from castlm.files.atomic_file import atomic_write_json, flush_folder
-from castlm.files.disk import reporting_full_disk
-from castlm.files.lock import HeldError, locked
+from castlm.files.atomic_file import atomic_write_json, flush_folder, reporting_full_disk
+from castlm.files.output import locked
 from castlm.files.reading import read_record, read_text, sha256_file, user_path
 from castlm.models.architecture import context_length
 
@@ -430,16 +429,13 @@ def open_samples(
     if path.suffix != ".jsonl" or path.is_dir() or not path.parent.is_dir():
         raise InputError(f"output_file {path} cannot be made: name a file that ends in .jsonl in an existing folder")
     lock = path.with_name(f".{path.name}.lock")
-    try:
-        with locked(lock, "sample"):
-            try:
-                file = SampleFile(path, settings, prompts, dedup_prefix)
-                file.begin(overwrite, resume)
-                yield file
-            finally:
-                lock.unlink(missing_ok=True)
-    except HeldError:
-        raise InputError(f"{path} is being written by another process: wait for it, or name another file") from None
+    with locked(lock, "sample", path):
+        try:
+            file = SampleFile(path, settings, prompts, dedup_prefix)
+            file.begin(overwrite, resume)
+            yield file
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def sample(

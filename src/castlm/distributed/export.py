@@ -42,8 +42,8 @@ from castlm.export.hf import (
     write_record,
 )
 from castlm.export.verify import verify
-from castlm.files.atomic_dir import atomic_dir
-from castlm.files.disk import reporting_full_disk
+from castlm.files.atomic_file import reporting_full_disk
+from castlm.files.output import atomic_dir
 from castlm.files.stored import SINGLE
 from castlm.models.conversion import as_stored, state_dict_key
 from castlm.models.layout import stored_transposed

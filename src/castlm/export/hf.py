@@ -30,8 +30,8 @@ from castlm.dtypes import STORED, STORED_NAMES, bytes_of
 from castlm.export.card import model_card
 from castlm.export.report import VerifyReport
 from castlm.export.verify import check_ok, verify
-from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
+from castlm.files.output import atomic_dir
 from castlm.files.reading import user_path
 from castlm.files.record import record_output, unused_name
 from castlm.files.stored import INDEX

@@ -36,9 +36,8 @@ from castlm.export.folder import (
 )
 from castlm.export.hf import dtype_name, new_manifest, write_safetensors
 from castlm.export.verify import check_ok, take_packed, verify
-from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
-from castlm.files.output import refuse_undecodable
+from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, count_non_finite
 from castlm.inference import formats

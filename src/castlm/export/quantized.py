@@ -21,7 +21,7 @@ from castlm.data.tokens import text_encoder
 from castlm.export.folder import left_dense_reason, read_left_dense, read_manifest
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_into, write_dense
-from castlm.files.atomic_dir import atomic_dir
+from castlm.files.output import atomic_dir
 from castlm.inference.formats import FORMATS
 from castlm.inference.quantize import QuantizeReport, quantize_, stored_layers
 from castlm.models.io import Loaded, load_model, save_dtype

@@ -1,26 +1,36 @@
 """The output folder of a command: checked before any work, locked during a run, and never lost.
 
-A command with one result calls `check_output`, then writes with `atomic_dir`. A run that works in its folder for hours
-holds `output_folder` and calls `begin_output` once all checks have passed; before that, nothing in the folder changes.
+A command with one result calls `check_output`, then writes with `atomic_dir`: a folder beside the final place, which is
+flushed to the disk and renamed, so that a kill, a full disk or a power cut leaves the old one or the new one. A run
+that works in its folder for hours holds `output_folder` and calls `begin_output` once all checks have passed; before
+that, nothing in the folder changes. The folder that an output replaces is renamed, not deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import glob
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_dir import check_name
-from castlm.files.atomic_file import atomic_write_text, flush_folder, remove_stale, temporary_name
-from castlm.files.disk import reporting_full_disk
-from castlm.files.lock import HeldError, locked
+from castlm.files.atomic_file import (
+    atomic_write_text,
+    flush_file,
+    flush_folder,
+    remove_stale,
+    reporting_full_disk,
+    temporary_name,
+    widen_access,
+)
 from castlm.files.reading import read_record, user_path
 from castlm.files.record import (
     LOCK,
@@ -83,7 +93,7 @@ def output_folder(
     if not existed:
         check_beside(final)
         final.mkdir(exist_ok=True)
-    with _locked(final, command):
+    with locked(final / LOCK, command, final):
         before = read_record(final / OUTPUT).get("begun")
 
         def has_begun() -> bool:
@@ -240,31 +250,17 @@ def check_beside(final: Path) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, command: str) -> Iterator[None]:
-    """Holds the lock of `folder` during the block. One process of a run takes it for all ranks.
-
-    Raises:
-        InputError: another process holds it; names its number, machine and command.
-    """
-    try:
-        with locked(folder / LOCK, command):
-            yield
-    except HeldError as holder:
-        raise InputError(f"{folder} is in use by {holder}: wait for it, or choose another output folder") from None
-
-
 def refuse_locked(folder: Path) -> None:
     """Raises `InputError` when another process holds the lock of `folder`."""
     if (folder / LOCK).is_file():
-        with _locked(folder, "check"):
+        with locked(folder / LOCK, "check", folder):
             pass
 
 
 def record_file(file: Path) -> None:
     """Adds a file that castlm wrote into a finished run to its record; a running one lists its files at its end."""
     if (file.parent / OUTPUT).is_file():
-        with contextlib.suppress(InputError), _locked(file.parent, "report"):
+        with contextlib.suppress(InputError), locked(file.parent / LOCK, "report", file.parent):
             foreign = unrecorded(file.parent)
             foreign.pop(file.name, None)
             update_record(file.parent, foreign=foreign)
@@ -307,3 +303,122 @@ def _local_paths(value: str) -> list[Path]:
         return [*(Path(os.path.realpath(name)) for name in names), *links]
     except (RuntimeError, ValueError, OSError):
         return []  # not a path; the command itself reports it
+
+
+# --------------------------------------------------------------------------------------------------------- the lock
+
+
+@contextlib.contextmanager
+def locked(file: Path, command: str, output: Path) -> Iterator[None]:
+    """Holds the lock `file` during the block, and writes into it who holds it. One process of a run takes it for all.
+
+    The lock is a `flock` of the kernel, so it ends with the process, even after a kill. On NFS 4 and most cluster file
+    systems it also holds between machines; after a crash it ends with the lease, in about 90 s. The holder may delete
+    the file: who has opened the deleted one is refused.
+
+    Args:
+        output: the folder or file that the lock is for, which an error names.
+
+    Raises:
+        InputError: another process holds the lock, or the file cannot be opened.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be locked: {file} cannot be opened ({error.strerror}): remove it, or name another output"
+        ) from error
+    try:
+        holder = _holder(descriptor, file)
+        if holder is not None:
+            raise InputError(f"{output} is in use by {holder}: wait for it, or choose another output")
+        with contextlib.suppress(OSError):  # the disk is full
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} (castlm {command})".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int, file: Path) -> str | None:
+    """Takes the lock; if another process holds it, or has held and deleted it meanwhile, returns what it wrote."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        note(f"{file.parent} is on a file system without locks: start no other command in it meanwhile")
+    return None if os.fstat(descriptor).st_nlink else "a process that has just ended"
+
+
+# ------------------------------------------------------------------------------------------------ a whole new folder
+
+
+@contextlib.contextmanager
+def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `final` to write into, renamed to `final` when the block ends without an error.
+
+    Before the rename, its files are recorded and flushed to the disk. An earlier `final` becomes NAME.previous; see
+    `set_aside`. On any error, including Ctrl-C, the temporary folder is removed and `final` stays unchanged.
+
+    Raises:
+        InputError: `final` holds something (without `overwrite`), its name is too long, or the disk is full.
+    """
+    # A link is followed, so that the folder behind it is replaced and the link stays.
+    final = Path(os.path.realpath(Path(final).expanduser()))
+    temporary = final.with_name(temporary_name(final.name))
+    with reporting_full_disk(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        check_name(final)
+        remove_stale(final, os.listdir(final.parent))
+        refuse_taken(final, overwrite)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _flush_tree(temporary)
+            record_output(temporary, command="result", complete=True, checksums=True)
+            refuse_taken(final, overwrite)  # it may have appeared meanwhile
+            _publish(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_taken(final: Path, overwrite: bool) -> None:
+    """Raises `InputError` if `final` is a file, or holds something without `overwrite`."""
+    if os.path.lexists(final) and not final.is_dir():
+        raise InputError(f"{final} is a file: name a folder for the output")
+    if not overwrite and not is_empty(final):
+        raise InputError(f"{final} already holds something: choose another output folder or pass overwrite")
+
+
+def check_name(final: Path) -> None:
+    """Raises `InputError` if the temporary names beside `final` would be too long for the file system."""
+    longest = max(temporary_name(final.name), f"{final.name}.unfinished-99", key=lambda name: len(os.fsencode(name)))
+    excess = len(os.fsencode(longest)) - os.pathconf(final.parent, "PC_NAME_MAX")
+    if excess > 0:
+        raise InputError(
+            f"the name of the output folder {final.name[:20]}... is {excess} bytes too long for this file system: "
+            "choose a shorter one"
+        )
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Renames `temporary` to `final`. A kill between the two renames leaves the earlier folder as NAME.previous."""
+    aside = set_aside(final) if final.is_dir() and any(final.iterdir()) else None
+    try:
+        os.rename(temporary, final)
+    except BaseException:
+        if aside is not None and not os.path.lexists(final):
+            os.rename(aside, final)
+        raise
+    flush_folder(final.parent)
+
+
+def _flush_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            widen_access(Path(root, name), folder)
+            flush_file(Path(root, name))
+        flush_folder(Path(root))

@@ -26,7 +26,7 @@ from castlm.core.nm import Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears, weight_parameter
 from castlm.export.folder import left_dense_reason, read_left_dense
-from castlm.files.atomic_dir import atomic_dir
+from castlm.files.output import atomic_dir
 from castlm.methods.finetune import Finetune
 from castlm.patterns import parse_pattern
 

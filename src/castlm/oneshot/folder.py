@@ -27,9 +27,9 @@ from castlm.files.atomic_file import (
     flush_file,
     is_whole,
     read_json_mapping,
+    reporting_full_disk,
     size_and_crc,
 )
-from castlm.files.disk import reporting_full_disk
 from castlm.files.record import OUTPUT
 
 PROGRESS = "progress.json"

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_file import atomic_file
-from castlm.files.disk import reporting_full_disk
+from castlm.files.atomic_file import atomic_file, reporting_full_disk
 from castlm.planning.law import Law, interval
 from castlm.planning.points import Point
 from castlm.report.charts import NEEDS_MATPLOTLIB, can_draw

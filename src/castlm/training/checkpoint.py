@@ -33,13 +33,13 @@ from castlm.files.atomic_file import (
     atomic_write_json,
     flush_file,
     flush_folder,
+    is_disk_full,
     is_whole,
     plain_json,
     read_json_mapping,
     size_and_crc,
     widen_access,
 )
-from castlm.files.disk import is_disk_full
 from castlm.training.config import FREE_ON_RESUME
 
 FORMAT = 4

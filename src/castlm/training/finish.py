@@ -21,8 +21,8 @@ from castlm.distributed.export import ShardedResult, export_sharded
 from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_blocks_
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model
-from castlm.files.atomic_dir import atomic_dir
 from castlm.files.atomic_file import atomic_write_json
+from castlm.files.output import atomic_dir
 from castlm.hardware import peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_

@@ -24,8 +24,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.core.top_tokens import TopTokens
 from castlm.distributed.world import World
-from castlm.files.atomic_file import atomic_file, atomic_write_json, read_json_mapping, widen_access
-from castlm.files.disk import is_disk_full
+from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_full, read_json_mapping, widen_access
 from castlm.files.reading import user_path
 from castlm.progress import note
 

@@ -17,8 +17,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from castlm.files.atomic_file import atomic_write_text, plain_json
-from castlm.files.disk import reporting_full_disk
+from castlm.files.atomic_file import atomic_write_text, plain_json, reporting_full_disk
 from castlm.progress import Screen
 from castlm.training.trackers import Tracker
 
