@@ -113,7 +113,7 @@ def test_output_that_finds_no_space_is_one_line(arguments, unbuffered, file):
     ],
 )
 def test_memory_that_ran_out_is_said_with_a_remedy(error, remedy, monkeypatch, capsys):
-    def run(command, arguments):
+    def run(command, name, arguments):
         raise error
 
     monkeypatch.setattr(Command, "run", run)

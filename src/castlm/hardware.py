@@ -74,9 +74,8 @@ def why_slow(precision: str, device: torch.device) -> str:
 
 def check_compile(wanted: bool, device: torch.device) -> None:
     """Raises `InputError` if `torch_compile` is requested and not available on `device`."""
-    if wanted and device.type != "cuda":
-        raise InputError("torch_compile is for a GPU, and this run is on a CPU: leave it out")
-    if wanted and (missing := _why_not_compile(device)):
+    missing = "this run is on a CPU, and it is for a GPU: leave it out" if device.type != "cuda" else ""
+    if wanted and (missing := missing or _why_not_compile(device)):
         raise InputError(f"torch_compile is on, but {missing}")
 
 

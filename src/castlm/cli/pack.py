@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from castlm.cli.options import head_formats, result_folder
-from castlm.core.errors import InputError
 from castlm.fields import choice, positional
 
 
@@ -39,14 +38,11 @@ class PackCommand:
     """Replace an earlier result in output_dir."""
 
     def run(self) -> int:
-        from castlm.export.packed import pack_folder, pattern_of
+        from castlm.export.packed import groups_of, pack_folder, pattern_of
         from castlm.files.output import check_output
         from castlm.progress import shown_progress
 
-        pattern = pattern_of(self.path, self.pattern)
-        groups = None if pattern is None else pattern.nm
-        if pattern is not None and groups is None:
-            raise InputError(f"{self.path} is {pattern}, which has no n:m to pack: pass --pattern n:m, or dense")
+        groups = groups_of(self.path, pattern_of(self.path, self.pattern))
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": result_folder(self.path)})
         with shown_progress("pack, tensors") as progress:
             report = pack_folder(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ class ReportCommand:
         from castlm.report.run_page import REFRESH_SECONDS, write_run_page
 
         run = read_run(self.run_folder)
-        if not os.access(run.folder, os.W_OK):
-            raise InputError(f"{run.folder} cannot be written: change its permissions, or copy the run")
         if self.watch:
             file = write_run_page(run, refresh=True)
             note(f"{file}: open it in a browser; Ctrl-C stops watching, not the run")
@@ -55,10 +52,8 @@ def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "aut
     from castlm.report.sample import is_large, read_sample, write_sample
 
     run = read_run(folder)
-    if sample == "yes" and not run.is_finished:
-        raise InputError(f"the run in {run.folder} has no result to sample from yet: leave sample at auto")
     text = read_sample(run) if run.is_finished and sample != "no" else None
-    if text is None and run.is_finished and (sample == "yes" or (sample == "auto" and not is_large(run))):
+    if text is None and (sample == "yes" or (run.is_finished and sample == "auto" and not is_large(run))):
         try:
             text = write_sample(run)
         except InputError as error:

@@ -27,7 +27,7 @@ class ServeCommand:
     host: str = "localhost"
     """Address to listen on."""
 
-    port: int = 8000
+    port: int = dataclasses.field(default=8000, metadata={"at_least": 1})
     """Port to listen on."""
 
     threads: int = dataclasses.field(default=0, metadata={"at_least": 0})
@@ -78,11 +78,9 @@ def default_name(path: str) -> str:
 
 def _check_address(host: str, port: int) -> None:
     """Raises `InputError` where the server could not listen, before the model is loaded."""
-    if not 1 <= port <= 65535:
-        raise InputError(f"port {port} is out of range: it must be from 1 to 65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address, family=family).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
+    except (OSError, UnicodeError, OverflowError) as error:  # an invalid host name; a port above 65535
         reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
         raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another host or port") from error

@@ -63,10 +63,7 @@ def recorded_pattern(path: str) -> str | None:
     file = (place.parent if place.is_file() else place) / "castlm.json"
     if not file.is_file():
         return None
-    try:
-        found = read_json_object(file)["pattern"]
-        if found is None:
-            raise InputError(f"{path} is a dense model: give --pattern 2:4 to count its groups all the same")
-        return str(found)
-    except KeyError:
-        raise InputError(f"{file} names no pattern: give --pattern 2:4") from None
+    found = read_json_object(file).get("pattern")
+    if found is None:
+        raise InputError(f"{file} names no pattern, as of a dense model: give --pattern 2:4 all the same")
+    return str(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -110,8 +111,8 @@ class Plan:
         self.calibration = self._calibration()
         self.hashes = self._hashes()
         for name in self.variants:  # report a mistake in any of them before the first one runs
-            for tokens in self.budgets(name):
-                self.make(name, tokens, 0, None)
+            for tokens, rate in itertools.product(self.budgets(name), self._rates_of(name)):
+                self.make(name, tokens, 0, rate)
 
     def check_model(self) -> None:
         """Raises `InputError` if config or tokenizer of the model cannot be read: every run would fail."""
@@ -364,7 +365,4 @@ def _pattern_of(fields: Mapping[str, Any]) -> Pattern:
 
 def _rates(text: str | None) -> list[float]:
     """Parses learning rates separated by commas."""
-    rates: list[float] = [convert("learning_rates", rate.strip(), float) for rate in text.split(",")] if text else []
-    if rates and min(rates) <= 0:
-        raise InputError(f"learning_rates = {text} is out of range: each must be above 0, as 1e-3,3e-3")
-    return rates
+    return [convert("learning_rates", rate.strip(), float) for rate in text.split(",")] if text else []

@@ -23,9 +23,9 @@ import yaml
 import castlm
 from castlm.compare.presets import ONESHOT
 from castlm.core.errors import InputError
-from castlm.files.atomic_file import atomic_write_text, read_json_mapping
+from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import refuse_locked
-from castlm.files.reading import sha256_file
+from castlm.files.reading import read_json_object, sha256_file
 from castlm.files.record import OUTPUT, RESULT, command_of, read_result
 from castlm.models.locate import cached_snapshot, locate
 from castlm.training.checkpoint import remove_checkpoints
@@ -155,9 +155,7 @@ def read_finished(folder: Path, config: dict[str, Any] | None = None) -> dict[st
     if not (model / RESULT).is_file():
         return None
     record = read_result(model)
-    saved = record.get("config")
-    if not isinstance(saved, dict):
-        raise InputError(f"{model / RESULT} has no config: remove {folder} and run it again")
+    saved = record.get("config", {})
     skipped = {*WITHOUT_EFFECT, *NAMED, "init_from", "lam"}  # may be another path, or measured before the run
     for name, value in json.loads(json.dumps(config or {}, default=list)).items():
         if name not in skipped and name in saved and saved[name] != value:
@@ -263,13 +261,11 @@ def zero_shot_rows(
         if run_process(arguments, file.with_suffix(".log")):
             return [], f"the zero-shot evaluation of {model} failed: {last_line(file.with_suffix('.log'))}"
     try:
-        found = read_json_mapping(file, "remove it to evaluate again")["zero_shot"]
+        found = read_json_object(file)["zero_shot"]
         made = {"limit": found.get("limit"), "versions": found.get("versions")}
         return [{**row, **made} for row in found["results"]], None
-    except InputError as error:
-        return [], str(error)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return [], f"{file} holds no zero-shot results: remove it to evaluate again"
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return [], f"{file} holds no zero-shot results ({error}): remove it to evaluate again"
 
 
 def with_key(run: Run, hashes: dict[str, str]) -> Run:
@@ -279,7 +275,5 @@ def with_key(run: Run, hashes: dict[str, str]) -> Run:
         InputError: the file of the template does not exist.
     """
     if (template := run.config.get("chat_template_path")) is not None:
-        if not Path(template).is_file():
-            raise InputError(f"chat_template_path {template} is not a file: name one with a Jinja chat template")
         hashes = {**hashes, "chat_template_path": sha256_file(template)}
     return dataclasses.replace(run, key=run_key(run.config, hashes))

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, naming
 from castlm.data.columns import Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, turns_by_share
 from castlm.data.extra import join_extra
@@ -89,11 +89,9 @@ def _of_each(
     drawn: dict[int, Iterator[tuple[Tensor, dict[str, Tensor]]]] = {}
     for number in sorted(set(turns)):
         part = documents.parts[number]
-        try:
+        with naming(part.name):
             ids, extra = calibration_sequences(part, encoder, turns.count(number), seq_len, seed, say=say)
-            drawn[number] = iter(list(zip(ids, extra or [{}] * len(ids))))
-        except InputError as error:
-            raise InputError(f"{part.name}: {error}") from error
+        drawn[number] = iter(list(zip(ids, extra or [{}] * len(ids))))
     found = [sequence for number in turns if (sequence := next(drawn[number], None)) is not None]
     extras = [extra for _, extra in found] if documents.kind is Kind.WITH_EXTRA else None
     return torch.stack([ids for ids, _ in found]), extras

@@ -97,28 +97,32 @@ def _messages(value: Any, column: str, where: str) -> list[dict[str, Any]]:
 def _message(message: Any, where: str) -> dict[str, Any]:
     found = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
     content = found.get("content", "")
-    if found.get("role") not in ROLES or not isinstance(content, str | list):
-        raise InputError(
-            f"{where} is {_shown(message)}: it needs a role ({', '.join(ROLES)}) and a content, text or a list of parts"
-        )
     if isinstance(content, list):
-        parts = [_part(part, where) for part in content]
-        is_text = all(part["type"] == "text" for part in parts)
-        content = found["content"] = "".join(part["text"] for part in parts) if is_text else parts
-    if isinstance(content, str) and not content.strip() and not found.get("tool_calls"):
-        raise InputError(f"{where} ({found['role']}) is empty: remove it, or the conversation")
+        parts = [_part(part) for part in content]
+        is_text = all(part is not None and part["type"] == "text" for part in parts)
+        content = "".join(part["text"] for part in parts if part) if is_text else parts
+        found["content"] = content
+    if isinstance(content, list):
+        has_content = None not in content
+    else:
+        has_content = isinstance(content, str) and bool(content.strip() or found.get("tool_calls"))
+    if found.get("role") not in ROLES or not has_content:
+        raise InputError(
+            f"{where} is {_shown(message)}: it needs a role ({', '.join(ROLES)}) and a content: a text that is not "
+            "blank, or a list of parts of type text, with a text, or of type image"
+        )
     return found
 
 
-def _part(part: Any, where: str) -> dict[str, Any]:
-    """A part of a message: a text, or an image with its source as `image`, if it is given here."""
+def _part(part: Any) -> dict[str, Any] | None:
+    """A part of a message: a text, or an image with its source as `image`, if it is given here; None for another."""
     found = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     if found.get("type") == "text" and isinstance(found.get("text"), str):
         return {"type": "text", "text": found["text"]}
     if found.get("type") == "image":
         source = next((found[key] for key in _SOURCES if key in found), None)
         return {"type": "image"} if source is None else {"type": "image", "image": source}
-    raise InputError(f"{where} has the part {_shown(part)}: a part is of type text, with a text, or of type image")
+    return None
 
 
 def _tools(tools: Any, where: str) -> list[Any]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from castlm.core.errors import InputError
 from castlm.data.chat import conversation, messages_of
@@ -92,9 +92,9 @@ class Columns(NamedTuple):
             InputError: the row has no such column, or the column holds something else.
         """
         if self.name not in row:
-            raise InputError(_without(self.name, row, where))
+            _refuse_without(self.name, row, where)
         if beside := next((name for name in self.refused if row.get(name)), None):
-            raise InputError(self._lost(beside, where))
+            self._refuse_lost(beside, where)
         if self.is_chat:
             return self._conversation(row, where, text_alone)
         text = row[self.name]
@@ -128,12 +128,11 @@ class Columns(NamedTuple):
             raise InputError(f"{where}: half a surrogate pair at character {error.start}: correct it") from error
         return text
 
-    def _lost(self, column: str, where: str) -> str:
-        """The error for a column beside the document that holds something and would not be read."""
-        if column in _FORMS:
-            return f"{where}: the columns {column} and {self.name} could both be meant: choose one with column"
+    def _refuse_lost(self, column: str, where: str) -> NoReturn:
+        """Refuses a column beside the document that holds something and would not be read."""
         what = "needs conversations" if column in IMAGE_COLUMNS else "is neither text nor images"
-        return f"{where}: the column {column!r} {what}: name the column of the text with column to leave it out"
+        what = f"could be meant as well as {self.name!r}" if column in _FORMS else what
+        raise InputError(f"{where}: the column {column!r} {what}: name the column of the text with column")
 
 
 def is_undecided(holds: Mapping[str, str], column: str | None) -> bool:
@@ -166,7 +165,7 @@ def find_columns(holds: Mapping[str, str], options: TextOptions, where: str, fol
     forms = [name for name in _FORMS if name in holds and (name != "prompt" or has_pair)]
     name = options.column or next((name for name in forms if _holds_any(holds, name)), forms[0] if forms else "text")
     if name not in holds:
-        raise InputError(_without(name, holds, where))
+        _refuse_without(name, holds, where)
     is_pair = name == "prompt" and has_pair
     is_chat = is_pair or holds[name] == "list" or name == "messages"
     found = Columns(name, is_chat, is_pair, folder=folder, document_limit=options.document_limit)
@@ -177,7 +176,7 @@ def find_columns(holds: Mapping[str, str], options: TextOptions, where: str, fol
     found = found if is_chat else found._replace(refused=(*IMAGE_COLUMNS, *found.refused))
     beside = (*found.refused, *(form for form in forms if form != name))
     if lost := next((column for column in beside if _holds_any(holds, column)), None):
-        raise InputError(found._lost(lost, where))
+        found._refuse_lost(lost, where)
     return found
 
 
@@ -190,10 +189,9 @@ def _holds_any(holds: Mapping[str, str], name: str) -> bool:
     return holds.get(name, "NoneType") != "NoneType"
 
 
-def _without(name: str, columns: Mapping[str, Any], where: str) -> str:
-    """The error for a row that has no column `name`."""
+def _refuse_without(name: str, columns: Mapping[str, Any], where: str) -> NoReturn:
     names = ", ".join(columns)[:400] or "none"
-    return (
+    raise InputError(
         f"{where}: no column {name!r}; there are: {names}: name the column of the text with column; messages, and "
         "prompt with completion, are known too"
     )

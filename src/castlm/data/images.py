@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, naming
 from castlm.data.chat import Chat, Rendered, begin_of, messages_of
 from castlm.data.extra import Extra
 from castlm.files.reading import open_regular, user_path
@@ -68,7 +68,7 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
     parts = [part for message in messages for part in _parts(message) if part["type"] == "image"]
     inline = [part.pop("image") for part in parts if "image" in part]
     images = [] if listed is None else listed if isinstance(listed, list) else [listed]
-    if inline and (images or len(inline) != len(parts)):
+    if inline and images:
         raise InputError(f"{where}: some images are in the messages and some are not: give all of them in one place")
     images = images or inline
     if images and not parts:
@@ -329,10 +329,8 @@ def open_images(sources: Sequence[str], begin: str, document_limit: float = 1.0)
     """
     images: list[Image] = []
     for source in sources:
-        try:
+        with naming(f"the conversation that begins {begin}"):
             images.append(read_image(source, document_limit))
-        except InputError as error:
-            raise InputError(f"{error}; remove the row of the conversation that begins {begin}") from error
         if (total := sum(image.width * image.height for image in images)) > (most := MOST_PIXELS * document_limit):
             raise InputError(
                 f"the images of the conversation that begins {begin} have {total:,} pixels together, more than "

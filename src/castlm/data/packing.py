@@ -287,12 +287,9 @@ class UnpackedSequences(Resumable):
         epoch, position, is_used = self._at
         while True:
             pieces = self.documents.pieces(self.seed, 0 if self.repeat else epoch, position)
-            has_any = position is not None
             for piece in islice(pieces, int(is_used), None):
-                self._at, has_any = (epoch, piece.position, True), True
+                self._at = (epoch, piece.position, True)
                 yield piece
-            if not has_any:
-                raise InputError(f"{self.documents.name} holds no conversation: give some")
             epoch, position, is_used = epoch + 1, None, False
 
     def _encode(self, piece: Piece) -> Tokens:

@@ -97,6 +97,7 @@ def perplexity(
     check_vocabulary(text.ids, packed_head.out_features if head is None else head.weight.shape[0])
 
     sequences = text.sequences(seq_len, stride)
+    assert sequences, "`scored_text` refuses a text without a token that counts"
     total, done, scored = 0.0, 0, 0
     with eval_mode(model):
         for batch in _batches(sequences, batch_size):
@@ -120,8 +121,6 @@ def perplexity(
             if progress is not None:
                 progress(done, len(sequences))
 
-    if not scored:
-        raise InputError("no token of the text is scored: give more text")
     loss = total / scored
     return PerplexityResult(
         perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -144,11 +143,10 @@ def _packed_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> float
 
 
 def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int) -> None:
-    if token_ids.dim() != 1 or token_ids.dtype != torch.int64 or len(token_ids) < 2:
-        raise InputError(
-            f"the text is a tensor of {tuple(token_ids.shape)} {token_ids.dtype}: give int64, in one dimension, "
-            "and at least 2 tokens"
-        )
+    assert token_ids.dim() == 1
+    assert token_ids.dtype == torch.int64
+    if len(token_ids) < 2:
+        raise InputError(f"the text has {len(token_ids)} tokens: give at least 2")
     longest = context_length(model.config) or seq_len
     if not 2 <= seq_len <= longest:
         raise InputError(f"seq_len is {seq_len}: the model takes 2 to {longest} tokens, as --seq-len {longest}")

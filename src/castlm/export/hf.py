@@ -337,16 +337,16 @@ def check_login(repo_id: str) -> None:
         InputError: `repo_id` is not a valid name, the user is not logged in, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
         HfApi().whoami()
-    except HFValidationError as error:
-        raise InputError(f"hub_model_id {repo_id}: {_first_line(error)}") from None
     except Exception as error:  # of the HTTP client, which depends on huggingface_hub's version
-        raise InputError(f"push_to_hub: {_first_line(error)}; log in with hf auth login, or leave it out") from None
+        raise InputError(
+            f"push_to_hub to {repo_id}: {_first_line(error)}; log in with hf auth login, give another hub_model_id, or "
+            "leave it out"
+        ) from None
 
 
 def push(folder: Path, repo_id: str, *, private: bool) -> str:

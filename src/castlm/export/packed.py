@@ -126,6 +126,26 @@ def write_dense(
     check_dense(folder, ())
 
 
+def groups_of(name: str | Path, pattern: Pattern | None) -> NM | None:
+    """The n:m part of a model's pattern, which its packed or rounded weights keep; None for a dense model.
+
+    Raises:
+        InputError: a structured pattern without n:m.
+    """
+    if pattern is not None and pattern.nm is None:
+        raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern n:m, or dense")
+    return None if pattern is None else pattern.nm
+
+
+@contextlib.contextmanager
+def naming_instead(temporary: Path, named: str | Path) -> Iterator[None]:
+    """Puts a path that a user knows in the place of a temporary folder, in the message of an `InputError`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(str(temporary), str(named))) from error
+
+
 # ---- packing
 
 
@@ -164,12 +184,12 @@ def pack_folder(
         InputError: no model there, already packed or quantized, a layer that is not n:m or holds NaN, `folder` taken,
             or the disk full. `folder` is then as it was.
     """
-    with atomic_dir(folder, overwrite) as temporary:
-        try:
-            with _model_folder(source, temporary) as place:
-                return pack_into(temporary, place, n, m, dtype=dtype, head=head, progress=progress)
-        except InputError as error:
-            raise InputError(str(error).replace(str(temporary), str(folder))) from error
+    with (
+        atomic_dir(folder, overwrite) as temporary,
+        naming_instead(temporary, folder),
+        _model_folder(source, temporary) as place,
+    ):
+        return pack_into(temporary, place, n, m, dtype=dtype, head=head, progress=progress)
 
 
 @contextlib.contextmanager
@@ -260,9 +280,10 @@ def _specs(
     left_dense = read_left_dense(source)
     specs: dict[str, PackedSpec] = {}
     for name, tensor in stored.items():
-        if tensor.dtype not in STORED:
-            raise InputError(f"{name} of {source} is stored as {tensor.dtype}, which cannot be packed")
-        if not is_block_weight(name, tensor.shape):
+        is_packed_here = is_block_weight(name, tensor.shape)
+        if tensor.dtype not in STORED or (is_packed_here and dtype is None and _float_name(tensor) is None):
+            raise InputError(f"{name} of {source} is stored as {tensor.dtype}: pass dtype bf16 to cast a wider one")
+        if not is_packed_here:
             continue
         n, m = pattern if left_dense_reason(name, left_dense) is None else (0, 0)
         axis = input_axis({**config, "model_type": model_type}, name, tensor.shape)
@@ -275,20 +296,15 @@ def _specs(
             raise InputError(f"{name} has a width of {columns}, which does not divide by m = {m}: choose another m")
         spec = PackedSpec.of_stored(tensor.shape, axis, n, m, values="")
         rounded = integers.get(spec.stem(name))
-        specs[name] = replace(spec, values=rounded.kind if rounded else dtype or _float_name(tensor))
+        specs[name] = replace(spec, values=rounded.kind if rounded else dtype or str(_float_name(tensor)))
     if not specs:
         raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
     assert integers.keys() <= {spec.stem(name) for name, spec in specs.items()}
     return specs
 
 
-def _float_name(tensor: StoredTensor) -> str:
-    name = next((name for name in FLOATS if FORMATS[name].stored == tensor.dtype), None)
-    if name is None:
-        raise InputError(
-            f"{tensor.name} is stored as {tensor.dtype}, which cannot be packed: pass dtype bf16 to cast it"
-        )
-    return name
+def _float_name(tensor: StoredTensor) -> str | None:
+    return next((name for name in FLOATS if FORMATS[name].stored == tensor.dtype), None)
 
 
 def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
@@ -416,10 +432,8 @@ def unpack_folder(
         (temporary / "README.md").unlink(missing_ok=True)  # it describes the packed folder
         if card := unpacked_card(source, manifest):
             (temporary / "README.md").write_text(card, encoding="utf-8")
-        try:
+        with naming_instead(temporary, source):
             _check_unpacked(temporary, {name: of.spec for name, of in packed.items()})
-        except InputError as error:
-            raise InputError(str(error).replace(str(temporary), str(source))) from error
     return len(packed)
 
 

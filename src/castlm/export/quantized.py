@@ -20,7 +20,7 @@ from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
 from castlm.export.folder import left_dense_reason, read_left_dense, read_manifest
 from castlm.export.hf import export_model
-from castlm.export.packed import pack_into, write_dense
+from castlm.export.packed import groups_of, naming_instead, pack_into, write_dense
 from castlm.files.output import atomic_dir
 from castlm.inference.formats import FORMATS
 from castlm.inference.quantize import QuantizeReport, quantize_, stored_layers
@@ -92,9 +92,7 @@ def quantize_folder(
     needs_text = FORMATS[kind].needs_text
     if (calibration is not None) != needs_text:
         raise InputError(f"{kind} needs {'a' if needs_text else 'no'} calibration text: see --calibration")
-    groups = None if pattern is None else pattern.nm
-    if pattern is not None and groups is None:
-        raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern n:m, or dense")
+    groups = groups_of(name, pattern)
     manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name))
     documents = None if calibration is None else open_documents(calibration.text, options)
     # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
@@ -128,11 +126,9 @@ def quantize_folder(
     n, m = (groups.n, groups.m) if groups is not None else (0, 0)
     with atomic_dir(folder, overwrite=True) as temporary:
         plain = temporary / ".plain" / folder.name
-        try:
+        with naming_instead(temporary, folder), naming_instead(plain, name):
             _write_plain(loaded, plain, pattern, left_dense, record, stored_as, keep_rejected=False)
             pack_into(temporary, plain, n, m, head=head, integers=stored_layers(loaded.model, report.layers))
-        except InputError as error:  # it names a folder that no longer exists when a user reads it
-            raise InputError(str(error).replace(str(plain), name).replace(str(temporary), str(folder))) from error
         shutil.rmtree(plain.parent)
     return report
 

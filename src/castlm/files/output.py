@@ -16,7 +16,6 @@ import glob
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -212,19 +211,16 @@ def _resolve(path: str | Path, inputs: Inputs) -> Path:
     """Resolves links in `path`; refuses a name that cannot be recorded, a file, or a folder that holds an input."""
     refuse_undecodable({"output_dir": path, **inputs})
     final = Path(os.path.realpath(user_path(path)))
-    if os.path.lexists(final) and not final.is_dir():
-        raise InputError(f"{final} is a file: name a folder for the output")
+    _refuse_taken(final, overwrite=True)
     refuse_inputs_inside(final, inputs)
     return final
 
 
 def _refuse_content(final: Path, overwrite: bool) -> None:
     """Refuses a folder that is not empty, unless `overwrite` is set and castlm can rename its own earlier output."""
+    _refuse_taken(final, overwrite)
     if is_empty(final):
         return
-    if not overwrite:
-        resumes = "resume, " if "begun" in read_record(final / OUTPUT) else ""
-        raise InputError(f"{final} already holds something: pass {resumes}overwrite or another output folder")
     here = Path.cwd().resolve()
     if final in (here, *here.parents, Path.home().resolve()) or os.path.ismount(final):
         raise InputError(
@@ -238,12 +234,13 @@ def _refuse_content(final: Path, overwrite: bool) -> None:
 
 
 def check_beside(final: Path) -> None:
-    """Checks that folders can be made beside `final`, and removes leftovers of killed writers."""
+    """Checks that folders with longer names can be made beside `final`, and removes leftovers of killed writers."""
+    probe = final.with_name(temporary_name(f"{final.name}.unfinished-99"))  # no name beside it is longer
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        check_name(final)
-        with tempfile.TemporaryDirectory(prefix=".castlm-", dir=final.parent):
-            remove_stale(final, os.listdir(final.parent))
+        probe.mkdir()
+        probe.rmdir()
+        remove_stale(final, os.listdir(final.parent))
     except OSError as error:
         raise InputError(
             f"cannot write {final.parent}, where {final.name} is to be: {error.strerror}; choose another output folder"
@@ -364,44 +361,33 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     `set_aside`. On any error, including Ctrl-C, the temporary folder is removed and `final` stays unchanged.
 
     Raises:
-        InputError: `final` holds something (without `overwrite`), its name is too long, or the disk is full.
+        InputError: `final` holds something (without `overwrite`), or the disk is full.
     """
     # A link is followed, so that the folder behind it is replaced and the link stays.
     final = Path(os.path.realpath(Path(final).expanduser()))
     temporary = final.with_name(temporary_name(final.name))
     with reporting_full_disk(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        check_name(final)
         remove_stale(final, os.listdir(final.parent))
-        refuse_taken(final, overwrite)
+        _refuse_taken(final, overwrite)
         temporary.mkdir()
         try:
             yield temporary
             _flush_tree(temporary)
             record_output(temporary, command="result", complete=True, checksums=True)
-            refuse_taken(final, overwrite)  # it may have appeared meanwhile
+            _refuse_taken(final, overwrite)  # it may have appeared meanwhile
             _publish(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_taken(final: Path, overwrite: bool) -> None:
+def _refuse_taken(final: Path, overwrite: bool) -> None:
     """Raises `InputError` if `final` is a file, or holds something without `overwrite`."""
     if os.path.lexists(final) and not final.is_dir():
         raise InputError(f"{final} is a file: name a folder for the output")
     if not overwrite and not is_empty(final):
-        raise InputError(f"{final} already holds something: choose another output folder or pass overwrite")
-
-
-def check_name(final: Path) -> None:
-    """Raises `InputError` if the temporary names beside `final` would be too long for the file system."""
-    longest = max(temporary_name(final.name), f"{final.name}.unfinished-99", key=lambda name: len(os.fsencode(name)))
-    excess = len(os.fsencode(longest)) - os.pathconf(final.parent, "PC_NAME_MAX")
-    if excess > 0:
-        raise InputError(
-            f"the name of the output folder {final.name[:20]}... is {excess} bytes too long for this file system: "
-            "choose a shorter one"
-        )
+        resumes = "resume, " if "begun" in read_record(final / OUTPUT) else ""
+        raise InputError(f"{final} already holds something: pass {resumes}overwrite or another output folder")
 
 
 def _publish(temporary: Path, final: Path) -> None:

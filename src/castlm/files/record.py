@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_file import atomic_write_json, is_whole, read_json_mapping, size_and_crc
-from castlm.files.reading import read_record
+from castlm.files.atomic_file import atomic_write_json, is_whole, size_and_crc
+from castlm.files.reading import read_json_object, read_record
 from castlm.progress import note
 
 OUTPUT = "castlm-output.json"
@@ -149,12 +149,12 @@ def read_result(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: castlm.json or the record is corrupt, or a file is missing or has changed.
     """
-    remedy = f"remove {folder} and run it again"
-    result = read_json_mapping(folder / RESULT, remedy)
+    result = read_json_object(folder / RESULT)
     listed = _listed(folder)
-    if not listed:
-        raise InputError(f"{folder / OUTPUT} lists no files: {remedy}")
-    for name, about in listed.items():
-        if not is_whole(folder / name, [*about[:1], *about[2:]]):
-            raise InputError(f"{folder / name} is missing or has changed since castlm wrote it: {remedy}")
+    changed = [name for name, about in listed.items() if not is_whole(folder / name, [*about[:1], *about[2:]])]
+    if changed or not listed:
+        name = changed[0] if changed else OUTPUT
+        raise InputError(
+            f"{folder / name} is missing or has changed since castlm wrote it: remove {folder} and run it again"
+        )
     return result

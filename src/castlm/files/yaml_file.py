@@ -42,10 +42,8 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
 
     def value_of(node: yaml.Node) -> Any:
         where = f"{source}, line {node.start_mark.line + 1}"
-        if id(node) in seen:  # an alias of an alias of an alias would make a small file huge
-            raise InputError(f"{where}: an alias of this value is not supported: write the value again")
-        if node.tag not in _TAGS:
-            raise InputError(f"{where}: the tag {node.tag} is not supported: leave it out")
+        if id(node) in seen or node.tag not in _TAGS:  # an alias of aliases would make a small file huge
+            raise InputError(f"{where}: an alias of this value, or its tag, is not supported: write the value again")
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             return [value_of(item) for item in node.value]
@@ -60,9 +58,7 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
 
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)  # which converts no value, and knows no tag
-    except RecursionError:
-        raise InputError(f"{source} nests too many levels inside each other") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     content = None if node is None else value_of(node)
     if not isinstance(content, dict):

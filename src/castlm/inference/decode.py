@@ -25,7 +25,6 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from castlm.core.errors import InputError
 from castlm.inference import native
 from castlm.inference.layers import PackedEmbedding, PackedLinear
 
@@ -268,15 +267,14 @@ def decode(
     streamer: Any = None,
     **inputs: Any,
 ) -> Tensor:
-    """Continues one sequence (1, num_tokens) greedily or by sampling, by its generation config; called by `generate`.
-
-    Raises:
-        InputError: more than one sequence, padding, or embeddings in place of token ids.
+    """Continues one sequence (1, num_tokens) without padding, greedily or by sampling, by its generation config; called
+    by `generate`.
     """
     mask = inputs.get("attention_mask")
     is_padded = mask is not None and not bool(mask.all())
-    if input_ids.shape[0] != 1 or is_padded or inputs.get("inputs_embeds") is not None:
-        raise InputError("castlm's decoding takes one sequence of token ids without padding: leave custom_generate out")
+    assert input_ids.shape[0] == 1
+    assert not is_padded
+    assert inputs.get("inputs_embeds") is None
     output = model(input_ids, use_cache=True, logits_to_keep=1)
     cache = next(value for value in output.values() if isinstance(value, Cache))
     state = DecoderState(model, cache, generation_config.max_length)

@@ -275,10 +275,9 @@ def read_specs(files: Iterable[str | Path]) -> dict[str, PackedSpec]:
             raise InputError(f"{file} is corrupt or cut short ({error}): fetch it again") from error
         specs.update(found)
     unnamed = {name for name in names if name.endswith(".values") and name.removesuffix(".values") not in specs}
-    if specs and unnamed:
-        raise InputError(f"the castlm metadata of {file} do not name {min(unnamed)}: pack the model again")
-    if twice := {spec.tensor_name(stem) for stem, spec in specs.items()} & names:
-        raise InputError(f"{min(twice)} of {file} is stored packed and plain: pack the model again")
+    plain_too = {spec.tensor_name(stem) for stem, spec in specs.items()} & names
+    if specs and (wrong := unnamed | plain_too):
+        raise InputError(f"the castlm metadata of {file} do not agree with {min(wrong)} in it: pack the model again")
     return specs
 
 

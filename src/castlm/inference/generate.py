@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -127,17 +126,14 @@ def generate_text(
 
     Args:
         extra: further arguments of the model's forward, such as images.
-        temperature: 0 always takes the most probable token; at least 1e-6 samples.
+        temperature: 0 always takes the most probable token, as does less than 1e-6; above, tokens are sampled.
         seed: seed of the samples.
         say: called with a line if a packed model must decode in transformers' loop, with the reason.
 
     Raises:
-        InputError: numbers out of range, or more tokens than the model's context holds.
+        InputError: more tokens than the model's context holds.
     """
-    if max_new_tokens < 1 or not (temperature == 0 or 1e-6 <= temperature < math.inf):
-        raise InputError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}: give at least 1, and 0 or at least 1e-6"
-        )
+    assert max_new_tokens >= 1
     longest = context_length(model.config)
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         raise InputError(
@@ -145,7 +141,7 @@ def generate_text(
             + ("lower --max-new-tokens" if input_ids.shape[1] < longest else "shorten the prompt")
         )
     stream = _Stream(tokenizer, write)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature >= 1e-6 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = input_ids.to(model.device)
     dtypes = {name: model.dtype if t.is_floating_point() else t.dtype for name, t in (extra or {}).items()}

@@ -50,8 +50,7 @@ _LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features) -> Ten
 
 @torch.library.impl(_LIBRARY, "packed_linear", "CPU")
 def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    if not x.dtype.is_floating_point:
-        raise InputError(f"a packed layer multiplies floating-point activations, not {x.dtype}")
+    assert x.dtype.is_floating_point, x.dtype
     num_rows = math.prod(x.shape[:-1])
     if num_rows == 0:
         return x.new_empty((*x.shape[:-1], out_features))
@@ -296,14 +295,13 @@ def pack_model_(
         The names of the replaced layers.
 
     Raises:
-        InputError: another dtype, a layer that is not n:m, no layer to replace, or kernels that were not built; nothing
+        InputError: a layer that is not n:m, no layer to replace, or kernels that were not built; nothing
             is replaced then. Also weights that are not finite; some layers may then have been replaced.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, name)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
-    if dtype not in FLOAT_NAMES:
-        raise InputError(f"weights cannot be packed as {dtype}: pass torch.bfloat16, torch.float16 or torch.float32")
+    assert dtype in FLOAT_NAMES, dtype
     native.check_built()
     names: list[str] = []
     sparse = [name for name, layer in layers.items() if m and name not in left_dense and layer.in_features % m == 0]

@@ -164,7 +164,7 @@ def repack_(
         kind: a name of VALUES.
 
     Raises:
-        InputError: a tensor of another dtype or device, or a mask that does not keep exactly `n` of every `m`.
+        InputError: a mask that does not keep exactly `n` of every `m`.
         MemoryError: there is no memory for the threads.
     """
     values = values.contiguous()
@@ -226,13 +226,14 @@ def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     """`x @ W.T` for x (..., in) fp32 or bf16, contiguous, on a CPU, and the buffer of W (out, in): (..., out).
 
     Raises:
-        InputError: x of another shape, dtype, layout or device, or a buffer that `repack_` did not fill.
+        InputError: x of another width, or a buffer that `repack_` did not fill.
         MemoryError: there is no memory for the sums and the activations.
     """
     shape, dtype = x.shape, x.dtype
-    if not (shape and x.is_cpu and x.is_contiguous() and (dtype is torch.float32 or dtype is torch.bfloat16)):
-        given = _described(x)
-        raise InputError(f"the kernels take x (..., in) as contiguous float32 or bfloat16 on a CPU, not {given}")
+    assert shape, "x has no dimension"
+    assert x.is_cpu, x.device
+    assert x.is_contiguous()
+    assert dtype is torch.float32 or dtype is torch.bfloat16, dtype
     _check_plain("a packed weight", packed, torch.uint8)
     width, out = shape[-1], x.new_empty((*shape[:-1], out_features))
     data, size, num_rows = packed.data_ptr(), packed.numel(), x.numel() // (width or 1)
@@ -249,7 +250,6 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
     """Writes rows [first, last) of the matrix in `packed` to `out` (last - first, in), fp32, contiguous.
 
     Raises:
-        InputError: a tensor of another dtype, layout or device.
         MemoryError: there is no memory for the threads.
     """
     _check_plain("a packed weight", packed, torch.uint8)
@@ -284,14 +284,10 @@ def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor
 
 
 def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Raises `InputError` if the kernels cannot read `tensor` by its address."""
-    if not (tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()):
-        raise InputError(f"the kernels take {name} as contiguous {dtype} on a CPU, not {_described(tensor)}")
-
-
-def _described(tensor: Tensor) -> str:
-    contiguous = "" if tensor.is_contiguous() else "non-contiguous "
-    return f"{contiguous}{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+    """Asserts that the kernels can read `tensor` by its address."""
+    assert tensor.is_cpu, f"{name} is on {tensor.device}"
+    assert tensor.dtype is dtype, f"{name} is {tensor.dtype}, not {dtype}"
+    assert tensor.is_contiguous(), name
 
 
 def _check_memory(code: int) -> None:

@@ -83,10 +83,9 @@ def pack(weight: Tensor, n: int, m: int) -> PackedTensor:
         n, m: the pattern; both 0 keep the weight as it is, without a mask.
 
     Raises:
-        InputError: as `kept_mask`, or another dtype.
+        InputError: as `kept_mask`.
     """
-    if weight.dtype not in FLOAT_NAMES:
-        raise InputError(f"a weight of {weight.dtype} cannot be packed: give bf16, fp16 or fp32")
+    assert weight.dtype in FLOAT_NAMES, weight.dtype
     rows, columns = weight.shape
     spec = PackedSpec(rows, columns, n, m, FLOAT_NAMES[weight.dtype])
     if m == 0:

@@ -99,19 +99,16 @@ def to_semi_structured_(
         One choice for each layer, in the order of the model.
 
     Raises:
-        InputError: `tokens` below 1, no layer to convert, no CUDA device from Ampere on, or no cuSPARSELt.
+        InputError: no sparse layer, no CUDA device from Ampere on, or no cuSPARSELt.
 
     Examples:
         >>> choices = to_semi_structured_(model, tokens=4096)  # doctest: +SKIP
         >>> num_sparse = sum(choice.variant != "dense" for choice in choices)  # doctest: +SKIP
     """
-    if tokens < 1:
-        raise InputError(f"{tokens} tokens: give at least 1, the rows that a layer sees at once")
+    assert tokens >= 1
     found, _ = sparse_linears(model, "2:4", filter_fn)
     layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
-    if not layers:
-        raise InputError(f"{type(model).__name__} has only experts to convert: there are no 2:4 kernels for them here")
-    if backend is None:
+    if backend is None and layers:
         backend = Cusparselt(next(iter(layers.values())).weight.device)
     raced: dict[tuple[object, ...], Race] = {}
     choices = []
