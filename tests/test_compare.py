@@ -33,7 +33,6 @@ from castlm.compare.runs import (
     run_key,
     run_process,
     with_key,
-    zero_shot_key,
 )
 from castlm.compare.summary import spread, starts_note, summarize, tokens_note, verdict
 from castlm.core.errors import InputError
@@ -612,28 +611,6 @@ def test_names_of_variants_may_be_long_and_hold_marks_of_tables(files, tmp_path,
     assert "[/red] a\\|b" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_zero_shot_of_every_result_and_of_the_model_as_it_came(files, tmp_path, in_process, monkeypatch):
-    asked = []
-
-    def rows_of(model, file, tasks, folder, limit):
-        asked.append(model)
-        value = 0.5 if model == files["model"] else 0.25
-        return [{"task": "piqa", "metric": "acc", "value": value, "num_docs": 9}], None
-
-    monkeypatch.setattr("castlm.compare.plan.zero_shot_rows", rows_of)
-    monkeypatch.setattr("castlm.evaluation.zero_shot.check_tasks", lambda names, folder: None)
-    _, table = compare(files, tmp_path, methods="magnitude", tasks="piqa", tasks_from=str(tmp_path), num_sequences=2)
-    assert asked[0] == files["model"]
-    assert len(asked) == 3
-    assert {row["variant"]: row["zero_shot"]["piqa acc"]["mean"] for row in table["rows"]} == {
-        "magnitude": 0.25,
-        "dense": 0.25,
-    }
-    text = (tmp_path / "out" / "table.md").read_text()
-    assert "piqa acc 0.500 (9 questions)" in text
-    assert "| 0.250 |" in text
-
-
 def test_one_comparison_at_a_time(tmp_path):
     with (
         output_folder(tmp_path / "out", "compare", resume=True),
@@ -686,35 +663,6 @@ def test_a_changed_result_is_not_reused(files, tmp_path, in_process):
     assert "has changed since castlm wrote it: remove" in errors["wanda"][0]
     assert not errors["magnitude"]
     assert len(in_process) == 3
-
-
-def test_zero_shot_that_fails_is_not_exit_0(files, tmp_path, in_process, monkeypatch, capsys):
-    def fail(*_):
-        return [], "the evaluation failed: no data"
-
-    monkeypatch.setattr("castlm.compare.plan.zero_shot_rows", fail)
-    monkeypatch.setattr("castlm.evaluation.zero_shot.check_tasks", lambda names, folder: None)
-    code, table = compare(files, tmp_path, methods="magnitude", tasks="piqa")
-    assert code == 1
-    assert "the evaluation failed: no data" in capsys.readouterr().err
-    assert table["rows"][0]["pruned"]["mean"] > 1
-
-
-def test_tasks_are_checked_before_anything_runs(files, tmp_path, in_process):
-    with pytest.raises(InputError, match=r"no local task 'nope'|need lm-eval"):
-        compare(files, tmp_path, methods="magnitude", tasks="nope", tasks_from=str(tmp_path))
-    assert not in_process
-
-
-def test_key_of_zero_shot_has_the_model_the_tasks_and_their_data(tmp_path):
-    (prepare(tmp_path / "tasks") / "piqa.jsonl").write_text("{}")
-    folder = str(tmp_path / "tasks")
-    key = zero_shot_key("a", "piqa", folder, None)
-    assert zero_shot_key("a", "piqa", folder, None) == key
-    others = [("b", "piqa", folder, None), ("a", "arc", folder, None), ("a", "piqa", None, None)]
-    assert all(zero_shot_key(*other) != key for other in [*others, ("a", "piqa", folder, 5)])
-    (tmp_path / "tasks" / "piqa.jsonl").write_text("{} ")
-    assert zero_shot_key("a", "piqa", folder, None) != key
 
 
 @pytest.mark.parametrize("name", ["merges.txt", "vocab.txt", "modeling.py", "chat_template.jinja", "code/own.py"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class ReportCommand:
         from castlm.report.run_page import REFRESH_SECONDS, write_run_page
 
         run = read_run(self.run_folder)
+        if not os.access(run.folder, os.W_OK):
+            raise InputError(f"{run.folder} cannot be written: change its permissions, or copy the run")
         if self.watch:
             file = write_run_page(run, refresh=True)
             note(f"{file}: open it in a browser; Ctrl-C stops watching, not the run")

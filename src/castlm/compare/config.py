@@ -93,15 +93,6 @@ class CompareConfig(SharedOptions):
     num_sequences: int = field(default=128, metadata={"at_least": 1})
     """Number of calibration sequences of one-shot methods."""
 
-    tasks: str | None = None
-    """Zero-shot tasks of lm-eval for every result, separated by commas."""
-
-    tasks_from: str | None = None
-    """Folder with local files of the tasks."""
-
-    limit: int | None = field(default=None, metadata={"at_least": 1})
-    """Maximum number of questions per task."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class OneshotConfig(ScoredTextOptions):

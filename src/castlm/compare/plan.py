@@ -19,8 +19,6 @@ from castlm.compare.runs import (
     execute,
     refuse_running,
     with_key,
-    zero_shot_key,
-    zero_shot_rows,
 )
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
@@ -54,15 +52,11 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         say: called with a line for each run.
 
     Returns:
-        The exit code, 1 if a run or a zero-shot evaluation failed or a run diverged, and the report.
+        The exit code, 1 if a run failed or diverged, and the report.
 
     Raises:
         InputError: as `Plan`, a model that no run could open, or another comparison is running in the folder.
     """
-    if config.tasks:
-        from castlm.evaluation.zero_shot import check_tasks
-
-        check_tasks([name.strip() for name in config.tasks.split(",")], config.tasks_from)
     plan = Plan(config, say)
     plan.check_model()
     root = Path(config.output_dir)
@@ -74,16 +68,10 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         for name in plan.variants:
             for tokens in plan.budgets(name):
                 results += plan.settle(name, tokens, root)
-                make_report(plan.preset.question, results, command, plan.hashes).write(root, plan.preset)
-        untouched = plan.zero_shot(config.model, plan.hashes["model"], root / "runs" / "untouched")
-        for result in results:
-            if "error" not in result.record and not result.trial:
-                model = str(result.folder / "model")
-                result.zero_shot = plan.zero_shot(model, result.run.key, result.folder)
-    report = make_report(plan.preset.question, results, command, plan.hashes, untouched)
-    report.write(root, plan.preset)
+                report = make_report(plan.preset.question, results, command, plan.hashes)
+                report.write(root, plan.preset)
     has_failed = any("error" in r.record or (r.problem == "diverged" and not r.trial) for r in results)
-    return (1 if plan.has_failed or has_failed else 0), report
+    return int(has_failed), report
 
 
 class Plan:
@@ -95,7 +83,6 @@ class Plan:
 
     def __init__(self, command: CompareConfig, say: Say) -> None:
         self.command, self.say = command, say
-        self.has_failed = False
         self.rates = _rates(command.learning_rates)
         if command.tuning_dataset and not self.rates:
             raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
@@ -298,30 +285,6 @@ class Plan:
         content = dataclasses.asdict(build(OneshotConfig, given, f"variant {name}"))
         del content["output_dir"]
         return with_key(Run(name, 0, 0, content), self.hashes)
-
-    def zero_shot(self, model: str, digest: str, folder: Path) -> list[dict[str, Any]]:
-        """The zero-shot rows of a model, kept in a file beside `folder`.
-
-        Empty if no task is asked for, or the evaluation fails, which `has_failed` records.
-
-        Args:
-            digest: hash of the model's content.
-        """
-        command = self.command
-        if not command.tasks:
-            return []
-        key = zero_shot_key(digest, command.tasks, command.tasks_from, command.limit)
-        file = folder.with_name(f"{folder.name}.zeroshot-{key}.json")
-        self.say(f"zero-shot: {model}")
-        loading: list[str] = []
-        if model == command.model:
-            loading += ["--revision", str(self.common["revision"])] if self.common.get("revision") else []
-        loading += ["--trust-remote-code"] if self.common.get("trust_remote_code") else []
-        rows, failure = zero_shot_rows(model, file, command.tasks, command.tasks_from, command.limit, *loading)
-        if failure is not None:
-            self.say(failure)
-            self.has_failed = True
-        return rows
 
 
 def _variants(command: CompareConfig, preset: Preset) -> dict[str, dict[str, Any]]:

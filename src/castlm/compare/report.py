@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,6 @@ from castlm.compare.summary import (
     tokens_note,
     untouched_perplexity,
     verdict,
-    zero_shot_note,
 )
 from castlm.files.atomic_file import atomic_write_json, atomic_write_text
 from castlm.methods.table import METHODS
@@ -104,7 +103,7 @@ LEADING = {
 
 
 SHORT = ("variant", "start", "tokens", "rate", "pruned", "gap to dense control")
-"""Columns of the table on a terminal and in table.md, besides zero-shot tasks; the page has all of them."""
+"""Columns of the table on a terminal and in table.md; the page has all of them."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +173,11 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
 
 def cells(rows: list[dict[str, Any]]) -> Cells:
     """The whole table."""
-    tasks = list(dict.fromkeys(name for row in rows for name in row["zero_shot"]))
     shown = [column for column in COLUMNS if _is_shown(column, rows)]
-    headings = ["variant", "start", "tokens", "rate", "seeds", *(c.heading for c in shown), *tasks, "options"]
+    headings = ["variant", "start", "tokens", "rate", "seeds", *(c.heading for c in shown), "options"]
     lines = []
     for row in rows:
         figures = [(row[c.key], c.form) for c in shown]
-        figures += [(row["zero_shot"].get(task), ".3f") for task in tasks]
         lines.append(
             [
                 row["variant"],
@@ -213,14 +210,13 @@ class Report:
         rows: see `summarize`.
         conditions: see `stamp`, with the hashes of the model and the texts.
         page: the whole table, for the page.
-        table: its columns `SHORT` and the zero-shot tasks, for a terminal and for table.md.
+        table: its columns `SHORT`, for a terminal and for table.md.
         warnings: lines on runs that failed, diverged or fell short.
     """
 
     question: str
     command: str
     results: list[Result]
-    untouched: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     conditions: dict[str, Any]
     verdict: str
@@ -263,7 +259,6 @@ class Report:
             "command": self.command,
             "stamp": self.conditions,
             "untouched": untouched_perplexity(self.final),
-            "untouched_zero_shot": self.untouched,
             "rows": [_plain(row) for row in self.rows],
             "trials": [
                 {"variant": r.run.variant, "tokens": r.run.tokens, "learning_rate": r.run.config["learning_rate"]}
@@ -302,20 +297,16 @@ def make_report(
     results: list[Result],
     command: str,
     hashes: Mapping[str, str],
-    untouched: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """Builds the report of a comparison.
 
     Args:
         command: the command line that repeats the comparison.
         hashes: SHA-256 of the model and the texts, by option; for those on the hub, of name and revision.
-        untouched: zero-shot rows of the model before any training.
     """
     rows, conditions = summarize(results), stamp(results)
     page = cells(rows)
-    tasks = [name for row in rows for name in row["zero_shot"]]
     notes = [starts_note(rows), tokens_note(rows), *explain(conditions, results)]
-    notes += [zero_shot_note(untouched)] if untouched else []
     warnings = [
         f"{kind}: {row['variant']}, {reason}"
         for kind, key in (("failed", "errors"), ("diverged", "diverged"), ("fell short", "fell_short"))
@@ -329,18 +320,13 @@ def make_report(
     ]
     conditions["sha256"] = dict(hashes)
     notes = list(filter(None, notes))
-    table = page.only((*SHORT, *tasks))
-    return Report(
-        question, command, results, list(untouched), rows, conditions, verdict(rows), page, table, warnings, notes
-    )
+    table = page.only(SHORT)
+    return Report(question, command, results, rows, conditions, verdict(rows), page, table, warnings, notes)
 
 
 def _record(r: Result) -> dict[str, Any]:
-    return {**r.record, "method": r.run.variant, "seed": r.run.seed, "key": r.run.key, "zero_shot": r.zero_shot}
+    return {**r.record, "method": r.run.variant, "seed": r.run.seed, "key": r.run.key}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        return value._asdict() if isinstance(value, Spread) else value
-
-    return {k: plain(v) for k, v in row.items()} | {"zero_shot": {k: plain(v) for k, v in row["zero_shot"].items()}}
+    return {name: value._asdict() if isinstance(value, Spread) else value for name, value in row.items()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -25,7 +24,7 @@ from castlm.compare.presets import ONESHOT
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import refuse_locked
-from castlm.files.reading import read_json_object, sha256_file
+from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, RESULT, command_of, read_result
 from castlm.models.locate import cached_snapshot, locate
 from castlm.training.checkpoint import remove_checkpoints
@@ -75,7 +74,6 @@ class Result:
     folder: Path
     trial: bool = False
     """Whether it only tried a learning rate and has no row in the table."""
-    zero_shot: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float:
@@ -228,44 +226,6 @@ def run_process(arguments: Sequence[str], log: Path) -> int:
 def last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("castlm: error: ") if lines else "it printed nothing"
-
-
-def zero_shot_key(model: str, tasks: str, folder: str | None, limit: int | None) -> str:
-    """12 hexadecimal digits for everything the rows of an evaluation depend on.
-
-    Args:
-        model: hash of the model's content.
-        folder: folder of the tasks' local files, whose content counts.
-    """
-    local = None if folder is None else sorted(f for f in Path(folder).expanduser().rglob("*") if f.is_file())
-    hashes = None if local is None else [[str(file), sha256_file(file)] for file in local]
-    try:
-        library = importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        library = None
-    return _digest([model, tasks, hashes, limit, library, castlm.__version__])[:12]
-
-
-def zero_shot_rows(
-    model: str, file: Path, tasks: str, folder: str | None, limit: int | None, *loading: str
-) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows of `castlm eval --tasks` on a model, read from `file` if it exists; and the error if there are none.
-
-    Args:
-        loading: options with which the model is loaded.
-    """
-    if not file.is_file():
-        arguments = ["castlm", "eval", model, "--tasks", tasks, "--json", str(file), *loading]
-        arguments += ["--tasks-from", folder] if folder else []
-        arguments += ["--limit", str(limit)] if limit else []
-        if run_process(arguments, file.with_suffix(".log")):
-            return [], f"the zero-shot evaluation of {model} failed: {last_line(file.with_suffix('.log'))}"
-    try:
-        found = read_json_object(file)["zero_shot"]
-        made = {"limit": found.get("limit"), "versions": found.get("versions")}
-        return [{**row, **made} for row in found["results"]], None
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        return [], f"{file} holds no zero-shot results ({error}): remove it to evaluate again"
 
 
 def with_key(run: Run, hashes: dict[str, str]) -> Run:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,7 +107,6 @@ def _row(
         "peak_memory_mib": over(lambda r: _mebibytes(r.record.get("peak_memory_bytes"))),
         "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
         "start_seconds": over(lambda r: _start_seconds(r.record.get("start") or {})),
-        "zero_shot": _zero_shot(done),
         "diverged": _reasons(done, "diverged"),
         "fell_short": _reasons(done, "fell short"),
         "errors": [f"seed {r.run.seed}: {r.record['error']}" for r in group if "error" in r.record],
@@ -143,15 +142,6 @@ def _start_seconds(start: dict[str, Any]) -> float | None:
     parts = [(start.get("basis") or {}).get("seconds"), start.get("prune_seconds")]
     known = [float(part) for part in parts if part is not None]
     return sum(known) if known else None
-
-
-def _zero_shot(done: list[Result]) -> dict[str, Spread | None]:
-    """Accuracies over seeds by "task metric"."""
-    by_name: dict[str, list[float]] = {}
-    for result in done:
-        for row in result.zero_shot:
-            by_name.setdefault(f"{row['task']} {row['metric']}", []).append(row["value"])
-    return {name: spread(values) for name, values in by_name.items()}
 
 
 def start_of(config: Mapping[str, Any]) -> str:
@@ -280,15 +270,3 @@ def starts_note(rows: list[dict[str, Any]]) -> str:
 def _start_text(row: dict[str, Any]) -> str:
     options = options_text({name: value for name, value in row["options"].items() if name in START_OPTIONS})
     return f"{row['start']} with {options}" if options else str(row["start"])
-
-
-def zero_shot_note(untouched: Sequence[dict[str, Any]]) -> str:
-    """A note on how zero-shot figures were measured, with the figures of the model before any training."""
-    figures = [f"{row['task']} {row['metric']} {row['value']:.3f}" for row in untouched]
-    counts = [f" ({row['num_docs']} questions)" if row["num_docs"] else "" for row in untouched]
-    version = (untouched[0].get("versions") or {}).get("lm-eval")
-    return (
-        f"Zero-shot by lm-eval{f' {version}' if version else ''}, no examples, no chat template. ± is over seeds; "
-        "`stderr` in table.json is over questions. The model before any training: "
-        f"{', '.join(map(str.__add__, figures, counts))}."
-    )
