@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from castlm.cli.options import check_json_path, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.fields import like, positional
+from castlm.fields import like, parsed, positional
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
 
@@ -44,7 +44,7 @@ class AdviseCommand:
     or rtx4090 estimates that GPU (an unknown name lists all).
     """
 
-    pattern: str = "2:4"
+    pattern: Pattern = parsed(NM(2, 4), parse_pattern)
     """n:m (2:4 on a GPU), or a structured pattern such as channels:0.5. The advice is then for the smaller, cut model,
     and compares its speed with the whole model.
     """
@@ -65,7 +65,7 @@ class AdviseCommand:
         check_json_path(self.json)
         if self.results:
             return self._compare_results()
-        pattern = parse_pattern(self.pattern)
+        pattern = self.pattern
         cut = None if pattern.cut_out is None else pattern
         on_gpu = self.device != "this" or torch.cuda.is_available()
         if cut is None and (pattern != NM(2, 4) if on_gpu else not isinstance(pattern, NM)):
@@ -95,7 +95,7 @@ class AdviseCommand:
             if cut is not None:
                 whole = rank(shapes_of(name, self.trust_remote_code), pattern=None, **options)
                 speeds = {w: whole.base.seconds[w] / found.base.seconds[w] for w in workloads}
-                report |= {"pattern": self.pattern, "cut_speedup": speeds}
+                report |= {"pattern": str(pattern), "cut_speedup": speeds}
                 said = ", ".join(f"{speed:.2f} for {workload}" for workload, speed in speeds.items())
                 lines.append(f"{pattern}: dense in {self.dtype}, times as fast as the whole model: {said}")
         return self._show(report, "\n".join(lines))
@@ -129,7 +129,7 @@ class AdviseCommand:
         report, lines = found.as_dict(), [found.text()]
         if whole:
             before, after = whole[0].totals[self.dtype], found.totals[self.dtype]
-            report |= {"pattern": self.pattern, "seconds_before_cut": before, "cut_speedup": before / after}
+            report |= {"pattern": str(pattern), "seconds_before_cut": before, "cut_speedup": before / after}
             lines.append(
                 f"{pattern}: dense in {self.dtype}, the layers and the head that are left are {before / after:.2f} "
                 "times as fast as those of the whole model"

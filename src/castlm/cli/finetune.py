@@ -10,7 +10,6 @@ from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.fields import COMMAND_LINE, checked
-from castlm.patterns import parse_pattern
 from castlm.training.config import names_of, read_layers
 from castlm.training.finetune import FinetuneConfig
 from castlm.training.options import ModelOptions
@@ -51,10 +50,9 @@ def _pattern_of(model: str) -> Pattern:
     recorded = recorded_pattern(model)
     if recorded is None:
         return ModelOptions.pattern
-    left = parse_pattern(recorded).nm
-    if left is None:
+    if recorded.nm is None:
         raise InputError(f"{model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
-    return left
+    return recorded.nm
 
 
 def main(arguments: list[str]) -> int:

@@ -8,10 +8,11 @@ from typing import Literal
 
 from castlm.cli.options import read_arguments, refuse_given
 from castlm.core.errors import InputError
+from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.fields import COMMAND_LINE, build, choice, essential, like
 from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, with_effort
-from castlm.patterns import all_solvers, parse_pattern
+from castlm.patterns import all_solvers
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
 
 _OF_CALIBRATION = ("calibration", "precision", *(field.name for field in fields(TextOptions)))
@@ -36,10 +37,7 @@ class PruneOptions:
     of castlm train.
     """
 
-    pattern: str = essential("2:4")
-    """n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern as
-    channels:0.5, heads:0.5, channels:0.75+2:4."""
-
+    pattern: Pattern = like(ModelOptions, "pattern", essential=True)
     num_sequences: int | None = field(default=None, metadata={"at_least": 1})
     """Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest layer if that is
     more), at most 128, and a quarter for a quick start."""
@@ -91,7 +89,7 @@ class PruneCommand(
         from castlm.oneshot.prune import Prune, choose_memory
         from castlm.oneshot.start import Start
 
-        pattern = parse_pattern(self.pattern)
+        pattern = self.pattern
         if self.memory == "block":
             local_folder(self.model)
         device, text = choose_device(self.device), None
@@ -138,7 +136,7 @@ class PruneCommand(
         for line in report.notes():
             print(line)
         measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"
-        print(f"{folder}: {self.pattern} by {method}, verified; measure it with: {measure}")
+        print(f"{folder}: {pattern} by {method}, verified; measure it with: {measure}")
         return 0
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from castlm.cli.options import check_json_path, write_json
 from castlm.core.errors import InputError
-from castlm.fields import positional
+from castlm.core.nm import NM, Pattern
+from castlm.fields import parsed, positional
 from castlm.files.reading import read_json_object, user_path
 from castlm.patterns import parse_pattern
 
@@ -20,7 +21,7 @@ class VerifyCommand:
     path: str = positional()
     """Folder in Hugging Face format, run of `castlm train`, or one .safetensors file."""
 
-    pattern: str | None = None
+    pattern: Pattern | None = parsed(None, parse_pattern)
     """n:m, at most n non-zeros in every m along the input axis, or a structured pattern as channels:0.5. The default is
     the pattern in the folder's castlm.json, or 2:4 without one."""
 
@@ -35,8 +36,11 @@ class VerifyCommand:
 
         path = _counted(self.path)
         check_json_path(self.json)
-        pattern = parse_pattern(self.pattern or recorded_pattern(path) or "2:4")
-        report = verify(path, pattern, base=None if self.base is None else _counted(self.base))
+        report = verify(
+            path,
+            self.pattern or recorded_pattern(path) or NM(2, 4),
+            base=None if self.base is None else _counted(self.base),
+        )
         write_json(self.json, report.as_dict())
         if self.json != "-":
             print(report.text())
@@ -53,7 +57,7 @@ def _counted(name: str) -> str:
     return name if place.exists() and place.suffix != ".gguf" else str(local_folder(name))
 
 
-def recorded_pattern(path: str) -> str | None:
+def recorded_pattern(path: str) -> Pattern | None:
     """The pattern in the castlm.json of a model folder, or of the folder of a file; None without a castlm.json.
 
     Raises:
@@ -66,4 +70,4 @@ def recorded_pattern(path: str) -> str | None:
     found = read_json_object(file).get("pattern")
     if found is None:
         raise InputError(f"{file} names no pattern, as of a dense model: give --pattern 2:4 all the same")
-    return str(found)
+    return parse_pattern(str(found))

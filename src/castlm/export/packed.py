@@ -78,14 +78,16 @@ def pattern_of(name: str | Path, given: str | None) -> Pattern | None:
     Args:
         given: n:m, a structured pattern, or "dense".
     """
-    if given is not None:
-        return None if given == DENSE else parse_pattern(given)
-    where = locate(name, needs_weights=False)
-    folder = cached_snapshot(where.target, None) if where.is_hub else Path(where.target)
-    if folder is None or where.gguf:
-        return None
-    if "pattern" in (manifest := read_manifest(folder)):
-        return None if manifest["pattern"] is None else parse_pattern(str(manifest["pattern"]))
+    text = given
+    if text is None:
+        where = locate(name, needs_weights=False)
+        folder = cached_snapshot(where.target, None) if where.is_hub else Path(where.target)
+        if folder is None or where.gguf:
+            return None
+        manifest = read_manifest(folder)
+        text = str(manifest["pattern"] or DENSE) if "pattern" in manifest else None
+    if text is not None:
+        return None if text == DENSE else parse_pattern(text)
     stored = stored_tensors(folder, read_config(folder))
     first = next((tensor for name, tensor in stored.items() if is_block_linear(name, tensor.shape)), None)
     if first is None or first.shape[1] % 4:
