@@ -61,12 +61,6 @@ class Measured:
     tokens_per_second: float
     """Speed of greedy decoding of one sequence: the median over all rounds."""
 
-    def beats(self, other: Measured) -> bool:
-        """Whether it is at least as good, as small and as fast as `other`, and better in one of these."""
-        mine = (-self.perplexity, -self.num_bytes, self.tokens_per_second)
-        others = (-other.perplexity, -other.num_bytes, other.tokens_per_second)
-        return mine != others and all(a >= b for a, b in zip(mine, others))
-
 
 def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
     """The dense model and finished results of `castlm train` or `castlm finetune`, from the records of the results.
@@ -168,8 +162,7 @@ def as_dict(rows: Sequence[Measured]) -> dict[str, Any]:
     found = []
     for row in ranked:
         fastest, smallest = at_equal_perplexity(rows, row)
-        beaten = [other.name for other in ranked if other.beats(row)]
-        found.append(asdict(row) | {"fastest": fastest.name, "smallest": smallest.name, "beaten_by": beaten})
+        found.append(asdict(row) | {"fastest": fastest.name, "smallest": smallest.name})
     return {
         "rounds": ROUNDS,
         "repeats": REPEATS,
@@ -188,16 +181,11 @@ def text(report: Mapping[str, Any]) -> str:
     lines = [f"{'result':{width}}  {'pattern':{kind}}  perplexity     MB  tokens/s  of dense  use it?"]
     for row in rows:
         speed = row["tokens_per_second"] / dense["tokens_per_second"]
-        better = f"no: {row['beaten_by'][0]} is better" if row["beaten_by"] else "yes, on the frontier"
+        names = {"fastest": row["fastest"], "smallest": row["smallest"]}
+        best = " and ".join(what for what, name in names.items() if name == row["name"])
+        use = f"yes, the {best} at this perplexity" if best else f"no, use {row['fastest']}"
         lines.append(
             f"{row['name']:{width}}  {row['pattern']:{kind}}  {row['perplexity']:10.3f} {row['num_bytes'] / 1e6:6.1f}"
-            f"  {row['tokens_per_second']:8.1f}  {speed:7.2f}x  {better}"
+            f"  {row['tokens_per_second']:8.1f}  {speed:7.2f}x  {use}"
         )
-    for row in rows:
-        if row["name"] in (row["fastest"], row["smallest"]):
-            names = {"fastest": row["fastest"], "smallest": row["smallest"]}
-            lines.append(
-                f"perplexity {row['perplexity']:.3f} or lower: "
-                + ", ".join(f"{n} is the {w}" for w, n in names.items())
-            )
     return "\n".join(lines)
