@@ -307,7 +307,7 @@ def test_generate_prints_text_and_its_speed(folders, which, capsys):
     assert "6 new tokens" in output.err
     assert main(["generate", str(folders[which]), "--prompt", "", "--max-new-tokens", "6"]) == 2
     assert main(["generate", str(folders[which]), "--prompt", "a", "--max-new-tokens", "600"]) == 2
-    for temperature in ("-1", "1e-300", "inf", "nan"):
+    for temperature in ("-1", "inf", "nan"):
         assert main(["generate", str(folders[which]), "--prompt", "a", "--temperature", temperature]) == 2
     assert "unexpected" not in capsys.readouterr().err
 

@@ -29,7 +29,7 @@ class GenerateCommand:
     """Maximum number of new tokens."""
 
     temperature: float = field(default=0.0, metadata={"at_least": 0})
-    """0 always takes the most probable token; above 0, tokens are sampled."""
+    """0, or less than 1e-6, always takes the most probable token; above, tokens are sampled."""
 
     seed: int = 0
     """Seed of the samples."""
