@@ -499,7 +499,7 @@ def test_a_bad_row_is_refused_with_its_line(case, dataset):
 def test_a_file_that_is_no_image_is_refused_by_name(dataset, encoder, tmp_path):
     (tmp_path / "torn.png").write_bytes((dataset.parent / "red.png").read_bytes()[:40])
     row = {"messages": [user(PICTURE), assistant("red")], "images": ["torn.png"]}
-    named = r"cannot read the image .*torn.png: .*; remove the row of the conversation that begins 'red'"
+    named = r"remove the row of the conversation that begins 'red': cannot read the image .*torn.png"
     with pytest.raises(InputError, match=named):
         encoder.conversation(document_of(row, tmp_path))
 

@@ -329,7 +329,7 @@ def open_images(sources: Sequence[str], begin: str, document_limit: float = 1.0)
     """
     images: list[Image] = []
     for source in sources:
-        with naming(f"the conversation that begins {begin}"):
+        with naming(f"correct or remove the row of the conversation that begins {begin}"):
             images.append(read_image(source, document_limit))
         if (total := sum(image.width * image.height for image in images)) > (most := MOST_PIXELS * document_limit):
             raise InputError(
