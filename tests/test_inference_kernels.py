@@ -216,11 +216,11 @@ def test_tensors_that_the_kernels_cannot_read_are_refused():
     many = torch.randn(DIRECT_ROWS + 1, 64)
     for wrong in (buffer.to("meta"), buffer.float(), torch.stack([buffer, buffer], -1)[..., 0]):
         for rows in (x, many):
-            with pytest.raises(InputError, match=r"take a packed weight as contiguous torch\.uint8 on a CPU"):
+            with pytest.raises(AssertionError, match="a packed weight"):
                 packed_linear(rows, wrong, 12)
     with pytest.raises(AssertionError, match="do not fit this packed weight"):
         packed_linear(many, buffer[:5], 12)
-    with pytest.raises(InputError, match=r"take x \(\.\.\., in\) as contiguous .* not torch\.float32 \(\) on cpu"):
+    with pytest.raises(AssertionError, match="x has no dimension"):
         packed_linear(torch.tensor(1.0), buffer, 12)
     for name, change in (
         ("values", {"values": packed.values.to("meta")}),
@@ -229,7 +229,7 @@ def test_tensors_that_the_kernels_cannot_read_are_refused():
         ("the buffer", {"buffer": buffer.to("meta")}),
     ):
         given = {"buffer": buffer, "values": packed.values, "mask": packed.mask_bits} | change
-        with pytest.raises(InputError, match=f"the kernels take {name} as contiguous"):
+        with pytest.raises(AssertionError, match=name):
             native.repack_(**given, scales=None, kind="bf16", n=2, m=4, columns=64)
 
 
