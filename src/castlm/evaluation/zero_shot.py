@@ -98,7 +98,6 @@ def zero_shot(
     *,
     folder: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Accuracies of a model on lm-eval's tasks, without examples in the prompt and without a chat template.
@@ -107,7 +106,6 @@ def zero_shot(
         tasks: names, as `["piqa", "arc_easy"]`.
         folder: folder with local files of the tasks; None reads lm-eval's own from the hub.
         limit: only the first `limit` questions of each task, at least 1; None for all.
-        batch_size: sequences per forward pass.
         autocast_dtype: e.g. `torch.bfloat16`; None computes in the model's dtype.
 
     Returns:
@@ -123,7 +121,7 @@ def zero_shot(
     from lm_eval.tasks import TaskManager
 
     configs = None if folder is None else [local_task(name, folder) for name in tasks]
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=autocast_dtype)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, mixed_precision_dtype=autocast_dtype)
     try:
         with _quiet():
             results: dict[str, Any] = simple_evaluate(

@@ -67,14 +67,14 @@ class RunData:
         }
         return {name: value for name, value in found.items() if value is not None}
 
-    def series(self, key: str, over: str = "tokens") -> list[tuple[float, float]]:
+    def series(self, key: str) -> list[tuple[float, float]]:
         """(tokens, value) of all rows that have `key`."""
-        return [(row[over], row[key]) for row in self.rows if key in row and over in row]
+        return [(row["tokens"], row[key]) for row in self.rows if key in row and "tokens" in row]
 
-    def smoothed(self, key: str, points: int = 40) -> list[tuple[float, float]]:
-        """`series`, averaged over consecutive rows so that about `points` are left."""
+    def smoothed(self, key: str) -> list[tuple[float, float]]:
+        """`series`, averaged over consecutive rows so that about 40 points are left."""
         found = self.series(key)
-        size = max(1, round(len(found) / points))
+        size = max(1, round(len(found) / 40))
         parts = [found[i : i + size] for i in range(0, len(found), size)]
         return [(part[-1][0], statistics.fmean(value for _, value in part)) for part in parts]
 
