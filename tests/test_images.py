@@ -581,7 +581,7 @@ def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_pat
 def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text, tmp_path, capsys):
     llama = save_tiny(tmp_path / "llama")
     assert main(["train", *options(llama, dataset, tmp_path / "a")]) == 2
-    assert "which reads no images: give a vision-language model" in capsys.readouterr().err
+    assert "which reads no images" in capsys.readouterr().err
     cached = options(llava, dataset, tmp_path / "b", teacher_cache=tmp_path / "cache", teacher_top_k=8)
     assert main(["train", *cached, "--hidden-weight=0"]) == 2
     assert "teacher_cache" in capsys.readouterr().err

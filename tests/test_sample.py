@@ -282,7 +282,7 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsy
             "does not end a user's turn with a special token",
         ),
         (command(llama, tmp_path / "b.jsonl", "--prompts", str(tmp_path / "empty.txt")), "holds no prompt"),
-        (command(llama, tmp_path / "b.jsonl", "--prompts", talks), "holds conversations: name a column of texts"),
+        (command(llama, tmp_path / "b.jsonl", "--prompts", talks), "or name a column of texts"),
     ]
     assert_refused(cases, capsys)
     assert other.read_text() == '{"text": "mine"}\n'

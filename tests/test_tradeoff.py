@@ -103,7 +103,7 @@ def test_results_of_another_dense_model_are_refused(tmp_path):
 
     one, same, other = candidate("one", 6.0), candidate("same", 6.01), candidate("other", 7.0)
     assert [c.perplexity for c in candidates("an/id", [one, same])] == [6.0, 8.0, 8.0]
-    with pytest.raises(InputError, match=r"has perplexity 7, .* another result 6: name results"):
+    with pytest.raises(InputError, match=r"has a dense model of perplexity 7, not 6: compare results of one model"):
         candidates("an/id", [one, other])
 
 
@@ -113,7 +113,7 @@ def test_what_does_not_compare_is_refused_in_one_line(dense, result, tmp_path, c
     other = str(result("other", "2:4", 8.0, seq_len=64))
     (tmp_path / "empty").mkdir()
     for options, complaint in (
-        (["--results", run, str(other)], "run/model (seq_len 64, not 32): compare runs of one text and context"),
+        (["--results", run, str(other)], "has seq_len 64, not 32: compare results of one model, text and context"),
         (["--results", str(tmp_path / "empty")], "no castlm.json"),
         (["--results", str(dense)], "no castlm.json"),
         (["--results", run, "--device", "h100"], "--device is not for --results"),

@@ -76,28 +76,19 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         file = Path(folder) / "castlm.json"
         record = read_json_object(file) if file.is_file() else {}
         perplexities = record.get("perplexity") or {}
-        value = final_perplexity(perplexities)
-        if value is None:
-            raise InputError(f"{folder}: no castlm.json with a perplexity; name a finished run of castlm train")
+        value, own = final_perplexity(perplexities), perplexities.get("dense", dense)
+        if value is None or own is None:
+            raise InputError(f"{folder}: no castlm.json with its perplexity and the dense model's: name a finished run")
         measured = {key: record.get("measured", {}).get(key) for key in MEASURED_ALIKE}
-        harness = harness or measured
-        if differing := [f"{key} {mine}, not {harness[key]}" for key, mine in measured.items() if mine != harness[key]]:
-            raise InputError(
-                f"{file}: its perplexity was measured otherwise than the one of {results[0]} ({'; '.join(differing)}): "
-                "compare runs of one text and context"
-            )
+        harness, dense = harness or measured, own if dense is None else dense
+        unlike = [f"{key} {mine}, not {harness[key]}" for key, mine in measured.items() if mine != harness[key]]
         of = str(record.get("base_model", model))
         if of != model and os.path.isdir(model) and os.path.realpath(of) != os.path.realpath(model):
-            raise InputError(f"{file}: a result of the model {of}, not of {model}: compare it with its own model")
-        own: float | None = perplexities.get("dense", dense)
-        if own is None:
-            raise InputError(f"{file}: no perplexity of the dense model {model}; name a run of castlm train first")
-        dense = own if dense is None else dense
+            unlike.append(f"base_model {of}, not {model}")
         if abs(own - dense) > SAME * dense:
-            raise InputError(
-                f"{file}: its dense model has perplexity {own:.4g}, and the one of another result {dense:.4g}: name "
-                "results of one model"
-            )
+            unlike.append(f"a dense model of perplexity {own:.4g}, not {dense:.4g}")
+        if unlike:
+            raise InputError(f"{file}: has {'; '.join(unlike)}: compare results of one model, text and context")
         run = _run_folder(folder)
         name = str(run) if run.name in (DENSE, *(other.name for other in found)) else run.name
         left_dense = frozenset(record.get("left_dense") or ())

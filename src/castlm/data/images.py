@@ -139,15 +139,15 @@ def open_processor(
     where = find(name, revision)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     config = open_config(name, **options)
-    if not is_vision_language(config):
-        raise InputError(
-            f"{where} is a {config.model_type}, which reads no images: give a vision-language model, or leave the "
-            "images out (those of a dataset by naming the column of its conversations)"
-        )
-    with quiet(where), as_input_error(where):
-        processor = AutoProcessor.from_pretrained(where.target, **options, **where.local)
+    processor = None
+    if is_vision_language(config):
+        with quiet(where), as_input_error(where):
+            processor = AutoProcessor.from_pretrained(where.target, **options, **where.local)
     if not isinstance(processor, ProcessorMixin):
-        raise InputError(f"{where} holds no processor of images: copy {' and '.join(PROCESSOR_FILES[:2])} into it")
+        raise InputError(
+            f"{where} is a {config.model_type}, which reads no images, or lacks {' or '.join(PROCESSOR_FILES[:2])}: "
+            "give a vision-language model, or leave the images out (by naming the column of a dataset's conversations)"
+        )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = processor.chat_template
     processor.tokenizer = tokenizer

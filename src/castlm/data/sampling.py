@@ -237,11 +237,9 @@ def read_prompts(path: str | Path, options: TextOptions) -> list[str]:
         prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     else:
         documents = open_documents(path, options)
-        if documents.kind is not Kind.TEXT:
-            raise InputError(f"{path} holds conversations: name a column of texts")
-        prompts = [piece.text for piece in documents.pieces(None)]
+        prompts = [piece.text for piece in documents.pieces(None)] if documents.kind is Kind.TEXT else []
     if not prompts:
-        raise InputError(f"{path} holds no prompt: give one on each line")
+        raise InputError(f"{path} holds no prompt: give one on each line, or name a column of texts")
     return prompts
 
 

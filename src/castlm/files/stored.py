@@ -67,11 +67,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
         InputError: the index cannot be read, or names a file outside its folder.
     """
     weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map: fetch or write it again")
-    strange = [file for file in weight_map.values() if not isinstance(file, str) or os.path.basename(file) != file]
-    if strange or "" in weight_map.values():
-        raise InputError(f"{index} names {(strange or [''])[0]!r}, outside its folder")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    strange = [file for file in files if not isinstance(file, str) or not file or os.path.basename(file) != file]
+    if strange or not files:
+        raise InputError(f"{index} names {(strange or [None])[0]!r}, outside its folder: fetch or write it again")
     return weight_map
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files.reading import open_regular
+from castlm.files.reading import check_regular, read_text
 
 MAX_BYTES = 1 << 20
 
@@ -24,14 +24,9 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
         InputError: the file is missing, no regular file, larger than 1 MiB, not UTF-8, not valid YAML or not a mapping;
             it repeats a key, uses an alias or a tag, or nests hundreds of levels.
     """
-    with open_regular(path) as stream:
-        raw = stream.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
+    if check_regular(path).stat().st_size > MAX_BYTES:
         raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is not a file of options")
-    try:
-        return parse_yaml_mapping(raw.decode("utf-8-sig"), str(path))
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
+    return parse_yaml_mapping(read_text(path), str(path))
 
 
 def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:

@@ -117,14 +117,9 @@ def _library() -> ctypes.CDLL:
 
 
 def packed_bytes(values: str, n: int, m: int, rows: int, columns: int, layout: str = "best") -> int:
-    """Bytes of the buffer of a matrix (rows, columns); `m` = 0 means dense.
-
-    Raises:
-        InputError: no such matrix: a width that does not divide by `m`, or a layout that this processor lacks.
-    """
+    """Bytes of the buffer of a matrix (rows, columns), whose width divides by `m`; `m` = 0 means dense."""
     size = int(_library().castlm_packed_bytes(LAYOUTS[layout], VALUES[values], n, m, rows, columns))
-    if size < 0:
-        raise InputError(f"there is no kernel for a {rows} x {columns} weight, {n}:{m} of {values}, layout {layout}")
+    assert size >= 0, f"there is no kernel for a {rows} x {columns} weight, {n}:{m} of {values}, layout {layout}"
     return size
 
 
