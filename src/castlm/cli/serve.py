@@ -78,9 +78,11 @@ def default_name(path: str) -> str:
 
 def _check_address(host: str, port: int) -> None:
     """Raises `InputError` where the server could not listen, before the model is loaded."""
+    if port > 65535:
+        raise InputError(f"port {port} is out of range: it must be from 1 to 65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address, family=family).close()
-    except (OSError, UnicodeError, OverflowError) as error:  # an invalid host name; a port above 65535
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
         raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another host or port") from error

@@ -235,7 +235,7 @@ def _refuse_content(final: Path, overwrite: bool) -> None:
 
 def check_beside(final: Path) -> None:
     """Checks that folders with longer names can be made beside `final`, and removes leftovers of killed writers."""
-    probe = final.with_name(temporary_name(f"{final.name}.unfinished-99"))  # no name beside it is longer
+    probe = final.with_name(temporary_name(final.name))  # no name beside `final` is longer
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
