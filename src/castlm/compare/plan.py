@@ -274,11 +274,12 @@ class Plan:
         fields = {**self.common, **variant}
         calibration = ("calibration", "calibration_split", "calibration_config", "num_sequences")  # of all rows alike
         shared = {field.name for field in dataclasses.fields(OneshotConfig)}.difference(calibration)
-        if unused := [option for option in variant if option not in shared]:
-            raise InputError(f"variant {name}: {unused[0]} is no option of {variant['method']} here: take it out")
-        if fields.get("left_dense"):
+        unused = [option for option in variant if option not in shared]
+        unused += ["left_dense"] if fields.get("left_dense") else []
+        if unused:
             raise InputError(
-                f"left_dense is for training, and {variant['method']} prunes every layer: leave one of the two out"
+                f"variant {name}: {unused[0]} is no option of {variant['method']}, which prunes every layer here: leave "
+                "one of the two out"
             )
         given = {option: value for option, value in fields.items() if option in shared}
         given |= {**named, **self.calibration, "num_sequences": self.command.num_sequences}

@@ -8,6 +8,7 @@ before a run.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import mmap
 import re
@@ -374,20 +375,17 @@ class ParquetRows(Source):
     """
 
     def __init__(self, path: Path, options: TextOptions, pool: Pool) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path, self._pool = path, pool
         check_regular(path)
-        try:
+        with _parquet_errors(path):
             file = pq.ParquetFile(path, memory_map=True)
             schema = file.schema_arrow
             groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
             rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
             if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
                 raise ValueError(f"{rows.sum():,} rows")
-        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
-            raise InputError(f"{path}: not a whole parquet file ({_one_line(error)}): fetch it again") from error
         holds = {field.name: _arrow_kind(field.type) for field in schema}
         self._columns = find_columns(holds, options, str(path), path.parent)
         self.kind = self._columns.kind_of(holds)
@@ -416,15 +414,12 @@ class ParquetRows(Source):
         return self._columns.document(values, f"{self.path}, row {number}", text_alone)
 
     def _group(self, unit: int, names: list[str]) -> Any:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
+        with _parquet_errors(self.path):
             table = pq.ParquetFile(self.path).read_row_group(unit, columns=names)
             table.validate(full=True)  # otherwise a corrupt offset would read out of bounds; checks UTF-8, too
             return table
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{self.path}: row group {unit} cannot be read ({_one_line(error)})") from error
 
 
 def _arrow_kind(kind: Any) -> str:
@@ -440,5 +435,13 @@ def _arrow_kind(kind: Any) -> str:
     return "list" if any(is_list(kind) for is_list in lists) else str(kind)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+@contextlib.contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """Turns an error of pyarrow into `InputError`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a whole parquet file ({reason}): fetch it again") from error

@@ -148,10 +148,11 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int)
     if len(token_ids) < 2:
         raise InputError(f"the text has {len(token_ids)} tokens: give at least 2")
     longest = context_length(model.config) or seq_len
-    if not 2 <= seq_len <= longest:
-        raise InputError(f"seq_len is {seq_len}: the model takes 2 to {longest} tokens, as --seq-len {longest}")
-    if not 1 <= stride <= seq_len:
-        raise InputError(f"stride is {stride}: between 1 and seq_len ({seq_len}), it skips no tokens")
+    if not 2 <= seq_len <= longest or not 1 <= stride <= seq_len:
+        raise InputError(
+            f"seq_len is {seq_len} and stride is {stride}: the model takes 2 to {longest} tokens, and a stride from 1 to "
+            "seq_len skips none"
+        )
 
 
 def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
