@@ -278,8 +278,8 @@ class Plan:
         unused += ["left_dense"] if fields.get("left_dense") else []
         if unused:
             raise InputError(
-                f"variant {name}: {unused[0]} is no option of {variant['method']}, which prunes every layer here: leave "
-                "one of the two out"
+                f"variant {name}: {unused[0]} is no option of {variant['method']}, which prunes every layer here: take "
+                "it out"
             )
         given = {option: value for option, value in fields.items() if option in shared}
         given |= {**named, **self.calibration, "num_sequences": self.command.num_sequences}

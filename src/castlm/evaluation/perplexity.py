@@ -150,8 +150,8 @@ def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int)
     longest = context_length(model.config) or seq_len
     if not 2 <= seq_len <= longest or not 1 <= stride <= seq_len:
         raise InputError(
-            f"seq_len is {seq_len} and stride is {stride}: the model takes 2 to {longest} tokens, and a stride from 1 to "
-            "seq_len skips none"
+            f"seq_len is {seq_len} and stride is {stride}: the model takes 2 to {longest} tokens, and a stride from 1 "
+            "to seq_len skips none"
         )
 
 
