@@ -45,7 +45,7 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
     """The page of a run as HTML.
 
     Args:
-        sample: as `castlm.report.sample.sample_text` returns it.
+        sample: as `castlm.report.sample.write_sample` returns it.
         refresh: whether a browser loads the page again every few seconds until the run ends.
     """
     config, total = run.config, int(run.config.get("max_steps", 0))
