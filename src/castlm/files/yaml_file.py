@@ -38,7 +38,7 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
     def value_of(node: yaml.Node) -> Any:
         where = f"{source}, line {node.start_mark.line + 1}"
         if id(node) in seen or node.tag not in _TAGS:  # an alias of aliases would make a small file huge
-            raise InputError(f"{where}: an alias of this value, or its tag, is not supported: write the value again")
+            raise InputError(f"{where}: an alias, or the tag {node.tag}, is not supported: write the value itself")
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             return [value_of(item) for item in node.value]
