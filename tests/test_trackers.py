@@ -302,7 +302,7 @@ def test_an_upload_removes_the_weights_of_an_earlier_one_and_nothing_else(endpoi
 
 def test_an_upload_that_cannot_work_is_refused_before_the_run(endpoint, text, tmp_path, monkeypatch):
     model = str(save_tiny(tmp_path / "llama"))
-    with pytest.raises(InputError, match="push_to_hub to a//b: .*give another hub_model_id"):
+    with pytest.raises(InputError, match=r"push_to_hub to a//b: .*give another hub_model_id"):
         train(small(model, text, tmp_path / "run", push_to_hub=True, hub_model_id="a//b"))
     monkeypatch.setattr(Hub, "refuse", True)
     with pytest.raises(InputError, match=r"push_to_hub to me/run: .*log in with hf auth login"):
