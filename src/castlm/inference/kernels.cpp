@@ -118,6 +118,8 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
   float* scales = reinterpret_cast<float*>(narrow + rows * width);
   const auto quantize = level == kNeon ? plain_quantize : avx2_quantize;
   for (int64_t b = 0; b < rows; ++b) quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
+  if (level == kAvx2 && of.n && of.values == kInt4 && avx2_prompt_gains(of, batch))
+    for (int64_t i = 0; i < rows * width; ++i) narrow[i] = int8_t(narrow[i] ^ 0x80);  // x + 128 as uint8
   const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.n || of.values == kInt8));
   if (as_they_are) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());

@@ -59,7 +59,7 @@ static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header")
 
 // The form of x in which kernels multiply it. Floats: fp32, padded; for dense bf16, the even columns of each 16 (of each 32
 // with AVX-512) before the odd ones. Integers: int8 with a scale for each block of 64 columns. AVX-512 adds 128 to these for
-// panels, whose int4 it multiplies as 16 times themselves. `offsets` cancels the constants that are added to dense weights:
+// panels, whose int4 it multiplies as 16 times themselves; AVX2 does so for many rows of x times panels of int4. `offsets` cancels the constants that are added to dense weights:
 // 8 to int4, and with AVX-512 128 to int8.
 struct Activations {
   const float* wide;

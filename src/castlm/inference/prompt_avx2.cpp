@@ -5,14 +5,16 @@
 // operands of the instructions, in a buffer that stays in the first-level cache, while x comes from the second:
 //
 //   n:m, a panel (4 rows by 64 columns of 2:4, 8 rows of 1:4), a record for each half of its rows:
-//     | control 0 | magnitude 0 | signed 0 | control 1 | magnitude 1 | signed 1 | scales (int4) |     32 bytes each
-//       columns 0..31: which byte of x each kept weight meets, |w|, w         columns 32..63
+//     int8: | control 0 | w 0 | magnitude 0 | control 1 | w 1 | magnitude 1 |     32 bytes each
+//             columns 0..31: which byte of x each kept weight meets, w, |w|   columns 32..63
+//     int4: | control 0 | w 0 | control 1 | w 1 | scales | -128 times the sum of the weights of each 32-bit lane |
 //   dense, a record for each of the four rows of a block of 64 columns:
 //     | w 0 | magnitude 0 | w 1 | magnitude 1 |  of int8,  | w + 8, columns 0..31 | columns 32..63 | scale |  of int4
 //
 // One record then meets four rows of x. For 32 kept weights, which stand for 64 columns of 2:4, that is a shuffle of x,
-// a sign, a product (`vpmaddubsw`), a widening sum (`vpmaddwd`) and an addition. The sums run in the order of
-// `kernels_avx2.cpp`, so that both give the same bits.
+// a sign, a product (`vpmaddubsw`), a widening sum (`vpmaddwd`) and an addition. Products of int4 are so small that x can
+// be the unsigned factor, as x + 128, without the sign; one addition takes 128 times the weights off again. The integer
+// sums are exact and the others run in the order of `kernels_avx2.cpp`, so that both give the same bits.
 
 #include "avx2.h"
 
@@ -23,6 +25,7 @@ BEGIN_TARGET("avx2,fma,f16c")
 namespace castlm {
 namespace {
 
+constexpr int kBias = 128;            // added to x where it is the unsigned factor
 constexpr int kRowsAtOnce = 4;        // rows of x that share a record while it is in registers
 constexpr int kTilesAtOnce = 4;       // tiles that share rows of x, and complete a cache line of each row of y
 constexpr int64_t kDecodedBlocks = 12;  // blocks of 64 columns of these tiles that are decoded at once: 18 KiB of 2:4 int8
@@ -33,26 +36,28 @@ INLINE void store(uint8_t*& to, __m256i bytes) { _mm256_store_si256(reinterpret_
 
 // ---- n:m
 
-template <bool is_int4>
-constexpr int64_t panel_record() { return is_int4 ? 7 * 32 : 6 * 32; }
+constexpr int64_t kPanelRecord = 6 * 32;
 
 // Decodes `blocks` panels: the records of the first half of their rows, then the others.
 template <int n, bool is_int4>
 INLINE void decode_panels(const uint8_t* panel, int64_t blocks, uint8_t* decoded) {
+  const __m256i ones = _mm256_set1_epi16(1), bias = _mm256_set1_epi8(char(kBias));
   for (int64_t block = 0; block < blocks; block++, panel += integer_panel_bytes<n, is_int4>()) {
     const __m256i meta = load_bytes(panel);
     __m256 scales[2];
     if (is_int4) row_scales<n>(panel + 96, scales);
     for (int half = 0; half < 2; half++) {
-      uint8_t* to = decoded + (half * blocks + block) * panel_record<is_int4>();
+      uint8_t* to = decoded + (half * blocks + block) * kPanelRecord;
+      __m256i excess = _mm256_setzero_si256();
       for (int columns = 0; columns < 2; columns++) {  // 0..31 and 32..63
         const int step = 2 * half + columns;
         const __m256i w = kept_of_step<is_int4>(panel, step);
         store(to, control_of_step<n>(meta, step));
-        store(to, _mm256_abs_epi8(w));
         store(to, w);
+        if (!is_int4) store(to, _mm256_abs_epi8(w));
+        else excess = _mm256_sub_epi32(excess, _mm256_madd_epi16(_mm256_maddubs_epi16(bias, w), ones));
       }
-      if (is_int4) store(to, _mm256_castps_si256(scales[half]));
+      if (is_int4) store(to, _mm256_castps_si256(scales[half])), store(to, excess);
     }
   }
 }
@@ -64,19 +69,28 @@ INLINE void multiply_panels(const uint8_t* record, int64_t blocks, const int8_t*
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 sum[kRowsAtOnce];
   for (int b = 0; b < kRowsAtOnce; b++) sum[b] = starts ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * b);
-  for (int64_t block = 0; block < blocks; block++, record += panel_record<is_int4>(), x += kBlock, scales++) {
-    const __m256i control[2] = {load(record), load(record + 96)};
-    const __m256i magnitude[2] = {load(record + 32), load(record + 128)};
-    const __m256i w[2] = {load(record + 64), load(record + 160)};
+  for (int64_t block = 0; block < blocks; block++, record += kPanelRecord, x += kBlock, scales++) {
+    constexpr int kSecond = is_int4 ? 64 : 96;  // the record's part for columns 32..63
+    const __m256i control[2] = {load(record), load(record + kSecond)};
+    const __m256i w[2] = {load(record + 32), load(record + kSecond + 32)};
+    const __m256i magnitude[2] = {load(record + 64), load(record + 160)};  // of int8 alone
+    const __m256 w_scale = _mm256_castsi256_ps(load(record + 128));        // of int4 alone
+    const __m256i excess = load(record + 160);                             // of int4 alone
 #pragma GCC unroll 4
     for (int b = 0; b < kRowsAtOnce; b++) {
       const int8_t* row = x + b * ldx;
-      const __m256i first = dot_bytes(magnitude[0], w[0], _mm256_shuffle_epi8(load_x(row), control[0]));
-      const __m256i second = dot_bytes(magnitude[1], w[1], _mm256_shuffle_epi8(load_x(row + 32), control[1]));
-      const __m256i total = is_int4 ? _mm256_madd_epi16(_mm256_add_epi16(first, second), ones)  // at most 4 * 8 * 127
-                                    : _mm256_add_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones));
+      const __m256i first = _mm256_shuffle_epi8(load_x(row), control[0]);
+      const __m256i second = _mm256_shuffle_epi8(load_x(row + 32), control[1]);
       __m256 scale = _mm256_broadcast_ss(scales + b * ld_scales);
-      if (is_int4) scale = _mm256_mul_ps(scale, _mm256_castsi256_ps(load(record + 192)));
+      __m256i total;
+      if (is_int4) {  // at most 4 * 8 * 255 in 16 bits
+        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(first, w[0]), _mm256_maddubs_epi16(second, w[1]));
+        total = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), excess);
+        scale = _mm256_mul_ps(scale, w_scale);
+      } else {
+        total = _mm256_add_epi32(_mm256_madd_epi16(dot_bytes(magnitude[0], w[0], first), ones),
+                                 _mm256_madd_epi16(dot_bytes(magnitude[1], w[1], second), ones));
+      }
       sum[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, sum[b]);
     }
   }
@@ -164,7 +178,7 @@ void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x
   constexpr bool is_int4 = values == kInt4;
   constexpr int kParts = n ? 2 : 4;
   constexpr int kTileRows = n == 1 ? 8 : 4;
-  constexpr int64_t kRecord = n ? panel_record<is_int4>() : dense_record<is_int4>();
+  constexpr int64_t kRecord = n ? kPanelRecord : dense_record<is_int4>();
   alignas(64) uint8_t decoded[kTilesAtOnce][kParts * kDecodedBlocks * kRecord];
   alignas(64) float sums[kPromptRows / kRowsAtOnce][kTilesAtOnce][kParts][kSums];
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
