@@ -1,6 +1,7 @@
 """The advisor: its shapes, its roofline against published measurements, and its verdicts."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,9 @@ from castlm.inference.advise import (
 from castlm.inference.devices import DEVICES, find_device
 from castlm.inference.formats import FILE, FORMATS, PackedSpec
 from castlm.inference.roofline import EVIDENCE, advise, gpu_formats, layer_seconds
+from castlm.planning.fit import fit_law
+from castlm.planning.law import predict_perplexity
+from castlm.planning.points import Point
 from tests.tiny import save_tiny, tiny_model
 
 LLAMA_1B = Shapes({(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 32, (2048, 8192): 16}, (128256, 2048))
@@ -82,8 +86,22 @@ def test_formats_are_those_the_device_has_hardware_for():
     assert "2:4 fp8" in [form.name for form in advise(LLAMA_7B, find_device("h100"), tokens=1).formats]
 
 
+def test_measured_seconds_decide_when_given():
+    def seconds(form, shape, tokens):
+        return 0.5 if form.sparse and shape == (4096, 4096) else 1.0
+
+    advice = advise(LLAMA_7B, find_device("h100"), tokens=1, seconds=seconds)
+    assert {row.shape: row.best for row in advice.rows} == {
+        (4096, 4096): "2:4 bf16",
+        (11008, 4096): "bf16",
+        (4096, 11008): "bf16",
+    }
+    assert advice.is_measured
+    assert advice.mixed_speedup == pytest.approx(225 / 161)
+
+
 def test_a_layer_whose_width_does_not_divide_by_4_stays_dense():
-    advice = advise(Shapes({(64, 30): 1}), find_device("h100"), tokens=1)
+    advice = advise(Shapes({(64, 30): 1}), find_device("h100"), tokens=1, seconds=lambda form, shape, tokens: form.bits)
     assert advice.rows[0].best == "bf16"
     assert advice.rows[0].seconds["2:4 bf16"] == advice.rows[0].seconds["bf16"]
 
@@ -101,7 +119,7 @@ def test_text_and_json_carry_the_verdict_and_the_sources():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(InputError, match="no record of the device 'tpu': choose one of a100"):
+    with pytest.raises(InputError, match="no record of the device 'tpu': choose one of this, a100"):
         find_device("tpu")
     with pytest.raises(InputError, match="a100 has no fp8: choose one of bf16"):
         advise(LLAMA_1B, find_device("a100"), tokens=1, dtype="fp8")
@@ -147,7 +165,7 @@ def test_the_command_prints_the_table_and_writes_json(tmp_path, capsys):
     [
         (["--device", "tpu"], "no record of the device 'tpu'"),
         (["--device", "a100", "--dtype", "fp8"], "a100 has no fp8"),
-        (["--device", "a100", "--pattern", "4:8"], "pattern 4:8: advise knows 2:4"),
+        (["--device", "a100", "--pattern", "4:8"], "GPUs have hardware for 2:4 alone"),
         (["--tokens", "-1"], "--tokens = -1 is out of range: it must be at least 0"),
     ],
 )
@@ -204,6 +222,26 @@ def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick
     assert report["verdict"] in printed.out
     assert "a perplexity of 14.25 before rounding, against 12.50 of the dense model" in report["verdict"]
     assert "measured by its run" in printed.out
+
+
+@needs_kernels
+def test_the_law_predicts_the_perplexity_of_n_m(quick, tmp_path, capsys):
+    folder = save_tiny(tmp_path / "m", "llama")
+    points = [Point(tokens=tokens, perplexity=math.exp(2 + 30 * tokens**-0.3)) for tokens in (1e4, 3e4, 1e5, 1e6)]
+    law = fit_law(points)
+    (tmp_path / "law.json").write_text(json.dumps(law.as_dict()))
+    report = tmp_path / "a.json"
+    by_law = ["advise", str(folder), "--law", str(tmp_path / "law.json")]
+    assert main([*by_law, "--train-tokens", "5e5", "--json", str(report)]) == 0
+    expected = predict_perplexity(law, 5e5).perplexity
+    rows = {row["name"]: row["perplexity"] for row in json.loads(report.read_text())["rows"]}
+    assert rows["2:4 bf16"] == expected
+    assert rows["dense bf16"] is None
+    assert "for 5e+05 training tokens" in capsys.readouterr().out
+    assert main(by_law) == 2
+    (tmp_path / "law.json").write_text(json.dumps(law.as_dict() | {"runs_of": {"pattern": "1:4"}}))
+    assert main([*by_law, "--train-tokens", "5e5"]) == 2
+    assert "the law of 1:4" in capsys.readouterr().err
 
 
 @needs_kernels

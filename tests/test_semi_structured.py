@@ -8,7 +8,7 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.inference.semi_structured import to_semi_structured_, why_not_cusparselt
+from castlm.inference.semi_structured import GpuTimer, to_semi_structured_, why_not_cusparselt
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
 
@@ -82,6 +82,18 @@ def test_a_shape_whose_search_fails_stays_dense_with_the_error(pruned):
     choices = to_semi_structured_(pruned, tokens=16, backend=backend)
     assert {choice.variant for choice in choices} == {"dense"}
     assert {choice.reason for choice in choices} == {"2:4 failed: CUSPARSE_STATUS_NOT_SUPPORTED"}
+
+
+@pytest.mark.parametrize("failing", ["2:4 a", "search"])
+def test_the_gpu_timer_counts_a_layer_that_does_not_run_as_dense(failing):
+    backend = StubBackend(
+        lambda variant, *_: {"dense": 3.0, "2:4 a": 1.0}[variant], variants=["2:4 a"], failing=failing
+    )
+    timer = GpuTimer("bf16", backend)
+    sparse = next(form for form in timer.formats if form.sparse)
+    assert timer.seconds(sparse, (64, 64), 4) == 3.0
+    backend.failing = None
+    assert timer.seconds(sparse, (64, 128), 4) == 1.0
 
 
 def test_a_sparse_layer_that_computes_something_else_is_refused(pruned):

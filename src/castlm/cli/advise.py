@@ -10,6 +10,7 @@ from castlm.cli.options import check_json_path, refuse_given, result_folder, wri
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.fields import like, parsed, positional
+from castlm.files.reading import read_json_object
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class AdviseCommand:
     """Show the speed and size of a model in every format, dense and n:m, and which to use for what.
 
-    On this CPU every format is timed, in about a minute. A GPU is estimated from published kernel times.
+    On this CPU every format is timed, in about a minute. A GPU is estimated, or timed where it is at hand.
     """
 
     model: str = positional()
@@ -40,14 +41,20 @@ class AdviseCommand:
     """
 
     device: str = "this"
-    """"this" estimates the GPU of this machine, or times its CPU if it has none. A name such as h100, a100-40gb, l40s
-    or rtx4090 estimates that GPU (an unknown name lists all).
+    """"this" times the GPU or CPU of this machine. A name such as h100, a100-40gb, l40s or rtx4090 estimates that GPU
+    (an unknown name lists all).
     """
 
     pattern: Pattern = parsed(NM(2, 4), parse_pattern)
     """n:m (2:4 on a GPU), or a structured pattern such as channels:0.5. The advice is then for the smaller, cut model,
     and compares its speed with the whole model.
     """
+
+    law: str | None = None
+    """Scaling law of `castlm plan fit --json`, which predicts the perplexity of n:m after train_tokens."""
+
+    train_tokens: float = 0.0
+    """Training tokens for which the law predicts."""
 
     results: tuple[str, ...] = ()
     """Runs of `castlm train`, or their model folders, to compare with the dense model at equal perplexity: bytes, and
@@ -60,18 +67,20 @@ class AdviseCommand:
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
-        import torch
+        from castlm.inference.semi_structured import this_gpu
 
         check_json_path(self.json)
         if self.results:
             return self._compare_results()
         pattern = self.pattern
+        if (self.law is None) != (not self.train_tokens):
+            raise InputError("give both --law and --train-tokens, or neither")
         cut = None if pattern.cut_out is None else pattern
-        on_gpu = self.device != "this" or torch.cuda.is_available()
-        if cut is None and (pattern != NM(2, 4) if on_gpu else not isinstance(pattern, NM)):
-            known = "2:4, the only one with hardware on GPUs," if on_gpu else "n:m,"
-            raise InputError(f"pattern {pattern}: advise knows {known} and channels and heads that are cut out")
-        return self._on_gpu(pattern, cut) if on_gpu else self._on_cpu(pattern, cut)
+        if cut is None and not isinstance(pattern, NM):
+            raise InputError(f"pattern {pattern}: advise knows n:m, and channels and heads that are cut out")
+        if self.device != "this" or this_gpu() is not None:
+            return self._on_gpu(pattern, cut)
+        return self._on_cpu(pattern, cut)
 
     def _on_cpu(self, pattern: Pattern, cut: Pattern | None) -> int:
         from castlm.inference.advise import SECONDS, WORKLOADS, rank, shapes_of
@@ -101,28 +110,45 @@ class AdviseCommand:
         return self._show(report, "\n".join(lines))
 
     def _quality(self, name: str, pattern: Pattern) -> Quality:
-        """The figures of the result in the folder `name`, if it has this pattern."""
+        """The figures of the result in the folder `name`, if it has this pattern; n:m by the law if there is one."""
         from castlm.export.folder import read_manifest
         from castlm.inference.advise import Quality
+        from castlm.planning.law import Law, predict_perplexity
         from castlm.training.record import final_perplexity
 
         record = read_manifest(Path(name)) if Path(name).is_dir() else {}
         found = record.get("perplexity")
         found = found if isinstance(found, dict) and record.get("pattern") == str(pattern) else {}
-        return Quality(found.get("dense"), final_perplexity(found), "measured by its run")
+        if self.law is None:
+            return Quality(found.get("dense"), final_perplexity(found), "measured by its run")
+        law = Law.from_dict(read_json_object(Path(self.law)))
+        of = law.runs_of.get("pattern", str(pattern))
+        if of != str(pattern):
+            raise InputError(f"{self.law} is the law of {of}, and --pattern is {pattern}: give the one or the other")
+        at = predict_perplexity(law, self.train_tokens)
+        interval = f"90 %: {at.low:.2f} to {at.high:.2f}"
+        source = f"{pattern} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"
+        return Quality(found.get("dense"), at.perplexity, source)
 
     def _on_gpu(self, pattern: Pattern, cut: Pattern | None) -> int:
         from castlm.inference.advise import shapes_of
         from castlm.inference.devices import find_device
         from castlm.inference.roofline import advise
+        from castlm.inference.semi_structured import GpuTimer, this_gpu
 
-        device = find_device(self.device)
+        if cut is None and pattern != NM(2, 4):
+            raise InputError(f"pattern {pattern}: GPUs have hardware for 2:4 alone")
+        device = this_gpu() if self.device == "this" else find_device(self.device)
+        assert device is not None
+        timer = GpuTimer(self.dtype) if self.device == "this" else None
         found, *whole = (
             advise(
                 shapes_of(result_folder(self.model), self.trust_remote_code, left),
                 device,
                 tokens=self.tokens or 1,
                 dtype=self.dtype,
+                formats=timer.formats if timer else None,
+                seconds=timer.seconds if timer else None,
             )
             for left in ([None] if cut is None else [cut, None])
         )
@@ -154,4 +180,4 @@ class AdviseCommand:
         return self._show(report, text(report))
 
 
-_ADVICE = ("tokens", "dtype", "device", "pattern", "trust_remote_code")
+_ADVICE = ("tokens", "dtype", "device", "pattern", "law", "train_tokens", "trust_remote_code")

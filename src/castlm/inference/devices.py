@@ -93,17 +93,11 @@ def device_of(cuda_name: str) -> Device | None:
 
 
 def find_device(name: str) -> Device:
-    """The record of a device by name; "this" is the GPU of this machine.
+    """The record of a device by name.
 
     Raises:
-        InputError: an unknown name, or a GPU without a record.
+        InputError: an unknown name.
     """
-    found = DEVICES.get(name)
-    if name == "this":
-        import torch
-
-        name = torch.cuda.get_device_name()
-        found = device_of(name)
-    if found is None:
-        raise InputError(f"there is no record of the device {name!r}: choose one of {', '.join(DEVICES)}")
-    return found
+    if name not in DEVICES:
+        raise InputError(f"there is no record of the device {name!r}: choose one of this, {', '.join(DEVICES)}")
+    return DEVICES[name]

@@ -94,6 +94,8 @@ FORMATS = {
         Format("fp8", "F8_E4M3", 8, None, "F32", largest=448),
     )
 }
+ROUNDED = tuple(form.name for form in FORMATS.values() if form.rounds)
+"""The formats that `castlm quantize` rounds to."""
 PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
 """The formats that a packed file can hold."""
 HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].needs_text)

@@ -10,7 +10,7 @@ estimated: `castlm.inference.advise` measures it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -182,6 +182,10 @@ EVIDENCE: tuple[Evidence, ...] = (
 # ---- the advice
 
 
+Seconds = Callable[[GpuFormat, Shape, int], float]
+"""The signature `seconds(form, (out_features, in_features), tokens)` for one layer."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One layer shape in every format."""
@@ -205,6 +209,8 @@ class Advice:
     rows: Sequence[Row]
     head_seconds: float
     """Seconds that the output head takes, which stays dense."""
+    is_measured: bool
+    """Whether the times were measured on the device; otherwise they come from the roofline."""
     num_untimed: int
     """Weights of experts, which are not in the figures."""
 
@@ -257,6 +263,8 @@ class Advice:
     def notes(self) -> list[str]:
         """The conditions of the figures."""
         notes = untimed_note(self.num_untimed)
+        if self.is_measured:
+            return [*notes, f"Times: measured here ({self.device.source})."]
         notes.append(f"Times: a roofline of {self.device.source}; attention, norms and caches are left out.")
         notes.append(f"Kernels: {KERNEL_SOURCE}.")
         assumed = ", ".join(form.name for form in self.formats if kernel_of(self.device, form)[1])
@@ -270,6 +278,7 @@ class Advice:
             "device": self.device.name,
             "dtype": self.dtype,
             "tokens": self.tokens,
+            "source": "measured here" if self.is_measured else "roofline",
             "verdict": self.verdict,
             "speedup": {form.name: self.speedup(form.name) for form in self.formats},
             "mixed_speedup": self.mixed_speedup,
@@ -310,27 +319,32 @@ def advise(
     *,
     tokens: int,
     dtype: str = "bf16",
+    formats: Sequence[GpuFormat] | None = None,
+    seconds: Seconds | None = None,
 ) -> Advice:
-    """Compares the formats of each layer on a device, by the roofline.
+    """Compares the formats of each layer on a device.
 
     Args:
         shapes: from `layer_shapes` or `shapes_of`.
         tokens: rows of a layer's input at once: the batch size in decode, all tokens of the prompts in prefill.
         dtype: the dtype in which the model is served now; formats are compared with it.
+        formats: the formats to compare, the dense one of `dtype` first; default: all that the device supports.
+        seconds: times a layer on this device; default: a roofline.
 
     Raises:
         InputError: a dtype that the device cannot compute in.
     """
     assert tokens >= 1
-    formats = [form for form in gpu_formats(dtype) if form.compute in device.peak]
+    formats = [f for f in formats or gpu_formats(dtype) if f.compute in device.peak]
     if not formats or formats[0].name != dtype:
         raise InputError(f"{device.name} has no {dtype}: choose one of {', '.join(device.peak)}")
+    timed = seconds or (lambda form, shape, count: layer_seconds(device, form, shape, count))
     dense, sparse = formats[0], f"2:4 {dtype}"
     rows = []
     for shape, count in shapes.blocks.items():
         fits = [form if shape[1] % 4 == 0 or not form.sparse else dense for form in formats]
-        found = {form.name: layer_seconds(device, fit, shape, tokens) for form, fit in zip(formats, fits)}
+        found = {form.name: timed(fit, shape, tokens) for form, fit in zip(formats, fits)}
         is_better = sparse in found and found[dtype] / found[sparse] >= NOTICEABLE
         rows.append(Row(shape, count, found, sparse if is_better else dtype))
-    head = layer_seconds(device, dense, shapes.head, tokens) if shapes.head else 0.0
-    return Advice(device, tokens, formats, rows, head, shapes.num_untimed)
+    head = timed(dense, shapes.head, tokens) if shapes.head else 0.0
+    return Advice(device, tokens, formats, rows, head, seconds is not None, shapes.num_untimed)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_structured
 
 from castlm.core.errors import InputError
-from castlm.core.nm import is_nm_sparse
+from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.inference.devices import DEVICES, Device, device_of
+from castlm.inference.roofline import GpuFormat
 
 MARGIN = 0.98
 """A sparse layer replaces a dense one if it takes at most this share of its time; closer calls are noise."""
@@ -132,14 +134,14 @@ def _choose(
         return Choice(name, shape, "dense", {}, reason)
     key = (*shape, layer.bias is None, layer.weight.dtype)
     if key not in raced:
-        raced[key] = _race_variants(layer, _input_for(layer, tokens), backend)
+        raced[key] = race_variants(layer, _input_for(layer, tokens), backend)
     seconds, failed = raced[key]
     fastest = min(seconds, key=seconds.__getitem__)
     variant = fastest if seconds[fastest] <= MARGIN * seconds["dense"] else "dense"
     return Choice(name, shape, variant, seconds, failed)
 
 
-def _race_variants(layer: nn.Linear, x: Tensor, backend: Backend) -> Race:
+def race_variants(layer: nn.Linear, x: Tensor, backend: Backend) -> Race:
     """Times the layer and each sparse variant of it that runs on `x`: a library may fail on a shape at run time."""
     modules: dict[str, nn.Module] = {"dense": layer}
     failed = []
@@ -257,3 +259,51 @@ def _captured(module: nn.Module, x: Tensor) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         module(x)
     return graph.replay
+
+
+def this_gpu() -> Device | None:
+    """The record of this machine's CUDA device; None without one.
+
+    Raises:
+        InputError: a device without a record.
+    """
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    record = device_of(name)
+    if record is None:
+        raise InputError(f"there is no record of {name}: pass --device with the nearest of {', '.join(DEVICES)}")
+    return record
+
+
+class GpuTimer:
+    """Times layers on this machine's CUDA device, each shape once, dense against every sparse variant."""
+
+    def __init__(self, dtype: str, backend: Backend | None = None) -> None:
+        """`formats`: dense and 2:4 in `dtype`.
+
+        Raises:
+            InputError: another dtype than bf16 and fp16, or as `Cusparselt`.
+        """
+        if dtype not in ("bf16", "fp16"):
+            raise InputError(f"a GPU at hand is timed in bf16 and fp16, not {dtype}: estimate it by --device")
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self._device = torch.device("cuda" if backend is None else "cpu")
+        self._backend = Cusparselt(self._device) if backend is None else backend
+        self._found: dict[tuple[tuple[int, int], int], Mapping[str, float]] = {}
+        self.formats = [GpuFormat(dtype, 16, dtype), GpuFormat(f"2:4 {dtype}", 9, dtype, sparse=True)]
+
+    @torch.no_grad()
+    def seconds(self, form: GpuFormat, shape: tuple[int, int], tokens: int) -> float:
+        """The fastest variant of `form`, or the dense layer; a layer that cannot be converted counts as dense."""
+        if (shape, tokens) not in self._found:
+            layer = nn.Linear(shape[1], shape[0], bias=False, device=self._device, dtype=self._dtype)
+            x = torch.randn(tokens, shape[1], device=self._device, dtype=self._dtype)
+            if shape[1] % 4 == 0 and self._backend.why_not(layer) is None:
+                layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
+                self._found[shape, tokens] = race_variants(layer, x, self._backend).seconds
+            else:
+                self._found[shape, tokens] = self._backend.race({"dense": layer}, x)
+        found = self._found[shape, tokens]
+        sparse_only = [value for name, value in found.items() if name != "dense"]
+        return min(sparse_only, default=found["dense"]) if form.sparse else found["dense"]
