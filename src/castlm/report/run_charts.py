@@ -12,9 +12,9 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.files.reading import read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.report.charts import WHOLE, Level, Picture, Series, heat_map, line_chart, short
+from castlm.report.charts import WHOLE, Level, Picture, Series, heat_map, line_chart
 from castlm.training.config import without_sections
-from castlm.training.record import HISTOGRAM_EDGES, read_metrics
+from castlm.training.record import read_metrics
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,8 @@ def read_run(path: str | Path) -> RunData:
     return RunData(folder, config, read_metrics(folder), record)
 
 
-SMALLEST_SHARE = 1e-3
-"""A range of magnitudes is drawn if it ever holds this share of the masked weights."""
-
-
 def perplexity(run: RunData) -> list[Picture]:
-    """Perplexity before and after the prune, and the gap to the dense model."""
+    """Perplexity before and after the prune, and of the dense model."""
     known, evaluations = run.perplexity, run.evaluations
     if len(evaluations) < 2:
         return []
@@ -144,18 +140,7 @@ def perplexity(run: RunData) -> list[Picture]:
         if pruned
         else "Perplexity of the held-out text."
     )
-    pictures = [Picture("Perplexity", svg, caption, wide=True)]
-    if pruned and "dense" in known:
-        gap = [(x, math.log(value / known["dense"])) for x, value in pruned if math.isfinite(value)]
-        svg = line_chart(
-            [Series("gap", gap, 0, marks=True)],
-            x_label="training tokens",
-            y_label="ln(perplexity / dense)",
-            from_zero=True,
-        )
-        caption = "The gap of the pruned model to the dense model that the run started from. 0 means no loss."
-        pictures.append(Picture("Gap to the dense model", svg, caption))
-    return pictures
+    return [Picture("Perplexity", svg, caption, wide=True)]
 
 
 def loss(run: RunData) -> list[Picture]:
@@ -195,44 +180,6 @@ def masks(run: RunData) -> list[Picture]:
         caption = "The share of the weight of the sparse layers that is kept. At 1 every masked weight is zero."
         pictures.append(Picture("Share of kept weight", svg, caption))
     return pictures
-
-
-def masked_weights(run: RunData) -> list[Picture]:
-    """The histogram of masked magnitudes over the evaluations."""
-    rows = [row for row in run.evaluations if "masked_histogram" in row]
-    if len(rows) < 2:
-        return []
-    totals = [max(1, sum(row["masked_histogram"])) for row in rows]
-    shares = {
-        i: max(row["masked_histogram"][i] / total for row, total in zip(rows, totals))
-        for i in range(1, len(HISTOGRAM_EDGES))
-    }
-    used = [i for i, share in shares.items() if share >= SMALLEST_SHARE]
-    if not used:
-        return []
-    bins = [*range(used[-1], used[0] - 1, -1), 0]
-    values = [[row["masked_histogram"][i] / total for row, total in zip(rows, totals)] for i in bins]
-    labels = ["zero" if i == 0 else _decade(HISTOGRAM_EDGES[i - 1]) for i in bins]
-    svg = heat_map(
-        values,
-        labels,
-        [short(row["tokens"]) for row in rows],
-        x_label="training tokens",
-        y_label="|masked weight|",
-        form=".0%",
-        power=0.5,
-        cell_height=max(10, min(22, 220 // len(bins))),
-    )
-    caption = (
-        "Each column is an evaluation; the stronger a colour, the larger the share of masked weights in this range of "
-        "magnitudes. The bottom row holds exact zeros; ranges that never hold 0.1 % are left out."
-    )
-    return [Picture("Masked weights over time", svg, caption)]
-
-
-def _decade(edge: float) -> str:
-    exponent = round(4 * math.log10(edge))
-    return f"1e{exponent // 4}" if exponent % 4 == 0 else ""
 
 
 def layers(run: RunData) -> list[Picture]:

@@ -69,10 +69,9 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
 
 def _sections(run: RunData) -> list[dict[str, Any]]:
     """The charts under their headings; a section without charts is left out of the page."""
-    masks = run_charts.masks(run) + run_charts.masked_weights(run)
     return [
         {"title": "Quality", "pictures": run_charts.perplexity(run) + run_charts.loss(run)},
-        {"title": "Masks", "pictures": masks, "text": _masks_text(run)},
+        {"title": "Masks", "pictures": run_charts.masks(run), "text": _masks_text(run)},
         {"title": "Layers", "pictures": run_charts.layers(run)},
     ]
 
