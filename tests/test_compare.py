@@ -34,7 +34,7 @@ from castlm.compare.runs import (
     run_process,
     with_key,
 )
-from castlm.compare.summary import spread, starts_note, summarize, tokens_note, verdict
+from castlm.compare.summary import spread, starts_note, summarize, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.data import documents
@@ -384,8 +384,6 @@ def test_steps_of_another_size_have_the_control_of_the_same_budget_and_a_note():
     assert [row["tokens"] for row in rows] == [448, 448, 384]
     assert rows[2]["gap"].mean == pytest.approx(math.log(6.0 / 5.0))
     assert verdict(rows).startswith("At a budget of 450 training tokens, ste has the smallest gap")
-    assert "of 450 tokens, 448 in dense and cast, 384 in ste" in tokens_note(rows)
-    assert tokens_note(summarize(results)) == ""
 
 
 def test_a_variant_with_another_batch_has_a_gap_and_a_curve_over_tokens(files, tmp_path):
@@ -501,8 +499,7 @@ def test_the_verdict_pairs_the_seeds_that_both_have():
     assert "excludes zero" in text
     others = [fake("dense", 100, seed, 5.0) for seed in (3, 4)] + [fake("ste", 100, seed, 7.2) for seed in (3, 4)]
     text = verdict(summarize(dense + others + cast + ste[:1]))
-    assert "seeds not paired" in text
-    assert "includes zero: these seeds do not tell the two apart" in text
+    assert "without a second seed of both, the difference may be chance" in text
     one_shot = [fake("magnitude", 0, 0, 8.2)]
     assert "paired over 3 seeds" in verdict(summarize(dense + cast + one_shot))
 

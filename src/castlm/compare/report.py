@@ -18,7 +18,6 @@ from castlm.compare.summary import (
     ranked,
     starts_note,
     summarize,
-    tokens_note,
     untouched_perplexity,
     verdict,
 )
@@ -306,7 +305,7 @@ def make_report(
     """
     rows, conditions = summarize(results), stamp(results)
     page = cells(rows)
-    notes = [starts_note(rows), tokens_note(rows), *explain(conditions, results)]
+    notes = [starts_note(rows), *explain(conditions, results)]
     warnings = [
         f"{kind}: {row['variant']}, {reason}"
         for kind, key in (("failed", "errors"), ("diverged", "diverged"), ("fell short", "fell_short"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -214,7 +214,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
-    """A phrase on the distance of `second`, over the seeds that both have, or else between the means.
+    """A phrase on the distance of `second`, over the seeds that both have.
 
     Seeds do not distinguish two rows if the 95 % interval of the difference, by Student's t, includes zero.
     """
@@ -222,41 +222,17 @@ def _lead(best: dict[str, Any], second: dict[str, Any]) -> str:
 
     one, other = (dict(zip(row["gap_seeds"], row["gap"].values)) for row in (best, second))
     shared = [other[seed] - one[seed] for seed in one if seed in other]
-    if len(shared) > 1:
-        behind, error, freedom = statistics.fmean(shared), _standard_error(shared), len(shared) - 1
-        how = f"paired over {len(shared)} seeds"
-    elif len(one) > 1 and len(other) > 1:
-        behind = second["gap"].mean - best["gap"].mean
-        error = math.hypot(_standard_error(one.values()), _standard_error(other.values()))
-        freedom, how = min(len(one), len(other)) - 1, "seeds not paired"
-    else:
+    if len(shared) < 2:
         behind = second["gap"].mean - best["gap"].mean
         return (
             f"{second['variant']} is {behind:.4f} behind; without a second seed of both, the difference may be chance"
         )
-    text = f"{second['variant']} is {behind:.4f} ± {error:.4f} behind (standard error, {how}), and the 95 % interval"
-    if behind <= float(t.ppf(0.975, freedom)) * error:
+    behind, error = statistics.fmean(shared), statistics.stdev(shared) / math.sqrt(len(shared))
+    how = f"standard error, paired over {len(shared)} seeds"
+    text = f"{second['variant']} is {behind:.4f} ± {error:.4f} behind ({how}), and the 95 % interval"
+    if behind <= float(t.ppf(0.975, len(shared) - 1)) * error:
         return f"{text} includes zero: these seeds do not tell the two apart"
     return f"{text} excludes zero"
-
-
-def _standard_error(values: Collection[float]) -> float:
-    """The standard error of the mean of at least two values."""
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
-def tokens_note(rows: list[dict[str, Any]]) -> str:
-    """A note on the tokens of each run, where variants have steps of different sizes."""
-    found: dict[int, dict[int, list[str]]] = {}
-    for row in rows:
-        found.setdefault(row["budget"], {}).setdefault(row["tokens"], []).append(row["variant"])
-    parts = [
-        f"of {budget:,} tokens, "
-        + ", ".join(f"{tokens:,} in {' and '.join(names)}" for tokens, names in by_tokens.items())
-        for budget, by_tokens in found.items()
-        if len(by_tokens) > 1
-    ]
-    return f"Runs of one budget train for whole steps, which differ in size: {'; '.join(parts)}." if parts else ""
 
 
 def starts_note(rows: list[dict[str, Any]]) -> str:
