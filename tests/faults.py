@@ -28,9 +28,8 @@ from castlm.core.errors import InputError
 from castlm.training.config import TrainConfig
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.runs import small
-from tests.tiny import save_tiny
+from tests.tiny import TEXT, save_tiny
 
-TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(60))
 RESTARTED = {"TORCHELASTIC_RESTART_COUNT": "1"}
 PATIENCE_S = 240  # on a machine that does other things too
 

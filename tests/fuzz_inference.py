@@ -8,43 +8,47 @@ collected by pytest.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from tests.sanitized import ROOT, build, start
-
-MODULE = "tests.fuzz_inference"
-
-SOURCES = sorted((ROOT / "src" / "castlm" / "inference").glob("*.cpp"))
+from tests.sanitized import ROOT, main
 
 
-def overrun() -> None:
+def load(library: Path) -> None:
+    """Lets castlm call this library."""
+    from castlm.inference import native
+
+    loaded = native.load_kernels(str(library))
+    native.kernels = lambda: loaded  # type: ignore[assignment]
+
+
+def overrun(library: Path) -> None:
     """Claims that a buffer is as long as its header says when it is cut: the sanitizer has to end the process."""
     import torch
 
     from castlm.inference import native
     from tests.packed_weights import buffer_of, random_packed
 
+    load(library)
     whole = buffer_of(random_packed("bf16", 2, 4, 64, 512))
     cut = (ctypes.c_uint8 * 4096).from_buffer_copy(bytes(whole[:4096].tolist()))
     x, y = torch.randn(1, 512), torch.empty(1, 64)
     native.kernels().castlm_multiply(ctypes.addressof(cut), whole.numel(), x.data_ptr(), 0, 1, 512, y.data_ptr(), 64, 1)
 
 
-def search(seconds: float) -> int:
-    """Random weights, shapes, batches and damaged headers until the time is over; how many."""
+def search(library: Path, seconds: float) -> None:
+    """Tries random weights, shapes, batches and damaged headers until the time is over, and prints how many."""
     import torch
 
     from castlm.core.errors import InputError
     from castlm.inference import native
     from tests.packed_weights import PATTERNS, buffer_of, check_product, random_packed
 
+    load(library)
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         n, m = random.choice(PATTERNS)
@@ -64,32 +68,9 @@ def search(seconds: float) -> int:
         with contextlib.suppress(InputError):
             native.unpack(damaged, 0, rows, out)
         count += 1
-    return count
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--library", help=argparse.SUPPRESS)
-    parser.add_argument("--overrun", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.library:
-        from castlm.inference import native
-
-        loaded = native.load_kernels(options.library)
-        native.kernels = lambda: loaded  # type: ignore[assignment]
-        if options.overrun:
-            overrun()
-            return 0
-        print(f"{search(60 * options.minutes):,} random weights, no complaint", flush=True)
-        return 0
-    with tempfile.TemporaryDirectory() as scratch:
-        library = build(SOURCES, Path(scratch))
-        if "AddressSanitizer" not in (start(MODULE, library, "--overrun").stderr or ""):
-            print("the sanitizer does not see a read past a buffer: these checks prove nothing", file=sys.stderr)
-            return 1
-        return start(MODULE, library, "--minutes", str(options.minutes)).returncode
+    print(f"{count:,} random weights", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sources = sorted((ROOT / "src" / "castlm" / "inference").glob("*.cpp"))
+    sys.exit(main("tests.fuzz_inference", sources, overrun, search))

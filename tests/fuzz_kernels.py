@@ -5,24 +5,17 @@ them, through `castlm.core.native` and ctypes, and their results are compared wi
 that reads past a buffer shows that the sanitizer would have stopped it. Not collected by pytest.
 """
 
-import argparse
+import ctypes
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.sanitized import ROOT, build, start
-
-MODULE = "tests.fuzz_kernels"
-
-SOURCE = ROOT / "src" / "castlm" / "core" / "kernels.cpp"
+from tests.sanitized import ROOT, main
 
 
 def overrun(library: Path) -> None:
     """Passes a weight whose width is too large, past the checks of `native`: the sanitizer has to end the process."""
-    import ctypes
-
     import torch
 
     from castlm.core import native
@@ -70,27 +63,6 @@ def search(library: Path, seconds: float) -> None:
         print(", ".join(f"{count:,} inputs of {name}" for name, count in counts.items()), flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--overrun", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.library is None:
-        with tempfile.TemporaryDirectory() as folder:
-            library = build([SOURCE], Path(folder))
-            proof = start(MODULE, library, "--overrun")
-            if proof.returncode == 0 or "heap-buffer-overflow" not in proof.stderr:
-                print(f"the sanitizer did not notice a read past a buffer:\n{proof.stderr}", file=sys.stderr)
-                return 1
-            return start(MODULE, library, "--minutes", str(arguments.minutes)).returncode
-    if arguments.overrun:
-        overrun(arguments.library)
-        return 0
-    search(arguments.library, 60 * arguments.minutes)
-    print("no finding")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sources = [ROOT / "src" / "castlm" / "core" / "kernels.cpp"]
+    sys.exit(main("tests.fuzz_kernels", sources, overrun, search))

@@ -16,14 +16,14 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("CASTLM_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("CASTLM_FUZZ_EXAMPLES", "15"))
 """Inputs that each test tries; `make fuzz` sets more."""
 
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
     database=None,
-    derandomize=EXAMPLES <= 25,  # the same inputs in every run of `make test`
+    derandomize=EXAMPLES <= 15,  # the same inputs in every run of `make test`
     suppress_health_check=list(HealthCheck),
 )
 SECONDS = 60

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from castlm.distributed.world import World
+from castlm.distributed.world import World, init_world
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective
@@ -38,9 +38,9 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfi
     return TrainConfig.of(model, dataset, str(output_dir), **{**fields, **over})
 
 
-def begin_run(config: TrainConfig, world: World) -> Run:
-    """A run before its first step, for tests that take the steps themselves."""
-    return set_up(config, world).begin()
+def begin_run(config: TrainConfig, world: World | None = None) -> Run:
+    """A run before its first step, on one rank by default, for tests that take the steps themselves."""
+    return set_up(config, world or init_world("cpu", "full")).begin()
 
 
 @contextlib.contextmanager

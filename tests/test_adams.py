@@ -1,6 +1,9 @@
 """AdamS against the paper's equations, against torch's Adam, and against what would break it without a word."""
 
 import copy
+import io
+import math
+import pickle
 
 import pytest
 import torch
@@ -10,10 +13,13 @@ from castlm.core import native, update
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
+from castlm.core.moments import code_values, from_codes, to_codes_
 from castlm.core.nm import NM, nm_mask, unpack_mask
+from castlm.core.sparsify import prune_
 from tests.fused import needs_kernels, through_torch_compile
 from tests.reference import ReferenceAdamS
 from tests.slow import slow
+from tests.tiny import tiny_model
 
 HYPER = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "lam": 0.3, "total_steps": 50}
 
@@ -55,35 +61,6 @@ def test_fifty_steps_equal_the_equations(decay, second_moment, n, m):
     torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], torch.tensor(reference.v), rtol=1e-5, atol=1e-8)
 
 
-def test_fp64_steps_equal_the_equations_tightly():
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(6, 16, dtype=torch.float64))
-    rest = {"mask_interval": 10, "decay": "proportional", "decay_end": 0.5, "second_moment": "mix"}
-    reference = ReferenceAdamS(weight.tolist(), 2, 4, **HYPER, **rest)
-    optimizer = AdamS(sparse_group(weight), **HYPER, **rest)
-    for _ in range(50):
-        grad = torch.randn(6, 16, dtype=torch.float64)
-        reference.step(grad.tolist())
-        run(optimizer, weight, [grad])
-    torch.testing.assert_close(weight.data, torch.tensor(reference.w, dtype=torch.float64), rtol=1e-10, atol=1e-12)
-
-
-def test_dense_group_is_torch_adam():
-    torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
-    theirs = copy.deepcopy(ours)
-    optimizer = AdamS(dense_group(*ours), lr=1e-2, betas=(0.9, 0.99), total_steps=30)
-    adam = torch.optim.Adam(theirs, lr=1e-2, betas=(0.9, 0.99))
-    for _ in range(30):
-        for a, b in zip(ours, theirs):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        optimizer.step()
-        adam.step()
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("fused", WAYS)
 def test_weight_decay_is_that_of_adamw_on_dense_groups_alone(fused):
     torch.manual_seed(0)
@@ -103,21 +80,6 @@ def test_weight_decay_is_that_of_adamw_on_dense_groups_alone(fused):
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert torch.equal(*sparse, *plain)
-
-
-def test_alpha_zero_is_adam_with_v_from_mu():
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(4, 8))
-    start, b1, b2 = weight.detach().clone(), 0.9, 0.95
-    optimizer = AdamS(sparse_group(weight), lr=1e-2, betas=(b1, b2), total_steps=10, decay="none", second_moment="mix")
-    grads = [torch.randn(4, 8) for _ in range(10)]
-    run(optimizer, weight, grads)
-    w, mu, v = start, torch.zeros(4, 8), torch.zeros(4, 8)
-    for t, g in enumerate(grads):
-        mu = torch.lerp(g, mu, b1)
-        v = torch.lerp(mu.square(), v, b2)
-        w = w - 1e-2 * (mu / (1 - b1 ** (t + 1))) / ((v / (1 - b2 ** (t + 1))).sqrt() + 1e-8)
-    torch.testing.assert_close(weight.data, w, rtol=1e-5, atol=1e-6)
 
 
 def test_kept_weights_of_the_gradient_rule_are_torch_adam():
@@ -356,3 +318,443 @@ def test_missing_gradient_and_nan_weight_raise():
     weight.grad = torch.zeros_like(weight)
     with pytest.raises(InputError, match="NaN"):
         optimizer.step()
+
+
+# ---- what cannot be stepped is refused before anything changes, or converted exactly
+
+
+EVERY_WAY = [False, pytest.param(True, marks=needs_kernels), None]
+
+
+def make(fused=None, shape=(4, 8), **options):
+    torch.manual_seed(0)
+    sparse, dense = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(5))
+    groups = [{"params": [sparse], "sparse": True}, {"params": [dense]}]
+    return AdamS(groups, **{"lr": 1e-2, "total_steps": 20, "mask_interval": 2, **options}, fused=fused), sparse, dense
+
+
+def give_grads(*params, seed=0):
+    torch.manual_seed(seed)
+    for param in params:
+        param.grad = torch.randn_like(param)
+
+
+def state_of(optimizer):
+    return copy.deepcopy(optimizer.state_dict()), [
+        p.detach().clone() for g in optimizer.param_groups for p in g["params"]
+    ]
+
+
+def assert_same_state(one, other):
+    for a, b in zip(one[0]["state"].values(), other[0]["state"].values(), strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("fused", EVERY_WAY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("second_moment", ["gradient", "mix"])
+def test_a_gradient_of_another_dtype_is_converted_to_that_of_the_parameter(fused, dtype, second_moment):
+    one, other = make(fused, second_moment=second_moment), make(fused, second_moment=second_moment)
+    for seed in range(5):
+        give_grads(*one[1:], seed=seed)
+        for p, q in zip(one[1:], other[1:]):
+            p.grad = p.grad.to(dtype).float()
+            q.grad_dtype = dtype
+            q.grad = p.grad.to(dtype)
+        one[0].step()
+        other[0].step()
+    assert_same_state(state_of(one[0]), state_of(other[0]))
+
+
+@pytest.mark.parametrize("fused", EVERY_WAY)
+def test_a_gradient_of_other_strides_is_read_by_its_values(fused):
+    one, other = make(fused, (8, 8)), make(fused, (8, 8))
+    for seed in range(3):
+        give_grads(*one[1:], seed=seed)
+        other[1].grad = one[1].grad.t().contiguous().t()
+        other[2].grad = one[2].grad.repeat_interleave(2)[::2]
+        one[0].step()
+        other[0].step()
+    assert_same_state(state_of(one[0]), state_of(other[0]))
+
+
+def another_grad(param, grad):
+    """Sets a gradient that torch's own check would refuse, as custom autograd code and hooks can leave it behind."""
+    param.grad = None
+    data, param.data = param.data, grad.detach().clone()
+    param.grad = grad
+    param.data = data
+
+
+def sparse_grad(param):
+    return torch.ones_like(param).to_sparse()
+
+
+@pytest.mark.parametrize("fused", EVERY_WAY)
+@pytest.mark.parametrize(
+    ("of", "change"),
+    [
+        (1, lambda p: another_grad(p, torch.ones(2, 8))),
+        (1, lambda p: another_grad(p, torch.ones(40))),
+        (2, lambda p: another_grad(p, torch.ones(40))),
+        (2, lambda p: setattr(p, "grad", sparse_grad(p))),
+        (1, lambda p: setattr(p, "data", p.data.t().contiguous().t())),
+        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data.bfloat16()), give_grads(p))),
+        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data.double()), give_grads(p))),
+        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data[:2].clone()), give_grads(p))),
+    ],
+)
+def test_what_changed_after_the_optimizer_was_built_is_refused_before_any_weight_changes(fused, of, change):
+    given = make(fused)
+    optimizer, other = given[0], given[3 - of]
+    give_grads(*given[1:])
+    optimizer.step()
+    before = other.detach().clone(), copy.deepcopy(optimizer.state[other])
+    give_grads(*given[1:])
+    change(given[of])
+    with pytest.raises(InputError, match="a parameter is") as raised:
+        optimizer.step()
+    assert "\n" not in str(raised.value)
+    assert torch.equal(other, before[0])
+    assert all(torch.equal(value, before[1][key]) for key, value in optimizer.state[other].items())
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.randn(4, 8).half(), "float16"),
+        (torch.randn(4, 8, dtype=torch.complex64), "complex64"),
+        (torch.randn(8, 4).t(), r"strides \(1, 4\)"),
+        (torch.randn(1, 8).expand(4, 8), r"strides \(0, 1\)"),
+        (torch.randn(4, 8).to_sparse(), "sparse_coo"),
+    ],
+)
+def test_a_parameter_that_cannot_be_stepped_is_refused(weight, message, is_sparse):
+    with pytest.raises(InputError, match=message):
+        AdamS([{"params": [nn.Parameter(weight)], "sparse": is_sparse}], total_steps=1)
+
+
+@pytest.mark.parametrize("fused", EVERY_WAY)
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_empty_and_zero_dimensional_parameters_are_stepped_over(fused, moments):
+    sparse = [nn.Parameter(torch.randn(shape)) for shape in ((0, 8), (4, 0), (4, 8))]
+    dense = [nn.Parameter(torch.randn(shape)) for shape in ((0,), (), (3, 0, 2), (5,))]
+    groups = [{"params": sparse, "sparse": True}, {"params": dense}]
+    optimizer = AdamS(groups, total_steps=10, mask_interval=1, moments=moments, fused=fused)
+    for seed in range(3):
+        give_grads(*sparse, *dense, seed=seed)
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in (*sparse, *dense)] == [3] * 7
+    assert optimizer.mask(sparse[2]).sum() == 16
+    restored = copy.deepcopy(optimizer)
+    restored.load_state_dict(optimizer.state_dict())
+
+
+# ---- options
+
+BAD = {
+    "lr": [-1.0, math.nan, math.inf],
+    "betas": [(0.9,), (0.9, 1.0), (math.nan, 0.9)],
+    "eps": [-1e-8],
+    "weight_decay": [-1],
+    "lam": [-1.0, math.inf],
+    "total_steps": [0, -1],
+    "mask_interval": [-1],
+    "decay": ["l2", None],
+    "decay_end": [0, 1.1, math.nan],
+    "second_moment": ["adam"],
+    "moments": ["fp16"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_an_option_out_of_range_is_refused_by_name_for_all_groups_and_for_one(name, value):
+    def group(**options):
+        return [{"params": [nn.Parameter(torch.randn(4, 8))], "sparse": True, **options}]
+
+    for groups, options in ((group(), {name: value}), (group(**{name: value}), {})):
+        with pytest.raises(InputError, match=f"AdamS: {name} = ") as raised:
+            AdamS(groups, **{"total_steps": 10, **options})
+        assert "\n" not in str(raised.value)
+
+
+def test_sparsity_has_to_be_asked_for_or_declined():
+    model = nn.Linear(8, 4)
+    for params in (model.parameters(), model.named_parameters(), [{"params": [model.bias]}]):
+        with pytest.raises(InputError, match="sparse_param_groups"):
+            AdamS(params, total_steps=10)
+    assert not list(AdamS([{"params": model.parameters(), "sparse": False}], total_steps=10).sparse_params())
+
+
+# ---- which way it runs
+
+
+@needs_kernels
+def test_by_default_it_runs_the_kernels_where_they_can(monkeypatch):
+    calls = []
+    update = native.update_
+    monkeypatch.setattr(native, "update_", lambda weights, *rest: (calls.extend(weights), update(weights, *rest)))
+    single, double = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 8, dtype=torch.float64))
+    optimizer = AdamS([{"params": [single, double], "sparse": True}], total_steps=10)
+    give_grads(single, double)
+    optimizer.step()
+    assert [w.data_ptr() for w in calls] == [single.data_ptr()]
+    assert int(optimizer.state[double]["step"]) == 1
+
+
+def test_without_kernels_the_default_runs_torch(monkeypatch):
+    expected, other = make(fused=False), make()
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    for seed in range(3):
+        for given in (expected, other):
+            give_grads(*given[1:], seed=seed)
+            given[0].step()
+    assert_same_state(state_of(expected[0]), state_of(other[0]))
+
+
+# ---- copies
+
+
+def through_pickle(pair):
+    buffer = io.BytesIO()
+    pickle.dump(pair, buffer)
+    buffer.seek(0)
+    return pickle.load(buffer)
+
+
+@pytest.mark.parametrize("fused", EVERY_WAY)
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+@pytest.mark.parametrize("through", [copy.deepcopy, through_pickle])
+def test_a_copy_goes_on_bit_for_bit_and_apart(through, moments, fused):
+    shape = (64, 128)
+    optimizer, sparse, dense = make(fused, shape, moments=moments, lr=0.5, mask_interval=1, decay_end=1.0)
+    for seed in range(3):
+        give_grads(sparse, dense, seed=seed)
+        optimizer.step()
+    optimizer.set_mask(sparse, ~nm_mask(sparse))
+    copied, params = through((optimizer, [sparse, dense]))
+    assert copied._fused == fused
+    assert copied.flips() == optimizer.flips() > 0
+    assert [p for group in copied.param_groups for p in group["params"]] == params
+    assert torch.equal(copied.mask(params[0]), optimizer.mask(sparse))
+    before = state_of(optimizer)
+    give_grads(*params, seed=9)
+    copied.step()
+    assert_same_state(before, state_of(optimizer))
+    give_grads(sparse, dense, seed=9)
+    optimizer.step()
+    assert_same_state(state_of(optimizer), state_of(copied))
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 8, dtype=torch.bool), "not 2:4"),
+        (torch.zeros(4, 4, dtype=torch.bool), "does not fit"),
+        (torch.zeros(4, 8), "does not fit"),
+        (torch.zeros(8, 4, dtype=torch.bool), "does not fit"),
+    ],
+)
+def test_a_mask_that_is_not_of_the_pattern_is_refused(mask, message):
+    optimizer, sparse, _ = make()
+    before = optimizer.mask(sparse)
+    with pytest.raises(InputError, match=message):
+        optimizer.set_mask(sparse, mask)
+    assert torch.equal(optimizer.mask(sparse), before)
+    model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+    weights = [layer.weight.detach().clone() for layer in model]
+    with pytest.raises(InputError, match=message):
+        prune_(model, masks={model[0].weight: nm_mask(model[0].weight), model[1].weight: mask})
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, weights))
+
+
+def test_a_nan_leaves_every_layer_as_it_was():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[3, 3] = math.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="NaN"):
+        prune_(model)
+    assert all(
+        torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before.values(), model.state_dict().values())
+    )
+
+
+# ---- saved state
+
+
+def corrupted(saved, key, value):
+    saved["state"][0][key] = value
+    return saved
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+@pytest.mark.parametrize(
+    "break_",
+    [
+        lambda s: corrupted(s, "exp_avg", s["state"][0]["exp_avg"][:32]),
+        lambda s: corrupted(s, "exp_avg", s["state"][0]["exp_avg"].double()),
+        lambda s: corrupted(s, "exp_avg_sq", s["state"][0]["exp_avg_sq"].t()[:, :5]),
+        lambda s: corrupted(s, "mask", s["state"][0]["mask"].bool()),
+        lambda s: corrupted(s, "mask", s["state"][0]["mask"][:, :8]),
+        lambda s: corrupted(s, "mask", torch.full_like(s["state"][0]["mask"], 255)),
+        lambda s: corrupted(s, "more", torch.ones(1)),
+        lambda s: s["state"][0].pop("mask") is None or s,
+        lambda s: s["state"].pop(0) is None or s,
+        lambda s: s["param_groups"].pop() is None or s,
+        lambda s: s["param_groups"][0]["params"].append(7) or s,
+        lambda s: s["param_groups"][0].update(pattern="1:4") or s,
+        lambda s: s["param_groups"][0].pop("sparse") is None or s,
+    ],
+)
+def test_a_saved_state_that_does_not_fit_is_refused_and_nothing_changes(break_, moments):
+    optimizer, sparse, dense = make(None, (64, 128), moments=moments)
+    give_grads(sparse, dense)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    give_grads(sparse, dense, seed=1)
+    optimizer.step()
+    before = state_of(optimizer)
+    with pytest.raises(InputError) as raised:
+        optimizer.load_state_dict(break_(saved))
+    assert "\n" not in str(raised.value)
+    assert_same_state(before, state_of(optimizer))
+
+
+def test_a_state_dict_needs_no_class_to_be_read():
+    optimizer, sparse, dense = make()
+    give_grads(sparse, dense)
+    optimizer.step()
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    make()[0].load_state_dict(torch.load(buffer, weights_only=True))
+
+
+# ---- moments in 8 bits: the codes are those of bitsandbytes, the steps stay close to fp32, and a resume is exact
+
+
+SHAPES = [(64, 128), (128, 64), (32, 192), (64, 20), (64,)]  # the last two are kept in fp32
+
+
+def optimizer_of(params, moments, *, fused=False):
+    groups = [{"params": params[:2], "sparse": True}, {"params": params[2:]}]
+    return AdamS(groups, lr=1e-2, total_steps=20, mask_interval=5, moments=moments, fused=fused)
+
+
+def steps(params, optimizer, first, last):
+    for t in range(first, last):
+        generator = torch.Generator().manual_seed(t)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator) + 0.5
+        optimizer.step()
+
+
+def parameters():
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_those_of_bitsandbytes(signed):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.testing.assert_close(code_values(signed), functional.create_dynamic_map(signed), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_is_the_nearest_to_its_value(signed):
+    every = torch.arange(256, dtype=torch.uint8)[None]
+    values = from_codes(every, torch.ones(1), signed)
+    assert (values.diff() > 0).all()
+    codes, scale = torch.zeros_like(every), torch.zeros(1)
+    to_codes_(values, codes, scale, signed)
+    assert torch.equal(codes, every)
+
+
+def test_steps_stay_close_to_those_with_fp32_moments():
+    exact, coarse = parameters(), parameters()
+    start = parameters()
+    one, other = optimizer_of(exact, "fp32"), optimizer_of(coarse, "8bit")
+    steps(exact, one, 0, 20)
+    steps(coarse, other, 0, 20)
+    for a, b, first in zip(exact, coarse, start):
+        assert (a - b).norm() <= 0.05 * (a - first).norm()
+        torch.testing.assert_close(one.momentum(a), other.momentum(b), rtol=0.05, atol=0.05)
+    assert torch.equal(other.mask(coarse[0]), coarse[0] != 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("moments", "tolerance"), [("fp32", 1e-5), ("8bit", 1e-3)])
+def test_fused_steps_equal_the_plain_ones(moments, tolerance):
+    plain, fused = parameters(), parameters()
+    one, other = optimizer_of(plain, moments), optimizer_of(fused, moments, fused=True)
+    steps(plain, one, 0, 20)
+    steps(fused, other, 0, 20)
+    for a, b in zip(plain, fused):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance / 10)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if one.state[a][name].dtype == torch.uint8:  # a tie may go either way
+                far = (one.state[a][name].int() - other.state[b][name].int()).abs()
+                assert far.max() <= 1
+                assert far.float().mean() < 1e-2
+            else:
+                torch.testing.assert_close(one.state[a][name], other.state[b][name], rtol=1e-2, atol=1e-7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_kernel_writes_the_codes_that_torch_writes(signed):
+    """One step from moments of 0 at `betas = 0` codes the gradient, or its square, as it stands."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(64, 256))
+    weight.grad = torch.randn(64, 256) * torch.logspace(-6, 2, 64)[:, None]
+    optimizer = AdamS(
+        [{"params": [weight], "sparse": False}], betas=(0.0, 0.0), total_steps=1, moments="8bit", fused=True
+    )
+    optimizer.step()
+    values = weight.grad if signed else weight.grad.square()
+    codes, scale = torch.zeros(64, 256, dtype=torch.uint8), torch.zeros(64)
+    to_codes_(values, codes, scale, signed)
+    name = "exp_avg" if signed else "exp_avg_sq"
+    assert (optimizer.state[weight][name] != codes).float().mean() < 1e-3
+    torch.testing.assert_close(optimizer.state[weight][f"{name}_scale"].view(-1), scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_steps_equal_the_plain_ones(monkeypatch):
+    """The path of a GPU: 8-bit moments with masks as words."""
+    plain, other = parameters()[:1], parameters()[:1]
+    steps(plain, optimizer_of(plain, "8bit"), 0, 10)
+    optimizer = optimizer_of(other, "8bit")
+    through_torch_compile(optimizer, monkeypatch)
+    steps(other, optimizer, 0, 10)
+    torch.testing.assert_close(plain[0], other[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_kernels)])
+def test_state_dict_resumes_bitwise(fused):
+    straight, resumed = parameters(), parameters()
+    first, second = (optimizer_of(params, "8bit", fused=fused) for params in (straight, resumed))
+    steps(straight, first, 0, 7)
+    for a, b in zip(straight, resumed):
+        b.data.copy_(a.data)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for a, b in zip(straight, resumed):
+        for name, value in first.state[a].items():
+            assert value.dtype == second.state[b][name].dtype, name
+            assert torch.equal(value, second.state[b][name]), name
+    steps(straight, first, 7, 20)
+    steps(resumed, second, 7, 20)
+    for a, b in zip(straight, resumed):
+        assert torch.equal(a, b)

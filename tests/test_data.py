@@ -24,14 +24,13 @@ from castlm.data import columns, readers
 from castlm.data import documents as documents_module
 from castlm.data import packing as data_module
 from castlm.data.calibration import calibration_sequences
-from castlm.data.columns import Columns, Document, Kind
+from castlm.data.columns import Columns, Kind
 from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents
 from castlm.data.options import TextOptions
 from castlm.data.packing import BatchLoader, PackedSequences
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, end_of_text_id, token_ids
 from castlm.files.reading import read_text
-from castlm.oneshot.calibration import draw_calibration
 from tests.chats import chat_tokenizer, talks, write_talks
 from tests.slow import slow_but
 from tests.texts import same, sequences, write_texts
@@ -114,7 +113,7 @@ def test_a_line_that_expands_to_more_than_a_text_can_be_is_refused(tmp_path, mon
     monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 16)
     for name in ("a.jsonl", "a.jsonl.gz"):
         path = write_texts(tmp_path / name, ["short", "a" * (3 << 20)])
-        with pytest.raises(InputError, match=rf"{name}, line 2 is longer than 1,048,576 bytes: .*document_limit"):
+        with pytest.raises(InputError, match=rf"{name}, line 2 .*1,048,576.*document_limit"):
             open_documents(path)
         assert len(open_documents(path, LARGER)) == 2
 
@@ -123,20 +122,9 @@ def test_a_line_that_expands_to_more_than_a_text_can_be_is_refused(tmp_path, mon
 def test_a_text_that_cannot_be_tokenized_at_once_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "MOST_CHARACTERS", 1000)
     path = write_texts(tmp_path / name, ["short", "a" * 1001])
-    with pytest.raises(InputError, match=r"1,001 characters, more than 1,000: .*document_limit"):
+    with pytest.raises(InputError, match=r"1,001 .*1,000.*document_limit"):
         texts_of(open_documents(path))
     assert len(texts_of(open_documents(path, LARGER))) == 2
-
-
-def test_gzip_is_entered_at_the_same_places_however_much_it_expands_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "SEGMENT_BYTES", 1 << 14)
-    monkeypatch.setattr(readers, "READ_BYTES", 1 << 8)
-    path = write_texts(tmp_path / "a.jsonl.gz", [f"{i} " + "a" * 500 for i in range(400)])
-    whole = open_documents(path)
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
-    parts = open_documents(path)
-    assert texts_of(parts, seed=3) == texts_of(whole, seed=3)
-    assert len({*whole._unit.tolist()}) > 2
 
 
 # Packing and order
@@ -171,14 +159,6 @@ def test_every_document_once_an_epoch_in_another_order(plain):
     assert len({tuple(order) for order in [*orders, texts]}) == 4
     assert texts_of(plain(), 5, 1) == orders[1]
     assert texts_of(plain()) == texts
-
-
-def test_first_block_needs_few_documents_only(monkeypatch):
-    read = []
-    monkeypatch.setattr(data_module, "_BATCH_CHARS", 250)
-    monkeypatch.setattr(Documents, "_read", lambda self, index: read.append(index) or Document("x" * 100))
-    sequences(stream_of(local(1000)), 1)
-    assert len(read) == 3
 
 
 # Position
@@ -238,16 +218,6 @@ def test_resume_on_other_world_sizes(collection, prefetch):
         assert len(set(states)) == 1
         state = json.loads(states[0])
         assert state["sequences"] == at
-
-
-def test_prefetched_batch_is_not_in_the_state():
-    loader = BatchLoader(stream_of(local()), rows_per_rank=2, prefetch=True)
-    before = loader.state_dict()
-    first, second = next(loader), next(loader)
-    loader._ahead.result()
-    assert loader.state_dict()["sequences"] == 4
-    loader.load_state_dict(before)
-    assert same([next(loader), next(loader)], [first, second])
 
 
 def test_position_of_another_seed_seq_len_or_repeat_is_refused():
@@ -422,14 +392,6 @@ def test_calibration_from_the_start_of_a_much_longer_file_is_said(tmp_path):
     assert f"come from the first 92 of the 2,000 documents of {path}; shuffle it if it is sorted" in line
 
 
-def test_calibration_of_a_text_that_is_read_whole_is_drawn_in_file_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
-    text = "\n".join(f"<{i:04}>" for i in range(80))
-    (tmp_path / "a.txt").write_text(text)
-    ids, _ = calibration_sequences(open_documents(tmp_path / "a.txt"), ENCODER, 4, 10)
-    assert torch.equal(ids, draw_calibration(torch.tensor(ids_of(text)), 4, 10))
-
-
 def test_split_that_leaves_nothing_is_refused():
     with pytest.raises(InputError, match=r"0\.1 of it"):
         split_documents(Documents.from_texts(["a"]), 0.1, seed=0)
@@ -460,16 +422,6 @@ def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
     flat = [token for row in rows for token in row.ids[:-1].tolist()]
     order = [t for text in texts_of(documents, 0) for t in [*repeated, *ids_of(text), EOS_ID]]
     assert flat == order[: len(flat)]
-
-
-def test_a_limit_tokenizes_no_more_of_a_long_document_than_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 100)
-    text = "".join(f"line {i} of it\n" for i in range(500))
-    (tmp_path / "a.txt").write_text(text)
-    read, plain = [], Encoder.plain
-    monkeypatch.setattr(Encoder, "plain", lambda self, texts: read.extend(texts) or plain(self, texts))
-    assert token_ids(tmp_path / "a.txt", TOKENIZER, limit=150).tolist() == ids_of(text)[:150]
-    assert sum(map(len, read)) < 600
 
 
 def test_the_end_of_text_behind_a_cut_document_does_not_count(tmp_path):
@@ -592,7 +544,7 @@ def test_a_first_row_of_a_hub_dataset_that_is_null_does_not_decide(monkeypatch):
 
 
 def test_unreachable_hub_dataset():
-    with pytest.raises(InputError, match="neither a local file nor available on the Hugging Face Hub"):
+    with pytest.raises(InputError, match="some/name"):
         open_documents("some/name")
 
 
@@ -641,7 +593,7 @@ def test_bad_file(tmp_path, name, content, message):
 
 def test_bad_parquet(tmp_path):
     whole = parquet_bytes(tmp_path, pa.table({"body": ["one"], "text": [1]}))
-    with pytest.raises(InputError, match="no column 'story'; there are: body, text"):
+    with pytest.raises(InputError, match=r"'story'.*body, text"):
         open_documents(bad(tmp_path, "a.parquet", whole), TextOptions(column="story"))
     with pytest.raises(InputError, match="column 'text' holds a int"):
         texts_of(open_documents(bad(tmp_path, "a.parquet", whole)))
@@ -672,9 +624,9 @@ def test_missing_and_empty_places(tmp_path):
 def test_text_shorter_than_one_sequence():
     documents = Documents.from_texts(["abcd", "efg"])  # 9 tokens with their ends
     assert len(sequences(stream_of(documents, seq_len=8), 3)) == 3
-    with pytest.raises(InputError, match="shorter than 10 tokens, a sequence of seq_len 9 and one more"):
+    with pytest.raises(InputError, match=r"10 tokens.*seq_len 9"):
         stream_of(documents, seq_len=9)
     again = sequences(stream_of(documents, seq_len=9, repeat=True), 3)
     assert all(torch.equal(again[0]["input_ids"], block["input_ids"]) for block in again)
-    with pytest.raises(InputError, match="shorter than 10 tokens, a sequence of seq_len 10"):
+    with pytest.raises(InputError, match=r"10 tokens.*seq_len 10"):
         stream_of(documents, seq_len=10, repeat=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import errno
 import json
 import os
-import shutil
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 import castlm.training.train as training
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
-from castlm.core.nm import unpack_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.shards import local, whole
 from castlm.core.sparsify import sparse_linears, sparse_param_groups
@@ -57,7 +56,7 @@ from tests.faults import (
 )
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
 from tests.runs import assert_same_runs_but_for_sums, begin_run, metrics, train_until
-from tests.slow import slow
+from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 START = {"init_from": "magnitude"}
@@ -90,27 +89,27 @@ def train_uneven(config: TrainConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_rank_runs(gemma, text, tmp_path_factory) -> dict[str, Path]:
-    """The run on one rank, from the default start and from the one whose masks are refreshed."""
+def one_rank_run(request, gemma, text, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    """The options of a start, the default or the one whose masks are refreshed, and the run with it on one rank."""
+    over = {} if request.param == "default" else START
     folder = tmp_path_factory.mktemp("one")
-    for name, over in (("default", {}), ("magnitude", START)):
-        run_ranks(train_uneven, 1, small(gemma, text, folder / name / "run", 1, **over), folder=folder)
-    return {name: folder / name / "run" for name in ("default", "magnitude")}
+    run_ranks(train_uneven, 1, small(gemma, text, folder / "run", 1, **over), folder=folder)
+    return over, folder / "run"
 
 
 @pytest.mark.parametrize(
-    ("sharding", "ranks", "per_node", "start"),
+    ("sharding", "ranks", "per_node", "one_rank_run"),
     [
         ("full", 2, 2, "default"),
         slow("full", 3, 3, "magnitude"),
         slow("replicate", 2, 2, "default"),
         slow("hybrid", 4, 2, "magnitude"),
     ],
+    indirect=["one_rank_run"],
 )
-def test_ranks_are_one_rank(sharding, ranks, per_node, start, one_rank_runs, gemma, text, tmp_path):
+def test_ranks_are_one_rank(sharding, ranks, per_node, one_rank_run, gemma, text, tmp_path):
     """Teacher, weight scaling, tied embeddings, clipping, accumulation, evaluation, uneven counts and uneven shards."""
-    one_rank = one_rank_runs[start]
-    over = START if start == "magnitude" else {}
+    over, one_rank = one_rank_run
     config = small(gemma, text, tmp_path / "run", ranks, sharding=sharding, **over)
     environment = {"LOCAL_WORLD_SIZE": str(per_node)}
     run_ranks(train_uneven, ranks, config, folder=tmp_path, environment=environment)
@@ -220,27 +219,6 @@ def test_after_an_exception_the_group_of_gpus_is_not_destroyed(device, monkeypat
     assert left == [world] * (2 if device == "cpu" else 1)
 
 
-def wait_for_the_main_rank() -> None:
-    world = init_world("cpu", "full", timeout_s=1)
-
-    def work(seconds: float) -> int:
-        time.sleep(seconds)
-        return 7
-
-    assert world.on_main(lambda: work(3), patient=True) == 7
-    if world.is_main:
-        with contextlib.suppress(RuntimeError):
-            world.on_main(lambda: work(3))
-    else:
-        with pytest.raises(RuntimeError):
-            world.on_main(lambda: work(3))
-
-
-@pytest.mark.slow
-def test_ranks_wait_for_long_work_of_the_main_rank_alone(tmp_path):
-    run_ranks(wait_for_the_main_rank, 2, folder=tmp_path)
-
-
 ROTATED = {"init_from": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4, "rotate": "residual"}
 """The rotation changes every parameter, and gives the head of Gemma its own."""
 
@@ -289,11 +267,20 @@ def train_on_a_disk_of_its_own(config: TrainConfig, folder: Path) -> int:
     return train_as_a_command(config)
 
 
+def assert_refused(log: Path, message: str, function: Callable[..., int], *args: Any) -> None:
+    """Both ranks end with exit code 2; one line says why, and the other rank has no other."""
+    assert wait_ranks(start_ranks(function, 2, *args, log=log), 60) == [2, 2]
+    errors = said(log, 2)
+    assert re.search(message, errors), errors
+    assert len({line for line in errors.splitlines() if line.startswith("castlm: error: ")}) == 1
+    assert "Traceback" not in errors
+
+
 def test_an_output_folder_that_ranks_do_not_share_is_refused(gemma, text, tmp_path):
-    log = tmp_path / "log"
     config = small(gemma, text, Path("run"), 2, timeout_s=10)
-    assert wait_ranks(start_ranks(train_on_a_disk_of_its_own, 2, config, tmp_path, log=log), 60) == [2, 2]
-    assert "rank 1 does not see the output folder run of rank 0: choose" in Path(f"{log}.0").read_text()
+    assert_refused(
+        tmp_path / "log", "rank 1 .* output folder run of rank 0", train_on_a_disk_of_its_own, config, tmp_path
+    )
     assert not (tmp_path / "0" / "run").exists()
 
 
@@ -301,11 +288,9 @@ def test_an_output_folder_that_ranks_do_not_share_is_refused(gemma, text, tmp_pa
 def test_ranks_with_other_weights_of_the_model_are_refused(sharding, text, tmp_path):
     for rank in range(2):
         save_tiny(tmp_path / str(rank) / "model", "llama", seed=rank)
-    log = tmp_path / "log"
     whole = {"sharding": "replicate", "adapter": "shira", "eta": 0.0, "method": "finetune", "init_from": "model"}
     config = small("model", text, tmp_path / "run", 2, **(START if sharding == "full" else whole))
-    assert wait_ranks(start_ranks(train_on_a_disk_of_its_own, 2, config, tmp_path, log=log), 60) == [2, 2]
-    assert "rank 1 has other weights of model than rank 0: give all of them" in Path(f"{log}.0").read_text()
+    assert_refused(tmp_path / "log", "rank 1 has other weights of model", train_on_a_disk_of_its_own, config, tmp_path)
 
 
 def train_without_its_tracker(config: TrainConfig) -> int:
@@ -316,20 +301,11 @@ def train_without_its_tracker(config: TrainConfig) -> int:
     return train_as_a_command(config)
 
 
-def test_a_tracker_that_cannot_be_opened_is_one_line_on_one_rank(gemma, text, tmp_path):
-    config = small(gemma, text, tmp_path / "run", 2, report_to=("tensorboard",), **START)
-    log = tmp_path / "log"
-    assert wait_ranks(start_ranks(train_without_its_tracker, 2, config, log=log), 60) == [2, 2]
-    assert "report_to tensorboard: not logged in" in Path(f"{log}.0").read_text()
-    assert Path(f"{log}.1").read_text() == ""
-
-
-def test_a_start_that_fails_is_one_line_on_one_rank(gemma, text, tmp_path):
-    config = small(gemma, text, tmp_path / "run", 2, init_from=gemma)
-    log = tmp_path / "log"
-    assert wait_ranks(start_ranks(train_as_a_command, 2, config, log=log), 60) == [2, 2]
-    assert "is not 2:4 in model.layers.0" in Path(f"{log}.0").read_text()
-    assert Path(f"{log}.1").read_text() == ""
+def test_a_failure_of_the_main_rank_alone_is_one_line(gemma, text, tmp_path):
+    tracked = small(gemma, text, tmp_path / "run", 2, report_to=("tensorboard",), **START)
+    assert_refused(tmp_path / "log", "report_to tensorboard: not logged in", train_without_its_tracker, tracked)
+    config = small(gemma, text, tmp_path / "other", 2, init_from=gemma)
+    assert_refused(tmp_path / "log", r"is not 2:4 in model\.layers\.0", train_as_a_command, config)
 
 
 def train_with_a_defect_on_the_main_rank(config: TrainConfig) -> int:
@@ -349,22 +325,6 @@ def test_an_error_of_a_rank_is_not_taken_for_the_end_of_another(gemma, text, tmp
     assert "rank 0 (or one that it names) hangs or has ended" in Path(f"{log}.1").read_text()
 
 
-@pytest.mark.parametrize(
-    ("rank", "error", "named"),
-    [
-        (0, "[Rank 0]: Ranks 1, 3 failed to pass monitoredBarrier in 10000 ms", "rank 1, 3"),
-        (0, "Read error [127.0.0.1]:1951: Connection reset by peer", "another rank"),
-        (1, "Connection closed by peer [127.0.0.1]:18819", "rank 0 (or one that it names)"),
-    ],
-)
-def test_the_main_rank_does_not_name_itself_as_the_one_that_ended(rank, error, named, monkeypatch):
-    def broken(*arguments, **options):
-        raise RuntimeError(error)
-
-    monkeypatch.setattr(dist, "monitored_barrier", broken)
-    assert World(rank, 4, torch.device("cpu"), object()).missing(10) == named
-
-
 # ---------------------------------------------------------------------- the run checks itself
 
 
@@ -378,38 +338,18 @@ def test_a_mask_that_is_not_its_weights_stops_the_run(gemma, text, tmp_path, mon
         return flips
 
     monkeypatch.setattr(AdamS, "refresh_masks", shifted)
-    with pytest.raises(RuntimeError, match=r"the mask of model\.layers\.1\.\S+ does not match its weight"):
+    with pytest.raises(RuntimeError, match=r"mask of model\.layers\.1"):
         train(small(gemma, text, tmp_path / "run", 1, **START))
 
 
 def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monkeypatch):
     step_group = AdamS._step_group
     monkeypatch.setattr(AdamS, "_step_group", lambda self, group: None if group["sparse"] else step_group(self, group))
-    with pytest.raises(RuntimeError, match="0 sparse weights were stepped, the model has 18,432"):
+    with pytest.raises(RuntimeError, match=r"0 .*18,432"):
         train(small(gemma, text, tmp_path / "run", 1))
 
 
 # ---------------------------------------------------------------------- what a run keeps and counts
-
-
-def keep_initial_masks(config: TrainConfig) -> None:
-    world = init_world("cpu", config.runtime.sharding)
-    run = begin_run(config, world)
-    assert len(run.initial_masks) == 14
-    before = [whole(packed) for packed in run.initial_masks.values()]
-    for (param, mask), packed in zip(run.method.masks().items(), before):
-        assert packed.dtype == torch.uint8
-        assert packed.numel() == param.numel() / 8
-        assert torch.equal(unpack_mask(packed, param.shape[1]), whole(mask))
-    for packed in run.initial_masks.values():
-        local(packed).bitwise_xor_(1)  # one bit of eight
-    run.evaluate()
-    assert run.progress.figures["0"]["initial_flip_rate"] == 1 / 8
-    close_world(world)
-
-
-def test_masks_of_step_0_are_kept_as_bits(gemma, text, tmp_path):
-    run_ranks(keep_initial_masks, 2, small(gemma, text, tmp_path / "run", 2), folder=tmp_path)
 
 
 def count_masked(config: TrainConfig, num_masked: int) -> None:
@@ -489,25 +429,17 @@ def test_resumed_on_other_numbers_of_ranks(straight, over, stops, gemma, text, t
                 assert row[key] == pytest.approx(expected[key], rel=1e-6), key
 
 
-def slow_writes(monkeypatch, seconds: float) -> None:
-    def slowly(tensors, file):
-        time.sleep(seconds)
-        save_file(tensors, file)
-
-    monkeypatch.setattr(checkpoint, "save_file", slowly)
-
-
 @pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, monkeypatch):
     """A checkpoint holds the state at the time of the save, whatever has happened since."""
     config = small(gemma, text, tmp_path / "sync", 1, max_steps=6, save_steps=2, eval_steps=6, async_save=False)
     train(config)
-    slow_writes(monkeypatch, 0.5)
+    monkeypatch.setattr(checkpoint, "save_file", lambda *given: (time.sleep(0.5), save_file(*given)))
     seen = []
     finish_save = Saver.finish
     monkeypatch.setattr(Saver, "finish", lambda self: (seen.append(bool(self._pending)), finish_save(self)))
     train(config.changed(output_dir=str(tmp_path / "async"), async_save=True))
-    run = begin_run(config.changed(output_dir=str(tmp_path / "other")), init_world("cpu", "full"))
+    run = begin_run(config.changed(output_dir=str(tmp_path / "other")))
     for step in (4, 6):
         states = []
         for name in ("sync", "async"):
@@ -518,12 +450,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(gemma, text, tmp_path, m
     assert seen[:3] == [False, False, True]  # two in the first save; the second found the first still being written
 
 
-def fail_at(config: TrainConfig, rank: int, step: int, code: int) -> int:
-    """Trains; what `rank` writes at `step` fails with the error number `code`, as the system reports it."""
+def fail_at(config: TrainConfig, rank: int, step: int) -> int:
+    """Trains; the disk is full when `rank` writes at `step`."""
 
     def failing(tensors: dict[str, torch.Tensor], file: Path) -> None:
-        if f"step-{step:08d}" in str(file) and (not dist.is_initialized() or dist.get_rank() == rank):
-            raise OSError(code, {errno.ENOSPC: "No space left on device", errno.EIO: "Input/output error"}[code])
+        if f"step-{step:08d}" in str(file) and dist.get_rank() == rank:
+            raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, file)
 
     checkpoint.save_file = failing
@@ -533,28 +465,13 @@ def fail_at(config: TrainConfig, rank: int, step: int, code: int) -> int:
 @pytest.mark.parametrize("background", [True, slow(False)])
 def test_a_rank_that_cannot_write_stops_all_with_the_last_checkpoint_whole(background, gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, max_steps=6, save_steps=2, eval_steps=6, async_save=background)
-    ranks = start_ranks(fail_at, 2, config, 1, 4, errno.ENOSPC, log=tmp_path / "log")
-    assert wait_ranks(ranks, 60) == [2, 2]
+    assert_refused(tmp_path / "log", "step 4 could not be saved .* disk is full", fail_at, config, 1, 4)
     folder = tmp_path / "run" / "checkpoints"
-    message = f"castlm: error: step 4 could not be saved in {folder}: the disk is full; the last whole checkpoint is "
-    assert said(tmp_path / "log", 2).count(message) == 1
     assert list(checkpoint_steps(folder)) == [2]
     assert not list(folder.glob(".step*"))
     if background:
         run_ranks(train, 2, config.changed(resume=True), folder=tmp_path)  # and continues from it
         assert verify(tmp_path / "run" / "model").ok
-
-
-def test_vanished_folder(gemma, text, tmp_path, monkeypatch):
-    def vanishing(tensors, file):
-        if "step-00000004" in str(file):
-            shutil.rmtree(file.parent)
-        save_file(tensors, file)
-
-    monkeypatch.setattr(checkpoint, "save_file", vanishing)
-    with pytest.raises(InputError, match=r"step 4 could not be saved .*step-00000002"):
-        train(small(gemma, text, tmp_path / "run", 1, max_steps=6, save_steps=2, eval_steps=6))
-    assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [2]
 
 
 @pytest.mark.parametrize(
@@ -605,10 +522,15 @@ def assert_generation_config(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_export_tensor_by_tensor(text, tmp_path):
-    """Several files, Conv1D in its own layout, ties, the generation config: what transformers would have written."""
+    """Several files, Conv1D in its own layout, ties, the dtype, the generation config: as transformers writes it."""
     dense = with_generation_config(save_tiny(tmp_path / "dense", "gpt2"))
-    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2)
-    run_ranks(export_in_small_files, 2, config, False, folder=tmp_path)
+    expected = {name: tensor.bfloat16() for name, tensor in load_file(dense / "model.safetensors").items()}
+    save_file(expected, dense / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((dense / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (dense / "config.json").write_text(json.dumps(fields))
+    run_ranks(
+        export_in_small_files, 2, small(str(dense), text, tmp_path / "run", 2, max_steps=2), False, folder=tmp_path
+    )
     folder = tmp_path / "run" / "model"
     assert_generation_config(folder)
     report = verify(folder)
@@ -617,10 +539,11 @@ def test_export_tensor_by_tensor(text, tmp_path):
     parts = sorted(folder.glob("*.safetensors"))
     assert len(parts) > 2
     stored = {name: tensor for file in parts for name, tensor in load_file(file).items()}
-    expected = load_file(dense / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in stored.items()} == {n: t.shape for n, t in expected.items()}
+    kinds = ({name: (tensor.shape, tensor.dtype) for name, tensor in of.items()} for of in (stored, expected))
+    assert next(kinds) == next(kinds)
     record = json.loads((folder / "castlm.json").read_text())
-    assert record["proof"]["tensors_equal_in_bits"] == len(load_model(str(folder)).model.state_dict())
+    assert record["dtype"] == json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert record["proof"]["tensors_equal_in_bits"] == len(stored) + 1  # the tied head is compared too
     assert record["proof"]["perplexity_from_disk"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-5)
     assert (folder / "README.md").is_file()
 
@@ -647,25 +570,6 @@ def test_a_dense_control_is_exported_by_ranks_that_wait_for_the_main_rank(gemma,
     load_model(str(tmp_path / "run" / "model"))
 
 
-@pytest.mark.slow
-def test_export_is_in_the_dtype_of_the_source_model(text, tmp_path):
-    dense = save_tiny(tmp_path / "dense", "gpt2")
-    stored = {name: tensor.bfloat16() for name, tensor in load_file(dense / "model.safetensors").items()}
-    save_file(stored, dense / "model.safetensors", metadata={"format": "pt"})
-    fields = json.loads((dense / "config.json").read_text()) | {"dtype": "bfloat16"}
-    (dense / "config.json").write_text(json.dumps(fields))
-    config = small(str(dense), text, tmp_path / "run", 2, max_steps=2)
-    run_ranks(export_in_small_files, 2, config, False, folder=tmp_path)
-    folder = tmp_path / "run" / "model"
-    written = [tensor for file in folder.glob("*.safetensors") for tensor in load_file(file).values()]
-    assert {tensor.dtype for tensor in written} == {torch.bfloat16}
-    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    record = json.loads((folder / "castlm.json").read_text())
-    assert record["dtype"] == "bfloat16"
-    assert record["proof"]["tensors_equal_in_bits"] == len(written) + 1  # the tied head is compared too
-    assert verify(folder).ok
-
-
 def train_and_gather(config: TrainConfig) -> int:
     finish.is_remote_code = lambda model: True  # such a model is written from the memory of one rank
     return train_as_a_command(config)
@@ -681,8 +585,7 @@ def test_a_gathered_model_keeps_its_generation_config(text, tmp_path):
 @pytest.mark.slow
 def test_export_that_is_not_what_is_in_memory_is_refused(gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, max_steps=2)
-    assert wait_ranks(start_ranks(export_in_small_files, 2, config, True, log=tmp_path / "log"), 60) == [2, 2]
-    assert "has other values in the files" in said(tmp_path / "log", 2)
+    assert_refused(tmp_path / "log", "has other values in the files", export_in_small_files, config, True)
     assert (tmp_path / "run" / "model.rejected").is_dir()
     assert not (tmp_path / "run" / "model").exists()
 
@@ -769,7 +672,7 @@ def test_sharded_load_is_load_model_bit_for_bit(tmp_path):
     run_ranks(load_every_family, 2, [*folders, str(tmp_path / "cut")], folder=tmp_path)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *EXPERTS])
+@pytest.mark.parametrize("family", slow_but(("llama", "gpt2", "gpt_oss"), [*FAMILIES, *EXPERTS]))
 def test_the_fingerprint_of_files_is_that_of_the_loaded_model(family, tmp_path):
     folder = str(save_tiny(tmp_path, family, intermediate_size=80))  # rows of more and of fewer than 64 numbers
     _, checkpoint = open_sharded(folder, trust_remote_code=False, revision=None)
@@ -835,7 +738,5 @@ def test_bad_weights_are_refused_by_every_rank(fault, text, tmp_path):
     model.save_pretrained(tmp_path / "model", state_dict=state)
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     config = small(str(tmp_path / "model"), text, tmp_path / "run", 2)
-    assert wait_ranks(start_ranks(train_as_a_command, 2, config, log=tmp_path / "log"), 60) == [2, 2]
-    message = {"NaN": "mlp.down_proj.weight of {} holds NaN", "missing": "{} lacks model.layers.1.mlp"}
-    assert message[fault].format(tmp_path / "model") in said(tmp_path / "log", 2)
-    assert "Traceback" not in said(tmp_path / "log", 2)
+    message = {"NaN": "mlp.down_proj.weight .* holds NaN", "missing": "lacks model.layers.1.mlp"}[fault]
+    assert_refused(tmp_path / "log", message, train_as_a_command, config)

@@ -15,10 +15,9 @@ from castlm.core.errors import InputError
 from castlm.export.verify import verify
 from tests.ranks import run_ranks
 from tests.runs import assert_same_but_for_sums
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import TEXT, save_tiny, tiny_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-TEXT = "\n\n".join(f"Story {i}: " + " ".join(chr(97 + (i * j) % 26) * 3 for j in range(60)) for i in range(20))
 
 
 def example(name: str) -> ModuleType:
@@ -104,17 +103,14 @@ def test_trainer_refuses_what_breaks_the_masks(setting, reason, tmp_path):
         example("trainer").CastTrainer(tiny_model("llama"), args)
 
 
-def test_trainer_refuses_what_accelerate_launch_asks_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [("ACCELERATE_USE_FSDP", "true", "FSDP1 flattens"), ("WORLD_SIZE", "2", "separate model in each process")],
+)
+def test_trainer_refuses_what_its_launcher_asks_for(variable, value, reason, tmp_path, monkeypatch):
     args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP1 flattens"):
-        example("trainer").CastTrainer(tiny_model("llama"), args)
-
-
-def test_trainer_refuses_to_train_in_each_process_by_itself(tmp_path, monkeypatch):
-    args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="separate model in each process"):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=reason):
         example("trainer").CastTrainer(tiny_model("llama"), args)
 
 

@@ -21,7 +21,7 @@ from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import change_basis_, prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
-from tests.slow import slow_but
+from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model
 
 NAME = "model.layers.0.mlp.experts"
@@ -77,7 +77,7 @@ def test_an_expert_is_seen_with_the_tokens_that_are_routed_to_it(family):
             torch.testing.assert_close(hessian, 2 / len(ids) * x.T @ x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", [slow("mixtral"), "qwen3_moe"])
 def test_an_expert_with_few_tokens_is_calibrated_on_all(family):
     model, ids = linear_model(family), calibration(2, 32)
     model.model.layers[0].mlp.gate.weight.data[3] *= 0  # rarely among the two best, never the best
@@ -123,7 +123,7 @@ def test_refinements_and_reconstruction_work_on_experts():
     assert torch.equal(model.model.layers[0].mlp.gate.weight, before)
 
 
-@pytest.mark.parametrize("rotate", ["values", "residual"])
+@pytest.mark.parametrize("rotate", [slow("values"), "residual"])
 def test_the_basis_of_a_model_with_experts_changes_and_its_function_does_not(rotate):
     model, ids = linear_model("mixtral"), calibration()
     before = model(ids[:1]).logits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ import pytest
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_full, reporting_full_disk
 from castlm.files.output import atomic_dir, check_output
-from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, read_result
 
 
@@ -133,21 +131,6 @@ def test_the_old_comes_back_when_the_second_rename_fails(tmp_path, monkeypatch):
         write(final, a="new")
     assert (final / "a").read_text() == "old"
     assert entries(tmp_path) == ["out"]
-
-
-def test_a_folder_that_cannot_be_renamed_is_named(tmp_path, monkeypatch):
-    write(tmp_path / "out", a="old")
-    rename = os.rename
-
-    def failing(source, target):
-        if str(target).endswith(".previous"):
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), source)  # a mount point
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(InputError, match=f"{tmp_path / 'out'} cannot be renamed"):
-        write(tmp_path / "out", a="new")
-    assert (tmp_path / "out" / "a").read_text() == "old"
 
 
 def test_a_link_is_followed(tmp_path):
@@ -309,31 +292,12 @@ def test_the_next_writer_of_a_file_removes_what_killed_ones_have_left(tmp_path):
     assert entries(tmp_path) == sorted(["a.json", *live, *others])
 
 
-def test_a_process_lists_a_folder_once_for_all_the_files_it_writes_there(tmp_path, monkeypatch):
-    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
-        dead.wait()
-    for name in "ab":
-        (tmp_path / f".{name}.json.tmp-{dead.pid}-0123@{socket.gethostname()}").touch()
-    listed, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
-    for name in "aba":
-        atomic_write_json(tmp_path / f"{name}.json", {})
-    assert listed == [tmp_path]
-    assert sorted(listdir(tmp_path)) == ["a.json", "b.json"]
-
-
-def test_sha256_file(tmp_path):
-    content = os.urandom(3 << 20)
-    (tmp_path / "a").write_bytes(content)
-    assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
-
-
 def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(tmp_path):
     for name in ("n" * 250, "ä" * 122):
-        with pytest.raises(InputError, match="File name too long; choose another output folder"):
+        with pytest.raises(InputError, match="too long"):
             check_output(tmp_path / name)
         with (
-            pytest.raises(OSError, match="File name too long"),
+            pytest.raises(OSError, match="too long"),
             atomic_dir(tmp_path / name),
         ):
             pytest.fail("the work was begun")
@@ -341,7 +305,7 @@ def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(tmp_path):
 
 
 def test_a_file_that_is_too_large_is_said(tmp_path):
-    said = pytest.raises(InputError, match=r"limit \(ulimit -f\) does not allow so large a file")
+    said = pytest.raises(InputError, match=r"ulimit -f")
     with said, reporting_full_disk(tmp_path / "a"):
         raise OSError(errno.EFBIG, "File too large")
     with pytest.raises(InputError, match="so large a file"), reporting_full_disk(tmp_path / "a"):

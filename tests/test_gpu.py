@@ -18,7 +18,7 @@ from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.start import change_basis_, prune_oneshot_
 from tests.pretend_gpu import PretendTensor, pretend_gpu
 from tests.runs import begin_run, small
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import tiny_model
 
 IDS = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
 
@@ -39,10 +39,9 @@ def test_devices_do_not_mix(gpu):
         there.numpy()
 
 
-def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(gpu, text, tmp_path):
-    model = str(save_tiny(tmp_path / "llama"))
+def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(gpu, llama, text, tmp_path):
     options = {"init_from": "magnitude", "max_steps": 2, "mask_interval": 1, "eval_tokens": 128}
-    run = begin_run(small(model, text, tmp_path / "run", **options), init_world("auto", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run", **options), init_world("auto", "full"))
     assert run.model.device.type == "cuda"
     assert run.evaluator.precision == "bf16"
     run.train_step()

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from castlm.core.hidden import hidden_distance
-from castlm.distributed.world import init_world
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.start import change_basis_
 from castlm.training.objective import Objective, make_teacher
 from tests.runs import begin_run, small
+from tests.slow import slow
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 BLOCKS, HIDDEN = 3, 8
@@ -65,31 +65,13 @@ def test_tokens_that_do_not_count_and_the_teacher_get_no_gradient(states):
         assert torch.equal(s.grad.abs().sum(-1) > 0, labels != -100)
 
 
-def test_a_rotation_of_both_streams_leaves_the_distance(states):
-    student, teacher, labels = states
-    rotation = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, dtype=torch.float64))[0]
-    turned = [[x @ rotation for x in side] for side in (student, teacher)]
-    assert torch.allclose(hidden_distance(*turned, labels), hidden_distance(student, teacher, labels))
-
-
-def test_one_token_whose_stream_is_huge_hardly_counts_more_than_one_that_is_lost(states):
-    student, teacher, labels = states
-    lost, huge = [[x.detach().clone() for x in student] for _ in range(2)]
-    lost[0][0, 3], huge[0][0, 3] = 0.0, 1000.0
-    huge = [x.requires_grad_() for x in huge]
-    distance = hidden_distance(huge, teacher, labels)
-    distance.backward()
-    assert distance < hidden_distance(lost, teacher, labels) + 1
-    assert huge[0].grad[0, 3].norm() < huge[0].grad[0, 2].norm()
-
-
 def test_a_teacher_whose_stream_is_zero_gives_no_nan(states):
     student, _, labels = states
     nowhere = [torch.zeros_like(s) for s in student]
     assert hidden_distance([0 * s for s in student], nowhere, labels) == 0
 
 
-@pytest.mark.parametrize("rotate", ["auto", "residual"])
+@pytest.mark.parametrize("rotate", [slow("auto"), "residual"])
 def test_the_same_function_in_another_basis_is_at_no_distance(rotate):
     model = tiny_model("llama")
     ids = torch.randint(0, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -104,24 +86,9 @@ def test_the_same_function_in_another_basis_is_at_no_distance(rotate):
     assert torch.allclose(damaged.loss, 0.5 * damaged.ce + 0.5 * damaged.kl + damaged.hidden)
 
 
-def test_hidden_states_are_distilled_by_default_and_resumed_in_their_basis(llama, text, tmp_path):
-    options = {"rotate": "residual", "rotation_iterations": 5, "calibration_sequences": 4, "save_steps": 2}
-    straight = begin_run(small(llama, text, tmp_path / "run", **options), init_world("cpu", "full"))
-    for _ in range(2):
-        straight.train_step()
-    straight.save()
-    straight.saver.finish()
-    straight.train_step()
-    again = begin_run(small(llama, text, tmp_path / "run", resume=True, **options), init_world("cpu", "full"))
-    assert torch.equal(again.objective.stream_basis, straight.objective.stream_basis)
-    again.train_step()
-    for (name, one), (_, other) in zip(straight.model.named_parameters(), again.model.named_parameters()):
-        assert torch.equal(one, other), name
-
-
 def test_gradient_checkpointing_changes_nothing(llama, text, tmp_path):
     runs = [
-        begin_run(small(llama, text, tmp_path / str(saves), gradient_checkpointing=saves), init_world("cpu", "full"))
+        begin_run(small(llama, text, tmp_path / str(saves), gradient_checkpointing=saves, init_from="magnitude"))
         for saves in (False, True)
     ]
     for run in runs:

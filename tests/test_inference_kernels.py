@@ -54,7 +54,7 @@ def test_products_and_rows_of_every_format(values, n, m, layout, level):
                 check_product(packed, buffer, torch.randn(batch, columns).to(dtype))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     values=st.sampled_from(list(native.VALUES)),
     pattern=st.sampled_from(PATTERNS),
@@ -233,6 +233,7 @@ def test_tensors_that_the_kernels_cannot_read_are_refused():
             native.repack_(**given, scales=None, kind="bf16", n=2, m=4, columns=64)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
 def test_a_lack_of_memory_is_an_error():
     """In a process of its own, whose memory can be limited, and which keeps none that others have freed."""

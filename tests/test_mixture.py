@@ -18,7 +18,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.text import open_training_text
 from castlm.training.train import train
 from tests.runs import metrics, small, stop_and_resume
-from tests.tiny import EOS, TEXT, save_tiny, tiny_tokenizer
+from tests.tiny import EOS, TEXT, tiny_tokenizer
 
 
 def texts(letter: str, sizes: list[int]) -> Documents:
@@ -56,7 +56,7 @@ def test_calibration_takes_from_each_text_its_share_of_the_sequences_in_turns():
     drawn, _ = calibration_sequences(mixture(2, 1, 1), Encoder(tiny_tokenizer()), 8, 16)
     words = [tiny_tokenizer().decode(row.tolist()).replace(EOS, "")[0] for row in drawn]
     assert "".join(words) == "abcaabca"
-    with pytest.raises(InputError, match=r"b: the calibration text has 10.* tokens.* 200"):
+    with pytest.raises(InputError, match=r"b: .* 10.* 200"):
         calibration_sequences(mixture(1, 1), Encoder(tiny_tokenizer()), 8, 200)
 
 
@@ -86,7 +86,7 @@ def test_weights_are_read_from_the_names():
     for names, message in ((("a", "a:2"), "names a text twice"), (("a", ""), "is not text or a list"), ((), "dataset")):
         with pytest.raises(InputError, match=message):
             of(*names)
-    with pytest.raises(InputError, match="eval_dataset names a text twice: give it once"):
+    with pytest.raises(InputError, match=r"eval_dataset .*twice"):
         TrainConfig.of("m", "a", "o", eval_dataset=("b", "c", "b"))
     for more in ({"num_train_epochs": 1}, {"repeat_sequences": True}):
         with pytest.raises(InputError, match="needs a single dataset"):
@@ -96,8 +96,8 @@ def test_weights_are_read_from_the_names():
             of(f"a.txt:{weight}", "b.txt")
 
 
-def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text(text, tmp_path):
-    model, names = str(save_tiny(tmp_path / "llama")), []
+def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text(llama, text, tmp_path):
+    names = []
     for name in ("one", "two"):
         file = tmp_path / f"{name}.jsonl"
         rows = [TEXT[at : at + 300] for at in range(0, 9000, 300)]
@@ -105,7 +105,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
         names.append(str(file))
     fields = {"eval_dataset": tuple(names), "save_steps": 3, "max_steps": 6, "eval_steps": 6}
     mixed = (f"{names[0]}:0.75", f"{names[1]}:0.25", text)
-    straight = small(model, mixed, tmp_path / "straight", **fields)
+    straight = small(llama, mixed, tmp_path / "straight", **fields)
     record = train(straight)
     assert record["dataset"]["name"] == " + ".join([*names, text])
     killed = stop_and_resume(straight, 4)
@@ -115,32 +115,31 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
     assert min(parts) < last["perplexity"] < max(parts)
 
 
-def text_of(config, world):
+def text_of(config):
+    world = init_world("cpu", "full")
     return open_training_text(
         config.model, config.data, config.evaluation, tiny_tokenizer(), 264, world, rows_per_rank=4
     )
 
 
-def test_evaluation_texts_of_one_name_are_told_apart_by_their_paths(text, tmp_path):
-    model, names = str(save_tiny(tmp_path / "llama")), []
+def test_evaluation_texts_of_one_name_are_told_apart_by_their_paths(llama, text, tmp_path):
+    names = []
     for name in ("one/same.txt", "two/same.txt", "other.txt"):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(f"{name} {TEXT[:400]}")
         names.append(str(file))
-    config = small(model, text, tmp_path / "run", eval_dataset=tuple(names))
-    world = init_world("cpu", "full")
-    found = text_of(config, world)
+    config = small(llama, text, tmp_path / "run", eval_dataset=tuple(names))
+    found = text_of(config)
     assert list(found.eval_parts) == [names[0], names[1], "other.txt"]
 
 
-def test_the_held_out_tokens_of_a_hub_dataset_are_the_same_for_every_seed(tmp_path, monkeypatch):
+def test_the_held_out_tokens_of_a_hub_dataset_are_the_same_for_every_seed(llama, tmp_path, monkeypatch):
     def stream():
         return Dataset.from_list([{"text": f"<{number:04}>"} for number in range(300)]).to_iterable_dataset()
 
     documents = HubDocuments(stream, Columns("text", False), "name", "identity")
     monkeypatch.setattr(text_module, "open_documents", lambda *args, **kwargs: documents)
-    model, world = str(save_tiny(tmp_path / "llama")), init_world("cpu", "full")
-    found = [text_of(small(model, "name", tmp_path / "run", seed=seed, eval_tokens=300), world) for seed in (0, 1)]
+    found = [text_of(small(llama, "name", tmp_path / "run", seed=seed, eval_tokens=300)) for seed in (0, 1)]
     assert found[0].eval_sha256 == found[1].eval_sha256
     assert found[0].held_out.ids.equal(found[1].held_out.ids)

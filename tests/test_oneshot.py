@@ -12,16 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.nm import count_nm_violations, nm_mask, rank_mask
-from castlm.core.scaling import add_weight_scaling
+from castlm.core.nm import count_nm_violations, nm_mask
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.oneshot import walk as calibration_module
 from castlm.oneshot.calibration import calibration_length, draw_calibration
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
-from castlm.oneshot.source import block_stack
-from castlm.oneshot.sparsegpt import _lowest_sorted, _LowestOfGroup, sparsegpt
+from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.start import prune_oneshot_
-from tests.slow import slow_but
+from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, save_tiny, tiny_model
 
 
@@ -124,17 +122,6 @@ def test_sparsegpt_reports_the_damping_it_had_to_raise():
         sparsegpt(torch.ones(4, 32), indefinite)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (5, 8), (15, 16)])
-def test_the_lowest_of_a_group_break_ties_as_masks_do(n, m):
-    score = torch.randint(0, 3, (m, 500), generator=torch.Generator().manual_seed(3)).float()
-    assert torch.equal(_LowestOfGroup(n, m, 500, score)(score), ~rank_mask(score.T, n, m).T)
-
-
-def test_the_lowest_of_a_long_group_are_those_of_a_short_one():
-    score = torch.randint(0, 3, (16, 500), generator=torch.Generator().manual_seed(3)).float()
-    assert torch.equal(_lowest_sorted(score, n=5), _LowestOfGroup(5, 16, 500, score)(score))
-
-
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("family", slow_but(("qwen3", "gpt2"), FAMILIES))
 def test_every_family_equals_the_naive_loop_over_whole_forward_passes(family, method):
@@ -161,8 +148,8 @@ def test_blocks_with_masks_of_their_own():
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("pass_tokens", [1, 96, 10_000])
+@pytest.mark.parametrize("attention", ["sdpa", slow("eager")])
+@pytest.mark.parametrize("pass_tokens", [1, slow(96), 10_000])
 def test_sequences_a_pass_do_not_change_the_result(monkeypatch, pass_tokens, attention):
     model = tiny_model("llama", attn_implementation=attention)
     expected = copy.deepcopy(model)
@@ -171,13 +158,6 @@ def test_sequences_a_pass_do_not_change_the_result(monkeypatch, pass_tokens, att
     prune_oneshot_(model, "sparsegpt", calibration=tokens(7))
     for got, want in zip(model.parameters(), expected.parameters()):
         assert torch.allclose(got, want, atol=1e-5)
-
-
-@pytest.mark.parametrize(("num_sequences", "size"), [(7, 7), (8, 8), (9, 5), (17, 6), (128, 8)])
-def test_passes_have_about_the_same_number_of_sequences(monkeypatch, num_sequences, size):
-    monkeypatch.setattr(calibration_module, "PASS_TOKENS_CPU", 8 * 16)
-    found = calibration_module.batch_size(torch.zeros(num_sequences, 16), torch.device("cpu"))
-    assert found == size
 
 
 def test_passes_in_bf16_multiply_in_it_and_leave_all_else_in_fp32():
@@ -309,20 +289,12 @@ def test_calibration_windows_are_the_published_loaders():
         draw_calibration(ids[None], 5, 32)
 
 
-def test_layers_outside_one_stack_of_blocks():
-    with pytest.raises(InputError, match="in no transformer block"):
-        block_stack(tiny_model("llama"), ["lm_head"])
-    with pytest.raises(InputError, match="several stacks"):
-        block_stack(tiny_model("llama"), ["encoder.layers.0.q", "decoder.layers.0.q"])
-    assert block_stack(tiny_model("llama"), ["model.layers.0.mlp.experts.3.w1"])[0] == "model.layers"
-
-
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_a_layer_whose_input_is_not_finite_is_named(method):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1e38)
-    with pytest.raises(InputError, match=r"NaN or infinity at the input of model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(InputError, match=r"input of model\.layers\.1\.mlp\.down_proj"):
         prune_oneshot_(model, method, calibration=tokens())
 
 
@@ -372,13 +344,6 @@ def test_what_cannot_be_used_is_refused_before_the_model_is_touched(over, messag
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_weight_scaling_has_to_be_folded_first():
-    model = tiny_model("llama")
-    add_weight_scaling(model)
-    with pytest.raises(InputError, match="fold_weight_scaling"):
-        prune_oneshot_(model, "wanda", calibration=tokens())
-
-
 def test_a_model_that_does_more_between_its_blocks_is_refused():
     model = tiny_model("llama")
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
@@ -393,7 +358,7 @@ def test_a_model_that_does_more_between_its_blocks_is_refused():
 def test_a_layer_that_is_never_called_is_named():
     model = tiny_model("llama")
     model.model.layers[1].mlp.spare = nn.Linear(32, 32)
-    with pytest.raises(InputError, match=r"no calibration token reaches model\.layers\.1\.mlp\.spare"):
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.spare"):
         prune_oneshot_(model, "wanda", calibration=tokens())
 
 

@@ -26,6 +26,7 @@ from castlm.files.output import (
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
 from tests.refusals import refuse_mkdir
 from tests.replaced import killed_at
+from tests.slow import slow_but
 
 
 def write(file: Path, text: str = "x") -> Path:
@@ -136,7 +137,7 @@ def test_a_folder_without_a_whole_record_is_not_overwritten(record, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [OUTPUT, "metrics.jsonl"]
 
 
-@pytest.mark.parametrize("moment", range(30))
+@pytest.mark.parametrize("moment", slow_but(range(0, 30, 3), range(30)))
 def test_a_kill_at_any_moment_of_an_overwriting_start_loses_nothing(moment, tmp_path):
     run(tmp_path / "run", "1")
     killed_at(moment, lambda: run(tmp_path / "run", "2", overwrite=True))
@@ -247,7 +248,7 @@ def test_a_folder_alone_that_can_be_written_is_enough_for_a_run(tmp_path, monkey
     out = tmp_path / "out"
     out.mkdir()
     refuse_mkdir(monkeypatch, tmp_path)
-    with pytest.raises(InputError, match=f"cannot write {tmp_path}, where out is to be: Permission denied"):
+    with pytest.raises(InputError, match=f"{tmp_path}.*Permission denied"):
         check_output(out)
     run(out, "1")
     with pytest.raises(InputError, match="Permission denied"), output_folder(out, "train", overwrite=True):

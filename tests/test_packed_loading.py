@@ -26,7 +26,7 @@ from castlm.inference import decode, generate, native
 from castlm.inference.decode import greedy
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule, pack_model_
 from castlm.models.io import load_model
-from tests.slow import slow
+from tests.slow import slow, slow_but
 from tests.test_packed import pruned_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
@@ -48,7 +48,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("llama", "qwen2", "opt", "gemma"), FAMILIES))
 @pytest.mark.parametrize("tied", [True, slow(False)])
 def test_a_packed_model_gives_the_logits_and_tokens_of_the_plain_one(family, tied, tmp_path):
     source = pruned_folder(tmp_path / "source", family, tie_word_embeddings=tied)
@@ -127,7 +127,7 @@ def test_a_model_is_packed_in_memory(folders):
 def test_a_model_whose_weights_do_not_fit_a_dtype_is_not_packed_in_it(layer):
     model = tiny_model("llama")
     model.get_submodule(layer).weight.data[0, 0] = 1e5
-    with pytest.raises(InputError, match=r"a value of 1e\+05 does not fit fp16: pass --dtype bf16"):
+    with pytest.raises(InputError, match=r"1e\+05 .*fp16: pass --dtype bf16"):
         pack_model_(model, 0, 0, dtype=torch.float16)
 
 
@@ -164,20 +164,24 @@ def test_a_model_without_its_head_leaves_the_packed_head_out(folders, tmp_path):
     torch.testing.assert_close(packed(IDS).last_hidden_state, states, rtol=1e-4, atol=1e-4)
 
 
-def test_a_tied_head_with_a_bias_is_not_rounded(tmp_path):
-    source = pruned_folder(tmp_path / "source", "phi", tie_word_embeddings=True)
-    with pytest.raises(InputError, match="a bias"):
-        pack_folder(source, tmp_path / "packed", head="int8")
-
-
-def test_a_tied_head_that_is_stored_too_is_not_rounded(tmp_path):
-    source = pruned_folder(tmp_path / "source", "gpt2")
-    tensors = load_file(source / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, source / "model.safetensors")
-    config = json.loads((source / "config.json").read_text())
-    del config["tie_word_embeddings"]  # GPT-2's default is True
-    (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"stores lm_head\.weight"):
+@pytest.mark.parametrize(
+    ("family", "over", "reason"),
+    [
+        ("phi", {"tie_word_embeddings": True}, "a bias"),
+        ("gemma", {}, "does more than look up and multiply"),
+        ("gpt2", {}, r"stores lm_head\.weight"),
+    ],
+    ids=["a tied head with a bias", "an embedding that scales", "a tied head that is stored too"],
+)
+def test_a_head_that_is_not_a_product_of_its_own_is_not_rounded(family, over, reason, tmp_path):
+    source = pruned_folder(tmp_path / "source", family, **over)
+    if family == "gpt2":
+        tensors = load_file(source / "model.safetensors")
+        save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, source / "model.safetensors")
+        config = json.loads((source / "config.json").read_text())
+        del config["tie_word_embeddings"]  # GPT-2's default is True
+        (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=reason):
         pack_folder(source, tmp_path / "packed", head="int8")
 
 
@@ -226,13 +230,6 @@ def test_tables_that_scale_what_they_look_up_stay_in_fp32(tmp_path):
 def test_load_model_unpacks(folders):
     packed, plain = (load_model(folder).model.state_dict() for folder in reversed(folders))
     assert packed.keys() == plain.keys()
-    assert all(torch.equal(packed[name], plain[name]) for name in plain)
-
-
-def test_conv1d_comes_back_in_its_layout(tmp_path):
-    source = pruned_folder(tmp_path / "source", "gpt2")
-    pack_folder(source, tmp_path / "packed")
-    packed, plain = (load_model(tmp_path / name).model.state_dict() for name in ("packed", "source"))
     assert all(torch.equal(packed[name], plain[name]) for name in plain)
 
 
@@ -343,13 +340,6 @@ def test_a_string_of_the_generation_config_ends_the_text(which, folders, capsys)
     assert short.new_tokens < 8
 
 
-def test_generate_says_that_a_chat_template_refuses_the_prompt(folders, tmp_path, capsys):
-    model = shutil.copytree(folders[0], tmp_path / "model")
-    (model / "chat_template.jinja").write_text("{{ raise_exception('No prompt is good enough') }}")
-    assert main(["generate", str(model), "--prompt", "a"]) == 2
-    assert "the chat template cannot render the conversation" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("which", [0, 1])
 def test_generate_refuses_weights_that_are_missing_or_not_finite(which, folders, tmp_path, capsys):
     def complaint(name: str) -> str:
@@ -373,16 +363,3 @@ def test_generate_refuses_weights_that_are_missing_or_not_finite(which, folders,
 def test_generate_takes_no_more_threads_than_there_are_processors(folders, capsys):
     assert main(["generate", str(folders[1]), "--prompt", "a", "--threads", "5000"]) == 2
     assert "--threads 5000 is more than the processors here" in capsys.readouterr().err
-
-
-def test_an_embedding_that_scales_is_not_rounded(tmp_path):
-    source = pruned_folder(tmp_path / "source", "gemma")
-    with pytest.raises(InputError, match="does more than look up and multiply"):
-        pack_folder(source, tmp_path / "packed", head="int8")
-
-
-def test_pack_takes_the_pattern_that_the_model_records(tmp_path, capsys):
-    source = pruned_folder(tmp_path / "source", n=2, m=8)
-    (source / "castlm.json").write_text(json.dumps({"pattern": "2:8"}))
-    assert main(["pack", str(source), "--output-dir", str(tmp_path / "packed")]) == 0
-    assert "verified 2:8" in capsys.readouterr().out

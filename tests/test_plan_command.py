@@ -9,7 +9,6 @@ import pytest
 from castlm.cli.main import main
 from castlm.distributed.world import init_world
 from castlm.planning.law_plot import check_plot
-from castlm.training.config import TrainConfig
 from castlm.training.train import calibrate, train
 from tests.refusals import assert_refused
 from tests.runs import begin_run, small
@@ -27,9 +26,11 @@ def given(tmp_path_factory) -> tuple[str, str]:
 
 
 def test_calibration_measures_the_momentum_of_the_run_itself(given, tmp_path):
-    config = small(*given, tmp_path / "run", decay="proportional", max_steps=30, ignore_decay_budget=True)
+    config = small(
+        *given, tmp_path / "run", decay="proportional", max_steps=30, ignore_decay_budget=True, init_from="magnitude"
+    )
     found = calibrate(config, init_world("cpu", "full"), steps=4)
-    run = begin_run(config, init_world("cpu", "full"))
+    run = begin_run(config)
     for _ in range(4):
         run.train_step()
     name, layer = next(iter(run.method.layers.items()))
@@ -42,7 +43,15 @@ def test_calibration_measures_the_momentum_of_the_run_itself(given, tmp_path):
 
 
 def test_lam_auto_is_calibrated_recorded_and_kept_on_resume(given, tmp_path):
-    config = small(*given, tmp_path / "run", decay="additive", lam="auto", ignore_decay_budget=True, save_steps=6)
+    config = small(
+        *given,
+        tmp_path / "run",
+        decay="additive",
+        lam="auto",
+        ignore_decay_budget=True,
+        save_steps=6,
+        init_from="magnitude",
+    )
     record = train(config)
     assert 0 < record["config"]["lam"] < 1
     saved = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "manifest.json").read_text())
@@ -83,27 +92,23 @@ def test_check_gives_a_cost_when_it_has_a_price(given, capsys):
     assert "at 3.6e+06 an hour of each of 8 devices" in out
 
 
-def test_fit_and_predict(tmp_path, capsys):
-    rows = [f"{d},{math.exp(2.0 + 50 * d**-0.4)}" for d in (1e4, 3e4, 1e5, 3e5, 1e6, 3e6)]
-    (tmp_path / "runs.csv").write_text("tokens,perplexity\n" + "\n".join(rows) + "\n")
-    law = tmp_path / "law.json"
-    assert main(["plan", "fit", str(tmp_path / "runs.csv"), "--json", str(law)]) == 0
-    fitted = json.loads(law.read_text())
+def test_fit_and_predict(law, capsys):
+    fitted = json.loads(Path(law[1]).read_text())
     assert fitted["L_inf"] == pytest.approx(2.0, abs=0.02)
     assert fitted["beta"] == pytest.approx(0.4, abs=0.02)
     assert fitted["r2"] > 0.999
     capsys.readouterr()
-    assert main(["plan", "predict", str(law), "--tokens", "1e7", "--tokens-per-s", "1000"]) == 0
+    predict = ["plan", "predict", law[1]]
+    assert main([*predict, "--tokens", "1e7", "--tokens-per-s", "1000"]) == 0
     out = capsys.readouterr().out
     assert f"{math.exp(2.0 + 50 * 1e7**-0.4):.3f}" in out
     assert "2.78 hours" in out
     assert "cost" not in out
-    priced = ["plan", "predict", str(law), "--tokens", "1e7", "--tokens-per-s", "1000", "--price-per-hour", "2.5"]
-    assert main(priced) == 0
+    assert main([*predict, "--tokens", "1e7", "--tokens-per-s", "1000", "--price-per-hour", "2.5"]) == 0
     assert "cost: 6.94, at 2.5 an hour" in capsys.readouterr().out
-    assert main(["plan", "predict", str(law), "--tokens", "1e7", "--price-per-hour", "2.5"]) == 2
+    assert main([*predict, "--tokens", "1e7", "--price-per-hour", "2.5"]) == 2
     assert "give --tokens-per-s" in capsys.readouterr().err
-    assert main(["plan", "predict", str(law), "--target-ppl", "5"]) == 1
+    assert main([*predict, "--target-ppl", "5"]) == 1
     assert "cannot be reached" in capsys.readouterr().out
 
 
@@ -187,7 +192,3 @@ def test_bad_input_is_one_line_and_exit_2(arguments, named, capsys):
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
-
-
-def test_lam_auto_is_an_option():
-    assert TrainConfig.of("m", "d", "o", lam="auto").method.lam == "auto"

@@ -10,7 +10,7 @@ import pytest
 
 from castlm.core.errors import InputError
 from castlm.planning.fit import fit_law
-from castlm.planning.law import Law, duration, gpu_hours, predict_perplexity, readable, tokens_for
+from castlm.planning.law import Law, predict_perplexity, tokens_for
 from castlm.planning.law_plot import plot_law
 from castlm.planning.points import Point, read_points
 
@@ -178,25 +178,8 @@ def test_target_below_the_floor_cannot_be_reached(law):
 
 def test_a_target_that_no_budget_reaches_is_refused_in_one_line():
     flat = Law(0.0, 3.0, 0.02, 1.0, {}, 0.0, 4, 4, (1e5, 8e5), np.array([[0.0, 3.0, 0.02]]))
-    with pytest.raises(InputError, match=r"perplexity 1.0000001 needs more than 1e\+30 tokens"):
+    with pytest.raises(InputError, match=r"1.0000001 .*1e\+30"):
         tokens_for(flat, 1.0000001)
-
-
-def test_gpu_hours():
-    assert gpu_hours(7.2e6, 1000) == pytest.approx(2)
-    with pytest.raises(InputError, match="tokens_per_s"):
-        gpu_hours(1e9, 0)
-
-
-@pytest.mark.parametrize(
-    ("hours", "text"), [(2000, "2,000.00 hours"), (1.5, "1.50 hours"), (0.1, "6.00 minutes"), (1e-3, "3.6 seconds")]
-)
-def test_short_times_are_told_in_minutes_or_seconds(hours, text):
-    assert duration(hours) == text
-
-
-def test_a_huge_perplexity_is_told_in_few_digits():
-    assert [readable(value) for value in (12.34567, 1e80)] == ["12.346", "1e+80"]
 
 
 def test_plot_is_written(law, tmp_path):
@@ -273,9 +256,7 @@ def test_runs_that_diverged_are_left_out_by_name(tmp_path, capsys):
 def test_a_run_in_two_files_is_refused(tmp_path):
     (tmp_path / "table.json").write_text(json.dumps([run_record(1000, 5.0), {**run_record(2000, 4.0), "run_id": "a"}]))
     (tmp_path / "copy.json").write_text(json.dumps({**run_record(2000, 4.0), "run_id": "a"}))
-    with pytest.raises(
-        InputError, match=r"copy.json is the same run as .*table.json, result 2, and would count as two"
-    ):
+    with pytest.raises(InputError, match=r"copy.json .*table.json, result 2"):
         read_points([tmp_path / "table.json", tmp_path / "copy.json"])
 
 

@@ -7,17 +7,14 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, nm_mask
-from castlm.core.sparsify import sparse_linears
 from castlm.oneshot import start
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
 from castlm.oneshot.calibration import default_sequences
-from castlm.oneshot.inputs import grouped, inputs_in_order
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.solvers import damped, refit, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.start import prune_oneshot_
-from castlm.oneshot.walk import BlockInputs
 from castlm.structured.pattern import Channels
 from tests.tiny import VOCAB_SIZE, linear_model
 
@@ -137,56 +134,6 @@ def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
     torch.testing.assert_close(seen[name], 2 / len(TOKENS) * x.T @ x, rtol=1e-4, atol=1e-4)
 
 
-def test_staged_statistics_take_one_pass_over_the_text_for_each_input():
-    tokens = torch.randint(0, 64, (96, 32))  # several batches
-    model = linear_model("llama")
-    down = model.model.layers[0].mlp.down_proj
-    called = []
-    with down.register_forward_pre_hook(lambda _, args: called.append(len(args[0]))):
-        prune_oneshot_(model, "sparsegpt", calibration=tokens, refinements=Refinements(staged_statistics=True))
-    num_batches = len(BlockInputs(model, list(model.model.layers), tokens))
-    assert num_batches > 2
-    # reading the blocks' calls, finding the inputs, the first pass of three other inputs, its own pass, the next block
-    assert len(called) == 1 + 1 + 3 + num_batches + num_batches
-
-
-class LinearExperts(torch.nn.Module):
-    """Experts that are modules of their own, as in the code of some hub repositories; the tokens take turns."""
-
-    def __init__(self, mlp):
-        super().__init__()
-        self.experts = torch.nn.ModuleList([copy.deepcopy(mlp) for _ in range(3)])
-
-    def forward(self, x):
-        out = torch.empty_like(x)
-        for number, expert in enumerate(self.experts):
-            out[:, number::3] = expert(x[:, number::3])
-        return out
-
-
-def names_of_groups(inside, inputs):
-    return [[name for entry in group for name in entry.names] for group in grouped(inputs_in_order(inside, inputs))]
-
-
-def test_layers_that_read_one_after_another_have_a_pass_each():
-    model = linear_model("opt")
-    inside = {name: layer for name, layer in sparse_linears(model)[0].items() if ".layers.0." in name}
-    groups = names_of_groups(inside, BlockInputs(model, list(model.model.decoder.layers), TOKENS))
-    assert [name.split(".")[-1] for names in groups for name in names][-3:] == ["out_proj", "fc1", "fc2"]
-    assert [len(names) for names in groups] == [3, 1, 1, 1]
-
-
-def test_experts_that_are_linear_layers_share_a_pass():
-    model = linear_model("llama")
-    blocks = list(model.model.layers)
-    blocks[0].mlp = LinearExperts(blocks[0].mlp)
-    inside = {name: layer for name, layer in sparse_linears(model)[0].items() if ".layers.0." in name}
-    groups = names_of_groups(inside, BlockInputs(model, blocks, TOKENS))
-    kinds = [sorted({name.split(".")[-1] for name in names}) for names in groups]
-    assert kinds == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    assert [len(names) for names in groups] == [3, 1, 6, 3]
-
-
 @pytest.mark.parametrize("learning_rate", [1e-2, 10.0])
 def test_reconstruction_never_ends_above_where_it_began(learning_rate):
     torch.manual_seed(0)
@@ -230,7 +177,7 @@ def test_reconstruction_holds_a_sequence_out_of_a_single_batch():
 
 def test_refinements_are_checked():
     model = linear_model("llama")
-    with pytest.raises(InputError, match=r"refinements are for method sparsegpt, not for wanda"):
+    with pytest.raises(InputError, match=r"sparsegpt, not for wanda"):
         prune_oneshot_(model, "wanda", calibration=TOKENS, refinements=Refinements(refit_iterations=1))
     with pytest.raises(InputError, match="reconstruct_epochs does nothing with wanda"):
         Refinements(reconstruct_epochs=1).for_solver("wanda", NM(2, 4))

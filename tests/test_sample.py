@@ -17,6 +17,7 @@ from castlm.data.sampling import Sampler, open_samples, prompt_of, read_prompts,
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
 from tests.ranks import start_command
 from tests.refusals import assert_refused
+from tests.slow import slow
 from tests.tiny import EOS_ID, tiny_model, tiny_tokenizer
 
 
@@ -114,32 +115,6 @@ def test_a_conversation_is_the_users_turn_and_then_the_answer_in_the_template():
     assert tokenizer.decode(model.asked[1][0]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_it_is_said_once_that_most_conversations_do_not_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "FEW_SAMPLES", 4)
-    tokenizer, said = chat_tokenizer(), []
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "abcd"]
-    turns = [[[*letter, end], letters[0] * 2, letters[1] * 2] for letter in letters[:3]]
-    answers = [[[*letter, end]] for letter in letters[1:]]
-    model = Scripted(*(part for pair in zip(turns, answers) for part in pair))
-    sampler = sampler_of(tokenizer, chat=True, model=model, batch_size=3)
-    with open_samples(tmp_path / "chat.jsonl", {"seed": 0}, dedup_prefix=5) as file:
-        sample(sampler, file, num_tokens=3 * (len(sampler._begin("a")) + 1), say=said.append)
-    assert file.samples == 3
-    assert said == [
-        "4 of 6 texts are left out, empty or unfinished: raise max_new_tokens, lower temperature and top_p, or pass "
-        "prompts"
-    ]
-
-
-def test_a_given_users_turn_is_answered():
-    tokenizer = chat_tokenizer()
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model = Scripted([[97, end]] * 2)
-    found = sampler_of(tokenizer, ["Why?", "How?"], chat=True, model=model, batch_size=2).batch(0)
-    assert [sample.row["messages"][0]["content"] for sample in found] == ["Why?", "How?"]
-
-
 # The file
 
 
@@ -159,7 +134,7 @@ def written(path, sampler, num_tokens=150, stop_after=None, **options):
     return json.loads(path.with_name(f"{path.name}.castlm.json").read_text())
 
 
-@pytest.mark.parametrize("prompts", [None, ["a", "bc", "a"]])
+@pytest.mark.parametrize("prompts", [slow(None), ["a", "bc", "a"]])
 def test_a_stopped_start_goes_on_bit_for_bit(prompts, tmp_path):
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     record = written(whole, sampler_of(prompts=prompts, max_new_tokens=6), dedup_prefix=1)
@@ -187,14 +162,8 @@ def test_duplicates_are_left_out_whole_and_by_their_beginning(tmp_path):
         found = written(path, sampler_of(model=model(), max_new_tokens=3), num_tokens=4 * count, dedup_prefix=prefix)
         assert (found["samples"], found["duplicates"]) == (count, 4 - count)
         assert len({row["text"][: prefix or None] for row in lines(path)}) == count
-    with pytest.raises(InputError, match=r"20 batches in a row have brought no new text; .* holds 3"):
+    with pytest.raises(InputError, match=r"20 batches .* 3"):
         written(tmp_path / "c.jsonl", sampler_of(model=Scripted(*model().answers * 9)), num_tokens=99, dedup_prefix=0)
-
-
-def test_the_same_continuation_of_another_prompt_is_no_duplicate(tmp_path):
-    model = Scripted([[*ids_of("ab"), EOS_ID]] * 4)
-    found = written(tmp_path / "a.jsonl", sampler_of(model=model, prompts=["x", "y"]), num_tokens=5)
-    assert (found["samples"], found["duplicates"]) == (2, 2)
 
 
 def test_what_is_written_is_recognized_as_training_text(llama, tmp_path):
@@ -202,7 +171,7 @@ def test_what_is_written_is_recognized_as_training_text(llama, tmp_path):
     written(path, sampler_of())
     assert open_documents(path).kind is Kind.TEXT
     (tmp_path / "q.txt").write_text("What?\nWhy?\n")
-    chat = ["sample", llama, "--chat", "--prompts", str(tmp_path / "q.txt"), "--num-tokens", "400"]
+    chat = ["sample", llama, "--chat", "--prompts", str(tmp_path / "q.txt"), "--num-tokens", "100"]
     assert main([*chat, "--max-new-tokens", "200", "--output-file", str(tmp_path / "c.jsonl")]) == 0
     assert open_documents(tmp_path / "c.jsonl").kind is Kind.CHAT
 
@@ -226,7 +195,7 @@ def test_the_command_says_what_it_wrote_and_how_to_train_on_it(llama, tmp_path, 
 
 def test_a_killed_command_is_resumed_to_the_same_file(llama, tmp_path):
     straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
-    more = ("--num-tokens", "1500")
+    more = ("--num-tokens", "800")
     assert main(command(llama, straight, *more)) == 0
     record, deadline = tmp_path / "killed.jsonl.castlm.json", time.monotonic() + 100
     process = start_command("castlm", *command(llama, killed, *more), log=tmp_path / "log")
@@ -379,7 +348,7 @@ def test_a_changed_part_or_another_setting_is_not_resumed(tmp_path):
     path = tmp_path / "a.jsonl"
     with pytest.raises(KeyboardInterrupt):
         written(path, sampler_of(), stop_after=2)
-    with pytest.raises(InputError, match="from a start that was stopped: pass resume, or overwrite"):
+    with pytest.raises(InputError, match=r"resume.*overwrite"):
         written(path, sampler_of())
     with pytest.raises(InputError, match=r"sampled differently \(seed 0 -> 1\)"):
         open_samples(path, {"seed": 1}, dedup_prefix=5, resume=True).__enter__()

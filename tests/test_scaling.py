@@ -11,12 +11,13 @@ from torch import nn
 from castlm.core.errors import InputError
 from castlm.core.scaling import UnfoldedWarning, add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, weight_parameter
+from tests.slow import slow_but
 from tests.tiny import FAMILIES, tiny_model
 
 IDS = torch.arange(24).view(2, 12)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("llama", "gpt2"), FAMILIES))
 def test_folded_model_gives_the_unfolded_logits(family):
     from castlm.models.architecture import linearize_conv1d_
 
@@ -67,7 +68,7 @@ def test_a_state_dict_before_the_fold_warns_and_one_after_it_does_not(tmp_path, 
     add_weight_scaling(model)
     copied = copy.deepcopy(model)
     for scaled in (model, copied, nn.ModuleDict({"student": copied})):
-        with pytest.warns(UnfoldedWarning, match=r"fold_weight_scaling\(model\) before save_pretrained"):
+        with pytest.warns(UnfoldedWarning, match=r"fold_weight_scaling"):
             scaled.state_dict()
     with pytest.warns(UnfoldedWarning):
         model.save_pretrained(tmp_path / "unfolded")

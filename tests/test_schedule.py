@@ -52,8 +52,9 @@ def test_schedules_have_the_shape_of_their_name():
 
 def test_weight_decay_is_decoupled_and_spares_norms_and_sparse_weights(llama, text, tmp_path):
     def after_one_step(weight_decay: float) -> tuple[dict, dict, float, set]:
-        config = small(llama, text, tmp_path / f"run-{weight_decay}", weight_decay=weight_decay, warmup_ratio=0.0)
-        run = begin_run(config, init_world("cpu", "full"))
+        fields = {"weight_decay": weight_decay, "warmup_ratio": 0.0, "init_from": "magnitude"}
+        config = small(llama, text, tmp_path / f"run-{weight_decay}", **fields)
+        run = begin_run(config)
         before = {name: param.detach().clone() for param, name in run.names.items()}
         run.train_step()
         sparse = {name for name in before if name.endswith("weight.original")}
@@ -80,21 +81,14 @@ def test_epochs_are_as_many_steps_as_their_tokens_fill(llama, text, tmp_path):
     found = with_values_found(config, init_world("cpu", "full")).optimizer
     assert found.max_steps == pytest.approx(2.5 * tokens / (32 * 4), abs=1)
     assert found.num_train_epochs is None
-    with pytest.raises(InputError, match="max_steps and num_train_epochs both set"):
+    with pytest.raises(InputError, match="max_steps and num_train_epochs"):
         TrainConfig.of("m", "d", "o", max_steps=10, num_train_epochs=1)
 
 
 def test_a_run_of_epochs_ends_and_says_its_steps(llama, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT[:1500])
-    arguments = [
-        "train",
-        "--model",
-        llama,
-        "--dataset",
-        str(tmp_path / "text.txt"),
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
+    arguments = ["train", "--model", llama, "--dataset", str(tmp_path / "text.txt"), "--output-dir"]
+    arguments += [str(tmp_path / "run")]
     arguments += ["--eval-dataset", str(tmp_path / "text.txt"), "--num-train-epochs", "1", "--seq-len", "64"]
     arguments += ["--init-from", "magnitude", "--report-to", "none", "--no-report", "--save-steps", "0"]
     assert main([*arguments, "--per-device-train-batch-size", "4", "--learning-rate", "1e-3"]) in (0, 1)
@@ -103,7 +97,7 @@ def test_a_run_of_epochs_ends_and_says_its_steps(llama, tmp_path):
 
 
 def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text, tmp_path, monkeypatch):
-    run = begin_run(small(llama, text, tmp_path / "run", eta=0.0), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run", eta=0.0, init_from="magnitude"))
     config = run.model.config
     linears = sum(m.in_features * m.out_features for m in run.model.modules() if isinstance(m, torch.nn.Linear))
     assert run.flops_per_token == 6 * linears + 12 * config.num_hidden_layers * config.hidden_size * 32
@@ -134,8 +128,9 @@ def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_pat
         to_come = [s for s in range(step, last + 1) if s % every == 0 or s == last]
         assert num_left(step, last, every) == len(to_come)
     assert num_left(1, 8, 0) == 0
-    config = small(llama, text, tmp_path / "run", eta=0.0, max_steps=8, eval_steps=3, save_steps=4, log_steps=1)
-    run = begin_run(config, init_world("cpu", "full"))
+    fields = {"eval_steps": 3, "save_steps": 4, "log_steps": 1, "init_from": "magnitude"}
+    config = small(llama, text, tmp_path / "run", eta=0.0, max_steps=8, **fields)
+    run = begin_run(config)
     run.progress.eval_seconds, run.progress.save_seconds = 1000.0, 10.0
     run.train_step()
     row = metrics(tmp_path / "run")[-1]
@@ -148,8 +143,8 @@ def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_pat
 @pytest.mark.slow
 def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_path):
     with pytest.raises(InputError, match="torch_compile is for a GPU"):
-        begin_run(small(llama, text, tmp_path / "run", torch_compile=True), init_world("cpu", "full"))
-    run = begin_run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
+        begin_run(small(llama, text, tmp_path / "run", torch_compile=True))
+    run = begin_run(small(llama, text, tmp_path / "run"))
     ids = torch.arange(64).view(2, 32)
     eager = run.objective(ids, ids, 64).loss
     graphs = []
@@ -205,23 +200,6 @@ def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsy
 
 def test_left_dense_that_matches_nothing_is_refused(llama, text, tmp_path):
     with pytest.raises(InputError, match="left_dense dwon"):
-        begin_run(small(llama, text, tmp_path / "run", left_dense=("dwon",)), init_world("cpu", "full"))
-    run = begin_run(small(llama, text, tmp_path / "run", left_dense=("down_proj",)), init_world("cpu", "full"))
+        begin_run(small(llama, text, tmp_path / "run", left_dense=("dwon",)))
+    run = begin_run(small(llama, text, tmp_path / "run", left_dense=("down_proj",), init_from="magnitude"))
     assert len(run.method.layers) == 12
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--world-size", "0"], "--world-size = 0 is out of range"),
-        (["--seq-len", "-5"], "--seq-len = -5 is out of range"),
-        (["--calibration-sequences", "-1"], "--calibration-sequences = -1 is out of range"),
-        (["--gpu", "nan"], "there is no card 'nan'"),
-        (["--gpu", "-4"], "there is no card '-4'"),
-        (["--init-from", "wnada"], "init_from wnada is neither magnitude, wanda, sparsegpt"),
-        (["--moments", "4bit"], "--moments = '4bit' is not one of"),
-        (["--micro-batch", "4"], "did you mean --per-device-train-batch-size?"),
-    ],
-)
-def test_plan_memory_refuses_what_makes_no_sense(arguments, message, llama, capsys):
-    assert message in refusal(["plan", "memory", "--model", llama, *arguments], capsys)

@@ -7,11 +7,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 
 import httpx2 as httpx
 import pytest
@@ -20,12 +19,12 @@ import torch
 from castlm.cli.main import main
 from castlm.cli.serve import default_name
 from castlm.core.sparsify import prune_
-from castlm.inference import native
 from castlm.inference.generate import generate_text
 from castlm.inference.layers import pack_model_
 from castlm.serving import engine as engine_module
 from castlm.serving.app import make_app
 from castlm.serving.engine import Answer, BusyError, Engine
+from tests.ranks import free_port, start_command, wait_ranks
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 TEMPLATE = (
@@ -220,10 +219,6 @@ def test_bad_requests_are_answered_with_a_sentence_before_the_model_runs(engine,
         assert "Traceback" not in response.text
 
 
-def test_another_model_is_answered_with_the_name_of_this_one(engine):
-    assert "'tiny'" in complete(engine, model="other").json()["error"]["message"]
-
-
 def test_a_model_without_a_chat_template_says_what_to_use():
     engine = Engine(*model_and_tokenizer())
     try:
@@ -282,29 +277,23 @@ def test_the_queue_and_the_caches_are_bounded(loaded, monkeypatch):
         engine.close()
 
 
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    folder = tmp_path_factory.mktemp("served") / "small"
-    save_tiny(folder)
+def server(tmp_path_factory) -> Iterator[tuple[str, BaseProcess]]:
+    folder = tmp_path_factory.mktemp("served")
     port = free_port()
-    command = [sys.executable, "-m", "castlm", "serve", str(folder), "--port", str(port), "--threads", "1"]
-    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE)
+    arguments = (str(save_tiny(folder / "small")), "--port", str(port), "--threads", "1")
+    process = start_command("castlm", "serve", *arguments, log=folder / "log")
     url = f"http://localhost:{port}"
     for _ in range(600):
-        assert process.poll() is None
+        assert process.is_alive(), (folder / "log").read_text()
         try:
             httpx.get(f"{url}/health")
             break
         except httpx.ConnectError:
-            time.sleep(0.2)
+            time.sleep(0.1)
     yield url, process
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    os.kill(process.pid, signal.SIGINT)
+    assert wait_ranks([process], 30) == [130]
 
 
 def test_the_openai_client_is_answered(server):
@@ -393,8 +382,3 @@ def test_serve_names_the_packages_that_are_missing(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["serve", str(tmp_path)]) == 2
     assert "pip install starlette uvicorn" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
-def test_castlm_decoder_answers_several_requests_together(engine):
-    assert engine._is_together

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from castlm.core.adams import AdamS
+from castlm.core.blocks import block_name, in_block, is_block_linear, stack_name
 from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.scaling import add_weight_scaling
-from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
+from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears, sparse_param_groups, transformer_blocks
 from castlm.models.architecture import linearize_conv1d_
 from tests.tiny import FAMILIES, tiny_model
 
@@ -37,12 +38,6 @@ def test_widths_that_do_not_divide_and_filters_are_named():
     assert dense["model.layers.0.self_attn.q_proj.weight"] == "excluded by the filter"
 
 
-def test_fused_experts_are_named():
-    model = tiny_model("mixtral", num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=2)
-    _, dense = sparse_linears(model)
-    assert any("experts of shape" in reason for reason in dense.values())
-
-
 def test_nothing_to_make_sparse_raises():
     with pytest.raises(InputError, match="no linear layer"):
         sparse_linears(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))
@@ -68,3 +63,50 @@ def test_prune_by_magnitude_and_by_the_optimizers_masks():
     assert (weight.view(-1, 4)[:, :2] == 0).all()
     with pytest.raises(InputError, match="no mask for"):
         prune_(model, masks={})
+
+
+# ---- which names are linear layers of a block
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "cohere", "gpt_neox", "phi", "olmo2"])
+def test_names_and_modules_agree(family):
+    model = tiny_model(family)
+    linearize_conv1d_(model)
+    by_module = {f"{fqn}.weight" for fqn, module in model.named_modules() if is_sparse_linear(module, fqn)}
+    by_name = {name for name, p in model.named_parameters() if is_block_linear(name, p.shape)}
+    assert by_name == by_module
+    blocks = transformer_blocks(model)
+    assert len(blocks) == 2
+    assert {block_name(name) for name in by_name} == set(blocks)
+
+
+@pytest.mark.parametrize("name", ["normal_proj", "embedder", "norm_proj", "lnear", "wteam", "embed_proj"])
+def test_a_name_that_merely_contains_norm_or_embed_is_a_linear_layer(name):
+    assert is_block_linear(f"model.layers.0.{name}.weight", (8, 8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("input_layernorm", "q_norm", "norm1", "norm_2", "ln_1", "ln_f", "final_layer_norm"),
+        *("embed_tokens", "rel_pos_embed", "position_embeddings", "relative_attention_bias", "wte"),
+    ],
+)
+def test_norms_and_embeddings_of_two_dimensions_are_not(name):
+    assert not is_block_linear(f"model.layers.0.{name}.weight", (8, 8))
+
+
+def test_blocks_are_told_by_the_first_number():
+    assert block_name("model.layers.12.mlp.experts.3.w1") == "model.layers.12"
+    assert stack_name("h.0.attn") == "h"
+    assert block_name("0.weight") == "0"
+    assert not in_block("lm_head.parametrizations.weight.0.scale")
+    assert not in_block("model.layers.²")
+    assert not in_block("")
+
+
+def test_weight_scaling_changes_no_block():
+    model = tiny_model("llama")
+    before = list(transformer_blocks(model))
+    add_weight_scaling(model)
+    assert list(transformer_blocks(model)) == before == ["model.layers.0", "model.layers.1"]

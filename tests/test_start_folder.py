@@ -10,7 +10,6 @@ import torch
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.distributed.world import init_world
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.residual import basis_between
@@ -33,61 +32,64 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(torch.arange(2 * 16).view(2, 16)).logits
 
 
-CASES = {  # family, options of the prune, the shape of the stream's basis
-    "a rotated stream": ("llama", ("--rotate", "residual"), [32, 32]),
-    "tied embeddings, a rotated stream": ("gemma", ("--rotate", "residual"), [32, 32]),
-    "biases": ("qwen2", (), None),
-}
+@pytest.fixture(scope="module")
+def rotated(llama, text, tmp_path_factory) -> str:
+    """`llama` at 2:4, its stream rotated."""
+    return prune(llama, tmp_path_factory.mktemp("rotated") / "pruned", text, "--rotate", "residual")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_pruned_model_in_another_basis_is_where_the_run_starts(case, text, tmp_path):
-    family, options, shape = CASES[case]
-    model = save_tiny(tmp_path / "dense", family)
-    given = prune(model, tmp_path / "pruned", text, *options)
-    run = begin_run(small(str(model), text, tmp_path / "run", init_from=given), init_world("cpu", "full"))
+def assert_starts_from(given: str, model: str, text: str, folder: Path, is_turned: bool) -> None:
+    run = begin_run(small(model, text, folder, init_from=given))
     torch.testing.assert_close(logits(run.model), logits(load_model(given).model))
-    basis = run.objective.stream_basis
-    if shape is not None:
-        assert list(basis.shape) == shape
-        dense, turned = (load_model(str(f)).model.get_input_embeddings().weight for f in (model, given))
-        torch.testing.assert_close(dense @ basis, turned)
+    if is_turned:
+        dense, turned = (load_model(name).model.get_input_embeddings().weight for name in (model, given))
+        torch.testing.assert_close(dense @ run.objective.stream_basis, turned)
+
+
+def test_a_pruned_model_in_another_basis_is_where_the_run_starts(rotated, llama, text, tmp_path):
+    assert_starts_from(rotated, llama, text, tmp_path / "run", is_turned=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("gemma", ("--rotate", "residual")), slow("qwen2", ())],
+    ids=["tied embeddings", "biases"],
+)
+def test_a_model_with_tied_embeddings_or_biases_is_where_the_run_starts_too(family, options, text, tmp_path):
+    model = str(save_tiny(tmp_path / "dense", family))
+    given = prune(model, tmp_path / "pruned", text, *options)
+    assert_starts_from(given, model, text, tmp_path / "run", is_turned=bool(options))
 
 
 def test_the_result_of_a_run_is_where_the_next_one_starts(llama, text, tmp_path):
     """With its embeddings and norms, which training has moved."""
     train(small(llama, text, tmp_path / "first", learning_rate=1e-2))
     given = str(tmp_path / "first" / "model")
-    run = begin_run(small(llama, text, tmp_path / "second", init_from=given), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "second", init_from=given))
     torch.testing.assert_close(logits(run.model), logits(load_model(given).model))
     assert run.objective.stream_basis is None
 
 
-def test_a_run_from_a_folder_in_another_basis_resumes_exactly(text, tmp_path):
-    model = save_tiny(tmp_path / "dense", "llama")
-    given = prune(model, tmp_path / "pruned", text, "--rotate", "residual")
-    config = small(str(model), text, tmp_path / "run", init_from=given, save_steps=2)
+def test_a_run_from_a_folder_in_another_basis_resumes_exactly(rotated, llama, text, tmp_path):
+    config = small(llama, text, tmp_path / "run", init_from=rotated, max_steps=4, save_steps=2)
     train(config)
-    stop_and_resume(config, 5)
+    stop_and_resume(config, 3)
 
 
-def test_two_ranks_start_from_a_folder_in_another_basis(text, tmp_path):
-    model = save_tiny(tmp_path / "dense", "llama")
-    given = prune(model, tmp_path / "pruned", text, "--rotate", "residual")
-    configs = [small(str(model), text, tmp_path / name, init_from=given, device="cpu") for name in ("one", "two")]
-    train(configs[0])
-    halves = configs[1].changed(per_device_train_batch_size=2)
+@pytest.mark.slow
+def test_two_ranks_start_from_a_folder_in_another_basis(rotated, llama, text, tmp_path):
+    one, two = (small(llama, text, tmp_path / name, init_from=rotated, device="cpu") for name in ("one", "two"))
+    train(one)
+    halves = two.changed(per_device_train_batch_size=2)
     assert wait_ranks(start_ranks(train_as_a_command, 2, halves, log=tmp_path / "log"), 120) == [0, 0]
     rows = [[row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
-def test_masked_weights_without_dense_values_in_the_given_basis_are_refused(text, tmp_path):
-    model = save_tiny(tmp_path / "dense", "llama")
-    given = prune(model, tmp_path / "pruned", text, "--rotate", "residual")
-    config = small(str(model), text, tmp_path / "run", init_from=given, decay="proportional")
-    with pytest.raises(InputError, match=r"another basis \(.*residual stream rotated.*\), in which masked weights"):
-        begin_run(config, init_world("cpu", "full"))
+def test_masked_weights_without_dense_values_in_the_given_basis_are_refused(rotated, llama, text, tmp_path):
+    config = small(llama, text, tmp_path / "run", init_from=rotated, decay="proportional")
+    with pytest.raises(InputError, match=r"another basis .*residual stream rotated"):
+        begin_run(config)
 
 
 def test_the_basis_of_a_stream_is_read_off_the_embeddings():
@@ -109,7 +111,7 @@ def test_the_basis_of_a_stream_is_read_off_the_embeddings():
     ("moment", "decay"),
     [
         ("write_block", "horizon"),
-        ("record", "proportional"),
+        slow("record", "proportional"),
         slow("record", "horizon"),
         slow("write_block", "proportional"),
     ],

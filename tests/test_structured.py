@@ -1,22 +1,39 @@
-"""Channels, heads and their combinations with n:m: grammar, masks, AdamS, the methods' forward masks."""
+"""Channels, heads and their combinations with n:m: grammar, masks, AdamS, scores, runs, and several ranks."""
+
+from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
+from castlm.cli.main import main
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.core.shards import local
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
+from castlm.distributed.world import close_world, init_world
+from castlm.export.verify import verify
 from castlm.models.architecture import linearize_conv1d_
+from castlm.models.io import load_model
+from castlm.oneshot.options import Refinements
+from castlm.oneshot.start import prune_oneshot_
 from castlm.patterns import parse_pattern
-from castlm.structured.pattern import Channels, left_of
+from castlm.structured.pattern import SCORED_BY, Channels, left_of
+from castlm.structured.prune import loss_gradients, solve_columns
+from castlm.training.config import TrainConfig
+from castlm.training.train import train
 from tests.fused import needs_kernels
-from tests.tiny import tiny_model
+from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks
+from tests.ranks import small as small_on_ranks
+from tests.runs import assert_same_runs_but_for_sums, small, train_until
+from tests.slow import slow, slow_but
+from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model
 
 TEXTS = ("channels:0.5", "heads:0.5", "channels:0.75+2:4", "heads:0.5+2:4")
 
@@ -214,8 +231,285 @@ def test_shares_that_keep_all_or_nothing_and_nan_are_refused():
         prune_(model, parse_pattern("channels:0.5"))
 
 
-def test_masks_of_units_may_be_written_to():
-    optimizer = AdamS(sparse_param_groups(tiny_model("llama"), parse_pattern("channels:0.5")), total_steps=10)
-    param = next(iter(optimizer.sparse_params()))
-    optimizer.set_mask(param, optimizer.mask(param))
-    assert local(optimizer.state[param]["mask"]).is_contiguous()
+# ---- scores of units, and least squares on the rest
+
+
+TOKENS = torch.randint(0, VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(0))
+NO_REFIT = Refinements(refit_iterations=0)
+
+
+def mlp_inputs(model):
+    """The input of down_proj in block 0, (tokens, channels)."""
+    seen = []
+    hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(TOKENS)
+    hook.remove()
+    return seen[0].flatten(0, 1)
+
+
+def expected(score, model):
+    """The score of each channel of block 0."""
+    mlp = model.model.layers[0].mlp
+    gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    if score == "magnitude":
+        return gate.square().sum(1) + up.square().sum(1) + down.square().sum(0)
+    if score == "taylor":
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        parts = [(w * w.grad).abs() for w in (gate, up, down)]
+        return parts[0].sum(1) + parts[1].sum(1) + parts[2].sum(0)
+    x = mlp_inputs(model)
+    return x.var(0, correction=0) * down.square().sum(0)
+
+
+def kept_channels(model, block=0):
+    return model.model.layers[block].mlp.down_proj.weight.ne(0).any(0)
+
+
+@pytest.mark.parametrize("score", SCORED_BY)
+def test_the_channels_with_the_highest_score_stay(score):
+    model = tiny_model("llama")
+    best = expected(score, tiny_model("llama")).argsort(descending=True)[:32]
+    prune_oneshot_(model, score, pattern="channels:0.5", calibration=TOKENS, refinements=NO_REFIT)
+    assert kept_channels(model).nonzero().flatten().tolist() == sorted(best.tolist())
+
+
+def test_kept_columns_are_the_least_squares_solution():
+    torch.manual_seed(0)
+    x, weight = torch.randn(100, 12), torch.randn(5, 12)
+    kept = torch.arange(12) % 3 > 0
+    new = solve_columns(weight, kept, x.T @ x, damping=0.0)
+    solution = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
+    torch.testing.assert_close(new, solution, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", [slow("channels:0.5"), "heads:0.5", "channels:0.75+2:4", slow("heads:0.5+2:4")])
+@pytest.mark.parametrize("score", ["flap", "taylor"])
+def test_every_pattern_is_pruned_and_least_squares_lower_the_error(text, score):
+    errors = []
+    for refinements in (NO_REFIT, Refinements()):
+        model = tiny_model("llama")
+        pattern = parse_pattern(text).for_model(model)
+        report = prune_oneshot_(model, score, pattern=text, calibration=TOKENS, refinements=refinements)
+        layers, _ = sparse_linears(model, parse_pattern(text))
+        for unit in pattern.joint_layers(layers):
+            assert pattern.joint_violations([layers[name].weight for name in unit]) == 0
+        errors.append(sum(layer.error for layer in report.layers if ".layers.0." in layer.name))
+        assert {layer.name for layer in report.layers} == set(layers)
+    assert 0 < errors[1] < errors[0]
+
+
+def test_n_of_m_is_solved_in_what_is_left():
+    model = tiny_model("llama")
+    prune_oneshot_(model, "flap", pattern="channels:0.75+2:4", calibration=TOKENS)
+    down = model.model.layers[0].mlp.down_proj.weight
+    small = left_of(down, kept_channels(model).expand_as(down))
+    assert small.shape == (32, 48)
+    assert NM(2, 4).violations(small) == 0
+    assert torch.equal((small == 0).sum(1), torch.full((32,), 24))
+
+
+def test_gradients_are_those_of_a_plain_backward_pass_that_runs_each_block_again():
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    layers, _ = sparse_linears(model, parse_pattern("channels:0.5"))
+    calls = []
+    hook = next(iter(layers.values())).register_forward_pre_hook(lambda *_: calls.append(1))
+    found = loss_gradients(model, layers, TOKENS)
+    hook.remove()
+    assert len(calls) == 2
+    plain(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(torch.equal(found[name], plain.get_submodule(name).weight.grad) for name in layers)
+    assert all("forward" not in vars(block) for block in model.model.layers)
+
+
+def test_what_cannot_be_scored_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match=r"'sparsegpt' .*channels:0\.5"):
+        prune_oneshot_(model, "sparsegpt", pattern="channels:0.5", calibration=TOKENS)
+    with pytest.raises(InputError, match="score flap needs a calibration text"):
+        prune_oneshot_(model, "flap", pattern="channels:0.5")
+    with pytest.raises(InputError, match=r"does nothing with channels:0\.5"):
+        Refinements(mask_iterations=4).for_solver("flap", parse_pattern("channels:0.5"))
+    with pytest.raises(InputError, match="damping = -1"):
+        prune_oneshot_(model, "magnitude", pattern="channels:0.5", damping=-1)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match="has NaN or infinity"):
+        prune_oneshot_(model, "magnitude", pattern="channels:0.5")
+
+
+@pytest.fixture
+def prune(llama, text):
+    """`castlm prune` of a tiny LLaMA; gives the exit code."""
+    command = ["prune", "--model", llama, "--calibration", text, "--num-sequences", "4", "--seq-len", "32"]
+    return lambda out, *arguments: main([*command, "--output-dir", str(out), *arguments])
+
+
+def test_castlm_prune_cuts_and_records_the_score(prune, llama, tmp_path, capsys):
+    assert prune(tmp_path / "out", "--pattern", "channels:0.5") == 0
+    record = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    assert (record["method"], record["pattern"]) == ("flap", "channels:0.5")
+    assert record["cut"]["after"] == {"intermediate_size": 32}
+    assert main(["verify", str(tmp_path / "out"), "--base", llama]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`intermediate_size` from 64 to 32" in card
+    assert "it needs no kernels of its own" in card
+    capsys.readouterr()
+    for arguments, reason in (
+        (["--pattern", "channels:0.5", "--method", "sparsegpt"], "does not rank the units"),
+        (["--pattern", "2:4", "--method", "flap"], "there is no one-shot method 'flap'"),
+        (["--reconstruct-epochs", "1", "--num-sequences", "1"], "reconstruct_epochs"),
+        (["--pattern", "heads:0.9"], "keeps all of 2 units"),
+        (["--pattern", "channels:0.5", "--mask-iterations", "4"], "refit_iterations"),
+    ):
+        assert prune(tmp_path / "no", *arguments) == 2
+        said = capsys.readouterr().err
+        assert reason in said
+        assert "rotated" not in said  # no work was done before
+        assert not (tmp_path / "no").exists()
+
+
+def test_what_is_n_of_m_after_the_cut_is_packed_and_quantized(prune, tmp_path, capsys):
+    assert prune(tmp_path / "out", "--pattern", "channels:0.75+2:4", "--method", "flap") == 0
+    assert main(["pack", str(tmp_path / "out"), "--output-dir", str(tmp_path / "packed")]) == 0
+    assert main(["verify", str(tmp_path / "packed")]) == 0
+    assert main(["quantize", str(tmp_path / "out"), "--output-dir", str(tmp_path / "int8")]) == 0
+    assert main(["verify", str(tmp_path / "int8")]) == 0
+    assert prune(tmp_path / "cut", "--pattern", "channels:0.5", "--method", "flap") == 0
+    capsys.readouterr()
+    assert main(["quantize", str(tmp_path / "cut"), "--output-dir", str(tmp_path / "no")]) == 2
+    assert "which has no n:m to keep" in capsys.readouterr().err
+
+
+def test_plans_and_advice_know_the_patterns_or_refuse_them(llama, capsys):
+    memory = ["plan", "memory", "--model", llama, "--seq-len", "32", "--pattern"]
+    assert main([*memory, "channels:0.5"]) == 0
+    assert main([*memory, "channels:0.999"]) == 2
+    assert "keeps all of 64 units" in capsys.readouterr().err
+    advise = ["advise", llama, "--device", "h100", "--pattern"]
+    assert main([*advise, "channels:0.5"]) == 0
+    assert "times as fast as those of the whole model" in capsys.readouterr().out
+
+
+# ---- runs of castlm train
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        slow({"pattern": "channels:0.5"}),
+        slow({"pattern": "heads:0.5", "init_from": "magnitude"}),
+        {"pattern": "channels:0.75+2:4", "init_from": "flap"},
+        slow({"pattern": "channels:0.5", "method": "finetune"}),
+        {"pattern": "heads:0.5+2:4", "method": "ste"},
+    ],
+)
+def test_a_run_ends_in_a_verified_model(fields, llama, text, tmp_path):
+    record = train(small(llama, text, tmp_path / "run", max_steps=4, eval_steps=4, **fields))
+    folder = tmp_path / "run" / "model"
+    assert verify(folder, fields["pattern"]).ok
+    assert record["pattern"] == fields["pattern"]
+    # measured before the cut, and after it from the disk
+    assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert record["cut"]["logits_moved"] <= 1e-4
+    assert record["num_params"] == model.num_parameters() < load_model(llama).model.num_parameters()
+
+
+@pytest.mark.parametrize("decay", slow_but(["horizon"], sorted(DECAYS)))
+def test_every_decay_trains_channels_that_are_refreshed(decay, llama, text, tmp_path):
+    fields = {"decay": decay, "lam": 1.0, "ignore_decay_budget": True, "init_from": "magnitude"}
+    config = small(llama, text, tmp_path / "run", max_steps=7, pattern="channels:0.5", **fields)
+    record = train(config)
+    assert verify(tmp_path / "run" / "model", "channels:0.5").ok
+    assert (record["mask"]["largest_masked"] == 0) == (decay == "horizon")
+    assert record["mask"]["initial_flip_rate"] >= 0
+
+
+def test_a_run_may_start_from_a_model_whose_units_are_zero(llama, text, tmp_path):
+    pattern = parse_pattern("channels:0.5")
+    model = load_model(llama).model
+    prune_(model, pattern)
+    model.save_pretrained(tmp_path / "zeros")
+    load_model(llama).tokenizer.save_pretrained(tmp_path / "zeros")
+    config = small(
+        llama, text, tmp_path / "run", max_steps=2, pattern="channels:0.5", init_from=str(tmp_path / "zeros")
+    )
+    train(config.changed(learning_rate=1e-9))
+    small_model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    kept = model.model.layers[0].mlp.down_proj.weight.ne(0).any(0)
+    expected = model.model.layers[0].mlp.down_proj.weight[:, kept]
+    torch.testing.assert_close(small_model.model.layers[0].mlp.down_proj.weight, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match=r"is not heads:0\.5 in"):
+        train(config.changed(pattern="heads:0.5", output_dir=str(tmp_path / "other")))
+
+
+def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, text, tmp_path):
+    gpt2 = str(save_tiny(tmp_path / "gpt2", "opt"))
+    for model, fields, reason in (
+        (gpt2, {"pattern": "heads:0.5"}, "cannot cut heads out of opt"),
+        (llama, {"pattern": "channels:0.5", "left_dense": ("layers.1.mlp.up",)}, "each of the 2 transformer blocks"),
+        (llama, {"pattern": "channels:0.5", "init_from": "sparsegpt"}, "neither one of magnitude, flap"),
+        (llama, {"pattern": "channels:0.5", "rotate": "values", "init_from": "flap"}, "rotate values"),
+        (llama, {"pattern": "heads:0.9"}, "keeps all of 2 units"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            train(small(model, text, tmp_path / "run", **fields))
+        assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_the_default_start_of_structured_patterns_is_calibrated():
+    config = TrainConfig.of("model", "text", "run", pattern="channels:0.5", calibration_sequences=8)
+    assert config.start.init_from == "flap"
+    starts = {"heads:0.5": "taylor", "2:4": "sparsegpt"}
+    assert {text: config.changed(pattern=text).start.init_from for text in starts} == starts
+    assert config.without_effect() == {}
+    methods = {"finetune": "flap", "srste": "magnitude"}
+    assert {name: config.changed(method=name).start.init_from for name in methods} == methods
+
+
+# ---- several ranks
+
+
+def train_on_dtensors(text: str) -> None:
+    """AdamS and prune_ on row shards, bit for bit as on the whole weights."""
+    world = init_world("cpu", "full")
+    plain, sharded = tiny_model("llama"), tiny_model("llama")
+    for layer in [module for module in sharded.modules() if isinstance(module, nn.Linear | nn.Embedding)]:
+        fully_shard(layer, mesh=world.mesh)
+    fully_shard(sharded, mesh=world.mesh)
+    optimizers = [
+        AdamS(sparse_param_groups(model, parse_pattern(text)), lr=1e-2, total_steps=8, mask_interval=2, decay_end=1.0)
+        for model in (plain, sharded)
+    ]
+    one, other = masks_after_steps(plain, sharded, optimizers, world.mesh, 5)
+    flips = world.sum(torch.tensor(float(optimizers[1].flips())))
+    assert int(flips) == optimizers[0].flips()
+    optimizers[1].load_state_dict(optimizers[1].state_dict())
+    assert_pruned_alike(plain, sharded, (one, other), text)
+    close_world(world)
+
+
+@pytest.mark.parametrize("text", ["channels:0.5", slow("heads:0.5+2:4")])
+def test_adams_on_shards_is_adams_on_whole_weights(text, tmp_path):
+    run_ranks(train_on_dtensors, 3, text, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks"),
+    [
+        slow({"pattern": "channels:0.5", "init_from": "magnitude"}, 3),
+        slow({"pattern": "heads:0.5", "init_from": "flap", "method": "finetune"}, 1),
+        ({"pattern": "channels:0.5", "init_from": "taylor"}, 1),
+    ],
+)
+def test_ranks_are_one_rank_and_a_run_is_resumed_on_another_number(fields, ranks, gemma, text, tmp_path):
+    train(small_on_ranks(gemma, text, tmp_path / "one", 1, **fields))
+    two = small_on_ranks(gemma, text, tmp_path / "two", 2, save_steps=4, **fields)
+    run_ranks(train_until, 2, two, 4, folder=tmp_path)
+    others = small_on_ranks(gemma, text, tmp_path / "two", ranks, save_steps=4, resume=True, **fields)
+    if ranks == 1:
+        train(others)
+    else:
+        run_ranks(train, ranks, others, folder=tmp_path)
+    assert verify(tmp_path / "two" / "model", fields["pattern"]).ok
+    assert_same_runs_but_for_sums(tmp_path / "one" / "model", tmp_path / "two" / "model")

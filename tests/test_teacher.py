@@ -9,8 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from castlm.core.errors import InputError
-from castlm.distributed.loading import materialize_
-from castlm.distributed.world import init_world
 from castlm.models.io import load_model
 from castlm.planning.activations import Settings
 from castlm.planning.memory import plan_memory
@@ -40,11 +38,11 @@ def wider(tmp_path_factory) -> Path:
 
 
 def run_in(folder: Path, model: str, text: str, teacher: Path, **over: object) -> TrainConfig:
-    return small(model, text, folder / "run", teacher=str(teacher), **over)
+    return small(model, text, folder / "run", teacher=str(teacher), **{"init_from": "magnitude", **over})
 
 
 def test_the_loss_is_the_distance_to_that_model(llama, text, wider, tmp_path):
-    run = begin_run(run_in(tmp_path, llama, text, wider, init_from="magnitude"), init_world("cpu", "full"))
+    run = begin_run(run_in(tmp_path, llama, text, wider))
     assert run.config.teacher.hidden_weight == 0
     batch = next(run.text.loader)
     batch.pop("position_ids")
@@ -54,25 +52,25 @@ def test_the_loss_is_the_distance_to_that_model(llama, text, wider, tmp_path):
         ours = run.model(batch["input_ids"]).logits.log_softmax(-1)
     expected = F.kl_div(ours.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean", log_target=True)
     torch.testing.assert_close(loss.kl, expected)
-    own = begin_run(small(llama, text, tmp_path / "own", init_from="magnitude"), init_world("cpu", "full"))
+    own = begin_run(small(llama, text, tmp_path / "own", init_from="magnitude"))
     assert run.flops_per_token > own.flops_per_token
 
 
 def test_a_resumed_run_has_the_same_teacher(llama, text, wider, tmp_path, capsys):
-    config = run_in(tmp_path, llama, text, wider, save_steps=4)
+    config = run_in(tmp_path, llama, text, wider, save_steps=2, max_steps=4)
     train(config)
     assert f"teacher: {wider}" in capsys.readouterr().err
-    stop_and_resume(config, 6)
+    stop_and_resume(config, 3)
     record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
     assert record["config"]["teacher"] == str(wider)
     assert "distilled from" in (tmp_path / "run" / "model" / "README.md").read_text()
 
     stopped = config.changed(output_dir=str(tmp_path / "stopped"))
-    train_until(stopped, 6)
+    train_until(stopped, 3)
     other = save_tiny(tmp_path / "other", "llama", seed=4)
-    with pytest.raises(InputError, match=r"not the run that was saved .*teacher_fingerprint"):
+    with pytest.raises(InputError, match=r"teacher_fingerprint"):
         train(stopped.changed(resume=True, teacher=str(other)))
-    with pytest.raises(InputError, match=r"not the run that was saved .*teacher_fingerprint"):
+    with pytest.raises(InputError, match=r"teacher_fingerprint"):
         train(stopped.changed(resume=True, teacher=None, hidden_weight=0.0))
     moved = shutil.copytree(wider, tmp_path / "moved")
     train(stopped.changed(resume=True, teacher=str(moved)))
@@ -123,11 +121,6 @@ def test_a_model_that_cannot_teach_is_refused_before_any_weights_are_read(
         train(run_in(tmp_path, llama, text, teacher, hidden_weight=2.0))
 
 
-def test_a_teacher_without_effect_is_named(llama, text, tmp_path):
-    config = run_in(tmp_path, llama, text, Path("elsewhere"), eta=0.0)
-    assert "eta above 0" in config.without_effect()["teacher"]
-
-
 def test_memory_of_a_larger_teacher(llama, wider):
     run = Settings(seq_len=32, micro_batch=4, hidden_states=False)
     own, other = (plan_memory(llama, run, teacher=teacher, world_size=2) for teacher in (None, wider))
@@ -135,14 +128,6 @@ def test_memory_of_a_larger_teacher(llama, wider):
     assert other.components["teacher"] == number  # bf16, on two ranks
     assert other.components["gathered weights"] > own.components["gathered weights"]
     assert other.components["weights"] == own.components["weights"]
-
-
-def test_weights_that_are_in_memory_stay_beside_those_that_are_read():
-    model = torch.nn.ModuleList([torch.nn.Linear(2, 3, device="meta"), torch.nn.Linear(2, 3)])
-    held = model[1].weight.detach().clone()
-    materialize_(model, torch.device("cpu"))
-    assert not model[0].weight.is_meta
-    assert torch.equal(model[1].weight, held)
 
 
 def train_with_a_whole_teacher(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from castlm.core.errors import InputError
 from castlm.core.top_tokens import TopTokens
-from castlm.distributed.world import World, init_world
+from castlm.distributed.world import World
 from castlm.training import teacher_cache
 from castlm.training.config import TrainConfig
 from castlm.training.teacher_cache import TeacherCache
@@ -24,7 +24,7 @@ from tests.tiny import save_tiny
 
 
 def config_in(folder, llama, text) -> TrainConfig:
-    cache = {"teacher_top_k": 8, "teacher_cache": str(folder / "cache")}
+    cache = {"teacher_top_k": 8, "teacher_cache": str(folder / "cache"), "init_from": "magnitude"}
     return small(llama, text, folder / "run", **cache)
 
 
@@ -68,16 +68,16 @@ def test_a_run_from_the_cache_is_the_run_of_the_teacher(trained, tmp_path, lesso
 
 def test_another_run_over_the_same_text_needs_no_teacher(trained, tmp_path, lessons):
     shorter = in_folder(trained, tmp_path, "shorter", max_steps=6, learning_rate=3e-3, method="srste")
-    run = begin_run(shorter, init_world("cpu", "full"))
+    run = begin_run(shorter)
     assert run.objective.teacher is None
-    longer = begin_run(in_folder(trained, tmp_path, "longer", max_steps=9), init_world("cpu", "full"))
+    longer = begin_run(in_folder(trained, tmp_path, "longer", max_steps=9))
     assert longer.objective.teacher is not None
 
 
 def test_resumed_run_is_the_straight_run_and_covers_it(config, tmp_path, lessons):
     straight = in_folder(config, tmp_path, "straight", teacher_cache=None, hidden_weight=0.0)
     train(straight)
-    run = begin_run(config, init_world("cpu", "full"))
+    run = begin_run(config)
     for _ in range(5):
         run.train_step()
     run.save()
@@ -89,7 +89,7 @@ def test_resumed_run_is_the_straight_run_and_covers_it(config, tmp_path, lessons
 
 
 def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(config, tmp_path):
-    run = begin_run(config, init_world("cpu", "full"))
+    run = begin_run(config)
     for _ in range(5):
         run.train_step()
     run.save()
@@ -114,7 +114,7 @@ def test_another_teacher_is_refused(trained, text, tmp_path):
 
 def test_a_missing_block_stops_a_run_without_a_teacher(trained, tmp_path):
     next((tmp_path / "cache" / "blocks").glob("*/*.safetensors")).unlink()
-    with pytest.raises(InputError, match=r"lacks a sequence of this run: remove .*coverage"):
+    with pytest.raises(InputError, match=r"remove .*coverage"):
         train(in_folder(trained, tmp_path, "two"))
 
 
@@ -186,7 +186,7 @@ def test_what_makes_no_sense_is_refused(config, tmp_path):
     with pytest.raises(InputError, match="exceeds the model's 264 tokens"):
         train(config.changed(teacher_top_k=10**6))
     (tmp_path / "taken").write_text("")
-    with pytest.raises(InputError, match=r"cannot write .*taken: File exists; choose another"):
+    with pytest.raises(InputError, match=r"taken: File exists"):
         train(config.changed(teacher_cache=str(tmp_path / "taken")))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -201,9 +201,7 @@ def test_ranks_write_and_read_as_one_rank_does(trained, tmp_path):
     run_ranks(train, 2, ranks, folder=tmp_path)
     fresh = ranks.changed(output_dir=str(tmp_path / "fresh"), teacher_cache=str(tmp_path / "cache2"))
     run_ranks(train, 2, fresh, folder=tmp_path)
-    one = begin_run(
-        in_folder(trained, tmp_path, "one", teacher_cache=fresh.teacher.teacher_cache), init_world("cpu", "full")
-    )
+    one = begin_run(in_folder(trained, tmp_path, "one", teacher_cache=fresh.teacher.teacher_cache))
     assert one.objective.teacher is None
     losses = []
     for name in ("run", "ranks", "fresh"):

@@ -22,7 +22,6 @@ from castlm.training.telemetry import Telemetry
 from castlm.training.trackers import TrackedRun, chosen_trackers, open_trackers
 from castlm.training.train import train
 from tests.runs import begin_run, metrics, small
-from tests.tiny import save_tiny
 
 
 class Client(types.ModuleType):
@@ -56,14 +55,13 @@ def clients(monkeypatch) -> dict[str, Client]:
     return found
 
 
-def test_every_installed_tracker_gets_the_figures_of_metrics_jsonl(clients, text, tmp_path, capsys):
-    model = str(save_tiny(tmp_path / "llama"))
-    train(small(model, text, tmp_path / "run", max_steps=4, eval_steps=2, report_to=("auto",)))
+def test_every_installed_tracker_gets_the_figures_of_metrics_jsonl(clients, llama, text, tmp_path, capsys):
+    train(small(llama, text, tmp_path / "run", max_steps=2, eval_steps=2, init_from="magnitude", report_to=("auto",)))
     assert "metrics: metrics.jsonl, tensorboard, wandb, trackio" in capsys.readouterr().err
     rows = metrics(tmp_path / "run")
     for client in clients.values():
         assert client.num_finished == 1
-        assert client.started[0]["config"]["max_steps"] == 4
+        assert client.started[0]["config"]["max_steps"] == 2
         assert [step for step, _ in client.logged] == [row["step"] for row in rows]
         for (_, values), row in zip(client.logged, rows):
             assert values.items() <= row.items()
@@ -94,13 +92,15 @@ def test_wandb_is_offline_without_a_key_and_resumes_the_same_run(clients, tmp_pa
 
 def test_a_tracker_that_is_missing_or_fails_is_one_line(clients, tmp_path, monkeypatch):
     assert chosen_trackers(["none"]) == []
+    with pytest.raises(InputError, match="report_to none and wandb"):
+        chosen_trackers(["none", "wandb"])
     assert chosen_trackers(["wandb", "wandb"]) == ["wandb"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="report_to wandb: it is not installed: pip install wandb"):
+    with pytest.raises(InputError, match="pip install wandb"):
         chosen_trackers(["wandb"])
     monkeypatch.setattr(clients["trackio"], "init", lambda **_: 1 / 0)
-    with pytest.raises(InputError, match="report_to trackio: division by zero; report_to none"):
+    with pytest.raises(InputError, match="report_to trackio: division by zero"):
         open_trackers(["trackio"], TrackedRun(tmp_path, "a1", {}, 0))
     closed = []
     monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append(self))
@@ -109,24 +109,8 @@ def test_a_tracker_that_is_missing_or_fails_is_one_line(clients, tmp_path, monke
     assert len(closed) == 1
 
 
-def test_a_folder_named_as_a_tracker_is_not_a_package(tmp_path, monkeypatch):
-    for name in trackers.TRACKERS:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    importlib.invalidate_caches()
-    assert chosen_trackers(["auto"]) == []
-    for report_to in (["wandb"], ["auto", "wandb"], ["wandb", "auto"]):
-        with pytest.raises(InputError, match="report_to wandb: it is not installed"):
-            chosen_trackers(report_to)
-    assert chosen_trackers(["none"]) == []
-    with pytest.raises(InputError, match="report_to none and wandb"):
-        chosen_trackers(["none", "wandb"])
-
-
-def test_a_run_that_overwrites_another_is_another_run_of_the_trackers(clients, text, tmp_path):
-    model = str(save_tiny(tmp_path / "llama"))
-    config = small(model, text, tmp_path / "run", init_from="magnitude", report_to=("wandb",))
+def test_a_run_that_overwrites_another_is_another_run_of_the_trackers(clients, llama, text, tmp_path):
+    config = small(llama, text, tmp_path / "run", init_from="magnitude", report_to=("wandb",))
     for overwrite in (False, True):
         world = init_world("cpu", "full")
         run = begin_run(config.changed(overwrite=overwrite), world)
@@ -266,9 +250,9 @@ def endpoint(monkeypatch):
     server.shutdown()
 
 
-def test_a_run_uploads_its_verified_model(endpoint, text, tmp_path, capsys):
-    model = str(save_tiny(tmp_path / "llama"))
-    config = small(model, text, tmp_path / "run", max_steps=2, push_to_hub=True, hub_model_id="me/run")
+def test_a_run_uploads_its_verified_model(endpoint, llama, text, tmp_path, capsys):
+    config = small(llama, text, tmp_path / "run", max_steps=2, push_to_hub=True, hub_model_id="me/run")
+    config = config.changed(init_from="magnitude")
     train(config)
     assert "uploaded: https://huggingface.co/me/run/commit/1" in capsys.readouterr().err
     (commit,) = Hub.commits
@@ -278,10 +262,9 @@ def test_a_run_uploads_its_verified_model(endpoint, text, tmp_path, capsys):
     assert len(Hub.commits) == 2
 
 
-def test_a_run_that_diverged_does_not_replace_what_is_on_the_hub(endpoint, text, tmp_path, capsys):
-    model = str(save_tiny(tmp_path / "llama"))
+def test_a_run_that_diverged_does_not_replace_what_is_on_the_hub(endpoint, llama, text, tmp_path, capsys):
     over = {"init_from": "magnitude", "learning_rate": 2.0, "push_to_hub": True, "hub_model_id": "me/run"}
-    config = small(model, text, tmp_path / "run", **over)
+    config = small(llama, text, tmp_path / "run", **over)
     assert train(config)["verdict"]["problem"] == "DIVERGED"
     result = tmp_path / "run" / "model"
     told = f"not uploaded, because the run diverged; hf upload me/run {result}"
@@ -300,17 +283,16 @@ def test_an_upload_removes_the_weights_of_an_earlier_one_and_nothing_else(endpoi
     assert [entry["value"]["path"] for entry in commit if entry["key"] == "deletedFile"] == ["model.safetensors"]
 
 
-def test_an_upload_that_cannot_work_is_refused_before_the_run(endpoint, text, tmp_path, monkeypatch):
-    model = str(save_tiny(tmp_path / "llama"))
-    with pytest.raises(InputError, match=r"push_to_hub to a//b: .*give another hub_model_id"):
-        train(small(model, text, tmp_path / "run", push_to_hub=True, hub_model_id="a//b"))
+def test_an_upload_that_cannot_work_is_refused_before_the_run(endpoint, llama, text, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="a//b"):
+        train(small(llama, text, tmp_path / "run", push_to_hub=True, hub_model_id="a//b"))
     monkeypatch.setattr(Hub, "refuse", True)
-    with pytest.raises(InputError, match=r"push_to_hub to me/run: .*log in with hf auth login"):
-        train(small(model, text, tmp_path / "run", push_to_hub=True, hub_model_id="me/run"))
+    with pytest.raises(InputError, match=r"me/run: .*hf auth login"):
+        train(small(llama, text, tmp_path / "run", push_to_hub=True, hub_model_id="me/run"))
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_a_failed_upload_says_how_to_send_the_result(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "do_POST", lambda self: self.answer({"error": "no"}, 403))
-    with pytest.raises(InputError, match=f"the result is whole: hf upload me/run {tmp_path} sends it"):
+    with pytest.raises(InputError, match=f"hf upload me/run {tmp_path}"):
         push(tmp_path, "me/run", private=False)

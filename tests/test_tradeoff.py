@@ -103,7 +103,7 @@ def test_results_of_another_dense_model_are_refused(tmp_path):
 
     one, same, other = candidate("one", 6.0), candidate("same", 6.01), candidate("other", 7.0)
     assert [c.perplexity for c in candidates("an/id", [one, same])] == [6.0, 8.0, 8.0]
-    with pytest.raises(InputError, match=r"has a dense model of perplexity 7, not 6: compare results of one model"):
+    with pytest.raises(InputError, match=r"perplexity 7.* 6"):
         candidates("an/id", [one, other])
 
 

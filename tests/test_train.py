@@ -1,6 +1,5 @@
 """The loop end to end on tiny models: the result, exact resume, equivalences, and every way to be told no."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -19,7 +18,6 @@ from castlm.cli.main import main
 from castlm.core.errors import DivergedError, InputError
 from castlm.core.sparsify import weight_parameter
 from castlm.data.tokens import token_ids
-from castlm.distributed.world import init_world
 from castlm.export.verify import verify
 from castlm.files.output import begin_output
 from castlm.models.io import load_model
@@ -49,7 +47,7 @@ from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, TEXT, save_tiny
 
 
-@pytest.mark.parametrize("family", slow_but(("qwen3", "opt", "gpt2"), FAMILIES))
+@pytest.mark.parametrize("family", slow_but(("qwen3", "gpt2"), FAMILIES))
 def test_every_family_ends_proved(family, text, tmp_path):
     model = save_tiny(tmp_path / "dense", family)
     record = train(small(str(model), text, tmp_path / "run", max_steps=4))
@@ -70,7 +68,7 @@ def test_widths_that_do_not_divide_stay_dense_and_are_recorded(text, tmp_path):
 
 
 def test_accumulation_is_one_large_batch(llama, text, tmp_path):
-    common = {"eta": 0.5, "max_steps": 4, "decay_end": 1.0}
+    common = {"eta": 0.5, "max_steps": 4, "decay_end": 1.0, "init_from": "magnitude"}
     train(small(llama, text, tmp_path / "a", per_device_train_batch_size=8, **common))
     train(small(llama, text, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **common))
     assert_same_runs_but_for_sums(tmp_path / "a" / "model", tmp_path / "b" / "model")
@@ -105,7 +103,7 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_pa
 @pytest.fixture(scope="module")
 def stopped(llama, text, tmp_path_factory) -> TrainConfig:
     """A run with a checkpoint of step 2."""
-    config = small(llama, text, tmp_path_factory.mktemp("stopped") / "run", save_steps=2)
+    config = small(llama, text, tmp_path_factory.mktemp("stopped") / "run", save_steps=2, init_from="magnitude")
     train_until(config, 3)
     return config
 
@@ -120,25 +118,30 @@ def test_another_run_is_not_resumed(change, stopped):
         train(stopped.changed(resume=True, **change))
 
 
-def test_changed_data_is_not_resumed(llama, tmp_path):
-    data = tmp_path / "data.txt"
+def test_a_run_is_not_resumed_on_changed_data_or_other_weights(tmp_path):
+    model, data = save_tiny(tmp_path / "model"), tmp_path / "data.txt"
     data.write_text(TEXT)
-    config = small(llama, str(data), tmp_path / "run", save_steps=2)
+    config = small(str(model), str(data), tmp_path / "run", save_steps=2, init_from="magnitude")
     train_until(config, 3)
     data.write_text(TEXT + "More.")
     with pytest.raises(InputError, match=r"eval_sha256|dataset_sha256"):
+        train(config.changed(resume=True))
+    data.write_text(TEXT)
+    save_tiny(model, seed=1)
+    with pytest.raises(InputError, match=r"model_fingerprint"):
         train(config.changed(resume=True))
 
 
 @pytest.mark.parametrize("pattern", ["2:4", slow("channels:0.5+2:4")])
 def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, text, tmp_path):
     """SIGKILL at random moments of a run that saves every step; it continues each time and ends as the straight run."""
-    straight = small(llama, text, tmp_path / "straight", save_steps=1, pattern=pattern)
+    start = "magnitude" if pattern == "2:4" else None
+    straight = small(llama, text, tmp_path / "straight", save_steps=1, pattern=pattern, init_from=start)
     train(straight)
     command = ["castlm", "train", "--config", str(tmp_path / "straight" / "config.yaml")]
     command += ["--output-dir", str(tmp_path / "killed")]
     log, checkpoints = tmp_path / "log", tmp_path / "killed" / "checkpoints"
-    for saved in (2, 5):
+    for saved in (2, 4):
         process = start_command(*command, log=log)
         while max(checkpoint_steps(checkpoints), default=0) < saved:
             assert process.is_alive(), log.read_text()
@@ -156,7 +159,7 @@ def test_signals_save_and_say_how_to_go_on(number, code, llama, text, tmp_path):
     out = tmp_path / "run"
     command = ["castlm", "train", "--model", llama, "--dataset", text, "--output-dir", str(out)]
     command += ["--max-steps", "400", "--seq-len", "32", "--per-device-train-batch-size", "4", "--eval-tokens", "512"]
-    command += ["--save-steps", "0", "--eval-steps", "400", "--report-to", "none"]
+    command += ["--save-steps", "0", "--eval-steps", "400", "--report-to", "none", "--init-from", "magnitude"]
     process = start_command(*command, log=tmp_path / "log")
     while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") < 5:
         assert process.is_alive(), (tmp_path / "log").read_text()
@@ -196,13 +199,13 @@ def test_a_weight_that_became_nan_is_divergence_and_not_bad_input(llama, text, t
 
 
 def test_a_last_step_that_overflows_is_divergence_and_writes_no_model(llama, text, tmp_path):
-    with pytest.raises(DivergedError, match=r"values not finite.*: the run diverged in its last steps; lower"):
+    with pytest.raises(DivergedError, match=r"not finite.*diverged"):
         train(small(llama, text, tmp_path / "run", max_steps=1, learning_rate=1e38, init_from="magnitude"))
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
-    config = small(llama, text, tmp_path / "run", decay="proportional")
+    config = small(llama, text, tmp_path / "run", decay="proportional", init_from="magnitude")
     with pytest.raises(InputError, match="horizon"):
         train(config)
     record = train(config.changed(ignore_decay_budget=True, overwrite=True))
@@ -210,7 +213,7 @@ def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
 
 
 def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
-    run = begin_run(small(llama, text, tmp_path / "run"), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run"))
     run.train_step()
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.evaluate()
@@ -221,7 +224,7 @@ def test_prune_now_leaves_the_weights_as_they_were(llama, text, tmp_path):
 
 @pytest.mark.parametrize("method", ["finetune", "srste", "cast"])
 def test_an_evaluation_measures_twice_only_what_a_prune_would_change(method, llama, text, tmp_path, monkeypatch):
-    run = begin_run(small(llama, text, tmp_path / "run", method=method), init_world("cpu", "full"))
+    run = begin_run(small(llama, text, tmp_path / "run", method=method))
     run.train_step()
     measured = []
     whole = run.evaluator.perplexity
@@ -232,17 +235,10 @@ def test_an_evaluation_measures_twice_only_what_a_prune_would_change(method, lla
     assert len(measured) == (2 if method == "cast" else 1)
 
 
-@pytest.fixture(scope="module")
-def dense_perplexity(llama, text, tmp_path_factory) -> float:
-    """The perplexity of the dense model before the first step of its own control."""
-    record = train(small(llama, text, tmp_path_factory.mktemp("control") / "run", method="dense", max_steps=1))
-    return record["perplexity"]["dense"]
-
-
 @pytest.mark.parametrize("initial", [slow("wanda"), "sparsegpt"])
-def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, dense_perplexity, llama, text, tmp_path):
+def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", init_from=initial, calibration_sequences=4)
-    run = begin_run(config, init_world("cpu", "full"))
+    run = begin_run(config)
     loaded = load_model(llama)
     ids = token_ids(run.text.documents, loaded.tokenizer, limit=16 * 4 * 32)
     sequences = draw_calibration(ids, 4, 32, seed=0)
@@ -257,7 +253,6 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, dense
     record = train(config.changed(overwrite=True))
     assert 0 <= record["mask"]["initial_flip_rate"] < 0.2  # some may come back for others
     assert record["mask"]["largest_masked"] == 0
-    assert record["perplexity"]["dense"] == pytest.approx(dense_perplexity)
     assert record["figures"][1]["name"] == f"pruned one-shot by {initial}"
 
 
@@ -272,7 +267,7 @@ def sparse(llama, tmp_path_factory) -> str:
 def test_initial_mask_of_a_model_is_where_the_run_starts(llama, sparse, text, tmp_path):
     """One pruned by magnitude has the masks of magnitude, and zeros where a run from magnitude has dense weights."""
     runs = [
-        begin_run(small(llama, text, tmp_path / str(n), init_from=start, mask_interval=100), init_world("cpu", "full"))
+        begin_run(small(llama, text, tmp_path / str(n), init_from=start, mask_interval=100))
         for n, start in enumerate(("magnitude", sparse))
     ]
     masks, theirs = (
@@ -289,14 +284,14 @@ def test_initial_mask_of_a_model_is_where_the_run_starts(llama, sparse, text, tm
 @pytest.fixture(scope="module")
 def cast(llama, text, tmp_path_factory) -> Run:
     """A run of CAST before its first step."""
-    return begin_run(small(llama, text, tmp_path_factory.mktemp("cast") / "run"), init_world("cpu", "full"))
+    return begin_run(small(llama, text, tmp_path_factory.mktemp("cast") / "run"))
 
 
-@pytest.mark.parametrize("method", ["ste", "srste", "ast"])
+@pytest.mark.parametrize("method", [slow("ste"), "srste", slow("ast")])
 def test_rivals_start_from_the_same_weights(method, cast, llama, text, tmp_path):
     """As the one-shot method leaves them, masked ones at zero; what is masked may come back."""
     config = small(llama, text, tmp_path / "rival", method=method, mask_interval=1, init_from="sparsegpt")
-    rival = begin_run(config, init_world("cpu", "full"))
+    rival = begin_run(config)
     assert rival.dense_perplexity == pytest.approx(cast.dense_perplexity)
     for (weight, mask), (theirs, their_mask) in zip(cast.method.masks().items(), rival.method.masks().items()):
         assert torch.equal(mask, their_mask)
@@ -327,18 +322,9 @@ def test_a_model_that_sparsegpt_cannot_prune_is_told_what_can(llama, text, tmp_p
         raise InputError("no calibration token reaches model.layers.0.mlp.experts.3.w1")
 
     monkeypatch.setattr(start.Start, "make_", refuse)
-    with pytest.raises(InputError, match=r"init_from sparsegpt: no .*experts\.3\.w1; init_from magnitude"):
+    with pytest.raises(InputError, match=r"init_from sparsegpt.*experts\.3\.w1.*init_from magnitude"):
         train(small(llama, text, tmp_path / "run", init_from=None))
     assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_schedule():
-    config = TrainConfig.of("m", "d", "o", max_steps=100, learning_rate=1.0, warmup_ratio=0.1, min_lr_ratio=0.1)
-    rates = [config.optimizer.learning_rate_at(t) for t in range(101)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert max(rates) == rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.55)
-    assert rates[100] == pytest.approx(0.1)
 
 
 BAD = {
@@ -371,7 +357,7 @@ def test_bad_input_is_one_line_and_exit_2(case, llama, text, tmp_path, capsys):
 
 def finished(llama, text, folder, **over) -> TrainConfig:
     """A run of two steps that is done."""
-    config = small(llama, text, folder, max_steps=2, save_steps=1, **over)
+    config = small(llama, text, folder, max_steps=2, save_steps=1, init_from="magnitude", **over)
     train(config)
     return config
 
@@ -388,7 +374,7 @@ def test_a_finished_run_is_resumed_as_itself_alone(llama, text, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(InputError, match=r"model\.safetensors is missing or has changed since castlm wrote it: remove"):
+    with pytest.raises(InputError, match=r"model\.safetensors is missing or has changed"):
         train(config.changed(resume=True))
     weights.unlink()
     with pytest.raises(InputError, match="is missing"):
@@ -397,7 +383,8 @@ def test_a_finished_run_is_resumed_as_itself_alone(llama, text, tmp_path):
 
 def test_a_text_under_another_name_is_the_same_text(llama, text, tmp_path, monkeypatch):
     held_out = shutil.copy(text, tmp_path / "held_out.txt")
-    config = small(llama, text, tmp_path / "run", max_steps=4, save_steps=2, eval_dataset=str(held_out))
+    fields = {"max_steps": 4, "save_steps": 2, "init_from": "magnitude", "decay_end": 0.5}
+    config = small(llama, text, tmp_path / "run", eval_dataset=str(held_out), **fields)
     train_until(config, 2)
     monkeypatch.chdir(tmp_path)
     other = {"dataset": os.path.relpath(text), "eval_dataset": "held_out.txt"}
@@ -436,7 +423,7 @@ def test_the_config_of_an_overwritten_run_may_be_the_config_that_overwrites(llam
     finished(llama, text, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     before = config.read_bytes()
-    arguments = ["--config", str(config), "--output-dir", str(tmp_path / "run")]
+    arguments = ["--config", str(config), "--output-dir", str(tmp_path / "run"), "--no-report"]
     assert main(["train", *arguments, "--overwrite"]) == 0
     assert (tmp_path / "run.previous" / "config.yaml").read_bytes() == before
     assert main(["train", *arguments, "--model", str(tmp_path / "run" / "model"), "--overwrite"]) == 2
@@ -444,7 +431,8 @@ def test_the_config_of_an_overwritten_run_may_be_the_config_that_overwrites(llam
 
 
 def test_parts_of_a_checkpoint_that_was_being_removed_go_with_the_next_save(llama, text, tmp_path):
-    config = small(llama, text, tmp_path / "run", max_steps=4, save_steps=2, save_total_limit=1)
+    fields = {"max_steps": 4, "save_steps": 2, "init_from": "magnitude"}
+    config = small(llama, text, tmp_path / "run", save_total_limit=1, **fields)
     train_until(config, 2)
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "step-00000001").mkdir()
@@ -463,23 +451,9 @@ def test_a_signal_while_the_folder_changes_waits_for_a_step_and_saves(llama, tex
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(run_folder, "begin_output", stopped)
-    with pytest.raises(
-        Interrupted, match=r"stopped after step 1, saved; continue with: castlm train --config \S+ --resume"
-    ):
+    with pytest.raises(Interrupted, match=r"stopped after step 1, .*castlm train --config \S+ --resume"):
         train(config.changed(overwrite=True))
     assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [1]
-
-
-def test_a_signal_that_a_library_swallows_ends_the_run_after_its_first_step(llama, text, tmp_path, monkeypatch):
-    def swallowing(*about, **more):
-        with contextlib.suppress(Interrupted):
-            os.kill(os.getpid(), signal.SIGTERM)
-        begin_output(*about, **more)
-
-    monkeypatch.setattr(Interrupt, "start_training", lambda self: None)
-    monkeypatch.setattr(run_folder, "begin_output", swallowing)
-    with pytest.raises(Interrupted, match="stopped after step 1, saved"):
-        train(small(llama, text, tmp_path / "run", init_from="magnitude"))
 
 
 def test_sigterm_while_loading_ends_with_a_line(llama, text, tmp_path):
@@ -539,7 +513,7 @@ def test_a_signal_that_a_library_turns_into_an_error_is_not_lost(block, number, 
 
 
 def test_gradual_pruning_without_a_refresh_in_its_second_half_is_refused(llama, text, tmp_path):
-    with pytest.raises(InputError, match="mask_interval 10 leaves no mask refresh in the second half of 10 steps"):
+    with pytest.raises(InputError, match=r"mask_interval 10 .* 10 steps"):
         train(small(llama, text, tmp_path / "run", method="gradual_magnitude", max_steps=10, mask_interval=10))
     assert not (tmp_path / "run").exists()
 
@@ -559,21 +533,13 @@ def test_full_disk_during_a_save(llama, text, tmp_path):
         subprocess.run(["umount", str(mount)], check=True)
 
 
-@pytest.mark.parametrize("is_fast", [True, False])
-def test_bf16_on_a_cpu_without_units_for_it_is_said_to_be_slow(is_fast, llama, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(hardware, "has_fast_bf16", lambda: is_fast)
+def test_bf16_on_a_cpu_without_units_for_it_is_said_to_be_slow(llama, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hardware, "has_fast_bf16", lambda: False)
     train(small(llama, text, tmp_path / "run", max_steps=2, precision="bf16", init_from="magnitude"))
-    assert ("no bf16 units" in capsys.readouterr().err) == (not is_fast)
+    assert "no bf16 units" in capsys.readouterr().err
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(TEXT[:1000])
-    assert main(["eval", str(tmp_path / "run"), "--text", str(held_out), "--seq-len", "32", "--precision", "bf16"]) == 0
-    assert ("no bf16 units" in capsys.readouterr().err) == (not is_fast)
-
-
-def test_a_run_is_not_resumed_on_other_weights(text, tmp_path):
-    model = save_tiny(tmp_path / "model")
-    config = small(str(model), text, tmp_path / "run", max_steps=4, save_steps=2)
-    train_until(config, 3)
-    save_tiny(tmp_path / "model", seed=1)
-    with pytest.raises(InputError, match=r"not the run that was saved \(model_fingerprint"):
-        train(config.changed(resume=True))
+    for is_fast in (False, True):
+        monkeypatch.setattr(hardware, "has_fast_bf16", lambda is_fast=is_fast: is_fast)
+        assert main(["eval", llama, "--text", str(held_out), "--seq-len", "32", "--precision", "bf16"]) == 0
+        assert ("no bf16 units" in capsys.readouterr().err) == (not is_fast)
