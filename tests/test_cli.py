@@ -1,5 +1,8 @@
-"""The command as a process: what its neighbours in a pipe see of it."""
+"""The command as a process and in a pipe, `--json`, and its lines of progress."""
 
+from __future__ import annotations
+
+import json
 import os
 import re
 import subprocess
@@ -10,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import castlm.progress
 from castlm.cli.main import COMMANDS, Command, main
-from castlm.cli.options import result_folder
-from castlm.core.errors import DivergedError
+from castlm.cli.options import check_json_path, result_folder, write_json
+from castlm.core.errors import DivergedError, InputError
+from castlm.files.atomic_file import atomic_write_json
+from castlm.progress import shown_progress
 from tests.slow import slow
 
 ARGUMENTS = [["--help"], ["verify", "--help"], ["plan"], ["verify", "{file}"], ["verify", "{file}", "--json", "-"]]
@@ -129,3 +135,93 @@ def test_a_run_that_saved_a_verified_model_exits_with_0_unless_it_diverged(probl
     monkeypatch.setattr("castlm.training.train.train", lambda config: {"verdict": found})
     arguments = ["--model", "m", "--dataset", "d", "--output-dir", str(tmp_path / "run"), "--no-report"]
     assert main(["train", *arguments]) == code
+
+
+# ---- `--json` replaces nothing but a report, and is checked before the work
+
+
+@pytest.mark.parametrize(
+    "name", ["model/config.json", "model/tokenizer.json", "thesis.txt", "link.json", "folder", "no/x"]
+)
+def test_what_is_not_a_report_is_refused_and_kept(tmp_path, name):
+    for file in ("model/config.json", "model/tokenizer.json", "thesis.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text('{"of": "a model"}' if file.startswith("model") else "Chapter 1")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "model" / "config.json")
+    with pytest.raises(InputError, match="--json"):
+        check_json_path(str(tmp_path / name))
+    assert main(["verify", str(tmp_path / "model"), "--json", str(tmp_path / name)]) == 2
+    assert (tmp_path / "model" / "config.json").read_text() == '{"of": "a model"}'
+    assert (tmp_path / "thesis.txt").read_text() == "Chapter 1"
+
+
+def test_a_new_file_and_an_older_report_are_accepted(tmp_path):
+    for name in (None, "-", str(tmp_path / "new.json")):
+        check_json_path(name)
+    write_json(str(tmp_path / "old.json"), {"ok": True})
+    check_json_path(str(tmp_path / "old.json"))
+
+
+@pytest.mark.parametrize("name", ["castlm-output.json", "progress.json", "text.jsonl.castlm.json", "one.jsonl"])
+def test_records_and_texts_are_no_reports(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="not a report"):
+        check_json_path(str(tmp_path / name))
+
+
+def test_a_pipe_is_never_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(InputError, match="not a report"):
+            check_json_path(str(tmp_path / name))
+        with pytest.raises(InputError, match="not a regular file"):
+            atomic_write_json(tmp_path / name, {})
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_the_file_behind_a_link_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real.json")
+    (tmp_path / "real.json").write_text("{}")
+    atomic_write_json(tmp_path / "link", {"a": 1})
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text()) == {"a": 1}
+
+
+# ---- progress
+
+
+def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(castlm.progress, "SECONDS_BETWEEN_LINES", 0)
+    with shown_progress("perplexity, sequences") as told:
+        told(1, 4)
+        told(4, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("castlm: perplexity, sequences 1/4, ")
+
+
+def test_short_work_says_nothing(capsys):
+    with shown_progress("sparsegpt, blocks") as told:
+        told(1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal
+    with shown_progress("perplexity, sequences") as told:
+        told(1, 2)
+        told(2, 2)
+    shown = capsys.readouterr().err
+    assert "perplexity, sequences" in shown
+    assert "\x1b[" in shown
+
+
+def test_a_line_with_a_rate_leaves_out_what_an_earlier_start_did(capsys, monkeypatch):
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(castlm.progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(castlm.progress.time, "monotonic", lambda: next(clock))
+    with shown_progress("sampling, tokens", rate="tokens/s", before=1000) as told:
+        told(3000, 5000)
+    assert capsys.readouterr().err == "castlm: sampling, tokens 3,000/5,000, 200 tokens/s, 10 s left\n"
