@@ -151,6 +151,8 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+# ---- what transformers loads
+
 Config = Mapping[str, Any]
 
 _REDIRECTIONS = ("configuration_files", "transformers_weights", "attribute_map")

@@ -240,6 +240,9 @@ def equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(bytes_of(one), bytes_of(other))
 
 
+# ---- a model that does not fit in memory, from files of its transformer blocks
+
+
 def export_blocks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -307,7 +310,7 @@ def write_safetensors(
     tensors: Iterator[tuple[str, Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes `file`; `tensors` are consumed one by one.
+    """Writes a safetensors file one tensor at a time; `safetensors.torch.save_file` needs all of them in memory.
 
     Args:
         layout: dtype (safetensors' name) and shape of every tensor, in the order in which `tensors` gives them.
@@ -326,6 +329,9 @@ def write_safetensors(
             assert (STORED_NAMES[tensor.dtype], tuple(tensor.shape)) == left.pop(name), name
             stream.write(memoryview(bytes_of(tensor).numpy()))
     assert not left, left
+
+
+# ---- the hub
 
 
 def check_login(repo_id: str) -> None:

@@ -267,6 +267,9 @@ def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
     native.trim_memory()
 
 
+# ---- a model onto the kernels
+
+
 @torch.no_grad()
 def pack_model_(
     model: PreTrainedModel,
