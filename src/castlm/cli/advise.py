@@ -170,11 +170,11 @@ class AdviseCommand:
 
     def _compare_results(self) -> int:
         from castlm.compare.tradeoff import as_dict, candidates, measure, text
-        from castlm.inference.native import check_built
+        from castlm.inference.native import built
         from castlm.progress import note
 
         refuse_given(self, _ADVICE, "is not for --results, which decodes one sequence in bf16 here: leave it out")
-        check_built()
+        built()
         chosen = candidates(self.model, [result_folder(path) for path in self.results])
         report = as_dict(measure(chosen, note))
         return self._show(report, text(report))

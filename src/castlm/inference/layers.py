@@ -305,7 +305,7 @@ def pack_model_(
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
     assert dtype in FLOAT_NAMES, dtype
-    native.check_built()
+    native.built()
     names: list[str] = []
     sparse = [name for name, layer in layers.items() if m and name not in left_dense and layer.in_features % m == 0]
     for name in sparse:

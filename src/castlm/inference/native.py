@@ -64,18 +64,18 @@ def load_kernels(file: str) -> ctypes.CDLL:
     library.castlm_decode.argtypes = [pointer, pointer, size, pointer, pointer, number]
     library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
     if os.environ.get(_LEVEL_VARIABLE):
-        _use_level(library, os.environ[_LEVEL_VARIABLE])
+        use_level(os.environ[_LEVEL_VARIABLE], library)
     return library
 
 
 def level() -> str:
     """The name in `LEVELS` of the kernels in use: the fastest for this processor, unless `use_level` set another."""
-    return LEVELS[_library().castlm_level()]
+    return LEVELS[built().castlm_level()]
 
 
 def is_intel() -> bool:
     """Whether the processor is Intel's, by its vendor string."""
-    return bool(_library().castlm_is_intel())
+    return bool(built().castlm_is_intel())
 
 
 def levels() -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def _levels(library: ctypes.CDLL) -> tuple[str, ...]:
     return tuple(level for number, level in enumerate(LEVELS) if library.castlm_runs(number))
 
 
-def use_level(name: str) -> None:
+def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
     """Selects the kernels of an instruction set in this process, as the environment variable `CASTLM_CPU_LEVEL` does.
 
     Buffers from another level may be refused afterwards: pack again.
@@ -96,20 +96,13 @@ def use_level(name: str) -> None:
     Raises:
         InputError: an unknown name, or an instruction set that this processor lacks.
     """
-    _use_level(_library(), name)
-
-
-def _use_level(library: ctypes.CDLL, name: str) -> None:
+    library = library or built()
     if name not in LEVELS or library.castlm_set_level(LEVELS.index(name)):
         raise InputError(f"there are no kernels of {name!r} here: choose one of {', '.join(_levels(library))}")
 
 
-def check_built() -> None:
-    """Raises `InputError` if the kernels were not built."""
-    _library()
-
-
-def _library() -> ctypes.CDLL:
+def built() -> ctypes.CDLL:
+    """The library. Raises `InputError` if it was not built."""
     library = kernels()
     if library is None:
         raise InputError(NOT_BUILT)
@@ -118,7 +111,7 @@ def _library() -> ctypes.CDLL:
 
 def packed_bytes(values: str, n: int, m: int, rows: int, columns: int, layout: str = "best") -> int:
     """Bytes of the buffer of a matrix (rows, columns), whose width divides by `m`; `m` = 0 means dense."""
-    size = int(_library().castlm_packed_bytes(LAYOUTS[layout], VALUES[values], n, m, rows, columns))
+    size = int(built().castlm_packed_bytes(LAYOUTS[layout], VALUES[values], n, m, rows, columns))
     assert size >= 0, f"there is no kernel for a {rows} x {columns} weight, {n}:{m} of {values}, layout {layout}"
     return size
 
@@ -170,7 +163,7 @@ def repack_(
     _check_plain("values", values, _DTYPES[kind])
     _check_plain("the mask", mask, torch.uint8)
     _check_plain("scales", scales, torch.float32)
-    code = _library().castlm_repack(
+    code = built().castlm_repack(
         *(LAYOUTS[layout], VALUES[kind], n, m, len(values), columns),
         *(values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, scales.data_ptr(), scales.numel()),
         *(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads()),
@@ -233,7 +226,7 @@ def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     width, out = shape[-1], x.new_empty((*shape[:-1], out_features))
     data, size, num_rows = packed.data_ptr(), packed.numel(), x.numel() // (width or 1)
     is_bf16, threads = dtype is torch.bfloat16, torch.get_num_threads()
-    multiply_by = _library().castlm_multiply  # a small layer takes as long as the Python around this call
+    multiply_by = built().castlm_multiply  # a small layer takes as long as the Python around this call
     code = multiply_by(data, size, x.data_ptr(), is_bf16, num_rows, width, out.data_ptr(), out_features, threads)
     if code:
         _check_memory(code)
@@ -249,7 +242,7 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
     """
     _check_plain("a packed weight", packed, torch.uint8)
     _check_plain("unpacked rows", out, torch.float32)
-    code = _library().castlm_unpack(
+    code = built().castlm_unpack(
         packed.data_ptr(), packed.numel(), first, last, out.data_ptr(), out.numel(), torch.get_num_threads()
     )
     _check_memory(code)
@@ -271,7 +264,7 @@ def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor
     assert embeddings.dtype == logits.dtype == torch.float32
     assert embeddings.is_contiguous()
     assert logits.is_contiguous()
-    library, threads, count = _library(), torch.get_num_threads(), len(decoders)
+    library, threads, count = built(), torch.get_num_threads(), len(decoders)
     addresses, places = (ctypes.c_void_p * count)(*decoders), (ctypes.c_int64 * count)(*positions)
     code = library.castlm_decode(addresses, places, count, embeddings.data_ptr(), logits.data_ptr(), threads)
     _check_memory(code)
