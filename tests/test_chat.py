@@ -262,7 +262,7 @@ def test_empty_conversations_are_dropped_and_counted_as_blank_documents_are(tmp_
 
 REFUSED = {
     "no template": (None, TALK, "has no chat template, which conversations need: give one with chat_template_path"),
-    "a template that rewrites": (REWRITING, talk("a", "<b>c", "d", "e"), "no generation marks, and turn 2 of"),
+    "a template that rewrites": (REWRITING, talk("a", "<b>c", "d", "e"), "no generation marks, and turn 2 of it"),
     "the template refuses": (
         STRICT,
         [*TALK],

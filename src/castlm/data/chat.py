@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from castlm.core.errors import InputError
 from castlm.files.reading import read_text, user_path
@@ -193,11 +193,8 @@ class Chat:
         spans: list[tuple[int, int]] = []
         if self._assistant_only:
             if len(messages) > self._most_messages:
-                raise InputError(
-                    f"the conversation that begins {_begin(messages)} has {len(messages):,} messages, more than "
-                    f"{self._most_messages:,}: divide it, mark what the assistant writes with {{% generation %}} in "
-                    "the template (chat_template_path), set assistant_only_loss to false, or raise document_limit"
-                )
+                most = f"{self._most_messages:,} (divide it, or raise document_limit)"
+                _refuse_unmarked(_begin(messages), f"it has {len(messages):,} messages, more than {most}")
             turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             turns = [number for number in turns if number >= len(prompt)]
             spans = [self._turn(whole, messages, number, tools) for number in turns]
@@ -303,7 +300,7 @@ class Chat:
 
     def _marked(self, messages: list[Any], tools: Any) -> Rendered:
         """Finds the assistant's tokens by the `{% generation %}` marks of the template."""
-        self._check_fast()
+        self._check_fast(_begin(messages))
         whole = self.render(messages, tools)
         options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
@@ -312,10 +309,7 @@ class Chat:
             raise self._refused(messages, error) from error
         counts = [bool(mark) for mark in found["assistant_masks"]]
         if not any(counts):
-            raise InputError(
-                f"the generation marks of the chat template cover no token of the conversation that begins "
-                f"{_begin(messages)}: correct the template (chat_template_path), or set assistant_only_loss to false"
-            )
+            _refuse_unmarked(_begin(messages), "the generation marks of the chat template cover no token of it")
         self._check_whole(whole, messages, tools)
         return Rendered(found["input_ids"], counts, True)
 
@@ -324,10 +318,9 @@ class Chat:
         before = self.render(messages[:number], tools, reply=True) if number else whole  # no template renders nothing
         upto = self.render(messages[: number + 1], tools)
         if not (whole.startswith(before) and whole.startswith(upto) and len(upto) > len(before)):
-            raise InputError(
-                f"the chat template has no generation marks, and turn {number + 1} of the conversation that begins "
-                f"{_begin(messages)} is the first, or rendered differently if the conversation is cut there: mark what "
-                "the assistant writes with {% generation %} (chat_template_path), or set assistant_only_loss to false"
+            why = "is the first, or rendered differently if the conversation is cut there"
+            _refuse_unmarked(
+                _begin(messages), f"the chat template has no generation marks, and turn {number + 1} of it {why}"
             )
         bare = upto.rstrip()  # the line break after the token that ends a turn is the template's
         return len(before), len(bare) if bare.endswith(self._special) and len(bare) > len(before) else len(upto)
@@ -337,7 +330,7 @@ class Chat:
         if not self._assistant_only:
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return Rendered(ids, [True] * len(ids), is_rendered)
-        self._check_fast()
+        self._check_fast(repr(text[:40]))
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         counts, left = [], list(reversed(spans))
         for start, stop in found["offset_mapping"]:  # both in order
@@ -346,12 +339,20 @@ class Chat:
             counts.append(bool(left) and stop > left[-1][0])
         return Rendered(found["input_ids"], counts, is_rendered)
 
-    def _check_fast(self) -> None:
+    def _check_fast(self, begin: str) -> None:
         if not self._tokenizer.is_fast:
-            raise InputError(
-                f"{type(self._tokenizer).__name__} does not tell which characters a token stands for, so that the "
-                "assistant's tokens cannot be found: use a fast tokenizer, or set assistant_only_loss to false"
+            name = type(self._tokenizer).__name__
+            _refuse_unmarked(
+                begin, f"{name} does not tell which characters a token stands for, as a fast tokenizer does"
             )
+
+
+def _refuse_unmarked(begin: str, why: str) -> NoReturn:
+    """Refuses a conversation in which the tokens of the assistant cannot be found."""
+    raise InputError(
+        f"which tokens the assistant wrote in the conversation that begins {begin} is not known: {why}; mark them with "
+        "{% generation %} in the chat template (chat_template_path), or set assistant_only_loss to false"
+    )
 
 
 @contextmanager
