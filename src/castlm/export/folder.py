@@ -12,7 +12,7 @@ import contextlib
 import io
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,16 +139,15 @@ def _other_weights(folder: Path, read: Collection[str] = ()) -> str | None:
 def _sharded(index: Path) -> dict[str, StoredTensor]:
     weight_map = read_weight_map(index)
     shards = {file: read_header(check_regular(index.parent / file)) for file in shard_files(index, weight_map)}
-    absent = [name for name, file in weight_map.items() if name not in shards[file]]
-    if absent:
-        first = f"{absent[0]} in {weight_map[absent[0]]}"
-        raise InputError(f"{index} names {len(absent)} tensors that its files lack, first {first}")
-    tensors: dict[str, StoredTensor] = {}
-    for file, shard in shards.items():
-        if twice := sorted(tensors.keys() & shard.keys()):
-            raise InputError(f"{twice[0]} is stored in {tensors[twice[0]].file.name} and in {file}: remove one of them")
-        tensors |= shard
-    return tensors
+    stored = Counter(name for shard in shards.values() for name in shard)
+    wrong = [name for name, file in weight_map.items() if name not in shards[file]]
+    wrong += [name for name, count in stored.items() if count > 1]
+    if wrong:
+        raise InputError(
+            f"{index} and its files do not agree on {wrong[0]}: one file must hold it, which the index names: fetch the "
+            "folder again"
+        )
+    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
 
 
 # ---- what transformers loads
