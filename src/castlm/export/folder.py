@@ -144,8 +144,8 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
     wrong += [name for name, count in stored.items() if count > 1]
     if wrong:
         raise InputError(
-            f"{index} and its files do not agree on {wrong[0]}: one file must hold it, which the index names: fetch the "
-            "folder again"
+            f"{index} and its files do not agree on {wrong[0]}: one file must hold it, which the index names; fetch "
+            "them again"
         )
     return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
 

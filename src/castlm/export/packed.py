@@ -318,15 +318,16 @@ def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
     opened = open_config(source)
     model = shape_model(opened)
     tables = [module for module in (model.get_output_embeddings(), model.get_input_embeddings()) if module is not None]
+    is_plain = can_pack_tables(model)
     paths = {module: path for path, module in model.named_modules() if module in tables}
     found = []
-    for module in tables:
+    for module in tables if is_plain else ():
         names = as_stored(model, f"{paths[module]}.weight", module.weight)
         found += [name for known in names for name in possible_names(model, known) if name in stored][:1]
     has_own = len(set(found)) > 1 or getattr(tables[0], "bias", None) is not None
-    if not can_pack_tables(model) or not found or (opened.tie_word_embeddings and has_own):
+    if not found or (opened.tie_word_embeddings and has_own):
         raise InputError(
-            f"{source} stores {' and '.join(found) or 'no output head'}, and --head is for a head and an embedding that "
+            f"{source} stores {' and '.join(found) or 'no plain head'}, and --head is for a head and an embedding that "
             "look up and multiply alone, and are one table without a bias where config.json ties them: leave --head out"
         )
     return found[0]
