@@ -176,7 +176,6 @@ def cells(rows: list[dict[str, Any]]) -> Cells:
     headings = ["variant", "start", "tokens", "rate", "seeds", *(c.heading for c in shown), "options"]
     lines = []
     for row in rows:
-        figures = [(row[c.key], c.form) for c in shown]
         lines.append(
             [
                 row["variant"],
@@ -184,7 +183,7 @@ def cells(rows: list[dict[str, Any]]) -> Cells:
                 f"{row['tokens']:,}",
                 "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
                 str(len(row["seeds"])),
-                *("" if s is None else s.show(form) for s, form in figures),
+                *("" if row[c.key] is None else row[c.key].show(c.form) for c in shown),
                 options_text(row["options"]),
             ]
         )
