@@ -165,7 +165,7 @@ def test_sharded_equals_single(tmp_path):
         verify(folder / "model-00001-of-00002.safetensors")
     weight_map["model.layers.7.mlp.up_proj.weight"] = "model-00001-of-00002.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    with pytest.raises(InputError, match=r"lack, first model.layers.7.mlp.up_proj.weight"):
+    with pytest.raises(InputError, match=r"do not agree on model.layers.7.mlp.up_proj.weight"):
         verify(folder)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {Q0: "../single/model.safetensors"}})
