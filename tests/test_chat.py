@@ -203,7 +203,7 @@ def test_a_column_can_be_named(tmp_path):
     assert [piece.text for piece in open_documents(both, TextOptions(column="text")).pieces(None)] == ["plain"]
     (piece,) = open_documents(both, TextOptions(column="chat")).pieces(None)
     assert len(json.loads(piece.text)["messages"]) == 3
-    with pytest.raises(InputError, match=r"text and messages.*column"):
+    with pytest.raises(InputError, match=r"'text' .*'messages'.*column"):
         open_documents(both)
 
 

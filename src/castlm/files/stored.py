@@ -70,7 +70,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     files = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     strange = [file for file in files if not isinstance(file, str) or not file or os.path.basename(file) != file]
     if strange or not files:
-        raise InputError(f"{index} has a weight_map that names {(strange or [None])[0]!r}, outside its folder: fetch it again")
+        named = (strange or [None])[0]
+        raise InputError(f"{index} has a weight_map that names {named!r}, outside its folder: fetch or write it again")
     return weight_map
 
 
