@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import machine, proc_status, write_json
-from castlm.core.distill import distillation_loss
-from castlm.core.head import OutputHead
+from castlm.core.distill import OutputHead, distillation_loss
 
 ETA = 1 / 3
 

@@ -147,8 +147,7 @@ def predict(case: dict[str, Any]) -> Any:
 
     from castlm.dtypes import FLOATS
     from castlm.models.io import load_model
-    from castlm.planning.activations import Settings
-    from castlm.planning.memory import plan_memory
+    from castlm.planning.memory import Settings, plan_memory
 
     model = tiny_model(case["family"], **case["over"]) if case["family"] else load_model("demo").model
     dtype = FLOATS[case["compute_dtype"]]

@@ -37,8 +37,7 @@ from castlm.models.io import load_model
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.start import prune_oneshot_
 from castlm.patterns import parse_pattern
-from castlm.structured.pattern import SCORED_BY
-from castlm.structured.sizes import sizes_after, sizes_of
+from castlm.structured.pattern import SCORED_BY, sizes_after, sizes_of
 
 PROMPT, NEW_TOKENS = 256, 32
 SEQUENCES = 128

@@ -36,7 +36,7 @@ PATIENCE_S = 240  # on a machine that does other things too
 
 def train_as_a_command(config: TrainConfig) -> int:
     """The exit code of `castlm train`; an error is one line."""
-    from castlm.training.interrupt import Interrupted
+    from castlm.signals import Interrupted
     from castlm.training.train import train
 
     try:

@@ -253,7 +253,7 @@ def test_key_has_all_that_matters(files, tmp_path):
     hashes = {"model": "a", "dataset": "b", "eval_dataset": "c"}
     config = {"model": "x", "dataset": "y", "eval_dataset": "z", "eta": 0.5, "seed": 0, "output_dir": "o"}
     key = run_key(config, hashes)
-    assert run_key({**config, "output_dir": "p", "model": "elsewhere/x", "log_steps": 7}, hashes) == key
+    assert run_key({**config, "output_dir": "p", "model": "elsewhere/x", "save_steps": 7}, hashes) == key
     assert run_key({**config, "eta": 0.6}, hashes) != key
     assert run_key({**config, "seed": 1}, hashes) != key
     assert all(run_key(config, {**hashes, name: "other"}) != key for name in hashes)
@@ -293,7 +293,7 @@ def test_a_hub_model_counts_by_its_commit_before_a_run_has_fetched_it_too(files,
             (repository / file).write_text(content)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("castlm.models.opening.open_config", fetch)
+    monkeypatch.setattr("castlm.models.io.open_config", fetch)
     (tmp_path / "variants.yaml").write_text("cast: {init_from: someone/start}")
     over = {**files, "model": "someone/tiny", "variants": str(tmp_path / "variants.yaml")}
     first, second = (Plan(command(over, tmp_path), str).make("cast", 6 * 64, 0, None).key for _ in range(2))

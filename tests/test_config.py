@@ -152,7 +152,7 @@ def test_a_recipe_is_overridden_by_what_is_given():
         ({"model": "~nosuchuser/model"}, "there is no such user"),
         ({"model": [1]}, r"model = \[1\] is not text"),
         ({"left_dense": [""]}, "left_dense"),
-        ({"prefetch": "maybe"}, "prefetch = 'maybe' is not true or false"),
+        ({"async_save": "maybe"}, "async_save = 'maybe' is not true or false"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"timeout_s": 1e300}, "timeout_s = 1e\\+300 is out of range"),
     ],
@@ -196,6 +196,7 @@ def test_a_python_call_is_checked_like_a_file():
         ({"permute": False, "refit_iterations": 5, "pattern": "channels:0.5"}, ["permute"]),
         ({"permute": False, "refit_iterations": 5}, []),
         ({"rotation_iterations": 5, "rotate": "off"}, ["rotation_iterations"]),
+        ({"rotate": "values", "init_from": "magnitude"}, ["rotate"]),
         ({"scale_groups": 0, "pattern": "4:8", "method": "dense"}, ["scale_groups", "pattern"]),
     ],
 )
@@ -221,7 +222,8 @@ def test_options_of_conversations_have_no_effect_on_plain_text():
 
 
 def test_yaml_numbers_mean_what_they_look_like(tmp_path):
-    text = "pattern: 2:4\nlearning_rate: 1e-4\nmax_steps: 1_000\nseed: 007\ncolumn: no\nprefetch: off\nrevision: 2024\n"
+    text = "pattern: 2:4\nlearning_rate: 1e-4\nmax_steps: 1_000\nseed: 007\ncolumn: no\nasync_save: off\n"
+    text += "revision: 2024\n"
     config = from_yaml(tmp_path, text)
     assert (config.model.pattern, config.optimizer.learning_rate, config.optimizer.max_steps, config.data.seed) == (
         NM(2, 4),
@@ -229,7 +231,7 @@ def test_yaml_numbers_mean_what_they_look_like(tmp_path):
         1000,
         7,
     )
-    assert (config.data.column, config.data.prefetch, config.model.revision) == ("no", False, "2024")
+    assert (config.data.column, config.checkpoint.async_save, config.model.revision) == ("no", False, "2024")
     file = tmp_path / "plain.yaml"
     file.write_text("a: 2001-12-14\nb: 0o17\nc: 0x1F\nd: 1:20:30\ne: ~\nf: [1, 2.5, 'x']\ng: .inf\n")
     expected = {"a": "2001-12-14", "b": "0o17", "c": "0x1F", "d": "1:20:30", "e": None, "f": [1, 2.5, "x"], "g": ".inf"}
@@ -316,8 +318,12 @@ def test_options_that_are_refused(arguments, message, capsys):
 
 def test_hugging_face_spelling_and_both_sides_of_a_switch():
     base = ["--model=m", "--dataset=d", "--output_dir=o", "--learning_rate", "1e-5"]
-    config, _ = parse_train([*base, "--no-prefetch", "--resume", "--no-resume", "--left-dense", "a", "b"])
-    assert (config.optimizer.learning_rate, config.data.prefetch, config.checkpoint.resume) == (1e-5, False, False)
+    config, _ = parse_train([*base, "--no-async-save", "--resume", "--no-resume", "--left-dense", "a", "b"])
+    assert (config.optimizer.learning_rate, config.checkpoint.async_save, config.checkpoint.resume) == (
+        1e-5,
+        False,
+        False,
+    )
     assert config.model.left_dense == ("a", "b")
 
 

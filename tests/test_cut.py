@@ -17,7 +17,7 @@ from castlm.models.architecture import linearize_
 from castlm.models.io import load_model
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import TOLERANCE, check_cut
-from castlm.structured.sizes import CHANNELS, HEADS
+from castlm.structured.pattern import CHANNELS, HEADS
 from tests.slow import slow_but
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from castlm.core.adams import AdamS
-from castlm.core.budget import decay_budget
-from castlm.core.decay import DECAYS, Decay, decay_alpha
+from castlm.core.decay import DECAYS, Decay, decay_alpha, decay_budget
 from castlm.core.errors import InputError
 from tests.fused import needs_kernels
 from tests.reference import sign

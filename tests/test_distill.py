@@ -7,9 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from castlm.core import distill
-from castlm.core.distill import distillation_loss
+from castlm.core.distill import OutputHead, Side, distillation_loss
 from castlm.core.errors import InputError
-from castlm.core.head import OutputHead, Side
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCAB = 11, 8, 6, 37
 

@@ -29,21 +29,21 @@ from castlm.core.shards import local, whole
 from castlm.core.sparsify import sparse_linears, sparse_param_groups
 from castlm.data.packing import BatchLoader
 from castlm.distributed import export
-from castlm.distributed.fingerprint import fingerprint
-from castlm.distributed.loading import load_rows_, materialize_, open_sharded
+from castlm.distributed.loading import fingerprint, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World, close_world, closing, init_world
 from castlm.export.verify import verify
 from castlm.files import output as atomic_dir_module
 from castlm.models.io import load_model
-from castlm.training import checkpoint, finish, source, trackers
+from castlm.training import checkpoint, finish, source
+from castlm.training import telemetry as trackers
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder
-from castlm.training.trackers import TrackedRun
+from castlm.training.telemetry import TrackedRun
 from castlm.training.train import calibrate, train, with_values_found
 from tests.faults import (
     Ground,

@@ -16,7 +16,7 @@ from castlm.core.sparsify import sparse_linears
 from castlm.export.verify import verify
 from castlm.oneshot.inputs import ExpertInputs, see_inputs
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.oneshot.report import few_experts_note, few_experts_record
+from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import change_basis_, prune_oneshot_
@@ -90,8 +90,8 @@ def test_an_expert_with_few_tokens_is_calibrated_on_all(family):
         hessian = whole_hessian(seen["gate_up_proj"].experts[e].statistic.clone())
         torch.testing.assert_close(hessian, 2 / len(ids) * hidden.T @ hidden, rtol=1e-4, atol=1e-5)
     report = prune_oneshot_(model, "sparsegpt", calibration=ids)
-    assert report.few_experts[f"{NAME}.down_proj"] == len(few)
-    assert "calibrated on all tokens" in few_experts_note(report.few_experts)
+    assert report.calibrated_on_all[f"{NAME}.down_proj"] == len(few)
+    assert "calibrated on all tokens" in calibrated_on_all_note(report.calibrated_on_all)
 
 
 @pytest.mark.parametrize("family", slow_but(("gpt_oss",), EXPERTS))
@@ -107,8 +107,8 @@ def test_every_solver_makes_experts_sparse_and_more_knowledge_loses_less(family)
         errors[method] = next(result.error for result in report.layers if result.name == f"{NAME}.down_proj")
     assert errors["sparsegpt"] < errors["magnitude"]
     assert report.zero_fraction == 0.5
-    assert report.few_experts == {}
-    assert few_experts_record(report.few_experts) == {}
+    assert report.calibrated_on_all == {}
+    assert calibrated_on_all_record(report.calibrated_on_all) == {}
     assert not report.notes()
 
 

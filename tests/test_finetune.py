@@ -19,8 +19,7 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.distributed.world import is_main_rank
-from castlm.training.config import TrainConfig
-from castlm.training.finetune import FinetuneConfig
+from castlm.training.config import FinetuneConfig, TrainConfig
 from castlm.training.train import train
 from tests.ranks import run_ranks
 from tests.runs import assert_equal_weights, assert_same_but_for_sums, stop_and_resume, train_until, weights
@@ -169,8 +168,8 @@ def test_a_dense_model_is_refused_in_one_line_and_nothing_is_written(text, tmp_p
 
 def test_what_is_not_fine_tuning_is_refused(sparse, text, tmp_path):
     for over, reason in (
-        ({"method": "cast"}, "method cast does not fine-tune"),
-        ({"init_from": "sparsegpt"}, "init_from sparsegpt: fine-tuning starts from its model"),
+        ({"method": "cast"}, "method cast from init_from"),
+        ({"init_from": "sparsegpt"}, "init_from sparsegpt: fine-tuning keeps the mask"),
         ({"lora_r": 0}, "lora_r = 0 is out of range"),
     ):
         with pytest.raises(InputError, match=reason):

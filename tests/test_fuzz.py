@@ -35,9 +35,8 @@ from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yam
 from castlm.inference.formats import PackedSpec
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
-from castlm.planning.activations import Settings
 from castlm.planning.law import Law, predict_perplexity, tokens_for
-from castlm.planning.memory import plan_memory
+from castlm.planning.memory import Settings, plan_memory
 from castlm.planning.points import read_points
 from castlm.training.config import TrainConfig
 from castlm.training.record import read_metrics

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from castlm.core.adams import AdamS
-from castlm.core.distill import distillation_loss
-from castlm.core.head import OutputHead
-from castlm.core.top_tokens import top_tokens
+from castlm.core.distill import OutputHead, distillation_loss, top_tokens
 from castlm.distributed.world import init_world
 from castlm.evaluation.perplexity import perplexity
 from castlm.inference.quantize import quantize_

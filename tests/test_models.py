@@ -260,7 +260,7 @@ NOT_ON_THE_HUB = "is neither a local folder nor available on the Hugging Face Hu
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        *((name, "does not exist") for name in ("/nowhere/model", "./model", "model.gguf", "two words", "a/b/c")),
+        *((name, "give a model folder") for name in ("/nowhere/model", "./model", "model.gguf", "two words", "a/b/c")),
         ("", "a path is empty"),
         ("x--y/z", f"x--y/z {NOT_ON_THE_HUB}"),
         ("nobody/never", f"nobody/never {NOT_ON_THE_HUB}"),
@@ -363,7 +363,7 @@ def test_what_is_not_whole_in_the_cache_is_asked_for(lost, tmp_path, monkeypatch
 def test_a_file_and_an_empty_folder(tmp_path):
     assert "has no config.json" in refusal(tmp_path)
     (tmp_path / "model.txt").write_text("x")
-    assert "is not a model" in refusal(tmp_path / "model.txt")
+    assert str(tmp_path / "model.txt") in refusal(tmp_path / "model.txt")
     (tmp_path / "q4.gguf").touch()
     assert f"give the file {tmp_path / 'q4.gguf'} itself" in refusal(tmp_path)
 
@@ -422,13 +422,13 @@ DAMAGES = {
     ),
     "not causal": (
         lambda f: edit_json(f / "config.json", architectures=["LlamaForSequenceClassification"]),
-        "not a causal language model but LlamaForSequenceClassification",
+        "is LlamaForSequenceClassification of type",
     ),
     "text part of a model": (
         lambda f: edit_json(
             f / "config.json", model_type="emu3_text_model", architectures=["Emu3ForCausalLM"], pad_token_id=0
         ),
-        "is Emu3ForCausalLM of type emu3_text_model, which transformers' AutoModelForCausalLM does not load",
+        "is Emu3ForCausalLM of type emu3_text_model, no causal language model that transformers loads",
     ),
     "quantized": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -497,7 +497,7 @@ def test_other_kinds_of_model(model_class, tmp_path):
     config = BertConfig(hidden_size=32, **sizes) if model_class is BertForMaskedLM else T5Config(d_model=32, d_ff=32)
     model_class(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    assert f"is not a causal language model but {model_class.__name__}" in refusal(tmp_path)
+    assert f"is {model_class.__name__} of type" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

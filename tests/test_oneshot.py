@@ -283,10 +283,6 @@ def test_calibration_windows_are_the_published_loaders():
     assert calibration_length(tiny_model("gpt2")) == 256
     with pytest.raises(InputError, match="31 tokens"):
         draw_calibration(ids[:31], 5, 32)
-    with pytest.raises(InputError, match="at least 1"):
-        draw_calibration(ids, 0, 32)
-    with pytest.raises(InputError, match="one row of integer ids"):
-        draw_calibration(ids[None], 5, 32)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -329,7 +325,6 @@ def test_a_layer_whose_input_is_always_zero_is_masked_by_magnitude_and_named(met
         ({"calibration": None}, "needs a calibration text"),
         ({"calibration": tokens(2, 257)}, "longer than the model's context of 256"),
         ({"calibration": tokens() + VOCAB_SIZE}, "use the model's own tokenizer"),
-        ({"calibration": tokens()[0]}, r"\(num_sequences, seq_len\)"),
         ({"damping": 1.5}, "damping = 1.5 is out of range: it must be between 0 and 1"),
         ({"block_size": 0}, "= 0 is out of range: it must be at least 1"),
         ({"pattern": "4:4"}, "pattern 4:4"),

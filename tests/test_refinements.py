@@ -181,8 +181,6 @@ def test_refinements_are_checked():
         prune_oneshot_(model, "wanda", calibration=TOKENS, refinements=Refinements(refit_iterations=1))
     with pytest.raises(InputError, match="reconstruct_epochs does nothing with wanda"):
         Refinements(reconstruct_epochs=1).for_solver("wanda", NM(2, 4))
-    with pytest.raises(InputError, match="reconstruct_rate does nothing without reconstruct_epochs"):
-        Refinements(reconstruct_rate=0.1).for_solver("sparsegpt", NM(2, 4))
     with pytest.raises(InputError, match="reconstruct_epochs"):
         prune_oneshot_(model, "sparsegpt", calibration=TOKENS[:1], refinements=Refinements(reconstruct_epochs=1))
     assert Refinements().for_solver("magnitude", NM(2, 4)) == NO_REFINEMENTS

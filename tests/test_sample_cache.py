@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import castlm.training.train as training
 from castlm.cli.main import main
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
-from castlm.training import teacher_pass
 from castlm.training.config import TrainConfig
-from castlm.training.teacher_pass import fill_teacher_cache
-from castlm.training.train import train
+from castlm.training.train import fill_teacher_cache, train
 from tests.chats import save_chat_model
 from tests.refusals import assert_refused
 from tests.runs import assert_equal_weights, begin_run, small
@@ -104,7 +103,7 @@ def test_a_run_over_a_whole_repeated_epoch_leaves_a_cache_for_all(llama, own, tm
 
 
 def test_a_stopped_pass_goes_on_with_what_is_missing(llama, tmp_path, lessons, capsys, monkeypatch):
-    path, check = tmp_path / "own.jsonl", teacher_pass.check_vocabulary
+    path, check = tmp_path / "own.jsonl", training.check_vocabulary
 
     def stopped(ids, vocab):
         if len(lessons) == 3:
@@ -112,7 +111,7 @@ def test_a_stopped_pass_goes_on_with_what_is_missing(llama, tmp_path, lessons, c
         check(ids, vocab)
 
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_pass, "check_vocabulary", stopped)
+        patch.setattr(training, "check_vocabulary", stopped)
         assert main(command(llama, path, *cached(tmp_path))) == 130
     assert "the same command with --resume continues" in capsys.readouterr().err
     (known,) = (tmp_path / "cache").glob("coverage-*.json")

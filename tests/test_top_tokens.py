@@ -4,10 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from castlm.core.distill import distillation_loss
+from castlm.core.distill import OutputHead, distillation_loss, top_tokens
 from castlm.core.errors import InputError
-from castlm.core.head import OutputHead
-from castlm.core.top_tokens import top_tokens
 from tests.test_distill import HEADS, VOCAB, assert_same, make, plain_logits, student_leaves
 
 

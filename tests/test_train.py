@@ -25,11 +25,10 @@ from castlm.oneshot import start
 from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.start import prune_oneshot_
-from castlm.signals import ending_on_sigterm
+from castlm.signals import Interrupt, Interrupted, ending_on_sigterm
 from castlm.training import run_folder
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.interrupt import Interrupt, Interrupted
 from castlm.training.objective import pruned
 from castlm.training.run import Run
 from castlm.training.train import train

@@ -11,29 +11,25 @@ __version__ = "0.1.0"
 
 _HOME = {
     "castlm.core.adams": ("AdamS",),
-    "castlm.core.budget": ("decay_budget",),
-    "castlm.core.distill": ("distillation_loss",),
+    "castlm.core.decay": ("decay_budget",),
+    "castlm.core.distill": ("OutputHead", "TopTokens", "distillation_loss", "top_tokens"),
     "castlm.core.errors": ("InputError",),
     "castlm.core.experts": ("linearize_experts_",),
-    "castlm.core.head": ("OutputHead",),
     "castlm.core.nm": (
         *("NM", "Pattern", "count_nm_violations", "flip_rate", "is_nm_sparse", "nm_mask", "sparse_weight_ratio"),
     ),
     "castlm.core.scaling": ("add_weight_scaling", "fold_weight_scaling"),
     "castlm.core.sparsify": ("is_sparse_linear", "prune_", "sparse_linears", "sparse_param_groups"),
-    "castlm.core.top_tokens": ("TopTokens", "top_tokens"),
     "castlm.evaluation.perplexity": ("perplexity",),
     "castlm.export.hf": ("export_model",),
     "castlm.export.packed": ("pack_folder", "unpack_folder"),
     "castlm.export.verify": ("verify",),
     "castlm.inference.layers": ("pack_model_",),
     "castlm.inference.semi_structured": ("to_semi_structured_",),
-    "castlm.methods.adapters": ("keep_pattern_", "shira_config"),
+    "castlm.methods.adapters": ("PatternCallback", "keep_pattern_", "shira_config"),
     "castlm.models.io": ("load_model", "save_model"),
     "castlm.patterns": ("parse_pattern",),
-    "castlm.training.callback": ("PatternCallback",),
-    "castlm.training.config": ("TrainConfig",),
-    "castlm.training.finetune": ("FinetuneConfig",),
+    "castlm.training.config": ("FinetuneConfig", "TrainConfig"),
     "castlm.training.train": ("train",),
 }
 register()

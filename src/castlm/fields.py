@@ -78,9 +78,9 @@ def positional(**more: Any) -> Any:
     return dataclasses.field(metadata={"positional": True, **more})
 
 
-def parsed(default: Any, parse: Callable[[Any], Any], **more: Any) -> Any:
+def parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
     """A field whose text `parse` turns into an object. Objects, such as `default`, pass unchanged."""
-    return dataclasses.field(default=default, kw_only=True, metadata={"parse": parse, **more})
+    return dataclasses.field(default=default, kw_only=True, metadata={"parse": parse})
 
 
 def like(section: type[Any], name: str, **more: Any) -> Any:

@@ -72,31 +72,16 @@ def why_slow(precision: str, device: torch.device) -> str:
     return ""
 
 
-def check_compile(wanted: bool, device: torch.device) -> None:
-    """Raises `InputError` if `torch_compile` is requested and not available on `device`."""
-    missing = "this run is on a CPU, and it is for a GPU: leave it out" if device.type != "cuda" else ""
-    if wanted and (missing := missing or _why_not_compile(device)):
-        raise InputError(f"torch_compile is on, but {missing}")
-
-
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def choose_fused(wanted: str, device: torch.device, num_params: int) -> tuple[bool, str]:
-    """Whether AdamS runs fused, and a description of the choice.
-
-    Raises:
-        InputError: `wanted` is "on", and the compiler or kernels are missing.
-    """
-    if wanted == "off":
-        return False, "not fused"
+def choose_fused(device: torch.device, num_params: int) -> tuple[bool, str]:
+    """Whether AdamS runs fused, by C++ kernels on a CPU and torch.compile on a GPU, and a description of the choice."""
     compiles = device.type == "cuda"
-    if compiles and wanted == "auto" and num_params < SMALLEST_COMPILED:
+    if compiles and num_params < SMALLEST_COMPILED:
         return False, "not fused (the model is small)"
     missing = _why_not_compile(device) if compiles else "" if kernels() else NOT_BUILT
-    if missing and wanted == "on":
-        raise InputError(f"fused_optimizer is on, but {missing}")
     if missing:
         return False, f"not fused ({missing})"
     return True, "fused by torch.compile" if compiles else "fused in C++"

@@ -27,8 +27,8 @@ from castlm.hardware import keep_freed_memory
 from castlm.models.io import Loaded, load_model
 from castlm.models.locate import DEMO
 from castlm.progress import Screen, note
+from castlm.signals import Interrupted
 from castlm.training.config import TrainConfig
-from castlm.training.interrupt import Interrupted
 from castlm.training.train import train
 
 HELD_OUT = 8  # one topic in 8

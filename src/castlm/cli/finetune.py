@@ -10,8 +10,7 @@ from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.fields import COMMAND_LINE, checked
-from castlm.training.config import names_of, read_layers
-from castlm.training.finetune import FinetuneConfig
+from castlm.training.config import FinetuneConfig, names_of, read_layers
 from castlm.training.options import ModelOptions
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Union
 
 from castlm.fields import choices_of, default_of, docs_of, hints_of, is_required
@@ -21,16 +21,18 @@ Sections = Sequence[tuple[str, type[Any]]]
 """Dataclasses of a command's options, by the title of their section; titles may repeat."""
 
 
-def help_text(sections: Sections, name: str, everything: bool, about: type[Any]) -> str:
+def help_text(sections: Sections, name: str, everything: bool, about: type[Any], hidden: Iterable[str] = ()) -> str:
     """The help of a command.
 
     Args:
         about: the class whose docstring describes the command.
         everything: describe all options; otherwise only name the inessential ones, if the command has essential ones.
+        hidden: options that the command has and does not need.
     """
     groups: dict[str, list[tuple[type[Any], dataclasses.Field[Any]]]] = {}
     for title, kind in sections:
-        groups.setdefault(title, []).extend((kind, field) for field in dataclasses.fields(kind))
+        shown = (field for field in dataclasses.fields(kind) if field.name not in hidden)
+        groups.setdefault(title, []).extend((kind, field) for field in shown)
     options = [option for members in groups.values() for option in members]
     positional = [field.name.upper() for _, field in options if field.metadata.get("positional")]
     usage = " ".join(["usage: castlm", name, *positional, "[OPTIONS]"])

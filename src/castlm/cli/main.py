@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command] = {
     "sample": Command("sample.SampleCommand", "let a model write its own training text, if you have no data"),
     "report": Command("report.ReportCommand", "write an HTML page about a run: verdict, charts, sample text"),
     "plan check": Command("plan_check.main", "run the first steps: will the run converge, and what does it cost?"),
-    "plan memory": Command("plan_memory.MemoryCommand", "predict the memory on each rank from the model's config"),
+    "plan memory": Command("plan_memory.main", "predict the memory on each rank from the model's config"),
     "plan sweep": Command("plan_law.sweep", "find the scaling law of a model and text with few runs"),
     "plan fit": Command("plan_law.FitCommand", "fit a scaling law to finished runs"),
     "plan predict": Command("plan_law.PredictCommand", "predict a perplexity, or the tokens that it takes"),

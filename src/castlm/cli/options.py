@@ -43,6 +43,7 @@ def read_arguments(
     name: str,
     about: type[Any],
     elsewhere: Mapping[str, str] = types.MappingProxyType({}),
+    hidden: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The given options by field name, as unchecked text. The last of several values counts.
 
@@ -50,6 +51,7 @@ def read_arguments(
         sections: dataclasses whose fields are the options.
         about: the class whose docstring describes the command in the help.
         elsewhere: options of another command, each with its name.
+        hidden: options that the help does not show.
 
     Raises:
         InputError: an unknown option, one of another command, or one without its value.
@@ -60,7 +62,7 @@ def read_arguments(
     arguments = _model_in_place(unnamed, arguments)
     before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
     if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
-        print(help_text(sections, name, everything="--help-all" in before_dashes, about=about))
+        print(help_text(sections, name, everything="--help-all" in before_dashes, about=about, hidden=hidden))
         raise SystemExit(0)
     parser = _Parser(prog=f"castlm {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for kind, field in fields:

@@ -34,7 +34,7 @@ class FitCommand:
 
     def run(self) -> int:
         from castlm.planning.fit import fit_law
-        from castlm.planning.law_plot import check_plot, plot_law
+        from castlm.planning.law import check_plot, plot_law
         from castlm.planning.points import read_points
 
         check_json_path(self.json)

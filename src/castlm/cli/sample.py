@@ -77,7 +77,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
         config = self._train_config()
         prompts = None if self.prompts is None else read_prompts(self.prompts, self)
         if self.teacher_cache is not None:
-            from castlm.training.teacher_pass import check_teacher_pass
+            from castlm.training.teacher_cache import check_teacher_pass
 
             check_teacher_pass(config.model, config.data, config.evaluation, config.teacher)
         free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", "document_limit"}
@@ -125,7 +125,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
 
     def _fill_cache(self, config: TrainConfig) -> None:
         from castlm.progress import note, shown_progress
-        from castlm.training.teacher_pass import fill_teacher_cache
+        from castlm.training.train import fill_teacher_cache
 
         try:
             with shown_progress("reading with the teacher, sequences", rate="sequences/s") as progress:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,17 @@ class PageOptions:
 
 
 def parse_train(
-    arguments: Sequence[str], name: str = "train", more: type[Any] | None = None
+    arguments: Sequence[str],
+    name: str = "train",
+    more: type[Any] | None = None,
+    unless_given: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[TrainConfig, dict[str, Any]]:
     """The options of `castlm train`: the recipe, then the files of `--config` in their order, then the command line.
 
     Args:
         more: a dataclass of further options of the command `name`; its docstring describes a command other than
             `train`.
+        unless_given: values of options of `castlm train` that this command needs no value for.
 
     Returns:
         The config, and the options of `more` that were given.
@@ -60,10 +65,10 @@ def parse_train(
     elsewhere = dict.fromkeys(names_of(all_sections.pop("adapter")), "finetune")
     sections = [*all_sections.items(), ("options", RecipeOptions), *([("options", more)] if more else [])]
     about = TrainConfig if more is None or name == "train" else more
-    given = read_arguments(sections, arguments, name, about, elsewhere)
+    given = read_arguments(sections, arguments, name, about, elsewhere, unless_given)
     paths = given.pop("config", [])
     extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given} if more else {}
-    config = TrainConfig.from_layers([*read_layers(paths), (COMMAND_LINE, given)])
+    config = TrainConfig.from_layers([("", unless_given), *read_layers(paths), (COMMAND_LINE, given)])
     return config, checked([more], extra, COMMAND_LINE) if more else {}
 
 
@@ -76,7 +81,7 @@ def run_training(config: TrainConfig, report: bool) -> int:
     """Runs `config` and writes its page if `report` asks for it; returns the exit code."""
     from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
-    from castlm.training.interrupt import Interrupted
+    from castlm.signals import Interrupted
     from castlm.training.record import problem
     from castlm.training.train import train
 

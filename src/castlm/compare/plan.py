@@ -103,7 +103,7 @@ class Plan:
 
     def check_model(self) -> None:
         """Raises `InputError` if config or tokenizer of the model cannot be read: every run would fail."""
-        from castlm.models.opening import open_model
+        from castlm.models.io import open_model
 
         open_model(self.command.model, trust_remote_code=self._trusts, revision=self.common.get("revision"))
 
@@ -130,7 +130,7 @@ class Plan:
             return command.budget_tokens
         named = {"model": command.model, "dataset": command.dataset, "output_dir": command.output_dir}
         shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
-        return int(command.max_steps or 0) * _tokens_per_step(TrainConfig.from_mapping({**named, **shared}, ""))
+        return int(command.max_steps or 0) * TrainConfig.from_mapping({**named, **shared}, "").tokens_per_step
 
     def _calibration(self) -> dict[str, Any]:
         """The calibration text of one-shot rows, as fields of `OneshotConfig`; by default the training text with the
@@ -240,7 +240,7 @@ class Plan:
         if rate is not None:
             fields["learning_rate"] = rate
         config = TrainConfig.from_mapping(fields, f"variant {name}")
-        batch = _tokens_per_step(config)
+        batch = config.tokens_per_step
         steps = budget // batch
         if steps < 1:
             raise InputError(f"a budget of {budget} tokens is less than one step of {batch}: raise it")
@@ -315,10 +315,6 @@ def _refuse_taken(fields: Mapping[str, Any], taken: Sequence[str], source: str) 
     if found := [option for option in taken if option in fields]:
         where = "set it for all variants in --config" if found[0] in _OF_ALL else "castlm compare sets it: take it out"
         raise InputError(f"{source} {found[0]}, which all runs share: {where}")
-
-
-def _tokens_per_step(config: TrainConfig) -> int:
-    return config.optimizer.sequences_per_step(1) * config.data.seq_len
 
 
 def _pattern_of(fields: Mapping[str, Any]) -> Pattern:

@@ -103,7 +103,7 @@ def content_hash(model: str, revision: str | None, *, trust_remote_code: bool = 
     where = locate(model)
     if where.is_hub:
         if cached_snapshot(where.target, revision) is None:
-            from castlm.models.opening import open_config
+            from castlm.models.io import open_config
 
             open_config(model, trust_remote_code=trust_remote_code, revision=revision)
         snapshot = cached_snapshot(where.target, revision)

@@ -1,8 +1,11 @@
 """The loss of CAST, eta*KL(teacher || student) + (1-eta)*CE, without the logits of all tokens in memory.
 
 The forward pass goes over chunks of tokens, from hidden states and output heads, and computes the gradient as well; the
-backward pass only scales it. One chunk of logits is in memory instead of about seven (tokens, vocab) tensors.
+backward pass only scales it. One chunk of logits is in memory instead of about seven (tokens, vocab) tensors. The
+teacher is given by its hidden states and head, or by its most probable tokens, which can be stored.
 """
+
+from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,8 +13,168 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.head import OutputHead, Side, default_chunk_tokens, log_probs_, log_softmax_, logits_, matmul_dtype
-from castlm.core.top_tokens import TopTokens, spread_
+
+
+class OutputHead(NamedTuple):
+    """The map from hidden states to logits: `z = (h @ weight.T + bias) * scale`, then `softcap * tanh(z / softcap)`."""
+
+    weight: Tensor
+    """(vocab, hidden)."""
+    bias: Tensor | None = None
+    """(vocab,)."""
+    softcap: float | None = None
+    """Gemma 2's bound on |logit|; None for no cap."""
+    scale: float = 1.0
+    """Granite's 1 / logits_scaling or Cohere's logit_scale."""
+
+
+class Side(NamedTuple):
+    """The student or the teacher, ready for the matmul: cast once, with scale and 1/softcap folded into `hidden`."""
+
+    hidden: Tensor  # (tokens, hidden)
+    weight_t: Tensor  # (hidden, vocab), a view
+    bias: Tensor | None
+    softcap: float | None
+
+    @staticmethod
+    def of(hidden: Tensor, head: OutputHead, dtype: torch.dtype) -> Side:
+        factor = head.scale / (head.softcap or 1.0)
+        hidden = hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype)
+        bias = None if head.bias is None else head.bias.detach().to(dtype) * factor
+        weight_t = head.weight.detach().to(dtype).t()
+        return Side(hidden if factor == 1 else hidden * factor, weight_t, bias, head.softcap)
+
+
+def logits_(side: Side, rows: slice, out: Tensor, narrow: Tensor, tanh: Tensor | None) -> Tensor:
+    """Writes the logits (chunk, vocab) of `rows` into `out`.
+
+    Args:
+        narrow: a buffer for the product if the matmul runs in a narrower dtype than `out`; empty otherwise.
+        tanh: a buffer for the tanh of the softcap, which the gradient needs; None if it is not needed.
+    """
+    product = narrow if narrow.numel() else out
+    if side.bias is None:
+        torch.mm(side.hidden[rows], side.weight_t, out=product)
+    else:
+        torch.addmm(side.bias, side.hidden[rows], side.weight_t, out=product)
+    if product is narrow:
+        out.copy_(narrow)
+    if side.softcap is not None:
+        out.tanh_()
+        if tanh is not None:
+            tanh.copy_(out)
+        out.mul_(side.softcap)
+    return out
+
+
+def log_softmax_(logits: Tensor) -> Tensor:
+    """`log_softmax` over the last axis, in place."""
+    return torch.log_softmax(logits, -1, out=logits)
+
+
+def log_probs_(side: Side, rows: slice, out: Tensor, narrow: Tensor, temperature: float) -> Tensor:
+    """Writes the log-probabilities (chunk, vocab) at `temperature` into `out`. Other arguments as in `logits_`."""
+    logits = logits_(side, rows, out, narrow, None)
+    return log_softmax_(logits if temperature == 1 else logits.div_(temperature))
+
+
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of autocast if it is enabled, else the dtype of `hidden`."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def default_chunk_tokens(device: torch.device) -> int:
+    """The number of tokens whose logits are in memory at once.
+
+    The gradient of the head moves 8*vocab*hidden bytes per chunk for 2*chunk*vocab*hidden FLOP. On a CPU the time falls
+    little beyond 128 tokens while memory grows (measured). An accelerator performs some 200 FLOP per byte, according
+    to data sheets.
+    """
+    return 192 if device.type == "cpu" else 1024
+
+
+_LEAST = 1e-7  # the smallest probability of the teacher's bucket: log-probabilities in fp32 do not tell less from 0
+
+
+class TopTokens(NamedTuple):
+    """The k most probable next tokens at each position, in no particular order."""
+
+    tokens: Tensor
+    """int32, (..., k)."""
+    log_probs: Tensor
+    """float32, (..., k): from the softmax over the whole vocabulary at the temperature of the loss."""
+
+    def rows(self, chosen: Tensor | slice) -> TopTokens:
+        """The positions that a bool mask (...) or a slice selects."""
+        return TopTokens(self.tokens[chosen], self.log_probs[chosen])
+
+
+@torch.no_grad()
+def top_tokens(
+    hidden: Tensor, head: OutputHead, k: int, temperature: float = 1.0, chunk_tokens: int | None = None
+) -> TopTokens:
+    """The `k` most probable next tokens of a teacher, for `distillation_loss(teacher_top=...)`.
+
+    Args:
+        hidden: (..., hidden), after the final norm.
+        head: the teacher's output head.
+        k: number of tokens, at most the size of the vocabulary.
+        temperature: the same as in the loss, above 0.
+        chunk_tokens: as in `distillation_loss`, as is the dtype of the matmuls.
+
+    Returns:
+        `tokens` (..., k), int32, and their `log_probs` (..., k), float32.
+
+    Examples:
+        >>> head = OutputHead(torch.eye(4))
+        >>> top = top_tokens(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), head, k=2)
+        >>> sorted(top.tokens[0].tolist())
+        [1, 3]
+    """
+    vocab = head.weight.shape[0]
+    dtype = matmul_dtype(hidden)
+    wide = torch.promote_types(dtype, torch.float32)
+    side = Side.of(hidden, head, dtype)
+    num_tokens = len(side.hidden)
+    chunk = max(1, min(chunk_tokens or default_chunk_tokens(hidden.device), num_tokens))
+    logits = torch.empty(chunk, vocab, dtype=wide, device=hidden.device)
+    narrow = torch.empty(chunk if dtype != wide else 0, vocab, dtype=dtype, device=hidden.device)
+    tokens = torch.empty(num_tokens, k, dtype=torch.int32, device=hidden.device)
+    log_probs = torch.empty(num_tokens, k, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, num_tokens, chunk):
+            rows = slice(start, min(start + chunk, num_tokens))
+            count = rows.stop - start
+            best = log_probs_(side, rows, logits[:count], narrow[:count], temperature).topk(k, dim=-1, sorted=False)
+            tokens[rows], log_probs[rows] = best.indices.to(torch.int32), best.values.float()
+    shape = (*hidden.shape[:-1], k)
+    return TopTokens(tokens.view(shape), log_probs.view(shape))
+
+
+def spread_(teacher_top: TopTokens, student: Tensor, out: Tensor) -> Tensor:
+    """Writes into `out` the log-probabilities (tokens, vocab) of a teacher that is known by its top-k tokens.
+
+    The probability outside `teacher_top` (tokens, k) is distributed as in the student's log-probabilities `student`
+    (tokens, vocab), so that only its sum contributes to the KL.
+    """
+    tokens = teacher_top.tokens.to(torch.int64)
+    rest = (1 - teacher_top.log_probs.exp().sum(-1, keepdim=True)).clamp_(min=_LEAST).log_()  # (tokens, 1)
+    rest_of_student = _log_sum_of_others(student, tokens, out)
+    torch.add(student, rest - rest_of_student, out=out)
+    return out.scatter_(1, tokens, teacher_top.log_probs.to(out.dtype))
+
+
+def _log_sum_of_others(log_probs: Tensor, tokens: Tensor, scratch: Tensor) -> Tensor:
+    """Returns the log of the probability of all tokens but `tokens` (tokens, k): (tokens, 1); -inf if there are none.
+
+    It is a sum over the others and not 1 minus the sum over `tokens`: where a student is sure, that difference is
+    rounding noise, which would make the KL negative and its gradient zero. `scratch` (tokens, vocab) is overwritten,
+    so that nothing of this size is allocated.
+    """
+    others = scratch.copy_(log_probs).scatter_(1, tokens, float("-inf"))
+    largest = others.amax(-1, keepdim=True).clamp_(min=torch.finfo(others.dtype).min)  # -inf - -inf would be NaN
+    return others.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
 
 
 class DistillationLoss(NamedTuple):
@@ -166,7 +329,7 @@ class _Buffers(NamedTuple):
     narrow: Tensor  # in the dtype of the matmuls, if that is narrower than fp32
 
     @staticmethod
-    def of(plan: _Plan, student: Side, chunk: int, needs_grad: bool) -> "_Buffers":
+    def of(plan: _Plan, student: Side, chunk: int, needs_grad: bool) -> _Buffers:
         def empty(wanted: bool, dtype: torch.dtype = plan.token_weights.dtype) -> Tensor:
             size = (chunk, student.weight_t.shape[1]) if wanted else (0,)
             return torch.empty(size, dtype=dtype, device=plan.labels.device)
@@ -181,7 +344,7 @@ class _Buffers(NamedTuple):
             narrow=empty(plan.dtype != plan.token_weights.dtype, plan.dtype),
         )
 
-    def first(self, count: int) -> "_Buffers":
+    def first(self, count: int) -> _Buffers:
         return _Buffers(*(buffer[:count] for buffer in self))
 
 

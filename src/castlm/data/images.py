@@ -25,8 +25,8 @@ from castlm.data.chat import Chat, Rendered, begin_of, messages_of
 from castlm.data.extra import Extra
 from castlm.files.reading import open_regular, user_path
 from castlm.models.architecture import is_vision_language
+from castlm.models.io import PROCESSOR_FILES, as_input_error, open_config, quiet
 from castlm.models.locate import find
-from castlm.models.opening import PROCESSOR_FILES, as_input_error, open_config, quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -23,7 +23,6 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear
 from castlm.core.nm import Pattern
 from castlm.core.scaling import scale_weight
 from castlm.core.shards import local, whole
@@ -45,8 +44,7 @@ from castlm.export.verify import verify
 from castlm.files.atomic_file import reporting_full_disk
 from castlm.files.output import atomic_dir
 from castlm.files.stored import SINGLE
-from castlm.models.conversion import as_stored, state_dict_key
-from castlm.models.layout import stored_transposed
+from castlm.models.conversion import as_stored, is_stored_transposed, state_dict_key
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -147,8 +145,7 @@ def _save(held: dict[str, Tensor], file: Path) -> None:
 def _as_stored(result: ShardedResult, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors that the files hold for a parameter, as `save_model` would write them."""
     model = result.model
-    layer = model.get_submodule(name.rpartition(".")[0])
-    if stored_transposed(model.config.model_type, name) or (isinstance(layer, ExpertLinear) and layer.transposed):
+    if is_stored_transposed(model, name):
         tensor = tensor.mT
     tensor = tensor.to(result.dtype).contiguous().cpu()
     return as_stored(model, state_dict_key(model, name), tensor)

@@ -1,12 +1,14 @@
 """Loads a model that no rank holds whole: builds it without memory, shards it, and reads each rank's rows.
 
 Buffers such as rotary frequencies are computed and not stored. They are real from the beginning, and are kept over
-`to_empty`, which would silently leave garbage in them.
+`to_empty`, which would silently leave garbage in them. A fingerprint of a few numbers of every weight tells two models
+apart without reading them whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +24,31 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
-from castlm.distributed.fingerprint import FIRST, fingerprint_of
 from castlm.distributed.world import World
 from castlm.files.stored import INDEX, SINGLE, read_weight_map, shard_files
 from castlm.models.architecture import auto_class, linearize_
-from castlm.models.conversion import as_stored, state_dict_key, stored_rows, stored_shapes
-from castlm.models.io import Loaded, stored_dtype
-from castlm.models.layout import OLD_BUFFERS, stored_transposed
+from castlm.models.conversion import as_stored, is_stored_transposed, state_dict_key, stored_rows, stored_shapes
+from castlm.models.io import Loaded, open_model, quiet, stored_dtype
+from castlm.models.layout import OLD_BUFFERS
 from castlm.models.locate import Location
-from castlm.models.opening import open_model, quiet
+
+FIRST = 64
+"""The largest count of numbers per parameter: the first of its first row, or of its first expert."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the first 64 numbers of every parameter's first row, by name, of a dense model in memory."""
+    return fingerprint_of({name: p.detach()[:1].flatten()[:FIRST] for name, p in model.named_parameters()})
+
+
+def fingerprint_of(first: Mapping[str, Tensor]) -> str:
+    """The fingerprint of a model from the first numbers of its parameters, by name, in any dtype."""
+    digest = hashlib.sha256()
+    for name, numbers in sorted(first.items()):
+        digest.update(name.encode())
+        digest.update(numbers.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
 
 Reader = Callable[[Path], Any]
 """Opens a safetensors file, each file once."""
@@ -93,7 +111,7 @@ class Checkpoint:
     places: Mapping[str, Place | ExpertPlaces]
 
     def fingerprint(self) -> str:
-        """The `castlm.distributed.fingerprint.fingerprint` of the model with these weights."""
+        """The `castlm.distributed.loading.fingerprint` of the model with these weights."""
         with opened_files() as read:
             return fingerprint_of({name: place.first(read, FIRST) for name, place in self.places.items()})
 
@@ -182,13 +200,11 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | Expe
             candidates += renamed
         if found is None:
             return None
-        is_experts = isinstance(layer, ExpertLinear)
-        transposed = layer.transposed if isinstance(layer, ExpertLinear) else False
-        transposed |= any(stored_transposed(model.config.model_type, name) for name in names)
+        transposed = any(is_stored_transposed(model, name) for name in names)
         file, shape = stored[found]
         if (_turned(shape) if transposed else shape) != tuple(parameter.shape):
             return None
-        if is_experts and list(stored_shapes(model, keys[0], layer)) != [keys[0]]:
+        if isinstance(layer, ExpertLinear) and list(stored_shapes(model, keys[0], layer)) != [keys[0]]:
             return None  # transformers would not put it there as it is
         places[names[0]] = Place(file, found, transposed)
         known |= set(candidates)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList
 
 from castlm.core.blocks import is_tower
 from castlm.core.shards import local
@@ -37,7 +36,7 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
             fully_shard(block, mesh=world.mesh, mp_policy=_NARROW)
         else:
             fully_shard(block, mesh=world.mesh)
-        if has_list_of_experts(block):  # else ranks that called different experts would sum gradients of different ones
+        if may_skip_modules(block):  # else ranks that called different experts would sum gradients of different ones
             block.set_reduce_scatter_unused_params(True)  # type: ignore[attr-defined]
     fully_shard(module, mesh=world.mesh)
     assert isinstance(module, FSDPModule)
@@ -80,7 +79,7 @@ def sum_over_replicas_(module: nn.Module, now: bool) -> None:
     if not isinstance(module, FSDPModule):
         return
     blocks = transformer_blocks(module).values()
-    module.set_requires_all_reduce(now or any(map(has_list_of_experts, blocks)))
+    module.set_requires_all_reduce(now or any(map(may_skip_modules, blocks)))
 
 
 def average_gradients_(module: nn.Module, parameters: Iterable[Tensor], world: World) -> None:
@@ -107,10 +106,10 @@ def is_gathered_narrow(block: nn.Module) -> bool:
 
     A block with a list of experts cannot: some experts may not be called, and FSDP's group of modules waits for each.
     """
-    return not has_list_of_experts(block) and any(p.dtype == torch.float32 for p in block.parameters())
+    return not may_skip_modules(block) and any(p.dtype == torch.float32 for p in block.parameters())
 
 
-def has_list_of_experts(block: nn.Module) -> bool:
+def may_skip_modules(block: nn.Module) -> bool:
     """Whether a transformer block has a list of modules, some of which may not be called."""
     return any(isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList) for m in block.modules())
 
@@ -122,29 +121,3 @@ def beside_linears(block: nn.Module) -> list[nn.Module]:
     """
     cast = SparseLayer | ParametrizationList
     return [m for m in block.modules() if any(True for _ in m.parameters(False)) and not isinstance(m, cast)]
-
-
-def compile_blocks_(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compiles every transformer block of `module` separately, in place: blocks of one shape share the code.
-
-    torch gives every parametrized module its own class. Code is compiled again for each class, and no longer after 8
-    times, so layers with the same parametrization get the same class here.
-    """
-    classes: dict[Any, type[nn.Module]] = {}
-    for layer in _parametrized(module):
-        layer.__class__ = classes.setdefault((*type(layer).__bases__, *layer.parametrizations), type(layer))
-    for block in transformer_blocks(module).values():
-        block.compile(backend=backend)
-
-
-def uncompile_blocks_(module: nn.Module) -> None:
-    """Undoes `compile_blocks_`, for passes on another device or in another precision."""
-    for block in transformer_blocks(module).values():
-        block._compiled_call_impl = None
-    for layer in _parametrized(module):  # its own class again: removing the parametrization deletes an attribute of it
-        shared = type(layer)
-        layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-
-
-def _parametrized(module: nn.Module) -> list[Any]:
-    return [layer for layer in module.modules() if is_parametrized(layer)]

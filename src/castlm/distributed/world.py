@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, is_out_of_memory
 from castlm.hardware import choose_device
 
 T = TypeVar("T")
@@ -83,19 +83,20 @@ class World:
                 long as the main rank lives.
 
         Raises:
-            InputError, OSError: on the main rank, as `action`. The other ranks raise `SystemExit`, so that only one
-                rank reports the error.
+            Exception: on the main rank, as `action`. The other ranks raise `SystemExit`, so that only one rank reports
+                the error.
         """
-        outcome: list[Any] = [None, None]  # result, error
+        outcome: list[Any] = [None, False]  # result, whether it failed
+        failure: Exception | None = None
         if self.is_main:
             try:
                 outcome[0] = action()
-            except (InputError, OSError) as error:
-                outcome[1] = error
+            except Exception as error:
+                failure, outcome[1] = error, True
         if self.mesh is not None:
             dist.broadcast_object_list(outcome, src=0, group=self.patient if patient else self.control)
-        if outcome[1] is not None:
-            raise outcome[1] if self.is_main else SystemExit(2)
+        if outcome[1]:
+            raise SystemExit(2) if failure is None else failure
         result: T = outcome[0]
         return result
 
@@ -236,3 +237,18 @@ def closing(world: World) -> Iterator[World]:
 def close_world(world: World) -> None:
     if world.mesh is not None and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_missing_ranks(world: World) -> Iterator[None]:
+    """If a collective fails, names the rank that hangs or has ended; torch names at most an address."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error) or not is_of_a_collective(error):  # this rank's own error
+            raise
+        missing = world.missing(min(DIAGNOSIS_S, world.timeout_s))
+        if not missing:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{missing} hangs or has ended; torchrun --max-restarts starts it again ({reason})") from error

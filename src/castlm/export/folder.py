@@ -180,7 +180,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
     if config.get("auto_map") and not _is_native(config):  # the layers of a model with its own code are unknown
         check_uniform(path, tensors)
         return "each other"
-    from castlm.models.opening import some_of
+    from castlm.models.io import some_of
 
     unexpected = load_on_meta(path, config)
     linear = [
@@ -236,7 +236,7 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
     """
     from transformers import AutoConfig
 
-    from castlm.models.opening import check_loading_info, quiet_transformers
+    from castlm.models.io import check_loading_info, quiet_transformers
 
     try:
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):

@@ -47,10 +47,9 @@ from castlm.inference.packed import PackedTensor, cast_weight, equal_as_packed, 
 from castlm.inference.rounding import Rounded, round_rows
 from castlm.models.architecture import shape_model
 from castlm.models.conversion import as_stored, possible_names
-from castlm.models.io import load_model, parameters_in, save_model
+from castlm.models.io import load_model, open_config, parameters_in, save_model
 from castlm.models.layout import QUANT_METHOD, guess_model_type, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
-from castlm.models.opening import open_config
 from castlm.patterns import parse_pattern
 
 DENSE = "dense"

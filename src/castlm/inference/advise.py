@@ -29,7 +29,7 @@ from castlm.inference import native
 from castlm.inference.formats import FORMATS, HEADS, PackedSpec
 from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers
-from castlm.structured.sizes import sizes_after, sizes_of
+from castlm.structured.pattern import sizes_after, sizes_of
 
 Shape = tuple[int, int]
 """(out_features, in_features)."""
@@ -97,10 +97,10 @@ def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = 
         cut: a pattern whose channels or heads are cut out first.
 
     Raises:
-        InputError: as `castlm.models.opening.open_config`, or a family that `cut` is not for.
+        InputError: as `castlm.models.io.open_config`, or a family that `cut` is not for.
     """
     from castlm.models.architecture import shape_model
-    from castlm.models.opening import open_config
+    from castlm.models.io import open_config
 
     config = open_config(name, trust_remote_code=trust_remote_code)
     if cut is not None:

@@ -14,8 +14,7 @@ from castlm.data.chat import Chat
 from castlm.hardware import choose_device, has_fast_bf16
 from castlm.inference.decode import ONE_SEQUENCE, TokenTimes, decoding_method
 from castlm.models.architecture import context_length
-from castlm.models.io import load_weights, unpack_on_load_
-from castlm.models.opening import open_model
+from castlm.models.io import load_weights, open_model, unpack_on_load_
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def load_to_generate(
         say: as for `dtype_to_run`; also called with a line if a packed model is unpacked.
 
     Raises:
-        InputError: as `castlm.models.opening.open_model`, damaged packed files, or weights that `load_weights` refuses.
+        InputError: as `castlm.models.io.open_model`, damaged packed files, or weights that `load_weights` refuses.
     """
     device = choose_device(device)
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)

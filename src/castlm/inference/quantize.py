@@ -24,7 +24,8 @@ from castlm.models.architecture import eval_mode
 from castlm.models.conversion import stored_rows, stored_shapes
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_finite_input, check_plain_weights, see_inputs
-from castlm.oneshot.report import few_experts_note, few_experts_record, relative_error
+from castlm.oneshot.report import relative_error
+from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.walk import walk
@@ -52,7 +53,7 @@ class QuantizeReport:
     @property
     def notes(self) -> list[str]:
         """Lines for the user."""
-        return [few_experts_note(self.few_experts)] if self.few_experts else []
+        return [calibrated_on_all_note(self.few_experts)] if self.few_experts else []
 
     def record(self) -> dict[str, Any]:
         """The entry of castlm.json."""
@@ -63,7 +64,7 @@ class QuantizeReport:
             "num_sequences": self.num_sequences,
             "seq_len": self.seq_len,
             "seconds": round(self.seconds, 2),
-            **few_experts_record(self.few_experts),
+            **calibrated_on_all_record(self.few_experts),
         }
 
 

@@ -1,7 +1,8 @@
 """Sparse models in other training loops, and PEFT adapters whose merge keeps every zero of them.
 
-`keep_pattern_` guards the zeros of a model under any optimizer. The castlm.json of the folder that the model was loaded
-from lists the layers that are dense on purpose, so a layer that has lost its pattern is never mistaken for one of them.
+`keep_pattern_` guards the zeros of a model under any optimizer, and `PatternCallback` calls it in a `Trainer`. The
+castlm.json of the folder that the model was loaded from lists the layers that are dense on purpose, so a layer that has
+lost its pattern is never mistaken for one of them.
 
 The merge of plain LoRA adds a dense matrix to the weight, which fills its zeros. SHiRA (Bhardwaj et al. 2024, arXiv
 2406.13175) trains single weights at fixed positions; here these are positions that the pattern keeps. PEFT saves the
@@ -10,14 +11,16 @@ positions with the adapter, so it loads and merges the adapter without castlm. p
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
@@ -75,11 +78,11 @@ def _check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
         return  # `KeptPattern` says why it cannot keep them
     for weight in weights.values():
         pattern.check_placement(weight)
-    units = pattern.joint_layers(weights)
-    firsts = [weights[unit[0]] for unit in units]
-    counts = [pattern.joint_violations([local(weights[name]) for name in unit]) for unit in units]
+    joint = pattern.joint_layers(weights)
+    firsts = [weights[unit[0]] for unit in joint]
+    counts = [pattern.joint_violations([local(weights[name]) for name in unit]) for unit in joint]
     totals = summed(firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)])
-    found = {unit[0]: (unit, total) for unit, total in zip(units, totals) if total}
+    found = {unit[0]: (unit, total) for unit, total in zip(joint, totals) if total}
     if found:
         name, (_, total) = next(iter(found.items()))
         num_layers = sum(len(unit) for unit, _ in found.values())
@@ -184,8 +187,7 @@ def shira_config(
         options: further fields of `ShiraConfig`.
 
     Raises:
-        InputError: peft is not installed, the model is not n:m sparse, or r is below 1 or larger than the smallest
-            layer allows.
+        InputError: peft is not installed, the model is not n:m sparse, or r is larger than the smallest layer allows.
 
     Examples::
 
@@ -198,8 +200,6 @@ def shira_config(
     peft = _peft()
     found = pattern_layers(model, pattern, filter_fn)
     layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}  # PEFT adapts no experts
-    if r < 1:
-        raise InputError(f"r = {r} is out of range: it must be at least 1")
     kept = {name: int(layer.weight.count_nonzero()) for name, layer in layers.items()}
     per_rank = {name: sum(layer.weight.shape) for name, layer in layers.items()}
     tightest = min(layers, key=lambda name: kept[name] // per_rank[name])
@@ -294,9 +294,82 @@ class FinetuneAdapter(Finetune):
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
         """Does nothing: training starts from the model as it is."""
 
+    def own_parameters(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        return [parameter for parameter in parameters if not parameter.requires_grad]
+
+    def trained_part(self, parameters: Iterable[Tensor]) -> str:
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return f", adapter {self.adapter.adapter} of {trained:,} weights"
+
     def save_parts(self, folder: Path) -> None:
         with atomic_dir(folder / "adapter", overwrite=True) as temporary:
             self.peft_model.save_pretrained(temporary)
 
     def fold_(self) -> None:
         self.peft_model.merge_and_unload()
+
+
+class PatternCallback(TrainerCallback):
+    """Keeps an n:m sparse model n:m sparse in a `transformers.Trainer`, with any of its optimizers.
+
+    During `train()`, `castlm.keep_pattern_` guards the model: masked weights stay exactly zero, and a step that breaks
+    the pattern raises. A PEFT adapter whose merge would fill the zeros raises before the first step.
+
+    Args:
+        pattern: as for `castlm.keep_pattern_`.
+        filter_fn: as for `castlm.keep_pattern_`.
+
+    Raises:
+        InputError: at the start of `train()`: as `keep_pattern_`, and for DeepSpeed, FSDP1, and plain LoRA on a sparse
+            layer; during training: a step that breaks the pattern.
+
+    Examples::
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[castlm.PatternCallback()])
+        trainer.train()
+    """
+
+    def __init__(self, pattern: Pattern | str = "2:4", filter_fn: FilterFn | None = None) -> None:
+        self.pattern, self.filter_fn = pattern, filter_fn
+        self.kept: KeptPattern | None = None
+        """The guard of the run in progress, or of the last one."""
+        self._checks_before = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        _refuse_flattening(args)
+        if self.kept is not None:  # an earlier run failed before `on_train_end`
+            self.kept.remove()
+        self.kept = keep_pattern_(parts["model"], self.pattern, self.filter_fn)
+        check_adapters(parts["model"], self.kept)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
+    ) -> None:
+        assert self.kept is not None
+        self._checks_before = self.kept.num_checks
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        assert self.kept is not None
+        if self.kept.num_checks == self._checks_before:  # the optimizer is not torch's, or holds only adapters
+            self.kept.check(f"step {state.global_step}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Checks once more, because `load_best_model_at_end` loads other weights, and ends the guard."""
+        assert self.kept is not None
+        self.kept.check("training")
+        self.kept.remove()
+
+
+def _refuse_flattening(args: TrainingArguments) -> None:
+    """Raises `InputError` for the engines that hand the optimizer flat slices of several weights."""
+    engine = None
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        engine = "DeepSpeed"
+    elif args.fsdp and int((args.fsdp_config or {}).get("version", 2)) == 1:
+        engine = "FSDP1"  # if `accelerate launch` chose it, `KeptPattern` finds the flat weights
+    if engine:
+        raise InputError(
+            f"{engine} flattens the weights, which have no pattern then: use DDP, or fsdp_config {{'version': 2}}"
+        )

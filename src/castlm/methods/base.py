@@ -7,7 +7,7 @@ optimizer and the two hooks that the loop calls at each step.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,14 @@ class Retraining:
 
     def before_update(self, step: int) -> None:
         """Changes the gradients after the backward pass and the clipping."""
+
+    def own_parameters(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Those of the trained or frozen `parameters` that belong to the model itself; by default all."""
+        return list(parameters)
+
+    def trained_part(self, parameters: Iterable[Tensor]) -> str:
+        """A clause for the first lines of a run if only a part of `parameters` is trained; by default empty."""
+        return ""
 
     def save_parts(self, folder: Path) -> None:
         """Writes further results of the method, such as an adapter, into the output folder. The main rank calls it."""

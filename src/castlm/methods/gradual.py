@@ -36,10 +36,6 @@ class GradualMagnitude(Retraining):
             )
 
     def prepare(self, model: nn.Module) -> None:
-        if not isinstance(self.pattern, NM):
-            raise InputError(
-                f"method gradual_magnitude needs an n:m pattern, not {self.pattern}: choose another method"
-            )
         super().prepare(model)
         self._set_share(0.0)
 
@@ -54,7 +50,7 @@ class GradualMagnitude(Retraining):
 
     @torch.no_grad()
     def _set_share(self, share: float) -> None:
-        assert isinstance(self.pattern, NM)
+        assert isinstance(self.pattern, NM), f"gradual_magnitude prunes to n:m, not to {self.pattern}"
         m, new = self.pattern.m, {}
         for layer in self.layers.values():
             weight = weight_parameter(layer)

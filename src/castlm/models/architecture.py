@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Pret
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from castlm.core.distill import OutputHead
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
-from castlm.core.head import OutputHead
 from castlm.models.layout import stored_transposed
 
 
@@ -37,16 +37,9 @@ def shape_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     """Builds the model of a config on the meta device, linearized, to read its shapes and classes.
 
     To read weights into a model, use `castlm.distributed.loading.empty_model`.
-
-    Raises:
-        InputError: transformers builds no model of the config.
     """
-    try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except Exception as error:  # every config fails in its own way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise InputError(f"a {config.model_type} model cannot be built from its config: {reason}") from error
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     linearize_(model)
     return model
 

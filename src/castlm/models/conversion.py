@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from castlm.core.experts import ExpertLinear
 from castlm.core.sparsify import weight_parameter
+from castlm.models.layout import stored_transposed
 
 if TYPE_CHECKING:  # the loader of packed folders is imported while transformers is
     from transformers import PreTrainedModel
@@ -42,6 +43,13 @@ def state_dict_key(model: nn.Module, parameter_name: str) -> str:
     """The name of a parameter in the state dict; names of experts have no `.weight`."""
     module, _, leaf = parameter_name.rpartition(".")
     return state_dict_name(model.get_submodule(module), module) if leaf == "weight" else parameter_name
+
+
+def is_stored_transposed(model: PreTrainedModel, parameter_name: str) -> bool:
+    """Whether files hold a weight as (in, out) or (experts, in, out): of Conv1D layers, and of some experts."""
+    layer = model.get_submodule(parameter_name.rpartition(".")[0])
+    of_experts = isinstance(layer, ExpertLinear) and layer.transposed
+    return of_experts or stored_transposed(model.config.model_type, parameter_name)
 
 
 def stored_shapes(model: PreTrainedModel, fqn: str, layer: nn.Module) -> dict[str, torch.Size]:

@@ -71,25 +71,17 @@ def locate(name: str | Path, *, needs_weights: bool = True) -> Location:
         if needs_weights:
             _check_weights(folder)
         return Location(name, name if folder == path else str(folder), str(folder))
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{name} is not a model: give a model folder, a hub id or a .gguf file")
+    if path.is_file() and path.suffix == ".gguf":
         return _gguf_file(name, path, name)
     if path.exists():
         check_regular(path)  # such as a named pipe or a device
-    if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
-        raise InputError(f"the model {name!r} does not exist: give a model folder, a hub id or a .gguf file")
+    if path.exists() or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+        raise InputError(f"there is no model {name!r}: give a model folder, a hub id or a .gguf file")
     return Location(name, name, name, is_hub=True)
 
 
 def model_in(folder: Path) -> Path:
-    """The folder of the model: `model/` in a run of `castlm train`, otherwise `folder` itself.
-
-    Raises:
-        InputError: the folder may not be read.
-    """
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"cannot read {folder}: Permission denied: change its permissions")
+    """The folder of the model: `model/` in a run of `castlm train`, otherwise `folder` itself."""
     inner = folder / "model"
     return inner if (inner / "config.json").is_file() and not (folder / "config.json").exists() else folder
 
@@ -103,17 +95,12 @@ def local_folder(name: str | Path) -> Path:
         InputError: as `locate`, or a GGUF file or a hub model, with the command that makes a folder of it.
     """
     where = locate(name, needs_weights=False)
-    if where.gguf:
-        raise InputError(
-            f"{name} is a GGUF file, and this needs a model folder: castlm unpack {name} --output-dir FOLDER writes it"
-        )
-    if not where.is_hub:
+    if not (where.gguf or where.is_hub):
         return Path(where.target)
-    snapshot = cached_snapshot(where.target, None)
+    snapshot = cached_snapshot(where.target, None) if where.is_hub else None
     if snapshot is None or not _is_whole(snapshot):
-        raise InputError(
-            f"{name} is no local folder, and this needs one: hf download {name} --local-dir FOLDER fetches a hub model"
-        )
+        by = f"castlm unpack {name} --output-dir" if where.gguf else f"hf download {name} --local-dir"
+        raise InputError(f"{name} is no model folder, and this needs one: {by} FOLDER makes it")
     return snapshot
 
 

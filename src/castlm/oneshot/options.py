@@ -156,8 +156,6 @@ class Refinements(Bounded):
                 )
             return replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations)
         if solver == "sparsegpt":
-            if "reconstruct_rate" in asked and not self.reconstruct_epochs:
-                raise InputError("reconstruct_rate does nothing without reconstruct_epochs: omit it or set both")
             return self
         if asked:
             raise InputError(f"{asked[0]} does nothing with {solver}: omit the option or use sparsegpt")

@@ -13,15 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import SparseLayer, sparse_linears
+from castlm.core.sparsify import SparseLayer, sparse_linears, weight_parameter
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import Documents, HubDocuments
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
-from castlm.distributed.fingerprint import fingerprint
-from castlm.distributed.loading import Checkpoint, Place, open_sharded
+from castlm.distributed.loading import Checkpoint, Place, fingerprint, open_sharded
 from castlm.export.hf import check_export, dtype_name, export_blocks, export_model
 from castlm.files.output import begin_output, output_folder
 from castlm.files.reading import read_json_object
@@ -150,19 +148,14 @@ class Prune:
             dtype = torch.float32 if self.text is not None or self.evaluate else None
             return load_model(self.model, dtype=dtype, **options), None
         return_freed_memory()
-        if self.start.pattern.cut_out is not None:
-            raise InputError(f"pattern {self.start.pattern} is chosen over the whole model: use memory model")
-        opened = open_sharded(self.model, **options)
-        if opened is None:
+        opened = None if self.start.pattern.cut_out else open_sharded(self.model, **options)
+        layers = sparse_linears(opened[0].model, self.start.pattern)[0] if opened else {}
+        is_stacked = any(weight_parameter(layer).dim() == 3 for layer in layers.values())
+        if opened is None or is_stacked or is_vision_language(opened[0].model.config):
             raise InputError(
-                f"the blocks of {self.model} cannot be read one by one: memory block needs safetensors with the "
-                "tensor names of the model; use memory model"
+                f"memory block is not for {self.model} with pattern {self.start.pattern}: it takes n:m, and "
+                "safetensors with the tensor names of a model without experts and images; use memory model"
             )
-        model = opened[0].model
-        if any(isinstance(module, ExpertLinear) for module in model.modules()):
-            raise InputError(f"{self.model} has experts, which memory block does not support: use memory model")
-        if is_vision_language(model.config):
-            raise InputError(f"{self.model} stores its layers under other names than it loads: use memory model")
         return opened
 
     def _calibration(

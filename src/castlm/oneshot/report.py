@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from castlm.oneshot.reconstruct import Reconstruction
+from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
 
 _MIN_GAIN = 1e-3  # least relative fall of the error for which a change of basis is kept
 
@@ -141,7 +142,7 @@ class OneshotReport:
         return {r.name: r.damping for r in self.layers if r.damping is not None and r.damping != self.damping}
 
     @property
-    def few_experts(self) -> dict[str, int]:
+    def calibrated_on_all(self) -> dict[str, int]:
         """The number of experts, by layer, that were calibrated on all tokens because too few were routed to them."""
         return {result.name: result.num_few for result in self.layers if result.num_few}
 
@@ -152,7 +153,7 @@ class OneshotReport:
 
     def notes(self) -> list[str]:
         """A line for each deviation from the given options."""
-        lines = [few_experts_note(self.few_experts)] if self.few_experts else []
+        lines = [calibrated_on_all_note(self.calibrated_on_all)] if self.calibrated_on_all else []
         if raised := self.raised_damping:
             most = max(raised.values())
             lines.append(
@@ -170,30 +171,13 @@ class OneshotReport:
         damping = {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
         zero_inputs = {"masked_by_magnitude": self.zero_inputs} if self.zero_inputs else {}
         times = {"basis": self.basis.as_dict(), "prune_seconds": round(self.seconds, 2)}
-        return times | damping | few_experts_record(self.few_experts) | zero_inputs
+        return times | damping | calibrated_on_all_record(self.calibrated_on_all) | zero_inputs
 
     def as_dict(self) -> dict[str, Any]:
         """The whole report for JSON."""
         basis = self.basis.as_dict()
         found = asdict(replace(self, basis=BasisReport()))
         return found | {"basis": basis, "zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
-
-
-def few_experts_note(few: Mapping[str, int]) -> str:
-    """A line about experts that were calibrated on all tokens; `few` has their number by layer, at least 1."""
-    of_block: dict[str, int] = {}
-    for name, number in few.items():
-        experts = name.rpartition(".")[0]
-        of_block[experts] = max(number, of_block.get(experts, 0))
-    return (
-        f"{sum(of_block.values())} experts had fewer routed tokens than their input has columns, and were calibrated "
-        "on all tokens: more calibration text gives them their own"
-    )
-
-
-def few_experts_record(few: Mapping[str, int]) -> dict[str, Any]:
-    """The entry of castlm.json about experts that were calibrated on all tokens; empty if there are none."""
-    return {"experts_calibrated_on_all_tokens": dict(few)} if few else {}
 
 
 def relative_error(lost: Tensor, whole: Tensor) -> float:

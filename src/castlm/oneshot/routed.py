@@ -7,7 +7,7 @@ of other experts could not replace.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -113,3 +113,20 @@ def check_neurons(routed: Routed) -> None:
             f"castlm does not know how {type(experts).__name__} computes its neurons: use magnitude without "
             "calibration, or leave its experts dense"
         )
+
+
+def calibrated_on_all_note(few: Mapping[str, int]) -> str:
+    """A line about experts that were calibrated on all tokens; `few` has their number by layer, at least 1."""
+    of_block: dict[str, int] = {}
+    for name, number in few.items():
+        experts = name.rpartition(".")[0]
+        of_block[experts] = max(number, of_block.get(experts, 0))
+    return (
+        f"{sum(of_block.values())} experts had fewer routed tokens than their input has columns, and were calibrated "
+        "on all tokens: more calibration text gives them their own"
+    )
+
+
+def calibrated_on_all_record(few: Mapping[str, int]) -> dict[str, Any]:
+    """The entry of castlm.json about experts that were calibrated on all tokens; empty if there are none."""
+    return {"experts_calibrated_on_all_tokens": dict(few)} if few else {}

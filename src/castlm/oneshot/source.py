@@ -28,15 +28,11 @@ def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list
     Raises:
         InputError: layers outside numbered blocks, or in more than one stack.
     """
-    stacks = set()
-    for name in layer_names:
-        stack = stack_name(name)
-        if stack is None:
-            raise InputError(f"{name} is in no transformer block: let filter_fn choose layers inside the blocks only")
-        stacks.add(stack)
-    if len(stacks) > 1:
-        raise InputError(f"the layers lie in several stacks ({', '.join(sorted(stacks))}): choose one with filter_fn")
-    (stack,) = stacks
+    stacks = {stack_name(name) for name in layer_names}
+    stack = stacks.pop()
+    if stack is None or stacks:
+        found = ", ".join(sorted(map(str, {stack, *stacks})))
+        raise InputError(f"the layers lie in {found}, not in one stack of blocks: choose them with filter_fn")
     return stack, list(model.get_submodule(stack).children())
 
 
@@ -199,12 +195,8 @@ class StoredModel:
         return held
 
     def _value(self, name: str) -> Tensor:
-        place = self.checkpoint.places[name]
-        try:
-            with opened_files() as read:
-                value = place.read(read, slice(None))
-        except Exception as error:  # safetensors' own type
-            raise InputError(f"{name} of {self.checkpoint.source} cannot be read: {error}") from None
+        with opened_files() as read:
+            value = self.checkpoint.places[name].read(read, slice(None))
         _check_finite(name, value, self.checkpoint)
         return value
 

@@ -1,14 +1,17 @@
 """The scaling law of sparse quality, and its predictions before a run is paid for.
 
 The loss ln(perplexity) falls as a power of the training tokens. `castlm.planning.fit` fits the law, with its
-uncertainty. A law predicts the perplexity of a token budget, the budget for a perplexity, and the GPU-hours.
+uncertainty. A law predicts the perplexity of a token budget, the budget for a perplexity, and the GPU-hours; `plot_law`
+draws it.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -16,6 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from castlm.core.errors import InputError
+from castlm.files.atomic_file import atomic_file, reporting_full_disk
+from castlm.planning.points import Point
+from castlm.report.charts import NEEDS_MATPLOTLIB, can_draw
 
 Array = NDArray[np.float64]
 
@@ -36,10 +42,6 @@ class Holdout:
     low: float
     high: float
     """90 % interval of one run with this budget."""
-    inside: float
-    """The fraction of its runs inside the interval."""
-    num_budgets: int
-    """The number of token budgets in that fit."""
 
     @property
     def error(self) -> float:
@@ -199,15 +201,14 @@ def predict_perplexity(law: Law, tokens: float) -> Prediction:
     """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run.
 
     Raises:
-        InputError: `tokens` is not a positive number, or the law gives no finite number.
+        InputError: `tokens` is not a positive number.
     """
     check_positive("tokens", tokens)
     low, high = interval(np.exp(law.run_losses(tokens)))
-    perplexity = float(np.exp(law.loss(tokens)))
-    if not math.isfinite(perplexity):
-        raise InputError(f"the law gives no finite perplexity at {tokens:g} tokens: fit it again")
     smallest, largest = law.tokens_range
-    return Prediction(tokens, perplexity, low, high, max(1.0, tokens / largest), max(1.0, smallest / tokens))
+    return Prediction(
+        tokens, float(np.exp(law.loss(tokens))), low, high, max(1.0, tokens / largest), max(1.0, smallest / tokens)
+    )
 
 
 @np.errstate(over="ignore")
@@ -215,7 +216,7 @@ def tokens_for(law: Law, target_ppl: float) -> TokensNeeded:
     """The token budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - L_inf))^(1 / beta).
 
     Raises:
-        InputError: `target_ppl` is not above 1, or no budget is as large as the answer.
+        InputError: `target_ppl` is not above 1.
     """
     if not 1 < target_ppl < MOST_TOKENS:
         raise InputError(f"target_ppl is {target_ppl:g}: it must be above 1 and below {MOST_TOKENS:g}")
@@ -226,10 +227,6 @@ def tokens_for(law: Law, target_ppl: float) -> TokensNeeded:
     tokens[reached] = (B[reached] / margin[reached]) ** (1 / beta[reached])
     low, high = interval(tokens[1:])
     value = float(tokens[0]) if reached[0] else None
-    if value is not None and not value < MOST_TOKENS:
-        raise InputError(
-            f"perplexity {target_ppl:.10g} needs more than {MOST_TOKENS:g} tokens by this law: give a larger target"
-        )
     return TokensNeeded(target_ppl, value, low, high, float(np.exp(law.L_inf)), float(reached[1:].mean()))
 
 
@@ -251,3 +248,45 @@ def check_positive(name: str, value: float) -> None:
     """Raises `InputError` unless `value` is positive and below `MOST_TOKENS`."""
     if not 0 < value < MOST_TOKENS:
         raise InputError(f"{name} is {value:g}: it must be above 0 and below {MOST_TOKENS:g}")
+
+
+_CREATOR = "castlm plan fit"
+"""Marks a plot, in its metadata, as one that may be replaced."""
+
+
+def check_plot(path: str | Path) -> None:
+    """Checks before a fit that its plot can be written and replaces at most an earlier plot.
+
+    Raises:
+        InputError: matplotlib is not installed, or `path` is a file that is no plot of a law.
+    """
+    if not can_draw():
+        raise InputError(NEEDS_MATPLOTLIB)
+    if os.path.lexists(path) and not (os.path.isfile(path) and _CREATOR.encode() in Path(path).read_bytes()):
+        raise InputError(f"{path} exists and is not a plot of castlm plan fit: choose another name")
+
+
+def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
+    """Writes a plot to `path` (its suffix is the format): the law with its 90 % band, and log-loss residuals below.
+
+    Raises:
+        InputError: as `check_plot`.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    tokens = np.geomspace(law.tokens_range[0] / 1.5, law.tokens_range[1] * 4, 100)
+    x, ppl = np.array([point.tokens for point in points]), np.array([point.perplexity for point in points])
+    band = np.array([interval(np.exp(law.draw_losses(t))) for t in tokens])
+    (line,) = upper.plot(tokens, np.exp(law.loss(tokens)))
+    upper.fill_between(tokens, band[:, 0], band[:, 1], alpha=0.2, color=line.get_color())
+    upper.plot(x, ppl, "o", color=line.get_color())
+    lower.plot(x, np.log(np.log(ppl)) - np.log(law.loss(x)), "o", color=line.get_color())
+    upper.set(xscale="log", ylabel="perplexity", title=f"R² {law.r2:.4f} in log loss")
+    lower.axhline(0, color="grey", linewidth=0.8)
+    lower.set(xlabel="training tokens", ylabel="log-loss residual")
+    with reporting_full_disk(path), atomic_file(Path(path)) as temporary:
+        kind = Path(path).suffix.lower().removeprefix(".")
+        figure.savefig(temporary, format=kind, metadata={"Creator": _CREATOR})

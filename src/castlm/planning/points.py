@@ -82,30 +82,21 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
     if not points:
         of_method = f" of method {method} (found: {', '.join(found)})" if found else ""
         raise InputError(
-            f"no points{of_method} to fit: name run folders or compare results (.json) with runs that did not diverge, "
-            "or a CSV with tokens,perplexity"
+            f"no points{of_method} to fit: name folders of finished runs (with castlm.json) that did not diverge, "
+            "compare results (.json), or a CSV with tokens,perplexity"
         )
     return points
 
 
 def _files(path: Path) -> list[Path]:
     """The files with points at a path."""
-    if path.is_dir():
-        return _finished_runs(path)
-    if path.suffix not in (".csv", ".json") or not path.exists():
-        raise InputError(f"{path}: no such run folder, .json or .csv; give run folders, compare results or a CSV")
-    return [path]
+    return _finished_runs(path) if path.is_dir() else [path]
 
 
 def _finished_runs(folder: Path) -> list[Path]:
     tables = [file for file in sorted(folder.glob("**/table.json")) if command_of(file.parent) == "compare"]
     compared = {file.parent for file in tables}  # their tables omit trials of learning rates
-    finished = [file for file in sorted(folder.glob("**/castlm.json")) if compared.isdisjoint(file.parents)] + tables
-    if not finished:
-        unfinished = (folder / "metrics.jsonl").is_file()
-        remedy = "resume this unfinished run" if unfinished else "name a folder of castlm train or castlm compare"
-        raise InputError(f"{folder}: no finished run in it (no castlm.json): {remedy}")
-    return finished
+    return [file for file in sorted(folder.glob("**/castlm.json")) if compared.isdisjoint(file.parents)] + tables
 
 
 def _read_json(path: Path, runs: dict[str, str]) -> Iterator[Point]:

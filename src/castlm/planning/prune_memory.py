@@ -17,18 +17,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.experts import linearize_experts_
 from castlm.core.nm import NM, Pattern
-from castlm.core.sparsify import sparse_linears
+from castlm.core.sparsify import sparse_linears, weight_parameter
 from castlm.hardware import resident_memory
-from castlm.models.architecture import auto_class, backbone, linearize_conv1d_
+from castlm.models.architecture import auto_class, backbone, linearize_
 from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import KEPT_BYTES, PASS_TOKENS_CPU
-from castlm.planning.activations import as_config_error
-from castlm.planning.memory import GIB, read_config
+from castlm.planning.memory import GIB, as_config_error, read_config
 from castlm.structured.prune import BACKWARD_TOKENS
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
@@ -125,7 +123,7 @@ def plan_prune_memory(
             there is no plan for.
     """
     config, basis = read_config(config), basis or BasisOptions()
-    _check(method, memory, pattern, basis)
+    _check(method, pattern, basis)
     refinements = (refinements or Refinements()).for_solver(method, pattern)
     basis.check()
     refinements.check()
@@ -148,13 +146,10 @@ def plan_prune_memory(
     return PruneMemoryPlan(parts, _phases(parts, memory, model.outside * dtype.itemsize), on_disk)
 
 
-def _check(method: str, memory: str, pattern: Pattern, basis: BasisOptions) -> None:
-    structured = pattern.cut_out is not None
+def _check(method: str, pattern: Pattern, basis: BasisOptions) -> None:
     if method not in pattern.calibrated:
         known = ", ".join(pattern.calibrated)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
-    if structured and memory == "block":
-        raise InputError(f"memory 'block' is not for {pattern}, which takes the whole model: choose 'model'")
     if basis.rotate == "residual":
         raise InputError("the memory of rotate residual is not known: plan for rotate values")
 
@@ -265,14 +260,14 @@ def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
     config.get_text_config().num_hidden_layers = num_layers
     with FakeTensorMode(), as_config_error(config):
         model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        linearize_conv1d_(model)
+        linearize_(model)
     return model
 
 
 def _reads_of_a_block(model: PreTrainedModel, pattern: Pattern) -> tuple[list[_Read], int]:
     """The sparse layers that read each input in a one-block model, and the number of parameters of that block."""
     layers, _ = sparse_linears(model, pattern)
-    if linearize_experts_(model):
+    if any(weight_parameter(layer).dim() == 3 for layer in layers.values()):
         raise InputError(f"the memory of pruning experts is not known: measure {model.config.model_type} by running it")
     _, (block,) = block_stack(model, layers)
     seen: list[tuple[Tensor, list[nn.Linear]]] = []

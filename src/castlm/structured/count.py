@@ -10,8 +10,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.files.reading import read_json_object, user_path
-from castlm.structured.pattern import Heads, Units
-from castlm.structured.sizes import sizes_after, sizes_of
+from castlm.structured.pattern import Heads, Units, sizes_after, sizes_of
 
 _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 """Fields of config.json that are equal in a cut model and its base."""

@@ -20,8 +20,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
 from castlm.models.architecture import context_length, eval_mode, linearize_
-from castlm.structured.pattern import Heads, Units
-from castlm.structured.sizes import check_family, sizes_after, sizes_of
+from castlm.structured.pattern import Heads, Units, check_family, sizes_after, sizes_of
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in

@@ -1,7 +1,7 @@
-"""TrainConfig: the options of a run as a Python object, a YAML file and a command line. Importing it is instant.
+"""TrainConfig and FinetuneConfig: the options of a run as a Python object, a YAML file and a command line.
 
 A config has a section for each component that reads options. Options have flat names on the command line, in YAML and
-in Python; a default that depends on other options is filled in when a config is made.
+in Python; a default that depends on other options is filled in when a config is made. Importing this is instant.
 """
 
 from __future__ import annotations
@@ -16,11 +16,23 @@ from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.data.options import OF_CONVERSATIONS
-from castlm.fields import check_complete, checked, convert, default_of, hints_of, is_required, label
+from castlm.fields import (
+    check_complete,
+    checked,
+    convert,
+    default_of,
+    essential,
+    hints_of,
+    is_required,
+    label,
+    parsed,
+    positional,
+)
 from castlm.files.yaml_file import read_yaml_mapping, to_yaml
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements, part_of, with_effort
+from castlm.patterns import parse_pattern
 from castlm.training.options import (
     HIDDEN_WEIGHT,
     CheckpointOptions,
@@ -175,25 +187,23 @@ class TrainConfig:
             raise InputError(
                 f"adapter {self.adapter.adapter} needs a model that is n:m already: use castlm finetune MODEL"
             )
-        if self.start.rotate in ("values", "residual") and start not in ("wanda", "sparsegpt"):
-            raise InputError(
-                f"rotate {self.start.rotate} needs a calibrated start: set init_from to sparsegpt or wanda"
-            )
         if teacher.teacher_cache and not (teacher.teacher_top_k and teacher.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
         if teacher.hidden_weight and (teacher.teacher_cache or not teacher.eta):
             remedy = "set eta above 0" if not teacher.eta else "omit teacher_cache, which holds no hidden states"
             raise InputError(f"hidden_weight {teacher.hidden_weight:g} needs the teacher itself: {remedy}, or use 0")
-        if self.optimizer.num_train_epochs is not None:
-            if self.optimizer.max_steps != OptimizerOptions.max_steps:
-                raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
-            if isinstance(self.data.dataset, tuple):
-                raise InputError("num_train_epochs needs a single dataset: a mixture has no epochs, give max_steps")
+        if self.optimizer.num_train_epochs is not None and self.optimizer.max_steps != OptimizerOptions.max_steps:
+            raise InputError("max_steps and num_train_epochs both set the length of the run: give one")
 
     @property
     def is_finetuning(self) -> bool:
         """Whether the model of the run is n:m already, and not dense."""
         return self.method.row.keeps_mask and self.start.init_from == self.model.model
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step on a single rank."""
+        return self.optimizer.sequences_per_step(1) * self.data.seq_len
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -340,12 +350,10 @@ WITHOUT_EFFECT = frozenset(
         "resume",
         "overwrite",
         "teacher_cache",
-        "log_steps",
         "save_steps",
         "save_total_limit",
         "async_save",
         "timeout_s",
-        "prefetch",
         "report_to",
         "push_to_hub",
         "hub_model_id",
@@ -362,10 +370,87 @@ FREE_ON_RESUME = WITHOUT_EFFECT | {
     "eval_steps",
     "device",
     "precision",  # compared by its effect, the fact `precision_used`
-    "fused_optimizer",
-    "torch_compile",
     "gradient_checkpointing",
     "sharding",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }
+
+
+FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-5, 5e-4
+
+
+@dataclass(frozen=True)
+class SparseModelOptions(ModelOptions):
+    """The sparse model that is fine-tuned."""
+
+    model: str = positional(essential=True)
+    """n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros become the mask."""
+
+    pattern: Pattern = parsed(NM(2, 4), parse_pattern)
+    """Pattern of the model, which stays. On the command line, the default is the pattern in the model's castlm.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedMaskOptions(MethodOptions):
+    """The method of fine-tuning: a fixed mask."""
+
+    method: str = "finetune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTeacherOptions(TeacherOptions):
+    """Distillation from the model before fine-tuning, or from another one."""
+
+    eta: float = 0.0
+    """Weight in the loss of the KL divergence to the teacher, by default the model before fine-tuning, 0 to 1. Above 0,
+    the model stays closer to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptimizerOptions(OptimizerOptions):
+    """Optimizer, schedule and batch of fine-tuning."""
+
+    learning_rate: float | None = essential(None)  # type: ignore[assignment]
+    """Peak learning rate. The default is 5e-5, and 5e-4 for adapters."""
+
+    adam_betas: tuple[float, float] = field(default=(0.9, 0.999), kw_only=True)
+    """Decay rates of Adam's moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Fine-tune an n:m sparse model on your text. Every zero stays zero, and the result is verified.
+
+    It has the options of `TrainConfig` with some other defaults: no teacher, Adam's usual betas, a lower learning rate.
+    `castlm.train` runs it.
+
+    Raises:
+        InputError: as `TrainConfig`, and for options that make it another kind of run.
+
+    Examples:
+        >>> config = FinetuneConfig.of("my-2of4-model", "text.jsonl", "run", adapter="shira")
+        >>> config.method.method, config.start.init_from, config.teacher.eta, config.optimizer.learning_rate
+        ('finetune', 'my-2of4-model', 0.0, 0.0005)
+    """
+
+    model: SparseModelOptions
+    method: FixedMaskOptions
+    teacher: FinetuneTeacherOptions
+    optimizer: FinetuneOptimizerOptions
+
+    def _fill_in(self) -> None:
+        if self.start.init_from is None:
+            object.__setattr__(self, "start", dataclasses.replace(self.start, init_from=self.model.model))
+        if self.optimizer.learning_rate is None:
+            rate = FULL_LEARNING_RATE if self.adapter.adapter == "none" else ADAPTER_LEARNING_RATE
+            object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, learning_rate=rate))
+        super()._fill_in()
+
+    def _check(self) -> None:
+        if not self.is_finetuning:
+            raise InputError(
+                f"method {self.method.method} from init_from {self.start.init_from}: fine-tuning keeps the mask of its "
+                "model; omit both options, or use castlm train"
+            )
+        super()._check()

@@ -1,13 +1,15 @@
-"""The end of a run: prunes with the last mask, folds the scales, writes the model, and verifies it from disk."""
+"""The end of a run: prunes with the last mask, folds the scales, writes, verifies and uploads the model."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +20,22 @@ from castlm.core.errors import DivergedError, InputError
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
-from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_blocks_
+from castlm.distributed.sharding import free_blocks_, is_sharded
+from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
-from castlm.export.hf import export_model
+from castlm.export.hf import export_model, push
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
 from castlm.hardware import peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.io import parameters_in, save_dtype, save_model
-from castlm.training.finetune import cut_of_source
+from castlm.progress import note
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective
-from castlm.training.record import verdict
+from castlm.training.record import problem, verdict
 from castlm.training.run import Run, local_masks
+from castlm.training.source import cut_of_source
 from castlm.versions import model_versions
 
 
@@ -86,7 +90,6 @@ def free_training_state_(run: Run) -> None:
         free_blocks_(objective.teacher)
     objective.teacher = None
     run.optimizer.state.clear()
-    uncompile_blocks_(objective)
 
 
 def sharded_result(run: Run) -> ShardedResult:
@@ -249,7 +252,7 @@ def run_record(run: Run) -> dict[str, Any]:
             k: last[k] for k in ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked") if k in last
         },
         "dataset": {"name": " + ".join(config.data.datasets), "sha256": run.text.train_sha256},
-        "num_params": sum(p.numel() for p in run.names if config.adapter.adapter == "none" or not p.requires_grad),
+        "num_params": sum(parameter.numel() for parameter in run.method.own_parameters(run.names)),
         "train_tokens": run.progress.tokens,
         "train_steps": run.total_steps,
         "train_seconds": round(run.progress.seconds, 1),
@@ -258,3 +261,14 @@ def run_record(run: Run) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(run.world.device.type),
         "machine": f"{platform.machine()} {run.world.device.type}",
     }
+
+
+def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:
+    """Uploads the result, unless the run diverged or fell short: the repository may hold a better one."""
+    if wrong := problem(record.get("verdict", {})):
+        if world.is_main:
+            note(f"not uploaded, because the run {wrong}; hf upload {repo} {model} uploads it anyway")
+        return
+    url = world.on_main(functools.partial(push, model, repo, private=private), patient=True)
+    if world.is_main:
+        note(f"uploaded: {url}")

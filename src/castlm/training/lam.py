@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from castlm.core.budget import DecayBudget, decay_budget
+from castlm.core.decay import DecayBudget, decay_budget
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
 from castlm.distributed.mask_check import masked_samples

@@ -18,12 +18,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from castlm.core.blocks import is_tower
-from castlm.core.distill import DistillationLoss, distillation_loss
+from castlm.core.distill import DistillationLoss, OutputHead, TopTokens, distillation_loss, top_tokens
 from castlm.core.errors import InputError
-from castlm.core.head import OutputHead
 from castlm.core.hidden import hidden_distance
 from castlm.core.sparsify import transformer_blocks
-from castlm.core.top_tokens import TopTokens, top_tokens
 from castlm.data.packing import document_mask
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.sharding import is_sharded, reshard_, shard_

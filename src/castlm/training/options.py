@@ -78,9 +78,6 @@ class DataOptions(ScoredTextOptions):
     seed: int = field(default=0, kw_only=True)
     """Seed of the data order, the dropout and the held-out split."""
 
-    prefetch: bool = field(default=True, kw_only=True)
-    """Tokenize the next batch in a thread during the current step."""
-
     def __post_init__(self) -> None:
         if isinstance(self.dataset, tuple) and len(self.dataset) == 1:
             object.__setattr__(self, "dataset", self.dataset[0])
@@ -199,8 +196,6 @@ class EvaluationOptions(Bounded):
         if isinstance(self.eval_dataset, tuple) and len(self.eval_dataset) == 1:
             object.__setattr__(self, "eval_dataset", self.eval_dataset[0])
         super().__post_init__()
-        if len(set(self.eval_datasets)) < len(self.eval_datasets):
-            raise InputError("eval_dataset names a text twice: give it once")
 
     @property
     def eval_datasets(self) -> tuple[str, ...]:
@@ -245,9 +240,6 @@ class CheckpointOptions(Bounded):
     overwrite: bool = field(default=False, kw_only=True)
     """Start again; an earlier output in output_dir becomes OUTPUT_DIR.previous."""
 
-    log_steps: int = field(default=1, kw_only=True)
-    """Steps between lines in metrics.jsonl."""
-
     report_to: tuple[Literal["auto", "tensorboard", "wandb", "trackio", "none"], ...] = field(
         default=("auto",), kw_only=True
     )
@@ -275,7 +267,6 @@ class CheckpointOptions(Bounded):
     def out_of_range(self) -> Iterator[Bound]:
         yield "save_steps", self.save_steps >= 0, "at least 0"
         yield "save_total_limit", self.save_total_limit >= 1, "at least 1"
-        yield "log_steps", self.log_steps >= 1, "at least 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,13 +281,6 @@ class RuntimeOptions(Bounded):
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, far less memory."""
-
-    fused_optimizer: Literal["auto", "on", "off"] = "auto"
-    """Update of AdamS in one pass: C++ kernels on a CPU, torch.compile on a GPU. auto uses it on a CPU if the kernels
-    are built and on a GPU from 10M parameters; off runs torch operators. Masks always use their C++ kernel on a CPU."""
-
-    torch_compile: bool = False
-    """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""
 
     sharding: Literal["full", "replicate", "hybrid"] = "full"
     """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.adams import AdamS
-from castlm.core.budget import DecayBudget
+from castlm.core.decay import DecayBudget
 from castlm.core.errors import DivergedError, InputError
 from castlm.core.shards import local
 from castlm.core.sparsify import dense_name, num_weights
@@ -38,9 +38,8 @@ from castlm.training.metrics import (
 from castlm.training.objective import Objective, pruned
 from castlm.training.run_folder import RunFolder, check_shared
 from castlm.training.source import Source
-from castlm.training.telemetry import Telemetry
+from castlm.training.telemetry import Telemetry, TrackedRun, Tracker, open_trackers
 from castlm.training.text import TrainingText
-from castlm.training.trackers import TrackedRun, Tracker, open_trackers
 
 _MOST_UNCOUNTED = 100
 """A run ends after this many consecutive steps in which no token counts."""
@@ -201,11 +200,9 @@ class Run:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             yield f"left dense: {shown} ({reason})"
         sparse = sum(map(num_weights, method.layers.values()))
-        total = sum(p.numel() for p in self.names if config.adapter.adapter == "none" or not p.requires_grad)
+        total = sum(parameter.numel() for parameter in method.own_parameters(self.names))
         masks = f"{config.model.pattern} from {config.start.name}" if method.layers else "no masks"
-        if config.adapter.adapter != "none":
-            trained = sum(p.numel() for p in self.names if p.requires_grad)
-            masks += f", adapter {config.adapter.adapter} of {trained:,} weights"
+        masks += method.trained_part(self.names)
         yield f"{config.method.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
         if self.text.is_masked:
             yield self.text.explain()
@@ -304,7 +301,7 @@ class Run:
         }
         if self.peak_flops is not None:
             values["mfu"] = self.flops_per_token * num_read / seconds / (self.peak_flops * self.world.size)
-        self.telemetry.log(progress.step, values, write=progress.step % options.log_steps == 0)
+        self.telemetry.log(progress.step, values)
 
     def _check_counted(self, num_tokens: int) -> None:
         """Raises `InputError` after many consecutive steps, or a whole run, in which no token counted."""
@@ -403,14 +400,11 @@ class Run:
         """Continues from a checkpoint.
 
         Raises:
-            InputError: it belongs to another run, is corrupt, or has no usable position in the data.
+            InputError: it belongs to another run, or is corrupt.
         """
         check_same_run(read_manifest(path), self.config.as_dict(), self.facts)
         manifest = load_checkpoint(path, self.tensors(), self.world)
-        try:
-            self.text.loader.load_state_dict(manifest["data"])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise InputError(f"{path} has no usable position in the data ({error}): remove it") from error
+        self.text.loader.load_state_dict(manifest["data"])
         self.progress = Progress(manifest["step"], manifest["tokens"], manifest["seconds"], manifest["figures"])
         first_shard = self.world.shard_index == 0  # the total, on one rank of each replica; 0 on the others
         self.method.restore_flips(manifest["flips"] if first_shard else 0)

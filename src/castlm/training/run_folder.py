@@ -20,7 +20,7 @@ from castlm.files.reading import read_record, user_path
 from castlm.files.record import OUTPUT, PROBE, RESULT, read_result
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.progress import note
-from castlm.training.checkpoint import check_same_run, checkpoint_steps, read_manifest
+from castlm.training.checkpoint import check_same_run, checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.options import CheckpointOptions
 
@@ -89,11 +89,7 @@ class RunFolder:
                 saved = TrainConfig.from_mapping(read_yaml_mapping(begun), str(begun)).as_dict()
                 check_same_run({"config": json.loads(json.dumps(saved)), "facts": {}}, options, {})
             return None
-        path = whole[max(whole)]
-        model = read_manifest(path)["config"].get("model")
-        if model != options["model"]:
-            raise InputError(f"{path} belongs to a run with model {model}, not {options['model']}: use {model}")
-        return path
+        return whole[max(whole)]
 
     def is_finished(self) -> bool:
         """Whether the result exists. It gets its name only when it is complete."""

@@ -1,27 +1,30 @@
-"""The dense model of a run, and its teacher: whole in a single process; without weights on several ranks, until each
-reads its rows.
+"""The dense model of a run, its teacher, and the layers that stay dense.
 
-Methods with `whole_copies` load the whole model on each rank.
+A model is whole in a single process; on several ranks it is without weights until each reads its rows. Methods with
+`whole_copies` load the whole model on each rank.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.core.blocks import is_tower
+from castlm.core.blocks import in_block, is_tower
 from castlm.core.errors import InputError
-from castlm.distributed.fingerprint import fingerprint
-from castlm.distributed.loading import Checkpoint, open_sharded, opened_files
+from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded, opened_files
 from castlm.distributed.world import World
+from castlm.export.folder import read_left_dense, read_manifest
 from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
-from castlm.models.io import Loaded, load_model
-from castlm.models.opening import open_model
+from castlm.models.io import Loaded, load_model, open_model
+from castlm.models.locate import cached_snapshot, locate
 from castlm.oneshot.residual import untie_
 from castlm.training.options import ModelOptions, TeacherOptions
 
@@ -133,13 +136,10 @@ def check_teacher(teacher: TeacherOptions, model: ModelOptions, *, seq_len: int)
     )
     remedy = "give a teacher with the tokenizer of the model, or use eta 0"
     known = of_teacher.get_vocab()
-    for token, number in tokenizer.get_vocab().items():
-        if known.get(token) != number:
-            raise InputError(
-                f"teacher {name}: {token!r} is its token {known.get(token)}, the model's {number}: {remedy}"
-            )
-    if tokenizer(_PROBE)["input_ids"] != of_teacher(_PROBE)["input_ids"]:
-        raise InputError(f"teacher {name} cuts text into other tokens than the model: {remedy}")
+    differing = [token for token, number in tokenizer.get_vocab().items() if known.get(token) != number]
+    if differing or tokenizer(_PROBE)["input_ids"] != of_teacher(_PROBE)["input_ids"]:
+        first = f", first {differing[0]!r}" if differing else ""
+        raise InputError(f"teacher {name} cuts text into other tokens than the model{first}: {remedy}")
     if vocab_size(theirs) < vocab_size(ours):
         raise InputError(f"teacher {name} has {vocab_size(theirs)} logits, the model {vocab_size(ours)}: {remedy}")
     if is_vision_language(theirs) != is_vision_language(ours):
@@ -151,3 +151,46 @@ def check_teacher(teacher: TeacherOptions, model: ModelOptions, *, seq_len: int)
             f"hidden_weight {teacher.hidden_weight:g}: teacher {name} has (blocks, hidden size) {shapes[1]}, the model "
             f"{shapes[0]}: use hidden_weight 0"
         )
+
+
+def _folder_of(model: ModelOptions) -> Path | None:
+    """The folder with the files of a model; None for a hub model that is not in the cache."""
+    where = locate(model.model)
+    return cached_snapshot(where.target, model.revision) if where.is_hub else Path(where.target)
+
+
+def cut_of_source(model: ModelOptions) -> dict[str, Any]:
+    """The entry "cut" of the model's castlm.json, if channels or heads were cut out of it; else empty."""
+    folder = _folder_of(model)
+    cut = None if folder is None else read_manifest(folder).get("cut")
+    return {} if cut is None else {"cut": cut}
+
+
+def layers_left_dense(model: ModelOptions) -> tuple[str, ...]:
+    """`left_dense`, plus the layers that the model's castlm.json lists as left dense on purpose."""
+    folder = _folder_of(model)
+    if folder is None:
+        return model.left_dense
+    found: list[str] = [
+        name.removesuffix(".weight")
+        for name, reason in read_left_dense(folder).items()
+        if in_block(name) and reason == "excluded by the filter"
+    ]
+    return tuple(dict.fromkeys([*model.left_dense, *found]))
+
+
+def filter_of(left_dense: Sequence[str]) -> FilterFn:
+    """The filter of a run: `is_sparse_linear`, except names that contain a part of `left_dense`."""
+
+    def is_sparse(module: nn.Module, fqn: str) -> bool:
+        return is_sparse_linear(module, fqn) and not any(part in fqn for part in left_dense)
+
+    return is_sparse
+
+
+def check_left_dense(left_dense: Sequence[str], model: nn.Module) -> None:
+    """Raises `InputError` if a part of `left_dense` matches no layer that could be sparse."""
+    names = [name for name, module in model.named_modules() if is_sparse_linear(module, name)]
+    for part in left_dense:
+        if not any(part in name for name in names):
+            raise InputError(f"left_dense {part} matches no sparse layer; a name of one is {names[-1]}")

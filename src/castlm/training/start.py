@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
-from castlm.core.sparsify import FilterFn, dense_name, is_layer, sparse_linears, weight_parameter
+from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
 from castlm.files.output import begin_output, output_folder
@@ -218,41 +218,36 @@ def _read(start: StartWeights, name: str, of: StartOf, source: Source) -> None:
         known = ", ".join(pattern.solvers)
         raise InputError(f"init_from {name} is neither one of {known} nor a model: {error}") from None
     layers, _ = sparse_linears(source.model, pattern, of.filter_fn)
-    found = dict(model.named_modules())
-    weights: dict[str, Tensor] = {}
-    for layer_name, layer in layers.items():
-        theirs = found.get(layer_name)
-        if theirs is None or not is_layer(theirs) or theirs.weight.shape != layer.weight.shape:
-            raise InputError(f"init_from {name} has no {layer_name} of {tuple(layer.weight.shape)}: another model")
-        weight = theirs.weight.detach()
-        weights[layer_name] = weight
+    untied = is_tied(source.model) and not is_tied(model)
+    theirs = dict(model.named_parameters())
+    if not of.is_finetuning:
+        ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
+        if untied:
+            head = model.get_output_embeddings().weight
+            ours |= {each: head.shape for each, parameter in theirs.items() if parameter is head}
+        for each in sorted(ours.keys() | theirs.keys()):
+            if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
+                raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
+    start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in layers}
     bound = pattern.for_model(source.model)
-    for unit in bound.joint_layers(weights):
-        if bound.joint_violations([weights[name] for name in unit]):
+    for unit in bound.joint_layers(start.pruned):
+        if bound.joint_violations([start.pruned[layer] for layer in unit]):
             given = name if of.is_finetuning else f"init_from {name}"
             raise InputError(
                 f"{given} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or name "
                 "the layer in left_dense"
             )
-    start.pruned = weights
-    if not of.is_finetuning:
-        _read_the_rest(start, name, of, source, model, {f"{layer}.weight" for layer in layers})
+    if of.is_finetuning:
+        return
+    pruned = {f"{layer}.weight" for layer in layers}
+    start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
+    _read_basis(start, name, of, source, model, untied)
 
 
-def _read_the_rest(
-    start: StartWeights, name: str, of: StartOf, source: Source, given: PreTrainedModel, of_layers: set[str]
+def _read_basis(
+    start: StartWeights, name: str, of: StartOf, source: Source, given: PreTrainedModel, untied: bool
 ) -> None:
-    """Takes the dense parameters of the given model, which may be in another basis or trained."""
-    ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
-    theirs = dict(given.named_parameters())
-    untied = is_tied(source.model) and not is_tied(given)
-    if untied:
-        head = given.get_output_embeddings().weight
-        ours |= {each: head.shape for each, parameter in theirs.items() if parameter is head}
-    for each in sorted(ours.keys() | theirs.keys()):
-        if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
-            raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
-    start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in of_layers}
+    """Records the basis of the given model, which may be another than the dense model's."""
     if of.keeps_dense_values:
         basis = read_record(Path(name) / RESULT).get("basis") or {}
         changes = [change["what"] for change in basis.get("changes", []) if change["num_kept"]]

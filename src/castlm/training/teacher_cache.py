@@ -21,12 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from castlm.core.distill import TopTokens
 from castlm.core.errors import InputError
-from castlm.core.top_tokens import TopTokens
+from castlm.data.columns import Kind
+from castlm.data.documents import open_documents
 from castlm.distributed.world import World
 from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_full, read_json_mapping, widen_access
 from castlm.files.reading import user_path
+from castlm.models.io import open_config
 from castlm.progress import note
+from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
+from castlm.training.source import Source, check_sizes
+from castlm.training.text import TrainingText
 
 _FORMAT = 3
 
@@ -169,18 +175,10 @@ class TeacherCache:
 
 
 def make_cache_folder(folder: Path) -> None:
-    """Makes the folder of a teacher cache.
-
-    Raises:
-        InputError: it cannot be made, or holds other files.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        is_known = (folder / "teacher.json").is_file()
-        is_foreign = not is_known and any(not entry.name.startswith(".") for entry in folder.iterdir())
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another teacher_cache") from error
-    if is_foreign:
+    """Makes the folder of a teacher cache. Raises `InputError` if it holds other files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    is_known = (folder / "teacher.json").is_file()
+    if not is_known and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise InputError(f"{folder} holds other files than a teacher cache: choose another teacher_cache")
 
 
@@ -189,3 +187,51 @@ def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
     if position_ids is None:
         return list(input_ids.cpu())
     return list(torch.stack([input_ids, position_ids], dim=1).cpu())
+
+
+def open_teacher_cache(
+    options: TeacherOptions, data: DataOptions, text: TrainingText, source: Source, precision: str, world: World
+) -> TeacherCache | None:
+    """The cache of a run; None without the option `teacher_cache`.
+
+    Args:
+        source: the teacher.
+
+    Raises:
+        InputError: as `TeacherCache`; a text with images, which the key of a sequence does not contain.
+    """
+    if options.teacher_cache is None:
+        return None
+    if text.documents.kind is Kind.WITH_EXTRA:
+        raise InputError("teacher_cache identifies a sequence by its tokens, not by images: omit teacher_cache")
+    stream = [text.train_sha256, data.seed, data.seq_len, data.repeat_sequences, data.column, text.template_sha256]
+    teacher = {
+        "weights": source.fingerprint,
+        "dtype": str(teacher_dtype(precision)),
+        "top_k": options.teacher_top_k,
+        "temperature": options.temperature,
+        "cross_document_attention": data.cross_document_attention,
+    }
+    return TeacherCache(options.teacher_cache, stream, teacher, world)
+
+
+def teacher_dtype(precision: str) -> torch.dtype:
+    """The dtype of the teacher's weights."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_teacher_pass(
+    model: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, teacher: TeacherOptions
+) -> None:
+    """Checks the requirements of `fill_teacher_cache`, except for the training text, which is sampled afterwards.
+
+    Raises:
+        InputError: an evaluation text that cannot be opened, a folder that cannot be made or holds other files, or more
+            positions or tokens than the model has.
+    """
+    of_model = open_config(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    check_sizes(of_model, seq_len=data.seq_len, teacher_top_k=teacher.teacher_top_k)
+    for text in evaluation.eval_datasets:
+        open_documents(text, data)
+    assert teacher.teacher_cache is not None
+    make_cache_folder(user_path(teacher.teacher_cache))

@@ -26,7 +26,7 @@ from castlm.data.packing import BatchLoader, MixedSequences, Sequences, open_seq
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
 from castlm.distributed.world import World
-from castlm.models.opening import open_model
+from castlm.models.io import open_model
 from castlm.progress import note
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions
 
@@ -77,11 +77,11 @@ def steps_of_epochs(
         global_batch: sequences per step, on all ranks together.
 
     Raises:
-        InputError: the dataset is streamed from the hub, so its length is not known.
+        InputError: the dataset is streamed from the hub, so its length is not known, or a mixture, which has no end.
     """
     documents, _ = _open_splits(data, evaluation)
     if not isinstance(documents, Documents):
-        raise InputError(f"num_train_epochs: {data.dataset} is streamed, its length is not known: give max_steps")
+        raise InputError(f"num_train_epochs: {data.dataset} is streamed or a mixture, without epochs: give max_steps")
     _, _, tokenizer = open_model(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
     encoder = _encoder(model, data, [documents], tokenizer)
     sequences = _sequences(data, documents, encoder, lambda line: None)
@@ -137,12 +137,11 @@ def _scored_parts(
     seed = None if evaluation.eval_datasets else 0
     parts = {text.name: scored_text(text, encoder, evaluation.eval_tokens or None, seed=seed) for text in held_out}
     for name, part in parts.items():
-        if len(part.ids) < 2:
-            raise InputError(f"the evaluation text {name} has {len(part.ids)} tokens: give more")
         check_vocabulary(part.ids, vocab_size)
-        if not part.sequences(data.seq_len, data.seq_len):
+        if len(part.ids) < 2 or not part.sequences(data.seq_len, data.seq_len):
             raise InputError(
-                f"no token of the evaluation text {name} that counts is within seq_len {data.seq_len}: raise seq_len"
+                f"the evaluation text {name} of {len(part.ids)} tokens has none that counts within seq_len "
+                f"{data.seq_len}: give more text, or raise seq_len"
             )
     return parts
 
@@ -181,7 +180,7 @@ def open_training_text(
         rows_per_rank=rows_per_rank,
         rank=world.rank,
         world_size=world.size,
-        prefetch=data.prefetch,
+        prefetch=True,
     )
     parts = _scored_parts(data, evaluation, held_out, encoder, vocab_size)
     train_sha256 = documents.text_hash()

@@ -1,44 +1,40 @@
 """train(): from a dense model to a verified n:m model.
 
 `train` and `set_up` are the recipe, from top to bottom; each line of them hands a section of the config to the
-component that reads it.
+component that reads it. `calibrate` measures the first steps of a run, and `fill_teacher_cache` runs its teacher alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from castlm.core.budget import DecayBudget, decay_budget
-from castlm.core.decay import DECAYS
-from castlm.core.errors import InputError, is_out_of_memory
+from castlm.core.decay import DECAYS, DecayBudget, decay_budget
+from castlm.core.errors import InputError
 from castlm.core.nm import pack_mask
 from castlm.core.shards import like_rows, local
-from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import masked_samples
-from castlm.distributed.sharding import compile_blocks_
-from castlm.distributed.world import DIAGNOSIS_S, World, closing, init_world, is_of_a_collective
-from castlm.export.hf import check_export, check_login, push
+from castlm.distributed.world import World, closing, init_world, naming_missing_ranks
+from castlm.export.hf import check_export, check_login
 from castlm.files.output import check_beside
-from castlm.hardware import check_compile, choose_fused, choose_precision, collect_garbage
+from castlm.hardware import autocast, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
 from castlm.models.architecture import vocab_size
 from castlm.models.locate import locate
 from castlm.oneshot.folder import partial_folder
 from castlm.patterns import all_solvers
-from castlm.progress import note
+from castlm.signals import Interrupt
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
-from castlm.training.finetune import layers_left_dense
-from castlm.training.finish import finish
-from castlm.training.interrupt import Interrupt
+from castlm.training.finish import finish, upload
 from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
 from castlm.training.metrics import Evaluator
 from castlm.training.objective import (
@@ -49,14 +45,21 @@ from castlm.training.objective import (
     shard_objective_,
 )
 from castlm.training.options import CheckpointOptions
-from castlm.training.record import problem
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
-from castlm.training.source import check_sizes, check_teacher, open_source, options_of_teacher
+from castlm.training.source import (
+    check_left_dense,
+    check_sizes,
+    check_teacher,
+    filter_of,
+    layers_left_dense,
+    open_source,
+    options_of_teacher,
+)
 from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, make_start, start_, stream_basis
-from castlm.training.teacher_pass import open_teacher_cache, teacher_dtype
+from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
+from castlm.training.telemetry import chosen_trackers
 from castlm.training.text import open_training_text, steps_of_epochs
-from castlm.training.trackers import chosen_trackers
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -142,7 +145,6 @@ def set_up(config: TrainConfig, world: World) -> Run:
     folder, pattern = RunFolder(config.checkpoint.output_dir), config.model.pattern
     method_class = class_of(config.method.method, config.adapter.adapter)
     method_class.check(config.method, optimizer_options)
-    check_compile(runtime.torch_compile, world.device)
     if world.size > 1:
         world.check_all(_why_one_process(config.method.method, config.adapter.adapter, method_class, runtime.sharding))
     trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
@@ -225,13 +227,11 @@ def set_up(config: TrainConfig, world: World) -> Run:
         apart=not data.cross_document_attention,
         hidden_weight=float(teacher_options.hidden_weight or 0.0),
     )
-    if runtime.torch_compile:
-        compile_blocks_(objective)
     shard_objective_(objective, source.stored, tutor.stored, precision, world, method.whole_copies)
     names = objective.trained_parameters()
 
     # optimizer, step 0
-    fused, optimizer_text = choose_fused(runtime.fused_optimizer, world.device, sum(p.numel() for p in names))
+    fused, optimizer_text = choose_fused(world.device, sum(p.numel() for p in names))
     optimizer = method.build_optimizer(model, fused)
     evaluator = Evaluator(objective, text.held_out, data.seq_len, rows, precision, world)
     dense_perplexity = None
@@ -324,6 +324,53 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
     return found
 
 
+@torch.no_grad()
+def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+    """Runs the teacher in this process on the sequences of the first epoch of `config` that its cache lacks.
+
+    It reads them in the order, the batches and the precision of the run, so it writes the same bits as the first epoch
+    of the run would, which then loads no teacher. Each finished batch is recorded, so that a pass that was stopped can
+    continue.
+
+    Args:
+        config: a config with a `teacher_cache`.
+        progress: called with (finished sequences, sequences of the epoch) after each batch.
+
+    Returns:
+        The number of sequences that the cache covers. The last batch may hold some of the second epoch, as in a run.
+
+    Raises:
+        InputError: as for a run: a model or text that cannot be read, a cache of another teacher, a full disk.
+    """
+    runtime, data, options = config.runtime, config.data, config.teacher
+    world = init_world(runtime.device, runtime.sharding)
+    source = open_source(config.model, world)
+    vocab = vocab_size(source.model.config)
+    check_sizes(source.model.config, seq_len=data.seq_len, teacher_top_k=options.teacher_top_k)
+    rows = config.optimizer.per_device_train_batch_size
+    text = open_training_text(config.model, data, config.evaluation, source.tokenizer, vocab, world, rows_per_rank=rows)
+    precision = choose_precision(runtime.precision, world.device, source.model.config)
+    cache = open_teacher_cache(options, data, text, source, precision, world)
+    assert cache is not None
+    teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not data.cross_document_attention
+    objective = Objective(teacher, teacher, options.eta, options.temperature, options.teacher_top_k, cache, apart)
+    objective.to(world.device).eval()
+    with autocast(world.device, precision):
+        objective.check_documents_apart()
+    total = math.ceil(text.loader.sequences.tokens_per_epoch() / data.seq_len)
+    done, is_whole = 0, False
+    while not is_whole:
+        batch = next(text.loader)
+        check_vocabulary(batch["input_ids"], vocab)
+        with autocast(world.device, precision):
+            ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
+            objective.fill_cache(ids, positions)
+        done, is_whole = done + len(ids), text.loader.state_dict()["epoch"] > 0
+        cache.cover(0, done, every_epoch=is_whole and data.repeat_sequences)
+        progress(min(done, total), total)
+    return done
+
+
 def _decay_budget(
     options: MethodOptions,
     optimizer: OptimizerOptions,
@@ -344,23 +391,6 @@ def _decay_budget(
     return budget
 
 
-def filter_of(left_dense: Sequence[str]) -> FilterFn:
-    """The filter of a run: `is_sparse_linear`, except names that contain a part of `left_dense`."""
-
-    def is_sparse(module: nn.Module, fqn: str) -> bool:
-        return is_sparse_linear(module, fqn) and not any(part in fqn for part in left_dense)
-
-    return is_sparse
-
-
-def check_left_dense(left_dense: Sequence[str], model: nn.Module) -> None:
-    """Raises `InputError` if a part of `left_dense` matches no layer that could be sparse."""
-    names = [name for name, module in model.named_modules() if is_sparse_linear(module, name)]
-    for part in left_dense:
-        if not any(part in name for name in names):
-            raise InputError(f"left_dense {part} matches no sparse layer; a name of one is {names[-1]}")
-
-
 def _why_one_process(method: str, adapter: str, method_class: type[Retraining], sharding: str) -> str | None:
     """Why a method cannot run on several ranks with these options; None if it can."""
     if method_class.masks_forward:
@@ -371,29 +401,3 @@ def _why_one_process(method: str, adapter: str, method_class: type[Retraining], 
             "sharding replicate, or adapter none"
         )
     return None
-
-
-@contextlib.contextmanager
-def naming_missing_ranks(world: World) -> Iterator[None]:
-    """If a collective fails, names the rank that hangs or has ended; torch names at most an address."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error) or not is_of_a_collective(error):  # this rank's own error
-            raise
-        missing = world.missing(min(DIAGNOSIS_S, world.timeout_s))
-        if not missing:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{missing} hangs or has ended; torchrun --max-restarts starts it again ({reason})") from error
-
-
-def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:
-    """Uploads the result, unless the run diverged or fell short: the repository may hold a better one."""
-    if wrong := problem(record.get("verdict", {})):
-        if world.is_main:
-            note(f"not uploaded, because the run {wrong}; hf upload {repo} {model} uploads it anyway")
-        return
-    url = world.on_main(functools.partial(push, model, repo, private=private), patient=True)
-    if world.is_main:
-        note(f"uploaded: {url}")
