@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import castlm.progress
+from castlm import progress
 from castlm.cli.main import COMMANDS, Command, main
 from castlm.cli.options import check_json_path, result_folder, write_json
 from castlm.core.errors import DivergedError, InputError
@@ -193,7 +193,7 @@ def test_the_file_behind_a_link_is_replaced(tmp_path):
 
 
 def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(castlm.progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     with shown_progress("perplexity, sequences") as told:
         told(1, 4)
         told(4, 4)
@@ -220,8 +220,8 @@ def test_a_terminal_gets_a_bar_that_goes_away(capsys, monkeypatch):
 
 def test_a_line_with_a_rate_leaves_out_what_an_earlier_start_did(capsys, monkeypatch):
     clock = iter([0.0, 10.0])
-    monkeypatch.setattr(castlm.progress, "SECONDS_BETWEEN_LINES", 0)
-    monkeypatch.setattr(castlm.progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with shown_progress("sampling, tokens", rate="tokens/s", before=1000) as told:
         told(3000, 5000)
     assert capsys.readouterr().err == "castlm: sampling, tokens 3,000/5,000, 200 tokens/s, 10 s left\n"

@@ -481,7 +481,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown part": (
         {"messages": [user({"type": "video", "path": "a.mp4"}), assistant("x")], "images": []},
-        'part .*"video"',
+        'message 1 .*"video"',
     ),
     "plain text": ({"messages": None, "text": "a caption", "images": ["red.png"]}, "column 'images'"),
 }
