@@ -72,6 +72,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if strange or not files:
         named = (strange or [None])[0]
         raise InputError(f"{index} has a weight_map that names {named!r}, outside its folder: fetch or write it again")
+    assert isinstance(weight_map, dict)
     return weight_map
 
 
