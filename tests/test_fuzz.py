@@ -145,13 +145,14 @@ def test_weights(here, content):
 
 def packed_file(metadata: bytes) -> bytes:
     """A file with one layer in castlm's packed format, and this metadata of it."""
-    tensors = {"values": torch.zeros(8, 4, dtype=torch.bfloat16), "mask": torch.full((8, 1), 0x33, dtype=torch.uint8)}
+    mask = torch.full((8, 1), 0b011_011, dtype=torch.uint8)  # the code 3 in both groups of a row
+    tensors = {"values": torch.zeros(8, 4, dtype=torch.bfloat16), "mask": mask}
     text = metadata.decode("utf-8", "replace")
     return save({f"model.layers.0.x.{name}": tensor for name, tensor in tensors.items()}, metadata={"castlm": text})
 
 
 SPEC = PackedSpec(rows=8, columns=8, n=2, m=4, values="bf16").as_dict()
-PACKED = {"version": 1, "tensors": {"model.layers.0.x": SPEC}}
+PACKED = {"version": 2, "tensors": {"model.layers.0.x": SPEC}}
 
 
 def test_the_packed_file_that_is_fuzzed_is_valid(here):
