@@ -42,7 +42,6 @@ from castlm.training.config import TrainConfig
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, make_teacher, pruned
 from castlm.training.run import Run, local_masks
-from castlm.training.run_folder import RunFolder
 from castlm.training.telemetry import TrackedRun
 from castlm.training.train import calibrate, train, with_values_found
 from tests.faults import (
@@ -309,10 +308,14 @@ def test_a_failure_of_the_main_rank_alone_is_one_line(gemma, text, tmp_path):
 
 
 def train_with_a_defect_on_the_main_rank(config: TrainConfig) -> int:
-    def broken(self: RunFolder, config_yaml: str, *, resume: bool) -> None:
-        raise RuntimeError("two shapes that do not fit")
+    begin = Run.begin
 
-    RunFolder.begun = broken
+    def broken(self: Run) -> Run:
+        if self.world.is_main:
+            raise RuntimeError("two shapes that do not fit")
+        return begin(self)
+
+    Run.begin = broken
     return train_as_a_command(config)
 
 
