@@ -61,7 +61,7 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
         max_steps=max_steps,
         seq_len=128,
         per_device_train_batch_size=4,
-        eval_tokens=4096,
+        eval_tokens=2048,
         eval_steps=max_steps,
         save_steps=0,
         resume=True,
