@@ -95,7 +95,8 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nverified 2:4 model, in {minutes:.1f} minutes: {result}", markup=False)
     console.print(f"count the groups yourself:  castlm verify {shlex.quote(str(result))}", markup=False)
-    console.print(f"chat with the packed model: castlm generate {shlex.quote(str(packed))} --prompt TEXT", markup=False)
+    generate = f"castlm generate {shlex.quote(str(packed))} --raw --prompt 'A list in Python is'"
+    console.print(f"let the packed model write: {generate}", markup=False)  # it saw no chat in so few steps
     console.print(
         f"train on your own text:     castlm train --model {DEMO} --dataset FILE --output-dir RUN", markup=False
     )
