@@ -94,3 +94,6 @@ def test_refusals():
     model = tiny_model("llama")
     with pytest.raises(InputError, match="does not divide into 3"):
         add_weight_scaling(model, groups=3)
+    add_weight_scaling(model)
+    with pytest.raises(InputError, match="scaled already"):
+        add_weight_scaling(model)

@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
+from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
+from castlm.distributed.sharding import compile_blocks_, uncompile_blocks_
 from castlm.distributed.world import init_world
 from castlm.methods.options import SCHEDULES
 from castlm.models.io import load_model
@@ -19,7 +22,7 @@ from castlm.training.metrics import peak_flops
 from castlm.training.run import num_left
 from castlm.training.train import with_values_found
 from tests.runs import begin_run, metrics, small
-from tests.tiny import TEXT
+from tests.tiny import TEXT, tiny_model
 
 
 def rates(kind: str, **over) -> list[float]:
@@ -135,6 +138,39 @@ def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_pat
     run.evaluate()
     assert 0 < run.progress.eval_seconds < 1000
     run.telemetry.__exit__(None, None, None)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_path):
+    with pytest.raises(InputError, match="torch_compile"):
+        begin_run(small(llama, text, tmp_path / "run", torch_compile=True))
+    run = begin_run(small(llama, text, tmp_path / "run"))
+    ids = torch.arange(64).view(2, 32)
+    eager = run.objective(ids, ids, 64).loss
+    graphs = []
+
+    def backend(graph, inputs):  # traced by dynamo, not compiled by inductor
+        graphs.append(graph)
+        return graph.forward
+
+    compile_blocks_(run.objective, backend=backend)
+    compiled = run.objective(ids, ids, 64).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled, eager)
+    assert (
+        len(graphs) == 2
+    )  # one for all blocks of the student, which takes gradients, and one for those of the teacher
+
+
+def test_weight_scaling_is_folded_after_compiled_blocks():
+    model = tiny_model("llama")
+    add_weight_scaling(model, 2)
+    compile_blocks_(model, backend="eager")
+    layers = [module for module in model.modules() if is_parametrized(module)]
+    assert len({type(layer) for layer in layers}) == 1
+    uncompile_blocks_(model)
+    fold_weight_scaling(model)
+    assert all(type(layer) is torch.nn.Linear for layer in layers)
 
 
 # ------------------------------------------------------------------------------------- the options of other commands

@@ -72,6 +72,13 @@ def why_slow(precision: str, device: torch.device) -> str:
     return ""
 
 
+def check_compile(wanted: bool, device: torch.device) -> None:
+    """Raises `InputError` if `torch_compile` is requested and not available on `device`."""
+    missing = "this run is on a CPU, and it is for a GPU: leave it out" if device.type != "cuda" else ""
+    if wanted and (missing := missing or _why_not_compile(device)):
+        raise InputError(f"torch_compile is on, but {missing}")
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 

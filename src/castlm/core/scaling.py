@@ -67,7 +67,7 @@ def add_weight_scaling(
         The names of the scaled layers.
 
     Raises:
-        InputError: a width that does not divide by `groups`, or no sparse layer.
+        InputError: a width that does not divide by `groups`, a layer that is scaled already, or no sparse layer.
 
     Examples:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 4)])})
@@ -82,6 +82,8 @@ def add_weight_scaling(
     """
     layers, _ = sparse_linears(model, pattern, filter_fn)
     for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise InputError(f"{name} is scaled already: fold it first")
         if groups < 1 or layer.in_features % groups:
             raise InputError(f"the width {layer.in_features} of {name} does not divide into {groups} scale groups")
     for layer in layers.values():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from castlm.core.blocks import is_tower
 from castlm.core.shards import local
@@ -121,3 +122,29 @@ def beside_linears(block: nn.Module) -> list[nn.Module]:
     """
     cast = SparseLayer | ParametrizationList
     return [m for m in block.modules() if any(True for _ in m.parameters(False)) and not isinstance(m, cast)]
+
+
+def compile_blocks_(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles every transformer block of `module` separately, in place: blocks of one shape share the code.
+
+    torch gives every parametrized module its own class. Code is compiled again for each class, and no longer after 8
+    times, so layers with the same parametrization get the same class here.
+    """
+    classes: dict[Any, type[nn.Module]] = {}
+    for layer in _parametrized(module):
+        layer.__class__ = classes.setdefault((*type(layer).__bases__, *layer.parametrizations), type(layer))
+    for block in transformer_blocks(module).values():
+        block.compile(backend=backend)
+
+
+def uncompile_blocks_(module: nn.Module) -> None:
+    """Undoes `compile_blocks_`, for passes on another device or in another precision."""
+    for block in transformer_blocks(module).values():
+        block._compiled_call_impl = None
+    for layer in _parametrized(module):  # its own class again: removing the parametrization deletes an attribute of it
+        shared = type(layer)
+        layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
+
+def _parametrized(module: nn.Module) -> list[Any]:
+    return [layer for layer in module.modules() if is_parametrized(layer)]

@@ -20,7 +20,7 @@ from castlm.core.errors import DivergedError, InputError
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
-from castlm.distributed.sharding import free_blocks_, is_sharded
+from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_blocks_
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
@@ -90,6 +90,7 @@ def free_training_state_(run: Run) -> None:
         free_blocks_(objective.teacher)
     objective.teacher = None
     run.optimizer.state.clear()
+    uncompile_blocks_(objective)
 
 
 def sharded_result(run: Run) -> ShardedResult:

@@ -282,6 +282,9 @@ class RuntimeOptions(Bounded):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, far less memory."""
 
+    torch_compile: bool = False
+    """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""
+
     sharding: Literal["full", "replicate", "hybrid"] = "full"
     """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""
 

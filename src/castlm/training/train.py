@@ -21,10 +21,11 @@ from castlm.core.nm import pack_mask
 from castlm.core.shards import like_rows, local
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import masked_samples
+from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import World, closing, init_world, naming_missing_ranks
 from castlm.export.hf import check_export, check_login
 from castlm.files.output import check_beside
-from castlm.hardware import autocast, choose_fused, choose_precision, collect_garbage
+from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
 from castlm.models.architecture import vocab_size
@@ -145,6 +146,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
     folder, pattern = RunFolder(config.checkpoint.output_dir), config.model.pattern
     method_class = class_of(config.method.method, config.adapter.adapter)
     method_class.check(config.method, optimizer_options)
+    check_compile(runtime.torch_compile, world.device)
     if world.size > 1:
         world.check_all(_why_one_process(config.method.method, config.adapter.adapter, method_class, runtime.sharding))
     trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
@@ -227,6 +229,8 @@ def set_up(config: TrainConfig, world: World) -> Run:
         apart=not data.cross_document_attention,
         hidden_weight=float(teacher_options.hidden_weight or 0.0),
     )
+    if runtime.torch_compile:
+        compile_blocks_(objective)
     shard_objective_(objective, source.stored, tutor.stored, precision, world, method.whole_copies)
     names = objective.trained_parameters()
 
