@@ -449,7 +449,7 @@ def test_runs_that_could_not_be_exported_are_refused_before_they_train(llama, te
         (gpt2, {"pattern": "heads:0.5"}, "cannot cut heads out of opt"),
         (llama, {"pattern": "channels:0.5", "left_dense": ("layers.1.mlp.up",)}, "each of the 2 transformer blocks"),
         (llama, {"pattern": "channels:0.5", "init_from": "sparsegpt"}, "neither one of magnitude, flap"),
-        (llama, {"pattern": "channels:0.5", "rotate": "values", "init_from": "flap"}, "rotate values"),
+        (llama, {"pattern": "channels:0.5", "rotate": "values", "init_from": "flap"}, "use rotate auto"),
         (llama, {"pattern": "heads:0.9"}, "keeps all of 2 units"),
     ):
         with pytest.raises(InputError, match=reason):
