@@ -440,7 +440,9 @@ def chat(tmp_path_factory) -> str:
 
 
 def of_chat(llama, chat, folder, **over):
-    return small(llama, chat, folder, **{"seq_len": 96, "max_steps": 6, "eval_fraction": 0.1, **over})
+    return small(
+        llama, chat, folder, **{"seq_len": 96, "max_steps": 6, "init_from": "magnitude", "eval_fraction": 0.1, **over}
+    )
 
 
 def test_the_loss_is_that_of_the_assistants_tokens_by_hand(llama, chat, tmp_path):
@@ -468,7 +470,7 @@ def test_what_the_user_says_last_changes_no_loss_and_what_the_assistant_says_doe
         conversations[0] = [turn("user", "a"), turn("assistant", assistant)]
         path = write_talks(tmp_path / f"{name}.jsonl", conversations)
         held_out = write_talks(tmp_path / "held_out.jsonl", talks(5, seed=1))
-        train(of_chat(llama, path, tmp_path / name, eval_dataset=held_out, init_from="magnitude"))
+        train(of_chat(llama, path, tmp_path / name, eval_dataset=held_out))
         return [row["loss"] for row in metrics(tmp_path / name) if "loss" in row]
 
     first = losses("one", "xyz", "b")
@@ -518,7 +520,9 @@ def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, t
 
 def test_a_mixture_of_conversations_and_plain_text_trains(llama, chat, tmp_path):
     plain = write_rows(tmp_path / "plain.jsonl", [{"text": TEXT[at : at + 300]} for at in range(0, 9000, 300)])
-    record = train(of_chat(llama, (f"{chat}:0.5", f"{plain}:0.5"), tmp_path / "run", eval_tokens=300, max_steps=2))
+    record = train(
+        of_chat(llama, (f"{chat}:0.5", f"{plain}:0.5"), tmp_path / "run", eval_tokens=300, max_steps=2, init_from=None)
+    )
     assert record["measured"]["tokens"] == "assistant and all"
     last = metrics(tmp_path / "run")[-1]
     parts = last["perplexity/talks.jsonl"], last["perplexity/plain.jsonl"]
