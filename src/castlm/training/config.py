@@ -293,7 +293,7 @@ class TrainConfig:
             is_plain: whether every text of the run is plain.
 
         Examples:
-            >>> TrainConfig.of("model", "text.jsonl", "run", eta=0.0, temperature=2.0).without_effect()
+            >>> TrainConfig.of("model", "owner/text", "run", eta=0.0, temperature=2.0).without_effect()
             {'temperature': 'temperature = 2.0 has an effect only with eta above 0'}
         """
         defaults = {f.name: f for kind in self.sections().values() for f in dataclasses.fields(kind)}
