@@ -216,6 +216,12 @@ def test_options_of_the_hub_have_no_effect_on_local_text(tmp_path):
     assert TrainConfig.of(**REQUIRED | {"dataset": str(text), "eval_fraction": 0.5}).without_effect() == {}
 
 
+def test_options_without_effect_are_known_where_the_text_is_gone():
+    config = TrainConfig.of("m", "gone.jsonl", "o", eta=0.0, temperature=2.0)
+    assert sorted(config.without_effect()) == ["temperature"]
+    assert config.needs("srste_lam") == "method srste or ast"
+
+
 def test_options_of_conversations_have_no_effect_on_plain_text():
     config = TrainConfig.of(**REQUIRED, assistant_only_loss=False, chat_template_path="mine.jinja")
     assert config.without_effect() == {}

@@ -240,8 +240,19 @@ class TrainConfig:
         readers = [method for method, row in METHODS.items() if option in row.options]
         if readers and self.method.method not in readers:
             return f"method {' or '.join(readers)}"
-        is_met, words = self.conditions().get(option, (True, ""))
+        is_met, words = self._condition_of_text(option) or self.conditions().get(option, (True, ""))
         return None if is_met else words
+
+    def _condition_of_text(self, option: str) -> tuple[bool, str] | None:
+        """The condition of an option that depends on the place of a text, which it looks up; None for other options."""
+        datasets, held_out = self.data.datasets, self.evaluation.eval_datasets
+        if option == "dataset_split":
+            return any(map(_is_on_hub, datasets)), "a dataset of the hub"
+        if option == "eval_split":
+            return any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"
+        if option == "eval_fraction":  # a stream, of unknown length, gives a number of documents
+            return not held_out and not all(map(_is_on_hub, datasets)), "local text, and no eval_dataset"
+        return None
 
     def conditions(self) -> dict[str, tuple[bool, str]]:
         """The options whose effect depends on others: whether this run meets the condition, and the condition in words.
@@ -249,13 +260,11 @@ class TrainConfig:
         The words end the sentence "... has an effect only with". For the options of a method, see `METHODS`.
         """
         method, teacher, checkpoint, start = self.method, self.teacher, self.checkpoint, self.start.name
-        pattern, held_out = self.model.pattern, self.evaluation.eval_datasets
+        pattern = self.model.pattern
         saves, uploads = checkpoint.save_steps > 0, checkpoint.push_to_hub
         reads_text = start in pattern.solvers and start != "magnitude"
         turns_axes = reads_text and isinstance(pattern, NM)
         refreshes_masks = not method.row.decays or start == "magnitude" or method.starts_at_zero(start, pattern)
-        # A fraction of local text is held out; a stream, of unknown length, gives a number of documents.
-        are_streamed, holds_out = list(map(_is_on_hub, self.data.datasets)), not held_out
         rows: list[tuple[Iterable[str], bool, str]] = [
             (["decay_end"], method.reads_decay_end, "a decay that ends before the run"),
             (["lam"], method.reads_lam, "a decay that uses lam"),
@@ -277,10 +286,7 @@ class TrainConfig:
             (["teacher", "temperature", "teacher_top_k"], teacher.eta > 0, "eta above 0"),
             (["min_lr_ratio"], self.optimizer.lr_scheduler_type != "constant", "a learning rate that falls"),
             (["hub_model_id", "hub_private_repo"], uploads, "push_to_hub"),
-            (["dataset_split"], any(are_streamed), "a dataset of the hub"),
-            (["eval_fraction"], holds_out and not all(are_streamed), "local text, and no eval_dataset"),
-            (["eval_split"], any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"),
-            (["eval_config"], bool(held_out), "an eval_dataset"),
+            (["eval_config"], self.evaluation.eval_dataset is not None, "an eval_dataset"),
             (["left_dense", "pattern"], method.row.is_sparse, "a method that makes weights sparse"),
             (["save_total_limit", "async_save"], saves, "save_steps above 0"),
         ]
