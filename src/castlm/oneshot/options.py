@@ -63,8 +63,8 @@ class EffortOptions:
     """The effort of a start, which sets the options of its solver."""
 
     start_effort: Literal["best", "quick"] = essential("best")
-    """Effort of the one-shot start. quick takes at most half of the time, for demonstrations and short runs: it reads a
-    quarter of the calibration text, once for each transformer block, and takes fewer iterations."""
+    """Effort of the one-shot start. quick takes a quarter of the time, for demonstrations and short runs: it reads a
+    quarter of the calibration text, once for each transformer block, and refits kept weights in place of ADMM."""
 
 
 @dataclass(frozen=True, kw_only=True)
