@@ -85,13 +85,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 LONGEST_FIRST = (
-    "test_notebook",
-    "test_distributed",
     "test_train",
-    "test_compare",
+    "test_distributed",
     "test_images",
-    "test_planning_sweep",
-    "test_finetune",
+    "test_experts",
+    "test_fuzz",
+    "test_compare",
+    "test_chat",
 )
 """Files whose tests take longest. They run first, so that no process is left alone with one of them at the end."""
 

@@ -547,7 +547,8 @@ def test_export_tensor_by_tensor(text, tmp_path):
     record = json.loads((folder / "castlm.json").read_text())
     assert record["dtype"] == json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert record["proof"]["tensors_equal_in_bits"] == len(stored) + 1  # the tied head is compared too
-    assert record["proof"]["perplexity_from_disk"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-5)
+    from_disk = record["proof"]["perplexity_from_disk"]
+    assert from_disk == pytest.approx(record["perplexity"]["pruned"], rel=1e-2)  # of weights rounded to bf16
     assert (folder / "README.md").is_file()
 
 

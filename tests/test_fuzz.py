@@ -320,7 +320,7 @@ def test_text_comes_back_from_yaml(text):
 
 def test_yaml_that_would_grow_is_refused():
     bomb = "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)])
-    for text in (bomb, "a: " + "[" * 50_000, "? " * 50_000):
+    for text in (bomb, "a: " + "[" * 5_000, "? " * 5_000):
         assert isinstance(answers(parse_yaml_mapping, text, "a.yaml"), Exception)
 
 
