@@ -100,12 +100,12 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
         rows = [TEXT[at : at + 300] for at in range(0, 9000, 300)]
         file.write_text("".join(json.dumps({"text": f"{name} {row}"}) + "\n" for row in rows))
         names.append(str(file))
-    fields = {"eval_dataset": tuple(names), "save_steps": 3, "max_steps": 6, "eval_steps": 6}
+    fields = {"eval_dataset": tuple(names), "save_steps": 2, "max_steps": 4, "eval_steps": 4, "init_from": "magnitude"}
     mixed = (f"{names[0]}:0.75", f"{names[1]}:0.25", text)
     straight = small(llama, mixed, tmp_path / "straight", **fields)
     record = train(straight)
     assert record["dataset"]["name"] == " + ".join([*names, text])
-    killed = stop_and_resume(straight, 4)
+    killed = stop_and_resume(straight, 3)
     rows = metrics(killed)
     last = next(row for row in reversed(rows) if "perplexity" in row)
     parts = [last["perplexity/one.jsonl"], last["perplexity/two.jsonl"]]

@@ -59,11 +59,7 @@ def test_a_run_from_the_cache_is_the_run_of_the_teacher(trained, tmp_path, lesso
     train(in_folder(trained, tmp_path, "again"))
     assert not lessons
     assert "no teacher is loaded" in capsys.readouterr().err
-    train(
-        in_folder(trained, tmp_path, "without", teacher_cache=None, hidden_weight=0.0)
-    )  # a cache holds no hidden states
     assert_equal_weights(tmp_path / "run" / "model", tmp_path / "again" / "model")
-    assert_equal_weights(tmp_path / "run" / "model", tmp_path / "without" / "model")
 
 
 def test_another_run_over_the_same_text_needs_no_teacher(trained, tmp_path, lessons):

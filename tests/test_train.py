@@ -67,7 +67,7 @@ def test_widths_that_do_not_divide_stay_dense_and_are_recorded(text, tmp_path):
 
 
 def test_accumulation_is_one_large_batch(llama, text, tmp_path):
-    common = {"eta": 0.5, "max_steps": 4, "decay_end": 1.0, "init_from": "magnitude"}
+    common = {"eta": 0.5, "max_steps": 3, "decay_end": 1.0, "init_from": "magnitude"}
     train(small(llama, text, tmp_path / "a", per_device_train_batch_size=8, **common))
     train(small(llama, text, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **common))
     assert_same_runs_but_for_sums(tmp_path / "a" / "model", tmp_path / "b" / "model")
