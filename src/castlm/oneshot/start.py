@@ -170,7 +170,7 @@ class Start:
             say(
                 f"continuing after {folder.done} of {len(source.blocks)} transformer blocks, which are in {folder.path}"
             )
-        started = time.perf_counter()
+        started = left_walk = time.perf_counter()
         with eval_mode(model):
             blocks = walk(
                 source,
@@ -184,12 +184,15 @@ class Start:
                 progress=progress,
             )
             for number, step in enumerate(blocks):
+                report.seconds += time.perf_counter() - left_walk  # the walk's passes, and what it writes
                 left = len(source.blocks) - step.index
                 seconds = (time.perf_counter() - started) * left  # once the first block is done
                 if number == 1 and seconds > _SHORT and step.inputs is not None:
                     after = time_after(step.inputs.seconds_per_token())
                     say(f"the start takes about {readable(seconds)} more, for {left} transformer blocks{after}")
                 self._make_block_(source, step, turns, report)
+                left_walk = time.perf_counter()
+            report.seconds += time.perf_counter() - left_walk
         report.basis.changes = [change for change in report.basis.changes if change.num_tried]
         for line in report.basis.lines():
             say(line)
