@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ class FitCommand:
         check_json_path(self.json)
         if self.plot is not None:
             check_plot(self.plot)
+            if self.json is not None and os.path.realpath(self.json) == os.path.realpath(self.plot):
+                raise InputError(f"--json and --plot both name {self.plot}: choose another name for one of them")
         points = read_points(self.runs, method=self.method)
         law = fit_law(points)
         write_json(self.json, law.as_dict())
