@@ -479,7 +479,7 @@ def test_what_the_user_says_last_changes_no_loss_and_what_the_assistant_says_doe
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path):
-    straight = of_chat(llama, chat, tmp_path / "straight", save_steps=2, max_steps=4)
+    straight = of_chat(llama, chat, tmp_path / "straight", save_steps=2, max_steps=4, init_from=None)
     record = train(straight)
     assert record["measured"]["tokens"] == "assistant"
     assert "| scored tokens |" in (tmp_path / "straight" / "model" / "README.md").read_text()
@@ -508,7 +508,8 @@ def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_
 @pytest.mark.slow
 def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, tmp_path):
     (tmp_path / "marked.jinja").write_text(MARKED)
-    config = of_chat(llama, chat, tmp_path / "run", save_steps=2, chat_template_path=str(tmp_path / "marked.jinja"))
+    marked = str(tmp_path / "marked.jinja")
+    config = of_chat(llama, chat, tmp_path / "run", save_steps=2, chat_template_path=marked, init_from=None)
     train_until(config, 3)
     (tmp_path / "marked.jinja").write_text(MARKED + " ")
     with pytest.raises(Exception, match="chat_template_sha256"):

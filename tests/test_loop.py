@@ -3,23 +3,17 @@
 import json
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from castlm.core.errors import DivergedError, InputError
 from castlm.training import checkpoint
 from castlm.training.checkpoint import checkpoint_steps
-from castlm.training.config import TrainConfig
 from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.train import train
-from tests import runs
+from tests.runs import small
 from tests.slow import slow, slow_but
-
-
-def small(*given: Any, **over: Any) -> TrainConfig:
-    return runs.small(*given, **{"init_from": "magnitude", **over})
 
 
 def raising(error: Exception) -> Callable[..., None]:

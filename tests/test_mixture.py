@@ -100,7 +100,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
         rows = [TEXT[at : at + 300] for at in range(0, 9000, 300)]
         file.write_text("".join(json.dumps({"text": f"{name} {row}"}) + "\n" for row in rows))
         names.append(str(file))
-    fields = {"eval_dataset": tuple(names), "save_steps": 2, "max_steps": 4, "eval_steps": 4, "init_from": "magnitude"}
+    fields = {"eval_dataset": tuple(names), "save_steps": 2, "max_steps": 4, "eval_steps": 4}
     mixed = (f"{names[0]}:0.75", f"{names[1]}:0.25", text)
     straight = small(llama, mixed, tmp_path / "straight", **fields)
     record = train(straight)

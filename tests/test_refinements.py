@@ -202,7 +202,9 @@ def test_an_effort_sets_options_that_are_not_given():
 def test_a_quick_start_does_not_ask_other_solvers_for_its_refinements():
     quick = {k: v for k, v in EFFORTS["quick"].options.items() if hasattr(NO_REFINEMENTS, k)}
     assert Refinements(**quick).for_solver("sparsegpt", NM(2, 4)) == Refinements(**quick)
-    assert Refinements(**quick).for_solver("wanda", NM(2, 4)) == NO_REFINEMENTS
+    assert Refinements(**quick).for_solver("wanda", NM(2, 4), "quick") == NO_REFINEMENTS
+    with pytest.raises(InputError, match="refit_iterations"):
+        Refinements(**quick).for_solver("wanda", NM(2, 4))
     assert Refinements(**quick).for_solver("wanda", Channels(0.25)).num_refits(Channels(0.25)) == 6
 
 

@@ -35,7 +35,7 @@ def wider(tmp_path_factory) -> Path:
 
 
 def run_in(folder: Path, model: str, text: str, teacher: Path, **over: object) -> TrainConfig:
-    return small(model, text, folder / "run", teacher=str(teacher), **{"init_from": "magnitude", **over})
+    return small(model, text, folder / "run", teacher=str(teacher), **over)
 
 
 def test_the_loss_is_the_distance_to_that_model(llama, text, wider, tmp_path):

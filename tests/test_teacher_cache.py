@@ -24,7 +24,7 @@ from tests.tiny import save_tiny
 
 
 def config_in(folder, llama, text) -> TrainConfig:
-    cache = {"teacher_top_k": 8, "teacher_cache": str(folder / "cache"), "init_from": "magnitude"}
+    cache = {"teacher_top_k": 8, "teacher_cache": str(folder / "cache")}
     return small(llama, text, folder / "run", **cache)
 
 

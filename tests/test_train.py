@@ -102,7 +102,7 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_pa
 @pytest.fixture(scope="module")
 def stopped(llama, text, tmp_path_factory) -> TrainConfig:
     """A run with a checkpoint of step 2."""
-    config = small(llama, text, tmp_path_factory.mktemp("stopped") / "run", save_steps=2, init_from="magnitude")
+    config = small(llama, text, tmp_path_factory.mktemp("stopped") / "run", save_steps=2)
     train_until(config, 3)
     return config
 
@@ -120,7 +120,7 @@ def test_another_run_is_not_resumed(change, stopped):
 def test_a_run_is_not_resumed_on_changed_data_or_other_weights(tmp_path):
     model, data = save_tiny(tmp_path / "model"), tmp_path / "data.txt"
     data.write_text(TEXT)
-    config = small(str(model), str(data), tmp_path / "run", save_steps=2, init_from="magnitude")
+    config = small(str(model), str(data), tmp_path / "run", save_steps=2)
     train_until(config, 3)
     data.write_text(TEXT + "More.")
     with pytest.raises(InputError, match=r"eval_sha256|dataset_sha256"):
@@ -134,8 +134,7 @@ def test_a_run_is_not_resumed_on_changed_data_or_other_weights(tmp_path):
 @pytest.mark.parametrize("pattern", ["2:4", slow("channels:0.5+2:4")])
 def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, text, tmp_path):
     """SIGKILL at random moments of a run that saves every step; it continues each time and ends as the straight run."""
-    start = "magnitude" if pattern == "2:4" else None
-    straight = small(llama, text, tmp_path / "straight", save_steps=1, pattern=pattern, init_from=start)
+    straight = small(llama, text, tmp_path / "straight", save_steps=1, pattern=pattern)
     train(straight)
     command = ["castlm", "train", "--config", str(tmp_path / "straight" / "config.yaml")]
     command += ["--output-dir", str(tmp_path / "killed")]
@@ -158,7 +157,7 @@ def test_signals_save_and_say_how_to_go_on(number, code, llama, text, tmp_path):
     out = tmp_path / "run"
     command = ["castlm", "train", "--model", llama, "--dataset", text, "--output-dir", str(out)]
     command += ["--max-steps", "400", "--seq-len", "32", "--per-device-train-batch-size", "4", "--eval-tokens", "512"]
-    command += ["--save-steps", "0", "--eval-steps", "400", "--report-to", "none", "--init-from", "magnitude"]
+    command += ["--save-steps", "0", "--eval-steps", "400", "--report-to", "none"]
     process = start_command(*command, log=tmp_path / "log")
     while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") < 5:
         assert process.is_alive(), (tmp_path / "log").read_text()
@@ -356,7 +355,7 @@ def test_bad_input_is_one_line_and_exit_2(case, llama, text, tmp_path, capsys):
 
 def finished(llama, text, folder, **over) -> TrainConfig:
     """A run of two steps that is done."""
-    config = small(llama, text, folder, max_steps=2, save_steps=1, init_from="magnitude", **over)
+    config = small(llama, text, folder, max_steps=2, save_steps=1, **over)
     train(config)
     return config
 
@@ -382,7 +381,7 @@ def test_a_finished_run_is_resumed_as_itself_alone(llama, text, tmp_path):
 
 def test_a_text_under_another_name_is_the_same_text(llama, text, tmp_path, monkeypatch):
     held_out = shutil.copy(text, tmp_path / "held_out.txt")
-    fields = {"max_steps": 4, "save_steps": 2, "init_from": "magnitude", "decay_end": 0.5}
+    fields = {"max_steps": 4, "save_steps": 2, "decay_end": 0.5}
     config = small(llama, text, tmp_path / "run", eval_dataset=str(held_out), **fields)
     train_until(config, 2)
     monkeypatch.chdir(tmp_path)
@@ -430,7 +429,7 @@ def test_the_config_of_an_overwritten_run_may_be_the_config_that_overwrites(llam
 
 
 def test_parts_of_a_checkpoint_that_was_being_removed_go_with_the_next_save(llama, text, tmp_path):
-    fields = {"max_steps": 4, "save_steps": 2, "init_from": "magnitude"}
+    fields = {"max_steps": 4, "save_steps": 2}
     config = small(llama, text, tmp_path / "run", save_total_limit=1, **fields)
     train_until(config, 2)
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
             num_sequences=num_sequences,
             seq_len=seq_len,
             basis=part_of(start, BasisOptions),
-            refinements=part_of(start, Refinements),
+            refinements=part_of(start, Refinements).for_solver(start.name, pattern, start.start_effort),
         )
         print(plan_of_prune.table())
         return 0

@@ -131,23 +131,23 @@ class Refinements(Bounded):
             return self.refit_iterations
         return 0 if self.mask_iterations and pattern.cut_out is None else 20
 
-    def for_solver(self, solver: str, pattern: Pattern) -> Refinements:
+    def for_solver(self, solver: str, pattern: Pattern, effort: str = "best") -> Refinements:
         """The refinements that apply to a solver: all for "sparsegpt", none for other solvers of n:m.
 
         Structured patterns have only `refit_iterations`, with every solver.
 
+        Args:
+            effort: the `start_effort` that has set options which are not given.
+
         Raises:
-            InputError: an option without effect is neither at its default, nor off, nor the value of an effort.
+            InputError: an option without effect is neither at its default, nor off, nor as the effort sets it.
         """
+        set_by_effort = EFFORTS[effort].options
         asked = [
             option.name
             for option in fields(self)
             if getattr(self, option.name)
-            not in (
-                option.default,
-                getattr(NO_REFINEMENTS, option.name),
-                *(effort.options.get(option.name) for effort in EFFORTS.values()),
-            )
+            not in (option.default, getattr(NO_REFINEMENTS, option.name), set_by_effort.get(option.name))
         ]
         if pattern.cut_out is not None:
             if others := [name for name in asked if name != "refit_iterations"]:

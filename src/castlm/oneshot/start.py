@@ -88,7 +88,8 @@ class Start:
 
     @classmethod
     def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> Start:
-        """Makes a start from `options`, which have the fields of `BasisOptions` and `Refinements`.
+        """Makes a start from `options`, which have the fields of `BasisOptions`, `Refinements` and
+        `EffortOptions`.
 
         Args:
             others: further fields of the start.
@@ -96,7 +97,7 @@ class Start:
         Raises:
             InputError: an option that is out of range, or that has no effect with the method.
         """
-        refinements = part_of(options, Refinements).for_solver(method, pattern)
+        refinements = part_of(options, Refinements).for_solver(method, pattern, options.start_effort)
         basis = part_of(options, BasisOptions)
         return cls(method=method, pattern=pattern, basis=basis, refinements=refinements, **others)
 

@@ -180,7 +180,7 @@ class TrainConfig:
         """Raises `InputError` for options of several sections that exclude each other."""
         start, pattern, teacher = self.start.name, self.model.pattern, self.teacher
         if start in pattern.solvers and start != "magnitude":
-            part_of(self.start, Refinements).for_solver(start, pattern)
+            part_of(self.start, Refinements).for_solver(start, pattern, self.start.start_effort)
         if start != "magnitude" and self.method.row.starts_dense:
             raise InputError(f"init_from {start}: method {self.method.method} starts dense; omit init_from")
         if self.adapter.adapter != "none" and not self.is_finetuning:
