@@ -12,28 +12,24 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from castlm.cli import oneshot
+from castlm.cli import compare as compare_command
 from castlm.cli.compare import show
 from castlm.cli.main import main
 from castlm.cli.options import to_stderr
 from castlm.compare import runs
-from castlm.compare.config import CompareConfig
-from castlm.compare.plan import Plan
+from castlm.compare.plan import CompareConfig, Plan
 from castlm.compare.plan import compare as run_comparison
 from castlm.compare.plots import PLOTS
 from castlm.compare.presets import PRESETS, SPARSEGPT
-from castlm.compare.report import make_report
+from castlm.compare.report import Report, starts_note, summarize, verdict
 from castlm.compare.runs import (
     Result,
     Run,
     content_hash,
-    last_line,
     refuse_running,
     run_key,
     run_process,
-    with_key,
 )
-from castlm.compare.summary import starts_note, summarize, verdict
 from castlm.core.errors import InputError
 from castlm.core.sparsify import sparse_linears
 from castlm.data import documents
@@ -77,7 +73,7 @@ def in_process(no_charts, monkeypatch) -> list[str]:
 
     def run_here(arguments, log):
         started.append(Path(arguments[-1]).stem)
-        code = main(arguments[1:]) if arguments[0] == "castlm" else oneshot.main(arguments[-1])
+        code = main(arguments[1:]) if arguments[0] == "castlm" else compare_command.one_shot_row(arguments[-1])
         log.write_text("castlm: error: as it said\n" if code else "done\n")
         return code
 
@@ -261,7 +257,7 @@ def test_key_has_all_that_matters(files, tmp_path):
     keys = []
     for text in ("one", "two"):
         template.write_text(text)
-        keys.append(with_key(Run("cast", 1, 1, {**config, "chat_template_path": str(template)}), hashes).key)
+        keys.append(run_key({**config, "chat_template_path": str(template)}, hashes))
     assert keys[0] != keys[1]
 
     copy = save_tiny(tmp_path / "copy")
@@ -384,11 +380,10 @@ def test_the_page_has_columns_that_the_table_of_a_terminal_leaves_out():
     results = [fake(name, 100, seed, 7.0 + seed / 7) for name in ("gradual_magnitude", "dense") for seed in (0, 1)]
     for result in results:
         result.record |= {"peak_memory_bytes": 2**30, "train_seconds": 1000.0, "mask": {"flip_rate": 0.1}}
-    report = make_report("Which?", results, "castlm compare", {})
-    assert report.table.headings == ["variant", "start", "tokens", "rate", "pruned", "gap to dense control"]
-    assert {"seeds", "flip rate", "options", "peak memory, MiB"} <= set(report.page.headings)
-    (memory,) = {line[report.page.headings.index("peak memory, MiB")] for line in report.page.lines}
-    assert memory == "1024 ± 0"
+    report = Report("Which?", results, "castlm compare", {})
+    assert report.headings == ["variant", "start", "tokens", "rate", "pruned", "gap to dense control"]
+    assert {"seeds", "flip rate", "options", "peak memory, MiB"} <= set(report.page_headings)
+    assert report.table(["peak memory, MiB"]) == [["1024 ± 0"]] * 2
 
 
 def test_starts_of_one_solver_with_other_options_are_not_said_to_be_the_same():
@@ -616,7 +611,7 @@ def test_a_model_is_known_by_all_that_can_matter_and_by_nothing_else(tmp_path):
 def test_process_of_a_run(tmp_path):
     log = tmp_path / "log"
     assert run_process(["castlm", "nonsense"], log) == 2
-    assert last_line(log).startswith("there is no command 'nonsense'")
+    assert "there is no command 'nonsense'" in log.read_text()
 
 
 def test_a_one_shot_run_has_the_options_that_all_runs_share(files, tmp_path):

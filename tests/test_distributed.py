@@ -40,7 +40,7 @@ from castlm.training import telemetry as trackers
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import masked_histogram
-from castlm.training.objective import Objective, make_teacher, pruned
+from castlm.training.objective import Objective, as_teacher_, pruned
 from castlm.training.run import Run, local_masks
 from castlm.training.telemetry import TrackedRun
 from castlm.training.train import calibrate, train, with_values_found
@@ -637,7 +637,7 @@ def load_every_family(folders: list[str]) -> None:
         loaded, checkpoint = open_sharded(folder, trust_remote_code=False, revision=None)
         model = loaded.model
         assert all(parameter.is_meta for parameter in model.parameters())
-        teacher = make_teacher(model, torch.bfloat16)
+        teacher = as_teacher_(copy.deepcopy(model), torch.bfloat16)
         add_weight_scaling(model)
         objective = Objective(model, teacher, 0.5, 1.0)
         shard_(objective, world)
@@ -704,7 +704,7 @@ def see_what_is_gathered(folder: str) -> None:
     """Whatever the blocks compute in fp32 on one rank stays fp32 on several; the gradients are fp32."""
     world = init_world("cpu", "full")
     model = load_model(folder).model
-    teacher = make_teacher(model, torch.bfloat16)
+    teacher = as_teacher_(copy.deepcopy(model), torch.bfloat16)
     add_weight_scaling(model)
     objective = Objective(model, teacher, 0.5, 1.0)
     shard_(objective, world, "bf16")

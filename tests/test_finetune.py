@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import castlm
-from castlm.cli.finetune import parse_finetune
 from castlm.cli.main import main
+from castlm.cli.train import parse_finetune
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.distributed.world import is_main_rank

@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from castlm.cli.main import COMMANDS, main
-from castlm.compare.config import CompareConfig
-from castlm.compare.plan import Plan
+from castlm.compare.plan import CompareConfig, Plan
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents, split_documents
 from castlm.export.card import model_card

@@ -1,12 +1,14 @@
 """The distance of hidden states: its formula, its sums, and a run that distills them."""
 
+import copy
+
 import pytest
 import torch
 
 from castlm.core.hidden import hidden_distance
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.start import change_basis_
-from castlm.training.objective import Objective, make_teacher
+from castlm.training.objective import Objective, as_teacher_
 from tests.runs import begin_run, small
 from tests.slow import slow
 from tests.tiny import VOCAB_SIZE, tiny_model
@@ -75,7 +77,7 @@ def test_a_teacher_whose_stream_is_zero_gives_no_nan(states):
 def test_the_same_function_in_another_basis_is_at_no_distance(rotate):
     model = tiny_model("llama")
     ids = torch.randint(0, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
-    objective = Objective(model, make_teacher(model, torch.float32), 0.5, 1.0, hidden_weight=1.0)
+    objective = Objective(model, as_teacher_(copy.deepcopy(model), torch.float32), 0.5, 1.0, hidden_weight=1.0)
     objective.stream_basis = change_basis_(model, ids, BasisOptions(rotate=rotate, rotation_iterations=5)).stream_basis
     loss = objective(ids, ids, ids.numel())
     assert loss.hidden < 1e-10

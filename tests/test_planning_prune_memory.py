@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
-from castlm.cli import plan_memory as command
+from castlm.cli import plan as command
 from castlm.core.errors import InputError
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.patterns import parse_pattern
@@ -114,16 +114,16 @@ def test_families_with_other_names_are_planned(tmp_path, family):
 def test_the_command_prints_the_phases_and_the_peak(tmp_path, capsys):
     folder = save_tiny(tmp_path)
     arguments = ["--model", str(folder), "--prune", "--seq-len", "32", "--calibration-sequences", "4"]
-    assert command.main(arguments) == 0
+    assert command.memory(arguments) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("phase: solve", "phase: enter", "peak", "hidden states on disk"))
-    assert command.main([*arguments, "--memory", "model"]) == 0
+    assert command.memory([*arguments, "--memory", "model"]) == 0
     assert "phase: verify" in capsys.readouterr().out
-    assert command.main([*arguments, "--pattern", "heads:0.5"]) == 0  # whose default is taylor
+    assert command.memory([*arguments, "--pattern", "heads:0.5"]) == 0  # whose default is taylor
     assert "phase: gradients" in capsys.readouterr().out
-    assert command.main([*arguments, "--reconstruct-epochs", "2"]) == 0
+    assert command.memory([*arguments, "--reconstruct-epochs", "2"]) == 0
     assert "phase: reconstruction" in capsys.readouterr().out
     with pytest.raises(InputError, match="reconstruct_epochs = -1"):
-        command.main([*arguments, "--reconstruct-epochs", "-1"])
+        command.memory([*arguments, "--reconstruct-epochs", "-1"])
     with pytest.raises(InputError, match="rotate residual"):
-        command.main([*arguments, "--rotate", "residual"])
+        command.memory([*arguments, "--rotate", "residual"])

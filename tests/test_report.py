@@ -13,12 +13,11 @@ import pytest
 
 from castlm.cli.main import main
 from castlm.cli.report import write_report
-from castlm.compare.summary import options_of, start_of
+from castlm.compare.report import options_of, start_of
 from castlm.core.errors import InputError
 from castlm.report import charts
 from castlm.report.charts import Level, Picture, Series, dot_chart, heat_map, line_chart
-from castlm.report.run_charts import read_run
-from castlm.report.run_page import run_page
+from castlm.report.run_page import read_run, run_page
 from castlm.report.sample import read_sample
 from castlm.training.config import TrainConfig
 from castlm.training.record import verdict
@@ -85,7 +84,7 @@ def test_evaluations_hold_the_histogram_of_masked_weights(finished):
     whole = sum(rows[-1])
     assert rows[0][0] == rows[-1][0] == whole  # all are zero at first and at the end
     assert rows[1][0] < whole  # and grow in between
-    assert set(run.evaluations[0]["masked_share"]) == set(run.layer_errors[0])
+    assert set(run.evaluations[0]["masked_share"]) == set(run.record["start"]["layer_errors"])
     assert not any(run.evaluations[0]["masked_share"].values())
 
 

@@ -1,4 +1,4 @@
-"""Escapes names from other sources for display: tensor names, paths and labels may hold terminal escapes or Markdown.
+"""Text for display: times, and names from other sources, which may hold terminal escapes or Markdown.
 
 A terminal escape in a tensor's name can rewrite what a report says above it; a `|` or a link breaks a table.
 """
@@ -53,3 +53,14 @@ def markdown_code(text: object) -> str:
     fence = "`" * (longest + 1)
     edge = " " if not text or text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{edge}{text}{edge}{fence}"
+
+
+def duration(seconds: float) -> str:
+    """A time in seconds, in minutes from two on, or in hours from two on.
+
+    >>> duration(3.5), duration(150), duration(9000)
+    ('3.5 s', '2 minutes', '2.5 hours')
+    """
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.3g} hours"

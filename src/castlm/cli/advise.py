@@ -67,22 +67,36 @@ class AdviseCommand:
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
+        from castlm.compare.tradeoff import as_dict, candidates, measure, text
+        from castlm.inference.native import built
         from castlm.inference.semi_structured import this_gpu
+        from castlm.progress import note
 
         check_json_path(self.json)
-        if self.results:
-            return self._compare_results()
         pattern = self.pattern
-        if (self.law is None) != (not self.train_tokens):
-            raise InputError("give both --law and --train-tokens, or neither")
         cut = None if pattern.cut_out is None else pattern
-        if cut is None and not isinstance(pattern, NM):
+        if self.results:
+            why = "is not for --results, which decodes one sequence in bf16 here: leave it out"
+            refuse_given(self, _OF_ADVICE, why)
+            built()
+            chosen = candidates(self.model, [result_folder(path) for path in self.results])
+            report = as_dict(measure(chosen, note))
+            advice = text(report)
+        elif (self.law is None) != (not self.train_tokens):
+            raise InputError("give both --law and --train-tokens, or neither")
+        elif cut is None and not isinstance(pattern, NM):
             raise InputError(f"pattern {pattern}: advise knows n:m, and channels and heads that are cut out")
-        if self.device != "this" or this_gpu() is not None:
-            return self._on_gpu(pattern, cut)
-        return self._on_cpu(pattern, cut)
+        elif self.device != "this" or this_gpu() is not None:
+            report, advice = self._on_gpu(cut)
+        else:
+            report, advice = self._on_cpu(cut)
+        write_json(self.json, report)
+        if self.json != "-":
+            print(advice)
+        return 0
 
-    def _on_cpu(self, pattern: Pattern, cut: Pattern | None) -> int:
+    def _on_cpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
+        """The advice for this CPU, as a report and as text."""
         from castlm.inference.advise import SECONDS, WORKLOADS, rank, shapes_of
         from castlm.progress import note, shown_progress
 
@@ -96,26 +110,27 @@ class AdviseCommand:
             options = {"dtype": self.dtype, "workloads": workloads, "progress": progress}
             found = rank(
                 shapes,
-                pattern=pattern if isinstance(pattern, NM) else None,
-                quality=self._quality(name, pattern),
+                pattern=self.pattern if isinstance(self.pattern, NM) else None,
+                quality=self._quality(name),
                 **options,
             )
             report, lines = found.as_dict(), [found.text()]
             if cut is not None:
                 whole = rank(shapes_of(name, self.trust_remote_code), pattern=None, **options)
                 speeds = {w: whole.base.seconds[w] / found.base.seconds[w] for w in workloads}
-                report |= {"pattern": str(pattern), "cut_speedup": speeds}
+                report |= {"pattern": str(cut), "cut_speedup": speeds}
                 said = ", ".join(f"{speed:.2f} for {workload}" for workload, speed in speeds.items())
-                lines.append(f"{pattern}: dense in {self.dtype}, times as fast as the whole model: {said}")
-        return self._show(report, "\n".join(lines))
+                lines.append(f"{cut}: dense in {self.dtype}, times as fast as the whole model: {said}")
+        return report, "\n".join(lines)
 
-    def _quality(self, name: str, pattern: Pattern) -> Quality:
+    def _quality(self, name: str) -> Quality:
         """The figures of the result in the folder `name`, if it has this pattern; n:m by the law if there is one."""
         from castlm.export.folder import read_manifest
         from castlm.inference.advise import Quality
         from castlm.planning.law import Law, predict_perplexity
         from castlm.training.record import final_perplexity
 
+        pattern = self.pattern
         record = read_manifest(Path(name)) if Path(name).is_dir() else {}
         found = record.get("perplexity")
         found = found if isinstance(found, dict) and record.get("pattern") == str(pattern) else {}
@@ -130,14 +145,15 @@ class AdviseCommand:
         source = f"{pattern} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"
         return Quality(found.get("dense"), at.perplexity, source)
 
-    def _on_gpu(self, pattern: Pattern, cut: Pattern | None) -> int:
+    def _on_gpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
+        """The advice for a GPU, as a report and as text."""
         from castlm.inference.advise import shapes_of
         from castlm.inference.devices import find_device
         from castlm.inference.roofline import advise
         from castlm.inference.semi_structured import GpuTimer, this_gpu
 
-        if cut is None and pattern != NM(2, 4):
-            raise InputError(f"pattern {pattern}: GPUs have hardware for 2:4 alone")
+        if cut is None and self.pattern != NM(2, 4):
+            raise InputError(f"pattern {self.pattern}: GPUs have hardware for 2:4 alone")
         device = this_gpu() if self.device == "this" else find_device(self.device)
         assert device is not None
         timer = GpuTimer(self.dtype) if self.device == "this" else None
@@ -155,29 +171,12 @@ class AdviseCommand:
         report, lines = found.as_dict(), [found.text()]
         if whole:
             before, after = whole[0].totals[self.dtype], found.totals[self.dtype]
-            report |= {"pattern": str(pattern), "seconds_before_cut": before, "cut_speedup": before / after}
+            report |= {"pattern": str(cut), "seconds_before_cut": before, "cut_speedup": before / after}
             lines.append(
-                f"{pattern}: dense in {self.dtype}, the layers and the head that are left are {before / after:.2f} "
+                f"{cut}: dense in {self.dtype}, the layers and the head that are left are {before / after:.2f} "
                 "times as fast as those of the whole model"
             )
-        return self._show(report, "\n".join(lines))
-
-    def _show(self, report: dict[str, Any], text: str) -> int:
-        write_json(self.json, report)
-        if self.json != "-":
-            print(text)
-        return 0
-
-    def _compare_results(self) -> int:
-        from castlm.compare.tradeoff import as_dict, candidates, measure, text
-        from castlm.inference.native import built
-        from castlm.progress import note
-
-        refuse_given(self, _ADVICE, "is not for --results, which decodes one sequence in bf16 here: leave it out")
-        built()
-        chosen = candidates(self.model, [result_folder(path) for path in self.results])
-        report = as_dict(measure(chosen, note))
-        return self._show(report, text(report))
+        return report, "\n".join(lines)
 
 
-_ADVICE = ("tokens", "dtype", "device", "pattern", "law", "train_tokens", "trust_remote_code")
+_OF_ADVICE = ("tokens", "dtype", "device", "pattern", "law", "train_tokens", "trust_remote_code")

@@ -1,16 +1,20 @@
-"""`castlm compare`: CAST and other methods in one harness, and their table on the screen."""
+"""`castlm compare`: CAST and other methods in one harness, and their table on the screen.
+
+`python -m castlm.cli.compare CONFIG.yaml` is the process of a one-shot row.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from castlm.cli.options import command_line, parse, to_stderr
-from castlm.compare.config import CompareConfig
-from castlm.compare.plan import compare
-
-if TYPE_CHECKING:
-    from castlm.compare.report import Report
+from castlm.compare.plan import CompareConfig, compare
+from castlm.compare.report import Report
+from castlm.compare.runs import OneshotConfig
+from castlm.core.errors import InputError
+from castlm.fields import build
+from castlm.files.yaml_file import read_yaml_mapping
 
 
 def show(report: Report, folder: str) -> None:
@@ -21,9 +25,9 @@ def show(report: Report, folder: str) -> None:
     from castlm.progress import Screen
 
     table = Table(title=report.question, title_justify="left")
-    for heading in report.table.headings:
+    for heading in report.headings:
         table.add_column(heading, justify="left" if heading in ("variant", "start") else "right")
-    for line in report.table.lines:
+    for line in report.table(report.headings):
         table.add_row(*map(Text, line))
     console = Screen(highlight=False)
     if not console.is_terminal:  # a log has no width to wrap at
@@ -38,3 +42,19 @@ def main(arguments: list[str]) -> int:
     code, report = compare(config, command_line("compare", config), to_stderr)
     show(report, config.output_dir)
     return code
+
+
+def one_shot_row(file: str) -> int:
+    """Runs a one-shot row with the options of a YAML file; returns the exit code."""
+    from castlm.compare.oneshot import run_oneshot
+
+    try:
+        run_oneshot(build(OneshotConfig, read_yaml_mapping(file), file))
+    except InputError as error:
+        print(f"castlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(one_shot_row(sys.argv[1]))

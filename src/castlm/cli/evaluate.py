@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from castlm.cli.options import check_json_path, refuse_given, result_folder, to_stderr, write_json
+from castlm.cli.options import check_json_path, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
 from castlm.fields import like, positional
@@ -86,7 +86,7 @@ class EvalCommand(ScoredTextOptions):
         from castlm.evaluation.perplexity import evaluate_text
         from castlm.hardware import choose_device, choose_precision, keep_freed_memory, why_slow
         from castlm.models.io import load_model
-        from castlm.progress import shown_progress
+        from castlm.progress import note, shown_progress
 
         if self.text is not None:
             documents = open_documents(self.text, self, split=self.eval_split, data_config=self.eval_config)
@@ -99,7 +99,7 @@ class EvalCommand(ScoredTextOptions):
         model.to(device)
         precision = choose_precision(self.precision, model.device, model.config)
         if slow := why_slow(precision, model.device):
-            to_stderr(slow)
+            note(slow)
         dtype = torch.bfloat16 if precision == "bf16" else None
         figures: dict[str, Any] = {"model": self.path}
         if self.text is not None:
@@ -120,19 +120,16 @@ class EvalCommand(ScoredTextOptions):
                 model, loaded.tokenizer, names, folder=self.tasks_from, limit=self.limit, autocast_dtype=dtype
             )
         write_json(self.json, figures)
-        if self.json != "-":
-            self._print(figures)
-        return 0
-
-    def _print(self, figures: dict[str, Any]) -> None:
-        if "perplexity" in figures:
+        if self.json == "-":
+            return 0
+        if self.text is not None:
             which = "" if figures["tokens"] == "all" else f"{figures['tokens']} "
-            text = printable(self.text)
             print(
-                f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} {which}tokens of {text}, "
-                f"context {figures['seq_len']}, stride {figures['stride']})"
+                f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} {which}tokens of "
+                f"{printable(self.text)}, context {figures['seq_len']}, stride {figures['stride']})"
             )
         for row in figures.get("zero_shot", {}).get("results", []):
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
             docs = "" if row["num_docs"] is None else f"  ({row['num_docs']:,} questions)"  # none of a group of tasks
             print(f"{row['task']:16}{row['metric']:12}{row['value']:.4f}{error}{docs}")
+        return 0

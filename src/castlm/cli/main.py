@@ -14,6 +14,8 @@ from castlm.core.errors import DivergedError, InputError, is_out_of_memory
 from castlm.names import printable
 from castlm.signals import TERMINATED, ending_on_sigterm
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class Command(NamedTuple):
     """A row of `COMMANDS`."""
@@ -36,24 +38,24 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train.main", "train a dense model to a verified n:m sparse one"),
-    "finetune": Command("finetune.main", "fine-tune an n:m sparse model; every zero stays"),
+    "finetune": Command("train.finetune", "fine-tune an n:m sparse model; every zero stays"),
     "prune": Command("prune.main", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
     "eval": Command("evaluate.EvalCommand", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
     "compare": Command("compare.main", "train CAST and its rivals under equal conditions and print one table"),
     "sample": Command("sample.SampleCommand", "let a model write its own training text, if you have no data"),
     "report": Command("report.ReportCommand", "write an HTML page about a run: verdict, charts, sample text"),
-    "plan check": Command("plan_check.main", "run the first steps: will the run converge, and what does it cost?"),
-    "plan memory": Command("plan_memory.main", "predict the memory on each rank from the model's config"),
-    "plan sweep": Command("plan_law.sweep", "find the scaling law of a model and text with few runs"),
-    "plan fit": Command("plan_law.FitCommand", "fit a scaling law to finished runs"),
-    "plan predict": Command("plan_law.PredictCommand", "predict a perplexity, or the tokens that it takes"),
+    "plan check": Command("plan.check", "run the first steps: will the run converge, and what does it cost?"),
+    "plan memory": Command("plan.memory", "predict the memory on each rank from the model's config"),
+    "plan sweep": Command("plan.sweep", "find the scaling law of a model and text with few runs"),
+    "plan fit": Command("plan.FitCommand", "fit a scaling law to finished runs"),
+    "plan predict": Command("plan.PredictCommand", "predict a perplexity, or the tokens that it takes"),
     "quantize": Command(
         "quantize.QuantizeCommand", "round a model, sparse or dense, to int8, fp8 or int4; every zero stays"
     ),
     "advise": Command("advise.AdviseCommand", "time every format of a model here, and tell which to use for what"),
     "verify": Command("verify.VerifyCommand", "count every n:m group of a model folder"),
     "pack": Command("pack.PackCommand", "store a model for castlm's CPU kernels; an n:m one without its zeros"),
-    "unpack": Command("unpack.UnpackCommand", "write a packed model as a plain model folder again"),
+    "unpack": Command("pack.UnpackCommand", "write a packed model as a plain model folder again"),
     "generate": Command("generate.GenerateCommand", "continue a prompt with a model, plain or packed"),
     "serve": Command("serve.ServeCommand", "serve a model, plain or packed, over the OpenAI API"),
     "demo": Command("demo.main", "train the bundled SmolLM2-135M-Instruct to 2:4 on a laptop, in minutes"),
@@ -75,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     Every other exception is reported in one line too, with exit code 2; CASTLM_TRACEBACK=1 shows the traceback.
     """
-    _print_any_character()
+    for stream in (sys.stdout, sys.stderr):  # escape characters that the output cannot encode, instead of failing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return _main(sys.argv[1:] if arguments is None else arguments)
@@ -94,19 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _print_any_character() -> None:
-    """Escapes characters that the output cannot encode (`PYTHONIOENCODING=ascii`) instead of failing on them."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def _check_utf8(arguments: list[str]) -> None:
-    """Refuses names that are not UTF-8: JSON, YAML and safetensors cannot record them, so a run would fail at its end.
-
-    Raises:
-        InputError: an argument or the working folder holds bytes that are not UTF-8, or that folder was deleted.
-    """
+    """Refuses names that are not UTF-8, which JSON, YAML and safetensors cannot record: a run would fail at its end."""
     try:
         folder = os.getcwd()
     except FileNotFoundError:
@@ -121,11 +114,6 @@ def _check_utf8(arguments: list[str]) -> None:
 def _discard(stream: TextIO) -> None:
     """Discards the rest of `stream`, which would otherwise fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _is_output_full(error: Exception) -> bool:
-    """Whether the standard output is full. An error of a file would have its name, or be an InputError."""
-    return isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _describe(error: BaseException) -> str:
@@ -179,7 +167,9 @@ def _main(arguments: list[str]) -> int:
             print("castlm: stopped by SIGTERM", file=sys.stderr)
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) or _is_output_full(error) or os.environ.get("CASTLM_TRACEBACK"):
+        # The standard output is full: the error of a file would have its name, or be an InputError.
+        is_output_full = isinstance(error, OSError) and error.filename is None and error.errno in _FULL
+        if isinstance(error, BrokenPipeError) or is_output_full or os.environ.get("CASTLM_TRACEBACK"):
             raise
         _complain(_describe(error))
         return 1 if isinstance(error, DivergedError) else 2

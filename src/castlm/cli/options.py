@@ -1,4 +1,4 @@
-"""The command line of a dataclass: one option per field, read by argparse and checked by `castlm.fields`.
+"""The command line of a dataclass: one option per field, read by argparse and checked by `castlm.fields`; its help.
 
 Uses argparse instead of tyro, which reports errors as boxes on stderr and cannot hide options from `--help`. In
 argparse `error` can be overridden, so every error is one line with the option that was probably meant.
@@ -12,27 +12,32 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, Union
 
 import castlm
-from castlm.cli.help import Sections, help_text
 from castlm.core.errors import InputError
-from castlm.fields import COMMAND_LINE, build, default_of, given, hints_of, is_required, unknown
+from castlm.fields import COMMAND_LINE, build, choices_of, default_of, docs_of, given, hints_of, is_required, unknown
 from castlm.files.reading import read_json_object, user_path
 from castlm.names import printable
 
 T = TypeVar("T")
 
+WIDTH = 100
+_INDENT = 30
+
+Sections = Sequence[tuple[str, type[Any]]]
+"""Dataclasses of a command's options, by the title of their section; titles may repeat."""
+
 
 def parse(kind: type[T], arguments: Sequence[str], name: str) -> T:
     """The options of the command `castlm <name>` as the dataclass `kind`. Prints the help and exits if asked to.
 
-    Raises:
-        InputError: an unknown or missing option, or a value of the wrong type.
+    Raises `InputError` for an unknown or missing option, or a value of the wrong type.
     """
     return build(kind, read_arguments([("options", kind)], arguments, name, about=kind), COMMAND_LINE)
 
@@ -128,6 +133,91 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
         parser.add_argument(*names, dest=field.name)
 
 
+def help_text(sections: Sections, name: str, everything: bool, about: type[Any], hidden: Iterable[str] = ()) -> str:
+    """The help of a command.
+
+    Args:
+        about: the class whose docstring describes the command.
+        everything: describe all options; otherwise only name the inessential ones, if the command has essential ones.
+        hidden: options that the command has and does not need.
+    """
+    groups: dict[str, list[tuple[type[Any], dataclasses.Field[Any]]]] = {}
+    for title, kind in sections:
+        shown = (field for field in dataclasses.fields(kind) if field.name not in hidden)
+        groups.setdefault(title, []).extend((kind, field) for field in shown)
+    options = [option for members in groups.values() for option in members]
+    positional = [field.name.upper() for _, field in options if field.metadata.get("positional")]
+    usage = " ".join(["usage: castlm", name, *positional, "[OPTIONS]"])
+    summary = " ".join(str(about.__doc__).partition("\n\n")[0].split())
+    lines = [usage, "", *_wrap(summary), ""]
+    essential = [option for option in options if option[1].metadata.get("essential")]
+    if everything or not essential:
+        for title, members in groups.items():
+            lines += [f"{title}:", *(line for option in members for line in _described(*option)), ""]
+        return "\n".join(lines).rstrip()
+    essential.sort(key=lambda option: not is_required(option[1]))
+    lines += ["most important options:", *(line for option in essential for line in _described(*option)), ""]
+    for title, members in groups.items():
+        others = [(kind, field) for kind, field in members if not field.metadata.get("essential")]
+        names = "  ".join(_option(field, hints_of(kind)[field.name]) for kind, field in others)
+        lines += _wrap(names, initial_indent=f"{title + ':':13}", subsequent_indent=" " * 13)
+    return "\n".join([*lines, "", f"castlm {name} --help-all describes every option."])
+
+
+def _wrap(text: str, width: int = WIDTH, **indents: str) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False, **indents)
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> str:
+    if field.metadata.get("positional"):
+        return field.name.upper()
+    dashes = field.name.replace("_", "-")
+    return f"--no-{dashes}" if hint is bool and default_of(field) else f"--{dashes}"
+
+
+def _described(kind: type[Any], field: dataclasses.Field[Any]) -> list[str]:
+    hint = hints_of(kind)[field.name]
+    head = f"  {_option(field, hint)} {'' if field.metadata.get('positional') else _values(field, hint)}".rstrip()
+    default = "(required)"
+    if not is_required(field):
+        value = default_of(field)
+        shown = " ".join(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+        default = "" if value is None or value == () or hint is bool else f"(default: {shown})"
+    text = f"{docs_of(kind).get(field.name, '')} {default}".strip()
+    if hint is bool and default_of(field):
+        text = f"Turn this off: {text[:1].lower()}{text[1:]}"
+    wrapped = _wrap(text, WIDTH - _INDENT)
+    if len(head) >= _INDENT:
+        return [head, *(" " * _INDENT + line for line in wrapped)]
+    first, *rest = wrapped or [""]
+    return [f"{head:{_INDENT}}{first}".rstrip(), *(" " * _INDENT + line for line in rest)]
+
+
+def _values(field: dataclasses.Field[Any], hint: Any) -> str:
+    """The values that an option takes: `INT`, `FLOAT|auto`, `cast|ste`."""
+    if hint is bool:
+        return ""
+    if names := choices_of(field):
+        return "|".join(names)
+    return _type(typing.get_args(hint)[0] if field.metadata.get("append") else hint)
+
+
+def _type(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "|".join(map(str, parts))
+    if origin in (Union, types.UnionType):
+        names = [_type(part) for part in parts if part is not type(None)]
+        return names[-1] if names[-1] == f"{names[0]} ..." else "|".join(names)  # one or several
+    if origin is tuple:
+        return f"{_type(parts[0])} ..." if parts[-1] is ... else " ".join(map(_type, parts))
+    return {int: "INT", float: "FLOAT"}.get(hint, "TEXT")
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def command_line(name: str, options: Any) -> str:
     """The command line that gives a dataclass of options, without options at their defaults."""
     values = {field.name: (field, getattr(options, field.name)) for field in dataclasses.fields(options)}
@@ -154,16 +244,8 @@ def to_stderr(text: str) -> None:
     print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
-def to_stdout(text: str) -> None:
-    print(printable(text, keep="\n"), flush=True)
-
-
 def use_threads(number: int) -> None:
-    """Sets the number of threads of torch; 0 leaves it.
-
-    Raises:
-        InputError: more threads than processors.
-    """
+    """Sets the number of threads of torch; 0 leaves it. Raises `InputError` for more threads than processors."""
     import torch
 
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -174,11 +256,7 @@ def use_threads(number: int) -> None:
 
 
 def result_folder(path: str) -> str:
-    """The `model` folder if `path` is a run of `castlm train`, otherwise `path`.
-
-    Raises:
-        InputError: a folder that may not be read.
-    """
+    """The `model` folder if `path` is a run of `castlm train`, otherwise `path`."""
     from castlm.models.locate import model_in
 
     folder = Path(path).expanduser()
@@ -203,11 +281,7 @@ WRITTEN_BY = "written_by"
 
 
 def check_json_path(path: str | None) -> None:
-    """Checks, before the work, that the report of `--json` can be written and replaces nothing but a report.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written, or the file is there and is no report of castlm.
-    """
+    """Checks, before the work, that the report of `--json` can be written and replaces nothing but a report."""
     if path is None or path == "-":
         return
     target = Path(os.path.realpath(user_path(path)))

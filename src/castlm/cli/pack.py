@@ -1,4 +1,4 @@
-"""`castlm pack`: store a model for castlm's kernels, an n:m one without its zeros."""
+"""`castlm pack` and `castlm unpack`: store a model for castlm's kernels, and write it as a plain folder again."""
 
 from __future__ import annotations
 
@@ -60,4 +60,29 @@ class PackCommand:
             f"{report.bytes_after / 1e6:,.1f} MB, {ratio:.3f} of what {self.path} takes; "
             f"try it with: castlm generate {shlex.quote(str(folder))} --prompt TEXT"
         )
+        return 0
+
+
+@dataclass
+class UnpackCommand:
+    """Write a packed model or a GGUF file as a plain Hugging Face folder, which loads without castlm."""
+
+    path: str = positional()
+    """Folder that `castlm pack` wrote, GGUF file, or "demo"."""
+
+    output_dir: str = dataclasses.field(kw_only=True)
+    """Folder for the plain model."""
+
+    overwrite: bool = False
+    """Replace an earlier result in output_dir."""
+
+    def run(self) -> int:
+        from castlm.export.packed import unpack_folder
+        from castlm.files.output import check_output
+        from castlm.progress import shown_progress
+
+        folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": self.path})
+        with shown_progress("unpack, tensors") as progress:
+            count = unpack_folder(self.path, folder, overwrite=True, progress=progress)
+        print(f"{folder}: {count} tensors unpacked")
         return 0

@@ -27,8 +27,7 @@ class ReportCommand:
     """Rewrite the page every few seconds until the run ends; an open browser tab reloads it."""
 
     def run(self) -> int:
-        from castlm.report.run_charts import read_run
-        from castlm.report.run_page import REFRESH_SECONDS, write_run_page
+        from castlm.report.run_page import REFRESH_SECONDS, read_run, write_run_page
 
         run = read_run(self.run_folder)
         if not os.access(run.folder, os.W_OK):
@@ -47,16 +46,15 @@ class ReportCommand:
 def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "auto") -> Path:
     """Writes the page of a run, with a sample text if the run is finished and its models can be read.
 
-    Raises:
-        InputError: the folder holds no run, or `sample` is "yes" and there can be none.
+    Raises `InputError` if the folder holds no run, or `sample` is "yes" and there can be none.
     """
-    from castlm.report.run_charts import read_run
-    from castlm.report.run_page import write_run_page
-    from castlm.report.sample import is_large, read_sample, write_sample
+    from castlm.report.run_page import read_run, write_run_page
+    from castlm.report.sample import LARGEST_PARAMS, read_sample, write_sample
 
     run = read_run(folder)
     text = read_sample(run) if run.is_finished and sample != "no" else None
-    if text is None and (sample == "yes" or (run.is_finished and sample == "auto" and not is_large(run))):
+    is_small = run.record is not None and int(run.record.get("num_params", 0)) <= LARGEST_PARAMS
+    if text is None and (sample == "yes" or (sample == "auto" and is_small)):
         try:
             text = write_sample(run)
         except InputError as error:

@@ -102,16 +102,26 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
             f"duplicates, {file.dropped:,} empty or unfinished; {file.cut:,} were cut at max_new_tokens"
         )
         if self.teacher_cache is not None:
-            self._fill_cache(config)
+            from castlm.progress import note, shown_progress
+            from castlm.training.train import fill_teacher_cache
+
+            try:
+                with shown_progress("reading with the teacher, sequences", rate="sequences/s") as progress:
+                    num_sequences = fill_teacher_cache(config, progress)
+            except (InputError, KeyboardInterrupt, SystemExit):
+                cache = self.teacher_cache
+                note(f"the text is finished, {cache} is not: the same command with --resume continues there")
+                raise
+            serves = "any number of steps" if config.data.repeat_sequences else "one epoch"
+            print(
+                f"{self.teacher_cache}: the teacher's top {self.teacher_top_k} tokens for {num_sequences:,} sequences "
+                f"of {self.seq_len} tokens, for {serves} without a teacher"
+            )
         print(f"train on it with: {command_of('train', config.given)}")
         return 0
 
     def _train_config(self) -> TrainConfig:
-        """The run that the text is for.
-
-        Raises:
-            InputError: as `TrainConfig`, or an option of the cache without a cache.
-        """
+        """The run that the text is for."""
         if self.teacher_cache is None:
             refuse_given(
                 self, _CACHE_OPTIONS, "is for a teacher cache: give its folder by --teacher-cache, or leave it out"
@@ -122,22 +132,6 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
             options |= {name: getattr(self, name) for name in (*_CACHE_OPTIONS, "seed", "device")}
             options |= {} if self.repeat_sequences else {"num_train_epochs": 1}  # the first epoch, or all
         return TrainConfig.of(result_folder(self.path), self.output_file, "RUN", **options)
-
-    def _fill_cache(self, config: TrainConfig) -> None:
-        from castlm.progress import note, shown_progress
-        from castlm.training.train import fill_teacher_cache
-
-        try:
-            with shown_progress("reading with the teacher, sequences", rate="sequences/s") as progress:
-                num_sequences = fill_teacher_cache(config, progress)
-        except (InputError, KeyboardInterrupt, SystemExit):
-            note(f"the text is finished, {self.teacher_cache} is not: the same command with --resume continues there")
-            raise
-        serves = "any number of steps" if config.data.repeat_sequences else "one epoch"
-        print(
-            f"{self.teacher_cache}: the teacher's top {self.teacher_top_k} tokens for {num_sequences:,} sequences of "
-            f"{self.seq_len} tokens, for {serves} without a teacher"
-        )
 
     def _sample(self, file: Any, prompts: list[str] | None) -> None:
         import torch

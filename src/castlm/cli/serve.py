@@ -39,7 +39,16 @@ class ServeCommand:
         missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
         if missing:
             raise InputError(f"serving needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-        _check_address(self.host, self.port)
+        if self.port > 65535:
+            raise InputError(f"port {self.port} is out of range: it must be from 1 to 65535")
+        try:  # before the model is loaded
+            family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            socket.create_server(address, family=family).close()
+        except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
+            reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
+            raise InputError(
+                f"cannot listen on {self.host}, port {self.port} ({reason}): choose another host or port"
+            ) from error
         use_threads(self.threads)
         import uvicorn
 
@@ -74,15 +83,3 @@ def default_name(path: str) -> str:
     """The default name of a served model: the last part of its folder or file, or its hub id."""
     place = Path(path).expanduser()
     return place.resolve().name if place.exists() else path
-
-
-def _check_address(host: str, port: int) -> None:
-    """Raises `InputError` where the server could not listen, before the model is loaded."""
-    if port > 65535:
-        raise InputError(f"port {port} is out of range: it must be from 1 to 65535")
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(address, family=family).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
-        reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
-        raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another host or port") from error

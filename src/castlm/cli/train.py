@@ -1,4 +1,4 @@
-"""`castlm train`: trains a dense model to a verified n:m one."""
+"""`castlm train` and `castlm finetune`: train a dense model to a verified n:m one, and fine-tune an n:m one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from castlm.cli.options import read_arguments
+from castlm.cli.options import read_arguments, result_folder
+from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, checked, choice, essential
-from castlm.training.config import RECIPES, TrainConfig, names_of, read_layers
+from castlm.files.yaml_file import read_yaml_mapping
+from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig, names_of
 
 
 @dataclass
@@ -48,28 +49,49 @@ def parse_train(
     more: type[Any] | None = None,
     unless_given: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The options of `castlm train`: the recipe, then the files of `--config` in their order, then the command line.
+    """The options of a run: the recipe, then the files of `--config` in their order, then the command line.
 
     Args:
-        more: a dataclass of further options of the command `name`; its docstring describes a command other than
-            `train`.
+        name: the command; `finetune` makes a `FinetuneConfig`, which has no recipe.
+        more: a dataclass of further options of the command; its docstring describes commands other than `train` and
+            `finetune`.
         unless_given: values of options of `castlm train` that this command needs no value for.
 
     Returns:
         The config, and the options of `more` that were given.
-
-    Raises:
-        InputError: whatever `read_arguments`, `read_yaml_mapping` or `TrainConfig` refuses.
     """
-    all_sections = TrainConfig.sections()
-    elsewhere = dict.fromkeys(names_of(all_sections.pop("adapter")), "finetune")
-    sections = [*all_sections.items(), ("options", RecipeOptions), *([("options", more)] if more else [])]
-    about = TrainConfig if more is None or name == "train" else more
+    kind, files, of_other = TrainConfig, RecipeOptions, {"adapter": "finetune"}
+    if name == "finetune":
+        kind, files, of_other = FinetuneConfig, FileOptions, {"method": "train", "start": "train"}
+    all_sections = kind.sections()
+    elsewhere = {option: command for each, command in of_other.items() for option in names_of(all_sections.pop(each))}
+    sections = [*all_sections.items(), ("options", files), *([("options", more)] if more else [])]
+    about = kind if more is None or name in ("train", "finetune") else more
     given = read_arguments(sections, arguments, name, about, elsewhere, unless_given)
     paths = given.pop("config", [])
     extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given} if more else {}
-    config = TrainConfig.from_layers([("", unless_given), *read_layers(paths), (COMMAND_LINE, given)])
+    layers = [(path, read_yaml_mapping(path)) for path in paths]
+    config = kind.from_layers([("", unless_given), *layers, (COMMAND_LINE, given)])
     return config, checked([more], extra, COMMAND_LINE) if more else {}
+
+
+def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """The options of `castlm finetune`, and whether to write the page of the run.
+
+    The default pattern is the one in the model's castlm.json. A run of `castlm train` stands for its model folder.
+
+    Raises:
+        InputError: as `parse_train`; castlm.json names no pattern, or one that left no zeros in the model.
+    """
+    config, page = parse_train(arguments, "finetune", PageOptions)
+    model = result_folder(config.model.model)
+    pattern = config.model.pattern
+    if "pattern" not in config.given and (recorded := recorded_pattern(model)) is not None:
+        if recorded.nm is None:
+            raise InputError(f"{model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
+        pattern = recorded.nm
+    config = config.changed(model=model, init_from=model, pattern=pattern)
+    return config, bool(page.get("report", True))
 
 
 def main(arguments: list[str]) -> int:
@@ -77,10 +99,16 @@ def main(arguments: list[str]) -> int:
     return run_training(config, more.get("report", True))
 
 
+def finetune(arguments: list[str]) -> int:
+    return run_training(*parse_finetune(arguments))
+
+
 def run_training(config: TrainConfig, report: bool) -> int:
     """Runs `config` and writes its page if `report` asks for it; returns the exit code."""
+    from castlm.cli.report import write_report
     from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
+    from castlm.progress import note
     from castlm.signals import Interrupted
     from castlm.training.record import problem
     from castlm.training.train import train
@@ -89,19 +117,12 @@ def run_training(config: TrainConfig, report: bool) -> int:
     try:
         record = train(config)
         if report and is_main_rank():
-            _write_page(config.checkpoint.output_dir)
+            folder = config.checkpoint.output_dir
+            try:
+                note(f"report: {write_report(folder)}")
+            except (InputError, OSError) as error:  # the run itself is finished
+                note(f"no report: {error}; try castlm report {shlex.quote(str(folder))}")
     except Interrupted as stop:
         print(f"castlm: {stop}", file=sys.stderr)
         return stop.exit_code
     return 1 if problem(record.get("verdict", {})) == "diverged" else 0
-
-
-def _write_page(folder: Path) -> None:
-    """Writes the page of the run. An error here is reported but does not fail a finished run."""
-    from castlm.cli.report import write_report
-    from castlm.progress import note
-
-    try:
-        note(f"report: {write_report(folder)}")
-    except (InputError, OSError) as error:
-        note(f"no report: {error}; try castlm report {shlex.quote(str(folder))}")

@@ -60,8 +60,7 @@ def _counted(name: str) -> str:
 def recorded_pattern(path: str) -> Pattern | None:
     """The pattern in the castlm.json of a model folder, or of the folder of a file; None without a castlm.json.
 
-    Raises:
-        InputError: the file cannot be read, or names no pattern.
+    Raises `InputError` if the file cannot be read, or names no pattern.
     """
     place = user_path(path)
     file = (place.parent if place.is_file() else place) / "castlm.json"

@@ -1,4 +1,4 @@
-"""Runs a one-shot row of `castlm compare`; `castlm.cli.oneshot` is its process.
+"""Runs a one-shot row of `castlm compare`; `castlm.cli.compare` starts it in a process.
 
 It prunes as published, as `castlm prune` does without its refinements, and measures the model before and after.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from castlm.compare.config import OneshotConfig
+from castlm.compare.runs import OneshotConfig
 from castlm.data.documents import open_documents
 from castlm.data.options import TextOptions
 from castlm.data.scored import scored_text
@@ -27,11 +27,7 @@ from castlm.patterns import parse_pattern
 
 
 def run_oneshot(config: OneshotConfig) -> None:
-    """Prunes, measures and writes the verified model.
-
-    Raises:
-        InputError: as `open_documents` and `Prune.run`.
-    """
+    """Prunes, measures and writes the verified model."""
     pattern, device = parse_pattern(config.pattern), choose_device(config.device)
     options = TextOptions.of(asdict(config))
     text = open_documents(

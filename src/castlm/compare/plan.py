@@ -6,24 +6,17 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from castlm.compare.config import CompareConfig, OneshotConfig
 from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, Preset, every_method
-from castlm.compare.report import Report, make_report
-from castlm.compare.runs import (
-    Result,
-    Run,
-    content_hash,
-    execute,
-    refuse_running,
-    with_key,
-)
+from castlm.compare.report import Report
+from castlm.compare.runs import OneshotConfig, Result, Run, content_hash, execute, refuse_running, run_key
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
-from castlm.fields import build, convert
+from castlm.fields import build, convert, essential
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
@@ -31,6 +24,91 @@ from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig, without_sections
 
 Say = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class SharedOptions:
+    """Options that all runs of a comparison or a sweep share."""
+
+    model: str = essential()
+    """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
+
+    dataset: str = essential()
+    """Training text, as in `castlm train`, but only one."""
+
+    eval_dataset: str = essential()
+    """Text for the perplexity, the same for all runs."""
+
+    output_dir: str = essential()
+    """Folder for the runs and the result. The same command continues an earlier start there."""
+
+    config: str | None = essential(None)
+    """YAML file of `castlm train` options for all runs."""
+
+    seq_len: int | None = None
+    """Tokens per sequence, in training and evaluation."""
+
+    per_device_train_batch_size: int | None = None
+    """Sequences per device and micro-step."""
+
+    eval_tokens: int | None = None
+    """Maximum number of tokens to evaluate on. 0 is all of them."""
+
+
+@dataclass(kw_only=True)
+class CompareConfig(SharedOptions):
+    """Compare methods that make a model n:m, with the same start, data, teacher, token budget and seeds, in one table.
+
+    A dense control with the same training is always included. Finished runs are not repeated. The exit code is 1 if a
+    run failed or diverged; the table gives the reason, and lists runs that fell short.
+    """
+
+    budget_tokens: int | None = essential(None)
+    """Training tokens of each run; with `--preset budgets`, of the largest runs."""
+
+    max_steps: int | None = essential(None, at_least=1)
+    """Optimizer steps of each run, instead of --budget-tokens. Variants with larger steps take fewer, so that all train
+    on the same number of tokens.
+    """
+
+    methods: str | None = essential(None)
+    """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
+    sparsegpt; for structured patterns flap and taylor. The default is all of them, unless variants or a preset
+    are given.
+    """
+
+    published_starts: bool = False
+    """Start each method as in its paper, instead of all from the same weights. finetune then starts from SparseGPT as
+    published: without rotation, permutation, ADMM and least squares, unless config sets them.
+    """
+
+    preset: Literal["oscillation", "decay", "parts", "budgets", "structured"] | None = essential(None)
+    """A prepared set of variants: one of the paper's ablations, all methods at four budgets, or decay against cut for a
+    structured pattern.
+    """
+
+    variants: str | None = None
+    """YAML file that maps the name of each variant to its own options of `castlm train`. Its method is the option
+    `method`, otherwise its name if that is a method, otherwise cast.
+    """
+
+    seeds: int = essential(3, at_least=1)
+    """Number of runs of each variant, with seeds 0, 1, ..."""
+
+    learning_rates: str | None = essential(None)
+    """Learning rates to try, separated by commas. Each variant without its own rate tries them with seed 0 and uses the
+    best for the other seeds.
+    """
+
+    tuning_dataset: str | None = essential(None)
+    """Text whose perplexity selects the learning rate, so that `eval_dataset` plays no part in the choice."""
+
+    calibration: str | None = None
+    """Calibration text of one-shot methods such as wanda and sparsegpt. The default is the training text."""
+
+    num_sequences: int = field(default=128, metadata={"at_least": 1})
+    """Number of calibration sequences of one-shot methods."""
+
 
 _OF_COMPARE = (
     *("model", "dataset", "eval_dataset", "output_dir", "seed"),
@@ -68,22 +146,21 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
         for name in plan.variants:
             for tokens in plan.budgets(name):
                 results += plan.settle(name, tokens, root)
-                report = make_report(plan.preset.question, results, command, plan.hashes)
+                report = Report(plan.preset.question, results, command, plan.hashes)
                 report.write(root, plan.preset)
     has_failed = any("error" in r.record or (r.problem == "diverged" and not r.trial) for r in results)
     return int(has_failed), report
 
 
 class Plan:
-    """The runs of a comparison.
-
-    Raises:
-        InputError: unknown methods or fields, missing files, or a budget below one step.
+    """The runs of a comparison. Raises `InputError` for unknown methods or fields, missing files, or a budget below a
+    step.
     """
 
     def __init__(self, command: CompareConfig, say: Say) -> None:
         self.command, self.say = command, say
-        self.rates = _rates(command.learning_rates)
+        rates = command.learning_rates.split(",") if command.learning_rates else []
+        self.rates: list[float] = [convert("learning_rates", rate.strip(), float) for rate in rates]
         if command.tuning_dataset and not self.rates:
             raise InputError("tuning_dataset chooses between learning rates: give --learning-rates 1e-4,3e-4")
         self.common = without_sections(read_yaml_mapping(command.config), command.config) if command.config else {}
@@ -91,11 +168,24 @@ class Plan:
         for name in ("seq_len", "per_device_train_batch_size", "eval_tokens"):
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
-        self.preset = PRESETS[command.preset] if command.preset else every_method(_pattern_of(self.common))
+        pattern = _pattern_of(self.common)
+        if command.preset == "structured" and pattern.cut_out is None:
+            raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
+        self.preset = PRESETS[command.preset] if command.preset else every_method(pattern)
         self.variants = _variants(command, self.preset)
-        self._check_patterns()
-        self.largest_budget = self._largest_budget()
-        self.calibration = self._calibration()
+        if (command.budget_tokens is None) == (command.max_steps is None):
+            raise InputError("how long is a run? Give one of --budget-tokens and --max-steps")
+        self.largest_budget = command.budget_tokens or 0
+        if command.max_steps is not None:
+            named = {"model": command.model, "dataset": command.dataset, "output_dir": command.output_dir}
+            shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
+            self.largest_budget = command.max_steps * TrainConfig.from_mapping({**named, **shared}).tokens_per_step
+        self.calibration: dict[str, Any] = {"calibration": command.calibration}
+        """The calibration text of one-shot rows, as fields of `OneshotConfig`."""
+        if command.calibration is None:  # the training text, opened as the other runs open it
+            hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
+            opened = {name: self.common[option] for name, option in hub.items() if option in self.common}
+            self.calibration = {"calibration": command.dataset, **opened}
         self.hashes = self._hashes()
         for name in self.variants:  # report a mistake in any of them before the first one runs
             for tokens, rate in itertools.product(self.budgets(name), self._rates_of(name)):
@@ -111,36 +201,6 @@ class Plan:
     def _trusts(self) -> bool:
         """Whether any run trusts the code of its model."""
         return any(fields.get("trust_remote_code") for fields in (self.common, *self.variants.values()))
-
-    def _check_patterns(self) -> None:
-        """Raises `InputError` for one-shot methods that are not for the pattern."""
-        for name, fields in self.variants.items():
-            pattern = _pattern_of({**self.common, **fields})
-            if fields["method"] in ONESHOT and fields["method"] not in pattern.solvers:
-                raise InputError(f"variant {name}: method {fields['method']} is not for {pattern}: leave it out")
-            if self.command.preset == "structured" and pattern.cut_out is None:
-                raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
-
-    def _largest_budget(self) -> int:
-        """The token budget: given as such, or as steps of the options that all runs share."""
-        command = self.command
-        if (command.budget_tokens is None) == (command.max_steps is None):
-            raise InputError("how long is a run? Give one of --budget-tokens and --max-steps")
-        if command.budget_tokens is not None:
-            return command.budget_tokens
-        named = {"model": command.model, "dataset": command.dataset, "output_dir": command.output_dir}
-        shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
-        return int(command.max_steps or 0) * TrainConfig.from_mapping({**named, **shared}, "").tokens_per_step
-
-    def _calibration(self) -> dict[str, Any]:
-        """The calibration text of one-shot rows, as fields of `OneshotConfig`; by default the training text with the
-        runs' options.
-        """
-        if self.command.calibration is not None:
-            return {"calibration": self.command.calibration}
-        hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
-        named = {name: self.common[option] for name, option in hub.items() if option in self.common}
-        return {"calibration": self.command.dataset, **named}
 
     def _hashes(self) -> dict[str, str]:
         """SHA-256 of the model and the texts, by option; for those on the hub, of name and revision."""
@@ -179,11 +239,12 @@ class Plan:
 
     @property
     def num_runs(self) -> int:
-        def of_a_budget(name: str) -> int:
+        num = 0
+        for name in self.variants:
             trials = len(self._rates_of(name))
-            return self._num_seeds(name) + (trials if self._is_tuned(name) else trials - 1)
-
-        return sum(len(self.budgets(name)) * of_a_budget(name) for name in self.variants)
+            of_a_budget = self._num_seeds(name) + (trials if self._is_tuned(name) else trials - 1)
+            num += len(self.budgets(name)) * of_a_budget
+        return num
 
     def _num_seeds(self, name: str) -> int:
         return 1 if self.variants[name]["method"] == "magnitude" else self.command.seeds
@@ -253,7 +314,7 @@ class Plan:
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
         if config.start.name not in ONESHOT:
             hashes = {**hashes, "init_from": content_hash(config.start.name, None, trust_remote_code=self._trusts)}
-        return with_key(Run(name, budget, steps * batch, content), hashes)
+        return Run(name, budget, steps * batch, content, run_key(content, hashes))
 
     def _with_start(self, name: str) -> dict[str, Any]:
         """The options of a variant that trains, with its start."""
@@ -272,8 +333,10 @@ class Plan:
     def _make_oneshot(self, name: str, named: dict[str, Any]) -> Run:
         variant = self.variants[name]
         fields = {**self.common, **variant}
+        if variant["method"] not in (pattern := _pattern_of(fields)).solvers:
+            raise InputError(f"variant {name}: method {variant['method']} is not for {pattern}: leave it out")
         calibration = ("calibration", "calibration_split", "calibration_config", "num_sequences")  # of all rows alike
-        shared = {field.name for field in dataclasses.fields(OneshotConfig)}.difference(calibration)
+        shared = {option.name for option in dataclasses.fields(OneshotConfig)}.difference(calibration)
         unused = [option for option in variant if option not in shared]
         unused += ["left_dense"] if fields.get("left_dense") else []
         if unused:
@@ -285,7 +348,7 @@ class Plan:
         given |= {**named, **self.calibration, "num_sequences": self.command.num_sequences}
         content = dataclasses.asdict(build(OneshotConfig, given, f"variant {name}"))
         del content["output_dir"]
-        return with_key(Run(name, 0, 0, content), self.hashes)
+        return Run(name, 0, 0, content, run_key(content, self.hashes))
 
 
 def _variants(command: CompareConfig, preset: Preset) -> dict[str, dict[str, Any]]:
@@ -321,8 +384,3 @@ def _pattern_of(fields: Mapping[str, Any]) -> Pattern:
     """The pattern of a run with these options; checking the options refuses values that are not text."""
     pattern = fields.get("pattern")
     return parse_pattern(pattern if isinstance(pattern, str) else "2:4")
-
-
-def _rates(text: str | None) -> list[float]:
-    """Parses learning rates separated by commas."""
-    return [convert("learning_rates", rate.strip(), float) for rate in text.split(",")] if text else []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from castlm.compare.summary import has_gap
 from castlm.methods.table import METHODS, is_control
 from castlm.report.charts import WHOLE, Level, Picture, Series, dot_chart, heat_map, line_chart
 from castlm.training.record import read_series
@@ -44,18 +44,23 @@ def _colours(rows: Rows) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
+def has_gap(row: dict[str, Any]) -> bool:
+    """Whether a row is ranked and drawn: it has a finite gap and is not a dense control."""
+    return row["gap"] is not None and math.isfinite(row["gap"].mean) and not is_control(row["method"])
+
+
 def gaps(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     """The gap to the dense control: a dot for each seed, a bar at their mean and a band of a standard deviation."""
     shown = sorted(filter(has_gap, rows), key=lambda row: row["gap"].mean)
     if not shown:
         return {}
     means, colours = [row["gap"].mean for row in shown], _colours(rows)
-    wide_range = min(means) > 0 and max(means) > 10 * min(means)
-    svg = dot_chart(
-        [(_label(row, shown), row["gap"].values, colours[row["variant"]]) for row in shown],
-        x_label=GAP,
-        log_x=wide_range,
-    )
+    several = len({row["tokens"] for row in shown if row["tokens"]}) > 1
+    dots = []
+    for row in shown:
+        label = f"{row['variant']}, {row['tokens']:,} tokens" if several and row["tokens"] else row["variant"]
+        dots.append((label, row["gap"].values, colours[row["variant"]]))
+    svg = dot_chart(dots, x_label=GAP, log_x=min(means) > 0 and max(means) > 10 * min(means))
     picture = Picture(
         "Gap to the dense control",
         svg,
@@ -66,11 +71,6 @@ def gaps(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     return {"gaps": picture}
 
 
-def _label(row: dict[str, Any], rows: Rows) -> str:
-    several = len({r["tokens"] for r in rows if r["tokens"]}) > 1
-    return f"{row['variant']}, {row['tokens']:,} tokens" if several and row["tokens"] else row["variant"]
-
-
 def losses(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     """Perplexity after the prune over training tokens: one line per variant, with a band over its seeds."""
     largest = max((r.run.budget for r in results), default=0)
@@ -78,9 +78,11 @@ def losses(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     lines = []
     for name, index in _colours(rows).items():
         of_name = [r for r in runs if r.run.variant == name]
-        key = "perplexity" if of_name and is_control(of_name[0].run.config["method"]) else "prune_now_ppl"
-        found = _over_seeds(of_name, key)
-        points = [(step * _tokens_per_step(of_name[0]), mean) for step, mean, _ in found]
+        if not of_name:
+            continue
+        run = of_name[0].run
+        found = _over_seeds(of_name, "perplexity" if is_control(run.config["method"]) else "prune_now_ppl")
+        points = [(step * (run.tokens // run.config["max_steps"]), mean) for step, mean, _ in found]
         if len(points) > 1:
             lines.append(Series(name, points, index, marks=True, spread=[std for _, _, std in found]))
     if not lines:
@@ -101,23 +103,18 @@ def losses(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     return {"losses": Picture("Learning curves", svg, caption, wide=True)}
 
 
-def _tokens_per_step(result: Result) -> int:
-    return int(result.run.tokens // result.run.config["max_steps"])
-
-
 def _over_seeds(results: list[Result], key: str) -> list[tuple[float, float, float]]:
-    """(step, mean over the runs, standard deviation) at the steps that all of them have."""
+    """(step, mean over the runs, sample standard deviation or 0) at the steps that all of them have."""
     series = [dict(read_series(r.folder, key)) for r in results]
     if not series:
         return []
     steps = sorted(set.intersection(*(set(one) for one in series)))
     values = {step: [one[step] for one in series] for step in steps}
-    return [(step, statistics.fmean(found), _deviation(found)) for step, found in values.items()]
-
-
-def _deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 for a single value or one that is not finite."""
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+    points = []
+    for step, found in values.items():
+        has_deviation = len(found) > 1 and all(map(math.isfinite, found))
+        points.append((step, statistics.fmean(found), statistics.stdev(found) if has_deviation else 0.0))
+    return points
 
 
 def masks(rows: Rows, results: list[Result]) -> dict[str, Picture]:
@@ -130,7 +127,8 @@ def masks(rows: Rows, results: list[Result]) -> dict[str, Picture]:
             of_name = [r for r in shown if r.run.variant == name]
             found = _over_seeds(of_name, key)
             if key == "flip_rate" and found:
-                every = _steps_between_refreshes(of_name[0].run.config)
+                config = of_name[0].run.config
+                every = config["mask_interval"] if "mask_interval" in METHODS[config["method"]].options else 1
                 found = [(step, mean / every, std / every) for step, mean, std in found if step]
             if found:
                 points = [(step, mean) for step, mean, _ in found]
@@ -139,10 +137,6 @@ def masks(rows: Rows, results: list[Result]) -> dict[str, Picture]:
             svg = line_chart(lines, x_label="step", y_label=label, width=WHOLE, height=220)
             pictures[key] = Picture(title, svg, caption, wide=True)
     return pictures
-
-
-def _steps_between_refreshes(config: dict[str, Any]) -> int:
-    return int(config["mask_interval"]) if "mask_interval" in METHODS[config["method"]].options else 1
 
 
 def histograms(rows: Rows, results: list[Result]) -> dict[str, Picture]:
@@ -169,26 +163,15 @@ def histograms(rows: Rows, results: list[Result]) -> dict[str, Picture]:
         y_label="share of the masked weights",
         form=".0%",
         power=0.5,
-        in_cells=True,
         width=WHOLE,
     )
-    parts = [
-        f"{name}: {counts[0] / sum(counts):.1%} exactly zero, median {_median(counts[0], counts[1:], edges):.1e}"
-        for name, counts in totals.items()
-    ]
+    parts = []
+    for name, counts in totals.items():
+        half, cumulative = sum(counts) / 2, itertools.accumulate(counts)
+        at = next(number for number, seen in enumerate(cumulative) if seen >= half)  # the bin of the median; 0: zeros
+        median = 0.0 if at == 0 else edges[at - 1]
+        parts.append(f"{name}: {counts[0] / sum(counts):.1%} exactly zero, median {median:.1e}")
     return {"histograms": Picture("Where masked weights end", svg, "; ".join(parts) + ".", wide=True)}
-
-
-def _median(zeros: int, counts: list[int], edges: list[float]) -> float:
-    """The lower edge of the median's bin; 0 if the median is an exact zero."""
-    seen, half = zeros, (zeros + sum(counts)) / 2
-    if seen >= half:
-        return 0.0
-    for count, edge in zip(counts, edges):
-        seen += count
-        if seen >= half:
-            return edge
-    return edges[-1]
 
 
 def budgets(rows: Rows, results: list[Result]) -> dict[str, Picture]:

@@ -5,7 +5,6 @@ The process gives each run its own peak of memory, and limits a crash to one lin
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,17 +21,44 @@ import yaml
 import castlm
 from castlm.compare.presets import ONESHOT
 from castlm.core.errors import InputError
+from castlm.data.options import ScoredTextOptions
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import refuse_locked
 from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, RESULT, command_of, read_result
 from castlm.models.locate import cached_snapshot, locate
-from castlm.training.checkpoint import remove_checkpoints
 from castlm.training.config import WITHOUT_EFFECT
+from castlm.training.options import SEQ_LEN
 from castlm.training.record import final_perplexity, problem
 
 # Fields that always name a model or a text; the key hashes their content.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneshotConfig(ScoredTextOptions):
+    """The options of a one-shot run, named as in TrainConfig."""
+
+    model: str
+    method: str
+    calibration: str
+    eval_dataset: str
+    output_dir: str = ""
+    pattern: str = "2:4"
+    seq_len: int = SEQ_LEN
+    """Tokens per sequence of the evaluation. Calibration sequences have the model's context, at most 2,048 tokens."""
+    num_sequences: int = 128
+    eval_tokens: int = 32768
+    calibration_split: str = "train"
+    calibration_config: str | None = None
+    eval_split: str = "validation"
+    eval_config: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    """Compute type of the evaluation and of the passes over the calibration text."""
+    seed: int = 0
+    trust_remote_code: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,7 @@ class Run:
     """Training tokens of the whole steps that fit in the budget."""
     config: dict[str, Any] = field(compare=False)
     key: str = ""
+    """`run_key` of the run."""
 
     @property
     def seed(self) -> int:
@@ -109,18 +136,14 @@ def content_hash(model: str, revision: str | None, *, trust_remote_code: bool = 
         snapshot = cached_snapshot(where.target, revision)
         return _digest([where.target, revision if snapshot is None else snapshot.name])
     folder = Path(where.target)
-    files = [folder / name for name in where.gguf.values()] or files_of(folder)
-    return _digest([[file.relative_to(folder).as_posix(), sha256_file(file)] for file in files])
-
-
-def files_of(model: Path) -> list[Path]:
-    """The files that the content hash of a model folder covers, in order, without castlm's outputs in it."""
-    found = []
-    for root, folders, names in os.walk(model):
+    files = [folder / name for name in where.gguf.values()]
+    for root, folders, names in os.walk(folder) if not files else ():
         inside = [Path(root, name) for name in folders if not name.startswith(".")]
-        folders[:] = [folder.name for folder in inside if command_of(folder) is None]
-        found += [Path(root, name) for name in names if not name.startswith(".") and name not in (RESULT, OUTPUT)]
-    return sorted(file for file in found if file.is_file() and file.suffix.lower() not in _NOT_CONTENT)
+        folders[:] = [each.name for each in inside if command_of(each) is None]  # no output of castlm
+        found = [Path(root, name) for name in names if not name.startswith(".") and name not in (RESULT, OUTPUT)]
+        files += [file for file in found if file.is_file() and file.suffix.lower() not in _NOT_CONTENT]
+    files.sort()
+    return _digest([[file.relative_to(folder).as_posix(), sha256_file(file)] for file in files])
 
 
 def _digest(content: Any) -> str:
@@ -131,10 +154,15 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
     """12 hexadecimal digits for everything the result depends on: fields, the model, the texts, castlm's version.
 
     Args:
-        config: fields of a run. Fields in `WITHOUT_EFFECT` do not count; fields in `NAMED` and `hashes` count by their
-            hash.
+        config: fields of a run. Fields in `WITHOUT_EFFECT` do not count; fields in `NAMED` and `hashes`, and the chat
+            template, count by their hash.
         hashes: hashes of models and texts, by the field that names them.
+
+    Raises:
+        InputError: the file of the chat template does not exist.
     """
+    if (template := config.get("chat_template_path")) is not None:
+        hashes = {**hashes, "chat_template_path": sha256_file(template)}
     fields = {k: v for k, v in config.items() if k not in WITHOUT_EFFECT and k not in NAMED and k not in hashes}
     named = {k: hashes[k] for k in hashes if k in config}
     return _digest([fields, named, castlm.__version__])[:12]
@@ -168,6 +196,8 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
         The content of its castlm.json; or `{"error": one line}` if its files have changed or its process failed, the
         latter with its `exit_code`.
     """
+    from castlm.training.checkpoint import remove_checkpoints  # imports torch
+
     folder = run.folder(root)
     try:
         record = read_finished(folder, run.config)
@@ -180,7 +210,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     config_file = folder.with_suffix(".yaml")
     fields = {**run.config, "output_dir": str(folder)}
     if run.is_oneshot:
-        command = ["castlm.cli.oneshot", str(config_file)]
+        command = ["castlm.cli.compare", str(config_file)]
     else:
         fields["resume"] = True
         command = ["castlm", "train", "--no-report", "--config", str(config_file)]
@@ -194,7 +224,9 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     except InputError as error:
         return {"error": str(error)}
     if record is None or (code and record.get("verdict", {}).get("ok", True)):
-        return {"error": f"exit code {code}: {last_line(log)} (all of it: {log})", "exit_code": code}
+        printed = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
+        reason = printed[-1].removeprefix("castlm: error: ")
+        return {"error": f"exit code {code}: {reason} (all of it: {log})", "exit_code": code}
     remove_checkpoints(folder / "checkpoints")
     say(f"  done in {time.monotonic() - started:.0f} s")
     return record
@@ -221,19 +253,3 @@ def run_process(arguments: Sequence[str], log: Path) -> int:
             process.terminate()
             process.wait()
             raise
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("castlm: error: ") if lines else "it printed nothing"
-
-
-def with_key(run: Run, hashes: dict[str, str]) -> Run:
-    """`run` with its key; a chat template counts by its content.
-
-    Raises:
-        InputError: the file of the template does not exist.
-    """
-    if (template := run.config.get("chat_template_path")) is not None:
-        hashes = {**hashes, "chat_template_path": sha256_file(template)}
-    return dataclasses.replace(run, key=run_key(run.config, hashes))

@@ -65,9 +65,7 @@ class Measured:
 def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
     """The dense model and finished results of `castlm train` or `castlm finetune`, from the records of the results.
 
-    Raises:
-        InputError: a folder without a record or perplexity, or perplexities that were measured differently or come from
-            several dense models.
+    Raises `InputError` for a folder without a perplexity, or perplexities that cannot be compared.
     """
     found: list[Candidate] = []
     harness: dict[str, Any] = {}
@@ -89,18 +87,13 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
             unlike.append(f"a dense model of perplexity {own:.4g}, not {dense:.4g}")
         if unlike:
             raise InputError(f"{file}: has {'; '.join(unlike)}: compare results of one model, text and context")
-        run = _run_folder(folder)
+        run = Path(folder).resolve()
+        run = run.parent if run.name == "model" else run
         name = str(run) if run.name in (DENSE, *(other.name for other in found)) else run.name
         left_dense = frozenset(record.get("left_dense") or ())
         found.append(Candidate(name, folder, record.get("pattern"), float(value), left_dense))
     assert dense is not None
     return [Candidate(DENSE, model, None, float(dense)), *found]
-
-
-def _run_folder(folder: str) -> Path:
-    """The folder of the run whose `model` is `folder`, or `folder` itself."""
-    path = Path(folder).resolve()
-    return path.parent if path.name == "model" else path
 
 
 def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Measured]:

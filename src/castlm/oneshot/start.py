@@ -23,6 +23,7 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
 from castlm.models.architecture import eval_mode
+from castlm.names import duration
 from castlm.oneshot.basis import turn_block_, wiring_or_note
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import describe
@@ -190,7 +191,7 @@ class Start:
                 seconds = (time.perf_counter() - started) * left  # once the first block is done
                 if number == 1 and seconds > _SHORT and step.inputs is not None:
                     after = time_after(step.inputs.seconds_per_token())
-                    say(f"the start takes about {readable(seconds)} more, for {left} transformer blocks{after}")
+                    say(f"the start takes about {duration(seconds)} more, for {left} transformer blocks{after}")
                 self._make_block_(source, step, turns, report)
                 left_walk = time.perf_counter()
             report.seconds += time.perf_counter() - left_walk
@@ -341,11 +342,6 @@ class _timed:  # noqa: N801
 
     def __exit__(self, *error: object) -> None:
         self.report.seconds += time.perf_counter() - self.started
-
-
-def readable(seconds: float) -> str:
-    """The time in seconds, or in minutes from two on."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 def prune_oneshot_(

@@ -68,7 +68,9 @@ def fit_law(points: Sequence[Point], *, num_draws: int = 200, seed: int = 0, lea
     points = sorted(points, key=lambda point: (point.tokens, point.seed or 0, point.perplexity))
     data = _as_data(points)
     _check_design(data, MIN_BUDGETS, MIN_SPREAD)
-    law = replace(_fit(data, num_draws, seed), runs_of=_common(points))
+    known = {name: _named(points, name) for name in ("method", "pattern", "harness", "base_model")}
+    runs_of = {name: " and ".join(values) for name, values in known.items() if values}
+    law = replace(_fit(data, num_draws, seed), runs_of=runs_of)
     if not leave_largest_out:
         return law
     try:
@@ -104,12 +106,6 @@ def _named(points: Sequence[Point], field: str) -> list[str]:
     return sorted({str(value) for point in points if (value := getattr(point, field))})
 
 
-def _common(points: Sequence[Point]) -> dict[str, str]:
-    """`Law.runs_of`."""
-    known = {name: _named(points, name) for name in ("method", "pattern", "harness", "base_model")}
-    return {name: " and ".join(values) for name, values in known.items() if values}
-
-
 def _check_design(data: Data, min_budgets: int, min_spread: float) -> None:
     num_budgets = len(np.unique(data.budget))
     if num_budgets < min_budgets:
@@ -128,11 +124,23 @@ def _fit(data: Data, num_draws: int, seed: int) -> Law:
     """The point estimate and its bootstrap, after `_check_design`."""
     lowest = math.exp(min(data.y[data.budget == budget].mean() for budget in np.unique(data.budget)))
     theta, delta = solve_from_grid(data, lowest)
-    _check_bounds(theta, lowest)
+    if theta[0] < 1e-3 * lowest:
+        raise InputError("L_inf is at its bound 0: these budgets show no floor; add larger ones")
+    if theta[0] > (1 - 1e-3) * lowest:
+        raise InputError(f"L_inf is at its bound, the lowest loss {lowest:.4f}: the curve is flat; add smaller budgets")
+    if not MIN_EXPONENT * 1.01 < theta[2] < MAX_EXPONENT * 0.99:
+        raise InputError(f"beta is at its bound ({theta[2]:.3g}): the points do not follow a power law")
     fitted = log_loss(theta, data)
     noise = noise_parts(data, data.y - fitted)
     rng = np.random.default_rng(seed)
-    drawn = fitted + np.array([redraw(data, noise, rng) for _ in range(num_draws)])  # (num_draws, num_points)
+    members = [np.flatnonzero(data.budget == budget) for budget in range(len(noise.between))]
+    redrawn = np.empty((num_draws, len(data.y)))
+    for sample in redrawn:
+        between = rng.choice(noise.between, len(members)) * rng.choice([-1.0, 1.0], len(members))  # without bias
+        sample[:] = between[data.budget]
+        for points, pool in zip(members, noise.within):
+            sample[points] += rng.choice(pool, len(points))
+    drawn = fitted + redrawn
     refits = np.array([minimise(theta, data, y, lowest, delta) for y in drawn])  # (num_draws, 3)
     draws, r2s = _uncentred(refits, data), _r2(drawn, log_loss(refits, data))
     L_inf, B, beta = map(float, _uncentred(theta, data))
@@ -149,16 +157,6 @@ def _fit(data: Data, num_draws: int, seed: int) -> Law:
         tokens_range=(low, high),
         draws=draws,
     )
-
-
-def _check_bounds(theta: Array, lowest: float) -> None:
-    L_inf, _, beta = theta
-    if L_inf < 1e-3 * lowest:
-        raise InputError("L_inf is at its bound 0: these budgets show no floor; add larger ones")
-    if L_inf > (1 - 1e-3) * lowest:
-        raise InputError(f"L_inf is at its bound, the lowest loss {lowest:.4f}: the curve is flat; add smaller budgets")
-    if not MIN_EXPONENT * 1.01 < beta < MAX_EXPONENT * 0.99:
-        raise InputError(f"beta is at its bound ({beta:.3g}): the points do not follow a power law")
 
 
 def _uncentred(theta: Array, data: Data) -> Array:
@@ -212,13 +210,6 @@ def log_loss(theta: Array, data: Data) -> Array:
     return np.asarray(np.log(L_inf + np.exp(log_b - beta * data.x)))
 
 
-def _jacobian(theta: Array, data: Data) -> Array:
-    """(num_points, 3)."""
-    L_inf, log_b, beta = theta
-    g = np.exp(log_b - beta * data.x)
-    return np.asarray(np.stack([np.ones_like(g), g, -data.x * g], axis=-1) / (L_inf + g)[:, None])
-
-
 def _huber(residual: Array, delta: float) -> Array:
     size = np.abs(residual) / delta
     return np.asarray(np.where(size <= 1, size**2, 2 * size - 1).sum(-1))
@@ -233,11 +224,15 @@ def minimise(theta: Array, data: Data, y: Array, lowest: float, delta: float) ->
     """
     from scipy.optimize import least_squares  # takes as long to import as the rest of planning
 
+    def jacobian(values: Array) -> Array:
+        g = np.exp(values[1] - values[2] * data.x)
+        return np.asarray(np.stack([np.ones_like(g), g, -data.x * g], axis=-1) / (values[0] + g)[:, None])
+
     low, high = np.array([0.0, -40.0, MIN_EXPONENT]), np.array([lowest, 10.0, MAX_EXPONENT])
     result = least_squares(
         lambda values: log_loss(values, data) - y,
         np.clip(theta, low, high),
-        jac=lambda values: _jacobian(values, data),
+        jac=jacobian,
         bounds=(low, high),
         method="dogbox",
         loss="huber",
@@ -253,7 +248,12 @@ def solve_from_grid(data: Data, lowest: float) -> tuple[Array, float]:
     Returns:
         theta, (3,), and the delta: 1.345 robust standard deviations of the residuals, at least `HUBER_DELTA`.
     """
-    starts = _grid(data, lowest)  # (num_starts, 3)
+    grid = []
+    for floor in (0.0, 0.3, 0.6, 0.8, 0.9, 0.97):
+        excess = np.log(np.maximum(np.exp(data.y) - floor * lowest, 1e-3 * lowest))
+        for beta in (0.1, 0.2, 0.4, 0.8, 1.6):  # with the amplitude that fits floor and exponent best
+            grid.append([floor * lowest, float(np.median(excess + beta * data.x)), beta])
+    starts = np.array(grid)  # (30, 3)
     best = np.argsort(_huber(log_loss(starts, data) - data.y, WIDE_DELTA), kind="stable")[:NUM_STARTS]
     solved = np.array([minimise(start, data, data.y, lowest, WIDE_DELTA) for start in starts[best]])
     theta = solved[np.argmin(_huber(log_loss(solved, data) - data.y, WIDE_DELTA))]
@@ -262,16 +262,6 @@ def solve_from_grid(data: Data, lowest: float) -> tuple[Array, float]:
     scale = 1.4826 * float(np.median(np.abs(residual))) * math.sqrt(len(residual) / freedom)
     delta = max(HUBER_DELTA, 1.345 * scale)
     return minimise(theta, data, data.y, lowest, delta), delta
-
-
-def _grid(data: Data, lowest: float) -> Array:
-    """Floors x exponents, with the amplitude that fits them best, (30, 3)."""
-    starts = []
-    for floor in (0.0, 0.3, 0.6, 0.8, 0.9, 0.97):
-        excess = np.log(np.maximum(np.exp(data.y) - floor * lowest, 1e-3 * lowest))
-        for beta in (0.1, 0.2, 0.4, 0.8, 1.6):
-            starts.append([floor * lowest, float(np.median(excess + beta * data.x)), beta])
-    return np.array(starts)
 
 
 class Noise(NamedTuple):
@@ -307,13 +297,3 @@ def noise_parts(data: Data, residual: Array) -> Noise:
     beyond = math.sqrt(max(0.0, 1 - from_seeds / spread) * len(groups) / freedom)
     student = float(t.ppf(0.95, freedom) / NormalDist().inv_cdf(0.95))
     return Noise(means * beyond * student, within)
-
-
-def redraw(data: Data, noise: Noise, rng: np.random.Generator) -> Array:
-    """One bootstrap sample of the residuals, (num_points,); random signs keep it without bias."""
-    size = len(noise.between)
-    sample: Array = (rng.choice(noise.between, size) * rng.choice([-1.0, 1.0], size))[data.budget]
-    for budget, pool in enumerate(noise.within):
-        members = np.flatnonzero(data.budget == budget)
-        sample[members] += rng.choice(pool, len(members))
-    return sample

@@ -108,11 +108,7 @@ class Law:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Law:
-        """Inverse of `as_dict`.
-
-        Raises:
-            InputError: a field is missing, malformed, not finite, or out of the range that a fit can give.
-        """
+        """Inverse of `as_dict`. Raises `InputError` for fields that a fit cannot give."""
         try:
             holdout = content["holdout"]
             law = cls(
@@ -126,19 +122,15 @@ class Law:
                 holdout_reason=str(content["holdout_reason"]),
                 runs_of={str(name): str(value) for name, value in content.get("runs_of", {}).items()},
             )
-            law.check()
+            rows = np.vstack([[law.L_inf, law.B, law.beta], law.draws])
+            (low, high), is_finite = law.tokens_range, len(law.draws) and np.isfinite(rows).all()
+            is_possible = is_finite and (rows >= 0).all() and (rows[:, 2] > 0).all()
+            if not (is_possible and 0 <= law.noise <= 100 and 0 < low <= high < math.inf):  # noise in nats of loss
+                raise ValueError("a number is out of range")
         except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"not a fitted law ({reason}): write one with `plan fit`") from error
         return law
-
-    def check(self) -> None:
-        """Raises `ValueError` unless every number is one that a fit can give."""
-        rows = np.vstack([[self.L_inf, self.B, self.beta], self.draws])
-        low, high = self.tokens_range
-        parameters = len(self.draws) and np.isfinite(rows).all() and (rows >= 0).all() and (rows[:, 2] > 0).all()
-        if not (parameters and 0 <= self.noise <= 100 and 0 < low <= high < math.inf):  # noise in nats of loss
-            raise ValueError("a number is out of range")
 
 
 def law_loss(theta: Sequence[float] | Array, tokens: ArrayLike) -> Array:
@@ -198,10 +190,9 @@ class TokensNeeded:
 
 @np.errstate(over="ignore")  # a bad law gives infinity
 def predict_perplexity(law: Law, tokens: float) -> Prediction:
-    """The perplexity that `tokens` give. The interval holds the law's uncertainty and the scatter of a single run.
+    """The perplexity that `tokens` give, a positive number.
 
-    Raises:
-        InputError: `tokens` is not a positive number.
+    The interval holds the law's uncertainty and the scatter of a single run.
     """
     check_positive("tokens", tokens)
     low, high = interval(np.exp(law.run_losses(tokens)))
@@ -213,10 +204,8 @@ def predict_perplexity(law: Law, tokens: float) -> Prediction:
 
 @np.errstate(over="ignore")
 def tokens_for(law: Law, target_ppl: float) -> TokensNeeded:
-    """The token budget that reaches `target_ppl` on average over seeds: D = (B / (ln target - L_inf))^(1 / beta).
-
-    Raises:
-        InputError: `target_ppl` is not above 1.
+    """The token budget that reaches `target_ppl`, above 1, on average over seeds: D = (B / (ln target - L_inf))^(1 /
+    beta).
     """
     if not 1 < target_ppl < MOST_TOKENS:
         raise InputError(f"target_ppl is {target_ppl:g}: it must be above 1 and below {MOST_TOKENS:g}")
@@ -236,14 +225,6 @@ def gpu_hours(tokens: float, tokens_per_s: float) -> float:
     return tokens / tokens_per_s / 3600
 
 
-def duration(hours: float) -> str:
-    """Hours for a person to read, shorter times in minutes or seconds."""
-    for size, unit in ((1, "hours"), (60, "minutes")):
-        if hours * size >= 1:
-            return f"{hours * size:,.2f} {unit}"
-    return f"{hours * 3600:.3g} seconds"
-
-
 def check_positive(name: str, value: float) -> None:
     """Raises `InputError` unless `value` is positive and below `MOST_TOKENS`."""
     if not 0 < value < MOST_TOKENS:
@@ -255,11 +236,7 @@ _CREATOR = "castlm plan fit"
 
 
 def check_plot(path: str | Path) -> None:
-    """Checks before a fit that its plot can be written and replaces at most an earlier plot.
-
-    Raises:
-        InputError: matplotlib is not installed, or `path` is a file that is no plot of a law.
-    """
+    """Checks before a fit that its plot can be written and replaces at most an earlier plot."""
     if not can_draw():
         raise InputError(NEEDS_MATPLOTLIB)
     if os.path.lexists(path) and not (os.path.isfile(path) and _CREATOR.encode() in Path(path).read_bytes()):
@@ -267,11 +244,7 @@ def check_plot(path: str | Path) -> None:
 
 
 def plot_law(law: Law, points: Sequence[Point], path: str | Path) -> None:
-    """Writes a plot to `path` (its suffix is the format): the law with its 90 % band, and log-loss residuals below.
-
-    Raises:
-        InputError: as `check_plot`.
-    """
+    """Writes a plot to `path` (its suffix is the format): the law with its 90 % band, and log-loss residuals below."""
     check_plot(path)
     from matplotlib.figure import Figure
 

@@ -125,10 +125,8 @@ def trace(config: PretrainedConfig, run: Settings, sharded: bool, kinds: Sequenc
     first = functools.cache(lambda number: saved_bytes(config, number, sizes, run, sharded))
     of_kind = {}
     for kind in set(kinds):
-        later = [
-            *kinds,
-            kinds[-1],
-        ]  # not the first block if another is like it: its trace includes layers around the blocks
+        later = [*kinds, kinds[-1]]
+        # Not the first block if another is like it: its trace includes layers around the blocks.
         index = next((i for i, other in enumerate(later) if i and other == kind), 0)
         of_kind[kind] = [more - less for less, more in zip(first(index), first(index + 1))]
     block, of_16, of_32 = (sum(of_kind[kind][size] for kind in kinds) // len(kinds) for size in range(len(sizes)))
@@ -158,8 +156,12 @@ def saved_bytes(
         linearize_(model)
         if run.scale_groups:
             add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
-        if sharded and run.compute is not torch.float32:
-            _narrow_linears_(model, run.compute)
+        if sharded and run.compute is not torch.float32:  # the types in which `shard_` gathers the blocks' parameters
+            for block in filter(is_gathered_narrow, transformer_blocks(model).values()):
+                wide = {parameter for module in beside_linears(block) for parameter in module.parameters()}
+                for parameter in block.parameters():
+                    if parameter not in wide:
+                        parameter.data = parameter.data.to(run.compute)
         model.train()
         return [_saved_by_forward(model, micro_batch, seq_len, run.compute) for micro_batch, seq_len in sizes]
 
@@ -178,15 +180,6 @@ def _saved_by_forward(model: PreTrainedModel, micro_batch: int, seq_len: int, co
     for param in model.parameters():
         storages.pop(param.untyped_storage()._cdata, None)
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-
-
-def _narrow_linears_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """The blocks' parameters in the types that `castlm.distributed.sharding.shard_` gathers them in."""
-    for block in filter(is_gathered_narrow, transformer_blocks(model).values()):
-        wide = {parameter for module in beside_linears(block) for parameter in module.parameters()}
-        for parameter in block.parameters():
-            if parameter not in wide:
-                parameter.data = parameter.data.to(dtype)
 
 
 @contextlib.contextmanager
@@ -248,13 +241,16 @@ class MemoryPlan:
 
     components: dict[str, int]
     phases: dict[str, int]
-    """Peak bytes of `start` (on the first rank, which prunes one-shot), `loss`, `backward` and `step`."""
+    """Peak bytes of each phase, in a run `start` (on the first rank, which prunes one-shot), `loss`, `backward` and
+    `step`."""
     num_params: int
     num_sparse: int
-    world_size: int
+    world_size: int = 1
     gpu_gib: float | None = None
     smallest_world_size: int | None = None
     """The smallest power of two of ranks that fits `gpu_gib`; None if 4,096 do not fit, or without `gpu_gib`."""
+    disk: int = 0
+    """Bytes of the hidden states on disk, of `castlm prune`."""
 
     @property
     def peak(self) -> int:
@@ -270,14 +266,11 @@ class MemoryPlan:
         """Whether the plan fits `gpu_gib`; None if that was not given."""
         return None if self.gpu_gib is None else self.needed_gib <= self.gpu_gib
 
-    def rows(self) -> list[tuple[str, float]]:
-        """(name, GiB): the components, then the phases, then the peak."""
-        parts = [*self.components.items(), *((f"phase: {name}", size) for name, size in self.phases.items())]
-        return [(name, size / GIB) for name, size in (*parts, ("peak", self.peak))]
-
     def table(self) -> str:
-        """The rows as text, with the answer for `gpu_gib` in the last line."""
-        lines = [f"{name:<34}{gib:>10.3f} GiB" for name, gib in self.rows()]
+        """Components, phases and peak as text, with the answer for `gpu_gib` in the last line."""
+        rows = [*self.components.items(), *((f"phase: {name}", size) for name, size in self.phases.items())]
+        rows += [("peak", self.peak)] + ([("hidden states on disk", self.disk)] if self.disk else [])
+        lines = [f"{name:<34}{size / GIB:>10.3f} GiB" for name, size in rows]
         if self.gpu_gib is not None:
             verdict = "fits" if self.fits else "does not fit"
             least = self.smallest_world_size or "none up to 4096"
@@ -342,8 +335,12 @@ def plan_memory(
     def plan(ranks: int) -> MemoryPlan:
         parts = _components(sizes, tutor, saved[ranks > 1], run, ranks)
         phases = _phases(parts, sizes, saved[ranks > 1], run)
-        if run.calibration_tokens:
-            phases["start"] = _start(sizes, run, ranks, on_card=gpu_gib is not None)
+        if run.calibration_tokens:  # of the first rank, before step 0
+            held = sizes.total
+            if gpu_gib is None:
+                held += (sizes.total if ranks == 1 else 0) + sizes.total - sizes.sparse
+            work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
+            phases["start"] = 4 * (held + run.calibration_tokens * sizes.hidden + work)
         return MemoryPlan(parts, phases, sizes.total, sizes.sparse, ranks, gpu_gib)
 
     least = None if gpu_gib is None else next((ranks for ranks in WORLD_SIZES if plan(ranks).fits), None)
@@ -353,8 +350,7 @@ def plan_memory(
 def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
     """Returns the config itself, or reads it from a JSON file or a model, whose weights are not needed.
 
-    Raises:
-        InputError: no such file or model, not JSON, or a family that transformers does not know.
+    Raises `InputError` if there is no such file, or for a family that transformers does not know.
     """
     if isinstance(config, PretrainedConfig):
         return config
@@ -399,16 +395,6 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
         "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (t and c) + 2 * narrow),
         "optimizer step": shard(4 * step),
     }
-
-
-def _start(sizes: _Sizes, run: Settings, world_size: int, on_card: bool) -> int:
-    """Bytes of the first rank before step 0."""
-    held = sizes.total
-    if not on_card:
-        held += (sizes.total if world_size == 1 else 0) + sizes.total - sizes.sparse
-    states = run.calibration_tokens * sizes.hidden
-    work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
-    return 4 * (held + states + work)
 
 
 def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -> dict[str, int]:

@@ -73,7 +73,13 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
     given: dict[str, int] = {}
     runs: dict[str, str] = {}
     for number, path in enumerate(paths):
-        for file in _files(user_path(path)):
+        folder, files = user_path(path), [user_path(path)]
+        if folder.is_dir():
+            tables = [file for file in sorted(folder.glob("**/table.json")) if command_of(file.parent) == "compare"]
+            compared = {file.parent for file in tables}  # their tables omit trials of learning rates
+            runs_in = [file for file in sorted(folder.glob("**/castlm.json")) if compared.isdisjoint(file.parents)]
+            files = runs_in + tables
+        for file in files:
             if given.setdefault(os.path.realpath(file), number) != number:
                 raise InputError(f"{file} is given twice, and would count as two runs: name it once")
             points += _read_csv(file) if file.suffix == ".csv" else _read_json(file, runs)
@@ -86,17 +92,6 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
             "compare results (.json), or a CSV with tokens,perplexity"
         )
     return points
-
-
-def _files(path: Path) -> list[Path]:
-    """The files with points at a path."""
-    return _finished_runs(path) if path.is_dir() else [path]
-
-
-def _finished_runs(folder: Path) -> list[Path]:
-    tables = [file for file in sorted(folder.glob("**/table.json")) if command_of(file.parent) == "compare"]
-    compared = {file.parent for file in tables}  # their tables omit trials of learning rates
-    return [file for file in sorted(folder.glob("**/castlm.json")) if compared.isdisjoint(file.parents)] + tables
 
 
 def _read_json(path: Path, runs: dict[str, str]) -> Iterator[Point]:
@@ -116,20 +111,15 @@ def _read_json(path: Path, runs: dict[str, str]) -> Iterator[Point]:
         found = record.get("verdict")
         if isinstance(found, dict) and problem(found) == "diverged":
             note(f"{source} is left out of the law, because the run diverged: {found.get('reason')}")
-        else:
-            yield _point(_flat(record), source)
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """Flattens a record of `castlm train` to the names of the CSV, with the perplexity of the pruned model."""
-    flat = dict(record)
-    if isinstance(config := flat.get("config"), dict):
-        flat.setdefault("seed", config.get("seed", 0))
-    if isinstance(measured := flat.get("measured"), dict):
-        flat["harness"] = ", ".join(f"{key} {str(measured.get(key))[:12]}" for key in MEASURED_ALIKE)
-    if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
-        flat |= {"perplexity": final_perplexity(ppl), "dense": ppl.get("dense")}
-    return flat
+            continue
+        flat = dict(record)  # to the names of the CSV
+        if isinstance(config := flat.get("config"), dict):
+            flat.setdefault("seed", config.get("seed", 0))
+        if isinstance(measured := flat.get("measured"), dict):
+            flat["harness"] = ", ".join(f"{key} {str(measured.get(key))[:12]}" for key in MEASURED_ALIKE)
+        if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
+            flat |= {"perplexity": final_perplexity(ppl), "dense": ppl.get("dense")}
+        yield _point(flat, source)
 
 
 def _read_csv(path: Path) -> Iterator[Point]:

@@ -6,9 +6,8 @@ Each count follows the tensors that are alive at once in `castlm.oneshot`; a ben
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import KEPT_BYTES, PASS_TOKENS_CPU
-from castlm.planning.memory import GIB, as_config_error, read_config
+from castlm.planning.memory import MemoryPlan, as_config_error, read_config
 from castlm.structured.prune import BACKWARD_TOKENS
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
@@ -59,36 +58,6 @@ class _Model(NamedTuple):
     """Elements for each token that one block saves for a backward pass."""
     vocab: int
 
-    @property
-    def outside(self) -> int:
-        """Parameters outside the blocks."""
-        return self.total - self.num_layers * self.block
-
-    @property
-    def widest(self) -> int:
-        return max(max(read.columns, read.rows) for read in self.reads)
-
-
-@dataclass(frozen=True)
-class PruneMemoryPlan:
-    """Bytes of a `castlm prune` on a CPU."""
-
-    components: dict[str, int]
-    """Bytes by component; `process` is Python and its libraries, measured in this process."""
-    phases: dict[str, int]
-    disk: int
-    """Bytes of hidden states on disk."""
-
-    @property
-    def peak(self) -> int:
-        return max(self.phases.values())
-
-    def table(self) -> str:
-        """The numbers as text."""
-        rows = [*self.components.items(), *((f"phase: {name}", size) for name, size in self.phases.items())]
-        rows += [("peak", self.peak)] + ([("hidden states on disk", self.disk)] if self.disk else [])
-        return "\n".join(f"{name:<34}{size / GIB:>10.3f} GiB" for name, size in rows)
-
 
 def plan_prune_memory(
     config: PretrainedConfig | str | Path,
@@ -101,7 +70,7 @@ def plan_prune_memory(
     dtype: torch.dtype = torch.bfloat16,
     basis: BasisOptions | None = None,
     refinements: Refinements | None = None,
-) -> PruneMemoryPlan:
+) -> MemoryPlan:
     """The peak memory of `castlm prune` on a CPU.
 
     The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the inputs
@@ -122,91 +91,74 @@ def plan_prune_memory(
         InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
             there is no plan for.
     """
-    config, basis = read_config(config), basis or BasisOptions()
-    _check(method, pattern, basis)
-    refinements = (refinements or Refinements()).for_solver(method, pattern)
-    basis.check()
-    refinements.check()
-    model = _model(config, pattern)
-    tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len
-    states = 4 * num_sequences * seq_len * model.hidden
-    parts = {
-        "process": resident_memory(),
-        "weights": 4 * (model.block if memory == "block" else model.total),
-        **_of_a_block(model, tokens, method, pattern, basis, refinements),
-    }
-    if refinements.staged_statistics:
-        parts["kept outputs"] = _kept(model, num_sequences * seq_len)
-    if method == "taylor":
-        backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
-        parts["gradients"] = 4 * model.num_layers * sum(read.size for read in model.reads)
-        parts["kept for backward"] = 4 * backward * _kept_by_model(model)
-    # The inputs and outputs of a block, also of the dense model if that runs beside it.
-    on_disk = states * (4 if refinements.reconstruct_epochs else 2)
-    return PruneMemoryPlan(parts, _phases(parts, memory, model.outside * dtype.itemsize), on_disk)
-
-
-def _check(method: str, pattern: Pattern, basis: BasisOptions) -> None:
+    basis, refinements = basis or BasisOptions(), (refinements or Refinements()).for_solver(method, pattern)
     if method not in pattern.calibrated:
         known = ", ".join(pattern.calibrated)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
     if basis.rotate == "residual":
         raise InputError("the memory of rotate residual is not known: plan for rotate values")
-
-
-def _of_a_block(
-    model: _Model, tokens: int, method: str, pattern: Pattern, basis: BasisOptions, refinements: Refinements
-) -> dict[str, int]:
-    """Bytes held for one block beside its weights, by phase.
-
-    Args:
-        tokens: tokens of a forward pass.
-    """
-    structured = pattern.cut_out is not None
-    axes = 2 if structured else SOLVERS[method].axes
-    solver = _units(model.reads) if structured else max(_solve(r, axes, refinements, pattern) for r in model.reads)
-    of_reads = [read.columns**axes for read in model.reads]
+    basis.check()
+    refinements.check()
+    model = _model(read_config(config), pattern)
+    reads, layers = model.reads, sum(read.size for read in model.reads)
+    is_structured, turns_axes = pattern.cut_out is not None, not basis.is_off and pattern.cut_out is None
+    axes = 2 if is_structured else SOLVERS[method].axes  # of the statistics: a vector or a matrix of each input
+    of_reads = [read.columns**axes for read in reads]
+    widest = max(max(read.columns, read.rows) for read in reads)
+    tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len  # of a forward pass
+    if is_structured:
+        # The layers of a block as they were, their masks and what becomes of them; the damped Hessian and its factor.
+        solver = 3 * layers + 3 * max(read.columns for read in reads) ** 2
+    else:
+        solver = max(_solve(read, axes, refinements, pattern) for read in reads)
     parts = {
+        "process": resident_memory(),
+        "weights": 4 * (model.block if memory == "block" else model.total),
         "statistics": 4 * (max(of_reads) if refinements.staged_statistics else sum(of_reads)),
-        "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * model.widest // 2 + 4 * model.hidden),
+        "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * widest // 2 + 4 * model.hidden),
         "solver": 4 * solver,
-        "basis": 0 if basis.is_off or structured else 4 * max(_turn(read, basis) for read in model.reads),
+        "basis": 0,
     }
-    if parts["basis"]:  # is chosen by SparseGPT's statistics, whatever solves the layers after that
-        parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in model.reads)
+    held = block = parts["process"] + parts["weights"]
+    turned = block
+    if turns_axes and (basis.permute or basis.rotates_values):
+        # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products,
+        # beside the permuted weight. After that, new and old values of three matrices, which take less.
+        parts["basis"] = 4 * max(5 * read.columns**2 + 2 * read.size for read in reads)
+        # It is chosen by SparseGPT's statistics, whatever solves the layers after that.
+        parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in reads)
+        turned += parts["statistics of the basis"]
+    if refinements.staged_statistics:  # the outputs of finished layers are kept, see `BlockInputs.keep_outputs`
+        kept = 0
+        for read in reads[:-1]:  # after the last layers comes the next block
+            size = 4 * num_sequences * seq_len * read.rows
+            kept += size if kept + size <= KEPT_BYTES else 0
+        parts["kept outputs"] = kept
+        held += kept
+    seen = held + parts["statistics"]
+    phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
+    if memory == "block":  # beside the embeddings stands the file that they are read from, or a block
+        embeddings = (model.total - model.num_layers * model.block) * dtype.itemsize
+        phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
+    else:
+        phases["verify"] = block + parts["weights"]
+    if method == "taylor":
+        backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
+        parts["gradients"] = 4 * model.num_layers * layers
+        # For each token, what enters each block, what one block saves and as much of gradients, and four of logits.
+        of_token = model.num_layers * model.hidden + 2 * model.kept + 4 * model.vocab
+        parts["kept for backward"] = 4 * backward * of_token
+        phases["gradients"] = held + parts["gradients"] + parts["kept for backward"]
+    if parts["basis"]:
+        phases["basis"] = turned + parts["basis"]
     if refinements.reconstruct_epochs:
         # The masks, a byte each; gradients, two moments and the best weights beside what is saved for the backward
         # pass, or beside the new best weights that replace them.
         parts["reconstruction"] = model.block + 4 * (4 * model.block + max(tokens * model.kept, model.block))
-    return parts
-
-
-def _phases(parts: dict[str, int], memory: str, embeddings: int) -> dict[str, int]:
-    """Bytes at each moment that can be the peak; `embeddings` is all outside the blocks, as stored."""
-    block = parts["process"] + parts["weights"]
-    held = block + parts.get("kept outputs", 0)
-    seen, turned = held + parts["statistics"], block + parts.get("statistics of the basis", 0)
-    phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
-    if memory == "block":  # beside the embeddings stands the file that they are read from, or a block
-        phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
-    else:
-        phases["verify"] = block + parts["weights"]
-    if "gradients" in parts:
-        phases["gradients"] = held + parts["gradients"] + parts["kept for backward"]
-    if parts["basis"]:
-        phases["basis"] = turned + parts["basis"]
-    if "reconstruction" in parts:
         phases["reconstruction"] = block + parts["reconstruction"]
-    return phases
-
-
-def _kept(model: _Model, num_tokens: int) -> int:
-    """Bytes of the outputs of finished layers, see `BlockInputs.keep_outputs`."""
-    kept = 0
-    for read in model.reads[:-1]:  # after the last layers comes the next block
-        size = 4 * num_tokens * read.rows
-        kept += size if kept + size <= KEPT_BYTES else 0
-    return kept
+    # The inputs and outputs of a block, also of the dense model if that runs beside it.
+    on_disk = 4 * num_sequences * seq_len * model.hidden * (4 if refinements.reconstruct_epochs else 2)
+    return MemoryPlan(parts, phases, model.total, model.num_layers * layers, disk=on_disk)
 
 
 def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -> int:
@@ -226,64 +178,45 @@ def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -
     return max(solve, improve, refit)
 
 
-def _units(reads: list[_Read]) -> int:
-    """Elements that the choice of units and the least squares on the rest hold beside weights and statistics."""
-    # The layers of a block as they were, their masks and what becomes of them; the damped Hessian and its factor.
-    return 3 * sum(read.size for read in reads) + 3 * max(read.columns for read in reads) ** 2
-
-
-def _kept_by_model(model: _Model) -> int:
-    """Elements for each token of a backward pass that runs the blocks again."""
-    # What enters each block, what one block saves and as much of gradients, and four buffers of logits.
-    return model.num_layers * model.hidden + 2 * model.kept + 4 * model.vocab
-
-
-def _turn(read: _Read, basis: BasisOptions) -> int:
-    """Elements that a permutation of the input's neurons holds beside weights and statistics."""
-    # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products,
-    # beside the permuted weight. After that, new and old values of three matrices, which take less.
-    return (5 * read.columns**2 + 2 * read.size) if basis.permute or basis.rotates_values else 0
-
-
 def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
     num_layers = config.get_text_config().num_hidden_layers
-    whole, one = _fake_model(config, num_layers), _fake_model(config, 1)
-    reads, block = _reads_of_a_block(one, pattern)
-    vocab, hidden = map(int, cast("Tensor", whole.get_input_embeddings().weight).shape)
-    widest = max(max(p.shape) for name, p in one.named_parameters() if in_block(name))
-    kept = _BLOCKS_OF_WIDTHS * widest + 10 * hidden
-    return _Model(reads, hidden, num_layers, block, sum(p.numel() for p in whole.parameters()), kept, vocab)
 
+    def fake(num: int) -> PreTrainedModel:
+        shorter = copy.deepcopy(config)
+        shorter.get_text_config().num_hidden_layers = num
+        with FakeTensorMode(), as_config_error(shorter):
+            model: PreTrainedModel = auto_class(shorter).from_config(shorter, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            linearize_(model)
+        return model
 
-def _fake_model(config: PretrainedConfig, num_layers: int) -> PreTrainedModel:
-    config = copy.deepcopy(config)
-    config.get_text_config().num_hidden_layers = num_layers
-    with FakeTensorMode(), as_config_error(config):
-        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        linearize_(model)
-    return model
-
-
-def _reads_of_a_block(model: PreTrainedModel, pattern: Pattern) -> tuple[list[_Read], int]:
-    """The sparse layers that read each input in a one-block model, and the number of parameters of that block."""
-    layers, _ = sparse_linears(model, pattern)
+    whole, one = fake(num_layers), fake(1)
+    layers, _ = sparse_linears(one, pattern)
     if any(weight_parameter(layer).dim() == 3 for layer in layers.values()):
-        raise InputError(f"the memory of pruning experts is not known: measure {model.config.model_type} by running it")
-    _, (block,) = block_stack(model, layers)
-    seen: list[tuple[Tensor, list[nn.Linear]]] = []
+        raise InputError(f"the memory of pruning experts is not known: measure {config.model_type} by running it")
+    readers_of: list[tuple[Tensor, list[nn.Linear]]] = []
 
-    def before(layer: nn.Linear, x: Tensor) -> None:
-        for tensor, readers in seen:
-            if tensor is x:
+    def before(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        for x, readers in readers_of:
+            if x is args[0]:
                 readers.append(layer)
                 return
-        seen.append((x, [layer]))
+        readers_of.append((args[0], [layer]))
 
-    hooks = [layer.register_forward_pre_hook(lambda module, args: before(module, args[0])) for layer in layers.values()]
-    embeddings: Any = model.get_input_embeddings().weight
-    with embeddings.fake_mode, torch.no_grad(), as_config_error(model.config):
-        backbone(model)(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers.values()]
+    embeddings: Any = one.get_input_embeddings().weight
+    with embeddings.fake_mode, torch.no_grad(), as_config_error(config):
+        backbone(one)(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
     for hook in hooks:
         hook.remove()
-    reads = [_Read(readers[0].in_features, sum(reader.out_features for reader in readers)) for _, readers in seen]
-    return reads, sum(p.numel() for p in block.parameters())
+    _, (block,) = block_stack(one, layers)
+    vocab, hidden = map(int, embeddings.shape)
+    widest = max(max(p.shape) for name, p in one.named_parameters() if in_block(name))
+    return _Model(
+        [_Read(each[0].in_features, sum(layer.out_features for layer in each)) for _, each in readers_of],
+        hidden,
+        num_layers,
+        block=sum(p.numel() for p in block.parameters()),
+        total=sum(p.numel() for p in whole.parameters()),
+        kept=_BLOCKS_OF_WIDTHS * widest + 10 * hidden,
+        vocab=vocab,
+    )

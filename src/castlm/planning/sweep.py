@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from castlm.compare.config import CompareConfig, SharedOptions
-from castlm.compare.plan import Plan, Say
+from castlm.compare.plan import CompareConfig, Plan, Say, SharedOptions
 from castlm.compare.presets import RETRAINING
 from castlm.compare.runs import Result, Run, read_finished, refuse_running
 from castlm.core.errors import InputError
@@ -70,7 +69,10 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
         InputError: as `Plan`; a model that no run could open, budgets that carry no law, a method that does not train,
             or another sweep in the folder.
     """
-    method, asked = _method(config.config), _budgets(config)
+    shared = without_sections(read_yaml_mapping(config.config), config.config) if config.config else {}
+    method, asked = str(shared.get("method", "cast")), _budgets(config)
+    if method not in RETRAINING:
+        raise InputError(f"method {method} has no training budget to sweep: use one of {', '.join(RETRAINING)}")
     plan = Plan(
         CompareConfig(
             **{option.name: getattr(config, option.name) for option in fields(SharedOptions)},
@@ -91,10 +93,21 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
         say(f"{method}, {config.seeds} seeds, in {root}")
         results: list[Result] = []
         for of_budget in runs:
-            found = [_measure(run, plan, root, config.runs_from) for run in of_budget]
+            found = []
+            for run in of_budget:
+                finished = _finished_elsewhere(run, config.runs_from)
+                if finished is not None:
+                    progress(f"{run}: {finished.folder}")
+                found.append(finished or plan.measure(run, root))
             for result in found:
-                if problem := _problem(result):
-                    say(f"stopped: {result.run} {problem}")
+                if "error" in result.record:
+                    has_diverged = result.record.get("exit_code") == 1
+                    remedy = "" if has_diverged else "; the same command continues"
+                    say(f"stopped: {result.run} failed: {result.record['error']}{remedy}")
+                    return 1
+                if math.isinf(result.perplexity) or result.problem == "diverged":
+                    reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
+                    say(f"stopped: {result.run} diverged: {reason}; lower learning_rate")
                     return 1
             results += found
             mean = math.exp(statistics.fmean(math.log(result.perplexity) for result in found))
@@ -103,11 +116,7 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
 
 
 def _claim(root: Path, names: list[str], command: str) -> None:
-    """Claims the output folder for a sweep, which the names of its runs identify.
-
-    Raises:
-        InputError: the folder holds another sweep.
-    """
+    """Claims the output folder for a sweep, which the names of its runs identify."""
     file = root / "sweep.json"
     held: dict[str, Any] = read_json_object(file) if file.is_file() else {}
     if held.get("runs", names) != names:
@@ -120,24 +129,12 @@ def _claim(root: Path, names: list[str], command: str) -> None:
         atomic_write_json(file, {"command": command, "runs": names})
 
 
-def _measure(run: Run, plan: Plan, root: Path, runs_from: Sequence[str]) -> Result:
-    """The result of a run, finished in a folder of `runs_from` or run in this sweep."""
-    for other in map(Path, runs_from):
+def _finished_elsewhere(run: Run, folders: Sequence[str]) -> Result | None:
+    """The result of a run that is finished in one of the `folders` of comparisons or sweeps."""
+    for other in map(Path, folders):
         for folder in other.glob(f"runs/*-{run.key}"):
             if (record := read_finished(folder, run.config)) is not None:
-                plan.say(f"{run}: {folder}")
                 return Result(run, record, folder)
-    return plan.measure(run, root)
-
-
-def _problem(result: Result) -> str | None:
-    """The reason why the sweep cannot use a run, with its remedy."""
-    if "error" in result.record:
-        remedy = "" if result.record.get("exit_code") == 1 else "; the same command continues"  # 1: diverged
-        return f"failed: {result.record['error']}{remedy}"
-    if math.isinf(result.perplexity) or result.problem == "diverged":
-        reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
-        return f"diverged: {reason}; lower learning_rate"
     return None
 
 
@@ -170,19 +167,8 @@ def _budgets(config: SweepConfig) -> list[int]:
     return sorted(int(convert("tokens", number, float)) for number in config.tokens.split(","))
 
 
-def _method(config: str | None) -> str:
-    method = str((without_sections(read_yaml_mapping(config), config) if config else {}).get("method", "cast"))
-    if method not in RETRAINING:
-        raise InputError(f"method {method} has no training budget to sweep: use one of {', '.join(RETRAINING)}")
-    return method
-
-
 def geometric_budgets(largest: float, smallest: float | None, num: int) -> list[int]:
-    """`num` >= 2 budgets, each by the same factor above the one before; `smallest` None is a 64th of `largest`.
-
-    Raises:
-        InputError: bounds that are not positive numbers in order.
-    """
+    """`num` >= 2 budgets, each by the same factor above the one before; `smallest` None is a 64th of `largest`."""
     smallest = largest * SMALLEST_SHARE if smallest is None else smallest
     if not 0 < smallest < largest < math.inf:
         raise InputError(f"budgets from {smallest:g} to {largest:g} tokens: the largest must be above the smallest")

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 NEEDS_MATPLOTLIB = "Charts need matplotlib: pip install '.[report]' in the clone of castlm."
 
@@ -232,19 +231,17 @@ def heat_map(
     x_label: str,
     y_label: str,
     form: str = ".2g",
-    in_cells: bool = False,
     from_zero: bool = True,
     power: float = 1.0,
     cell_height: int = 26,
     width: int = HALF,
 ) -> str:
-    """A table of cells whose colour grows with the value, as an SVG file.
+    """A table of cells whose colour grows with the value, as an SVG file. Wide enough cells show their value.
 
     Args:
         values: (rows, columns); None leaves a cell empty.
         row_labels, column_labels: empty strings leave a tick without a label.
         form: format specification of the values.
-        in_cells: write the values into cells that are wide enough.
         from_zero: whether the colour scale begins at 0 instead of the smallest value.
         power: exponent of the colour scale; 0.5 makes small values more visible.
     """
@@ -264,7 +261,7 @@ def heat_map(
                 face = (LIGHT_SERIES[0], 0.06 + 0.94 * share)
                 axes.add_patch(Rectangle((column - 0.48, number - 0.46), 0.96, 0.92, facecolor=face, linewidth=0))
                 text = format(value, form)
-                if in_cells and cell > 7.5 * len(text):
+                if cell > 7.5 * len(text):
                     ink = LIGHT["paper" if share > 0.5 else "ink"]
                     axes.text(column, number, text, ha="center", va="center", color=ink, fontsize=8)
         every = max(1, math.ceil(8 * max(map(len, column_labels), default=1) / max(cell, 0.1)))
@@ -300,17 +297,11 @@ def _svg(draw: Any, width: float, height: float) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), io.StringIO() as file:
         figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
         draw(figure.add_subplot())
-        return save_svg(figure)
-
-
-def save_svg(figure: Figure) -> str:
-    """The SVG file of a figure, without a date."""
-    with io.StringIO() as file:
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", metadata=nothing, facecolor=LIGHT["card"])
+        without_date = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=without_date, facecolor=LIGHT["card"])
         return file.getvalue()
 
 

@@ -17,7 +17,7 @@ from castlm.files.output import record_file
 from castlm.files.reading import read_json_object
 from castlm.inference.generate import generate_text
 from castlm.models.io import load_model
-from castlm.report.run_charts import RunData
+from castlm.report.run_page import RunData
 from castlm.training.options import weighted_texts
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
@@ -29,16 +29,7 @@ def read_sample(run: RunData) -> dict[str, Any] | None:
     """The sample of an earlier report of this result; None if there is none."""
     file = run.folder / "sample.json"
     found = read_json_object(file) if file.exists() else {}
-    return found if found and found.get("run_id") == _run_id(run) else None
-
-
-def _run_id(run: RunData) -> Any:
-    return (run.record or {}).get("run_id")
-
-
-def is_large(run: RunData) -> bool:
-    """Whether the model is too large to be sampled without a request."""
-    return int((run.record or {}).get("num_params", 0)) > LARGEST_PARAMS
+    return found if found and found.get("run_id") == (run.record or {}).get("run_id") else None
 
 
 def write_sample(run: RunData) -> dict[str, Any]:
@@ -71,7 +62,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
         found = generate_text(loaded.model, loaded.tokenizer, ids[None], max_new_tokens=NEW_TOKENS)
         models.append({"name": title, "completion": found.text})
     sample = {
-        "run_id": _run_id(run),
+        "run_id": (run.record or {}).get("run_id"),
         "text": Path(text).name,
         "prompt": prompt,
         "prompt_tokens": PROMPT_TOKENS,

@@ -13,8 +13,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import torch
@@ -102,27 +101,6 @@ def make_app(engine: Engine, name: str) -> Starlette:
     )
 
 
-@dataclass(frozen=True)
-class _Wording:
-    """The names of the parts of the two kinds of completion."""
-
-    id: str
-    whole: str
-    piece: str
-    wrap: Callable[[str], dict[str, Any]]
-    wrap_piece: Callable[[str], dict[str, Any]]
-
-
-_TEXT = _Wording("cmpl", "text_completion", "text_completion", lambda text: {"text": text}, lambda text: {"text": text})
-_CHAT = _Wording(
-    "chatcmpl",
-    "chat.completion",
-    "chat.completion.chunk",
-    lambda text: {"message": {"role": "assistant", "content": text}},
-    lambda text: {"delta": {"content": text} if text else {}},
-)
-
-
 class _Api:
     """The handlers, named after the routes."""
 
@@ -146,7 +124,7 @@ class _Api:
         body = await self._body(request)
         _check_fields(body, {"prompt"})
         ids = await run_in_threadpool(self._prompt_ids, body.get("prompt"))
-        return await self._answer(request, body, ids, _TEXT)
+        return await self._answer(request, body, ids, is_chat=False)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await self._body(request)
@@ -154,7 +132,7 @@ class _Api:
         if not self.tokenizer.chat_template:
             raise RefusedError(400, "the model has no chat template: use /v1/completions")
         ids = await run_in_threadpool(self._chat_ids, body.get("messages"))
-        return await self._answer(request, body, ids, _CHAT)
+        return await self._answer(request, body, ids, is_chat=True)
 
     def _described(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "castlm"}
@@ -215,7 +193,7 @@ class _Api:
         _check_text(text, field)
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    async def _answer(self, request: Request, body: Mapping[str, Any], ids: list[int], wording: _Wording) -> Response:
+    async def _answer(self, request: Request, body: Mapping[str, Any], ids: list[int], *, is_chat: bool) -> Response:
         stream = body.get("stream")
         if not isinstance(stream, bool | None):
             raise RefusedError(400, "stream must be true or false", "stream")
@@ -232,15 +210,11 @@ class _Api:
             self.engine.submit(answer)
         except BusyError as error:
             raise RefusedError(429, str(error)) from None
-        reply = _Reply(answer, pieces, wording, self.name)
+        reply = _Reply(answer, pieces, is_chat, self.name)
         if stream:
             options = body.get("stream_options")
             usage = isinstance(options, dict) and options.get("include_usage") is True
             return _Events(self.engine, answer, reply.events(usage))
-        return await self._whole(request, reply)
-
-    async def _whole(self, request: Request, reply: _Reply) -> Response:
-        """The response once the answer has ended, unless the client goes away before."""
         text = asyncio.ensure_future(reply.text())
         gone = asyncio.ensure_future(_gone(request))
         try:
@@ -249,7 +223,7 @@ class _Api:
                 raise RefusedError(400, "the client went away")
             return JSONResponse(reply.whole(text.result()))
         finally:
-            self.engine.cancel(reply.answer)
+            self.engine.cancel(answer)
             text.cancel()
             gone.cancel()
 
@@ -263,15 +237,21 @@ async def _gone(request: Request) -> None:
 class _Reply:
     """An answer in the words of the API."""
 
-    def __init__(self, answer: Answer, pieces: asyncio.Queue[str], wording: _Wording, model: str):
-        self.answer, self.pieces, self.wording, self.model = answer, pieces, wording, model
-        self.head = {"id": f"{wording.id}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    def __init__(self, answer: Answer, pieces: asyncio.Queue[str], is_chat: bool, model: str):
+        self.answer, self.pieces, self.is_chat = answer, pieces, is_chat
+        name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.head = {"id": name, "created": int(time.time()), "model": model}
 
     async def _texts(self) -> AsyncIterator[str]:
         while text := await self.pieces.get():
             yield text
         if self.answer.reason == "error":
-            raise _failure(self.answer.error)
+            error = self.answer.error
+            if error is not None and is_out_of_memory(error):
+                raise RefusedError(503, "there is not enough memory for this request: try a shorter one")
+            if isinstance(error, InputError):
+                raise RefusedError(400, str(error))
+            raise RefusedError(500, f"the model failed ({type(error).__name__}): the server's log says more")
         if self.answer.reason == "cancelled":
             raise RefusedError(503, "the server ends")
 
@@ -279,30 +259,32 @@ class _Reply:
         return "".join([text async for text in self._texts()])
 
     def whole(self, text: str) -> dict[str, Any]:
-        choice = {"index": 0, **self.wording.wrap(text), "finish_reason": self.answer.reason, "logprobs": None}
-        return {**self.head, "object": self.wording.whole, "choices": [choice], "usage": self._usage()}
+        part = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        choice = {"index": 0, **part, "finish_reason": self.answer.reason, "logprobs": None}
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return {**self.head, "object": kind, "choices": [choice], "usage": self._usage()}
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events; the last one is [DONE]."""
-        if self.wording is _CHAT:
-            yield self._event({"delta": {"role": "assistant", "content": ""}}, None)
+        head = {**self.head, "object": "chat.completion.chunk" if self.is_chat else "text_completion"}
+
+        def event(text: str, reason: str | None = None, **delta: str) -> str:
+            part = {"delta": {**delta, **({"content": text} if text else {})}} if self.is_chat else {"text": text}
+            choice = {"index": 0, **part, "finish_reason": reason, "logprobs": None}
+            return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+
+        if self.is_chat:
+            yield event("", role="assistant", content="")
         try:
             async for text in self._texts():
-                yield self._event(self.wording.wrap_piece(text), None)
+                yield event(text)
         except RefusedError as error:  # the status has been sent
             yield f"data: {bytes(error.response().body).decode()}\n\n"
             return
-        yield self._event(self.wording.wrap_piece(""), self.answer.reason)
+        yield event("", self.answer.reason)
         if include_usage:
-            yield f"data: {json.dumps({**self._piece(), 'choices': [], 'usage': self._usage()})}\n\n"
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': self._usage()})}\n\n"
         yield "data: [DONE]\n\n"
-
-    def _piece(self) -> dict[str, Any]:
-        return {**self.head, "object": self.wording.piece}
-
-    def _event(self, part: Mapping[str, Any], reason: str | None) -> str:
-        choice = {"index": 0, **part, "finish_reason": reason, "logprobs": None}
-        return f"data: {json.dumps({**self._piece(), 'choices': [choice]})}\n\n"
 
     def _usage(self) -> dict[str, int]:
         prompt, new = self.answer.num_prompt, len(self.answer.tokens)
@@ -325,14 +307,6 @@ class _Events(StreamingResponse):
             self.engine.cancel(self.answer)
             sending.cancel()
             gone.cancel()
-
-
-def _failure(error: Exception | None) -> RefusedError:
-    if error is not None and is_out_of_memory(error):
-        return RefusedError(503, "there is not enough memory for this request: try a shorter one")
-    if isinstance(error, InputError):
-        return RefusedError(400, str(error))
-    return RefusedError(500, f"the model failed ({type(error).__name__}): the server's log says more")
 
 
 def _check_fields(body: Mapping[str, Any], more: set[str]) -> None:

@@ -105,7 +105,11 @@ class Answer:
         found = [at for at in map(self._held.find, self.stop) if at >= 0]
         if found:
             self._held, reason = self._held[: min(found)], "stop"
-        kept = 0 if reason else max((_overlap(self._held, stop) for stop in self.stop), default=0)
+        kept = 0  # characters at the end that may be the beginning of a stop text
+        for stop in self.stop if reason is None else ():
+            most = min(len(self._held), len(stop) - 1)
+            overlap = next((n for n in range(most, 0, -1) if self._held.endswith(stop[:n])), 0)
+            kept = max(kept, overlap)
         ready, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         if ready:
             self.heard(ready)
@@ -116,11 +120,6 @@ class Answer:
         if self.reason is None:
             self.reason, self.error = reason, error
             self.heard("")
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class _Sequence:
@@ -267,20 +266,17 @@ class Engine:
                     self._changed.wait()
                 if self._is_closed:
                     break
-                admitted = self._next_admitted()
+                # The first request is admitted if it fits: all caches together hold two contexts.
+                room = 2 * self.context - sum(sequence.answer.num_cached for sequence in self._sequences)
+                has_place = bool(self._waiting) and len(self._sequences) < MOST_TOGETHER
+                fits = has_place and self._waiting[0].num_cached <= room
+                admitted = self._waiting.popleft() if fits else None
             with torch.inference_mode():
                 if admitted is not None:
                     self._guarded(admitted, self._admit)
                 self._advance()
         for answer in [*self._waiting, *(sequence.answer for sequence in self._sequences)]:
             answer.finish("cancelled")
-
-    def _next_admitted(self) -> Answer | None:
-        """Takes the first request from the queue if its tokens fit: all caches together hold two contexts."""
-        held = sum(sequence.answer.num_cached for sequence in self._sequences)
-        if not self._waiting or len(self._sequences) >= MOST_TOGETHER:
-            return None
-        return self._waiting.popleft() if held + self._waiting[0].num_cached <= 2 * self.context else None
 
     def _admit(self, answer: Answer) -> None:
         answer.ids = answer.ids.to(self.model.device)

@@ -54,6 +54,12 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
     return {step: found[step] for step in sorted(found) if (found[step] / MANIFEST).is_file()}
 
 
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`; None if there is none."""
+    whole = checkpoint_steps(folder)
+    return whole[max(whole)] if whole else None
+
+
 def _half_removed(folder: Path) -> list[Path]:
     """The remains of checkpoints that a run was removing when it was killed."""
     whole = checkpoint_steps(folder).values()
@@ -93,17 +99,16 @@ class Saver:
             tensors: by name, alike on all ranks; each rank writes its rows of DTensors. They may change as soon as this
                 returns.
             manifest: JSON-able; the facts that `check_same_run` and the loop need to continue.
-
-        Raises:
-            InputError: as `finish`.
         """
         self.finish()
         self.world.check_all(self.world.on_main(lambda: self._start(step)))
         content = json.dumps({**manifest, "format": FORMAT, "step": step})  # now, because its values change later
+        # Sharded tensors are written by the first of the replicas, plain ones by the main rank.
+        is_first_replica = self.world.rank == self.world.shard_index
         rows = {
             name: _rows(tensor).to("cpu", copy=self.background).contiguous()
             for name, tensor in tensors.items()
-            if _writes(tensor, self.world)
+            if is_first_replica and (self.world.is_main or isinstance(tensor, DTensor))
         }
         file = self._temporary(step) / f"shard-{self.world.shard_index:05d}.safetensors"
         self._pending = step, content, self._thread.submit(_write, rows, file)
@@ -118,8 +123,7 @@ class Saver:
     def finish(self) -> None:
         """Waits for the checkpoint that is being written, and publishes it under its name.
 
-        Raises:
-            InputError: the disk is full or the folder cannot be written; older checkpoints are untouched.
+        Raises `InputError` if the disk is full or the folder cannot be written; older checkpoints are untouched.
         """
         if self._pending is None:
             return
@@ -184,8 +188,8 @@ class Saver:
         return None
 
     def _explain(self, step: int, error: BaseException) -> str:
-        whole = checkpoint_steps(self.folder)
-        last = f"the last whole checkpoint is {whole[max(whole)]}" if whole else "there is no earlier checkpoint"
+        found = newest(self.folder)
+        last = f"the last whole checkpoint is {found}" if found else "there is no earlier checkpoint"
         why = "the disk is full" if is_disk_full(error) else str(error)
         return f"step {step} could not be saved in {self.folder}: {why}; {last}"
 
@@ -206,12 +210,6 @@ def remove_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def _writes(tensor: Tensor, world: World) -> bool:
-    """Whether this rank writes its part of `tensor`: once over all replicas, and the first rank for a plain tensor."""
-    is_first_replica = world.rank == world.shard_index
-    return is_first_replica and (world.is_main or isinstance(tensor, DTensor))
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """This rank's rows of `tensor`, sharing its memory; a number is one row."""
     mine = local(tensor.detach())
@@ -229,13 +227,9 @@ def _write(rows: Mapping[str, Tensor], file: Path) -> dict[str, tuple[int, int]]
 
 
 def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], world: World) -> dict[str, Any]:
-    """Reads a checkpoint into `tensors`, in place, and returns its manifest. Any number of ranks may have written it.
+    """Reads a checkpoint, of any number of ranks, into `tensors`, in place; returns its manifest.
 
-    Returns:
-        The manifest; figures that were not finite are inf.
-
-    Raises:
-        InputError: a file is missing or corrupt, or this run would not have written it.
+    Raises `InputError` if a file is missing or corrupt, or this run would not have written it.
     """
     manifest = read_manifest(path)
     files = sorted(manifest["files"].items())
@@ -276,11 +270,7 @@ def _read_rows(files: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        InputError: it is corrupt, its checksum does not match, or it has another format.
-    """
+    """The manifest of a checkpoint. Raises `InputError` if it is corrupt or has another format."""
     remedy = f"remove {path} to resume from an older one"
     manifest = read_json_mapping(path / MANIFEST, remedy)
     if manifest.get("format") != FORMAT:

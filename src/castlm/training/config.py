@@ -28,7 +28,7 @@ from castlm.fields import (
     parsed,
     positional,
 )
-from castlm.files.yaml_file import read_yaml_mapping, to_yaml
+from castlm.files.yaml_file import to_yaml
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements, part_of, with_effort
@@ -43,9 +43,6 @@ from castlm.training.options import (
     StartOptions,
     TeacherOptions,
 )
-
-Layer = tuple[str, Mapping[str, Any]]
-"""The source of values, as a file or the command line, and the values by name."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "castlm": {},
@@ -128,8 +125,8 @@ class TrainConfig:
         return cls.from_layers([(source, mapping)])
 
     @classmethod
-    def from_layers(cls, layers: Iterable[Layer]) -> Self:
-        """`from_mapping` for several mappings with their sources; later ones override earlier ones."""
+    def from_layers(cls, layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Self:
+        """`from_mapping` for several sources, each with its mapping; later ones override earlier ones."""
         values: dict[str, Any] = {}
         recipe, source = "castlm", ""
         for source, mapping in layers:
@@ -240,19 +237,17 @@ class TrainConfig:
         readers = [method for method, row in METHODS.items() if option in row.options]
         if readers and self.method.method not in readers:
             return f"method {' or '.join(readers)}"
-        is_met, words = self._condition_of_text(option) or self.conditions().get(option, (True, ""))
-        return None if is_met else words
-
-    def _condition_of_text(self, option: str) -> tuple[bool, str] | None:
-        """The condition of an option that depends on the place of a text, which it looks up; None for other options."""
         datasets, held_out = self.data.datasets, self.evaluation.eval_datasets
-        if option == "dataset_split":
-            return any(map(_is_on_hub, datasets)), "a dataset of the hub"
-        if option == "eval_split":
-            return any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"
-        if option == "eval_fraction":  # a stream, of unknown length, gives a number of documents
-            return not held_out and not all(map(_is_on_hub, datasets)), "local text, and no eval_dataset"
-        return None
+        if option == "dataset_split":  # these three depend on the place of a text, which is looked up for them alone
+            is_met, words = any(map(_is_on_hub, datasets)), "a dataset of the hub"
+        elif option == "eval_split":
+            is_met, words = any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"
+        elif option == "eval_fraction":  # a stream, of unknown length, gives a number of documents
+            is_met = not held_out and not all(map(_is_on_hub, datasets))
+            words = "local text, and no eval_dataset"
+        else:
+            is_met, words = self.conditions().get(option, (True, ""))
+        return None if is_met else words
 
     def conditions(self) -> dict[str, tuple[bool, str]]:
         """The options whose effect depends on others: whether this run meets the condition, and the condition in words.
@@ -345,11 +340,6 @@ RETIRED = {
     "fused_optimizer": "auto",
 }
 """Options that castlm no longer has, which files of older runs name, each with the value of which nothing is missed."""
-
-
-def read_layers(paths: Iterable[str]) -> list[Layer]:
-    """The YAML files of `--config`, for `TrainConfig.from_layers`."""
-    return [(path, read_yaml_mapping(path)) for path in paths]
 
 
 def _plain(value: Any) -> Any:

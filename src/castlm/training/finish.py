@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +55,22 @@ def finish(run: Run) -> dict[str, Any]:
     if masks:
         prune_(run.model, pattern, masks=masks, filter_fn=run.method.filter_fn)
     del masks
-    free_training_state_(run)
+    # Verifying the result takes up to two more copies of the model: the teacher and the moments are freed before.
+    objective = run.objective
+    if objective.teacher is not None and is_sharded(objective):
+        free_blocks_(objective.teacher)
+    objective.teacher = None
+    run.optimizer.state.clear()
+    uncompile_blocks_(objective)
     is_cut = bool(run.method.layers) and pattern.cut_out is not None  # the cut needs the whole model
-    with failing_as_diverged(run):
-        if run.source.stored is not None and not is_remote_code(run.model) and not is_cut:
+    is_remote_code = type(run.model).__module__.startswith("transformers_modules")  # only `save_pretrained` copies it
+    try:
+        if run.source.stored is not None and not is_remote_code and not is_cut:
             record = export_sharded(sharded_result(run), finished_record(run, histogram))
             say_result(run, record)
             return record
-        model = gathered(run) if is_sharded(run.objective) else run.model
+        model = gathered(run) if is_sharded(objective) else run.model
         return run.world.on_main(lambda: write_result(run, model, histogram), patient=True)
-
-
-@contextlib.contextmanager
-def failing_as_diverged(run: Run) -> Iterator[None]:
-    """Turns an export that fails into `DivergedError` if the last perplexity of the pruned model is not finite."""
-    try:
-        yield
     except InputError as error:
         if math.isfinite(run.progress.figures[str(run.total_steps)].get("prune_now_ppl", 0.0)):
             raise
@@ -81,16 +80,6 @@ def failing_as_diverged(run: Run) -> Iterator[None]:
 def _save_dtype(run: Run) -> torch.dtype:
     """The dtype of the result's files."""
     return save_dtype(run.config.checkpoint.save_dtype, run.source.loaded.dtype)
-
-
-def free_training_state_(run: Run) -> None:
-    """Frees the teacher and the moments: verifying the result takes up to two more copies of the model."""
-    objective = run.objective
-    if objective.teacher is not None and is_sharded(objective):
-        free_blocks_(objective.teacher)
-    objective.teacher = None
-    run.optimizer.state.clear()
-    uncompile_blocks_(objective)
 
 
 def sharded_result(run: Run) -> ShardedResult:
@@ -115,11 +104,6 @@ def sharded_result(run: Run) -> ShardedResult:
     )
 
 
-def is_remote_code(model: PreTrainedModel) -> bool:
-    """Whether the model comes with its own Python code, which only `save_pretrained` can copy."""
-    return type(model).__module__.startswith("transformers_modules")
-
-
 def gathered(run: Run) -> PreTrainedModel | None:
     """The whole model in the memory of the main rank; None on the other ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -141,41 +125,39 @@ def write_result(run: Run, model: PreTrainedModel | None, histogram: dict[str, A
     assert model is not None
     fold_weight_scaling(model)
     model.cpu()
-    folder = run.folder.model
-    seq_len, tokenizer = run.config.data.seq_len, run.source.tokenizer
+    folder, tokenizer = run.folder.model, run.source.tokenizer
+    record = finished_record(run, histogram)
 
     def measure(m: PreTrainedModel) -> float:
         m.to(run.world.device)
-        measured = perplexity(m, run.text.held_out, seq_len=seq_len).perplexity
+        measured = perplexity(m, run.text.held_out, seq_len=run.config.data.seq_len).perplexity
         m.cpu()
         return measured
 
-    record = finished_record(run, histogram)
-    if not bool(run.method.layers):  # the dense control has no pattern to verify
+    if run.method.layers:
+        record = export_model(
+            model,
+            tokenizer,
+            folder,
+            pattern=run.config.model.pattern,
+            left_dense=run.method.left_dense,
+            record=record,
+            overwrite=True,
+            dtype=_save_dtype(run),
+            eval_fn=measure,
+        )
+    else:  # the dense control has no pattern to verify
         with atomic_dir(folder, overwrite=True) as temporary, parameters_in(model, _save_dtype(run)):
             save_model(model, tokenizer, temporary)
             atomic_write_json(temporary / "castlm.json", record)
-        say_result(run, record)
-        return record
-    result = export_model(
-        model,
-        tokenizer,
-        folder,
-        pattern=run.config.model.pattern,
-        left_dense=run.method.left_dense,
-        record=record,
-        overwrite=True,
-        dtype=_save_dtype(run),
-        eval_fn=measure,
-    )
-    say_result(run, result)
-    return result
+    say_result(run, record)
+    return record
 
 
 def finished_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
     """The record of the run with its verdict and the histogram of the masked weights before the prune."""
     record = run_record(run) | {"masked_histogram": histogram}
-    if not bool(run.method.layers):
+    if not run.method.layers:
         trained = run.progress.figures[str(run.total_steps)]["perplexity"]
         record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
         record |= {"versions": model_versions()}  # an export adds its own
@@ -199,7 +181,7 @@ def perplexities_when_sparse(
 
 def say_result(run: Run, record: dict[str, Any]) -> None:
     """Prints the folder of the result and, in the last line, whether training improved on the start."""
-    if bool(run.method.layers):
+    if run.method.layers:
         run.telemetry.say(f"{run.folder.model}: {run.config.model.pattern} verified in {len(run.method.layers)} layers")
     else:
         run.telemetry.say(f"{run.folder.model}: the dense control")

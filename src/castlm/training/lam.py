@@ -17,8 +17,8 @@ from castlm.core.sparsify import weight_parameter
 from castlm.distributed.mask_check import masked_samples
 from castlm.hardware import peak_memory
 from castlm.methods.options import schedule
+from castlm.training.record import start_seconds
 from castlm.training.run import Run
-from castlm.training.start import start_seconds
 
 STEPS = 20
 PLACEHOLDER_LAM = 4e-7  # for the measured steps, in which lam has hardly an effect: the ramp is near 0
@@ -53,44 +53,33 @@ class Calibration:
 
 def measure(run: Run, steps: int) -> Calibration:
     """Takes the first `steps` steps of a run that has begun, and measures them."""
+    options, method, world = run.config.method, run.method, run.world
+    lrs, alphas = schedule(run.config.optimizer, options)
+    masks, budgets = method.masks(), {}
+    for name, layer in method.layers.items():
+        weight = weight_parameter(layer)
+        sample = masked_samples({local(weight.data): local(masks[weight])}, world)
+        budgets[name] = decay_budget(sample, lrs, alphas, options.decay)
     seconds, tokens = [], 0
-    budgets = _budgets(run)
     with run.telemetry:
         for _ in range(min(steps, run.config.optimizer.max_steps)):
             before, before_tokens = run.progress.seconds, run.progress.tokens
             run.train_step()
             seconds.append(run.progress.seconds - before)
             tokens = run.progress.tokens - before_tokens
-    rms = _momentum_rms(run)
-    layers = {name: LayerCalibration(rms[name], budgets[name]) for name in budgets}
+    momenta = [run.optimizer.momentum(weight_parameter(layer)) for layer in method.layers.values()]
+    sums = [[float(momentum.square().sum()), momentum.numel()] for momentum in momenta]
+    squares, counts = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device)).unbind(1)
+    # mu_t / (1 - b1^t): Adam's moment starts at zero, and is too small in the first steps
+    correction = 1 - run.config.optimizer.adam_betas[0] ** run.progress.step
+    rms = dict(zip(method.layers, ((squares / counts).sqrt() / correction).tolist()))
     per_step = statistics.median(seconds[1:] or seconds)  # the first compiles
     return Calibration(
-        layers,
+        {name: LayerCalibration(rms[name], budgets[name]) for name in budgets},
         lam=statistics.median(rms.values()),
         tokens_per_s=tokens / per_step,
         tokens_per_step=tokens,
-        peak_bytes=peak_memory(run.world.device.type),
+        peak_bytes=peak_memory(world.device.type),
         steps=len(seconds),
-        start_seconds=start_seconds(run.start),
+        start_seconds=start_seconds(run.start) or 0.0,
     )
-
-
-def _budgets(run: Run) -> dict[str, DecayBudget]:
-    options = run.config.method
-    lrs, alphas = schedule(run.config.optimizer, options)
-    masks = run.method.masks()
-    weights = {name: weight_parameter(layer) for name, layer in run.method.layers.items()}
-    samples = {
-        name: masked_samples({local(weight.data): local(masks[weight])}, run.world) for name, weight in weights.items()
-    }
-    return {name: decay_budget(sample, lrs, alphas, options.decay) for name, sample in samples.items()}
-
-
-def _momentum_rms(run: Run) -> dict[str, float]:
-    """The rms of each layer's bias-corrected momentum, over the rows of all ranks."""
-    # mu_t / (1 - b1^t): Adam's moment starts at zero, and is too small in the first steps
-    correction = 1 - run.config.optimizer.adam_betas[0] ** run.progress.step
-    momenta = [run.optimizer.momentum(weight_parameter(layer)) for layer in run.method.layers.values()]
-    sums = [[float(momentum.square().sum()), momentum.numel()] for momentum in momenta]
-    squares, counts = run.world.sum(torch.tensor(sums, dtype=torch.float64, device=run.world.device)).unbind(1)
-    return dict(zip(run.method.layers, ((squares / counts).sqrt() / correction).tolist()))

@@ -6,7 +6,6 @@ head.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from castlm.core.blocks import is_tower
-from castlm.core.distill import DistillationLoss, OutputHead, TopTokens, distillation_loss, top_tokens
+from castlm.core.distill import OutputHead, TopTokens, distillation_loss, top_tokens
 from castlm.core.errors import InputError
 from castlm.core.hidden import hidden_distance
 from castlm.core.sparsify import transformer_blocks
@@ -111,7 +110,8 @@ class Objective(nn.Module):
         ours = self._output(self.student, inputs, compares_hidden)
         head = output_head(self.student)
         if ce_only or self.eta == 0:
-            return _without_hidden(distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens))
+            loss = distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens)
+            return TrainingLoss(*loss, torch.zeros_like(loss.ce))
         if self.top_k:
             found, theirs = self._top_tokens(inputs, position_ids, compares_hidden)
             loss = distillation_loss(ours.states, head, labels, teacher_top=found, **settings)
@@ -119,7 +119,7 @@ class Objective(nn.Module):
             theirs = self._teacher_output(inputs, compares_hidden)
             loss = distillation_loss(ours.states, head, labels, theirs.states, self._teacher_head(), **settings)
         if not compares_hidden:
-            return _without_hidden(loss)
+            return TrainingLoss(*loss, torch.zeros_like(loss.ce))
         assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
         basis = self.stream_basis
         targets = [states if basis is None else states @ basis.to(states.dtype) for states in theirs.stream]
@@ -229,10 +229,6 @@ class Objective(nn.Module):
         check_head(self.student)
 
 
-def _without_hidden(loss: DistillationLoss) -> TrainingLoss:
-    return TrainingLoss(*loss, torch.zeros_like(loss.ce))
-
-
 def shard_objective_(
     objective: Objective,
     stored: Checkpoint | None,
@@ -276,11 +272,6 @@ def checkpoint_activations_(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def make_teacher(student: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen copy of the dense model, with its weights in `dtype`."""
-    return as_teacher_(copy.deepcopy(student), dtype)
-
-
 def as_teacher_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Freezes `model` and casts its weights to `dtype`; returns it.
 

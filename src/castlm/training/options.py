@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
@@ -45,6 +45,11 @@ class ModelOptions(Bounded):
     left_dense: tuple[str, ...] = field(default=(), kw_only=True)
     """More layers to leave dense: every layer whose name contains one of these texts. In models with few key heads,
     v_proj gains the most for its bytes (docs/results/left-dense.md)."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The keyword arguments with which the model's config, tokenizer and weights are loaded."""
+        return {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
 
     def out_of_range(self) -> Iterator[Bound]:
         yield "left_dense", all(part.strip() for part in self.left_dense), "parts of names"

@@ -15,7 +15,7 @@ HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 """Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""
 
 
-_NUMBERS = {"step", "tokens", "loss", "perplexity", "prune_now_ppl", "dense_ppl", "alpha"}
+_FIGURES = ("tokens", "loss", "perplexity", "prune_now_ppl", "dense_ppl", "alpha")
 """The figures that readers compute with."""
 
 
@@ -35,33 +35,31 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            is_right = isinstance(row, dict) and all(
-                _is_number(row.get(name)) or (row.get(name) is None and name != "step")  # null: it was not finite
-                for name in {"step"} | _NUMBERS & row.keys()
-            )
         except (ValueError, RecursionError):
-            is_right = False
             if number == len(lines):
                 break
-        if not is_right:
+            row = None
+        figures = [None]
+        if isinstance(row, dict):
+            figures = [row.get("step"), *(row[name] for name in _FIGURES if row.get(name) is not None)]
+        if not all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in figures):
             raise InputError(f"{path}, line {number} is not a row that castlm writes: {line[:60]!r}")
         rows.append({name: math.inf if value is None else value for name, value in row.items()})
     return rows
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < 2**63)
-
-
 def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
-    """(step, value) of the rows that have `key`; empty where the run has no metrics.jsonl.
-
-    Raises:
-        InputError: as `read_metrics`.
-    """
+    """(step, value) of the rows that have `key`; empty where the run has no metrics.jsonl."""
     if not (Path(run) / "metrics.jsonl").is_file():
         return []
     return [(row["step"], row[key]) for row in read_metrics(run) if key in row]
+
+
+def start_seconds(start: Mapping[str, Any]) -> float | None:
+    """The seconds of a start, by its record: the change of basis and the one-shot solver; None if it took none."""
+    parts = [(start.get("basis") or {}).get("seconds"), start.get("prune_seconds")]
+    known = [float(part) for part in parts if part is not None]
+    return sum(known) if known else None
 
 
 FAR_FACTOR = 10.0

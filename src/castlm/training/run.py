@@ -25,7 +25,7 @@ from castlm.distributed.world import World
 from castlm.hardware import autocast, describe, peak_memory, why_slow
 from castlm.methods.base import Retraining
 from castlm.models.architecture import vocab_size
-from castlm.training.checkpoint import Saver, check_same_run, checkpoint_steps, load_checkpoint, read_manifest
+from castlm.training.checkpoint import Saver, check_same_run, load_checkpoint, newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import (
     Evaluator,
@@ -239,8 +239,17 @@ class Run:
         # whole global batch: a mean of means would weigh the tokens of a short micro-batch more.
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))
         total, ce, kl, hidden = self.world.sum(self._accumulate(micro_batches, num_tokens)).tolist()
-        self._check_counted(int(num_tokens))
-        grad_norm = self._clip()
+        self._uncounted = 0 if num_tokens else self._uncounted + 1
+        if self._uncounted >= min(_MOST_UNCOUNTED, self.total_steps - self.progress.first_step):
+            self.saver.finish_despite_error(on_all_ranks=True)
+            raise InputError(
+                f"step {step + 1}: no token has counted in the loss of {self._uncounted} steps: raise seq_len, look at "
+                "the data, or set assistant_only_loss to false"
+            )
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        if optimizer.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.names, optimizer.max_grad_norm, norm)
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not np.isfinite([total, grad_norm]).all():
             what = f"the loss is {total} and the gradient norm {grad_norm}"
             raise DivergedError(self._diverged(what, on_all_ranks=True))
@@ -303,27 +312,10 @@ class Run:
             values["mfu"] = self.flops_per_token * num_read / seconds / (self.peak_flops * self.world.size)
         self.telemetry.log(progress.step, values)
 
-    def _check_counted(self, num_tokens: int) -> None:
-        """Raises `InputError` after many consecutive steps, or a whole run, in which no token counted."""
-        self._uncounted = 0 if num_tokens else self._uncounted + 1
-        if self._uncounted >= min(_MOST_UNCOUNTED, self.total_steps - self.progress.first_step):
-            self.saver.finish_despite_error(on_all_ranks=True)
-            raise InputError(
-                f"step {self.progress.step + 1}: no token has counted in the loss of {self._uncounted} steps: raise "
-                "seq_len, look at the data, or set assistant_only_loss to false"
-            )
-
-    def _clip(self) -> float:
-        gradients = [p.grad for p in self.names if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if max_norm := self.config.optimizer.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.names, max_norm, norm)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
     def _diverged(self, what: str, on_all_ranks: bool = False) -> str:
         self.saver.finish_despite_error(on_all_ranks=on_all_ranks)
-        whole = checkpoint_steps(self.folder.checkpoints)
-        last = f"the last checkpoint is {whole[max(whole)]}" if whole else "there is no checkpoint yet"
+        found = newest(self.folder.checkpoints)
+        last = f"the last checkpoint is {found}" if found else "there is no checkpoint yet"
         return f"step {self.progress.step + 1}: {what}; {last}; lower learning_rate or look at the data"
 
     def evaluate(self) -> None:
@@ -344,19 +336,15 @@ class Run:
         for name, part in self.text.eval_parts.items():
             values[f"perplexity/{name}"] = self.evaluator.perplexity(part)
         self.progress.figures[str(self.progress.step)] = values
-        self.telemetry.evaluated(self.progress.step, values, self._details(masks))
-        self.progress.eval_seconds = time.perf_counter() - started
-
-    def _details(self, masks: dict[Tensor, Tensor]) -> dict[str, Any]:
-        """The lists and dictionaries of an evaluation for metrics.jsonl."""
-        histogram = masked_histogram(masks, self.world)
-        details: dict[str, Any] = {"peak_memory_bytes": peak_memory(self.world.device.type)}
+        details: dict[str, Any] = {"peak_memory_bytes": peak_memory(self.world.device.type)}  # for metrics.jsonl alone
         if masks:
+            histogram = masked_histogram(masks, self.world)
             details["masked_histogram"] = [histogram["zeros"], *histogram["counts"]]
-        if self.progress.step == 0 and masks:
+        if masks and self.progress.step == 0:
             names = [dense_name(name).removesuffix(".weight") for name in self.initial_masks]
             details["masked_share"] = dict(zip(names, masked_shares(masks, self.world)))
-        return details
+        self.telemetry.evaluated(self.progress.step, values, details)
+        self.progress.eval_seconds = time.perf_counter() - started
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name, as views: loading fills them in place."""
@@ -397,11 +385,7 @@ class Run:
             self.objective.cache.cover(first, last, every_epoch=whole_epoch)
 
     def restore(self, path: Path) -> None:
-        """Continues from a checkpoint.
-
-        Raises:
-            InputError: it belongs to another run, or is corrupt.
-        """
+        """Continues from a checkpoint. Raises `InputError` if it belongs to another run, or is corrupt."""
         check_same_run(read_manifest(path), self.config.as_dict(), self.facts)
         manifest = load_checkpoint(path, self.tensors(), self.world)
         self.text.loader.load_state_dict(manifest["data"])

@@ -20,7 +20,7 @@ from castlm.files.reading import read_record, user_path
 from castlm.files.record import OUTPUT, PROBE, RESULT, read_result
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.progress import note
-from castlm.training.checkpoint import check_same_run, checkpoint_steps
+from castlm.training.checkpoint import check_same_run, newest
 from castlm.training.config import TrainConfig
 from castlm.training.options import CheckpointOptions
 
@@ -57,11 +57,8 @@ class RunFolder:
 
         Args:
             config_yaml: the content of config.yaml, which is written unless the run has saved something.
-
-        Raises:
-            InputError: as `begin_output`.
         """
-        has_saved = resume and (self.is_finished() or bool(checkpoint_steps(self.checkpoints)))
+        has_saved = resume and (self.is_finished() or newest(self.checkpoints) is not None)
         files = {} if has_saved else {"config.yaml": config_yaml}
         run_id = (resume and self.run_id) or secrets.token_hex(8)
         begin_output(self.path, "train", files, resume=resume, run_id=run_id, job=_job())
@@ -76,27 +73,23 @@ class RunFolder:
     def newest_checkpoint(self, options: Mapping[str, Any]) -> Path | None:
         """The checkpoint to resume from; None if an earlier start has saved nothing yet.
 
-        Args:
-            options: of the resuming run, by name.
-
-        Raises:
-            InputError: the earlier start belongs to another run.
+        Raises `InputError` if the earlier start belongs to a run with other `options`.
         """
-        whole = checkpoint_steps(self.checkpoints)
-        if not whole:
-            begun = self.path / "config.yaml"
-            if begun.is_file():
-                saved = TrainConfig.from_mapping(read_yaml_mapping(begun), str(begun)).as_dict()
-                check_same_run({"config": json.loads(json.dumps(saved)), "facts": {}}, options, {})
-            return None
-        return whole[max(whole)]
+        found = newest(self.checkpoints)
+        begun = self.path / "config.yaml"
+        if found is None and begun.is_file():
+            saved = TrainConfig.from_mapping(read_yaml_mapping(begun), str(begun)).as_dict()
+            check_same_run({"config": json.loads(json.dumps(saved)), "facts": {}}, options, {})
+        return found
 
     def is_finished(self) -> bool:
         """Whether the result exists. It gets its name only when it is complete."""
         return (self.model / RESULT).is_file()
 
-    def finished_record(self, options: Mapping[str, Any], world_batch: int) -> dict[str, Any]:
-        """The record of the finished run, after checking its options and its files.
+    def finish_again(self, options: Mapping[str, Any], config_yaml: str, world_batch: int) -> dict[str, Any]:
+        """The record of a finished run, after checking its options and its files.
+
+        The run may have been killed right before its folder was finished.
 
         Raises:
             InputError: `options` describe another run, or a file of the result is missing or has changed.
@@ -106,11 +99,6 @@ class RunFolder:
         facts = {"save_dtype": written.get("save_dtype"), "world_batch": record.get("world_batch")}
         now = {"save_dtype": options["save_dtype"], "world_batch": world_batch}
         check_same_run({"config": written, "facts": facts}, options, now)
-        return record
-
-    def finish_again(self, options: Mapping[str, Any], config_yaml: str, world_batch: int) -> dict[str, Any]:
-        """`finished_record`, of a run that may have been killed right before its folder was finished."""
-        record = self.finished_record(options, world_batch)
         with self.begun(config_yaml, resume=True):
             note(f"{self.model} is finished already")
         return record

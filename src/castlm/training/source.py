@@ -84,11 +84,10 @@ def open_source(options: ModelOptions, world: World, *, whole_copies: bool = Fal
     Raises:
         InputError: as `load_model`; weights that differ between ranks; an architecture that cannot be distilled.
     """
-    loading = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
     opened = None
     if world.mesh is not None and not whole_copies:
-        opened = open_sharded(options.model, **loading)
-    loaded, stored = (load_model(options.model, **loading), None) if opened is None else opened
+        opened = open_sharded(options.model, **options.loading)
+    loaded, stored = (load_model(options.model, **options.loading), None) if opened is None else opened
     found = fingerprint(loaded.model) if stored is None else stored.fingerprint()
     world.check_alike({f"other weights of {options.model}": found})
     if stored is None:
@@ -96,7 +95,7 @@ def open_source(options: ModelOptions, world: World, *, whole_copies: bool = Fal
     for parameter_name, parameter in loaded.model.named_parameters():
         if is_tower(parameter_name):  # text does not reach a vision tower
             parameter.requires_grad_(False)
-    return Source(loaded, stored, loading, options.model, found)
+    return Source(loaded, stored, options.loading, options.model, found)
 
 
 def check_sizes(of_model: PretrainedConfig, *, seq_len: int, teacher_top_k: int) -> None:
@@ -123,16 +122,14 @@ def options_of_teacher(teacher: TeacherOptions, model: ModelOptions) -> ModelOpt
 def check_teacher(teacher: TeacherOptions, model: ModelOptions, *, seq_len: int) -> None:
     """Checks that the dense model can be distilled from another teacher, without the weights of either.
 
-    Raises:
-        InputError: a teacher that cannot be opened, with other tokens, fewer positions or a smaller vocabulary, or with
-            hidden states of another shape if they are compared.
+    Raises `InputError` for a teacher with other tokens, fewer positions or a smaller vocabulary, or with hidden states
+    of another shape if they are compared.
     """
     name = teacher.teacher
     if name is None or not teacher.eta:
         return
     (_, ours, tokenizer), (_, theirs, of_teacher) = (
-        open_model(options.model, trust_remote_code=options.trust_remote_code, revision=options.revision)
-        for options in (model, options_of_teacher(teacher, model))
+        open_model(options.model, **options.loading) for options in (model, options_of_teacher(teacher, model))
     )
     remedy = "give a teacher with the tokenizer of the model, or use eta 0"
     known = of_teacher.get_vocab()

@@ -27,12 +27,13 @@ from castlm.files.record import RESULT, command_of
 from castlm.hardware import choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
+from castlm.names import duration
 from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.folder import StartFolder, partial_folder, remove_work
 from castlm.oneshot.options import EFFORTS
 from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.source import MemoryModel
-from castlm.oneshot.start import Start, readable
+from castlm.oneshot.start import Start
 from castlm.progress import note, shown_progress
 from castlm.training.options import StartOptions
 from castlm.training.source import Source
@@ -57,11 +58,6 @@ class StartWeights:
 def is_untied(record: dict[str, Any]) -> bool:
     """Whether the start with this record untied the output head from the embeddings."""
     return bool(record.get("basis", {}).get("untied", False))
-
-
-def start_seconds(record: dict[str, Any]) -> float:
-    """The seconds that the start with this record took: the change of basis and the one-shot solver."""
-    return float(record.get("basis", {}).get("seconds", 0.0)) + float(record.get("prune_seconds", 0.0))
 
 
 def stream_basis(start: StartWeights, world: World) -> Tensor | None:
@@ -180,7 +176,7 @@ def _prune(
             # The output head is as much work as so many blocks, by its weights: 28.3 M / 3.5 M = 8 (SmolLM2-135M).
             head = model.get_output_embeddings().weight.numel()
             size = len(blocks.blocks) + head / sum(weight.numel() for weight in blocks.blocks[0].parameters())
-            return f"; training takes about {readable(of.training_tokens * size * seconds_per_token)} after it"
+            return f"; training takes about {duration(of.training_tokens * size * seconds_per_token)} after it"
 
         with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
             report = how.make_(

@@ -225,11 +225,9 @@ def check_teacher_pass(
 ) -> None:
     """Checks the requirements of `fill_teacher_cache`, except for the training text, which is sampled afterwards.
 
-    Raises:
-        InputError: an evaluation text that cannot be opened, a folder that cannot be made or holds other files, or more
-            positions or tokens than the model has.
+    Raises `InputError` for a text, a folder or sizes that the pass over the text would refuse.
     """
-    of_model = open_config(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    of_model = open_config(model.model, **model.loading)
     check_sizes(of_model, seq_len=data.seq_len, teacher_top_k=teacher.teacher_top_k)
     for text in evaluation.eval_datasets:
         open_documents(text, data)

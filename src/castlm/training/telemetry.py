@@ -110,7 +110,8 @@ class Telemetry:
         if not self.is_main:
             return
         shown = "  ".join(form.format(values[key]) for key, form in SHOWN.items() if key in values)
-        eta = _clock(values["eta_s"])
+        minutes, seconds = divmod(round(values["eta_s"]), 60)
+        eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
         self._progress.update(self._task, completed=step, shown=shown, eta=eta)
         if not self.console.is_terminal and (time.monotonic() - self._last_print > 15 or step == self.total_steps):
             self._last_print = time.monotonic()
@@ -164,14 +165,6 @@ def cut_back(path: Path, step: int) -> None:
     atomic_write_text(path, "".join(kept))
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-PROJECT = "castlm"
-
-
 class Tracker(Protocol):
     """The interface of a tracker."""
 
@@ -223,7 +216,7 @@ class Client:
 
     def __init__(self, package: str, run: TrackedRun) -> None:
         self.name, client = package, importlib.import_module(package)
-        project = os.environ.get(f"{package.upper()}_PROJECT", PROJECT)
+        project = os.environ.get(f"{package.upper()}_PROJECT", "castlm")
         options: dict[str, Any] = {"project": project, "config": run.config, "resume": "allow"}
         if package == "wandb":
             mode = os.environ.get("WANDB_MODE") or ("online" if client.api.api_key else "offline")
@@ -250,8 +243,7 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
 def chosen_trackers(report_to: Sequence[str]) -> list[str]:
     """The trackers that `report_to` means: those that are named, or with "auto" all that are installed.
 
-    Raises:
-        InputError: a named package is not installed.
+    Raises `InputError` if a named package is not installed.
     """
     if "none" in report_to:
         return []
@@ -268,11 +260,7 @@ def _is_installed(name: str) -> bool:
 
 
 def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
-    """Opens trackers in the order of `names`.
-
-    Raises:
-        InputError: a client fails, with its reason.
-    """
+    """Opens trackers in the order of `names`. Raises `InputError` with the reason of a client that fails."""
     with contextlib.ExitStack() as opened:
         trackers = []
         for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,19 +43,14 @@ class TrainingText:
     """Tokens of all evaluation texts."""
     eval_parts: dict[str, ScoredText]
     """Tokens of each evaluation text by its file name, or its path if names are equal; empty if there is only one."""
-    kind: Kind
-    """The largest kind among all these texts."""
+    is_plain: bool
+    """Whether all texts are plain, evaluation texts included."""
     encoder: Encoder
     """Turns documents into tokens. The loader has its own copy."""
     train_sha256: str
     eval_sha256: str
     template_sha256: str | None
     """Hash of the chat template of the training documents; None for plain text."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all texts are plain, evaluation texts included."""
-        return self.kind is Kind.TEXT
 
     @property
     def is_masked(self) -> bool:
@@ -82,8 +77,8 @@ def steps_of_epochs(
     documents, _ = _open_splits(data, evaluation)
     if not isinstance(documents, Documents):
         raise InputError(f"num_train_epochs: {data.dataset} is streamed or a mixture, without epochs: give max_steps")
-    _, _, tokenizer = open_model(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    encoder = _encoder(model, data, [documents], tokenizer)
+    _, _, tokenizer = open_model(model.model, **model.loading)
+    encoder = open_encoder([documents], tokenizer, model.model, data, **model.loading)
     sequences = _sequences(data, documents, encoder, lambda line: None)
     assert not isinstance(sequences, MixedSequences)  # a mixture has no end
     tokens = sequences.tokens_per_epoch()
@@ -106,50 +101,10 @@ def _open_splits(
     return mixed, held_out
 
 
-def _encoder(
-    model: ModelOptions, data: DataOptions, texts: Sequence[AnyDocuments], tokenizer: PreTrainedTokenizerBase
-) -> Encoder:
-    return open_encoder(
-        texts,
-        tokenizer,
-        model.model,
-        data,
-        trust_remote_code=model.trust_remote_code,
-        revision=model.revision,
-    )
-
-
 def _sequences(data: DataOptions, documents: AnyDocuments, encoder: Encoder, say: Callable[[str], None]) -> Sequences:
     return open_sequences(
         documents, encoder, seq_len=data.seq_len, seed=data.seed, repeat=data.repeat_sequences, say=say
     )
-
-
-def _scored_parts(
-    data: DataOptions,
-    evaluation: EvaluationOptions,
-    held_out: Sequence[Documents | HubDocuments],
-    encoder: Encoder,
-    vocab_size: int,
-) -> dict[str, ScoredText]:
-    """The tokens of each evaluation text by its name; raises `InputError` for one that cannot be evaluated."""
-    # A held-out part of the training text is sampled with a fixed seed: its hash does not depend on the run's seed.
-    seed = None if evaluation.eval_datasets else 0
-    parts = {text.name: scored_text(text, encoder, evaluation.eval_tokens or None, seed=seed) for text in held_out}
-    for name, part in parts.items():
-        check_vocabulary(part.ids, vocab_size)
-        if len(part.ids) < 2 or not part.sequences(data.seq_len, data.seq_len):
-            raise InputError(
-                f"the evaluation text {name} of {len(part.ids)} tokens has none that counts within seq_len "
-                f"{data.seq_len}: give more text, or raise seq_len"
-            )
-    return parts
-
-
-def _by_short_name(parts: dict[str, ScoredText]) -> dict[str, ScoredText]:
-    short = {name: Path(name).name for name in parts}
-    count = Counter(short.values())
-    return {short[name] if count[short[name]] == 1 else name: part for name, part in parts.items()}
 
 
 def open_training_text(
@@ -172,7 +127,7 @@ def open_training_text(
         InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
     """
     documents, held_out = _open_splits(data, evaluation)
-    encoder = _encoder(model, data, [documents, *held_out], tokenizer)
+    encoder = open_encoder([documents, *held_out], tokenizer, model.model, data, **model.loading)
     # All ranks read the same text, but each prepares only the images of its own rows.
     says = world.is_main or documents.kind is Kind.WITH_EXTRA
     loader = BatchLoader(
@@ -182,7 +137,18 @@ def open_training_text(
         world_size=world.size,
         prefetch=True,
     )
-    parts = _scored_parts(data, evaluation, held_out, encoder, vocab_size)
+    # A held-out part of the training text is sampled with a fixed seed: its hash does not depend on the run's seed.
+    seed = None if evaluation.eval_datasets else 0
+    parts = {each.name: scored_text(each, encoder, evaluation.eval_tokens or None, seed=seed) for each in held_out}
+    for name, part in parts.items():
+        check_vocabulary(part.ids, vocab_size)
+        if len(part.ids) < 2 or not part.sequences(data.seq_len, data.seq_len):
+            raise InputError(
+                f"the evaluation text {name} of {len(part.ids)} tokens has none that counts within seq_len "
+                f"{data.seq_len}: give more text, or raise seq_len"
+            )
+    num_named = Counter(Path(name).name for name in parts)
+    short = {name: Path(name).name if num_named[Path(name).name] == 1 else name for name in parts}
     train_sha256 = documents.text_hash()
     eval_sha256 = joined_digest([text.text_hash() for text in held_out])
     world.check_alike({"another training text": train_sha256, "another evaluation text": eval_sha256})
@@ -190,8 +156,8 @@ def open_training_text(
         documents,
         loader,
         ScoredText.joined(list(parts.values())),
-        _by_short_name(parts) if len(parts) > 1 else {},
-        max(text.kind for text in (documents, *held_out)),
+        {short[name]: part for name, part in parts.items()} if len(parts) > 1 else {},
+        all(text.kind is Kind.TEXT for text in (documents, *held_out)),
         encoder,
         train_sha256,
         eval_sha256,

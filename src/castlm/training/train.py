@@ -6,6 +6,7 @@ component that reads it. `calibrate` measures the first steps of a run, and `fil
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable
@@ -33,22 +34,16 @@ from castlm.models.locate import locate
 from castlm.oneshot.folder import partial_folder
 from castlm.patterns import all_solvers
 from castlm.signals import Interrupt
-from castlm.training.checkpoint import checkpoint_steps, read_manifest
+from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
 from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
 from castlm.training.metrics import Evaluator
-from castlm.training.objective import (
-    Objective,
-    as_teacher_,
-    checkpoint_activations_,
-    make_teacher,
-    shard_objective_,
-)
-from castlm.training.options import CheckpointOptions
+from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_, shard_objective_
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.source import (
+    Source,
     check_left_dense,
     check_sizes,
     check_teacher,
@@ -60,7 +55,7 @@ from castlm.training.source import (
 from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, make_start, start_, stream_basis
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import chosen_trackers
-from castlm.training.text import open_training_text, steps_of_epochs
+from castlm.training.text import TrainingText, open_training_text, steps_of_epochs
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -138,9 +133,6 @@ def set_up(config: TrainConfig, world: World) -> Run:
 
     Args:
         config: a config whose `lam` is a number.
-
-    Raises:
-        InputError: any error that the user can correct.
     """
     data, teacher_options, optimizer_options, runtime = config.data, config.teacher, config.optimizer, config.runtime
     folder, pattern = RunFolder(config.checkpoint.output_dir), config.model.pattern
@@ -148,7 +140,15 @@ def set_up(config: TrainConfig, world: World) -> Run:
     method_class.check(config.method, optimizer_options)
     check_compile(runtime.torch_compile, world.device)
     if world.size > 1:
-        world.check_all(_why_one_process(config.method.method, config.adapter.adapter, method_class, runtime.sharding))
+        reason = None
+        if method_class.masks_forward:
+            reason = f"method {config.method.method} masks whole weights in the forward pass: run it in one process"
+        elif method_class.whole_copies and runtime.sharding != "replicate":
+            reason = (
+                f"sharding {runtime.sharding}: adapter {config.adapter.adapter} needs the whole model on each rank: "
+                "set sharding replicate, or adapter none"
+            )
+        world.check_all(reason)
     trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
     checkpoint, resumed = None, None
     if config.checkpoint.resume:
@@ -163,13 +163,8 @@ def set_up(config: TrainConfig, world: World) -> Run:
     elif has_start:
         world.on_main(lambda: check_beside(partial_folder(folder.path)))
     check_teacher(teacher_options, config.model, seq_len=data.seq_len)
-    source = open_source(config.model, world, whole_copies=method_class.whole_copies)
-    model, vocab = source.model, vocab_size(source.model.config)
-    check_sizes(model.config, seq_len=data.seq_len, teacher_top_k=teacher_options.teacher_top_k)
-    check_left_dense(config.model.left_dense, model)
-    rows = optimizer_options.per_device_train_batch_size
-    text = open_training_text(config.model, data, config.evaluation, source.tokenizer, vocab, world, rows_per_rank=rows)
-    precision = choose_precision(runtime.precision, world.device, model.config)
+    source, text, precision = _open(config, world, whole_copies=method_class.whole_copies)
+    model = source.model
     filter_fn = filter_of(config.model.left_dense)
     if config.method.row.is_sparse:
         check_export(model, pattern, filter_fn)
@@ -203,8 +198,9 @@ def set_up(config: TrainConfig, world: World) -> Run:
         num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
         cache.complete = cache.covers(num_sequences)
     has_teacher = teacher_options.eta > 0 and not (cache and cache.complete)
-    make = make_teacher if tutor is source else as_teacher_
-    teacher = make(tutor.model, teacher_dtype(precision)) if has_teacher else None
+    teacher = None
+    if has_teacher:
+        teacher = as_teacher_(copy.deepcopy(model) if tutor is source else tutor.model, teacher_dtype(precision))
     if is_untied(start.record):
         source.untie_()
     method = method_class(
@@ -237,6 +233,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
     # optimizer, step 0
     fused, optimizer_text = choose_fused(world.device, sum(p.numel() for p in names))
     optimizer = method.build_optimizer(model, fused)
+    rows = optimizer_options.per_device_train_batch_size
     evaluator = Evaluator(objective, text.held_out, data.seq_len, rows, precision, world)
     dense_perplexity = None
     if resumed is None:
@@ -275,6 +272,24 @@ def set_up(config: TrainConfig, world: World) -> Run:
     return run
 
 
+def _open(config: TrainConfig, world: World, *, whole_copies: bool = False) -> tuple[Source, TrainingText, str]:
+    """Opens the model and the texts of a run; returns them with the compute type of the forward passes."""
+    source = open_source(config.model, world, whole_copies=whole_copies)
+    of_model, seq_len = source.model.config, config.data.seq_len
+    check_sizes(of_model, seq_len=seq_len, teacher_top_k=config.teacher.teacher_top_k)
+    check_left_dense(config.model.left_dense, source.model)
+    text = open_training_text(
+        config.model,
+        config.data,
+        config.evaluation,
+        source.tokenizer,
+        vocab_size(of_model),
+        world,
+        rows_per_rank=config.optimizer.per_device_train_batch_size,
+    )
+    return source, text, choose_precision(config.runtime.precision, world.device, of_model)
+
+
 def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
     """`config` with the values that depend on files: `left_dense`, `max_steps` of the epochs, `lam`."""
     if config.is_finetuning:
@@ -288,28 +303,26 @@ def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
         config = config.changed(max_steps=steps, num_train_epochs=None)
     if config.method.lam != "auto":
         return config
-    lam = world.on_main(lambda: _saved_lam(config.checkpoint))
+
+    def saved_lam() -> float | None:
+        """The `lam` of the checkpoint from which the run is resumed; None if there is none."""
+        options = config.checkpoint
+        found = newest(RunFolder(options.output_dir).checkpoints) if options.resume else None
+        if found is None:
+            return None
+        lam = read_manifest(found)["config"].get("lam")
+        return float(lam) if isinstance(lam, (int, float)) else 0.0
+
+    lam = world.on_main(saved_lam)
     if lam is None and config.method.reads_lam:
         lam = calibrate(config, world).lam
     return config.changed(lam=0.0 if lam is None else lam)  # 0 if nothing reads it
-
-
-def _saved_lam(options: CheckpointOptions) -> float | None:
-    """The `lam` of the checkpoint from which a run is resumed; None if there is none."""
-    whole = checkpoint_steps(RunFolder(options.output_dir).checkpoints) if options.resume else {}
-    if not whole:
-        return None
-    lam = read_manifest(whole[max(whole)])["config"].get("lam")
-    return float(lam) if isinstance(lam, (int, float)) else 0.0
 
 
 def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibration:
     """Runs the first `steps` steps of `config` in a temporary folder and measures them.
 
     Only sequences that it adds to the `teacher_cache` of `config` remain.
-
-    Raises:
-        InputError: as the run itself; a method or decay without masked weights.
     """
     with tempfile.TemporaryDirectory(prefix="castlm-calibrate-") as scratch:
         scratch_config = config.changed(
@@ -348,12 +361,7 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     """
     runtime, data, options = config.runtime, config.data, config.teacher
     world = init_world(runtime.device, runtime.sharding)
-    source = open_source(config.model, world)
-    vocab = vocab_size(source.model.config)
-    check_sizes(source.model.config, seq_len=data.seq_len, teacher_top_k=options.teacher_top_k)
-    rows = config.optimizer.per_device_train_batch_size
-    text = open_training_text(config.model, data, config.evaluation, source.tokenizer, vocab, world, rows_per_rank=rows)
-    precision = choose_precision(runtime.precision, world.device, source.model.config)
+    source, text, precision = _open(config, world)
     cache = open_teacher_cache(options, data, text, source, precision, world)
     assert cache is not None
     teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not data.cross_document_attention
@@ -365,7 +373,7 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     done, is_whole = 0, False
     while not is_whole:
         batch = next(text.loader)
-        check_vocabulary(batch["input_ids"], vocab)
+        check_vocabulary(batch["input_ids"], vocab_size(teacher.config))
         with autocast(world.device, precision):
             ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
             objective.fill_cache(ids, positions)
@@ -382,26 +390,10 @@ def _decay_budget(
     masks: dict[Tensor, Tensor],
     world: World,
 ) -> DecayBudget | None:
-    """The decay budget of a run; None if no weights decay.
-
-    Raises:
-        InputError: the masked weights cannot reach zero, and `ignore_decay_budget` is off.
-    """
+    """The decay budget of a run; None if no weights decay."""
     if not method.decays or not DECAYS[options.decay].reduces:
         return None
     budget = decay_budget(masked_samples(masks, world), *schedule(optimizer, options), options.decay)
     if not budget.reaches_zero and not options.ignore_decay_budget:
         raise InputError(f"{budget.explain()} (ignore_decay_budget trains anyway)")
     return budget
-
-
-def _why_one_process(method: str, adapter: str, method_class: type[Retraining], sharding: str) -> str | None:
-    """Why a method cannot run on several ranks with these options; None if it can."""
-    if method_class.masks_forward:
-        return f"method {method} masks whole weights in the forward pass: run it in one process"
-    if method_class.whole_copies and sharding != "replicate":
-        return (
-            f"sharding {sharding}: adapter {adapter} needs the whole model on each rank: set "
-            "sharding replicate, or adapter none"
-        )
-    return None

@@ -1,0 +1,285 @@
+"""`castlm plan`: whether a run converges and what it costs, its memory, and the scaling law of a model and text."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from castlm.cli.options import check_json_path, command_line, parse, to_stderr, write_json
+from castlm.cli.train import parse_train
+from castlm.core.errors import InputError
+from castlm.fields import essential, positional
+from castlm.files.reading import read_json
+from castlm.names import duration, printable
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
+
+MOST_SEQUENCES = 128
+"""Calibration sequences of a start that names no number; it reads at most as many."""
+
+
+@dataclass
+class CheckOptions:
+    """Run and discard the first steps of a training, to predict whether it will converge and its cost."""
+
+    price_per_hour: float | None = None
+    """Price of one device per hour; adds the cost of the run."""
+
+    devices: int | None = field(default=None, metadata={"at_least": 1})
+    """Number of devices to pay for, at the speed measured here. The default is one per rank."""
+
+
+def check(arguments: list[str]) -> int:
+    """Prints the findings. Returns the exit code: 1 if the masked weights cannot reach zero."""
+    config, given = parse_train(arguments, "plan check", CheckOptions)
+    options = CheckOptions(**given)
+    from castlm.planning.law import check_positive, gpu_hours
+
+    if options.price_per_hour is not None:
+        check_positive("price_per_hour", options.price_per_hour)
+    elif options.devices is not None:
+        raise InputError(f"devices is {options.devices} without a price: give --price-per-hour too")
+    if not config.method.row.decays:
+        raise InputError(f"method {config.method.method} has no decay to check: plan check is for method cast")
+    from castlm.distributed.world import closing, init_world
+    from castlm.training.train import calibrate
+
+    runtime = config.runtime
+    with closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world:
+        found = calibrate(config, world)
+    if not world.is_main:
+        return 0
+    by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
+    has_headroom = config.method.decay != "horizon"  # reaches zero by construction, at any learning rate
+    print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}" + f"{'headroom':>10}" * has_headroom)
+    for name, layer in by_headroom[:10]:
+        row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}"
+        print(row + f"{layer.headroom:>9.2f}x" * has_headroom)
+    if len(by_headroom) > 10:
+        print(f"... and {len(by_headroom) - 10} layers" + " with more headroom" * has_headroom)
+    max_steps = config.optimizer.max_steps
+    hours = gpu_hours(max_steps * found.tokens_per_step, found.tokens_per_s)
+    print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
+    print(f"{found.tokens_per_s:,.0f} tokens/s: {duration(3600 * hours)} for {max_steps} steps of training alone")
+    if found.start_seconds:
+        steps = found.start_seconds * found.tokens_per_s / found.tokens_per_step
+        print(f"start: {found.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")
+        hours += found.start_seconds / 3600
+    if options.price_per_hour is not None:
+        devices = options.devices or world.size
+        cost = hours * devices * options.price_per_hour
+        print(
+            f"cost without evaluations: {cost:,.2f}, at {options.price_per_hour:g} an hour of each of {devices} devices"
+        )
+    print(f"peak memory of this process: {found.peak_bytes / 2**30:.2f} GiB")
+    worst = by_headroom[0][1].budget
+    floor = f"; masked weights end near {worst.floor:.1e}, the last rate" if worst.floor else ""
+    late = [name for name, layer in by_headroom if not layer.budget.reaches_zero]
+    if not late:
+        print(f"verdict: all {len(by_headroom)} layers reach zero{floor}")
+        return 0
+    factor = max(found.layers[name].budget.factor for name in late)
+    print(
+        f"verdict: {len(late)} of {len(by_headroom)} layers cannot reach zero; use decay='horizon', or "
+        f"{factor:.1f}x the learning rate, or {factor:.1f}x the steps{floor}"
+    )
+    return 1
+
+
+@dataclass
+class MemoryOptions:
+    """Predict the memory of each rank of a run, from the model's config alone, without weights. The options are those
+    of `castlm train`, so that a run's config.yaml fits; precision auto is planned as bf16. With --prune, predict
+    `castlm prune`; its --method is --init-from here.
+    """
+
+    world_size: int = essential(1, at_least=1)
+    """Ranks that shard the run."""
+
+    gpu: str | None = essential(None)
+    """GPU that the run should fit on: h100, a100, ..., or a number of GiB."""
+
+    prune: bool = essential(False)
+    """Predict `castlm prune` on a CPU instead of a training run."""
+
+    memory: Literal["model", "block"] = essential("block")
+    """With --prune: keep the whole model in memory, or one transformer block. Structured patterns need the whole model.
+    """
+
+
+def memory(arguments: list[str]) -> int:
+    config, more = parse_train(arguments, "plan memory", MemoryOptions, {"dataset": "none", "output_dir": "none"})
+    options = MemoryOptions(**more)
+    from castlm.dtypes import FLOATS
+    from castlm.inference.devices import DEVICES
+    from castlm.planning.memory import Settings, plan_memory
+    from castlm.planning.prune_memory import plan_prune_memory
+
+    model, pattern, start, teacher = config.model.model, config.model.pattern, config.start, config.teacher
+    if start.name not in pattern.solvers and not Path(start.name).expanduser().is_dir():
+        solvers = ", ".join(pattern.solvers)
+        raise InputError(f"init_from {start.name} is neither {solvers} nor the folder of a model of {pattern}")
+    num_sequences, seq_len = start.calibration_sequences or MOST_SEQUENCES, config.data.seq_len
+    if options.prune:
+        plan_of_prune = plan_prune_memory(
+            model,
+            memory=options.memory if pattern.cut_out is None else "model",
+            method=start.name,
+            pattern=pattern,
+            num_sequences=num_sequences,
+            seq_len=seq_len,
+            basis=part_of(start, BasisOptions),
+            refinements=part_of(start, Refinements).for_solver(start.name, pattern, start.start_effort),
+        )
+        print(plan_of_prune.table())
+        return 0
+    dtype = FLOATS["fp32" if config.runtime.precision == "fp32" else "bf16"]
+    reads_text = start.name in pattern.calibrated
+    run = Settings(
+        seq_len=seq_len,
+        micro_batch=config.optimizer.per_device_train_batch_size,
+        pattern=pattern,
+        scale_groups=config.method.scale_groups,
+        accumulates=config.optimizer.gradient_accumulation_steps > 1,
+        checkpointing=config.runtime.gradient_checkpointing,
+        compute=dtype,
+        teacher=dtype if teacher.eta > 0 else None,
+        hidden_states=bool(teacher.hidden_weight),
+        moments=config.optimizer.moments,
+        calibration_tokens=num_sequences * seq_len if reads_text else 0,
+    )
+    gib = None
+    if options.gpu is not None:
+        known = {name: device.memory_gib for name, device in DEVICES.items() if device.memory_gib is not None}
+        try:
+            gib = known[options.gpu] if options.gpu in known else float(options.gpu)
+        except ValueError:
+            gib = math.nan
+        if not 0 < gib < math.inf:
+            raise InputError(f"there is no card {options.gpu!r}: use one of {', '.join(known)}, or a number of GiB")
+    plan = plan_memory(model, run, teacher=teacher.teacher, world_size=options.world_size, gpu_gib=gib)
+    print(plan.table())
+    return 0 if plan.fits in (True, None) else 1
+
+
+@dataclass
+class FitCommand:
+    """Fit a scaling law to finished runs: loss(D) = L_inf + B * D^-beta, in nats per token, for D training tokens."""
+
+    runs: tuple[str, ...] = positional()
+    """Run folders, folders of runs, compare results (.json), or CSVs: tokens,perplexity[,seed][,method]."""
+
+    method: str | None = None
+    """Use only the runs of this method."""
+
+    json: str | None = None
+    """File for the law, for `castlm plan predict`; "-" prints it."""
+
+    plot: str | None = None
+    """File for a plot of the fit and its residuals (.pdf, .png or .svg)."""
+
+    def run(self) -> int:
+        from castlm.planning.fit import fit_law
+        from castlm.planning.law import check_plot, plot_law
+        from castlm.planning.points import read_points
+
+        check_json_path(self.json)
+        if self.plot is not None:
+            check_plot(self.plot)
+            if self.json is not None and os.path.realpath(self.json) == os.path.realpath(self.plot):
+                raise InputError(f"--json and --plot both name {self.plot}: choose another name for one of them")
+        points = read_points(self.runs, method=self.method)
+        law = fit_law(points)
+        write_json(self.json, law.as_dict())
+        if self.plot is not None:
+            plot_law(law, points, self.plot)
+        if self.json == "-":
+            return 0
+        for name, (low, high) in law.intervals.items():
+            print(f"{name:<6} {getattr(law, name):.5g}  (90 %: {low:.5g} to {high:.5g})")
+        print(f"{law.num_points} runs at {law.num_budgets} budgets")
+        print(law.tested())
+        return 0
+
+
+@dataclass
+class PredictCommand:
+    """Predict the perplexity of a token budget, or the tokens that a perplexity needs, from a scaling law."""
+
+    runs: tuple[str, ...] = positional()
+    """A law from `castlm plan fit --json` or `plan sweep`, or the runs to fit one to: folders of runs, of `castlm
+    compare` or `plan sweep`, or CSVs.
+    """
+
+    method: str | None = None
+    """Use only the runs of this method."""
+
+    tokens: float | None = None
+    """Training tokens to predict the perplexity for."""
+
+    target_ppl: float | None = None
+    """Perplexity to find the training tokens for."""
+
+    tokens_per_s: float | None = None
+    """Measured throughput of one GPU or CPU; adds the hours of training."""
+
+    price_per_hour: float | None = None
+    """Price of one hour of that device; adds the cost."""
+
+    def run(self) -> int:
+        from castlm.planning.fit import fit_law
+        from castlm.planning.law import (
+            Law,
+            check_positive,
+            gpu_hours,
+            predict_perplexity,
+            readable,
+            tokens_for,
+        )
+        from castlm.planning.points import read_points
+
+        if (self.tokens is None) == (self.target_ppl is None):
+            raise InputError("give one of --tokens and --target-ppl")
+        if self.price_per_hour is not None:
+            check_positive("price_per_hour", self.price_per_hour)
+            if self.tokens_per_s is None:
+                raise InputError(
+                    f"price_per_hour is {self.price_per_hour:g}, but the hours are unknown: give --tokens-per-s too"
+                )
+        if self.tokens_per_s is not None:  # before half of the answer is printed
+            check_positive("tokens_per_s", self.tokens_per_s)
+        file = Path(self.runs[0])
+        content = read_json(file) if len(self.runs) == 1 and file.suffix == ".json" else None
+        if isinstance(content, dict) and "draws" in content:
+            law = Law.from_dict(content)
+        else:
+            law = fit_law(read_points(self.runs, method=self.method), leave_largest_out=False)
+        if law.runs_of:
+            print("law of " + ", ".join(f"{name} {printable(value)}" for name, value in law.runs_of.items()))
+        if self.tokens is not None:
+            found = predict_perplexity(law, self.tokens)
+            beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""
+            beyond = f", {found.below:.1f}x below the fitted budgets" if found.below > 1 else beyond
+            ppl, low, high = (readable(value) for value in (found.perplexity, found.low, found.high))
+            print(f"{self.tokens:.3g} tokens: perplexity {ppl} (90 %: {low} to {high}){beyond}")
+            tokens: float | None = self.tokens
+        else:
+            needed = tokens_for(law, float(self.target_ppl or 0))
+            print(needed)
+            tokens = needed.tokens
+        if tokens is not None and self.tokens_per_s is not None:
+            hours = gpu_hours(tokens, self.tokens_per_s)
+            print(f"{duration(3600 * hours)} at {self.tokens_per_s:,.0f} tokens/s")
+            if self.price_per_hour is not None:
+                print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
+        return 0 if tokens is not None else 1
+
+
+def sweep(arguments: list[str]) -> int:
+    from castlm.planning.sweep import SweepConfig, sweep
+
+    config = parse(SweepConfig, arguments, "plan sweep")
+    command = command_line("plan sweep", config)
+    return sweep(config, command, lambda text: print(printable(text, keep="\n"), flush=True), to_stderr)
