@@ -10,7 +10,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,19 +48,6 @@ class Candidate(NamedTuple):
     """Layers that are not n:m."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A row of the table."""
-
-    name: str
-    pattern: str
-    perplexity: float
-    num_bytes: int
-    """Bytes of all weights in memory while decoding."""
-    tokens_per_second: float
-    """Speed of greedy decoding of one sequence: the median over all rounds."""
-
-
 def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
     """The dense model and finished results of `castlm train` or `castlm finetune`, from the records of the results.
 
@@ -96,8 +82,12 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
     return [Candidate(DENSE, model, None, float(dense)), *found]
 
 
-def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Measured]:
-    """Measures bytes and speeds of the candidates in turns, each time in a new process."""
+def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measures the candidates in turns, each time in a new process; returns a row of the report for each.
+
+    `num_bytes` are the bytes of all weights in memory while decoding, `tokens_per_second` the median speed of greedy
+    decoding of one sequence.
+    """
     speeds: dict[str, list[float]] = {candidate.folder: [] for candidate in chosen}
     sizes: dict[str, int] = {}
     turns = [candidate for _ in range(ROUNDS) for candidate in chosen]
@@ -109,8 +99,14 @@ def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[Mea
         if done == 1:
             say(f"about {(time.monotonic() - started) * (len(turns) - 1):.0f} s to go")
     return [
-        Measured(c.name, c.pattern or "dense", c.perplexity, sizes[c.folder], statistics.median(speeds[c.folder]))
-        for c in chosen
+        {
+            "name": candidate.name,
+            "pattern": candidate.pattern or "dense",
+            "perplexity": candidate.perplexity,
+            "num_bytes": sizes[candidate.folder],
+            "tokens_per_second": statistics.median(speeds[candidate.folder]),
+        }
+        for candidate in chosen
     ]
 
 
@@ -134,19 +130,17 @@ def decode(candidate: Candidate) -> tuple[int, list[float]]:
     return sum(tensors.values()), [tokens_per_second() for _ in range(REPEATS)]
 
 
-def at_equal_perplexity(rows: Sequence[Measured], row: Measured) -> tuple[Measured, Measured]:
-    """The fastest and the smallest candidate whose perplexity is at most `row`'s, within `SAME`."""
-    as_good = [other for other in rows if other.perplexity <= row.perplexity * (1 + SAME)]
-    return max(as_good, key=lambda r: r.tokens_per_second), min(as_good, key=lambda r: r.num_bytes)
+def as_dict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report of `--json`, best perplexity first.
 
-
-def as_dict(rows: Sequence[Measured]) -> dict[str, Any]:
-    """The report of `--json`, best perplexity first."""
-    ranked = sorted(rows, key=lambda row: row.perplexity)
+    Each row names the fastest and the smallest result whose perplexity is at most the row's, within `SAME`.
+    """
     found = []
-    for row in ranked:
-        fastest, smallest = at_equal_perplexity(rows, row)
-        found.append(asdict(row) | {"fastest": fastest.name, "smallest": smallest.name})
+    for row in sorted(rows, key=lambda row: row["perplexity"]):
+        as_good = [other for other in rows if other["perplexity"] <= row["perplexity"] * (1 + SAME)]
+        fastest = max(as_good, key=lambda other: other["tokens_per_second"])
+        smallest = min(as_good, key=lambda other: other["num_bytes"])
+        found.append(row | {"fastest": fastest["name"], "smallest": smallest["name"]})
     return {
         "rounds": ROUNDS,
         "repeats": REPEATS,

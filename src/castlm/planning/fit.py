@@ -134,9 +134,10 @@ def _fit(data: Data, num_draws: int, seed: int) -> Law:
     noise = noise_parts(data, data.y - fitted)
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(data.budget == budget) for budget in range(len(noise.between))]
-    redrawn = np.empty((num_draws, len(data.y)))
+    redrawn = np.empty((num_draws, len(data.y)))  # bootstrap samples of the residuals
     for sample in redrawn:
-        between = rng.choice(noise.between, len(members)) * rng.choice([-1.0, 1.0], len(members))  # without bias
+        # A random sign keeps the deviation of a budget without bias; its seeds deviate from it in turn.
+        between = rng.choice(noise.between, len(members)) * rng.choice([-1.0, 1.0], len(members))
         sample[:] = between[data.budget]
         for points, pool in zip(members, noise.within):
             sample[points] += rng.choice(pool, len(points))

@@ -329,9 +329,7 @@ def _checked_message(message: Any) -> dict[str, Any]:
         texts = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
         ]
-        if not all(isinstance(text, str) for text in texts):
-            raise RefusedError(400, "a content is a text, or a list of parts of the type text", "messages")
-        content = "".join(texts)
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
         raise RefusedError(400, "a content is a text, or a list of parts of the type text", "messages")
     _check_text(message["role"] + content, "messages")
