@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
@@ -37,7 +36,6 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder, token_ids
-from castlm.dtypes import STORED
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
 from castlm.inference.decode import greedy
@@ -101,8 +99,7 @@ def stored_bytes(model: nn.Module, form: Format, sparse: bool) -> int:
         table = model.get_output_embeddings().weight
         rest -= table.numel() - 4 * len(table)
     pattern = (2, 4) if sparse else (0, 0)
-    specs = [PackedSpec(*layer.weight.shape, *pattern, form.values) for layer in layers.values()]
-    return rest + sum(math.prod(size) * STORED[dtype].itemsize for s in specs for dtype, size in s.tensors().values())
+    return rest + sum(PackedSpec(*layer.weight.shape, *pattern, form.values).num_bytes for layer in layers.values())
 
 
 def rounded(model: PreTrainedModel, values: str, calibration: Tensor) -> tuple[PreTrainedModel, QuantizeReport | None]:

@@ -48,9 +48,7 @@ def packed_copies(packed: PackedTensor) -> Callable[[Tensor], Tensor]:
     arena = native.allocate(step * max(2, COPIES_BYTES // step))
     buffers = [arena[at : at + size] for at in range(0, len(arena), step)]
     for buffer in buffers:
-        native.repack_(
-            buffer, packed.values, packed.mask_bits, packed.scales, spec.values, spec.n, spec.m, spec.columns
-        )
+        packed.repack_(buffer)
     turn = itertools.cycle(buffers)
     return lambda x: packed_linear(x, next(turn), spec.rows)
 

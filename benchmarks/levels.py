@@ -52,7 +52,7 @@ def random_buffer(values: str, n: int, shape: tuple[int, int]) -> Tensor:
         scales = torch.ones(shape[0], groups)
         packed = pack_integers(codes * mask, scales, values, n, m, mask if n else None)
     buffer = native.allocate(native.packed_bytes(values, n, m, *shape))
-    native.repack_(buffer, packed.values, packed.mask_bits, packed.scales, values, n, m, shape[1])
+    packed.repack_(buffer)
     return buffer
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.inference import native
+from castlm.inference.formats import FORMATS
 from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers, unpack
 
@@ -35,9 +36,10 @@ def random_packed(values: str, n: int, m: int, rows: int, columns: int, seed: in
     weight = weight.masked_fill(~mask, 0.0)
     if values in FLOATS:
         return pack(weight.to(FLOATS[values]), n, m)
-    low, high, groups = (-128, 128, 1) if values == "int8" else (-8, 8, -(-columns // 64))
-    codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.int8) * mask
-    scales = torch.rand(rows, groups, generator=generator) + 0.1
+    form = FORMATS[values]
+    end = int(form.largest) + 1
+    codes = torch.randint(-end, end, (rows, columns), generator=generator).to(torch.int8) * mask
+    scales = torch.rand(rows, form.num_scales(columns), generator=generator) + 0.1
     return pack_integers(codes, scales, values, n, m, mask if m else None)
 
 
@@ -45,9 +47,7 @@ def buffer_of(packed: PackedTensor, layout: str = "best") -> Tensor:
     spec = packed.spec
     size = native.packed_bytes(spec.values, spec.n, spec.m, spec.rows, spec.columns, layout)
     buffer = native.allocate(size)
-    native.repack_(
-        buffer, packed.values, packed.mask_bits, packed.scales, spec.values, spec.n, spec.m, spec.columns, layout
-    )
+    packed.repack_(buffer, layout)
     return buffer
 
 

@@ -197,7 +197,9 @@ def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick
     report = json.loads((tmp_path / "a.json").read_text())
     names = [row["name"] for row in report["rows"]]
     assert {
-        f"{kind} {values}" for kind in ("dense", "2:4") for values in ("bf16", "int8, int8 head", "int4, int8 head")
+        f"{kind} {values}"
+        for kind in ("dense", "2:4")
+        for values in ("bf16", "int8, int8 head", "int4, int8 head", "int3, int8 head")
     } <= set(names)
     for row in report["rows"]:
         assert set(row["seconds"]) == set(advise_module.WORKLOADS)
@@ -258,6 +260,8 @@ def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_co
     known = replace(found, quality=Quality(sparse=19.5))
     assert "with a perplexity of 19.50 before rounding" in known.verdict
     assert "a perplexity of 19.50 is good enough" in known.verdict
+    smaller = made_up(dense_int3_int8_head=(2.1, 1, 1), dense_int4_int8_head=(2.1, 1, 1))
+    assert smaller.verdict.startswith("For one token, use dense int4")  # int3 needs training
     slow = made_up(**{"2of4_int8_int8_head": (0.5, 0.5, 0.5)})
     assert "it does not pay" in slow.verdict
 

@@ -147,12 +147,18 @@ def test_the_level_is_chosen_by_name_or_in_the_environment(level, monkeypatch):
 
 @pytest.mark.parametrize(
     ("values", "n", "m"),
-    [*itertools.product(("int8", "bf16", "fp16"), (2, 1), (4,)), ("int4", 2, 4), ("int8", 0, 0), ("bf16", 0, 0)],
+    [
+        *itertools.product(("int8", "bf16", "fp16"), (2, 1), (4,)),
+        ("int4", 2, 4),
+        ("int3", 0, 0),
+        ("int8", 0, 0),
+        ("bf16", 0, 0),
+    ],
 )
 def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, level):
     packed = random_packed(values, n, m, 24, 128)
     buffer, x = buffer_of(packed), torch.randn(1029, 128)
-    is_integer = values == "int8" or values == "int4"
+    is_integer = values.startswith("int")
     by_avx512 = 128 if n == 1 or (n == 2 and not native.is_intel()) or is_integer else 0
     by_amx = by_avx512 if values == "fp16" else 512
     most = native.rows_at_a_time(buffer)

@@ -24,7 +24,6 @@ from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.core.nm import nm_mask, pack_mask, unpack_mask
 from castlm.core.sparsify import prune_
-from castlm.dtypes import STORED
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
@@ -122,12 +121,12 @@ def test_a_weight_that_is_not_nm_is_refused():
         pack(torch.zeros(2, 6), 2, 4)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int3"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (2, 3), (0, 0)])
 def test_integers_come_back_as_value_times_scale(values, n, m):
     generator = torch.Generator().manual_seed(0)
-    low, high, groups = (-128, 128, 1) if values == "int8" else (-8, 8, 3)
-    codes = torch.randint(low, high, (5, 144), generator=generator).to(torch.int8)
+    end, groups = {"int8": (128, 1), "int4": (8, 3), "int3": (4, 3)}[values]
+    codes = torch.randint(-end, end, (5, 144), generator=generator).to(torch.int8)
     if m:
         codes *= nm_mask(codes.float(), n, m)
     scales = torch.rand(5, groups, generator=generator).to(torch.float32 if values == "int8" else torch.bfloat16)
@@ -613,10 +612,22 @@ def test_a_group_takes_as_few_bits_as_its_masks_need(pattern, bits):
     assert PackedSpec(1, 64 * m, n, m, "bf16").tensors()["mask"][1] == (1, 8 * bits)
 
 
-def test_2_4_int4_takes_three_bits_a_weight():
-    spec = PackedSpec(64, 1024, 2, 4, "int4")
-    stored = sum(STORED[dtype].itemsize * rows * width for dtype, (rows, width) in spec.tensors().values())
-    assert 8 * stored / (64 * 1024) == 3.0
+@pytest.mark.parametrize(
+    ("n", "m", "values", "bits"), [(2, 4, "int4", 3.0), (0, 0, "int4", 4.25), (0, 0, "int3", 3.25)]
+)
+def test_bits_a_weight_of_a_file(n, m, values, bits):
+    spec = PackedSpec(64, 1024, n, m, values)
+    assert 8 * spec.num_bytes / (64 * 1024) == bits
+
+
+def test_codes_follow_each_other_from_the_lowest_bit_on():
+    codes = torch.tensor([[1, -1, 2, -4, 3, 0, -2, 1, -3, 2]], dtype=torch.int8)
+    of_three = pack_integers(codes, torch.ones(1, 1), "int3", 0, 0).values[0].tolist()
+    assert sum(byte << 8 * i for i, byte in enumerate(of_three)) == sum(
+        (c & 7) << 3 * i for i, c in enumerate(codes[0].tolist())
+    )
+    of_four = pack_integers(codes[:, :3], torch.ones(1, 1), "int4", 0, 0).values[0].tolist()
+    assert of_four == [0xF1, 0x02]
 
 
 def test_a_code_that_no_mask_has_keeps_nothing():
@@ -627,7 +638,7 @@ def test_a_code_that_no_mask_has_keeps_nothing():
 
 
 def test_every_format_with_kernels_is_one_of_matrix_h():
-    assert native.VALUES == {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}
+    assert native.VALUES == {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4, "int3": 4}
 
 
 def test_another_packed_format_is_refused(tmp_path):

@@ -22,13 +22,16 @@ from castlm.export.verify import verify
 from castlm.inference.formats import read_specs
 from castlm.inference.packed import pack_integers, unpack
 from castlm.inference.quantize import quantize_
-from castlm.inference.rounding import INT4_GROUP, Rounded, round_in_groups, round_rows
+from castlm.inference.rounding import Rounded, round_in_groups, round_rows
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import draw_calibration
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.slow import slow
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
+
+GPTQ = ("int4", "int3")
+"""The kinds that read a calibration text."""
 
 
 def pruned_model(family="llama", dtype=torch.float32):
@@ -48,6 +51,7 @@ def calibration():
         ("int8", "llama"),
         ("fp8", "llama"),
         ("int4", "gpt2"),
+        ("int3", "llama"),
         slow("int8", "gpt2"),
         slow("fp8", "gpt2"),
         slow("int4", "llama"),
@@ -58,7 +62,7 @@ def test_zeros_stay_and_the_report_holds_what_the_model_computes(kind, family):
     linearize_conv1d_(model)
     prune_(model)
     before = copy.deepcopy(model)
-    report = quantize_(model, kind, calibration=calibration() if kind == "int4" else None)
+    report = quantize_(model, kind, calibration=calibration() if kind in GPTQ else None)
     layers, _ = sparse_linears(model)
     assert set(report.layers) == set(layers)
     for name, layer in layers.items():
@@ -68,7 +72,7 @@ def test_zeros_stay_and_the_report_holds_what_the_model_computes(kind, family):
         assert torch.equal(report.layers[name].dequantized(), layer.weight)
         assert not torch.equal(layer.weight, old)
     assert torch.equal(model.get_input_embeddings().weight, before.get_input_embeddings().weight)
-    limit = {"int8": 1e-4, "fp8": 2e-3, "int4": 2e-2}[kind]
+    limit = {"int8": 1e-4, "fp8": 2e-3, "int4": 2e-2, "int3": 1e-1}[kind]
     assert 0 < report.mean_error < limit
 
 
@@ -131,12 +135,12 @@ def test_a_structured_pattern_with_groups_stays_on_record_and_verifies(tmp_path)
         assert main(["verify", str(out)]) == 0
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int3"])
 @pytest.mark.parametrize("family", ["llama", slow("gpt2")])
 def test_both_folders_are_verified_and_the_packed_one_unpacks_to_the_plain_one(kind, family, text, tmp_path, capsys):
     sparse = prune_tiny(tmp_path, family)
     command = ["quantize", str(sparse), "--kind", kind]
-    command += ["--calibration", text, "--seq-len", "64", "--num-sequences", "4"] if kind == "int4" else []
+    command += ["--calibration", text, "--seq-len", "64", "--num-sequences", "4"] if kind in GPTQ else []
     for name, options in (("plain", []), ("packed", ["--packed"])):
         assert main([*command, "--output-dir", str(tmp_path / name), *options]) == 0
         assert "2:4 verified" in capsys.readouterr().out
@@ -146,7 +150,7 @@ def test_both_folders_are_verified_and_the_packed_one_unpacks_to_the_plain_one(k
     record = json.loads((tmp_path / "plain" / "castlm.json").read_text())
     assert (record["quantized"]["kind"], record["pattern"], record["method"]) == (kind, "2:4", "magnitude")
     assert record["quantized"]["layers"] == len(before.sparse_layers)
-    assert ("text_sha256" in record["quantized"]) == (kind == "int4")
+    assert ("text_sha256" in record["quantized"]) == (kind in GPTQ)
     assert_unpacks_to_the_plain_one(tmp_path)
     files = {path.name for path in (tmp_path / "packed").iterdir()}
     assert "castlm.safetensors" in files
@@ -349,7 +353,7 @@ def plain_gptq(weight, hessian, scales, damping=0.01):
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
     left, kept, codes = weight.double().clone(), weight != 0, torch.zeros_like(weight, dtype=torch.int8)
     for j in range(weight.shape[1]):
-        scale = scales[:, j // INT4_GROUP].double()
+        scale = scales[:, j // 64].double()
         code = (left[:, j] / scale).round().clamp(-8, 7) * kept[:, j]
         codes[:, j] = code.to(torch.int8)
         error = (left[:, j] - code * scale) / upper[j, j]
@@ -357,13 +361,13 @@ def plain_gptq(weight, hessian, scales, damping=0.01):
     return codes
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4", "int3"])
 def test_zeros_stay_exactly_zero_and_no_group_gains_a_weight(kind):
     weight = sparse_weight()
-    rounded = round_in_groups(weight) if kind == "int4" else round_rows(weight, kind)
+    rounded = round_in_groups(weight, kind=kind) if kind in GPTQ else round_rows(weight, kind)
     assert (rounded.dequantized()[weight == 0] == 0).all()
     x = correlated_inputs()
-    rounded = round_in_groups(weight, x.T @ x) if kind == "int4" else rounded
+    rounded = round_in_groups(weight, x.T @ x, kind=kind) if kind in GPTQ else rounded
     assert (rounded.dequantized()[weight == 0] == 0).all()
 
 
@@ -397,12 +401,13 @@ def test_a_row_of_zeros_stays_one():
         assert rounded.dequantized().isfinite().all()
 
 
-def test_int4_scales_are_exact_in_bf16_and_codes_in_range():
-    rounded = round_in_groups(sparse_weight())
+@pytest.mark.parametrize(("kind", "largest"), [("int4", 7), ("int3", 3)])
+def test_scales_of_groups_are_exact_in_bf16_and_codes_in_range(kind, largest):
+    rounded = round_in_groups(sparse_weight(), kind=kind)
     assert rounded.scales.shape == (24, 3)
     assert torch.equal(rounded.scales.bfloat16().float(), rounded.scales)
-    assert rounded.codes.min() >= -8
-    assert rounded.codes.max() <= 7
+    assert rounded.codes.min() == -largest - 1
+    assert rounded.codes.max() == largest
 
 
 def test_gptq_is_the_published_loop():

@@ -50,7 +50,7 @@ COMMANDS: dict[str, Command] = {
     "plan fit": Command("plan.FitCommand", "fit a scaling law to finished runs"),
     "plan predict": Command("plan.PredictCommand", "predict a perplexity, or the tokens that it takes"),
     "quantize": Command(
-        "quantize.QuantizeCommand", "round a model, sparse or dense, to int8, fp8 or int4; every zero stays"
+        "quantize.QuantizeCommand", "round a model, sparse or dense, to int8, fp8, int4 or int3; every zero stays"
     ),
     "advise": Command("advise.AdviseCommand", "time every format of a model here, and tell which to use for what"),
     "verify": Command("verify.VerifyCommand", "count every n:m group of a model folder"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from castlm.core.blocks import block_name, in_block, is_router, is_tower
@@ -148,6 +149,16 @@ def weight_parameter(layer: SparseLayer) -> Tensor:
     if parametrize.is_parametrized(layer, "weight"):
         return layer.get_parameter("parametrizations.weight.original")
     return layer.weight
+
+
+def computed_weight(layer: SparseLayer, take: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight that a layer computes with; `take` gives all rows of a parameter, or those of this rank."""
+    weight = take(weight_parameter(layer))
+    if parametrize.is_parametrized(layer, "weight"):
+        for part in layer.get_submodule("parametrizations.weight").children():
+            own = {name: take(parameter) for name, parameter in part.named_parameters()}
+            weight = functional_call(part, own, (weight,))
+    return weight
 
 
 def dense_name(name: str) -> str:

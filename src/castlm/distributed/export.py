@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.core.scaling import scale_weight
 from castlm.core.shards import local, whole
+from castlm.core.sparsify import SparseLayer, computed_weight, weight_parameter
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
@@ -100,34 +100,37 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     return manifest
 
 
-def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """The parameters of a model by their names without weight scaling, each with its scale or None."""
+Take = Callable[[Tensor], Tensor]
+"""`whole` or `local`: all rows of a parameter, or those of this rank."""
+
+
+def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[Take], Tensor]]]:
+    """The parameters of a model by their names without parametrizations, each with a function of the folded weight."""
     for name, module in model.named_modules():
         if "parametrizations" in name.split("."):
             continue
         if parametrize.is_parametrized(module, "weight"):
-            layer = module.get_submodule("parametrizations.weight")
-            yield f"{name}.weight", layer.get_parameter("original"), layer.get_parameter("0.scale")
+            assert isinstance(module, SparseLayer)
+            yield f"{name}.weight", weight_parameter(module), functools.partial(computed_weight, module)
         for leaf, parameter in module.named_parameters(recurse=False):
-            yield f"{name}.{leaf}", parameter, None
+            yield f"{name}.{leaf}", parameter, lambda take, parameter=parameter: take(parameter)  # type: ignore[misc]
 
 
 @torch.no_grad()
 def _write_weights(result: ShardedResult, folder: Path) -> None:
     """Writes the files of the weights, on the main rank. Raises `InputError` there if one cannot be written."""
-    weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+    weights: dict[str, tuple[Tensor, Callable[[Take], Tensor]]] = {}
     seen: set[Tensor] = set()
-    for name, weight, scale in folded_weights(result.model):
+    for name, weight, folded in folded_weights(result.model):
         if weight not in seen:  # tied weights are written once
-            weights[name] = weight, scale
+            weights[name] = weight, folded
             seen.add(weight)
     stored_in: dict[str, str] = {}
     files = _plan_files({name: weight.numel() * result.dtype.itemsize for name, (weight, _) in weights.items()})
     for file, names in files.items():
         held: dict[str, Tensor] = {}
         for name in names:
-            weight, scale = weights[name]
-            tensor = whole(weight) if scale is None else scale_weight(whole(weight), whole(scale))
+            tensor = weights[name][1](whole)
             if result.world.is_main:
                 held |= _as_stored(result, name, tensor)
         stored_in |= dict.fromkeys(held, file)
@@ -213,8 +216,8 @@ def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
 
 def _folded_rows(result: ShardedResult) -> Iterator[tuple[str, Tensor]]:
     """This rank's rows of every parameter, rounded as in the files, in fp32."""
-    for name, weight, scale in folded_weights(result.model):
-        rows = local(weight) if scale is None else scale_weight(local(weight), local(scale))
+    for name, _, folded in folded_weights(result.model):
+        rows = folded(local)
         yield name, rows.to(result.dtype).to(rows.dtype)
 
 

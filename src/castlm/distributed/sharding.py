@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from castlm.core.blocks import is_tower
+from castlm.core.rounding import rounded_layers
 from castlm.core.shards import local
 from castlm.core.sparsify import SparseLayer, transformer_blocks
 from castlm.distributed.world import World
@@ -106,8 +107,10 @@ def is_gathered_narrow(block: nn.Module) -> bool:
     """Whether a transformer block can be gathered in bf16 and has fp32 parameters.
 
     A block with a list of experts cannot: some experts may not be called, and FSDP's group of modules waits for each.
+    Nor can one with trained rounding: weights near the middle of two codes would be rounded to others than are stored.
     """
-    return not may_skip_modules(block) and any(p.dtype == torch.float32 for p in block.parameters())
+    cannot = may_skip_modules(block) or any(True for _ in rounded_layers(block))
+    return not cannot and any(p.dtype == torch.float32 for p in block.parameters())
 
 
 def may_skip_modules(block: nn.Module) -> bool:

@@ -44,7 +44,7 @@ from castlm.inference import formats
 from castlm.inference.formats import FORMATS, PackedSpec
 from castlm.inference.layers import can_pack_tables
 from castlm.inference.packed import PackedTensor, cast_weight, equal_as_packed, kept_mask, pack, pack_integers, unpack
-from castlm.inference.rounding import Rounded, round_rows
+from castlm.inference.rounding import Rounded, on_grid, round_rows
 from castlm.models.architecture import shape_model
 from castlm.models.conversion import as_stored, possible_names
 from castlm.models.io import load_model, open_config, parameters_in, save_model
@@ -278,7 +278,7 @@ def _specs(
 ) -> dict[str, PackedSpec]:
     """The specs of the tensors to pack, by name: all linear layers inside the transformer blocks."""
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
-    left_dense = read_left_dense(source)
+    left_dense, trained = read_left_dense(source), read_manifest(source).get("rounded", {}).get("kind")
     specs: dict[str, PackedSpec] = {}
     for name, tensor in stored.items():
         is_packed_here = is_block_weight(name, tensor.shape)
@@ -297,7 +297,7 @@ def _specs(
             raise InputError(f"{name} has a width of {columns}, which does not divide by m = {m}: choose another m")
         spec = PackedSpec.of_stored(tensor.shape, axis, n, m, values="")
         rounded = integers.get(spec.stem(name))
-        specs[name] = replace(spec, values=rounded.kind if rounded else dtype or str(_float_name(tensor)))
+        specs[name] = replace(spec, values=rounded.kind if rounded else trained or dtype or str(_float_name(tensor)))
     if not specs:
         raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
     assert integers.keys() <= {spec.stem(name) for name, spec in specs.items()}
@@ -338,6 +338,8 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
         packed = replace(pack(weight, spec.n, spec.m), spec=spec)
         assert equal_as_packed(unpack(packed), weight), "it does not come back from its packed form"
         return packed
+    if rounded is None and FORMATS[spec.values].group:
+        rounded = on_grid(weight, spec.values)
     if rounded is None:  # the head
         rounded = round_rows(weight, spec.values)
     mask = kept_mask(weight, spec.n, spec.m) if spec.m else None

@@ -1,4 +1,4 @@
-"""`castlm quantize`: a model rounded to int8, float8 or int4, written as a plain or a packed folder, and verified."""
+"""`castlm quantize`: a model rounded to int8, float8, int4 or int3, as a plain or a packed folder, and verified."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from castlm.oneshot.calibration import calibration_length
 
 _NOT_PASSED_ON = (
     *("schema_version", "versions", "proof", "left_dense", "figures", "perplexity", "dtype"),
-    *("packed", "quantized"),
+    *("packed", "quantized", "rounded"),
 )
 """Entries of castlm.json that are no longer true for the quantized model, or are written again."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The calibration text of int4, and the draw of sequences from it."""
+    """The calibration text of int4 and int3, and the draw of sequences from it."""
 
     text: str
     """A file, folder, glob or hub dataset."""
@@ -68,12 +68,12 @@ def quantize_folder(
     Args:
         name: a model folder, hub id, GGUF file or "demo".
         folder: the output, a plain model folder with the rounded values, or a packed one.
-        kind: "int8" or "fp8", to the nearest with a scale per row; or "int4", by GPTQ with a scale per 64 columns.
+        kind: "int8" or "fp8", to the nearest with a scale per row; "int4", "int3", by GPTQ with a scale per 64 columns.
         pattern: the model's pattern, verified before and after; None for a dense model.
-        calibration: int4 needs it.
+        calibration: int4 and int3 need it.
         packed: store the integers and scales in castlm's packed format.
         head: with `packed`, "int8" also rounds the output head and an embedding tied to it.
-        damping: int4: fraction of the mean diagonal to add to the Hessian.
+        damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         options: how the calibration text is read; a chat template is also saved.
         dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.
         progress: called with (blocks or layers done, in all).
@@ -94,6 +94,8 @@ def quantize_folder(
         raise InputError(f"{kind} needs {'a' if needs_text else 'no'} calibration text: see --calibration")
     groups = groups_of(name, pattern)
     manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name))
+    if rounded := manifest.get("rounded"):
+        raise InputError(f"{name} was trained as {rounded['kind']}, which castlm pack stores: quantize another model")
     documents = None if calibration is None else open_documents(calibration.text, options)
     # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
     held = None if not needs_text and dtype == "source" else torch.float32

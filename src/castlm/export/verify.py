@@ -8,6 +8,7 @@ Memory stays at a few chunks of a tensor for a model of any size; numpy alone co
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -375,10 +376,11 @@ def _sums(kept: np.ndarray, m: int) -> np.ndarray:
 def _nonzeros(spec: PackedSpec, values: StoredTensor) -> int:
     if values.dtype in FLOATS:
         return sum(int(np.count_nonzero(bits)) for bits in magnitude_chunks(values))
-    if FORMATS[spec.values].bits == 8:
+    width = FORMATS[spec.values].bits
+    if width == 8:
         return sum(int(np.count_nonzero(chunk)) for chunk in byte_chunks(values))
     count = 0
-    for chunk in byte_chunks(values, values.shape[1]):  # two values in a byte, the last of a row in its low half
-        rows = chunk.reshape(-1, values.shape[1])
-        count += int(np.count_nonzero(rows & 15)) + int(np.count_nonzero(rows[:, : spec.kept // 2] >> 4))
+    for chunk in byte_chunks(values, values.shape[1]):
+        bits = np.unpackbits(chunk.reshape(-1, values.shape[1]), axis=1, bitorder="little")[:, : spec.kept * width]
+        count += int(np.count_nonzero(functools.reduce(np.bitwise_or, (bits[:, i::width] for i in range(width)))))
     return count

@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern, nm_mask
 from castlm.core.sparsify import is_sparse_linear
-from castlm.dtypes import FLOATS, STORED
+from castlm.dtypes import FLOATS
 from castlm.hardware import cpu_name, has_fast_bf16
 from castlm.inference import native
 from castlm.inference.formats import FORMATS, HEADS, PackedSpec
@@ -146,8 +146,8 @@ class Option:
 
 
 def options(dtype: str = "bf16", pattern: NM | None = TWO_OF_FOUR) -> list[Option]:
-    """The options on a CPU: as transformers runs the model, and on castlm's kernels dense and n:m in `dtype`, int8 and
-    int4.
+    """The options on a CPU: as transformers runs the model, and on castlm's kernels dense and n:m in `dtype` and in
+    every rounded format.
 
     Args:
         dtype: "bf16", "fp16" or "fp32", for weights that are not rounded.
@@ -164,15 +164,11 @@ def options(dtype: str = "bf16", pattern: NM | None = TWO_OF_FOUR) -> list[Optio
 
 def num_bytes(option: Option, shapes: Shapes, dtype: str) -> int:
     """Bytes of a model's weights in a file, without experts."""
-    blocks = sum(count * _bytes_of(option.spec(shape)) for shape, count in shapes.blocks.items())
-    head = 0 if shapes.head is None else _bytes_of(option.spec(shapes.head, is_head=True))
+    blocks = sum(count * option.spec(shape).num_bytes for shape, count in shapes.blocks.items())
+    head = 0 if shapes.head is None else option.spec(shapes.head, is_head=True).num_bytes
     width = FORMATS[option.values if option.by_torch else dtype].bits // 8
     embedding = 0 if shapes.is_tied or shapes.head is None else math.prod(shapes.head) * width
     return blocks + head + embedding + shapes.num_others * width
-
-
-def _bytes_of(spec: PackedSpec) -> int:
-    return sum(math.prod(shape) * STORED[dtype].itemsize for dtype, shape in spec.tensors().values())
 
 
 # ---- timing
@@ -235,8 +231,7 @@ def _cold_weights(spec: Stored, shape: Shape) -> list[Multiply]:
     size = native.packed_bytes(spec.values, spec.n, spec.m, rows, columns)
     step = -(-size // 64) * 64  # aligned as in a model
     buffers = native.allocate(step * max(2, math.ceil(_COLD_BYTES / step))).view(-1, step)[:, :size]
-    parts = packed.values, packed.mask_bits, packed.scales
-    native.repack_(buffers[0], *parts, spec.values, spec.n, spec.m, columns)
+    packed.repack_(buffers[0])
     buffers[1:] = buffers[0]
     return [lambda x, buffer=one: packed_linear(x, buffer, rows) for one in buffers]  # type: ignore[misc]
 
@@ -306,8 +301,11 @@ class Ranking:
         return self.base.seconds[workload] / row.seconds[workload]
 
     def best(self, sparse: bool, workload: str) -> Ranked:
-        """The fastest dense or n:m row; among rows within the noise, the one with the fewest bytes."""
+        """The fastest dense or n:m row that needs no training with rounded weights; among rows within the noise, the
+        one with the fewest bytes.
+        """
         rows = [row for row in self.rows if row.option.is_sparse == sparse and not row.option.by_torch]
+        rows = [row for row in rows if not FORMATS[row.option.values].needs_training]
         least = min(row.seconds[workload] for row in rows)
         close = [row for row in rows if row.seconds[workload] <= NOTICEABLE * least]
         return min(close, key=lambda row: row.num_bytes)
@@ -415,8 +413,8 @@ def rank(
     parts += [(shapes.head, 1, True)] if shapes.head else []
     for done, (shape, count, is_head) in enumerate(parts, 1):
         rows = {name: 1 if is_head and name.startswith("prompt") else number for name, number in workloads.items()}
-        # By what is timed, so that a layer that several options store alike is timed once.
-        timed = {o: FLOATS[o.values] if o.by_torch else o.spec(shape, is_head) for o in compared}
+        # By what is timed, so that a layer that several options multiply alike is timed once.
+        timed = {o: FLOATS[o.values] if o.by_torch else _runs_as(o.spec(shape, is_head)) for o in compared}
         distinct = sorted(set(rows.values()))
         found = time_layer(set(timed.values()), shape, distinct, seconds / len(parts) / len(distinct))
         for option in compared:
@@ -432,9 +430,14 @@ def rank(
     return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), _notes(shapes), quality)
 
 
+def _runs_as(spec: PackedSpec) -> PackedSpec:
+    return replace(spec, values=FORMATS[spec.values].runs_as)
+
+
 def _notes(shapes: Shapes) -> list[str]:
     return [
         *untimed_note(shapes.num_untimed),
+        "int3 runs on the kernels of int4 and takes its memory, and needs training: castlm train --weight-bits 3.",
         f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
         "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",

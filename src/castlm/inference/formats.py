@@ -4,13 +4,13 @@
 
 A packed tensor `X.weight` of shape (out, in) is stored in safetensors as
 - `X.values`, (out, in / m * n): the kept values of each row in the order of their columns, exactly n of every m, as
-  bf16, fp16, fp32 or int8; or for int4 uint8 (out, ceil(in / m * n / 2)), two's complement, the earlier value in the
-  low half.
+  bf16, fp16, fp32 or int8; or as codes of int4 or int3 in uint8 (out, ceil(in / m * n * bits / 8)): the codes of a row,
+  in two's complement, follow each other without gaps from the lowest bit on, and a row begins at a byte.
 - `X.mask`, uint8: which weights are kept. Where m is 2, 4 or 8, each group is a code: its number among the masks that
   keep n of m, in the order of the masks as binary numbers whose bit i is column i. A code has as few bits as the
   numbers need (3 at 2:4, 7 at 4:8, 5 at 6:8, 2 at 3:4); the codes of a row follow each other without gaps from the
   lowest bit on, and a row begins at a byte. For other m, bit i of byte j is column 8 j + i, and 0 past `in`.
-- `X.scales`, fp32 (out, 1) for int8, bf16 (out, ceil(in / 64)) for int4: a value times its scale is the weight.
+- `X.scales`, fp32 (out, 1) for int8, bf16 (out, ceil(in / 64)) for int4 and int3: weight = value * scale.
 A dense tensor has no mask. The order is the same for every processor; `native.repack_` converts it to the order in
 which this processor reads.
 
@@ -62,6 +62,7 @@ class Format:
         group: columns of a row that share a scale; 0 is the whole row.
         largest: end of the rounding grid, in units of the scale.
         needs_text: whether its rounding reads a calibration text.
+        needs_training: whether rounding alone loses too much, so that a model is trained with rounded weights.
     """
 
     name: str
@@ -72,15 +73,26 @@ class Format:
     group: int = 0
     largest: float = math.inf
     needs_text: bool = False
+    needs_training: bool = False
 
     @property
     def rounds(self) -> bool:
         """Whether weights are rounded to a grid with scales."""
         return bool(self.scale)
 
+    @property
+    def runs_as(self) -> str:
+        """The format of the kernels that multiply it: int3 is widened to int4 when it is loaded."""
+        return next(form.name for form in FORMATS.values() if form.kernel == self.kernel)
+
+    def groups(self, columns: int) -> list[slice]:
+        """The columns of each scale, in a row of `columns` weights."""
+        width = self.group or columns
+        return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
     def num_scales(self, columns: int) -> int:
         """Scales of a row of `columns` weights."""
-        return -(-columns // self.group) if self.group else 1
+        return len(self.groups(columns))
 
 
 FORMATS = {
@@ -91,9 +103,11 @@ FORMATS = {
         Format("fp32", "F32", 32, 2),
         Format("int8", "I8", 8, 3, "F32", largest=127),
         Format("int4", "U8", 4, 4, "BF16", group=64, largest=7, needs_text=True),
+        Format("int3", "U8", 3, 4, "BF16", group=64, largest=3, needs_text=True, needs_training=True),
         Format("fp8", "F8_E4M3", 8, None, "F32", largest=448),
     )
 }
+_ITEM_BYTES = {form.stored: max(8, form.bits) // 8 for form in FORMATS.values()}
 ROUNDED = tuple(form.name for form in FORMATS.values() if form.rounds)
 """The formats that `castlm quantize` rounds to."""
 PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
@@ -161,7 +175,7 @@ class PackedSpec:
     def tensors(self) -> dict[str, tuple[str, tuple[int, int]]]:
         """dtype and shape of the stored tensors, by suffix: "values", "mask", "scales"."""
         form = FORMATS[self.values]
-        width = -(-self.kept // 2) if form.bits == 4 else self.kept
+        width = -(-self.kept * form.bits // 8) if form.bits < 8 else self.kept
         stored = {"values": (form.stored, (self.rows, width))}
         if self.m:
             bits = mask_bits(self.n, self.m)
@@ -169,6 +183,11 @@ class PackedSpec:
         if form.rounds:
             stored["scales"] = (form.scale, (self.rows, form.num_scales(self.columns)))
         return stored
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(math.prod(shape) * _ITEM_BYTES[dtype] for dtype, shape in self.tensors().values())
 
     @property
     def _mask_bytes(self) -> int:

@@ -182,8 +182,7 @@ class PackedModule(nn.Module):
         floats = stored.values if stored.scales is None else stored.scales.float() * (FORMATS[spec.values].largest + 1)
         if not all(math.isfinite(bound) for bound in floats.aminmax()):
             raise InputError("the packed weights hold NaN or infinity: the checkpoint is damaged")
-        mask = stored.mask_bits
-        native.repack_(buffer, stored.values, mask, stored.scales, spec.values, spec.n, spec.m, spec.columns)
+        stored.repack_(buffer)
         self.share_(buffer)
 
     def share_(self, buffer: Tensor) -> None:

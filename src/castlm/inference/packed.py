@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, pack_mask, rank_mask, unpack_mask
 from castlm.dtypes import FLOAT_NAMES, STORED
+from castlm.inference import native
 from castlm.inference.formats import FORMATS, PackedSpec
 
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -37,6 +39,15 @@ class PackedTensor:
     def mask_bits(self) -> Tensor | None:
         """The mask bit by bit, as from `castlm.core.nm.pack_mask`; None for a dense tensor."""
         return None if self.mask is None else torch.from_numpy(self.spec.mask_to_bits(self.mask.cpu().numpy()))
+
+    def repack_(self, buffer: Tensor, layout: str = "best") -> None:
+        """Writes the weight to `buffer` in the order in which the kernels read it; see `native.repack_`."""
+        spec, values = self.spec, self.values
+        form, kernel = FORMATS[spec.values], FORMATS[FORMATS[spec.values].runs_as]
+        if kernel is not form:
+            values = _join(_split(values, form.bits, spec.kept), kernel.bits)
+        parts = values, self.mask_bits, self.scales
+        native.repack_(buffer, *parts, kernel.name, spec.n, spec.m, spec.columns, layout)
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,7 +139,7 @@ def pack_integers(
         mask = kept_mask(codes.float(), n, m) if mask is None else mask
         assert not bool(codes.masked_fill(mask, 0).any())
         kept, stored_mask = codes[mask].view(rows, spec.kept), _stored_mask(mask, spec)
-    stored = _join_halves(kept) if form.bits == 4 else kept.contiguous()
+    stored = _join(kept, form.bits) if form.bits < 8 else kept.contiguous()
     return PackedTensor(spec, stored, stored_mask, scales)
 
 
@@ -141,8 +152,8 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
         InputError: a mask that does not keep exactly n of every m.
     """
     spec, values = packed.spec, packed.values
-    if FORMATS[spec.values].bits == 4:
-        values = _split_halves(values, spec.kept)
+    if (width := FORMATS[spec.values].bits) < 8:
+        values = _split(values, width, spec.kept)
     weight = values
     bits = packed.mask_bits
     if bits is not None:
@@ -168,12 +179,23 @@ def equal_as_packed(one: Tensor, other: Tensor) -> bool:
     return torch.equal((one + 0).view(bits), (other + 0).view(bits))
 
 
-def _join_halves(codes: Tensor) -> Tensor:
-    """int8 codes (rows, width) as uint8 (rows, ceil(width / 2)), the earlier one in the low half."""
-    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return ((even[:, 0::2] & 15) | (even[:, 1::2] << 4)).view(torch.uint8)
+def _join(codes: Tensor, bits: int) -> Tensor:
+    """int8 codes (rows, width) as uint8 (rows, ceil(width * bits / 8)), the earlier one in lower bits."""
+    rows, width = codes.shape
+    eights = F.pad(codes, (0, -width % 8)).view(rows, -1, 8)  # eight codes fill `bits` bytes
+    words = torch.zeros(eights.shape[:2], dtype=torch.int64, device=codes.device)
+    for k in range(8):
+        words |= (eights[:, :, k].long() & (1 << bits) - 1) << k * bits
+    stored = words.unsqueeze(-1).view(torch.uint8)[:, :, :bits].reshape(rows, -1)
+    return stored[:, : -(-width * bits // 8)].contiguous()
 
 
-def _split_halves(halves: Tensor, width: int) -> Tensor:
-    both = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1)[:, :width].to(torch.int8)
-    return (both ^ 8) - 8
+def _split(stored: Tensor, bits: int, width: int) -> Tensor:
+    """The opposite of `_join`: int8 (rows, width)."""
+    rows, eights = len(stored), -(-width // 8)
+    padded = F.pad(stored, (0, eights * bits - stored.shape[1])).view(rows, eights, bits)
+    words = F.pad(padded, (0, 8 - bits)).view(torch.int64).squeeze(-1)  # (rows, eights)
+    codes, sign = stored.new_empty((rows, eights, 8), dtype=torch.int8), 1 << bits - 1
+    for k in range(8):
+        codes[:, :, k] = ((words >> k * bits & (1 << bits) - 1) ^ sign) - sign
+    return codes.flatten(1)[:, :width]

@@ -1,7 +1,7 @@
-"""Quantizes a model: rounds every linear layer inside the transformer blocks to int8, float8 or int4.
+"""Quantizes a model: rounds every linear layer inside the transformer blocks to int8, float8, int4 or int3.
 
-int4 follows the walk of the one-shot solvers: a block's inputs come from the quantized blocks before it, so that it
-also compensates for their errors.
+int4 and int3 follow the walk of the one-shot solvers: a block's inputs come from the quantized blocks before it, so
+that it also compensates for their errors.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def quantize_(
     """Rounds the linear layers of a model in place; zeros stay exactly zero, so that an n:m model stays one.
 
     The weights hold the dequantized values in the model's dtype, and the report the codes and scales. Memory beyond the
-    model: the codes, and for int4 the hidden states of the calibration text and one fp32 matrix (in, in).
+    model: the codes, and with a calibration text its hidden states and one fp32 matrix (in, in).
 
     Args:
-        kind: "int8" or "fp8", to the nearest with a scale per row; or "int4", by GPTQ (arXiv 2210.17323) with a scale
-            per 64 columns.
-        calibration: int64 (num_sequences, seq_len), as from `draw_calibration`; int4 needs it, the others take none.
-        damping: int4: fraction of the mean diagonal to add to the Hessian.
+        kind: "int8" or "fp8", to the nearest with a scale per row; or "int4" or "int3", by GPTQ (arXiv 2210.17323)
+            with a scale per 64 columns.
+        calibration: int64 (num_sequences, seq_len), as from `draw_calibration`, for int4 and int3 alone.
+        damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         filter_fn: selects the layers; dense ones among them are rounded too.
         progress: called with (blocks or layers done, in all).
 
@@ -186,7 +186,7 @@ def _round_together(
     whole_hessian(hessian)
     together = torch.cat([weight.float() for weight in weights.values()])
     with naming(names):
-        rounded = round_in_groups(together, hessian, damping)
+        rounded = round_in_groups(together, hessian, damping, kind=report.kind)
     for (name, weight), part in zip(weights.items(), rounded.split([len(weight) for weight in weights.values()])):
         old, new = _write(weight, part)
         report.layers[name] = part.cpu()

@@ -1,7 +1,7 @@
-"""Rounds weights to int8, float8 or int4 with every zero kept exactly, so that a mask survives quantization.
+"""Rounds weights to int8, float8, int4 or int3 with every zero kept exactly, so that a mask survives quantization.
 
-All scales are symmetric, without a zero point. int4 has one for each row and 64 columns, and is rounded by GPTQ
-(Frantar et al. 2023, arXiv 2210.17323), column by column: later columns compensate for the rounding error of a column.
+All scales are symmetric, without a zero point. int4 and int3 have one for each row and 64 columns, and are rounded by
+GPTQ (Frantar et al. 2023, arXiv 2210.17323), column by column: later columns compensate for the error of a column.
 A masked weight has the single grid point 0 and passes its share of the error to later columns, as in SparseGPT (arXiv
 2301.00774). GPTQ relies on columns that turn out to be masked, so a few passes of coordinate descent follow (QuantEase,
 arXiv 2309.01885): each code in turn becomes the best for the layer's output with all others fixed, and each scale the
@@ -16,13 +16,9 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.core.rounding import best_scale, in_groups
 from castlm.inference.formats import FORMATS
 from castlm.oneshot.sparsegpt import upper_factor
-
-INT4_RANGE = (-8, 7)
-"""The smallest and the largest code of int4."""
-INT4_GROUP = FORMATS["int4"].group
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
 @dataclass
@@ -30,11 +26,11 @@ class Rounded:
     """A weight (rows, columns) on a grid: `codes * scales`."""
 
     kind: str
-    """"int8", "fp8" or "int4"."""
+    """A format of `ROUNDED`."""
     codes: Tensor
-    """(rows, columns): int8 holds int8 and int4 (-8 to 7), float8_e4m3fn holds fp8."""
+    """(rows, columns): int8 holds int8, int4 (-8 to 7) and int3 (-4 to 3), float8_e4m3fn holds fp8."""
     scales: Tensor
-    """fp32: (rows, 1), or for int4 (rows, ceil(columns / 64)) with values that are exact in bf16."""
+    """fp32: (rows, 1), or for int4 and int3 (rows, ceil(columns / 64)) with values that are exact in bf16."""
 
     def dequantized(self) -> Tensor:
         """(rows, columns), fp32. Every zero is 0.0, because the packed format cannot always store -0.0."""
@@ -72,15 +68,17 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
     return Rounded(kind, codes, scales)
 
 
-def round_in_groups(weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01, passes: int = 4) -> Rounded:
-    """Rounds to int4 in groups of 64 columns: by GPTQ and coordinate descent if `hessian` is given, otherwise to the
-    nearest.
+def round_in_groups(
+    weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01, passes: int = 4, kind: str = "int4"
+) -> Rounded:
+    """Rounds in groups of columns: by GPTQ and coordinate descent if `hessian` is given, otherwise to the nearest.
 
     Args:
         weight: (rows, columns), any float dtype; zeros stay.
         hessian: X^T X of the input up to a factor, (columns, columns), fp32, symmetric; overwritten.
         damping: fraction of the Hessian's mean diagonal to add to it.
         passes: passes of coordinate descent over all columns.
+        kind: "int4" or "int3".
 
     Raises:
         InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
@@ -89,15 +87,47 @@ def round_in_groups(weight: Tensor, hessian: Tensor | None = None, damping: floa
     target = _finite(weight).float().T.contiguous()  # (columns, rows): a column lies contiguous
     left, kept = target.clone(), target != 0
     upper = torch.eye(columns, device=left.device) if hessian is None else _inverse_factor(hessian, damping)
-    codes, scales = torch.empty_like(left), left.new_empty(-(-columns // INT4_GROUP), left.shape[1])
-    for group, block in enumerate(_groups(columns)):
+    blocks, ends = FORMATS[kind].groups(columns), _range(kind)
+    codes, scales = torch.empty_like(left), left.new_empty(len(blocks), left.shape[1])
+    for group, block in enumerate(blocks):
         inner = upper[block, block]
-        scales[group] = _best_scale(left[block], kept[block], inner.diagonal())
-        errors = _round_block(left[block], kept[block], scales[group], inner, codes[block])
+        importance = inner.diagonal().square().reciprocal().unsqueeze(1)  # 1 / U_jj^2, the cost in the output
+        scales[group] = best_scale(left[block] * kept[block], ends, ends[::-1], importance, dim=0)
+        errors = _round_block(left[block], kept[block], scales[group], inner, codes[block], ends)
         left[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
     if hessian is not None:
-        _descend(codes, scales, target, kept, hessian, passes)
-    return Rounded("int4", codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
+        _descend(codes, scales, target, kept, hessian, passes, kind)
+    return Rounded(kind, codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
+
+
+def on_grid(weight: Tensor, kind: str) -> Rounded:
+    """The codes and scales of a weight that was trained with rounding to `kind`; see `castlm.core.rounding`.
+
+    The scale of a group is its largest magnitude divided by a code, up to the rounding of the stored weights.
+
+    Args:
+        weight: (rows, columns) in bf16, fp16 or fp32, whose values are codes times scales in this dtype.
+
+    Raises:
+        InputError: a group that is no whole multiple of a scale.
+    """
+    groups = in_groups(weight, FORMATS[kind].group)  # (rows, groups, 64)
+    exact, (low, high) = groups.float(), _range(kind)
+    extreme = exact.gather(-1, exact.abs().argmax(-1, keepdim=True))
+    scales, found = torch.ones_like(extreme), extreme == 0
+    for end in range(1, -low + 1):
+        nearest = (extreme / -end).bfloat16()  # negative for the code -8 or -4, whose opposite does not exist
+        for step in (0, -1, 1):  # the stored end is rounded too
+            scale = (nearest.view(torch.int16) + step).view(torch.bfloat16).float()
+            codes = (exact / scale).round_()
+            fits = (codes * scale).to(weight.dtype) == groups
+            fits &= (codes >= low) & (codes <= high)
+            is_new = fits.all(-1, keepdim=True) & ~found
+            scales, found = torch.where(is_new, scale, scales), found | is_new
+    if not bool(found.all()):
+        raise InputError(f"its weights are not codes of {kind} times scales, as castlm.json says: train it again")
+    codes = (exact / scales).round_().flatten(1)[:, : weight.shape[1]]
+    return Rounded(kind, codes.to(torch.int8).contiguous(), scales.squeeze(-1))
 
 
 def _finite(weight: Tensor) -> Tensor:
@@ -106,14 +136,18 @@ def _finite(weight: Tensor) -> Tensor:
     return weight
 
 
-def _groups(columns: int) -> list[slice]:
-    return [slice(start, min(start + INT4_GROUP, columns)) for start in range(0, columns, INT4_GROUP)]
+def _range(kind: str) -> tuple[int, int]:
+    """The smallest and the largest code."""
+    largest = int(FORMATS[kind].largest)
+    return -largest - 1, largest
 
 
-def _descend(codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, passes: int) -> None:
+def _descend(
+    codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, passes: int, kind: str
+) -> None:
     """Coordinate descent on tr(E^T H E), E = codes * scales - target, in place; all are (columns, rows), scales
     (groups, rows)."""
-    blocks = _groups(len(codes))
+    blocks, ends = FORMATS[kind].groups(len(codes)), _range(kind)
     error = torch.cat([codes[block] * scales[group] - target[block] for group, block in enumerate(blocks)])
     for _ in range(passes):
         for group, block in enumerate(blocks):
@@ -122,7 +156,7 @@ def _descend(codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessia
             for j in range(len(slope)):
                 column = codes[block.start + j]
                 wanted = column - slope[j] / (inner[j, j] * scale)
-                change = wanted.round_().clamp_(*INT4_RANGE).mul_(kept[block.start + j]).sub_(column)
+                change = wanted.round_().clamp_(*ends).mul_(kept[block.start + j]).sub_(column)
                 column += change
                 slope.addr_(inner[:, j], change.mul_(scale))
             _refit(scale, codes[block], slope, inner)
@@ -139,37 +173,16 @@ def _refit(scale: Tensor, codes: Tensor, slope: Tensor, inner: Tensor) -> None:
     scale.add_(change * is_better)
 
 
-def _round_block(left: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes: Tensor) -> Tensor:
+def _round_block(
+    left: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes: Tensor, ends: tuple[int, int]
+) -> Tensor:
     """Rounds the columns of one group, (64, rows), in order; returns the error of each, in units of U_jj."""
     errors = torch.empty_like(left)
     for j in range(len(left)):
-        codes[j] = (left[j] / scale).round_().clamp_(*INT4_RANGE).mul_(kept[j])
+        codes[j] = (left[j] / scale).round_().clamp_(*ends).mul_(kept[j])
         errors[j] = left[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
         left[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     return errors
-
-
-def _best_scale(group: Tensor, kept: Tensor, diagonal: Tensor) -> Tensor:
-    """The scale (rows,), exact in bf16, that rounds the kept weights of a group (64, rows) best.
-
-    The candidates put the largest magnitude at 7 or at -8 (the scale may be negative), or clip it. Errors are weighted
-    by 1 / U_jj^2, their cost in the layer's output.
-    """
-    group = group * kept
-    index = group.abs().argmax(0, keepdim=True)
-    extreme = group.gather(0, index).squeeze(0)
-    importance = diagonal.square().reciprocal().unsqueeze(1)
-    best, least = torch.ones_like(extreme), torch.full_like(extreme, float("inf"))
-    for end in reversed(INT4_RANGE):
-        for shrink in _SHRINK:
-            scale = (extreme * (shrink / end)).bfloat16().float()
-            scale = torch.where(scale == 0, 1.0, scale)
-            lost = (
-                (group / scale).round_().clamp_(*INT4_RANGE).mul_(scale).sub_(group).square_().mul_(importance).sum(0)
-            )
-            better = lost < least
-            best, least = torch.where(better, scale, best), torch.where(better, lost, least)
-    return best
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -18,7 +18,15 @@ from torch.nn.utils import parametrize
 
 from castlm.core.adams import AdamS
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, magnitude_masks, sparse_linears, sparse_param_groups, weight_parameter
+from castlm.core.rounding import add_weight_rounding
+from castlm.core.sparsify import (
+    FilterFn,
+    dense_name,
+    magnitude_masks,
+    sparse_linears,
+    sparse_param_groups,
+    weight_parameter,
+)
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
 
@@ -92,7 +100,7 @@ class Retraining:
         self.start, self.seed = start, seed
         self.layers, self.left_dense = sparse_linears(model, pattern, filter_fn)
         self._flips: Tensor | int = 0
-        self.prepare(model)
+        self.parametrize_(model)
 
     @classmethod
     def check(cls, method: MethodOptions, optimizer: OptimizerOptions) -> None:
@@ -133,7 +141,7 @@ class Retraining:
         decayed = [
             (p, n)
             for p, n in named
-            if p.dim() > 1 and p not in sparse and "parametrizations" not in n and not n.endswith("bias")
+            if p.dim() > 1 and p not in sparse and "parametrizations" not in dense_name(n) and not n.endswith("bias")
         ]
         names = {name for _, name in decayed}
         others = [(p, n) for p, n in named if n not in names]
@@ -145,6 +153,12 @@ class Retraining:
             for part, decay in parts
             if part
         ]
+
+    def parametrize_(self, model: nn.Module) -> None:
+        """Prepares the model before it is sharded, and adds trained rounding where the run has it."""
+        self.prepare(model)
+        if self.options.weight_bits:
+            add_weight_rounding(model, self.options.weight_bits)
 
     def prepare(self, model: nn.Module) -> None:
         """Parametrizes the model before it is sharded: with weight scaling, or with a mask in the forward pass."""

@@ -169,7 +169,8 @@ class TrainConfig:
             object.__setattr__(self, "method", dataclasses.replace(method, decay_end=decay_end))
         if self.teacher.hidden_weight is None:
             reads_dense = self.teacher.teacher is None and self.teacher.teacher_cache is None
-            compares = self.teacher.eta > 0 and reads_dense and method.row.is_sparse and not self.is_finetuning
+            changes = method.row.is_sparse or method.weight_bits > 0
+            compares = self.teacher.eta > 0 and reads_dense and changes and not self.is_finetuning
             weight = HIDDEN_WEIGHT if compares else 0.0
             object.__setattr__(self, "teacher", dataclasses.replace(self.teacher, hidden_weight=weight))
 
@@ -184,6 +185,11 @@ class TrainConfig:
             raise InputError(
                 f"adapter {self.adapter.adapter} needs a model that is n:m already: use castlm finetune MODEL"
             )
+        if bits := self.method.weight_bits:
+            if self.adapter.adapter != "none":
+                raise InputError(f"weight_bits {bits} rounds every weight: omit adapter {self.adapter.adapter}")
+            if self.method.row.is_sparse and not isinstance(pattern, NM):
+                raise InputError(f"weight_bits {bits} is for n:m and for method dense, not for {pattern}: use 2:4")
         if teacher.teacher_cache and not (teacher.teacher_top_k and teacher.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")
         if teacher.hidden_weight and (teacher.teacher_cache or not teacher.eta):

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel
 
 from castlm.core.errors import DivergedError, InputError
+from castlm.core.rounding import fit_rounding_
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
@@ -114,8 +115,9 @@ def gathered(run: Run) -> PreTrainedModel | None:
         return None
     model = auto_class(run.model.config).from_config(run.model.config, dtype=torch.float32)
     linearize_(model)
-    run.method.prepare(model)
+    run.method.parametrize_(model)
     model.load_state_dict(state)
+    fit_rounding_(model, keep_scales=True)
     model.generation_config = run.model.generation_config
     return model
 
@@ -184,7 +186,8 @@ def say_result(run: Run, record: dict[str, Any]) -> None:
     if run.method.layers:
         run.telemetry.say(f"{run.folder.model}: {run.config.model.pattern} verified in {len(run.method.layers)} layers")
     else:
-        run.telemetry.say(f"{run.folder.model}: the dense control")
+        dense = f"dense, {run.rounding['kind']} for castlm pack" if run.rounding else "the dense control"
+        run.telemetry.say(f"{run.folder.model}: {dense}")
     found = record["verdict"]
     run.telemetry.say(
         found["reason"] if found["ok"] else f"THIS RUN {found['problem']}: {found['reason']}; {found['remedy']}"
@@ -195,9 +198,12 @@ def run_record(run: Run) -> dict[str, Any]:
     """The entries of castlm.json about a run: its figures, and the facts that are needed to compare them."""
     config = run.config
     first, last = run.progress.figures.get("0", {}), run.progress.figures[str(run.total_steps)]
+    one_shot = first.get("prune_now_ppl")
+    if config.method.row.starts_dense:  # only its rounding changes step 0
+        one_shot = first.get("perplexity") if run.rounding else None
     figures = {
         "dense": first.get("dense_ppl", first.get("perplexity")),
-        "one_shot": None if config.method.row.starts_dense else first.get("prune_now_ppl"),
+        "one_shot": one_shot,
         "before_prune": last["perplexity"],
         "pruned": last.get("prune_now_ppl"),
     }
@@ -213,16 +219,18 @@ def run_record(run: Run) -> dict[str, Any]:
     )
     start = config.start.name
     is_solved = start in config.model.pattern.solvers
+    pruned_by = f"pruned {'one-shot by' if is_solved else 'as'} {start}"
     labels = {
         "start": f"{config.model.pattern}, before fine-tuning",
         "dense": "dense",
-        "one_shot": f"pruned {'one-shot by' if is_solved else 'as'} {start}",
+        "one_shot": "rounded, before training" if config.method.row.starts_dense else pruned_by,
         "before_prune": f"{config.method.method}, before the prune",
         "pruned": f"{config.model.pattern}, fine-tuned" if config.is_finetuning else f"{config.method.method}, pruned",
     }
     rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
     return {
         **(cut_of_source(config.model) if config.is_finetuning else {}),
+        **({"rounded": run.rounding} if run.rounding else {}),
         "run_id": run.folder.run_id,
         "base_model": config.model.model,
         "method": config.method.method,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from castlm.core.blocks import is_tower
-from castlm.core.nm import unpack_mask
+from castlm.core.nm import Pattern, unpack_mask
+from castlm.core.rounding import rounded_layers
+from castlm.core.sparsify import num_weights
 from castlm.data.scored import ScoredText
 from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World
 from castlm.hardware import autocast
 from castlm.inference.devices import device_of
+from castlm.inference.formats import PackedSpec
 from castlm.training.objective import Objective
 from castlm.training.record import HISTOGRAM_EDGES
 
@@ -140,6 +143,22 @@ def masked_shares(masks: Mapping[Tensor, Tensor], world: World) -> list[float]:
     sums = [torch.stack([(w * ~mask).square().sum(), w.square().sum()]).double() for w, mask in masks.items()]
     found: list[list[float]] = world.sum(torch.stack(sums)).tolist()
     return [masked / whole if whole else 0.0 for masked, whole in found]
+
+
+def rounding_record(model: nn.Module, bits: int, sparse: Collection[str], pattern: Pattern) -> dict[str, Any]:
+    """The format of the layers with trained rounding, their number, and the bits of a weight with mask and scales.
+
+    Args:
+        bits: of a code; 0 gives an empty record.
+        sparse: the names of the n:m layers.
+    """
+    kind, total, stored, layers = f"int{bits}", 0, 0, list(rounded_layers(model))
+    for name, layer, _ in layers:
+        n, m = (pattern.nm.n, pattern.nm.m) if name in sparse and pattern.nm else (0, 0)
+        size = num_weights(layer)
+        total += size
+        stored += 8 * PackedSpec(size // layer.in_features, layer.in_features, n, m, kind).num_bytes
+    return {"kind": kind, "layers": len(layers), "bits_per_weight": stored / total} if bits else {}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

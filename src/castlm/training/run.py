@@ -103,6 +103,8 @@ class Run:
     """Perplexity of the dense model, if step 0 has other weights."""
     start: dict[str, Any]
     """The record of the start; empty if it is magnitude."""
+    rounding: dict[str, Any]
+    """The record of trained rounding; empty without it."""
     budget: DecayBudget | None = None
     trackers: Sequence[str] = ()
     resumed_from: Path | None = None
@@ -204,6 +206,9 @@ class Run:
         masks = f"{config.model.pattern} from {config.start.name}" if method.layers else "no masks"
         masks += method.trained_part(self.names)
         yield f"{config.method.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
+        if found := self.rounding:
+            where = f"{found['layers']} layers, {found['bits_per_weight']:.2f} bits a weight"
+            yield f"rounding: {found['kind']} in {where}, with trained scales"
         if self.text.is_masked:
             yield self.text.explain()
         if self.teacher_fingerprint:

@@ -19,6 +19,7 @@ from torch import Tensor
 from castlm.core.decay import DECAYS, DecayBudget, decay_budget
 from castlm.core.errors import InputError
 from castlm.core.nm import pack_mask
+from castlm.core.rounding import fit_rounding_
 from castlm.core.shards import like_rows, local
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import masked_samples
@@ -38,7 +39,7 @@ from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
 from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
-from castlm.training.metrics import Evaluator
+from castlm.training.metrics import Evaluator, rounding_record
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_, shard_objective_
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
@@ -237,13 +238,14 @@ def set_up(config: TrainConfig, world: World) -> Run:
     evaluator = Evaluator(objective, text.held_out, data.seq_len, rows, precision, world)
     dense_perplexity = None
     if resumed is None:
-        if (has_start or method.starts_sparse) and not config.is_finetuning:
+        if (has_start or method.starts_sparse or config.method.weight_bits) and not config.is_finetuning:
             with method.unmasked():
                 dense_perplexity = evaluator.perplexity()
         if has_start:
             start_(model, method, start, world)
         else:
             method.start_from_magnitude_()
+    fit_rounding_(model, keep_scales=resumed is not None)
     if teacher_options.hidden_weight:
         objective.stream_basis = stream_basis(start, world)
     masks = method.masks()
@@ -263,6 +265,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         initial_masks={names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()},
         dense_perplexity=dense_perplexity,
         start=start.record,
+        rounding=rounding_record(model, config.method.weight_bits, method.layers, pattern),
         budget=_decay_budget(config.method, optimizer_options, method, local_masks(masks), world),
         trackers=trackers,
         resumed_from=checkpoint,

@@ -1,0 +1,166 @@
+"""Trained rounding: the forward pass computes with weights of few bits, whose scales are trained with the rest.
+
+A weight is a whole code times the scale of its group, some consecutive columns of a row: learned step size quantization
+(LSQ, arXiv 1902.08153). It is a parametrization above weight scaling or a mask, so every forward pass, also of an
+evaluation, computes with the weights that will be stored. A masked weight decays to zero, and so rounds to zero.
+
+- One side of zero has one code more than the other: the side of the group's largest weight, so that no sign needs to be
+  trained. `castlm.inference.rounding.on_grid` gives the scale a sign instead.
+- The gradient passes straight through the rounding, and is zero where the rounding clips.
+- The logarithm of a scale is trained, so that one learning rate serves scales of every size. The forward pass rounds
+  the scale to bf16, as it is stored.
+- The first scales have the least squared error of each group, without a calibration text: after 100 steps this is as
+  good as starting from GPTQ (docs/results/bits.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from castlm.core.shards import local
+from castlm.core.sparsify import FilterFn, SparseLayer, computed_weight, is_sparse_linear, weight_parameter
+
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+
+
+def best_scale(
+    groups: Tensor, ends: tuple[int, int], at: tuple[int, ...], importance: Tensor | None = None, dim: int = -1
+) -> Tensor:
+    """The scales, exact in bf16, that round each group with the least squared error.
+
+    Args:
+        groups: weights whose axis `dim` runs over the members of a group.
+        ends: the smallest and the largest code.
+        at: those of `ends` at which the candidates put the largest magnitude of a group, or beyond which they clip it.
+        importance: factors of the squared errors, broadcast to `groups`.
+
+    Returns:
+        Like `groups` without the axis `dim`. A scale may be negative; that of a group of zeros is 1.
+    """
+    index = groups.abs().argmax(dim, keepdim=True)
+    extreme = groups.gather(dim, index)
+    best, least = torch.ones_like(extreme), torch.full_like(extreme, float("inf"))
+    for end in at:
+        for shrink in _SHRINK:
+            scale = (extreme * (shrink / end)).bfloat16().float()
+            scale = torch.where(scale == 0, 1.0, scale)
+            error = (groups / scale).round_().clamp_(*ends).mul_(scale).sub_(groups).square_()
+            lost = (error if importance is None else error.mul_(importance)).sum(dim, keepdim=True)
+            better = lost < least
+            best, least = torch.where(better, scale, best), torch.where(better, lost, least)
+    return best.squeeze(dim)
+
+
+def in_groups(weight: Tensor, group: int) -> Tensor:
+    """`weight` (..., columns) as (..., ceil(columns / group), group), padded with zeros."""
+    padded = F.pad(weight, (0, -weight.shape[-1] % group))
+    return padded.view(*padded.shape[:-1], padded.shape[-1] // group, group)  # (1536, 576) -> (1536, 9, 64)
+
+
+class _Round(torch.autograd.Function):
+    """`clamp(round(W / s)) s`; see `round_weight`. Nothing is kept for the backward pass but W and the scales."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, bits: int, group: int) -> Tensor:
+        ctx.save_for_backward(weight, log_scale)
+        ctx.bits, ctx.group = bits, group
+        scale, steps, low, high = _steps(weight, log_scale, bits, group)
+        codes = torch.minimum(torch.maximum(steps.round_(), low), high)
+        return codes.mul_(scale).flatten(-2)[..., : weight.shape[-1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, log_scale = ctx.saved_tensors
+        scale, steps, low, high = _steps(weight, log_scale, ctx.bits, ctx.group)
+        codes = torch.minimum(torch.maximum(steps.round(), low), high)
+        inside = (steps >= low - 0.5) & (steps <= high + 0.5)
+        grads = in_groups(grad, ctx.group)
+        # LSQ, Eq. 3: dw'/ds = code - w/s inside the range, and the code where w is clipped; dw'/d log s = s dw'/ds
+        of_scale = (grads * scale * torch.where(inside, codes - steps, codes)).sum(-1)
+        return (grads * inside).flatten(-2)[..., : grad.shape[-1]], of_scale, None, None
+
+
+def _steps(weight: Tensor, log_scale: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scales (..., groups, 1), the weights in units of them (..., groups, group), and the ends of each group."""
+    groups = in_groups(weight, group)
+    scale = log_scale.exp().bfloat16().to(weight.dtype).unsqueeze(-1)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    is_above = high >= -low  # the largest magnitude is positive
+    end = 2 ** (bits - 1)
+    return scale, groups / scale, torch.where(is_above, 1.0 - end, -end), torch.where(is_above, end, end - 1.0)
+
+
+def round_weight(weight: Tensor, log_scale: Tensor, bits: int, group: int) -> Tensor:
+    """Rounds a weight (..., out, in) to codes of `bits` bits times scales, with gradients for both.
+
+    Rows are independent, so this also works on any subset of rows of both.
+
+    Args:
+        log_scale: logarithms of the scales, (..., out, ceil(in / group)).
+
+    Examples:
+        >>> round_weight(torch.tensor([[0.9, -0.1, 5.0, -2.6]]), torch.zeros(1, 1), bits=3, group=64)
+        tensor([[ 1., -0.,  4., -3.]])
+    """
+    rounded: Tensor = _Round.apply(weight, log_scale, bits, group)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+class WeightRounding(nn.Module):
+    """A parametrization by `round_weight`. It passes weights unchanged until `fit_rounding_` switches it on."""
+
+    def __init__(self, weight: Tensor, bits: int, group: int) -> None:
+        super().__init__()
+        self.bits, self.group, self.on = bits, group, False
+        shape = (*weight.shape[:-1], -(-weight.shape[-1] // group))
+        self.log_scale = nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return round_weight(weight, self.log_scale, self.bits, self.group) if self.on else weight
+
+
+def add_weight_rounding(
+    model: nn.Module, bits: int, group: int = 64, *, filter_fn: FilterFn = is_sparse_linear
+) -> list[str]:
+    """Adds trained rounding to the layers that `filter_fn` selects, in place; returns their names.
+
+    Call it after `add_weight_scaling` and before `fully_shard` and the optimizer, then `fit_rounding_` once the weights
+    have the values of step 0. `fold_weight_scaling` leaves plain layers with the rounded weights.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    chosen = {name: layer for name, layer in layers.items() if filter_fn(layer, name)}
+    for layer in chosen.values():
+        rounding = WeightRounding(weight_parameter(layer), bits, group)
+        parametrize.register_parametrization(layer, "weight", rounding, unsafe=True)
+    return list(chosen)
+
+
+def rounded_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer, WeightRounding]]:
+    """The layers with trained rounding, by name, each with its parametrization."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLayer) and parametrize.is_parametrized(layer, "weight"):
+            last = layer.get_submodule("parametrizations.weight")[-1]  # type: ignore[index]
+            if isinstance(last, WeightRounding):
+                yield name, layer, last
+
+
+@torch.no_grad()
+def fit_rounding_(model: nn.Module, *, keep_scales: bool = False) -> None:
+    """Switches the rounding on, with the scales of least squared error for the rows that this rank holds.
+
+    Args:
+        keep_scales: leave the scales as they are, for those of a checkpoint.
+    """
+    for _, layer, rounding in rounded_layers(model):
+        if not keep_scales:
+            end = 2 ** (rounding.bits - 1)
+            groups = in_groups(computed_weight(layer, local), rounding.group)
+            scales = best_scale(groups, (-end, end - 1), at=(-end,)).abs()
+            local(rounding.log_scale).copy_(scales.log())
+        rounding.on = True
