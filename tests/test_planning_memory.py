@@ -39,13 +39,14 @@ def _each_model_is_traced_once():
     measured: dict[tuple, memory._Sizes] = {}
 
     def sizes_once(config, run):
-        key = (config.to_json_string(), run.pattern, run.scale_groups, run.moments)
+        key = (config.to_json_string(), run.pattern, run.scale_groups, run.weight_bits, run.moments)
         if key not in measured:
             measured[key] = sizes(config, run)
         return measured[key]
 
     def saved_once(config, num_layers, sizes, run, sharded):
-        key = (config.to_json_string(), num_layers, tuple(sizes), run.pattern, run.scale_groups, run.compute, sharded)
+        made = run.pattern, run.scale_groups, run.weight_bits
+        key = (config.to_json_string(), num_layers, tuple(sizes), *made, run.compute, sharded)
         if key not in known:
             known[key] = saved_bytes(config, num_layers, sizes, run, sharded)
         return known[key]
@@ -91,6 +92,15 @@ def test_saved_activations_of_a_llama_block_have_the_closed_form():
     autocast = trace(llama(), replace(RUN, scale_groups=0, compute=torch.bfloat16), sharded=False)
     assert autocast.block == tokens * (34 * hidden + 8 * inner + numbers)
     assert autocast.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # copies of W
+
+
+def test_rounded_weights_are_kept_for_backward_and_scales_are_parameters():
+    of_layers = 4 * 64**2 + 3 * 64 * 176
+    for scale_groups, copies in ((0, 1), (2, 2)):  # rounding W * A needs the product in its own backward pass
+        saved = trace(llama(), replace(RUN, scale_groups=scale_groups, weight_bits=3), sharded=False)
+        assert copies * 4 * of_layers <= saved.block_weights < 1.1 * copies * 4 * of_layers
+    plain, rounded = (memory._sizes(llama(), replace(RUN, scale_groups=0, weight_bits=bits)) for bits in (0, 3))
+    assert rounded.total - plain.total == plain.num_layers * (4 * 64 + 2 * 176 + 3 * 64)  # 176 columns are 3 groups
 
 
 @pytest.mark.parametrize(

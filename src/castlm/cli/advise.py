@@ -133,7 +133,8 @@ class AdviseCommand:
         pattern = self.pattern
         record = read_manifest(Path(name)) if Path(name).is_dir() else {}
         found = record.get("perplexity")
-        found = found if isinstance(found, dict) and record.get("pattern") == str(pattern) else {}
+        is_ours = record.get("pattern") == str(pattern) and "rounded" not in record  # else of rounded weights
+        found = found if isinstance(found, dict) and is_ours else {}
         if self.law is None:
             return Quality(found.get("dense"), final_perplexity(found), "measured by its run")
         law = Law.from_dict(read_json_object(Path(self.law)))

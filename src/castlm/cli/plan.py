@@ -142,6 +142,7 @@ def memory(arguments: list[str]) -> int:
         micro_batch=config.optimizer.per_device_train_batch_size,
         pattern=pattern,
         scale_groups=config.method.scale_groups,
+        weight_bits=config.method.weight_bits,
         accumulates=config.optimizer.gradient_accumulation_steps > 1,
         checkpointing=config.runtime.gradient_checkpointing,
         compute=dtype,

@@ -34,6 +34,7 @@ from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.moments import new_moments
 from castlm.core.nm import NM, Pattern
+from castlm.core.rounding import add_weight_rounding, fit_rounding_
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import num_weights, sparse_linears, transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow
@@ -71,6 +72,7 @@ class Settings:
     """Sequences of a forward pass, on each rank."""
     pattern: Pattern = field(default=NM(2, 4))
     scale_groups: int = 2
+    weight_bits: int = 0
     accumulates: bool = False
     """Whether a step has several micro-steps, so that gradients are there throughout."""
     checkpointing: bool = False
@@ -92,6 +94,11 @@ class Settings:
     @property
     def tokens(self) -> int:
         return self.seq_len * self.micro_batch
+
+    @property
+    def makes_weights(self) -> bool:
+        """Whether the forward pass computes with other tensors than the parameters."""
+        return self.scale_groups > 0 or self.weight_bits > 0
 
 
 class Saved(NamedTuple):
@@ -154,8 +161,7 @@ def saved_bytes(
         )
         model.config._experts_implementation = _EXPERTS
         linearize_(model)
-        if run.scale_groups:
-            add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
+        _parametrize_(model, run)
         if sharded and run.compute is not torch.float32:  # the types in which `shard_` gathers the blocks' parameters
             for block in filter(is_gathered_narrow, transformer_blocks(model).values()):
                 wide = {parameter for module in beside_linears(block) for parameter in module.parameters()}
@@ -164,6 +170,14 @@ def saved_bytes(
                         parameter.data = parameter.data.to(run.compute)
         model.train()
         return [_saved_by_forward(model, micro_batch, seq_len, run.compute) for micro_batch, seq_len in sizes]
+
+
+def _parametrize_(model: PreTrainedModel, run: Settings) -> None:
+    if run.scale_groups:
+        add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
+    if run.weight_bits:
+        add_weight_rounding(model, run.weight_bits)
+        fit_rounding_(model, keep_scales=True)
 
 
 def _saved_by_forward(model: PreTrainedModel, micro_batch: int, seq_len: int, compute: torch.dtype) -> int:
@@ -301,7 +315,8 @@ def plan_memory(
       and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
       and residual path stay fp32, and each linear layer keeps a bf16 copy of its own input;
     - weights for backward, of all blocks in the compute type and unsharded on every rank: the products `W * A` of
-      weight scaling, or otherwise the bf16 copies that autocast makes of fp32 weights on one rank;
+      weight scaling and the rounded weights of `weight_bits`, or otherwise the bf16 copies that autocast makes of fp32
+      weights on one rank;
     - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
     - gathered (R > 1): everything outside the blocks (embedding, head) in fp32 and two blocks in the compute type, and
       the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
@@ -328,7 +343,7 @@ def plan_memory(
     """
     config = read_config(config)
     sizes = _sizes(config, run)
-    tutor = sizes if teacher is None else _sizes(read_config(teacher), replace(run, scale_groups=0))
+    tutor = sizes if teacher is None else _sizes(read_config(teacher), replace(run, scale_groups=0, weight_bits=0))
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded, sizes.kinds) for sharded in sharded_or_not}
 
@@ -377,8 +392,8 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
         step = (2 if run.fused else 11) * sizes.largest
     else:
         step = 0 if run.fused else max(5 * sizes.largest, 25 * sizes.largest_sparse // 4)
-    # A checkpoint drops the products W * A with the activations, but not the copies in autocast's cache.
-    layers_kept = 1 if run.checkpointing and run.scale_groups else sizes.num_layers
+    # A checkpoint drops the products W * A and rounded weights with the activations, but not autocast's copies.
+    layers_kept = 1 if run.checkpointing and run.makes_weights else sizes.num_layers
     return {
         "weights": shard(4 * sizes.total),
         "gradients": shard(4 * sizes.total),
@@ -404,7 +419,7 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     activations = parts["activations, checkpointed" if run.checkpointing else "activations"]
     activations += parts["teacher's hidden states"]
     first = activations + parts["weights kept for backward"]  # the last block's backward pass, with all activations
-    at_work = saved.block + (saved.block_weights if run.scale_groups else 0)  # freed after a checkpointed block
+    at_work = saved.block + (saved.block_weights if run.makes_weights else 0)  # freed after a checkpointed block
     forward = first - at_work if run.checkpointing else first
     last = saved.rest + block + parts["gradients"] - earlier  # the backward pass of the first block, with all gradients
     head_gradient = 4 * sizes.vocab * sizes.hidden
@@ -425,8 +440,7 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
     model = shape_model(config)
     check_cut(model, run.pattern)
     layers, _ = sparse_linears(model, run.pattern)
-    if run.scale_groups:
-        add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
+    _parametrize_(model, run)
     num_layers = config.get_text_config().num_hidden_layers
     in_blocks = sum(p.numel() for name, p in model.named_parameters() if in_block(name))
     sparse = [num_weights(layer) for layer in layers.values()]
