@@ -11,7 +11,6 @@ from castlm.core.errors import InputError
 from castlm.core.rounding import add_weight_rounding, best_scale, fit_rounding_, in_groups, round_weight, rounded_layers
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import is_sparse_linear
-from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
@@ -27,7 +26,7 @@ from tests.ranks import small as small_on
 from tests.refusals import assert_refused
 from tests.runs import begin_run, metrics, small, stop_and_resume, weights
 from tests.slow import slow
-from tests.tiny import EXPERTS, save_tiny
+from tests.tiny import EXPERTS, TEXT, save_tiny
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="the C++ kernels were not built")
 
@@ -144,7 +143,7 @@ def test_a_run_of_three_bits_is_packed_to_what_it_evaluated(fields, llama, text,
     held_out = begin_run(config.changed(output_dir=str(tmp_path / "again"))).text.held_out
     plain, packed = (load_model(str(folder)) for folder in (tmp_path / "unpacked", tmp_path / "run" / "packed"))
     assert perplexity(plain.model, held_out, seq_len=32).perplexity == pytest.approx(measured, rel=2e-3)
-    ids = torch.tensor([token_ids(packed.tokenizer, "Once upon a time there was a dog.")])
+    ids = torch.tensor([packed.tokenizer(TEXT)["input_ids"][:40]])
     with torch.no_grad():
         one, other = packed.model(input_ids=ids).logits, plain.model(input_ids=ids).logits
     assert float((one - other).abs().max() / other.abs().max()) < 0.02  # activations are rounded to int8
