@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from castlm.methods.table import METHODS, is_control
-from castlm.report.charts import WHOLE, Level, Picture, Series, dot_chart, heat_map, line_chart
+from castlm.report.charts import WHOLE, Picture, Series, dot_chart, heat_map, line_chart
 from castlm.training.record import read_series
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def budgets(rows: Rows, results: list[Result]) -> dict[str, Picture]:
         of_name = [row for row in shown if row["variant"] == name]
         points = [(r["tokens"], r["gap"].mean) for r in of_name]
         lines.append(Series(name, points, colours[name], marks=True, spread=[r["gap"].std or 0.0 for r in of_name]))
-    levels = [Level(row["variant"], row["gap"].mean) for row in shown if not row["tokens"]]
+    levels = {row["variant"]: row["gap"].mean for row in shown if not row["tokens"]}
     svg = gap_chart(lines, levels)
     caption = (
         "Means over seeds, with a band of one standard deviation. Dotted: one-shot methods, against the control of the "
@@ -195,9 +196,9 @@ def budgets(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     return {"budgets": Picture("Gap over token budgets", svg, caption, wide=True)}
 
 
-def gap_chart(lines: Sequence[Series], levels: Sequence[Level] = ()) -> str:
+def gap_chart(lines: Sequence[Series], levels: Mapping[str, float] = MappingProxyType({})) -> str:
     """Gaps to the dense control over training tokens, on a logarithmic axis where all of them are above 0."""
-    values = [y for line in lines for _, y in line.points] + [level.value for level in levels]
+    values = [y for line in lines for _, y in line.points] + [*levels.values()]
     return line_chart(
         lines,
         x_label="training tokens",

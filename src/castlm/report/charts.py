@@ -9,8 +9,9 @@ import importlib.util
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,14 +80,6 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Level:
-    """A dotted horizontal line across a chart."""
-
-    name: str
-    value: float
-
-
-@dataclass(frozen=True)
 class Picture:
     """A chart with its heading and its caption."""
 
@@ -131,7 +124,7 @@ def line_chart(
     *,
     x_label: str,
     y_label: str,
-    levels: Sequence[Level] = (),
+    levels: Mapping[str, float] = MappingProxyType({}),
     log_x: bool = False,
     log_y: bool = False,
     from_zero: bool = False,
@@ -142,6 +135,7 @@ def line_chart(
 
     Args:
         y_label: stands above the axis, so that it reads horizontally.
+        levels: dotted horizontal lines across the chart, by name.
         from_zero: whether a linear y axis includes 0.
     """
 
@@ -168,9 +162,9 @@ def line_chart(
             if any(half):
                 low, high = ([b + sign * h for b, h in zip(y, half)] for sign in (-1, 1))
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        for level in levels:
-            axes.axhline(level.value, color=LIGHT["muted"], linestyle=":", linewidth=1.2)
-            axes.annotate(level.name, (1.01, level.value), xycoords=("axes fraction", "data"), va="center")
+        for name, value in levels.items():
+            axes.axhline(value, color=LIGHT["muted"], linestyle=":", linewidth=1.2)
+            axes.annotate(name, (1.01, value), xycoords=("axes fraction", "data"), va="center")
         _scale(axes, "x", log_x)
         _scale(axes, "y", log_y)
         if from_zero and not log_y:

@@ -23,7 +23,7 @@ from castlm.files.reading import read_bytes, read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
 from castlm.names import duration
-from castlm.report.charts import WHOLE, Level, Picture, Series, can_draw, heat_map, line_chart, render, short
+from castlm.report.charts import WHOLE, Picture, Series, can_draw, heat_map, line_chart, render, short
 from castlm.training.config import TrainConfig, without_sections
 from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, read_metrics, verdict
 
@@ -261,7 +261,7 @@ def _perplexity(run: RunData) -> list[Picture]:
     if len(evaluations) < 2:
         return []
     before, pruned = run.series("perplexity"), run.series("prune_now_ppl")
-    levels = [Level(f"dense {known['dense']:.4g}", known["dense"])] if "dense" in known else []
+    levels = {f"dense {known['dense']:.4g}": known["dense"]} if "dense" in known else {}
     series = [Series("after the prune", pruned, 0, marks=True)] if pruned else []
     if not pruned or any(abs(a - b) > 1e-6 * b for (_, a), (_, b) in zip(before, pruned)):
         series.append(Series("before the prune" if pruned else "trained", before, 1, marks=True))
@@ -273,7 +273,7 @@ def _perplexity(run: RunData) -> list[Picture]:
         x_label="training tokens",
         y_label="perplexity",
         levels=levels,
-        log_y=high > 4 * min([level.value for level in levels] or [high]),
+        log_y=high > 4 * min(levels.values(), default=high),
         width=WHOLE,
         height=300,
     )
