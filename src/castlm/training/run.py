@@ -37,9 +37,8 @@ from castlm.training.metrics import (
 )
 from castlm.training.objective import Objective, pruned
 from castlm.training.run_folder import RunFolder, check_shared
-from castlm.training.source import Source
+from castlm.training.source import Source, TrainingText
 from castlm.training.telemetry import Telemetry, TrackedRun, Tracker, open_trackers
-from castlm.training.text import TrainingText
 
 _MOST_UNCOUNTED = 100
 """A run ends after this many consecutive steps in which no token counts."""

@@ -36,8 +36,7 @@ from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.start import Start
 from castlm.progress import note, shown_progress
 from castlm.training.options import StartOptions
-from castlm.training.source import Source
-from castlm.training.text import TrainingText
+from castlm.training.source import Source, TrainingText
 
 
 @dataclass

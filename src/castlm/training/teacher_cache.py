@@ -31,8 +31,7 @@ from castlm.files.reading import user_path
 from castlm.models.io import open_config
 from castlm.progress import note
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
-from castlm.training.source import Source, check_sizes
-from castlm.training.text import TrainingText
+from castlm.training.source import Source, TrainingText, check_sizes
 
 _FORMAT = 3
 

@@ -45,18 +45,20 @@ from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.source import (
     Source,
+    TrainingText,
     check_left_dense,
     check_sizes,
     check_teacher,
     filter_of,
     layers_left_dense,
     open_source,
+    open_training_text,
     options_of_teacher,
+    steps_of_epochs,
 )
 from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, make_start, start_, stream_basis
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import chosen_trackers
-from castlm.training.text import TrainingText, open_training_text, steps_of_epochs
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
