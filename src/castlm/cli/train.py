@@ -78,10 +78,8 @@ def parse_train(
 def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     """The options of `castlm finetune`, and whether to write the page of the run.
 
-    The default pattern is the one in the model's castlm.json. A run of `castlm train` stands for its model folder.
-
-    Raises:
-        InputError: as `parse_train`; castlm.json names no pattern, or one that left no zeros in the model.
+    The default pattern is the one in the model's castlm.json; raises `InputError` if that names none, or one that left
+    no zeros in the model. A run of `castlm train` stands for its model folder.
     """
     config, page = parse_train(arguments, "finetune", PageOptions)
     model = result_folder(config.model.model)

@@ -125,15 +125,9 @@ _OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "seq_l
 def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
     """Starts or continues a comparison and writes its report after each variant.
 
-    Args:
-        command: the command that repeats this comparison, for the report.
-        say: called with a line for each run.
-
-    Returns:
-        The exit code, 1 if a run failed or diverged, and the report.
-
-    Raises:
-        InputError: as `Plan`, a model that no run could open, or another comparison is running in the folder.
+    Returns the exit code, 1 if a run failed or diverged, and the report, in which `command` repeats the comparison.
+    Calls `say` with a line for each run. Raises `InputError` as `Plan`, for a model that no run could open, or if
+    another comparison is running in the folder.
     """
     plan = Plan(config, say)
     plan.check_model()

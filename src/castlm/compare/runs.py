@@ -122,10 +122,7 @@ def content_hash(model: str, revision: str | None, *, trust_remote_code: bool = 
     """Hash of everything a result can depend on in `model`: weights, config, tokenizer and code of its own.
 
     For a hub model it hashes the name and the cached commit. If none is cached, the config is fetched first, so that
-    the hash stays the same after a run has fetched the rest.
-
-    Raises:
-        InputError: there is no such model.
+    the hash stays the same after a run has fetched the rest. Raises `InputError` if there is no such model.
     """
     where = locate(model)
     if where.is_hub:
@@ -171,11 +168,8 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
 def read_finished(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """The record of a finished run; None if there is none.
 
-    Args:
-        config: fields of the run, which must match the record.
-
-    Raises:
-        InputError: a file of the result is missing or has changed, or the result is of another run.
+    Raises `InputError` if a file of the result is missing or has changed, or if the record is of a run with other
+    fields than `config`.
     """
     model = folder / "model"
     if not (model / RESULT).is_file():
@@ -192,9 +186,8 @@ def read_finished(folder: Path, config: dict[str, Any] | None = None) -> dict[st
 def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Returns the record of a run: reads a finished one, resumes an interrupted one, or starts it.
 
-    Returns:
-        The content of its castlm.json; or `{"error": one line}` if its files have changed or its process failed, the
-        latter with its `exit_code`.
+    The record is the content of its castlm.json; or `{"error": one line}` if its files have changed or its process
+    failed, the latter with its `exit_code`.
     """
     from castlm.training.checkpoint import remove_checkpoints  # imports torch
 

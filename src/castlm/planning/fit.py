@@ -246,8 +246,8 @@ def minimise(theta: Array, data: Data, y: Array, lowest: float, delta: float) ->
 def solve_from_grid(data: Data, lowest: float) -> tuple[Array, float]:
     """The minimum from the best of a grid of starts, then again with a delta that suits the residuals.
 
-    Returns:
-        theta, (3,), and the delta: 1.345 robust standard deviations of the residuals, at least `HUBER_DELTA`.
+    Returns theta, (3,), and the delta, which is 1.345 robust standard deviations of the residuals, and at least
+    `HUBER_DELTA`.
     """
     grid = []
     for floor in (0.0, 0.3, 0.6, 0.8, 0.9, 0.97):

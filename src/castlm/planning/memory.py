@@ -123,11 +123,7 @@ def block_kinds(model: PreTrainedModel, num_layers: int) -> tuple[Hashable, ...]
 
 
 def trace(config: PretrainedConfig, run: Settings, sharded: bool, kinds: Sequence[Hashable] = ("all",)) -> Saved:
-    """Saved bytes, from the differences between some blocks and one more, and between two small numbers of tokens.
-
-    Args:
-        kinds: `block_kinds` of the model.
-    """
+    """Saved bytes, from the differences between some blocks and one more, and between two small numbers of tokens."""
     sizes = [(run.micro_batch, run.seq_len), (1, 16), (1, 32)]
     first = functools.cache(lambda number: saved_bytes(config, number, sizes, run, sharded))
     of_kind = {}

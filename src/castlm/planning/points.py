@@ -95,11 +95,7 @@ def read_points(paths: Iterable[str | Path], method: str | None = None) -> list[
 
 
 def _read_json(path: Path, runs: dict[str, str]) -> Iterator[Point]:
-    """The points of a file of records.
-
-    Args:
-        runs: the sources of the runs read so far, by `run_id`; adds this file's.
-    """
+    """The points of a file of records; adds its runs to `runs`, the sources by `run_id`."""
     content = parse_json(read_text(path), path)
     records = content.get("results", [content]) if isinstance(content, dict) else content
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):

@@ -55,19 +55,11 @@ class SweepConfig(SharedOptions):
 
 
 def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
-    """Starts or continues a sweep.
+    """Starts or continues a sweep, which `command` repeats; returns 1 if a run failed or no law fits the runs, else 0.
 
-    Args:
-        command: the command that repeats this sweep, for sweep.json.
-        say: called with a line for each budget and for the law.
-        progress: called with a line for each run.
-
-    Returns:
-        The exit code: 1 if a run failed or no law fits the runs.
-
-    Raises:
-        InputError: as `Plan`; a model that no run could open, budgets that carry no law, a method that does not train,
-            or another sweep in the folder.
+    Calls `say` with a line for each budget and for the law, and `progress` with a line for each run. Raises
+    `InputError` as `Plan`; for a model that no run could open, budgets that carry no law, a method that does not train,
+    or another sweep in the folder.
     """
     shared = without_sections(read_yaml_mapping(config.config), config.config) if config.config else {}
     method, asked = str(shared.get("method", "cast")), _budgets(config)

@@ -115,11 +115,9 @@ def read_run(path: str | Path) -> RunData:
 
 
 def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: bool = False) -> str:
-    """The page of a run as HTML.
+    """The page of a run as HTML, with a `sample` that `castlm.report.sample.write_sample` made.
 
-    Args:
-        sample: as `castlm.report.sample.write_sample` returns it.
-        refresh: whether a browser loads the page again every few seconds until the run ends.
+    With `refresh`, a browser loads the page again every few seconds until the run ends.
     """
     config, record, total = run.config, run.record or {}, int(run.config.get("max_steps", 0))
     is_dense, method = is_control(config.get("method")), METHODS.get(str(config.get("method")))

@@ -35,10 +35,8 @@ def read_sample(run: RunData) -> dict[str, Any] | None:
 def write_sample(run: RunData) -> dict[str, Any]:
     """Generates a sample from a finished run and writes it to sample.json in its folder.
 
-    Both models greedily continue the beginning of the evaluation text, or else of the training text.
-
-    Raises:
-        InputError: a model or the text cannot be read.
+    Both models greedily continue the beginning of the evaluation text, or else of the training text. Raises
+    `InputError` if a model or the text cannot be read.
     """
     config = run.config
     if texts := config.get("eval_dataset"):

@@ -74,11 +74,7 @@ class RefusedError(Exception):
 
 
 def make_app(engine: Engine, name: str) -> Starlette:
-    """The ASGI application.
-
-    Args:
-        name: of the model, which requests give as `model`.
-    """
+    """The ASGI application; requests give `name` as their model."""
     api = _Api(engine, name)
 
     async def say_refused(_: Request, error: Exception) -> Response:

@@ -231,11 +231,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, answer: Answer) -> None:
-        """Queues a request.
-
-        Raises:
-            BusyError: too many wait.
-        """
+        """Queues a request. Raises `BusyError` if too many wait."""
         assert answer.max_new_tokens >= 1
         assert answer.num_cached <= self.context
         with self._changed:

@@ -298,16 +298,9 @@ _BY_CONTENT = {
 
 
 def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Checks that a checkpoint belongs to a run with these options and facts.
+    """Checks that a checkpoint belongs to a run with these options and facts; `InputError` lists every difference.
 
-    Args:
-        manifest: the manifest of the checkpoint; its `config` and `facts` are compared.
-        config: the options of this start. All outside `FREE_ON_RESUME` must match the checkpoint; a file may be renamed
-            if its hash matches.
-        facts: text hashes and the global batch, which must match too.
-
-    Raises:
-        InputError: lists every difference.
+    All options outside `FREE_ON_RESUME` must match; a file may be renamed if its hash, one of the facts, matches.
     """
     before = manifest["facts"]
     free = FREE_ON_RESUME | {k for k, fact in _BY_CONTENT.items() if fact in before and before[fact] == facts.get(fact)}

@@ -113,12 +113,8 @@ def mask_figures(
 def masked_histogram(masks: Mapping[Tensor, Tensor], world: World) -> dict[str, Any]:
     """Counts of masked weights by magnitude over all ranks, each weight once, in bins of a quarter of a decade.
 
-    Args:
-        masks: this rank's part of each sparse weight with its mask, True = kept.
-
-    Returns:
-        `{"edges": ..., "zeros": ..., "counts": ...}`: `zeros` are exact zeros and `counts[i]` the magnitudes in
-        `[edges[i], edges[i + 1])`. The first and the last bin also hold smaller and larger ones. Empty without masks.
+    Returns `{"edges": ..., "zeros": ..., "counts": ...}`: `zeros` are exact zeros and `counts[i]` the magnitudes in
+    `[edges[i], edges[i + 1])`. The first and the last bin also hold smaller and larger ones. Empty without `masks`.
     """
     if not masks:
         return {}

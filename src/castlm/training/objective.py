@@ -138,10 +138,8 @@ class Objective(nn.Module):
     def check_documents_apart(self) -> None:
         """Finds out whether position ids are enough to keep the student's documents apart, or a mask is needed.
 
-        It runs the student: a change of the first document must not change the hidden states of the second.
-
-        Raises:
-            InputError: neither keeps them apart.
+        It runs the student: a change of the first document must not change the hidden states of the second. Raises
+        `InputError` if neither keeps them apart.
         """
         if not self.apart:
             return

@@ -128,8 +128,7 @@ class Run:
     def begin(self, *, announce: bool = True) -> Self:
         """Claims the output folder for this run and opens its logs; returns itself. Nothing is written before.
 
-        Args:
-            announce: print the model, the method, the layers and the options without effect.
+        With `announce` it prints the model, the method, the layers and the options without effect.
         """
         options = self.config.checkpoint
         self.progress.first_step = self.progress.step

@@ -112,10 +112,8 @@ def _job() -> str | None:
 def is_restart(options: CheckpointOptions) -> bool:
     """Whether `torchrun --max-restarts` starts this job again after an earlier start has begun the run.
 
-    Otherwise the folder may hold another run, which the checks of a first start handle.
-
-    Raises:
-        InputError: `overwrite` with restarts of a job that has no id.
+    Otherwise the folder may hold another run, which the checks of a first start handle. Raises `InputError` for
+    `overwrite` with restarts of a job that has no id.
     """
     if options.overwrite and _job() == _NO_JOB and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise InputError(
@@ -147,12 +145,9 @@ def claimed(options: CheckpointOptions, inputs: Inputs, world: World) -> Iterato
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """Checks that all ranks see the same output folder.
+    """Checks that all ranks see the same output folder; `InputError` names the first that does not.
 
     If each node had its own folder on a local disk, checkpoints would lack the parts of the other nodes.
-
-    Raises:
-        InputError: names the first rank that does not see the folder of the main rank.
     """
     if world.mesh is None:
         return

@@ -245,13 +245,9 @@ class TrainingText:
 def steps_of_epochs(
     model: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, num_epochs: float, global_batch: int
 ) -> int:
-    """The number of optimizer steps in `num_epochs` over the training documents, rounded up.
+    """The number of optimizer steps of `global_batch` sequences in `num_epochs` of the training documents.
 
-    Args:
-        global_batch: sequences per step, on all ranks together.
-
-    Raises:
-        InputError: the dataset is streamed from the hub, so its length is not known, or a mixture, which has no end.
+    Raises `InputError` for a stream of the hub, whose length is not known, or a mixture, which has no end.
     """
     documents, _ = _open_splits(data, evaluation)
     if not isinstance(documents, Documents):

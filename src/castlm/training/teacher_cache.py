@@ -91,11 +91,8 @@ class TeacherCache:
     def cover(self, first: int, last: int, every_epoch: bool = False) -> None:
         """Records that the cache holds sequences `first` to `last` of the stream, if it holds all before them.
 
-        Args:
-            every_epoch: they include a whole epoch, and all other epochs have the same sequences.
-
-        Raises:
-            InputError: a rank could not write a sequence.
+        With `every_epoch` they include a whole epoch, and all other epochs have the same sequences. Raises `InputError`
+        if a rank could not write a sequence.
         """
         self.world.check_all(self._failure)
         if not self.world.is_main or self.complete:
@@ -106,16 +103,10 @@ class TeacherCache:
             atomic_write_json(self._coverage, record)
 
     def get(self, input_ids: Tensor, position_ids: Tensor | None = None) -> TopTokens | None:
-        """The teacher's tokens for `input_ids` (batch, seq), on their device.
+        """The teacher's tokens for `input_ids` (batch, seq), on their device, whose documents begin by `position_ids`.
 
-        Args:
-            position_ids: (batch, seq), if documents do not attend to each other.
-
-        Returns:
-            None if any rank lacks a sequence, because the teacher then runs on all ranks.
-
-        Raises:
-            InputError: a sequence is missing or damaged, and there is no teacher; or a rank could not write one.
+        None if any rank lacks a sequence, because the teacher then runs on all ranks. Raises `InputError` if there is
+        no teacher to do so, or a rank could not write a sequence.
         """
         found = [self._read(row) for row in _rows(input_ids, position_ids)]
         missing = any(top is None for top in found)
@@ -191,13 +182,10 @@ def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
 def open_teacher_cache(
     options: TeacherOptions, data: DataOptions, text: TrainingText, source: Source, precision: str, world: World
 ) -> TeacherCache | None:
-    """The cache of a run; None without the option `teacher_cache`.
+    """The cache of a run whose teacher is `source`; None without the option `teacher_cache`.
 
-    Args:
-        source: the teacher.
-
-    Raises:
-        InputError: as `TeacherCache`; a text with images, which the key of a sequence does not contain.
+    Raises `InputError` for a cache of another teacher, or a text with images, which the key of a sequence does not
+    contain.
     """
     if options.teacher_cache is None:
         return None
