@@ -12,7 +12,6 @@ from castlm.core.errors import InputError
 from castlm.models.io import load_model
 from castlm.planning.memory import Settings, plan_memory
 from castlm.training import source
-from castlm.training import train as training
 from castlm.training.config import FinetuneConfig, TrainConfig
 from castlm.training.train import train
 from tests.ranks import run_ranks
@@ -112,7 +111,7 @@ def test_a_model_that_cannot_teach_is_refused_before_any_weights_are_read(
         vocabulary = tokenizer["model"]["vocab"]
         vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
         (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
-    monkeypatch.setattr(training, "open_source", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("castlm.training.source.open_source", lambda *args, **kwargs: pytest.fail("weights were read"))
     with pytest.raises(InputError, match=says):
         train(run_in(tmp_path, llama, text, teacher, hidden_weight=2.0))
 

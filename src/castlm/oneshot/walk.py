@@ -25,6 +25,8 @@ from castlm.oneshot.source import MemoryModel, StoredModel, layers_by_block
 # L2, 2,048 are a tenth slower than 1,024 (SmolLM2-135M): tensors between operators no longer fit in the cache.
 PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
+BACKWARD_TOKENS = 2048
+"""Tokens of a backward pass of the whole model, for scores by gradients; at least one sequence."""
 KEPT_BYTES = 2**30
 """Memory for the outputs of finished layers, see `BlockInputs.keep_outputs`."""
 

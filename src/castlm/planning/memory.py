@@ -38,10 +38,10 @@ from castlm.core.rounding import add_weight_rounding, fit_rounding_
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import num_weights, sparse_linears, transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow
+from castlm.export.hf import check_export
 from castlm.files.reading import read_json_object, user_path
 from castlm.models.architecture import backbone, is_vision_language, linearize_, shape_model
 from castlm.models.io import check_num_layers, open_config
-from castlm.structured.cut import check_cut
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
@@ -434,7 +434,7 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
             "is trained, and add the tower's weights"
         )
     model = shape_model(config)
-    check_cut(model, run.pattern)
+    check_export(model, run.pattern)
     layers, _ = sparse_linears(model, run.pattern)
     _parametrize_(model, run)
     num_layers = config.get_text_config().num_hidden_layers

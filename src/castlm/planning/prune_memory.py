@@ -24,9 +24,8 @@ from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.walk import KEPT_BYTES, PASS_TOKENS_CPU
+from castlm.oneshot.walk import BACKWARD_TOKENS, KEPT_BYTES, PASS_TOKENS_CPU
 from castlm.planning.memory import MemoryPlan, as_config_error, read_config
-from castlm.structured.prune import BACKWARD_TOKENS
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
 
@@ -101,12 +100,12 @@ def plan_prune_memory(
     refinements.check()
     model = _model(read_config(config), pattern)
     reads, layers = model.reads, sum(read.size for read in model.reads)
-    is_structured, turns_axes = pattern.cut_out is not None, not basis.is_off and pattern.cut_out is None
-    axes = 2 if is_structured else SOLVERS[method].axes  # of the statistics: a vector or a matrix of each input
+    is_cut, turns_axes = pattern.cut_out is not None, not basis.is_off and pattern.cut_out is None
+    axes = 2 if is_cut else SOLVERS[method].axes  # of the statistics: a vector or a matrix of each input
     of_reads = [read.columns**axes for read in reads]
     widest = max(max(read.columns, read.rows) for read in reads)
     tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len  # of a forward pass
-    if is_structured:
+    if is_cut:
         # The layers of a block as they were, their masks and what becomes of them; the damped Hessian and its factor.
         solver = 3 * layers + 3 * max(read.columns for read in reads) ** 2
     else:

@@ -148,7 +148,7 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
         verdict=_verdict(run),
         progress=None if run.is_finished or not total else run.step / total,
         refresh=REFRESH_SECONDS if refresh and not run.is_finished else None,
-        tiles=_tiles(run),
+        headline=_headline(run),
         sections=sections,
         sample=sample,
         changed=changed,
@@ -209,7 +209,7 @@ def _sentence(run: RunData, found: dict[str, Any]) -> str:
     return f"{sentence}."
 
 
-def _tiles(run: RunData) -> list[dict[str, str]]:
+def _headline(run: RunData) -> list[dict[str, str]]:
     known, record = run.perplexity, run.record or {}
     final, dense, one_shot = final_perplexity(known), known.get("dense"), known.get("one_shot")
     tokens = record.get("train_tokens") or (run.rows[-1].get("tokens", 0) if run.rows else 0)
@@ -217,7 +217,7 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
     memory = record.get("peak_memory_bytes") or max((v for _, v in run.series("peak_memory_bytes")), default=None)
     seconds = record.get("train_seconds")
     gap = math.log(final / dense) if final and dense and math.isfinite(final) else None
-    tiles = [
+    figures = [
         ("perplexity after the prune" if "trained" not in known else "perplexity", final, "{:,.3f}"),
         ("dense model", dense, "{:,.3f}"),
         ("one-shot start", one_shot, "{:,.3f}"),
@@ -228,7 +228,7 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
         ("training time", None if seconds is None else duration(seconds), "{}"),
         ("peak memory", None if memory is None else memory / 2**30, "{:.2f} GiB"),
     ]
-    return [{"label": label, "value": form.format(value)} for label, value, form in tiles if value is not None]
+    return [{"label": label, "value": form.format(value)} for label, value, form in figures if value is not None]
 
 
 def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -45,13 +45,11 @@ from castlm.oneshot.report import LayerResult, OneshotReport
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
 from castlm.oneshot.source import MemoryModel, block_stack
 from castlm.oneshot.sparsegpt import sparsegpt
-from castlm.oneshot.walk import BlockInputs, Extras, walk
+from castlm.oneshot.walk import BACKWARD_TOKENS, BlockInputs, Extras, walk
 from castlm.structured.pattern import SCORED_BY, Units
 
 TAYLOR_SEQUENCES = 32
 """Calibration sequences on which the Taylor score computes the gradient of the loss."""
-BACKWARD_TOKENS = 2048
-"""Tokens of one of its backward passes; at least one sequence."""
 _BLOCK_COLUMNS = 128  # of SparseGPT
 
 

@@ -338,3 +338,22 @@ def open_training_text(
         eval_sha256,
         encoder.template_sha256 if documents.kind is not Kind.TEXT else None,
     )
+
+
+def open_inputs(
+    model: ModelOptions,
+    data: DataOptions,
+    evaluation: EvaluationOptions,
+    world: World,
+    *,
+    rows_per_rank: int,
+    teacher_top_k: int,
+    whole_copies: bool = False,
+) -> tuple[Source, TrainingText]:
+    """Opens the dense model and the texts of a run, and checks that they fit; see `open_source`."""
+    source = open_source(model, world, whole_copies=whole_copies)
+    check_sizes(source.model.config, seq_len=data.seq_len, teacher_top_k=teacher_top_k)
+    check_left_dense(model.left_dense, source.model)
+    vocab = vocab_size(source.model.config)
+    text = open_training_text(model, data, evaluation, source.tokenizer, vocab, world, rows_per_rank=rows_per_rank)
+    return source, text

@@ -44,15 +44,11 @@ from castlm.training.objective import Objective, as_teacher_, checkpoint_activat
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.source import (
-    Source,
-    TrainingText,
-    check_left_dense,
-    check_sizes,
     check_teacher,
     filter_of,
     layers_left_dense,
+    open_inputs,
     open_source,
-    open_training_text,
     options_of_teacher,
     steps_of_epochs,
 )
@@ -166,8 +162,18 @@ def set_up(config: TrainConfig, world: World) -> Run:
     elif has_start:
         world.on_main(lambda: check_beside(partial_folder(folder.path)))
     check_teacher(teacher_options, config.model, seq_len=data.seq_len)
-    source, text, precision = _open(config, world, whole_copies=method_class.whole_copies)
+    rows, top_k = optimizer_options.per_device_train_batch_size, teacher_options.teacher_top_k
+    source, text = open_inputs(
+        config.model,
+        data,
+        config.evaluation,
+        world,
+        rows_per_rank=rows,
+        teacher_top_k=top_k,
+        whole_copies=method_class.whole_copies,
+    )
     model = source.model
+    precision = choose_precision(runtime.precision, world.device, model.config)
     filter_fn = filter_of(config.model.left_dense)
     if config.method.row.is_sparse:
         check_export(model, pattern, filter_fn)
@@ -223,7 +229,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         teacher,
         teacher_options.eta,
         teacher_options.temperature,
-        teacher_options.teacher_top_k,
+        top_k,
         cache,
         apart=not data.cross_document_attention,
         hidden_weight=float(teacher_options.hidden_weight or 0.0),
@@ -236,7 +242,6 @@ def set_up(config: TrainConfig, world: World) -> Run:
     # optimizer, step 0
     fused, optimizer_text = choose_fused(world.device, sum(p.numel() for p in names))
     optimizer = method.build_optimizer(model, fused)
-    rows = optimizer_options.per_device_train_batch_size
     evaluator = Evaluator(objective, text.held_out, data.seq_len, rows, precision, world)
     dense_perplexity = None
     if resumed is None:
@@ -275,24 +280,6 @@ def set_up(config: TrainConfig, world: World) -> Run:
     if checkpoint is not None:
         run.restore(checkpoint)
     return run
-
-
-def _open(config: TrainConfig, world: World, *, whole_copies: bool = False) -> tuple[Source, TrainingText, str]:
-    """Opens the model and the texts of a run; returns them with the compute type of the forward passes."""
-    source = open_source(config.model, world, whole_copies=whole_copies)
-    of_model, seq_len = source.model.config, config.data.seq_len
-    check_sizes(of_model, seq_len=seq_len, teacher_top_k=config.teacher.teacher_top_k)
-    check_left_dense(config.model.left_dense, source.model)
-    text = open_training_text(
-        config.model,
-        config.data,
-        config.evaluation,
-        source.tokenizer,
-        vocab_size(of_model),
-        world,
-        rows_per_rank=config.optimizer.per_device_train_batch_size,
-    )
-    return source, text, choose_precision(config.runtime.precision, world.device, of_model)
 
 
 def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
@@ -366,11 +353,13 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     """
     runtime, data, options = config.runtime, config.data, config.teacher
     world = init_world(runtime.device, runtime.sharding)
-    source, text, precision = _open(config, world)
+    rows, top_k = config.optimizer.per_device_train_batch_size, options.teacher_top_k
+    source, text = open_inputs(config.model, data, config.evaluation, world, rows_per_rank=rows, teacher_top_k=top_k)
+    precision = choose_precision(runtime.precision, world.device, source.model.config)
     cache = open_teacher_cache(options, data, text, source, precision, world)
     assert cache is not None
     teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not data.cross_document_attention
-    objective = Objective(teacher, teacher, options.eta, options.temperature, options.teacher_top_k, cache, apart)
+    objective = Objective(teacher, teacher, options.eta, options.temperature, top_k, cache, apart)
     objective.to(world.device).eval()
     with autocast(world.device, precision):
         objective.check_documents_apart()
