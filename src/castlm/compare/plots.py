@@ -7,17 +7,15 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from castlm.compare.runs import Result
 from castlm.methods.table import METHODS, is_control
 from castlm.report.charts import WHOLE, Picture, Series, dot_chart, heat_map, line_chart
 from castlm.training.record import read_series
 
-if TYPE_CHECKING:
-    from castlm.compare.runs import Result
-
 Rows = list[dict[str, Any]]
-Plot = Callable[[Rows, "list[Result]"], dict[str, Picture]]
+Plot = Callable[[Rows, list[Result]], dict[str, Picture]]
 GAP = "ln(perplexity / dense control)"
 
 MASK_CHARTS = {

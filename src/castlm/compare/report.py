@@ -13,10 +13,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from castlm.compare.plots import PLOTS, has_gap
 from castlm.compare.presets import ONESHOT, Preset
+from castlm.compare.runs import NAMED, Result
 from castlm.files.atomic_file import atomic_write_json, atomic_write_text
 from castlm.methods.table import METHODS, is_control
 from castlm.report.charts import Picture, can_draw, render
@@ -24,9 +25,6 @@ from castlm.training.config import WITHOUT_EFFECT, TrainConfig
 from castlm.training.options import StartOptions
 from castlm.training.record import start_seconds
 from castlm.versions import library_versions
-
-if TYPE_CHECKING:
-    from castlm.compare.runs import Result
 
 COLUMNS = {
     "before_prune": ("before the prune", ".3f"),
@@ -67,8 +65,7 @@ MEANINGS = {
     "start, s": "Seconds that the start took before step 0.",
     "peak memory, MiB": "The most memory that the process of the run held.",
 }
-SHOWN_ELSEWHERE = {"method", "seed", "learning_rate", "init_from", "max_steps", "eval_steps", "model", "revision"}
-SHOWN_ELSEWHERE |= {"dataset", "eval_dataset", "calibration"}
+SHOWN_ELSEWHERE = {"method", "seed", "learning_rate", "init_from", "max_steps", "eval_steps", *NAMED}
 START_OPTIONS = {option.name for option in fields(StartOptions)}
 """Options that distinguish starts of the same name."""
 
