@@ -214,7 +214,7 @@ BAD_ROWS = {
     "a number": ({"messages": [turn("user", 3)]}, "message 1 is .*3.*content"),
     "empty turn": ({"messages": talk("a", " ")}, r'message 2 is .*" "'),
     "no assistant": ({"messages": [turn("user", "a")]}, "no message of the assistant"),
-    "not a list": ({"messages": "a"}, "column 'messages' is \"a\""),
+    "not a list": ({"messages": "a"}, 'message 1 is "a"'),
     "not messages": ({"messages": ["a"]}, 'message 1 is "a"'),
     "parts": ({"messages": [turn("user", [{"type": "text"}])]}, 'message 1 is .*"text"'),
     "mixed columns": ({"text": "a"}, "no column 'messages'; there are: text"),
@@ -242,7 +242,7 @@ def test_a_bad_row_of_a_parquet_file_is_found_before_the_run(tmp_path):
     rows = [{"messages": talk("a", "b")}] * 5 + [{"messages": talk("a", "")}]
     with pytest.raises(InputError, match=r"a\.parquet, row 5: message 2"):
         open_documents(write_rows(tmp_path / "a.parquet", rows))
-    with pytest.raises(InputError, match="column 'messages' is \"a\""):
+    with pytest.raises(InputError, match='message 1 is "a"'):
         open_documents(write_rows(tmp_path / "b.parquet", [{"messages": "a"}]))
 
 

@@ -294,43 +294,37 @@ def _converted(value: Any, option: Any) -> Any:
             return value
         raise _WrongTypeError
     if typing.get_origin(option) is tuple:
-        return _as_tuple(value, typing.get_args(option))
-    readers = {int: _as_int, float: _as_float, bool: _as_bool, str: _as_text, Path: _as_path, type(None): _as_null}
-    return readers[option](value)
-
-
-def _as_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
-    if kinds[-1] is Ellipsis:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)):
+        kinds = typing.get_args(option)
+        if kinds[-1] is Ellipsis:
+            items = [value] if isinstance(value, str) else value
+            if not isinstance(items, (list, tuple)):
+                raise _WrongTypeError
             return tuple(_converted(item, kinds[0]) for item in items)
-        raise _WrongTypeError
-    if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
-        raise _WrongTypeError(f"it takes {len(kinds)} values")
-    return tuple(_converted(item, kind) for item, kind in zip(value, kinds))
-
-
-def _as_null(value: Any) -> None:
-    if value is not None:
-        raise _WrongTypeError
-
-
-def _as_bool(value: Any) -> bool:
-    if isinstance(value, bool):
+        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
+            raise _WrongTypeError(f"it takes {len(kinds)} values")
+        return tuple(_converted(item, kind) for item, kind in zip(value, kinds))
+    if option is type(None):
+        if value is not None:
+            raise _WrongTypeError
+        return None
+    if option is bool:
+        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        found = words.get(value.lower()) if isinstance(value, str) else value
+        if not isinstance(found, bool):
+            raise _WrongTypeError
+        return found
+    if option is int:
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", value) and len(value) <= 40:
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _WrongTypeError
+        if not -(2**63) <= value < 2**63:
+            raise _WrongTypeError("it has more than 64 bits")
         return value
-    if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
-        return value.lower() in ("true", "yes", "on")
-    raise _WrongTypeError
-
-
-def _as_int(value: Any) -> int:
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", value) and len(value) <= 40:
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _WrongTypeError
-    if not -(2**63) <= value < 2**63:
-        raise _WrongTypeError("it has more than 64 bits")
-    return value
+    if option is float:
+        return _as_float(value)
+    text = _as_text(value)
+    return Path(text) if option is Path else text
 
 
 def _as_float(value: Any) -> float:
@@ -363,7 +357,3 @@ def _as_text(value: Any) -> str:
     if value.startswith("~") and os.path.expanduser(value) == value:
         raise _WrongTypeError("there is no such user")
     return value
-
-
-def _as_path(value: Any) -> Path:
-    return Path(_as_text(value))

@@ -1,4 +1,4 @@
-"""Chooses device, compute type and optimizer for this machine, once at the start of a run, and describes the choice."""
+"""Chooses device, compute type and optimizer for this machine, and describes them, its memory and its versions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from castlm import __version__
 from castlm.core.errors import InputError
 from castlm.core.native import NOT_BUILT, kernels
 
@@ -201,3 +203,14 @@ def cpu_name() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def library_versions(*packages: str) -> dict[str, str]:
+    """Versions of castlm, Python and the installed `packages`, by name, as every record holds them."""
+    installed = {package: version(package) for package in packages}
+    return {"castlm": __version__, "python": platform.python_version(), **installed}
+
+
+def model_versions() -> dict[str, str]:
+    """Versions of the libraries that write a model, for its castlm.json."""
+    return library_versions("torch", "transformers", "safetensors")

@@ -24,7 +24,6 @@ from castlm.report.charts import Picture, can_draw, render
 from castlm.training.config import WITHOUT_EFFECT, TrainConfig
 from castlm.training.options import StartOptions
 from castlm.training.record import start_seconds
-from castlm.versions import library_versions
 
 COLUMNS = {
     "before_prune": ("before the prune", ".3f"),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from castlm.core.errors import InputError, naming
 from castlm.data.columns import Kind
-from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, turns_by_share
-from castlm.data.extra import join_extra
+from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
+from castlm.data.images import join_extra
 from castlm.data.tokens import Encoder, Tokens, up_to
 from castlm.oneshot.calibration import draw_calibration
 
@@ -45,7 +45,7 @@ def calibration_sequences(
         a text without images. With images there may be fewer: one for each conversation whose images fit.
 
     Raises:
-        InputError: as `draw_calibration` and `Encoder`; or no conversation fits.
+        InputError: too little text, or no conversation fits.
     """
     if isinstance(documents, Mixture):
         return _of_each(documents, encoder, num_sequences, seq_len, seed, say)
@@ -67,7 +67,9 @@ def calibration_sequences(
     ids = torch.from_numpy(up_to(limit, parts()).ids).long()
     if isinstance(documents, Documents) and len(ids) == limit:
         if (scattered := documents.scattered()) is not None:
-            ids = _sample(scattered, encoder, limit, seed)
+            most = math.ceil(limit / min(CALIBRATION_POOL, len(scattered)))  # tokens of one document
+            some = up_to(limit, (part.part(slice(most)) for part in encoder.joined(scattered, seed)))
+            ids = torch.from_numpy(some.ids).long()
         elif num_read < len(documents) / CALIBRATION_POOL:
             say(
                 f"calibration: sequences come from the first {num_read:,} of the {len(documents):,} documents of "
@@ -85,7 +87,10 @@ def _of_each(
     say: Callable[[str], None],
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
     """Takes the sequences of the texts in turns, by share, so that the first few sequences cover all texts."""
-    turns = turns_by_share(documents.weights, num_sequences)
+    turns: list[int] = []  # the number of the text of each sequence
+    for _ in range(num_sequences):
+        used = [turns.count(number) for number in range(len(documents.parts))]
+        turns.append(furthest_behind(used, documents.weights))
     drawn: dict[int, Iterator[tuple[Tensor, dict[str, Tensor]]]] = {}
     for number in sorted(set(turns)):
         part = documents.parts[number]
@@ -97,18 +102,10 @@ def _of_each(
     return torch.stack([ids for ids, _ in found]), extras
 
 
-def _sample(documents: Documents, encoder: Encoder, limit: int, seed: int) -> Tensor:
-    """About `limit` tokens from `CALIBRATION_POOL` documents or more, if there are as many: int64, (num_tokens,)."""
-    most = math.ceil(limit / min(CALIBRATION_POOL, len(documents)))
-    tokens = up_to(limit, (part.part(slice(most)) for part in encoder.joined(documents, seed)))
-    return torch.from_numpy(tokens.ids).long()
-
-
 def _with_extra(
     documents: Documents | HubDocuments, encoder: Encoder, num_sequences: int, seq_len: int, seed: int
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    pieces = islice(documents.pieces(None), CALIBRATION_POOL * num_sequences)
-    found = list(pieces)
+    found = list(islice(documents.pieces(None), CALIBRATION_POOL * num_sequences))
     random.Random(seed).shuffle(found)
     ids, extra = list[Tensor](), list[dict[str, Tensor]]()
     for number, document in enumerate(found):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from castlm.core.errors import InputError
-from castlm.files.reading import read_text, user_path
+from castlm.files.reading import parse_json, read_text, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,15 +53,29 @@ def conversation(row: Mapping[str, Any], column: str, where: str, *, has_complet
     Raises:
         InputError: the row holds something else.
     """
-    if has_completion:
-        content = _prompt_and_completion(row[column], row.get("completion"), where)
-    else:
-        messages = _messages(row[column] or [], column, where)
-        if messages and all(message["role"] != "assistant" for message in messages):
+    content: dict[str, Any] = {}
+    prompt, completion, tools = row[column], row.get("completion"), row.get("tools")
+    if not has_completion:
+        content = {"messages": _messages(prompt, where)} if prompt else {}
+        if content and all(message["role"] != "assistant" for message in content["messages"]):
             raise InputError(f"{where}: no message of the assistant in the conversation: remove it, or add a reply")
-        content = {"messages": messages} if messages else {}
-    if content and (tools := row.get("tools")):
-        content["tools"] = _tools(tools, where)
+    elif isinstance(prompt, str) and isinstance(completion, str) and completion.strip():
+        content = {"prompt": prompt, "completion": completion}
+    elif prompt is not None or completion is not None:
+        if isinstance(prompt, list) and isinstance(completion, list) and prompt:
+            content = {"prompt": _messages(prompt, where), "completion": _messages(completion, where)}
+        if not content or [message["role"] for message in content["completion"]] != ["assistant"]:
+            raise InputError(
+                f"{where}: prompt is {_shown(prompt)} and completion {_shown(completion)}: both must be text, or the "
+                "prompt messages and the completion one message of the assistant; longer conversations go into messages"
+            )
+    if content and tools:
+        # Text is read as JSON, because parquet would merge the types of different schemas.
+        if isinstance(tools, str):
+            tools = parse_json(tools, f"{where}: tools is {_shown(tools)}, which")
+        content["tools"] = tools
+        if not isinstance(tools, list):
+            raise InputError(f"{where}: tools is {_shown(tools)}: give a list of JSON schemas, or remove the column")
     return content
 
 
@@ -72,46 +86,27 @@ def messages_of(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*content.get("messages", []), *content.get("prompt", []), *content.get("completion", [])]
 
 
-def _prompt_and_completion(prompt: Any, completion: Any, where: str) -> dict[str, Any]:
-    if prompt is None and completion is None:
-        return {}
-    if isinstance(prompt, str) and isinstance(completion, str) and completion.strip():
-        return {"prompt": prompt, "completion": completion}
-    if isinstance(prompt, list) and isinstance(completion, list) and prompt:
-        prompt, completion = _messages(prompt, "prompt", where), _messages(completion, "completion", where)
-        if [message["role"] for message in completion] == ["assistant"]:
-            return {"prompt": prompt, "completion": completion}
-    raise InputError(
-        f"{where}: prompt is {_shown(prompt)} and completion {_shown(completion)}: both must be text, or the prompt "
-        "messages and the completion one message of the assistant; longer conversations go into messages"
-    )
-
-
-def _messages(value: Any, column: str, where: str) -> list[dict[str, Any]]:
-    """The messages of a conversation, without keys that hold nothing."""
-    if not isinstance(value, list):
-        raise InputError(f"{where}: column {column!r} is {_shown(value)}: a list of messages is needed")
-    return [_message(message, f"{where}: message {number}") for number, message in enumerate(value, 1)]
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    found = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-    content = found.get("content", "")
-    if isinstance(content, list):
-        parts = [_part(part) for part in content]
-        is_text = all(part is not None and part["type"] == "text" for part in parts)
-        content = "".join(part["text"] for part in parts if part) if is_text else parts
-        found["content"] = content
-    if isinstance(content, list):
-        has_content = None not in content
-    else:
-        has_content = isinstance(content, str) and bool(content.strip() or found.get("tool_calls"))
-    if found.get("role") not in ROLES or not has_content:
-        raise InputError(
-            f"{where} is {_shown(message)}: it needs a role ({', '.join(ROLES)}) and a content: a text that is not "
-            "blank, or a list of parts of type text, with a text, or of type image"
-        )
-    return found
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """The messages of a conversation, without keys that hold nothing; several parts of text become one text."""
+    messages = []
+    for number, given in enumerate(value if isinstance(value, list) else [value], 1):
+        message = {key: held for key, held in given.items() if held is not None} if isinstance(given, dict) else {}
+        content = message.get("content", "")
+        if isinstance(content, list):
+            parts = [_part(part) for part in content]
+            is_text = all(part is not None and part["type"] == "text" for part in parts)
+            content = message["content"] = "".join(part["text"] for part in parts if part) if is_text else parts
+        if isinstance(content, list):
+            has_content = None not in content
+        else:
+            has_content = isinstance(content, str) and bool(content.strip() or message.get("tool_calls"))
+        if message.get("role") not in ROLES or not has_content:
+            raise InputError(
+                f"{where}: message {number} is {_shown(given)}: it needs a role ({', '.join(ROLES)}) and a content: a "
+                "text that is not blank, or a list of parts of type text, with a text, or of type image"
+            )
+        messages.append(message)
+    return messages
 
 
 def _part(part: Any) -> dict[str, Any] | None:
@@ -123,17 +118,6 @@ def _part(part: Any) -> dict[str, Any] | None:
         source = next((found[key] for key in _SOURCES if key in found), None)
         return {"type": "image"} if source is None else {"type": "image", "image": source}
     return None
-
-
-def _tools(tools: Any, where: str) -> list[Any]:
-    """The JSON schemas of tools, possibly as text, because parquet would merge the types of different schemas."""
-    try:
-        found = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError:
-        found = None
-    if not isinstance(found, list):
-        raise InputError(f"{where}: tools is {_shown(tools)}: give a list of JSON schemas, or remove the column")
-    return found
 
 
 def _shown(value: Any) -> str:
@@ -266,28 +250,25 @@ class Chat:
                     at = found + len(text.strip())
                 elif number not in missing[-1:]:
                     missing.append(number)
-        if missing and (number := self._left_out(messages, missing, tools)) is not None:
+        if not missing:
+            return
+        replaced = list(messages)
+        for number in missing:
+            content, mark = messages[number]["content"], str(_STAND_IN + number)
+            if isinstance(content, list):
+                content = [part if part["type"] != "text" else {**part, "text": mark} for part in content]
+            replaced[number] = {**messages[number], "content": content if isinstance(content, list) else mark}
+        try:
+            marked = self.render(replaced, tools)
+        except InputError:  # it reads the messages, and refuses the others
+            return
+        left_out = next((number for number in missing if str(_STAND_IN + number) not in marked), None)
+        if left_out is not None:
             raise InputError(
-                f"the chat template leaves out the text of message {number + 1} ({messages[number]['role']}) of the "
-                f"conversation that begins {_begin(messages)}: remove it, or give a template that renders it "
+                f"the chat template leaves out the text of message {left_out + 1} ({messages[left_out]['role']}) of "
+                f"the conversation that begins {_begin(messages)}: remove it, or give a template that renders it "
                 "(chat_template_path)"
             )
-
-    def _left_out(self, messages: Sequence[Mapping[str, Any]], numbers: Sequence[int], tools: Any) -> int | None:
-        """The first of the messages `numbers` that the template does not render."""
-        replaced = list(messages)
-        for number in numbers:
-            content, text = messages[number]["content"], str(_STAND_IN + number)
-            if isinstance(content, str):
-                content = text
-            else:
-                content = [part if part["type"] != "text" else {**part, "text": text} for part in content]
-            replaced[number] = {**messages[number], "content": content}
-        try:
-            whole = self.render(replaced, tools)
-        except InputError:  # it reads the messages, and refuses the others
-            return None
-        return next((number for number in numbers if str(_STAND_IN + number) not in whole), None)
 
     def _refused(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> InputError:
         roles = ", ".join(str(message["role"]) for message in messages[:6])
@@ -403,10 +384,8 @@ def _begin(messages: Sequence[Mapping[str, Any]]) -> str:
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTrainedTokenizerBase:
     """Gives `tokenizer` the chat template in the file `path`, if given; it is also saved with the result.
 
-    Raises:
-        InputError: the file cannot be read. Mistakes in a template appear when it renders.
+    A file that cannot be read raises `InputError`; mistakes in a template appear when it renders.
     """
-    if path is None:
-        return tokenizer
-    tokenizer.chat_template = read_text(user_path(path))
+    if path is not None:
+        tokenizer.chat_template = read_text(user_path(path))
     return tokenizer

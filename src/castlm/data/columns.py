@@ -31,7 +31,7 @@ class Kind(IntEnum):
     CHAT = 1
     """A conversation, as JSON that `castlm.data.chat` renders."""
     WITH_EXTRA = 2
-    """A conversation with tensors beside its tokens, such as images; see `castlm.data.extra`."""
+    """A conversation with tensors beside its tokens, such as images; see `castlm.data.images`."""
 
 
 class Document(NamedTuple):
@@ -71,15 +71,10 @@ class Columns(NamedTuple):
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns to read for a document without images, as far as the dataset has them."""
+        """The columns to read for a document, as far as the dataset has them; `extra` holds those of its images."""
         if not self.is_chat:
             return (self.name, CUT_COLUMN)
         return (self.name, "tools", *(("completion",) if self.has_completion else ()))
-
-    @property
-    def read(self) -> tuple[str, ...]:
-        """The columns to read for a document, as far as the dataset has them."""
-        return (*self.text_columns, *self.extra)
 
     def document(self, row: Mapping[str, Any], where: str, text_alone: bool = False) -> Document:
         """The document of a row.
@@ -95,24 +90,21 @@ class Columns(NamedTuple):
             _refuse_without(self.name, row, where)
         if beside := next((name for name in self.refused if row.get(name)), None):
             self._refuse_lost(beside, where)
-        if self.is_chat:
-            return self._conversation(row, where, text_alone)
-        text = row[self.name]
-        if not isinstance(text, str | None):
-            raise InputError(f"{where}: column {self.name!r} holds a {type(text).__name__}: strings are needed")
-        return Document(self._checked(text or "", where), row.get(CUT_COLUMN) is True)
-
-    def _conversation(self, row: Mapping[str, Any], where: str, text_alone: bool) -> Document:
+        if not self.is_chat:
+            text = row[self.name]
+            if not isinstance(text, str | None):
+                raise InputError(f"{where}: column {self.name!r} holds a {type(text).__name__}: strings are needed")
+            return Document(self._checked(text or "", where), row.get(CUT_COLUMN) is True)
         content = conversation(row, self.name, where, has_completion=self.has_completion)
         if not content:
             return Document("")
-        if text_alone:
-            text = self._checked(json.dumps(content, ensure_ascii=False), where)
-            return Document(text, kind=Kind.WITH_EXTRA if IMAGE_PART in text else Kind.CHAT)
-        listed = next((row[name] for name in self.extra if row.get(name)), None)
-        extra = tuple(collect_images(messages_of(content), listed, self.folder, where))
+        extra: tuple[str, ...] = ()
+        if not text_alone:
+            listed = next((row[name] for name in self.extra if row.get(name)), None)
+            extra = tuple(collect_images(messages_of(content), listed, self.folder, where))
         text = self._checked(json.dumps(content, ensure_ascii=False), where)
-        return Document(text, kind=Kind.WITH_EXTRA if extra else Kind.CHAT, extra=extra)
+        has_images = IMAGE_PART in text if text_alone else bool(extra)
+        return Document(text, kind=Kind.WITH_EXTRA if has_images else Kind.CHAT, extra=extra)
 
     def _checked(self, text: str, where: str) -> str:
         most = MOST_CHARACTERS * self.document_limit
@@ -138,8 +130,7 @@ class Columns(NamedTuple):
 def is_undecided(holds: Mapping[str, str], column: str | None) -> bool:
     """Whether a row is empty in every column that could hold its document, so that it does not show the type of others.
 
-    Args:
-        holds, column: as for `find_columns`.
+    `holds` and `column` are those of `find_columns`.
     """
     names = _FORMS if column is None else (column,)
     names = (*names, "completion") if "prompt" in names else names

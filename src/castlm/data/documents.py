@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -230,20 +229,6 @@ def furthest_behind(used: Sequence[float], weights: Sequence[float]) -> int:
     return min(range(len(used)), key=lambda number: (used[number] + 0.5) / weights[number])
 
 
-def turns_by_share(weights: Sequence[float], total: int) -> list[int]:
-    """The number of the text that each of the first `total` sequences of a mixture comes from.
-
-    Examples:
-        >>> turns_by_share([0.7, 0.28, 0.02], 10)
-        [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
-    """
-    counts, turns = [0] * len(weights), []
-    for _ in range(total):
-        turns.append(furthest_behind(counts, weights))
-        counts[turns[-1]] += 1
-    return turns
-
-
 AnyDocuments = Documents | HubDocuments | Mixture
 
 
@@ -276,7 +261,13 @@ def open_documents(
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     pool = Pool(SHUFFLE_BYTES)
-    sources = [_open_file(file, options, pool) for file in files]
+    openers: dict[str | None, Callable[[Path], Source]] = {
+        ".txt": open_text,
+        ".jsonl": lambda file: open_json_lines(file, options),
+        ".jsonl.gz": lambda file: GzipJsonLines(file, options, pool),
+        ".parquet": lambda file: ParquetRows(file, options, pool),
+    }
+    sources = [openers[_suffix(file)](file) for file in files]
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT]
     if 0 < len(plain) < len(files):
         other = next(file for file in files if file not in plain)
@@ -285,18 +276,6 @@ def open_documents(
     if len(documents) == 0:
         raise InputError(f"{dataset}: no document with text in it; give it some text")
     return documents
-
-
-def _open_file(path: Path, options: TextOptions, pool: Pool) -> Source:
-    match _suffix(path):
-        case ".txt":
-            return open_text(path)
-        case ".jsonl":
-            return open_json_lines(path, options)
-        case ".jsonl.gz":
-            return GzipJsonLines(path, options, pool)
-        case _:
-            return ParquetRows(path, options, pool)
 
 
 def _suffix(path: Path) -> str | None:
@@ -345,32 +324,25 @@ def split_documents(
     if isinstance(documents, HubDocuments):
         return documents.split(HUB_HELD_OUT)
     count = len(documents)
-    if count == 1:
-        return _split_one(documents, holdout_fraction)
-    num_held_out = min(max(1, round(count * holdout_fraction)), count - 1)
-    held_out = np.zeros(count, dtype=bool)
-    held_out[np.argsort(np.random.default_rng(seed).random(count), kind="stable")[:num_held_out]] = True
-    of_piece = held_out[np.cumsum(documents._last) - documents._last]
-    return documents._select(~of_piece), documents._select(of_piece)
-
-
-def _split_one(documents: Documents, holdout_fraction: float) -> tuple[Documents, Documents]:
-    too_short = InputError(
-        f"{documents.name} is too short to train on it and hold out {holdout_fraction} of it: give eval_dataset"
-    )
-    if documents.kind is not Kind.TEXT:
-        raise too_short
-    count = len(documents._piece)
-    num_held_out = int(count * holdout_fraction)
-    if num_held_out:
-        held_out = np.arange(count) >= count - num_held_out
+    if count > 1:
+        num_held_out = min(max(1, round(count * holdout_fraction)), count - 1)
+        held_out = np.zeros(count, dtype=bool)
+        held_out[np.argsort(np.random.default_rng(seed).random(count), kind="stable")[:num_held_out]] = True
+        held_out = held_out[np.cumsum(documents._last) - documents._last]  # of each piece
+        return documents._select(~held_out), documents._select(held_out)
+    num_pieces = len(documents._piece)
+    num_held_out = int(num_pieces * holdout_fraction)
+    if num_held_out and documents.kind is Kind.TEXT:
+        held_out = np.arange(num_pieces) >= num_pieces - num_held_out
         return documents._select(~held_out), documents._select(held_out)
     text = "".join(piece.text for piece in documents.pieces(None))
     at = round(len(text) * (1 - holdout_fraction))
     near = text[at : (at + len(text)) // 2]
     cut = at + 1 + (near.find("\n") if "\n" in near else near.find(" "))  # at `at` if there is neither
-    if not text[:cut].strip() or not text[cut:].strip():
-        raise too_short
+    if documents.kind is not Kind.TEXT or not text[:cut].strip() or not text[cut:].strip():
+        raise InputError(
+            f"{documents.name} is too short to train on it and hold out {holdout_fraction} of it: give eval_dataset"
+        )
     return Documents.from_texts([text[:cut]], documents.name), Documents.from_texts([text[cut:]], documents.name)
 
 
@@ -379,22 +351,19 @@ def joined_digest(digests: Sequence[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _undecoded(load: Callable[[], Any]) -> Any:
-    """A stream that leaves images as bytes, as in a file."""
-    stream = load()
-    return stream if stream.features is None else stream.decode(False)
-
-
 def open_hub(name: str, options: TextOptions, split: str, data_config: str | None) -> HubDocuments:
-    """The split of `name`, owner/name or owner/name@revision. See `open_documents`."""
+    """The split of `name`, owner/name or owner/name@revision; see `open_documents`."""
     import datasets  # slow to import
     from huggingface_hub import HfApi
 
     repository, _, revision = name.partition("@")
     try:
         revision = HfApi().dataset_info(repository, revision=revision or None).sha
-        load = partial(datasets.load_dataset, repository, data_config, split=split, revision=revision, streaming=True)
-        open_stream = partial(_undecoded, load)
+
+        def open_stream() -> Any:
+            found = datasets.load_dataset(repository, data_config, split=split, revision=revision, streaming=True)
+            return found if found.features is None else found.decode(False)  # images stay bytes, as in a file
+
         stream = open_stream()
         row = None
         for row in islice(stream, HUB_BUFFER):

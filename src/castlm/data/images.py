@@ -3,6 +3,9 @@
 A row is checked where file and line are known; its images are opened when a batch needs them. A processor replaces each
 image by a run of tokens and makes the tensors that the vision tower reads. It does not tell which tokens the assistant
 wrote: `castlm.data.chat` finds them before the images are inserted, and aligning the two texts carries them over.
+
+The tensors of a conversation are an `Extra`. A batch is a dict with the joined tensors beside `input_ids` and `labels`;
+code that runs a model passes all of them to its forward.
 """
 
 from __future__ import annotations
@@ -15,14 +18,15 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from castlm.core.errors import InputError, naming
 from castlm.data.chat import Chat, Rendered, begin_of, messages_of
-from castlm.data.extra import Extra
 from castlm.files.reading import open_regular, user_path
 from castlm.models.architecture import is_vision_language
 from castlm.models.io import PROCESSOR_FILES, as_input_error, open_config, quiet
@@ -65,7 +69,8 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
     Raises:
         InputError: more or fewer images than parts, or an image that is not there.
     """
-    parts = [part for message in messages for part in _parts(message) if part["type"] == "image"]
+    in_parts = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    parts = [part for content in in_parts for part in content if part["type"] == "image"]
     inline = [part.pop("image") for part in parts if "image" in part]
     images = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if inline and images:
@@ -96,11 +101,6 @@ def _cut_at_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, A
     return parts
 
 
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message.get("content", "")
-    return content if isinstance(content, list) else []
-
-
 def _source(image: Any, folder: Path | None, where: str) -> str:
     if isinstance(image, dict):  # as `datasets` stores images in parquet
         image = image.get("bytes") or image.get("path")
@@ -116,6 +116,47 @@ def _source(image: Any, folder: Path | None, where: str) -> str:
         f"{where} is {str(image)[:200]!r}: give the path of a file, relative to the folder of the dataset; images are "
         "not downloaded"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- tensors
+
+
+class Extra(NamedTuple):
+    """The tensors that one document brings beside its tokens."""
+
+    by_item: dict[str, Tensor]
+    """Tensors to join along the first dimension, such as `pixel_values`."""
+    by_token: dict[str, Tensor]
+    """Tensors of one number a token, (num_tokens,): `mm_token_type_ids`."""
+    end: int
+    """Number of tokens up to and including the last one that the tensors belong to."""
+    begin: str = ""
+    """The first words of the document, for messages."""
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether the tensors belong to the first `num_tokens` tokens alone."""
+        return self.end <= num_tokens
+
+
+def join_extra(rows: Sequence[Extra | None], width: int) -> dict[str, Tensor]:
+    """The tensors of a batch by the name of their argument, `width` tokens a row; empty where no row brings any.
+
+    Tensors that differ in a dimension other than the first, for example in their number of tiles, are padded with
+    zeros, as processors do.
+    """
+    joined: dict[str, Tensor] = {}
+    present = [row for row in rows if row is not None]
+    for name in dict.fromkeys(name for row in present for name in row.by_item):
+        parts = [row.by_item[name] for row in present if name in row.by_item]
+        largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
+        missing = [[size - own for size, own in zip(largest, part.shape[1:])] for part in parts]
+        ends = [[n for size in reversed(sizes) for n in (0, size)] for sizes in missing]  # as `F.pad` takes them
+        joined[name] = torch.cat([F.pad(part, end) for part, end in zip(parts, ends)])
+    for name in dict.fromkeys(name for row in present for name in row.by_token):
+        empty = torch.zeros(0, dtype=present[0].by_token[name].dtype)
+        found = [empty if row is None else row.by_token[name][:width] for row in rows]
+        joined[name] = torch.stack([F.pad(row, (0, width - len(row))) for row in found])
+    return joined
 
 
 # -------------------------------------------------------------------------------------------------------- processor
@@ -193,9 +234,13 @@ class ImageReader:
         images = open_images(sources, begin, self._document_limit)
         content = json.loads(document)
         text = self._chat.render(messages_of(content), content.get("tools"))
-        found, expanded = self._prepare(text, images, begin)
+        watched = self._processor.tokenizer = _Watched(self._tokenizer)
+        try:
+            found = prepare(self._processor, text, images, begin)
+        finally:
+            self._processor.tokenizer = self._tokenizer
         ids = found["input_ids"][0].tolist()
-        counts, end = self._counts(text, rendered, expanded, ids)
+        counts, end = self._counts(text, rendered, watched.text, ids)
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) and name not in _OF_TEXT}
         by_token = {name: value[0] for name, value in tensors.items() if value.shape == (1, len(ids))}
         by_item = {name: value for name, value in tensors.items() if name not in by_token}
@@ -210,19 +255,6 @@ class ImageReader:
         ids = self._chat(json.dumps(content)).ids
         return [token for token in ids if token not in self._placeholders.values()]
 
-    @property
-    def _name(self) -> str:
-        return type(self._processor).__name__
-
-    def _prepare(self, text: str, images: list[Image], begin: str) -> tuple[Mapping[str, Any], str]:
-        """The tensors that the processor makes from a text and its images, and the text with images inserted."""
-        watched = _Watched(self._tokenizer)
-        self._processor.tokenizer = watched
-        try:
-            return prepare(self._processor, text, images, begin), watched.text
-        finally:
-            self._processor.tokenizer = self._tokenizer
-
     def _counts(self, text: str, rendered: Rendered, expanded: str, ids: list[int]) -> tuple[list[bool], int]:
         """Whether each token of the `expanded` text counts, as it does in `rendered`, and the end of the last image.
 
@@ -235,8 +267,8 @@ class ImageReader:
         pieces = _align(text, expanded, tuple(self._placeholders))
         if before["input_ids"] != rendered.ids or after["input_ids"] != ids or pieces is None:
             raise InputError(
-                f"{self._name} changes more of a conversation than its images, so that the tokens that count cannot "
-                f"be told: its text has {len(rendered.ids)} tokens, and {len(ids)} with its images"
+                f"{type(self._processor).__name__} changes more of a conversation than its images, so that the tokens "
+                f"that count cannot be told: its text has {len(rendered.ids)} tokens, and {len(ids)} with its images"
             )
         counts_at = bytearray(len(expanded))
         spans = [span for span, counts in zip(before["offset_mapping"], rendered.counts) if counts]
@@ -254,8 +286,7 @@ class ImageReader:
 def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image], begin: str) -> Mapping[str, Any]:
     """The tensors that a processor makes from a text, which a chat template has rendered, and its images.
 
-    Raises:
-        InputError: it cannot; the message has the first words of the conversation, `begin`.
+    An error of the processor becomes an `InputError` with the first words of the conversation, `begin`.
     """
     try:
         found: Mapping[str, Any] = processor(
@@ -322,20 +353,21 @@ def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[
 
 
 def open_images(sources: Sequence[str], begin: str, document_limit: float = 1.0) -> list[Image]:
-    """The images of the conversation that begins with the words `begin`, which an error names; see `read_image`.
+    """The images of the conversation that begins with the words `begin`, which an error names.
 
     Raises:
         InputError: as `read_image`, or they have more than `document_limit` times `MOST_PIXELS` together.
     """
     images: list[Image] = []
-    for source in sources:
-        with naming(f"correct or remove the row of the conversation that begins {begin}"):
+    most = MOST_PIXELS * document_limit
+    with naming(f"correct or remove the row of the conversation that begins {begin}"):
+        for source in sources:
             images.append(read_image(source, document_limit))
-        if (total := sum(image.width * image.height for image in images)) > (most := MOST_PIXELS * document_limit):
-            raise InputError(
-                f"the images of the conversation that begins {begin} have {total:,} pixels together, more than "
-                f"{most:,.0f}: scale them down, or raise document_limit"
-            )
+            if (total := sum(image.width * image.height for image in images)) > most:
+                raise InputError(
+                    f"its images have {total:,} pixels together, more than {most:,.0f}: scale them down, or raise "
+                    "document_limit"
+                )
     return images
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
-from castlm.data.extra import join_extra
+from castlm.data.images import join_extra
 from castlm.data.readers import Piece
 from castlm.data.tokens import Encoder, Tokens
 
@@ -75,11 +75,7 @@ class Resumable:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position.
-
-        Raises:
-            InputError: the position was saved with another seed, seq_len or repeat.
-        """
+        """Continues from a saved position; raises `InputError` if it has another seed, seq_len or repeat."""
         for name in ("seed", "seq_len", "repeat"):
             before, now = state.get(name, False), getattr(self, name)
             if before != now:
@@ -188,28 +184,26 @@ class PackedSequences(Resumable):
             epoch, position = epoch + 1, None
 
     def _encode(self, epoch: int, order: int, position: Any, place: int) -> Iterator[list[_Encoded]]:
-        """The pieces of an epoch, a batch at a time; `place` is where in its sequence the first one begins."""
+        """The pieces of an epoch, a batch at a time; `place` is where in its sequence the first one begins.
+
+        A conversation that does not fit into its sequence is preceded by filler up to the next one.
+        """
         for pieces in _batches(self.documents.pieces(self.seed, order, position)):
             batch = []
             for piece, tokens in zip(pieces, self._encoder(pieces)):
-                if len(tokens.ids):
-                    found = self._with_filler(tokens, place) if piece.kind is not Kind.TEXT else tokens
-                    place = (place + len(found.ids)) % self.seq_len
-                    batch.append((epoch, piece.position, found))
+                count = len(tokens.ids)
+                if piece.kind is not Kind.TEXT and count > self.seq_len:
+                    self._say_once(
+                        "long",
+                        f"a conversation of {count:,} tokens is longer than seq_len {self.seq_len}: each of its "
+                        "sequences sees its own part alone, and so for others as long",
+                    )
+                if piece.kind is not Kind.TEXT and count and place and count > self.seq_len - place:
+                    tokens = Tokens.joined([Tokens.filler(self._encoder.eos, self.seq_len - place), tokens])
+                if count:
+                    place = (place + len(tokens.ids)) % self.seq_len
+                    batch.append((epoch, piece.position, tokens))
             yield batch
-
-    def _with_filler(self, conversation: Tokens, place: int) -> Tokens:
-        """`conversation`, preceded by filler up to the next sequence if it does not fit into this one."""
-        count = len(conversation.ids)
-        if count > self.seq_len:
-            self._say_once(
-                "long",
-                f"a conversation of {count:,} tokens is longer than seq_len {self.seq_len}: each of its sequences sees "
-                "its own part alone, and so for others as long",
-            )
-        if not place or count <= self.seq_len - place:
-            return conversation
-        return Tokens.joined([Tokens.filler(self._encoder.eos, self.seq_len - place), conversation])
 
     def _whole_sequences(self, batches: Iterator[list[_Encoded]], skipped: int) -> Iterator[list[_Encoded]]:
         """`batches` of one epoch, without the last tokens that do not fill a sequence."""
@@ -350,11 +344,7 @@ class MixedSequences:
         return {"sequences": taken, "texts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position of the same texts.
-
-        Raises:
-            InputError: the position was saved with another seed or seq_len.
-        """
+        """Continues from a saved position of the same texts; see `Resumable.load_state_dict`."""
         for part, position in zip(self._parts, state["texts"], strict=True):
             part.load_state_dict(position)
 
@@ -467,11 +457,8 @@ def document_positions(begins: Tensor) -> Tensor:
 def document_mask(positions: Tensor) -> Tensor:
     """The causal mask in which no token attends to another document, for models that do not derive it from positions.
 
-    Args:
-        positions: (batch, seq), from `document_positions`.
-
     Returns:
-        bool, (batch, 1, seq, seq), True = attends.
+        bool, (batch, 1, seq, seq), True = attends; `positions` are (batch, seq), from `document_positions`.
     """
     document = (positions == 0).cumsum(dim=1)
     same = document[:, :, None] == document[:, None, :]  # (8, 512, 512)

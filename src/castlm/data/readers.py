@@ -156,13 +156,27 @@ def open_text(path: Path) -> Spans:
     The line breaks around that separator are dropped.
     """
     buffer = map_file(path)
-    _check_utf8(buffer, path)
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for at in range(0, len(buffer), READ_BYTES):
+        try:
+            decoder.decode(buffer[at : at + READ_BYTES], final=at + READ_BYTES >= len(buffer))
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}: not UTF-8 near byte {at + error.start} ({error.reason}): convert the file to UTF-8"
+            ) from error
     begin = len(codecs.BOM_UTF8) if buffer[:3] == codecs.BOM_UTF8 else 0
     cuts = [match.span() for match in re.finditer(re.escape(SEPARATOR.encode()), buffer)]
-    if not cuts:
-        return _pieces(buffer, [(begin, len(buffer))])
     starts, stops = [begin, *(stop for _, stop in cuts)], [*(start for start, _ in cuts), len(buffer)]
-    return _pieces(buffer, (_trim(buffer, *span) for span in zip(starts, stops)))
+    if not cuts:
+        return _pieces(buffer, zip(starts, stops))
+    spans = []
+    for start, stop in zip(starts, stops):
+        while start < stop and buffer[start] in b"\r\n":
+            start += 1
+        while start < stop and buffer[stop - 1] in b"\r\n":
+            stop -= 1
+        spans.append((start, stop))
+    return _pieces(buffer, spans)
 
 
 def texts_in_memory(texts: Iterable[str]) -> Spans:
@@ -171,14 +185,6 @@ def texts_in_memory(texts: Iterable[str]) -> Spans:
     stops = np.cumsum([len(text) for text in encoded], dtype=np.int64)
     starts = stops - [len(text) for text in encoded]
     return _pieces(b"".join(encoded), zip(starts.tolist(), stops.tolist()))
-
-
-def _trim(buffer: bytes | mmap.mmap, start: int, stop: int) -> tuple[int, int]:
-    while start < stop and buffer[start] in b"\r\n":
-        start += 1
-    while start < stop and buffer[stop - 1] in b"\r\n":
-        stop -= 1
-    return start, stop
 
 
 def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]]) -> Spans:
@@ -212,17 +218,6 @@ def map_file(path: Path) -> bytes | mmap.mmap:
             return b""
 
 
-def _check_utf8(buffer: bytes | mmap.mmap, path: Path) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for at in range(0, len(buffer), READ_BYTES):
-        try:
-            decoder.decode(buffer[at : at + READ_BYTES], final=at + READ_BYTES >= len(buffer))
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}: not UTF-8 near byte {at + error.start} ({error.reason}): convert the file to UTF-8"
-            ) from error
-
-
 # ------------------------------------------------------------------------------------------------------- JSON lines
 
 
@@ -238,8 +233,7 @@ class JsonRows:
     def index(self, chunks: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The first byte of each line that holds a document, and the one after it: two int64 arrays, (num_documents,).
 
-        Raises:
-            InputError: the first line that is wrong.
+        Raises `InputError` for the first line that is wrong.
         """
         starts, stops, at = array("q"), array("q"), 0
         for number, line in enumerate(split_lines(chunks, self._path, self._options.document_limit), 1):
@@ -282,8 +276,17 @@ class GzipJsonLines(Source):
         self.path, self._rows, self._pool = path, JsonRows(path, options), pool
         # For each segment: where it starts in the decompressed text and in the file, and the decompressor there.
         self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
+
+        def scan() -> Iterator[bytes]:
+            total = 0
+            for chunk, offset, inflater in _inflate(path):
+                yield chunk
+                total += len(chunk)
+                if offset is not None and total - self._points[-1][0] >= SEGMENT_BYTES:
+                    self._points.append((total, offset, inflater.copy()))
+
         try:
-            self._start, self._stop = self._rows.index(self._scan())
+            self._start, self._stop = self._rows.index(scan())
         except (zlib.error, EOFError, OSError) as error:
             raise InputError(f"{path}: not a whole gzip file ({error}): fetch or compress it again") from error
         begins = np.asarray([point[0] for point in self._points])
@@ -293,14 +296,6 @@ class GzipJsonLines(Source):
         ends = begins.copy()  # a line belongs to the segment that it starts in, and may reach into the next
         np.maximum.at(ends, self.unit, self._stop)
         self.unit_bytes = ends - begins
-
-    def _scan(self) -> Iterator[bytes]:
-        total = 0
-        for chunk, offset, inflater in _inflate(self.path):
-            yield chunk
-            total += len(chunk)
-            if offset is not None and total - self._points[-1][0] >= SEGMENT_BYTES:
-                self._points.append((total, offset, inflater.copy()))
 
     def read(self, piece: int) -> Document:
         unit = int(self.unit[piece])
@@ -343,11 +338,7 @@ def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tupl
 
 
 def split_lines(chunks: Iterable[bytes], path: Path, document_limit: float = 1.0) -> Iterator[bytes]:
-    """The lines of a file, with their ends.
-
-    Raises:
-        InputError: a line is longer than `document_limit` times `MAX_LINE_BYTES`.
-    """
+    """The lines of a file, with their ends; refuses one longer than `document_limit` times `MAX_LINE_BYTES`."""
     most, begun, number, num_begun = MAX_LINE_BYTES * document_limit, list[bytes](), 1, 0
     for chunk in chunks:
         *whole, rest = chunk.split(b"\n")
@@ -389,7 +380,7 @@ class ParquetRows(Source):
         holds = {field.name: _arrow_kind(field.type) for field in schema}
         self._columns = find_columns(holds, options, str(path), path.parent)
         self.kind = self._columns.kind_of(holds)
-        self._names = [name for name in self._columns.read if name in holds]
+        self._names = [name for name in (*self._columns.text_columns, *self._columns.extra) if name in holds]
         self._first = np.cumsum(rows) - rows
         self.unit = np.repeat(np.arange(len(rows)), rows)
         self.last = np.ones(int(rows.sum()), dtype=bool)

@@ -25,7 +25,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat
 from castlm.data.columns import CUT_COLUMN, Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
@@ -39,10 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTINEL = "castlm-user-turn"
-
 FEW_SAMPLES = 32
 """Number of texts after which a line may report that most of them are left out."""
-
 PATIENCE = 20
 """Consecutive batches without a new text after which sampling stops."""
 
@@ -58,12 +55,6 @@ class Sample(NamedTuple):
     """The prompt and the generated text."""
     is_whole: bool
     """Whether the model ended the text before `max_new_tokens` cut it."""
-
-
-class _Continued(NamedTuple):
-    ids: list[int]
-    """The generated tokens without the one that ended them."""
-    is_whole: bool
 
 
 class Sampler:
@@ -98,12 +89,22 @@ class Sampler:
         ends += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._ends = sorted({encoder.eos, *encoder.bos, *ends})  # a document also ends where the next one begins
         self._user: list[int] = []
-        if chat:
-            before, end = _user_turn(tokenizer, self._template)
-            self._user, self._ends = self._encode(before), sorted({*self._ends, end})
+        if chat:  # the text before a user's first turn, and the token that ends the turn
+            before, found, after = self._template.render([_user(_SENTINEL)]).partition(_SENTINEL)
+            following = self._encode(after)
+            if not found or not before or not following or following[0] not in tokenizer.all_special_ids:
+                raise InputError(
+                    f"the chat template of {tokenizer.name_or_path} does not end a user's turn with a special token "
+                    f"({after[:20]!r} follows it): sample without chat"
+                )
+            self._user, self._ends = self._encode(before), sorted({*self._ends, following[0]})
         self._longest = context_length(model.config)
-        for prompt in self.prompts or [""]:
-            self._check_room(self._begin(prompt))
+        longest = max(len(self._begin(prompt)) for prompt in self.prompts or [""])
+        if self._longest is not None and longest + options.max_new_tokens > self._longest:
+            raise InputError(
+                f"{longest} tokens of prompt and {options.max_new_tokens} new ones exceed the model's "
+                f"{self._longest} positions: lower max_new_tokens"
+            )
 
     def batch(self, number: int) -> Sequence[Sample | None]:
         """Samples a batch, in order; the same number and options give the same samples.
@@ -122,42 +123,36 @@ class Sampler:
         begins = [self._begin(prompt) for prompt in prompts]
         samples = []
         for prompt, begin, (ids, is_whole) in zip(prompts, begins, self._continue(begins)):
-            row = {"text": prompt + self._after(begin, ids), CUT_COLUMN: not is_whole}
-            samples.append(Sample(row, len(begin) + len(ids), is_whole))
+            # Decoded together, because some tokenizers drop the space before the first word.
+            before, whole = self._decode(begin), self._decode(begin + ids)
+            text = whole[len(before) :] if whole.startswith(before) else self._decode(ids)
+            samples.append(Sample({"text": prompt + text, CUT_COLUMN: not is_whole}, len(begin) + len(ids), is_whole))
         return samples
 
     def _talk(self, prompts: list[str]) -> list[Sample | None]:
-        users: list[_Continued] | None = None
+        asked = [bool(prompt.strip()) for prompt in prompts]
         if self.prompts is None:
             users = self._continue([self._user] * len(prompts))
-            prompts = [self._decode(user.ids).strip() for user in users]
-        asked = [bool(prompt.strip()) and (users is None or users[row].is_whole) for row, prompt in enumerate(prompts)]
+            prompts = [self._decode(ids).strip() for ids, _ in users]
+            asked = [is_whole and bool(prompt) for prompt, (_, is_whole) in zip(prompts, users)]
         begins = {row: self._begin(prompts[row]) for row, ok in enumerate(asked) if ok}
         if self._longest is not None:  # a long question leaves no room for an answer
             most = self._longest - self.options.max_new_tokens
             begins = {row: begin for row, begin in begins.items() if len(begin) <= most}
         samples: list[Sample | None] = [None] * len(prompts)
-        for (row, begin), answer in zip(begins.items(), self._continue([*begins.values()])):
-            if answer.is_whole and (text := self._decode(answer.ids).strip()):
+        for (row, begin), (ids, is_whole) in zip(begins.items(), self._continue([*begins.values()])):
+            if is_whole and (text := self._decode(ids).strip()):
                 messages = [_user(prompts[row]), {"role": "assistant", "content": text}]
-                samples[row] = Sample({"messages": messages}, len(begin) + len(answer.ids), True)
+                samples[row] = Sample({"messages": messages}, len(begin) + len(ids), True)
         return samples
 
     def _begin(self, prompt: str) -> list[int]:
         """The token ids that are continued."""
         if not self.chat:
-            ids = self._encode(prompt)
-            return self._first + ids
+            return self._first + self._encode(prompt)
         if not prompt:
             return self._user
         return self._encode(self._template.render([_user(prompt)], reply=True))
-
-    def _check_room(self, begin: list[int]) -> None:
-        if self._longest is not None and len(begin) + self.options.max_new_tokens > self._longest:
-            raise InputError(
-                f"{len(begin)} tokens of prompt and {self.options.max_new_tokens} new ones exceed the model's "
-                f"{self._longest} positions: lower max_new_tokens"
-            )
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -165,13 +160,11 @@ class Sampler:
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _after(self, begin: list[int], ids: list[int]) -> str:
-        """The text of `ids`, decoded together with `begin`: some tokenizers drop the space before the first word."""
-        before, whole = self._decode(begin), self._decode(begin + ids)
-        return whole[len(before) :] if whole.startswith(before) else self._decode(ids)
+    def _continue(self, begins: list[list[int]]) -> list[tuple[list[int], bool]]:
+        """Samples after each of `begins`, in one batch, padded on the left.
 
-    def _continue(self, begins: list[list[int]]) -> list[_Continued]:
-        """Samples after each of `begins`, in one batch, padded on the left."""
+        Returns the generated tokens without the one that ended them, and whether one did.
+        """
         if not begins:
             return []
         width = max(map(len, begins))
@@ -198,7 +191,7 @@ class Sampler:
         found, ends = [], set(self._ends)
         for row in output[:, width:].tolist():
             end = next((place for place, token in enumerate(row) if token in ends), None)
-            found.append(_Continued(row[:end], end is not None))
+            found.append((row[:end], end is not None))
         return found
 
 
@@ -211,27 +204,10 @@ def _user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-def _user_turn(tokenizer: PreTrainedTokenizerBase, template: Chat) -> tuple[str, int]:
-    """The text that the chat template puts before a user's first turn, and the token that ends the turn.
-
-    Raises:
-        InputError: there is no template, or it has no such token.
-    """
-    before, found, after = template.render([_user(_SENTINEL)]).partition(_SENTINEL)
-    ends = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-    if not found or not before or not ends or ends[0] not in tokenizer.all_special_ids:
-        raise InputError(
-            f"the chat template of {tokenizer.name_or_path} does not end a user's turn with a special token "
-            f"({after[:20]!r} follows it): sample without chat"
-        )
-    return before, int(ends[0])
-
-
 def read_prompts(path: str | Path, options: TextOptions) -> list[str]:
     """The prompts in a file: the lines of a .txt file, else the texts of `open_documents`.
 
-    Raises:
-        InputError: as `open_documents`; the documents are conversations, or there is no prompt.
+    Raises `InputError` where there is no prompt, as in conversations.
     """
     if str(path).lower().endswith(".txt"):
         prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
@@ -257,7 +233,9 @@ class SampleFile:
     def __init__(
         self, path: Path, settings: Mapping[str, Any], prompts: Sequence[str] | None, dedup_prefix: int
     ) -> None:
-        self.path, self.part, self.record_file = path, _beside(path, ".part"), _beside(path, ".castlm.json")
+        self.path = path
+        self.part = path.with_name(f"{path.name}.part")
+        self.record_file = path.with_name(f"{path.name}.castlm.json")
         self.settings = json.loads(json.dumps(settings))  # as a record gives them back
         self.is_finished = False
         self.batches = self.samples = self.tokens = self.bytes = self.duplicates = self.cut = self.dropped = 0
@@ -267,11 +245,7 @@ class SampleFile:
         self._digest = hashlib.sha256()
 
     def begin(self, overwrite: bool, resume: bool) -> None:
-        """Continues an earlier start, or begins a new one where nothing is in the way.
-
-        Raises:
-            InputError: as `open_samples`.
-        """
+        """Continues an earlier start, or begins a new one where nothing is in the way; errors as `open_samples`."""
         record = read_record(self.record_file)
         digest = sha256_file(self.path) if self.path.exists() else None
         is_whole = digest is not None and digest == record.get("sha256")
@@ -320,11 +294,7 @@ class SampleFile:
             raise changed
 
     def add(self, found: Sequence[Sample | None], size: int) -> int:
-        """Appends the new texts of a batch of `size` and records that it is done; returns their number.
-
-        Raises:
-            InputError: the disk is full.
-        """
+        """Appends the new texts of a batch of `size` and records that it is done; returns their number."""
         rows = []
         for place, sample in enumerate(found, self.batches * size):
             prompt = prompt_of(self._prompts, place)
@@ -354,11 +324,7 @@ class SampleFile:
         return len(rows)
 
     def finish(self) -> None:
-        """Gives the file its name.
-
-        Raises:
-            InputError: another file of that name has appeared.
-        """
+        """Gives the file its name, unless another file of that name has appeared."""
         if self.path.exists() and sha256_file(self.path) != self._replaces:
             raise InputError(
                 f"{self.path} was not written by castlm: move it away and resume; the text is in {self.part}"
@@ -376,9 +342,10 @@ class SampleFile:
     def _is_new(self, prompt: str, row: Mapping[str, Any]) -> bool:
         """Whether no earlier text is the same or has the same first `dedup_prefix` characters after its prompt."""
         generated = generated_of(row, prompt)
-        keys = [_hash("whole", prompt, generated)]
+        parts = [("whole", prompt, generated)]
         if self._dedup_prefix:
-            keys.append(_hash("prefix", prompt, generated[: self._dedup_prefix]))
+            parts.append(("prefix", prompt, generated[: self._dedup_prefix]))
+        keys = [hashlib.sha256("\0".join(part).encode("utf-8", "replace")).digest()[:16] for part in parts]
         is_new = self._seen.isdisjoint(keys)
         if is_new:
             self._seen.update(keys)
@@ -391,14 +358,6 @@ def generated_of(row: Mapping[str, Any], prompt: str) -> str:
         return str(row["text"]).removeprefix(prompt)
     question, answer = (str(message["content"]) for message in row["messages"])
     return answer if prompt else f"{question}\0{answer}"
-
-
-def _hash(*parts: str) -> bytes:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).digest()[:16]
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name + ending)
 
 
 @contextmanager
@@ -451,7 +410,7 @@ def sample(
         say: called with a line, once, if most texts are empty or unfinished.
 
     Raises:
-        InputError: as `SampleFile.add`, or `PATIENCE` batches in a row have brought nothing new.
+        InputError: the disk is full, or `PATIENCE` batches in a row have brought nothing new.
     """
     size, without, said = sampler.options.batch_size, 0, False
     while file.tokens < num_tokens:

@@ -13,7 +13,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import Documents, HubDocuments
-from castlm.data.extra import Extra, join_extra
+from castlm.data.images import Extra, join_extra
 from castlm.data.readers import Piece, Position
 from castlm.data.tokens import IGNORED, Encoder, Tokens, first_tokens
 
@@ -151,16 +151,15 @@ def scored_text(
         seed: of a text that is longer, take documents in the order of this seed, not those at its start.
 
     Raises:
-        InputError: as `Encoder`; or no token of the assistant is within `limit`.
+        InputError: no token of the assistant is within `limit`.
     """
-    if documents.kind is Kind.TEXT:
-        tokens = first_tokens(documents, encoder, limit, seed)
-        return ScoredText(torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.labels).long())
     extra: tuple[ScoredExtra | None, ...] = ()
     if documents.kind is Kind.WITH_EXTRA:
         tokens, extra = _with_extra(documents, encoder, limit, seed)
     else:
         tokens = first_tokens(documents, encoder, limit, seed)
+    if documents.kind is Kind.TEXT:
+        return ScoredText(torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.labels).long())
     if (tokens.labels == IGNORED).all():
         count = len(tokens.ids)
         raise InputError(f"{documents.name}: no token of the assistant among the first {count}: give more text")
@@ -184,20 +183,15 @@ def _with_extra(
         if tokens.extra is None:
             extra.append(None)
         else:
-            again = piece.position if isinstance(documents, Documents) else piece  # a stream is not read again
-            load = partial(_load, encoder, documents, again, seed)
-            extra.append(ScoredExtra(load, tokens.extra.end, tokens.extra.begin))
+
+            def load(piece: Piece | None, position: Position) -> Extra | None:
+                found = piece or next(documents.pieces(seed, position=position))
+                return encoder.conversation(found).extra
+
+            held = None if isinstance(documents, Documents) else piece  # a stream is not read again
+            extra.append(ScoredExtra(partial(load, held, piece.position), tokens.extra.end, tokens.extra.begin))
         found.append(tokens._replace(extra=None))
         count += len(tokens.ids)
         if limit is not None and count >= limit:
             break
     return Tokens.joined(found), tuple(extra)
-
-
-def _load(
-    encoder: Encoder, documents: Documents | HubDocuments, document: Piece | Position, seed: int | None
-) -> Extra | None:
-    """The tensors of a conversation, given by itself or, for local documents, by its position."""
-    if not isinstance(document, Piece):
-        document = next(documents.pieces(seed, position=document))
-    return encoder.conversation(document).extra

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.chat import Chat, Rendered, begin_of, with_template
+from castlm.data.chat import Chat, begin_of, with_template
 from castlm.data.columns import Document, Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, open_documents
-from castlm.data.extra import Extra
-from castlm.data.images import ImageReader, open_processor
+from castlm.data.images import Extra, ImageReader, open_processor
 from castlm.data.options import TextOptions
 from castlm.data.readers import Piece
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 # The separator of documents in pretraining, for models whose `eos_token` has become the end of a chat turn.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
-
 
 IGNORED = -100
 """The label of a token that does not count."""
@@ -100,15 +98,17 @@ class Encoder:
 
     def __call__(self, pieces: list[Piece]) -> list[Tokens]:
         texts = iter(self._ids_of([piece for piece in pieces if piece.kind is Kind.TEXT]))
-        return [
-            self._text(piece, next(texts)) if piece.kind is Kind.TEXT else self.conversation(piece) for piece in pieces
-        ]
-
-    def _text(self, piece: Piece, ids: list[int]) -> Tokens:
-        if piece.first and piece.last and not ids:
-            return Tokens.of([], None, False)
-        ids = self._first * piece.first + ids + [self.eos] * piece.last
-        return Tokens.of(ids, [*[True] * (len(ids) - 1), False] if piece.is_cut else None, piece.first)
+        found = []
+        for piece in pieces:
+            if piece.kind is not Kind.TEXT:
+                found.append(self.conversation(piece))
+                continue
+            ids = next(texts)
+            if ids or not (piece.first and piece.last):
+                ids = self._first * piece.first + ids + [self.eos] * piece.last
+            counts = [*[True] * (len(ids) - 1), False] if piece.is_cut and ids else None
+            found.append(Tokens.of(ids, counts, piece.first))
+        return found
 
     def _ids_of(self, pieces: list[Piece]) -> list[list[int]]:
         """Tokenizes pieces of plain text to the same tokens as the whole text would give. A piece from the middle of a
@@ -127,36 +127,31 @@ class Encoder:
         return found
 
     def conversation(self, document: Document | Piece) -> Tokens:
-        """The tokens of a conversation, with the tensors of its images.
+        """The tokens of a conversation, with the tensors of its images, which need a processor.
 
-        Raises:
-            InputError: as `Chat` and `castlm.data.images.ImageReader`; or images without a processor.
+        An end-of-text token follows unless the template ended with one. It counts as the end of a completion, but not
+        as part of a conversation.
         """
-        if self._images is not None:
-            rendered, extra = self._images(document.text, document.extra)
-            return self._with_end(rendered)._replace(extra=extra)
-        if document.extra:
+        if self._images is None and document.extra:
             raise InputError(
                 f"the conversation that begins {begin_of(document.text)} has images, which are read by castlm train, "
                 "finetune, prune and eval of a vision-language model: give text alone"
             )
-        return self._with_end(self.chat(document.text))
+        rendered, extra = (
+            (self.chat(document.text), None) if self._images is None else self._images(document.text, document.extra)
+        )
+        ids, counts, is_rendered = rendered
+        if is_rendered and ids and ids[-1] == self.eos:
+            return Tokens.of(list(ids), list(counts), True)._replace(extra=extra)
+        first = [] if is_rendered else self._first
+        ends = not is_rendered or self.counted == "all"
+        counts = [self.counted == "all"] * len(first) + [*counts, ends]
+        return Tokens.of([*first, *ids, self.eos], counts, True)._replace(extra=extra)
 
     def text_alone(self, document: str) -> list[int]:
         """The token ids of a conversation without its images, followed by an end-of-text token."""
         assert self._images is not None
         return [*self._images.text_alone(document), self.eos]
-
-    def _with_end(self, rendered: Rendered) -> Tokens:
-        """Appends an end-of-text token unless the template ended with one. It counts as the end of a completion, but
-        not as part of a conversation.
-        """
-        ids, counts, is_rendered = rendered
-        if is_rendered and ids and ids[-1] == self.eos:
-            return Tokens.of(list(ids), list(counts), True)
-        first = [] if is_rendered else self._first
-        ends = not is_rendered or self.counted == "all"
-        return Tokens.of([*first, *ids, self.eos], [self.counted == "all"] * len(first) + [*counts, ends], True)
 
     def plain(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -209,20 +204,14 @@ def open_encoder(
     processor = None
     if any(text.kind is Kind.WITH_EXTRA for text in texts):
         processor = open_processor(model, tokenizer, trust_remote_code=trust_remote_code, revision=revision)
-    return text_encoder(tokenizer, options, processor)
-
-
-def text_encoder(
-    tokenizer: PreTrainedTokenizerBase, options: TextOptions, processor: ProcessorMixin | None = None
-) -> Encoder:
-    """An encoder with these options, which refuses images without a processor; otherwise as `open_encoder`."""
-    with_template(tokenizer, options.chat_template_path)
     return Encoder(
-        tokenizer,
-        assistant_only=options.assistant_only,
-        processor=processor,
-        document_limit=options.document_limit,
+        tokenizer, assistant_only=options.assistant_only, processor=processor, document_limit=options.document_limit
     )
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> Encoder:
+    """An encoder with these options, which refuses images; otherwise as `open_encoder`."""
+    return open_encoder((), tokenizer, "", options)
 
 
 def token_ids(
@@ -242,8 +231,7 @@ def token_ids(
     """
     if isinstance(documents, str | Path):
         documents = open_documents(documents)
-    encoder = Encoder(tokenizer, assistant_only=False)
-    tokens = first_tokens(documents, encoder, limit)
+    tokens = first_tokens(documents, Encoder(tokenizer, assistant_only=False), limit)
     return torch.from_numpy(tokens.ids).long()
 
 
@@ -252,8 +240,7 @@ def first_tokens(
 ) -> Tokens:
     """The first `limit` tokens of `Encoder.joined`, or all of them.
 
-    Args:
-        seed: if the text is longer, take documents in the order of this seed instead of the first ones.
+    If the text is longer and a `seed` is given, its documents are taken in the order of that seed.
     """
     tokens = up_to(limit, encoder.joined(documents))
     if seed is not None and len(tokens.ids) == limit:
@@ -273,11 +260,7 @@ def up_to(limit: int | None, parts: Iterable[Tokens]) -> Tokens:
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token between documents: an end-of-text token among the added ones, else `eos_token_id`.
-
-    Raises:
-        InputError: the tokenizer has neither.
-    """
+    """The token between documents: an end-of-text token among the added ones, else `eos_token_id`, which must exist."""
     added = tokenizer.get_added_vocab()
     found = next((added[token] for token in _END_OF_TEXT if token in added), tokenizer.eos_token_id)
     if found is None:
@@ -286,11 +269,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
-    """Checks that the model has an embedding for every token id.
-
-    Raises:
-        InputError: an id is at least `vocab_size`.
-    """
+    """Raises `InputError` for a token id that the model has no embedding for."""
     if input_ids.numel() and (largest := int(input_ids.max())) >= vocab_size:
         raise InputError(
             f"token id {largest} is outside the model's vocabulary of {vocab_size}: use the model's own tokenizer"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -88,12 +87,25 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     result.root.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
     with contextlib.ExitStack() as stack:
         temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)), patient=True)
+
+        def count() -> dict[str, Any]:
+            try:
+                report = verify(temporary, result.pattern, known_layers=())
+                verify_pattern(report, result.model, manifest["left_dense"])
+            except Exception as error:
+                raise rejected(temporary, folder, error) from error
+            return {"left_dense": manifest["left_dense"], "proof": report.totals()}
+
+        def refuse(failure: str | None) -> None:
+            if failure is not None:
+                raise rejected(temporary, folder, InputError(failure))
+
         _write_weights(result, temporary)
         world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
-            manifest |= world.on_main(lambda: _verify_files(result, temporary, folder, manifest), patient=True)
+            manifest |= world.on_main(count, patient=True)
             failure, proof = _verify_again(result, temporary)
-            world.on_main(lambda: _refuse(temporary, folder, failure), patient=True)
+            world.on_main(lambda: refuse(failure), patient=True)
             manifest["proof"] |= proof
         world.on_main(lambda: write_record(temporary, folder.name, manifest))
         world.on_main(stack.close, patient=True)  # hashes all files
@@ -119,9 +131,10 @@ def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[Ta
 @torch.no_grad()
 def _write_weights(result: ShardedResult, folder: Path) -> None:
     """Writes the files of the weights, on the main rank. Raises `InputError` there if one cannot be written."""
+    model = result.model
     weights: dict[str, tuple[Tensor, Callable[[Take], Tensor]]] = {}
     seen: set[Tensor] = set()
-    for name, weight, folded in folded_weights(result.model):
+    for name, weight, folded in folded_weights(model):
         if weight not in seen:  # tied weights are written once
             weights[name] = weight, folded
             seen.add(weight)
@@ -132,26 +145,19 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
         for name in names:
             tensor = weights[name][1](whole)
             if result.world.is_main:
-                held |= _as_stored(result, name, tensor)
+                tensor = tensor.mT if is_stored_transposed(model, name) else tensor
+                tensor = tensor.to(result.dtype).contiguous().cpu()
+                held |= as_stored(model, state_dict_key(model, name), tensor)
+
+        def save(held: dict[str, Tensor] = held, path: Path = folder / file) -> None:
+            with reporting_full_disk(path):
+                save_file(held, path, metadata={"format": "pt"})
+
         stored_in |= dict.fromkeys(held, file)
-        result.world.on_main(functools.partial(_save, held, folder / file), patient=True)
+        result.world.on_main(save, patient=True)
     if len(files) > 1:
         total = sum(weight.numel() for weight, _ in weights.values())
         result.world.on_main(lambda: write_index(folder, stored_in, total, result.dtype))
-
-
-def _save(held: dict[str, Tensor], file: Path) -> None:
-    with reporting_full_disk(file):
-        save_file(held, file, metadata={"format": "pt"})
-
-
-def _as_stored(result: ShardedResult, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that the files hold for a parameter, as `save_model` would write them."""
-    model = result.model
-    if is_stored_transposed(model, name):
-        tensor = tensor.mT
-    tensor = tensor.to(result.dtype).contiguous().cpu()
-    return as_stored(model, state_dict_key(model, name), tensor)
 
 
 def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
@@ -167,20 +173,6 @@ def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def _verify_files(result: ShardedResult, temporary: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    try:
-        report = verify(temporary, result.pattern, known_layers=())
-        verify_pattern(report, result.model, manifest["left_dense"])
-    except Exception as error:
-        raise rejected(temporary, folder, error) from error
-    return {"left_dense": manifest["left_dense"], "proof": report.totals()}
-
-
-def _refuse(temporary: Path, folder: Path, failure: str | None) -> None:
-    if failure is not None:
-        raise rejected(temporary, folder, InputError(failure))
 
 
 @torch.no_grad()
@@ -199,7 +191,14 @@ def _verify_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict
         if not equal_in_bits(expected, local(theirs[name])):
             different = f"{name} has other values in the files"
     different = next((failure for failure in result.world.gather(different) if failure), None)
-    in_memory, from_disk = (result.measure(root) for root in (_in_fp32(result), root))
+    ours = result.root
+    if result.precision != "fp32" or result.dtype is not torch.float32:  # else it rounds nothing
+        rounded = empty_model(copy.deepcopy(result.model.config)).eval()
+        ours = _sharded_root(rounded, result)
+        held = dict(rounded.named_parameters(remove_duplicate=False))
+        for name, rows in _folded_rows(result):
+            local(held[name]).copy_(rows)
+    in_memory, from_disk = (result.measure(each) for each in (ours, root))
     if different is None and not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):
         different = f"perplexity is {from_disk!r} from disk and {in_memory!r} in memory"
     proof = {"perplexity_in_memory": in_memory, "perplexity_from_disk": from_disk}
@@ -219,15 +218,3 @@ def _folded_rows(result: ShardedResult) -> Iterator[tuple[str, Tensor]]:
     for name, _, folded in folded_weights(result.model):
         rows = folded(local)
         yield name, rows.to(result.dtype).to(rows.dtype)
-
-
-def _in_fp32(result: ShardedResult) -> nn.Module:
-    """The model in fp32 with the rounding of the files: `root` itself if it rounds nothing, else a new one."""
-    if result.precision == "fp32" and result.dtype is torch.float32:
-        return result.root
-    model = empty_model(copy.deepcopy(result.model.config)).eval()
-    root = _sharded_root(model, result)
-    ours = dict(model.named_parameters(remove_duplicate=False))
-    for name, rows in _folded_rows(result):
-        local(ours[name]).copy_(rows)
-    return root

@@ -121,9 +121,6 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
 
     Returns None if a rank cannot read only its rows: for GGUF, for weights that transformers converts while loading,
     and for damaged weights, for which `load_model` then raises.
-
-    Raises:
-        InputError: as `load_model`, except for errors of the weights.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
     if where.gguf:
@@ -202,7 +199,9 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | Expe
             return None
         transposed = any(is_stored_transposed(model, name) for name in names)
         file, shape = stored[found]
-        if (_turned(shape) if transposed else shape) != tuple(parameter.shape):
+        if transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        if shape != tuple(parameter.shape):
             return None
         if isinstance(layer, ExpertLinear) and list(stored_shapes(model, keys[0], layer)) != [keys[0]]:
             return None  # transformers would not put it there as it is
@@ -211,10 +210,6 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | Expe
     unknown = [key for key in stored if key not in known and not OLD_BUFFERS.search(f".{key}")]
     has_stored_buffers = any(True for name in model.state_dict() if name in dict(model.named_buffers()))
     return None if unknown or has_stored_buffers else places
-
-
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _expert_places(
@@ -257,11 +252,7 @@ def materialize_(module: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> None:
-    """Reads this rank's rows of every parameter; weight scales are ones.
-
-    Raises:
-        InputError: a file that cannot be read, or a weight that is not finite.
-    """
+    """Reads this rank's rows of every parameter, which must be finite; weight scales are ones."""
     failure = None
     with opened_files() as read:
         for name, parameter in model.named_parameters():
@@ -287,7 +278,6 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
 @contextlib.contextmanager
 def opened_files() -> Iterator[Reader]:
     """Opens safetensors files at their first use, and closes them at the end of the context."""
-
     with contextlib.ExitStack() as stack:
         opened: dict[Path, Any] = {}
 

@@ -79,7 +79,10 @@ class SelfCheck:
         refresh, since = divmod(step, mask_interval) if mask_interval else (0, 1)
         due = bool(self._blocks) and since == 0
         watched = self._blocks[refresh % len(self._blocks)] if due else []
-        expected = {weight: self._expected(weight) for weight in watched}
+        expected = {}
+        for weight in watched:
+            assert isinstance(self.pattern, NM)
+            expected[weight] = sorted_mask(whole(weight)[own_rows(weight)], self.pattern)
         before = {} if self.covered else {p: int(self.optimizer.state[p]["step"]) for p in self._names}
         yield
         wrong = [self._names[p] for p, mask in expected.items() if not torch.equal(local(self.optimizer.mask(p)), mask)]
@@ -87,16 +90,9 @@ class SelfCheck:
         if wrong:
             raise RuntimeError(f"step {step + 1}: the mask of {wrong[0]} does not match its weight: the run is invalid")
         if before:
-            self._check_coverage({p for p, old in before.items() if int(self.optimizer.state[p]["step"]) == old + 1})
-
-    def _expected(self, weight: Tensor) -> Tensor:
-        assert isinstance(self.pattern, NM)
-        return sorted_mask(whole(weight)[own_rows(weight)], self.pattern)
-
-    def _check_coverage(self, stepped: set[Tensor]) -> None:
-        sparse = [p for p in self.optimizer.sparse_params() if p in stepped]
-        counts = self.world.gather(sum(local(p).numel() for p in sparse))
-        total = sum(counts) // self.world.num_replicas
-        if total != self.num_sparse:
-            raise RuntimeError(f"{total:,} sparse weights were stepped, the model has {self.num_sparse:,}")
-        self.covered = True
+            stepped = {p for p, old in before.items() if int(self.optimizer.state[p]["step"]) == old + 1}
+            counts = self.world.gather(sum(local(p).numel() for p in self.optimizer.sparse_params() if p in stepped))
+            total = sum(counts) // self.world.num_replicas
+            if total != self.num_sparse:
+                raise RuntimeError(f"{total:,} sparse weights were stepped, the model has {self.num_sparse:,}")
+            self.covered = True

@@ -110,11 +110,7 @@ class World:
         return there
 
     def check_all(self, failure: str | None) -> None:
-        """Stops all ranks if one of them reports a failure.
-
-        Raises:
-            InputError: the first failure, on the main rank. The other ranks raise `SystemExit`.
-        """
+        """Stops all ranks if one reports a failure: the main rank raises `InputError`, the others `SystemExit`."""
         failures = [text for text in self.gather(failure) if text is not None]
         if failures:
             raise InputError(failures[0]) if self.is_main else SystemExit(2)
@@ -124,9 +120,6 @@ class World:
 
         Args:
             values: by the name of a different value, such as "another training text".
-
-        Raises:
-            InputError: as `check_all`.
         """
         found = self.gather(values)
         odd = [(rank, what) for rank, other in enumerate(found) for what in values if other[what] != found[0][what]]
@@ -150,19 +143,10 @@ class World:
         return ""
 
     def meet(self, where: str) -> None:
-        """Waits for all ranks.
-
-        Raises:
-            InputError: names the ranks that did not arrive within `timeout_s`.
-        """
+        """Waits for all ranks; raises `InputError` with those that did not arrive within `timeout_s`."""
         missing = self.missing(self.timeout_s)
         if missing:
             raise InputError(f"{missing} did not reach {where} within {self.timeout_s:g} s: it hangs or has ended")
-
-
-def is_of_a_collective(error: RuntimeError) -> bool:
-    """Whether a collective raised `error`, such as when another rank has ended; gloo has no class for it."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def is_main_rank() -> bool:
@@ -192,7 +176,12 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         raise InputError(f"{size} ranks do not divide into nodes of {per_node}: start the same number on every node")
     timeout = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        store = _store_of_this_start(timeout)
+        # torchrun keeps one store over its restarts, and a rank that reads the address of an ended rank waits forever
+        # (torch 2.13), so each start needs its own keys. Between nodes, the number of restarts can differ: there, set
+        # `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, which makes torchrun create a new store instead.
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        if per_node == size and "LOCAL_WORLD_SIZE" in os.environ:
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     control = dist.new_group(backend="gloo", timeout=timeout)
@@ -203,19 +192,6 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         shards = per_node if sharding == "hybrid" else 1
         mesh = init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
     return World(rank, size, here, mesh, control, patient, timeout_s)
-
-
-def _store_of_this_start(timeout: datetime.timedelta) -> dist.Store:
-    """The store through which the ranks find each other.
-
-    torchrun keeps one store over its restarts, and a rank that reads the address of an ended rank waits forever (torch
-    2.13), so each start needs its own keys. Between nodes, the number of restarts can differ: there, set
-    `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, which makes torchrun create a new store instead.
-    """
-    store, _, size = next(rendezvous("env://", timeout=timeout))
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
-        return store
-    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextlib.contextmanager
@@ -245,7 +221,8 @@ def naming_missing_ranks(world: World) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error) or not is_of_a_collective(error):  # this rank's own error
+        of_a_collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()  # gloo has no class for it
+        if is_out_of_memory(error) or not of_a_collective:  # this rank's own error
             raise
         missing = world.missing(min(DIAGNOSIS_S, world.timeout_s))
         if not missing:

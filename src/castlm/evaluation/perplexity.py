@@ -22,9 +22,9 @@ from castlm.core.errors import InputError
 from castlm.data.documents import Documents, HubDocuments
 from castlm.data.scored import Scored, ScoredText, scored_text
 from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
+from castlm.hardware import library_versions
 from castlm.inference.layers import PackedLinear
 from castlm.models.architecture import backbone, context_length, eval_mode, logit_scale, output_head
-from castlm.versions import library_versions
 
 _HEAD_ROWS = 192  # tokens whose logits are in memory at once
 SEQ_LEN = 1024
@@ -79,9 +79,6 @@ def perplexity(
         autocast_dtype: for example `torch.bfloat16`; None computes in the model's dtype.
         progress: called with (sequences done, number of sequences) after each batch.
 
-    Returns:
-        The perplexity, the mean loss in nats per scored token, the number of scored tokens, and the lengths.
-
     Raises:
         InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` above the model's limit, a stride
             outside 1..seq_len, or a loss that is not finite (the message names the sequence).
@@ -93,7 +90,14 @@ def perplexity(
     head = None if isinstance(packed_head, PackedLinear) else output_head(model)
     device = model.device
     text = text if isinstance(text, ScoredText) else ScoredText.of(text)
-    _check(model, text.ids, seq_len, stride)
+    longest = context_length(model.config) or seq_len
+    if len(text.ids) < 2:
+        raise InputError(f"the text has {len(text.ids)} tokens: give at least 2")
+    if not 2 <= seq_len <= longest or not 1 <= stride <= seq_len:
+        raise InputError(
+            f"seq_len is {seq_len} and stride is {stride}: the model takes 2 to {longest} tokens, and a stride from 1 "
+            "to seq_len skips none"
+        )
     check_vocabulary(text.ids, packed_head.out_features if head is None else head.weight.shape[0])
 
     sequences = text.sequences(seq_len, stride)
@@ -140,19 +144,6 @@ def _packed_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> float
             logits = softcap * torch.tanh(logits / softcap)
         total += F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum").item()
     return total
-
-
-def _check(model: PreTrainedModel, token_ids: Tensor, seq_len: int, stride: int) -> None:
-    assert token_ids.dim() == 1
-    assert token_ids.dtype == torch.int64
-    if len(token_ids) < 2:
-        raise InputError(f"the text has {len(token_ids)} tokens: give at least 2")
-    longest = context_length(model.config) or seq_len
-    if not 2 <= seq_len <= longest or not 1 <= stride <= seq_len:
-        raise InputError(
-            f"seq_len is {seq_len} and stride is {stride}: the model takes 2 to {longest} tokens, and a stride from 1 "
-            "to seq_len skips none"
-        )
 
 
 def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
@@ -209,9 +200,6 @@ def evaluate_text(
 
     Args:
         limit: at most this many tokens of the text; None takes all.
-
-    Raises:
-        InputError: see `perplexity` and `scored_text`.
     """
     text = scored_text(documents, encoder, limit)
     result = perplexity(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.files.reading import read_text, sha256_file, user_path
-from castlm.versions import library_versions
+from castlm.hardware import library_versions
 
 SHIPPED = Path(__file__).parent / "tasks"
 
@@ -140,7 +140,11 @@ def zero_shot(
         ) from error
     rows = []
     for name, figures in results["results"].items():
-        source = {"data": "hub"} if configs is None else _source(configs, name)
+        source = {"data": "hub"}
+        if configs is not None:
+            config = next(c for c in configs if c["task"] == name)
+            file = next(iter(config["dataset_kwargs"]["data_files"].values()))
+            source = {"data": Path(file).name, "sha256": sha256_file(file)}
         num_docs = results["n-samples"][name]["effective"] if name in results["n-samples"] else None
         rows += [
             {"task": name, **figure, "num_docs": num_docs, "num_fewshot": 0, **source} for figure in metrics_of(figures)
@@ -165,20 +169,10 @@ def metrics_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
         metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = figures.get(f"{metric}_stderr,{answer_filter}")
-            found.append(
-                {
-                    "metric": metric if answer_filter == "none" else key,
-                    "value": float(value),
-                    "stderr": float(error) if isinstance(error, float) else None,
-                }
-            )
+            stderr = float(error) if isinstance(error, float) else None
+            name = metric if answer_filter == "none" else key
+            found.append({"metric": name, "value": float(value), "stderr": stderr})
     return found
-
-
-def _source(configs: list[dict[str, Any]], name: str) -> dict[str, str]:
-    config = next(c for c in configs if c["task"] == name)
-    file = next(iter(config["dataset_kwargs"]["data_files"].values()))
-    return {"data": Path(file).name, "sha256": sha256_file(file)}
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
+from castlm.core.nm import NM
 from castlm.names import markdown, markdown_code
 from castlm.patterns import parse_pattern
 
@@ -43,14 +43,17 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
     hub_id, _ = _hub_model(source)
     base_name = (hub_id or _public(source)).split("/")[-1]
+    tags = [f"{pattern.n}of{pattern.m}-sparse"] if isinstance(pattern, NM) else []
+    tags += ["structured-pruning"] if pattern.cut_out else []
     front_matter = {
         **({"base_model": hub_id} if hub_id else {}),
         **({"license": license_id} if license_id else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["castlm", "sparsity", *_tags(pattern)],
+        "tags": ["castlm", "sparsity", *tags],
     }
     short = f"{pattern.n} of {pattern.m}" if isinstance(pattern, NM) else str(pattern)
+    cut = manifest.get("cut") or {"before": {}, "after": {}}
     is_dense = bool(manifest.get("cut")) and pattern.nm is None
     made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm (the CAST method, arXiv 2509.25996)"
     config = manifest.get("config") or {}
@@ -58,6 +61,11 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         made += f", distilled from {_reference(config['teacher'])}"
     kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
     verdict = manifest.get("verdict") or {}
+    figures = list(manifest.get("figures") or [])
+    written = manifest["proof"].get("perplexity_from_disk")
+    if written is not None and figures:  # the files may be rounded to a shorter dtype than in training
+        name = f"as written, in {manifest['dtype']}" if manifest.get("dtype") else "as written"
+        figures.append({**figures[-1], "name": name, "perplexity": written})
     templates = Environment(
         loader=PackageLoader("castlm", "export"),
         undefined=StrictUndefined,
@@ -78,23 +86,16 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         is_dense=is_dense,
         packed="packed" in manifest,
         proof=manifest["proof"],
-        changed=_changed(manifest.get("cut")),
+        changed=[  # fields of the config
+            f"`{name}` from {old:,} to {cut['after'][name]:,}"
+            for name, old in cut["before"].items()
+            if cut["after"][name] != old
+        ],
         left_dense={name: reason for name, reason in manifest["left_dense"].items() if in_block(name)},
-        table=_table([*(manifest.get("figures") or []), *_as_written(manifest)]),
-        license=_license(hub_id or base_name, license_id),
+        table=_table(figures),
+        license=license_id,
+        derived_from=hub_id or base_name or "its base model",
     )
-
-
-def _tags(pattern: Pattern) -> list[str]:
-    if isinstance(pattern, NM):
-        return [f"{pattern.n}of{pattern.m}-sparse"]
-    return ["structured-pruning"] if pattern.cut_out else []
-
-
-def _changed(cut: Mapping[str, Any] | None) -> list[str]:
-    """The fields of the config that a cut has changed."""
-    before, after = (cut["before"], cut["after"]) if cut else ({}, {})
-    return [f"`{name}` from {old:,} to {after[name]:,}" for name, old in before.items() if after[name] != old]
 
 
 def _hub_model(source: str) -> tuple[str, str]:
@@ -119,34 +120,18 @@ def _public(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
 
-def _as_written(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The row of the written files, whose weights may be rounded to a shorter dtype than in training."""
-    found = manifest["proof"].get("perplexity_from_disk")
-    if found is None or not manifest.get("figures"):
-        return []
-    written = f"as written, in {manifest['dtype']}" if manifest.get("dtype") else "as written"
-    return [{**manifest["figures"][-1], "name": written, "perplexity": found}]
-
-
 def _table(figures: list[Mapping[str, Any]]) -> list[str]:
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
+        if isinstance(value, int):
+            return f"{value:,}"
+        return "" if value is None else markdown(_public(str(value)))
+
     columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in figures)]
-    cells = [[_COLUMNS[key] for key in columns], *([_cell(row.get(key)) for key in columns] for row in figures)]
+    cells = [[_COLUMNS[key] for key in columns], *([cell(row.get(key)) for key in columns] for row in figures)]
     head, *rows = [f"| {' | '.join(row)} |" for row in cells]
     return [head, "|" + "---|" * len(columns), *rows] if columns else []
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "" if value is None else markdown(_public(str(value)))
-
-
-def _license(base: str, license_id: str | None) -> str:
-    stated = f"{markdown(license_id)}, as for the base model. " if license_id else ""
-    of = markdown(base) or "its base model"
-    return f"{stated}This model is a derivative of {of}, whose license applies: read it before you share the model."
 
 
 # ---- packed folders
@@ -173,11 +158,8 @@ def packed_card(source: Path, manifest: Mapping[str, Any], pattern: str) -> str:
     """The README.md of the folder that the model in `source` is packed to.
 
     Args:
-        manifest: the castlm.json of the packed folder.
+        manifest: the castlm.json of the packed folder. A damaged record of a result raises `InputError`.
         pattern: n:m.
-
-    Raises:
-        InputError: `manifest` is the damaged record of a result of castlm.
     """
     if card := _result_card(source, manifest):
         return card
@@ -194,14 +176,7 @@ def packed_card(source: Path, manifest: Mapping[str, Any], pattern: str) -> str:
 
 
 def unpacked_card(source: Path, manifest: Mapping[str, Any]) -> str:
-    """The README.md of the folder that the packed `source` is unpacked to; empty where the model had none.
-
-    Args:
-        manifest: the castlm.json of the unpacked folder.
-
-    Raises:
-        InputError: as `packed_card`.
-    """
+    """The README.md of the folder with castlm.json `manifest` that the packed `source` is unpacked to; may be empty."""
     packed = _read_card(source)
     return _result_card(source, manifest) or _front_matter(packed) + packed.partition(_BELOW)[2]
 

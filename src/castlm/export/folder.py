@@ -15,7 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from castlm.core.blocks import is_block_weight, is_tower
 from castlm.core.errors import InputError
@@ -23,9 +23,6 @@ from castlm.files.reading import check_regular, read_json_object
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
 from castlm.inference import formats
 from castlm.models.layout import QUANT_METHOD
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"
@@ -37,11 +34,7 @@ _NOT_OF_THE_MODEL = re.compile(r"(training_args\.bin|(optimizer|scheduler|scaler
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a model folder; empty without one.
-
-    Raises:
-        InputError: it is not a JSON object, or its `left_dense` is none.
-    """
+    """The castlm.json of a model folder; empty without one. Its `left_dense` is an object."""
     file = folder / "castlm.json"
     manifest = read_json_object(file) if file.is_file() else {}
     left_dense = manifest.get("left_dense", {})
@@ -63,11 +56,7 @@ def left_dense_reason(name: str, left_dense: Mapping[str, str]) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder; empty without one.
-
-    Raises:
-        InputError: it is not a JSON object, or its `model_type` is not a name.
-    """
+    """The config.json of a model folder; empty without one. Its `model_type`, if any, is a name."""
     file = folder / "config.json"
     config = read_json_object(file) if file.exists() else {}
     if not isinstance(config.get("model_type"), str | None):
@@ -88,7 +77,12 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
     if not os.path.lexists(path):
         raise InputError(f"{path} does not exist: name a model folder or a .safetensors file")
     if not path.is_dir():
-        return _one_file(path)
+        tensors = read_header(path)
+        for index in (path.parent / INDEX, path.parent / formats.INDEX):
+            is_whole = path.name in (SINGLE, formats.FILE)
+            if index.is_file() and not is_whole and path.name in read_weight_map(index).values():
+                raise InputError(f"{path} is one of several files of a model: verify the folder {path.parent}")
+        return tensors
     if (path / "adapter_config.json").exists():
         raise InputError(f"{path} holds an adapter, not a model: merge it into its base model first")
     names = (formats.FILE, formats.INDEX) if is_packed(config) else (SINGLE, INDEX)
@@ -119,15 +113,6 @@ def is_packed(config: Mapping[str, Any]) -> bool:
     """Whether a config.json belongs to a folder in castlm's packed format."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-
-
-def _one_file(file: Path) -> dict[str, StoredTensor]:
-    tensors = read_header(file)
-    for index in (file.parent / INDEX, file.parent / formats.INDEX):
-        is_whole = file.name in (SINGLE, formats.FILE)
-        if index.is_file() and not is_whole and file.name in read_weight_map(index).values():
-            raise InputError(f"{file} is one of several files of a model: verify the folder {file.parent}")
-    return tensors
 
 
 def _other_weights(folder: Path, read: Collection[str] = ()) -> str | None:
@@ -176,10 +161,23 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
             or has another shape.
     """
     check_redirections(path, config)
-    _refuse_absurd_counts(path, len(tensors), config)
-    if config.get("auto_map") and not _is_native(config):  # the layers of a model with its own code are unknown
-        check_uniform(path, tensors)
-        return "each other"
+    for name, value in _fields(config):  # before anything loops over so many blocks or experts
+        count = re.search(
+            r"(?:^|_)n(?:um)?_(?:\w+_)?(layer|block|expert)s?(?:_per_\w+)?$|^(?:en|de)coder_(layer)s$", name
+        )
+        if count is None or type(value) is not int:
+            continue
+        if value < 0 or value > (65_536 if count[1] == "expert" else max(1000, len(tensors))):
+            raise InputError(f"config.json of {path} says {name} = {value}, and it holds {len(tensors)} tensors")
+    if config.get("auto_map"):
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        named = config.get("architectures")
+        is_native = all(hasattr(transformers, str(name)) for name in (named if isinstance(named, list) else []))
+        if not is_native or config.get("model_type") not in CONFIG_MAPPING_NAMES:  # its own code makes its layers
+            check_uniform(path, tensors)
+            return "each other"
     from castlm.models.io import some_of
 
     unexpected = load_on_meta(path, config)
@@ -193,18 +191,6 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
             f"{path} holds {some_of(linear)}, which its config.json does not describe: fetch or write it again"
         )
     return "transformers"
-
-
-def _is_native(config: Config) -> bool:
-    """Whether transformers has the model class, so that the model loads without its own code."""
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    named = config.get("architectures")
-    classes = named if isinstance(named, list) else []
-    return config.get("model_type") in CONFIG_MAPPING_NAMES and all(
-        hasattr(transformers, str(name)) for name in classes
-    )
 
 
 def check_redirections(folder: Path, config: Config) -> None:
@@ -225,7 +211,7 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
     """Loads the model folder without its data, as the class that its config.json names.
 
     Args:
-        described: the content of config.json.
+        described: the content of config.json, which transformers must read alike where it decides about the weights.
 
     Returns:
         The names of the stored tensors that the class does not have.
@@ -234,15 +220,30 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
         InputError: transformers does not know the class, or would load other weights, or a weight is missing or has
             another shape.
     """
-    from transformers import AutoConfig
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from castlm.models.io import check_loading_info, quiet_transformers
 
     try:
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            _check_config_object(folder, config, described)
-            _, info = _class_of(folder, config).from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            text = config.get_text_config(decoder=True)
+            for key in ("transformers_weights", "quantization_config", "model_type"):
+                value = getattr(config, key, None) or getattr(text, key, None) or None
+                if value != (described.get(key) or None):
+                    raise InputError(
+                        f"{folder / 'config.json'}: transformers reads {key} = {value!r:.100}: write it again"
+                    )
+            named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
+            kind = getattr(transformers, str(named[0]), None)
+            is_class = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+            if not is_class or kind.config_class is not type(config):
+                raise InputError(
+                    f"{folder}: transformers has no architecture {named[0]!r} of a {config.model_type}: which layers "
+                    "it holds is unknown"
+                )
+            _, info = kind.from_pretrained(
                 folder,
                 config=config,
                 device_map="meta",
@@ -258,42 +259,6 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
         raise InputError(f"transformers cannot say which layers {folder} should hold: {reason}") from error
     check_loading_info(folder, info)
     return set(info["unexpected_keys"])
-
-
-def _check_config_object(folder: Path, config: PretrainedConfig, described: Config) -> None:
-    """Refuses a config that transformers reads differently from `verify`, where it decides about the weights."""
-    text = config.get_text_config(decoder=True)
-    for key in ("transformers_weights", "quantization_config", "model_type"):
-        value = getattr(config, key, None) or getattr(text, key, None) or None
-        if value != (described.get(key) or None):
-            raise InputError(f"{folder / 'config.json'}: transformers reads {key} = {value!r:.100}: write it again")
-
-
-def _class_of(folder: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
-    kind = getattr(transformers, str(named[0]), None)
-    is_class = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    if not is_class or kind.config_class is not type(config):
-        raise InputError(
-            f"{folder}: transformers has no architecture {named[0]!r} of a {config.model_type}: which layers it holds "
-            "is unknown"
-        )
-    return kind
-
-
-def _refuse_absurd_counts(path: Path, num_tensors: int, config: Config) -> None:
-    """Refuses a config.json with more blocks or experts than stored tensors, before anything loops over that number."""
-    for name, value in _fields(config):
-        count = re.search(
-            r"(?:^|_)n(?:um)?_(?:\w+_)?(layer|block|expert)s?(?:_per_\w+)?$|^(?:en|de)coder_(layer)s$", name
-        )
-        if count is None or type(value) is not int:
-            continue
-        if value < 0 or value > (65_536 if count[1] == "expert" else max(1000, num_tensors)):
-            raise InputError(f"config.json of {path} says {name} = {value}, and it holds {num_tensors} tensors")
 
 
 def _fields(config: Config) -> list[tuple[str, Any]]:

@@ -35,12 +35,12 @@ from castlm.files.output import atomic_dir
 from castlm.files.reading import user_path
 from castlm.files.record import record_output, unused_name
 from castlm.files.stored import INDEX
+from castlm.hardware import model_versions
 from castlm.models.architecture import eval_mode
 from castlm.models.conversion import stored_shapes
 from castlm.models.io import copy_processor, load_model, parameters_in, save_model
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import check_cut, cut_model
-from castlm.versions import model_versions
 
 SCHEMA_VERSION = 1
 EVAL_TOLERANCE = 1e-6  # relative tolerance: the weights are equal bit for bit, but kernels may sum in another order
@@ -171,7 +171,7 @@ def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
 
 def failed(error: BaseException) -> InputError:
     """The error for a result that failed its verification."""
-    return InputError(f"the export failed its verification: {(str(error) or type(error).__name__).splitlines()[0]}")
+    return InputError(f"the export failed its verification: {_first_line(error)}")
 
 
 def _verify(
@@ -186,8 +186,11 @@ def _verify(
     verify_pattern(report, model, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # its code runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
-    num_tensors = _verify_equal(model, loaded)
-    proof: dict[str, Any] = {**report.totals(), "tensors_equal_in_bits": num_tensors}
+    ours, theirs = model.state_dict(), loaded.state_dict()  # with the persistent buffers
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs or not equal_in_bits(ours[name], theirs[name]):
+            raise InputError(f"{name} has other values in the files")
+    proof: dict[str, Any] = {**report.totals(), "tensors_equal_in_bits": len(ours)}
     if eval_fn is not None:
         in_memory = float(eval_fn(model))
         from_disk = float(eval_fn(loaded.to(model.device)))
@@ -222,15 +225,6 @@ def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dic
     check_ok(report)
     if missing := sparse - {layer.name for layer in report.sparse_layers}:
         raise InputError(f"{len(missing)} of {len(sparse)} sparse layers are not in {report.path}, as {min(missing)}")
-
-
-def _verify_equal(model: PreTrainedModel, loaded: PreTrainedModel) -> int:
-    """Compares all parameters and persistent buffers bit for bit, and returns their number."""
-    ours, theirs = model.state_dict(), loaded.state_dict()
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in ours or name not in theirs or not equal_in_bits(ours[name], theirs[name]):
-            raise InputError(f"{name} has other values in the files")
-    return len(ours)
 
 
 def equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -272,7 +266,10 @@ def export_blocks(
         files = [f"model-{i:05d}-of-{len(blocks) + 1:05d}.safetensors" for i in range(1, len(blocks) + 2)]
         weight_map: dict[str, str] = {}
         for block, name in zip(blocks, files[1:]):
-            _link_or_copy(block, temporary / name)
+            try:
+                os.link(block, temporary / name)
+            except OSError:  # a file system without links
+                shutil.copyfile(block, temporary / name)
             with safe_open(block, "pt") as opened:
                 weight_map |= dict.fromkeys(opened.keys(), name)
         others = {name: p for name, p in model.named_parameters() if name not in weight_map}
@@ -293,17 +290,6 @@ def export_blocks(
     return manifest
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
-
-
-_BYTES = {name: dtype.itemsize for name, dtype in STORED.items()}
-_ALIGNMENT = 8  # safetensors pads its header to align the data
-
-
 def write_safetensors(
     file: Path,
     layout: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -318,10 +304,10 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in layout.items():
-        begin, end = end, end + math.prod(shape) * _BYTES[dtype]
+        begin, end = end, end + math.prod(shape) * STORED[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % 8)  # safetensors pads its header to align the data
     left = dict(layout)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -335,11 +321,7 @@ def write_safetensors(
 
 
 def check_login(repo_id: str) -> None:
-    """Makes sure before a run that its result can be uploaded.
-
-    Raises:
-        InputError: `repo_id` is not a valid name, the user is not logged in, or the hub cannot be reached.
-    """
+    """Makes sure before a run that its result can be uploaded to the repository `repo_id`."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
@@ -383,5 +365,5 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
     return str(getattr(commit, "commit_url", commit))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -97,11 +97,7 @@ def pattern_of(name: str | Path, given: str | None) -> Pattern | None:
 
 
 def check_dense(folder: Path, names: Collection[str]) -> None:
-    """Checks a plain or packed folder of a dense model: it holds the tensors `names`, and every value is finite.
-
-    Raises:
-        InputError: a tensor is missing, or holds NaN or infinity.
-    """
+    """Checks a plain or packed folder of a dense model: it holds the tensors `names`, and every value is finite."""
     tensors = stored_tensors(folder, read_config(folder))
     packed = take_packed(tensors)
     if missing := sorted(set(names) - tensors.keys()):
@@ -128,11 +124,7 @@ def write_dense(
 
 
 def groups_of(name: str | Path, pattern: Pattern | None) -> NM | None:
-    """The n:m part of a model's pattern, which its packed or rounded weights keep; None for a dense model.
-
-    Raises:
-        InputError: a structured pattern without n:m.
-    """
+    """The n:m part of a model's pattern, which its packed or rounded weights keep; None for a dense model."""
     if pattern is not None and pattern.nm is None:
         raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern n:m, or dense")
     return None if pattern is None else pattern.nm
@@ -225,8 +217,6 @@ def pack_into(
             in `source` are their products.
     """
     config, rounded = read_config(source), integers or {}
-    if not config:
-        raise InputError(f"{source} has no config.json: give a model folder in Hugging Face format")
     if config.get("quantization_config"):
         raise InputError(f"{source} is packed or quantized already: give the model that was")
     stored = dict(sorted(stored_tensors(source, config).items()))
@@ -309,11 +299,7 @@ def _float_name(tensor: StoredTensor) -> str | None:
 
 
 def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
-    """The name of the weight of the output head, or of the embedding that it is tied to.
-
-    Raises:
-        InputError: the model has no plain head, or its files and its config do not agree on whether it is tied.
-    """
+    """The name of the weight of the output head, or of the embedding that it is tied to, which are plain tables."""
     opened = open_config(source)
     model = shape_model(opened)
     tables = [module for module in (model.get_output_embeddings(), model.get_input_embeddings()) if module is not None]
@@ -419,21 +405,29 @@ def unpack_folder(
     def convert(opened: Any, name: str) -> Iterator[Tensor]:
         yield _unpacked(opened, packed[name].spec, name, integers_as) if name in packed else opened.get_tensor(name)
 
+    config.pop("quantization_config", None)
+    manifest = read_manifest(source)
+    manifest.pop("packed", None)
     with atomic_dir(folder, overwrite) as temporary:
         files = _new_files(stored, sorted(stored), SINGLE)
         _write_files(temporary, files, INDEX, layout, convert, lambda names: {"format": "pt"}, progress)
         _copy_small_files(source, temporary)
-        config.pop("quantization_config", None)
         atomic_write_json(temporary / "config.json", config)
-        manifest = read_manifest(source)
         if manifest:
-            manifest.pop("packed", None)
             atomic_write_json(temporary / "castlm.json", manifest)
         (temporary / "README.md").unlink(missing_ok=True)  # it describes the packed folder
         if card := unpacked_card(source, manifest):
             (temporary / "README.md").write_text(card, encoding="utf-8")
-        with naming_instead(temporary, source):
-            _check_unpacked(temporary, {name: of.spec for name, of in packed.items()})
+        with naming_instead(temporary, source):  # verifies the plain folder
+            if not config.get("auto_map"):  # the layers of a model with its own code are unknown
+                check_layers(temporary, stored_tensors(temporary, config), config)
+            check_dense(temporary, packed)
+            by_pattern: dict[tuple[int, int], list[str]] = {}
+            for name, of in packed.items():
+                by_pattern.setdefault((of.spec.n, of.spec.m), []).append(name)
+            for (n, m), names in by_pattern.items():
+                if m:
+                    check_ok(verify(temporary, NM(n, m), include=names))
     return len(packed)
 
 
@@ -444,16 +438,6 @@ def _unpacked(opened: Any, spec: PackedSpec, name: str, integers_as: torch.dtype
         weight = unpack(packed, integers_as if spec.rounded else None)
     weight = weight.view(*spec.unpacked_shape[:-2], -1, spec.columns)  # (out, in), or (experts, out, in)
     return weight.mT if spec.transposed else weight
-
-
-def _check_unpacked(folder: Path, specs: Mapping[str, PackedSpec]) -> None:
-    """Verifies a plain folder: it is whole, every value is finite, and each layer that was n:m has its pattern."""
-    config = read_config(folder)
-    if not config.get("auto_map"):  # the layers of a model with its own code are unknown
-        check_layers(folder, stored_tensors(folder, config), config)
-    check_dense(folder, specs)
-    for n, m in sorted({(spec.n, spec.m) for spec in specs.values() if spec.m}):
-        check_ok(verify(folder, NM(n, m), include=[name for name, s in specs.items() if (s.n, s.m) == (n, m)]))
 
 
 # ---- the files of both kinds

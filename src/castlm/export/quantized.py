@@ -82,8 +82,8 @@ def quantize_folder(
         Codes, scales and errors by layer.
 
     Raises:
-        InputError: a model without the pattern, a kind that cannot be packed, a missing or superfluous calibration
-            text, or an error in loading, rounding or writing. `folder` then stays unchanged.
+        InputError: a model without the pattern, a kind that cannot be packed, or a missing or superfluous calibration
+            text. `folder` stays unchanged after any error.
     """
     if packed and FORMATS[kind].kernel is None:
         raise InputError(f"the packed format does not hold {kind}: leave --packed out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,8 +63,7 @@ class VerifyReport:
     base: str = ""
     """The dense model before channels or heads were cut out, if the pattern does that."""
     uncounted: dict[str, str] = field(default_factory=dict)
-    """Weights of transformer blocks whose groups could not be counted, with the reason. The
-    answer is no while there are any."""
+    """Weights of transformer blocks whose groups could not be counted, with the reason: then the answer is no."""
     dense: dict[str, str] = field(default_factory=dict)
     """Tensors of two or more dimensions that the pattern does not apply to, with the reason."""
     non_finite_elsewhere: dict[str, int] = field(default_factory=dict)
@@ -166,7 +164,11 @@ class VerifyReport:
         if len(good) > max_good:
             lines.append(f"... and {len(good) - max_good} more layers that hold")
         lines += [f"not counted: {name} ({reason})  <-- FAILS" for name, reason in self.uncounted.items()]
-        lines += [f"dense: {name} ({reason})" for name, reason in _by_kind(self.dense).items()]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.dense.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines += [f"dense: {name} ({reason})" for name, reason in self.dense.items() if name in by_reason[reason][:3]]
+        lines += [f"dense: {len(of) - 3} more ({reason})" for reason, of in by_reason.items() if len(of) > 3]
         lines += [f"not finite: {name} ({count:,} values)" for name, count in self.non_finite_elsewhere.items()]
         lines.append(f"the list of layers was compared with {self.compared_with}")
         lines += [self.hint] if self.hint else []
@@ -188,14 +190,3 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         f"{layer.num_non_finite:,}",
         note if layer.ok else f"{note}  <-- FAILS".strip(),
     )
-
-
-def _by_kind(dense: Mapping[str, str]) -> dict[str, str]:
-    """Groups `dense` by reason: at most three names of each, and the number of the others."""
-    shown: dict[str, str] = {}
-    seen: dict[str, int] = {}
-    for name, reason in dense.items():
-        seen[reason] = seen.get(reason, 0) + 1
-        if seen[reason] <= 3:
-            shown[name] = reason
-    return shown | {f"{count - 3} more": reason for reason, count in seen.items() if count > 3}

@@ -113,7 +113,9 @@ def verify(
     with_experts = owners_of_experts(tensors)
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = "excluded" if name in excluded else _why_dense(tensor, included, with_experts)
-        axis = input_axis(config, name, tensor.shape) if _can_count(tensor, pattern) else None
+        # Structured patterns are of matrices; n:m is counted in the 3-D tensor of a block's experts, too.
+        can_count = len(tensor.shape) == 2 or (isinstance(pattern, NM) and is_stacked_experts(name, tensor.shape))
+        axis = input_axis(config, name, tensor.shape) if can_count else None
         listed = left_dense_reason(name, left_dense)
         if why_dense is None and axis is not None:
             layer = _count(tensor, pattern, axis, packed.get(name))
@@ -128,7 +130,9 @@ def verify(
             report.non_finite_elsewhere[name] = num_non_finite
     if cuts:
         count_units(report, config, dense_config, where)
-    _refuse_empty(report, len(tensors))
+    if not report.sparse_layers and not report.uncounted:
+        found = f"{len(tensors)} tensors, {len(report.layers)} left dense, {len(report.dense)} outside the pattern"
+        raise InputError(f"{path} has no layer that {pattern} applies to ({found}): name some with include")
     return report
 
 
@@ -140,6 +144,7 @@ def _compare_layers(
     known_layers: Collection[str] | None,
     ignored: Collection[str],
 ) -> str:
+    """Refuses missing and additional layers; returns a description of what the list of layers was compared with."""
     if include is not None:
         if path.is_dir():
             check_redirections(path, config)
@@ -160,17 +165,6 @@ def _compare_layers(
     return "the model in memory"
 
 
-def _can_count(tensor: StoredTensor, pattern: Pattern) -> bool:
-    """Whether the tensor is a matrix, or the 3-D tensor of a block's experts, which only n:m is counted in."""
-    is_matrix = len(tensor.shape) == 2
-    return is_matrix or (isinstance(pattern, NM) and is_stacked_experts(tensor.name, tensor.shape))
-
-
-def _is_router(name: str, with_experts: Collection[str]) -> bool:
-    parts = name.split(".")
-    return is_router(name) and any(".".join(parts[:length]) in with_experts for length in range(len(parts)))
-
-
 def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None, with_experts: Collection[str] = ()) -> str | None:
     """Why the pattern does not apply to a tensor; None if it does. 1-D tensors are never listed."""
     if len(tensor.shape) < 2:
@@ -182,9 +176,11 @@ def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None, with_exper
     if not in_block(tensor.name):
         return "outside the transformer blocks"
     if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and not is_block_linear(tensor.name, tensor.shape):
-        if not is_router(tensor.name.removesuffix(".weight")):
+        parts = tensor.name.removesuffix(".weight").split(".")
+        if not is_router(".".join(parts)):
             return "a norm or an embedding"
-        return "a router of experts" if _is_router(tensor.name.removesuffix(".weight"), with_experts) else None
+        routes = any(".".join(parts[:length]) in with_experts for length in range(len(parts)))
+        return "a router of experts" if routes else None
     if len(tensor.shape) == 2 and re.search(r"\.experts\.\w+_bias$", tensor.name):
         return "a bias of experts"
     if OLD_BUFFERS.search(tensor.name) and tensor.shape[:2] == (1, 1):
@@ -205,15 +201,14 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _refuse_packed(path: Path, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> None:
     """Refuses quantized, packed and integer tensors, whose zeros are not the zeros of the weights."""
-
-    def is_rounded(tensor: StoredTensor) -> bool:
-        is_weight = len(tensor.shape) >= 2 and in_block(tensor.name) and _why_dense(tensor, None) != "a causal mask"
-        return tensor.name.endswith(PACKED_SUFFIXES) or (is_weight and tensor.dtype not in FLOATS)
-
-    what = next((f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if is_rounded(tensor)), None)
-    quantization = config.get("quantization_config")
-    if what is None and quantization and not is_packed(config):
+    what, quantization = None, config.get("quantization_config")
+    if quantization and not is_packed(config):
         what = f"{path} ({quantization.get('quant_method') if isinstance(quantization, dict) else quantization})"
+    for name, tensor in tensors.items():
+        is_weight = len(tensor.shape) >= 2 and in_block(name) and _why_dense(tensor, None) != "a causal mask"
+        if name.endswith(PACKED_SUFFIXES) or (is_weight and tensor.dtype not in FLOATS):
+            what = f"{name} ({tensor.dtype})"
+            break
     if what is not None:
         raise InputError(f"{what} is quantized or packed by another program: verify the model before")
 
@@ -224,18 +219,11 @@ def check_ok(report: VerifyReport) -> None:
         raise InputError(report.summary())
 
 
-def _refuse_empty(report: VerifyReport, num_tensors: int) -> None:
-    if not report.sparse_layers and not report.uncounted:
-        found = f"{num_tensors} tensors, {len(report.layers)} left dense, {len(report.dense)} outside the pattern"
-        raise InputError(
-            f"{report.path} has no layer that {report.pattern} applies to ({found}): name some with include"
-        )
-
-
 def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | None) -> LayerReport:
     """Counts the values of one tensor, and the groups of the n:m part of `pattern`.
 
-    Units are counted over all layers, by `count_units`.
+    Units are counted over all layers, by `count_units`. A user's own pattern counts its violations in the mask of the
+    non-zeros of the whole matrix.
     """
     groups = pattern.nm
     if packed is not None:
@@ -245,19 +233,14 @@ def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | N
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
     _count_groups(layer, tensor, groups)
     if groups is None and pattern.cut_out is None:
-        _count_whole(layer, tensor, pattern)
+        import torch  # counting castlm's own patterns does not need it
+
+        nonzero = np.concatenate([bits != 0 for bits in magnitude_chunks(tensor)]).reshape(tensor.shape)
+        mask = torch.from_numpy(nonzero if layer.axis == 1 else nonzero.T)  # (out, in)
+        layer.problem = pattern.misfit(mask.shape)
+        layer.num_groups = mask.numel()
+        layer.num_violations = 0 if layer.problem else pattern.violations(mask)
     return layer
-
-
-def _count_whole(layer: LayerReport, tensor: StoredTensor, pattern: Pattern) -> None:
-    """Counts the violations of a user's own pattern, which gets the non-zeros of the whole matrix as a mask."""
-    import torch  # counting castlm's own patterns does not need it
-
-    nonzero = np.concatenate([bits != 0 for bits in magnitude_chunks(tensor)]).reshape(tensor.shape)
-    mask = torch.from_numpy(nonzero if layer.axis == 1 else nonzero.T)  # (out, in)
-    layer.problem = pattern.misfit(mask.shape)
-    layer.num_groups = mask.numel()
-    layer.num_violations = 0 if layer.problem else pattern.violations(mask)
 
 
 def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None) -> None:
@@ -322,11 +305,7 @@ class Packed(NamedTuple):
 def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
     """Replaces, in place, the parts of each packed tensor in `tensors` by one entry under its own name.
 
-    Returns:
-        The packed tensors by that name. In `tensors` they have their unpacked shape.
-
-    Raises:
-        InputError: as `castlm.inference.formats.read_specs`.
+    Returns the packed tensors by that name. In `tensors` they have their unpacked shape.
     """
     packed = {}
     for stem, spec in read_specs(sorted({tensor.file for tensor in tensors.values()})).items():

@@ -79,34 +79,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_write_json(path: str | Path, content: Any) -> None:
-    """Writes `content` as JSON, whole or not at all. A float that JSON cannot hold (inf, NaN) becomes null.
-
-    Raises:
-        InputError: the disk is full.
-    """
+    """Writes `content` as JSON, by `atomic_write_text`. A float that JSON cannot hold (inf, NaN) becomes null."""
     text = json.dumps(plain_json(content), indent=2, ensure_ascii=False, allow_nan=False)
     atomic_write_text(path, text + "\n")
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Writes `text` as UTF-8 and flushes it to the disk, whole or not at all.
-
-    Raises:
-        InputError: the disk is full.
-    """
+    """Writes `text` as UTF-8 and flushes it to the disk, whole or not at all. A full disk raises `InputError`."""
     path = Path(path)
     with reporting_full_disk(path):
-        with atomic_file(path) as temporary:
-            write_flushed(temporary, text)
+        with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
         flush_folder(path.parent)
-
-
-def write_flushed(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 in place, and waits until it is on the disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def flush_file(path: Path) -> None:

@@ -143,18 +143,28 @@ def begin_output(
     with reporting_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if resume:
-            earlier = {name: value for name, value in read_record(folder / OUTPUT).items() if name != "files"}
-            _write_start(folder, files, {**earlier, **about, "foreign": unrecorded(folder)})
-        elif is_empty(folder):
+            known = {name: value for name, value in read_record(folder / OUTPUT).items() if name != "files"}
+            _write_start(folder, files, {**known, **about, "foreign": unrecorded(folder)})
+            return
+        if is_empty(folder):
             _write_start(folder, files, about)
-        else:
-            new = folder.with_name(temporary_name(folder.name))
-            new.mkdir()
-            try:
-                _write_start(new, files, about)
-                _take_place(new, folder)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
+            return
+        new = folder.with_name(temporary_name(folder.name))
+        new.mkdir()
+        try:
+            _write_start(new, files, about)
+            if (folder / LOCK).exists():  # this process holds it
+                try:
+                    os.link(folder / LOCK, new / LOCK)
+                except OSError:  # a file system without hard links
+                    os.rename(folder / LOCK, new / LOCK)
+            earlier = _publish(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        assert earlier is not None
+        (earlier / LOCK).unlink(missing_ok=True)
+        update_record(folder, earlier=earlier.name)
+        note(f"the earlier output is {earlier} now")
 
 
 def _write_start(folder: Path, files: Mapping[str, str], about: dict[str, Any]) -> None:
@@ -165,46 +175,23 @@ def _write_start(folder: Path, files: Mapping[str, str], about: dict[str, Any]) 
     update_record(folder)
 
 
-def _take_place(new: Path, folder: Path) -> None:
-    """Renames `folder` aside and gives `new` its name and the lock that this process holds."""
-    if (folder / LOCK).exists():
-        try:
-            os.link(folder / LOCK, new / LOCK)
-        except OSError:  # a file system without hard links
-            os.rename(folder / LOCK, new / LOCK)
-    earlier = set_aside(folder)
-    try:
-        os.rename(new, folder)
-    except BaseException:
-        if not os.path.lexists(folder):
-            os.rename(earlier, folder)
-        raise
-    (earlier / LOCK).unlink(missing_ok=True)
-    flush_folder(folder.parent)
-    update_record(folder, earlier=earlier.name)
-    note(f"the earlier output is {earlier} now")
-
-
 def _end_early(folder: Path, *, may_continue: bool, resumes: bool) -> None:
     """Updates the record after an error; undoes the begin if nothing was written since."""
     record = read_record(folder / OUTPUT)
     if set(list_files(folder)) <= set(record.get("begins_with", ())):
-        _undo_begin(folder, record.get("earlier"))
+        for name in [*list_files(folder), OUTPUT]:
+            (folder / name).unlink(missing_ok=True)
+        earlier = folder.with_name(record["earlier"]) if "earlier" in record else None
+        if earlier is not None and earlier.is_dir():
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+            os.rename(earlier, folder)
         return
     with contextlib.suppress(OSError, InputError):  # the disk is full
         update_record(folder)
     if may_continue:
         again = "the same command" if resumes else "--resume"
         note(f"the work so far is in {folder}: {again} continues there")
-
-
-def _undo_begin(folder: Path, earlier: str | None) -> None:
-    for name in [*list_files(folder), OUTPUT]:
-        (folder / name).unlink(missing_ok=True)
-    if earlier is not None and folder.with_name(earlier).is_dir():
-        (folder / LOCK).unlink(missing_ok=True)
-        folder.rmdir()
-        os.rename(folder.with_name(earlier), folder)
 
 
 def _resolve(path: str | Path, inputs: Inputs) -> Path:
@@ -264,11 +251,7 @@ def record_file(file: Path) -> None:
 
 
 def refuse_undecodable(paths: Inputs) -> None:
-    """Refuses names that are not UTF-8, because the records of the result could not hold them.
-
-    Raises:
-        InputError: names the option.
-    """
+    """Refuses a path that is not UTF-8, by its option, because the records of the result could not hold it."""
     for option, value in paths.items():
         try:
             str(value).encode("utf-8")
@@ -280,9 +263,6 @@ def refuse_inputs_inside(final: Path, inputs: Inputs) -> None:
     """Refuses an output folder that is or holds an input of the same command.
 
     Resolves links and `..`: the folder would be renamed while the input is still being read.
-
-    Raises:
-        InputError: names the option and the input.
     """
     for option, value in inputs.items():
         for path in _local_paths(str(value or "")):
@@ -373,7 +353,11 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _flush_tree(temporary)
+            for root, _, names in os.walk(temporary):
+                for name in names:
+                    widen_access(Path(root, name), temporary)
+                    flush_file(Path(root, name))
+                flush_folder(Path(root))
             record_output(temporary, command="result", complete=True, checksums=True)
             _refuse_taken(final, overwrite)  # it may have appeared meanwhile
             _publish(temporary, final)
@@ -390,21 +374,17 @@ def _refuse_taken(final: Path, overwrite: bool) -> None:
         raise InputError(f"{final} already holds something: pass {resumes}overwrite or another output folder")
 
 
-def _publish(temporary: Path, final: Path) -> None:
-    """Renames `temporary` to `final`. A kill between the two renames leaves the earlier folder as NAME.previous."""
-    aside = set_aside(final) if final.is_dir() and any(final.iterdir()) else None
+def _publish(new: Path, final: Path) -> Path | None:
+    """Renames `new` to `final`, and an earlier `final` that holds something by `set_aside`; returns its new path.
+
+    A kill between the two renames leaves the earlier folder as NAME.previous.
+    """
+    earlier = set_aside(final) if final.is_dir() and any(final.iterdir()) else None
     try:
-        os.rename(temporary, final)
+        os.rename(new, final)
     except BaseException:
-        if aside is not None and not os.path.lexists(final):
-            os.rename(aside, final)
+        if earlier is not None and not os.path.lexists(final):
+            os.rename(earlier, final)
         raise
     flush_folder(final.parent)
-
-
-def _flush_tree(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            widen_access(Path(root, name), folder)
-            flush_file(Path(root, name))
-        flush_folder(Path(root))
+    return earlier

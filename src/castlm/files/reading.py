@@ -29,11 +29,10 @@ _KINDS = {
 
 
 def user_path(path: str | Path) -> Path:
-    """`path` with `~` and `~user` expanded.
+    """`path` with `~` and `~user` expanded; it need not exist.
 
     Raises:
-        InputError: the path is empty, too long, holds a null character, names the home of an unknown user, or may not
-            be accessed. It need not exist.
+        InputError: it is empty, too long, holds a null character, names an unknown user, or may not be accessed.
     """
     text = os.fspath(path)
     if not text:
@@ -57,11 +56,7 @@ def _reading(path: str | Path) -> Iterator[None]:
 
 
 def check_regular(path: str | Path) -> Path:
-    """`path` itself, if it is a regular file or a link to one.
-
-    Raises:
-        InputError: the file does not exist, cannot be accessed, or is a folder, named pipe, socket or device.
-    """
+    """`path` itself, if it is a regular file or a link to one; otherwise raises `InputError`."""
     path = user_path(path)
     with _reading(path):
         kind = stat.S_IFMT(os.stat(path).st_mode)
@@ -71,11 +66,7 @@ def check_regular(path: str | Path) -> Path:
 
 
 def check_regular_entries(folder: Path) -> None:
-    """Checks that `folder` and its subfolders hold only regular files, before a library opens any that it finds.
-
-    Raises:
-        InputError: an entry is a named pipe, socket or device, or the folder cannot be listed.
-    """
+    """Checks that `folder` and its subfolders hold only regular files, before a library opens any that it finds."""
     with _reading(folder):
         for parent in (folder, *filter(Path.is_dir, folder.iterdir())):
             for entry in parent.iterdir():
@@ -85,11 +76,7 @@ def check_regular_entries(folder: Path) -> None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a regular file for reading, in binary; never waits for a writer, as `open` does on a named pipe.
-
-    Raises:
-        InputError: as `check_regular`.
-    """
+    """Opens a regular file for reading, in binary; never waits for a writer, as `open` does on a named pipe."""
     path = check_regular(path)
     with _reading(path):
         # not blocking: a named pipe may have taken the place of the file meanwhile
@@ -98,21 +85,13 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The whole of a regular file.
-
-    Raises:
-        InputError: as `check_regular`, or it cannot be read.
-    """
+    """The whole of a regular file."""
     with open_regular(path) as stream, _reading(path):
         return stream.read()
 
 
 def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 text file, without a byte order mark.
-
-    Raises:
-        InputError: as `read_bytes`, or it is not UTF-8.
-    """
+    """The whole of a UTF-8 text file, without a byte order mark."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -135,20 +114,12 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        InputError: as `read_text` and `parse_json`.
-    """
+    """The value of a JSON file."""
     return parse_json(read_text(path), path)
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object.
-
-    Raises:
-        InputError: as `read_json`, or the file holds another type.
-    """
+    """The content of a JSON file that holds an object."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object")

@@ -96,13 +96,7 @@ def set_aside(folder: Path) -> Path:
     """Renames an output to NAME.previous, or to NAME.unfinished if it has no result yet.
 
     An earlier output of that name is deleted if nobody changed it; otherwise it is renamed, and a line reports this. So
-    a finished result stays until the next one is finished.
-
-    Returns:
-        Its new path.
-
-    Raises:
-        InputError: the system refuses, as for a mount point.
+    a finished result stays until the next one is finished. Returns the new path.
     """
     is_finished = read_record(folder / OUTPUT).get("complete", True) or (folder / "model" / RESULT).is_file()
     kind = "previous" if is_finished else "unfinished"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -61,11 +61,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The file name of each tensor, from the index of a model in several files.
-
-    Raises:
-        InputError: the index cannot be read, or names a file outside its folder.
-    """
+    """The file name of each tensor, from the index of a model in several files in its folder."""
     weight_map = read_json_object(index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     strange = [file for file in files if not isinstance(file, str) or not file or os.path.basename(file) != file]
@@ -77,11 +73,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def shard_files(index: Path, weight_map: Mapping[str, str]) -> list[str]:
-    """The names of the files of an index, whose `read_weight_map` is given.
-
-    Raises:
-        InputError: one of them is missing.
-    """
+    """The names of the files of an index, whose `read_weight_map` is given; all of them must exist."""
     files = sorted(set(weight_map.values()))
     if missing := [file for file in files if not (index.parent / file).exists()]:
         raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
@@ -137,28 +129,19 @@ def byte_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
     with open_regular(tensor.file) as stream:
         stream.seek(tensor.offset)
         while left:
-            chunk = buffer[: min(left, len(buffer))]
-            _read_into(stream, chunk, tensor)
+            chunk, done = buffer[: min(left, len(buffer))], 0
+            while done < len(chunk):
+                count = stream.readinto(chunk.data[done:])  # type: ignore[attr-defined]
+                if not count:
+                    raise InputError(f"{tensor.file} was cut short while {tensor.name} was read")
+                done += count
             yield chunk
             left -= len(chunk)
 
 
 def read_bytes(tensor: StoredTensor) -> np.ndarray:
     """All bytes of a tensor, uint8, 1-D. Unlike the pages of a mapped file, they are freed with the result."""
-    found = np.empty(tensor.num_bytes, np.uint8)
-    with open_regular(tensor.file) as stream:
-        stream.seek(tensor.offset)
-        _read_into(stream, found, tensor)
-    return found
-
-
-def _read_into(stream: Any, chunk: np.ndarray, tensor: StoredTensor) -> None:
-    view, done = chunk.data, 0
-    while done < len(view):
-        count = stream.readinto(view[done:])
-        if not count:
-            raise InputError(f"{tensor.file} was cut short while {tensor.name} was read")
-        done += count
+    return next(byte_chunks(tensor, max(1, tensor.num_bytes)), np.empty(0, np.uint8))
 
 
 def non_finite_of(bits: np.ndarray, dtype: str) -> int:

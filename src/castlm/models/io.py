@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -59,17 +59,18 @@ def open_model(
     """
     where = find(name, revision)
     config, options = _load_config(where, trust_remote_code, revision)
-    return where, config, _load_tokenizer(where, options)
+    with quiet(where), as_input_error(where):
+        tokenizer = AutoTokenizer.from_pretrained(where.target, **where.gguf, **options)
+        token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    # Without its files, some classes still load, with an empty vocabulary or special tokens alone.
+    if not set(token_ids) - set(tokenizer.all_special_ids):
+        raise InputError(_NO_TOKENIZER.format(where))
+    return where, config, tokenizer
 
 
 def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
-    """The config of a model, which need not have weights or a tokenizer.
-
-    Raises:
-        InputError: as `open_model`, except for weights and tokenizer.
-    """
-    where = find(name, revision, needs_weights=False)
-    return _load_config(where, trust_remote_code, revision)[0]
+    """The config of a model, which need not have weights or a tokenizer; otherwise as `open_model`."""
+    return _load_config(find(name, revision, needs_weights=False), trust_remote_code, revision)[0]
 
 
 def _load_config(
@@ -79,7 +80,25 @@ def _load_config(
     options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
     with quiet(where), as_input_error(where):
         config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
-    _check_config(where, config)
+    check_num_layers(config, where)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    named = config.architectures or ([causal] if causal else [])
+    is_causal = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in named)
+    if is_vision_language(config):
+        text = config.get_text_config()
+        is_known = isinstance(text, PretrainedConfig) and text is not config  # with a language model of its own
+    else:
+        is_known = remote or (causal is not None and is_causal and not config.is_encoder_decoder)
+    if not is_known:
+        raise InputError(
+            f"{where} is {', '.join(named) or 'a model'} of type {config.model_type}, no causal language model that "
+            "transformers loads: give a whole ...ForCausalLM or ...LMHeadModel, or a vision-language model such as "
+            "LLaVA or Qwen-VL"
+        )
+    method = quantization_method(config)
+    if method not in (None, QUANT_METHOD):
+        raise InputError(f"the weights of {where} are quantized ({method}): give the model before quantization")
     return config, options
 
 
@@ -90,27 +109,6 @@ def check_num_layers(config: PretrainedConfig, where: Location | Path) -> None:
         raise InputError(f"{where} says num_hidden_layers = {num_layers}: a number from 1 to {_MAX_LAYERS} is needed")
 
 
-def _check_config(where: Location, config: PretrainedConfig) -> None:
-    check_num_layers(config, where)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    named = config.architectures or ([causal] if causal else [])
-    is_causal = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in named)
-    if is_vision_language(config):
-        if not isinstance(config.get_text_config(), PretrainedConfig) or config.get_text_config() is config:
-            raise InputError(
-                f"{where} is a {config.model_type} without a language model of its own: give a LLaVA or Qwen-VL"
-            )
-    elif not remote and (causal is None or not is_causal or config.is_encoder_decoder):
-        raise InputError(
-            f"{where} is {', '.join(named) or 'a model'} of type {config.model_type}, no causal language model that "
-            "transformers loads: give a whole ...ForCausalLM or ...LMHeadModel, or a vision-language model"
-        )
-    method = quantization_method(config)
-    if method not in (None, QUANT_METHOD):
-        raise InputError(f"the weights of {where} are quantized ({method}): give the model before quantization")
-
-
 def quantization_method(config: PretrainedConfig) -> str | None:
     """`quant_method` of a config; None for a model that is not quantized."""
     found = getattr(config, "quantization_config", None)
@@ -119,20 +117,8 @@ def quantization_method(config: PretrainedConfig) -> str | None:
     return str(found.get("quant_method", "?") if isinstance(found, dict) else found.quant_method)
 
 
-def _load_tokenizer(where: Location, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    with quiet(where), as_input_error(where):
-        tokenizer = AutoTokenizer.from_pretrained(where.target, **where.gguf, **options)
-        token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    # Without its files, some classes still load, with an empty vocabulary or special tokens alone.
-    if not set(token_ids) - set(tokenizer.all_special_ids):
-        raise InputError(_NO_TOKENIZER.format(where))
-    return tokenizer
-
-
 def check_loading_info(where: object, info: Mapping[str, Any]) -> None:
-    """Raises `InputError` for a weight that is missing or has another shape, by the loading info of transformers, which
-    only warns of them.
-    """
+    """Raises `InputError` for a weight that is missing or has another shape, by the loading info of transformers."""
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise InputError(
@@ -270,10 +256,7 @@ def unpack_on_load_(config: PretrainedConfig) -> bool:
 
 
 def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model of an opened location, from safetensors or GGUF alone.
-
-    Args:
-        options: further options of `from_pretrained`.
+    """The model of an opened location, from safetensors or GGUF alone; `options` are those of `from_pretrained`.
 
     Raises:
         InputError: weights that are pickled, corrupt, missing, left over, of another shape or not finite.
@@ -286,18 +269,26 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
         if index.is_file():
             shard_files(index, read_weight_map(index))
     with quiet(where), as_input_error(where):
-        # Mismatched sizes are allowed here; `_check_weights` reports them in one line.
         model, loading_info = auto_class(config).from_pretrained(
             where.target,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # `check_loading_info` reports them in one line
             adapter_kwargs=dict(where.local),  # peft, if installed, would look for an adapter on the hub
             **weights,
             **where.local,
             **options,
         )
-    _check_weights(where, model, loading_info)
+    check_loading_info(where, loading_info)
+    unexpected = sorted(name for name in loading_info["unexpected_keys"] if not OLD_BUFFERS.search(name))
+    if unexpected:
+        raise InputError(
+            f"{type(model).__name__} has no place for {some_of(unexpected)} of {where}: the weights belong to another "
+            "config.json"
+        )
+    for name, param in model.named_parameters():
+        if param.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(param.detach())):
+            raise InputError(f"{name} of {where} holds NaN or infinity: the checkpoint is damaged")
     return model
 
 
@@ -365,7 +356,14 @@ def save_model(
     Raises:
         InputError: weight scaling that is not folded.
     """
-    state_dict = restored_state_dict(model)
+    hidden = next((name for name, _ in model.named_parameters() if "parametrizations" in name.split(".")), None)
+    if hidden:
+        raise InputError(f"{hidden} cannot be saved under that name: fold_weight_scaling(model) first")
+    state_dict = model.state_dict()
+    for name, tensor in state_dict.items():  # Conv1D weights are stored (in, out)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, nn.Linear) and stored_transposed(model.config.model_type, name):
+            state_dict[name] = tensor.T.contiguous()
     with quiet_transformers(progress=False):
         model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
@@ -381,33 +379,3 @@ def copy_processor(config: PretrainedConfig, folder: str | Path) -> None:
         found = cached_file(config.name_or_path, name, _raise_exceptions_for_connection_errors=False, **options)
         if found is not None and not (Path(folder) / name).exists():
             shutil.copyfile(found, Path(folder) / name)
-
-
-def restored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict in the layout of the model's family on disk: Conv1D weights are copied to (in, out).
-
-    Raises:
-        InputError: a parametrized weight, such as an unfolded weight scaling.
-    """
-    hidden = next((name for name, _ in model.named_parameters() if "parametrizations" in name.split(".")), None)
-    if hidden:
-        raise InputError(f"{hidden} cannot be saved under that name: fold_weight_scaling(model) first")
-    state_dict = model.state_dict()
-    for name, tensor in state_dict.items():
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, nn.Linear) and stored_transposed(model.config.model_type, name):
-            state_dict[name] = tensor.T.contiguous()
-    return state_dict
-
-
-def _check_weights(where: Location, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
-    check_loading_info(where, loading_info)
-    unexpected = sorted(name for name in loading_info["unexpected_keys"] if not OLD_BUFFERS.search(name))
-    if unexpected:
-        raise InputError(
-            f"{type(model).__name__} has no place for {some_of(unexpected)} of {where}: the weights belong to another "
-            "config.json"
-        )
-    for name, param in model.named_parameters():
-        if param.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(param.detach())):
-            raise InputError(f"{name} of {where} holds NaN or infinity: the checkpoint is damaged")

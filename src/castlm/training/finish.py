@@ -26,7 +26,7 @@ from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
-from castlm.hardware import peak_memory
+from castlm.hardware import model_versions, peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.io import parameters_in, save_dtype, save_model
@@ -36,7 +36,6 @@ from castlm.training.objective import Objective
 from castlm.training.record import problem, verdict
 from castlm.training.run import Run, local_masks
 from castlm.training.source import cut_of_source
-from castlm.versions import model_versions
 
 
 def finish(run: Run) -> dict[str, Any]:
