@@ -159,11 +159,7 @@ def docs_of(kind: type[Any]) -> dict[str, str]:
 
 
 def build(kind: type[T], values: Mapping[str, Any], source: str = "") -> T:
-    """A dataclass from a mapping of field names to values.
-
-    Raises:
-        InputError: an unknown or missing name, or a value of the wrong type, named with `source`.
-    """
+    """A dataclass from a mapping of field names to values."""
     found = checked([kind], values, source)
     check_complete([kind], found, source)
     return kind(**found)
@@ -184,9 +180,6 @@ def checked(kinds: Sequence[type[Any]], values: Mapping[str, Any], source: str =
 
     Args:
         source: the file of the values, or `COMMAND_LINE`; errors begin with it.
-
-    Raises:
-        InputError: a name that is not a field, or a value of the wrong type.
     """
     fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind)}
     found = {}

@@ -35,11 +35,7 @@ _CGROUP_MEMORY = (
 
 
 def choose_device(wanted: str) -> str:
-    """Resolves the option `device` to "cpu" or "cuda"; "auto" is CUDA if there is a GPU.
-
-    Raises:
-        InputError: CUDA was asked for and torch sees no GPU.
-    """
+    """Resolves the option `device` to "cpu" or "cuda"; "auto" is CUDA if there is a GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda, but torch sees no GPU: install a CUDA build of torch, or use device cpu")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
@@ -48,9 +44,6 @@ def choose_device(wanted: str) -> str:
 def choose_precision(wanted: str, device: torch.device, model_config: Any) -> str:
     """Resolves `precision` to "fp32" or "bf16"; "auto" is bf16 if the hardware multiplies it faster and the model is
     not tiny.
-
-    Raises:
-        InputError: bf16 on a GPU without bf16.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -43,9 +43,6 @@ def calibration_sequences(
     Returns:
         int64, (num_sequences, seq_len), and for each sequence the further arguments of the model's forward, or None for
         a text without images. With images there may be fewer: one for each conversation whose images fit.
-
-    Raises:
-        InputError: too little text, or no conversation fits.
     """
     if isinstance(documents, Mixture):
         return _of_each(documents, encoder, num_sequences, seq_len, seed, say)

@@ -49,9 +49,6 @@ def conversation(row: Mapping[str, Any], column: str, where: str, *, has_complet
     Args:
         column: the column of messages, or of a prompt whose completion is in the column `completion`.
         where: file and line, for messages.
-
-    Raises:
-        InputError: the row holds something else.
     """
     content: dict[str, Any] = {}
     prompt, completion, tools = row[column], row.get("completion"), row.get("tools")
@@ -190,9 +187,6 @@ class Chat:
         Args:
             messages: each with a role and its content, a text or a list of parts of type text or image.
             tools: JSON schemas.
-
-        Raises:
-            InputError: the tokenizer has no template, or its template refuses this.
         """
         self._template()
         try:

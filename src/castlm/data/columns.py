@@ -82,9 +82,6 @@ class Columns(NamedTuple):
         Args:
             where: file and line, for messages.
             text_alone: ignore images; the row may lack their columns.
-
-        Raises:
-            InputError: the row has no such column, or the column holds something else.
         """
         if self.name not in row:
             _refuse_without(self.name, row, where)

@@ -201,9 +201,6 @@ class Mixture:
     Args:
         parts: the texts.
         weights: the share of each, above 0; they need not add up to 1.
-
-    Raises:
-        InputError: plain text beside conversations with images.
     """
 
     def __init__(self, parts: Sequence[Documents | HubDocuments], weights: Sequence[float]) -> None:
@@ -283,11 +280,7 @@ def _suffix(path: Path) -> str | None:
 
 
 def find_files(dataset: str | Path) -> list[Path] | None:
-    """The local files that `dataset` names, sorted; None if it can only be the name of a hub dataset.
-
-    Raises:
-        InputError: no file of a supported type, or one that is not a regular file.
-    """
+    """The local files that `dataset` names, sorted; None if it can only be the name of a hub dataset."""
     path, known = user_path(dataset), ", ".join(SUFFIXES)
     if path.is_dir():
         found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
@@ -316,9 +309,6 @@ def split_documents(
 
     Returns:
         The documents for training, and those held out.
-
-    Raises:
-        InputError: too little text to split.
     """
     assert 0 < holdout_fraction < 1
     if isinstance(documents, HubDocuments):

@@ -173,9 +173,6 @@ def open_processor(
 
     Args:
         tokenizer: the model's; without a chat template it gets the processor's.
-
-    Raises:
-        InputError: the model reads no images, or its processor cannot be loaded.
     """
     where = find(name, revision)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
@@ -308,9 +305,6 @@ def encode_image_prompt(
         processor: as `open_processor` gives it.
         paths: the images, which come before the text in the user's turn.
         raw: take the prompt as it is, with its own image placeholders.
-
-    Raises:
-        InputError: an image that cannot be read, a template that refuses the turn, or a processor that cannot take it.
     """
     images = [read_image(path, document_limit) for path in paths]
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]

@@ -108,9 +108,6 @@ class PackedSequences(Resumable):
     each sees its own part alone, as in a long document.
 
     With `repeat`, the last incomplete sequence of an epoch is dropped.
-
-    Raises:
-        InputError: the text is shorter than one sequence.
     """
 
     def __init__(self, documents: Documents | HubDocuments, encoder: Encoder, **options: Any) -> None:

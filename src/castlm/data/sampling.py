@@ -65,9 +65,6 @@ class Sampler:
         prompts: texts to continue, or with `chat` the user's turns; used in order, repeatedly. None starts from the
             token that begins a document; with `chat` it samples the user's turn too.
         chat: sample conversations of one turn each, in the tokenizer's chat template.
-
-    Raises:
-        InputError: a prompt that leaves no room in the model's context, or a tokenizer whose template does not fit.
     """
 
     def __init__(
@@ -408,9 +405,6 @@ def sample(
     Args:
         progress: called with (tokens so far, `num_tokens`) after each batch.
         say: called with a line, once, if most texts are empty or unfinished.
-
-    Raises:
-        InputError: the disk is full, or `PATIENCE` batches in a row have brought nothing new.
     """
     size, without, said = sampler.options.batch_size, 0, False
     while file.tokens < num_tokens:

@@ -83,9 +83,6 @@ class ScoredText:
         """The sequences of the text, each within one stretch, without those that score nothing.
 
         Only the first sequence of a conversation with images is scored, since the others do not contain the images.
-
-        Raises:
-            InputError: images that do not fit into a sequence.
         """
         found: list[Scored] = []
         for number, (begin, end) in enumerate(self.stretches):
@@ -149,9 +146,6 @@ def scored_text(
         encoder: says which tokens of conversations are scored.
         limit: at most this many tokens, from the start. A conversation with images is not cut there.
         seed: of a text that is longer, take documents in the order of this seed, not those at its start.
-
-    Raises:
-        InputError: no token of the assistant is within `limit`.
     """
     extra: tuple[ScoredExtra | None, ...] = ()
     if documents.kind is Kind.WITH_EXTRA:

@@ -195,10 +195,6 @@ def open_encoder(
     Args:
         tokenizer: the model's. It receives the chat template of `options`, or if it has none that of the processor.
         model: name of the model, with the options that it was loaded with.
-
-    Raises:
-        InputError: a text has images, and the model reads none, or its processor cannot be loaded; or a chat template
-            cannot be read.
     """
     with_template(tokenizer, options.chat_template_path)
     processor = None

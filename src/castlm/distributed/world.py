@@ -159,9 +159,6 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
 
     Args:
         timeout_s: seconds that a rank waits for the others, in the loop and inside a collective.
-
-    Raises:
-        InputError: CUDA is requested and not available, or nodes have different numbers of ranks in a hybrid mesh.
     """
     kind = choose_device(device)
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them

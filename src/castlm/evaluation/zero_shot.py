@@ -47,9 +47,6 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
     """lm-eval's configuration of a task whose data is in `folder`.
 
     Reads `folder/<name>.yaml` if it exists, otherwise the file that castlm ships. `{folder}` in the file is replaced.
-
-    Raises:
-        InputError: the task is unknown, or its data is not in the folder.
     """
     folder = user_path(folder)
     file = next((f for f in (folder / f"{name}.yaml", SHIPPED / f"{name}.yaml") if f.is_file()), None)
@@ -72,11 +69,7 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
 
 
 def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
-    """Checks that the tasks can be evaluated, before a model is loaded.
-
-    Raises:
-        InputError: lm-eval is not installed, an unknown task, or data that is not in `folder`.
-    """
+    """Checks that the tasks can be evaluated, before a model is loaded."""
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
     if folder is not None:
@@ -112,9 +105,6 @@ def zero_shot(
         `{"results": [row, ...], ...}`, ready for JSON. There is a row for every metric of every task ("acc",
         "acc_norm", "exact_match", "perplexity", ...), with `task`, `metric`, `value`, `stderr` (None if lm-eval has
         none), `num_docs`, `num_fewshot` (always 0), and the source of the data.
-
-    Raises:
-        InputError: the data of a task is not available; see also `check_tasks`.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

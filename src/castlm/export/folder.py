@@ -215,10 +215,6 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
 
     Returns:
         The names of the stored tensors that the class does not have.
-
-    Raises:
-        InputError: transformers does not know the class, or would load other weights, or a weight is missing or has
-            another shape.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

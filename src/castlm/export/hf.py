@@ -47,11 +47,7 @@ EVAL_TOLERANCE = 1e-6  # relative tolerance: the weights are equal bit for bit, 
 
 
 def check_export(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
-    """Checks, before training, that the result of `model` can be cut, written and verified.
-
-    Raises:
-        InputError: as `check_cut`, or `verify` would not find the weights of a sparse layer in the files.
-    """
+    """Checks, before training, that the result of `model` can be cut, written and verified."""
     check_cut(model, pattern, filter_fn)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     for name, layer in layers.items():
@@ -256,9 +252,6 @@ def export_blocks(
         blocks: a safetensors file of each block, in `dtype`, each tensor under its name in `model`. They are linked
             where the file system allows it, and copied otherwise.
         outside: all other weights by name, in the order of `model.named_parameters()`; rounded to `dtype`.
-
-    Raises:
-        InputError: the disk is full, or the verification fails; the result is then kept as `<folder>.rejected`.
     """
     folder = Path(os.path.realpath(user_path(folder)))
     manifest = new_manifest(pattern, left_dense, {**record, "dtype": dtype_name(dtype)})
@@ -342,9 +335,6 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
 
     Returns:
         The URL of the commit.
-
-    Raises:
-        InputError: the upload fails; the folder is unchanged, and the message says how to upload it.
     """
     from huggingface_hub import HfApi
 

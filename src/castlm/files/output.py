@@ -133,9 +133,6 @@ def begin_output(
     Args:
         files: texts to write first, by file name.
         about: further entries of the record.
-
-    Raises:
-        InputError: the disk is full, or the earlier output cannot be renamed.
     """
     folder, files = Path(os.path.realpath(folder)), files or {}
     about |= {"command": command, "begun": datetime.datetime.now(datetime.UTC).isoformat(), "complete": False}
@@ -295,9 +292,6 @@ def locked(file: Path, command: str, output: Path) -> Iterator[None]:
 
     Args:
         output: the folder or file that the lock is for, which an error names.
-
-    Raises:
-        InputError: another process holds the lock, or the file cannot be opened.
     """
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

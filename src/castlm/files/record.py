@@ -138,11 +138,7 @@ def unused_name(path: Path) -> Path:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Checks the files of a finished model folder by CRC-32, and returns its castlm.json.
-
-    Raises:
-        InputError: castlm.json or the record is corrupt, or a file is missing or has changed.
-    """
+    """Checks the files of a finished model folder by CRC-32, and returns its castlm.json."""
     result = read_json_object(folder / RESULT)
     listed = _listed(folder)
     changed = [name for name, about in listed.items() if not is_whole(folder / name, [*about[:1], *about[2:]])]

@@ -63,9 +63,6 @@ def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
 
     Returns:
         The names of the replaced layers.
-
-    Raises:
-        InputError: a Conv1D in a family for which saving could not distinguish it from a Linear.
     """
     linear_of: dict[Conv1D, nn.Linear] = {}
     transposed: dict[nn.Parameter, nn.Parameter] = {}
@@ -103,22 +100,14 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: maps input ids (batch, seq) to an output with `last_hidden_state`, the head's input.
-
-    Raises:
-        InputError: an architecture without such a module.
-    """
+    """The model without its head: maps input ids (batch, seq) to an output with `last_hidden_state`."""
     if model.base_model is model:
         raise InputError(f"{type(model).__name__} is not supported: it has no backbone beside its output head")
     return model.base_model
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
-    """The layer that maps hidden states to logits; its weight is the model's own Parameter, tied or not.
-
-    Raises:
-        InputError: an architecture whose head is not one `nn.Linear`.
-    """
+    """The layer that maps hidden states to logits; its weight is the model's own Parameter, tied or not."""
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise InputError(f"{type(model).__name__} is not supported: its output head is a {type(linear).__name__}")

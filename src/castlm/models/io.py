@@ -256,11 +256,7 @@ def unpack_on_load_(config: PretrainedConfig) -> bool:
 
 
 def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model of an opened location, from safetensors or GGUF alone; `options` are those of `from_pretrained`.
-
-    Raises:
-        InputError: weights that are pickled, corrupt, missing, left over, of another shape or not finite.
-    """
+    """The model of an opened location, from safetensors or GGUF alone; `options` are those of `from_pretrained`."""
     weights: dict[str, Any] = {"use_safetensors": True}
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}

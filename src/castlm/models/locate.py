@@ -55,9 +55,6 @@ def locate(name: str | Path, *, needs_weights: bool = True) -> Location:
 
     Args:
         needs_weights: refuse a folder that has no weights beside its config.json.
-
-    Raises:
-        InputError: no such path, a folder without a model in safetensors, or a missing package.
     """
     name = str(name)
     if name == DEMO:
@@ -105,9 +102,6 @@ def find(name: str | Path, revision: str | None, *, needs_weights: bool = True) 
 
     Args:
         needs_weights: False accepts a folder or a cached model that has only its config.json.
-
-    Raises:
-        InputError: as `locate` and `check_hub`; or a revision is given for a model that is not on the hub.
     """
     where = locate(name, needs_weights=needs_weights)
     if not where.is_hub:
@@ -157,11 +151,7 @@ def _is_whole(snapshot: Path) -> bool:
 
 
 def check_hub(where: Location, revision: str | None) -> None:
-    """Asks the hub once for a model that is not in the cache; transformers would ask six times, with pauses.
-
-    Raises:
-        InputError: the hub has no such model or revision, denies access, or does not answer.
-    """
+    """Asks the hub once for a model that is not in the cache; transformers would ask six times, with pauses."""
     from huggingface_hub import errors as hub
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
