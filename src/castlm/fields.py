@@ -315,21 +315,17 @@ def _converted(value: Any, option: Any) -> Any:
             raise _WrongTypeError("it has more than 64 bits")
         return value
     if option is float:
-        return _as_float(value)
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise _WrongTypeError
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise _WrongTypeError from None
+        if not math.isfinite(number):
+            raise _WrongTypeError("it must be finite")
+        return number
     text = _as_text(value)
     return Path(text) if option is Path else text
-
-
-def _as_float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise _WrongTypeError
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise _WrongTypeError from None
-    if not math.isfinite(number):
-        raise _WrongTypeError("it must be finite")
-    return number
 
 
 def _as_text(value: Any) -> str:

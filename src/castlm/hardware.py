@@ -163,11 +163,14 @@ def available_memory(device: str = "cpu") -> float:
 
 def resident_memory() -> int:
     """Bytes of this process in memory now; 0 if the system does not tell."""
+    return _own_memory("VmRSS")
+
+
+def _own_memory(entry: str) -> int:
+    """The bytes of an entry in Linux's account of this process; 0 on other systems."""
     status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:")), 0)
 
 
 def collect_garbage(device: str) -> None:
@@ -181,10 +184,8 @@ def peak_memory(device: str) -> int:
     """Peak bytes of this process: allocated by torch on a GPU, resident otherwise."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")  # not ru_maxrss first: on Linux a new process starts from its parent's peak
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    if peak := _own_memory("VmHWM"):  # not ru_maxrss first: on Linux a new process starts from its parent's peak
+        return peak
     import resource  # missing on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -42,7 +43,7 @@ from castlm.export.hf import (
 from castlm.export.verify import verify
 from castlm.files.atomic_file import reporting_full_disk
 from castlm.files.output import atomic_dir
-from castlm.files.stored import SINGLE
+
 from castlm.models.conversion import as_stored, is_stored_transposed, state_dict_key
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -139,7 +140,12 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
             weights[name] = weight, folded
             seen.add(weight)
     stored_in: dict[str, str] = {}
-    files = _plan_files({name: weight.numel() * result.dtype.itemsize for name, (weight, _) in weights.items()})
+    files = split_state_dict_into_shards_factory(
+        {name: weight.numel() * result.dtype.itemsize for name, (weight, _) in weights.items()},
+        get_storage_size=lambda num_bytes: num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD_BYTES,
+    ).filename_to_tensors
     for file, names in files.items():
         held: dict[str, Tensor] = {}
         for name in names:
@@ -158,21 +164,6 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
     if len(files) > 1:
         total = sum(weight.numel() for weight, _ in weights.values())
         result.world.on_main(lambda: write_index(folder, stored_in, total, result.dtype))
-
-
-def _plan_files(sizes: dict[str, int]) -> dict[str, list[str]]:
-    """Divides the names among files of at most `MAX_SHARD_BYTES`, in order; a larger tensor has its own file."""
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, size in sizes.items():
-        if shards[-1] and held + size > MAX_SHARD_BYTES:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += size
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
 @torch.no_grad()

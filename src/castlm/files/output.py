@@ -262,21 +262,16 @@ def refuse_inputs_inside(final: Path, inputs: Inputs) -> None:
     Resolves links and `..`: the folder would be renamed while the input is still being read.
     """
     for option, value in inputs.items():
-        for path in _local_paths(str(value or "")):
+        try:
+            given = Path(str(value or "")).expanduser()
+            found = map(Path, glob.iglob(str(given), recursive=True)) if glob.has_magic(str(value)) else ()
+            names = [name for name in (given, *found) if value and os.path.lexists(name)]
+        except (RuntimeError, ValueError, OSError):
+            continue  # not a path; the command itself reports it
+        links = [Path(os.path.realpath(name.parent)) / name.name for name in names]  # a link counts as its target, too
+        for path in [*(Path(os.path.realpath(name)) for name in names), *links]:
             if final in (path, *path.parents):
                 raise InputError(f"{option} {value} is in the output folder {final}: choose another output_dir")
-
-
-def _local_paths(value: str) -> list[Path]:
-    """The local files or folders that an option names, with links resolved; for a link to a file, the link too."""
-    try:
-        given = Path(value).expanduser()
-        names = [given, *(map(Path, glob.iglob(str(given), recursive=True)) if glob.has_magic(value) else ())]
-        names = [name for name in names if value and os.path.lexists(name)]
-        links = [Path(os.path.realpath(name.parent)) / name.name for name in names]
-        return [*(Path(os.path.realpath(name)) for name in names), *links]
-    except (RuntimeError, ValueError, OSError):
-        return []  # not a path; the command itself reports it
 
 
 # --------------------------------------------------------------------------------------------------------- the lock

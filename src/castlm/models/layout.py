@@ -12,6 +12,12 @@ from typing import Any
 QUANT_METHOD = "castlm"
 """`quant_method` of a packed folder, in the `quantization_config` of its config.json."""
 
+EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"})
+"""`config.json` model types whose 3-D experts are stored (experts, in, out); all others have (experts, out, in)."""
+
+EXPERTS_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+"""Model types whose checkpoints have either order, which transformers tells apart by their sizes."""
+
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """`config.json` model types whose blocks are made of transformers' `Conv1D`, stored (in, out)."""
 
@@ -39,20 +45,9 @@ def input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> 
         name: of the tensor, ending in `.weight` if it is 2-D; 3-D as `model.layers.3.mlp.experts.gate_up_proj`.
         shape: (out, in) or (in, out); or of all experts of a block, with their number first.
     """
-    if len(shape) == 2:
-        return 0 if stored_transposed(config.get("model_type"), name) else 1
-    return _experts_input_axis(config, name, shape)
-
-
-EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"})
-"""`config.json` model types whose 3-D experts are stored (experts, in, out); all others have (experts, out, in)."""
-
-EXPERTS_EITHER_WAY = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
-"""Model types whose checkpoints have either order, which transformers tells apart by their sizes."""
-
-
-def _experts_input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> int | None:
     model_type = config.get("model_type")
+    if len(shape) == 2:
+        return 0 if stored_transposed(model_type, name) else 1
     if model_type in EXPERTS_IN_OUT:
         return 1
     if model_type not in EXPERTS_EITHER_WAY:
