@@ -43,7 +43,6 @@ from castlm.export.hf import (
 from castlm.export.verify import verify
 from castlm.files.atomic_file import reporting_full_disk
 from castlm.files.output import atomic_dir
-
 from castlm.models.conversion import as_stored, is_stored_transposed, state_dict_key
 
 MAX_SHARD_BYTES = 5 * 10**9

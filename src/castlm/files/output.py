@@ -268,7 +268,7 @@ def refuse_inputs_inside(final: Path, inputs: Inputs) -> None:
             names = [name for name in (given, *found) if value and os.path.lexists(name)]
         except (RuntimeError, ValueError, OSError):
             continue  # not a path; the command itself reports it
-        links = [Path(os.path.realpath(name.parent)) / name.name for name in names]  # a link counts as its target, too
+        links = [Path(os.path.realpath(name.parent)) / name.name for name in names]  # its own place, too
         for path in [*(Path(os.path.realpath(name)) for name in names), *links]:
             if final in (path, *path.parents):
                 raise InputError(f"{option} {value} is in the output folder {final}: choose another output_dir")
