@@ -26,6 +26,11 @@ STORED = {
 STORED_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in config.json and records, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, uint8, 1-D on the CPU; a view if the tensor is contiguous on the CPU.
 

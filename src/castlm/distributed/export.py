@@ -31,16 +31,14 @@ from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
 from castlm.export.hf import (
     EVAL_TOLERANCE,
-    dtype_name,
+    count_or_reject,
     equal_in_bits,
     new_manifest,
     rejected,
-    verify_pattern,
     write_all_but_weights,
     write_index,
     write_record,
 )
-from castlm.export.verify import verify
 from castlm.files.atomic_file import reporting_full_disk
 from castlm.files.output import atomic_dir
 from castlm.models.conversion import as_stored, is_stored_transposed, state_dict_key
@@ -80,8 +78,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     """
     world = result.world
     folder = Path(os.path.realpath(result.folder))
-    record = {**record, "dtype": dtype_name(result.dtype)}
-    manifest = new_manifest(result.pattern, result.left_dense, record)
+    manifest = new_manifest(result.pattern, result.left_dense, record, result.dtype)
     if not result.is_sparse:
         manifest["pattern"] = None  # the dense control
     result.root.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
@@ -89,12 +86,9 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)), patient=True)
 
         def count() -> dict[str, Any]:
-            try:
-                report = verify(temporary, result.pattern, known_layers=())
-                verify_pattern(report, result.model, manifest["left_dense"])
-            except Exception as error:
-                raise rejected(temporary, folder, error) from error
-            return {"left_dense": manifest["left_dense"], "proof": report.totals()}
+            left_dense = manifest["left_dense"]
+            proof = count_or_reject(temporary, folder, result.model, result.pattern, left_dense)
+            return {"left_dense": left_dense, "proof": proof}
 
         def refuse(failure: str | None) -> None:
             if failure is not None:

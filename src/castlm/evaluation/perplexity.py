@@ -22,6 +22,7 @@ from castlm.core.errors import InputError
 from castlm.data.documents import Documents, HubDocuments
 from castlm.data.scored import Scored, ScoredText, scored_text
 from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
+from castlm.dtypes import dtype_name
 from castlm.hardware import library_versions
 from castlm.inference.layers import PackedLinear
 from castlm.models.architecture import backbone, context_length, eval_mode, logit_scale, output_head
@@ -44,9 +45,6 @@ class PerplexityResult:
     seq_len: int
     """Tokens of the longest sequence: as requested, or the length of the text if it is shorter."""
     stride: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @torch.no_grad()
@@ -186,38 +184,27 @@ def evaluate_text(
     encoder: Encoder,
     *,
     limit: int | None = None,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 1,
     autocast_dtype: torch.dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Measures the `perplexity` of a text, and returns it with all settings that it depends on, as in `castlm eval
-    --json`.
+    """Measures the perplexity of a text, with all settings that it depends on, as in `castlm eval --json`.
 
     `text_sha256` is the output of `sha256sum` for a file. `text_tokens` counts all tokens and `num_tokens` the scored
     ones, which `tokens` names.
 
     Args:
         limit: at most this many tokens of the text; None takes all.
+        autocast_dtype, options: as for `perplexity`.
     """
     text = scored_text(documents, encoder, limit)
-    result = perplexity(
-        model,
-        text,
-        seq_len=seq_len,
-        stride=stride,
-        batch_size=batch_size,
-        autocast_dtype=autocast_dtype,
-        progress=progress,
-    )
-    return result.as_dict() | {
+    result = perplexity(model, text, autocast_dtype=autocast_dtype, **options)
+    return dataclasses.asdict(result) | {
         "text": Path(documents.name).name,
         "text_sha256": documents.text_hash(),
         "text_tokens": len(text.ids),
         "tokens": text.tokens,
         "tokenizer": encoder.tokenizer_name,
-        "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(autocast_dtype or model.dtype),
         "device": model.device.type,
         "versions": library_versions("torch", "transformers"),
     }

@@ -19,6 +19,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
+from castlm.dtypes import dtype_name
 from castlm.files.reading import read_text, sha256_file, user_path
 from castlm.hardware import library_versions
 
@@ -143,7 +144,7 @@ def zero_shot(
         "results": rows,
         "limit": limit,
         "tokenizer": tokenizer.name_or_path,
-        "dtype": str(autocast_dtype or model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(autocast_dtype or model.dtype),
         "device": model.device.type,
         "versions": library_versions("lm-eval", "torch", "transformers"),
     }

@@ -26,9 +26,8 @@ from castlm.core.blocks import is_block_weight
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_linears
-from castlm.dtypes import STORED, STORED_NAMES, bytes_of
+from castlm.dtypes import STORED, STORED_NAMES, bytes_of, dtype_name
 from castlm.export.card import model_card
-from castlm.export.report import VerifyReport
 from castlm.export.verify import check_ok, verify
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
@@ -96,7 +95,7 @@ def export_model(
     """
     folder = Path(os.path.realpath(user_path(folder)))
     pattern = parse_pattern(pattern)
-    manifest = new_manifest(pattern, left_dense, {**record, "dtype": dtype_name(dtype or model.dtype)})
+    manifest = new_manifest(pattern, left_dense, record, dtype or model.dtype)
     if pattern.cut_out is not None:
         model, done = cut_model(model, pattern)
         manifest["cut"] = asdict(done)
@@ -113,17 +112,15 @@ def export_model(
     return manifest
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype in config.json and castlm.json, such as bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
-def new_manifest(pattern: Pattern | str, left_dense: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of castlm.json, except the key `proof`."""
+def new_manifest(
+    pattern: Pattern | str, left_dense: Mapping[str, str], record: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The content of castlm.json, except the key `proof`; `dtype` is that of the files."""
     return {
         "schema_version": SCHEMA_VERSION,
         "pattern": str(pattern),
         **record,
+        "dtype": dtype_name(dtype),
         "left_dense": dict(left_dense),
         "versions": model_versions(),
     }
@@ -178,15 +175,14 @@ def _verify(
     eval_fn: Callable[[PreTrainedModel], float] | None,
 ) -> dict[str, Any]:
     """Verifies the files in `folder` against `model`; adds to `left_dense` by the names in the files."""
-    report = verify(folder, pattern, known_layers=())  # verify_pattern compares them with `model`
-    verify_pattern(report, model, left_dense)
+    totals = verify_pattern(folder, model, pattern, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # its code runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
     ours, theirs = model.state_dict(), loaded.state_dict()  # with the persistent buffers
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or not equal_in_bits(ours[name], theirs[name]):
             raise InputError(f"{name} has other values in the files")
-    proof: dict[str, Any] = {**report.totals(), "tensors_equal_in_bits": len(ours)}
+    proof: dict[str, Any] = {**totals, "tensors_equal_in_bits": len(ours)}
     if eval_fn is not None:
         in_memory = float(eval_fn(model))
         from_disk = float(eval_fn(loaded.to(model.device)))
@@ -196,11 +192,25 @@ def _verify(
     return proof
 
 
-def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dict[str, str]) -> None:
+def count_or_reject(
+    temporary: Path, folder: Path, model: PreTrainedModel, pattern: Pattern, left_dense: dict[str, str]
+) -> dict[str, int | float]:
+    """`verify_pattern` of a result that is to become `folder`; after a failure it is kept as `<folder>.rejected`."""
+    try:
+        return verify_pattern(temporary, model, pattern, left_dense)
+    except Exception as error:
+        raise rejected(temporary, folder, error) from error
+
+
+def verify_pattern(
+    folder: Path, model: PreTrainedModel, pattern: Pattern, left_dense: dict[str, str]
+) -> dict[str, int | float]:
     """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`.
 
     The names of a layer in the files and in memory may differ, as for experts; transformers' conversions map them.
+    Returns the counts, `VerifyReport.totals`.
     """
+    report = verify(folder, pattern, known_layers=())  # they are compared with `model` here
     sparse: set[str] = set()
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -221,6 +231,7 @@ def verify_pattern(report: VerifyReport, model: PreTrainedModel, left_dense: dic
     check_ok(report)
     if missing := sparse - {layer.name for layer in report.sparse_layers}:
         raise InputError(f"{len(missing)} of {len(sparse)} sparse layers are not in {report.path}, as {min(missing)}")
+    return report.totals()
 
 
 def equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -254,7 +265,7 @@ def export_blocks(
         outside: all other weights by name, in the order of `model.named_parameters()`; rounded to `dtype`.
     """
     folder = Path(os.path.realpath(user_path(folder)))
-    manifest = new_manifest(pattern, left_dense, {**record, "dtype": dtype_name(dtype)})
+    manifest = new_manifest(pattern, left_dense, record, dtype)
     with atomic_dir(folder, overwrite=True) as temporary:
         files = [f"model-{i:05d}-of-{len(blocks) + 1:05d}.safetensors" for i in range(1, len(blocks) + 2)]
         weight_map: dict[str, str] = {}
@@ -273,12 +284,7 @@ def export_blocks(
         total = sum(p.numel() for p in model.parameters())
         write_index(temporary, dict(sorted(weight_map.items())), total, dtype)
         write_all_but_weights(model, tokenizer, temporary, dtype)
-        try:
-            report = verify(temporary, pattern, known_layers=())
-            verify_pattern(report, model, manifest["left_dense"])
-        except Exception as error:
-            raise rejected(temporary, folder, error) from error
-        manifest["proof"] = report.totals()
+        manifest["proof"] = count_or_reject(temporary, folder, model, pattern, manifest["left_dense"])
         write_record(temporary, folder.name, manifest)
     return manifest
 

@@ -23,7 +23,7 @@ from castlm import __version__
 from castlm.core.blocks import is_block_linear, is_block_weight
 from castlm.core.errors import InputError, naming
 from castlm.core.nm import NM, Pattern, is_nm_sparse
-from castlm.dtypes import FLOATS, STORED, STORED_NAMES
+from castlm.dtypes import FLOATS, STORED, STORED_NAMES, dtype_name
 from castlm.export.card import packed_card, unpacked_card
 from castlm.export.folder import (
     check_layers,
@@ -34,7 +34,7 @@ from castlm.export.folder import (
     read_manifest,
     stored_tensors,
 )
-from castlm.export.hf import dtype_name, new_manifest, write_safetensors
+from castlm.export.hf import new_manifest, write_safetensors
 from castlm.export.verify import check_ok, take_packed, verify
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
@@ -118,7 +118,7 @@ def write_dense(
     """Writes a dense model in `dtype` to a folder that exists, with a castlm.json without a pattern, and checks it."""
     with parameters_in(model, dtype):
         save_model(model, tokenizer, folder)
-    manifest = new_manifest(DENSE, {}, {**record, "dtype": dtype_name(dtype)})
+    manifest = new_manifest(DENSE, {}, record, dtype)
     atomic_write_json(folder / "castlm.json", {**manifest, "pattern": None})
     check_dense(folder, ())
 

@@ -20,7 +20,8 @@ from castlm.data.documents import Documents, HubDocuments
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
 from castlm.distributed.loading import Checkpoint, Place, fingerprint, open_sharded
-from castlm.export.hf import check_export, dtype_name, export_blocks, export_model
+from castlm.dtypes import dtype_name
+from castlm.export.hf import check_export, export_blocks, export_model
 from castlm.files.output import begin_output, output_folder
 from castlm.files.reading import read_json_object
 from castlm.files.record import command_of
