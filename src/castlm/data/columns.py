@@ -156,13 +156,13 @@ def find_columns(holds: Mapping[str, str], options: TextOptions, where: str, fol
         _refuse_without(name, holds, where)
     is_pair = name == "prompt" and has_pair
     is_chat = is_pair or holds[name] == "list" or name == "messages"
-    found = Columns(name, is_chat, is_pair, folder=folder, document_limit=options.document_limit)
+    limit = options.document_limit
     if options.column is not None:
-        return found
-    others = tuple(form for form in ("messages", "text") if form != name)  # empty in the rows that were read so far
-    found = found._replace(extra=IMAGE_COLUMNS if is_chat else (), refused=(*_NEITHER, *others))
-    found = found if is_chat else found._replace(refused=(*IMAGE_COLUMNS, *found.refused))
-    beside = (*found.refused, *(form for form in forms if form != name))
+        return Columns(name, is_chat, is_pair, folder=folder, document_limit=limit)
+    others = (form for form in ("messages", "text") if form != name)  # empty in the rows that were read so far
+    refused = (*(() if is_chat else IMAGE_COLUMNS), *_NEITHER, *others)
+    found = Columns(name, is_chat, is_pair, IMAGE_COLUMNS if is_chat else (), folder, refused, limit)
+    beside = (*refused, *(form for form in forms if form != name))
     if lost := next((column for column in beside if _holds_any(holds, column)), None):
         found._refuse_lost(lost, where)
     return found

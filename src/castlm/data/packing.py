@@ -140,7 +140,7 @@ class PackedSequences(Resumable):
 
     def tokens_per_epoch(self) -> int:
         """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
-        return sum(_num_tokens(batch) for batch in self._encode(0, 0, None, 0))
+        return sum(len(tokens.ids) for _, _, tokens in self._encode(0, 0, None, 0))
 
     def _position(self) -> tuple[int, Any, int]:
         """The position of the next sequence's first token."""
@@ -157,20 +157,20 @@ class PackedSequences(Resumable):
 
     def _fill(self, num_tokens: int) -> None:
         while self._available < num_tokens:
-            batch = next(self._reader)
-            self._pending.extend(batch)
-            self._available += _num_tokens(batch)
+            piece = next(self._reader)
+            self._pending.append(piece)
+            self._available += len(piece[2].ids)
 
-    def _read(self) -> Iterator[list[_Encoded]]:
+    def _read(self) -> Iterator[_Encoded]:
         epoch, position = self._start
         skipped = self._token  # tokens of the first piece that earlier sequences hold
         place = -skipped % self.seq_len  # place of the next token in its sequence
         while True:
             whole, num_tokens = position is None, 0
-            batches = self._encode(epoch, 0 if self.repeat else epoch, position, place)
-            for batch in self._whole_sequences(batches, skipped) if self.repeat else batches:
-                num_tokens += _num_tokens(batch)
-                yield batch
+            pieces = self._encode(epoch, 0 if self.repeat else epoch, position, place)
+            for piece in self._whole_sequences(pieces, skipped) if self.repeat else pieces:
+                num_tokens += len(piece[2].ids)
+                yield piece
             skipped, place = 0, (place + num_tokens) % self.seq_len
             needed = self.seq_len + (0 if self.repeat else 1)  # repeated, the first token comes after the last
             if whole and num_tokens < needed:
@@ -180,13 +180,12 @@ class PackedSequences(Resumable):
                 )
             epoch, position = epoch + 1, None
 
-    def _encode(self, epoch: int, order: int, position: Any, place: int) -> Iterator[list[_Encoded]]:
-        """The pieces of an epoch, a batch at a time; `place` is where in its sequence the first one begins.
+    def _encode(self, epoch: int, order: int, position: Any, place: int) -> Iterator[_Encoded]:
+        """The pieces of an epoch; `place` is where in its sequence the first one begins.
 
         A conversation that does not fit into its sequence is preceded by filler up to the next one.
         """
         for pieces in _batches(self.documents.pieces(self.seed, order, position)):
-            batch = []
             for piece, tokens in zip(pieces, self._encoder(pieces)):
                 count = len(tokens.ids)
                 if piece.kind is not Kind.TEXT and count > self.seq_len:
@@ -199,31 +198,25 @@ class PackedSequences(Resumable):
                     tokens = Tokens.joined([Tokens.filler(self._encoder.eos, self.seq_len - place), tokens])
                 if count:
                     place = (place + len(tokens.ids)) % self.seq_len
-                    batch.append((epoch, piece.position, tokens))
-            yield batch
+                    yield epoch, piece.position, tokens
 
-    def _whole_sequences(self, batches: Iterator[list[_Encoded]], skipped: int) -> Iterator[list[_Encoded]]:
-        """`batches` of one epoch, without the last tokens that do not fill a sequence."""
-        num_tokens, held, num_held = -skipped, deque[list[_Encoded]](), 0
-        for batch in batches:
-            held.append(batch)
-            num_tokens, num_held = num_tokens + _num_tokens(batch), num_held + _num_tokens(batch)
-            while num_held - _num_tokens(held[0]) >= self.seq_len:
-                num_held -= _num_tokens(held[0])
+    def _whole_sequences(self, pieces: Iterator[_Encoded], skipped: int) -> Iterator[_Encoded]:
+        """The `pieces` of one epoch, without the last tokens that do not fill a sequence."""
+        num_tokens, held, num_held = -skipped, deque[_Encoded](), 0
+        for piece in pieces:
+            held.append(piece)
+            num_tokens, num_held = num_tokens + len(piece[2].ids), num_held + len(piece[2].ids)
+            while num_held - len(held[0][2].ids) >= self.seq_len:
+                num_held -= len(held[0][2].ids)
                 yield held.popleft()
-        last = [piece for batch in held for piece in batch]
         surplus = num_tokens % self.seq_len
         while surplus:
-            epoch, position, tokens = last.pop()
+            epoch, position, tokens = held.pop()
             kept = max(0, len(tokens.ids) - surplus)
             surplus -= len(tokens.ids) - kept
             if kept:
-                last.append((epoch, position, tokens.part(slice(kept))))
-        yield last
-
-
-def _num_tokens(batch: list[_Encoded]) -> int:
-    return sum(len(tokens.ids) for _, _, tokens in batch)
+                held.append((epoch, position, tokens.part(slice(kept))))
+        yield from held
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
