@@ -510,7 +510,7 @@ def test_an_image_that_is_small_as_a_file_and_large_in_memory_is_refused(dataset
     assert read_image(str(tmp_path / "large.png"), document_limit=1.1).size == (8_100, 8_100)
     monkeypatch.setattr(image_reader, "MOST_PIXELS", 2 * 32 * 32 - 1)
     row = json.loads(dataset.read_text().splitlines()[0])
-    with pytest.raises(InputError, match=r"'which\? and' .*2,048 pixels"):
+    with pytest.raises(InputError, match=r"'which\? and'.*2,048 pixels"):
         encoder.conversation(document_of(row, dataset.parent))
     assert len(image_reader.open_images([str(dataset.parent / "red.png")] * 2, "a", document_limit=1.1)) == 2
 
