@@ -17,6 +17,12 @@ def naming(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {error}") from error
 
 
+def one_line(error: BaseException) -> str:
+    """The reason of another library's error, in one line of at most 200 characters without the path of an OSError."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())[:200]
+
+
 class DivergedError(InputError):
     """The numbers of a run are no longer finite. The command line exits with code 1."""
 

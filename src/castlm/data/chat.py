@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.files.reading import parse_json, read_text, user_path
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ class Chat:
 
     def _refused(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> InputError:
         roles = ", ".join(str(message["role"]) for message in messages[:6])
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         if isinstance(error, MemoryError):
             reason = f"it takes more than {self._template_bytes >> 20} MiB of memory; see document_limit"
         return InputError(

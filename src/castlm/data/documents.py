@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.data.columns import Columns, Document, Kind, find_columns, is_undecided, types_of
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import (
@@ -360,8 +360,9 @@ def open_hub(name: str, options: TextOptions, split: str, data_config: str | Non
             if not is_undecided(types_of(row), options.column):
                 break
     except Exception as error:  # datasets raises exceptions of many types
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name} is neither a local file nor available on the Hugging Face Hub: {reason}") from error
+        raise InputError(
+            f"{name} is neither a local file nor available on the Hugging Face Hub: {one_line(error)}"
+        ) from error
     if row is None:
         raise InputError(f"{name}: split {split!r} is empty; name another split")
     columns = find_columns(types_of(row), options, name)

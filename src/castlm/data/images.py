@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-from castlm.core.errors import InputError, naming
+from castlm.core.errors import InputError, naming, one_line
 from castlm.data.chat import Chat, Rendered, begin_of, messages_of
 from castlm.files.reading import open_regular, user_path
 from castlm.models.architecture import is_vision_language
@@ -290,9 +290,8 @@ def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image], begin
             text=[text], images=list(images), return_tensors="pt", add_special_tokens=False
         )
     except Exception as error:  # a processor is a program, with errors of many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         name = type(processor).__name__
-        raise InputError(f"{name} cannot prepare the conversation that begins {begin}: {reason}") from error
+        raise InputError(f"{name} cannot prepare the conversation that begins {begin}: {one_line(error)}") from error
     return found
 
 
@@ -391,5 +390,5 @@ def read_image(source: str, document_limit: float = 1.0) -> Image:
                 raise ValueError(f"it has {pixels:,} pixels, more than {most:,.0f}: scale it down; see document_limit")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a decoder is a program, with errors of many types
-        reason = re.sub(r" <_io.*?>", " it", " ".join(str(error).split())[:200])
+        reason = re.sub(r" <_io.*?>", " it", one_line(error))
         raise InputError(f"cannot read the image {where}: {reason}") from error

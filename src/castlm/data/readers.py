@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.data.columns import Columns, Document, Kind, find_columns, is_undecided, types_of
 from castlm.data.options import TextOptions
 from castlm.files.reading import check_regular, open_regular, parse_json, sha256_file
@@ -434,5 +434,4 @@ def _parquet_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not a whole parquet file ({reason}): fetch it again") from error
+        raise InputError(f"{path}: not a whole parquet file ({one_line(error)}): fetch it again") from error

@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.dtypes import dtype_name
 from castlm.files.reading import read_text, sha256_file, user_path
 from castlm.hardware import library_versions
@@ -59,8 +59,9 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
         config: dict[str, Any] = yaml.load(read_text(file), Loader=_Loader)
         files: dict[str, Any] = dict(config["dataset_kwargs"]["data_files"])
     except (yaml.YAMLError, ImportError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} is not the file of a task with dataset_kwargs.data_files: {reason}") from error
+        raise InputError(
+            f"{file} is not the file of a task with dataset_kwargs.data_files: {one_line(error)}"
+        ) from error
     config["dataset_kwargs"]["data_files"] = files
     for split, data in files.items():
         files[split] = str(data).replace("{folder}", str(folder))
@@ -125,9 +126,9 @@ def zero_shot(
                 task_manager=TaskManager(include_defaults=configs is None),
             )
     except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three if it cannot get its data
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the tasks {', '.join(tasks)} could not run: {reason}; use --tasks-from FOLDER for data on this machine"
+            f"the tasks {', '.join(tasks)} could not run: {one_line(error)}; use --tasks-from FOLDER for data on this "
+            "machine"
         ) from error
     rows = []
     for name, figures in results["results"].items():

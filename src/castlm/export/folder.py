@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.blocks import is_block_weight, is_tower
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.files.reading import check_regular, read_json_object
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
 from castlm.inference import formats
@@ -251,8 +251,7 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
     except InputError:
         raise
     except Exception as error:  # configs fail with errors of any type
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"transformers cannot say which layers {folder} should hold: {reason}") from error
+        raise InputError(f"transformers cannot say which layers {folder} should hold: {one_line(error)}") from error
     check_loading_info(folder, info)
     return set(info["unexpected_keys"])
 

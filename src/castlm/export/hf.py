@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.blocks import is_block_weight
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_linears
 from castlm.dtypes import STORED, STORED_NAMES, bytes_of, dtype_name
@@ -164,7 +164,7 @@ def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
 
 def failed(error: BaseException) -> InputError:
     """The error for a result that failed its verification."""
-    return InputError(f"the export failed its verification: {_first_line(error)}")
+    return InputError(f"the export failed its verification: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
 def _verify(
@@ -329,7 +329,7 @@ def check_login(repo_id: str) -> None:
         HfApi().whoami()
     except Exception as error:  # of the HTTP client, which depends on huggingface_hub's version
         raise InputError(
-            f"push_to_hub to {repo_id}: {_first_line(error)}; log in with hf auth login, give another hub_model_id, or "
+            f"push_to_hub to {repo_id}: {one_line(error)}; log in with hf auth login, give another hub_model_id, or "
             "leave it out"
         ) from None
 
@@ -356,10 +356,6 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
         )
     except Exception as error:  # of the HTTP client, which depends on huggingface_hub's version
         raise InputError(
-            f"push_to_hub: {_first_line(error)}; the result is whole: hf upload {repo_id} {folder} sends it"
+            f"push_to_hub: {one_line(error)}; the result is whole: hf upload {repo_id} {folder} sends it"
         ) from error
     return str(getattr(commit, "commit_url", commit))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 _KINDS = {
@@ -42,7 +42,7 @@ def user_path(path: str | Path) -> Path:
         os.stat(path)
     except (OSError, RuntimeError, ValueError) as error:  # no home, a null character, a lone surrogate
         if getattr(error, "errno", None) not in _ABSENT:  # `Path.exists` and its like raise the others
-            raise InputError(f"cannot access {text[:200]!r}: {_reason(error)}") from error
+            raise InputError(f"cannot access {text[:200]!r}: {one_line(error)}") from error
     return Path(path)
 
 
@@ -52,7 +52,7 @@ def _reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+        raise InputError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def check_regular(path: str | Path) -> Path:
@@ -110,7 +110,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not readable JSON: {_reason(error)}") from error
+        raise InputError(f"{where} is not readable JSON: {one_line(error)}") from error
 
 
 def read_json(path: str | Path) -> Any:
@@ -143,9 +143,3 @@ def sha256_file(path: str | Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """The error in one line, without the path that an `OSError` repeats."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split())[:200]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.files.reading import open_regular, parse_json, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,8 +91,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, "np"):  # checks the header and the size of the file, and reads no data
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} is not a whole safetensors file ({reason}): fetch or write it again") from error
+        raise InputError(
+            f"{file} is not a whole safetensors file ({one_line(error)}): fetch or write it again"
+        ) from error
     with open_regular(file) as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = parse_json(stream.read(length), f"the header of {file}")

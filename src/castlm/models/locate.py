@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.files.reading import check_regular, check_regular_entries, read_json_object, user_path
 from castlm.files.stored import read_header
 from castlm.progress import note
@@ -168,7 +168,7 @@ def check_hub(where: Location, revision: str | None) -> None:
     except (hub.EntryNotFoundError, hub.HfHubHTTPError, hub.HFValidationError):
         return  # the loader reports it, or tries again
     except Exception as error:  # the HTTP library, and so its errors, differs between versions of huggingface_hub
-        why = f"the hub cannot be reached ({' '.join(str(error).split())[:200]})"
+        why = f"the hub cannot be reached ({one_line(error)})"
     raise InputError(f"{where} is neither a local folder nor available on the Hugging Face Hub: {why}")
 
 
