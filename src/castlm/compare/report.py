@@ -266,7 +266,7 @@ def starts_note(rows: list[dict[str, Any]]) -> str:
 
 def stamp(results: list[Result]) -> dict[str, Any]:
     """The conditions of all figures: text, sequence length, tokenizer, versions, machine and date."""
-    from castlm.hardware import cpu_name  # imports torch
+    from castlm.hardware import cpu_name, library_versions  # imports torch
 
     record = next((r.record for r in results if "measured" in r.record and not r.trial), {})
     used = [r.record["versions"] for r in results if "versions" in r.record]
