@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
@@ -73,10 +72,14 @@ def stream_basis(start: StartWeights, world: World) -> Tensor | None:
     return basis.to(world.device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StartOf:
-    """The facts of a run on which its start depends, besides the start's own options."""
+    """A start: its options, and the facts of the run on which it depends."""
 
+    options: StartOptions
+    source: Source
+    text: TrainingText
+    world: World
     pattern: Pattern
     filter_fn: FilterFn
     """Chooses the layers that become sparse."""
@@ -94,42 +97,138 @@ class StartOf:
     training_tokens: float
     """Tokens of all forward passes of the training on one rank; a backward pass counts as two."""
 
+    def make(self, output_dir: str | Path, overwrite: bool = False) -> StartWeights:
+        """Makes the start, on the main rank.
 
-def make_start(
-    options: StartOptions,
-    of: StartOf,
-    source: Source,
-    text: TrainingText,
-    world: World,
-    output_dir: str | Path,
-    overwrite: bool = False,
-) -> StartWeights:
-    """Makes the start of `init_from`, on the main rank.
+        Finished transformer blocks are in `partial_folder(output_dir)`, from which a start that was killed continues.
+        The folder stays until `drop_partial`.
 
-    Finished transformer blocks are in `partial_folder(output_dir)`, from which a start that was killed continues. The
-    folder stays until `drop_partial`.
+        Args:
+            overwrite: begin again if that folder holds a start with other options, or a damaged one.
 
-    Args:
-        overwrite: begin again if that folder holds a start with other options, or a damaged one.
+        Raises:
+            InputError: on the main rank, as the one-shot solver, or for a given model that is not this one at n:m. The
+                other ranks raise `SystemExit`.
+        """
+        start = StartWeights()
 
-    Raises:
-        InputError: on the main rank, as the one-shot solver, or for a given model that is not this one at n:m. The
-            other ranks raise `SystemExit`.
-    """
-    start = StartWeights()
+        def make() -> dict[str, Any]:
+            if self.options.name in self.pattern.solvers:
+                partial = partial_folder(user_path(output_dir))
+                with output_folder(partial, "prune", resume=True):
+                    begin_output(partial, "prune", resume=True)
+                    self._prune(start, partial, overwrite)
+            else:
+                self._read(start)
+            return start.record
 
-    def make() -> dict[str, Any]:
-        if options.name in of.pattern.solvers:
-            partial = partial_folder(user_path(output_dir))
-            with output_folder(partial, "prune", resume=True):
-                begin_output(partial, "prune", resume=True)
-                _prune(start, options, of, source, text, world, partial, overwrite)
-        else:
-            _read(start, options.name, of, source)
-        return start.record
+        start.record = self.world.on_main(make, patient=True)  # loading a large model and each block may take long
+        return start
 
-    start.record = world.on_main(make, patient=True)  # loading a large model and each block may take long
-    return start
+    def _prune(self, start: StartWeights, partial: Path, overwrite: bool) -> None:
+        """Prunes a copy of the model, calibrated on the beginning of the training text."""
+        options, pattern, source = self.options, self.pattern, self.source
+        solver = options.name
+        model = source.whole_model().to(self.world.device)
+        try:
+            precision = choose_precision(self.precision, self.world.device, model.config)
+            how = Start.of(options, solver, pattern, seed=self.seed, filter_fn=self.filter_fn, precision=precision)
+            layers, _ = sparse_linears(model, pattern, self.filter_fn)
+            effort = EFFORTS[options.start_effort]
+            num_sequences = options.calibration_sequences or default_sequences(layers, self.seq_len, effort)
+            drawn = num_sequences, self.seq_len, self.seed
+            calibration, extras = calibration_sequences(self.text.documents, self.text.encoder, *drawn, note)
+            depends_on = {
+                "weights": source.fingerprint,
+                "tokens_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
+                "keeps_dense": self.keeps_dense_values,
+                "layers": sorted(layers),
+                **how.options(),
+            }
+            folder = StartFolder(partial, depends_on, restart=overwrite)
+            blocks = MemoryModel(model, layers, keeps_dense=self.keeps_dense_values)
+
+            def time_after(seconds_per_token: float) -> str:
+                # The output head is as much work as so many blocks, by its weights: 28.3 M / 3.5 M = 8 (SmolLM2-135M).
+                head = model.get_output_embeddings().weight.numel()
+                size = len(blocks.blocks) + head / sum(weight.numel() for weight in blocks.blocks[0].parameters())
+                return f"; training takes about {duration(self.training_tokens * size * seconds_per_token)} after it"
+
+            with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
+                report = how.make_(
+                    blocks, calibration, extras, folder=folder, say=note, progress=progress, time_after=time_after
+                )
+        except InputError as error:
+            raise InputError(f"init_from {solver}: {error}; init_from magnitude needs no text") from None
+        for line in report.notes():
+            note(line)
+        if self.world.mesh is not None:
+            model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
+        start.stream_basis = report.basis.stream_basis
+        pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
+        start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
+        replaced = set(pruned.values())
+        start.dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
+        if report.basis.changes:
+            start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
+        start.record = {
+            "calibration_tokens": calibration.numel(),
+            **report.record(),
+            "layer_errors": {layer.name: layer.error for layer in report.layers},
+            "reconstructions": [asdict(block) for block in report.reconstructions],
+        }
+
+    def _read(self, start: StartWeights) -> None:
+        """Reads the model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""
+        name, pattern, source = self.options.name, self.pattern, self.source
+        options = source.options if self.is_finetuning else {"trust_remote_code": source.options["trust_remote_code"]}
+        is_loaded = self.is_finetuning and source.stored is None
+        try:
+            model = source.model if is_loaded else load_model(name, **options).model
+        except InputError as error:
+            known = ", ".join(pattern.solvers)
+            raise InputError(f"init_from {name} is neither one of {known} nor a model: {error}") from None
+        layers, _ = sparse_linears(source.model, pattern, self.filter_fn)
+        untied = is_tied(source.model) and not is_tied(model)
+        theirs = dict(model.named_parameters())
+        if not self.is_finetuning:
+            ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
+            if untied:
+                head = model.get_output_embeddings().weight
+                ours |= {each: head.shape for each, parameter in theirs.items() if parameter is head}
+            for each in sorted(ours.keys() | theirs.keys()):
+                if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
+                    raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
+        start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in layers}
+        bound = pattern.for_model(source.model)
+        for unit in bound.joint_layers(start.pruned):
+            if bound.joint_violations([start.pruned[layer] for layer in unit]):
+                given = name if self.is_finetuning else f"init_from {name}"
+                raise InputError(
+                    f"{given} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or "
+                    "name the layer in left_dense"
+                )
+        if self.is_finetuning:
+            return
+        pruned = {f"{layer}.weight" for layer in layers}
+        start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
+        # Its basis may be another than the dense model's.
+        if self.keeps_dense_values:
+            changed = read_record(Path(name) / RESULT).get("basis") or {}
+            changes = [change["what"] for change in changed.get("changes", []) if change["num_kept"]]
+            if changes:
+                raise InputError(
+                    f"init_from {name} is written in another basis ({', '.join(changes)}), in which masked weights "
+                    "have no dense values to begin at: prune it with --rotate off --no-permute"
+                )
+        if self.compares_hidden:
+            try:
+                start.stream_basis = basis_between(source.embeddings(), model.get_input_embeddings().weight.detach())
+            except InputError as error:
+                raise InputError(f"init_from {name}: {error}; with hidden_weight 0 they may differ") from None
+        shape = None if start.stream_basis is None else list(start.stream_basis.shape)
+        if untied or shape:
+            start.record = {"basis": {"untied": untied, "stream_basis": shape}}
 
 
 def drop_partial(output_dir: str | Path) -> None:
@@ -138,127 +237,6 @@ def drop_partial(output_dir: str | Path) -> None:
     if command_of(partial) == "prune":
         with output_folder(partial, "prune", resume=True):
             remove_work(partial)
-
-
-def _prune(
-    start: StartWeights,
-    options: StartOptions,
-    of: StartOf,
-    source: Source,
-    text: TrainingText,
-    world: World,
-    partial: Path,
-    overwrite: bool,
-) -> None:
-    """Prunes a copy of the model, calibrated on the beginning of the training text."""
-    solver, pattern, filter_fn = options.name, of.pattern, of.filter_fn
-    model = source.whole_model().to(world.device)
-    try:
-        precision = choose_precision(of.precision, world.device, model.config)
-        how = Start.of(options, solver, pattern, seed=of.seed, filter_fn=filter_fn, precision=precision)
-        layers, _ = sparse_linears(model, pattern, filter_fn)
-        effort = EFFORTS[options.start_effort]
-        num_sequences = options.calibration_sequences or default_sequences(layers, of.seq_len, effort)
-        drawn = num_sequences, of.seq_len, of.seed
-        calibration, extras = calibration_sequences(text.documents, text.encoder, *drawn, note)
-        depends_on = {
-            "weights": source.fingerprint,
-            "tokens_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
-            "keeps_dense": of.keeps_dense_values,
-            "layers": sorted(layers),
-            **how.options(),
-        }
-        folder = StartFolder(partial, depends_on, restart=overwrite)
-        blocks = MemoryModel(model, layers, keeps_dense=of.keeps_dense_values)
-
-        def time_after(seconds_per_token: float) -> str:
-            # The output head is as much work as so many blocks, by its weights: 28.3 M / 3.5 M = 8 (SmolLM2-135M).
-            head = model.get_output_embeddings().weight.numel()
-            size = len(blocks.blocks) + head / sum(weight.numel() for weight in blocks.blocks[0].parameters())
-            return f"; training takes about {duration(of.training_tokens * size * seconds_per_token)} after it"
-
-        with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
-            report = how.make_(
-                blocks, calibration, extras, folder=folder, say=note, progress=progress, time_after=time_after
-            )
-    except InputError as error:
-        raise InputError(f"init_from {solver}: {error}; init_from magnitude needs no text") from None
-    for line in report.notes():
-        note(line)
-    if world.mesh is not None:
-        model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
-    start.stream_basis = report.basis.stream_basis
-    pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
-    start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
-    replaced = set(pruned.values())
-    start.dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
-    if report.basis.changes:
-        start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
-    start.record = {
-        "calibration_tokens": calibration.numel(),
-        **report.record(),
-        "layer_errors": {layer.name: layer.error for layer in report.layers},
-        "reconstructions": [asdict(block) for block in report.reconstructions],
-    }
-
-
-def _read(start: StartWeights, name: str, of: StartOf, source: Source) -> None:
-    """Reads the n:m model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""
-    pattern = of.pattern
-    options = source.options if of.is_finetuning else {"trust_remote_code": source.options["trust_remote_code"]}
-    is_loaded = of.is_finetuning and source.stored is None
-    try:
-        model = source.model if is_loaded else load_model(name, **options).model
-    except InputError as error:
-        known = ", ".join(pattern.solvers)
-        raise InputError(f"init_from {name} is neither one of {known} nor a model: {error}") from None
-    layers, _ = sparse_linears(source.model, pattern, of.filter_fn)
-    untied = is_tied(source.model) and not is_tied(model)
-    theirs = dict(model.named_parameters())
-    if not of.is_finetuning:
-        ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
-        if untied:
-            head = model.get_output_embeddings().weight
-            ours |= {each: head.shape for each, parameter in theirs.items() if parameter is head}
-        for each in sorted(ours.keys() | theirs.keys()):
-            if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
-                raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
-    start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in layers}
-    bound = pattern.for_model(source.model)
-    for unit in bound.joint_layers(start.pruned):
-        if bound.joint_violations([start.pruned[layer] for layer in unit]):
-            given = name if of.is_finetuning else f"init_from {name}"
-            raise InputError(
-                f"{given} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or name "
-                "the layer in left_dense"
-            )
-    if of.is_finetuning:
-        return
-    pruned = {f"{layer}.weight" for layer in layers}
-    start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
-    _read_basis(start, name, of, source, model, untied)
-
-
-def _read_basis(
-    start: StartWeights, name: str, of: StartOf, source: Source, given: PreTrainedModel, untied: bool
-) -> None:
-    """Records the basis of the given model, which may be another than the dense model's."""
-    if of.keeps_dense_values:
-        basis = read_record(Path(name) / RESULT).get("basis") or {}
-        changes = [change["what"] for change in basis.get("changes", []) if change["num_kept"]]
-        if changes:
-            raise InputError(
-                f"init_from {name} is written in another basis ({', '.join(changes)}), in which masked weights have no "
-                "dense values to begin at: prune it with --rotate off --no-permute"
-            )
-    if of.compares_hidden:
-        try:
-            start.stream_basis = basis_between(source.embeddings(), given.get_input_embeddings().weight.detach())
-        except InputError as error:
-            raise InputError(f"init_from {name}: {error}; with hidden_weight 0 they may differ") from None
-    shape = None if start.stream_basis is None else list(start.stream_basis.shape)
-    if untied or shape:
-        start.record = {"basis": {"untied": untied, "stream_basis": shape}}
 
 
 @torch.no_grad()

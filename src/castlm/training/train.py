@@ -52,7 +52,7 @@ from castlm.training.source import (
     options_of_teacher,
     steps_of_epochs,
 )
-from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, make_start, start_, stream_basis
+from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, start_, stream_basis
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import chosen_trackers
 
@@ -184,6 +184,10 @@ def set_up(config: TrainConfig, world: World) -> Run:
         passes = 3 + (teacher_options.eta > 0)  # forward, twice as much backward, and the teacher's forward
         sequences = optimizer_options.sequences_per_step(world.size)
         of = StartOf(
+            options=config.start,
+            source=source,
+            text=text,
+            world=world,
             pattern=pattern,
             filter_fn=filter_fn,
             seq_len=data.seq_len,
@@ -194,8 +198,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
             compares_hidden=bool(teacher_options.hidden_weight),
             training_tokens=passes * optimizer_options.max_steps * sequences * data.seq_len / world.size,
         )
-        output = config.checkpoint
-        start = make_start(config.start, of, source, text, world, output.output_dir, output.overwrite)
+        start = of.make(config.checkpoint.output_dir, config.checkpoint.overwrite)
 
     # teacher, objective, method
     tutor = source
