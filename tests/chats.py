@@ -1,7 +1,5 @@
 """Conversations and chat templates for tests: with and without generation marks, and one that rewrites its history."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

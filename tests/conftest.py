@@ -59,6 +59,14 @@ def llama(tmp_path_factory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("llama"), "llama"))
 
 
+@pytest.fixture(scope="session")
+def sparse(llama, tmp_path_factory) -> str:
+    """Folder of that LLaMA at 2:4, by `castlm prune --method magnitude`. No test changes it."""
+    from tests.runs import prune_to
+
+    return prune_to(tmp_path_factory.mktemp("sparse") / "model", llama)
+
+
 @pytest.fixture
 def lessons() -> Iterator[list[tuple[int, ...]]]:
     """Shapes of the batches that a teacher has read."""
@@ -92,6 +100,7 @@ LONGEST_FIRST = (
     "test_fuzz",
     "test_compare",
     "test_chat",
+    "test_teacher",
 )
 """Files whose tests take longest. They run first, so that no process is left alone with one of them at the end."""
 

@@ -6,8 +6,6 @@
 Each time the ranks are started again as `torchrun --max-restarts` starts them; once it is torchrun itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random
@@ -59,7 +57,7 @@ class Ground:
     num_runs: int = 0
 
     @classmethod
-    def prepare(cls, folder: Path, **over: Any) -> Ground:
+    def prepare(cls, folder: Path, **over: Any) -> "Ground":
         (folder / "text.txt").write_text(TEXT)
         model = save_tiny(folder / "dense", "gemma")
         fields = {"per_device_train_batch_size": 2, "max_steps": 8, "save_steps": 2, "device": "cpu"}

@@ -5,8 +5,6 @@
 Exits with 1 at the first input that ends in anything but an answer or an `InputError`; pytest prints that input.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import secrets

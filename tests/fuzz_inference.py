@@ -6,8 +6,6 @@ Before the search, one call that claims a buffer longer than it is shows that th
 collected by pytest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import random

@@ -3,8 +3,6 @@
 The command prints any error as one line, so that a rare input may end in the error of a library.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Random packed weights, their buffers and the check of a product, for tests and the fuzzer of the CPU kernels."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

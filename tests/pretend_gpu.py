@@ -5,8 +5,6 @@ computed from one. An operation on tensors of both devices raises the error that
 of the GPU. Kernels, dtypes and streams of a real GPU are not imitated. In a backward pass the pretence is off.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

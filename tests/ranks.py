@@ -2,8 +2,6 @@
 already: torch and transformers take longer to import than a tiny model to train.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

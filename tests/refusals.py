@@ -1,7 +1,5 @@
 """Commands that answer bad input with exit code 2 and one line; folders that may not be written."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterable, Sequence
@@ -18,12 +16,19 @@ def assert_refused(cases: Iterable[tuple[Sequence[str], str]], capsys: pytest.Ca
     Args:
         cases: (arguments, message).
     """
-    capsys.readouterr()
     for arguments, message in cases:
-        assert main(list(arguments)) == 2, message
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.strip().count("\n") == 0, said
+        assert message in refused(arguments, capsys)
+
+
+def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that is refused."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2, arguments
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1, said.err
+    assert said.err.startswith("castlm: error: ")
+    return said.err
 
 
 def refuse_mkdir(monkeypatch: pytest.MonkeyPatch, parent: Path) -> None:

@@ -1,7 +1,5 @@
 """Small runs of `castlm train` in tests: one that is stopped as by a kill, resumed, and compared bit for bit."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
@@ -10,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
+from castlm.cli.main import main
 from castlm.distributed.world import World, init_world
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
@@ -19,23 +18,42 @@ from castlm.training.objective import Objective
 from castlm.training.run import Run
 from castlm.training.train import set_up, train
 
+SMALL: dict[str, Any] = {
+    "max_steps": 8,
+    "calibration_sequences": 4,
+    "rotation_iterations": 4,
+    "decay_end": 0.75,  # still decaying where a run is stopped
+    "seq_len": 32,
+    "per_device_train_batch_size": 4,
+    "eval_tokens": 256,
+    "mask_interval": 3,
+    "save_steps": 0,
+    "eval_steps": 4,
+    "learning_rate": 1e-3,
+}
+
 
 def small(model: str, dataset: str, output_dir: Path, **over: Any) -> TrainConfig:
     """A run that is small by its sizes alone: what it does, and how, is what users get."""
-    fields = {
-        "max_steps": 8,
-        "calibration_sequences": 4,
-        "rotation_iterations": 4,
-        "decay_end": 0.75,  # still decaying where a run is stopped
-        "seq_len": 32,
-        "per_device_train_batch_size": 4,
-        "eval_tokens": 256,
-        "mask_interval": 3,
-        "save_steps": 0,
-        "eval_steps": 4,
-        "learning_rate": 1e-3,
-    }
-    return TrainConfig.of(model, dataset, str(output_dir), **{**fields, **over})
+    return TrainConfig.of(model, dataset, str(output_dir), **{**SMALL, **over})
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as the arguments of a command."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def small_command(command: str, model: str | Path, dataset: str | Path, output_dir: Path, **over: Any) -> list[str]:
+    """The arguments of a small run on the command line."""
+    return [command, *flags({"model": model, "dataset": dataset, "output_dir": output_dir, **SMALL, **over})]
+
+
+def prune_to(folder: Path, model: str | Path, text: str | Path | None = None, **over: Any) -> str:
+    """Runs `castlm prune`, by magnitude where there is no text, and returns the folder."""
+    sizes = {"calibration": text, "num_sequences": 4, "seq_len": 32, "rotation_iterations": 4}
+    options = {"model": model, "output_dir": folder, **(sizes if text else {"method": "magnitude"}), **over}
+    assert main(["prune", *flags(options)]) == 0
+    return str(folder)
 
 
 def begin_run(config: TrainConfig, world: World | None = None) -> Run:
@@ -103,8 +121,14 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
+def record_of(folder: str | Path) -> dict[str, Any]:
+    """The castlm.json of a model folder."""
+    return json.loads((Path(folder) / "castlm.json").read_text())
+
+
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    """The tensors in the safetensors files of a folder, by name."""
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 SUM_NOISE = 1e-6
@@ -143,8 +167,9 @@ def assert_same_runs_but_for_sums(one: str | Path, other: str | Path, atol: floa
 
 
 def assert_equal_weights(one: str | Path, other: str | Path) -> None:
-    """Bit for bit."""
+    """Checks that the files of two folders hold the same tensors, bit for bit."""
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)), name

@@ -1,7 +1,5 @@
 """C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, for `fuzz_kernels` and `fuzz_inference`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

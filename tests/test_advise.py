@@ -37,7 +37,10 @@ from castlm.patterns import parse_pattern
 from castlm.planning.fit import fit_law
 from castlm.planning.law import predict_perplexity
 from castlm.planning.points import Point
+from tests.refusals import assert_refused
 from tests.tiny import save_tiny, tiny_model
+
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 
 LLAMA_1B = Shapes({(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 32, (2048, 8192): 16}, (128256, 2048))
 LLAMA_7B = Shapes({(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}, (32000, 4096))
@@ -84,52 +87,24 @@ def test_it_advises_2_4_where_a_7b_model_reads_a_prompt_on_an_h100():
     assert advice.verdict.startswith("Use 2:4")
 
 
-def test_formats_are_those_the_device_has_hardware_for():
-    names = [form.name for form in advise(LLAMA_7B, find_device("a100"), tokens=1).formats]
-    assert names[:2] == ["bf16", "2:4 bf16"]
-    assert "fp8" not in names
-    assert "2:4 fp8" in [form.name for form in advise(LLAMA_7B, find_device("h100"), tokens=1).formats]
-
-
-def test_measured_seconds_decide_when_given():
+def test_measured_seconds_decide_when_given_and_a_width_that_does_not_divide_by_4_stays_dense():
     def seconds(form, shape, tokens):
         return 0.5 if form.sparse and shape == (4096, 4096) else 1.0
 
     advice = advise(LLAMA_7B, find_device("h100"), tokens=1, seconds=seconds)
-    assert {row.shape: row.best for row in advice.rows} == {
-        (4096, 4096): "2:4 bf16",
-        (11008, 4096): "bf16",
-        (4096, 11008): "bf16",
-    }
+    best = {(4096, 4096): "2:4 bf16", (11008, 4096): "bf16", (4096, 11008): "bf16"}
+    assert {row.shape: row.best for row in advice.rows} == best
     assert advice.is_measured
     assert advice.mixed_speedup == pytest.approx(225 / 161)
-
-
-def test_a_layer_whose_width_does_not_divide_by_4_stays_dense():
     advice = advise(Shapes({(64, 30): 1}), find_device("h100"), tokens=1, seconds=lambda form, shape, tokens: form.bits)
     assert advice.rows[0].best == "bf16"
     assert advice.rows[0].seconds["2:4 bf16"] == advice.rows[0].seconds["bf16"]
 
 
-def test_text_and_json_carry_the_verdict_and_the_sources():
-    advice = advise(LLAMA_1B, find_device("h100"), tokens=1)
-    text = advice.text()
-    assert advice.verdict in text
-    assert "arXiv 2603.05232" in text
-    assert "data sheet" in text
-    content = advice.as_dict()
-    assert content["verdict"] == advice.verdict
-    assert content["speedup"]["bf16"] == 1
-    assert {row["device"] for row in content["evidence"]} == {"h100-pcie"}
-
-
+@needs_kernels
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 def test_a_dtype_that_a_cpu_lacks_is_refused_with_those_that_the_command_takes(dtype, tmp_path, capsys):
-    if native.kernels() is None:
-        pytest.skip("the C++ kernels are not built")
-    folder = save_tiny(tmp_path / "m", "llama")
-    capsys.readouterr()
-    assert main(["advise", str(folder), "--device", "this", "--dtype", dtype]) == 2
+    assert main(["advise", str(save_tiny(tmp_path / "m")), "--device", "this", "--dtype", dtype]) == 2
     assert f"has no {dtype}: choose one of fp32, bf16, fp16\n" in capsys.readouterr().err
 
 
@@ -140,43 +115,30 @@ def test_every_published_figure_is_of_a_known_device_and_has_a_source():
     assert all(found.decode for found in advise(LLAMA_1B, find_device("h200"), tokens=1).evidence)
 
 
-def test_the_command_prints_the_table_and_writes_json(tmp_path, capsys):
-    folder = save_tiny(tmp_path / "m", "llama")
-    assert main(["advise", str(folder), "--device", "h100", "--tokens", "64", "--json", str(tmp_path / "a.json")]) == 0
-    printed = capsys.readouterr().out
-    assert "Do not use 2:4 for speed at 64 tokens on h100" in printed
-    assert "64 x 32" in printed
-    assert json.loads((tmp_path / "a.json").read_text())["device"] == "h100"
+def test_the_command_prints_the_table_the_verdict_and_its_sources_and_writes_json(tmp_path, capsys):
+    folder, file = save_tiny(tmp_path / "m"), tmp_path / "a.json"
+    assert main(["advise", str(folder), "--device", "h100", "--tokens", "1", "--json", str(file)]) == 0
+    printed, report = capsys.readouterr().out, json.loads(file.read_text())
+    for part in ("64 x 32", "arXiv 2603.05232", "data sheet", report["verdict"]):
+        assert part in printed
+    assert report["verdict"].startswith("Do not use 2:4 for speed at 1 token on h100")
+    assert (report["device"], report["speedup"]["bf16"]) == ("h100", 1)
+    assert {row["device"] for row in report["evidence"]} == {"h100-pcie"}
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "named"),
     [
-        (["--device", "tpu"], "no record of the device 'tpu'"),
+        (["--device", "tpu"], "'tpu'"),
         (["--device", "a100", "--dtype", "fp8"], "a100 has no fp8"),
-        (["--device", "a100", "--pattern", "4:8"], "GPUs have hardware for 2:4 alone"),
+        (["--device", "a100", "--pattern", "4:8"], "2:4"),
         (["--device", "h100", "--dtype", "fp32"], "h100 has no fp32"),
-        (["--tokens", "-1"], "--tokens = -1 is out of range: it must be at least 0"),
+        (["--tokens", "-1"], "--tokens = -1"),
     ],
 )
-def test_the_command_complains_in_one_line(tmp_path, capsys, options, complaint):
+def test_the_command_complains_in_one_line(tmp_path, capsys, options, named):
     folder = save_tiny(tmp_path / "m", "llama")
-    capsys.readouterr()
-    assert main(["advise", str(folder), *options]) == 2
-    captured = capsys.readouterr()
-    assert complaint in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-
-
-def test_the_model_is_not_replaced_by_the_advice(tmp_path, capsys):
-    folder = save_tiny(tmp_path / "m", "llama")
-    before = (folder / "config.json").read_text()
-    assert main(["advise", str(folder), "--device", "h100", "--json", str(folder / "config.json")]) == 2
-    assert (folder / "config.json").read_text() == before
-
-
-needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
+    assert_refused([(["advise", str(folder), *options], named)], capsys)
 
 
 @pytest.fixture
@@ -377,18 +339,12 @@ def test_results_of_another_dense_model_are_refused(tmp_path):
 
 @needs_kernels
 def test_what_does_not_compare_is_refused_in_one_line(dense, result, tmp_path, capsys):
-    run = str(result("run", "2:4", 8.0))
-    other = str(result("other", "2:4", 8.0, seq_len=64))
+    run, other = str(result("run", "2:4", 8.0)), str(result("other", "2:4", 8.0, seq_len=64))
     (tmp_path / "empty").mkdir()
-    for arguments, complaint in (
-        (["--results", run, str(other)], "has seq_len 64, not 32: compare results of one model, text and context"),
-        (["--results", str(tmp_path / "empty")], "no castlm.json"),
-        (["--results", str(dense)], "no castlm.json"),
-        (["--results", run, "--device", "h100"], "--device is not for --results"),
-    ):
-        capsys.readouterr()
-        assert main(["advise", str(dense), *arguments]) == 2
-        captured = capsys.readouterr()
-        assert complaint in captured.err
-        assert captured.err.count("\n") == 1
-        assert captured.out == ""
+    cases = [
+        (["--results", run, other], "seq_len 64, not 32"),
+        (["--results", str(tmp_path / "empty")], "castlm.json"),
+        (["--results", str(dense)], "castlm.json"),
+        (["--results", run, "--device", "h100"], "--device"),
+    ]
+    assert_refused([(["advise", str(dense), *arguments], named) for arguments, named in cases], capsys)

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
@@ -93,18 +92,6 @@ def test_the_report_says_in_which_basis_the_residual_stream_is(family, rotate):
     for old, new in zip(before, stream(model)):
         turned = old if report.stream_basis is None else old @ report.stream_basis
         assert distance(turned, new) < 1e-5
-
-
-@pytest.mark.parametrize("family", [slow("gemma"), "gpt2"])
-def test_a_rotated_model_with_untied_embeddings_is_a_plain_folder(family, tmp_path):
-    from castlm.models.io import save_model
-    from tests.tiny import tiny_tokenizer
-
-    model = family_model(family)
-    before = logits(model)
-    assert change_basis_(model, TOKENS, BasisOptions(rotate="residual", rotation_iterations=5)).untied
-    save_model(model, tiny_tokenizer(), tmp_path)
-    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), before) < 1e-5
 
 
 NO_LAYOUT_OF_THEIR_OWN = {family for family in LAYOUTS if family.endswith("_vl_text")}

@@ -17,6 +17,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import nm_mask
 from castlm.inference import native as inference_native
 from tests.ranks import start_command, wait_ranks
+from tests.runs import prune_to
 from tests.tiny import TEXT, save_tiny
 
 
@@ -67,7 +68,7 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
     assert all(point["tokens_per_second"] > 0 and point["perplexity"] > 1 for point in points.values())
     assert "| 2:4 int4 |" in capsys.readouterr().out
 
-    assert main(["prune", "--model", str(folder), "--output-dir", str(tmp_path / "s"), "--method", "magnitude"]) == 0
+    prune_to(tmp_path / "s", folder)
     for head, name in (([], "2:4 int8"), (["--head", "int8"], "2:4 int8, int8 head")):
         command = ["quantize", str(tmp_path / "s"), "--output-dir", str(tmp_path / "q"), "--save-dtype", "bf16"]
         assert main([*command, "--packed", *head, "--overwrite"]) == 0

@@ -35,17 +35,9 @@ from tests.chats import (
     write_rows,
     write_talks,
 )
-from tests.refusals import assert_refused
-from tests.runs import (
-    assert_equal_weights,
-    begin_run,
-    metrics,
-    small,
-    stop_and_resume,
-    train_until,
-)
+from tests.runs import assert_equal_weights, begin_run, metrics, small, stop_and_resume, train_until
 from tests.texts import sequences
-from tests.tiny import EOS_ID, TEXT, tiny_model
+from tests.tiny import EOS_ID, tiny_model
 
 TOKENIZER = chat_tokenizer()
 PLAIN = turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye")
@@ -123,17 +115,20 @@ def test_a_template_that_leaves_out_what_is_said_beside_a_tool_call_is_refused()
         counted({"messages": messages}, template, assistant_only=False)
 
 
-@pytest.mark.parametrize("written", ["| upper", "| tojson", "| trim", ".split('</think>')[-1]"])
-def test_a_template_may_render_a_message_differently(written):
-    template = CHATML.replace("message['content']", f"(message['content'] {written})")
-    (found,) = counted({"messages": talk(' a "b"\n', "<think>c</think>d")}, template, assistant_only=False)
+CONTENT, IN_ORDER = "message['content']", "for message in messages"
+
+
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [
+        *((CONTENT, f"({CONTENT} {change})") for change in ("| upper", "| tojson", "| trim", ".split('</think>')[-1]")),
+        (IN_ORDER, f"{IN_ORDER}[::-1]"),
+    ],
+)
+def test_a_template_may_render_a_message_differently_or_elsewhere(place, other):
+    document = {"messages": talk(' a "b"\n', "<think>c</think>d")}
+    (found,) = counted(document, CHATML.replace(place, other), assistant_only=False)
     assert found.count("<|im_end|>") == 2
-
-
-def test_a_message_that_a_template_moves_is_not_left_out():
-    template = CHATML.replace("for message in messages", "for message in messages[::-1]")
-    (found,) = counted({"messages": TALK}, template, assistant_only=False)
-    assert found.index("Be brief.") > found.index("See you")
 
 
 def trl_template(name):
@@ -263,22 +258,14 @@ def test_empty_conversations_are_dropped_and_counted_as_blank_documents_are(tmp_
 REFUSED = {
     "no template": (None, TALK, "has no chat template, which conversations need: give one with chat_template_path"),
     "a template that rewrites": (REWRITING, talk("a", "<b>c", "d", "e"), "no generation marks, and turn 2 of it"),
-    "the template refuses": (
-        STRICT,
-        [*TALK],
-        r"begins 'Be brief\.' \(roles system, .*\): Conversation roles",
-    ),
+    "the template refuses": (STRICT, [*TALK], r"begins 'Be brief\.' \(roles system, .*\): Conversation roles"),
     "a broken template": ("{% for %}", TALK, "cannot render the conversation that begins 'Be brief.'"),
     "marks around nothing": (
         "{% generation %}{% endgeneration %}x",
         TALK,
         "generation marks of the chat template cover",
     ),
-    "the assistant first": (
-        CHATML,
-        [turn("assistant", "a")],
-        "conversation that begins 'a' .*turn 1 of it",
-    ),
+    "the assistant first": (CHATML, [turn("assistant", "a")], "conversation that begins 'a' .*turn 1 of it"),
 }
 
 
@@ -464,20 +451,6 @@ def test_the_loss_is_that_of_the_assistants_tokens_by_hand(llama, chat, tmp_path
     assert found.loss.item() == pytest.approx((0.5 * kl + 0.5 * ce).item(), rel=1e-4)
 
 
-def test_what_the_user_says_last_changes_no_loss_and_what_the_assistant_says_does(llama, tmp_path):
-    def losses(name, user, assistant):
-        conversations = [[*talk, turn("user", user)] for talk in talks(60)]
-        conversations[0] = [turn("user", "a"), turn("assistant", assistant)]
-        path = write_talks(tmp_path / f"{name}.jsonl", conversations)
-        held_out = write_talks(tmp_path / "held_out.jsonl", talks(5, seed=1))
-        train(of_chat(llama, path, tmp_path / name, eval_dataset=held_out))
-        return [row["loss"] for row in metrics(tmp_path / name) if "loss" in row]
-
-    first = losses("one", "xyz", "b")
-    assert losses("two", "uvw", "b") == first
-    assert losses("three", "xyz", "c") != first
-
-
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path):
     straight = of_chat(llama, chat, tmp_path / "straight", save_steps=2, max_steps=4, init_from=None)
     record = train(straight)
@@ -519,17 +492,6 @@ def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, t
     assert type(chat_tokenizer()).from_pretrained(tmp_path / "run" / "model").chat_template == MARKED
 
 
-def test_a_mixture_of_conversations_and_plain_text_trains(llama, chat, tmp_path):
-    plain = write_rows(tmp_path / "plain.jsonl", [{"text": TEXT[at : at + 300]} for at in range(0, 9000, 300)])
-    record = train(
-        of_chat(llama, (f"{chat}:0.5", f"{plain}:0.5"), tmp_path / "run", eval_tokens=300, max_steps=2, init_from=None)
-    )
-    assert record["measured"]["tokens"] == "assistant and all"
-    last = metrics(tmp_path / "run")[-1]
-    parts = last["perplexity/talks.jsonl"], last["perplexity/plain.jsonl"]
-    assert min(parts) < last["perplexity"] < max(parts)
-
-
 def test_eval_says_which_tokens_it_scored(llama, chat, tmp_path, capsys):
     assert main(["eval", llama, "--text", chat, "--seq-len", "96", "--json", str(tmp_path / "a.json")]) == 0
     assert "assistant tokens of" in capsys.readouterr().out
@@ -538,17 +500,3 @@ def test_eval_says_which_tokens_it_scored(llama, chat, tmp_path, capsys):
     assert "assistant" not in capsys.readouterr().out.replace("--no-assistant-only-loss", "")
     assert found["tokens"] == "assistant"
     assert found["num_tokens"] < found["text_tokens"] / 2
-
-
-def test_prune_calibrates_on_conversations(llama, chat, tmp_path):
-    command = ["prune", "--model", llama, "--calibration", chat, "--num-sequences", "4", "--seq-len", "32"]
-    assert main([*command, "--output-dir", str(tmp_path / "pruned"), "--rotation-iterations", "4"]) == 0
-
-
-def test_a_bad_conversation_ends_a_command_with_one_line(llama, tmp_path, capsys):
-    bad = write_rows(tmp_path / "bad.jsonl", [{"messages": [turn("user", "a"), turn("gpt", "b")]}])
-    run = ["train", "--model", llama, "--dataset", bad, "--seq-len", "64", "--output-dir", str(tmp_path / "run")]
-    prune = ["prune", "--model", llama, "--calibration", bad, "--output-dir", str(tmp_path / "pruned")]
-    message = 'line 1: message 2 is {"role": "gpt"'
-    assert_refused([(command, message) for command in (run, ["eval", llama, "--text", bad], prune)], capsys)
-    assert not (tmp_path / "run").exists()

@@ -1,7 +1,5 @@
 """A checkpoint from a stranger is safe to inspect and to resume; a damaged one of our own is named."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -92,14 +90,9 @@ def test_a_pickle_in_a_checkpoint_is_not_run(where, checkpoint, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def nested(depth: int) -> bytes:
-    return b"[" * depth
-
-
 OTHERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "another width": lambda t: t.update({"model.a.weight": torch.zeros(4, 7)}),
     "half a tensor": lambda t: t.update({"model.a.weight": torch.zeros(2, 6)}),
-    "more rows": lambda t: t.update({"model.b": torch.zeros(4, dtype=torch.bfloat16)}),
     "another dtype": lambda t: t.update({"model.b": torch.zeros(3)}),
     "no tensor": lambda t: t.pop("model.b"),
 }
@@ -115,7 +108,7 @@ def test_other_tensors_than_those_of_the_run_are_refused(case, checkpoint):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"\0", nested(200_000), b'{"format": 2}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"\0", b"[" * 200_000, b'{"format": 2}'])
 def test_a_corrupt_manifest_is_one_line(content, checkpoint):
     (checkpoint / "manifest.json").write_bytes(content)
     with pytest.raises(InputError, match="step-00000003") as refusal:
@@ -123,25 +116,28 @@ def test_a_corrupt_manifest_is_one_line(content, checkpoint):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_manifest_carries_its_own_checksum(checkpoint):
-    text = (checkpoint / "manifest.json").read_text()
-    (checkpoint / "manifest.json").write_text(text.replace('"tokens": 3', '"tokens": 4'))
-    with pytest.raises(InputError, match="its checksum does not match"):
-        read_manifest(checkpoint)
-
-
-def test_a_damaged_file_is_named(checkpoint):
+def flip_a_byte(checkpoint: Path) -> None:
     content = bytearray((checkpoint / SHARD).read_bytes())
     content[len(content) // 2] ^= 0xFF
     (checkpoint / SHARD).write_bytes(content)
-    with pytest.raises(InputError, match="is missing or corrupt: remove"):
-        load_checkpoint(checkpoint, state(0.0), ALONE)
 
 
-def test_a_link_in_a_checkpoint_is_refused(checkpoint, tmp_path):
-    (checkpoint / SHARD).rename(tmp_path / "elsewhere")
-    (checkpoint / SHARD).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="missing or corrupt"):
+def leave_a_link(checkpoint: Path) -> None:
+    (checkpoint / SHARD).rename(checkpoint.parent / "elsewhere")
+    (checkpoint / SHARD).symlink_to(checkpoint.parent / "elsewhere")
+
+
+def edit_manifest(checkpoint: Path) -> None:
+    text = (checkpoint / "manifest.json").read_text()
+    (checkpoint / "manifest.json").write_text(text.replace('"tokens": 3', '"tokens": 4'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"), [(flip_a_byte, SHARD), (leave_a_link, SHARD), (edit_manifest, "its checksum")]
+)
+def test_a_damaged_file_or_a_link_is_named(damage, named, checkpoint):
+    damage(checkpoint)
+    with pytest.raises(InputError, match=named):
         load_checkpoint(checkpoint, state(0.0), ALONE)
 
 

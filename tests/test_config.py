@@ -1,6 +1,5 @@
 """TrainConfig and the command line: what is accepted, what is refused in one line, and what the help shows."""
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,34 +9,25 @@ from typing import Literal
 import pytest
 import yaml
 
-from castlm.cli.main import main
 from castlm.cli.options import command_line, parse
 from castlm.cli.train import parse_train
-from castlm.core.decay import DECAYS, Decay
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.data.options import OF_CONVERSATIONS
 from castlm.fields import docs_of, positional
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.methods.table import METHODS, Method
+from castlm.methods.table import METHODS
 from castlm.training.config import RECIPES, TrainConfig, names_of
+from tests.refusals import assert_refused
 
 REQUIRED = {"model": "m", "dataset": "d", "output_dir": "o"}
 
 
-def from_yaml(tmp_path: Path, text: str) -> TrainConfig:
+def from_yaml(tmp_path: Path, text: str, **fields: str) -> TrainConfig:
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
-    return TrainConfig.from_mapping({**REQUIRED, **read_yaml_mapping(file)}, str(file))
-
-
-def refusal(arguments: list[str], capsys) -> str:
-    """The one line of a command that is refused."""
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert error.startswith("castlm: error: ")
-    return error
+    return TrainConfig.from_mapping({**fields, **read_yaml_mapping(file)}, str(file))
 
 
 # ------------------------------------------------------------------------------------------------------- the object
@@ -93,15 +83,9 @@ def test_a_file_may_name_an_option_in_another_section():
 
 def test_a_config_survives_its_own_yaml(tmp_path):
     config = TrainConfig.of("m", "d", "o", pattern="4:8", left_dense=("--odd", "x"), adam_betas=(0.9, 0.95), lam="auto")
-    again = TrainConfig.from_mapping(read_yaml_mapping_of(config, tmp_path))
+    again = from_yaml(tmp_path, config.as_yaml())
     assert again == config
     assert again.given["init_from"] == "sparsegpt"  # the file holds what the run used
-
-
-def read_yaml_mapping_of(config: TrainConfig, tmp_path: Path) -> dict:
-    file = tmp_path / "config.yaml"
-    file.write_text(config.as_yaml(), encoding="utf-8")
-    return read_yaml_mapping(file)
 
 
 @pytest.mark.parametrize(("max_steps", "num_evaluations"), [(1, 1), (9, 9), (10, 10), (11, 6), (19, 10), (1000, 10)])
@@ -116,7 +100,7 @@ NOT_DEFAULT = [{"method": method} for method in METHODS] + [{"decay": decay} for
 @pytest.mark.parametrize("fields", NOT_DEFAULT)
 def test_no_option_of_a_runs_own_yaml_is_without_effect(fields, tmp_path):
     config = TrainConfig.of(**REQUIRED | fields)
-    again = TrainConfig.from_mapping(read_yaml_mapping_of(config, tmp_path))
+    again = from_yaml(tmp_path, config.as_yaml())
     assert again.without_effect() == config.without_effect()
     assert again.as_dict() == config.as_dict()
 
@@ -170,10 +154,8 @@ def test_values_that_are_refused(mapping, message):
 def test_a_python_call_is_checked_like_a_file():
     with pytest.raises(InputError, match="learning_rate = 'fast'"):
         TrainConfig.of("m", "d", "o", learning_rate="fast")
-    assert TrainConfig.of(Path("m"), "d", "o", adam_betas=[0.9, 0.95], learning_rate=1).optimizer.adam_betas == (
-        0.9,
-        0.95,
-    )
+    config = TrainConfig.of(Path("m"), "d", "o", adam_betas=[0.9, 0.95], learning_rate=1)
+    assert config.optimizer.adam_betas == (0.9, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -234,25 +216,14 @@ def test_options_of_conversations_have_no_effect_on_plain_text():
 def test_yaml_numbers_mean_what_they_look_like(tmp_path):
     text = "pattern: 2:4\nlearning_rate: 1e-4\nmax_steps: 1_000\nseed: 007\ncolumn: no\nasync_save: off\n"
     text += "revision: 2024\n"
-    config = from_yaml(tmp_path, text)
-    assert (config.model.pattern, config.optimizer.learning_rate, config.optimizer.max_steps, config.data.seed) == (
-        NM(2, 4),
-        1e-4,
-        1000,
-        7,
-    )
-    assert (config.data.column, config.checkpoint.async_save, config.model.revision) == ("no", False, "2024")
+    config = from_yaml(tmp_path, text, **REQUIRED)
+    found = config.as_dict()
+    expected = {"pattern": "2:4", "learning_rate": 1e-4, "max_steps": 1000, "seed": 7, "column": "no"}
+    assert found.items() >= (expected | {"async_save": False, "revision": "2024"}).items()
     file = tmp_path / "plain.yaml"
     file.write_text("a: 2001-12-14\nb: 0o17\nc: 0x1F\nd: 1:20:30\ne: ~\nf: [1, 2.5, 'x']\ng: .inf\n")
     expected = {"a": "2001-12-14", "b": "0o17", "c": "0x1F", "d": "1:20:30", "e": None, "f": [1, 2.5, "x"], "g": ".inf"}
     assert read_yaml_mapping(file) == expected
-
-
-def test_list_values_that_look_like_options_are_values(tmp_path):
-    config = from_yaml(tmp_path, "left_dense: [--overwrite, --resume]\n")
-    assert config.model.left_dense == ("--overwrite", "--resume")
-    assert not config.checkpoint.overwrite
-    assert not config.checkpoint.resume
 
 
 @pytest.mark.parametrize(
@@ -281,15 +252,6 @@ def test_yaml_that_is_refused(content, message, tmp_path):
     assert str(error.value).count(str(file)) == 1
 
 
-def test_what_is_not_a_file_is_refused_at_once(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    for path in ("fifo", ".", "none", "a\0"):
-        with pytest.raises(InputError):
-            read_yaml_mapping(f"{tmp_path}/{path}")
-    with pytest.raises(InputError, match="give a regular file"):
-        read_yaml_mapping("/dev/zero")
-
-
 # --------------------------------------------------------------------------------------------------- command line
 
 
@@ -298,12 +260,7 @@ def test_later_files_and_then_options_override(tmp_path):
     first.write_text("recipe: paper\nmodel: m\ndataset: d\nseq_len: 10\neta: 0.1\nseed: 1\n")
     second.write_text("eta: 0.2\nseed: 2\n")
     config, _ = parse_train(["--config", str(first), "--output-dir=o", f"--config={second}", "--seed", "3"])
-    assert (config.method.decay, config.data.seq_len, config.teacher.eta, config.data.seed) == (
-        "proportional",
-        10,
-        0.2,
-        3,
-    )
+    assert config.as_dict().items() >= {"decay": "proportional", "seq_len": 10, "eta": 0.2, "seed": 3}.items()
 
 
 @pytest.mark.parametrize(
@@ -322,18 +279,14 @@ def test_later_files_and_then_options_override(tmp_path):
     ],
 )
 def test_options_that_are_refused(arguments, message, capsys):
-    assert message in refusal(["train", *arguments], capsys)
+    assert_refused([(["train", *arguments], message)], capsys)
 
 
 def test_hugging_face_spelling_and_both_sides_of_a_switch():
     base = ["--model=m", "--dataset=d", "--output_dir=o", "--learning_rate", "1e-5"]
     config, _ = parse_train([*base, "--no-async-save", "--resume", "--no-resume", "--left-dense", "a", "b"])
-    assert (config.optimizer.learning_rate, config.checkpoint.async_save, config.checkpoint.resume) == (
-        1e-5,
-        False,
-        False,
-    )
-    assert config.model.left_dense == ("a", "b")
+    assert config.as_dict().items() >= {"learning_rate": 1e-5, "async_save": False, "left_dense": ("a", "b")}.items()
+    assert not config.checkpoint.resume
 
 
 def test_a_repeated_list_goes_on():
@@ -409,18 +362,6 @@ def test_a_dataclass_becomes_a_command_line_and_back(capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-
-
-def test_a_method_and_a_decay_are_added_in_their_table_alone(monkeypatch, capsys):
-    monkeypatch.setitem(METHODS, "toy", Method("castlm.methods.dense", "Dense", "a toy", starts_dense=True))
-    monkeypatch.setitem(DECAYS, "toy", Decay(ramp=lambda *_: 0.0, needs_lam=False, exact_zero=False))
-    config, _ = parse_train(["--model=m", "--dataset=d", "--output-dir=o", "--method", "toy", "--decay", "toy"])
-    assert (config.method.method, config.method.decay) == ("toy", "toy")
-    with pytest.raises(SystemExit):
-        parse_train(["--help-all"])
-    out = capsys.readouterr().out
-    assert "|toy" in out.partition("--method ")[2].partition("\n")[0]
-    assert "|toy" in out.partition("--decay ")[2].partition("\n")[0]
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda f: f.stem)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from castlm.core.errors import InputError
 from castlm.data import columns, readers
@@ -43,10 +43,6 @@ ENCODER = Encoder(TOKENIZER)
 def make_texts(count, seed=0, most=60):
     rng = random.Random(seed)
     return [f"<{i}> " + "".join(rng.choices("abc défg\n", k=rng.randint(1, most))) + "." for i in range(count)]
-
-
-def text_hash(documents):
-    return documents.text_hash()
 
 
 def ids_of(text):
@@ -323,12 +319,12 @@ def test_blank_documents_are_skipped_and_counted(tmp_path):
 
 def test_text_hash_is_of_the_contents(tmp_path):
     path = write_texts(tmp_path / "a.jsonl", ["one", "two"])
-    assert text_hash(open_documents(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert open_documents(path).text_hash() == hashlib.sha256(path.read_bytes()).hexdigest()
     (tmp_path / "b.txt").write_text("three")
-    assert text_hash(open_documents(tmp_path)) != text_hash(open_documents(path))
-    assert text_hash(Documents.from_texts(["ab", "c"])) != text_hash(Documents.from_texts(["a", "bc"]))
+    assert open_documents(tmp_path).text_hash() != open_documents(path).text_hash()
+    assert Documents.from_texts(["ab", "c"]).text_hash() != Documents.from_texts(["a", "bc"]).text_hash()
     parts = split_documents(open_documents(path), 0.5, seed=0)
-    assert len({text_hash(open_documents(path)), *map(text_hash, parts)}) == 3
+    assert len({open_documents(path).text_hash(), *(part.text_hash() for part in parts)}) == 3
 
 
 # Held-out text and evaluation
@@ -441,14 +437,6 @@ def test_the_end_of_text_behind_a_cut_document_does_not_count(tmp_path):
         assert row.ids[uncounted - 1] == ids_of("ab")[-1]
 
 
-@pytest.mark.parametrize("piece_bytes", [256 << 10, 100])
-def test_evaluation_tokens_of_a_real_tokenizer(stories260k, monkeypatch, piece_bytes):
-    monkeypatch.setattr(readers, "PIECE_BYTES", piece_bytes)
-    tokenizer = AutoTokenizer.from_pretrained(stories260k)
-    text = " \n = A title = \n\n Once upon a time there was a cat .\nIt slept .\n" * 30
-    assert token_ids(Documents.from_texts([text]), tokenizer).tolist() == tokenizer(text)["input_ids"]
-
-
 def splitting_tokenizer(regex):
     """Splits a text as `regex` does. A token is a byte, two or four line breaks, or a full stop with two of them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -523,12 +511,12 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert same(sequences(resumed, 59), straight[41:])
     assert same(sequences(stopped, 59), straight[41:])
-    first_hash = text_hash(documents)
+    first_hash = documents.text_hash()
     info.sha = "def"
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: load("json", data_files=files, split="train", streaming=True)
     )
-    assert text_hash(open_documents("some/name", data_config="small")) != first_hash
+    assert open_documents("some/name", data_config="small").text_hash() != first_hash
     with pytest.raises(InputError, match=r"no column 'body'; there are: id, text"):
         open_documents("some/name", TextOptions(column="body"), data_config="small")
 

@@ -1,7 +1,5 @@
 """Decoding in one call per token gives the tokens of transformers, and leaves other models to transformers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +7,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.sparsify import prune_
 from castlm.inference import native
-from castlm.inference.decode import DecoderState, TokenTimes, decode, decoding_method, greedy, step_together
+from castlm.inference.decode import DecoderState, TokenTimes, decoding_method, greedy, step_together
 from castlm.inference.generate import generate_text
 from castlm.inference.layers import pack_model_
 from tests.slow import slow_but
@@ -191,13 +189,6 @@ def test_other_models_are_left_to_transformers_with_a_reason(family, over, reaso
     assert reason in said[0]
 
 
-def test_a_plain_model_and_contrastive_layers_are_left_to_transformers():
-    assert decoding_method(tiny_model("llama")) is None
-    model = packed_model("llama")
-    model.generation_config.dola_layers = "low"
-    assert decoding_method(model) is None
-
-
 def test_the_beams_of_a_generation_config_do_not_matter_for_one_sequence():
     model = packed_model("llama")
     expected = greedy(model, IDS, 8)
@@ -220,14 +211,12 @@ def test_the_times_of_tokens_give_their_rate(packed, monkeypatch):
     assert came.tokens_per_second == 0  # a single token comes with the prompt
 
 
-def test_several_sequences_padding_and_embeddings_are_refused():
+@pytest.mark.parametrize(
+    "options",
+    [{"num_return_sequences": 2, "do_sample": True}, {"return_dict_in_generate": True}, {"dola_layers": "low"}],
+)
+def test_several_samples_dictionaries_and_contrastive_layers_are_left_to_transformers(options):
     model = packed_model("llama")
-    two, padded = {"input_ids": IDS.expand(2, -1)}, {"input_ids": IDS, "attention_mask": (IDS != 5).long()}
-    for inputs in (two, padded, {"inputs_embeds": model.get_input_embeddings()(IDS)}):
-        with pytest.raises(AssertionError):
-            model.generate(**inputs, max_new_tokens=2, pad_token_id=0, custom_generate=decode)
-
-
-@pytest.mark.parametrize("options", [{"num_return_sequences": 2, "do_sample": True}, {"return_dict_in_generate": True}])
-def test_several_samples_and_dictionaries_are_left_to_transformers(options):
-    assert decoding_method(packed_model("llama"), **options) is None
+    if "dola_layers" in options:
+        model.generation_config.dola_layers, options = options["dola_layers"], {}
+    assert decoding_method(model, **options) is None

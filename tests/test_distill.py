@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from castlm.core import distill
-from castlm.core.distill import OutputHead, Side, distillation_loss
+from castlm.core.distill import OutputHead, TopTokens, distillation_loss, top_tokens
 from castlm.core.errors import InputError
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCAB = 11, 8, 6, 37
@@ -105,17 +104,6 @@ def test_gradients_against_finite_differences_in_float64(temperature):
         assert float((gradient * direction).sum()) == pytest.approx(float(above - below) / 2e-6, rel=1e-7, abs=1e-9)
 
 
-def test_tied_head_adds_to_the_embedding_gradient():
-    _, _, labels, teacher_hidden, teacher = make(ignored=())
-    embedding = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(5), requires_grad=True)
-    hidden = F.embedding(labels.roll(1), embedding).sin()
-    got = distillation_loss(hidden, OutputHead(embedding), labels, teacher_hidden, teacher)
-    want = plain_distillation_loss(
-        hidden @ embedding.T, plain_logits(teacher_hidden, teacher).detach(), labels, 1 / 3, 1.0
-    )
-    assert_same(torch.autograd.grad(got.loss, embedding, retain_graph=True), torch.autograd.grad(want[0], embedding))
-
-
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_num_tokens_makes_accumulation_equal_one_batch(as_tensor):
     hidden, student, labels, teacher_hidden, teacher = make()
@@ -138,26 +126,6 @@ def test_all_ignored_is_zero_with_zero_gradients(num_tokens):
     assert [float(x.detach()) for x in result] == [0, 0, 0]
     for gradient in torch.autograd.grad(result.loss, student_leaves(hidden, student)):
         assert not gradient.any()
-
-
-def test_zero_token_weights_equal_selection():
-    """The path of an accelerator, where ignored rows keep their place and get the weight 0."""
-    hidden, student, labels, teacher_hidden, teacher = make(**HEADS["all"])
-    want = distillation_loss(hidden, student, labels, teacher_hidden, teacher, eta=0.3, temperature=2.0)
-    real = labels != -100
-    plan = distill._Plan(
-        labels=labels.masked_fill(~real, 0),
-        token_weights=real / real.sum(),
-        teacher=Side.of(teacher_hidden, teacher, torch.float32),
-        eta=0.3,
-        temperature=2.0,
-        dtype=torch.float32,
-        chunk_tokens=4,
-    )
-    got = distill._ChunkedLoss.apply(hidden, *student, plan)
-    assert_same(got, want)
-    leaves = student_leaves(hidden, student)
-    assert_same(torch.autograd.grad(got[0], leaves), torch.autograd.grad(want.loss, leaves))
 
 
 def test_another_ignore_index():
@@ -247,25 +215,12 @@ def test_bf16_autocast_follows_the_plain_formulation_under_autocast(head):
         assert float((gradient - want).norm() / want.norm()) < 0.03
 
 
-def test_bf16_weights_get_bf16_gradients_close_to_fp32():
-    hidden, student, labels, teacher_hidden, teacher = make(torch.bfloat16)
-    got = distillation_loss(hidden, student, labels, teacher_hidden, teacher, chunk_tokens=2)
-    leaves = student_leaves(hidden, student)
-    gradients = torch.autograd.grad(got.loss, leaves)
-    assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
-    wide = [t.detach().float().requires_grad_() for t in leaves]
-    exact = distillation_loss(
-        wide[0], OutputHead(wide[1]), labels, teacher_hidden.float(), OutputHead(teacher.weight.float())
-    )
-    for gradient, want in zip(gradients, torch.autograd.grad(exact.loss, wide)):
-        assert float((gradient.float() - want).norm() / want.norm()) < 0.03
-
-
 REFUSALS = {
     "no teacher": ({"teacher_hidden": None}, "no teacher is given"),
     "labels": ({"labels": torch.zeros(4, dtype=torch.int64)}, r"do not match labels \(4,\)"),
     "vocabulary": ({"teacher_head": OutputHead(torch.zeros(40, TEACHER_HIDDEN))}, "has 40 entries, the student's 37"),
     "teacher tokens": ({"teacher_hidden": torch.zeros(3, TEACHER_HIDDEN)}, r"\(3,\)"),
+    "top tokens": ({"teacher_top": TopTokens(torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2))}, r"\(3,\)"),
 }
 
 
@@ -284,3 +239,70 @@ def test_fp16_gradients_are_refused_and_fp16_losses_are_not():
         distillation_loss(hidden, student, labels, teacher_hidden, teacher)
     with torch.no_grad():
         assert torch.isfinite(distillation_loss(hidden, student, labels, teacher_hidden, teacher).loss)
+
+
+# ---- from a teacher's most probable tokens: the full loss at k = vocabulary, below it the KL of k + 1 events
+
+
+def plain_top_loss(student_logits, teacher_logits, labels, k, eta, temperature):
+    """The k most probable tokens of the teacher and all others as one, by the textbook; (loss, ce, kl)."""
+    real = labels != -100
+    q = F.log_softmax(teacher_logits[real] / temperature, -1)
+    p = F.log_softmax(student_logits[real] / temperature, -1)
+    best = q.topk(k).indices
+    q, p = (
+        torch.cat([x.gather(1, best), x.scatter(1, best, float("-inf")).logsumexp(-1, keepdim=True)], -1)
+        for x in (q, p)
+    )
+    kl = (q.exp() * (q - p)).sum(-1).mean() * temperature**2
+    ce = F.cross_entropy(student_logits[real], labels[real])
+    return eta * kl + (1 - eta) * ce, ce, kl
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, None])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("head", HEADS)
+def test_at_the_whole_vocabulary_it_is_the_full_loss(head, temperature, chunk_tokens):
+    hidden, student, labels, teacher_hidden, teacher = make(**HEADS[head])
+    settings = {"eta": 0.4, "temperature": temperature, "chunk_tokens": chunk_tokens}
+    top = top_tokens(teacher_hidden, teacher, VOCAB, temperature, chunk_tokens)
+    want = distillation_loss(hidden, student, labels, teacher_hidden, teacher, **settings)
+    got = distillation_loss(hidden, student, labels, teacher_top=top, **settings)
+    assert_same(got, want)
+    leaves = student_leaves(hidden, student)
+    assert_same(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want.loss, leaves))
+
+
+@pytest.mark.parametrize("k", [1, 5, VOCAB - 5])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_equals_the_divergence_over_the_top_and_the_rest(k, temperature):
+    hidden, student, labels, teacher_hidden, teacher = make(**HEADS["all"])
+    top = top_tokens(teacher_hidden, teacher, k, temperature)
+    got = distillation_loss(hidden, student, labels, teacher_top=top, eta=0.4, temperature=temperature)
+    logits = plain_logits(hidden, student), plain_logits(teacher_hidden, teacher).detach()
+    want = plain_top_loss(*logits, labels, k, 0.4, temperature)
+    assert_same(got, want, 2e-5)
+    leaves = student_leaves(hidden, student)
+    assert_same(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want[0], leaves), 2e-5)
+    full = distillation_loss(hidden, student, labels, teacher_hidden, teacher, eta=0.4, temperature=temperature)
+    assert got.kl < full.kl
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+@pytest.mark.parametrize("sure", [0.1, 3.0, 20.0, 80.0])
+@pytest.mark.parametrize("side", ["student", "both"])
+def test_values_and_gradients_are_those_of_fp64_however_sure_the_student_is(side, sure, k):
+    """The logits are the hidden states, so that `sure` is how far apart they are."""
+    torch.manual_seed(k)
+    head = OutputHead(torch.eye(VOCAB))
+    student = (sure * torch.randn(40, VOCAB)).requires_grad_()
+    teacher = torch.randn(40, VOCAB) * (sure if side == "both" else 1)
+    labels = torch.randint(VOCAB, (40,))
+    top = top_tokens(teacher, head, k)
+    got = distillation_loss(student, head, labels, teacher_top=top, eta=1.0)
+    exact = student.detach().double().requires_grad_()
+    want = plain_top_loss(exact, teacher.double(), labels, k, 1.0, 1.0)
+    assert got.kl >= 0
+    torch.testing.assert_close(got.kl.double(), want[2], rtol=1e-5, atol=3e-5)
+    gradients = torch.autograd.grad(got.loss, student)[0], torch.autograd.grad(want[0], exact)[0]
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-4, atol=1e-7)

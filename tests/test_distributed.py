@@ -1,7 +1,5 @@
 """Several gloo ranks against one: the same weights, checkpoints that any number of ranks continues from, and faults."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import json
@@ -54,7 +52,7 @@ from tests.faults import (
     train_as_a_command,
 )
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
-from tests.runs import assert_same_runs_but_for_sums, begin_run, metrics, train_until
+from tests.runs import assert_same_runs_but_for_sums, begin_run, metrics, record_of, train_until, weights
 from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -236,7 +234,7 @@ def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, rotated_run, gemma,
     config = small(gemma, text, tmp_path / "run", 3, timeout_s=5, **ROTATED)
     run_ranks(train_after_a_slow_start, 3, config, stored == "whole", folder=tmp_path)
     assert_same_runs_but_for_sums(rotated_run / "model", tmp_path / "run" / "model")
-    one, other = (json.loads((run / "model" / "castlm.json").read_text()) for run in (rotated_run, tmp_path / "run"))
+    one, other = (record_of(run / "model") for run in (rotated_run, tmp_path / "run"))
     assert other["mask"]["initial_flip_rate"] == 0
     assert one["start"]["basis"]["untied"]
     for name in ("dense", "one_shot", "pruned"):
@@ -541,10 +539,10 @@ def test_export_tensor_by_tensor(text, tmp_path):
     assert len(report.sparse_layers) == 8
     parts = sorted(folder.glob("*.safetensors"))
     assert len(parts) > 2
-    stored = {name: tensor for file in parts for name, tensor in load_file(file).items()}
+    stored = weights(folder)
     kinds = ({name: (tensor.shape, tensor.dtype) for name, tensor in of.items()} for of in (stored, expected))
     assert next(kinds) == next(kinds)
-    record = json.loads((folder / "castlm.json").read_text())
+    record = record_of(folder)
     assert record["dtype"] == json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert record["proof"]["tensors_equal_in_bits"] == len(stored) + 1  # the tied head is compared too
     from_disk = record["proof"]["perplexity_from_disk"]
@@ -568,7 +566,7 @@ def export_slowly(config: TrainConfig) -> None:
 def test_a_dense_control_is_exported_by_ranks_that_wait_for_the_main_rank(gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, method="dense", max_steps=1, save_steps=0, timeout_s=4)
     run_ranks(export_slowly, 2, config, folder=tmp_path)
-    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
+    record = record_of(tmp_path / "run" / "model")
     assert record["pattern"] is None
     assert record["perplexity"]["trained"] > 1
     load_model(str(tmp_path / "run" / "model"))
@@ -684,8 +682,7 @@ def test_the_fingerprint_of_files_is_that_of_the_loaded_model(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "more", "bound", "ranks"),
-    [slow("llama", AS_PUBLISHED, 3e-3, 2), slow("gpt2", {}, 1e-2, 3)],
+    ("family", "more", "bound", "ranks"), [slow("llama", AS_PUBLISHED, 3e-3, 2), slow("gpt2", {}, 1e-2, 3)]
 )
 def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path):
     """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, the

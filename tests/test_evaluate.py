@@ -85,10 +85,7 @@ def test_sliding_window_equals_hugging_face(stride):
         assert tokens == 100  # every token but the first, once
 
 
-@pytest.mark.parametrize(
-    ("length", "scored"),
-    [(2, 1), (32, 31), (33, 31), (34, 32)],
-)
+@pytest.mark.parametrize(("length", "scored"), [(2, 1), (32, 31), (33, 31), (34, 32)])
 def test_the_tail_is_scored_where_it_has_something_to_score(length, scored):
     model, ids = tiny_model("llama"), some_ids(length)
     result = perplexity(model, ids, seq_len=32)
@@ -127,12 +124,6 @@ def test_the_name_of_a_text_cannot_write_to_the_terminal(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "a\\x1b[2Jb.txt" in out
-
-
-def test_the_batch_size_does_not_change_the_figure():
-    model, ids = tiny_model("gpt2"), some_ids(200)
-    one = perplexity(model, ids, seq_len=32)
-    assert perplexity(model, ids, seq_len=32, batch_size=5).loss == pytest.approx(one.loss, rel=1e-6)
 
 
 def test_the_model_comes_back_as_it_was_also_after_an_error():

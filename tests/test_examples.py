@@ -1,19 +1,29 @@
-"""The examples do what they say: run them as a user does, and hold the Trainer against the plain loop it stands for."""
-
-from __future__ import annotations
+"""Examples, notebooks and docs/how-to/extend.md do what they say: they are run as a user runs them, on a tiny model."""
 
 import importlib.util
+import os
+import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import castlm
+from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
+from castlm.core.nm import NM
 from castlm.export.verify import verify
-from tests.ranks import run_ranks
+from castlm.methods.table import METHODS
+from castlm.oneshot.solvers import SOLVERS
+from castlm.patterns import PARSERS
+from tests.chats import save_chat_model
+from tests.ranks import run_ranks, start_process
 from tests.runs import assert_same_but_for_sums
 from tests.tiny import TEXT, save_tiny, tiny_model
 
@@ -125,3 +135,104 @@ def test_trainer_refuses_half_precision_weights(tmp_path):
 def test_torch_loop(ground, capsys):
     example("torch_loop").main(ground.model, ground.text, str(ground.out), steps=4, seq_len=32)
     assert verify(ground.out).ok
+
+
+# ---- the notebooks, from their first to their last cell
+
+
+def said(cells: list[Any]) -> str:
+    """The text that the cells printed and showed."""
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def run_kernel(file: str, folder: Path, environment: dict[str, str]) -> None:
+    """The kernel that listens where the connection file says."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["ipykernel_launcher", "-f", file]
+    runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
+
+
+@pytest.mark.slow
+def test_the_notebooks_run(tmp_path):
+    """In one kernel, which begins as a fork with all imports done; each begins without the names of the other."""
+    pytest.importorskip("peft")
+    pytest.importorskip("ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+
+    class Manager(pytest.importorskip("jupyter_client").AsyncKernelManager):
+        has_kernel = True
+
+        async def shutdown_kernel(self, **_: Any) -> None:
+            kernel.kill()
+
+    manager = Manager(connection_file=str(tmp_path / "kernel.json"), owns_kernel=False)
+    manager.write_connection_file()
+    environment = {"CASTLM_NOTEBOOK_MODEL": save_chat_model(tmp_path / "dense"), "CASTLM_NOTEBOOK_STEPS": "4"}
+    kernel = start_process(run_kernel, manager.connection_file, tmp_path, environment, log=tmp_path / "log")
+    castlm, chat = (nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4) for name in ("castlm", "chat"))
+    both = nbformat.v4.new_notebook(metadata=castlm.metadata)
+    both.cells = [*castlm.cells, nbformat.v4.new_code_cell("%reset -f"), *chat.cells]
+    try:
+        nbclient.NotebookClient(both, timeout=300, km=manager).execute()
+    finally:
+        kernel.kill()
+        kernel.join()
+    assert "2:4" in said(castlm.cells)
+    printed = said(chat.cells)
+    assert "2:4 holds in" in printed
+    assert "adapter shira of" in printed
+    assert "MB, packed" in printed
+
+
+# ---- docs/how-to/extend.md: each file is written and its commands are run
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "how-to" / "extend.md").read_text()
+FILES = {code.splitlines()[0].removeprefix("# "): code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S)}
+COMMANDS = re.findall(r"^python (.*)$", PAGE, re.M)
+
+SMALL = "--max-steps 4 --seq-len 32 --per-device-train-batch-size 4 --eval-tokens 128 --save-steps 0 --report-to none"
+SMALL += " --calibration-sequences 4 --rotation-iterations 4 --no-report"
+SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32 --rotation-iterations 4", "verify": ""}
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Gives the tables back as they were."""
+    before = [(table, dict(table)) for table in (DECAYS, METHODS, SOLVERS)]
+    monkeypatch.setattr(NM, "solvers", NM.solvers)
+    parsers = list(PARSERS)
+    yield
+    for table, rows in before:
+        table.clear()
+        table.update(rows)
+    PARSERS[:] = parsers
+
+
+def test_the_page_has_a_file_for_each_row_of_its_table():
+    assert set(FILES) == {command.split()[0] for command in COMMANDS}
+    assert len(FILES) == 4
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_ones_own_extends_the_command(name, tables, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(FILES[name])
+    Path("text.txt").write_text(TEXT)
+    save_tiny(tmp_path / "dense")
+
+    def code_of(command: str) -> object:
+        file, verb, *options = shlex.split(command.replace("--model demo", "--model dense"))
+        monkeypatch.setattr(sys, "argv", [file, verb, *options, *SIZES[verb].split()])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(file, run_name="__main__")
+        return ended.value.code
+
+    for command in COMMANDS:
+        if command.split()[0] == name:
+            assert code_of(command) == 0, command
+    if name == "rows.py":
+        assert code_of("rows.py verify dense --pattern rows:0.5") == 1  # the count is of this pattern

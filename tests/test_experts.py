@@ -1,9 +1,6 @@
 """3-D experts are sparse weights like any other: the same masks, steps, scales, counts and files as single matrices."""
 
-from __future__ import annotations
-
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -36,15 +33,32 @@ from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, input_axis
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.ranks import run_ranks
-from tests.runs import assert_same_but_for_sums, stop_and_resume
+from tests.runs import (
+    assert_equal_weights,
+    assert_same_runs_but_for_sums,
+    prune_to,
+    record_of,
+    small,
+    small_command,
+    stop_and_resume,
+)
 from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model, tiny_tokenizer
 
-ROUTERS = {"mixtral": "mlp.gate", "qwen3_moe": "mlp.gate", "gpt_oss": "mlp.router"}
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 
 
 def ids(seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def export_sparse(family: str, folder: Path, **over) -> nn.Module:
+    """Exports a tiny model at 2:4 with its experts as layers, and returns it."""
+    model = linear_model(family, **over)
+    prune_(model)
+    _, dense = sparse_linears(model)
+    export_model(model, tiny_tokenizer(), folder, pattern="2:4", left_dense=dense, record={})
+    return model
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -63,22 +77,7 @@ def test_a_model_with_its_experts_as_layers_computes_and_saves_the_same(family, 
     assert torch.equal(other(ids()).logits, model(ids()).logits)
     for folder, written in (("ours", model), ("theirs", plain)):
         written.save_pretrained(tmp_path / folder)
-    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-@pytest.mark.parametrize("family", EXPERTS)
-def test_experts_are_sparse_along_their_input_and_the_router_is_dense(family):
-    model = linear_model(family)
-    sparse, dense = sparse_linears(model)
-    experts = {name for name in sparse if ".experts." in name}
-    assert len(experts) == 4
-    for name in experts:
-        width = 32 if "gate_up" in name else model.config.to_dict().get("moe_intermediate_size", 64)
-        assert sparse[name].in_features == width
-    assert dense[f"model.layers.0.{ROUTERS[family]}.weight"] == "a router of experts"
-    assert not any(ROUTERS[family] in name for name in sparse)
+    assert_equal_weights(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_a_router_is_known_by_its_name_and_a_gate_of_attention_is_none():
@@ -173,10 +172,7 @@ def test_training_in_a_loop_of_ones_own_ends_sparse(family, tmp_path):
 def exported(request, tmp_path_factory) -> Path:
     """A pruned model folder."""
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    model = linear_model(request.param)
-    prune_(model)
-    _, dense = sparse_linears(model)
-    export_model(model, tiny_tokenizer(), folder, pattern="2:4", left_dense=dense, record={})
+    export_sparse(request.param, folder)
     return folder
 
 
@@ -277,10 +273,7 @@ def test_a_gate_without_experts_beside_it_is_counted_as_a_layer(tmp_path):
 
 @pytest.mark.parametrize("family", ["aria_text", slow("granitemoe"), "granitemoeshared"])
 def test_experts_under_the_older_names_are_counted(family, tmp_path):
-    save_tiny(tmp_path / "dense", family)
-    arguments = ["--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "sparse"), "--method", "magnitude"]
-    assert main(["prune", *arguments]) == 0
-    report = verify(tmp_path / "sparse")
+    report = verify(prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense", family)))
     assert report.ok
     assert sum(len(layer.shape) == 3 for layer in report.sparse_layers) == 2 * 2
 
@@ -288,18 +281,11 @@ def test_experts_under_the_older_names_are_counted(family, tmp_path):
 # ---- packed folders
 
 
-needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="the kernels were not built")
-
-
 @pytest.fixture(scope="module", params=[*EXPERTS, slow("aria_text"), slow("granitemoehybrid")])
 def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     """A 2:4 model and the same packed."""
     folder = tmp_path_factory.mktemp(request.param)
-    model = tiny_model(request.param)
-    linearize_experts_(model)
-    prune_(model)
-    left_dense = sparse_linears(model)[1]
-    export_model(model, tiny_tokenizer(), folder / "plain", pattern="2:4", left_dense=left_dense, record={})
+    export_sparse(request.param, folder / "plain")
     pack_folder(folder / "plain", folder / "packed")
     return folder / "plain", folder / "packed"
 
@@ -310,22 +296,14 @@ def test_packing_and_unpacking_give_the_same_files(folders, tmp_path):
     assert report.ok
     assert report.totals()["weights"] == verify(plain).totals()["weights"]
     assert unpack_folder(packed, tmp_path / "again") == len(report.sparse_layers)
-    one, other = (load_file(folder / "model.safetensors") for folder in (plain, tmp_path / "again"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_equal_weights(plain, tmp_path / "again")
 
 
 def test_experts_in_some_blocks_only_are_packed(tmp_path):
-    model = tiny_model("qwen3_moe", mlp_only_layers=[0])
-    linearize_experts_(model)
-    prune_(model)
-    left_dense = sparse_linears(model)[1]
-    export_model(model, tiny_tokenizer(), tmp_path / "plain", pattern="2:4", left_dense=left_dense, record={})
+    export_sparse("qwen3_moe", tmp_path / "plain", mlp_only_layers=[0])
     pack_folder(tmp_path / "plain", tmp_path / "packed")
     unpack_folder(tmp_path / "packed", tmp_path / "again")
-    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "again"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_equal_weights(tmp_path / "plain", tmp_path / "again")
     report = verify(tmp_path / "packed")
     assert report.ok
     assert report.compared_with == "transformers"
@@ -406,20 +384,6 @@ def test_experts_are_quantized_into_the_packed_folder(kind, folders, text, tmp_p
 # ---- runs of castlm train
 
 
-OPTIONS = {
-    "seq_len": 32,
-    "eval_tokens": 300,
-    "mask_interval": 2,
-    "decay_end": 0.5,
-    "max_steps": 4,
-    "eval_steps": 2,
-    "learning_rate": 1e-3,
-    "calibration_sequences": 4,
-    "rotation_iterations": 4,
-    "device": "cpu",
-}
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
@@ -427,8 +391,8 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 def config(model: str, text: str, folder: Path, **over) -> TrainConfig:
-    over = {"per_device_train_batch_size": 4, "cross_document_attention": "gpt_oss" in model, **over}
-    return TrainConfig.of(model, text, str(folder), **{**OPTIONS, **over})
+    over = {"max_steps": 4, "decay_end": 0.5, "cross_document_attention": "gpt_oss" in model, "device": "cpu", **over}
+    return small(model, text, folder, **over)
 
 
 def assert_sparse(folder: Path) -> None:
@@ -446,12 +410,10 @@ def assert_sparse(folder: Path) -> None:
 @pytest.mark.slow
 def test_castlm_train_makes_the_experts_sparse_and_transformers_loads_the_same_model(models, text, tmp_path, capsys):
     out = tmp_path / "run"
-    options = {**OPTIONS, "per_device_train_batch_size": 4}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    assert main(["train", "--model", models["mixtral"], "--dataset", text, "--output-dir", str(out), *arguments]) == 0
+    assert main(small_command("train", models["mixtral"], text, out, max_steps=4, device="cpu")) == 0
     assert "model.layers.1.mlp.gate.weight (a router of experts)" in capsys.readouterr().err
     assert_sparse(out / "model")
-    record = json.loads((out / "model" / "castlm.json").read_text())
+    record = record_of(out / "model")
     assert record["proof"]["violations"] == 0
     assert record["proof"]["layers"] == 2 * (4 + 3 * 4)
     router = {f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("mlp.gate", "block_sparse_moe.gate")}
@@ -461,11 +423,6 @@ def test_castlm_train_makes_the_experts_sparse_and_transformers_loads_the_same_m
     assert torch.equal(theirs, load_model(out / "model").model(ids).logits)
 
 
-def as_in_one(one: Path, other: Path) -> None:
-    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
-    assert_same_but_for_sums(ours, theirs)
-
-
 @pytest.mark.parametrize(("family", "ranks"), [("qwen3_moe", 2), slow("gpt_oss", 3)])
 def test_ranks_are_one_rank_each_with_its_experts(family, ranks, models, text, tmp_path):
     """4 experts over 2 ranks, and over 3, where the last one holds none; files as one rank writes them."""
@@ -473,7 +430,7 @@ def test_ranks_are_one_rank_each_with_its_experts(family, ranks, models, text, t
     over = {"init_from": start, "scale_groups": 2, "per_device_train_batch_size": 12 // ranks}
     run_ranks(train, ranks, config(models[family], text, tmp_path / "many", **over), folder=tmp_path)
     train(config(models[family], text, tmp_path / "one", **over | {"per_device_train_batch_size": 12}))
-    as_in_one(tmp_path / "one", tmp_path / "many")
+    assert_same_runs_but_for_sums(tmp_path / "one" / "model", tmp_path / "many" / "model")
     assert_sparse(tmp_path / "many" / "model")
 
 

@@ -1,15 +1,10 @@
 """One-shot solvers on experts: each is solved by the tokens that are routed to it, or by all where they are few."""
 
-from __future__ import annotations
-
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
@@ -21,6 +16,7 @@ from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import change_basis_, prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
+from tests.runs import prune_to, record_of
 from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model
 
@@ -149,10 +145,8 @@ def test_experts_that_compute_their_neurons_otherwise_are_refused(monkeypatch):
 
 def test_castlm_prune_says_which_experts_saw_few_tokens(text, tmp_path, capsys):
     model = save_tiny(tmp_path / "model", "qwen3_moe", hidden_size=64)
-    arguments = ["--model", str(model), "--output-dir", str(tmp_path / "out"), "--calibration", text]
-    arguments += ["--num-sequences", "2", "--seq-len", "32", "--rotation-iterations", "4", "--device", "cpu"]
-    assert main(["prune", *arguments]) == 0
+    prune_to(tmp_path / "out", model, text, num_sequences=2, device="cpu")
     assert "calibrated on all tokens" in capsys.readouterr().out
-    record = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    record = record_of(tmp_path / "out")
     assert f"{NAME}.gate_up_proj" in record["experts_calibrated_on_all_tokens"]
     assert verify(tmp_path / "out").ok

@@ -1,26 +1,22 @@
 """export_model: what it writes loads in plain transformers as what was in memory; nothing unproved gets the name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.nm import count_nm_violations
-from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export import hf
 from castlm.export.card import model_card
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
 from castlm.models.io import load_model, parameters_in
+from tests.runs import prune_to, record_of, small_command, weights
 from tests.slow import slow_but
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -70,20 +66,10 @@ def test_round_trip_of_every_family(tmp_path, family):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"base-{family}", "out"]
 
 
-def test_gpt2_is_stored_in_out(tmp_path):
-    export(tmp_path / "out", *pruned(tmp_path, "gpt2"))
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    fused = next(tensor for name, tensor in tensors.items() if name.endswith("h.0.attn.c_attn.weight"))
-    assert fused.shape == (32, 96)
-    assert count_nm_violations(fused.T) == 0
-    assert count_nm_violations(fused) > 0
-    assert {layer.axis for layer in verify(tmp_path / "out").layers} == {0}
-
-
 def test_castlm_json_and_model_card(tmp_path):
     model, tokenizer, left_dense = pruned(tmp_path, intermediate_size=90)
     manifest = export(tmp_path / "out", model, tokenizer, left_dense, eval_fn=loss_of, dtype=torch.bfloat16)
-    written = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    written = record_of(tmp_path / "out")
     assert {"config.json", "model.safetensors", "README.md"} <= {file.name for file in (tmp_path / "out").iterdir()}
     assert written == manifest
     assert manifest["schema_version"] == 1
@@ -143,15 +129,6 @@ def test_card_of_the_demo_model_and_of_a_cut_one():
     assert "`width` from 64 to 48" in card
     assert "300 of the 1,200 weights" in card
     assert "All that is left is dense." in card
-
-
-def test_folded_model_passes_and_a_parametrized_one_is_refused(tmp_path):
-    model, tokenizer, left_dense = pruned(tmp_path)
-    add_weight_scaling(model)
-    with pytest.raises(InputError, match="fold_weight_scaling"):
-        export(tmp_path / "out", model, tokenizer, left_dense)
-    fold_weight_scaling(model)
-    export(tmp_path / "out", model, tokenizer, left_dense)
 
 
 # ---- what does not pass
@@ -259,7 +236,7 @@ def save_as(folder, dtype, family="llama"):
 
 
 def dtypes_in(folder):
-    return {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+    return {tensor.dtype for tensor in weights(folder).values()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -288,42 +265,28 @@ def test_parameters_are_rounded_and_buffers_are_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stored", "option", "written", "method"),
-    [("bf16", [], "bf16", "wanda"), ("fp32", ["--save-dtype", "fp16"], "fp16", "magnitude")],
+    ("stored", "written", "options"),
+    [
+        (torch.bfloat16, torch.bfloat16, {"method": "wanda"}),
+        (torch.float32, torch.float16, {"method": "magnitude", "save_dtype": "fp16"}),
+    ],
 )
-def test_prune_writes_the_source_dtype_or_the_one_asked_for(text, tmp_path, stored, option, written, method):
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    folder = save_as(tmp_path / "m", names[stored])
-    options = ["--method", method, "--num-sequences", "4", "--seq-len", "32", *option]
-    if method == "wanda":
-        options += ["--calibration", text, "--rotation-iterations", "4"]
-    out = tmp_path / "out"
-    assert main(["prune", "--model", str(folder), "--output-dir", str(out), *options]) == 0
-    assert dtypes_in(out) == {names[written]}
-    assert json.loads((out / "castlm.json").read_text())["dtype"] == str(names[written]).removeprefix("torch.")
-    assert main(["verify", str(out)]) == 0
+def test_prune_writes_the_source_dtype_or_the_one_asked_for(stored, written, options, text, tmp_path):
+    text = text if options["method"] == "wanda" else None
+    out = prune_to(tmp_path / "out", save_as(tmp_path / "m", stored), text, **options)
+    assert dtypes_in(out) == {written}
+    assert record_of(out)["dtype"] == str(written).removeprefix("torch.")
+    assert main(["verify", out]) == 0
 
 
 def test_perplexity_is_measured_on_the_written_values(tmp_path):
-    model = tiny_model("llama")
-    prune_(model)
     seen = []
 
     def measure(one):
         seen.append(one.model.layers[0].mlp.up_proj.weight.detach().clone())
         return 1.0
 
-    _, left_dense = sparse_linears(model)
-    export_model(
-        model,
-        tiny_tokenizer(),
-        tmp_path / "out",
-        pattern="2:4",
-        left_dense=left_dense,
-        record={},
-        dtype=torch.bfloat16,
-        eval_fn=measure,
-    )
+    export(tmp_path / "out", *pruned(tmp_path), dtype=torch.bfloat16, eval_fn=measure)
     assert dtypes_in(tmp_path / "out") == {torch.bfloat16}
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in seen)
     assert torch.equal(*seen)
@@ -331,19 +294,8 @@ def test_perplexity_is_measured_on_the_written_values(tmp_path):
 
 def test_train_writes_the_source_dtype(text, tmp_path):
     folder = save_as(tmp_path / "m", torch.bfloat16)
-    options = {
-        "--model": folder,
-        "--dataset": text,
-        "--output-dir": tmp_path / "run",
-        "--max-steps": 2,
-        "--seq-len": 32,
-        "--init-from": "magnitude",
-        "--eval-steps": 0,
-    }
-    assert (
-        main(["train", *(str(x) for pair in options.items() for x in pair), "--ignore-decay-budget", "--no-report"])
-        == 0
-    )
+    command = small_command("train", folder, text, tmp_path / "run", max_steps=2, init_from="magnitude", eval_steps=0)
+    assert main([*command, "--ignore-decay-budget", "--no-report"]) == 0
     assert dtypes_in(tmp_path / "run" / "model") == {torch.bfloat16}
-    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
-    assert record["proof"]["perplexity_from_disk"] == record["proof"]["perplexity_in_memory"]
+    proof = record_of(tmp_path / "run" / "model")["proof"]
+    assert proof["perplexity_from_disk"] == proof["perplexity_in_memory"]

@@ -1,7 +1,5 @@
 """Atomic output: whatever ends the writer, the old result or the new one is there, whole."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -296,10 +294,7 @@ def test_a_name_that_leaves_no_room_for_a_temporary_one_is_refused(tmp_path):
     for name in ("n" * 250, "ä" * 122):
         with pytest.raises(InputError, match="too long"):
             check_output(tmp_path / name)
-        with (
-            pytest.raises(OSError, match="too long"),
-            atomic_dir(tmp_path / name),
-        ):
+        with pytest.raises(OSError, match="too long"), atomic_dir(tmp_path / name):
             pytest.fail("the work was begun")
     assert entries(tmp_path) == []
 

@@ -1,7 +1,5 @@
 """`castlm finetune`: a 2:4 model in, a 2:4 model with the same zeros out, whole or through an adapter."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings
@@ -22,7 +20,16 @@ from castlm.distributed.world import is_main_rank
 from castlm.training.config import FinetuneConfig, TrainConfig
 from castlm.training.train import train
 from tests.ranks import run_ranks
-from tests.runs import assert_equal_weights, assert_same_but_for_sums, stop_and_resume, train_until, weights
+from tests.runs import (
+    assert_equal_weights,
+    assert_same_but_for_sums,
+    prune_to,
+    record_of,
+    stop_and_resume,
+    train_until,
+    weights,
+)
+from tests.runs import small as small_run
 from tests.slow import slow
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -41,16 +48,8 @@ def sparse(tmp_path_factory) -> str:
 
 
 def small(model: str, dataset: str, output_dir: Path, **over: Any) -> FinetuneConfig:
-    fields = {
-        "max_steps": 6,
-        "seq_len": 32,
-        "per_device_train_batch_size": 4,
-        "eval_tokens": 512,
-        "save_steps": 0,
-        "eval_steps": 6,
-        "learning_rate": 1e-3,
-        "lora_r": 4,
-    }
+    sizes = {"max_steps": 6, "seq_len": 32, "per_device_train_batch_size": 4, "eval_tokens": 512, "eval_steps": 6}
+    fields = {**sizes, "save_steps": 0, "learning_rate": 1e-3, "lora_r": 4}
     return FinetuneConfig.of(model, dataset, str(output_dir), **(fields | over))
 
 
@@ -81,8 +80,7 @@ def test_a_gpt2_is_fine_tuned_and_stays_in_its_own_layout(text, tmp_path, adapte
     """Its Conv1D layers are linear ones in castlm, so that PEFT can adapt them, and are stored (in, out)."""
     if adapter != "none":
         peft = pytest.importorskip("peft")
-    dense, sparse = str(save_tiny(tmp_path / "dense", "gpt2")), str(tmp_path / "sparse")
-    assert main(["prune", "--model", dense, "--output-dir", sparse, "--method", "magnitude"]) == 0
+    sparse = prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense", "gpt2"))
     train(small(sparse, text, tmp_path / "run", adapter=adapter))
     folder = tmp_path / "run" / "model"
     assert castlm.verify(folder).ok
@@ -103,8 +101,7 @@ def test_a_gpt2_is_fine_tuned_and_stays_in_its_own_layout(text, tmp_path, adapte
 @pytest.mark.slow
 def test_the_rank_that_a_refusal_names_is_one_that_every_layer_allows(text, tmp_path, capsys):
     pytest.importorskip("peft")
-    dense, sparse = str(save_tiny(tmp_path / "dense", "gpt2")), str(tmp_path / "sparse")
-    assert main(["prune", "--model", dense, "--output-dir", sparse, "--method", "magnitude"]) == 0
+    sparse = prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense", "gpt2"))
     with pytest.raises(InputError, match=r"c_proj.*r <= 8 \(lora_r"):
         train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=16))
     train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=8))
@@ -144,25 +141,18 @@ def test_two_ranks_train_as_one(sparse, text, tmp_path):
 
 
 def test_layers_left_dense_in_the_model_stay_dense(text, tmp_path):
-    dense = save_tiny(tmp_path / "dense")
-    train(
-        TrainConfig.of(
-            str(dense), text, str(tmp_path / "cast"), init_from="magnitude", max_steps=2, seq_len=32, eval_tokens=64,
-            left_dense=("layers.1.mlp.up_proj",), decay_end=1.0, save_steps=0,
-        )
-    )  # fmt: skip
+    dense, over = str(save_tiny(tmp_path / "dense")), {"left_dense": ("layers.1.mlp.up_proj",), "max_steps": 2}
+    train(small_run(dense, text, tmp_path / "cast", init_from="magnitude", **over))
     record = train(small(str(tmp_path / "cast" / "model"), text, tmp_path / "run", max_steps=2))
     assert "model.layers.1.mlp.up_proj.weight" in record["left_dense"]
     assert record["proof"]["layers"] == 13
 
 
 def test_a_dense_model_is_refused_in_one_line_and_nothing_is_written(text, tmp_path, capsys):
-    dense = save_tiny(tmp_path / "dense")
-    assert (
-        main(["finetune", str(dense), "--dataset", text, "--output-dir", str(tmp_path / "run"), "--seq-len", "32"]) == 2
-    )
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{dense} is not 2:4 in model.layers.0.self_attn.q_proj: give its own pattern, prune it first" in line
+    dense = str(save_tiny(tmp_path / "dense"))
+    command = ["finetune", dense, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--seq-len", "32"]
+    assert main(command) == 2
+    assert f"{dense} is not 2:4 in model.layers.0.self_attn.q_proj" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
@@ -203,7 +193,7 @@ def test_an_adapter_on_two_ranks_is_that_of_one(on_two_ranks, sparse, tmp_path):
     assert all(torch.equal(two[name] == 0, before[name] == 0) for name in before if "proj" in name)
     assert any(not torch.equal(two[name], before[name]) for name in before)
     assert castlm.verify(runs[2] / "model").ok
-    records = [json.loads((run / "model" / "castlm.json").read_text()) for run in runs.values()]
+    records = [record_of(run / "model") for run in runs.values()]
     assert records[1]["perplexity"]["pruned"] == pytest.approx(records[0]["perplexity"]["pruned"], rel=1e-4)
     assert records[1]["num_params"] == records[0]["num_params"]
 
@@ -268,7 +258,7 @@ def test_the_file_of_a_run_starts_it_again(sparse, text, tmp_path):
     train(small(sparse, text, tmp_path / "run", max_steps=2))
     file = str(tmp_path / "run" / "config.yaml")
     config, _ = parse_finetune([sparse, "--config", file, "--output-dir", str(tmp_path / "again")])
-    first = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())["config"]
+    first = record_of(tmp_path / "run" / "model")["config"]
     assert {**config.as_dict(), "output_dir": None} == {
         **{name: tuple(v) if isinstance(v, list) else v for name, v in first.items()},
         "output_dir": None,
@@ -287,25 +277,9 @@ def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, 
     assert "Warning" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_packed_model_trains_as_the_plain_one_does(sparse, text, tmp_path):
-    castlm.pack_folder(sparse, tmp_path / "packed")
-    models = {"plain": sparse, "packed": str(tmp_path / "packed")}
-    for name, model in models.items():
-        assert all(parameter.requires_grad for parameter in castlm.load_model(model).model.parameters())
-        train(small(model, text, tmp_path / name / "finetune", max_steps=2, report_to=("none",)))
-        fields = {"method": "dense", "max_steps": 2, "seq_len": 32, "eval_tokens": 512, "save_steps": 0}
-        train(TrainConfig.of(model, text, str(tmp_path / name / "dense"), **fields, report_to=("none",)))
-    for run in ("finetune", "dense"):
-        assert_equal_weights(*(tmp_path / name / run / "model" for name in models))
-
-
 def test_what_was_cut_out_stays_on_record(text, tmp_path):
-    dense, base = tmp_path / "dense", ["--calibration", text, "--num-sequences", "2", "--seq-len", "32"]
-    save_tiny(dense)
-    cut = str(tmp_path / "cut")
-    pattern = ["--pattern", "channels:0.75+2:4"]
-    assert main(["prune", "--model", str(dense), "--output-dir", cut, *base, *pattern, "--device", "cpu"]) == 0
+    pattern = "channels:0.75+2:4"
+    cut = prune_to(tmp_path / "cut", save_tiny(tmp_path / "dense"), text, pattern=pattern, device="cpu")
     config, _ = parse_finetune([cut, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--max-steps", "1"])
     train(config.changed(seq_len=32, eval_tokens=256, save_steps=0, report_to=("none",)))
-    assert main(["verify", str(tmp_path / "run"), *pattern]) == 0
+    assert main(["verify", str(tmp_path / "run"), "--pattern", pattern]) == 0

@@ -3,8 +3,6 @@
 `make fuzz` tries many more inputs, for an hour.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import io
@@ -26,6 +24,7 @@ from castlm.cli.main import COMMANDS, main
 from castlm.compare.plan import CompareConfig, Plan
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents, split_documents
+from castlm.data.images import read_image
 from castlm.export.card import model_card
 from castlm.export.verify import verify
 from castlm.fields import choices_of, hints_of
@@ -161,10 +160,13 @@ def test_the_packed_file_that_is_fuzzed_is_valid(here):
         verify(put(new(here), model__safetensors=content, config__json=to_json(CONFIG)))
 
 
+METADATA = objects(PACKED) | objects(SPEC).map(lambda spec: to_json(PACKED).replace(to_json(SPEC), spec))
+
+
 @fuzz
-@given(metadata=objects(PACKED) | objects(SPEC).map(lambda spec: to_json(PACKED).replace(to_json(SPEC), spec)))
-def test_packed_weights(here, metadata):
-    answers(verify, put(new(here), a__safetensors=packed_file(metadata)) / "a.safetensors")
+@given(content=METADATA.map(packed_file) | damaged(packed_file(to_json(PACKED))))
+def test_packed_weights(here, content):
+    answers(verify, put(new(here), a__safetensors=content) / "a.safetensors")
 
 
 @fuzz
@@ -272,11 +274,7 @@ LAW = {
 
 
 @fuzz
-@given(
-    changes=st.dictionaries(st.sampled_from(sorted(LAW)), VALUES, max_size=2),
-    tokens=NUMBERS,
-    target=NUMBERS,
-)
+@given(changes=st.dictionaries(st.sampled_from(sorted(LAW)), VALUES, max_size=2), tokens=NUMBERS, target=NUMBERS)
 def test_law(changes, tokens, target):
     law = answers(Law.from_dict, LAW | changes)
     if isinstance(law, Law):
@@ -424,7 +422,7 @@ def test_pipes_sockets_devices_and_folders_are_refused_at_once(here, monkeypatch
     Path("link.jsonl").symlink_to("pipe.jsonl")
     names = ("pipe.jsonl", "socket.jsonl", "device.jsonl", "link.jsonl", ".", "missing.jsonl", "a\0b", "x" * 5000, "")
     for name in names:
-        for read in (open_regular, open_documents, read_yaml_mapping, verify, read_metrics, plan):
+        for read in (open_regular, open_documents, read_yaml_mapping, read_image, verify, read_metrics, plan):
             assert isinstance(answers(read, name), Exception), (read, name)
         assert isinstance(answers(read_points, [name]), Exception)
     server.close()

@@ -4,8 +4,6 @@ A run is killed before one of its operations on files, which is drawn; so every 
 the export is reached sooner or later. `make test` tries a few orders, `make fuzz` new ones.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random
@@ -117,9 +115,7 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
         )
         def start(self, which: int, how: str, moment: int | None) -> None:
             config = ground.configs[which].changed(
-                output_dir=str(self.folder),
-                resume=how == "resume",
-                overwrite=how == "overwrite",
+                output_dir=str(self.folder), resume=how == "resume", overwrite=how == "overwrite"
             )
             before = digest(self.folder) if self.folder.is_dir() else {}
             has_partial = partial_folder(self.folder).exists()  # of another run, perhaps, which only overwrite drops
@@ -177,8 +173,7 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
 @pytest.mark.slow
 def test_any_order_of_starts_and_kills_loses_nothing(ground):
     run_state_machine_as_test(
-        machine(ground),
-        settings=settings(max_examples=1 + EXAMPLES // 10, stateful_step_count=8, deadline=None),
+        machine(ground), settings=settings(max_examples=1 + EXAMPLES // 10, stateful_step_count=8, deadline=None)
     )
 
 

@@ -1,7 +1,5 @@
 """Work on a pretended GPU: no operation mixes devices, and the results are those of a CPU."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

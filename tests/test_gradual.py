@@ -1,7 +1,5 @@
 """Gradual magnitude pruning: masked weights get no gradient, and the masks stay once every group is n:m."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

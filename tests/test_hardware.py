@@ -1,7 +1,5 @@
 """The memory of a process: its peak, and what it gives back."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

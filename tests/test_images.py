@@ -1,13 +1,10 @@
 """Image-text data: what a processor makes of it, who counts, and training, pruning and evaluation on it."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import gzip
 import io
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +15,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
@@ -45,35 +41,22 @@ from castlm.oneshot.options import Refinements
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
-from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused
-from tests.runs import assert_same_but_for_sums, train_until
-from tests.slow import slow
-from tests.tiny import (
-    EOS_ID,
-    IMAGE_TEMPLATE,
-    IMAGE_TOKENS,
-    VISION,
-    save_tiny,
-    save_tiny_with_images,
-    tiny_tokenizer,
+from tests.runs import (
+    assert_equal_weights,
+    assert_same_runs_but_for_sums,
+    prune_to,
+    small,
+    small_command,
+    train_until,
 )
+from tests.slow import slow
+from tests.tiny import EOS_ID, IMAGE_TEMPLATE, IMAGE_TOKENS, VISION, save_tiny, save_tiny_with_images, tiny_tokenizer
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0), "gray": (128, 128, 128)}
-OPTIONS: dict[str, Any] = {
-    "seq_len": 64,
-    "eval_tokens": 200,
-    "max_steps": 4,
-    "eval_steps": 4,
-    "save_steps": 2,
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 4,
-    "calibration_sequences": 4,
-    "rotation_iterations": 4,
-    "device": "cpu",
-}
+OVER: dict[str, Any] = {"seq_len": 64, "eval_tokens": 200, "max_steps": 4, "save_steps": 2, "device": "cpu"}
 
 
 def user(*parts: str | dict[str, Any]) -> dict[str, Any]:
@@ -357,17 +340,12 @@ def test_scores_of_channels_see_the_images(llava, dataset, score):
     assert not torch.equal(seen, pruned(None))
 
 
-def options(model: Path, dataset: Path, run: Path, **over: Any) -> list[str]:
-    given = {"model": model, "dataset": dataset, "output_dir": run, **OPTIONS, **over}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-
-
 @pytest.fixture(scope="module")
 def trained(vlm, dataset, tmp_path_factory) -> Path:
     """The folder of a run of the command."""
     run = tmp_path_factory.mktemp("trained") / "run"
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert main(["train", *options(vlm, dataset, run), "--no-report"]) == 0
+        assert main([*small_command("train", vlm, dataset, run, **OVER), "--no-report"]) == 0
     assert "conversations with images: assistant tokens count" in said.getvalue()
     return run
 
@@ -380,9 +358,7 @@ FIRST_AND_LAST = pytest.mark.parametrize("vlm", [slow(VISION[0]), VISION[-1]], i
 @pytest.mark.slow
 def test_castlm_train_prune_and_eval_on_images(vlm, dataset, trained, tmp_path, capsys):
     run, pruned = trained, tmp_path / "pruned"
-    arguments = ["--calibration", str(dataset), "--num-sequences", "4", "--seq-len", "64", "--device", "cpu"]
-    arguments += ["--rotation-iterations", "4"]
-    assert main(["prune", "--model", str(vlm), "--output-dir", str(pruned), *arguments]) == 0
+    prune_to(pruned, vlm, dataset, seq_len=64, device="cpu")
     dense = AutoModelForImageTextToText.from_pretrained(vlm)
     for folder in (run / "model", pruned):
         model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -395,25 +371,17 @@ def test_castlm_train_prune_and_eval_on_images(vlm, dataset, trained, tmp_path, 
 
 @pytest.mark.parametrize("vlm", [VISION[-1]], indirect=True)
 def test_a_run_on_images_resumes_exactly(vlm, dataset, trained, tmp_path):
-    config = TrainConfig.of(str(vlm), str(dataset), str(tmp_path / "resumed"), **OPTIONS)
+    config = small(str(vlm), str(dataset), tmp_path / "resumed", **OVER)
     train_until(config, 3)
     train(config.changed(resume=True))
-    straight, resumed = (load_file(run / "model" / "model.safetensors") for run in (trained, tmp_path / "resumed"))
-    for name, tensor in straight.items():
-        assert torch.equal(resumed[name], tensor), name
+    assert_equal_weights(trained / "model", tmp_path / "resumed" / "model")
 
 
 @FIRST_AND_LAST
 def test_two_ranks_on_images_are_one(vlm, dataset, trained, tmp_path):
-    over = {"per_device_train_batch_size": 2}
-    run_ranks(
-        train,
-        2,
-        TrainConfig.of(str(vlm), str(dataset), str(tmp_path / "ranks"), **{**OPTIONS, **over}),
-        folder=tmp_path,
-    )
-    one, ranks = (load_file(run / "model" / "model.safetensors") for run in (trained, tmp_path / "ranks"))
-    assert_same_but_for_sums(one, ranks)
+    config = small(str(vlm), str(dataset), tmp_path / "ranks", **OVER, per_device_train_batch_size=2)
+    run_ranks(train, 2, config, folder=tmp_path)
+    assert_same_runs_but_for_sums(trained / "model", tmp_path / "ranks" / "model")
 
 
 @pytest.mark.slow
@@ -423,9 +391,7 @@ def test_a_rank_without_images_does_not_wait_for_one_with_some(llava, dataset, t
     data = dataset.parent / "uneven.jsonl"
     data.write_text("\n".join([lines[1], *[lines[2]] * 7]))
     over = {"per_device_train_batch_size": 1, "eval_dataset": str(dataset), "save_steps": 0, "calibration_sequences": 2}
-    run_ranks(
-        train, 2, TrainConfig.of(str(llava), str(data), str(tmp_path / "run"), **{**OPTIONS, **over}), folder=tmp_path
-    )
+    run_ranks(train, 2, small(str(llava), str(data), tmp_path / "run", **{**OVER, **over}), folder=tmp_path)
     assert verify(tmp_path / "run" / "model").ok
 
 
@@ -450,21 +416,6 @@ def test_generate_answers_about_an_image(vlm, dataset, tmp_path, capsys):
         (["generate", str(vlm), "--prompt", "a", "--image", red, "--raw"], "cannot prepare the conversation"),
     ]
     assert_refused(cases, capsys)
-
-
-@pytest.mark.slow
-def test_training_on_images_teaches_their_colors(llava, tmp_path):
-    """Only the image tells the answer, so that a loss near zero shows that images and answers belong together."""
-    for name, color in COLORS.items():
-        Image.new("RGB", (32, 32), color).save(tmp_path / f"{name}.png")
-    rows = [{"messages": [user(PICTURE), assistant(name)], "images": [f"{name}.png"]} for name in COLORS] * 4
-    data = tmp_path / "colors.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    over = {"eta": 0.0, "max_steps": 60, "eval_steps": 60, "save_steps": 0, "learning_rate": 1e-2, "seq_len": 24}
-    over |= {"method": "dense", "eval_dataset": str(data)}
-    train(TrainConfig.of(str(llava), str(data), str(tmp_path / "run"), **{**OPTIONS, **over}))
-    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
-    assert record["perplexity"]["trained"] < 1.2, record["perplexity"]
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -531,12 +482,6 @@ def test_no_decoder_but_those_of_pixels_sees_a_file_and_none_ends_in_more_than_a
     assert "\n" not in str(caught.value)
 
 
-def test_a_named_pipe_is_no_image_and_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(InputError, match="named pipe"):
-        read_image(str(tmp_path / "a.png"))
-
-
 def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):
     lines = [json.loads(line) for line in dataset.read_text().splitlines()]
     (tmp_path / "torn.png").write_bytes((dataset.parent / "red.png").read_bytes()[:40])
@@ -544,15 +489,16 @@ def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):
         line["images"] = [str(dataset.parent / name) for name in line["images"]]
     lines[1]["images"] = ["torn.png"]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    given = options(llava, tmp_path / "data.jsonl", tmp_path / "run", eval_dataset=dataset, max_steps=7, save_steps=0)
-    assert main(["train", *given, "--init-from=magnitude", "--no-report"]) == 0
+    over = {**OVER, "eval_dataset": dataset, "max_steps": 7, "save_steps": 0, "init_from": "magnitude"}
+    command = small_command("train", llava, tmp_path / "data.jsonl", tmp_path / "run", **over)
+    assert main([*command, "--no-report"]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "a conversation does not count" in line]
     assert "cannot read the image" in line
 
 
 def test_a_run_in_which_nothing_counts_does_not_end_well(llava, dataset, text, tmp_path, capsys):
-    given = options(llava, dataset, tmp_path / "run", seq_len=6, eval_dataset=text)
-    assert main(["train", *given, "--init-from=magnitude"]) == 2
+    over = {**OVER, "seq_len": 6, "eval_dataset": text, "init_from": "magnitude"}
+    assert main(small_command("train", llava, dataset, tmp_path / "run", **over)) == 2
     assert "no token has counted in the loss of 4 steps: raise seq_len" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists()
 
@@ -565,12 +511,14 @@ def test_columns_of_any_row_that_would_be_lost_are_refused(dataset):
     columns = find_columns({"text": "str"}, TextOptions(), "a.jsonl")
     with pytest.raises(InputError, match="column 'image'"):
         columns.document({"text": "a", "image": "red.png"}, "line 2")
-    named = find_columns({"text": "str"}, TextOptions(column="text"), "a")
+    named = find_columns({"text": "str", "image": "str"}, TextOptions(column="text"), "a")
     assert named.document({"text": "a", "image": "red.png"}, "line 2").text == "a"
+    assert find_columns({"text": "str", "image": "NoneType"}, TextOptions(), "a").name == "text"
 
 
 def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_path, capsys):
-    assert main(["train", *options(llava, dataset, tmp_path / "run", seq_len=16, eval_dataset=dataset)]) == 2
+    over = {**OVER, "seq_len": 16, "eval_dataset": dataset}
+    assert main(small_command("train", llava, dataset, tmp_path / "run", **over)) == 2
     error = capsys.readouterr().err
     assert "end at token" in error
     assert "rotated" not in error
@@ -578,18 +526,15 @@ def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_pat
 
 
 def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text, tmp_path, capsys):
-    llama = save_tiny(tmp_path / "llama")
-    assert main(["train", *options(llama, dataset, tmp_path / "a")]) == 2
-    assert "which reads no images" in capsys.readouterr().err
-    cached = options(llava, dataset, tmp_path / "b", teacher_cache=tmp_path / "cache", teacher_top_k=8)
-    assert main(["train", *cached, "--hidden-weight=0"]) == 2
-    assert "teacher_cache" in capsys.readouterr().err
-    assert main(["eval", str(llama), "--text", str(dataset), "--device", "cpu"]) == 2
-    assert "reads no images" in capsys.readouterr().err
-    without = tmp_path / "without"
-    save_tiny(without, "llava")
-    assert main(["train", *options(without, dataset, tmp_path / "c")]) == 2
-    assert "processor" in capsys.readouterr().err
+    llama, without = save_tiny(tmp_path / "llama"), save_tiny(tmp_path / "without", "llava")
+    cached = {"teacher_cache": tmp_path / "cache", "teacher_top_k": 8, "hidden_weight": 0, "init_from": "magnitude"}
+    cases = [
+        (small_command("train", llama, dataset, tmp_path / "a", **OVER), "reads no images"),
+        (small_command("train", llava, dataset, tmp_path / "b", **OVER, **cached), "teacher_cache"),
+        (small_command("train", without, dataset, tmp_path / "c", **OVER), "processor"),
+        (["eval", str(llama), "--text", str(dataset), "--device", "cpu"], "reads no images"),
+    ]
+    assert_refused(cases, capsys)
     assert not any((tmp_path / name).exists() for name in "abc")
 
 

@@ -1,7 +1,5 @@
 """The CPU kernels of packed weights against a product in float64, for every format, layout and batch."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import platform
@@ -14,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS
 from castlm.inference import native
-from castlm.inference.layers import DIRECT_ROWS, packed_linear
+from castlm.inference.layers import DIRECT_ROWS, PackedEmbedding, PackedLinear, packed_linear, prepare_layers_
 from castlm.inference.packed import pack_integers, unpack
 from tests.packed_weights import PATTERNS, buffer_of, check_product, kernels_of, random_packed
 
@@ -182,27 +181,15 @@ def test_a_prompt_of_integers_has_the_bits_of_four_rows(values, n, m, rows, colu
 
 def test_what_does_not_fit_is_refused():
     packed = random_packed("bf16", 2, 4, 12, 64)
-    buffer, spec = buffer_of(packed), packed.spec
-    for x, rows in ((torch.randn(1, 60), 12), (torch.randn(1, 64), 13)):
-        with pytest.raises(InputError, match="does not fit this packed weight"):
-            packed_linear(x, buffer, rows)
-    with pytest.raises(InputError, match="does not fit"):
-        packed_linear(torch.randn(1, 64), buffer[:-8], 12)
-    with pytest.raises(InputError, match="does not fit"):
-        packed_linear(torch.randn(1, 64), torch.zeros_like(buffer), 12)
-    with pytest.raises(AssertionError, match="do not fit"):
-        native.unpack(buffer, 3, 13, torch.empty(10, 64))
-    for n, m, rows, columns in ((2, 4, 12, 63), (0, 0, 2**31 - 1, 2**31 - 1)):  # the second has 2^64 bytes
-        with pytest.raises(AssertionError, match="there is no kernel"):
-            native.packed_bytes("fp32", n, m, rows, columns)
-    for num_rows in (1, DIRECT_ROWS + 1):
-        with pytest.raises(InputError, match="does not fit this packed weight"):
-            packed_linear(torch.empty(num_rows, 0), buffer, 12)
+    buffer, x, no_columns = buffer_of(packed), torch.randn(1, 64), torch.empty(DIRECT_ROWS + 1, 0)
+    for wrong, rows in ((torch.randn(1, 60), 12), (x, 13), (no_columns[:1], 12), (no_columns, 12)):
+        with pytest.raises(InputError, match="does not fit"):
+            packed_linear(wrong, buffer, rows)
+    for wrong in (buffer[:-8], torch.zeros_like(buffer)):
+        with pytest.raises(InputError, match="does not fit"):
+            packed_linear(x, wrong, 12)
     with pytest.raises(InputError, match="keep exactly 2 of every 4"):
         native.repack_(buffer, packed.values, packed.mask_bits ^ 1, None, "bf16", 2, 4, 64)
-    for values, mask in ((packed.values[:, 1:], packed.mask_bits), (packed.values, packed.mask_bits[:, 1:])):
-        with pytest.raises(AssertionError, match="values, mask and scales do not fit"):
-            native.repack_(buffer, values, mask, None, spec.values, 2, 4, 64)
 
 
 def test_a_weight_is_prepared_under_any_default_dtype_and_device():
@@ -214,29 +201,6 @@ def test_a_weight_is_prepared_under_any_default_dtype_and_device():
             assert torch.equal(buffer_of(packed), expected)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_tensors_that_the_kernels_cannot_read_are_refused():
-    packed = random_packed("bf16", 2, 4, 12, 64)
-    buffer, x = buffer_of(packed), torch.randn(2, 64)
-    many = torch.randn(DIRECT_ROWS + 1, 64)
-    for wrong in (buffer.to("meta"), buffer.float(), torch.stack([buffer, buffer], -1)[..., 0]):
-        for rows in (x, many):
-            with pytest.raises(AssertionError, match="a packed weight"):
-                packed_linear(rows, wrong, 12)
-    with pytest.raises(AssertionError, match="do not fit this packed weight"):
-        packed_linear(many, buffer[:5], 12)
-    with pytest.raises(AssertionError, match="x has no dimension"):
-        packed_linear(torch.tensor(1.0), buffer, 12)
-    for name, change in (
-        ("values", {"values": packed.values.to("meta")}),
-        ("values", {"values": packed.values.half()}),
-        ("the mask", {"mask": packed.mask_bits.bool()}),
-        ("the buffer", {"buffer": buffer.to("meta")}),
-    ):
-        given = {"buffer": buffer, "values": packed.values, "mask": packed.mask_bits} | change
-        with pytest.raises(AssertionError, match=name):
-            native.repack_(**given, scales=None, kind="bf16", n=2, m=4, columns=64)
 
 
 @pytest.mark.slow
@@ -265,3 +229,48 @@ def test_an_exception_on_a_helper_thread_arrives_in_the_caller(tmp_path):
     source, program = Path(__file__).parent / "pool_errors.cpp", tmp_path / "pool_errors"
     subprocess.run(["g++", "-std=c++17", "-pthread", str(source), "-o", str(program)], check=True)
     assert subprocess.run([program], timeout=60).returncode == 0
+
+
+# ---- the op of packed weights and the layers made of them: shapes, dtypes, compilation, tracers
+
+
+def test_products_keep_leading_dimensions_and_take_no_rows():
+    packed = random_packed("bf16", 2, 4, 12, 64)
+    buffer = buffer_of(packed)
+    assert packed_linear(torch.randn(2, 3, 64), buffer, 12).shape == (2, 3, 12)
+    assert packed_linear(torch.randn(0, 64), buffer, 12).shape == (0, 12)
+    assert packed_linear(torch.randn(2, 64, dtype=torch.float16), buffer, 12).dtype == torch.float16
+    assert packed_linear(torch.randn(64, 2).T, buffer, 12).shape == (2, 12)
+    assert packed_linear(torch.randn(DIRECT_ROWS + 1, 64).bfloat16(), buffer, 12).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("values", ["bf16", "fp16", "fp32", "int8"])
+def test_an_embedding_looks_up_what_the_head_multiplies_by(values):
+    packed = random_packed(values, 0, 0, 37, 50)
+    table, head = PackedEmbedding(packed.spec, torch.float32), PackedLinear(packed.spec)
+    table.hold_(packed)
+    prepare_layers_({"table": table})
+    head.share_(table.packed)
+    ids = torch.tensor([[0, 36, 5], [17, 17, 31]])
+    assert torch.equal(table(ids), unpack(packed)[ids].float())
+    assert head(torch.randn(1, 50)).shape == (1, 37)
+
+
+def test_compilers_tracers_and_transforms_see_the_op():
+    packed = random_packed("bf16", 2, 4, 12, 64)
+    buffer, x = buffer_of(packed), torch.randn(3, 64)
+
+    def twice(x):
+        return packed_linear(x, buffer, 12) * 2
+
+    expected = twice(x)
+    torch.testing.assert_close(torch.compile(twice, backend="aot_eager", fullgraph=True)(x), expected)
+    graph = make_fx(twice)(x)
+    assert "packed_linear" in [node.name for node in graph.graph.nodes]
+    traced = torch.jit.trace(twice, (x,), check_trace=False)
+    assert "castlm::packed_linear" in [node.kind() for node in traced.graph.nodes()]
+    for made in (graph, traced):
+        assert torch.equal(made(x), expected)
+        assert torch.equal(made(x + 1), twice(x + 1))
+    with torch.inference_mode():
+        assert torch.equal(torch.func.vmap(twice)(x[None])[0], expected)

@@ -1,7 +1,5 @@
 """The zeros of a sparse model survive every optimizer, and what breaks them raises at the step where it happens."""
 
-from __future__ import annotations
-
 import gc
 import warnings
 import weakref
@@ -18,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import castlm
-from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.keep import KeptPattern
 from castlm.core.shards import local
 from castlm.core.sparsify import sparse_linears
 from tests.ranks import run_ranks
+from tests.runs import prune_to
 from tests.slow import slow
 from tests.tiny import TEXT, save_tiny, sparse_model, tiny_model, tiny_tokenizer
 
@@ -91,21 +89,6 @@ def test_zeros_stay_zero_in_weights_gradients_and_moments(name):
                 assert not value[before[n]].any(), n
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
-def test_eight_bit_moments_of_masked_weights_are_zero(name):
-    model = sparse_model(hidden_size=64, intermediate_size=128, head_dim=16)
-    kept = castlm.keep_pattern_(model)
-    optimizer = bnb(name)(model.parameters())
-    for _ in range(2):
-        step(model, optimizer)
-    layer = "model.layers.0.mlp.up_proj"
-    state, mask = optimizer.state[model.get_submodule(layer).weight], kept.masks()[layer]
-    assert state["state1"].dtype == torch.uint8
-    moments = state["qmap1"][state["state1"].long()]
-    assert not moments[~mask].any()
-    assert moments[mask].any()
-
-
 def test_an_optimizer_that_mixes_weights_raises_at_its_first_step():
     model = sparse_model()
     castlm.keep_pattern_(model)
@@ -150,8 +133,7 @@ def test_a_model_that_is_not_sparse_is_refused_by_layer():
 
 
 def test_a_gpt2_with_conv1d_is_refused_with_the_loader_that_helps(tmp_path):
-    folder, sparse = save_tiny(tmp_path / "dense", "gpt2"), tmp_path / "sparse"
-    assert main(["prune", "--model", str(folder), "--output-dir", str(sparse), "--method", "magnitude"]) == 0
+    sparse = prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense", "gpt2"))
     plain = AutoModelForCausalLM.from_pretrained(sparse)
     for refused in (castlm.keep_pattern_, castlm.prune_, castlm.sparse_linears):
         with pytest.raises(InputError, match=r"Conv1D.*: load it with castlm\.load_model"):

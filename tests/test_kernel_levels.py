@@ -1,7 +1,5 @@
 """The kernels of every instruction set against the plain path, for this processor and, emulated, for 64-bit ARM."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import subprocess

@@ -55,11 +55,6 @@ def break_data(run: Run) -> None:
 
 
 ERRORS = {
-    "NaN at a mask refresh": (
-        lambda run: setattr(run.method, "before_forward", raising(NAN)),
-        DivergedError,
-        r"step 5: .*contains NaN; the last checkpoint is \S+step-00000004;",
-    ),
     "NaN in the optimizer": (
         lambda run: setattr(run.optimizer, "step", raising(DivergedError("a sparse weight is NaN"))),
         DivergedError,

@@ -33,8 +33,7 @@ def mixture(*weights: float) -> Mixture:
 def sequences(*weights: float) -> MixedSequences:
     parts = mixture(*weights).parts
     return MixedSequences(
-        [PackedSequences(part, Encoder(tiny_tokenizer()), seq_len=16, seed=0) for part in parts],
-        weights,
+        [PackedSequences(part, Encoder(tiny_tokenizer()), seq_len=16, seed=0) for part in parts], weights
     )
 
 

@@ -1,11 +1,7 @@
 """A model has one name in every command: a folder, a run, a packed folder, a GGUF file or a hub id."""
 
-from __future__ import annotations
-
-import json
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
 from castlm.models.io import load_model
-from castlm.models.locate import local_folder, locate
+from castlm.models.locate import locate
 from castlm.planning.memory import read_config
 from tests.test_models import write_gguf
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -110,12 +106,3 @@ def test_a_run_without_a_model_says_how_to_finish_it(tmp_path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(InputError, match="--resume"):
         locate(tmp_path)
-
-
-def test_a_packed_folder_says_what_loads_it(names):
-    config = json.loads((Path(names["packed"]) / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "castlm"
-    card = (Path(names["packed"]) / "README.md").read_text()
-    assert "import castlm" in card
-    assert "pip install" in card
-    assert local_folder(names["packed"]) == Path(names["packed"])

@@ -17,7 +17,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -36,6 +36,7 @@ from castlm.models.architecture import backbone, check_head, output_head
 from castlm.models.io import load_model, save_model
 from castlm.models.locate import demo_model_file, find
 from tests.ranks import start_process, wait_ranks
+from tests.runs import assert_equal_weights, weights
 from tests.slow import slow_but
 from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
@@ -46,10 +47,6 @@ TEXT = "Hé llo\n\tx 🙂"
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def edit_json(file: Path, **fields) -> None:
@@ -73,9 +70,7 @@ def test_round_trip(family, tmp_path, capfd):
     save_model(model, loaded.tokenizer, out)
     assert capfd.readouterr() == ("", "")  # no progress bars, no reports
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    first, again = stored(folder), stored(out)
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_equal_weights(folder, out)
     reference, reloaded = (AutoModelForCausalLM.from_pretrained(f) for f in (folder, out))
     assert torch.equal(logits(reloaded), logits(reference))
     assert torch.equal(logits(load_model(out).model), logits(model))
@@ -91,7 +86,7 @@ def test_dtype_is_kept_and_big_files_are_cut(dtype, tmp_path):
     save_model(loaded.model, loaded.tokenizer, tmp_path / "out", max_shard_size="30KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
-    assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {dtype}
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {dtype}
     assert {param.dtype for param in loaded.model.parameters()} == {dtype}
     assert torch.equal(logits(load_model(tmp_path / "out", dtype=dtype).model), logits(loaded.model))
 
@@ -211,9 +206,9 @@ def test_gguf_is_a_plain_model_after_load(tmp_path, capfd):
     capfd.readouterr()
     loaded = load_model(file)
     assert capfd.readouterr() == ("", "")
-    weights = loaded.model.state_dict()
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    found = loaded.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(param.requires_grad and param.dtype == torch.float32 for param in loaded.model.parameters())
     assert "quant" not in json.dumps(loaded.model.config.to_dict())
     assert loaded.tokenizer.encode(TEXT) == tiny_tokenizer().encode(TEXT)
@@ -385,9 +380,9 @@ def transformers_log() -> Iterator[list[str]]:
 
 
 def edit_weights(folder: Path, change) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = weights(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def cut(folder: Path, size: int) -> None:
@@ -512,12 +507,3 @@ def test_buffers_of_old_checkpoints_are_no_left_over_weights(family, buffer, tmp
     folder = save_tiny(tmp_path, family)
     edit_weights(folder, lambda w: w.update({buffer: torch.ones(4)}))
     torch.testing.assert_close(logits(load_model(folder).model), logits(tiny_model(family)), rtol=1e-5, atol=1e-5)
-
-
-def test_stories260k(stories260k):
-    loaded = load_model(stories260k)
-    check_head(loaded.model)
-    ids = torch.tensor([loaded.tokenizer.encode("Once upon a time, there was a little girl named Lily.")])
-    with torch.no_grad():
-        loss = loaded.model(input_ids=ids, labels=ids).loss.item()
-    assert loss < 2.0  # log(512) is 6.2

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import count_nm_violations, nm_mask
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
@@ -19,6 +18,7 @@ from castlm.oneshot.calibration import calibration_length, draw_calibration
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.start import prune_oneshot_
+from tests.runs import prune_to, record_of
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, save_tiny, tiny_model
 
@@ -237,10 +237,8 @@ def test_the_report_says_what_was_left_dense_and_is_json():
 def test_castlm_json_says_what_damping_was_taken(damping, raised, text, tmp_path, capsys):
     """Eight tokens give a Hessian of rank 8, which cannot be factorized as it is."""
     model, result = save_tiny(tmp_path / "dense"), tmp_path / "pruned"
-    options = {"--model": model, "--output-dir": result, "--method": "sparsegpt", "--calibration": text}
-    options |= {"--num-sequences": "1", "--seq-len": "8", "--damping": damping, "--rotation-iterations": "4"}
-    assert main(["prune", *(str(word) for option in options.items() for word in option)]) == 0
-    record = json.loads((result / "castlm.json").read_text())
+    prune_to(result, model, text, method="sparsegpt", num_sequences=1, seq_len=8, damping=damping)
+    record = record_of(result)
     assert record["damping"] == float(damping)
     assert record["raised_damping"].get("model.layers.0.self_attn.q_proj") == (0.01 if raised else None)
     assert bool(record["raised_damping"]) is raised
@@ -285,22 +283,16 @@ def test_calibration_windows_are_the_published_loaders():
         draw_calibration(ids[:31], 5, 32)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_a_layer_whose_input_is_not_finite_is_named(method):
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(1e38)
-    with pytest.raises(InputError, match=r"input of model\.layers\.1\.mlp\.down_proj"):
-        prune_oneshot_(model, method, calibration=tokens())
-
-
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_a_weight_that_is_not_finite_is_named(method):
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight[3, 3] = torch.nan
-    with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.o_proj"):
-        prune_oneshot_(model, method, calibration=tokens())
+def test_a_weight_or_an_input_that_is_not_finite_is_named(method):
+    cases = [("self_attn.o_proj", torch.nan, r"layers\.1\.self_attn\.o_proj")]
+    if method != "magnitude":
+        cases.append(("mlp.up_proj", 1e38, r"input of model\.layers\.1\.mlp\.down_proj"))
+    for layer, factor, named in cases:
+        model = tiny_model("llama")
+        model.model.layers[1].get_submodule(layer).weight.data.mul_(factor)
+        with pytest.raises(InputError, match=named):
+            prune_oneshot_(model, method, calibration=tokens())
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -339,32 +331,39 @@ def test_what_cannot_be_used_is_refused_before_the_model_is_touched(over, messag
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_model_that_does_more_between_its_blocks_is_refused():
-    model = tiny_model("llama")
+def add_between(model: nn.Module) -> None:
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
-    with pytest.raises(InputError, match="between its blocks"):
-        prune_oneshot_(model, "wanda", calibration=tokens())
-    twice = tiny_model("llama")
-    twice.model.layers[1] = twice.model.layers[0]
-    with pytest.raises(InputError, match="between its blocks"):
-        prune_oneshot_(twice, "wanda", calibration=tokens())
 
 
-def test_a_layer_that_is_never_called_is_named():
-    model = tiny_model("llama")
+def call_twice(model: nn.Module) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+def spare_layer(model: nn.Module) -> None:
     model.model.layers[1].mlp.spare = nn.Linear(32, 32)
-    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.spare"):
-        prune_oneshot_(model, "wanda", calibration=tokens())
 
 
-def test_blocks_fed_with_the_text_itself_are_refused():
-    model = tiny_model("llama")
+def feed_with_text(model: nn.Module) -> None:
     seen = {}
     model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     model.model.layers[0].register_forward_pre_hook(
         lambda _, args, kwargs: (args, kwargs | {"input_ids": seen["input_ids"]}), with_kwargs=True, prepend=True
     )
-    with pytest.raises(InputError, match="change with the text"):
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (add_between, "between its blocks"),
+        (call_twice, "between its blocks"),
+        (spare_layer, r"model\.layers\.1\.mlp\.spare"),
+        (feed_with_text, "change with the text"),
+    ],
+)
+def test_a_model_whose_blocks_are_not_called_one_after_the_other_is_refused(change, reason):
+    model = tiny_model("llama")
+    change(model)
+    with pytest.raises(InputError, match=reason):
         prune_oneshot_(model, "wanda", calibration=tokens(200))
 
 

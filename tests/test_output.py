@@ -1,7 +1,5 @@
 """Output folders: nothing of others is lost, no input is overwritten, and one process has a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -15,14 +13,7 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.files.output import (
-    atomic_dir,
-    begin_output,
-    check_output,
-    output_folder,
-    record_file,
-    refuse_inputs_inside,
-)
+from castlm.files.output import atomic_dir, begin_output, check_output, output_folder, record_file, refuse_inputs_inside
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
 from tests.refusals import refuse_mkdir
 from tests.replaced import killed_at
@@ -343,11 +334,6 @@ def test_a_lock_that_cannot_be_opened_is_named_with_a_remedy(tmp_path):
     (tmp_path / "run" / LOCK).mkdir(parents=True)
     with pytest.raises(InputError, match=rf"{LOCK} cannot be opened .*: remove it, or name"):
         run(tmp_path / "run", "1", resume=True)
-
-
-def test_a_stale_lock_does_not_block(tmp_path):
-    write(tmp_path / "run" / LOCK, f"process {os.getpid()} on here (castlm train)")
-    run(tmp_path / "run", "1")
 
 
 def test_a_start_that_fails_leaves_no_trace(tmp_path):

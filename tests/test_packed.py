@@ -1,22 +1,17 @@
 """The packed format: what goes in comes out bit for bit, and whatever is damaged is refused in one line."""
 
-from __future__ import annotations
-
-import contextlib
 import itertools
 import json
 import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from castlm.cli.main import main
@@ -28,16 +23,17 @@ from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.files.output import check_output
-from castlm.inference import native
-from castlm.inference.formats import FILE, INDEX, METADATA_KEY, PackedSpec, mask_bits, read_specs
+from castlm.inference.formats import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
 from castlm.inference.packed import equal_as_packed, pack, pack_integers, unpack
 from castlm.models.io import load_model, save_model
 from castlm.patterns import parse_pattern
+from tests.refusals import assert_refused
 from tests.replaced import killed_at
+from tests.runs import assert_equal_weights, record_of, weights
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, TEXT, save_tiny, tiny_model, tiny_tokenizer
 
-PATTERNS = [(2, 4), (1, 4), (4, 8), (3, 4), (1, 2), (2, 3), (5, 16)]
+PATTERNS = [(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m) if m != 16 or n in (5, 8)]
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -56,16 +52,10 @@ def pruned(tmp_path_factory) -> Path:
     return pruned_folder(tmp_path_factory.mktemp("pruned") / "model")
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 def assert_comes_back(source: Path, packed: Path, back: Path) -> None:
     """`packed` unpacks, to `back`, to every bit of `source`."""
     unpack_folder(packed, back)
-    ours, theirs = tensors_of(back), tensors_of(source)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+    assert_equal_weights(back, source)
 
 
 # ---- tensors
@@ -162,26 +152,19 @@ def test_other_patterns_come_back_too(n, m, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_sharded_models_stay_sharded(tmp_path):
+def test_sharded_models_stay_sharded_and_no_shard_is_verified_as_a_model(tmp_path, capsys):
     source = pruned_folder(tmp_path / "one")
     loaded = load_model(source, dtype=torch.bfloat16)
     save_model(loaded.model, loaded.tokenizer, tmp_path / "many", max_shard_size=20_000)
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     pack_folder(tmp_path / "many", tmp_path / "packed")
     assert (tmp_path / "packed" / INDEX).is_file()
     assert verify(tmp_path / "packed").totals()["layers"] == 14
-    assert_comes_back(source, tmp_path / "packed", tmp_path / "back")
+    unpack_folder(tmp_path / "packed", tmp_path / "back")
+    assert_equal_weights(source, tmp_path / "back")
     assert torch.equal(load_model(tmp_path / "back").model.lm_head.weight, load_model(source).model.lm_head.weight)
-
-
-def test_one_file_of_several_is_not_verified_as_a_model(tmp_path, capsys):
-    loaded = load_model(pruned_folder(tmp_path / "one"))
-    save_model(loaded.model, loaded.tokenizer, tmp_path / "many", max_shard_size=20_000)
-    pack_folder(tmp_path / "many", tmp_path / "packed")
-    for folder in ("many", "packed"):
-        for shard in (tmp_path / folder).glob("*.safetensors"):
-            assert main(["verify", str(shard)]) == 2
-            assert "is one of several files of a model: verify the folder" in capsys.readouterr().err
+    shards = [shard for name in ("many", "packed") for shard in (tmp_path / name).glob("*.safetensors")]
+    assert len(shards) > 4
+    assert_refused([(["verify", str(shard)], "one of several files") for shard in shards], capsys)
 
 
 def test_a_packed_file_that_lacks_a_block_is_refused_by_its_own_path(pruned, tmp_path, capsys):
@@ -228,7 +211,7 @@ def test_dtype_casts_everything_first(tmp_path):
     source = pruned_folder(tmp_path / "source", dtype=torch.float32)
     pack_folder(source, tmp_path / "packed", dtype="bf16")
     unpack_folder(tmp_path / "packed", tmp_path / "back")
-    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
+    ours, theirs = weights(tmp_path / "back"), weights(source)
     assert all(torch.equal(ours[name], theirs[name].bfloat16()) for name in theirs)
     assert load_model(tmp_path / "packed").model.config.dtype == torch.float32
 
@@ -236,7 +219,7 @@ def test_dtype_casts_everything_first(tmp_path):
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_a_value_that_does_not_fit_the_dtype_is_no_damage(name, tmp_path, capsys):
     source = pruned_folder(tmp_path / "source", dtype=torch.float32)
-    tensors = tensors_of(source)
+    tensors = weights(source)
     place = tuple(tensors[name].nonzero()[0].tolist())
     tensors[name][place] = -1e5
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
@@ -259,6 +242,12 @@ def change(packed: Path, to: Path, change_fn) -> Path:
     change_fn(tensors, metadata)
     save_file(tensors, to / FILE, metadata)
     return to
+
+
+def assert_no_reader_takes(folder: Path, back: Path) -> None:
+    for command in (["verify"], ["unpack", "--output-dir", str(back)], ["generate", "--prompt", "a"]):
+        assert main([command[0], str(folder), *command[1:]]) == 2, command
+    assert not back.exists()
 
 
 UP = "model.layers.0.mlp.up_proj"
@@ -286,6 +275,7 @@ DAMAGES = {  # exit code of verify, and what all readers name
         r"up_proj\.values",
     ),
     "newer": (lambda _, m: m.update({METADATA_KEY: '{"version": 99, "tensors": {}}'}), 2, "castlm pack"),
+    "older": (lambda _, m: m.update({METADATA_KEY: '{"version": 1, "tensors": {}}'}), 2, "1.*castlm pack"),
     "broken JSON": (lambda _, m: m.update({METADATA_KEY: m[METADATA_KEY][:-5]}), 2, "metadata of"),
     "lost entry": (drop_entry, 2, r"up_proj\.values"),
     "lost layer": (drop_layer, 2, r"up_proj\.weight"),
@@ -316,39 +306,13 @@ def test_a_class_with_a_new_head_loads_a_packed_folder(pruned, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed").score.weight.isfinite().all()
 
 
-@settings(max_examples=50, deadline=None)
-@given(data=st.data())
-def test_random_bytes_in_a_file_never_crash_the_reader(data, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "fuzzed"
-    if not folder.exists():
-        pack_folder(pruned_folder(tmp_path_factory.mktemp("source")), folder)
-        (folder / "whole").write_bytes((folder / FILE).read_bytes())
-    content = bytearray((folder / "whole").read_bytes())
-    header = 8 + int.from_bytes(content[:8], "little")
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.one_of(st.integers(0, header - 1), st.integers(0, len(content) - 1)))
-        content[place] = data.draw(st.integers(0, 255))
-    (folder / FILE).write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 3, header, 20]))])
-    with contextlib.suppress(InputError):
-        verify(folder)
-
-
 def test_hostile_metadata_are_refused(pruned, tmp_path):
     pack_folder(pruned, tmp_path / "packed")
     good = {"shape": [8, 8], "pattern": "2:4", "values": "bf16", "transposed": False}
-    for i, entry in enumerate(
-        [
-            good | {"shape": [8, -8]},
-            good | {"shape": [8, 2**40]},
-            good | {"shape": [True, 8]},
-            good | {"pattern": "4:2"},
-            good | {"pattern": "2:3"},
-            good | {"pattern": "x"},
-            good | {"values": "fp64"},
-            {},
-            None,
-        ]
-    ):
+    shapes = ([8, -8], [8, 2**40], [True, 8])
+    patterns = ("4:2", "2:3", "x")
+    bad = [{}, None, good | {"values": "fp64"}, *(good | {"shape": shape} for shape in shapes)]
+    for i, entry in enumerate([*bad, *(good | {"pattern": pattern} for pattern in patterns)]):
 
         def write(tensors, metadata, entry=entry):
             metadata[METADATA_KEY] = json.dumps({"version": 2, "tensors": {"x": entry}})
@@ -443,8 +407,8 @@ def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
     assert "channels:0.75+2:4" in capsys.readouterr().out
     unpack_folder(packed, back)
     assert (back / "README.md").read_text() == (plain / "README.md").read_text()
-    assert "packed" not in json.loads((back / "castlm.json").read_text())
-    record = json.loads((plain / "castlm.json").read_text())
+    assert "packed" not in record_of(back)
+    record = record_of(plain)
     del record["proof"]["layers"]
     (plain / "castlm.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"castlm\.json is damaged"):
@@ -469,7 +433,7 @@ def test_the_card_of_anothers_model_comes_back(card, pruned, tmp_path):
 
 
 def test_a_model_that_is_not_whole_or_not_finite_is_not_packed(pruned, tmp_path):
-    tensors = tensors_of(pruned)
+    tensors = weights(pruned)
     up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
     shorter, damaged = tensors[up][:-4].contiguous(), tensors[norm].clone()
     damaged[3] = torch.nan
@@ -513,9 +477,7 @@ def test_weights_of_other_names_are_neither_verified_nor_loaded(named, pruned, t
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weights"] = named
     (folder / "config.json").write_text(json.dumps(config))
-    for command in (["verify"], ["unpack", "--output-dir", str(tmp_path / "back")], ["generate", "--prompt", "a"]):
-        assert main([command[0], str(folder), *command[1:]]) == 2, command
-    assert not (tmp_path / "back").exists()
+    assert_no_reader_takes(folder, tmp_path / "back")
     with pytest.raises(InputError, match="names the weights"):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -533,8 +495,7 @@ def test_an_index_that_leaves_its_folder_is_refused_by_every_reader(absolute, pr
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weights"] = INDEX
     (folder / "config.json").write_text(json.dumps(config))
-    for command in (["verify"], ["unpack", "--output-dir", str(tmp_path / "back")], ["generate", "--prompt", "a"]):
-        assert main([command[0], str(folder), *command[1:]]) == 2, command
+    assert_no_reader_takes(folder, tmp_path / "back")
     with pytest.raises(InputError, match="outside its folder"):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -578,21 +539,6 @@ def test_a_dense_model_is_packed_and_comes_back(tmp_path, capsys):
 # ---- the masks of the format, and the table of numeric formats
 
 
-ALL_PATTERNS = [(n, m) for m in (2, 3, 4, 8, 16) for n in range(1, m) if m != 16 or n == 8]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(ALL_PATTERNS), st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31))
-def test_a_stored_mask_comes_back_bit_for_bit(pattern, rows, groups, seed):
-    n, m = pattern
-    weight = torch.randn(rows, groups * m, generator=torch.Generator().manual_seed(seed))
-    bits = pack_mask(nm_mask(weight, n, m)).numpy()
-    spec = PackedSpec(rows, groups * m, n, m, "bf16")
-    stored = spec.mask_to_stored(bits)
-    assert stored.shape == spec.tensors()["mask"][1]
-    assert np.array_equal(spec.mask_to_bits(stored), bits)
-
-
 def test_codes_number_the_masks_of_a_group_in_order():
     masks = [m for m in itertools.product((0, 1), repeat=4) if sum(m) == 2]
     masks.sort(key=lambda m: sum(bit << i for i, bit in enumerate(m)))  # column 0 is the lowest bit
@@ -600,16 +546,6 @@ def test_codes_number_the_masks_of_a_group_in_order():
     spec = PackedSpec(12, 4, 2, 4, "bf16")
     stored = spec.mask_to_stored(pack_mask(weight.bool()).numpy())
     assert stored[:, 0].tolist() == [0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "bits"),
-    [((2, 4), 3), ((1, 4), 2), ((3, 4), 2), ((4, 8), 7), ((6, 8), 5), ((5, 8), 6), ((2, 8), 5), ((1, 2), 1)],
-)
-def test_a_group_takes_as_few_bits_as_its_masks_need(pattern, bits):
-    n, m = pattern
-    assert mask_bits(n, m) * m // 8 == bits
-    assert PackedSpec(1, 64 * m, n, m, "bf16").tensors()["mask"][1] == (1, 8 * bits)
 
 
 @pytest.mark.parametrize(
@@ -628,28 +564,6 @@ def test_codes_follow_each_other_from_the_lowest_bit_on():
     )
     of_four = pack_integers(codes[:, :3], torch.ones(1, 1), "int4", 0, 0).values[0].tolist()
     assert of_four == [0xF1, 0x02]
-
-
-def test_a_code_that_no_mask_has_keeps_nothing():
-    spec = PackedSpec(1, 8, 2, 4, "bf16")
-    for code in range(64):
-        kept = unpack_mask(torch.from_numpy(spec.mask_to_bits(np.array([[code]], np.uint8))), 8).view(2, 4).sum(1)
-        assert bool((kept == 2).all()) == (code % 8 < 6 and code // 8 < 6)
-
-
-def test_every_format_with_kernels_is_one_of_matrix_h():
-    assert native.VALUES == {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4, "int3": 4}
-
-
-def test_another_packed_format_is_refused(tmp_path):
-    pack_folder(pruned_folder(tmp_path / "source"), tmp_path / "packed")
-    with safe_open(tmp_path / "packed" / FILE, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        metadata = dict(opened.metadata())
-    content = json.loads(metadata[METADATA_KEY])
-    save_file(tensors, tmp_path / "packed" / FILE, {METADATA_KEY: json.dumps(content | {"version": 1})})
-    with pytest.raises(InputError, match=r"packed format 1, .* castlm pack"):
-        verify(tmp_path / "packed")
 
 
 def test_integers_keep_a_given_mask():

@@ -1,7 +1,5 @@
 """transformers loads packed folders once castlm is imported, and fails without it."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -227,10 +225,11 @@ def test_tables_that_scale_what_they_look_up_stay_in_fp32(tmp_path):
     torch.testing.assert_close(model(IDS).logits, plain, rtol=0.02, atol=0.02)
 
 
-def test_load_model_unpacks(folders):
-    packed, plain = (load_model(folder).model.state_dict() for folder in reversed(folders))
-    assert packed.keys() == plain.keys()
-    assert all(torch.equal(packed[name], plain[name]) for name in plain)
+def test_load_model_unpacks_to_weights_that_train(folders):
+    packed, plain = (load_model(folder).model for folder in reversed(folders))
+    assert packed.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(tensor, packed.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    assert all(parameter.requires_grad for parameter in packed.parameters())
 
 
 @pytest.mark.slow
@@ -311,12 +310,7 @@ def test_generate_prints_text_and_its_speed(folders, which, capsys):
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize(
-    "asks",
-    [
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"return_dict_in_generate": True},
-        {"stop_strings": ["####"]},
-    ],
+    "asks", [{"num_beams": 3, "num_return_sequences": 2}, {"return_dict_in_generate": True}, {"stop_strings": ["####"]}]
 )
 def test_generate_continues_by_one_sequence_whatever_the_generation_config_says(asks, which, folders, tmp_path, capsys):
     model = shutil.copytree(folders[which], tmp_path / "model")

@@ -10,7 +10,6 @@ import torch
 from torch.nn.utils import parametrize
 from transformers import AutoConfig
 
-from castlm.cli.main import main
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
@@ -21,6 +20,7 @@ from castlm.models.architecture import backbone, linearize_, shape_model
 from castlm.patterns import parse_pattern
 from castlm.planning import memory
 from castlm.planning.memory import Settings, plan_memory, read_config, saved_bytes, trace
+from tests.refusals import assert_refused
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, tiny_model
 
@@ -134,11 +134,6 @@ def test_blocks_of_several_kinds_are_all_traced():
     assert plan.components["activations"] == pytest.approx(whole[0], rel=1e-3)
 
 
-def test_a_family_that_chooses_its_attention_itself_is_refused():
-    with pytest.raises(InputError, match="falcon"):
-        planned(tiny_model("falcon").config, seq_len=48, micro_batch=2)
-
-
 @pytest.mark.parametrize("pattern", ["heads:0.5", "channels:0.5"])
 def test_weights_kept_for_backward_are_those_of_the_pattern(pattern):
     config = llama()
@@ -211,21 +206,6 @@ def test_checkpointing_leaves_block_inputs_and_one_block():
     assert checkpointed.peak < plain.peak / 2
 
 
-def test_phases_add_up():
-    plan = plan_7b(compute=torch.float32, teacher=torch.float32)
-    parts = plan.components
-    static = sum(parts[name] for name in ("weights", "moments", "masks", "teacher"))
-    alive = parts["activations"] + parts["weights kept for backward"]
-    alive += parts["teacher's hidden states"]
-    assert plan.phases["loss"] == static + alive + parts["logits"] + parts["head's gradient and copies"]
-    assert plan.phases["step"] == static + parts["gradients"]
-    assert plan.peak == max(plan.phases.values())
-    accumulated = plan_7b(compute=torch.float32, teacher=torch.float32, accumulates=True)
-    assert accumulated.phases["loss"] == plan.phases["loss"] + parts["gradients"]
-    without = plan_7b(teacher=None).components
-    assert without["teacher"] == without["teacher's hidden states"] == 0
-
-
 @pytest.mark.slow
 def test_start_is_on_the_first_rank():
     """The start holds the whole model for any number of ranks, and a copy only beside the model itself."""
@@ -270,27 +250,24 @@ def test_config_of_a_model_folder_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "reason"),
+    ("content", "options", "named"),
     [
-        (None, {}, "cannot read"),
-        ("{", {}, "is not readable JSON"),
-        ('{"model_type": "nonsense"}', {}, "nonsense"),
-        ('{"hidden_size": 5}', {}, "model_type"),
-        ('{"model_type": "t5"}', {}, "T5Config"),
-        (json.dumps(llama().to_dict()), {"scale_groups": 7}, "7 scale groups"),
+        (None, [], "cannot read"),
+        ("{", [], "is not readable JSON"),
+        ('{"model_type": "nonsense"}', [], "nonsense"),
+        ('{"hidden_size": 5}', [], "model_type"),
+        ('{"model_type": "t5"}', [], "T5Config"),
+        (json.dumps(llama().to_dict()), ["--scale-groups", "7"], "7 scale groups"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(tmp_path, content, options, reason, capsys):
+def test_bad_input_is_refused_in_one_line(tmp_path, content, options, named, capsys):
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
-    more = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
-    assert main(["plan", "memory", "--model", str(path), "--seq-len", "32", *more]) == 2
-    error = capsys.readouterr().err
-    assert reason in error
-    assert error.count("\n") == 1
+    assert_refused([(["plan", "memory", "--model", str(path), "--seq-len", "32", *options], named)], capsys)
 
 
-def test_a_vision_language_model_is_refused_by_name():
-    with pytest.raises(InputError, match="memory of a llava is not planned"):
-        planned(tiny_model("llava").config, seq_len=32, micro_batch=1)
+@pytest.mark.parametrize("family", ["llava", "falcon"])
+def test_families_whose_memory_is_not_known_are_refused_by_name(family):
+    with pytest.raises(InputError, match=family):
+        planned(tiny_model(family).config, seq_len=32, micro_batch=1)

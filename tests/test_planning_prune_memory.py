@@ -1,7 +1,5 @@
 """The memory plan of `castlm prune` against the closed form of a LLaMA block, and the limits between its two ways."""
 
-from dataclasses import replace
-
 import pytest
 from transformers import AutoConfig
 
@@ -23,7 +21,6 @@ CONFIG = AutoConfig.for_model(
     vocab_size=VOCAB,
 )
 BLOCK = 2 * HIDDEN**2 + 2 * HIDDEN * KEYS + 3 * HIDDEN * NEURONS + 2 * HIDDEN
-HALF = parse_pattern("channels:0.5")
 PLAIN = {"basis": BasisOptions(rotate="off", permute=False), "refinements": NO_REFINEMENTS}
 
 
@@ -52,28 +49,6 @@ def test_more_blocks_cost_no_memory_by_block():
     assert few == many
 
 
-def test_a_reconstruction_holds_gradients_moments_and_the_best_weights():
-    refinements = Refinements(mask_iterations=0, refit_iterations=0, reconstruct_epochs=1)
-    plans = {
-        memory: plan_prune_memory(
-            CONFIG, memory=memory, num_sequences=4, seq_len=32, basis=PLAIN["basis"], refinements=refinements
-        )
-        for memory in ("block", "model")
-    }
-    passed = 32 * 32
-    for plan in plans.values():
-        assert plan.components["reconstruction"] == 17 * BLOCK + 4 * passed * (4 * NEURONS + 10 * HIDDEN)
-        held = sum(plan.components[name] for name in ("process", "weights"))
-        assert plan.phases["reconstruction"] == held + plan.components["reconstruction"]
-        assert plan.disk == 4 * 4 * 4 * 32 * HIDDEN
-
-
-def test_staged_statistics_are_those_of_one_input():
-    staged = replace(NO_REFINEMENTS, staged_statistics=True)
-    plan = plan_prune_memory(CONFIG, num_sequences=4, seq_len=32, basis=PLAIN["basis"], refinements=staged)
-    assert plan.components["statistics"] == 4 * NEURONS**2
-
-
 def test_wanda_needs_vectors_only_where_the_basis_stays_and_magnitude_has_no_plan():
     plain = plan_prune_memory(CONFIG, method="wanda", num_sequences=4, seq_len=32, **PLAIN)
     assert plain.components["statistics"] == 4 * (3 * HIDDEN + NEURONS)
@@ -85,24 +60,10 @@ def test_wanda_needs_vectors_only_where_the_basis_stays_and_magnitude_has_no_pla
     for phase in ("basis", "statistics"):
         without_process = (plan.phases[phase] - plan.components["process"] for plan in (turned, of_sparsegpt))
         assert len({*without_process}) == 1, phase
-    with pytest.raises(InputError, match="reads no calibration text"):
+    with pytest.raises(InputError, match="magnitude"):
         plan_prune_memory(CONFIG, method="magnitude")
-
-
-def test_gradients_of_the_taylor_score_are_those_of_the_layers_with_units():
-    plans = {
-        method: plan_prune_memory(CONFIG, memory="model", method=method, pattern=HALF, num_sequences=4, seq_len=32)
-        for method in ("flap", "taylor")
-    }
-    taylor = plans["taylor"]
-    assert taylor.components["gradients"] == 4 * LAYERS * 3 * HIDDEN * NEURONS
-    passed = 4 * 2048
-    states, blocks, logits = LAYERS * HIDDEN, 2 * (4 * NEURONS + 10 * HIDDEN), 4 * VOCAB
-    assert taylor.components["kept for backward"] == passed * (states + blocks + logits)
-    assert taylor.phases.keys() - plans["flap"].phases.keys() == {"gradients"}
-    assert "basis" not in taylor.phases
     with pytest.raises(InputError, match="'sparsegpt'"):
-        plan_prune_memory(CONFIG, memory="model", pattern=HALF)
+        plan_prune_memory(CONFIG, memory="model", pattern=parse_pattern("channels:0.5"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma"])

@@ -19,6 +19,7 @@ from castlm.oneshot import start as start_module
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import StoredModel
 from tests.ranks import start_process, wait_ranks
+from tests.runs import assert_equal_weights, record_of, weights
 from tests.slow import slow
 from tests.tiny import save_tiny, tiny_model
 
@@ -38,21 +39,11 @@ def prune(model, text: str, output: Path, *options: str, memory: str = "block") 
     return output
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def assert_same(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
 @pytest.mark.parametrize("family", [slow("llama"), slow("gemma"), "gpt2", slow("opt")])
 def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, family):
     model = save_tiny(tmp_path / "dense", family)
     whole = prune(model, text, tmp_path / "whole", memory="model")
-    assert_same(whole, prune(model, text, tmp_path / "block"))
+    assert_equal_weights(whole, prune(model, text, tmp_path / "block"))
     assert not (tmp_path / "block.partial").exists()
 
 
@@ -69,7 +60,7 @@ def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, famil
 )
 def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, text, options):
     whole = prune(llama, text, tmp_path / "whole", *options, memory="model")
-    assert_same(whole, prune(llama, text, tmp_path / "block", *options))
+    assert_equal_weights(whole, prune(llama, text, tmp_path / "block", *options))
     assert not (tmp_path / "block.partial").exists()
 
 
@@ -105,7 +96,7 @@ def test_a_narrow_model_is_written_in_its_own_dtype(tmp_path, text):
     whole = prune(model, text, tmp_path / "whole", *PLAIN, memory="model")
     block = prune(model, text, tmp_path / "block", *PLAIN)
     assert {tensor.dtype for tensor in weights(block).values()} == {torch.bfloat16}
-    assert_same(whole, block)
+    assert_equal_weights(whole, block)
 
 
 class Killed(BaseException):
@@ -153,9 +144,8 @@ def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
         patched.setattr(owner, name, killed)
         with pytest.raises(Killed):
             prune(llama, text, tmp_path / "killed")
-    assert_same(straight, prune(llama, text, tmp_path / "killed"))
-    ours, theirs = (json.loads((folder / "castlm.json").read_text()) for folder in (straight, tmp_path / "killed"))
-    assert ours["basis"]["changes"] == theirs["basis"]["changes"]
+    assert_equal_weights(straight, prune(llama, text, tmp_path / "killed"))
+    assert record_of(straight)["basis"]["changes"] == record_of(tmp_path / "killed")["basis"]["changes"]
 
 
 @pytest.mark.slow
@@ -177,7 +167,7 @@ def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_res
         patched.setattr(HiddenStates, "__setitem__", killed)
         with pytest.raises(Killed):
             prune(llama, text, tmp_path / "killed", *PLAIN, *options)
-    assert_same(whole, prune(llama, text, tmp_path / "killed", *PLAIN, *options))
+    assert_equal_weights(whole, prune(llama, text, tmp_path / "killed", *PLAIN, *options))
 
 
 def prune_and_die(*arguments) -> None:
@@ -197,7 +187,7 @@ def test_a_process_that_was_killed_goes_on(llama, straight, tmp_path, text):
     killed = start_process(prune_and_die, llama, text, tmp_path / "killed", log=tmp_path / "log")
     assert wait_ranks([killed], 120) == [-signal.SIGKILL], (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "killed.partial" / "progress.json").read_text())["done"] == 1
-    assert_same(straight, prune(llama, text, tmp_path / "killed"))
+    assert_equal_weights(straight, prune(llama, text, tmp_path / "killed"))
 
 
 def unfinished(llama, tmp_path, text, monkeypatch, *options: str) -> Path:
@@ -226,7 +216,7 @@ def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path, monkeyp
 def test_overwrite_goes_on_after_a_kill_with_the_same_options(llama, straight, tmp_path, text, monkeypatch, capsys):
     unfinished(llama, tmp_path, text, monkeypatch, "--overwrite")
     capsys.readouterr()
-    assert_same(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
+    assert_equal_weights(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
     assert "continuing after 1 of 3" in capsys.readouterr().err
 
 
@@ -240,7 +230,7 @@ def test_overwrite_starts_again_with_other_options_or_a_damaged_record(
     (partial / "notes.txt").write_text("mine")
     if damage:
         (partial / "progress.json").write_text("{")
-    assert_same(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
+    assert_equal_weights(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
     assert [path.name for path in partial.iterdir()] == ["notes.txt"]
 
 
@@ -257,7 +247,7 @@ def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_pat
     (partial / "hidden-00001.bin").unlink()
     with pytest.raises(InputError, match="missing or damaged"):
         prune(llama, text, tmp_path / "out")
-    assert_same(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
+    assert_equal_weights(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """The start of a run in a folder: what it continues, what it replaces, and what torchrun starts again."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -10,8 +10,6 @@ import torch
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data import sampling
-from castlm.data.columns import Kind
-from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.data.sampling import Sampler, open_samples, prompt_of, read_prompts, sample
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
@@ -164,16 +162,6 @@ def test_duplicates_are_left_out_whole_and_by_their_beginning(tmp_path):
         assert len({row["text"][: prefix or None] for row in lines(path)}) == count
     with pytest.raises(InputError, match=r"20 batches .* 3"):
         written(tmp_path / "c.jsonl", sampler_of(model=Scripted(*model().answers * 9)), num_tokens=99, dedup_prefix=0)
-
-
-def test_what_is_written_is_recognized_as_training_text(llama, tmp_path):
-    path = tmp_path / "a.jsonl"
-    written(path, sampler_of())
-    assert open_documents(path).kind is Kind.TEXT
-    (tmp_path / "q.txt").write_text("What?\nWhy?\n")
-    chat = ["sample", llama, "--chat", "--prompts", str(tmp_path / "q.txt"), "--num-tokens", "100"]
-    assert main([*chat, "--max-new-tokens", "200", "--output-file", str(tmp_path / "c.jsonl")]) == 0
-    assert open_documents(tmp_path / "c.jsonl").kind is Kind.CHAT
 
 
 # The command

@@ -159,10 +159,7 @@ def test_bad_input_is_one_line(llama, own, tmp_path, capsys):
     changed.with_name("changed.jsonl.castlm.json").write_bytes(record.read_bytes())
     cache = cached(tmp_path)
     cases = [
-        (
-            command(llama, tmp_path / "a.jsonl", "--seq-len", "32"),
-            "--seq-len is for a teacher cache",
-        ),
+        (command(llama, tmp_path / "a.jsonl", "--seq-len", "32"), "--seq-len is for a teacher cache"),
         (command(llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "0"), "set teacher_top_k"),
         (command(llama, tmp_path / "a.jsonl", *cache, "--seq-len", "1"), "seq_len = 1 is out of range"),
         (command(llama, tmp_path / "a.jsonl", *cache, "--seq-len", "999"), "exceeds the model's 256 positions"),

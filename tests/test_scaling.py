@@ -10,7 +10,7 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.scaling import UnfoldedWarning, add_weight_scaling, fold_weight_scaling
-from castlm.core.sparsify import prune_, weight_parameter
+from castlm.core.sparsify import weight_parameter
 from tests.slow import slow_but
 from tests.tiny import FAMILIES, tiny_model
 
@@ -50,15 +50,6 @@ def test_a_factor_scales_its_row_and_block_of_columns():
     expected[0, 4:] *= 3
     expected[2, 4:] *= 5
     assert torch.equal(weight, expected)
-
-
-def test_zeros_survive_the_fold():
-    model = tiny_model("llama")
-    add_weight_scaling(model)
-    prune_(model)
-    fold_weight_scaling(model)
-    weight = model.model.layers[0].mlp.up_proj.weight
-    assert ((weight.view(-1, 4) != 0).sum(1) <= 2).all()
 
 
 def test_a_state_dict_before_the_fold_warns_and_one_after_it_does_not(tmp_path, recwarn):

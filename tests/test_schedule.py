@@ -21,7 +21,8 @@ from castlm.training.config import TrainConfig
 from castlm.training.metrics import peak_flops
 from castlm.training.run import num_left
 from castlm.training.train import with_values_found
-from tests.runs import begin_run, metrics, small
+from tests.refusals import refused
+from tests.runs import begin_run, metrics, record_of, small, small_command
 from tests.tiny import TEXT, tiny_model
 
 
@@ -87,13 +88,11 @@ def test_epochs_are_as_many_steps_as_their_tokens_fill(llama, text, tmp_path):
 
 def test_a_run_of_epochs_ends_and_says_its_steps(llama, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT[:1500])
-    arguments = ["train", "--model", llama, "--dataset", str(tmp_path / "text.txt"), "--output-dir"]
-    arguments += [str(tmp_path / "run")]
-    arguments += ["--eval-dataset", str(tmp_path / "text.txt"), "--num-train-epochs", "1", "--seq-len", "64"]
-    arguments += ["--init-from", "magnitude", "--report-to", "none", "--no-report", "--save-steps", "0"]
-    assert main([*arguments, "--per-device-train-batch-size", "4", "--learning-rate", "1e-3"]) in (0, 1)
-    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
-    assert 4 <= record["train_steps"] <= 8
+    text, over = tmp_path / "text.txt", {"seq_len": 64, "init_from": "magnitude", "report_to": "none"}
+    command = small_command("train", llama, text, tmp_path / "run", eval_dataset=text, num_train_epochs=1, **over)
+    command = [option for option in command if not option.startswith("--max-steps")]
+    assert main([*command, "--no-report"]) in (0, 1)
+    assert 4 <= record_of(tmp_path / "run" / "model")["train_steps"] <= 8
 
 
 def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text, tmp_path, monkeypatch):
@@ -157,9 +156,7 @@ def test_compiled_blocks_train_alike_and_a_cpu_refuses_them(llama, text, tmp_pat
     compiled = run.objective(ids, ids, 64).loss
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
-    assert (
-        len(graphs) == 2
-    )  # one for all blocks of the student, which takes gradients, and one for those of the teacher
+    assert len(graphs) == 2  # one for all blocks of the student, which takes gradients, and one for the teacher's
 
 
 def test_weight_scaling_is_folded_after_compiled_blocks():
@@ -176,26 +173,21 @@ def test_weight_scaling_is_folded_after_compiled_blocks():
 # ------------------------------------------------------------------------------------- the options of other commands
 
 
-def refusal(arguments: list[str], capsys) -> str:
-    assert main(arguments) == 2
-    return capsys.readouterr().err
-
-
 def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsys):
     base = ["prune", "--model", llama, "--output-dir", str(tmp_path / "out")]
-    assert "method sparsegpt needs a calibration text" in refusal(base, capsys)
-    assert "revision main is for models of the hub" in refusal([*base, "--method=magnitude", "--revision=main"], capsys)
+    assert "method sparsegpt needs a calibration text" in refused(base, capsys)
+    assert "revision main is for models of the hub" in refused([*base, "--method=magnitude", "--revision=main"], capsys)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"body": TEXT[at : at + 500]}) + "\n" for at in range(0, 8000, 500)))
     wanda = [*base, "--method", "wanda", "--calibration", str(rows), "--num-sequences", "4", "--seq-len", "32"]
-    assert "text" in refusal(wanda, capsys)  # the default column is not there
+    assert "text" in refused(wanda, capsys)  # the default column is not there
     assert main([*wanda, "--column", "body", "--pattern", "4:8", "--rotation-iterations", "4"]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0  # castlm.json says 4:8
     assert "4:8" in capsys.readouterr().out
     (tmp_path / "out" / "castlm.json").write_text("[" * 5000)
-    assert "castlm.json is not readable JSON" in refusal(["verify", str(tmp_path / "out")], capsys)
+    assert "castlm.json is not readable JSON" in refused(["verify", str(tmp_path / "out")], capsys)
     (tmp_path / "out" / "castlm.json").write_text("{}")
-    assert "names no pattern" in refusal(["verify", str(tmp_path / "out")], capsys)
+    assert "names no pattern" in refused(["verify", str(tmp_path / "out")], capsys)
 
 
 def test_left_dense_that_matches_nothing_is_refused(llama, text, tmp_path):

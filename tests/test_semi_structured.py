@@ -70,18 +70,13 @@ def test_a_layer_that_is_not_2_4_or_cannot_be_converted_stays_dense_with_its_rea
     assert choices["model.layers.0.mlp.gate_proj"].variant == "2:4 a"
 
 
-def test_a_variant_that_fails_when_it_runs_is_named_and_the_others_race(pruned):
-    backend = StubBackend(lambda variant, *_: {"dense": 2.0, "2:4 b": 1.0}[variant], failing="2:4 a")
+@pytest.mark.parametrize(("failing", "chosen"), [("2:4 a", "2:4 b"), ("search", "dense")])
+def test_a_variant_or_a_search_that_fails_is_named_and_the_others_race(failing, chosen, pruned):
+    backend = StubBackend(lambda variant, *_: {"dense": 2.0, "2:4 b": 1.0}[variant], failing=failing)
     choices = to_semi_structured_(pruned, tokens=16, backend=backend)
-    assert {choice.variant for choice in choices} == {"2:4 b"}
-    assert {choice.reason for choice in choices} == {"2:4 a failed: CUSPARSE_STATUS_NOT_SUPPORTED"}
-
-
-def test_a_shape_whose_search_fails_stays_dense_with_the_error(pruned):
-    backend = StubBackend(lambda variant, *_: 1.0, failing="search")
-    choices = to_semi_structured_(pruned, tokens=16, backend=backend)
-    assert {choice.variant for choice in choices} == {"dense"}
-    assert {choice.reason for choice in choices} == {"2:4 failed: CUSPARSE_STATUS_NOT_SUPPORTED"}
+    assert {choice.variant for choice in choices} == {chosen}
+    name = "2:4" if failing == "search" else failing
+    assert {choice.reason for choice in choices} == {f"{name} failed: CUSPARSE_STATUS_NOT_SUPPORTED"}
 
 
 @pytest.mark.parametrize("failing", ["2:4 a", "search"])

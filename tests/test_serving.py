@@ -1,7 +1,5 @@
 """`castlm serve`: every request is answered with a status and a sentence, and good ones as `castlm generate` does."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,14 +1,11 @@
 """A run that starts from a model folder takes that model, in whatever basis it is written."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
@@ -16,15 +13,9 @@ from castlm.oneshot.residual import basis_between
 from castlm.training.train import train
 from tests.faults import train_as_a_command
 from tests.ranks import start_ranks, wait_ranks
-from tests.runs import assert_equal_weights, begin_run, metrics, small, stop_and_resume
+from tests.runs import assert_equal_weights, begin_run, metrics, prune_to, small, stop_and_resume
 from tests.slow import slow
 from tests.tiny import save_tiny
-
-
-def prune(model: Path | str, folder: Path, text: str, *options: str) -> str:
-    arguments = ["--model", str(model), "--output-dir", str(folder), "--calibration", text, *options]
-    assert main(["prune", *arguments, "--num-sequences", "8", "--seq-len", "64", "--rotation-iterations", "4"]) == 0
-    return str(folder)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -35,7 +26,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def rotated(llama, text, tmp_path_factory) -> str:
     """`llama` at 2:4, its stream rotated."""
-    return prune(llama, tmp_path_factory.mktemp("rotated") / "pruned", text, "--rotate", "residual")
+    return prune_to(tmp_path_factory.mktemp("rotated") / "pruned", llama, text, rotate="residual")
 
 
 def assert_starts_from(given: str, model: str, text: str, folder: Path, is_turned: bool) -> None:
@@ -51,13 +42,11 @@ def test_a_pruned_model_in_another_basis_is_where_the_run_starts(rotated, llama,
 
 
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [("gemma", ("--rotate", "residual")), slow("qwen2", ())],
-    ids=["tied embeddings", "biases"],
+    ("family", "options"), [("gemma", {"rotate": "residual"}), slow("qwen2", {})], ids=["tied embeddings", "biases"]
 )
 def test_a_model_with_tied_embeddings_or_biases_is_where_the_run_starts_too(family, options, text, tmp_path):
     model = str(save_tiny(tmp_path / "dense", family))
-    given = prune(model, tmp_path / "pruned", text, *options)
+    given = prune_to(tmp_path / "pruned", model, text, **options)
     assert_starts_from(given, model, text, tmp_path / "run", is_turned=bool(options))
 
 

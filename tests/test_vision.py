@@ -1,13 +1,10 @@
 """Vision-language models: the language model becomes n:m by text, the tower stays as it is, and so does the class."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from castlm.cli.main import main
@@ -15,31 +12,15 @@ from castlm.core.blocks import is_block_linear, is_tower
 from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.data.columns import find_columns
-from castlm.data.options import TextOptions
 from castlm.export.verify import verify
 from castlm.inference import native
 from castlm.models.architecture import auto_class, check_head, is_vision_language
 from castlm.models.io import load_model
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.start import change_basis_
-from castlm.training.config import TrainConfig
-from castlm.training.train import train
-from tests.ranks import run_ranks
+from tests.runs import assert_equal_weights, prune_to, record_of, small_command
 from tests.slow import slow_but
 from tests.tiny import VISION, save_tiny, tiny_model
-
-OPTIONS = {
-    "seq_len": 32,
-    "eval_tokens": 200,
-    "max_steps": 3,
-    "eval_steps": 3,
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 4,
-    "calibration_sequences": 4,
-    "rotation_iterations": 4,
-    "device": "cpu",
-}
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +94,7 @@ def test_towers_and_projectors_are_known_by_their_names():
 def test_castlm_prune_verify_eval_and_pack(family, models, tmp_path, capsys):
     text, out, packed = tmp_path / "text.txt", tmp_path / "out", tmp_path / "packed"
     text.write_text("All happy families are alike; each unhappy family is unhappy in its own way.\n\n" * 12)
-    arguments = ["--calibration", str(text), "--num-sequences", "4", "--seq-len", "32", "--device", "cpu"]
-    arguments += ["--rotation-iterations", "4"]
-    assert main(["prune", "--model", str(models[family]), "--output-dir", str(out), *arguments]) == 0
+    prune_to(out, models[family], text, device="cpu")
     assert_same_tower(out, models[family])
     assert main(["verify", str(out)]) == 0
     assert main(["eval", str(out), "--text", str(text), "--seq-len", "64", "--device", "cpu"]) == 0
@@ -123,9 +102,7 @@ def test_castlm_prune_verify_eval_and_pack(family, models, tmp_path, capsys):
     assert main(["pack", str(out), "--output-dir", str(packed)]) == 0
     assert verify(packed).ok
     assert main(["unpack", str(packed), "--output-dir", str(tmp_path / "again")]) == 0
-    one, other = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_equal_weights(out, tmp_path / "again")
     unpacked = load_model(packed).model.state_dict()
     assert all(torch.equal(tensor, unpacked[name]) for name, tensor in load_model(out).model.state_dict().items())
     if native.kernels() is not None:
@@ -137,24 +114,11 @@ def test_castlm_prune_verify_eval_and_pack(family, models, tmp_path, capsys):
 @pytest.mark.slow
 def test_castlm_train_on_text_keeps_the_tower(models, text, tmp_path):
     run = tmp_path / "run"
-    options = {"model": models["llava"], "dataset": text, "output_dir": run, **OPTIONS}
-    assert main(["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]) == 0
+    assert main(small_command("train", models["llava"], text, run, max_steps=3, device="cpu")) == 0
     assert_same_tower(run / "model", models["llava"])
-    record = json.loads((run / "model" / "castlm.json").read_text())
+    record = record_of(run / "model")
     assert record["proof"]["layers"] == 14
     assert record["left_dense"]["model.multi_modal_projector.linear_1.weight"] == "outside the language model"
-
-
-@pytest.mark.slow
-def test_two_ranks_train_a_vision_language_model_as_one_does(models, text, tmp_path):
-    model, over = str(models["qwen2_vl"]), {**OPTIONS, "init_from": "magnitude"}
-    run_ranks(train, 2, TrainConfig.of(model, text, str(tmp_path / "two"), **over), folder=tmp_path)
-    train(TrainConfig.of(model, text, str(tmp_path / "one"), **over | {"per_device_train_batch_size": 8}))
-    assert_same_tower(tmp_path / "two" / "model", models["qwen2_vl"])
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def test_the_model_without_its_head_is_refused_by_name(tmp_path):
@@ -163,13 +127,6 @@ def test_the_model_without_its_head_is_refused_by_name(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlavaModel"]}))
     with pytest.raises(InputError, match="LlavaModel"):
         load_model(folder)
-
-
-def test_images_beside_plain_text_are_refused_unless_the_text_is_named():
-    with pytest.raises(InputError, match="column 'image'"):
-        find_columns({"text": "str", "image": "str"}, TextOptions(), "data.jsonl")
-    assert find_columns({"text": "str", "image": "str"}, TextOptions(column="text"), "data.jsonl").name == "text"
-    assert find_columns({"text": "str", "image": "NoneType"}, TextOptions(), "data.jsonl").name == "text"
 
 
 @pytest.mark.parametrize("family", VISION)

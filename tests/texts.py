@@ -1,7 +1,5 @@
 """Files of text for tests, and the sequences that are read from them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path
