@@ -53,6 +53,8 @@ def test_shapes_come_from_the_config_alone(tmp_path):
         if file.name != "config.json":
             file.unlink()
     assert layer_shapes(tiny_model("llama")) == shapes_of(str(folder)) == expected
+    gpt2 = shapes_of(str(save_tiny(tmp_path / "gpt2", "gpt2")))
+    assert gpt2.blocks == {(96, 32): 2, (32, 32): 2, (64, 32): 2, (32, 64): 2}  # its Conv1D count as linear
 
 
 def test_experts_are_said_not_to_be_counted(tmp_path):
@@ -62,29 +64,21 @@ def test_experts_are_said_not_to_be_counted(tmp_path):
     assert f"The {shapes.num_untimed:,} weights of the experts are not in these figures." in advice.text()
 
 
-def test_conv1d_layers_count_as_linear(tmp_path):
-    folder = save_tiny(tmp_path / "m", "gpt2")
-    assert shapes_of(str(folder)).blocks == {(96, 32): 2, (32, 32): 2, (64, 32): 2, (32, 64): 2}
-
-
 def test_the_roofline_is_right_on_nine_of_ten_published_cells():
     row = advisor.published_row()
     assert row.met, row.value
 
 
-def test_it_advises_against_2_4_where_a_1b_model_decodes_on_an_h100():
+def test_it_advises_2_4_where_a_7b_model_reads_a_prompt_and_not_where_a_1b_model_decodes_on_an_h100():
+    advice = advise(LLAMA_7B, find_device("h100"), tokens=4096)
+    assert 1.3 < advice.speedup("2:4 bf16") < 2
+    assert advice.verdict.startswith("Use 2:4")
     for device in ("h100", "h100-pcie"):
         for tokens in (1, 64):
             advice = advise(LLAMA_1B, find_device(device), tokens=tokens)
             assert advice.speedup("2:4 bf16") < 0.8
             assert advice.verdict.startswith("Do not use 2:4 for speed")
             assert advice.mixed_speedup >= 1
-
-
-def test_it_advises_2_4_where_a_7b_model_reads_a_prompt_on_an_h100():
-    advice = advise(LLAMA_7B, find_device("h100"), tokens=4096)
-    assert 1.3 < advice.speedup("2:4 bf16") < 2
-    assert advice.verdict.startswith("Use 2:4")
 
 
 def test_measured_seconds_decide_when_given_and_a_width_that_does_not_divide_by_4_stays_dense():

@@ -190,21 +190,12 @@ def test_options_without_effect_are_named(fields, names):
     assert sorted(TrainConfig.of(**REQUIRED | fields).without_effect()) == sorted(names)
 
 
-def test_options_of_the_hub_have_no_effect_on_local_text(tmp_path):
+def test_options_of_hub_and_conversations_have_no_effect_on_local_plain_text(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time.")
     local = {"dataset": str(text), "eval_dataset": str(text), "dataset_split": "test", "eval_split": "test"}
     assert sorted(TrainConfig.of(**REQUIRED | local).without_effect()) == ["dataset_split", "eval_split"]
     assert TrainConfig.of(**REQUIRED | {"dataset": str(text), "eval_fraction": 0.5}).without_effect() == {}
-
-
-def test_options_without_effect_are_known_where_the_text_is_gone():
-    config = TrainConfig.of("m", "gone.jsonl", "o", eta=0.0, temperature=2.0)
-    assert sorted(config.without_effect()) == ["temperature"]
-    assert config.needs("srste_lam") == "method srste or ast"
-
-
-def test_options_of_conversations_have_no_effect_on_plain_text():
     config = TrainConfig.of(**REQUIRED, assistant_only_loss=False, chat_template_path="mine.jinja")
     assert config.without_effect() == {}
     assert sorted(config.without_effect(is_plain=True)) == ["assistant_only_loss", "chat_template_path"]

@@ -31,17 +31,6 @@ def write(final: Path, **files: str) -> None:
 # ---- atomic_dir
 
 
-def test_atomic_dir_appears_when_whole(tmp_path):
-    final = tmp_path / "new" / "out"
-    with atomic_dir(final) as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "a").write_text("1")
-        assert folder.parent == final.parent
-        assert not final.exists()
-    assert (final / "sub" / "a").read_text() == "1"
-    assert entries(final.parent) == ["out"]
-
-
 def test_atomic_dir_replaces_with_overwrite_alone(tmp_path):
     final = tmp_path / "out"
     for version, overwrite in (("1", False), ("2", True), ("3", True)):
@@ -150,19 +139,23 @@ def test_files_are_as_readable_as_their_folder(tmp_path):
     assert (tmp_path / "out" / "b").stat().st_mode & 0o777 == 0o755 | reach
 
 
-def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
-    events = []
+def test_a_folder_appears_when_it_is_whole_and_flushed(tmp_path, monkeypatch):
+    events, final = [], tmp_path / "new" / "out"
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(os, "rename", lambda one, other: (events.append("rename"), rename(one, other)))
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc")
-    with atomic_dir(tmp_path / "out") as folder:
+    with atomic_dir(final) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("1")
+        assert folder.parent == final.parent
+        assert not final.exists()
+    assert (final / "sub" / "a").read_text() == "1"
+    assert entries(final.parent) == ["out"]
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
     assert {str(folder / "sub" / "a"), str(folder / "sub"), str(folder)} <= set(before)
-    assert after == [str(tmp_path)]
+    assert after == [str(final.parent)]
 
 
 def test_sigkill_at_every_moment_loses_neither_the_old_nor_the_new(tmp_path):

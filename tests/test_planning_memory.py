@@ -19,7 +19,7 @@ from castlm.core.sparsify import sparse_param_groups
 from castlm.models.architecture import backbone, linearize_, shape_model
 from castlm.patterns import parse_pattern
 from castlm.planning import memory
-from castlm.planning.memory import Settings, plan_memory, read_config, saved_bytes, trace
+from castlm.planning.memory import Settings, plan_memory, saved_bytes, trace
 from tests.refusals import assert_refused
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, tiny_model
@@ -241,12 +241,6 @@ def test_published_recipes_fit_their_machines():
     large = {"seq_len": 4096, "micro_batch": 1, "world_size": 64, "gpu_gib": 79.1}
     assert planned(CONFIGS / "llama2-70b.json", **large, checkpointing=True).fits
     assert not planned(CONFIGS / "llama2-70b.json", **large).fits
-
-
-def test_config_of_a_model_folder_is_read(tmp_path):
-    tiny_model("llama").config.save_pretrained(tmp_path)
-    by_folder = planned(tmp_path, seq_len=32, micro_batch=2)
-    assert by_folder == planned(read_config(tmp_path), seq_len=32, micro_batch=2)
 
 
 @pytest.mark.parametrize(

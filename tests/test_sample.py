@@ -10,8 +10,10 @@ import torch
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data import sampling
+from castlm.data.columns import Kind
+from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.data.sampling import Sampler, open_samples, prompt_of, read_prompts, sample
+from castlm.data.sampling import Sampler, open_samples, read_prompts, sample
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
 from tests.ranks import start_command
 from tests.refusals import assert_refused
@@ -85,13 +87,6 @@ def test_prompts_of_unequal_length_are_continued_as_if_alone():
         assert found.row["text"].startswith(prompt)
 
 
-def test_prompts_are_used_in_turn_over_the_batches():
-    sampler = sampler_of(prompts=["a", "b", "c"])
-    found = [sample.row["text"][0] for number in range(2) for sample in sampler.batch(number)]
-    assert "".join(found) == "abcabcab"
-    assert [prompt_of(sampler.prompts, place) for place in range(8)] == found
-
-
 def test_a_text_ends_where_the_model_ends_it():
     ids = [[97, 98, EOS_ID, 99], [97, 98, 99, 100]]
     found = sampler_of(model=Scripted(ids), batch_size=2).batch(0)
@@ -149,6 +144,13 @@ def test_a_stopped_start_goes_on_bit_for_bit(prompts, tmp_path):
     assert parts.read_bytes() == whole.read_bytes()
     assert again == record
     assert not (tmp_path / "parts.jsonl.part").exists()
+
+
+def test_answers_to_given_questions_are_recognized_as_conversations(llama, tmp_path):
+    (tmp_path / "q.txt").write_text("What?\nWhy?\n")
+    chat = ["sample", llama, "--chat", "--prompts", str(tmp_path / "q.txt"), "--num-tokens", "100"]
+    assert main([*chat, "--max-new-tokens", "200", "--output-file", str(tmp_path / "c.jsonl")]) == 0
+    assert open_documents(tmp_path / "c.jsonl").kind is Kind.CHAT
 
 
 def test_duplicates_are_left_out_whole_and_by_their_beginning(tmp_path):
