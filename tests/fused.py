@@ -1,5 +1,7 @@
 """The two fused paths of AdamS in tests: the C++ kernels, and what runs on a GPU, here compiled for a CPU."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -17,3 +19,14 @@ def through_torch_compile(optimizer, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend="aot_eager", **how))
     monkeypatch.setattr(native, "kernels", lambda: None)
     optimizer._fused = True
+
+
+@contextlib.contextmanager
+def threads(count):
+    """Lets torch use that many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -41,3 +41,8 @@ def refuse_mkdir(monkeypatch: pytest.MonkeyPatch, parent: Path) -> None:
         mkdir(path, *arguments, **options)
 
     monkeypatch.setattr(os, "mkdir", refusing)
+
+
+def disk_full(*_: object, **__: object) -> None:
+    """Stands in for a function that writes."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,49 @@ class Stopped(Exception):  # noqa: N818
     """Stands for a kill."""
 
 
-def train_until(config: TrainConfig, step: int) -> None:
-    """Trains, and ends as a kill would, right after step `step`, whose checkpoint is whole if it has one."""
+def before_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[Run], Any]) -> None:
+    """Lets every run call `action` before its next step after `step` of them."""
     original = Run.train_step
 
     def train_step(self: Run) -> None:
         if self.progress.step == step:
-            self.saver.finish()
-            raise Stopped
+            action(self)
         original(self)
 
+    patch.setattr(Run, "train_step", train_step)
+
+
+def train_until(config: TrainConfig, step: int) -> None:
+    """Trains, and ends as a kill would, right after step `step`, whose checkpoint is whole if it has one."""
+
+    def stop(run: Run) -> None:
+        run.saver.finish()
+        raise Stopped
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "train_step", train_step)
+        before_step(patch, step, stop)
         with pytest.raises(Stopped):
             train(config)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing may catch it and continue."""
+
+
+@contextlib.contextmanager
+def killed_in(owner: Any, name: str, call: int = 1) -> Iterator[None]:
+    """Ends the block by a kill at the `call`-th call of `owner.name`."""
+    function, calls = getattr(owner, name), count(1)
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise Killed
+        return function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            yield
 
 
 def stop_and_resume(straight: TrainConfig, step: int) -> Path:

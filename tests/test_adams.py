@@ -16,7 +16,7 @@ from castlm.core.errors import InputError
 from castlm.core.moments import code_values, from_codes, to_codes_
 from castlm.core.nm import NM, nm_mask, unpack_mask
 from castlm.core.sparsify import prune_
-from tests.fused import needs_kernels, through_torch_compile
+from tests.fused import needs_kernels, threads, through_torch_compile
 from tests.reference import ReferenceAdamS
 from tests.slow import slow
 from tests.tiny import tiny_model
@@ -44,10 +44,8 @@ WAYS = [False, pytest.param(None, marks=needs_kernels)]  # fused: torch operator
 
 @pytest.fixture(params=[1, 3])
 def num_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with threads(request.param):
+        yield request.param
 
 
 def check_against_the_equations(steps, decay, second_moment, n, m, width, fused):
@@ -152,20 +150,18 @@ def test_kernels_give_the_same_bits_on_any_number_of_threads():
     start = [torch.randn(400, 1000), torch.randn(30_000, 12), torch.randn(3, 100_002), torch.randn(300_001)]
     grads = [torch.randn_like(weight) for weight in start]
     ended = []
-    threads_before = torch.get_num_threads()
     for num_threads in (1, 4):
-        torch.set_num_threads(num_threads)
         params = [nn.Parameter(weight.clone()) for weight in start]
         groups = [*sparse_group(*params[:2]), *sparse_group(params[2], n=1, m=3), {"params": params[3:]}]
         optimizer = AdamS(groups, lr=0.1, total_steps=3, mask_interval=1, fused=True)
-        for _ in range(3):
-            for param, grad in zip(params, grads):
-                param.grad = grad
-            optimizer.step()
+        with threads(num_threads):
+            for _ in range(3):
+                for param, grad in zip(params, grads):
+                    param.grad = grad
+                optimizer.step()
         ended.append([*params, *optimizer.masks().values(), torch.tensor(optimizer.flips())])
         for param, (n, m) in zip(params, ((2, 4), (2, 4), (1, 3))):
             assert torch.equal(optimizer.mask(param).view(-1, m).sum(1).unique(), torch.tensor([n]))
-    torch.set_num_threads(threads_before)
     assert all(torch.equal(one, four) for one, four in zip(*ended))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
 from castlm.training.checkpoint import Saver, _checksum, checkpoint_steps, load_checkpoint, read_manifest
+from tests.refusals import disk_full
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 MANIFEST = {"config": {"model": "m"}, "facts": {}, "data": {}, "tokens": 3, "seconds": 1.5, "flips": 0}
@@ -150,11 +151,8 @@ def test_rotation_leaves_what_a_user_put_into_a_checkpoint(checkpoint, tmp_path)
 
 
 def test_a_failed_save_names_its_own_step(checkpoint, tmp_path, monkeypatch):
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     saver = Saver(tmp_path, 1, ALONE, background=False, say=lambda text: None)
-    monkeypatch.setattr("castlm.training.checkpoint._remove", full)
+    monkeypatch.setattr("castlm.training.checkpoint._remove", disk_full)
     with pytest.raises(InputError, match=r"step 4 .*disk is full"):
         saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
 

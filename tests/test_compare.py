@@ -29,6 +29,7 @@ from castlm.files.output import begin_output, output_folder
 from castlm.methods.table import METHODS
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
+from tests.runs import killed_in
 from tests.tiny import TEXT, save_tiny
 
 CONFIG = {"mask_interval": 2, "eval_tokens": 256, "seq_len": 32, "per_device_train_batch_size": 2}
@@ -156,24 +157,12 @@ def test_rates_are_chosen_on_the_tuning_text(files, short, tmp_path, in_process)
 
 
 def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
-    class Killed(BaseException):  # as a kill is, which no command reports
-        pass
-
-    original = TrainingRun.train_step
-
-    def train_step(self):
-        if self.progress.step == 4:
-            raise Killed
-        original(self)
-
     config = tmp_path / "from_magnitude.yaml"
     config.write_text(yaml.safe_dump({**CONFIG, "init_from": "magnitude"}))
     asked = {"methods": "cast", "config": str(config)}
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "train_step", train_step)
-        with pytest.raises(Killed):
-            compare(files, tmp_path, **asked)
-    steps = []
+    with killed_in(TrainingRun, "train_step", call=5):
+        compare(files, tmp_path, **asked)
+    steps, original = [], TrainingRun.train_step
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.progress.step), original(self)))
     compare(files, tmp_path, **asked)
     first = steps[0]

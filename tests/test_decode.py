@@ -1,5 +1,7 @@
 """Decoding in one call per token gives the tokens of transformers, and leaves other models to transformers."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from castlm.inference import native
 from castlm.inference.decode import DecoderState, TokenTimes, decoding_method, greedy, step_together
 from castlm.inference.generate import generate_text
 from castlm.inference.layers import pack_model_
+from tests.fused import threads
+from tests.packed_weights import kernels_of
 from tests.slow import slow_but
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -39,6 +43,11 @@ def packed_model(family: str, n: int = 2, m: int = 4, **over) -> PreTrainedModel
     return model
 
 
+def cache_of(model: PreTrainedModel, ids: Tensor) -> Any:
+    output = model(ids, use_cache=True)
+    return output.get("past_key_values", output.get("cache"))
+
+
 def generate(model: PreTrainedModel, fast: bool, **over) -> Tensor:
     torch.manual_seed(0)
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0} | over
@@ -54,9 +63,7 @@ def test_logits_and_tokens_are_those_of_transformers_in_every_family(family, ove
     assert decoding_method(model) is not None
     with torch.inference_mode():
         exact = model(IDS).logits[0]
-        prompt = model(IDS[:, :2], use_cache=True)
-        cache = prompt.get("past_key_values", prompt.get("cache"))
-        state = DecoderState(model, cache, IDS.shape[1])
+        state = DecoderState(model, cache_of(model, IDS[:, :2]), IDS.shape[1])
         for i in range(2, IDS.shape[1]):
             torch.testing.assert_close(state.step(IDS[0, i : i + 1])[0], exact[i], rtol=1e-4, atol=1e-4)
     assert torch.equal(generate(model, True), generate(model, False))
@@ -95,13 +102,10 @@ def test_the_packed_table_refuses_other_ids_and_is_traced():
 def test_attention_of_heads_that_share_keys_is_that_of_torch(level, group, head_dim):
     """Any number of query heads to a key, head widths that are no whole vectors, and any length."""
     over = {"num_attention_heads": 2 * group, "num_key_value_heads": 2, "head_dim": head_dim, "hidden_size": 16 * group}
-    before = native.level()
-    native.use_level(level)
-    try:
+    with kernels_of(level):
         model = packed_model("llama", num_hidden_layers=1, **over)
         with torch.inference_mode():
-            prompt = model(IDS, use_cache=True)
-            cache = prompt.get("past_key_values", prompt.get("cache"))
+            cache = cache_of(model, IDS)
             for length in (IDS.shape[1], 63, 64, 130):
                 layer = cache.layers[0]
                 for name, scale in (("keys", 4.0), ("values", 1.0)):
@@ -110,8 +114,6 @@ def test_attention_of_heads_that_share_keys_is_that_of_torch(level, group, head_
                 step = state.step(IDS[0, :1])
                 exact = model(IDS[:, :1], past_key_values=cache, use_cache=True).logits[0]
                 torch.testing.assert_close(step, exact, rtol=1e-4, atol=1e-4)
-    finally:
-        native.use_level(before)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +124,7 @@ def test_sequences_decoded_together_have_the_logits_that_each_has_alone(family, 
     prompts = [IDS[:, :2], IDS, IDS[:, :4], IDS[:, :1], IDS[:, 2:]]
 
     def states() -> list[DecoderState]:
-        outputs = [model(ids, use_cache=True) for ids in prompts]
-        caches = [output.get("past_key_values", output.get("cache")) for output in outputs]
-        return [DecoderState(model, cache, 12) for cache in caches]
+        return [DecoderState(model, cache_of(model, ids), 12) for ids in prompts]
 
     with torch.inference_mode():
         alone, together = states(), states()
@@ -136,20 +136,16 @@ def test_sequences_decoded_together_have_the_logits_that_each_has_alone(family, 
 
 def test_attention_does_not_depend_on_threads():
     model = packed_model("llama", hidden_size=56, num_attention_heads=14, num_key_value_heads=2, head_dim=64)
-    length, before = 1100, torch.get_num_threads()  # long enough for several threads
+    length = 1100  # long enough for several threads
     with torch.inference_mode():
-        prompt = model(IDS, use_cache=True)
-        cache = prompt.get("past_key_values", prompt.get("cache"))
+        cache = cache_of(model, IDS)
         for layer in cache.layers:
             layer.keys, layer.values = torch.randn(2, 1, 2, length, 64).unbind(0)
         state, found = DecoderState(model, cache, length + 1), []
-        try:
-            for threads in (1, 2, 3, 4):
-                torch.set_num_threads(threads)
-                state.length = length
+        for number in (1, 2, 3, 4):
+            state.length = length
+            with threads(number):
                 found.append(state.step(IDS[0, :1]))
-        finally:
-            torch.set_num_threads(before)
     assert all(torch.equal(logits, found[0]) for logits in found)
 
 

@@ -19,6 +19,7 @@ from castlm.dtypes import FLOATS
 from castlm.inference import native
 from castlm.inference.layers import DIRECT_ROWS, PackedEmbedding, PackedLinear, packed_linear, prepare_layers_
 from castlm.inference.packed import pack_integers, unpack
+from tests.fused import threads
 from tests.packed_weights import PATTERNS, buffer_of, check_product, kernels_of, random_packed
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
@@ -60,28 +61,16 @@ def test_products_and_rows_of_every_format(values, n, m, layout, level):
     rows=st.integers(1, 40),
     groups=st.integers(1, 60),
     batch=st.integers(1, DIRECT_ROWS + 40),
-    threads=st.sampled_from([1, 3]),
-    slower=st.sampled_from([None, "avx2", "avx512"]),
+    num_threads=st.sampled_from([1, 3]),
+    level=st.sampled_from([name for name in native.levels() if name != "plain"] or ["plain"]),
     seed=st.integers(0, 2**31),
 )
-def test_products_of_any_shape(values, pattern, rows, groups, batch, threads, slower, seed):
-    if slower in native.levels():
-        with kernels_of(slower):
-            check_shape(values, pattern, rows, groups, batch, threads, seed)
-    else:
-        check_shape(values, pattern, rows, groups, batch, threads, seed)
-
-
-def check_shape(values, pattern, rows, groups, batch, threads, seed):
+def test_products_of_any_shape(values, pattern, rows, groups, batch, num_threads, level, seed):
     n, m = pattern
     packed = random_packed(values, n, m, rows, groups * (m or 5), seed)
     x = torch.randn(batch, packed.spec.columns, generator=torch.Generator().manual_seed(seed))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with kernels_of(level), threads(num_threads):
         check_product(packed, buffer_of(packed), x)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("values", list(FLOATS))
@@ -99,11 +88,8 @@ def test_a_result_does_not_depend_on_threads(n, m, batch, rows, columns, level):
     packed = random_packed("bf16", n, m, rows, columns)
     buffer, x = buffer_of(packed), torch.randn(batch, columns)
     one = packed_linear(x, buffer, rows)
-    torch.set_num_threads(4)
-    try:
+    with threads(4):
         assert all(torch.equal(packed_linear(x, buffer, rows), one) for _ in range(20))
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("values", native.VALUES)

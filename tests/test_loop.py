@@ -12,7 +12,7 @@ from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.run import Run
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.train import train
-from tests.runs import small
+from tests.runs import before_step, small
 from tests.slow import slow, slow_but
 
 
@@ -40,14 +40,7 @@ def _slow_disk(monkeypatch):
 
 def fail_after_save(monkeypatch, breaks: Callable[[Run], None]) -> None:
     """Lets step 5, the first after the second save, begin with `breaks`."""
-    original = Run.train_step
-
-    def train_step(self: Run) -> None:
-        if self.progress.step == 4:
-            breaks(self)
-        original(self)
-
-    monkeypatch.setattr(Run, "train_step", train_step)
+    before_step(monkeypatch, 4, breaks)
 
 
 def break_data(run: Run) -> None:

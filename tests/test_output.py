@@ -15,7 +15,7 @@ import pytest
 from castlm.core.errors import InputError
 from castlm.files.output import atomic_dir, begin_output, check_output, output_folder, record_file, refuse_inputs_inside
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
-from tests.refusals import refuse_mkdir
+from tests.refusals import disk_full, refuse_mkdir
 from tests.replaced import killed_at
 from tests.slow import slow_but
 
@@ -349,11 +349,8 @@ def test_a_full_disk_at_the_start_leaves_the_folder_as_it_was(tmp_path, monkeypa
     run(tmp_path / "run", "1")
     before = tree(tmp_path)
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", disk_full)
         with pytest.raises(InputError, match="disk full"):
             run(tmp_path / "run", "2", overwrite=True)
         with pytest.raises(InputError, match="disk full"):

@@ -27,7 +27,7 @@ from castlm.inference.formats import FILE, INDEX, METADATA_KEY, PackedSpec, read
 from castlm.inference.packed import equal_as_packed, pack, pack_integers, unpack
 from castlm.models.io import load_model, save_model
 from castlm.patterns import parse_pattern
-from tests.refusals import assert_refused
+from tests.refusals import assert_refused, disk_full
 from tests.replaced import killed_at
 from tests.runs import assert_equal_weights, record_of, weights
 from tests.slow import slow, slow_but
@@ -454,10 +454,7 @@ def test_a_model_that_is_not_whole_or_not_finite_is_not_packed(pruned, tmp_path)
 def test_a_full_disk_leaves_nothing(pruned, tmp_path, monkeypatch):
     from castlm.export import packed as module
 
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "write_safetensors", full)
+    monkeypatch.setattr(module, "write_safetensors", disk_full)
     with pytest.raises(InputError, match="disk full"):
         pack_folder(pruned, tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []

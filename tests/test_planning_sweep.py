@@ -19,14 +19,11 @@ from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
 from castlm.training.train import train
 from tests.refusals import assert_refused
+from tests.runs import Killed, killed_in
 from tests.tiny import TEXT
 
 STEP = 64  # tokens
 LARGEST = 64 * 64 * STEP
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -258,16 +255,8 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     base = ["plan", "sweep", *files, "--config", str(config), "--seeds", "1"]
     base += ["--tokens", ",".join(str(STEP * n) for n in (2, 4, 8, 16))]
     original, steps = TrainingRun.train_step, []
-
-    def until_killed(self):
-        if self.config.optimizer.max_steps == 8 and self.progress.step == 5:
-            raise Killed
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "train_step", until_killed)
-        with pytest.raises(Killed):
-            main([*base, "--output-dir", str(tmp_path / "killed")])
+    with killed_in(TrainingRun, "train_step", call=2 + 4 + 6):  # in the third run
+        main([*base, "--output-dir", str(tmp_path / "killed")])
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.progress.step), original(self)))
     assert main([*base, "--output-dir", str(tmp_path / "killed")]) == 0
     first = steps[0]

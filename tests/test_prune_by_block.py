@@ -19,7 +19,7 @@ from castlm.oneshot import start as start_module
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import StoredModel
 from tests.ranks import start_process, wait_ranks
-from tests.runs import assert_equal_weights, record_of, weights
+from tests.runs import assert_equal_weights, killed_in, record_of, weights
 from tests.slow import slow
 from tests.tiny import save_tiny, tiny_model
 
@@ -99,10 +99,6 @@ def test_a_narrow_model_is_written_in_its_own_dtype(tmp_path, text):
     assert_equal_weights(whole, block)
 
 
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing may catch it and continue."""
-
-
 MOMENTS = {
     "before the record": (StartFolder, "record"),
     "behind the record": (HiddenStates, "move_on"),
@@ -127,47 +123,21 @@ def straight(llama, text, tmp_path_factory) -> Path:
     + [slow(moment, 1) for moment in MOMENTS if moment not in QUICK]
     + [slow(moment, 2) for moment in MOMENTS if moment not in ("before the export", "while the text enters")],
 )
-def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(
-    llama, straight, tmp_path, text, monkeypatch, moment, call
-):
-    owner, name = MOMENTS[moment]
-    function, calls = getattr(owner, name), 0
-
-    def killed(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Killed
-        return function(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, killed)
-        with pytest.raises(Killed):
-            prune(llama, text, tmp_path / "killed")
+def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(llama, straight, tmp_path, text, moment, call):
+    with killed_in(*MOMENTS[moment], call):
+        prune(llama, text, tmp_path / "killed")
     assert_equal_weights(straight, prune(llama, text, tmp_path / "killed"))
     assert record_of(straight)["basis"]["changes"] == record_of(tmp_path / "killed")["basis"]["changes"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [slow(3), 6, slow(9)])  # two of each model in a block; in the last, of the dense one
-def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_result(
-    llama, tmp_path, text, monkeypatch, call
-):
-    write, calls, options = HiddenStates.__setitem__, 0, ("--reconstruct-epochs", "1")
-    whole = prune(llama, text, tmp_path / "whole", *PLAIN, *options, memory="model")
-
-    def killed(states, number, value):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Killed
-        write(states, number, value)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(HiddenStates, "__setitem__", killed)
-        with pytest.raises(Killed):
-            prune(llama, text, tmp_path / "killed", *PLAIN, *options)
-    assert_equal_weights(whole, prune(llama, text, tmp_path / "killed", *PLAIN, *options))
+def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_result(llama, tmp_path, text, call):
+    options = (*PLAIN, "--reconstruct-epochs", "1")
+    whole = prune(llama, text, tmp_path / "whole", *options, memory="model")
+    with killed_in(HiddenStates, "__setitem__", call):
+        prune(llama, text, tmp_path / "killed", *options)
+    assert_equal_weights(whole, prune(llama, text, tmp_path / "killed", *options))
 
 
 def prune_and_die(*arguments) -> None:
@@ -190,22 +160,17 @@ def test_a_process_that_was_killed_goes_on(llama, straight, tmp_path, text):
     assert_equal_weights(straight, prune(llama, text, tmp_path / "killed"))
 
 
-def unfinished(llama, tmp_path, text, monkeypatch, *options: str) -> Path:
-    def stop(*_) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(HiddenStates, "move_on", stop)
-        with pytest.raises(Killed):
-            prune(llama, text, tmp_path / "out", *options)
+def unfinished(llama, tmp_path, text, *options: str) -> Path:
+    with killed_in(HiddenStates, "move_on"):
+        prune(llama, text, tmp_path / "out", *options)
     return tmp_path / "out.partial"
 
 
-def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path, monkeypatch):
+def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path):
     rows = tmp_path / "rows.jsonl"
     words = [" ".join(chr(97 + (i * j) % 26) * 3 for j in range(90)) for i in range(40)]
     rows.write_text("".join(json.dumps({"text": line, "other": line[::-1]}) + "\n" for line in words))
-    unfinished(llama, tmp_path, str(rows), monkeypatch, *PLAIN)
+    unfinished(llama, tmp_path, str(rows), *PLAIN)
     with pytest.raises(InputError, match=r"damping = 0.01.*0.1"):
         prune(llama, str(rows), tmp_path / "out", *PLAIN, "--damping", "0.1")
     with pytest.raises(InputError, match="unfinished"):
@@ -213,20 +178,18 @@ def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path, monkeyp
     assert (tmp_path / "out.partial" / "progress.json").exists()
 
 
-def test_overwrite_goes_on_after_a_kill_with_the_same_options(llama, straight, tmp_path, text, monkeypatch, capsys):
-    unfinished(llama, tmp_path, text, monkeypatch, "--overwrite")
+def test_overwrite_goes_on_after_a_kill_with_the_same_options(llama, straight, tmp_path, text, capsys):
+    unfinished(llama, tmp_path, text, "--overwrite")
     capsys.readouterr()
     assert_equal_weights(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
     assert "continuing after 1 of 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [False, slow(True)])
-def test_overwrite_starts_again_with_other_options_or_a_damaged_record(
-    damage, llama, straight, tmp_path, text, monkeypatch
-):
+def test_overwrite_starts_again_with_other_options_or_a_damaged_record(damage, llama, straight, tmp_path, text):
     """Nothing is read of the earlier start, which followed the dense model over more text, in passes of 11 and 10."""
     options = ("--reconstruct-epochs", "1", "--num-sequences", "21", "--overwrite")
-    partial = unfinished(llama, tmp_path, text, monkeypatch, *options)
+    partial = unfinished(llama, tmp_path, text, *options)
     (partial / "notes.txt").write_text("mine")
     if damage:
         (partial / "progress.json").write_text("{")
@@ -234,8 +197,8 @@ def test_overwrite_starts_again_with_other_options_or_a_damaged_record(
     assert [path.name for path in partial.iterdir()] == ["notes.txt"]
 
 
-def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_path, text, monkeypatch):
-    partial = unfinished(llama, tmp_path, text, monkeypatch)
+def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_path, text):
+    partial = unfinished(llama, tmp_path, text)
     for name in ("progress.json", "block-00000.safetensors", "hidden-00001.bin"):
         content = (partial / name).read_bytes()
         changed = content.replace(b'"results"', b'"other"') if name == "progress.json" else content[:-1] + b"\xff"

@@ -13,7 +13,7 @@ from castlm.oneshot.residual import basis_between
 from castlm.training.train import train
 from tests.faults import train_as_a_command
 from tests.ranks import start_ranks, wait_ranks
-from tests.runs import assert_equal_weights, begin_run, metrics, prune_to, small, stop_and_resume
+from tests.runs import assert_equal_weights, begin_run, killed_in, metrics, prune_to, small, stop_and_resume
 from tests.slow import slow
 from tests.tiny import save_tiny
 
@@ -105,25 +105,11 @@ def test_the_basis_of_a_stream_is_read_off_the_embeddings():
         slow("write_block", "proportional"),
     ],
 )
-def test_a_run_killed_in_its_start_continues_to_the_same_result(moment, decay, llama, text, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        """Stands for a SIGKILL: nothing may catch it and continue."""
-
+def test_a_run_killed_in_its_start_continues_to_the_same_result(moment, decay, llama, text, tmp_path):
     over = {"decay": decay, "init_from": "sparsegpt", "ignore_decay_budget": True}
     train(small(llama, text, tmp_path / "straight", **over))
-    method, calls = getattr(StartFolder, moment), 0
-
-    def killed(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise Killed
-        return method(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(StartFolder, moment, killed)
-        with pytest.raises(Killed):
-            train(small(llama, text, tmp_path / "run", **over))
+    with killed_in(StartFolder, moment, call=2):
+        train(small(llama, text, tmp_path / "run", **over))
     assert json.loads((tmp_path / "run.partial" / "progress.json").read_text())["done"] == 1
     train(small(llama, text, tmp_path / "run", **over))
     assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model")

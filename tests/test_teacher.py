@@ -1,6 +1,5 @@
 """Distillation from another model than the dense one, `teacher`, and from the tokens of a teacher on disk."""
 
-import errno
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from castlm.training.config import FinetuneConfig, TrainConfig
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.train import train
 from tests.ranks import run_ranks
+from tests.refusals import disk_full
 from tests.runs import (
     assert_equal_weights,
     assert_same_runs_but_for_sums,
@@ -295,10 +295,7 @@ def test_a_block_is_for_those_who_may_read_the_folder(config, tmp_path):
 
 
 def test_a_full_disk_is_told(config, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(teacher_cache, "save_file", full)
+    monkeypatch.setattr(teacher_cache, "save_file", disk_full)
     with pytest.raises(InputError, match="the disk is full; free some space"):
         train(config)
     assert not list((tmp_path / "cache" / "blocks").glob("*/*"))

@@ -36,6 +36,7 @@ from tests.refusals import assert_refused
 from tests.runs import (
     assert_equal_weights,
     assert_same_runs_but_for_sums,
+    before_step,
     begin_run,
     metrics,
     record_of,
@@ -172,14 +173,7 @@ def test_signals_save_and_say_how_to_go_on(number, code, llama, text, tmp_path):
 def test_a_weight_that_became_nan_is_divergence_and_keeps_the_checkpoint(
     spoiled, message, llama, text, tmp_path, monkeypatch
 ):
-    original = Run.train_step
-
-    def poisoned(self):
-        if self.progress.step == 3:
-            spoiled(self).data.view(-1)[0] = float("nan")
-        original(self)
-
-    monkeypatch.setattr(Run, "train_step", poisoned)
+    before_step(monkeypatch, 3, lambda run: spoiled(run).data.view(-1)[0].fill_(float("nan")))
     with pytest.raises(DivergedError, match=rf"step 4: {message}.*step-00000002"):
         train(small(llama, text, tmp_path / "run", save_steps=2, method="ste"))
     assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [2]
