@@ -127,6 +127,14 @@ def written(path, sampler, num_tokens=150, stop_after=None, **options):
     return json.loads(path.with_name(f"{path.name}.castlm.json").read_text())
 
 
+@pytest.fixture
+def stopped(tmp_path):
+    """The path of a file whose sampling was stopped after two batches."""
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path / "a.jsonl", sampler_of(), stop_after=2)
+    return tmp_path / "a.jsonl"
+
+
 @pytest.mark.parametrize("prompts", [slow(None), ["a", "bc", "a"]])
 def test_a_stopped_start_goes_on_bit_for_bit(prompts, tmp_path):
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
@@ -295,14 +303,11 @@ def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path,
 @pytest.mark.parametrize(
     "edit", [{"settings": [1]}, {"settings": 1}, {"samples": 10**6}, {"tokens": "7"}, {"batches": -1}]
 )
-def test_an_edited_record_is_not_resumed(edit, tmp_path):
-    path = tmp_path / "a.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        written(path, sampler_of(), stop_after=2)
-    record = path.with_name("a.jsonl.castlm.json")
+def test_an_edited_record_is_not_resumed(edit, stopped):
+    record = stopped.with_name("a.jsonl.castlm.json")
     record.write_text(json.dumps(json.loads(record.read_text()) | edit))
     with pytest.raises(InputError, match=r"a\.jsonl\.castlm\.json has changed"):
-        written(path, sampler_of(), resume=True)
+        written(stopped, sampler_of(), resume=True)
 
 
 def test_resume_starts_where_nothing_is_and_reads_what_is_finished(llama, tmp_path):
@@ -314,38 +319,32 @@ def test_resume_starts_where_nothing_is_and_reads_what_is_finished(llama, tmp_pa
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_file_of_others_at_the_name_of_the_output_is_never_overwritten(when, tmp_path):
-    path = tmp_path / "a.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        written(path, sampler_of(), stop_after=2)
+def test_a_file_of_others_at_the_name_of_the_output_is_never_overwritten(when, stopped, tmp_path):
     if when == "before":
-        path.write_text("mine")
+        stopped.write_text("mine")
         with pytest.raises(InputError, match="is not as castlm wrote it"):
-            written(path, sampler_of(), resume=True)
+            written(stopped, sampler_of(), resume=True)
     else:
-        with open_samples(path, {"seed": 0}, dedup_prefix=5, resume=True) as file:
-            path.write_text("mine")
+        with open_samples(stopped, {"seed": 0}, dedup_prefix=5, resume=True) as file:
+            stopped.write_text("mine")
             with pytest.raises(InputError, match="move it away"):
                 sample(sampler_of(), file, num_tokens=150)
-    assert path.read_text() == "mine"
-    path.unlink()
-    written(path, sampler_of(), resume=True)
+    assert stopped.read_text() == "mine"
+    stopped.unlink()
+    written(stopped, sampler_of(), resume=True)
     written(tmp_path / "straight.jsonl", sampler_of())
-    assert path.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+    assert stopped.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
 
 
-def test_a_changed_part_or_another_setting_is_not_resumed(tmp_path):
-    path = tmp_path / "a.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        written(path, sampler_of(), stop_after=2)
+def test_a_changed_part_or_another_setting_is_not_resumed(stopped, tmp_path):
     with pytest.raises(InputError, match=r"resume.*overwrite"):
-        written(path, sampler_of())
+        written(stopped, sampler_of())
     with pytest.raises(InputError, match=r"sampled differently \(seed 0 -> 1\)"):
-        open_samples(path, {"seed": 1}, dedup_prefix=5, resume=True).__enter__()
+        open_samples(stopped, {"seed": 1}, dedup_prefix=5, resume=True).__enter__()
     part = tmp_path / "a.jsonl.part"
     part.write_bytes(b"x" + part.read_bytes()[1:])
     with pytest.raises(InputError, match=r"a\.jsonl\.part .* has changed"):
-        written(path, sampler_of(), resume=True)
+        written(stopped, sampler_of(), resume=True)
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):

@@ -200,27 +200,27 @@ def test_another_run_over_the_same_text_needs_no_teacher(trained, tmp_path, less
     assert longer.objective.teacher is not None
 
 
-def test_resumed_run_is_the_straight_run_and_covers_it(config, tmp_path, lessons):
-    straight = in_folder(config, tmp_path, "straight", teacher_cache=None, hidden_weight=0.0)
-    train(straight)
+@pytest.fixture
+def begun(config):
+    """`config` as a kill leaves it that comes after a save of step 5."""
     run = begin_run(config)
     for _ in range(5):
         run.train_step()
     run.save()
     run.saver.finish()
-    train(config.changed(resume=True))
+    return config
+
+
+def test_resumed_run_is_the_straight_run_and_covers_it(begun, tmp_path, lessons):
+    train(in_folder(begun, tmp_path, "straight", teacher_cache=None, hidden_weight=0.0))
+    train(begun.changed(resume=True))
     assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model")
     (known,) = (tmp_path / "cache").glob("coverage-*.json")
     assert json.loads(known.read_text()) == {"blocks": 32}
 
 
-def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(config, tmp_path):
-    run = begin_run(config)
-    for _ in range(5):
-        run.train_step()
-    run.save()
-    run.saver.finish()
-    train(config.changed(resume=True, teacher_cache=str(tmp_path / "other")))
+def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(begun, tmp_path):
+    train(begun.changed(resume=True, teacher_cache=str(tmp_path / "other")))
     assert not list((tmp_path / "other").glob("coverage-*.json"))
 
 
