@@ -155,7 +155,7 @@ def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, lev
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(24, 128), (21, 1100), (8, 64)])
-@pytest.mark.parametrize(("values", "n", "m"), itertools.product(("int8", "int4"), (2, 1, 0), (4,)))
+@pytest.mark.parametrize(("values", "n", "m"), [*itertools.product(("int8", "int4"), (2, 1, 0), (4,))])
 def test_a_prompt_of_integers_has_the_bits_of_four_rows(values, n, m, rows, columns, level):
     """Prompts have kernels of their own with AVX2, for up to 64 rows; 1,100 columns are decoded in two parts."""
     buffer = buffer_of(random_packed(values, n, m if n else 0, rows, columns))

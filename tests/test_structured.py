@@ -142,7 +142,7 @@ def test_adams_leaves_nothing_of_a_masked_unit(text):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("text", "decay"), itertools.product(("channels:0.5", "heads:0.5+2:4"), DECAYS))
+@pytest.mark.parametrize(("text", "decay"), [*itertools.product(("channels:0.5", "heads:0.5+2:4"), DECAYS)])
 def test_every_decay_runs_fused_with_the_result_of_the_operators(text, decay):
     models = [tiny_model("llama"), tiny_model("llama")]
     options = {"decay": decay, "lam": 0.0 if decay in ("horizon", "none") else 1e-2}
