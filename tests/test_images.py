@@ -427,7 +427,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a video": ({"videos": ["a.mp4"], "images": ["red.png"]}, "column 'videos'"),
     "both places": (
         {"messages": [user({"type": "image", "path": "red.png"}), assistant("x")], "images": ["red.png"]},
-        "some images are in the messages and some are not",
+        "2 images for 1 places.* or all beside them",
     ),
     "an unknown part": (
         {"messages": [user({"type": "video", "path": "a.mp4"}), assistant("x")], "images": []},

@@ -72,18 +72,20 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
     in_parts = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     parts = [part for content in in_parts for part in content if part["type"] == "image"]
     inline = [part.pop("image") for part in parts if "image" in part]
-    images = [] if listed is None else listed if isinstance(listed, list) else [listed]
-    if inline and images:
-        raise InputError(f"{where}: some images are in the messages and some are not: give all of them in one place")
-    images = images or inline
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    images = listed or inline
     if images and not parts:
         parts = _cut_at_placeholders(messages)
     first = next((message for message in messages if message["role"] == "user"), None)
     if images and not parts and first is not None:
         parts = [{"type": "image"} for _ in images]
         first["content"] = [*parts, {"type": "text", "text": first.get("content", "")}]
-    if len(images) != len(parts):
-        raise InputError(f"{where}: {len(images)} images for {len(parts)} places in the messages: give one for each")
+    if len(images) != len(parts) or (inline and listed):
+        count = len(listed) + len(inline)
+        raise InputError(
+            f"{where}: {count} images for {len(parts)} places in the messages: give one for each, all in the messages "
+            "or all beside them"
+        )
     return [_source(image, folder, f"{where}: image {number}") for number, image in enumerate(images, 1)]
 
 
