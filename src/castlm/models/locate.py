@@ -16,7 +16,7 @@ from pathlib import Path
 
 from castlm.core.errors import InputError, one_line
 from castlm.files.reading import check_regular, check_regular_entries, read_json_object, user_path
-from castlm.files.stored import read_header
+from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map
 from castlm.progress import note
 
 DEMO = "demo"
@@ -141,11 +141,10 @@ def _is_whole(snapshot: Path) -> bool:
     try:
         if "auto_map" in read_json_object(snapshot / "config.json"):
             return False
-        weights = ["model.safetensors"]
-        index = snapshot / "model.safetensors.index.json"
-        if not has(*weights) and index.is_file():
-            weights = list(read_json_object(index)["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):  # InputError is a ValueError
+        weights, index = [SINGLE], snapshot / INDEX
+        if not has(SINGLE) and index.is_file():
+            weights = list(read_weight_map(index).values())
+    except InputError:
         return False
     return has(*weights) and (has("tokenizer.json") or has("vocab.json", "merges.txt"))
 
