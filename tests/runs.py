@@ -82,7 +82,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 def before_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[Run], Any]) -> None:
-    """Lets every run call `action` before its next step after `step` of them."""
+    """Lets every run call `action` after `step` steps, before the next one."""
     original = Run.train_step
 
     def train_step(self: Run) -> None:

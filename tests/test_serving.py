@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from multiprocessing.process import BaseProcess
 
 import httpx2 as httpx
@@ -48,9 +49,8 @@ def loaded():
 
 @pytest.fixture
 def engine(loaded) -> Iterator[Engine]:
-    engine = Engine(*loaded)
-    yield engine
-    engine.close()
+    with closing(Engine(*loaded)) as engine:
+        yield engine
 
 
 def ask(engine: Engine, *requests: tuple[str, str, object]) -> list[httpx.Response]:
@@ -81,27 +81,20 @@ def test_answers_are_those_of_generate(packed):
         generate_text(model, tokenizer, tokenizer(prompt, return_tensors="pt")["input_ids"], max_new_tokens=20 + i)
         for i, prompt in enumerate(prompts)
     ]
-    engine = Engine(model, tokenizer)
-    try:
-        bodies = [{"prompt": p, "max_tokens": 20 + i, "temperature": 0} for i, p in enumerate(prompts)]
+    bodies = [{"prompt": p, "max_tokens": 20 + i, "temperature": 0} for i, p in enumerate(prompts)]
+    with closing(Engine(model, tokenizer)) as engine:
         found = [r.json() for r in ask(engine, *(("POST", "/v1/completions", body) for body in bodies))]
-    finally:
-        engine.close()
     assert [r["usage"]["completion_tokens"] for r in found] == [e.new_tokens for e in expected]
     assert [r["choices"][0]["text"] for r in found] == [e.text for e in expected]
     assert all(r["choices"][0]["finish_reason"] in ("length", "stop") for r in found)
 
 
-def test_a_long_prompt_is_read_in_parts(monkeypatch, loaded):
+def test_a_long_prompt_is_read_in_parts(monkeypatch, loaded, engine):
     monkeypatch.setattr(engine_module, "_PROMPT_PART", 16)
     model, tokenizer = loaded
     ids = tokenizer("abcdefgh " * 12, return_tensors="pt")["input_ids"]
     expected = generate_text(model, tokenizer, ids, max_new_tokens=8)
-    engine = Engine(model, tokenizer)
-    try:
-        assert complete(engine, prompt=ids[0].tolist(), max_tokens=8).json()["choices"][0]["text"] == expected.text
-    finally:
-        engine.close()
+    assert complete(engine, prompt=ids[0].tolist(), max_tokens=8).json()["choices"][0]["text"] == expected.text
 
 
 def test_a_stream_holds_the_same_text(engine):
@@ -218,12 +211,9 @@ def test_bad_requests_are_answered_with_a_sentence_before_the_model_runs(engine,
 
 
 def test_a_model_without_a_chat_template_says_what_to_use():
-    engine = Engine(*model_and_tokenizer())
-    try:
-        body = {"messages": [{"role": "user", "content": "a"}]}
+    body = {"messages": [{"role": "user", "content": "a"}]}
+    with closing(Engine(*model_and_tokenizer())) as engine:
         response = ask(engine, ("POST", "/v1/chat/completions", body))[0]
-    finally:
-        engine.close()
     assert response.status_code == 400
     assert "/v1/completions" in response.json()["error"]["message"]
 
@@ -244,35 +234,32 @@ def test_what_fails_in_the_model_ends_one_request_and_not_the_engine(engine, mon
     assert complete(engine).status_code == 200
 
 
-def test_the_queue_and_the_caches_are_bounded(loaded, monkeypatch):
-    engine, seen = Engine(*loaded), []
-    try:
-        step = engine_module.step_together
+def test_the_queue_and_the_caches_are_bounded(engine, monkeypatch):
+    seen = []
+    step = engine_module.step_together
 
-        def watched(states, tokens):
-            seen.append((len(states), sum(s.answer.num_cached for s in engine._sequences)))
-            return step(states, tokens)
+    def watched(states, tokens):
+        seen.append((len(states), sum(s.answer.num_cached for s in engine._sequences)))
+        return step(states, tokens)
 
-        monkeypatch.setattr(engine_module, "step_together", watched)
-        monkeypatch.setattr(engine_module, "MOST_WAITING", 20)
-        ids, answers, refused = torch.tensor([[5, 6, 7]]), [], 0
-        for _ in range(40):
-            answer = Answer(ids, 60)
-            try:
-                engine.submit(answer)
-                answers.append(answer)
-            except BusyError:
-                refused += 1
-        deadline = time.monotonic() + 60
-        while any(answer.reason is None for answer in answers) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert {answer.reason for answer in answers} == {"length"}
-        assert refused >= 40 - 20 - engine_module.MOST_TOGETHER
-        assert max(count for count, _ in seen) == engine_module.MOST_TOGETHER
-        assert max(tokens for _, tokens in seen) <= 2 * engine.context
-        assert {tuple(answer.tokens) for answer in answers} == {tuple(answers[0].tokens)}
-    finally:
-        engine.close()
+    monkeypatch.setattr(engine_module, "step_together", watched)
+    monkeypatch.setattr(engine_module, "MOST_WAITING", 20)
+    ids, answers, refused = torch.tensor([[5, 6, 7]]), [], 0
+    for _ in range(40):
+        answer = Answer(ids, 60)
+        try:
+            engine.submit(answer)
+            answers.append(answer)
+        except BusyError:
+            refused += 1
+    deadline = time.monotonic() + 60
+    while any(answer.reason is None for answer in answers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {answer.reason for answer in answers} == {"length"}
+    assert refused >= 40 - 20 - engine_module.MOST_TOGETHER
+    assert max(count for count, _ in seen) == engine_module.MOST_TOGETHER
+    assert max(tokens for _, tokens in seen) <= 2 * engine.context
+    assert {tuple(answer.tokens) for answer in answers} == {tuple(answers[0].tokens)}
 
 
 @pytest.fixture(scope="module")
