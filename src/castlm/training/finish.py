@@ -66,15 +66,16 @@ def finish(run: Run) -> dict[str, Any]:
     is_remote_code = type(run.model).__module__.startswith("transformers_modules")  # only `save_pretrained` copies it
     try:
         if run.source.stored is not None and not is_remote_code and not is_cut:
-            record = export_sharded(sharded_result(run), finished_record(run, histogram))
-            say_result(run, record)
-            return record
-        model = gathered(run) if is_sharded(objective) else run.model
-        return run.world.on_main(lambda: write_result(run, model, histogram), patient=True)
+            record = export_sharded(sharded_result(run), run_record(run, histogram))
+        else:
+            model = gathered(run) if is_sharded(objective) else run.model
+            record = run.world.on_main(lambda: write_result(run, model, histogram), patient=True)
     except InputError as error:
         if math.isfinite(run.progress.figures[str(run.total_steps)].get("prune_now_ppl", 0.0)):
             raise
         raise DivergedError(f"{error}: the run diverged in its last steps; lower learning_rate") from error
+    say_result(run, record)
+    return record
 
 
 def _save_dtype(run: Run) -> torch.dtype:
@@ -127,7 +128,7 @@ def write_result(run: Run, model: PreTrainedModel | None, histogram: dict[str, A
     fold_weight_scaling(model)
     model.cpu()
     folder, tokenizer = run.folder.model, run.source.tokenizer
-    record = finished_record(run, histogram)
+    record = run_record(run, histogram)
 
     def measure(m: PreTrainedModel) -> float:
         m.to(run.world.device)
@@ -151,19 +152,7 @@ def write_result(run: Run, model: PreTrainedModel | None, histogram: dict[str, A
         with atomic_dir(folder, overwrite=True) as temporary, parameters_in(model, _save_dtype(run)):
             save_model(model, tokenizer, temporary)
             atomic_write_json(temporary / "castlm.json", record)
-    say_result(run, record)
     return record
-
-
-def finished_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
-    """The record of the run with its verdict and the histogram of the masked weights before the prune."""
-    record = run_record(run) | {"masked_histogram": histogram}
-    if not run.method.layers:
-        trained = run.progress.figures[str(run.total_steps)]["perplexity"]
-        record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": trained}}
-        record |= {"versions": model_versions()}  # an export adds its own
-    earlier = perplexities_when_sparse(run.config.method, run.total_steps, run.progress.figures)
-    return record | {"verdict": verdict(record["perplexity"], earlier)}
 
 
 def perplexities_when_sparse(
@@ -193,8 +182,12 @@ def say_result(run: Run, record: dict[str, Any]) -> None:
     )
 
 
-def run_record(run: Run) -> dict[str, Any]:
-    """The entries of castlm.json about a run: its figures, and the facts that are needed to compare them."""
+def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
+    """The entries of castlm.json about a run: its figures, its verdict, and the facts that are needed to compare them.
+
+    Args:
+        histogram: of the masked weights before the prune.
+    """
     config = run.config
     first, last = run.progress.figures.get("0", {}), run.progress.figures[str(run.total_steps)]
     one_shot = first.get("prune_now_ppl")
@@ -227,7 +220,7 @@ def run_record(run: Run) -> dict[str, Any]:
         "pruned": f"{config.model.pattern}, fine-tuned" if config.is_finetuning else f"{config.method.method}, pruned",
     }
     rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
-    return {
+    record: dict[str, Any] = {
         **(cut_of_source(config.model) if config.is_finetuning else {}),
         **({"rounded": run.rounding} if run.rounding else {}),
         "run_id": run.folder.run_id,
@@ -250,7 +243,13 @@ def run_record(run: Run) -> dict[str, Any]:
         "world_size": run.world.size,
         "peak_memory_bytes": peak_memory(run.world.device.type),
         "machine": f"{platform.machine()} {run.world.device.type}",
+        "masked_histogram": histogram,
     }
+    if not run.method.layers:
+        record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": last["perplexity"]}}
+        record |= {"versions": model_versions()}  # an export adds its own
+    earlier = perplexities_when_sparse(config.method, run.total_steps, run.progress.figures)
+    return record | {"verdict": verdict(record["perplexity"], earlier)}
 
 
 def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:
