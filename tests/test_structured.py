@@ -95,21 +95,6 @@ def test_a_kv_head_is_masked_with_its_query_heads():
     assert torch.equal(masks[3], kept_q.expand_as(o))
 
 
-def test_n_of_m_is_counted_in_what_is_left_after_the_cut():
-    model = tiny_model("llama")
-    pattern = parse_pattern("channels:0.75+2:4")
-    prune_(model, pattern)
-    gate, up, down = weights_of(model, *MLP)
-    kept = pattern.kept_units([gate, up, down])
-    assert int(kept.sum()) == 48
-    for weight, mask in zip((gate, up, down), pattern.expand(kept, (gate, up, down))):
-        assert NM(2, 4).violations(left_of(weight, mask)) == 0
-        assert int((left_of(weight, mask) == 0).sum()) == left_of(weight, mask).numel() // 2
-    assert NM(2, 4).violations(down) > 0  # in the layout before the cut
-    for weight in weights_of(model, *ATTENTION):
-        assert NM(2, 4).violations(weight) == 0
-
-
 @pytest.mark.parametrize("text", TEXTS)
 def test_pruned_weights_have_no_violation_and_the_dense_ones_have(text):
     model = tiny_model("llama")
