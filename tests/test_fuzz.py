@@ -40,21 +40,11 @@ from castlm.training.config import TrainConfig
 from castlm.training.record import read_metrics
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
+from .test_verify import LLAMA, llama
 from .tiny import save_tiny
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 12,
-}
-LAYERS = {f"self_attn.{name}_proj": (8, 8) for name in "qkvo"}
-LAYERS |= {"mlp.gate_proj": (16, 8), "mlp.up_proj": (16, 8), "mlp.down_proj": (8, 16)}
-WEIGHTS = {f"model.layers.0.{name}.weight": torch.zeros(shape) for name, shape in LAYERS.items()}
+CONFIG = LLAMA | {"num_hidden_layers": 1, "num_key_value_heads": 2}
+WEIGHTS = {name: torch.zeros_like(t) for name, t in llama().items() if ".layers.0." in name and t.dim() == 2}
 CHECKPOINT = save(WEIGHTS)
 ROW = b'{"text": "once upon a time"}\n'
 TEXTS = {".txt": b"once upon\n<|endoftext|>\na time\n", ".jsonl": 3 * ROW, ".jsonl.gz": gzip.compress(3 * ROW, mtime=0)}
