@@ -97,8 +97,8 @@ def test_measured_seconds_decide_when_given_and_a_width_that_does_not_divide_by_
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
-def test_a_dtype_that_a_cpu_lacks_is_refused_with_those_that_the_command_takes(dtype, tmp_path, capsys):
-    assert main(["advise", str(save_tiny(tmp_path / "m")), "--device", "this", "--dtype", dtype]) == 2
+def test_a_dtype_that_a_cpu_lacks_is_refused_with_those_that_the_command_takes(dtype, llama, capsys):
+    assert main(["advise", llama, "--device", "this", "--dtype", dtype]) == 2
     assert f"has no {dtype}: choose one of fp32, bf16, fp16\n" in capsys.readouterr().err
 
 
@@ -109,9 +109,9 @@ def test_every_published_figure_is_of_a_known_device_and_has_a_source():
     assert all(found.decode for found in advise(LLAMA_1B, find_device("h200"), tokens=1).evidence)
 
 
-def test_the_command_prints_the_table_the_verdict_and_its_sources_and_writes_json(tmp_path, capsys):
-    folder, file = save_tiny(tmp_path / "m"), tmp_path / "a.json"
-    assert main(["advise", str(folder), "--device", "h100", "--tokens", "1", "--json", str(file)]) == 0
+def test_the_command_prints_the_table_the_verdict_and_its_sources_and_writes_json(llama, tmp_path, capsys):
+    file = tmp_path / "a.json"
+    assert main(["advise", llama, "--device", "h100", "--tokens", "1", "--json", str(file)]) == 0
     printed, report = capsys.readouterr().out, json.loads(file.read_text())
     for part in ("64 x 32", "arXiv 2603.05232", "data sheet", report["verdict"]):
         assert part in printed
@@ -130,9 +130,8 @@ def test_the_command_prints_the_table_the_verdict_and_its_sources_and_writes_jso
         (["--tokens", "-1"], "--tokens = -1"),
     ],
 )
-def test_the_command_complains_in_one_line(tmp_path, capsys, options, named):
-    folder = save_tiny(tmp_path / "m", "llama")
-    assert_refused([(["advise", str(folder), *options], named)], capsys)
+def test_the_command_complains_in_one_line(llama, capsys, options, named):
+    assert_refused([(["advise", llama, *options], named)], capsys)
 
 
 @pytest.fixture
@@ -167,13 +166,12 @@ def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick
 
 
 @needs_kernels
-def test_the_law_predicts_the_perplexity_of_n_m(quick, tmp_path, capsys):
-    folder = save_tiny(tmp_path / "m", "llama")
+def test_the_law_predicts_the_perplexity_of_n_m(quick, llama, tmp_path, capsys):
     points = [Point(tokens=tokens, perplexity=math.exp(2 + 30 * tokens**-0.3)) for tokens in (1e4, 3e4, 1e5, 1e6)]
     law = fit_law(points)
     (tmp_path / "law.json").write_text(json.dumps(law.as_dict()))
     report = tmp_path / "a.json"
-    by_law = ["advise", str(folder), "--law", str(tmp_path / "law.json")]
+    by_law = ["advise", llama, "--law", str(tmp_path / "law.json")]
     assert main([*by_law, "--train-tokens", "5e5", "--json", str(report)]) == 0
     expected = predict_perplexity(law, 5e5).perplexity
     rows = {row["name"]: row["perplexity"] for row in json.loads(report.read_text())["rows"]}

@@ -7,7 +7,7 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,29 +37,21 @@ def example(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def ground(tmp_path) -> SimpleNamespace:
-    (tmp_path / "text.txt").write_text(TEXT)
-    return SimpleNamespace(
-        model=str(save_tiny(tmp_path / "dense")), text=str(tmp_path / "text.txt"), out=tmp_path / "out"
-    )
-
-
 def run_trainer(model: str, text: str, out: str, batch_size: int) -> None:
     example("trainer").main(model, text, out, steps=6, seq_len=32, batch_size=batch_size)
 
 
 @pytest.mark.slow
-def test_trainer_ends_sparse_in_one_process_and_under_ddp(ground, tmp_path):
+def test_trainer_ends_sparse_in_one_process_and_under_ddp(llama, text, tmp_path):
     folders = []
     for ranks in (1, 2):
         folders.append(tmp_path / f"out-{ranks}")
-        arguments = (ground.model, ground.text, str(folders[-1]), 4 // ranks)
+        arguments = (llama, text, str(folders[-1]), 4 // ranks)
         run_ranks(run_trainer, ranks, *arguments, folder=tmp_path)
         report = verify(folders[-1])
         assert report.ok
         assert len(report.sparse_layers) == 14
-    one, two, dense = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (*folders, ground.model))
+    one, two, dense = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (*folders, llama))
     assert_same_but_for_sums(one, two)
     for name, weight in one.items():
         assert not torch.equal(weight[weight != 0], dense[name][weight != 0]), f"{name} was not trained"
@@ -132,9 +124,9 @@ def test_trainer_refuses_half_precision_weights(tmp_path):
         example("trainer").CastTrainer(tiny_model("llama").bfloat16(), args, train_dataset=data).train()
 
 
-def test_torch_loop(ground, capsys):
-    example("torch_loop").main(ground.model, ground.text, str(ground.out), steps=4, seq_len=32)
-    assert verify(ground.out).ok
+def test_torch_loop(llama, text, tmp_path):
+    example("torch_loop").main(llama, text, str(tmp_path / "out"), steps=4, seq_len=32)
+    assert verify(tmp_path / "out").ok
 
 
 # ---- the notebooks, from their first to their last cell

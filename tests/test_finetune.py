@@ -140,19 +140,18 @@ def test_two_ranks_train_as_one(sparse, text, tmp_path):
         assert torch.equal(two[name] == 0, before[name] == 0) or "proj" not in name
 
 
-def test_layers_left_dense_in_the_model_stay_dense(text, tmp_path):
-    dense, over = str(save_tiny(tmp_path / "dense")), {"left_dense": ("layers.1.mlp.up_proj",), "max_steps": 2}
-    train(small_run(dense, text, tmp_path / "cast", init_from="magnitude", **over))
+def test_layers_left_dense_in_the_model_stay_dense(llama, text, tmp_path):
+    over = {"left_dense": ("layers.1.mlp.up_proj",), "max_steps": 2, "init_from": "magnitude"}
+    train(small_run(llama, text, tmp_path / "cast", **over))
     record = train(small(str(tmp_path / "cast" / "model"), text, tmp_path / "run", max_steps=2))
     assert "model.layers.1.mlp.up_proj.weight" in record["left_dense"]
     assert record["proof"]["layers"] == 13
 
 
-def test_a_dense_model_is_refused_in_one_line_and_nothing_is_written(text, tmp_path, capsys):
-    dense = str(save_tiny(tmp_path / "dense"))
-    command = ["finetune", dense, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--seq-len", "32"]
+def test_a_dense_model_is_refused_in_one_line_and_nothing_is_written(llama, text, tmp_path, capsys):
+    command = ["finetune", llama, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--seq-len", "32"]
     assert main(command) == 2
-    assert f"{dense} is not 2:4 in model.layers.0.self_attn.q_proj" in capsys.readouterr().err.splitlines()[-1]
+    assert f"{llama} is not 2:4 in model.layers.0.self_attn.q_proj" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
@@ -277,9 +276,9 @@ def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, 
     assert "Warning" not in capsys.readouterr().err
 
 
-def test_what_was_cut_out_stays_on_record(text, tmp_path):
+def test_what_was_cut_out_stays_on_record(llama, text, tmp_path):
     pattern = "channels:0.75+2:4"
-    cut = prune_to(tmp_path / "cut", save_tiny(tmp_path / "dense"), text, pattern=pattern, device="cpu")
+    cut = prune_to(tmp_path / "cut", llama, text, pattern=pattern, device="cpu")
     config, _ = parse_finetune([cut, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--max-steps", "1"])
     train(config.changed(seq_len=32, eval_tokens=256, save_steps=0, report_to=("none",)))
     assert main(["verify", str(tmp_path / "run"), "--pattern", pattern]) == 0

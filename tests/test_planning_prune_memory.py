@@ -72,9 +72,8 @@ def test_families_with_other_names_are_planned(tmp_path, family):
     assert plan_prune_memory(folder, num_sequences=1, seq_len=16).components["statistics"] > 0
 
 
-def test_the_command_prints_the_phases_and_the_peak(tmp_path, capsys):
-    folder = save_tiny(tmp_path)
-    arguments = ["--model", str(folder), "--prune", "--seq-len", "32", "--calibration-sequences", "4"]
+def test_the_command_prints_the_phases_and_the_peak(llama, capsys):
+    arguments = ["--model", llama, "--prune", "--seq-len", "32", "--calibration-sequences", "4"]
     assert command.memory(arguments) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("phase: solve", "phase: enter", "peak", "hidden states on disk"))

@@ -105,9 +105,9 @@ def prune_tiny(folder, family="llama", **over):
     return prune_to(folder / "sparse", save_tiny(folder / "dense", family, **over))
 
 
-def test_a_structured_pattern_with_groups_stays_on_record_and_verifies(tmp_path):
+def test_a_structured_pattern_with_groups_stays_on_record_and_verifies(llama, tmp_path):
     pattern = "channels:0.75+2:4"
-    sparse = prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense"), pattern=pattern)
+    sparse = prune_to(tmp_path / "sparse", llama, pattern=pattern)
     for out, options in ((tmp_path / "plain", []), (tmp_path / "packed", ["--packed"])):
         assert main(["quantize", sparse, "--output-dir", str(out), *options]) == 0
         assert record_of(out)["pattern"] == pattern

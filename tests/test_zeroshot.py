@@ -12,7 +12,7 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.evaluation.tasks.hellaswag import process_docs
 from castlm.evaluation.zero_shot import local_task, local_task_names, metrics_of, zero_shot
-from tests.tiny import EOS_ID, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import EOS_ID, tiny_model, tiny_tokenizer
 
 ROWS = {
     "piqa.jsonl": [
@@ -152,10 +152,10 @@ def test_refusals(folder, tmp_path, capsys):
     assert "--tasks" in capsys.readouterr().err
 
 
-def test_command(folder, tmp_path, capsys):
+def test_command(llama, folder, tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    model, file = save_tiny(tmp_path / "model"), tmp_path / "figures.json"
-    arguments = ["eval", str(model), "--tasks", "arc_easy,boolq", "--tasks-from", str(folder), "--json", str(file)]
+    file = tmp_path / "figures.json"
+    arguments = ["eval", llama, "--tasks", "arc_easy,boolq", "--tasks-from", str(folder), "--json", str(file)]
     assert main(arguments) == 0
     rows = json.loads(file.read_text())["zero_shot"]["results"]
     assert [(row["task"], row["metric"]) for row in rows] == [
