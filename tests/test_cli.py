@@ -206,12 +206,3 @@ def test_a_terminal_gets_a_bar_that_goes_away(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "perplexity, sequences" in shown
     assert "\x1b[" in shown
-
-
-def test_a_line_with_a_rate_leaves_out_what_an_earlier_start_did(capsys, monkeypatch):
-    clock = iter([0.0, 10.0])
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with shown_progress("sampling, tokens", rate="tokens/s", before=1000) as told:
-        told(3000, 5000)
-    assert capsys.readouterr().err == "castlm: sampling, tokens 3,000/5,000, 200 tokens/s, 10 s left\n"

@@ -353,13 +353,6 @@ def test_an_infinite_gap_is_neither_ranked_nor_drawn():
         assert ">cast<" in svg
 
 
-def test_a_run_that_fell_short_is_not_said_to_have_diverged():
-    results = [fake("dense", 100, 0, 5.0), fake("cast", 100, 0, 70.0)]
-    results[1].record["verdict"] = {"ok": False, "reason": "14 times", "problem": "FELL SHORT"}
-    row = summarize(results)[1]
-    assert (row["diverged"], row["fell_short"]) == ([], ["seed 0: 14 times"])
-
-
 def test_the_verdict_names_the_best_and_whether_chance_explains_it():
     dense = fakes("dense", 5.0, 5.0)
     level = fakes("cast", 7.0, 7.5) + fakes("srste", 7.1, 7.5)
@@ -546,8 +539,3 @@ def test_process_of_a_run(tmp_path):
     log = tmp_path / "log"
     assert run_process(["castlm", "nonsense"], log) == 2
     assert "there is no command 'nonsense'" in log.read_text()
-
-
-def test_a_one_shot_run_has_the_options_that_all_runs_share(files, tmp_path):
-    run = Plan(command(files, tmp_path, methods="wanda"), str).make("wanda", 0, 0, None)
-    assert run.config["seq_len"] == CONFIG["seq_len"]

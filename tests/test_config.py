@@ -151,13 +151,6 @@ def test_values_that_are_refused(mapping, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_python_call_is_checked_like_a_file():
-    with pytest.raises(InputError, match="learning_rate = 'fast'"):
-        TrainConfig.of("m", "d", "o", learning_rate="fast")
-    config = TrainConfig.of(Path("m"), "d", "o", adam_betas=[0.9, 0.95], learning_rate=1)
-    assert config.optimizer.adam_betas == (0.9, 0.95)
-
-
 @pytest.mark.parametrize(
     ("fields", "names"),
     [

@@ -24,7 +24,7 @@ from castlm.data import columns, readers
 from castlm.data import documents as documents_module
 from castlm.data import packing as data_module
 from castlm.data.calibration import calibration_sequences
-from castlm.data.columns import Columns, Kind
+from castlm.data.columns import Columns
 from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents
 from castlm.data.options import TextOptions
 from castlm.data.packing import BatchLoader, PackedSequences
@@ -393,13 +393,6 @@ def test_split_that_leaves_nothing_is_refused():
         split_documents(Documents.from_texts(["a"]), 0.1, seed=0)
 
 
-def test_token_ids_are_documents_joined(tmp_path):
-    path = write_texts(tmp_path / "a.jsonl", ["one", "two"])
-    expected = [*ids_of("one"), EOS_ID, *ids_of("two")]
-    assert token_ids(path, TOKENIZER).tolist() == expected
-    assert token_ids(open_documents(path), TOKENIZER, limit=5).tolist() == expected[:5]
-
-
 @pytest.mark.parametrize("bos", ["<s>", EOS])  # as LLaMA has it, and as OPT
 def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PIECE_BYTES", 100)
@@ -519,16 +512,6 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     assert open_documents("some/name", data_config="small").text_hash() != first_hash
     with pytest.raises(InputError, match=r"no column 'body'; there are: id, text"):
         open_documents("some/name", TextOptions(column="body"), data_config="small")
-
-
-def test_a_first_row_of_a_hub_dataset_that_is_null_does_not_decide(monkeypatch):
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = datasets.Dataset.from_list([{"chat": None}, {"chat": messages}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows.to_iterable_dataset())
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="abc"))
-    documents = open_documents("some/name", TextOptions(column="chat"))
-    assert documents.kind is Kind.CHAT
-    assert len(list(documents.pieces(None))) == 1
 
 
 def test_unreachable_hub_dataset():

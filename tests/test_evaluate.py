@@ -17,7 +17,6 @@ from castlm.data.scored import ScoredText, scored_sequences
 from castlm.data.tokens import Encoder, token_ids
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import evaluate_text, perplexity
-from castlm.models.architecture import context_length
 from castlm.models.io import load_model
 from castlm.training.metrics import sequences
 
@@ -109,12 +108,6 @@ def test_ranks_share_the_windows_of_a_run(length, num_batches):
             scored += batch["labels"][real].tolist()
     expected = [t for found in scored_sequences(length, 8, 8) for t in range(found.first_scored, found.end)]
     assert sorted(scored) == expected == [t for t in range(length) if t % 8]
-
-
-def test_the_default_context_is_the_models_own_where_that_is_shorter_than_1024():
-    model = tiny_model("llama")
-    assert context_length(model.config) == 256
-    assert perplexity(model, some_ids(400)).seq_len == 256
 
 
 def test_the_name_of_a_text_cannot_write_to_the_terminal(tmp_path, capsys):

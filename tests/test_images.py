@@ -146,13 +146,6 @@ def test_the_tokens_are_those_of_the_processor_and_the_assistant_counts(vlm, dat
     assert {*tokens.extra.by_token} == {*theirs.keys()} & {"mm_token_type_ids"}
 
 
-def test_all_tokens_but_those_of_images_count_on_request(llava, dataset):
-    row = json.loads(dataset.read_text().splitlines()[1])
-    tokens = encoder_of(llava, assistant_only=False).conversation(document_of(row, dataset.parent))
-    assert (tokens.labels == -100).sum() == 4
-    assert tokens.labels[-1] == EOS_ID
-
-
 def test_images_of_a_column_without_parts_come_before_the_first_text(dataset, encoder):
     plain = {"messages": [{"role": "user", "content": "color"}, assistant("blue")], "image": "blue.png"}
     parts = {"messages": [user(PICTURE, "color"), assistant("blue")], "images": ["blue.png"]}
@@ -321,23 +314,6 @@ def test_the_solver_sees_the_images(vlm, dataset):
     name = next(iter(layers))
     assert is_nm_sparse(loaded.model.get_submodule(name).weight)
     assert not torch.equal(loaded.model.get_submodule(name).weight, blind.get_submodule(name).weight)
-
-
-@pytest.mark.parametrize("score", ["flap", "taylor"])
-def test_scores_of_channels_see_the_images(llava, dataset, score):
-    def pruned(number: int | None) -> torch.Tensor:
-        loaded = load_model(llava)
-        ids, images = calibration_sequences(open_documents(dataset), encoder_of(llava), 4, 64)
-        seen = None if number is None else [{**of, "pixel_values": of["pixel_values"] * number} for of in images if of]
-        chosen = ids[[row for row, of in enumerate(images) if of]]
-        prune_oneshot_(loaded.model, score, pattern="channels:0.5", calibration=chosen, extras=seen)
-        layers, _ = sparse_linears(loaded.model)
-        return torch.cat([layer.weight.detach().flatten() for layer in layers.values()])
-
-    seen = pruned(1)
-    assert torch.equal(seen, pruned(1))
-    assert not torch.equal(seen, pruned(-1))
-    assert not torch.equal(seen, pruned(None))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.nm import (
     NM,
-    bits_of_a_word,
     count_nm_violations,
     flip_rate,
     is_nm_sparse,
@@ -22,7 +21,6 @@ from castlm.core.nm import (
     refresh_mask_,
     sparse_weight_ratio,
     unpack_mask,
-    unpack_words,
 )
 from castlm.patterns import parse_pattern
 from tests.fused import needs_kernels
@@ -60,14 +58,6 @@ def test_nan_raises_in_every_dtype_that_has_one(dtype):
     weight = torch.ones(4, 8).index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(float("nan"))).to(dtype)
     with pytest.raises(InputError, match="NaN"):
         nm_mask(weight)
-
-
-@pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (0, 8), (5, 4)])
-def test_any_leading_shape(shape):
-    weight = torch.randn(shape)
-    mask = nm_mask(weight)
-    assert mask.shape == weight.shape
-    assert is_nm_sparse(weight * mask)
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (0, 4), (4, 4), (2, 0), (-1, 4), (2.0, 4), (True, 4)])
@@ -109,14 +99,6 @@ def test_packed_bits_are_numpys(shape):
     assert np.array_equal(packed.numpy(), np.packbits(mask.numpy(), axis=-1, bitorder="little"))
     assert torch.equal(unpack_mask(packed, shape[-1]), mask)
     assert torch.equal(pack_mask(mask.mT.contiguous().mT) if mask.dim() > 1 else packed, packed)
-
-
-def test_every_byte_unpacks():
-    packed = torch.arange(256, dtype=torch.uint8)
-    bits = np.unpackbits(packed.numpy(), bitorder="little").astype(bool)
-    assert np.array_equal(unpack_mask(packed, 256 * 8).numpy(), bits)
-    words = unpack_words(packed.view(torch.int32), bits_of_a_word(packed.device))
-    assert np.array_equal(words.numpy().reshape(-1), bits)
 
 
 def kernel_refresh_(weight, packed, n, m):

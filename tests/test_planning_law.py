@@ -30,14 +30,6 @@ def points(budgets, seeds=1, noise=0.0, rng=None, **law):
 SEVEN = np.geomspace(1e6, 1e8, 7)
 
 
-def test_power_law_is_recovered_exactly_from_clean_points():
-    law = fit_law(points(SEVEN), num_draws=5)
-    assert law.L_inf == pytest.approx(L_INF, rel=1e-4)
-    assert math.log(law.B) == pytest.approx(math.log(AMPLITUDE), rel=1e-4)
-    assert law.beta == pytest.approx(BETA, rel=1e-3)
-    assert law.r2 == pytest.approx(1, abs=1e-8)
-
-
 def test_power_law_is_recovered_from_noisy_points_within_its_intervals():
     law = fit_law(points(SEVEN, 3, 0.003, np.random.default_rng(0)), num_draws=60)
     assert law.L_inf == pytest.approx(L_INF, abs=0.05)

@@ -72,15 +72,6 @@ def test_a_state_dict_before_the_fold_warns_and_one_after_it_does_not(tmp_path, 
     )
 
 
-def test_a_state_dict_before_the_fold_goes_back_into_a_scaled_model():
-    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
-    for scaled in (model, other):
-        add_weight_scaling(scaled)
-    with pytest.warns(UnfoldedWarning):
-        other.load_state_dict(model.state_dict())
-    assert torch.equal(model(IDS).logits, other(IDS).logits)
-
-
 def test_refusals():
     model = tiny_model("llama")
     with pytest.raises(InputError, match="does not divide into 3"):

@@ -19,7 +19,6 @@ from castlm.methods.options import SCHEDULES
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import peak_flops
-from castlm.training.run import num_left
 from castlm.training.train import with_values_found
 from tests.refusals import refused
 from tests.runs import begin_run, metrics, record_of, small, small_command
@@ -120,23 +119,6 @@ def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text
     run.telemetry.__exit__(None, None, None)
     row = metrics(tmp_path / "run")[-1]
     assert row["mfu"] == pytest.approx(run.flops_per_token * row["tokens_per_s"] / 1e12)
-
-
-def test_time_left_counts_the_evaluations_and_saves_to_come(llama, text, tmp_path):
-    for step, last, every in itertools.product(range(1, 9), range(8, 10), range(1, 12)):
-        to_come = [s for s in range(step, last + 1) if s % every == 0 or s == last]
-        assert num_left(step, last, every) == len(to_come)
-    assert num_left(1, 8, 0) == 0
-    fields = {"eval_steps": 3, "save_steps": 4, "init_from": "magnitude"}
-    config = small(llama, text, tmp_path / "run", eta=0.0, max_steps=8, **fields)
-    run = begin_run(config)
-    run.progress.eval_seconds, run.progress.save_seconds = 1000.0, 10.0
-    run.train_step()
-    row = metrics(tmp_path / "run")[-1]
-    assert row["eta_s"] == pytest.approx(7 * run.progress.seconds + 3 * 1000 + 2 * 10)
-    run.evaluate()
-    assert 0 < run.progress.eval_seconds < 1000
-    run.telemetry.__exit__(None, None, None)
 
 
 @pytest.mark.slow

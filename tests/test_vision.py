@@ -68,14 +68,6 @@ def test_the_language_model_is_what_becomes_sparse(family, models):
         assert not torch.equal(model(torch.arange(12).view(1, 12)).logits, dense_logits)
 
 
-def test_a_filter_can_choose_the_tower_where_text_is_not_needed():
-    model = tiny_model("llava")
-    sparse, _ = sparse_linears(model, filter_fn=lambda module, fqn: ".encoder.layers." in fqn)
-    assert len(sparse) == 12
-    assert all(is_tower(name) for name in sparse)
-    assert len(prune_(model, filter_fn=lambda module, fqn: ".encoder.layers." in fqn)) == 12
-
-
 def test_towers_and_projectors_are_known_by_their_names():
     towers = (
         *("vision_tower.vision_model.encoder.layers.0.mlp.fc1", "visual.blocks.3.attn.qkv", "audio_tower.layers.0.fc1"),
