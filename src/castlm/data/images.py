@@ -29,7 +29,7 @@ from castlm.core.errors import InputError, naming, one_line
 from castlm.data.chat import Chat, Rendered, begin_of, messages_of
 from castlm.files.reading import open_regular, user_path
 from castlm.models.architecture import is_vision_language
-from castlm.models.io import PROCESSOR_FILES, as_input_error, open_config, quiet
+from castlm.models.io import PROCESSOR_FILES, as_input_error, load_config, quiet
 from castlm.models.locate import find
 
 if TYPE_CHECKING:
@@ -177,12 +177,11 @@ def open_processor(
         tokenizer: the model's; without a chat template it gets the processor's.
     """
     where = find(name, revision)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    config = open_config(name, **options)
+    config, options = load_config(where, trust_remote_code, revision)
     processor = None
     if is_vision_language(config):
         with quiet(where), as_input_error(where):
-            processor = AutoProcessor.from_pretrained(where.target, **options, **where.local)
+            processor = AutoProcessor.from_pretrained(where.target, **options)
     if not isinstance(processor, ProcessorMixin):
         raise InputError(
             f"{where} is a {config.model_type}, which reads no images, or lacks {' or '.join(PROCESSOR_FILES[:2])}: "

@@ -58,7 +58,7 @@ def open_model(
             tokenizer.
     """
     where = find(name, revision)
-    config, options = _load_config(where, trust_remote_code, revision)
+    config, options = load_config(where, trust_remote_code, revision)
     with quiet(where), as_input_error(where):
         tokenizer = AutoTokenizer.from_pretrained(where.target, **where.gguf, **options)
         token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
@@ -70,10 +70,10 @@ def open_model(
 
 def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
     """The config of a model, which need not have weights or a tokenizer; otherwise as `open_model`."""
-    return _load_config(find(name, revision, needs_weights=False), trust_remote_code, revision)[0]
+    return load_config(find(name, revision, needs_weights=False), trust_remote_code, revision)[0]
 
 
-def _load_config(
+def load_config(
     where: Location, trust_remote_code: bool, revision: str | None
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config of a model, and the keyword arguments to load its other parts."""
