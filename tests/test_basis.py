@@ -9,14 +9,13 @@ from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.models.architecture import linearize_, linearize_conv1d_
-from castlm.oneshot import basis, permutation
+from castlm.oneshot import axes, basis
+from castlm.oneshot.axes import Term, find_permutation, kept_score, learn_rotations, solved_error
 from castlm.oneshot.basis import statistics_of
 from castlm.oneshot.families import LAYOUTS, describe
 from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.options import BasisOptions
-from castlm.oneshot.permutation import find_permutation, kept_score
 from castlm.oneshot.residual import Stream
-from castlm.oneshot.rotation import Term, learn_rotations, solved_error
 from castlm.oneshot.solvers import SOLVERS, damped
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import change_basis_, prune_oneshot_
@@ -218,7 +217,7 @@ def test_the_search_in_parts_finds_most_of_the_gain(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     score = (torch.randn(64, 256, generator=generator) * torch.randn(256, generator=generator).exp()).square()
     whole = kept_score(score[:, find_permutation(score, NM(2, 4))], NM(2, 4))
-    monkeypatch.setattr(permutation, "_MOST_GROUPS", 16)
+    monkeypatch.setattr(axes, "_MOST_GROUPS", 16)
     order = find_permutation(score, NM(2, 4))
     assert sorted(order.tolist()) == list(range(256))
     start = kept_score(score, NM(2, 4))

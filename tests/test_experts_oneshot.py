@@ -9,9 +9,9 @@ from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.export.verify import verify
-from castlm.oneshot.inputs import ExpertInputs, see_inputs
+from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
+from castlm.oneshot.routed import RoutedInputs, calibrated_on_all_note, calibrated_on_all_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import change_basis_, prune_oneshot_
@@ -50,14 +50,14 @@ def routed_by_hand(family: str, ids: Tensor, **over) -> tuple[list[Tensor], list
     return xs, neurons, hidden
 
 
-def seen_of_block_0(model, ids: Tensor) -> dict[str, ExpertInputs]:
+def seen_of_block_0(model, ids: Tensor) -> dict[str, RoutedInputs]:
     layers, _ = sparse_linears(model)
     inside = {name: layer for name, layer in layers.items() if ".layers.0." in name}
     with torch.no_grad():
         inputs = BlockInputs(model, block_stack(model, layers)[1], ids)
         seen = see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(ids))
     assert {name for entry in seen for name in entry.names} == set(inside)
-    return {entry.names[0].rpartition(".")[2]: entry for entry in seen if isinstance(entry, ExpertInputs)}
+    return {entry.names[0].rpartition(".")[2]: entry for entry in seen if isinstance(entry, RoutedInputs)}
 
 
 @pytest.mark.parametrize("family", EXPERTS)

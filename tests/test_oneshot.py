@@ -228,8 +228,7 @@ def test_the_report_says_what_was_left_dense_and_is_json():
     assert report.zero_fraction == 0.5
     assert report.raised_damping == {}
     assert report.seconds > 0
-    content = json.loads(json.dumps(report.as_dict()))
-    assert (content["num_sequences"], content["seq_len"], content["damping"]) == (4, 24, 0.01)
+    assert json.loads(json.dumps(report.record()))["damping"] == 0.01
 
 
 @pytest.mark.parametrize(("damping", "raised"), [("0", True), ("0.01", False)])
@@ -315,9 +314,7 @@ def test_a_layer_whose_input_is_always_zero_is_masked_by_magnitude_and_named(met
         ({"method": "wnada"}, "choose one of magnitude, wanda, sparsegpt"),
         ({"calibration": None}, "needs a calibration text"),
         ({"calibration": tokens(2, 257)}, "longer than the model's context of 256"),
-        ({"calibration": tokens() + VOCAB_SIZE}, "use the model's own tokenizer"),
         ({"damping": 1.5}, "damping = 1.5 is out of range: it must be between 0 and 1"),
-        ({"block_size": 0}, "= 0 is out of range: it must be at least 1"),
         ({"pattern": "4:4"}, "pattern 4:4"),
     ],
 )

@@ -15,6 +15,7 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.oneshot import prune as command_module
+from castlm.oneshot import solve as solve_module
 from castlm.oneshot import start as start_module
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import StoredModel
@@ -66,7 +67,7 @@ def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, t
 
 def test_only_the_statistics_that_are_solved_next_are_held(llama, tmp_path, text, monkeypatch):
     """Those of the other inputs, which chose the basis, are gone when the first layers are solved."""
-    see, solve, seen = start_module.see_inputs, start_module.prune_layers, []
+    see, solve, seen = start_module.see_inputs, solve_module.prune_layers, []
 
     def see_inputs(*args):
         found = see(*args)
@@ -78,7 +79,7 @@ def test_only_the_statistics_that_are_solved_next_are_held(llama, tmp_path, text
         return solve(*args)
 
     monkeypatch.setattr(start_module, "see_inputs", see_inputs)
-    monkeypatch.setattr(start_module, "prune_layers", prune_layers)
+    monkeypatch.setattr(solve_module, "prune_layers", prune_layers)
     prune(llama, text, tmp_path / "out")
     assert len(seen) == 3 * (4 + 3)  # in each block all inputs, then again those of o, of gate and up, and of down
 
@@ -106,7 +107,7 @@ MOMENTS = {
     "behind a block's file": (HiddenStates, "flush"),
     "while the hidden states are written": (HiddenStates, "__setitem__"),
     "while the text enters": (HiddenStates, "insert"),
-    "while a block is read": (StoredModel, "_value"),
+    "while a block is read": (StoredModel, "_stored"),
     "before the export": (command_module, "export_blocks"),
 }
 QUICK = ("behind a block's file", "before the export")

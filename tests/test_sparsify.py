@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from castlm.core.adams import AdamS
-from castlm.core.blocks import block_name, in_block, is_block_linear, stack_name
+from castlm.core.blocks import block_name, in_block, is_block_linear
 from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.scaling import add_weight_scaling
@@ -98,7 +98,7 @@ def test_norms_and_embeddings_of_two_dimensions_are_not(name):
 
 def test_blocks_are_told_by_the_first_number():
     assert block_name("model.layers.12.mlp.experts.3.w1") == "model.layers.12"
-    assert stack_name("h.0.attn") == "h"
+    assert block_name("h.0.attn") == "h.0"
     assert block_name("0.weight") == "0"
     assert not in_block("lm_head.parametrizations.weight.0.scale")
     assert not in_block("model.layers.²")

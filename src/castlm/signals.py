@@ -17,11 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
-TERMINATED = 128 + signal.SIGTERM
-"""The exit code."""
-
-_AGAIN_S = 0.01
-"""Seconds until a signal is sent again; by then the code that ignored the exception has usually ended."""
+TERMINATED = 128 + signal.SIGTERM  # the exit code
+_AGAIN_S = 0.01  # seconds until a signal is sent again; by then the code that ignored it has usually ended
 
 
 @contextmanager
@@ -128,7 +125,7 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._undo.enter_context(sent_again(self._signal_of))
+            self._undo.enter_context(sent_again(lambda error: self.signal if isinstance(error, Interrupted) else None))
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._undo.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
@@ -137,9 +134,6 @@ class Interrupt:
         self._undo.close()
         if self.signal is not None and not self._is_training and isinstance(error, Exception):
             raise self._while_loading(self.signal) from error  # a library raised its own error instead
-
-    def _signal_of(self, error: BaseException | None) -> int | None:
-        return self.signal if isinstance(error, Interrupted) else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_training:

@@ -1,7 +1,7 @@
 """AdamS: Adam whose masked weights decay to zero while the forward pass stays dense.
 
-The optimizer loops over the update in `castlm.core.update`, and checks a parameter group once, when it is added. The
-mask is optimizer state: it is up to `mask_interval` steps old, so it cannot be recomputed from the weights on resume.
+The equations are in `castlm.core.update`. The mask is optimizer state: it is up to `mask_interval` steps old, so it
+cannot be recomputed from the weights on resume.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class AdamS(Optimizer):
     decays nothing. The mask is recomputed from `|W|` at the start of every `mask_interval`-th step. Parameter groups
     with `"sparse": False` get plain Adam.
 
-    With `"mix"`, `v` averages squares of the momentum, which are smaller than squares of single gradients: the first
-    step is `lr / (1 - b1)`, and all steps are larger than Adam's at the same rate. With `"gradient"`, a learning rate
-    has the same meaning as in Adam, but a `lam` would vanish beside the gradient.
+    With `"mix"`, `v` averages squares of the momentum, which are smaller than squares of single gradients, so all steps
+    are larger than Adam's at the same rate, the first `lr / (1 - b1)`. With `"gradient"`, a learning rate has the same
+    meaning as in Adam, but a `lam` would vanish beside the gradient.
 
     Args:
         params: parameter groups; at least one has the key `"sparse"`. A group with `"sparse": True` has masks of its
@@ -74,8 +74,7 @@ class AdamS(Optimizer):
         weight_decay: decoupled weight decay, as in AdamW, of groups with `"sparse": False`; unused by sparse groups.
         fused: run the update in one pass over memory. None uses the C++ kernels for float32 parameters on a CPU if they
             are compiled. True requires them on a CPU, and uses `torch.compile` on other devices, for the refresh of the
-            masks too. False runs torch operators. All follow the same equations; the last bits may differ. The refresh
-            on a CPU takes its C++ kernel whatever `fused` is, because its result is the same.
+            masks too. False runs torch operators. All follow the same equations; the last bits may differ.
 
     State of a sparse parameter (out, in), or (experts, out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as
     `new_moments` makes them, and `mask` (..., out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask`
@@ -88,8 +87,7 @@ class AdamS(Optimizer):
             float16, not contiguous or not dense; a sparse parameter is not 2-D or 3-D, not float32 or float64, does not
             fit its pattern, is sharded along its groups or contains NaN; `fused=True` is not possible. From `step`: a
             sparse parameter has no gradient, or a gradient or parameter has another shape, layout or device than
-            before. From `load_state_dict`: the saved options, shapes or dtypes differ, or a saved mask is not of the
-            pattern.
+            before.
 
     Examples:
         >>> import torch
@@ -148,28 +146,33 @@ class AdamS(Optimizer):
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as in torch. The class lists the keys of a group and the errors."""
+        """Adds a group of parameters, as in torch, and checks its options and parameters once; see the class."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["pattern"] = as_pattern(group["pattern"])
         if group["second_moment"] is None and group["decay"] in DECAYS:
             group["second_moment"] = "mix" if DECAYS[group["decay"]].needs_lam else "gradient"
-        _check_options(group)
+        for name, (is_allowed, wanted) in _OPTIONS.items():
+            if not is_allowed(group[name]):
+                raise InputError(f"AdamS: {name} = {group[name]!r} is not allowed: it must be {wanted}")
+        if group["second_moment"] == "gradient" and DECAYS[group["decay"]].needs_lam:
+            raise InputError(
+                f"AdamS: second_moment = 'gradient' is not allowed with decay {group['decay']!r}, whose lam would be "
+                "lost beside the gradient: use mix"
+            )
         for param in group["params"]:
             _check_parameter(param, group)
-            if self._fused and param.device.type == "cpu":
-                native.check_runs_on(local(param))
+            if self._fused and param.device.type == "cpu" and not native.runs_on(local(param)):
+                is_built = native.kernels() is not None
+                only = f"the kernels take plain float32 tensors, not {type(local(param)).__name__} of {param.dtype}"
+                raise InputError(f"fused=True is not possible: {only if is_built else native.NOT_BUILT}; or fused=None")
             self.state[param] |= {"step": torch.tensor(0.0), **new_moments(param, group["moments"])}
         for params in _joint_params(group) if group["sparse"] else ():
             for param, mask in zip(params, group["pattern"].own_masks(params)):
                 self.state[param]["mask"] = like_rows(pack_mask(mask), param)
 
     def mask(self, param: Tensor) -> Tensor:
-        """A copy of the current mask of a sparse parameter: bool, True = kept, shaped and placed like the parameter.
-
-        Raises:
-            KeyError: the parameter is in no sparse group.
-        """
+        """A copy of the current mask of a sparse parameter: bool, True = kept, shaped and placed like the parameter."""
         return like_rows(unpack_mask(local(self.state[param]["mask"]), param.shape[-1]), param)
 
     def set_mask(self, param: Tensor, mask: Tensor) -> None:
@@ -180,11 +183,10 @@ class AdamS(Optimizer):
 
         Raises:
             InputError: another shape or dtype, or a mask that keeps more than the pattern does.
-            KeyError: the parameter is in no sparse group.
         """
         packed = local(self.state[param]["mask"])
         group = next(group for group in self.param_groups if any(param is own for own in group["params"]))
-        group["pattern"].check_mask(local(mask), param)
+        group["pattern"].check_masks([local(mask)], [param])
         packed.copy_(pack_mask(local(mask)))
 
     def momentum(self, param: Tensor) -> Tensor:
@@ -215,11 +217,7 @@ class AdamS(Optimizer):
     def refresh_masks(self, group: dict[str, Any]) -> Tensor | int:
         """Recomputes the masks of a sparse group from `|W|` (CAST, Eq. 6).
 
-        Returns:
-            The number of mask entries on this rank that changed.
-
-        Raises:
-            InputError: a weight is NaN.
+        Returns the number of mask entries on this rank that changed. Raises `InputError` if a weight is NaN.
         """
         pattern, flips = group["pattern"], cast("Tensor | int", 0)
         if not isinstance(pattern, NM):
@@ -249,29 +247,25 @@ class AdamS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        due = []
         for group in self.param_groups:
-            self._check_gradients(group)
+            for param in group["params"]:
+                if param.grad is not None:
+                    _check_gradient(param, self.state[param])
+                elif group["sparse"]:
+                    raise InputError(
+                        f"a sparse parameter of shape {tuple(param.shape)} has no gradient, so its masked weights "
+                        "would never decay: leave it out of the sparse group"
+                    )
+            if group["sparse"] and group["params"] and group["mask_interval"]:
+                step = int(self.state[group["params"][0]]["step"])
+                due += [group] if step % int(group["mask_interval"]) == 0 else []
         # Alg. 1: every T1 steps the mask is made anew at the top of the step, so that step 0 has a true mask.
-        if due := list(filter(self._is_refresh_due, self.param_groups)):
+        if due:
             self._flips = sum(map(self.refresh_masks, due))
         for group in self.param_groups:
             self._step_group(group)
         return loss
-
-    def _is_refresh_due(self, group: dict[str, Any]) -> bool:
-        if not (group["sparse"] and group["params"] and group["mask_interval"]):
-            return False
-        return int(self.state[group["params"][0]]["step"]) % int(group["mask_interval"]) == 0
-
-    def _check_gradients(self, group: dict[str, Any]) -> None:
-        for param in group["params"]:
-            if param.grad is not None:
-                _check_gradient(param, self.state[param])
-            elif group["sparse"]:
-                raise InputError(
-                    f"a sparse parameter of shape {tuple(param.shape)} has no gradient, so its masked weights would "
-                    "never decay: leave it out of the sparse group"
-                )
 
     def _step_group(self, group: dict[str, Any]) -> None:
         alike: dict[Any, list[Tensor]] = {}  # one entry unless a parameter joined later or is placed elsewhere
@@ -285,21 +279,17 @@ class AdamS(Optimizer):
             if group["weight_decay"] and not group["sparse"]:
                 torch._foreach_mul_([flat(p) for p in here], 1 - float(group["lr"]) * group["weight_decay"])
             if here:
-                self._update(group, here, step)
+                states = [self.state[param] for param in here]
+                update_(
+                    [local(param).detach() for param in here],
+                    [local(param.grad).to(param.dtype).contiguous() for param in here if param.grad is not None],
+                    {key: [local(state[key]) for state in states] for key in MOMENT_KEYS if key in states[0]},
+                    [local(state["mask"]) if group["sparse"] else None for state in states],
+                    hyperparameters(group, step),
+                    group["second_moment"] if group["sparse"] else "gradient",
+                    self._fused,
+                )
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], step: int) -> None:
-        """Updates the rows that this rank holds of parameters of one dtype, device and step."""
-        states = [self.state[param] for param in params]
-        update_(
-            [local(param).detach() for param in params],
-            [local(param.grad).to(param.dtype).contiguous() for param in params if param.grad is not None],
-            {key: [local(state[key]) for state in states] for key in MOMENT_KEYS if key in states[0]},
-            [local(state["mask"]) if group["sparse"] else None for state in states],
-            hyperparameters(group, step),
-            group["second_moment"] if group["sparse"] else "gradient",
-            self._fused,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, as in torch. Patterns are saved as text, so that loading unpickles no class."""
@@ -311,8 +301,7 @@ class AdamS(Optimizer):
         """Loads what `state_dict` returned, with masks and codes exactly as they were saved.
 
         Raises:
-            InputError: the saved state is of another run, or its shapes, dtypes or masks do not fit. Nothing has been
-                changed then.
+            InputError: the saved state is of another run or model. Nothing has been changed then.
         """
         saved_state = self._checked(state_dict)
         kept = [(group["pattern"], group["joint"]) for group in self.param_groups]
@@ -329,13 +318,7 @@ class AdamS(Optimizer):
 
     def _checked(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
         """The saved state of each parameter, after checking that all of it fits this optimizer."""
-        sizes = [[len(group["params"]) for group in of] for of in (state_dict["param_groups"], self.param_groups)]
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"the saved optimizer state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: load "
-                "the state of the same model"
-            )
-        found: dict[Tensor, Mapping[str, Any]] = {}
+        found: dict[Tensor, Mapping[str, Any]] = {}  # torch checks the number and sizes of the groups
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
             own = {**group, "pattern": str(group["pattern"])}
             changed = [f"{k} {saved.get(k)} -> {own[k]}" for k in EXACT_ON_RESUME if saved.get(k) != own[k]]
@@ -345,10 +328,15 @@ class AdamS(Optimizer):
                 )
             for i, param in zip(saved["params"], group["params"]):
                 found[param] = state_dict["state"].get(i, {})
-                _check_saved(found[param], self.state[param], f"parameter {i}")
+                then, now = _shapes_and_dtypes(found[param]), _shapes_and_dtypes(self.state[param])
+                if then != now:
+                    raise InputError(
+                        f"the saved state of parameter {i} is {then}, not {now}: load the state of the same model and "
+                        "options"
+                    )
             for params in _joint_params(group) if group["sparse"] else ():
                 masks = [unpack_mask(local(found[param]["mask"]), param.shape[-1]) for param in params]
-                group["pattern"].check_joint_masks(masks, params)
+                group["pattern"].check_masks(masks, params)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -379,17 +367,6 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
 A value of another type, such as a text for a number, ends in Python's own error."""
 
 
-def _check_options(group: Mapping[str, Any]) -> None:
-    for name, (is_allowed, wanted) in _OPTIONS.items():
-        if not is_allowed(group[name]):
-            raise InputError(f"AdamS: {name} = {group[name]!r} is not allowed: it must be {wanted}")
-    if group["second_moment"] == "gradient" and DECAYS[group["decay"]].needs_lam:
-        raise InputError(
-            f"AdamS: second_moment = 'gradient' is not allowed with decay {group['decay']!r}, whose lam would be lost "
-            "beside the gradient: use mix"
-        )
-
-
 def _check_parameter(param: Tensor, group: Mapping[str, Any]) -> None:
     shape = tuple(param.shape)
     if param.dtype not in _TRAINED or param.layout != torch.strided or not local(param).is_contiguous():
@@ -415,10 +392,7 @@ def _check_parameter(param: Tensor, group: Mapping[str, Any]) -> None:
 
 
 def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
-    """Raises `InputError` if a parameter has changed since AdamS was built, or its gradient does not belong to it.
-
-    Checked at each step, because a model that is converted or moved meanwhile would train wrongly without an error.
-    """
+    """Raises `InputError` if a parameter was converted or moved since AdamS was built: it would train wrongly."""
     grad, moment = param.grad, state["exp_avg"]
     assert grad is not None
     is_dtype = moment.dtype in (param.dtype, torch.uint8) and param.dtype in _TRAINED and grad.dtype.is_floating_point
@@ -432,15 +406,7 @@ def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_saved(saved: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
-    """Raises `InputError` unless the saved state of a parameter has the names, shapes and dtypes of its `state`."""
-
-    def described(tensors: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-        tensors = {name: torch.as_tensor(tensor) for name, tensor in tensors.items()}
-        return {name: (tuple(t.shape), () if name == "step" else t.dtype) for name, t in tensors.items()}
-
-    if described(saved) != described(state):
-        raise InputError(
-            f"the saved state of {where} is {described(saved)}, not {described(state)}: load the state of the same "
-            "model and options"
-        )
+def _shapes_and_dtypes(state: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Of each tensor in the state of a parameter; the dtype of `step` does not matter."""
+    tensors = {name: torch.as_tensor(tensor) for name, tensor in state.items()}
+    return {name: (tuple(t.shape), () if name == "step" else t.dtype) for name, t in tensors.items()}

@@ -50,24 +50,8 @@ def block_name(name: str) -> str | None:
     return None
 
 
-def stack_name(name: str) -> str | None:
-    """The list of blocks that a module or tensor is in.
-
-    Examples:
-        >>> stack_name("model.layers.3.mlp.up_proj")
-        'model.layers'
-    """
-    block = block_name(name)
-    return None if block is None else block.rpartition(".")[0]
-
-
 def in_block(name: str) -> bool:
-    """Whether a module or tensor is in a numbered transformer block.
-
-    Examples:
-        >>> in_block("transformer.h.0.attn.c_proj"), in_block("lm_head")
-        (True, False)
-    """
+    """Whether a module or tensor is in a numbered transformer block, such as `transformer.h.0.attn.c_proj`."""
     return block_name(name) is not None
 
 
@@ -99,12 +83,24 @@ def is_router(module: str) -> bool:
     return any(map(_ROUTER.match, parts)) and ("experts" in parts or not of_attention)
 
 
+def why_dense(module: str) -> str | None:
+    """Why a linear layer of this name stays dense; None inside a transformer block, if it is no router.
+
+    Examples:
+        >>> why_dense("lm_head"), why_dense("model.layers.3.mlp.up_proj")
+        ('outside the transformer blocks', None)
+    """
+    if is_tower(module):
+        return "outside the language model"
+    if not in_block(module):
+        return "outside the transformer blocks"
+    return "a router of experts" if is_router(module) else None
+
+
 def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
     """Whether a stored tensor holds one projection of all experts of a block: (experts, out, in) or (experts, in, out).
 
-    Examples:
-        >>> is_stacked_experts("model.layers.3.mlp.experts.gate_up_proj", (8, 1536, 576))
-        True
+    Such as `model.layers.3.mlp.experts.gate_up_proj`.
     """
     name = name.removesuffix(".weight")
     return len(shape) == 3 and bool(_STACKED.search(name)) and in_block(name) and not is_tower(name)
@@ -116,13 +112,9 @@ def owners_of_experts(names: Iterable[str]) -> set[str]:
 
 
 def is_block_linear(name: str, shape: Sequence[int]) -> bool:
-    """Whether a stored tensor is the weight of a linear layer inside a transformer block that may become sparse.
+    """Whether a stored tensor is the weight (out, in) of a linear layer inside a transformer block.
 
-    It is False for routers of experts, vision towers and projectors.
-
-    Args:
-        name: the name of the tensor in the checkpoint.
-        shape: its shape; only matrices qualify.
+    It is False for routers of experts, vision towers and projectors, which stay dense.
 
     Examples:
         >>> is_block_linear("model.layers.3.mlp.up_proj.weight", (1536, 576))
@@ -131,17 +123,10 @@ def is_block_linear(name: str, shape: Sequence[int]) -> bool:
         False
     """
     module, _, kind = name.rpartition(".")
-    last = module.rpartition(".")[2]
-    if len(shape) != 2 or kind != "weight" or not in_block(module) or is_tower(module):
-        return False
-    return not _LAST_PART_NOT_LINEAR.search(last) and not is_router(module)
+    is_matrix = len(shape) == 2 and kind == "weight" and not _LAST_PART_NOT_LINEAR.search(module.rpartition(".")[2])
+    return is_matrix and why_dense(module) is None
 
 
 def is_block_weight(name: str, shape: Sequence[int]) -> bool:
-    """Whether a stored tensor holds weights that may become sparse: of a linear layer, or of all experts of a block.
-
-    Examples:
-        >>> is_block_weight("model.layers.3.mlp.up_proj.weight", (1536, 576))
-        True
-    """
+    """Whether a stored tensor holds weights that may become sparse: of a linear layer, or of all experts of a block."""
     return is_block_linear(name, shape) or is_stacked_experts(name, shape)

@@ -1,28 +1,18 @@
 """The rules by which AdamS decays masked weights, and the decay budget: whether a run can bring them to zero.
 
-To add a rule, add one record to `DECAYS`. An Adam step moves a weight by about `lr` whatever `lam` is, so a masked
-weight travels at most about `sum_t lr_t * a_t`. If that is less than its magnitude, the final prune removes weights
-that were never near zero.
-
-Importing this module does not import torch, so that the command line can list the rules without it.
+An Adam step moves a weight by about `lr` whatever `lam` is, so a masked weight travels at most about
+`sum_t lr_t * a_t`. If that is less than its magnitude, the final prune removes weights that were never near zero.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _over_the_run(step: int, total_steps: int, decay_end: float) -> float:
-    return min(1.0, step / total_steps)
-
-
-def _until_decay_end(step: int, total_steps: int, decay_end: float) -> float:
-    return min(1.0, step / (decay_end * total_steps))
 
 
 @dataclass(frozen=True)
@@ -53,9 +43,16 @@ class Decay:
         return self.needs_lam or self.exact_zero
 
 
+_PAPER = Decay(  # Eq. 7 of the paper: mix = (1 - a) mu + a lam sign(W)
+    ramp=lambda step, total_steps, decay_end: min(1.0, step / total_steps),
+    needs_lam=True,
+    exact_zero=False,
+    pull=lambda alpha, lam: alpha * lam,
+    keep=lambda alpha: 1 - alpha,
+)
 DECAYS: dict[str, Decay] = {
     "horizon": Decay(
-        ramp=_until_decay_end,
+        ramp=lambda step, total_steps, decay_end: min(1.0, step / (decay_end * total_steps)),
         needs_lam=False,
         exact_zero=True,
         uses_decay_end=True,
@@ -63,19 +60,8 @@ DECAYS: dict[str, Decay] = {
         # The factors of all steps multiply to 1 - a_t: a weight that its gradient leaves alone falls along the ramp.
         remaining=lambda alpha, alpha_next: (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0,
     ),
-    "proportional": Decay(  # Eq. 7 of the paper: mix = (1 - a) mu + a lam sign(W)
-        ramp=_over_the_run,
-        needs_lam=True,
-        exact_zero=False,
-        pull=lambda alpha, lam: alpha * lam,
-        keep=lambda alpha: 1 - alpha,
-    ),
-    "additive": Decay(  # its ablation: mix = mu + a lam sign(W)
-        ramp=_over_the_run,
-        needs_lam=True,
-        exact_zero=False,
-        pull=lambda alpha, lam: alpha * lam,
-    ),
+    "proportional": _PAPER,
+    "additive": replace(_PAPER, keep=lambda alpha: 1.0),  # its ablation: mix = mu + a lam sign(W)
     "none": Decay(ramp=lambda step, total_steps, decay_end: 0.0, needs_lam=False, exact_zero=False),
 }
 """By name: ours (`"horizon"`), the paper's (`"proportional"`), its ablation (`"additive"`), and no decay."""
@@ -101,7 +87,7 @@ class DecayBudget:
     """The distance that masked weights can travel, and the distance to zero, in units of a weight.
 
     Args:
-        decay: the decay rule, a name in `castlm.core.decay.DECAYS`.
+        decay: the decay rule, a name in `DECAYS`.
         travel: the decay budget `sum_t lr_t * a_t`.
         quantiles: of `|masked weight|` at 0.5, 0.9, 0.99 and 1.
         floor: the last learning rate, at about which a weight that has arrived keeps oscillating; 0 for a decay that
@@ -154,9 +140,6 @@ def decay_budget(
         lrs: the learning rate of each step.
         alphas: the ramp `a_t` of each step, see `castlm.core.decay.decay_alpha`.
         decay: the decay rule.
-
-    Returns:
-        The decay budget `sum_t lr_t * a_t`, and the quantiles of the masked weights, which it must cover.
 
     Examples:
         >>> import torch

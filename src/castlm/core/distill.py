@@ -1,13 +1,12 @@
 """The loss of CAST, eta*KL(teacher || student) + (1-eta)*CE, without the logits of all tokens in memory.
 
 The forward pass goes over chunks of tokens, from hidden states and output heads, and computes the gradient as well; the
-backward pass only scales it. One chunk of logits is in memory instead of about seven (tokens, vocab) tensors. The
-teacher is given by its hidden states and head, or by its most probable tokens, which can be stored.
+backward pass only scales it. One chunk of logits is in memory instead of about seven (tokens, vocab) tensors.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,15 +66,12 @@ def logits_(side: Side, rows: slice, out: Tensor, narrow: Tensor, tanh: Tensor |
     return out
 
 
-def log_softmax_(logits: Tensor) -> Tensor:
-    """`log_softmax` over the last axis, in place."""
-    return torch.log_softmax(logits, -1, out=logits)
-
-
 def log_probs_(side: Side, rows: slice, out: Tensor, narrow: Tensor, temperature: float) -> Tensor:
     """Writes the log-probabilities (chunk, vocab) at `temperature` into `out`. Other arguments as in `logits_`."""
     logits = logits_(side, rows, out, narrow, None)
-    return log_softmax_(logits if temperature == 1 else logits.div_(temperature))
+    if temperature != 1:
+        logits.div_(temperature)
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -88,8 +84,7 @@ def default_chunk_tokens(device: torch.device) -> int:
     """The number of tokens whose logits are in memory at once.
 
     The gradient of the head moves 8*vocab*hidden bytes per chunk for 2*chunk*vocab*hidden FLOP. On a CPU the time falls
-    little beyond 128 tokens while memory grows (measured). An accelerator performs some 200 FLOP per byte, according
-    to data sheets.
+    little beyond 128 tokens (measured). An accelerator performs some 200 FLOP per byte, according to data sheets.
     """
     return 192 if device.type == "cpu" else 1024
 
@@ -118,13 +113,9 @@ def top_tokens(
 
     Args:
         hidden: (..., hidden), after the final norm.
-        head: the teacher's output head.
         k: number of tokens, at most the size of the vocabulary.
         temperature: the same as in the loss, above 0.
         chunk_tokens: as in `distillation_loss`, as is the dtype of the matmuls.
-
-    Returns:
-        `tokens` (..., k), int32, and their `log_probs` (..., k), float32.
 
     Examples:
         >>> head = OutputHead(torch.eye(4))
@@ -160,21 +151,14 @@ def spread_(teacher_top: TopTokens, student: Tensor, out: Tensor) -> Tensor:
     """
     tokens = teacher_top.tokens.to(torch.int64)
     rest = (1 - teacher_top.log_probs.exp().sum(-1, keepdim=True)).clamp_(min=_LEAST).log_()  # (tokens, 1)
-    rest_of_student = _log_sum_of_others(student, tokens, out)
+    # The student's probability of all other tokens is a sum over them and not 1 minus the sum over `tokens`: where a
+    # student is sure, that difference is rounding noise, which would make the KL negative and its gradient zero. It is
+    # computed in `out`, so that nothing of this size is allocated, and is -inf if there are no others.
+    others = out.copy_(student).scatter_(1, tokens, float("-inf"))
+    largest = others.amax(-1, keepdim=True).clamp_(min=torch.finfo(others.dtype).min)  # -inf - -inf would be NaN
+    rest_of_student = others.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
     torch.add(student, rest - rest_of_student, out=out)
     return out.scatter_(1, tokens, teacher_top.log_probs.to(out.dtype))
-
-
-def _log_sum_of_others(log_probs: Tensor, tokens: Tensor, scratch: Tensor) -> Tensor:
-    """Returns the log of the probability of all tokens but `tokens` (tokens, k): (tokens, 1); -inf if there are none.
-
-    It is a sum over the others and not 1 minus the sum over `tokens`: where a student is sure, that difference is
-    rounding noise, which would make the KL negative and its gradient zero. `scratch` (tokens, vocab) is overwritten,
-    so that nothing of this size is allocated.
-    """
-    others = scratch.copy_(log_probs).scatter_(1, tokens, float("-inf"))
-    largest = others.amax(-1, keepdim=True).clamp_(min=torch.finfo(others.dtype).min)  # -inf - -inf would be NaN
-    return others.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
 
 
 class DistillationLoss(NamedTuple):
@@ -221,9 +205,6 @@ def distillation_loss(
         chunk_tokens: number of tokens whose logits are in memory at once. By default 192 on a CPU and 1,024 elsewhere.
         ignore_index: the label of tokens that do not count.
 
-    Returns:
-        The loss and its parts: three 0-dimensional tensors in nats per token. Only `loss` has a gradient.
-
     Raises:
         InputError: tokens or vocabularies that do not match, a missing teacher, or fp16 matmuls with gradients
             (1/num_tokens underflows before a loss scaler can act).
@@ -238,14 +219,23 @@ def distillation_loss(
         >>> abs(kl.item()) < 1e-6 and torch.allclose(loss, 2 / 3 * ce)  # the teacher is the student
         True
     """
-    teacher: _Teacher = None
+    teacher: tuple[Tensor, OutputHead] | TopTokens | None = None
     if eta:
         teacher = teacher_top
         if teacher is None and teacher_hidden is not None and teacher_head is not None:
             teacher = teacher_hidden, teacher_head
         if teacher is None:
             raise InputError(f"eta is {eta} but no teacher is given: pass teacher_hidden and teacher_head, or eta=0")
-    _check_tokens(student_hidden, student_head, labels, teacher)
+    # torch would read a part of tensors that do not match, or broadcast them.
+    theirs = () if teacher is None else teacher[:1]  # the hidden states, or the tokens of `TopTokens`
+    shapes = [tuple(states.shape[:-1]) for states in (student_hidden, *theirs)]
+    if any(shape != labels.shape for shape in shapes):
+        raise InputError(f"hidden states or top tokens of {shapes} tokens do not match labels {tuple(labels.shape)}")
+    if eta and teacher_head is not None and len(teacher_head.weight) != len(student_head.weight):
+        raise InputError(
+            f"the teacher's vocabulary has {len(teacher_head.weight)} entries, the student's "
+            f"{len(student_head.weight)}: distillation needs the same vocabulary, or eta=0"
+        )
 
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (student_hidden, student_head.weight, student_head.bias)
@@ -260,13 +250,21 @@ def distillation_loss(
     # Selecting rows would synchronize on an accelerator: there, ignored rows get the weight 0 instead.
     if device == "cpu" and not bool(real.all()):
         student_hidden, labels = student_hidden[real], labels[real]
-        teacher = _rows(teacher, real)
+        if isinstance(teacher, TopTokens):
+            teacher = teacher.rows(real)
+        elif teacher is not None:
+            teacher = teacher[0][real], teacher[1]
         real = real[real]
+    side: Side | TopTokens | None = None
+    if isinstance(teacher, TopTokens):
+        side = TopTokens(teacher.tokens.flatten(0, -2), teacher.log_probs.flatten(0, -2))
+    elif teacher is not None:
+        side = Side.of(*teacher, dtype)
 
     plan = _Plan(
         labels=labels.masked_fill(~real, 0).reshape(-1),
         token_weights=real.to(torch.promote_types(dtype, torch.float32)).reshape(-1) / count.clamp(min=1),
-        teacher=_flat(teacher, dtype),
+        teacher=side,
         eta=eta,
         temperature=temperature,
         dtype=dtype,
@@ -276,34 +274,6 @@ def distillation_loss(
     if needs_grad:
         return DistillationLoss(*_ChunkedLoss.apply(hidden, *student_head, plan))  # type: ignore[no-untyped-call]
     return _chunked_loss(hidden, student_head, plan, (False, False, False))[0]
-
-
-_Teacher: TypeAlias = tuple[Tensor, OutputHead] | TopTokens | None
-
-
-def _check_tokens(hidden: Tensor, head: OutputHead, labels: Tensor, teacher: _Teacher) -> None:
-    """Raises `InputError` for a pair of tensors of which torch would read a part, or which it would broadcast."""
-    theirs = () if teacher is None else teacher[:1]  # the hidden states, or the tokens of `TopTokens`
-    shapes = [tuple(states.shape[:-1]) for states in (hidden, *theirs)]
-    if any(shape != labels.shape for shape in shapes):
-        raise InputError(f"hidden states or top tokens of {shapes} tokens do not match labels {tuple(labels.shape)}")
-    if isinstance(teacher, tuple) and isinstance(teacher[1], OutputHead) and len(teacher[1].weight) != len(head.weight):
-        raise InputError(
-            f"the teacher's vocabulary has {len(teacher[1].weight)} entries, the student's {len(head.weight)}: "
-            "distillation needs the same vocabulary, or eta=0"
-        )
-
-
-def _rows(teacher: _Teacher, real: Tensor) -> _Teacher:
-    if isinstance(teacher, TopTokens):
-        return teacher.rows(real)
-    return teacher and (teacher[0][real], teacher[1])
-
-
-def _flat(teacher: _Teacher, dtype: torch.dtype) -> Side | TopTokens | None:
-    if isinstance(teacher, TopTokens):
-        return TopTokens(teacher.tokens.flatten(0, -2), teacher.log_probs.flatten(0, -2))
-    return teacher and Side.of(*teacher, dtype)
 
 
 class _Plan(NamedTuple):
@@ -403,12 +373,18 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
     labels = plan.labels[rows, None]  # (192, 1)
     p = p_T = logits_(student, rows, buffers.student, buffers.narrow, buffers.tanh if needs_grad else None)
     if plan.teacher is not None and T != 1:
-        p_T = log_softmax_(torch.div(p, T, out=buffers.tempered))
-    log_softmax_(p)  # (192, 49152), in place of the logits, as all that follows: nothing of this size is allocated
+        p_T = torch.div(p, T, out=buffers.tempered)
+        torch.log_softmax(p_T, -1, out=p_T)
+    torch.log_softmax(
+        p, -1, out=p
+    )  # (192, 49152), in place of the logits, as all that follows: nothing of this size is allocated
     ce = -p.gather(1, labels)[:, 0]
     kl = torch.zeros_like(ce)
     if plan.teacher is not None:
-        q_T = _teacher_log_probs_(plan, rows, p_T, buffers)
+        if isinstance(plan.teacher, TopTokens):
+            q_T = spread_(plan.teacher.rows(rows), p_T, buffers.teacher)
+        else:
+            q_T = log_probs_(plan.teacher, rows, buffers.teacher, buffers.narrow, T)
         torch.sub(q_T, p_T, out=buffers.scratch)
         q_T.exp_()
         kl = buffers.scratch.mul_(q_T).sum(-1) * T**2  # Eq. 13: sum of q (log q - log p)
@@ -421,14 +397,6 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
             p.mul_(1 - eta).add_(p_T.exp_().sub_(q_T), alpha=eta * T)
         p.scatter_(1, labels, p.gather(1, labels) - (1 - eta))  # - (1-eta) onehot
     return ce, kl
-
-
-def _teacher_log_probs_(plan: _Plan, rows: slice, p_T: Tensor, buffers: _Buffers) -> Tensor:
-    """Writes the teacher's log-probabilities (chunk, vocab) into `buffers.teacher`; `p_T` are the student's."""
-    if isinstance(plan.teacher, TopTokens):
-        return spread_(plan.teacher.rows(rows), p_T, buffers.teacher)
-    assert plan.teacher is not None
-    return log_probs_(plan.teacher, rows, buffers.teacher, buffers.narrow, plan.temperature)
 
 
 class _Gradients:

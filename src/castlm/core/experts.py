@@ -1,8 +1,8 @@
 """Experts whose weights are one 3-D parameter, as modules that look like linear layers to the rest of castlm.
 
 transformers 5 keeps the experts of a block in parameters such as `experts.gate_up_proj`, (experts, out, in), or
-(experts, in, out) where the class says `is_transposed`. In both cases the trained weight is held here as (experts, out,
-in), so that masks, moments, scales and solvers have one orientation: groups run along the last axis.
+(experts, in, out) where the class says `is_transposed`. The trained weight is always held here as (experts, out, in),
+so that masks, moments, scales and solvers have one orientation: groups run along the last axis.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 class ExpertLinear(nn.Module):
     """The weight of one projection of all experts of a block: (experts, out, in).
 
-    Calling it gives the tensor as the module of experts reads it. Weight scaling and masks in the forward pass are
-    parametrizations of `weight`, as for `nn.Linear`, and are computed once for each forward pass of the experts.
-
-    Args:
-        weight: (experts, out, in), or (experts, in, out) with `transposed`, where it is copied.
-        transposed: whether the module of experts reads (experts, in, out).
+    Calling it gives the tensor as the module of experts reads it: with `transposed`, (experts, in, out). Weight scaling
+    and masks in the forward pass are parametrizations of `weight`, as for `nn.Linear`, and are computed once for each
+    forward pass of the experts.
     """
 
     def __init__(self, weight: Tensor, transposed: bool = False) -> None:
@@ -48,10 +45,8 @@ class ExpertLinear(nn.Module):
 def linearize_experts_(model: nn.Module) -> list[str]:
     """Holds every 3-D expert weight inside the transformer blocks as an `ExpertLinear`, in place.
 
-    The forward pass, the names in `state_dict()` and what `save_pretrained` writes stay as they were;
-    `model.get_submodule("...experts.gate_up_proj")` is the new module, and its parameter is named
-    `...experts.gate_up_proj.weight`. Calling the function again changes nothing. Call it before the optimizer is built
-    and before `fully_shard`.
+    The forward pass, the names in `state_dict()` and what `save_pretrained` writes stay as they were; the new parameter
+    is named `...experts.gate_up_proj.weight`. Call it before the optimizer is built and before `fully_shard`.
 
     Changes only modules that state their orientation in `is_transposed`, as transformers' decorator
     `use_experts_implementation` does: a shape such as (8, 64, 64) does not tell it. Other experts stay dense.
@@ -74,7 +69,8 @@ def linearize_experts_(model: nn.Module) -> list[str]:
     made = []
     for fqn, module in list(model.named_modules()):
         transposed = getattr(module, "is_transposed", None)
-        names = [name for name in PROJECTIONS if _is_stacked(module, name)]
+        found = {name: module._parameters.get(name) for name in PROJECTIONS}
+        names = [name for name, weight in found.items() if weight is not None and weight.dim() == 3]
         if not names or not isinstance(transposed, bool) or not in_block(fqn):
             continue
         for name in names:
@@ -87,11 +83,6 @@ def linearize_experts_(model: nn.Module) -> list[str]:
         module.register_state_dict_post_hook(_to_stored_names)
         module.register_load_state_dict_pre_hook(_from_stored_names)
     return made
-
-
-def _is_stacked(module: nn.Module, name: str) -> bool:
-    parameter = module._parameters.get(name)
-    return parameter is not None and parameter.dim() == 3
 
 
 def expert_layers(experts: nn.Module) -> dict[str, ExpertLinear]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from castlm.core.errors import InputError
 from castlm.core.nm import pack_mask, unpack_mask
@@ -49,12 +49,10 @@ class _Weight:
 class KeptPattern:
     """The guard over the zeros of some layers; `castlm.keep_pattern_` makes it. It lives as long as the layers.
 
-    The weights that are zero when it is made are masked from then on, and all others are kept:
-
-    - The gradient of a masked weight is set to zero as soon as it is accumulated, so that clipping by norm, momentum
-      and second moments see the gradient of the kept weights alone.
-    - After each step of an optimizer that holds one of the weights, masked weights that are not zero are counted, and
-      8-bit moments of masked weights are set to zero: bitsandbytes rounds zero to the code beside it on a CPU.
+    The weights that are zero when it is made are masked from then on, and all others are kept. The gradient of a masked
+    weight is set to zero as soon as it is accumulated, so that clipping by norm, momentum and second moments see the
+    gradient of the kept weights alone. After each step of an optimizer that holds one of the weights, masked weights
+    that are not zero are counted.
 
     Works for plain tensors, under DDP, and for DTensors as FSDP2 makes them, if it is made after `fully_shard`.
 
@@ -67,7 +65,6 @@ class KeptPattern:
 
     def __init__(self, layers: Mapping[str, SparseLayer]) -> None:
         self.weights: dict[str, _Weight] = {}
-        self._handles: list[RemovableHandle] = []
         self._num_steps = 0
         self.num_checks = 0
         """The number of times that the zeros have been counted."""
@@ -81,13 +78,20 @@ class KeptPattern:
                 )
             packed = pack_mask(local(parameter).detach() != 0)
             self.weights[name] = _Weight(parameter, weakref.ref(layer), packed)
+        hooks = ExitStack()
         for layer, weight in zip(layers.values(), self.weights.values()):
             _GUARDS.setdefault(layer, []).append(self)
             if weight.parameter.requires_grad:
                 hook = weight.parameter.register_post_accumulate_grad_hook(weight.mask_gradient_)  # type: ignore[no-untyped-call]
-                self._handles.append(hook)
-        self._handles.append(register_optimizer_step_post_hook(_after_step(weakref.ref(self))))
-        self._end = weakref.finalize(self, _remove_all, self._handles)
+                hooks.callback(hook.remove)
+        this = weakref.ref(self)  # the hook below, which torch keeps, must not keep the guard alive
+
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (guard := this()) is not None:
+                guard._check_step(optimizer)
+
+        hooks.callback(register_optimizer_step_post_hook(after_step).remove)
+        self._end = weakref.finalize(self, hooks.close)
 
     def masks(self) -> dict[str, Tensor]:
         """The mask of each weight by name: (rows of this rank, in), bool, True = kept."""
@@ -95,28 +99,23 @@ class KeptPattern:
 
     @torch.no_grad()
     def check(self, after: str = "") -> None:
-        """Counts the masked weights that are not zero. Under FSDP2 all ranks call it.
+        """Raises `InputError` if masked weights are not zero on any rank. Under FSDP2 all ranks call it.
 
         Args:
             after: what has just happened, for the message: "step 3 of AdamW".
-
-        Raises:
-            InputError: there are some, on any rank; the message names the first tensor and the number of weights.
         """
         self.num_checks += 1
         values = self.weights.values()
         found = [(local(weight.parameter) != 0).logical_and_(weight.masked()).sum() for weight in values]
         counts = summed([weight.parameter for weight in values], found)
-        broken = {name: count for name, count in zip(self.weights, counts) if count}
-        if not broken:
-            return
-        name, count = next(iter(broken.items()))
-        more = f", and weights of {len(broken) - 1} more tensors" if len(broken) > 1 else ""
-        raise InputError(
-            f"{f'after {after}, ' if after else ''}{count:,} masked weights of {name} are not zero any more{more}: an "
-            "optimizer that mixes weights (Muon, Shampoo), moments from before keep_pattern_, or a merged adapter "
-            "breaks the pattern"
-        )
+        broken = [f"{count:,} masked weights of {name}" for name, count in zip(self.weights, counts) if count]
+        if broken:
+            more = f" (and of {len(broken) - 1} more tensors)" if len(broken) > 1 else ""
+            raise InputError(
+                f"{f'after {after}, ' if after else ''}{broken[0]}{more} are not zero any more: the pattern is broken "
+                "by an optimizer that mixes weights (Muon, Shampoo), moments from before keep_pattern_, or a merged "
+                "adapter"
+            )
 
     def remove(self) -> None:
         """Ends the guard: takes all hooks off."""
@@ -126,6 +125,7 @@ class KeptPattern:
                 _GUARDS[layer].remove(self)
         self._end()
 
+    @torch.no_grad()
     def _check_step(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, weight in self.weights.items():
@@ -138,7 +138,14 @@ class KeptPattern:
                 )
         mine = [weight for weight in self.weights.values() if id(weight.parameter) in stepped]
         for weight in mine:
-            _zero_codes_(optimizer.state.get(weight.parameter, {}), weight)
+            # bitsandbytes has 8-bit codes in `state1` and `state2`, (..., out, in) uint8, and what each code stands for
+            # in `qmap1` and `qmap2`, (256,).
+            state = optimizer.state.get(weight.parameter, {})
+            for key, codes in state.items():
+                values = state.get(key.replace("state", "qmap"))
+                if key.startswith("state") and isinstance(values, Tensor) and codes.dtype == torch.uint8:
+                    zero = int(values.abs().argmin())  # the code that stands for zero
+                    codes.masked_fill_(weight.masked().to(codes.device), zero)
         if mine:
             self._num_steps += 1
             self.check(f"step {self._num_steps} of {type(optimizer).__name__}")
@@ -146,35 +153,6 @@ class KeptPattern:
 
 _GUARDS: weakref.WeakKeyDictionary[nn.Module, list[KeptPattern]] = weakref.WeakKeyDictionary()
 """Keeps a guard alive while any of its layers exists, whether or not the caller holds on to it."""
-
-
-def _after_step(guard: weakref.ref[KeptPattern]) -> Any:
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        found = guard()
-        if found is not None:
-            found._check_step(optimizer)
-
-    return hook
-
-
-@torch.no_grad()
-def _zero_codes_(state: Mapping[str, Any], weight: _Weight) -> None:
-    """Sets the 8-bit moments of masked weights to the code that stands for zero.
-
-    Args:
-        state: of the parameter in its optimizer; bitsandbytes has the codes in `state1` and `state2`, (..., out, in)
-            uint8, and what each code stands for in `qmap1` and `qmap2`, (256,).
-    """
-    for key, codes in state.items():
-        values = state.get(key.replace("state", "qmap"))
-        if key.startswith("state") and isinstance(values, Tensor) and codes.dtype == torch.uint8:
-            zero = int(values.abs().argmin())
-            codes.masked_fill_(weight.masked().to(codes.device), zero)
-
-
-def _remove_all(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def summed(parameters: Iterable[Tensor], counts: Iterable[Tensor]) -> list[int]:

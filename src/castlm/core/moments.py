@@ -1,8 +1,8 @@
 """The two moments of AdamS as stored: in the dtype of the weight, or in 8 bits with a scale per block of weights.
 
 The 8-bit codes are the same as in bitsandbytes and torchao (dynamic map, block-wise: Dettmers et al. 2021, arXiv
-2110.02861). They are computed by arithmetic that vectorizes instead of looked up in a table, and stored as plain
-tensors whose rows match the rows of the weight, so that they are sharded and saved like all other state.
+2110.02861), but computed by arithmetic that vectorizes. They are plain tensors whose rows match the rows of the weight,
+so that they are sharded and saved like all other state.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ _LEAST = 4096  # a parameter with fewer weights keeps its moments in its own dty
 def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     """Zero moments of `param` as optimizer state.
 
-    `exp_avg` and `exp_avg_sq` are shaped and placed like `param`, in its dtype or as `moments` says. In 8 bits they are
-    uint8 codes, with `exp_avg_scale` and `exp_avg_sq_scale` (out, in / block) fp32 beside them. This applies to
-    matrices (of experts: all together) of at least 4,096 weights whose width divides by 32; other parameters keep their
-    moments in their dtype.
+    `exp_avg` and `exp_avg_sq` are shaped and placed like `param`, in its dtype. With `moments` "8bit", matrices (of
+    experts: all together) of at least 4,096 weights whose width divides by 32 get uint8 codes instead, with
+    `exp_avg_scale` and `exp_avg_sq_scale` (out, in / block) fp32 beside them.
 
     Examples:
         >>> state = new_moments(torch.zeros(64, 128), "8bit")

@@ -74,17 +74,6 @@ def runs_on(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and kernels() is not None
 
 
-def check_runs_on(tensor: Tensor) -> None:
-    """Raises `InputError` if the kernels cannot work on `tensor`, which is on a CPU."""
-    if kernels() is None:
-        raise InputError(f"fused=True is not available on this CPU: {NOT_BUILT}, or pass fused=None")
-    if not runs_on(tensor):
-        raise InputError(
-            f"fused=True on a CPU takes plain float32 tensors, not {type(tensor).__name__} of {tensor.dtype}: pass "
-            "fused=None"
-        )
-
-
 def update_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -95,15 +84,8 @@ def update_(
 ) -> None:
     """`castlm.core.update.adams_update` of several parameters, in place and in one pass over memory.
 
-    Args:
-        weights: float32, contiguous, on a CPU; (out, in) if there is a mask.
-        grads: as `weights`.
-        moments: by their names in the optimizer state, as `new_moments` makes them; all parameters have the same kind.
-        masks: (out, ceil(in / 8)) uint8 as `pack_mask` makes them, or None for a dense parameter.
-        hyper: the 7 numbers of `castlm.core.update.hyperparameters`.
-
-    Raises:
-        InputError: a tensor of another dtype, size, layout or device.
+    Takes float32 on a CPU; arguments are otherwise as for `castlm.core.update.update_`. Raises `InputError` for a
+    tensor of another dtype, size, layout or device.
     """
     library = kernels()
     assert library is not None
@@ -115,7 +97,12 @@ def update_(
     for name, column in (("grad", grads), *moments.items()):
         for parameter, weight, tensor in zip(parameters, weights, column, strict=True):
             if name.endswith("_scale"):
-                parameter.block = _block_size(weight, tensor, parameter.block)
+                block = weight.numel() // max(1, tensor.numel())  # weights that share a scale
+                assert block in (8, 16, 32, 64, 128, LONGEST_BLOCK)  # the kernels cut a weight at multiples of 65,536
+                assert block * tensor.numel() == weight.numel()
+                assert weight.shape[-1] % block == 0
+                assert parameter.block in (0, block)  # the same for both moments
+                parameter.block = block
                 setattr(parameter, name, _pointer(name, tensor, torch.float32, tensor.numel()))
             else:
                 setattr(parameter, name, _pointer(name, tensor, dtypes[name], weight.numel()))
@@ -132,11 +119,7 @@ def update_(
 def refresh_(weights: Sequence[Tensor], masks: Sequence[Tensor], n: int, m: int) -> tuple[int, bool]:
     """`castlm.core.nm.refresh_mask_` of several contiguous weights (..., width).
 
-    Returns:
-        The number of entries that changed, which is -1 if a weight contains NaN, and whether one does.
-
-    Raises:
-        InputError: a tensor of another dtype, size, layout or device.
+    Returns the number of entries that changed, which is -1 if a weight contains NaN, and whether one does.
     """
     library = kernels()
     assert library is not None
@@ -172,16 +155,6 @@ def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
             f"{type(tensor).__name__} of {tensor.numel()} {tensor.dtype} on {tensor.device}, {tensor.layout}"
         )
     return address
-
-
-def _block_size(weight: Tensor, scale: Tensor, known: int) -> int:
-    """The number of weights that share a scale; `known` is the same number of the other moment, or 0."""
-    block = weight.numel() // max(1, scale.numel())
-    assert block in (8, 16, 32, 64, 128, LONGEST_BLOCK)  # the kernels cut a weight at multiples of 65,536
-    assert block * scale.numel() == weight.numel()
-    assert weight.shape[-1] % block == 0
-    assert known in (0, block)
-    return block
 
 
 @functools.cache

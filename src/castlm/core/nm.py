@@ -1,11 +1,9 @@
 """n:m sparsity, whole: the pattern and its text, masks by magnitude, their bits in memory, and counting.
 
-An n:m mask keeps exactly n of every m consecutive weights along the input axis, even where magnitudes tie. Ranks are
+An n:m mask keeps exactly n of every m consecutive weights along the input axis, even where magnitudes tie: ranks are
 counted by comparisons and the earlier of two equal weights wins, so the mask is the same on every device and in every
-dtype; `topk` and unstable sorts do not guarantee this.
-
-Importing this module does not import torch, so that commands which only parse a pattern, and `castlm verify`, start at
-once. The functions that need torch import it.
+dtype. `topk` and unstable sorts do not guarantee this. Only functions that need torch import it, so that `castlm
+verify` starts at once.
 """
 
 from __future__ import annotations
@@ -26,9 +24,9 @@ if TYPE_CHECKING:
 class Pattern(ABC):
     """A rule that says which weights are kept. Subclasses are frozen dataclasses, and `str(pattern)` parses back.
 
-    By default each weight has a mask of its own, and a subclass defines `misfit`, `mask` and `violations`. A pattern
-    that masks several weights together (a channel of an MLP is a row of two weights and a column of a third) also
-    overrides `joint_layers`, `joint_masks` and `joint_violations`.
+    A subclass defines `misfit`, `mask` and `violations`. A pattern that masks several weights together (a channel of an
+    MLP is a row of two weights and a column of a third) also overrides `joint_layers`, `joint_masks` and
+    `joint_violations`.
     """
 
     independent_rows: ClassVar[bool] = False
@@ -41,6 +39,8 @@ class Pattern(ABC):
     """The one-shot methods that prune to the pattern."""
     calibrated: ClassVar[tuple[str, ...]] = ("wanda",)
     """Those of `solvers` that need calibration text."""
+    own_solver: ClassVar[str | None] = None
+    """The class, as module:name, that prunes a block by `solvers` of this pattern alone; None for those of all."""
 
     @property
     def default_solver(self) -> str:
@@ -133,49 +133,38 @@ class Pattern(ABC):
                 "another pattern"
             )
 
-    def check_mask(self, mask: Tensor, param: Tensor) -> None:
-        """Raises `InputError` unless `mask` fits the rows of `param` on this rank and keeps no more than the pattern.
+    def check_masks(self, masks: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        """Raises `InputError` unless the masks of weights that are masked together keep no more than the pattern does.
 
-        Args:
-            mask: bool, True = kept. A pattern across rows is counted only where this process holds all of them.
+        The masks are of this rank's rows of `params`. A pattern across rows is counted only where this process holds
+        all of them.
         """
         import torch
 
         from castlm.core.shards import local
 
-        if mask.dtype != torch.bool or mask.shape != local(param).shape:
-            raise InputError(
-                f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape "
-                f"{tuple(local(param).shape)}: pass a torch.bool mask of that shape, True where a weight is kept"
-            )
-        if not self.gathers([param]) and (violations := self.violations(mask)):
-            raise InputError(
-                f"a mask of shape {tuple(mask.shape)} is not {self}: it keeps too many weights in {violations:,} places"
-            )
-
-    def check_joint_masks(self, masks: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        """`check_mask` of weights that are masked together, and the same of all of them together."""
         for mask, param in zip(masks, params):
-            self.check_mask(mask, param)
-        if len(params) > 1 and not self.gathers(params) and (violations := self.joint_violations(masks)):
-            shapes = ", ".join(str(tuple(mask.shape)) for mask in masks)
-            raise InputError(
-                f"the masks of shapes {shapes} are not {self} together: they keep too much in {violations:,} places"
-            )
+            if mask.dtype != torch.bool or mask.shape != local(param).shape:
+                raise InputError(
+                    f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape "
+                    f"{tuple(local(param).shape)}: pass a torch.bool mask of that shape, True where a weight is kept"
+                )
+        found = 0 if self.gathers(params) else sum(map(self.violations, masks))
+        if len(params) > 1 and not found and not self.gathers(params):
+            found = self.joint_violations(masks)
+        if found:
+            shapes = " and ".join(str(tuple(mask.shape)) for mask in masks)
+            together = " together" if len(masks) > 1 else ""
+            raise InputError(f"masks of {shapes} are not {self}{together}: they keep too much in {found:,} places")
 
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """At most `n` of every `m` consecutive weights along the input axis are kept, as in 2:4.
-
-    Raises:
-        InputError: `n` and `m` are not integers with 1 <= n < m.
+    """At most `n` of every `m` consecutive weights along the input axis are kept, 1 <= n < m, as in 2:4.
 
     Examples:
         >>> import torch
         >>> pattern = NM(2, 4)
-        >>> str(pattern)
-        '2:4'
         >>> pattern.mask(torch.tensor([[1.0, -3.0, 2.0, 2.0]]))
         tensor([[False,  True,  True, False]])
         >>> pattern.violations(torch.tensor([[1.0, -3.0, 2.0, 0.0, 5.0, 0.0, 0.0, 0.0]]))
@@ -187,6 +176,7 @@ class NM(Pattern):
 
     independent_rows: ClassVar[bool] = True
     solvers: ClassVar[tuple[str, ...]] = ("magnitude", "wanda", "sparsegpt")
+    default_solver: ClassVar[str] = "sparsegpt"
     calibrated: ClassVar[tuple[str, ...]] = ("wanda", "sparsegpt")
 
     def __post_init__(self) -> None:
@@ -200,19 +190,11 @@ class NM(Pattern):
 
     @classmethod
     def parse(cls, text: object) -> NM:
-        """The pattern that a text such as "2:4" describes.
-
-        Raises:
-            InputError: a text of another form, or numbers that are not 1 <= n < m.
-        """
+        """The pattern that a text such as "2:4" describes; raises `InputError` for any other text."""
         n, colon, m = text.partition(":") if isinstance(text, str) else ("", "", "")
         if not colon or not all(part.isascii() and part.isdigit() and len(part) <= 9 for part in (n, m)):
             raise InputError(f"pattern {text!r} is not n:m (n weights kept of every m): try 2:4")
         return cls(int(n), int(m))
-
-    @property
-    def default_solver(self) -> str:
-        return "sparsegpt"
 
     @property
     def nm(self) -> NM:
@@ -270,16 +252,10 @@ def as_pattern(pattern: Pattern | str) -> Pattern:
 
 
 def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
-    """The mask that keeps the `n` largest `|weight|` of every `m` consecutive weights.
+    """The mask that keeps the `n` largest `|weight|` of every `m` consecutive weights of `weight` (..., width).
 
-    Args:
-        weight: (..., width), any real dtype; `width` divides by `m`.
-
-    Returns:
-        bool, the shape of `weight`, True where a weight is kept.
-
-    Raises:
-        InputError: a pattern that is not 1 <= n < m, a width that does not divide by `m`, or NaN in `weight`.
+    It is bool, of the same shape, True = kept. Raises `InputError` for a pattern that is not 1 <= n < m, a width that
+    does not divide by `m`, or NaN.
 
     Examples:
         >>> import torch
@@ -290,31 +266,19 @@ def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
 
 
 def count_nm_violations(weight: Tensor, n: int = 2, m: int = 4) -> int:
-    """The number of groups of `weight` (..., width) that hold more than `n` non-zeros. NaN is a non-zero.
-
-    Raises:
-        InputError: a bad pattern, or a width that does not divide by `m`.
-
-    Examples:
-        >>> import torch
-        >>> count_nm_violations(torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 4.0]]))
-        1
-    """
+    """The number of groups of `weight` (..., width) that hold more than `n` non-zeros. NaN is a non-zero."""
     return NM(n, m).violations(weight)
 
 
 def is_nm_sparse(weight: Tensor, n: int = 2, m: int = 4) -> bool:
-    """Whether every group of `weight` (..., width) holds at most `n` non-zeros.
-
-    Raises:
-        InputError: as `count_nm_violations`.
+    """Whether every group of `weight` (..., width) holds at most `n` non-zeros; see `count_nm_violations`.
 
     Examples:
         >>> import torch
         >>> is_nm_sparse(torch.tensor([0.0, 0.0, 1.0, 2.0]))
         True
     """
-    return count_nm_violations(weight, n, m) == 0
+    return NM(n, m).violations(weight) == 0
 
 
 _MOST_COMPARED = 32  # weights of a group; comparisons grow with its square, and sorting longer groups is faster
@@ -323,8 +287,8 @@ _MOST_COMPARED = 32  # weights of a group; comparisons grow with its square, and
 def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
     """Keeps the `n` highest scores of each `m` in `score` (..., width). Does not check for NaN.
 
-    The rank of a weight is the number of weights in its group that beat it. A later element beats an earlier one only
-    if its score is strictly larger, so ranks are a permutation and exactly `n` of them are below `n`. Up to m = 32 the
+    The rank of a weight is the number of weights in its group that beat it. A later one beats an earlier one only if
+    its score is strictly larger, so ranks are a permutation and exactly `n` of them are below `n`. Up to m = 32 the
     function consists of comparisons and byte sums, which `torch.compile` turns into one pass over `score`.
     """
     import torch
@@ -371,13 +335,7 @@ _GATHER = 0x0102040810204080
 def pack_mask(mask: Tensor) -> Tensor:
     """Packs a bool mask (..., width) into bits, (..., ceil(width / 8)) uint8.
 
-    Bit k of byte j is column 8 j + k, and the bits past `width` are 0. This is the layout of
-    `numpy.packbits(mask, axis=-1, bitorder="little")`.
-
-    Examples:
-        >>> import torch
-        >>> pack_mask(torch.tensor([True, False, False, True]))
-        tensor([9], dtype=torch.uint8)
+    Bit k of byte j is column 8 j + k, and the bits past `width` are 0, as `numpy.packbits(bitorder="little")` has it.
     """
     import torch
     import torch.nn.functional as F
@@ -394,7 +352,7 @@ def unpack_mask(packed: Tensor, width: int) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> unpack_mask(torch.tensor([9], dtype=torch.uint8), 4)
+        >>> unpack_mask(pack_mask(torch.tensor([True, False, False, True])), 4)
         tensor([ True, False, False,  True])
     """
     import torch
@@ -429,28 +387,23 @@ def _eight_bools(device: torch.device) -> Tensor:
     return unpack_words(every_byte, bits_of_a_word(device)[:8]).view(torch.int64).view(-1)
 
 
-def _num_bits(byte: Tensor) -> Tensor:
-    """The number of bits set in each element, 0 to 255, of an int32 tensor; torch has no operator for it."""
-    # Adds up neighbours in place: bits to sums of 2, to sums of 4, to sums of 8 ("Bit Twiddling Hacks").
-    pairs = byte - ((byte >> 1) & 0x55)
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return (fours + (fours >> 4)) & 0xF
-
-
 def replace_(packed: Tensor, new: Tensor) -> Tensor:
     """Overwrites a packed mask and returns how many entries changed, 0-dimensional."""
     import torch
 
-    flips = _num_bits((new ^ packed).to(torch.int32)).sum()
+    flipped = (new ^ packed).to(torch.int32)
     packed.copy_(new)
-    return flips
+    # torch has no operator that counts bits. Neighbours are added up: bits to sums of 2, to sums of 4, to sums of 8
+    # ("Bit Twiddling Hacks").
+    pairs = flipped - ((flipped >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((fours + (fours >> 4)) & 0xF).sum()
 
 
 def refresh_mask_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     """Recomputes the packed mask of `weight` (out, in), in place in `packed` (out, ceil(in / 8)).
 
-    Returns:
-        The number of entries that changed, and whether `weight` contains NaN; both 0-dimensional.
+    Returns the number of entries that changed, and whether `weight` contains NaN; both 0-dimensional.
     """
     magnitude = weight.abs()
     flips = replace_(packed, pack_mask(rank_mask(magnitude, n, m)))
@@ -460,12 +413,9 @@ def refresh_mask_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tenso
 def refresh_masks_(
     weights: Sequence[Tensor], packed: Sequence[Tensor], n: int, m: int, compile: bool = False
 ) -> tuple[Tensor | int, bool]:
-    """`refresh_mask_` of several contiguous weights.
+    """`refresh_mask_` of several contiguous weights: the entries that changed in all, and whether a weight has NaN.
 
     fp32 weights on a CPU take the C++ kernel where it is built; others go through `torch.compile` if `compile` is set.
-
-    Returns:
-        The total number of entries that changed, and whether a weight contains NaN.
     """
     import torch
 
@@ -501,11 +451,7 @@ def flip_rate(old_mask: Tensor, new_mask: Tensor) -> float:
 def sparse_weight_ratio(weight: Tensor, mask: Tensor) -> float:
     """`|weight * mask|_1 / |weight|_1`, 0 to 1: 1 when all masked weights are zero (CAST, arXiv 2509.25996, App. C).
 
-    An all-zero weight gives 1.
-
-    Args:
-        weight: any shape and real dtype; summed in float64.
-        mask: bool, of the same shape, True = kept.
+    Takes any shape and real dtype, sums in float64, and gives 1 for an all-zero weight.
 
     Examples:
         >>> import torch

@@ -20,8 +20,6 @@ from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_li
 def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """`W * A`: (..., out, in) by (..., out, groups), where each factor applies to its block of columns.
 
-    Rows are independent, so this also works on any subset of rows of both.
-
     Examples:
         >>> scale_weight(torch.ones(1, 4), torch.tensor([[2.0, 3.0]]))
         tensor([[2., 2., 3., 3.]])
@@ -32,12 +30,7 @@ def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class WeightScaling(nn.Module):
-    """`forward(W) = W * A` (CAST, arXiv 2509.25996, Eq. 11-12).
-
-    `scale` is `A` (out, groups), (experts, out, groups) of an `ExpertLinear`, initially ones. The columns of `W`
-    (out, in) are divided into `groups` contiguous blocks of `in / groups`, and `A[i, k]` multiplies row `i` of block
-    `k`.
-    """
+    """`forward(W) = W * A`, with `scale` = `A` (out, groups), (experts, out, groups) of an `ExpertLinear`."""
 
     def __init__(self, weight: Tensor, groups: int) -> None:
         super().__init__()
@@ -52,16 +45,13 @@ def add_weight_scaling(
 ) -> list[str]:
     """Adds weight scaling to every layer that becomes sparse, in place. Call it before `fully_shard` and the optimizer.
 
-    A weight `W` (out, in) becomes `W * A`, where `A` (out, groups) is trained, begins at 1 and multiplies the columns
-    of `W` in `groups` contiguous blocks (CAST, arXiv 2509.25996, Eq. 11-12).
-
-    Until `fold_weight_scaling`, `state_dict` has the names of the parametrization, which can be loaded back into a
-    model with weight scaling but not into a plain one. `model.state_dict()`, and so `model.save_pretrained()`, warns.
+    A weight `W` (out, in) becomes `W * A`, where `A` (out, groups) is trained and begins at 1. `A[i, k]` multiplies row
+    `i` of the k-th of `groups` contiguous blocks of columns (CAST, arXiv 2509.25996, Eq. 11-12). Until
+    `fold_weight_scaling`, a plain model cannot load the `state_dict`, which warns when it is made.
 
     Args:
         groups: blocks of columns per row, at least 1. Must divide the width of every sparse layer.
-        pattern: a `Pattern` or its text; the layers that fit it become sparse.
-        filter_fn: as in `sparse_linears`.
+        pattern, filter_fn: as in `sparse_linears`.
 
     Returns:
         The names of the scaled layers.
@@ -75,10 +65,6 @@ def add_weight_scaling(
         ['layers.0']
         >>> [name for name, _ in model.named_parameters()][1:]
         ['layers.0.parametrizations.weight.original', 'layers.0.parametrizations.weight.0.scale']
-        >>> fold_weight_scaling(model)
-        ['layers.0']
-        >>> [name for name, _ in model.named_parameters()]
-        ['layers.0.bias', 'layers.0.weight']
     """
     layers, _ = sparse_linears(model, pattern, filter_fn)
     for name, layer in layers.items():
@@ -118,12 +104,9 @@ def _warn_before_fold(model: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 @torch.no_grad()
 def fold_weight_scaling(model: nn.Module) -> list[str]:
-    """Multiplies every scale into its weight and removes it, in place. Plain layers remain.
+    """Multiplies every scale into its weight and removes it, in place; returns the names of the folded layers.
 
     The folded model computes the same up to fp32 rounding. Zeros stay zeros, so prune first and fold afterwards.
-
-    Returns:
-        The names of the folded layers.
     """
     scaled = _scaled(model)
     for module in scaled.values():

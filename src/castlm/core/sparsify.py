@@ -7,7 +7,7 @@ Embeddings and the output head stay dense. Every weight that stays dense is list
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from castlm.core.blocks import block_name, in_block, is_router, is_tower
+from castlm.core.blocks import block_name, in_block, is_tower, why_dense
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern, as_pattern, pack_mask, unpack_mask
@@ -37,11 +37,18 @@ def num_weights(layer: SparseLayer) -> int:
     return weight_parameter(layer).numel()
 
 
+def matrices(name: str, layer: SparseLayer) -> dict[str, Tensor]:
+    """The weight (out, in) of a layer by its name; for experts one per expert, named by the layer and the number."""
+    if layer.weight.dim() == 2:
+        return {name: layer.weight}
+    return {f"{name}.{expert}": weight for expert, weight in enumerate(layer.weight)}
+
+
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
     """The default `filter_fn`: an `nn.Linear` inside a numbered transformer block, as `model.layers.3.mlp.up_proj`.
 
-    It also takes the `ExpertLinear` that `linearize_experts_` makes of 3-D experts. It leaves dense the router that
-    chooses them, and the vision tower and the projector of a vision-language model.
+    It also takes the `ExpertLinear` that `linearize_experts_` makes of 3-D experts. Routers of experts, and the vision
+    tower and the projector of a vision-language model, stay dense.
 
     Examples:
         >>> is_sparse_linear(nn.Linear(8, 8), "model.layers.3.mlp.up_proj")
@@ -49,16 +56,11 @@ def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
         >>> is_sparse_linear(nn.Linear(8, 8), "lm_head")
         False
     """
-    return is_layer(module) and in_block(fqn) and not is_router(fqn) and not is_tower(fqn)
+    return is_layer(module) and why_dense(fqn) is None
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The transformer blocks of a model by name, in order: the numbered modules that are not inside another.
-
-    Examples:
-        >>> list(transformer_blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})))
-        ['layers.0', 'layers.1']
-    """
+    """The transformer blocks of a model by name, in order: the numbered modules that are not inside another."""
     return {fqn: module for fqn, module in model.named_modules() if fqn and block_name(fqn) == fqn}
 
 
@@ -94,7 +96,9 @@ def sparse_linears(
         if "parametrizations" in fqn.split("."):
             continue
         if isinstance(module, SparseLayer) and filter_fn(module, fqn):
-            misfit = _misfit(module, pattern)
+            misfit = pattern.misfit((module.out_features, module.in_features))
+            if module.weight.dim() == 3 and not isinstance(pattern, NM):
+                misfit = "only n:m patterns are defined for experts"
             if misfit:
                 dense[fqn] = misfit
             else:
@@ -116,21 +120,13 @@ def sparse_linears(
     return sparse, dense
 
 
-def _misfit(layer: SparseLayer, pattern: Pattern) -> str | None:
-    if isinstance(layer, ExpertLinear) and not isinstance(pattern, NM):
-        return "only n:m patterns are defined for experts"
-    return pattern.misfit((layer.out_features, layer.in_features))
-
-
 def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | None:
     if param.dim() >= 2 and is_tower(fqn):
         return "outside the language model"
     if is_layer(module) and name == "weight":
-        if is_sparse_linear(module, fqn):
-            return "excluded by the filter"
-        return "a router of experts" if in_block(fqn) else "outside the transformer blocks"
-    if is_router(fqn) and in_block(fqn) and param.dim() >= 2:
-        return "a router of experts"
+        return why_dense(fqn) or "excluded by the filter"
+    if param.dim() >= 2 and in_block(fqn) and why_dense(fqn):
+        return why_dense(fqn)
     if param.dim() == 2 and name.endswith("proj_bias"):
         return "a bias of experts"
     if param.dim() == 3:
@@ -142,10 +138,7 @@ def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | N
 
 
 def weight_parameter(layer: SparseLayer) -> Tensor:
-    """The trained weight of a layer, (out, in) or (experts, out, in).
-
-    Under weight scaling, or a mask in the forward pass, returns the tensor beneath the parametrization.
-    """
+    """The trained weight of a layer, (out, in) or (experts, out, in); the tensor beneath a parametrization, if any."""
     if parametrize.is_parametrized(layer, "weight"):
         return layer.get_parameter("parametrizations.weight.original")
     return layer.weight
@@ -162,12 +155,7 @@ def computed_weight(layer: SparseLayer, take: Callable[[Tensor], Tensor]) -> Ten
 
 
 def dense_name(name: str) -> str:
-    """The name in the dense model of a parameter that may be under weight scaling or a mask in the forward pass.
-
-    Examples:
-        >>> dense_name("layers.0.parametrizations.weight.original")
-        'layers.0.weight'
-    """
+    """The name in the dense model of a parameter such as `layers.0.parametrizations.weight.original`."""
     return re.sub(r"\.parametrizations\.weight\.original$", ".weight", name)
 
 
@@ -177,14 +165,7 @@ def sparse_param_groups(
     """The two parameter groups of a model for `AdamS`: sparse weights, and all other trainable parameters.
 
     Each group has `param_names` beside `params`. The sparse group has `"sparse": True`, `"pattern"` and, for a pattern
-    that masks several weights together, `"joint"`.
-
-    Args:
-        pattern: a `Pattern` or its text.
-        filter_fn: as in `sparse_linears`.
-
-    Raises:
-        InputError: a bad pattern, or no layer to make sparse.
+    that masks several weights together, `"joint"`. Arguments and errors are as for `sparse_linears`.
 
     Examples:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
@@ -201,14 +182,12 @@ def sparse_param_groups(
     joint = [[position[name] for name in names if name in position] for names in pattern.joint_layers(layers)]
     joint = [positions for positions in joint if positions]
     alone = not any(len(positions) > 1 for positions in joint)
-    return [
-        {**_group(chosen), "sparse": True, "pattern": pattern, "joint": None if alone else joint},
-        {**_group(others), "sparse": False},
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in named], "param_names": [name for name, _ in named]} for named in (chosen, others)
     ]
-
-
-def _group(named: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
-    return {"params": [p for _, p in named], "param_names": [name for name, _ in named]}
+    groups[0] |= {"sparse": True, "pattern": pattern, "joint": None if alone else joint}
+    groups[1]["sparse"] = False
+    return groups
 
 
 @torch.no_grad()
@@ -250,7 +229,7 @@ def prune_(
     if masks is not None:
         for names in pattern.joint_layers(weights):
             params = [weights[name] for name in names]
-            pattern.check_joint_masks([local(masks[param]) for param in params], params)
+            pattern.check_masks([local(masks[param]) for param in params], params)
     # All masks before any weight changes, as a NaN is only found while its mask is made.
     by_magnitude = magnitude_masks(weights, pattern) if masks is None else ()
     packed = {name: pack_mask(mask) for name, mask in by_magnitude}
@@ -262,10 +241,6 @@ def prune_(
 
 
 def magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> Iterator[tuple[str, Tensor]]:
-    """Yields the name of each weight (out, in) and its mask by magnitude, for the rows that this rank holds.
-
-    Raises:
-        InputError: a weight does not fit the pattern, or contains NaN.
-    """
+    """Yields the name of each weight (out, in) and its mask by magnitude, for the rows that this rank holds."""
     for names in pattern.joint_layers(weights):
         yield from zip(names, pattern.own_masks([weights[name] for name in names]))

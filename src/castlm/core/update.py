@@ -16,6 +16,7 @@ from castlm.core import native
 from castlm.core.decay import DECAYS, decay_alpha
 from castlm.core.moments import from_codes, to_codes_
 from castlm.core.nm import bits_of_a_word, compiled, unpack_mask, unpack_words
+from castlm.core.shards import flat
 
 SECOND_MOMENTS = ("gradient", "mix")
 
@@ -105,7 +106,13 @@ def update_(
         native.update_(weights, grads, moments, masks, hyper, second_moment)
         return
     in_8bit = "exp_avg_scale" in moments
-    columns = _columns(weights, grads, moments)
+    columns: Columns = [list(map(flat, column)) for column in (weights, grads, *moments.values())]
+    if in_8bit:
+        scales = moments["exp_avg_scale"]
+        columns = [
+            column if name.endswith("_scale") else [t.view(scale.numel(), -1) for t, scale in zip(column, scales)]
+            for name, column in zip(("weight", "grad", *moments), columns)
+        ]
     numbers = torch.tensor(hyper, dtype=torch.promote_types(weights[0].dtype, torch.float32), device=weights[0].device)
     rest: Any = in_8bit, numbers, second_moment
     run: Any = compiled(update_each_) if fused else update_each_
@@ -115,7 +122,11 @@ def update_(
     for some in _by_size(alone, weights) if fused and not in_8bit else ([i] for i in alone):
         chosen = [[column[i] for i in some] for column in columns]
         packed = [masks[i] for i in some]
-        if fused and masks[some[0]] is not None and all(_fills_words(weights[i]) for i in some):
+        # Whole words of 32 bits: each row ends with a byte, and all of them with a word.
+        fills_words = masks[some[0]] is not None and all(
+            weights[i].shape[-1] % 8 == 0 and weights[i].numel() % 32 == 0 for i in some
+        )
+        if fused and fills_words:
             words = [mask.view(-1).view(torch.int32).detach() for mask in packed if mask is not None]
             compiled(update_words_)(chosen, words, bits_of_a_word(words[0].device), *rest)
         else:
@@ -154,28 +165,6 @@ def update_each_(
 def update_words_(columns: Columns, packed: Sequence[Tensor], bits: Tensor, *rest: Any) -> None:
     """`update_each_` with packed masks viewed as words of 32 weights, see `unpack_words`; for `torch.compile`."""
     update_each_(columns, [unpack_words(words, bits) for words in packed], *rest)
-
-
-def _columns(weights: Sequence[Tensor], grads: Sequence[Tensor], moments: Mapping[str, Sequence[Tensor]]) -> Columns:
-    """Flat views of all tensors; (blocks, block) where moments are in 8 bits, with scales (blocks,)."""
-    scales = moments.get("exp_avg_scale")
-    columns = [list(map(_flat, column)) for column in (weights, grads, *moments.values())]
-    if scales is None:
-        return columns
-    return [
-        column if name.endswith("_scale") else [t.view(scale.numel(), -1) for t, scale in zip(column, scales)]
-        for name, column in zip(("weight", "grad", *moments), columns)
-    ]
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """(numel,), sharing memory. Detached, and so not a view for autograd: `torch.compile` guards the shape of a view's
-    base and would recompile for each new shape."""
-    return tensor.view(-1).detach()
-
-
-def _fills_words(weight: Tensor) -> bool:
-    return weight.shape[-1] % 8 == 0 and weight.numel() % 32 == 0
 
 
 def _by_size(positions: Sequence[int], weights: Sequence[Tensor]) -> Iterator[list[int]]:

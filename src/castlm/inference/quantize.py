@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError, naming
 from castlm.core.experts import ExpertLinear
-from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, matrices
 from castlm.inference.formats import FORMATS
 from castlm.inference.rounding import Rounded, round_in_groups, round_rows
 from castlm.models.architecture import eval_mode
 from castlm.models.conversion import stored_rows, stored_shapes
 from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.inputs import ExpertInputs, LayerInput, check_finite_input, check_plain_weights, see_inputs
+from castlm.oneshot.inputs import check_finite_input, check_plain_weights, see_inputs
 from castlm.oneshot.report import relative_error
 from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
@@ -108,7 +108,7 @@ def quantize_(
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
-    check_plain_weights(layers, "quantizing")
+    check_plain_weights(layers)
     report = QuantizeReport(kind)
     if calibration is not None:
         check_calibration(model, calibration)
@@ -127,13 +127,6 @@ def quantize_(
                 progress(done, len(layers))
     report.seconds = time.perf_counter() - started
     return report
-
-
-def matrices(name: str, layer: SparseLayer) -> dict[str, Tensor]:
-    """The weight (out, in) of a layer; for experts one per expert, named by the layer and the expert's number."""
-    if isinstance(layer, ExpertLinear):
-        return {f"{name}.{expert}": weight for expert, weight in enumerate(layer.weight)}
-    return {name: layer.weight}
 
 
 def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict[str, Rounded]:
@@ -168,13 +161,12 @@ def _walk(
     for step in walk(MemoryModel(model, layers), layers, calibration, progress=told):
         inside = step.inside
         for seen in see_inputs(inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)) if inside else ():
-            entries = [seen] if isinstance(seen, LayerInput) else [of for _, of in sorted(seen.experts.items())]
             weights = {k: v for name in seen.names for k, v in matrices(name, inside[name]).items()}
-            for entry in entries:
+            for entry in seen.entries():
                 chosen = {name: weights[name] for name in entry.names}
                 _round_together(chosen, entry.statistic, entry.sample, damping, report)
-            if isinstance(seen, ExpertInputs) and seen.few:
-                report.few_experts |= dict.fromkeys(seen.names, len(seen.few))
+            if seen.num_few:
+                report.few_experts |= dict.fromkeys(seen.names, seen.num_few)
 
 
 def _round_together(

@@ -1,12 +1,9 @@
 """Sparse models in other training loops, and PEFT adapters whose merge keeps every zero of them.
 
 `keep_pattern_` guards the zeros of a model under any optimizer, and `PatternCallback` calls it in a `Trainer`. The
-castlm.json of the folder that the model was loaded from lists the layers that are dense on purpose, so a layer that has
-lost its pattern is never mistaken for one of them.
-
-The merge of plain LoRA adds a dense matrix to the weight, which fills its zeros. SHiRA (Bhardwaj et al. 2024, arXiv
+merge of plain LoRA adds a dense matrix to the weight, which fills its zeros. SHiRA (Bhardwaj et al. 2024, arXiv
 2406.13175) trains single weights at fixed positions; here these are positions that the pattern keeps. PEFT saves the
-positions with the adapter, so it loads and merges the adapter without castlm. peft is imported when a config is made.
+positions with the adapter, so it loads and merges the adapter without castlm.
 """
 
 from __future__ import annotations
@@ -14,13 +11,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
@@ -40,9 +37,8 @@ if TYPE_CHECKING:
 def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn | None = None) -> KeptPattern:
     """Keeps every zero of the sparse layers of `model` at zero under any optimizer, in place.
 
-    Call it once, before training; where `fully_shard` is used, after it. The masks are the zeros that the weights have
-    now. Their gradients, and so their moments, stay zero, and after each optimizer step the zeros are counted. A copy
-    of the model is not guarded.
+    Call it once, before training; where `fully_shard` is used, after it. The zeros that the weights have now get no
+    gradient, and so no moments, and are counted after each optimizer step. A copy of the model is not guarded.
 
     Args:
         model: n:m sparse; a transformers model, or one with PEFT adapters.
@@ -55,9 +51,8 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
 
     Raises:
         InputError: a layer that does not have the pattern, or whose weight is flattened or sharded across its groups;
-            sparse experts in a 3-D parameter that `castlm.linearize_experts_` has not made layers;
-            a GPT-2 that was not loaded by `castlm.load_model`, which turns its Conv1D into linear layers.
-            Later, at the optimizer step that breaks the pattern: the tensor and the number of weights.
+            experts or a GPT-2 that were not loaded by `castlm.load_model`, which makes linear layers of them. Later, at
+            the optimizer step that breaks the pattern: the tensor and the number of weights.
 
     Examples:
         >>> import castlm
@@ -71,40 +66,17 @@ def keep_pattern_(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: F
     return KeptPattern(pattern_layers(model, pattern, filter_fn))
 
 
-def _check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
-    """Raises `InputError` unless all weights of `layers` have the pattern. Under FSDP2 all ranks call it."""
-    weights = {name: weight_parameter(layer).detach() for name, layer in layers.items()}
-    if any(weight.dim() < 2 for weight in weights.values()):
-        return  # `KeptPattern` says why it cannot keep them
-    for weight in weights.values():
-        pattern.check_placement(weight)
-    joint = pattern.joint_layers(weights)
-    firsts = [weights[unit[0]] for unit in joint]
-    counts = [pattern.joint_violations([local(weights[name]) for name in unit]) for unit in joint]
-    totals = summed(firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)])
-    found = {unit[0]: (unit, total) for unit, total in zip(joint, totals) if total}
-    if found:
-        name, (_, total) = next(iter(found.items()))
-        num_layers = sum(len(unit) for unit, _ in found.values())
-        raise InputError(
-            f"{num_layers} of {len(weights)} layers are not {pattern}, first {name} with {total:,} places that hold "
-            "more non-zeros: prune the model first (castlm prune), or exclude layers that are dense on purpose with "
-            "filter_fn"
-        )
-
-
 def pattern_layers(
     model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn | None = None
 ) -> dict[str, SparseLayer]:
-    """The layers of a model that have the pattern, by their names in the base model, see `plain_name`.
-
-    Raises:
-        InputError: there is no such layer, one lacks the pattern, or experts are in a 3-D parameter that is not an
-            `ExpertLinear`.
-    """
+    """The layers of a model that have the pattern, by their names in the base model; see `keep_pattern_`."""
     pattern = parse_pattern(pattern).for_model(model)
-    adapters = _adapter_parts(model)
-    left_dense = _left_dense(model)
+    adapters: set[str] = set()  # the modules that belong to adapters and not to the base model
+    for name, adapted in _adapted_layers(model).items():
+        inside = {inner for inner, _ in adapted.named_modules(prefix=name)} - {name}
+        adapters |= {inner for inner in inside if not f"{inner}.".startswith(f"{name}.base_layer.")}
+    folder = getattr(getattr(model, "config", None), "_name_or_path", "")  # that the model was loaded from
+    left_dense = read_left_dense(Path(folder)) if folder and Path(folder).is_dir() else {}
 
     def is_sparse(module: nn.Module, fqn: str) -> bool:
         if fqn in adapters:
@@ -127,40 +99,39 @@ def pattern_layers(
     return named
 
 
-def plain_name(fqn: str) -> str:
-    """The name of a layer in the base model.
+def _check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
+    """Raises `InputError` unless all weights of `layers` have the pattern. Under FSDP2 all ranks call it."""
+    weights = {name: weight_parameter(layer).detach() for name, layer in layers.items()}
+    if any(weight.dim() < 2 for weight in weights.values()):
+        return  # `KeptPattern` says why it cannot keep them
+    for weight in weights.values():
+        pattern.check_placement(weight)
+    joint = pattern.joint_layers(weights)
+    firsts = [weights[unit[0]] for unit in joint]
+    counts = [pattern.joint_violations([local(weights[name]) for name in unit]) for unit in joint]
+    totals = summed(firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)])
+    found = [(unit, total) for unit, total in zip(joint, totals) if total]
+    if found:
+        num_layers = sum(len(unit) for unit, _ in found)
+        raise InputError(
+            f"{num_layers} of {len(weights)} layers are not {pattern}, first {found[0][0][0]} with {found[0][1]:,} "
+            "places that hold more non-zeros: prune the model first (castlm prune), or exclude layers that are dense "
+            "on purpose with filter_fn"
+        )
 
-    Examples:
-        >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer")
-        'model.layers.0.mlp.up_proj'
-    """
+
+def plain_name(fqn: str) -> str:
+    """The name in the base model of a layer such as `base_model.model.model.layers.0.mlp.up_proj.base_layer`."""
     return fqn.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that PEFT has wrapped with an adapter, by their name in `model`; empty if PEFT is not imported."""
     if "peft" not in sys.modules:
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-def _adapter_parts(model: nn.Module) -> set[str]:
-    """The names of the modules that belong to adapters and not to the base model."""
-    parts = set()
-    for name, layer in adapted_layers(model).items():
-        base = f"{name}.base_layer"
-        for inner, _ in layer.named_modules(prefix=name):
-            if inner != name and inner != base and not inner.startswith(f"{base}."):
-                parts.add(inner)
-    return parts
-
-
-def _left_dense(model: nn.Module) -> Mapping[str, str]:
-    """The layers left dense, with the reasons, by the castlm.json of the folder that a model was loaded from."""
-    source = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return read_left_dense(Path(source)) if source and Path(source).is_dir() else {}
 
 
 def shira_config(
@@ -178,11 +149,9 @@ def shira_config(
     2406.13175) trains single weights at fixed positions; here they are drawn from those that are kept.
 
     Args:
-        model: n:m sparse.
         r: size of the adapter. Each layer (out, in) trains r * (out + in) of its kept weights, as many parameters as
             LoRA of rank r has, and at most all of them.
-        pattern: as for `keep_pattern_`.
-        filter_fn: as for `keep_pattern_`.
+        pattern, filter_fn: as for `keep_pattern_`.
         random_seed: seed with which the positions are drawn.
         options: further fields of `ShiraConfig`.
 
@@ -210,54 +179,37 @@ def shira_config(
             + (f"use r <= {at_most} (lora_r of castlm finetune), or " if at_most else "")
             + "train all kept weights, without an adapter"
         )
-    config = peft.ShiraConfig(r=r, target_modules=list(layers), **options)
-    config.mask_fn = kept_positions(torch.Generator().manual_seed(random_seed))
-    return config
-
-
-def add_adapter_(model: nn.Module, config: Any) -> Any:
-    """`peft.get_peft_model`: replaces layers of `model` in place, and returns the `PeftModel` around it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers warns about its own code
-        torch.sparse_coo_tensor(torch.zeros(2, 1), torch.zeros(1), (1, 1))  # torch warns about sparse tensors once
-        return _peft().get_peft_model(model, config)
-
-
-def check_adapters(model: nn.Module, kept: KeptPattern) -> None:
-    """Raises `InputError` if an adapter of `model` would fill zeros of a layer in `kept` when it is merged."""
-    masks = None
-    for fqn, layer in adapted_layers(model).items():
-        name = plain_name(fqn)
-        if name not in kept.weights:
-            continue
-        masks = masks or kept.masks()
-        if not _keeps(layer, masks[name]):
-            raise InputError(
-                f"the {type(layer).__name__} adapter of {name} fills the zeros of a sparse layer when it is merged: "
-                "make its config with castlm.shira_config(model)"
-            )
-
-
-def _keeps(layer: nn.Module, mask: Tensor) -> bool:
-    """Whether the update of an adapted layer is zero where `mask` is False."""
-    from peft.tuners.shira.layer import ShiraLayer
-
-    return isinstance(layer, ShiraLayer) and all(
-        bool(mask[tuple(at.long().to(mask.device))].all()) for at in layer.shira_indices.values()
-    )
-
-
-def kept_positions(generator: torch.Generator) -> Callable[..., Tensor]:
-    """A `mask_fn` of PEFT's SHiRA: r * (out + in) positions drawn from the kept ones of a layer."""
+    generator = torch.Generator().manual_seed(random_seed)
 
     def mask_fn(base_layer: nn.Module, r: int, **_: Any) -> Tensor:
+        """The trained positions of a layer: r * (out + in) of the kept ones."""
         weight = base_layer.get_parameter("weight")
         kept = weight.detach().flatten().nonzero().squeeze(1).cpu()
         chosen = kept[torch.randperm(len(kept), generator=generator)[: r * sum(weight.shape)]]
         mask = torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
         return mask.view(weight.shape).to(weight.device)
 
-    return mask_fn
+    config = peft.ShiraConfig(r=r, target_modules=list(layers), **options)
+    config.mask_fn = mask_fn
+    return config
+
+
+def _check_adapters(model: nn.Module, kept: KeptPattern) -> None:
+    """Raises `InputError` if an adapter of `model` would fill zeros of a layer in `kept` when it is merged."""
+    adapted = {plain_name(fqn): layer for fqn, layer in _adapted_layers(model).items()}
+    adapted = {name: layer for name, layer in adapted.items() if name in kept.weights}
+    if not adapted:
+        return
+    from peft.tuners.shira.layer import ShiraLayer
+
+    masks = kept.masks()
+    for name, layer in adapted.items():
+        positions = layer.shira_indices.values() if isinstance(layer, ShiraLayer) else [None]
+        if any(at is None or not masks[name][tuple(at.long().to(masks[name].device))].all() for at in positions):
+            raise InputError(
+                f"the {type(layer).__name__} adapter of {name} fills the zeros of a sparse layer when it is merged: "
+                "make its config with castlm.shira_config(model)"
+            )
 
 
 def _peft() -> Any:
@@ -281,9 +233,11 @@ class FinetuneAdapter(Finetune):
             model, self.adapter.lora_r, pattern=self.pattern, filter_fn=self.filter_fn, random_seed=self.seed
         )
         self._masks = {weight_parameter(layer): layer.weight.detach() != 0 for layer in self.layers.values()}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(self.seed)
-            self.peft_model = add_adapter_(model, config)
+            warnings.simplefilter("ignore")  # transformers warns about its own code
+            torch.sparse_coo_tensor(torch.zeros(2, 1), torch.zeros(1), (1, 1))  # torch warns about sparse tensors once
+            self.peft_model = _peft().get_peft_model(model, config)  # replaces layers of `model` in place
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         self._masks = {p: mask.to(p.device) for p, mask in self._masks.items()}  # the model has moved since `prepare`
@@ -316,8 +270,7 @@ class PatternCallback(TrainerCallback):
     the pattern raises. A PEFT adapter whose merge would fill the zeros raises before the first step.
 
     Args:
-        pattern: as for `castlm.keep_pattern_`.
-        filter_fn: as for `castlm.keep_pattern_`.
+        pattern, filter_fn: as for `castlm.keep_pattern_`.
 
     Raises:
         InputError: at the start of `train()`: as `keep_pattern_`, and for DeepSpeed, FSDP1, and plain LoRA on a sparse
@@ -335,41 +288,32 @@ class PatternCallback(TrainerCallback):
         """The guard of the run in progress, or of the last one."""
         self._checks_before = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
-    ) -> None:
-        _refuse_flattening(args)
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **parts: Any) -> None:
+        engine = None
+        if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            engine = "DeepSpeed"
+        elif args.fsdp and int((args.fsdp_config or {}).get("version", 2)) == 1:
+            engine = "FSDP1"  # if `accelerate launch` chose it, `KeptPattern` finds the flat weights
+        if engine:
+            raise InputError(
+                f"{engine} flattens the weights, which have no pattern then: use DDP, or fsdp_config {{'version': 2}}"
+            )
         if self.kept is not None:  # an earlier run failed before `on_train_end`
             self.kept.remove()
         self.kept = keep_pattern_(parts["model"], self.pattern, self.filter_fn)
-        check_adapters(parts["model"], self.kept)
+        _check_adapters(parts["model"], self.kept)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, **parts: Any) -> None:
         assert self.kept is not None
         self._checks_before = self.kept.num_checks
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **parts: Any) -> None:
         assert self.kept is not None
         if self.kept.num_checks == self._checks_before:  # the optimizer is not torch's, or holds only adapters
             self.kept.check(f"step {state.global_step}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+    def on_train_end(self, *_: Any, **parts: Any) -> None:
         """Checks once more, because `load_best_model_at_end` loads other weights, and ends the guard."""
         assert self.kept is not None
         self.kept.check("training")
         self.kept.remove()
-
-
-def _refuse_flattening(args: TrainingArguments) -> None:
-    """Raises `InputError` for the engines that hand the optimizer flat slices of several weights."""
-    engine = None
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        engine = "DeepSpeed"
-    elif args.fsdp and int((args.fsdp_config or {}).get("version", 2)) == 1:
-        engine = "FSDP1"  # if `accelerate launch` chose it, `KeptPattern` finds the flat weights
-    if engine:
-        raise InputError(
-            f"{engine} flattens the weights, which have no pattern then: use DDP, or fsdp_config {{'version': 2}}"
-        )

@@ -1,8 +1,8 @@
 """AST, adaptive sparse trainer (arXiv 2407.20584): the method before CAST by the same authors, as an equation.
 
-The authors' own optimizer differs from it: it adds the decay after the momentum, squares both together for the second
-moment, and takes masks by Wanda's metric. That needs the norms of all inputs and the decay of the last step as further
-state of every checkpoint and rank, so it is not here; after 12 steps at 1e-3 its masks differ in 12 % of their entries.
+The authors' own optimizer is not here: it adds the decay after the momentum, squares both together for the second
+moment, and takes masks by Wanda's metric, which needs the norms of all inputs as further state of every checkpoint and
+rank. After 12 steps at 1e-3 its masks differ in 12 % of their entries.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The interface of a training method: its changes to the model, the gradient and the masks.
 
-Data, teacher, token budget, seed and schedule belong to the loop and are the same for every method. A method owns its
-optimizer and the two hooks that the loop calls at each step.
+Data, teacher, token budget, seed and schedule belong to the loop and are the same for every method.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ class _StraightThrough(torch.autograd.Function):
 class ForwardMask(nn.Module):
     """A parametrization of a weight (out, in): the forward pass sees zeros where it is masked.
 
-    Args:
-        passes_gradient: whether the gradient reaches masked weights, or is zero there.
+    The gradient reaches masked weights if `passes_gradient`, and is zero there otherwise.
     """
 
     def __init__(self, mask: Tensor, passes_gradient: bool = True) -> None:
@@ -137,20 +135,14 @@ class Retraining:
     def _with_weight_decay(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         """Splits a group in two: dense weight matrices with weight decay, and all other parameters without."""
         sparse = {weight_parameter(layer) for layer in self.layers.values()}
-        named = list(zip(group["params"], group["param_names"]))
-        decayed = [
-            (p, n)
-            for p, n in named
-            if p.dim() > 1 and p not in sparse and "parametrizations" not in dense_name(n) and not n.endswith("bias")
-        ]
-        names = {name for _, name in decayed}
-        others = [(p, n) for p, n in named if n not in names]
-        if not decayed:
-            return [group]
-        parts = [(decayed, self.optimizer_options.weight_decay), (others, 0.0)]
+        decayed: list[tuple[Tensor, str]] = []
+        others: list[tuple[Tensor, str]] = []
+        for p, name in zip(group["params"], group["param_names"]):
+            is_matrix = p.dim() > 1 and "parametrizations" not in dense_name(name) and not name.endswith("bias")
+            (decayed if is_matrix and p not in sparse else others).append((p, name))
         return [
             {**group, "params": [p for p, _ in part], "param_names": [n for _, n in part], "weight_decay": decay}
-            for part, decay in parts
+            for part, decay in ((decayed, self.optimizer_options.weight_decay), (others, 0.0))
             if part
         ]
 
@@ -188,12 +180,7 @@ class Retraining:
         """Prunes by magnitude at step 0, if the method begins with masked weights at zero. By default does nothing."""
 
     def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
-        """Sets the weight and the mask of a layer at step 0, with masked weights at zero.
-
-        Args:
-            weight: (rows of this rank, in).
-            mask: (rows of this rank, in), bool, True = kept.
-        """
+        """Sets the weight and the mask (rows of this rank, in) of a layer at step 0, with masked weights at zero."""
         weight_parameter(layer).copy_(weight)
         forward_mask(layer).copy_(mask)
 

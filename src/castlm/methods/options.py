@@ -92,14 +92,11 @@ class MethodOptions(Bounded):
         return self.row.decays and DECAYS[self.decay].uses_decay_end
 
     def starts_at_zero(self, start: str, pattern: Pattern) -> bool:
-        """Whether masked weights start at zero: from a given n:m mask, with a decay that ends at zero.
+        """Whether masked weights start at zero: from a given n:m mask (`start` is `init_from`), with a decay to zero.
 
         A refresh by magnitude then keeps the mask of the start at first, and keeps a masked weight again once training
         has made it larger than a kept one. A unit that is zero as a whole has no gradient and could never return, so
         the units of structured patterns decay from their dense values under a fixed mask.
-
-        Args:
-            start: as `init_from`.
         """
         is_given = self.row.decays and start != "magnitude" and pattern.zeros_can_return
         return is_given and DECAYS[self.decay].exact_zero

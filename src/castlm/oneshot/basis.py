@@ -3,15 +3,12 @@
 Two axes inside a block can be turned without changing its outputs: the neurons of an MLP (a permutation), and the
 values of each KV head, which `v_proj` writes and `o_proj` reads (a permutation or any rotation). The basis decides
 which weights share a group of m and how large they are; its gain remains after training. Neither axis leaves the
-block, so a change needs no folded norm and no untied embedding. The result is a plain checkpoint of the same
-architecture. `castlm.oneshot.residual` also rotates the residual stream.
-
-A change is kept only if it lowers the error of the layers solved by SparseGPT and leaves the outputs the same.
+block, so the result is a plain checkpoint of the same architecture. A change is kept only if it lowers the error of the
+layers solved by SparseGPT and leaves the outputs the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -20,20 +17,18 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.oneshot.families import Attention, Block, Matrix, Mlp, Wiring, describe
+from castlm.oneshot.axes import DAMPING, Term, find_permutation, learn_rotations, solved_error, turn_columns
+from castlm.oneshot.families import Attention, Block, Mlp, Wiring, describe
 from castlm.oneshot.inputs import Seen, entries_of
 from castlm.oneshot.options import BasisOptions
-from castlm.oneshot.permutation import find_permutation
 from castlm.oneshot.report import BasisReport, Change
-from castlm.oneshot.rotation import DAMPING, Term, learn_rotations, solved_error, turn_columns
 from castlm.oneshot.solvers import damped, row_energies, whole_hessian
 from castlm.oneshot.sparsegpt import lower_factor
 from castlm.oneshot.walk import BlockInputs
 
-TOLERANCE = 1e-4
-"""Largest difference of an output relative to the largest output, for weights of 32 bits."""
-TOLERANCE_NARROW = 5e-2
-"""The same for weights of 16 bits, which are rounded again after the rotation."""
+TOLERANCE, TOLERANCE_NARROW = 1e-4, 5e-2
+"""Largest difference of an output relative to the largest output, for weights of 32 bits, and for weights of 16 bits,
+which are rounded again after the rotation."""
 _RATE = 0.05  # of Adam, for the skew matrix of a rotation
 
 Undo = list[tuple[Tensor, Tensor]]
@@ -84,10 +79,7 @@ class Statistic:
         return float(row_energies(weight, self.hessian).sum().clamp(min=1e-30))
 
     def importance(self, weight: Tensor) -> Tensor:
-        """The loss that optimal brain surgery predicts for pruning each weight (rows, columns), relative to the energy.
-
-        w_j^2 / [H^-1]_jj: the loss after all other weights of the row compensate (Hassibi & Stork 1992).
-        """
+        """The loss w_j^2 / [H^-1]_jj that optimal brain surgery predicts for pruning each weight, by the energy."""
         return weight.square() / self.inverse_diagonal / self.energy(weight)
 
     def permuted(self, order: Tensor) -> Statistic:
@@ -113,11 +105,7 @@ def statistics_of(seen: Seen) -> Statistics:
 def turn_block_(
     block: Block, seen: Seen, inputs: BlockInputs, options: BasisOptions, pattern: NM, report: BasisReport
 ) -> None:
-    """Turns the values and the neurons of the current block of `inputs`.
-
-    Args:
-        seen: the inputs of the layers that will be pruned; the statistics of those that turn are replaced.
-    """
+    """Turns the values and the neurons of the current block of `inputs`, and with them the statistics in `seen`."""
     statistics = statistics_of(seen)
     before, undo = inputs.outputs_anew(), []
     if options.rotates_values or options.permute:
@@ -143,29 +131,31 @@ def turn_block_(
 def turn_values_(
     attention: Attention, statistics: Statistics, pattern: NM, change: Change, options: BasisOptions
 ) -> Undo:
-    """Rotates the values of each KV head (permutes them with rotate off) if that lowers the error of v and o.
-
-    Replaces the output layer's entry in `statistics` with the statistic of its new input.
-    """
+    """Rotates the values of each KV head (permutes them with rotate off) if that lowers the error of v and o."""
     value, output = attention.value, attention.output
     if output.layer not in statistics:
         return []
+    values, outputs = value.weight.float(), output.weight.float()
+    of_output, of_value = statistics[output.layer], statistics.get(value.layer)
+    readers, writers = tuple(attention.kv_head_of), tuple(range(attention.num_kv_heads))
     if options.rotates_values:
-        rotations = _learn_values(attention, statistics, pattern, options.rotation_iterations)
+        terms = [Term(outputs, of_output.inverse, of_output.energy(outputs), "in", readers)]
+        if of_value is not None:
+            terms.append(Term(values, of_value.inverse_diagonal, of_value.energy(values), "out", writers))
+        size, iterations = (attention.num_kv_heads, attention.head_dim), options.rotation_iterations
+        rotations = learn_rotations(terms, *size, pattern, iterations=iterations, learning_rate=_RATE)
     elif attention.head_dim % pattern.m == 0:
-        rotations = _value_permutations(attention, statistics, pattern, options.permute_iterations)
+        rotations = _value_permutations(attention, of_output.importance(outputs), pattern, options.permute_iterations)
     else:
         return []
-    readers, writers = tuple(attention.kv_head_of), tuple(range(attention.num_kv_heads))
-    new_value = turn_columns(value.weight.float().T, rotations, writers).T
-    new_output = turn_columns(output.weight.float(), rotations, readers)
-    new_statistic = statistics[output.layer].rotated(rotations, readers)
-    before = solved_error(output.weight.float(), statistics[output.layer].hessian, pattern)
+    new_value = turn_columns(values.T, rotations, writers).T
+    new_output = turn_columns(outputs, rotations, readers)
+    new_statistic = of_output.rotated(rotations, readers)
+    before = solved_error(outputs, of_output.hessian, pattern)
     after = solved_error(new_output, new_statistic.hessian, pattern)
-    if value.layer in statistics:
-        before += solved_error(value.weight.float(), statistics[value.layer].hessian, pattern)
-        after += solved_error(new_value, statistics[value.layer].hessian, pattern)
-        before, after = before / 2, after / 2
+    if of_value is not None:
+        before = (before + solved_error(values, of_value.hessian, pattern)) / 2
+        after = (after + solved_error(new_value, of_value.hessian, pattern)) / 2
     if not change.decide(before, after):
         return []
     new = [(value.weight, new_value), (output.weight, new_output)]
@@ -175,23 +165,8 @@ def turn_values_(
     return replace_(new)
 
 
-def _learn_values(attention: Attention, statistics: Statistics, pattern: NM, iterations: int) -> Tensor:
-    """A rotation (num_kv_heads, head_dim, head_dim) for each KV head."""
-    value, output = attention.value, attention.output
-    weight, statistic = output.weight.float(), statistics[output.layer]
-    readers, writers = tuple(attention.kv_head_of), tuple(range(attention.num_kv_heads))
-    terms = [Term(weight, statistic.inverse, statistic.energy(weight), "in", readers)]
-    if value.layer in statistics:
-        weight, statistic = value.weight.float(), statistics[value.layer]
-        terms.append(Term(weight, statistic.inverse_diagonal, statistic.energy(weight), "out", writers))
-    return learn_rotations(
-        terms, attention.num_kv_heads, attention.head_dim, pattern, iterations=iterations, learning_rate=_RATE
-    )
-
-
-def _value_permutations(attention: Attention, statistics: Statistics, pattern: NM, rounds: int) -> Tensor:
+def _value_permutations(attention: Attention, importance: Tensor, pattern: NM, rounds: int) -> Tensor:
     """A permutation matrix (num_kv_heads, head_dim, head_dim) for each KV head."""
-    importance = statistics[attention.output.layer].importance(attention.output.weight.float())
     by_head = importance.view(len(importance), -1, attention.head_dim)  # (576, 576) -> (576, 9, 64)
     identity, found = torch.eye(attention.head_dim, device=importance.device), []
     for kv_head in range(attention.num_kv_heads):
@@ -215,15 +190,9 @@ def turn_mlps_(mlps: list[Mlp], statistics: Statistics, pattern: NM, change: Cha
             statistics[mlp.down.layer] = permuted
             new = [(mlp.down.weight, mlp.down.weight[:, order])]
             for matrix in mlp.inner:
-                new += rows_of(matrix, lambda rows, order=order: rows[order])
+                new += [(part, part[order]) for part in (matrix.weight, matrix.bias) if part is not None]
             undo += replace_(new)
     return undo
-
-
-def rows_of(matrix: Matrix, turn: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The weight and the bias of a matrix, each with its value after `turn` of axis 0."""
-    parts = [matrix.weight] if matrix.bias is None else [matrix.weight, matrix.bias]
-    return [(part, turn(part)) for part in parts]
 
 
 def replace_(new: list[tuple[Tensor, Tensor]]) -> Undo:

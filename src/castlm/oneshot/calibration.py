@@ -35,12 +35,11 @@ def default_sequences(layers: Mapping[str, SparseLayer], seq_len: int, effort: E
 def draw_calibration(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
     """Draws random sequences of a text: the same as SparseGPT's and Wanda's loaders of WikiText-2 and PTB for a seed.
 
-    The text is tokenized once as a whole (with the special tokens that the tokenizer puts at its start). Each sequence
-    begins at `random.Random(seed).randint(0, num_tokens - seq_len - 1)`, also in the middle of a document; sequences
-    can overlap. For C4, those loaders draw a document first, and then one sequence of it.
+    Each sequence begins at `random.Random(seed).randint(0, num_tokens - seq_len - 1)`, also in the middle of a
+    document; sequences can overlap. For C4, those loaders draw a document first, and then one sequence of it.
 
     Args:
-        token_ids: int64, (num_tokens,).
+        token_ids: int64, (num_tokens,): the text, tokenized as a whole with the special tokens at its start.
         seq_len: tokens per sequence; `calibration_length(model)` is the convention.
 
     Returns:
@@ -61,17 +60,10 @@ def draw_calibration(token_ids: Tensor, num_sequences: int = 128, seq_len: int =
 
 
 def check_calibration(model: PreTrainedModel, calibration: Tensor) -> None:
-    """Raises `InputError` unless `calibration` (num_sequences, seq_len) has token ids that the model can take."""
+    """Raises `InputError` if the sequences of `calibration` (num_sequences, seq_len) do not fit the model's context."""
     seq_len, context = calibration.shape[1], context_length(model.config)
     if context is not None and seq_len > context:
         raise InputError(
             f"calibration sequences of {seq_len} tokens are longer than the model's context of {context}: "
             f"use a seq_len of at most {context}"
-        )
-    lowest, highest = int(calibration.min()), int(calibration.max())
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if lowest < 0 or highest >= vocabulary:
-        raise InputError(
-            f"calibration tokens {lowest} to {highest} are outside the model's vocabulary of {vocabulary}: "
-            "use the model's own tokenizer"
         )

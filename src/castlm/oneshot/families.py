@@ -6,7 +6,7 @@ ones look alike to `basis.py`, which changes them in place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,12 +20,17 @@ from castlm.models.architecture import is_vision_language
 class Matrix:
     """A linear map, or a block of rows or columns of one."""
 
-    layer: str
-    """Name of its module; for an expert, the name of the projection and the number of the expert."""
-    weight: Tensor
-    """(out, in), a view of the parameter."""
-    bias: Tensor | None = None
-    """(out,), a view of the parameter."""
+    layer: str  # name of its module; for an expert, the name of the projection and the number of the expert
+    weight: Tensor  # (out, in), a view of the parameter
+    bias: Tensor | None = None  # (out,), a view of the parameter
+
+    def rows(self, rows: slice) -> Matrix:
+        """Some rows of the matrix, such as v of a layer that computes q, k and v."""
+        return Matrix(self.layer, self.weight[rows], None if self.bias is None else self.bias[rows])
+
+    def parts(self, num_rows: int) -> list[Matrix]:
+        """The matrix in parts of `num_rows` rows, such as gate and up of a fused layer."""
+        return [self.rows(slice(at, at + num_rows)) for at in range(0, len(self.weight), num_rows)]
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,16 @@ class Norm:
     """A normalization of the residual stream."""
 
     module: nn.Module
-    is_layer_norm: bool
-    """Whether it subtracts the mean; otherwise it is an RMSNorm."""
-    unit: float = 1.0
-    """The weight for a gain of 1: 0 in Gemma and Nemotron, whose gain is 1 + weight."""
+    is_layer_norm: bool  # whether it subtracts the mean; otherwise it is an RMSNorm
+    unit: float = 1.0  # the weight for a gain of 1: 0 in Gemma and Nemotron, whose gain is 1 + weight
 
     @property
     def weight(self) -> Tensor:
         return self.module.get_parameter("weight")
+
+    @property
+    def gain(self) -> Tensor:
+        return self.weight.detach() + (1 - self.unit)
 
     @property
     def bias(self) -> Tensor | None:
@@ -51,10 +58,8 @@ class Norm:
 class Attention:
     """The value path of one attention layer: each head averages outputs of `value` over tokens, for `output`."""
 
-    value: Matrix
-    """(num_kv_heads * head_dim, hidden)."""
-    output: Matrix
-    """(hidden, num_heads * head_dim)."""
+    value: Matrix  # (num_kv_heads * head_dim, hidden)
+    output: Matrix  # (hidden, num_heads * head_dim)
     head_dim: int
 
     @property
@@ -96,15 +101,10 @@ class Wiring:
 
     family: str
     hidden: int
-    final: Norm
-    """The normalization before the output head."""
-    blocks: list[Block] = field(default_factory=list)
-    embeddings: list[Tensor] = field(default_factory=list)
-    """(tokens or positions, hidden) each; their rows are added to the stream."""
-    fixed_norms: list[Norm] = field(default_factory=list)
-    """Norms of a block's outputs: their gains act on single channels, which a rotation would mix."""
-    ends: str | None = None
-    """Why the stream's basis cannot be changed: a projection outside the blocks reads or writes it."""
+    final: Norm  # the normalization before the output head
+    blocks: list[Block]
+    embeddings: list[Tensor]  # (tokens or positions, hidden) each; their rows are added to the stream
+    rotation_obstacle: str | None = None  # why the residual stream cannot be rotated; None if it can
 
     @property
     def reads(self) -> list[Read]:
@@ -115,15 +115,6 @@ class Wiring:
     def writes(self) -> list[Matrix]:
         """The matrices whose rows are the channels of the stream."""
         return [matrix for b in self.blocks for matrix in (b.attention.output, *(mlp.down for mlp in b.mlps))]
-
-    @property
-    def rotation_obstacle(self) -> str | None:
-        """Why the residual stream cannot be rotated; None if it can."""
-        if self.ends:
-            return self.ends
-        if self.fixed_norms:
-            return "the gains of the norms after its sublayers act on single channels"
-        return None
 
 
 @dataclass(frozen=True)
@@ -144,7 +135,7 @@ class Layout:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     """The norms before attention and MLP; one if they run in parallel, none if they read the stream itself."""
     norms_behind: tuple[str, ...] = ()
-    """The norms after attention and MLP."""
+    """The norms after attention and MLP: their gains act on single channels, which a rotation would mix."""
     is_layer_norm: bool = False
     unit: float = 1.0
 
@@ -158,42 +149,42 @@ def describe(model: PreTrainedModel) -> Wiring:
     sees_images = is_vision_language(model.config)
     config = model.config.get_text_config() if sees_images else model.config
     family = config.model_type
-    layout = LAYOUTS.get(family)
-    if layout is None or (sees_images and layout.stack != Layout.stack):
-        of_images = " in a vision-language model" if layout else ""
+    layout, reason = LAYOUTS.get(family, Layout()), None
+    if family not in LAYOUTS or (sees_images and layout.stack != Layout.stack):
+        reason = "it is not among the families that docs/method.md lists"
+    elif sees_images and "language_model" not in model.base_model._modules:
+        reason = "it has no model.language_model"
+    elif family == "opt" and (not config.do_layer_norm_before or config._remove_final_layer_norm):
+        reason = "it normalizes after its sublayers"
+    if reason:
+        of_images = " in a vision-language model" if sees_images else ""
         raise InputError(
-            f"the basis of {family}{of_images} cannot be changed: it is not among the families that docs/method.md "
-            "lists; use rotate off and permute off"
+            f"the basis of {family}{of_images} cannot be changed: {reason}; use rotate off and permute off"
         )
+    names = (layout.stack, layout.final, *layout.embeddings)
     if sees_images:
-        layout = _inside_language_model(model, layout)
-    if family == "opt" and (not config.do_layer_norm_before or config._remove_final_layer_norm):
-        raise InputError("the basis of this opt cannot be changed: it normalizes after its sublayers; use rotate off")
-    wiring = Wiring(family, int(model.get_input_embeddings().weight.shape[1]), _norm(model, layout.final, layout))
-    for index, module in enumerate(model.get_submodule(layout.stack).children()):
-        _describe_block(model, module, f"{layout.stack}.{index}", layout, wiring)
-    wiring.embeddings = [model.get_submodule(name).get_parameter("weight").data for name in layout.embeddings]
+        names = tuple(f"model.language_model.{name.removeprefix('model.')}" for name in names)
+    stack, final, *embeddings = names
+    obstacle = None
     if sees_images:
-        wiring.ends = "its images enter it through a projector"
+        obstacle = "its images enter it through a projector"
     elif family == "opt" and config.word_embed_proj_dim != config.hidden_size:
-        wiring.ends = "its embeddings are projected to the width of its blocks"
-    return wiring
+        obstacle = "its embeddings are projected to the width of its blocks"
+    elif layout.norms_behind:
+        obstacle = "the gains of the norms after its sublayers act on single channels"
+    num_blocks = len(model.get_submodule(stack)._modules)
+    return Wiring(
+        family,
+        hidden=int(model.get_input_embeddings().weight.shape[1]),
+        final=_norm(model, final, layout),
+        blocks=[_block(model, f"{stack}.{index}", layout) for index in range(num_blocks)],
+        embeddings=[model.get_submodule(name).get_parameter("weight").data for name in embeddings],
+        rotation_obstacle=obstacle,
+    )
 
 
-def _inside_language_model(model: PreTrainedModel, layout: Layout) -> Layout:
-    """The layout of the language model in a vision-language model."""
-    if "language_model" not in model.base_model._modules:
-        raise InputError(f"the basis of {type(model).__name__} cannot be changed: it has no model.language_model")
-
-    def inside(name: str) -> str:
-        return f"model.language_model.{name.removeprefix('model.')}"
-
-    names = tuple(map(inside, layout.embeddings))
-    return replace(layout, stack=inside(layout.stack), final=inside(layout.final), embeddings=names)
-
-
-def _describe_block(model: nn.Module, module: nn.Module, name: str, layout: Layout, wiring: Wiring) -> None:
-    """Adds the transformer block `module`, whose name is `name`, to `wiring`."""
+def _block(model: nn.Module, name: str, layout: Layout) -> Block:
+    module: Any = model.get_submodule(name)
     attention: Any = module.get_submodule(layout.attention)
     qkv = [_matrix(model, f"{name}.{layout.attention}.{part}") for part in layout.qkv]
     output = _matrix(model, f"{name}.{layout.attention}.{layout.output}")
@@ -201,7 +192,7 @@ def _describe_block(model: nn.Module, module: nn.Module, name: str, layout: Layo
     if len(qkv) == 1:
         # The rows are q, k, v; q has as many as o has columns, k as many as v.
         num_values = (len(value.weight) - output.weight.shape[1]) // 2  # GPT-2: (2304 - 768) // 2 = 768
-        value = _rows(value, slice(-num_values, None))
+        value = value.rows(slice(-num_values, None))
     mlps, readers = _feed_forward(model, name, layout)
     norms = [_norm(module, norm, layout) for norm in layout.norms if module._modules[norm] is not None]
     reads: list[Read]
@@ -209,8 +200,7 @@ def _describe_block(model: nn.Module, module: nn.Module, name: str, layout: Layo
         reads = [(norms[0], [*qkv, *readers])]
     else:
         reads = list(zip(norms or [None, None], (qkv, readers), strict=True))
-    wiring.blocks.append(Block(Attention(value, output, attention.head_dim), mlps, reads))
-    wiring.fixed_norms += [_norm(module, norm, layout) for norm in layout.norms_behind]
+    return Block(Attention(value, output, attention.head_dim), mlps, reads)
 
 
 def _norm(module: nn.Module, name: str, layout: Layout) -> Norm:
@@ -223,15 +213,6 @@ def _matrix(model: nn.Module, name: str) -> Matrix:
     return Matrix(name, layer.weight.data, None if layer.bias is None else layer.bias.data)
 
 
-def _rows(matrix: Matrix, rows: slice) -> Matrix:
-    return Matrix(matrix.layer, matrix.weight[rows], None if matrix.bias is None else matrix.bias[rows])
-
-
-def _parts(matrix: Matrix, num_rows: int) -> list[Matrix]:
-    """Cuts `matrix` into matrices of `num_rows` rows, such as gate and up of a fused layer."""
-    return [_rows(matrix, slice(at, at + num_rows)) for at in range(0, len(matrix.weight), num_rows)]
-
-
 def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Mlp], list[Matrix]]:
     """The MLPs of a block, and all readers of their input, the router of experts included."""
     name = f"{block}.mlp"
@@ -240,9 +221,9 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Ml
         return _mlp(model, block, layout.inner, layout.down)
     experts, mlps = module.experts, []
     readers = [Matrix(f"{name}.gate", module.gate.weight.data)]
-    weights = (_experts_weight(experts, projection) for projection in ("gate_up_proj", "down_proj"))
-    for expert, (gate_up, down) in enumerate(zip(*weights)):
-        inner = _parts(Matrix(f"{name}.experts.gate_up_proj.{expert}", gate_up), down.shape[1])
+    stored = {projection.removesuffix(".weight"): p.data for projection, p in experts.named_parameters()}
+    for expert, (gate_up, down) in enumerate(zip(stored["gate_up_proj"], stored["down_proj"])):
+        inner = Matrix(f"{name}.experts.gate_up_proj.{expert}", gate_up).parts(down.shape[1])
         mlps.append(Mlp(tuple(inner), Matrix(f"{name}.experts.down_proj.{expert}", down)))
         readers += inner
     for shared in ("shared_expert", "shared_experts"):
@@ -258,14 +239,8 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Ml
 def _mlp(model: nn.Module, name: str, inner: tuple[str, ...], down: str) -> tuple[list[Mlp], list[Matrix]]:
     """An MLP, and the layers that read its input. If one layer computes gate and up, each half is a matrix."""
     readers, last = [_matrix(model, f"{name}.{part}") for part in inner], _matrix(model, f"{name}.{down}")
-    parts = [part for matrix in readers for part in _parts(matrix, last.weight.shape[1])]
+    parts = [part for matrix in readers for part in matrix.parts(last.weight.shape[1])]
     return [Mlp(tuple(parts), last)], readers
-
-
-def _experts_weight(experts: nn.Module, projection: str) -> Tensor:
-    """The weight (experts, out, in) of a projection, from an `ExpertLinear` or a plain parameter."""
-    layer = experts._modules.get(projection)
-    return experts.get_parameter(projection if layer is None else f"{projection}.weight").data
 
 
 _LLAMA = Layout()

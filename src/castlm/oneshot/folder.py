@@ -1,15 +1,14 @@
 """The work of a start on disk: a process killed at any moment loses the work of at most one transformer block.
 
 A folder holds a file of weights for each finished block, the hidden states that enter the next one, and a record, which
-is written last. Hidden states are read and written with plain calls: a memory-mapped file would count as the process's
-own memory.
+is written last. A memory-mapped file would count as the process's own memory, so hidden states are read and written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableSequence, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableSequence, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from castlm.files.atomic_file import (
 from castlm.files.record import OUTPUT
 
 PROGRESS = "progress.json"
-_REMEDY = "free some space and run the same command again to continue"
 
 
 def partial_folder(folder: Path) -> Path:
@@ -53,11 +51,8 @@ class StartFolder:
 
     Args:
         path: an existing folder that only this process writes to.
-        options: all options that the result depends on, for JSON. A start with other options is not continued.
-        restart: begin again if the earlier start has other options or is damaged.
-
-    Raises:
-        InputError: an earlier start that cannot be continued, without `restart`.
+        options: all options that the result depends on, for JSON.
+        restart: begin again if the earlier start has other options or is damaged; otherwise raises `InputError`.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False) -> None:
@@ -89,11 +84,11 @@ class StartFolder:
                 )
         try:
             done, results, files = int(record["done"]), dict(record["results"]), dict(record["files"])
+            damaged = next((name for name, known in files.items() if not is_whole(self.path / name, known)), None)
         except (KeyError, TypeError, ValueError):
-            raise InputError(f"{file} is damaged: {remedy}") from None
-        for name, expected in files.items():
-            if not is_whole(self.path / name, expected):
-                raise InputError(f"{self.path / name} is missing or damaged: {remedy}")
+            damaged = PROGRESS
+        if damaged is not None:
+            raise InputError(f"{self.path / damaged} is missing or damaged: {remedy}")
         self.done, self.results, self._files = done, results, files
 
     def block_file(self, index: int) -> Path:
@@ -133,11 +128,9 @@ class StartFolder:
         for states in streams:
             states.move_on(has_next)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Turns a full disk into one line with the remedy."""
-        with reporting_full_disk(self.path, _REMEDY):
-            yield
+        return reporting_full_disk(self.path, "free some space and run the same command again to continue")
 
 
 class HiddenStates(MutableSequence[Tensor]):

@@ -134,13 +134,8 @@ class Refinements(Bounded):
     def for_solver(self, solver: str, pattern: Pattern, effort: str = "best") -> Refinements:
         """The refinements that apply to a solver: all for "sparsegpt", none for other solvers of n:m.
 
-        Structured patterns have only `refit_iterations`, with every solver.
-
-        Args:
-            effort: the `start_effort` that has set options which are not given.
-
-        Raises:
-            InputError: an option without effect is neither at its default, nor off, nor as the effort sets it.
+        Structured patterns have only `refit_iterations`, with every solver. Raises `InputError` if an option without
+        effect is neither at its default, nor off, nor as the `start_effort` sets it.
         """
         set_by_effort = EFFORTS[effort].options
         asked = [
@@ -149,17 +144,14 @@ class Refinements(Bounded):
             if getattr(self, option.name)
             not in (option.default, getattr(NO_REFINEMENTS, option.name), set_by_effort.get(option.name))
         ]
+        kept = self if solver == "sparsegpt" else NO_REFINEMENTS
         if pattern.cut_out is not None:
-            if others := [name for name in asked if name != "refit_iterations"]:
-                raise InputError(
-                    f"{others[0]} does nothing with {pattern}, which has only refit_iterations: omit the option"
-                )
-            return replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations)
-        if solver == "sparsegpt":
-            return self
-        if asked:
-            raise InputError(f"{asked[0]} does nothing with {solver}: omit the option or use sparsegpt")
-        return NO_REFINEMENTS
+            kept = replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations)
+        unused = [name for name in asked if getattr(kept, name) != getattr(self, name)]
+        if unused:
+            what = solver if pattern.cut_out is None else f"{pattern}, which has only refit_iterations"
+            raise InputError(f"{unused[0]} does nothing with {what}: omit the option")
+        return kept
 
     def out_of_range(self) -> Iterator[Bound]:
         yield "mask_iterations", 0 <= self.mask_iterations <= 10_000, "between 0 and 10,000"

@@ -38,7 +38,7 @@ from castlm.oneshot.calibration import calibration_length, default_sequences
 from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder, remove_work
 from castlm.oneshot.options import EFFORTS, Effort
 from castlm.oneshot.report import OneshotReport
-from castlm.oneshot.source import MemoryModel, StoredModel, check_outside_blocks, outside_blocks
+from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.start import Start
 from castlm.oneshot.walk import Extras
 from castlm.progress import note, shown_progress
@@ -92,27 +92,34 @@ class Prune:
         return report
 
     def _run(self, folder: Path, partial: Path | None) -> OneshotReport:
-        start = self.start
         loaded, checkpoint = self._open()
         model, device = loaded.model, torch.device(self.device)
         dtype = save_dtype(self.save_dtype, loaded.dtype)
-        layers, left_dense = sparse_linears(model, start.pattern)
+        layers, left_dense = sparse_linears(model, self.start.pattern)
         source: MemoryModel | StoredModel
         if checkpoint is None:
-            check_export(model, start.pattern)
+            check_export(model, self.start.pattern)
         else:
             source = StoredModel(model, checkpoint, layers, device, dtype)
-            check_outside_blocks(checkpoint, source.stack)
+            for _ in source.outside():
+                pass  # a weight that is not finite raises before the work on the blocks begins
         sequences, extras, calibration = self._calibration(model, loaded.tokenizer, layers)
         if checkpoint is None:
             source = MemoryModel(model.to(device), layers)
         before = self.evaluate(loaded) if self.evaluate else {}
-        start = self._in_precision(start, model)
-        work = None
+        precision = choose_precision(self.precision, device, model.config)
+        if slow := why_slow(precision, device):
+            note(slow)
+        start, work = replace(self.start, precision=precision), None
         if partial is not None:
+            if checkpoint is None:
+                weights: Any = fingerprint(model)
+            else:  # hashing the files' content would take a pass over the disk
+                files = sorted({place.file for place in checkpoint.places.values() if isinstance(place, Place)})
+                weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
             options = {
                 "model": loaded.source,
-                "weights": fingerprint(model) if checkpoint is None else _stamps(checkpoint),
+                "weights": weights,
                 "calibration": calibration,
                 "memory": self.memory,
                 "dtype": dtype_name(dtype),
@@ -131,9 +138,9 @@ class Prune:
             export_model(model.to("cpu"), loaded.tokenizer, folder, overwrite=True, **written)
         else:
             assert work is not None
+            assert isinstance(source, StoredModel)
             blocks = [work.block_file(index) for index in range(len(source.blocks))]
-            outside = outside_blocks(checkpoint, source.stack)
-            export_blocks(model, loaded.tokenizer, folder, blocks=blocks, outside=outside, **written)
+            export_blocks(model, loaded.tokenizer, folder, blocks=blocks, outside=source.outside(), **written)
         return report
 
     def _open(self) -> tuple[Loaded, Checkpoint | None]:
@@ -180,13 +187,6 @@ class Prune:
         }
         return sequences, extras, record
 
-    def _in_precision(self, start: Start, model: PreTrainedModel) -> Start:
-        device = torch.device(self.device)
-        precision = choose_precision(self.precision, device, model.config)
-        if slow := why_slow(precision, device):
-            note(slow)
-        return replace(start, precision=precision)
-
 
 def choose_memory(model: str, revision: str | None, folder: Path, pattern: Pattern, device: str) -> Memory:
     """Chooses "block" if the whole model does not fit in memory, with a note why, else "model".
@@ -207,9 +207,3 @@ def choose_memory(model: str, revision: str | None, folder: Path, pattern: Patte
         "block at a time is in memory (memory block)"
     )
     return "block"
-
-
-def _stamps(checkpoint: Checkpoint) -> list[list[Any]]:
-    """Name, size and time of the checkpoint's files: hashing their content would take a pass over the disk."""
-    files = sorted({place.file for place in checkpoint.places.values() if isinstance(place, Place)})
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

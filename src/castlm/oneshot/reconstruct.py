@@ -8,7 +8,8 @@ so that more epochs cost time but do no harm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,23 +32,22 @@ class Reconstruction:
 
 def reconstruct_(
     block: nn.Module,
-    run: Callable[[nn.Module, Tensor, int], Tensor],
+    run: Callable[[Tensor, int], Tensor],
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     masks: Mapping[nn.Parameter, Tensor],
     *,
     epochs: int,
     learning_rate: float,
-    seed: int = 0,
 ) -> Reconstruction:
     """Trains the kept weights of `masks` and the norms of `block`, in place, with Adam and a cosine schedule.
 
     Args:
-        run: `run(block, hidden, batch)` returns the block's output for the batch with this number.
+        run: `run(hidden, batch)` returns the block's output for the batch with this number.
         inputs: hidden states (batch, seq, hidden) of the pruned model. One batch in 8 is held out, at least one; with a
             single batch of two or more sequences, one sequence in 8, at least one.
         targets: the outputs of the block in the dense model, one for each of `inputs`.
-        masks: the mask of each trained weight, True = kept. Masked weights stay 0.
+        masks: the mask of each trained weight, True = kept.
     """
     training, held_out = range(len(inputs)), range(max(1, len(inputs) // _HELD_OUT))
     trained_rows = held_out_rows = slice(None)
@@ -60,19 +60,19 @@ def reconstruct_(
         scale = sum(float((y - x).square().mean()) for x, y in zip(inputs, targets)) / len(inputs)
 
     def distance(batch: int, rows: slice) -> Tensor:
-        return (run(block, inputs[batch], batch)[rows] - targets[batch][rows]).square().mean() / scale
+        return (run(inputs[batch], batch)[rows] - targets[batch][rows]).square().mean() / scale
 
     @torch.no_grad()
     def error() -> float:
         return sum(float(distance(batch, held_out_rows)) for batch in held_out) / len(held_out)
 
-    norms = [p for m in block.modules() if _is_norm(m) for p in m.parameters(recurse=False)]
+    norms = [p for m in block.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)]
     trained = [*masks, *norms]
     best, before = [p.detach().clone() for p in trained], error()
     lowest, done = before, 0
     with _only_trained(block, trained), torch.enable_grad():
         optimizer = torch.optim.Adam(trained, lr=learning_rate, betas=_BETAS)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         for epoch in range(epochs):
             for position, index in enumerate(torch.randperm(len(training), generator=generator).tolist()):
                 progress = (epoch + position / len(training)) / epochs
@@ -94,24 +94,17 @@ def reconstruct_(
     return Reconstruction(before, lowest, done)
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
-
-
-class _only_trained:  # noqa: N801
-    """Inside the context, only `trained` of the block's parameters take gradients; on exit, flags are restored."""
-
-    def __init__(self, block: nn.Module, trained: Sequence[Tensor]) -> None:
-        self.flags = {parameter: parameter.requires_grad for parameter in block.parameters()}
-        self.trained = trained
-
-    def __enter__(self) -> None:
-        for parameter in self.flags:
-            parameter.requires_grad_(False)
-        for parameter in self.trained:
-            parameter.requires_grad_(True)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter, flag in self.flags.items():
+@contextmanager
+def _only_trained(block: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the context, only `trained` of the block's parameters take gradients."""
+    flags = {parameter: parameter.requires_grad for parameter in block.parameters()}
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    for weight in trained:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None

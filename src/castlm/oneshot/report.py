@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,8 +26,6 @@ class LayerResult:
     error: float | None = None
     """|X W^T - X W'^T|^2 / |X W^T|^2 on the first 256 calibration tokens, the mean over experts; None without
     calibration text."""
-    num_dead: int = 0
-    """Input columns that are 0 for all calibration tokens."""
     damping: float | None = None
     """SparseGPT's damping, which is raised above the given value if the Hessian could not be factorized."""
     num_few: int = 0
@@ -35,6 +33,19 @@ class LayerResult:
     num_zero_inputs: int = 0
     """Matrices (1, or the number of experts) masked by magnitude because their whole input is 0 on the calibration
     text."""
+
+    @classmethod
+    def of_matrices(cls, name: str, results: Sequence[LayerResult], num_few: int) -> LayerResult:
+        """The result of a layer (experts, out, in) from the results of its matrices (out, in)."""
+        return cls(
+            name,
+            (len(results), *results[0].shape),
+            num_zeros=sum(result.num_zeros for result in results),
+            error=sum(result.error or 0.0 for result in results) / len(results),
+            damping=max((result.damping for result in results if result.damping is not None), default=None),
+            num_few=num_few,
+            num_zero_inputs=sum(result.num_zero_inputs for result in results),
+        )
 
 
 @dataclass
@@ -76,14 +87,6 @@ class BasisReport:
     stream_basis: Tensor | None = None
     """The rotation (hidden, hidden) of the residual stream; None if it was not rotated."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The report for JSON, with the shape of `stream_basis` in its place."""
-        shape = None if self.stream_basis is None else list(self.stream_basis.shape)
-        return asdict(replace(self, stream_basis=None)) | {"stream_basis": shape}
-
-    def lines(self) -> list[str]:
-        return [*map(str, self.changes), *self.notes]
-
     def of(self, what: str) -> Change:
         """The change with this name; a new one if no earlier block has tried it."""
         found = next((change for change in self.changes if change.what == what), None)
@@ -94,12 +97,8 @@ class BasisReport:
 
 @dataclass
 class OneshotReport:
-    """The result of a start: its settings, its layers and its changes of basis."""
+    """The result of a start: its layers and its changes of basis."""
 
-    method: str
-    pattern: str
-    num_sequences: int
-    seq_len: int
     damping: float | None
     """The given damping; None for a method without damping."""
     layers: list[LayerResult] = field(default_factory=list)
@@ -170,14 +169,10 @@ class OneshotReport:
         """The content of castlm.json about the start; without damping or experts if method or model has none."""
         damping = {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
         zero_inputs = {"masked_by_magnitude": self.zero_inputs} if self.zero_inputs else {}
-        times = {"basis": self.basis.as_dict(), "prune_seconds": round(self.seconds, 2)}
+        shape = None if self.basis.stream_basis is None else list(self.basis.stream_basis.shape)
+        basis = asdict(replace(self.basis, stream_basis=None)) | {"stream_basis": shape}
+        times = {"basis": basis, "prune_seconds": round(self.seconds, 2)}
         return times | damping | calibrated_on_all_record(self.calibrated_on_all) | zero_inputs
-
-    def as_dict(self) -> dict[str, Any]:
-        """The whole report for JSON."""
-        basis = self.basis.as_dict()
-        found = asdict(replace(self, basis=BasisReport()))
-        return found | {"basis": basis, "zero_fraction": self.zero_fraction, "raised_damping": self.raised_damping}
 
 
 def relative_error(lost: Tensor, whole: Tensor) -> float:

@@ -2,8 +2,7 @@
 
 A norm's gain acts on single channels. Folding moves each gain into the layers that read the norm, and divides the bias
 of a LayerNorm by the gain. Then every rotation passes through RMSNorm, and through LayerNorm every rotation that keeps
-the vector of ones, along which the mean lies (SliceGPT, Ashkboos et al. 2024). The rotation needs the whole dense model
-in memory and one more pass over the text before the walk of a start begins.
+the vector of ones, along which the mean lies (SliceGPT, Ashkboos et al. 2024).
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.core.sparsify import SparseLayer
+from castlm.oneshot.axes import Term, learn_rotations, solved_errors
 from castlm.oneshot.basis import Statistic, Statistics, distance, statistics_of, tolerance_of
 from castlm.oneshot.families import Block, Matrix, Norm, Wiring
 from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.report import BasisReport, Change
-from castlm.oneshot.rotation import Term, learn_rotations, solved_errors
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.walk import Extras, walk
@@ -48,14 +47,9 @@ def rotate_residual_(
 ) -> None:
     """Rotates the residual stream of a dense model in place, if that lowers the mean error of the layers that read it.
 
-    Memory beyond the model: two fp32 matrices (hidden, hidden) for each norm of the stream.
-
-    Args:
-        layers: the layers that will be pruned.
-        report: receives the result.
-
-    Raises:
-        InputError: a family or a model whose stream cannot be rotated.
+    Reads the whole text once more. Memory beyond the model: two fp32 matrices (hidden, hidden) for each norm of the
+    stream. `layers` will be pruned, and `report` receives the result. Raises `InputError` for a family or a model whose
+    stream cannot be rotated.
     """
     model = source.model
     stream = Stream(model, wiring, pattern)
@@ -68,7 +62,7 @@ def rotate_residual_(
         entries = see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)) if step.inside else []
         stream.see(wiring.blocks[step.index], statistics_of(entries))
     why_not, change = "no pruned layer reads it", report.of("residual stream rotated")
-    if stream.is_read:
+    if any(statistic is not None for statistic in stream.read):
         why_not = "the error of its layers would not fall"
         stream.rotate_(change, iterations)
     if stream.rotation is None:
@@ -79,7 +73,8 @@ def rotate_residual_(
     if moved <= tolerance_of(model.dtype):
         report.stream_basis, report.untied, report.moved = stream.rotation, stream.was_tied, moved
         return
-    stream.undo_()
+    stream.turn_(stream.rotation.T)
+    stream.unfold_()
     report.notes.append(f"residual stream: not rotated, because the logits would move by {moved:.1g}")
 
 
@@ -104,16 +99,11 @@ class Stream:
         inside = [(norm, readers) for norm, readers in self.wiring.reads if norm is not None]
         return [*inside, (self.wiring.final, [Matrix("head", head.weight.data)])]
 
-    @property
-    def is_read(self) -> bool:
-        """Whether a pruned layer reads the stream."""
-        return any(statistic is not None for statistic in self.read)
-
     def obstacle(self) -> str | None:
         """Why this model's stream cannot be rotated; None if it can."""
         if self.wiring.rotation_obstacle:
             return self.wiring.rotation_obstacle
-        smallest = min(float(_gain(norm).abs().min()) for norm, _ in self.norms)
+        smallest = min(float(norm.gain.abs().min()) for norm, _ in self.norms)
         return f"a norm has a gain of {smallest:.1g}, which cannot be folded" if smallest < _SMALLEST_GAIN else None
 
     def fold_(self) -> None:
@@ -121,7 +111,7 @@ class Stream:
         self.was_tied = is_tied(self.model)
         if self.was_tied:
             untie_(self.model)
-        self.gains = [_gain(norm) for norm, _ in self.norms]
+        self.gains = [norm.gain for norm, _ in self.norms]
         for (norm, readers), gain in zip(self.norms, self.gains):
             norm.weight.fill_(norm.unit)
             if norm.bias is not None:
@@ -138,7 +128,8 @@ class Stream:
             for matrix in readers:
                 matrix.weight.div_(gain)
         if self.was_tied:
-            tie_(self.model)
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+            self.model.config.tie_word_embeddings = True
 
     def see(self, block: Block, statistics: Statistics) -> None:
         """Adds the statistics of the stream's readers in a block, and the inverse diagonals for its writers' inputs."""
@@ -163,19 +154,14 @@ class Stream:
         (rotation,) = learn_rotations(
             terms, 1, hidden, self.pattern, iterations=iterations, learning_rate=_RATE, keep_mean=keep_mean
         )
-        before = self._error(readers)
-        after = self._error(
-            [(s.rotated(rotation[None], (0,)), [weight @ rotation for weight in weights]) for s, weights in readers]
-        )
-        if change.decide(before, after):
-            self._turn_(rotation)
+        before = [error for s, weights in readers for error in solved_errors(weights, s.hessian, self.pattern)]
+        after = []
+        for s, weights in readers:
+            turned = s.rotated(rotation[None], (0,))
+            after += solved_errors([weight @ rotation for weight in weights], turned.hessian, self.pattern)
+        if change.decide(sum(before) / len(before), sum(after) / len(after)):
+            self.turn_(rotation)
             self.rotation = rotation
-
-    def undo_(self) -> None:
-        """Undoes `rotate_` and `fold_`, up to rounding."""
-        assert self.rotation is not None
-        self._turn_(self.rotation.T)
-        self.unfold_()
 
     def _readers(self) -> list[tuple[Statistic, list[Tensor]]]:
         """The pruned weights that read the stream, grouped by their input, with its statistic."""
@@ -185,13 +171,12 @@ class Stream:
             if statistic is not None
         ]
 
-    def _error(self, readers: list[tuple[Statistic, list[Tensor]]]) -> float:
-        """The mean error of the weights, solved by SparseGPT."""
-        errors = [error for s, weights in readers for error in solved_errors(weights, s.hessian, self.pattern)]
-        return sum(errors) / len(errors)
+    def turn_(self, rotation: Tensor) -> None:
+        """Turns the folded stream: the columns of its embeddings and readers, the rows of its writers, the biases.
 
-    def _turn_(self, rotation: Tensor) -> None:
-        """Rotates the folded stream: the columns of its embeddings and readers, the rows of its writers, the biases."""
+        Args:
+            rotation: (hidden, hidden) fp32; its transpose undoes it, up to rounding.
+        """
         embeddings = list(self.wiring.embeddings)
         if not is_tied(self.model):
             embeddings.append(self.model.get_output_embeddings().weight.data)
@@ -207,21 +192,12 @@ class Stream:
                 bias.copy_(bias.float() @ rotation)
 
 
-def _gain(norm: Norm) -> Tensor:
-    return norm.weight.detach() + (1 - norm.unit)
-
-
 def basis_between(dense: Tensor, given: Tensor) -> Tensor | None:
     """The basis of a model's residual stream, found from its input embeddings (vocab, hidden) and the dense model's.
 
-    It is the rotation Q that brings `dense @ Q` nearest to `given` (orthogonal Procrustes), so it is also found for
-    embeddings that have been trained.
-
-    Returns:
-        Q (hidden, hidden) fp32; None for the identity.
-
-    Raises:
-        InputError: no rotation brings the embeddings near each other.
+    It is the rotation Q (hidden, hidden) fp32 that brings `dense @ Q` nearest to `given` (orthogonal Procrustes), so it
+    is also found for embeddings that have been trained. None is the identity. Raises `InputError` if no rotation brings
+    the embeddings near each other.
     """
     step = max(1, len(dense) // (4 * dense.shape[1]))
     dense, given = dense[::step].double(), given[::step].double()
@@ -244,9 +220,3 @@ def untie_(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     model.config.tie_word_embeddings = False
-
-
-def tie_(model: PreTrainedModel) -> None:
-    """Undoes `untie_`."""
-    model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    model.config.tie_word_embeddings = True

@@ -7,7 +7,7 @@ of other experts could not replace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,103 +16,131 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, expert_layers
+from castlm.oneshot.solvers import Accumulator, LayerInput
 
-Take = Callable[[str, int, Tensor], None]
-"""`take(projection, expert, x)`: x (tokens, in) enters a projection of an expert."""
+_REMEDY = "use magnitude without calibration, or leave its experts dense"
 
 
-def experts_of(block: nn.Module, layers: dict[str, Any]) -> dict[nn.Module, dict[str, str]]:
-    """The modules of experts in a block that own some of `layers`, each with its layers' names by projection."""
-    name_of = {layer: name for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
-    found = {}
-    for module in block.modules():
-        own = {projection: name_of[layer] for projection, layer in expert_layers(module).items() if layer in name_of}
-        if own:
-            found[module] = own
-    return found
+class RoutedInputs:
+    """The inputs of one projection of a block's experts, each as a `LayerInput`.
+
+    Attributes:
+        names: the name of the layer.
+        experts: inputs by the number of the expert; their `names` are the layer's name and that number.
+        few: the experts with too few routed tokens, which have seen all tokens instead.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.names = [name]
+        self.experts: dict[int, LayerInput] = {}
+        self.few: list[int] = []
+
+    @property
+    def num_few(self) -> int:
+        return len(self.few)
+
+    def entries(self) -> list[LayerInput]:
+        """The inputs that have a statistic of their own: one for each expert, in order."""
+        return [entry for _, entry in sorted(self.experts.items())]
 
 
 class Routed:
-    """Follows the tokens through a module of experts.
+    """Follows the tokens through a module of experts, on all batches twice: as they are routed, then with `see_all`.
 
     Args:
         experts: a module as transformers' `use_experts_implementation` makes it: called with hidden states (tokens,
             hidden) and the chosen experts (tokens, top_k).
-        wanted: the names of its layers that are pruned, by projection.
+        names: the names of its layers that are pruned, by projection.
+        accumulator, num_sequences: as for `castlm.oneshot.inputs.see_inputs`; None collects nothing.
+
+    Attributes:
+        module: the module of experts.
+        inputs: the inputs of these layers, by projection.
 
     Raises:
-        InputError: experts of another construction.
+        InputError: experts of another construction, or that compute their neurons otherwise than `_neurons`, so that
+            down-projections would be calibrated on wrong inputs.
     """
 
-    def __init__(self, experts: nn.Module, wanted: dict[str, str]) -> None:
-        layers = expert_layers(experts)
+    def __init__(
+        self, experts: nn.Module, names: dict[str, str], accumulator: Accumulator | None, num_sequences: int
+    ) -> None:
+        self.layers = expert_layers(experts)
         gated = getattr(experts, "has_gate", None)
         self.up = "gate_up_proj" if gated else "up_proj"
-        if not isinstance(gated, bool) or set(layers) != {self.up, "down_proj"}:
-            raise InputError(
-                f"the neurons of {type(experts).__name__} cannot be computed here: use magnitude without calibration, "
-                "or leave its experts dense"
-            )
-        self.experts, self.wanted, self.gated = experts, wanted, gated
+        if not isinstance(gated, bool) or set(self.layers) != {self.up, "down_proj"}:
+            raise InputError(f"the neurons of {type(experts).__name__} cannot be computed here: {_REMEDY}")
+        self.module, self.gated = experts, gated
+        self.accumulator, self.num_sequences = accumulator, num_sequences
         self.has_bias = bool(getattr(experts, "has_bias", False))
-        self.layers: dict[str, ExpertLinear] = layers
-        self.num_tokens = [0] * layers[self.up].num_experts
+        self.inputs = {projection: RoutedInputs(name) for projection, name in names.items()}
+        self.num_tokens = [0] * self.layers[self.up].num_experts
+        self._seeing: list[int] | None = None  # the experts that see all tokens; None while each sees its own
+        self._check_neurons()
 
-    @property
-    def few(self) -> list[int]:
-        """The experts that have seen fewer tokens than the widest input of a wanted projection has columns."""
-        least = max(self.layers[projection].in_features for projection in self.wanted)
-        return [expert for expert, seen in enumerate(self.num_tokens) if seen < least]
-
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], take: Take) -> None:
-        """Passes each expert's routed tokens in a call of the module to `take`."""
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Adds the tokens in a call of the module to the statistics of its experts."""
+        if self.accumulator is None:
+            return
         hidden, chosen = [*args, *kwargs.values()][:2]
-        for expert in range(len(self.num_tokens)):
-            tokens = hidden[(chosen == expert).any(dim=-1)]
-            if len(tokens):
-                self.num_tokens[expert] += len(tokens)
-                self._give(expert, tokens, take)
+        for expert in range(len(self.num_tokens)) if self._seeing is None else self._seeing:
+            tokens = hidden if self._seeing is not None else hidden[(chosen == expert).any(dim=-1)]
+            if not len(tokens):
+                continue
+            self.num_tokens[expert] += len(tokens)
+            for projection, seen in self.inputs.items():
+                x = tokens if projection == self.up else self._neurons(expert, tokens)
+                if expert not in seen.experts:
+                    seen.experts[expert] = LayerInput(x, self.accumulator)
+                    seen.experts[expert].names.append(f"{seen.names[0]}.{expert}")
+                seen.experts[expert].add(x, self.accumulator, self.num_sequences)
 
-    def see_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], experts: list[int], take: Take) -> None:
-        """Passes all tokens in a call of the module to `take`, for each of `experts`."""
-        for expert in experts:
-            self._give(expert, [*args, *kwargs.values()][0], take)
+    def see_all(self) -> bool:
+        """From now on, all tokens are seen by the experts that have seen fewer than their widest input has columns.
 
-    def _give(self, expert: int, tokens: Tensor, take: Take) -> None:
-        if self.up in self.wanted:
-            take(self.up, expert, tokens)
-        if "down_proj" in self.wanted:
-            take("down_proj", expert, self.neurons(expert, tokens))
+        Returns:
+            Whether there are such experts. Their statistics are empty again.
+        """
+        least = max(self.layers[projection].in_features for projection in self.inputs)
+        few = [expert for expert, num_tokens in enumerate(self.num_tokens) if num_tokens < least]
+        for seen in self.inputs.values():
+            seen.few, seen.experts = few, {e: entry for e, entry in seen.experts.items() if e not in few}
+        self._seeing = few
+        return bool(few)
 
-    def neurons(self, expert: int, x: Tensor) -> Tensor:
+    def _neurons(self, expert: int, x: Tensor) -> Tensor:
         """The input (tokens, inner) of the down-projection of an expert for x (tokens, hidden)."""
-        experts: Any = self.experts
+        experts: Any = self.module
         bias = experts.get_parameter(f"{self.up}_bias")[expert] if self.has_bias else None
         out = F.linear(x, self.layers[self.up].weight[expert], bias)
         inner: Tensor = experts._apply_gate(out) if self.gated else experts.act_fn(out)
         return inner
 
+    def _check_neurons(self) -> None:
+        """Compares the output of one expert, computed with `_neurons`, with the module's own."""
+        experts, like = self.module, self.layers[self.up].weight
+        if getattr(experts, "has_post_expert_norm", False):
+            return  # the norm applies to the output, which no projection reads
+        x = torch.randn(1, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+        one = torch.ones(1, 1, device=like.device)
+        theirs = experts(x, torch.zeros_like(one, dtype=torch.long), one.to(like.dtype))
+        bias = experts.get_parameter("down_proj_bias")[0] if self.has_bias else None
+        ours = F.linear(self._neurons(0, x), self.layers["down_proj"].weight[0], bias)
+        if not torch.allclose(ours, theirs, rtol=0, atol=2e-2 * float(theirs.abs().max())):
+            raise InputError(f"castlm does not know how {type(experts).__name__} computes its neurons: {_REMEDY}")
 
-def check_neurons(routed: Routed) -> None:
-    """Checks on one expert that `Routed.neurons` agrees with the module itself.
 
-    Raises:
-        InputError: the results differ, so that down-projections would be calibrated on wrong inputs.
-    """
-    experts, up = routed.experts, routed.layers[routed.up]
-    if getattr(experts, "has_post_expert_norm", False):
-        return  # the norm applies to the output, which no projection reads
-    like = up.weight
-    x = torch.randn(1, up.in_features, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-    one = torch.ones(1, 1, device=like.device)
-    theirs = experts(x, torch.zeros_like(one, dtype=torch.long), one.to(like.dtype))
-    bias = experts.get_parameter("down_proj_bias")[0] if routed.has_bias else None
-    ours = F.linear(routed.neurons(0, x), routed.layers["down_proj"].weight[0], bias)
-    if not torch.allclose(ours, theirs, rtol=0, atol=2e-2 * float(theirs.abs().max())):
-        raise InputError(
-            f"castlm does not know how {type(experts).__name__} computes its neurons: use magnitude without "
-            "calibration, or leave its experts dense"
-        )
+def routed_in(
+    block: nn.Module, layers: Mapping[str, nn.Module], accumulator: Accumulator | None, num_sequences: int
+) -> list[Routed]:
+    """The modules of experts in a block that own some of `layers`; see `Routed`."""
+    name_of = {layer: name for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
+    found = []
+    for module in block.modules():
+        own = {projection: name_of[layer] for projection, layer in expert_layers(module).items() if layer in name_of}
+        if own:
+            found.append(Routed(module, own, accumulator, num_sequences))
+    return found
 
 
 def calibrated_on_all_note(few: Mapping[str, int]) -> str:

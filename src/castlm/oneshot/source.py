@@ -1,21 +1,21 @@
 """The sources of transformer blocks for the walk of a start: a model in memory, or its safetensors files.
 
-One-shot pruning needs only one block at a time: the text passes through the embeddings once, and then through one block
-after the other. Both sources give the same blocks, so that the results agree bit for bit.
+One-shot pruning needs only one block at a time. Both sources give the same blocks, so that results agree bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlm.core.blocks import stack_name
+from castlm.core.blocks import block_name
 from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
 from castlm.distributed.loading import Checkpoint, opened_files
@@ -23,22 +23,14 @@ from castlm.models.layout import stored_transposed
 
 
 def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
-    """The stack of blocks that holds the named layers: its name, such as `model.layers`, and its blocks in order.
-
-    Raises:
-        InputError: layers outside numbered blocks, or in more than one stack.
-    """
-    stacks = {stack_name(name) for name in layer_names}
+    """The stack of blocks that holds the named layers: its name, such as `model.layers`, and its blocks in order."""
+    blocks = map(block_name, layer_names)
+    stacks = {None if block is None else block.rpartition(".")[0] for block in blocks}
     stack = stacks.pop()
     if stack is None or stacks:
         found = ", ".join(sorted(map(str, {stack, *stacks})))
         raise InputError(f"the layers lie in {found}, not in one stack of blocks: choose them with filter_fn")
     return stack, list(model.get_submodule(stack).children())
-
-
-def layers_by_block(stack: str, num_blocks: int, layers: Mapping[str, T]) -> list[dict[str, T]]:
-    """The layers of each block of `stack`."""
-    return [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{index}.")} for index in range(num_blocks)]
 
 
 class MemoryModel:
@@ -56,15 +48,13 @@ class MemoryModel:
         self.dense: dict[str, Tensor] = {}
         """The dense weights on the CPU, by the name of the layer."""
 
-    @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Yields a transformer block."""
-        yield self.blocks[index]
+    def block(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Inside the context, a transformer block is in memory."""
+        return nullcontext(self.blocks[index])
 
-    @contextmanager
-    def entering(self) -> Iterator[None]:
+    def entering(self) -> AbstractContextManager[None]:
         """Inside the context, `model.base_model` can be called."""
-        yield
+        return nullcontext()
 
     def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:
         """Copies the weights of layers before they are pruned, if `keeps_dense`."""
@@ -87,12 +77,7 @@ class MemoryModel:
         return {f"{self.stack}.{index}.{name}": p for name, p in self.blocks[index].named_parameters()}
 
 
-T = TypeVar("T")
-
 _DENSE = "dense:"  # before the names of dense weights in the file of a block
-
-Held = list[tuple[nn.Module, str, nn.Parameter]]
-"""Parameters in memory: the module, the name in it, and the parameter on the meta device to put back."""
 
 
 class StoredModel:
@@ -121,16 +106,10 @@ class StoredModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Holds one transformer block in memory.
-
-        Raises:
-            InputError: a file that cannot be read, or a weight that is not finite.
-        """
-        held = self._read(self.blocks[index], f"{self.stack}.{index}.")
-        try:
+        """Holds one transformer block in memory. Raises `InputError` for a weight that is not finite."""
+        with ExitStack() as stack:
+            self._read_(self.blocks[index], f"{self.stack}.{index}.", stack)
             yield self.blocks[index]
-        finally:
-            _drop(held)
 
     @contextmanager
     def entering(self) -> Iterator[None]:
@@ -140,9 +119,9 @@ class StoredModel:
         dtype.
         """
         with ExitStack() as stack:
-            stack.callback(_drop, self._read_outside(stack))
+            self._read_outside_(stack)
             for index, block in enumerate(self.blocks):
-                block.forward = self._loading(index, block.forward)
+                block.forward = partial(self._forward, index, block.forward)
                 stack.callback(block.__dict__.pop, "forward")
             yield
 
@@ -161,66 +140,42 @@ class StoredModel:
     def restore_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Does nothing: the walk does not need a finished block again."""
 
-    def _loading(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def loaded(*args: Any, **kwargs: Any) -> Any:
-            with self.block(index):
-                return forward(*args, **kwargs)
+    def _forward(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.block(index):
+            return forward(*args, **kwargs)
 
-        return loaded
+    def outside(self) -> Iterator[tuple[str, Tensor]]:
+        """The stored weights outside the blocks by name, one at a time, as the files hold them."""
+        for name in self.checkpoint.places:
+            if not name.startswith(f"{self.stack}."):
+                yield name, self._stored(name)
 
-    def _read_outside(self, stack: ExitStack) -> Held:
-        inside, base, held = set(self.blocks), self.model.base_model, []
+    def _read_outside_(self, stack: ExitStack) -> None:
+        inside, pending = set(self.blocks), [self.model.base_model]
         names = {module: name for name, module in self.model.named_modules()}
-        pending = [base]
         while pending:
             module = pending.pop()
             plain_embedding = type(module) is nn.Embedding
-            held += self._read(module, f"{names[module]}.".removeprefix("."), recurse=False, widen=not plain_embedding)
+            prefix = f"{names[module]}.".removeprefix(".")
+            self._read_(module, prefix, stack, recurse=False, widen=not plain_embedding)
             if plain_embedding:
-                hook = module.register_forward_hook(lambda _, __, output: output.float())
-                stack.callback(hook.remove)
+                stack.callback(module.register_forward_hook(lambda _, __, output: output.float()).remove)
             pending += [child for child in module.children() if child not in inside]
-        return held
 
-    def _read(self, module: nn.Module, prefix: str, recurse: bool = True, widen: bool = True) -> Held:
-        """Reads the parameters of a module whose names in the model begin with `prefix`."""
-        held: Held = []
+    def _read_(
+        self, module: nn.Module, prefix: str, stack: ExitStack, recurse: bool = True, widen: bool = True
+    ) -> None:
+        """Reads the parameters of a module, whose names in the model begin with `prefix`, until `stack` is closed."""
         for name, parameter in list(module.named_parameters(recurse=recurse)):
             parent, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(parent)
-            value = self._value(prefix + name)
-            value = value.to(self.device, torch.float32 if widen else None).contiguous()
-            held.append((owner, leaf, parameter))
-            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        return held
+            parameters = module.get_submodule(parent)._parameters
+            value = self._stored(prefix + name).to(self.device, torch.float32 if widen else None).contiguous()
+            stack.callback(parameters.__setitem__, leaf, parameter)  # back to the one on the meta device
+            parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    def _value(self, name: str) -> Tensor:
+    def _stored(self, name: str) -> Tensor:
         with opened_files() as read:
             value = self.checkpoint.places[name].read(read, slice(None))
-        _check_finite(name, value, self.checkpoint)
+        if not all(math.isfinite(bound) for bound in torch.aminmax(value)):  # `isfinite` would take three copies
+            raise InputError(f"{name} of {self.checkpoint.source} holds NaN or infinity: the checkpoint is damaged")
         return value
-
-
-def outside_blocks(checkpoint: Checkpoint, stack: str) -> Iterator[tuple[str, Tensor]]:
-    """The stored weights outside the blocks of `stack` by name, one at a time, as the files hold them."""
-    for name, place in checkpoint.places.items():
-        if not name.startswith(f"{stack}."):
-            with opened_files() as read:
-                yield name, place.read(read, slice(None))
-
-
-def check_outside_blocks(checkpoint: Checkpoint, stack: str) -> None:
-    """Raises `InputError` if a weight outside the blocks is not finite, before the work on the blocks begins."""
-    for name, value in outside_blocks(checkpoint, stack):
-        _check_finite(name, value, checkpoint)
-
-
-def _check_finite(name: str, value: Tensor, checkpoint: Checkpoint) -> None:
-    if not all(math.isfinite(bound) for bound in torch.aminmax(value)):  # `isfinite` would take three copies
-        raise InputError(f"{name} of {checkpoint.source} holds NaN or infinity: the checkpoint is damaged")
-
-
-def _drop(held: Held) -> None:
-    """Puts the parameters on the meta device back."""
-    for owner, leaf, parameter in held:
-        owner._parameters[leaf] = parameter

@@ -5,8 +5,6 @@ The published code inverts the Hessian, factorizes it twice, and goes through th
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -25,24 +23,20 @@ def sparsegpt(
 
     Columns are processed from left to right. At the first column of each group, every row keeps the n largest of its
     updated weights by w_j^2 / U_jj^2. Each zeroed weight subtracts w_j / U_jj * U_j,j+1: from the columns to its right,
-    where U is the upper Cholesky factor of the inverse of H. Columns with H_jj = 0 are zeroed; the diagonal of H is
-    damped by `damping` times its mean.
+    where U is the upper Cholesky factor of the inverse of H. Columns with H_jj = 0 are zeroed.
 
     U is never formed. With H = R R^T, R upper triangular, U is the inverse of R. After all columns before group g are
     processed, its weights are  w_g + D R_:g R_gg^-1,  where D (rows, columns) holds old minus new weights of those
-    columns. This takes one Cholesky factorization instead of two and an inverse. `block_size` is the number of columns
-    that are updated for all columns before them by one matmul; for n:m patterns the result does not depend on it.
+    columns. `block_size` is the number of columns that are updated for all columns before them by one matmul; for n:m
+    patterns the result does not depend on it.
 
     Args:
         weight: (rows, columns), fp32.
         hessian: (columns, columns), fp32, symmetric; it is overwritten.
+        damping: the share of the mean of H's diagonal that is added to the diagonal.
 
     Returns:
-        The new weight (rows, columns), and the damping: the given one, or raised tenfold (from 0 to 0.01) until H could
-        be factorized.
-
-    Raises:
-        InputError: H cannot be factorized with a damping of 1 either.
+        The new weight (rows, columns), and the damping, see `lower_factor`.
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -63,11 +57,8 @@ def upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 def lower_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """The Cholesky factor L of H + damping * mean(diag H) * I, and the damping, raised tenfold until there is one.
 
-    Args:
-        hessian: (columns, columns), fp32, symmetric; its diagonal is overwritten.
-
-    Raises:
-        InputError: H cannot be factorized with a damping of 1 either.
+    From 0 it is raised to 0.01. The diagonal of `hessian` is overwritten. Raises `InputError` if a damping of 1 does
+    not suffice.
     """
     diagonal = hessian.diagonal()
     undamped, mean = diagonal.clone(), diagonal.mean()
@@ -93,7 +84,7 @@ def _prune_groups(weight: Tensor, factor: Tensor, n: int, m: int, block_size: in
     # Row j is column j of R_:g R_gg^-1: the share of each earlier column's loss that column j inherits, (576, 576).
     pull = (inverse.mT @ factor.T.reshape(-1, m, columns)).view(columns, columns)
     scale = factor.diagonal().unsqueeze(1)  # 1 / U_jj
-    lowest = _LowestOfGroup(n, m, rows, weight) if m <= _MOST_COMPARED else partial(_lowest_sorted, n=n)
+    lowest = _LowestOfGroup(n, m, rows, weight)
 
     lost = weight.clone()  # becomes D, old minus new, group by group
     groups = list(zip(weight.split(m), lost.split(m), pull.split(m), scale.split(m), inverse))
@@ -105,34 +96,27 @@ def _prune_groups(weight: Tensor, factor: Tensor, n: int, m: int, block_size: in
             if first > start:
                 group.addmm_(pull_here[:, start:first], lost[start:first])
             pruned = lowest((group * scale_here).abs_())
-            _prune_group(group, pruned, pruned * scale_here, inverse_here)
+            scale_lost = pruned * scale_here  # 0 where kept
+            for k in range(m - 1):  # a zeroed weight passes its error to the later ones of its group
+                error = scale_lost[k].mul_(group[k])  # w_k / U_kk, (1536,)
+                group[k + 1 :].addr_(inverse_here[k, k + 1 :], error, alpha=-1)
+            group.masked_fill_(pruned, 0)
             lost_here -= group
     return weight
-
-
-def _prune_group(group: Tensor, pruned: Tensor, scale: Tensor, inverse: Tensor) -> None:
-    """Prunes one group (m, rows) in place: zeroed weights pass their error to later ones; `scale` is 0 where kept."""
-    for k in range(group.shape[0] - 1):
-        error = scale[k].mul_(group[k])  # w_k / U_kk, (1536,)
-        group[k + 1 :].addr_(inverse[k, k + 1 :], error, alpha=-1)
-    group.masked_fill_(pruned, 0)
-
-
-def _lowest_sorted(score: Tensor, n: int) -> Tensor:
-    """`_LowestOfGroup` for a long group, whose pairs would take too much memory."""
-    order = score.argsort(dim=0, descending=True, stable=True)
-    return torch.ones_like(score, dtype=torch.bool).scatter_(0, order[:n], False)
 
 
 class _LowestOfGroup:
     """Masks the m - n lowest of each column of a score (m, rows); of equal scores the later, as in `rank_mask`.
 
     `rank_mask` is made for whole weights. On one small group, the calls of its operators would take most of the time,
-    so this compares all pairs at once, and a matmul with a table of 1 and -1 adds the comparisons up to ranks.
+    so this compares all pairs at once, and a matmul with a table of 1 and -1 adds the comparisons up to ranks. The
+    pairs of a long group would take too much memory: it is sorted.
     """
 
     def __init__(self, n: int, m: int, rows: int, like: Tensor) -> None:
-        self.n = n
+        self.n, self.is_sorted = n, m > _MOST_COMPARED
+        if self.is_sorted:
+            return
         self.earlier, self.later = torch.triu_indices(m, m, 1, device=like.device)
         pairs = torch.arange(len(self.earlier), device=like.device)
         self.table = like.new_zeros(m, len(pairs))
@@ -142,6 +126,9 @@ class _LowestOfGroup:
         self.later_wins = like.new_empty(len(pairs), rows)
 
     def __call__(self, score: Tensor) -> Tensor:
+        if self.is_sorted:
+            order = score.argsort(dim=0, descending=True, stable=True)
+            return torch.ones_like(score, dtype=torch.bool).scatter_(0, order[: self.n], False)
         later, earlier = score.index_select(0, self.later), score.index_select(0, self.earlier)
         torch.gt(later, earlier, out=self.later_wins)
         return torch.addmm(self.num_earlier, self.table, self.later_wins) >= self.n

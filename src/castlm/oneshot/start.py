@@ -9,9 +9,12 @@ one statistic.
 from __future__ import annotations
 
 import math
+import pkgutil
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,47 +22,37 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
+from castlm.fields import Bound, Bounded
 from castlm.models.architecture import eval_mode
 from castlm.names import duration
 from castlm.oneshot.basis import turn_block_, wiring_or_note
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import describe
 from castlm.oneshot.folder import StartFolder
-from castlm.oneshot.inputs import (
-    ERROR_TOKENS,
-    ExpertInputs,
-    Seen,
-    check_plain_weights,
-    entries_of,
-    grouped,
-    inputs_in_order,
-    see_inputs,
-)
-from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements, check_damping, part_of
+from castlm.oneshot.inputs import Seen, check_plain_weights, entries_of, see_inputs
+from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements, part_of
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.report import BasisReport, LayerResult, OneshotReport
 from castlm.oneshot.residual import rotate_residual_
-from castlm.oneshot.solve import prune_experts, prune_layers
-from castlm.oneshot.solvers import SOLVERS, Settings, Solver
+from castlm.oneshot.solve import prune_layers, prune_seen
+from castlm.oneshot.solvers import ERROR_TOKENS, SOLVERS, Settings, Solver
 from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.walk import BlockInputs, Extras, Step, walk
 from castlm.patterns import parse_pattern
-from castlm.structured.prune import prune_units_
 
-BLOCK_COLUMNS = 128
-"""Columns of SparseGPT between two full matmuls. It affects only the speed."""
 _SHORT = 10.0  # seconds; the time that a shorter start will take is not announced
 
+OwnSolver = Callable[[Mapping[str, SparseLayer], BlockInputs | None], list[LayerResult]]
+"""Prunes the layers of the current block, in place; see `Pattern.own_solver`."""
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called with (finished blocks, all blocks)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class Start(Bounded):
     """The settings of a start: the basis, the solver, its refinements and the pattern.
 
     Raises:
@@ -67,25 +60,22 @@ class Start:
     """
 
     method: str | None
-    """A name in `SOLVERS`, or in `SCORED_BY` for a structured pattern; None only changes the basis."""
+    """A name in `SOLVERS`, or one of the pattern's own `solvers`; None only changes the basis."""
     pattern: Pattern
     basis: BasisOptions = NO_BASIS
     refinements: Refinements = NO_REFINEMENTS
     damping: float = 0.01
     """SparseGPT: share of H's mean diagonal that is added to the diagonal."""
-    block_columns: int = BLOCK_COLUMNS
     seed: int = 0
-    """Seed of method "random"."""
+    """Seed with which the calibration text is drawn, for the record."""
     filter_fn: FilterFn = is_sparse_linear
     """Chooses the layers to prune, as for `sparse_linears`."""
     precision: str = "fp32"
     """Precision of the passes over the calibration text: "fp32" runs them in the dtype of the weights, "bf16" under
     autocast, which multiplies in bf16. Statistics and solvers are fp32."""
 
-    def __post_init__(self) -> None:
-        self.refinements.check()
-        self.basis.check()
-        check_damping(self.damping)
+    def out_of_range(self) -> Iterator[Bound]:
+        yield "damping", 0 <= self.damping <= 1, "between 0 and 1"
 
     @classmethod
     def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> Start:
@@ -145,35 +135,42 @@ class Start:
                 or a model that cannot be followed block by block.
         """
         assert self.method is not None or folder is None
-        model = source.model
-        if self.pattern.cut_out is not None:
-            wiring_or_note(model, self.pattern, self.basis)  # raises for a rotation, which only n:m has
-            return self._prune_units_(model, calibration, extras, folder, progress)
-        layers, left_dense = sparse_linears(model, self.pattern, self.filter_fn)
-        self._check(source, layers, calibration)
-        num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
-        asked = self.damping if self.method == "sparsegpt" else None
-        report = OneshotReport(
-            str(self.method), str(self.pattern), num_sequences, seq_len, asked, left_dense=left_dense
-        )
-        turns = False
+        model, pattern, solver = source.model, self.pattern, SOLVERS.get(str(self.method))
+        if self.method is not None and self.method not in pattern.solvers:
+            raise InputError(f"{self.method!r} does not prune to {pattern}: choose one of {', '.join(pattern.solvers)}")
         if calibration is not None:
-            wiring, note = wiring_or_note(model, self.pattern, self.basis)
-            turns = wiring is not None
-            with eval_mode(model), _timed(report.basis):
+            check_calibration(model, calibration)
+        elif self.method is None or self.method in pattern.calibrated or (solver and solver.add is not None):
+            raise InputError(f"method {self.method} needs a calibration text: pass calibration, from draw_calibration")
+        layers, left_dense = sparse_linears(model, pattern, self.filter_fn)
+        if self.basis.rotate == "residual" and isinstance(source, StoredModel):
+            raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
+        check_plain_weights(layers)
+        if self.refinements.reconstruct_epochs and calibration is not None and len(calibration) < 2:
+            raise InputError("reconstruct_epochs needs at least 2 calibration sequences, one of them held out")
+        if self.refinements != NO_REFINEMENTS and self.method != "sparsegpt" and pattern.own_solver is None:
+            raise InputError(f"refinements are for method sparsegpt, not for {self.method}: omit them")
+        takes_damping = self.method == "sparsegpt" or pattern.own_solver is not None
+        report = OneshotReport(self.damping if takes_damping else None, left_dense=left_dense)
+        with eval_mode(model):
+            own_solver: OwnSolver | None = None
+            if pattern.own_solver is not None:
+                with _timed(report):
+                    own_solver = pkgutil.resolve_name(pattern.own_solver)(self, model, layers, calibration, extras)
+            wiring = None
+            if calibration is not None:
+                wiring, note = wiring_or_note(model, pattern, self.basis)
+                report.basis.notes += [note] if note else []
                 if wiring is not None and self.basis.rotate == "residual":
                     assert isinstance(source, MemoryModel)
-                    assert isinstance(self.pattern, NM)
-                    what = wiring, layers, calibration, extras, self.pattern, self.basis.rotation_iterations
-                    rotate_residual_(source, *what, self.precision, report.basis)
-            report.basis.notes += [note] if note else []
-        if folder is not None and folder.done:
-            report.restore_(folder.results)
-            say(
-                f"continuing after {folder.done} of {len(source.blocks)} transformer blocks, which are in {folder.path}"
-            )
-        started = left_walk = time.perf_counter()
-        with eval_mode(model):
+                    assert isinstance(pattern, NM)
+                    what = wiring, layers, calibration, extras, pattern, self.basis.rotation_iterations
+                    with _timed(report.basis):
+                        rotate_residual_(source, *what, self.precision, report.basis)
+            if folder is not None and folder.done:
+                report.restore_(folder.results)
+                where = f"{folder.done} of {len(source.blocks)} transformer blocks, which are in {folder.path}"
+                say(f"continuing after {where}")
             blocks = walk(
                 source,
                 layers,
@@ -185,6 +182,7 @@ class Start:
                 results=report.saved,
                 progress=progress,
             )
+            started = left_walk = time.perf_counter()
             for number, step in enumerate(blocks):
                 report.seconds += time.perf_counter() - left_walk  # the walk's passes, and what it writes
                 left = len(source.blocks) - step.index
@@ -192,34 +190,38 @@ class Start:
                 if number == 1 and seconds > _SHORT and step.inputs is not None:
                     after = time_after(step.inputs.seconds_per_token())
                     say(f"the start takes about {duration(seconds)} more, for {left} transformer blocks{after}")
-                self._make_block_(source, step, turns, report)
+                if own_solver is None:
+                    self._make_block_(source, step, wiring is not None, report)
+                elif step.inside:
+                    with _timed(report):
+                        report.layers += own_solver(step.inside, step.inputs)
                 left_walk = time.perf_counter()
             report.seconds += time.perf_counter() - left_walk
         report.basis.changes = [change for change in report.basis.changes if change.num_tried]
-        for line in report.basis.lines():
-            say(line)
+        for line in (*report.basis.changes, *report.basis.notes):
+            say(str(line))
         return report
 
     def _make_block_(self, source: MemoryModel | StoredModel, step: Step, turns: bool, report: OneshotReport) -> None:
         """Changes the basis of the current block, prunes it, and reconstructs its outputs."""
-        inputs = step.inputs
+        inputs, settings = step.inputs, Settings(self.pattern, self.damping, self.refinements)
         if not step.inside:
             return
         if inputs is None:
             for name, layer in step.inside.items():
-                report.layers += prune_layers({name: layer.weight}, None, self._solver, self._settings)
+                report.layers += prune_layers({name: layer.weight}, None, self._solver, settings)
             return
         for seen in self._stages(source, step, inputs, turns, report):
             if self.method is not None:
                 with _timed(report):
-                    report.layers += self._prune_(step.inside, seen)
+                    report.layers += prune_seen(step.inside, seen, self._solver, settings)
                     inputs.keep_outputs(step.inside[name] for entry in seen for name in entry.names)
         if self.refinements.reconstruct_epochs:
             inputs.drop_outputs()
             with _timed(report):
                 block_report = reconstruct_(
                     inputs.blocks[inputs.index],
-                    lambda _, hidden, batch: inputs.run(hidden, batch),
+                    inputs.run,
                     inputs,
                     step.dense_outputs,
                     {layer.weight: layer.weight != 0 for layer in step.inside.values()},
@@ -238,20 +240,24 @@ class Start:
             with _timed(report.basis):
                 first = self._turn_(source, step, inputs, report.basis)
         source.keep_dense(inside)
-        if not self.refinements.staged_statistics or self.method is None:
-            yield first or self._see(inside, inputs, report)
-            return
-        groups = grouped(first or inputs_in_order(inside, inputs))
-        names = [[name for entry in group for name in entry.names] for group in groups]
-        first = groups[0] if turns else []  # no pruned layer comes before it, so its inputs are still right
-        del groups
-        for group in names:
-            yield first or self._see({name: inside[name] for name in group}, inputs, report)
+        stages = [list(inside)]
+        if self.refinements.staged_statistics and self.method is not None:
+            # Layers whose names differ only in the number of a module, such as parallel experts, are one stage.
+            alike: dict[tuple[str, ...], Seen] = {}
+            for seen in first or see_inputs(inside, inputs, None, 0):
+                key = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in seen.names)
+                alike.setdefault(key, []).append(seen)
+            stages = [[name for seen in group for name in seen.names] for group in alike.values()]
+            # No pruned layer comes before the first stage, so its inputs are still right; the others are freed.
+            first = next(iter(alike.values())) if turns else []
+            del alike, seen
+        for names in stages:
+            if not first:
+                with _timed(report):
+                    wanted = {name: inside[name] for name in names}
+                    first = see_inputs(wanted, inputs, self._solver, inputs.num_sequences)
+            yield first
             first = []
-
-    def _see(self, layers: Mapping[str, SparseLayer], inputs: BlockInputs, report: OneshotReport) -> Seen:
-        with _timed(report):
-            return see_inputs(layers, inputs, self._solver, inputs.num_sequences)
 
     def _turn_(self, source: MemoryModel | StoredModel, step: Step, inputs: BlockInputs, report: BasisReport) -> Seen:
         """Changes the basis of the current block; returns the inputs of its layers in the new basis, in order."""
@@ -264,117 +270,46 @@ class Start:
                 entry.statistic = entry.statistic.diagonal() / 2
         return seen
 
-    def _prune_(self, inside: Mapping[str, SparseLayer], seen: Seen) -> list[LayerResult]:
-        """Prunes the layers that read the inputs `seen`."""
-        results = []
-        for entry in seen:
-            if isinstance(entry, ExpertInputs):
-                layer = inside[entry.names[0]]
-                assert isinstance(layer, ExpertLinear)
-                results.append(prune_experts(layer, entry, self._solver, self._settings, self.refinements))
-            else:
-                weights = {name: inside[name].weight for name in entry.names}
-                results += prune_layers(weights, entry, self._solver, self._settings, self.refinements)
-        return results
-
     @property
     def _solver(self) -> Solver:
         return SOLVERS[self.method or "sparsegpt"]
 
-    @property
-    def _settings(self) -> Settings:
-        return Settings(self.pattern, self.damping, self.block_columns)
 
-    def _prune_units_(
-        self,
-        model: PreTrainedModel,
-        calibration: Tensor | None,
-        extras: Extras,
-        folder: StartFolder | None,
-        progress: Progress,
-    ) -> OneshotReport:
-        return prune_units_(
-            model,
-            str(self.method),
-            self.pattern,
-            calibration=calibration,
-            extras=extras,
-            damping=self.damping,
-            refit_iterations=self.refinements.num_refits(self.pattern),
-            filter_fn=self.filter_fn,
-            folder=folder,
-            progress=progress,
-            precision=self.precision,
-        )
-
-    def _check(
-        self, source: MemoryModel | StoredModel, layers: Mapping[str, SparseLayer], calibration: Tensor | None
-    ) -> None:
-        """Raises `InputError` for options or layers that cannot be used, before any weight is changed."""
-        method, refinements = self.method, self.refinements
-        if method is not None and method not in SOLVERS:
-            raise InputError(f"there is no one-shot method {method!r}: choose one of {', '.join(SOLVERS)}")
-        if method == "sparsegpt" and not isinstance(self.pattern, NM):
-            raise InputError(f"SparseGPT prunes to n:m patterns, not to {self.pattern}: use wanda or magnitude")
-        if self.block_columns < 1:
-            raise InputError(f"block_columns = {self.block_columns} is out of range: it must be at least 1")
-        if self.basis.rotate == "residual" and isinstance(source, StoredModel):
-            raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
-        check_plain_weights(layers, "pruning")
-        if calibration is not None:
-            check_calibration(source.model, calibration)
-            if refinements.reconstruct_epochs and len(calibration) < 2:
-                raise InputError("reconstruct_epochs needs at least 2 calibration sequences, one of them held out")
-        elif method is None or SOLVERS[method].add is not None:
-            raise InputError(f"method {method} needs a calibration text: pass calibration, from draw_calibration")
-        if refinements != NO_REFINEMENTS and method != "sparsegpt":
-            raise InputError(f"refinements are for method sparsegpt, not for {method}: omit them")
-
-
-class _timed:  # noqa: N801
+@contextmanager
+def _timed(report: BasisReport | OneshotReport) -> Iterator[None]:
     """Adds the time spent inside the context to `report.seconds`."""
-
-    def __init__(self, report: BasisReport | OneshotReport) -> None:
-        self.report = report
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.report.seconds += time.perf_counter() - self.started
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds += time.perf_counter() - started
 
 
 def prune_oneshot_(
     model: PreTrainedModel,
-    method: str,
+    method: str | None,
     *,
     pattern: Pattern | str = "2:4",
     calibration: Tensor | None = None,
     extras: Extras = None,
-    damping: float = 0.01,
-    block_size: int = BLOCK_COLUMNS,
-    basis: BasisOptions = NO_BASIS,
-    refinements: Refinements = NO_REFINEMENTS,
-    seed: int = 0,
-    filter_fn: FilterFn = is_sparse_linear,
-    progress: Progress | None = None,
-    precision: str = "fp32",
+    say: Say = lambda line: None,
+    progress: Progress = lambda done, total: None,
+    **options: Any,
 ) -> OneshotReport:
     """Prunes a model to a pattern in place, without training; by default with the method as published.
 
-    The weights keep their dtype. `castlm.structured.prune.prune_units_` prunes structured patterns, with the methods
-    in `SCORED_BY`; method taylor holds the gradient of every weight that may be pruned.
+    The weights keep their dtype. Structured patterns have solvers of their own, which `pattern.solvers` names; method
+    taylor holds the gradient of every weight that may be pruned.
 
     Args:
-        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; for a structured pattern, a name in `SCORED_BY`.
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; one of a structured pattern's own solvers; or None,
+            which prunes nothing.
         calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none, and uses only
             its first 256 tokens, to measure reconstruction errors.
         extras: for each sequence, the further arguments of the model's forward, such as images.
-        damping: see `Start`, as for `seed`, `filter_fn` and `precision`.
-        block_size: SparseGPT: columns between two full matmuls. It affects only the speed.
-        basis: changes of basis; none by default.
-        refinements: refinements of SparseGPT; none by default. Structured patterns read only `refit_iterations`.
-        progress: called with (finished blocks, all blocks).
+        say, progress: as for `Start.make_`.
+        options: further fields of `Start`: `basis` and `refinements`, both off by default (structured patterns read
+            only `refit_iterations`); `damping`, `filter_fn` and `precision`.
 
     Raises:
         InputError: as `Start.make_`. Blocks before the one that the message names are pruned already.
@@ -385,44 +320,24 @@ def prune_oneshot_(
         >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)  # doctest: +SKIP
     """
-    start = Start(
-        method=method,
-        pattern=parse_pattern(pattern),
-        basis=basis,
-        refinements=refinements,
-        damping=damping,
-        block_columns=block_size,
-        seed=seed,
-        filter_fn=filter_fn,
-        precision=precision,
-    )
-    layers, _ = sparse_linears(model, start.pattern, filter_fn)
-    if method == "magnitude" and calibration is not None and calibration.dim() == 2 and isinstance(start.pattern, NM):
+    start = Start(method=method, pattern=parse_pattern(pattern), **options)
+    layers, _ = sparse_linears(model, start.pattern, start.filter_fn)
+    if method == "magnitude" and calibration is not None and start.pattern.own_solver is None:
         num_sequences = math.ceil(ERROR_TOKENS / calibration.shape[1])
         calibration, extras = calibration[:num_sequences], extras and extras[:num_sequences]
-    return start.make_(MemoryModel(model, layers), calibration, extras, progress=progress or (lambda done, total: None))
+    return start.make_(MemoryModel(model, layers), calibration, extras, say=say, progress=progress)
 
 
 def change_basis_(
-    model: PreTrainedModel,
-    calibration: Tensor,
-    options: BasisOptions | None = None,
-    *,
-    extras: Extras = None,
-    pattern: Pattern | str = "2:4",
-    filter_fn: FilterFn = is_sparse_linear,
-    say: Say = lambda line: None,
-    progress: Progress = lambda done, total: None,
-    precision: str = "fp32",
+    model: PreTrainedModel, calibration: Tensor, basis: BasisOptions | None = None, **options: Any
 ) -> BasisReport:
     """Changes the basis of a dense model in place, without pruning it.
 
     Args:
-        calibration, extras, precision: as for `prune_oneshot_`.
-        options: the changes; None for the defaults of `BasisOptions`.
-        filter_fn: chooses the layers that will be pruned, as for `sparse_linears`; only their errors count.
-        say: called with a line about each kind of change, and about each change that was omitted or undone.
-        progress: called with (finished blocks, all blocks).
+        calibration: as for `prune_oneshot_`.
+        basis: the changes; None for the defaults of `BasisOptions`.
+        options: further arguments of `prune_oneshot_`. `filter_fn` chooses the layers that will be pruned: only their
+            errors count. `say` is called with a line about each change that was made, omitted or undone.
 
     Raises:
         InputError: a family that does not allow the changes; "auto" keeps the basis instead, and reports it.
@@ -431,13 +346,4 @@ def change_basis_(
         >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
         >>> change_basis_(model, tokens, say=print)  # doctest: +SKIP
     """
-    start = Start(
-        method=None,
-        pattern=parse_pattern(pattern),
-        basis=options or BasisOptions(),
-        filter_fn=filter_fn,
-        precision=precision,
-    )
-    layers, _ = sparse_linears(model, start.pattern, filter_fn)
-    report = start.make_(MemoryModel(model, layers), calibration, extras, say=say, progress=progress)
-    return replace(report.basis)
+    return prune_oneshot_(model, None, calibration=calibration, basis=basis or BasisOptions(), **options).basis

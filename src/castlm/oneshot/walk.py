@@ -19,7 +19,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
 from castlm.hardware import autocast
 from castlm.oneshot.folder import HiddenStates, StartFolder
-from castlm.oneshot.source import MemoryModel, StoredModel, layers_by_block
+from castlm.oneshot.source import MemoryModel, StoredModel
 
 # Tokens per forward pass: short sequences are batched, because calls of operators have a cost. On a CPU with 1 MiB of
 # L2, 2,048 are a tenth slower than 1,024 (SmolLM2-135M): tensors between operators no longer fit in the cache.
@@ -35,10 +35,8 @@ class Step(NamedTuple):
     """One transformer block of a walk, in memory, with its inputs from the changed blocks before it."""
 
     index: int
-    inside: dict[str, SparseLayer]
-    """The layers to prune in this block, by name."""
-    inputs: BlockInputs | None
-    """None without calibration text, and after the last block with layers to prune."""
+    inside: dict[str, SparseLayer]  # the layers to prune in this block, by name
+    inputs: BlockInputs | None  # None without calibration text, and after the last block with layers to prune
     dense_outputs: Sequence[Tensor]
     """The outputs of the block in the dense model for each batch; empty unless `follows_dense`."""
 
@@ -66,8 +64,8 @@ def walk(
         results: returns the results of the finished blocks, for the record.
         progress: called with (finished blocks, all blocks).
     """
-    num_blocks = len(source.blocks)
-    of_block = layers_by_block(source.stack, num_blocks, layers)
+    num_blocks, stack = len(source.blocks), source.stack
+    of_block = [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{i}.")} for i in range(num_blocks)]
     last = max(index for index, inside in enumerate(of_block) if inside)
     first = 0 if folder is None else folder.done
     inputs = None
@@ -76,7 +74,9 @@ def walk(
         with nullcontext() if folder is None else folder.writing(), source.entering():
             inputs = BlockInputs(source.model, source.blocks, calibration, states[0], first, extras, precision)
         if follows_dense:
-            inputs.follow_dense(states[1])
+            inputs.dense = states[1]
+            if not len(inputs.dense):  # before the first block, the inputs are the dense model's too
+                inputs.dense.extend(inputs.states)
     for index in range(first):
         assert folder is not None
         source.restore_(index, folder.read_block(index))
@@ -132,10 +132,9 @@ class BlockInputs(Sequence[Tensor]):
 
     Forward passes of the model itself provide them, so that embeddings, masks (which can differ between blocks, as with
     sliding windows) and rotary tables are right. The first pass runs all blocks, and checks that only hidden states
-    pass from block to block; later passes stop at the first block.
-
-    Each sequence with extras, such as images, has its own pass. It runs all blocks if rotary tables depend on the
-    extras (Qwen2-VL), or if the model adds image features to some tokens between blocks (Qwen3-VL).
+    pass from block to block; later passes stop at the first block. A sequence with extras, such as images, has a pass
+    of its own, which runs all blocks if rotary tables depend on the extras (Qwen2-VL), or if the model adds image
+    features to some tokens between blocks (Qwen3-VL).
 
     Args:
         calibration: int64, (num_sequences, seq_len).
@@ -162,7 +161,7 @@ class BlockInputs(Sequence[Tensor]):
         self.blocks, self.index, self.precision = blocks, index, precision
         self.states: MutableSequence[Tensor] = [] if states is None else states
         self.dense: MutableSequence[Tensor] = []
-        """The outputs of the block before the current one in the dense model, after `follow_dense`."""
+        """The outputs of the block before the current one in the dense model; empty if it is not followed."""
         self.num_sequences, self.num_tokens = len(calibration), calibration.numel()
         self.running: int | None = None
         """The batch that is run; None if no outputs are kept of it."""
@@ -196,11 +195,10 @@ class BlockInputs(Sequence[Tensor]):
         return self._passes[batch].calls[self.index]
 
     def keep_outputs(self, layers: Iterable[SparseLayer]) -> None:
-        """Computes the outputs of `layers` in the current block only once more for each batch.
+        """Computes the outputs of `layers`, which do not change any more, only once more for each batch.
 
-        These layers do not change any more, and no layer before them does. Keeps at most `KEPT_BYTES`: layers whose
-        outputs do not fit are computed in every pass, with the same bits. So are all layers in torch's inference mode,
-        whose tensors have no version that would tell of a change.
+        Keeps at most `KEPT_BYTES`: layers whose outputs do not fit are computed in every pass, with the same bits. So
+        are all layers in torch's inference mode, whose tensors have no version that would tell of a change.
         """
         for layer in layers:
             if torch.is_inference_mode_enabled() or layer.weight.is_inference():
@@ -235,12 +233,6 @@ class BlockInputs(Sequence[Tensor]):
             output = self.call(batch).run(self.blocks[self.index], hidden)
         return output.to(hidden.dtype)
 
-    def follow_dense(self, states: MutableSequence[Tensor]) -> None:
-        """Also follows the dense model in `states`, which begin as a copy of the inputs unless they are filled."""
-        self.dense = states
-        if not len(states):
-            states.extend(self.states)
-
     def dense_outputs(self) -> Sequence[Tensor]:
         """The outputs of the current block, still dense, on the dense model's hidden states, which they replace."""
         for batch, hidden in enumerate(self.dense):
@@ -260,11 +252,11 @@ class BlockInputs(Sequence[Tensor]):
 
     def _entering(self, output: Tensor, batch: int) -> Tensor:
         """The input of the current block, given the `output` of the block before it."""
-        added = self._passes[batch].added.get(self.index)
-        if added is None:
+        if self.index not in self._passes[batch].added:
             return output
+        tokens, values = self._passes[batch].added[self.index]
         entering = output.clone()
-        entering[0, added.tokens] += added.values
+        entering[0, tokens] += values
         return entering
 
     def _enter(self, model: PreTrainedModel, ids: Tensor, extras: dict[str, Tensor] | None, keep: bool) -> None:
@@ -273,26 +265,31 @@ class BlockInputs(Sequence[Tensor]):
         first = self._passes[0].calls if self._passes else None
         is_of_another_shape = len(ids) != self._batch_size
 
+        def unfollowed(why: str) -> InputError:
+            return InputError(
+                f"{type(model).__name__} {why}, which pruning block by block cannot follow: use magnitude without "
+                "calibration"
+            )
+
         def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, call = _split_call(args, kwargs)
+            rest = dict(kwargs)
+            hidden = args[0] if args else rest.pop("hidden_states")
+            call = BlockCall(args[1:], rest)
             in_order = index == len(here.calls)
             if in_order and index > 0 and not _same(hidden, output := passed_on.pop()):
-                added = None if extras is None else _added(output, hidden)
-                in_order = added is not None
-                if added is not None:
-                    here.added[index] = added
+                in_order = False
+                if extras is not None:
+                    difference = hidden - output
+                    changed = (difference[0] != 0).any(dim=-1)
+                    in_order = not bool(changed.all())  # images are added to some tokens, a scaling changes all
+                    tokens = changed.nonzero().flatten()
+                    here.added[index] = tokens, difference[0, tokens]
             if not in_order:
-                raise InputError(
-                    f"{type(model).__name__} changes hidden states between its blocks, which pruning block by block "
-                    "cannot follow: use magnitude without calibration"
-                )
+                raise unfollowed("changes hidden states between its blocks")
             if index == 0:
                 is_like_first = first is not None and _same(call, first[0])
                 if not (first is None or is_like_first or is_of_another_shape) and extras is None:
-                    raise InputError(
-                        f"the blocks of {type(model).__name__} take arguments that change with the text, which pruning "
-                        "block by block cannot follow: use magnitude without calibration"
-                    )
+                    raise unfollowed("gives its blocks arguments that change with the text")
                 if keep:
                     self.states.append(hidden)
                 if is_like_first and (not extras or self._adds is False):
@@ -316,7 +313,7 @@ class BlockInputs(Sequence[Tensor]):
         if extras:
             self._adds = bool(here.added)
         if len(here.calls) < len(self.blocks):
-            raise InputError(f"{type(model).__name__} runs only {len(here.calls)} of its {len(self.blocks)} blocks")
+            raise unfollowed(f"runs only {len(here.calls)} of its {len(self.blocks)} blocks")
         is_same = first is not None and _same(here.calls, first)  # then only one copy of the tables is held
         self._passes.append(here._replace(calls=first) if is_same else here)
 
@@ -345,30 +342,13 @@ class _KeptOutputs:
         return output
 
 
-class _Added(NamedTuple):
-    """An addition to the hidden states of one sequence between two blocks."""
-
-    tokens: Tensor
-    """int64, (num_tokens,)."""
-    values: Tensor
-    """(num_tokens, hidden)."""
-
-
 class _Pass(NamedTuple):
-    """A forward pass of a batch: the call of each block, and additions before some blocks, by the block's number."""
+    """A forward pass of a batch."""
 
-    calls: list[BlockCall]
-    added: dict[int, _Added]
-
-
-def _added(output: Tensor, hidden: Tensor) -> _Added | None:
-    """The addition to some tokens of a sequence between two blocks; None if all changed, as by a scaling."""
-    difference = hidden - output
-    changed = (difference[0] != 0).any(dim=-1)
-    if bool(changed.all()):
-        return None
-    tokens = changed.nonzero().flatten()
-    return _Added(tokens, difference[0, tokens])
+    calls: list[BlockCall]  # the call of each block
+    added: dict[int, tuple[Tensor, Tensor]]
+    """Additions to the hidden states of the only sequence before some blocks, by the block's number: tokens int64
+    (num_tokens,) and values (num_tokens, hidden)."""
 
 
 def batch_size(calibration: Tensor, device: torch.device) -> int:
@@ -377,13 +357,6 @@ def batch_size(calibration: Tensor, device: torch.device) -> int:
     pass_tokens = PASS_TOKENS_CPU if device.type == "cpu" else _PASS_TOKENS_ACCELERATOR
     num_passes = math.ceil(num_sequences / max(1, pass_tokens // seq_len))
     return math.ceil(num_sequences / num_passes)
-
-
-def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-    if args:
-        return args[0], BlockCall(args[1:], kwargs)
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), BlockCall((), rest)
 
 
 def _hidden_of(output: Tensor | tuple[Any, ...]) -> Tensor:

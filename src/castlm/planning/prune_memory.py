@@ -20,9 +20,8 @@ from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import sparse_linears, weight_parameter
 from castlm.hardware import resident_memory
 from castlm.models.architecture import auto_class, backbone, linearize_
-from castlm.oneshot.admm import ADMM_ROWS
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.oneshot.solvers import REFIT_ROWS, SOLVERS
+from castlm.oneshot.solvers import ADMM_ROWS, REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import BACKWARD_TOKENS, KEPT_BYTES, PASS_TOKENS_CPU
 from castlm.planning.memory import MemoryPlan, as_config_error, read_config

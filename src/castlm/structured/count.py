@@ -22,9 +22,8 @@ def base_config(
     """The config.json of the model before the cut, and its source in words.
 
     Args:
-        base: the folder of the model before the cut; None takes the sizes recorded in castlm.json.
+        base: the folder of that model; None takes the sizes in castlm.json, at the path `record`.
         config: config.json of the model that is verified.
-        record: the path of its castlm.json.
 
     Raises:
         InputError: neither names the sizes, or the base is another model.
@@ -38,6 +37,7 @@ def base_config(
                 f"pattern {pattern} is counted against the dense model it was cut out of: give --base DENSE"
             )
         return {**config, **sizes}, "the sizes in castlm.json"
+    assert isinstance(pattern, Units)
     file = user_path(base) / "config.json"
     found = read_json_object(file)
     resolved = {**found, **sizes_of(pattern, found)}
@@ -75,11 +75,7 @@ def count_units(report: VerifyReport, config: Mapping[str, Any], base: Mapping[s
 
 
 def _units_in(layers: list[LayerReport], pattern: Units, base: Mapping[str, int]) -> int:
-    """The number of units in the layers of one block.
-
-    Raises:
-        InputError: the layers hold different numbers of units, or a part of one.
-    """
+    """The number of units in the layers of one block; raises `InputError` if they differ, or hold a part of one."""
     shapes = [layer.shape[::-1] if layer.axis == 0 else layer.shape for layer in layers]
     per_row = [1] * len(shapes)
     if isinstance(pattern, Heads):

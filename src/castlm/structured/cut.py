@@ -32,17 +32,13 @@ _PROBE_TOKENS = 64
 class Cut:
     """The record of a cut."""
 
-    before: dict[str, int]
-    """Fields of config.json by name, in the base."""
+    before: dict[str, int]  # fields of config.json by name, in the base
     after: dict[str, int]
-    logits_moved: float
-    """Largest difference of a logit to the masked model, relative to the largest logit."""
+    logits_moved: float  # largest difference of a logit to the masked model, relative to the largest logit
 
 
 def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
-    """Checks before training that the units of `pattern` can be cut out of `model` afterwards.
-
-    Patterns that only set weights to zero always pass.
+    """Checks before training that the units of `pattern` can be cut out of `model` afterwards; n:m always passes.
 
     Raises:
         InputError: a family without a config for the smaller model, a block in which the units stay dense, a share that
@@ -64,11 +60,7 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
 
 
 def _config_after(model: PreTrainedModel, pattern: Units) -> PretrainedConfig:
-    """The config of the model that is cut.
-
-    Raises:
-        InputError: a share that keeps all units or none, or after which transformers refuses the config.
-    """
+    """The config of the model that is cut; raises `InputError` if transformers refuses it, with shares that fit."""
     sizes = sizes_of(pattern, model.config.to_dict())
     after = sizes_after(pattern, sizes)
     config = _with_sizes(model.config, after)
@@ -119,22 +111,9 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
     pattern = pattern.for_model(model)
     assert isinstance(pattern, Units)
     before = sizes_of(pattern, model.config.to_dict())
-    after = sizes_after(pattern, before)
-    config = _config_after(model, pattern)
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced
-        small = AutoModelForCausalLM.from_config(config, dtype=model.dtype)  # type: ignore[no-untyped-call]
+        small = AutoModelForCausalLM.from_config(_config_after(model, pattern), dtype=model.dtype)  # type: ignore[no-untyped-call]
     linearize_(small)
-    small.load_state_dict(_small_state(model, pattern))
-    small = small.to(model.device)
-    small.generation_config = copy.deepcopy(model.generation_config)
-    moved = _logits_moved(model, small)
-    if model.dtype == torch.float32 and not moved <= TOLERANCE:
-        raise InputError(f"cutting {pattern} out moves the logits by {moved:.1g} of the largest: prune the model first")
-    return small, Cut(before, after, moved)
-
-
-def _small_state(model: PreTrainedModel, pattern: Units) -> Mapping[str, Tensor]:
-    """The state dict of `model` without the rows and columns of the units that are zero."""
     layers, _ = sparse_linears(model, pattern)
     state = model.state_dict()
     for names in pattern.unit_layers(layers):
@@ -145,7 +124,14 @@ def _small_state(model: PreTrainedModel, pattern: Units) -> Mapping[str, Tensor]
             state[f"{name}.weight"] = state[f"{name}.weight"][rows][:, columns].clone()
             if f"{name}.bias" in state:
                 state[f"{name}.bias"] = state[f"{name}.bias"][rows].clone()
-    return state
+    small.load_state_dict(state)
+    del state
+    small = small.to(model.device)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    moved = _logits_moved(model, small)
+    if model.dtype == torch.float32 and not moved <= TOLERANCE:
+        raise InputError(f"cutting {pattern} out moves the logits by {moved:.1g} of the largest: prune the model first")
+    return small, Cut(before, sizes_after(pattern, before), moved)
 
 
 def _logits_moved(model: PreTrainedModel, small: PreTrainedModel) -> float:

@@ -1,29 +1,24 @@
 """Patterns that mask whole units: MLP channels or KV groups of attention heads, alone or combined with n:m.
 
-A unit lies in several weights at once: a channel is a row of gate and of up, and a column of down. All units of a
-transformer block are ranked by one number each, and every block keeps the same number of them. Masked units are cut out
-of the model at the end, by `castlm.structured.cut`; biases need no mask for that, because nothing of a unit reaches
+A unit lies in several weights at once: a channel is a row of gate and of up, and a column of down. Masked units are cut
+out of the model at the end, by `castlm.structured.cut`; biases need no mask for that, because nothing of a unit reaches
 the output once its columns of the last weight are zero. A family whose config.json has no field for the smaller size is
-not listed at the end of this file, and cannot be cut.
-
-Importing this module does not import torch, so that commands which only parse a pattern start at once.
+not listed at the end of this file, and cannot be cut. Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-from collections.abc import Mapping
-from typing import Any
 
 _SHARE = re.compile(r"0?\.\d{1,4}")
 SCORED_BY = ("magnitude", "flap", "taylor")
@@ -31,13 +26,11 @@ SCORED_BY = ("magnitude", "flap", "taylor")
 
 
 class Units(Pattern):
-    """Ranks units by one score each and keeps the share `kept` of them, the same number in every block.
+    """Ranks the units of each block by one score each and keeps the share `kept` of them.
 
     With `inner`, the weights of kept units are n:m as well, and layers without units are n:m only. Groups of m are
-    counted in the weights after the cut: in down, m consecutive columns of kept channels.
-
-    Raises:
-        InputError: `kept` is not between 0 and 1.
+    counted in the weights after the cut: in down, m consecutive columns of kept channels. Raises `InputError` if `kept`
+    is not between 0 and 1.
     """
 
     kept: float
@@ -46,6 +39,7 @@ class Units(Pattern):
     zeros_can_return: ClassVar[bool] = False  # in a unit that is zero as a whole, no weight gets a gradient
     solvers: ClassVar[tuple[str, ...]] = SCORED_BY
     calibrated: ClassVar[tuple[str, ...]] = ("flap", "taylor")
+    own_solver: ClassVar[str] = "castlm.structured.prune:UnitSolver"
     kind: ClassVar[str]
     """The name of the units in the text of the pattern, such as `channels`."""
     parts: ClassVar[tuple[tuple[str, ...], ...]]
@@ -67,12 +61,23 @@ class Units(Pattern):
         return self
 
     @abstractmethod
+    def num_units(self, weights: Sequence[Tensor]) -> int:
+        """The number of units in weights that are masked together."""
+
     def sums(self, values: Sequence[Tensor]) -> Tensor:
         """The sum of `values` by unit, (units,); there is one tensor for each weight, of its shape."""
+        *inner, last = values  # heads: (576, 576), (192, 576) twice, (576, 576): 3 KV heads of 64, 3 queries each
+        number = self.num_units(values)
+        total = last.sum(0).view(number, -1).sum(1)
+        for rows in inner:
+            total = total + rows.sum(1).view(number, -1).sum(1)
+        return total
 
-    @abstractmethod
     def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """The masks of the weights that keep the units `kept` (units,), bool."""
+        *inner, last = weights
+        of_rows = [kept.repeat_interleave(rows.shape[0] // len(kept))[:, None].expand_as(rows) for rows in inner]
+        return [*of_rows, kept.repeat_interleave(last.shape[1] // len(kept)).expand_as(last)]
 
     @property
     def multiple(self) -> int:
@@ -96,11 +101,7 @@ class Units(Pattern):
         return number
 
     def best(self, scores: Tensor) -> Tensor:
-        """The units with the highest scores (units,), as a bool mask; of equal ones the earlier are kept.
-
-        Raises:
-            InputError: a score is NaN.
-        """
+        """The units with the highest scores (units,), as a bool mask; of equal ones the earlier are kept."""
         import torch
 
         if scores.isnan().any():
@@ -181,6 +182,7 @@ class Channels(Units):
     inner: NM | None = None
 
     kind: ClassVar[str] = "channels"
+    default_solver: ClassVar[str] = "flap"
     outside: ClassVar[str] = "not of the channels of an MLP"
     parts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("gate_proj", "up_proj", "down_proj"),
@@ -190,10 +192,6 @@ class Channels(Units):
     )
 
     @property
-    def default_solver(self) -> str:
-        return "flap"
-
-    @property
     def counted(self) -> str:
         return "channels and groups" if self.inner else "channels"
 
@@ -201,16 +199,8 @@ class Channels(Units):
     def multiple(self) -> int:
         return self.inner.m if self.inner else 1  # the columns of down are the kept channels
 
-    def sums(self, values: Sequence[Tensor]) -> Tensor:
-        *inner, down = values  # (1536, 576) twice, (576, 1536)
-        total = down.sum(0)
-        for rows in inner:
-            total = total + rows.sum(1)
-        return total
-
-    def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        *inner, down = weights
-        return [*(kept[:, None].expand_as(rows) for rows in inner), kept.expand_as(down)]
+    def num_units(self, weights: Sequence[Tensor]) -> int:
+        return len(weights[0])
 
 
 @dataclass(frozen=True)
@@ -227,6 +217,7 @@ class Heads(Units):
     head_dim: int = field(default=0, compare=False, repr=False)
 
     kind: ClassVar[str] = "heads"
+    default_solver: ClassVar[str] = "taylor"
     outside: ClassVar[str] = "not of the heads of an attention with weights of its own for q, k, v"
     parts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -234,19 +225,11 @@ class Heads(Units):
     )
 
     @property
-    def default_solver(self) -> str:
-        return "taylor"
-
-    @property
     def counted(self) -> str:
         return "KV heads and groups" if self.inner else "KV heads"
 
     def for_model(self, model: nn.Module) -> Heads:
-        """Returns the pattern with the head size of `model`, read from its attention modules.
-
-        Raises:
-            InputError: no attention with weights of its own for q, k and v, or heads of different sizes.
-        """
+        """Returns the pattern with the head size of `model`, read from its attention modules."""
         names = [name for name, _ in model.named_modules()]
         owners = {q.rpartition(".")[0] for q, *_ in self.unit_layers(names)}
         sizes = {getattr(model.get_submodule(owner), "head_dim", None) for owner in owners}
@@ -257,27 +240,13 @@ class Heads(Units):
             )
         return replace(self, head_dim=size)
 
-    def sums(self, values: Sequence[Tensor]) -> Tensor:
+    def num_units(self, weights: Sequence[Tensor]) -> int:
         assert self.head_dim, f"pattern {self} does not know the size of a head: call for_model(model) first"
-        *inner, out = values  # (576, 576), (192, 576) twice, (576, 576): 3 KV heads of 64, each with 3 query heads
-        number = len(values[1]) // self.head_dim  # of KV heads
-        total = out.sum(0).view(number, -1).sum(1)
-        for rows in inner:
-            total = total + rows.sum(1).view(number, -1).sum(1)
-        return total
-
-    def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        *inner, out = weights
-        of_rows = [kept.repeat_interleave(rows.shape[0] // len(kept))[:, None].expand_as(rows) for rows in inner]
-        return [*of_rows, kept.repeat_interleave(out.shape[1] // len(kept)).expand_as(out)]
+        return len(weights[1]) // self.head_dim  # rows of k
 
 
 def parse(text: str) -> Units | None:
-    """The pattern that a text such as "channels:0.5" or "heads:0.5+2:4" describes; None if it has another form.
-
-    Raises:
-        InputError: a number that is out of range.
-    """
+    """The pattern that a text such as "channels:0.5" or "heads:0.5+2:4" describes; None if it has another form."""
     units, plus, groups = text.partition("+")
     kind, _, share = units.partition(":")
     if kind not in ("channels", "heads") or not _SHARE.fullmatch(share):
@@ -287,14 +256,7 @@ def parse(text: str) -> Units | None:
 
 
 def left_of(weight: Tensor, mask: Tensor) -> Tensor:
-    """`weight` (out, in) without the rows and columns that `mask` (out, in) masks entirely.
-
-    Examples:
-        >>> import torch
-        >>> left_of(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, False], [True, False]]))
-        tensor([[1],
-                [3]])
-    """
+    """`weight` (out, in) without the rows and columns that `mask` (out, in) masks entirely."""
     return weight[mask.any(1)][:, mask.any(0)]
 
 
@@ -313,10 +275,8 @@ HEADS = frozenset(_GATED) - {"helium", "olmo", "olmo2", "olmo3", "cohere", "stab
 """The families whose config has a head size of its own, and whose norms do not run across heads."""
 
 
-def check_family(pattern: Pattern, model_type: object) -> None:
+def check_family(pattern: Units, model_type: object) -> None:
     """Raises `InputError` if models of the family have no config without the units that `pattern` cuts out."""
-    if not isinstance(pattern, Units):
-        return
     families = CHANNELS if isinstance(pattern, Channels) else HEADS
     if model_type not in families:
         raise InputError(
@@ -325,7 +285,7 @@ def check_family(pattern: Pattern, model_type: object) -> None:
         )
 
 
-def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, Any]:
+def sizes_of(pattern: Units, config: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes in config.json that the cut of `pattern` changes or fixes, the number of units first.
 
     Raises:
@@ -338,25 +298,21 @@ def sizes_of(pattern: Pattern, config: Mapping[str, Any]) -> dict[str, Any]:
     check_family(pattern, config.get("model_type"))
     if isinstance(pattern, Channels):
         field = CHANNELS[str(config["model_type"])]
-        value = config.get(field)
-        if value is None and field == "n_inner":
-            value = 4 * config.get("n_embd", 0)
-        return {field: value}
+        default = 4 * config.get("n_embd", 0) if field == "n_inner" else None
+        return {field: default if config.get(field) is None else config[field]}
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config.get("hidden_size", 0) // (heads or 1)
     return {"num_key_value_heads": kv_heads, "num_attention_heads": heads, "head_dim": head_dim}
 
 
-def sizes_after(pattern: Pattern, sizes: Mapping[str, int]) -> dict[str, int]:
+def sizes_after(pattern: Units, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes of `sizes_of` in the model that is cut.
 
     Examples:
-        >>> from castlm.structured.pattern import Heads
         >>> sizes_after(Heads(0.5), {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8})
         {'num_key_value_heads': 2, 'num_attention_heads': 4, 'head_dim': 8}
     """
-    assert isinstance(pattern, Units)
     (units, number), *rest = sizes.items()
     kept = pattern.num_kept(number)
     return {units: kept, **{name: n // number * kept if name == "num_attention_heads" else n for name, n in rest}}

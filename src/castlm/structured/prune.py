@@ -13,10 +13,9 @@ the kept columns of the output layer are solved for by least squares on the cali
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,42 +24,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from castlm.core.errors import InputError
-from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.hardware import autocast
-from castlm.models.architecture import eval_mode
-from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.folder import StartFolder
-from castlm.oneshot.inputs import (
-    LayerInput,
-    check_finite_input,
-    check_finite_weight,
-    check_plain_weights,
-    check_reached,
-    see_inputs,
-)
-from castlm.oneshot.options import check_damping
-from castlm.oneshot.report import LayerResult, OneshotReport
+from castlm.oneshot.inputs import check_finite_input, check_finite_weight, check_reached, see_inputs
+from castlm.oneshot.report import LayerResult
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
-from castlm.oneshot.source import MemoryModel, block_stack
+from castlm.oneshot.source import block_stack
 from castlm.oneshot.sparsegpt import sparsegpt
-from castlm.oneshot.walk import BACKWARD_TOKENS, BlockInputs, Extras, walk
-from castlm.structured.pattern import SCORED_BY, Units
+from castlm.oneshot.start import Start
+from castlm.oneshot.walk import BACKWARD_TOKENS, BlockInputs, Extras
+from castlm.structured.pattern import Units
 
 TAYLOR_SEQUENCES = 32
 """Calibration sequences on which the Taylor score computes the gradient of the loss."""
-_BLOCK_COLUMNS = 128  # of SparseGPT
 
 
 @dataclass
 class InputStatistic:
     """Sums over the inputs of a layer: tokens, columns, and products of two columns."""
 
-    gram: Tensor
-    """X^T X, (in, in)."""
-    total: Tensor
-    """The sum of each column, fp64, (in,)."""
+    gram: Tensor  # X^T X, (in, in)
+    total: Tensor  # the sum of each column, fp64, (in,)
     squares: Tensor
     """The sum of squares of each column, fp64, (in,): with a large mean, the variance is a small difference of sums."""
     num_tokens: int = 0
@@ -87,177 +70,66 @@ class UnitAccumulator:
         statistic.num_tokens += len(x)
 
 
-def see_statistics(layers: Mapping[str, nn.Linear], inputs: BlockInputs) -> dict[str, InputStatistic]:
-    """The statistics of the inputs of the current block's `layers`, by name; layers with the same input share one.
+class UnitSolver:
+    """Sets the masked units of a structured pattern to zero, block by block; `castlm.structured.cut` removes them.
 
-    Raises:
-        InputError: a layer that no calibration token reaches, or an input that is not finite.
-    """
-    found: dict[str, InputStatistic] = {}
-    for seen in see_inputs(layers, inputs, UnitAccumulator(), num_sequences=1):  # sums, not means over sequences
-        assert isinstance(seen, LayerInput), "structured patterns leave experts dense"
-        found |= dict.fromkeys(seen.names, seen.statistic)
-    for name in layers:
-        check_finite_input(name, found[name].gram)
-    return found
-
-
-@torch.no_grad()
-def prune_units_(
-    model: PreTrainedModel,
-    score: str,
-    pattern: Pattern,
-    *,
-    calibration: Tensor | None = None,
-    extras: Extras = None,
-    damping: float = 0.01,
-    refit_iterations: int = 0,
-    filter_fn: FilterFn = is_sparse_linear,
-    folder: StartFolder | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    precision: str = "fp32",
-) -> OneshotReport:
-    """Sets the masked units of a structured pattern to zero, in place; `castlm.structured.cut` removes them.
-
-    Combined with n:m, SparseGPT prunes the kept units further, or magnitude if there is no calibration text. The report
-    has the error of each layer on the whole calibration text.
+    Combined with n:m, SparseGPT prunes the kept units further, or magnitude if there is no calibration text. With
+    `refit_iterations` 0 the kept weights stay as they are, as published. Above 0, the kept columns of an output layer
+    are solved for exactly, and it counts the steps of conjugate gradients on n:m weights.
 
     Args:
-        score: a name in `SCORED_BY`.
-        calibration: int64, (num_sequences, seq_len). Without it, only scores that need none work, and nothing is
-            refitted.
-        extras, precision: as for `prune_oneshot_`.
-        damping: share of the mean diagonal of X^T X that is added to the diagonal, for the least squares.
-        refit_iterations: steps of conjugate gradients on n:m weights; 0 leaves the kept weights as they are, as
-            published. Above 0, the kept columns of an output layer are solved for exactly.
-
-    Raises:
-        InputError: an unknown score, a score that needs calibration text without one, a pattern that does not fit,
-            weights that are not finite, or a model that cannot be followed block by block.
+        start: its `method` is a name in `SCORED_BY`, and its `damping` is added for the least squares.
+        layers: all layers to prune, by name.
+        calibration: int64, (num_sequences, seq_len). Without it, nothing is refitted.
+        extras: for each sequence, the further arguments of the model's forward.
     """
-    started = time.perf_counter()
-    pattern = pattern.for_model(model)
-    found, left_dense = sparse_linears(model, pattern, filter_fn)
-    layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}  # experts stay dense
-    if score not in SCORED_BY:
-        raise InputError(f"{score!r} does not rank the units of {pattern}: choose one of {', '.join(SCORED_BY)}")
-    check_damping(damping)
-    check_plain_weights(layers, "pruning")
-    if calibration is not None:
-        check_calibration(model, calibration)
-    elif score in Units.calibrated:
-        raise InputError(f"score {score} needs a calibration text: pass calibration")
-    num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
-    report = OneshotReport(score, str(pattern), num_sequences, seq_len, damping, left_dense=left_dense)
-    with eval_mode(model):
+
+    def __init__(
+        self,
+        start: Start,
+        model: PreTrainedModel,
+        layers: Mapping[str, nn.Linear],
+        calibration: Tensor | None,
+        extras: Extras,
+    ) -> None:
+        pattern = start.pattern.for_model(model)
         assert isinstance(pattern, Units)
-        work = _Pruning(score, pattern, damping, refit_iterations, report)
-        scored = {name: layers[name] for names in work.pattern.unit_layers(layers) for name in names}
-        if score == "taylor" and scored:
+        self.score, self.pattern = start.method, pattern
+        self.damping, self.refit_iterations = start.damping, start.refinements.num_refits(pattern)
+        self.scores: dict[tuple[str, ...], Tensor] = {}
+        """The scores (units,) that were computed before the walk, by the names of the layers."""
+        scored = {name: layers[name] for names in pattern.unit_layers(layers) for name in names}
+        if self.score == "taylor" and scored:
             assert calibration is not None
-            of_taylor = None if extras is None else extras[:TAYLOR_SEQUENCES]
-            work.rank(scored, loss_gradients(model, scored, calibration[:TAYLOR_SEQUENCES], of_taylor, precision))
-        if calibration is None:
-            work.prune_(layers, {})
-        else:
-            if folder is not None and folder.done:
-                report.restore_(folder.results)
-            options: dict[str, Any] = {"extras": extras, "precision": precision, "progress": progress}
-            steps = walk(
-                MemoryModel(model, layers), layers, calibration, folder=folder, results=report.saved, **options
-            )
-            for step in steps:
-                inside = {name: layers[name] for name in step.inside}
-                if inside:
-                    assert step.inputs is not None
-                    work.prune_(inside, see_statistics(inside, step.inputs))
-    report.seconds = time.perf_counter() - started
-    return report
+            text = calibration[:TAYLOR_SEQUENCES], None if extras is None else extras[:TAYLOR_SEQUENCES]
+            gradients = loss_gradients(model, scored, *text, start.precision)
+            for names in pattern.unit_layers(scored):
+                weights = {name: scored[name].weight.float() for name in names}
+                self.scores[names] = self._score(weights, {}, gradients)
 
-
-@torch.enable_grad()
-def loss_gradients(
-    model: PreTrainedModel,
-    layers: Mapping[str, nn.Linear],
-    sequences: Tensor,
-    extras: Extras = None,
-    precision: str = "fp32",
-) -> dict[str, Tensor]:
-    """The gradient of the mean loss over `sequences` (num_sequences, seq_len) for the weight of each layer.
-
-    With `extras`, image tokens do not count in the loss. The gradients of all layers are held at the same time, because
-    they are summed over several passes; activations take more memory and are recomputed block by block.
-    """
-    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    for parameter in before:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
-    size = 1 if extras is not None else max(1, BACKWARD_TOKENS // sequences.shape[1])
-    batches: Any = sequences.to(model.device).split(size)  # type: ignore[no-untyped-call]
-    image_token = getattr(model.config, "image_token_id", -1)
-    _, blocks = block_stack(model, layers)
-    try:
-        with _recomputed(blocks):
-            for ids, beside in zip(batches, extras or [{}] * len(batches), strict=True):
-                labels = ids if extras is None else ids.masked_fill(ids == image_token, -100)
-                given = {name: tensor.to(model.device) for name, tensor in beside.items()}
-                with autocast(model.device, precision):
-                    output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
-                (output.loss * (len(ids) / len(sequences))).backward()
-        found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
-    finally:
-        for parameter, (flag, gradient) in before.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
-    check_reached(weights, found)
-    return found
-
-
-@contextmanager
-def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside the context, the backward pass runs each of `blocks` again instead of keeping its activations."""
-    own = [vars(block).get("forward") for block in blocks]  # some libraries replace the method of the class
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-@dataclass
-class _Pruning:
-    """The state of one pruning while it moves from block to block."""
-
-    score: str
-    pattern: Units
-    damping: float
-    refit_iterations: int
-    report: OneshotReport
-    scores: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    """The scores (units,) that were computed before the walk, by the names of the layers."""
-
-    def rank(self, layers: Mapping[str, nn.Linear], gradients: Mapping[str, Tensor]) -> None:
-        """Scores the units of all `layers` by the gradients of their weights, which can be freed afterwards."""
-        for names in self.pattern.unit_layers(layers):
-            weights = {name: layers[name].weight.float() for name in names}
-            self.scores[names] = self._score(weights, {}, gradients)
-
-    def prune_(self, layers: Mapping[str, nn.Linear], inputs: Mapping[str, InputStatistic]) -> None:
-        """Prunes the units of `layers`; `inputs` holds the statistics of their inputs, or is empty."""
+    def __call__(self, layers: Mapping[str, nn.Linear], inputs: BlockInputs | None) -> list[LayerResult]:
+        """Prunes the units of the current block's `layers`, in place. The errors are on the whole calibration text."""
+        statistics: dict[str, InputStatistic] = {}
+        if inputs is not None:
+            for seen in see_inputs(layers, inputs, UnitAccumulator(), num_sequences=1):  # sums, not means
+                for entry in seen.entries():
+                    statistics |= dict.fromkeys(entry.names, entry.statistic)
+            for name in layers:
+                check_finite_input(name, statistics[name].gram)
+        results = []
         for names in self.pattern.joint_layers(layers):
             dense = {name: layers[name].weight.float().clone() for name in names}
             for name, weight in dense.items():
                 check_finite_weight(name, weight)
-            for name, (new, damping) in self._solved(names, dense, inputs).items():
+            for name, (new, damping) in self._solved(names, dense, statistics).items():
                 layers[name].weight.copy_(new)
-                error = _relative_error(dense[name], new, inputs[name].gram) if name in inputs else None
-                shape, zeros = tuple(new.shape), int((new == 0).sum())
-                self.report.layers.append(LayerResult(name, shape, zeros, error, damping=damping))
+                error = None
+                if name in statistics:  # |X old^T - X new^T|^2 / |X old^T|^2
+                    gram = statistics[name].gram
+                    lost, whole = (row_energies(weight, gram).sum() for weight in (dense[name] - new, dense[name]))
+                    error = float(lost / whole) if whole > 0 else 0.0
+                results.append(LayerResult(name, tuple(new.shape), int((new == 0).sum()), error, damping=damping))
+        return results
 
     def _solved(
         self, names: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
@@ -303,23 +175,71 @@ class _Pruning:
         else:
             gram = statistic.gram[columns][:, columns]
             inner.check_shape(small.shape)
-            new, damping = sparsegpt(small, gram.clone(), inner.n, inner.m, damping, _BLOCK_COLUMNS)
+            new, damping = sparsegpt(small, gram.clone(), inner.n, inner.m, damping)
             if self.refit_iterations:
                 new = refit(new, small, damped(gram, max(self.damping, MIN_DAMPING)), self.refit_iterations)
         return torch.zeros_like(weight).masked_scatter_(mask, new), damping
 
 
+@torch.enable_grad()
+def loss_gradients(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Linear],
+    sequences: Tensor,
+    extras: Extras = None,
+    precision: str = "fp32",
+) -> dict[str, Tensor]:
+    """The gradient of the mean loss over `sequences` (num_sequences, seq_len) for the weight of each layer.
+
+    With `extras`, image tokens do not count in the loss. The gradients of all layers are held at the same time, because
+    they are summed over several passes; activations are recomputed block by block.
+    """
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
+    size = 1 if extras is not None else max(1, BACKWARD_TOKENS // sequences.shape[1])
+    batches: Any = sequences.to(model.device).split(size)  # type: ignore[no-untyped-call]
+    image_token = getattr(model.config, "image_token_id", -1)
+    _, blocks = block_stack(model, layers)
+    try:
+        with _recomputed(blocks):
+            for ids, beside in zip(batches, extras or [{}] * len(batches), strict=True):
+                labels = ids if extras is None else ids.masked_fill(ids == image_token, -100)
+                given = {name: tensor.to(model.device) for name, tensor in beside.items()}
+                with autocast(model.device, precision):
+                    output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
+                (output.loss * (len(ids) / len(sequences))).backward()
+        found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
+    finally:
+        for parameter, (flag, gradient) in before.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+    check_reached(weights, found)
+    return found
+
+
+@contextmanager
+def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the context, the backward pass runs each of `blocks` again instead of keeping its activations."""
+    own = [vars(block).get("forward") for block in blocks]  # some libraries replace the method of the class
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
 def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """New values for the columns `kept` (in,) of `weight` (out, in) that best replace the whole weight.
+    """New values (out, kept columns) for the columns `kept` (in,) of `weight` (out, in) that best replace all of it.
 
-    They minimize |X weight^T - X_kept new^T|^2, with `damping` times the mean diagonal as a ridge around the old
-    columns.
-
-    Args:
-        gram: X^T X, (in, in).
-
-    Returns:
-        (out, kept columns).
+    They minimize |X weight^T - X_kept new^T|^2, where `gram` (in, in) is X^T X, with `damping` times its mean diagonal
+    as a ridge around the old columns.
 
     Examples:
         >>> x = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
@@ -330,9 +250,3 @@ def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) ->
     lost = weight[:, ~kept] @ gram[~kept][:, kept]  # the outputs of the lost columns, seen by the kept ones: (576, 768)
     new: Tensor = weight[:, kept] + torch.linalg.solve(inside, lost.T).T
     return new
-
-
-def _relative_error(old: Tensor, new: Tensor, gram: Tensor) -> float:
-    """|X old^T - X new^T|^2 / |X old^T|^2."""
-    whole = row_energies(old, gram).sum()
-    return float(row_energies(old - new, gram).sum() / whole) if whole > 0 else 0.0
