@@ -97,7 +97,7 @@ def sparse_linears(
             continue
         if isinstance(module, SparseLayer) and filter_fn(module, fqn):
             misfit = pattern.misfit((module.out_features, module.in_features))
-            if module.weight.dim() == 3 and not isinstance(pattern, NM):
+            if isinstance(module, ExpertLinear) and not isinstance(pattern, NM):
                 misfit = "only n:m patterns are defined for experts"
             if misfit:
                 dense[fqn] = misfit
