@@ -138,7 +138,7 @@ def test_a_run_of_three_bits_is_packed_to_what_it_evaluated(fields, llama, text,
     n, m = map(int, str(config.model.pattern).split(":")) if sparse else (0, 0)
     assert bits_of(tmp_path / "run", n=n, m=m) == {"int3"}
     if sparse:
-        assert verify(tmp_path / "run" / "packed").ok
+        assert verify(tmp_path / "run" / "packed", config.model.pattern).ok
     unpack_folder(tmp_path / "run" / "packed", tmp_path / "unpacked")
     held_out = begin_run(config.changed(output_dir=str(tmp_path / "again"))).text.held_out
     plain, packed = (load_model(str(folder)) for folder in (tmp_path / "unpacked", tmp_path / "run" / "packed"))
@@ -200,7 +200,7 @@ def test_what_three_bits_are_not_for(llama, text, tmp_path, capsys):
     command = ["train", "--model", llama, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--weight-bits"]
     assert_refused(
         [
-            ([*command, "5"], "weight_bits"),
+            ([*command, "4"], "weight_bits"),
             ([*command, "3", "--pattern", "channels:0.5"], "channels:0.5"),
         ],
         capsys,

@@ -28,7 +28,7 @@ from castlm.hardware import cpu_name, has_fast_bf16
 from castlm.inference import native
 from castlm.inference.formats import FORMATS, HEADS, PackedSpec
 from castlm.inference.layers import packed_linear
-from castlm.inference.packed import PackedTensor, pack, pack_integers
+from castlm.inference.packed import pack, pack_integers
 from castlm.structured.pattern import sizes_after, sizes_of
 
 Shape = tuple[int, int]
@@ -173,7 +173,6 @@ def num_bytes(option: Option, shapes: Shapes, dtype: str) -> int:
 
 # ---- timing
 
-Multiply = Callable[[Tensor], Tensor]
 Stored = PackedSpec | torch.dtype
 """A weight in the packed format for castlm's kernels, or a dtype for torch."""
 
@@ -182,7 +181,7 @@ Stored = PackedSpec | torch.dtype
 def time_layer(
     stored: Collection[Stored], shape: Shape, rows: Sequence[int], seconds: float
 ) -> dict[int, dict[Stored, float]]:
-    """Times one layer in several formats in turns.
+    """Times one layer in several formats, in turns A B A B; every call uses another copy of the weight.
 
     Args:
         stored: the formats.
@@ -196,56 +195,47 @@ def time_layer(
     share = min(1.0, _MOST_WEIGHTS / math.prod(shape))
     out = max(4, int(shape[0] * share) // 4 * 4) if share < 1 else shape[0]
     weights = {form: _cold_weights(form, (out, shape[1])) for form in stored}
-    return {
-        count: {form: s * shape[0] / out for form, s in _race(weights, torch.randn(count, shape[1]), seconds).items()}
-        for count in rows
-    }
+    least: dict[int, dict[Stored, float]] = {}
+    for num_rows in rows:
+        x, times = torch.randn(num_rows, shape[1]), {form: list[float]() for form in weights}
+        began, number = time.perf_counter(), 0
+        while number < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
+            for form, copies in weights.items():
+                count = max(1, math.ceil(len(copies) / num_rows / 2))  # fewer where the multiplications take longer
+                chosen = [copies[(number * count + i) % len(copies)] for i in range(count)]
+                started = time.perf_counter()
+                for multiply in chosen:
+                    multiply(x)
+                times[form].append((time.perf_counter() - started) / count)
+            number += 1
+        # the first round warms up
+        least[num_rows] = {form: min(found[1:]) * shape[0] / out for form, found in times.items()}
+    return least
 
 
-def _race(weights: Mapping[Stored, list[Multiply]], x: Tensor, seconds: float) -> dict[Stored, float]:
-    """The least seconds of one multiplication by each contestant, in turns A B A B; every call uses another weight
-    copy.
-    """
-    times: dict[Stored, list[float]] = {form: [] for form in weights}
-    began, number = time.perf_counter(), 0
-    while number < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
-        for form, copies in weights.items():
-            count = max(1, math.ceil(len(copies) / len(x) / 2))  # fewer where the multiplications take longer
-            chosen = [copies[(number * count + i) % len(copies)] for i in range(count)]
-            started = time.perf_counter()
-            for multiply in chosen:
-                multiply(x)
-            times[form].append((time.perf_counter() - started) / count)
-        number += 1
-    return {form: min(found[1:]) for form, found in times.items()}  # the first round warms up
-
-
-def _cold_weights(spec: Stored, shape: Shape) -> list[Multiply]:
+def _cold_weights(spec: Stored, shape: Shape) -> list[Callable[[Tensor], Tensor]]:
     """Functions that multiply x (tokens, in) by a random weight: enough copies to fill the caches."""
     rows, columns = shape
     if isinstance(spec, torch.dtype):
         weight = torch.randn(rows, columns).to(spec)
         copies = [weight.clone() for _ in range(max(2, math.ceil(_COLD_BYTES / weight.nbytes)))]
         return [lambda x, weight=one: F.linear(x.to(weight.dtype), weight) for one in copies]  # type: ignore[misc]
-    packed = _random_packed(rows, columns, spec.n, spec.m, spec.values)
+    weight, form = torch.randn(rows, columns), FORMATS[spec.values]
+    mask = nm_mask(weight, spec.n, spec.m) if spec.m else None
+    if mask is not None:
+        weight.masked_fill_(~mask, 0)
+    if form.rounds:
+        scales = torch.ones(rows, form.num_scales(columns))
+        codes = weight.clamp(-1, 1).mul(form.largest).round().to(torch.int8)
+        packed = pack_integers(codes, scales, spec.values, spec.n, spec.m, mask)
+    else:
+        packed = pack(weight.to(FLOATS[spec.values]), spec.n, spec.m)
     size = native.packed_bytes(spec.values, spec.n, spec.m, rows, columns)
     step = -(-size // 64) * 64  # aligned as in a model
     buffers = native.allocate(step * max(2, math.ceil(_COLD_BYTES / step))).view(-1, step)[:, :size]
     packed.repack_(buffers[0])
     buffers[1:] = buffers[0]
     return [lambda x, buffer=one: packed_linear(x, buffer, rows) for one in buffers]  # type: ignore[misc]
-
-
-def _random_packed(rows: int, columns: int, n: int, m: int, values: str) -> PackedTensor:
-    weight, form = torch.randn(rows, columns), FORMATS[values]
-    mask = nm_mask(weight, n, m) if m else None
-    if mask is not None:
-        weight.masked_fill_(~mask, 0)
-    if form.rounds:
-        scales = torch.ones(rows, form.num_scales(columns))
-        codes = weight.clamp(-1, 1).mul(form.largest).round().to(torch.int8)
-        return pack_integers(codes, scales, values, n, m, mask)
-    return pack(weight.to(FLOATS[values]), n, m)
 
 
 # ---- the ranking
@@ -321,10 +311,15 @@ class Ranking:
         )
         if not any(row.option.is_sparse for row in self.rows):
             return f"{text}."
-        sparse = self.best(True, first)
+        sparse, known = self.best(True, first), self.quality.sparse
+        quality = "but at equal bytes dense int4 has the lower perplexity after a short recovery"
+        if known is not None:
+            dense_one = self.quality.dense
+            against = "" if dense_one is None else f", against {dense_one:.2f} of the dense model"
+            quality = f"with a perplexity of {known:.2f} before rounding{against}"
         text += (
             f"; {sparse.option.name} is {self.speedup(sparse, first):.2f} times as fast and takes "
-            f"{sparse.num_bytes / 1e6:,.0f} MB, {self._quality_in_words}."
+            f"{sparse.num_bytes / 1e6:,.0f} MB, {quality}."
         )
         gains = []
         for workload in many:
@@ -335,19 +330,10 @@ class Ranking:
         if not gains:
             return text
         pays = any(ratio >= NOTICEABLE for ratio, _ in gains)
-        known = self.quality.sparse
         enough = "its perplexity" if known is None else f"a perplexity of {known:.2f}"
         use = f"use it if they dominate the cost and {enough} is good enough" if pays else "it does not pay for them"
         found = " and ".join(words for _, words in gains)
         return f"{text} {found[0].upper()}{found[1:]}: {use}."
-
-    @property
-    def _quality_in_words(self) -> str:
-        dense, sparse = self.quality.dense, self.quality.sparse
-        if sparse is None:
-            return "but at equal bytes dense int4 has the lower perplexity after a short recovery"
-        against = "" if dense is None else f", against {dense:.2f} of the dense model"
-        return f"with a perplexity of {sparse:.2f} before rounding{against}"
 
     def as_dict(self) -> dict[str, Any]:
         """The ranking as plain JSON."""
@@ -414,7 +400,11 @@ def rank(
     for done, (shape, count, is_head) in enumerate(parts, 1):
         rows = {name: 1 if is_head and name.startswith("prompt") else number for name, number in workloads.items()}
         # By what is timed, so that a layer that several options multiply alike is timed once.
-        timed = {o: FLOATS[o.values] if o.by_torch else _runs_as(o.spec(shape, is_head)) for o in compared}
+        specs = {o: o.spec(shape, is_head) for o in compared}
+        timed = {
+            o: FLOATS[o.values] if o.by_torch else replace(spec, values=FORMATS[spec.values].runs_as)
+            for o, spec in specs.items()
+        }
         distinct = sorted(set(rows.values()))
         found = time_layer(set(timed.values()), shape, distinct, seconds / len(parts) / len(distinct))
         for option in compared:
@@ -427,21 +417,14 @@ def rank(
         for option in compared
     ]
     first = next(iter(workloads))
-    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), _notes(shapes), quality)
-
-
-def _runs_as(spec: PackedSpec) -> PackedSpec:
-    return replace(spec, values=FORMATS[spec.values].runs_as)
-
-
-def _notes(shapes: Shapes) -> list[str]:
-    return [
+    notes = [
         *untimed_note(shapes.num_untimed),
         "int3 runs on the kernels of int4 and takes its memory, and needs training: castlm train --weight-bits 3.",
         f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
         "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
     ]
+    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), notes, quality)
 
 
 def untimed_note(num_weights: int) -> list[str]:

@@ -14,14 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    Cache,
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from torch import Tensor
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -110,15 +104,6 @@ def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int, streamer: BaseS
     )
 
 
-def _samples_one_token(model: PreTrainedModel, options: dict[str, Any]) -> bool:
-    config = copy.deepcopy(model.generation_config)
-    config.update(**options)
-    mode = config.get_generation_mode()
-    # stop strings need the tokenizer, which transformers does not pass on
-    is_one = config.num_return_sequences in (None, 1) and not config.return_dict_in_generate
-    return is_one and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and not config.stop_strings
-
-
 def _why_not(model: Any, options: dict[str, Any]) -> str | None:
     """Why `decode` cannot run a model; None if it can."""
     if native.kernels() is None:
@@ -130,7 +115,12 @@ def _why_not(model: Any, options: dict[str, Any]) -> str | None:
     packed += [layer.mlp.get_submodule(name) for layer in inner.layers for name in _MLP]
     kinds = {*(getattr(config, "layer_types", None) or ())} - _ATTENTION_KINDS
     rope = getattr(inner.rotary_emb, "rope_type", None)
-    parameters = [*model.parameters()]
+    parameters, modules = [*model.parameters()], [*model.modules()]
+    epsilons = {module.variance_epsilon for module in modules if hasattr(module, "variance_epsilon")}
+    wanted = copy.deepcopy(model.generation_config)
+    wanted.update(**options)
+    is_one = wanted.num_return_sequences in (None, 1) and not wanted.return_dict_in_generate
+    is_one &= wanted.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     holds = {
         "some layers are not packed": all(isinstance(layer, PackedLinear) for layer in (*packed, model.lm_head))
         and isinstance(inner.embed_tokens, PackedEmbedding),
@@ -140,17 +130,12 @@ def _why_not(model: Any, options: dict[str, Any]) -> str | None:
         "the parameters are not all in fp32 on a CPU": inner.embed_tokens.weight.dtype == torch.float32
         and all(parameter.dtype == torch.float32 for parameter in parameters)
         and all(tensor.device.type == "cpu" for tensor in (*model.buffers(), *parameters)),
-        "the norms have several epsilons": len(_epsilons(model)) == 1,
-        "some modules have forward hooks": not any(
-            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
-        ),
-        "it takes one sequence, greedy or sampled, without stop strings": _samples_one_token(model, options),
+        "the norms have several epsilons": len(epsilons) == 1,
+        "some modules have forward hooks": not any(m._forward_hooks or m._forward_pre_hooks for m in modules),
+        # stop strings need the tokenizer, which transformers does not pass on
+        "it takes one sequence, greedy or sampled, without stop strings": is_one and not wanted.stop_strings,
     }
     return next((reason for reason, is_fine in holds.items() if not is_fine), None)
-
-
-def _epsilons(model: nn.Module) -> set[float]:
-    return {module.variance_epsilon for module in model.modules() if hasattr(module, "variance_epsilon")}
 
 
 class _Weight(ctypes.Structure):
@@ -249,10 +234,10 @@ def step_together(states: Sequence[DecoderState], tokens: Tensor) -> Tensor:
     """
     model = states[0].model
     logits = torch.empty(len(states), model.lm_head.out_features, **_HOST)
-    addresses, positions = [ctypes.addressof(state._of) for state in states], [state.length for state in states]
     embeddings = model.model.embed_tokens(tokens).contiguous()
     assert all(state.length < state._of.capacity for state in states)
-    native.decode(addresses, positions, embeddings, logits)
+    addresses = [ctypes.addressof(state._of) for state in states]
+    native.decode(addresses, [state.length for state in states], embeddings, logits)
     for state in states:
         state.length += 1
     return logits
@@ -271,9 +256,8 @@ def decode(
     by `generate`.
     """
     mask = inputs.get("attention_mask")
-    is_padded = mask is not None and not bool(mask.all())
     assert input_ids.shape[0] == 1
-    assert not is_padded
+    assert mask is None or bool(mask.all()), "the sequence is padded"
     assert inputs.get("inputs_embeds") is None
     output = model(input_ids, use_cache=True, logits_to_keep=1)
     cache = next(value for value in output.values() if isinstance(value, Cache))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
@@ -19,15 +19,10 @@ from castlm.models.io import load_weights, open_model, unpack_on_load_
 
 @dataclass(frozen=True)
 class Generated:
-    """A generated text and its times.
-
-    Attributes:
-        text: the continuation, without special tokens.
-        prompt_tokens, new_tokens: numbers of tokens.
-        prompt_seconds, tokens_per_second: those of `TokenTimes`.
-    """
+    """A generated text, the numbers of its tokens, and its times as in `TokenTimes`."""
 
     text: str
+    """The continuation, without special tokens."""
     prompt_tokens: int
     new_tokens: int
     prompt_seconds: float
@@ -49,31 +44,25 @@ def load_to_generate(
         name: a folder, plain or packed, a hub id, a .gguf file or "demo".
         device: as for `castlm.hardware.choose_device`. The packed kernels are for a CPU: on a GPU a packed model is
             unpacked to dense layers.
-        as_stored: keep the stored dtype; otherwise it is that of `dtype_to_run`.
-        say: as for `dtype_to_run`; also called with a line if a packed model is unpacked.
+        as_stored: keep the stored dtype; otherwise plain weights of 16 bits run in fp32 on a CPU that multiplies it
+            many times faster.
+        say: called with a line if weights run in another dtype, or if a packed model is unpacked.
 
     Raises:
         InputError: as `castlm.models.io.open_model`, damaged packed files, or weights that `load_weights` refuses.
     """
     device = choose_device(device)
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
-    dtype = "auto" if as_stored else dtype_to_run(config, say)
+    is_plain = getattr(config, "quantization_config", None) is None
+    is_slow = is_plain and config.dtype in (torch.bfloat16, torch.float16)
+    dtype = "auto"
+    if is_slow and not (as_stored or torch.cuda.is_available() or has_fast_bf16()):
+        say("this CPU has no bf16 units: plain weights of 16 bits run in fp32 (an n:m model is faster packed)")
+        dtype = "float32"
     if device == "cuda" and unpack_on_load_(config):
         say("the packed kernels are for a CPU: on this GPU the model runs unpacked, at dense speed")
     model = load_weights(where, config, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     return model.eval().to(device), tokenizer  # a `device_map` would need accelerate
-
-
-def dtype_to_run(config: PretrainedConfig, say: Callable[[str], None]) -> str:
-    """The `dtype` for `from_pretrained`: "auto", the stored one, except that plain 16-bit weights run in "float32" on a
-    CPU that multiplies it many times faster, which a line to `say` reports.
-    """
-    is_narrow = config.dtype in (torch.bfloat16, torch.float16)
-    is_plain = getattr(config, "quantization_config", None) is None
-    if not (is_narrow and is_plain) or torch.cuda.is_available() or has_fast_bf16():
-        return "auto"
-    say("this CPU has no bf16 units: plain weights of 16 bits run in fp32 (an n:m model is faster packed)")
-    return "float32"
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:

@@ -58,7 +58,12 @@ def _packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
         most = native.rows_at_a_time(packed)
         if num_rows > most:
             rows = x.reshape(num_rows, -1)
-            out = _in_parts(rows, packed, out_features, most) if most else multiply_by_gemm(rows, packed, out_features)
+            if most:  # `most` rows at a time bound the kernels' scratch memory
+                out = x.new_empty(num_rows, out_features)
+                for part, of_part in zip(rows.split(most), out.split(most)):
+                    of_part.copy_(_by_kernels(part, packed, out_features))
+            else:
+                out = multiply_by_gemm(rows, packed, out_features)
             return out.view(*x.shape[:-1], out_features)
     return _by_kernels(x, packed, out_features)
 
@@ -67,14 +72,6 @@ def _by_kernels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     if x.dtype not in _KERNEL_DTYPES:
         return native.multiply(x.float().contiguous(), packed, out_features).to(x.dtype)
     return native.multiply(x.contiguous(), packed, out_features)
-
-
-def _in_parts(x: Tensor, packed: Tensor, out_features: int, most: int) -> Tensor:
-    """Multiplies at most `most` rows of x (rows, in) at a time, which bounds the kernels' scratch memory."""
-    out = x.new_empty(len(x), out_features)
-    for rows, part in zip(x.split(most), out.split(most)):
-        part.copy_(_by_kernels(rows, packed, out_features))
-    return out
 
 
 def multiply_by_gemm(x: Tensor, packed: Tensor, out_features: int) -> Tensor:

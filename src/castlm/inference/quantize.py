@@ -162,27 +162,19 @@ def _walk(
         inside = step.inside
         for seen in see_inputs(inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)) if inside else ():
             weights = {k: v for name in seen.names for k, v in matrices(name, inside[name]).items()}
-            for entry in seen.entries():
-                chosen = {name: weights[name] for name in entry.names}
-                _round_together(chosen, entry.statistic, entry.sample, damping, report)
+            for entry in seen.entries():  # layers with the same input are rounded together, all rows at once
+                names = ", ".join(entry.names)
+                check_finite_input(names, entry.statistic)
+                whole_hessian(entry.statistic)  # only its upper half was filled
+                together = torch.cat([weights[name].float() for name in entry.names])
+                with naming(names):
+                    rounded = round_in_groups(together, entry.statistic, damping, kind=report.kind)
+                for name, part in zip(entry.names, rounded.split([len(weights[name]) for name in entry.names])):
+                    old, new = _write(weights[name], part)
+                    report.layers[name] = part.cpu()
+                    report.errors[name] = relative_error(entry.sample @ (new - old).T, entry.sample @ old.T)
             if seen.num_few:
                 report.few_experts |= dict.fromkeys(seen.names, seen.num_few)
-
-
-def _round_together(
-    weights: dict[str, Tensor], hessian: Tensor, sample: Tensor, damping: float, report: QuantizeReport
-) -> None:
-    """Rounds layers with the same input together, all rows at once. Only the upper half of the Hessian is filled."""
-    names = ", ".join(weights)
-    check_finite_input(names, hessian)
-    whole_hessian(hessian)
-    together = torch.cat([weight.float() for weight in weights.values()])
-    with naming(names):
-        rounded = round_in_groups(together, hessian, damping, kind=report.kind)
-    for (name, weight), part in zip(weights.items(), rounded.split([len(weight) for weight in weights.values()])):
-        old, new = _write(weight, part)
-        report.layers[name] = part.cpu()
-        report.errors[name] = relative_error(sample @ (new - old).T, sample @ old.T)
 
 
 def _write(weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,15 +63,6 @@ class Choice:
     """Why the layer is dense without a race, or the sparse variants that failed, with their errors."""
 
 
-class Race(NamedTuple):
-    """The timing that decides for a shape."""
-
-    seconds: Mapping[str, float]
-    """Seconds by variant that runs."""
-    failed: str
-    """The error of each variant that fails."""
-
-
 @torch.no_grad()
 def to_semi_structured_(
     model: nn.Module,
@@ -110,78 +101,72 @@ def to_semi_structured_(
     layers = {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
     if backend is None and layers:
         backend = Cusparselt(next(iter(layers.values())).weight.device)
-    raced: dict[tuple[object, ...], Race] = {}
+    raced: dict[tuple[object, ...], tuple[dict[str, float], str]] = {}
     choices = []
     for done, (name, layer) in enumerate(layers.items(), 1):
-        choice = _choose(name, layer, tokens, backend, raced)
-        if choice.variant != "dense":
-            choice = _replace(model, choice, layer, tokens, backend)
-        choices.append(choice)
+        choices.append(_convert(model, name, layer, tokens, backend, raced))
         if progress is not None:
             progress(done, len(layers))
     return choices
 
 
-def _choose(
-    name: str, layer: nn.Linear, tokens: int, backend: Backend, raced: dict[tuple[object, ...], Race]
+def _convert(
+    model: nn.Module,
+    name: str,
+    layer: nn.Linear,
+    tokens: int,
+    backend: Backend,
+    raced: dict[tuple[object, ...], tuple[dict[str, float], str]],
 ) -> Choice:
-    """Races the first layer of each shape; the others use its result."""
-    shape = (layer.out_features, layer.in_features)
+    """Races the first layer of each shape, whose result serves the others, and replaces the layer if 2:4 has won and
+    its output agrees with the dense one's.
+    """
+    shape, weight = (layer.out_features, layer.in_features), layer.weight
     reason = backend.why_not(layer)
-    if reason is None and not is_nm_sparse(layer.weight, 2, 4):
+    if reason is None and not is_nm_sparse(weight, 2, 4):
         reason = "its weight is not 2:4"
     if reason is not None:
         return Choice(name, shape, "dense", {}, reason)
-    key = (*shape, layer.bias is None, layer.weight.dtype)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(tokens, layer.in_features, device=weight.device, dtype=weight.dtype, generator=generator)
+    key = (*shape, layer.bias is None, weight.dtype)
     if key not in raced:
-        raced[key] = race_variants(layer, _input_for(layer, tokens), backend)
+        raced[key] = race_variants(layer, x, backend)
     seconds, failed = raced[key]
     fastest = min(seconds, key=seconds.__getitem__)
-    variant = fastest if seconds[fastest] <= MARGIN * seconds["dense"] else "dense"
-    return Choice(name, shape, variant, seconds, failed)
+    if fastest == "dense" or seconds[fastest] > MARGIN * seconds["dense"]:
+        return Choice(name, shape, "dense", seconds, failed)
+    sparse = backend.convert(layer, fastest)
+    expected, found = layer(x).float(), sparse(x).float()
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    if not error <= TOLERANCE:
+        reason = f"{fastest} computes something else (relative error {error:.2g})"
+        return Choice(name, shape, "dense", seconds, reason)
+    model.set_submodule(name, sparse)
+    return Choice(name, shape, fastest, seconds, failed)
 
 
-def race_variants(layer: nn.Linear, x: Tensor, backend: Backend) -> Race:
-    """Times the layer and each sparse variant of it that runs on `x`: a library may fail on a shape at run time."""
+def race_variants(layer: nn.Linear, x: Tensor, backend: Backend) -> tuple[dict[str, float], str]:
+    """Times the layer and each sparse variant of it that runs on `x`: a library may fail on a shape at run time.
+
+    Returns:
+        Seconds by variant, and the errors of those that fail, in words.
+    """
     modules: dict[str, nn.Module] = {"dense": layer}
     failed = []
     try:
         variants = backend.variants(layer, x)
     except RuntimeError as error:  # of the library's search
-        variants, failed = [], [f"2:4 failed: {_first_line(error)}"]
+        variants, failed = [], ["2:4 failed: " + str(error).partition("\n")[0]]
     for variant in variants:
         try:
             sparse = backend.convert(layer, variant)
             sparse(x)
         except RuntimeError as error:
-            failed.append(f"{variant} failed: {_first_line(error)}")
+            failed.append(f"{variant} failed: " + str(error).partition("\n")[0])
         else:
             modules[variant] = sparse
-    return Race(backend.race(modules, x), "; ".join(failed))
-
-
-def _first_line(error: RuntimeError) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _replace(model: nn.Module, choice: Choice, layer: nn.Linear, tokens: int, backend: Backend) -> Choice:
-    """Puts the sparse layer into the model if its output agrees with the dense one's."""
-    sparse, x = backend.convert(layer, choice.variant), _input_for(layer, tokens)
-    expected, found = layer(x).float(), sparse(x).float()
-    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    if not error <= TOLERANCE:
-        reason = f"{choice.variant} computes something else (relative error {error:.2g})"
-        return Choice(choice.name, choice.shape, "dense", choice.seconds, reason)
-    model.set_submodule(choice.name, sparse)
-    return choice
-
-
-def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
-    """Random input rows for `layer`, the same in every call."""
-    generator = torch.Generator(layer.weight.device).manual_seed(0)
-    return torch.randn(
-        tokens, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype, generator=generator
-    )
+    return backend.race(modules, x), "; ".join(failed)
 
 
 class Cusparselt:
@@ -301,7 +286,7 @@ class GpuTimer:
             x = torch.randn(tokens, shape[1], device=self._device, dtype=self._dtype)
             if shape[1] % 4 == 0 and self._backend.why_not(layer) is None:
                 layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
-                self._found[shape, tokens] = race_variants(layer, x, self._backend).seconds
+                self._found[shape, tokens] = race_variants(layer, x, self._backend)[0]
             else:
                 self._found[shape, tokens] = self._backend.race({"dense": layer}, x)
         found = self._found[shape, tokens]

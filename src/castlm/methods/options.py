@@ -74,7 +74,7 @@ class MethodOptions(Bounded):
         yield "srste_lam", self.srste_lam >= 0, "at least 0"
         yield "mask_interval", self.mask_interval >= 1, "at least 1"
         yield "scale_groups", self.scale_groups >= 0, "at least 0"
-        yield "weight_bits", self.weight_bits in (0, 3, 4), "3, or 0 for no rounding"
+        yield "weight_bits", self.weight_bits in (0, 3), "3, or 0 for no rounding"
 
     @property
     def row(self) -> Method:
