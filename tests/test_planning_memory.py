@@ -99,7 +99,7 @@ def test_rounded_weights_are_kept_for_backward_and_scales_are_parameters():
     for scale_groups, copies in ((0, 1), (2, 2)):  # rounding W * A needs the product in its own backward pass
         saved = trace(llama(), replace(RUN, scale_groups=scale_groups, weight_bits=3), sharded=False)
         assert copies * 4 * of_layers <= saved.block_weights < 1.1 * copies * 4 * of_layers
-    plain, rounded = (memory._sizes(llama(), replace(RUN, scale_groups=0, weight_bits=bits)) for bits in (0, 3))
+    plain, rounded = (memory._sizes(llama(), replace(RUN, scale_groups=0, weight_bits=bits)) for bits in (None, 3))
     assert rounded.total - plain.total == plain.num_layers * (4 * 64 + 2 * 176 + 3 * 64)  # 176 columns are 3 groups
 
 

@@ -127,6 +127,8 @@ def test_both_folders_are_verified_and_the_packed_one_unpacks_to_the_plain_one(k
         assert verify(tmp_path / name).ok
     before, after = verify(sparse), verify(tmp_path / "plain")
     assert all(new.num_zeros >= old.num_zeros for old, new in zip(before.layers, after.layers))
+    packed = {layer.name: layer.num_zeros for layer in verify(tmp_path / "packed").sparse_layers}
+    assert packed == {layer.name: layer.num_zeros for layer in after.sparse_layers}
     record = record_of(tmp_path / "plain")
     assert (record["quantized"]["kind"], record["pattern"], record["method"]) == (kind, "2:4", "magnitude")
     assert record["quantized"]["layers"] == len(before.sparse_layers)

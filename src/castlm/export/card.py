@@ -59,6 +59,8 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     config = manifest.get("config") or {}
     if config.get("teacher"):
         made += f", distilled from {_reference(config['teacher'])}"
+    if rounded := manifest.get("rounded"):
+        made += f", trained with {rounded['kind']} weights ({rounded['bits_per_weight']:.2f} bits each, packed)"
     kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
     verdict = manifest.get("verdict") or {}
     figures = list(manifest.get("figures") or [])

@@ -318,14 +318,15 @@ def _spec(entry: Mapping[str, Any]) -> PackedSpec:
     n, m = (int(number) for number in entry["pattern"].split(":")) if entry["pattern"] is not None else (0, 0)
     values, transposed = entry["values"], entry["transposed"]
     experts = entry.get("experts", 0)
-    numbers = (rows, columns, n, m, experts)
-    if not (all(type(number) is int for number in numbers) and type(transposed) is bool and values in PACKABLE):
-        raise ValueError
-    if not (0 < rows <= _MOST_COLUMNS and 0 < columns <= _MOST_COLUMNS):
-        raise ValueError
-    if (m and (not 1 <= n < m or columns % m)) or (not m and n):
-        raise ValueError
-    if experts < 0 or (experts and rows % experts):
+    is_typed = all(type(number) is int for number in (rows, columns, n, m, experts)) and type(transposed) is bool
+    if not (
+        is_typed
+        and values in PACKABLE
+        and 0 < rows <= _MOST_COLUMNS
+        and 0 < columns <= _MOST_COLUMNS
+        and (1 <= n < m and columns % m == 0 if m else n == 0)
+        and (experts == 0 or (experts > 0 and rows % experts == 0))
+    ):
         raise ValueError
     return PackedSpec(rows, columns, n, m, values, transposed, experts)
 

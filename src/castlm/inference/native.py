@@ -78,14 +78,10 @@ def is_intel() -> bool:
     return bool(built().castlm_is_intel())
 
 
-def levels() -> tuple[str, ...]:
+def levels(library: ctypes.CDLL | None = None) -> tuple[str, ...]:
     """The levels that this processor supports, the fastest last; empty if the kernels were not built."""
-    library = kernels()
-    return () if library is None else _levels(library)
-
-
-def _levels(library: ctypes.CDLL) -> tuple[str, ...]:
-    return tuple(level for number, level in enumerate(LEVELS) if library.castlm_runs(number))
+    library = library or kernels()
+    return tuple(level for number, level in enumerate(LEVELS) if library is not None and library.castlm_runs(number))
 
 
 def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
@@ -98,7 +94,7 @@ def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
     """
     library = library or built()
     if name not in LEVELS or library.castlm_set_level(LEVELS.index(name)):
-        raise InputError(f"there are no kernels of {name!r} here: choose one of {', '.join(_levels(library))}")
+        raise InputError(f"there are no kernels of {name!r} here: choose one of {', '.join(levels(library))}")
 
 
 def built() -> ctypes.CDLL:

@@ -61,9 +61,9 @@ class MethodOptions(Bounded):
     scale_groups: int = 2
     """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
 
-    weight_bits: int = 0
+    weight_bits: int | None = None
     """3 trains with weights of 3 bits and a trained scale for each row and 64 columns; castlm pack stores them as int3.
-    0 rounds nothing."""
+    By default, weights are not rounded."""
 
     ignore_decay_budget: bool = False
     """Run even if the decay budget says that masked weights cannot reach zero."""
@@ -74,7 +74,7 @@ class MethodOptions(Bounded):
         yield "srste_lam", self.srste_lam >= 0, "at least 0"
         yield "mask_interval", self.mask_interval >= 1, "at least 1"
         yield "scale_groups", self.scale_groups >= 0, "at least 0"
-        yield "weight_bits", self.weight_bits in (0, 3), "3, or 0 for no rounding"
+        yield "weight_bits", self.weight_bits in (None, 3), "3, or left out"
 
     @property
     def row(self) -> Method:

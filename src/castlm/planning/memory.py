@@ -72,7 +72,7 @@ class Settings:
     """Sequences of a forward pass, on each rank."""
     pattern: Pattern = field(default=NM(2, 4))
     scale_groups: int = 2
-    weight_bits: int = 0
+    weight_bits: int | None = None
     accumulates: bool = False
     """Whether a step has several micro-steps, so that gradients are there throughout."""
     checkpointing: bool = False
@@ -98,7 +98,7 @@ class Settings:
     @property
     def makes_weights(self) -> bool:
         """Whether the forward pass computes with other tensors than the parameters."""
-        return self.scale_groups > 0 or self.weight_bits > 0
+        return self.scale_groups > 0 or self.weight_bits is not None
 
 
 class Saved(NamedTuple):
@@ -339,7 +339,7 @@ def plan_memory(
     """
     config = read_config(config)
     sizes = _sizes(config, run)
-    tutor = sizes if teacher is None else _sizes(read_config(teacher), replace(run, scale_groups=0, weight_bits=0))
+    tutor = sizes if teacher is None else _sizes(read_config(teacher), replace(run, scale_groups=0, weight_bits=None))
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded, sizes.kinds) for sharded in sharded_or_not}
 

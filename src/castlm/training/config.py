@@ -169,7 +169,7 @@ class TrainConfig:
             object.__setattr__(self, "method", dataclasses.replace(method, decay_end=decay_end))
         if self.teacher.hidden_weight is None:
             reads_dense = self.teacher.teacher is None and self.teacher.teacher_cache is None
-            changes = method.row.is_sparse or method.weight_bits > 0
+            changes = method.row.is_sparse or method.weight_bits is not None
             compares = self.teacher.eta > 0 and reads_dense and changes and not self.is_finetuning
             weight = HIDDEN_WEIGHT if compares else 0.0
             object.__setattr__(self, "teacher", dataclasses.replace(self.teacher, hidden_weight=weight))

@@ -141,11 +141,11 @@ def masked_shares(masks: Mapping[Tensor, Tensor], world: World) -> list[float]:
     return [masked / whole if whole else 0.0 for masked, whole in found]
 
 
-def rounding_record(model: nn.Module, bits: int, sparse: Collection[str], pattern: Pattern) -> dict[str, Any]:
+def rounding_record(model: nn.Module, bits: int | None, sparse: Collection[str], pattern: Pattern) -> dict[str, Any]:
     """The format of the layers with trained rounding, their number, and the bits of a weight with mask and scales.
 
     Args:
-        bits: of a code; 0 gives an empty record.
+        bits: of a code; None gives an empty record.
         sparse: the names of the n:m layers.
     """
     kind, total, stored, layers = f"int{bits}", 0, 0, list(rounded_layers(model))
