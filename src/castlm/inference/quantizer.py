@@ -108,16 +108,17 @@ class CastlmQuantizer(HfQuantizer):
         _refuse_missing_weights(model)
         placed = replace_experts_(model, specs)
         for name, spec in specs.items():
-            if name not in placed and not _is_left_out(model, name):
+            is_left_out = (  # the head of a model that is loaded without one, as by `AutoModel`
+                not in_block(name) and model.get_output_embeddings() is None and _path_in(model, name) is None
+            )
+            if name not in placed and not is_left_out:
                 placed[name] = self._replace(model, name, spec)
-        if not self.unpacks:
-            _keep_table_dtypes(model, checkpoint_files or [])
-            self._read_later(model, checkpoint_files or [], placed)
-
-    def _read_later(self, model: PreTrainedModel, files: list[str], placed: dict[str, str]) -> None:
-        """Keeps transformers from loading the packed tensors: each layer reads its own when it is prepared, so that
-        memory holds the stored tensors of one layer at a time.
-        """
+        if self.unpacks:
+            return
+        files = checkpoint_files or []
+        _keep_table_dtypes(model, files)
+        # transformers does not load the packed tensors: each layer reads its own when it is prepared, so that memory
+        # holds the stored tensors of one layer at a time.
         tensors = {name: tensor for file in files for name, tensor in read_header(Path(file)).items()}
         for name, path in placed.items():
             module = model.get_submodule(path)
@@ -192,11 +193,6 @@ def _is_cpu(device: Any) -> bool:
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
         return not torch.accelerator.is_available()
     return device is None or (device != "disk" and torch.device(device).type == "cpu")
-
-
-def _is_left_out(model: PreTrainedModel, name: str) -> bool:
-    """Whether `name` is the head and the model is loaded without one, as by `AutoModel`."""
-    return not in_block(name) and model.get_output_embeddings() is None and _path_in(model, name) is None
 
 
 def _path_in(model: PreTrainedModel, name: str) -> str | None:

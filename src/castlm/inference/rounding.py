@@ -86,7 +86,15 @@ def round_in_groups(
     columns = weight.shape[1]
     target = _finite(weight).float().T.contiguous()  # (columns, rows): a column lies contiguous
     left, kept = target.clone(), target != 0
-    upper = torch.eye(columns, device=left.device) if hessian is None else _inverse_factor(hessian, damping)
+    upper = torch.eye(columns, device=left.device)
+    if hessian is not None:  # U, upper triangular, with U^T U = H^-1 of the damped H
+        diagonal = hessian.diagonal()
+        dead = diagonal == 0  # columns without input are decoupled
+        hessian[dead, :], hessian[:, dead] = 0, 0
+        diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1
+        factor, damping = upper_factor(hessian, damping)
+        diagonal += damping * diagonal.mean()
+        upper = torch.linalg.solve_triangular(factor, upper, upper=True)
     blocks, ends = FORMATS[kind].groups(columns), _range(kind)
     codes, scales = torch.empty_like(left), left.new_empty(len(blocks), left.shape[1])
     for group, block in enumerate(blocks):
@@ -183,17 +191,3 @@ def _round_block(
         errors[j] = left[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
         left[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     return errors
-
-
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, with U^T U = H^-1 of the damped H; columns without input are decoupled.
-
-    The damping is added to `hessian`.
-    """
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    hessian[dead, :], hessian[:, dead] = 0, 0
-    diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1
-    factor, damping = upper_factor(hessian, damping)
-    diagonal += damping * diagonal.mean()
-    return torch.linalg.solve_triangular(factor, torch.eye(len(hessian), device=hessian.device), upper=True)
