@@ -162,9 +162,7 @@ def test_bits_a_weight_are_those_of_the_packed_file(llama, text, tmp_path):
     assert record["rounded"]["layers"] == len(stems)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"method": "dense"}, slow({}), slow({"moments": "8bit"}), slow({"torch_compile": True})]
-)
+@pytest.mark.parametrize("fields", [{"method": "dense"}, slow({}), slow({"moments": "8bit"})])
 def test_a_resumed_run_of_three_bits_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path):
     straight = small(llama, text, tmp_path / "straight", weight_bits=3, save_steps=5, **fields)
     train(straight)
