@@ -472,7 +472,7 @@ def refused(path: Path, match: str, pattern: str = "2:4") -> None:
 
 
 def test_nothing_there(tmp_path):
-    refused(tmp_path / "no", "does not exist")
+    refused(tmp_path / "no", "No such file")
     refused(tmp_path, "holds no model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     refused(tmp_path, "it holds pytorch_model.bin: .* convert")

@@ -74,8 +74,6 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
         InputError: the path does not exist, holds no safetensors or more than one set of weights, is one file of
             several, or its index names files or tensors that are missing.
     """
-    if not os.path.lexists(path):
-        raise InputError(f"{path} does not exist: name a model folder or a .safetensors file")
     if not path.is_dir():
         tensors = read_header(path)
         for index in (path.parent / INDEX, path.parent / formats.INDEX):
