@@ -39,6 +39,7 @@ def run(optimizer, param, grads):
 
 RULES = [*((decay, "mix") for decay in DECAYS), ("horizon", "gradient"), ("none", "gradient")]
 WAYS = [False, pytest.param(None, marks=needs_kernels)]  # fused: torch operators, and the default on a CPU
+FUSED = [pytest.param("native", marks=needs_kernels), slow("compiled")]
 
 
 @pytest.fixture(params=[1, 3])
@@ -110,7 +111,7 @@ def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
     assert torch.equal(optimizer.mask(weight), nm_mask(weight))
 
 
-@pytest.mark.parametrize("way", [pytest.param("native", marks=needs_kernels), slow("compiled")])
+@pytest.mark.parametrize("way", FUSED)
 def test_fused_path_equals_the_plain_one(way, monkeypatch):
     """Widths in whole bytes and not, one and many of a size, large dense tensors and small; masks agree to the bit."""
     torch.manual_seed(0)
@@ -593,10 +594,13 @@ def test_steps_stay_close_to_those_with_fp32_moments():
     assert torch.equal(other.mask(coarse[0]), coarse[0] != 0)
 
 
-@needs_kernels
-def test_fused_steps_with_8_bits_equal_the_plain_ones():
+@pytest.mark.parametrize("way", FUSED)
+def test_fused_steps_with_8_bits_equal_the_plain_ones(way, monkeypatch):
+    """`compiled` is the path of a GPU: there the masks are words."""
     plain, fused = parameters(), parameters()
-    one, other = optimizer_of(plain, "8bit"), optimizer_of(fused, "8bit", fused=True)
+    one, other = optimizer_of(plain, "8bit"), optimizer_of(fused, "8bit", fused=way == "native")
+    if way == "compiled":
+        through_torch_compile(other, monkeypatch)
     steps(plain, one, 0, 20)
     steps(fused, other, 0, 20)
     for a, b in zip(plain, fused):
@@ -608,14 +612,3 @@ def test_fused_steps_with_8_bits_equal_the_plain_ones():
                 assert far.float().mean() < 1e-2
             else:
                 torch.testing.assert_close(one.state[a][name], other.state[b][name], rtol=1e-2, atol=1e-7)
-
-
-@pytest.mark.slow
-def test_compiled_steps_equal_the_plain_ones(monkeypatch):
-    """The path of a GPU: 8-bit moments with masks as words."""
-    plain, other = parameters()[:1], parameters()[:1]
-    steps(plain, optimizer_of(plain, "8bit"), 0, 10)
-    optimizer = optimizer_of(other, "8bit")
-    through_torch_compile(optimizer, monkeypatch)
-    steps(other, optimizer, 0, 10)
-    torch.testing.assert_close(plain[0], other[0], rtol=1e-3, atol=1e-4)
