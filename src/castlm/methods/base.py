@@ -26,6 +26,7 @@ from castlm.core.sparsify import (
     sparse_param_groups,
     weight_parameter,
 )
+from castlm.inference.formats import FORMATS
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
 
@@ -149,8 +150,8 @@ class Retraining:
     def parametrize_(self, model: nn.Module) -> None:
         """Prepares the model before it is sharded, and adds trained rounding where the run has it."""
         self.prepare(model)
-        if self.options.weight_bits:
-            add_weight_rounding(model, self.options.weight_bits)
+        if bits := self.options.weight_bits:
+            add_weight_rounding(model, bits, FORMATS[f"int{bits}"].group)
 
     def prepare(self, model: nn.Module) -> None:
         """Parametrizes the model before it is sharded: with weight scaling, or with a mask in the forward pass."""
