@@ -8,7 +8,6 @@ Memory stays at a few chunks of a tensor for a model of any size; numpy alone co
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -42,7 +41,7 @@ from castlm.files.stored import (
     non_finite_of,
 )
 from castlm.inference import formats
-from castlm.inference.formats import FORMATS, PackedSpec, read_specs
+from castlm.inference.formats import FORMATS, PackedSpec, read_specs, split_codes
 from castlm.models.layout import OLD_BUFFERS, guess_model_type, input_axis
 from castlm.patterns import parse_pattern
 from castlm.structured.count import base_config, count_units
@@ -360,6 +359,5 @@ def _nonzeros(spec: PackedSpec, values: StoredTensor) -> int:
         return sum(int(np.count_nonzero(chunk)) for chunk in byte_chunks(values))
     count = 0
     for chunk in byte_chunks(values, values.shape[1]):
-        bits = np.unpackbits(chunk.reshape(-1, values.shape[1]), axis=1, bitorder="little")[:, : spec.kept * width]
-        count += int(np.count_nonzero(functools.reduce(np.bitwise_or, (bits[:, i::width] for i in range(width)))))
+        count += int(np.count_nonzero(split_codes(chunk.reshape(-1, values.shape[1]), width, spec.kept)))
     return count

@@ -201,14 +201,7 @@ class PackedSpec:
         bits = mask_bits(self.n, self.m)
         if bits == 8:
             return stored
-        rows, eights = len(stored), -(-self._mask_bytes // 8)  # of 64 columns, whose codes take `bits` bytes
-        words = np.zeros((rows, eights, 8), np.uint8)
-        padded = np.pad(stored, ((0, 0), (0, eights * bits - stored.shape[1])))
-        words[:, :, :bits] = padded.reshape(rows, eights, bits)
-        word, table = words.view("<u8")[:, :, 0].copy(), _masks_of_codes(self.n, self.m)
-        for k in range(8):
-            words[:, :, k] = table[(word >> np.uint64(k * bits)).astype(np.uint8) & np.uint8((1 << bits) - 1)]
-        mask = np.ascontiguousarray(words.reshape(rows, -1)[:, : self._mask_bytes])
+        mask = _masks_of_codes(self.n, self.m)[split_codes(stored, bits, self._mask_bytes)]
         if self.columns % 8:  # the code 0 of the columns past the last one is a mask too
             mask[:, -1] &= (1 << self.columns % 8) - 1
         return mask
@@ -216,15 +209,7 @@ class PackedSpec:
     def mask_to_stored(self, mask: np.ndarray) -> np.ndarray:
         """Encodes a mask of bits, uint8 (rows, ceil(columns / 8)), that keeps exactly n of every m, as stored."""
         bits = mask_bits(self.n, self.m)
-        if bits == 8:
-            return mask
-        rows, eights = len(mask), -(-self._mask_bytes // 8)
-        codes = np.zeros((rows, eights * 8), np.uint64)
-        codes[:, : self._mask_bytes] = _codes_of_masks(self.n, self.m)[mask]
-        shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)
-        words = (codes.reshape(rows, eights, 8) << shifts).sum(axis=2, dtype="<u8")
-        stored = words[:, :, None].view(np.uint8)[:, :, :bits].reshape(rows, -1)
-        return np.ascontiguousarray(stored[:, : -(-self._mask_bytes * bits // 8)])
+        return mask if bits == 8 else join_codes(_codes_of_masks(self.n, self.m)[mask], bits)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -234,6 +219,33 @@ class PackedSpec:
             "transposed": self.transposed,
             **({"experts": self.experts} if self.experts else {}),
         }
+
+
+def join_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Stores rows of codes, uint8 below 2^bits, without gaps from the lowest bit on.
+
+    Returns:
+        uint8 (rows, ceil(width * bits / 8)).
+    """
+    rows, width = codes.shape
+    eights = np.pad(codes, ((0, 0), (0, -width % 8))).reshape(rows, -1, 8)  # eight codes fill `bits` bytes
+    words = np.zeros(eights.shape[:2], "<u8")
+    for k in range(8):
+        words |= eights[:, :, k].astype(np.uint64) << np.uint64(k * bits)
+    stored = words[:, :, None].view(np.uint8)[:, :, :bits].reshape(rows, -1)
+    return np.ascontiguousarray(stored[:, : -(-width * bits // 8)])
+
+
+def split_codes(stored: np.ndarray, bits: int, width: int) -> np.ndarray:
+    """The opposite of `join_codes`: uint8 (rows, width)."""
+    rows, eights = len(stored), -(-width // 8)
+    padded = np.pad(stored, ((0, 0), (0, eights * bits - stored.shape[1])))
+    codes = np.zeros((rows, eights, 8), np.uint8)
+    codes[:, :, :bits] = padded.reshape(rows, eights, bits)
+    words = codes.view("<u8")[:, :, 0].copy()
+    for k in range(8):
+        codes[:, :, k] = (words >> np.uint64(k * bits)).astype(np.uint8) & np.uint8((1 << bits) - 1)
+    return np.ascontiguousarray(codes.reshape(rows, -1)[:, :width])
 
 
 def mask_bits(n: int, m: int) -> int:

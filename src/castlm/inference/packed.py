@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, pack_mask, rank_mask, unpack_mask
 from castlm.dtypes import FLOAT_NAMES, STORED
 from castlm.inference import native
-from castlm.inference.formats import FORMATS, PackedSpec
+from castlm.inference.formats import FORMATS, PackedSpec, join_codes, split_codes
 
 _BITS = {2: torch.int16, 4: torch.int32}
 _WIDER = {"fp16": "bf16", "bf16": "fp32"}  # in range
@@ -180,22 +179,13 @@ def equal_as_packed(one: Tensor, other: Tensor) -> bool:
 
 
 def _join(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes (rows, width) as uint8 (rows, ceil(width * bits / 8)), the earlier one in lower bits."""
-    rows, width = codes.shape
-    eights = F.pad(codes, (0, -width % 8)).view(rows, -1, 8)  # eight codes fill `bits` bytes
-    words = torch.zeros(eights.shape[:2], dtype=torch.int64, device=codes.device)
-    for k in range(8):
-        words |= (eights[:, :, k].long() & (1 << bits) - 1) << k * bits
-    stored = words.unsqueeze(-1).view(torch.uint8)[:, :, :bits].reshape(rows, -1)
-    return stored[:, : -(-width * bits // 8)].contiguous()
+    """int8 codes (rows, width) in two's complement as uint8 (rows, ceil(width * bits / 8))."""
+    unsigned = (codes & (1 << bits) - 1).to("cpu", torch.uint8)
+    return torch.from_numpy(join_codes(unsigned.numpy(), bits)).to(codes.device)
 
 
 def _split(stored: Tensor, bits: int, width: int) -> Tensor:
     """The opposite of `_join`: int8 (rows, width)."""
-    rows, eights = len(stored), -(-width // 8)
-    padded = F.pad(stored, (0, eights * bits - stored.shape[1])).view(rows, eights, bits)
-    words = F.pad(padded, (0, 8 - bits)).view(torch.int64).squeeze(-1)  # (rows, eights)
-    codes, sign = stored.new_empty((rows, eights, 8), dtype=torch.int8), 1 << bits - 1
-    for k in range(8):
-        codes[:, :, k] = ((words >> k * bits & (1 << bits) - 1) ^ sign) - sign
-    return codes.flatten(1)[:, :width]
+    unsigned = torch.from_numpy(split_codes(stored.cpu().numpy(), bits, width)).to(stored.device, torch.int8)
+    sign = 1 << bits - 1
+    return (unsigned ^ sign) - sign
