@@ -219,7 +219,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         text, held_out = args.text, args.held_out
         if text is None:
-            from castlm.cli.demo import write_texts
+            from benchmarks.texts import write_texts
 
             text, held_out = map(str, write_texts(Path(scratch)))
         seq_len = args.seq_len or calibration_length(loaded.model)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.machine import machine, write_json
-from castlm.cli.demo import write_texts
+from benchmarks.texts import write_texts
 from castlm.distributed.world import init_world
 from castlm.hardware import autocast, keep_freed_memory, peak_memory
 from castlm.methods.options import OptimizerOptions

@@ -1,5 +1,6 @@
 """castlm demo on a tiny model, stopped by a signal and resumed."""
 
+import json
 import os
 import signal
 
@@ -11,15 +12,15 @@ from castlm.cli.demo_payoff import Case, measure
 from castlm.cli.main import main
 from castlm.inference import generate
 from castlm.training.run import Run
-from tests.tiny import save_tiny
+from tests.chats import save_chat_model
 
 
 @pytest.fixture
 def tiny_demo(no_charts, tmp_path, monkeypatch) -> str:
     """The output folder of a demo whose model is tiny, and neither generates nor is timed."""
-    monkeypatch.setattr(demo, "DEMO", str(save_tiny(tmp_path / "model", "llama", max_position_embeddings=256)))
+    monkeypatch.setattr(demo, "DEMO", save_chat_model(tmp_path / "model"))
     monkeypatch.setattr(demo, "payoff_table", lambda *_: (Table(), "a text"))
-    monkeypatch.setattr(demo, "completions", lambda *_: None)
+    monkeypatch.setattr(demo, "answers", lambda *_: None)
     return str(tmp_path / "out")
 
 
@@ -59,3 +60,12 @@ def test_a_folder_of_something_else_is_not_resumed(tiny_demo, tmp_path, capsys):
     assert main(["demo", "--output-dir", tiny_demo, "--resume"]) == 2
     assert "no output of castlm demo" in capsys.readouterr().err
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_no_question_of_the_held_out_conversations_is_trained_on(tmp_path):
+    questions = [
+        {json.loads(line)["messages"][0]["content"] for line in path.read_text(encoding="utf-8").splitlines()}
+        for path in demo.write_texts(tmp_path)
+    ]
+    assert not questions[0] & questions[1]
+    assert all(questions)

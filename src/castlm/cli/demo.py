@@ -1,7 +1,10 @@
-"""`castlm demo`: trains a real model that comes with pip on text that comes with Python.
+"""`castlm demo`: trains a chat model that comes with pip on conversations that it wrote itself.
 
-SmolLM2-135M-Instruct is made 2:4 on the Python language reference; whole topics are held out for evaluation. The dense
-control gets the same training, because continued training alone helps on a narrow text.
+SmolLM2-135M-Instruct is made 2:4 on its own answers to everyday questions; one in eight is held out for evaluation.
+The dense control gets the same training, because continued training alone helps on a narrow text.
+
+`castlm sample demo --chat --prompts QUESTIONS --num-tokens 16000 --max-new-tokens 160 --temperature 0.7 --top-p 0.95
+--batch-size 48` wrote `demo_chats.jsonl`; the questions are the user's turns in it.
 """
 
 from __future__ import annotations
@@ -12,11 +15,10 @@ import math
 import shlex
 import time
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from castlm.cli.demo_payoff import payoff_table
@@ -24,6 +26,7 @@ from castlm.cli.options import command_line, parse
 from castlm.core.sparsify import prune_
 from castlm.files.output import begin_output, output_folder
 from castlm.hardware import keep_freed_memory
+from castlm.inference.generate import encode_prompt, generate_text
 from castlm.models.io import Loaded, load_model
 from castlm.models.locate import DEMO
 from castlm.progress import Screen, note
@@ -31,21 +34,24 @@ from castlm.signals import Interrupted
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 
-HELD_OUT = 8  # one topic in 8
-PROMPT = "The for statement is used to"
-NEW_TOKENS = 40
+HELD_OUT = 8  # one question in 8
+PROMPT = "Why do people like music?"
+NEW_TOKENS = 60
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:
-    """Writes the language reference as .jsonl, one topic per document; the hash of a topic's name decides whether it is
-    held out.
+    """Writes the conversations for training and for evaluation as .jsonl.
+
+    The hash of its question decides whether a conversation is held out, so that answers to one question stay together.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train_file, eval_file = folder / "train.jsonl", folder / "held_out.jsonl"
+    rows = files("castlm.cli").joinpath("demo_chats.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     with train_file.open("w", encoding="utf-8") as train_out, eval_file.open("w", encoding="utf-8") as eval_out:
-        for name in sorted(topics):
-            held_out = hashlib.sha256(name.encode()).digest()[0] % HELD_OUT == 0
-            (eval_out if held_out else train_out).write(json.dumps({"text": topics[name]}) + "\n")
+        for row in rows:
+            question = json.loads(row)["messages"][0]["content"]
+            held_out = hashlib.sha256(question.encode()).digest()[0] % HELD_OUT == 0
+            (eval_out if held_out else train_out).write(row)
     return train_file, eval_file
 
 
@@ -59,8 +65,8 @@ def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
         output_dir=str(folder / method),
         method="cast" if method == "castlm" else "dense",
         max_steps=max_steps,
-        seq_len=128,
-        per_device_train_batch_size=4,
+        seq_len=512,
+        per_device_train_batch_size=1,
         eval_tokens=2048,
         eval_steps=max_steps,
         save_steps=0,
@@ -87,16 +93,16 @@ def _run_demo(folder: Path, max_steps: int) -> None:
         console.print(f"[{number}/2] {what}: {max_steps} steps of 512 tokens", markup=False)
         records[method] = train(demo_config(folder, max_steps, method))
     console.print(results_table(records["castlm"], records["dense"]))
-    completions(console, folder)
+    answers(console, folder)
     result, packed = folder / "castlm" / "model", folder / "packed"
     table, text = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
     console.print(table)
-    console.print(f"{PROMPT!r}, continued by the packed model: {text}", markup=False)
+    console.print(f"{PROMPT!r}, answered by the packed model: {text}", markup=False)
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nverified 2:4 model, in {minutes:.1f} minutes: {result}", markup=False)
     console.print(f"count the groups yourself:  castlm verify {shlex.quote(str(result))}", markup=False)
-    generate = f"castlm generate {shlex.quote(str(packed))} --raw --prompt 'A list in Python is'"
-    console.print(f"let the packed model write: {generate}", markup=False)  # it saw no chat in so few steps
+    generate = f"castlm generate {shlex.quote(str(packed))} --prompt 'Give me three tips for a good picnic.'"
+    console.print(f"ask the packed model:       {generate}", markup=False)
     console.print(
         f"train on your own text:     castlm train --model {DEMO} --dataset FILE --output-dir RUN", markup=False
     )
@@ -107,8 +113,7 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
     ppl = sparse["perplexity"]
     measured = sparse["measured"]
     table = Table(
-        title=f"perplexity on {measured['num_tokens']:,} held-out tokens of the Python language reference, "
-        f"context {measured['seq_len']}",
+        title=f"perplexity on {measured['num_tokens']:,} tokens of held-out answers, context {measured['seq_len']}",
         title_justify="left",
     )
     for heading in ("model", "perplexity", "ln(ppl/dense)", "of one-shot gap"):
@@ -126,22 +131,21 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
     return table
 
 
-def completions(console: Screen, folder: Path) -> None:
-    """The same prompt, continued greedily by each of the models."""
-    console.print(f"\n{PROMPT!r}, continued by", markup=False)
+def answers(console: Screen, folder: Path) -> None:
+    """The answer of each model to the same question, by greedy decoding."""
+    console.print(f"\n{PROMPT!r}, answered by", markup=False)
     one_shot = load_model(DEMO)
-    console.print(f"  dense:       {complete(one_shot)}", markup=False)
+    console.print(f"  dense:       {answer(one_shot)}", markup=False)
     prune_(one_shot.model)
-    console.print(f"  magnitude:   {complete(one_shot)}", markup=False)
+    console.print(f"  magnitude:   {answer(one_shot)}", markup=False)
     for name, method in (("control", "dense"), ("castlm 2:4", "castlm")):
-        console.print(f"  {name + ':':12} {complete(load_model(folder / method / 'model'))}", markup=False)
+        console.print(f"  {name + ':':12} {answer(load_model(folder / method / 'model'))}", markup=False)
 
 
-@torch.no_grad()
-def complete(loaded: Loaded) -> str:
-    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
-    ids = loaded.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.1)
-    return " ".join(str(loaded.tokenizer.decode(ids[0], skip_special_tokens=True)).split())
+def answer(loaded: Loaded) -> str:
+    ids = encode_prompt(loaded.tokenizer, PROMPT, raw=False)
+    done = generate_text(loaded.model, loaded.tokenizer, ids, max_new_tokens=NEW_TOKENS)
+    return " ".join(done.text.split())
 
 
 @dataclass

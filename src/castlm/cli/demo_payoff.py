@@ -59,7 +59,7 @@ def measure(case: Case, prompt: str) -> Measured:
     model, tokenizer = load_to_generate(str(case.folder), device="cpu")
     if case.in_fp32:
         model.float()
-    ids = encode_prompt(tokenizer, prompt, raw=True)
+    ids = encode_prompt(tokenizer, prompt, raw=False)
     generate_text(model, tokenizer, ids, max_new_tokens=8)
     runs = [generate_text(model, tokenizer, ids, max_new_tokens=NEW_TOKENS) for _ in range(REPEATS)]
     done = max(runs, key=lambda run: run.tokens_per_second)
