@@ -38,8 +38,8 @@ def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_chat_model(folder: Path, family: str = "llama", template: str | None = CHATML) -> str:
-    tiny_model(family).save_pretrained(folder)
+def save_chat_model(folder: Path, family: str = "llama", template: str | None = CHATML, **over: Any) -> str:
+    tiny_model(family, **over).save_pretrained(folder)
     chat_tokenizer(template).save_pretrained(folder)
     return str(folder)
 

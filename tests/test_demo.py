@@ -18,7 +18,7 @@ from tests.chats import save_chat_model
 @pytest.fixture
 def tiny_demo(no_charts, tmp_path, monkeypatch) -> str:
     """The output folder of a demo whose model is tiny, and neither generates nor is timed."""
-    monkeypatch.setattr(demo, "DEMO", save_chat_model(tmp_path / "model"))
+    monkeypatch.setattr(demo, "DEMO", save_chat_model(tmp_path / "model", max_position_embeddings=512))
     monkeypatch.setattr(demo, "payoff_table", lambda *_: (Table(), "a text"))
     monkeypatch.setattr(demo, "answers", lambda *_: None)
     return str(tmp_path / "out")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from castlm.cli.options import command_of, refuse_given, result_folder
+from castlm.cli.options import command_of, given, refuse_given, result_folder
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.fields import essential, like, positional
@@ -127,7 +127,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
                 self, _CACHE_OPTIONS, "is for a teacher cache: give its folder by --teacher-cache, or leave it out"
             )
         passed_on = ("chat_template_path", "document_limit", "revision", "trust_remote_code")
-        options: dict[str, Any] = {name: getattr(self, name) for name in passed_on}
+        options: dict[str, Any] = {name: getattr(self, name) for name in given(self, passed_on)}
         if self.teacher_cache is not None:
             options |= {name: getattr(self, name) for name in (*_CACHE_OPTIONS, "seed", "device")}
             options |= {} if self.repeat_sequences else {"num_train_epochs": 1}  # the first epoch, or all
