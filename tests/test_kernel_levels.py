@@ -9,6 +9,8 @@ import pytest
 
 from castlm.inference import native
 
+pytestmark = pytest.mark.slow  # each compiles all kernels, and an emulator runs them
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src" / "castlm" / "inference").glob("*.cpp"))
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=fast", "-pthread", "-static"]

@@ -1,6 +1,6 @@
 """llama.cpp reads what castlm writes: its converter takes a cut model, and its logits are those of transformers.
 
-Runs where llama-cpp-python is installed and LLAMA_CPP names a checkout of llama.cpp; CI has neither.
+Runs where llama-cpp-python is installed and LLAMA_CPP names a checkout of llama.cpp, as in CI.
 """
 
 import os
