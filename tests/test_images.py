@@ -503,7 +503,7 @@ def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_pat
 
 def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text, tmp_path, capsys):
     llama, without = save_tiny(tmp_path / "llama"), save_tiny(tmp_path / "without", "llava")
-    cached = {"teacher_cache": tmp_path / "cache", "teacher_top_k": 8, "hidden_weight": 0, "init_from": "magnitude"}
+    cached = {"teacher_cache": tmp_path / "cache", "teacher_top_k": 8, "hidden_weight": 0}
     cases = [
         (small_command("train", llama, dataset, tmp_path / "a", **OVER), "reads no images"),
         (small_command("train", llava, dataset, tmp_path / "b", **OVER, **cached), "teacher_cache"),

@@ -178,6 +178,16 @@ def set_up(config: TrainConfig, world: World) -> Run:
     if config.method.row.is_sparse:
         check_export(model, pattern, filter_fn)
 
+    # the source of the teacher; a cache that cannot serve is refused before the start
+    tutor = source
+    if teacher_options.teacher is not None and teacher_options.eta > 0:
+        of_teacher = options_of_teacher(teacher_options, config.model)
+        tutor = open_source(of_teacher, world, whole_copies=method_class.whole_copies)
+    cache = open_teacher_cache(teacher_options, data, text, tutor, precision, world)
+    if cache is not None:
+        num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
+        cache.complete = cache.covers(num_sequences)
+
     # start
     start = StartWeights(record=resumed or {})
     if has_start:
@@ -201,14 +211,6 @@ def set_up(config: TrainConfig, world: World) -> Run:
         start = of.make(config.checkpoint.output_dir, config.checkpoint.overwrite)
 
     # teacher, objective, method
-    tutor = source
-    if teacher_options.teacher is not None and teacher_options.eta > 0:
-        of_teacher = options_of_teacher(teacher_options, config.model)
-        tutor = open_source(of_teacher, world, whole_copies=method_class.whole_copies)
-    cache = open_teacher_cache(teacher_options, data, text, tutor, precision, world)
-    if cache is not None:
-        num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
-        cache.complete = cache.covers(num_sequences)
     has_teacher = teacher_options.eta > 0 and not (cache and cache.complete)
     teacher = None
     if has_teacher:
