@@ -407,6 +407,6 @@ def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
 
 
 def _shapes_and_dtypes(state: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Of each tensor in the state of a parameter; the dtype of `step` does not matter."""
+    """The shape and dtype of each tensor in a parameter's state; the dtype of `step` does not matter."""
     tensors = {name: torch.as_tensor(tensor) for name, tensor in state.items()}
     return {name: (tuple(t.shape), () if name == "step" else t.dtype) for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""What a run reads: the dense model, its teacher and the layers that stay dense; the training and evaluation texts.
+"""The inputs of a run: the dense model, its teacher and the layers that stay dense; the training and evaluation texts.
 
 A model is whole in a single process; on several ranks it is without weights until each reads its rows. Methods with
 `whole_copies` load the whole model on each rank.
