@@ -321,7 +321,7 @@ class Options:
     """Where."""
 
     size: int = field(default=3, metadata={"at_least": 1})
-    """The size."""
+    """How large."""
 
     ratio: float | None = None
     mode: Literal["a", "b"] = "a"
