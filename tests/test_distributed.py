@@ -682,7 +682,7 @@ def test_the_fingerprint_of_files_is_that_of_the_loaded_model(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "more", "bound", "ranks"), [slow("llama", AS_PUBLISHED, 3e-3, 2), slow("gpt2", {}, 1e-2, 3)]
+    ("family", "more", "bound", "ranks"), [slow("llama", AS_PUBLISHED, 3e-3, 2), ("gpt2", {}, 1e-2, 3)]
 )
 def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path):
     """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, the

@@ -144,13 +144,25 @@ def weight_parameter(layer: SparseLayer) -> Tensor:
     return layer.weight
 
 
+class _WithoutHooks(nn.Module):
+    """Calls a module without its hooks: those of FSDP would gather all rows of its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, weight: Tensor) -> Tensor:
+        computed: Tensor = self.module.forward(weight)
+        return computed
+
+
 def computed_weight(layer: SparseLayer, take: Callable[[Tensor], Tensor]) -> Tensor:
     """The weight that a layer computes with; `take` gives all rows of a parameter, or those of this rank."""
     weight = take(weight_parameter(layer))
     if parametrize.is_parametrized(layer, "weight"):
         for part in layer.get_submodule("parametrizations.weight").children():
-            own = {name: take(parameter) for name, parameter in part.named_parameters()}
-            weight = functional_call(part, own, (weight,))
+            own = {f"module.{name}": take(parameter) for name, parameter in part.named_parameters()}
+            weight = functional_call(_WithoutHooks(part), own, (weight,))
     return weight
 
 
