@@ -33,7 +33,8 @@ def hidden_distance(
     against 150 in SmolLM2-135M), and a student that gives it to another token is at a squared distance of thousands.
 
     Args:
-        student, teacher: the stream behind each block, each `labels.shape + (hidden,)`. The teacher gets no gradient.
+        student: the stream behind each block, each `labels.shape + (hidden,)`.
+        teacher: the same of the teacher, which gets no gradient.
         labels: int64; tokens whose label is `ignore_index` do not count.
         num_tokens: the divisor, in place of this call's number of tokens that count; as for `distillation_loss`.
 

@@ -51,7 +51,8 @@ def add_weight_scaling(
 
     Args:
         groups: blocks of columns per row, at least 1. Must divide the width of every sparse layer.
-        pattern, filter_fn: as in `sparse_linears`.
+        pattern: as in `sparse_linears`.
+        filter_fn: as in `sparse_linears`.
 
     Returns:
         The names of the scaled layers.

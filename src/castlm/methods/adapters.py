@@ -151,7 +151,8 @@ def shira_config(
     Args:
         r: size of the adapter. Each layer (out, in) trains r * (out + in) of its kept weights, as many parameters as
             LoRA of rank r has, and at most all of them.
-        pattern, filter_fn: as for `keep_pattern_`.
+        pattern: as for `keep_pattern_`.
+        filter_fn: as for `keep_pattern_`.
         random_seed: seed with which the positions are drawn.
         options: further fields of `ShiraConfig`.
 
@@ -270,7 +271,8 @@ class PatternCallback(TrainerCallback):
     the pattern raises. A PEFT adapter whose merge would fill the zeros raises before the first step.
 
     Args:
-        pattern, filter_fn: as for `castlm.keep_pattern_`.
+        pattern: as for `castlm.keep_pattern_`.
+        filter_fn: as for `castlm.keep_pattern_`.
 
     Raises:
         InputError: at the start of `train()`: as `keep_pattern_`, and for DeepSpeed, FSDP1, and plain LoRA on a sparse

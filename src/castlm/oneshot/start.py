@@ -307,7 +307,8 @@ def prune_oneshot_(
         calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none, and uses only
             its first 256 tokens, to measure reconstruction errors.
         extras: for each sequence, the further arguments of the model's forward, such as images.
-        say, progress: as for `Start.make_`.
+        say: as for `Start.make_`.
+        progress: as for `Start.make_`.
         options: further fields of `Start`: `basis` and `refinements`, both off by default (structured patterns read
             only `refit_iterations`); `damping`, `filter_fn` and `precision`.
 
