@@ -31,6 +31,7 @@ from castlm.files.atomic_file import (
 )
 from castlm.files.record import OUTPUT
 
+FORMAT = 2  # of the record; an unfinished start of another one is refused by name
 PROGRESS = "progress.json"
 
 
@@ -56,7 +57,7 @@ class StartFolder:
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False) -> None:
-        self.path, self.options = path, dict(options)
+        self.path, self.options = path, {"format": FORMAT, **options}
         self.done = 0
         """The number of finished blocks."""
         self.results: dict[str, Any] = {}
