@@ -117,7 +117,8 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
             config = ground.configs[which].changed(
                 output_dir=str(self.folder), resume=how == "resume", overwrite=how == "overwrite"
             )
-            before = digest(self.folder) if self.folder.is_dir() else {}
+            existed = self.folder.is_dir()  # a killed run may leave it empty but for its lock
+            before = digest(self.folder) if existed else {}
             has_partial = partial_folder(self.folder).exists()  # of another run, perhaps, which only overwrite drops
             can_resume = how == "resume" and self.newest_checkpoint_is(which)
             code, text = ground.run(config, moment)
@@ -127,7 +128,8 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
                 assert self.result_is(which), "exit 0 without the result of the config"
             elif code == 2:
                 assert text.count("castlm: error: ") == 1, text
-                assert digest(self.folder) == before if before else not self.folder.exists(), text
+                assert digest(self.folder) == before if self.folder.exists() else not before, text
+                assert existed or not self.folder.exists(), text
                 assert not can_resume, text
                 if how == "new":
                     assert before or has_partial, text
