@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -34,24 +35,29 @@ from castlm.signals import Interrupted
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 
-HELD_OUT = 8  # one question in 8
+HELD_OUT = 8  # one name in 8
 PROMPT = "Why do people like music?"
 NEW_TOKENS = 60
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:
-    """Writes the conversations for training and for evaluation as .jsonl.
+    """Writes the conversations for training and for evaluation as .jsonl; answers to one question stay together."""
+    rows = files("castlm.cli").joinpath("demo_chats.jsonl").read_text(encoding="utf-8").splitlines()
+    return write_split(folder, ((json.loads(row)["messages"][0]["content"], row) for row in rows))
 
-    The hash of its question decides whether a conversation is held out, so that answers to one question stay together.
+
+def write_split(folder: Path, rows: Iterable[tuple[str, str]]) -> tuple[Path, Path]:
+    """Writes train.jsonl and held_out.jsonl to `folder`.
+
+    Args:
+        rows: each line with its name, whose hash decides whether it is held out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train_file, eval_file = folder / "train.jsonl", folder / "held_out.jsonl"
-    rows = files("castlm.cli").joinpath("demo_chats.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     with train_file.open("w", encoding="utf-8") as train_out, eval_file.open("w", encoding="utf-8") as eval_out:
-        for row in rows:
-            question = json.loads(row)["messages"][0]["content"]
-            held_out = hashlib.sha256(question.encode()).digest()[0] % HELD_OUT == 0
-            (eval_out if held_out else train_out).write(row)
+        for name, row in rows:
+            held_out = hashlib.sha256(name.encode()).digest()[0] % HELD_OUT == 0
+            (eval_out if held_out else train_out).write(row + "\n")
     return train_file, eval_file
 
 
