@@ -67,15 +67,16 @@ class AdviseCommand:
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
-        from castlm.compare.tradeoff import as_dict, candidates, measure, text
-        from castlm.inference.native import built
         from castlm.inference.semi_structured import this_gpu
-        from castlm.progress import note
 
         check_json_path(self.json)
         pattern = self.pattern
         cut = None if pattern.cut_out is None else pattern
         if self.results:
+            from castlm.compare.tradeoff import as_dict, candidates, measure, text
+            from castlm.inference.native import built
+            from castlm.progress import note
+
             why = "is not for --results, which decodes one sequence in bf16 here: leave it out"
             refuse_given(self, _OF_ADVICE, why)
             built()

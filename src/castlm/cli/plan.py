@@ -131,7 +131,8 @@ def memory(arguments: list[str]) -> int:
             num_sequences=num_sequences,
             seq_len=seq_len,
             basis=part_of(start, BasisOptions),
-            refinements=part_of(start, Refinements).for_solver(start.name, pattern, start.start_effort),
+            refinements=part_of(start, Refinements),
+            effort=start.start_effort,
         )
         print(plan_of_prune.table())
         return 0

@@ -167,6 +167,10 @@ class Plan:
             raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
         self.preset = PRESETS[command.preset] if command.preset else every_method(pattern)
         self.variants = _variants(command, self.preset)
+        for name, options in self.variants.items():
+            pattern = _pattern_of({**self.common, **options})
+            if options["method"] in ONESHOT and options["method"] not in pattern.solvers:
+                raise InputError(f"variant {name}: method {options['method']} is not for {pattern}: leave it out")
         if (command.budget_tokens is None) == (command.max_steps is None):
             raise InputError("how long is a run? Give one of --budget-tokens and --max-steps")
         self.largest_budget = command.budget_tokens or 0
@@ -327,8 +331,6 @@ class Plan:
     def _make_oneshot(self, name: str, named: dict[str, Any]) -> Run:
         variant = self.variants[name]
         fields = {**self.common, **variant}
-        if variant["method"] not in (pattern := _pattern_of(fields)).solvers:
-            raise InputError(f"variant {name}: method {variant['method']} is not for {pattern}: leave it out")
         calibration = ("calibration", "calibration_split", "calibration_config", "num_sequences")  # of all rows alike
         shared = {option.name for option in dataclasses.fields(OneshotConfig)}.difference(calibration)
         unused = [option for option in variant if option not in shared]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from castlm.compare.runs import Result
 from castlm.methods.table import METHODS, is_control
@@ -36,6 +36,26 @@ MASK_CHARTS = {
     ),
 }
 """Title, label and caption by the name of a logged figure."""
+
+
+class Spread(NamedTuple):
+    """A figure over seeds. `std` is the sample standard deviation; None for a single seed."""
+
+    mean: float
+    std: float | None
+    values: tuple[float, ...]
+
+    def show(self, form: str) -> str:
+        return format(self.mean, form) + ("" if self.std is None else f" ± {format(self.std, form.lstrip('+'))}")
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Mean and standard deviation of the values that are not None; None if there are none."""
+    found = tuple(float(v) for v in values if v is not None)
+    if not found:
+        return None
+    has_deviation = len(found) > 1 and all(map(math.isfinite, found))
+    return Spread(statistics.fmean(found), statistics.stdev(found) if has_deviation else None, found)
 
 
 def _colours(rows: Rows) -> dict[str, int]:
@@ -111,8 +131,9 @@ def _over_seeds(results: list[Result], key: str) -> list[tuple[float, float, flo
     values = {step: [one[step] for one in series] for step in steps}
     points = []
     for step, found in values.items():
-        has_deviation = len(found) > 1 and all(map(math.isfinite, found))
-        points.append((step, statistics.fmean(found), statistics.stdev(found) if has_deviation else 0.0))
+        over = spread(found)
+        assert over is not None
+        points.append((step, over.mean, over.std or 0.0))
     return points
 
 

@@ -10,12 +10,12 @@ import datetime
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from castlm.compare.plots import PLOTS, has_gap
+from castlm.compare.plots import PLOTS, Spread, has_gap, spread
 from castlm.compare.presets import ONESHOT, Preset
 from castlm.compare.runs import NAMED, Result
 from castlm.files.atomic_file import atomic_write_json, atomic_write_text
@@ -67,26 +67,6 @@ MEANINGS = {
 SHOWN_ELSEWHERE = {"method", "seed", "learning_rate", "init_from", "max_steps", "eval_steps", *NAMED}
 START_OPTIONS = {option.name for option in fields(StartOptions)}
 """Options that distinguish starts of the same name."""
-
-
-class Spread(NamedTuple):
-    """A figure over seeds. `std` is the sample standard deviation; None for a single seed."""
-
-    mean: float
-    std: float | None
-    values: tuple[float, ...]
-
-    def show(self, form: str) -> str:
-        return format(self.mean, form) + ("" if self.std is None else f" ± {format(self.std, form.lstrip('+'))}")
-
-
-def spread(values: Iterable[float | None]) -> Spread | None:
-    """Mean and standard deviation of the values that are not None; None if there are none."""
-    found = tuple(float(v) for v in values if v is not None)
-    if not found:
-        return None
-    has_deviation = len(found) > 1 and all(map(math.isfinite, found))
-    return Spread(statistics.fmean(found), statistics.stdev(found) if has_deviation else None, found)
 
 
 def summarize(results: list[Result]) -> list[dict[str, Any]]:

@@ -66,12 +66,17 @@ def logits_(side: Side, rows: slice, out: Tensor, narrow: Tensor, tanh: Tensor |
     return out
 
 
+def log_softmax_(logits: Tensor) -> Tensor:
+    """`log_softmax` over the last axis, in place."""
+    return torch.log_softmax(logits, -1, out=logits)
+
+
 def log_probs_(side: Side, rows: slice, out: Tensor, narrow: Tensor, temperature: float) -> Tensor:
     """Writes the log-probabilities (chunk, vocab) at `temperature` into `out`. Other arguments as in `logits_`."""
     logits = logits_(side, rows, out, narrow, None)
     if temperature != 1:
         logits.div_(temperature)
-    return torch.log_softmax(logits, -1, out=logits)
+    return log_softmax_(logits)
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -373,11 +378,8 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
     labels = plan.labels[rows, None]  # (192, 1)
     p = p_T = logits_(student, rows, buffers.student, buffers.narrow, buffers.tanh if needs_grad else None)
     if plan.teacher is not None and T != 1:
-        p_T = torch.div(p, T, out=buffers.tempered)
-        torch.log_softmax(p_T, -1, out=p_T)
-    torch.log_softmax(
-        p, -1, out=p
-    )  # (192, 49152), in place of the logits, as all that follows: nothing of this size is allocated
+        p_T = log_softmax_(torch.div(p, T, out=buffers.tempered))
+    log_softmax_(p)  # (192, 49152), in place of the logits, as all that follows: nothing of this size is allocated
     ce = -p.gather(1, labels)[:, 0]
     kl = torch.zeros_like(ce)
     if plan.teacher is not None:

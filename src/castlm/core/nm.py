@@ -149,8 +149,10 @@ class Pattern(ABC):
                     f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape "
                     f"{tuple(local(param).shape)}: pass a torch.bool mask of that shape, True where a weight is kept"
                 )
-        found = 0 if self.gathers(params) else sum(map(self.violations, masks))
-        if len(params) > 1 and not found and not self.gathers(params):
+        if self.gathers(params):
+            return
+        found = sum(map(self.violations, masks))
+        if len(params) > 1 and not found:
             found = self.joint_violations(masks)
         if found:
             shapes = " and ".join(str(tuple(mask.shape)) for mask in masks)

@@ -121,12 +121,11 @@ def sparse_linears(
 
 
 def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | None:
-    if param.dim() >= 2 and is_tower(fqn):
-        return "outside the language model"
+    why = why_dense(fqn)
     if is_layer(module) and name == "weight":
-        return why_dense(fqn) or "excluded by the filter"
-    if param.dim() >= 2 and in_block(fqn) and why_dense(fqn):
-        return why_dense(fqn)
+        return why or "excluded by the filter"
+    if param.dim() >= 2 and why and (in_block(fqn) or is_tower(fqn)):
+        return why
     if param.dim() == 2 and name.endswith("proj_bias"):
         return "a bias of experts"
     if param.dim() == 3:

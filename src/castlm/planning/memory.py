@@ -40,6 +40,7 @@ from castlm.core.sparsify import num_weights, sparse_linears, transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow
 from castlm.export.hf import check_export
 from castlm.files.reading import read_json_object, user_path
+from castlm.inference.formats import FORMATS
 from castlm.models.architecture import backbone, is_vision_language, linearize_, shape_model
 from castlm.models.io import check_num_layers, open_config
 
@@ -172,7 +173,7 @@ def _parametrize_(model: PreTrainedModel, run: Settings) -> None:
     if run.scale_groups:
         add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
     if run.weight_bits:
-        add_weight_rounding(model, run.weight_bits)
+        add_weight_rounding(model, run.weight_bits, FORMATS[f"int{run.weight_bits}"].group)
         fit_rounding_(model, keep_scales=True)
 
 

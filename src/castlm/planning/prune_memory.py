@@ -68,6 +68,7 @@ def plan_prune_memory(
     dtype: torch.dtype = torch.bfloat16,
     basis: BasisOptions | None = None,
     refinements: Refinements | None = None,
+    effort: str = "best",
 ) -> MemoryPlan:
     """The peak memory of `castlm prune` on a CPU.
 
@@ -84,12 +85,13 @@ def plan_prune_memory(
             structured patterns.
         dtype: the dtype of the stored model.
         basis: not with the residual stream rotated, whose statistics are not counted.
+        effort: the `start_effort` that has set options of `refinements` which are not given.
 
     Raises:
         InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
             there is no plan for.
     """
-    basis, refinements = basis or BasisOptions(), (refinements or Refinements()).for_solver(method, pattern)
+    basis, refinements = basis or BasisOptions(), (refinements or Refinements()).for_solver(method, pattern, effort)
     if method not in pattern.calibrated:
         known = ", ".join(pattern.calibrated)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.fields import default_of, is_required
 from castlm.files.atomic_file import atomic_write_text
@@ -169,7 +169,7 @@ def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refres
     try:
         page = run_page(run, sample, refresh=refresh)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"the files of {run.folder} hold values that castlm does not write ({reason})") from error
     atomic_write_text(file, page.encode("utf-8", "backslashreplace").decode())
     record_file(file)

@@ -141,20 +141,24 @@ def masked_shares(masks: Mapping[Tensor, Tensor], world: World) -> list[float]:
     return [masked / whole if whole else 0.0 for masked, whole in found]
 
 
-def rounding_record(model: nn.Module, bits: int | None, sparse: Collection[str], pattern: Pattern) -> dict[str, Any]:
+def rounding_record(model: nn.Module, sparse: Collection[str], pattern: Pattern) -> dict[str, Any]:
     """The format of the layers with trained rounding, their number, and the bits of a weight with mask and scales.
 
+    Empty without such layers.
+
     Args:
-        bits: of a code; None gives an empty record.
         sparse: the names of the n:m layers.
     """
-    kind, total, stored, layers = f"int{bits}", 0, 0, list(rounded_layers(model))
+    layers = list(rounded_layers(model))
+    if not layers:
+        return {}
+    kind, total, stored = f"int{layers[0][2].bits}", 0, 0
     for name, layer, _ in layers:
         n, m = (pattern.nm.n, pattern.nm.m) if name in sparse and pattern.nm else (0, 0)
         size = num_weights(layer)
         total += size
         stored += 8 * PackedSpec(size // layer.in_features, layer.in_features, n, m, kind).num_bytes
-    return {"kind": kind, "layers": len(layers), "bits_per_weight": stored / total} if bits else {}
+    return {"kind": kind, "layers": len(layers), "bits_per_weight": stored / total}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -44,6 +44,7 @@ from castlm.training.objective import Objective, as_teacher_, checkpoint_activat
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.source import (
+    Source,
     check_teacher,
     filter_of,
     layers_left_dense,
@@ -178,13 +179,18 @@ def set_up(config: TrainConfig, world: World) -> Run:
     if config.method.row.is_sparse:
         check_export(model, pattern, filter_fn)
 
-    # the source of the teacher; a cache that cannot serve is refused before the start
-    tutor = source
-    if teacher_options.teacher is not None and teacher_options.eta > 0:
+    def open_tutor() -> Source:
+        """The source of the teacher: that of the run, or of another model."""
+        if teacher_options.teacher is None or teacher_options.eta == 0:
+            return source
         of_teacher = options_of_teacher(teacher_options, config.model)
-        tutor = open_source(of_teacher, world, whole_copies=method_class.whole_copies)
-    cache = open_teacher_cache(teacher_options, data, text, tutor, precision, world)
-    if cache is not None:
+        return open_source(of_teacher, world, whole_copies=method_class.whole_copies)
+
+    tutor, cache = None, None
+    if teacher_options.teacher_cache is not None:  # one that cannot serve is refused before the start
+        tutor = open_tutor()
+        cache = open_teacher_cache(teacher_options, data, text, tutor, precision, world)
+        assert cache is not None
         num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
         cache.complete = cache.covers(num_sequences)
 
@@ -211,6 +217,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         start = of.make(config.checkpoint.output_dir, config.checkpoint.overwrite)
 
     # teacher, objective, method
+    tutor = tutor or open_tutor()  # without a cache not earlier, so that the start has its memory
     has_teacher = teacher_options.eta > 0 and not (cache and cache.complete)
     teacher = None
     if has_teacher:
@@ -277,7 +284,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         initial_masks={names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()},
         dense_perplexity=dense_perplexity,
         start=start.record,
-        rounding=rounding_record(model, config.method.weight_bits, method.layers, pattern),
+        rounding=rounding_record(model, method.layers, pattern),
         budget=_decay_budget(config.method, optimizer_options, method, local_masks(masks), world),
         trackers=trackers,
         resumed_from=checkpoint,
@@ -368,11 +375,11 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     objective.to(world.device).eval()
     with autocast(world.device, precision):
         objective.check_documents_apart()
-    total = math.ceil(text.loader.sequences.tokens_per_epoch() / data.seq_len)
+    total, vocab = math.ceil(text.loader.sequences.tokens_per_epoch() / data.seq_len), vocab_size(teacher.config)
     done, is_whole = 0, False
     while not is_whole:
         batch = next(text.loader)
-        check_vocabulary(batch["input_ids"], vocab_size(teacher.config))
+        check_vocabulary(batch["input_ids"], vocab)
         with autocast(world.device, precision):
             ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
             objective.fill_cache(ids, positions)
