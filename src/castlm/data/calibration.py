@@ -84,15 +84,15 @@ def _of_each(
     say: Callable[[str], None],
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
     """Takes the sequences of the texts in turns, by share, so that the first few sequences cover all texts."""
-    turns: list[int] = []  # the number of the text of each sequence
+    turns, used = list[int](), [0] * len(documents.parts)  # the text of each sequence; the sequences of each text
     for _ in range(num_sequences):
-        used = [turns.count(number) for number in range(len(documents.parts))]
         turns.append(furthest_behind(used, documents.weights))
+        used[turns[-1]] += 1
     drawn: dict[int, Iterator[tuple[Tensor, dict[str, Tensor]]]] = {}
     for number in sorted(set(turns)):
         part = documents.parts[number]
         with naming(part.name):
-            ids, extra = calibration_sequences(part, encoder, turns.count(number), seq_len, seed, say=say)
+            ids, extra = calibration_sequences(part, encoder, used[number], seq_len, seed, say=say)
         drawn[number] = iter(list(zip(ids, extra or [{}] * len(ids))))
     found = [sequence for number in turns if (sequence := next(drawn[number], None)) is not None]
     extras = [extra for _, extra in found] if documents.kind is Kind.WITH_EXTRA else None

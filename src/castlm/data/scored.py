@@ -172,16 +172,15 @@ def _with_extra(
 ) -> tuple[Tokens, tuple[ScoredExtra | None, ...]]:
     """The tokens of whole conversations up to `limit`, and what each brings beside them."""
     found, extra, count = list[Tokens](), list[ScoredExtra | None](), 0
+
+    def load(held: Piece | None, position: Position) -> Extra | None:
+        return encoder.conversation(held or next(documents.pieces(seed, position=position))).extra
+
     for piece in documents.pieces(seed):
         tokens = encoder.conversation(piece)
         if tokens.extra is None:
             extra.append(None)
         else:
-
-            def load(piece: Piece | None, position: Position) -> Extra | None:
-                found = piece or next(documents.pieces(seed, position=position))
-                return encoder.conversation(found).extra
-
             held = None if isinstance(documents, Documents) else piece  # a stream is not read again
             extra.append(ScoredExtra(partial(load, held, piece.position), tokens.extra.end, tokens.extra.begin))
         found.append(tokens._replace(extra=None))

@@ -30,7 +30,6 @@ from castlm.export.folder import (
     is_packed,
     left_dense_reason,
     read_config,
-    read_left_dense,
     read_manifest,
     stored_tensors,
 )
@@ -268,7 +267,8 @@ def _specs(
 ) -> dict[str, PackedSpec]:
     """The specs of the tensors to pack, by name: all linear layers inside the transformer blocks."""
     model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
-    left_dense, trained = read_left_dense(source), read_manifest(source).get("rounded", {}).get("kind")
+    manifest = read_manifest(source)
+    left_dense, trained = manifest.get("left_dense", {}), manifest.get("rounded", {}).get("kind")
     specs: dict[str, PackedSpec] = {}
     for name, tensor in stored.items():
         is_packed_here = is_block_weight(name, tensor.shape)

@@ -18,7 +18,7 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
-from castlm.export.folder import left_dense_reason, read_left_dense, read_manifest
+from castlm.export.folder import left_dense_reason, read_manifest
 from castlm.export.hf import export_model
 from castlm.export.packed import groups_of, naming_instead, pack_into, write_dense
 from castlm.files.output import atomic_dir
@@ -29,7 +29,7 @@ from castlm.oneshot.calibration import calibration_length
 
 _NOT_PASSED_ON = (
     *("schema_version", "versions", "proof", "left_dense", "figures", "perplexity", "dtype"),
-    *("packed", "quantized", "rounded"),
+    *("packed", "quantized"),
 )
 """Entries of castlm.json that are no longer true for the quantized model, or are written again."""
 
@@ -93,7 +93,7 @@ def quantize_folder(
     if (calibration is not None) != needs_text:
         raise InputError(f"{kind} needs {'a' if needs_text else 'no'} calibration text: see --calibration")
     groups = groups_of(name, pattern)
-    manifest, listed = read_manifest(Path(name)), read_left_dense(Path(name))
+    manifest = read_manifest(Path(name))
     if rounded := manifest.get("rounded"):
         raise InputError(f"{name} was trained as {rounded['kind']}, which castlm pack stores: quantize another model")
     documents = None if calibration is None else open_documents(calibration.text, options)
@@ -104,7 +104,7 @@ def quantize_folder(
     left_dense: dict[str, str] = {}
     if groups is not None:
         layers, left_dense = sparse_linears(loaded.model, groups)
-        left_dense |= listed
+        left_dense |= manifest.get("left_dense", {})
         for layer, module in layers.items():
             is_sparse = left_dense_reason(f"{layer}.weight", left_dense) is None
             if is_sparse and groups.violations(module.weight):

@@ -88,10 +88,9 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Writes `text` as UTF-8 and flushes it to the disk, whole or not at all. A full disk raises `InputError`."""
     path = Path(path)
     with reporting_full_disk(path):
-        with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            flush_file(temporary)
         flush_folder(path.parent)
 
 

@@ -127,16 +127,14 @@ def _convert(
         reason = "its weight is not 2:4"
     if reason is not None:
         return Choice(name, shape, "dense", {}, reason)
-    generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(tokens, layer.in_features, device=weight.device, dtype=weight.dtype, generator=generator)
     key = (*shape, layer.bias is None, weight.dtype)
     if key not in raced:
-        raced[key] = race_variants(layer, x, backend)
+        raced[key] = race_variants(layer, _input_for(layer, tokens), backend)
     seconds, failed = raced[key]
     fastest = min(seconds, key=seconds.__getitem__)
     if fastest == "dense" or seconds[fastest] > MARGIN * seconds["dense"]:
         return Choice(name, shape, "dense", seconds, failed)
-    sparse = backend.convert(layer, fastest)
+    sparse, x = backend.convert(layer, fastest), _input_for(layer, tokens)
     expected, found = layer(x).float(), sparse(x).float()
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
     if not error <= TOLERANCE:
@@ -144,6 +142,13 @@ def _convert(
         return Choice(name, shape, "dense", seconds, reason)
     model.set_submodule(name, sparse)
     return Choice(name, shape, fastest, seconds, failed)
+
+
+def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
+    """Random input rows for `layer`, the same in every call."""
+    weight = layer.weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    return torch.randn(tokens, layer.in_features, device=weight.device, dtype=weight.dtype, generator=generator)
 
 
 def race_variants(layer: nn.Linear, x: Tensor, backend: Backend) -> tuple[dict[str, float], str]:
