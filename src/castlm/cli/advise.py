@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from castlm.cli.options import check_json_path, refuse_given, result_folder, write_json
 from castlm.core.errors import InputError
@@ -15,8 +15,6 @@ from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from castlm.inference.advise import Quality
 
 
@@ -159,20 +157,15 @@ class AdviseCommand:
         device = this_gpu() if self.device == "this" else find_device(self.device)
         assert device is not None
         timer = GpuTimer(self.dtype) if self.device == "this" else None
-        found, *whole = (
-            advise(
-                shapes_of(result_folder(self.model), self.trust_remote_code, left),
-                device,
-                tokens=self.tokens or 1,
-                dtype=self.dtype,
-                formats=timer.formats if timer else None,
-                seconds=timer.seconds if timer else None,
-            )
-            for left in ([None] if cut is None else [cut, None])
-        )
+        name = result_folder(self.model)
+        options: dict[str, Any] = {"tokens": self.tokens or 1, "dtype": self.dtype}
+        if timer is not None:
+            options |= {"formats": timer.formats, "seconds": timer.seconds}
+        found = advise(shapes_of(name, self.trust_remote_code, cut), device, **options)
         report, lines = found.as_dict(), [found.text()]
-        if whole:
-            before, after = whole[0].totals[self.dtype], found.totals[self.dtype]
+        if cut is not None:
+            whole = advise(shapes_of(name, self.trust_remote_code), device, **options)
+            before, after = whole.totals[self.dtype], found.totals[self.dtype]
             report |= {"pattern": str(cut), "seconds_before_cut": before, "cut_speedup": before / after}
             lines.append(
                 f"{cut}: dense in {self.dtype}, the layers and the head that are left are {before / after:.2f} "

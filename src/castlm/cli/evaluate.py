@@ -12,10 +12,9 @@ from castlm.fields import like, positional
 from castlm.names import printable
 from castlm.training.options import ModelOptions, RuntimeOptions
 
-_OF_TEXT = (
-    *("eval_split", "eval_config", "eval_tokens", "seq_len", "stride"),
-    *(field.name for field in fields(ScoredTextOptions)),
-)
+_READING = [field.name for field in fields(ScoredTextOptions)]
+_OF_TEXT = ("eval_split", "eval_config", "eval_tokens", "seq_len", "stride", *_READING)
+"""Options without an effect on tasks."""
 
 
 @dataclass(frozen=True)

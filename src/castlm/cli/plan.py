@@ -53,12 +53,13 @@ def check(arguments: list[str]) -> int:
         return 0
     by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
     has_headroom = config.method.decay != "horizon"  # reaches zero by construction, at any learning rate
-    print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}" + f"{'headroom':>10}" * has_headroom)
+    print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}{'headroom' if has_headroom else '':>10}".rstrip())
     for name, layer in by_headroom[:10]:
-        row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}"
-        print(row + f"{layer.headroom:>9.2f}x" * has_headroom)
+        headroom = f"{layer.headroom:.2f}x" if has_headroom else ""
+        row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}{headroom:>10}"
+        print(row.rstrip())
     if len(by_headroom) > 10:
-        print(f"... and {len(by_headroom) - 10} layers" + " with more headroom" * has_headroom)
+        print(f"... and {len(by_headroom) - 10} layers{' with more headroom' if has_headroom else ''}")
     max_steps = config.optimizer.max_steps
     hours = gpu_hours(max_steps * found.tokens_per_step, found.tokens_per_s)
     print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")

@@ -80,8 +80,7 @@ class QuantizeCommand(TextOptions):
         if self.calibration is None:
             refuse_given(self, _OF_GPTQ, "is for int4 and int3, which read a --calibration text: leave it out")
         else:
-            drawn = self.num_sequences, self.seq_len, self.seed
-            calibration = CalibrationText(self.calibration, *drawn)
+            calibration = CalibrationText(self.calibration, self.num_sequences, self.seq_len, self.seed)
         source = result_folder(self.model)
         pattern = pattern_of(source, self.pattern)
         inputs = {"model": source, "calibration": self.calibration}

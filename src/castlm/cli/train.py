@@ -60,19 +60,27 @@ def parse_train(
     Returns:
         The config, and the options of `more` that were given.
     """
-    kind, files, of_other = TrainConfig, RecipeOptions, {"adapter": "finetune"}
     if name == "finetune":
-        kind, files, of_other = FinetuneConfig, FileOptions, {"method": "train", "start": "train"}
-    all_sections = kind.sections()
-    elsewhere = {option: command for each, command in of_other.items() for option in names_of(all_sections.pop(each))}
-    sections = [*all_sections.items(), ("options", files), *([("options", more)] if more else [])]
+        kind, files = FinetuneConfig, FileOptions
+        sections_of_others = {"method": "train", "start": "train"}
+    else:
+        kind, files = TrainConfig, RecipeOptions
+        sections_of_others = {"adapter": "finetune"}
+    sections = kind.sections()
+    elsewhere: dict[str, str] = {}
+    for section, command in sections_of_others.items():
+        elsewhere |= dict.fromkeys(names_of(sections.pop(section)), command)
+    titled = [*sections.items(), ("options", files)]
+    if more is not None:
+        titled.append(("options", more))
     about = kind if more is None or name in ("train", "finetune") else more
-    given = read_arguments(sections, arguments, name, about, elsewhere, unless_given)
-    paths = given.pop("config", [])
-    extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given} if more else {}
-    layers = [(path, read_yaml_mapping(path)) for path in paths]
-    config = kind.from_layers([("", unless_given), *layers, (COMMAND_LINE, given)])
-    return config, checked([more], extra, COMMAND_LINE) if more else {}
+    given = read_arguments(titled, arguments, name, about, elsewhere, unless_given)
+    layers = [(path, read_yaml_mapping(path)) for path in given.pop("config", [])]
+    extra: dict[str, Any] = {}
+    if more is not None:
+        extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given}
+        extra = checked([more], extra, COMMAND_LINE)
+    return kind.from_layers([("", unless_given), *layers, (COMMAND_LINE, given)]), extra
 
 
 def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:

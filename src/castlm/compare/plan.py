@@ -110,10 +110,8 @@ class CompareConfig(SharedOptions):
     """Number of calibration sequences of one-shot methods."""
 
 
-_OF_COMPARE = (
-    *("model", "dataset", "eval_dataset", "output_dir", "seed"),
-    *("max_steps", "num_train_epochs", "resume", "overwrite"),
-)
+_NAMED = ("model", "dataset", "eval_dataset", "output_dir", "seed")
+_OF_COMPARE = (*_NAMED, "max_steps", "num_train_epochs", "resume", "overwrite")
 """Options of a run that a comparison sets itself."""
 _OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_only_loss")
 """Options that define what a perplexity measures; perplexities that differ in one are not compared."""
@@ -322,7 +320,8 @@ class Plan:
             if "init_from" not in self.variants[name]:
                 fields.pop("init_from", None)  # the start of all runs is for the methods that have one
         elif "init_from" not in fields and self.command.published_starts:
-            fields = {**(SPARSEGPT if method.published_start == "sparsegpt" else {}), **fields}
+            if method.published_start == "sparsegpt":
+                fields = {**SPARSEGPT, **fields}
             fields["init_from"] = method.published_start
         elif "init_from" not in fields:
             fields["init_from"] = _pattern_of(fields).default_solver

@@ -174,7 +174,8 @@ def histograms(rows: Rows, results: list[Result]) -> dict[str, Picture]:
         return {}
     used = [0, *(i for i in range(1, len(edges)) if any(counts[i] / sum(counts) > 1e-3 for counts in totals.values()))]
     used = [0, *range(used[1], used[-1] + 1)] if len(used) > 1 else used
-    labels = ["zero" if i == 0 else f"{edges[i - 1]:.0e}" if (i - 1) % 4 == 0 else "" for i in used]
+    labels = [f"{edges[i - 1]:.0e}" if (i - 1) % 4 == 0 else "" for i in used]  # one for each decade
+    labels[0] = "zero"
     svg = heat_map(
         [[counts[i] / sum(counts) for i in used] for counts in totals.values()],
         list(totals),

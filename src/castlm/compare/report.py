@@ -111,6 +111,10 @@ def _row(
     def mask_figure(name: str) -> Spread | None:
         return over(lambda r: r.record.get("mask", {}).get(name))
 
+    def memory_mib(result: Result) -> float | None:
+        found = result.record.get("peak_memory_bytes")
+        return None if found is None else found / 2**20
+
     def reasons(problem: str) -> list[str]:
         return [f"seed {r.run.seed}: {r.record['verdict']['reason']}" for r in done if r.problem == problem]
 
@@ -137,7 +141,7 @@ def _row(
         "initial_flip_rate": mask_figure("initial_flip_rate"),
         "sparse_weight_ratio": mask_figure("sparse_weight_ratio"),
         "train_seconds": over(lambda r: r.record.get("train_seconds", r.record.get("prune_seconds"))),
-        "peak_memory_mib": over(lambda r: (bytes_ := r.record.get("peak_memory_bytes")) and bytes_ / 2**20),
+        "peak_memory_mib": over(memory_mib),
         "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
         "start_seconds": over(lambda r: start_seconds(r.record.get("start") or {})),
         "diverged": reasons("diverged"),

@@ -117,7 +117,8 @@ def decode(candidate: Candidate) -> tuple[int, list[float]]:
     """
     model = load_model(candidate.folder).model
     nm = parse_pattern(candidate.pattern).nm if candidate.pattern else None
-    pack_model_(model, *((nm.n, nm.m) if nm else (0, 0)), left_dense=candidate.left_dense)
+    n, m = (nm.n, nm.m) if nm else (0, 0)
+    pack_model_(model, n, m, left_dense=candidate.left_dense)
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     ids = torch.arange(1, PROMPT + 1)[None] % model.config.get_text_config().vocab_size
 

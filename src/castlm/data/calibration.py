@@ -14,7 +14,7 @@ from castlm.core.errors import InputError, naming
 from castlm.data.columns import Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
 from castlm.data.images import join_extra
-from castlm.data.tokens import Encoder, Tokens, up_to
+from castlm.data.tokens import Encoder, parts_up_to, up_to
 from castlm.oneshot.calibration import draw_calibration
 
 CALIBRATION_POOL = 16
@@ -54,25 +54,18 @@ def calibration_sequences(
             )
         return ids, extra
     limit = CALIBRATION_POOL * num_sequences * seq_len
-    num_read = 0
-
-    def parts() -> Iterator[Tokens]:
-        nonlocal num_read
-        for num_read, part in enumerate(encoder.joined(documents), 1):  # noqa: B007  # read when the limit is reached
-            yield part
-
-    ids = torch.from_numpy(up_to(limit, parts()).ids).long()
-    if isinstance(documents, Documents) and len(ids) == limit:
+    parts = parts_up_to(limit, encoder.joined(documents))
+    tokens = up_to(limit, parts)
+    if isinstance(documents, Documents) and len(tokens.ids) == limit:
         if (scattered := documents.scattered()) is not None:
             most = math.ceil(limit / min(CALIBRATION_POOL, len(scattered)))  # tokens of one document
-            some = up_to(limit, (part.part(slice(most)) for part in encoder.joined(scattered, seed)))
-            ids = torch.from_numpy(some.ids).long()
-        elif num_read < len(documents) / CALIBRATION_POOL:
+            tokens = up_to(limit, (part.part(slice(most)) for part in encoder.joined(scattered, seed)))
+        elif len(parts) < len(documents) / CALIBRATION_POOL:
             say(
-                f"calibration: sequences come from the first {num_read:,} of the {len(documents):,} documents of "
+                f"calibration: sequences come from the first {len(parts):,} of the {len(documents):,} documents of "
                 f"{documents.name}; shuffle it if it is sorted"
             )
-    return draw_calibration(ids, num_sequences, seq_len, seed), None
+    return draw_calibration(torch.from_numpy(tokens.ids).long(), num_sequences, seq_len, seed), None
 
 
 def _of_each(

@@ -74,7 +74,7 @@ class Columns(NamedTuple):
         """The columns to read for a document, as far as the dataset has them; `extra` holds those of its images."""
         if not self.is_chat:
             return (self.name, CUT_COLUMN)
-        return (self.name, "tools", *(("completion",) if self.has_completion else ()))
+        return (self.name, "tools", "completion") if self.has_completion else (self.name, "tools")
 
     def document(self, row: Mapping[str, Any], where: str, text_alone: bool = False) -> Document:
         """The document of a row.
@@ -160,8 +160,9 @@ def find_columns(holds: Mapping[str, str], options: TextOptions, where: str, fol
     if options.column is not None:
         return Columns(name, is_chat, is_pair, folder=folder, document_limit=limit)
     others = (form for form in ("messages", "text") if form != name)  # empty in the rows that were read so far
-    refused = (*(() if is_chat else IMAGE_COLUMNS), *_NEITHER, *others)
-    found = Columns(name, is_chat, is_pair, IMAGE_COLUMNS if is_chat else (), folder, refused, limit)
+    images, refused = (IMAGE_COLUMNS, _NEITHER) if is_chat else ((), (*IMAGE_COLUMNS, *_NEITHER))
+    refused = (*refused, *others)
+    found = Columns(name, is_chat, is_pair, images, folder, refused, limit)
     beside = (*refused, *(form for form in forms if form != name))
     if lost := next((column for column in beside if _holds_any(holds, column)), None):
         found._refuse_lost(lost, where)

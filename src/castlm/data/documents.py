@@ -34,7 +34,13 @@ from castlm.data.readers import (
 )
 from castlm.files.reading import check_regular, user_path
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+_OPENERS: dict[str, Callable[[Path, TextOptions, Pool], Source]] = {
+    ".txt": lambda file, options, pool: open_text(file),
+    ".jsonl": lambda file, options, pool: open_json_lines(file, options),
+    ".jsonl.gz": GzipJsonLines,
+    ".parquet": ParquetRows,
+}
+"""The reader of a file by its suffix."""
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
 HUB_HELD_OUT = 200  # documents of a stream
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
@@ -83,9 +89,9 @@ class Documents:
         start = position or 0
         for here, index in enumerate(order[start:].tolist(), start):
             first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
-            text, *more = self._read(index)
-            if not (first and last) or (text and not text.isspace()):
-                yield Piece(text, first, last, here, *more)
+            document = self._read(index)
+            if not (first and last and is_blank(document.text)):
+                yield Piece(document.text, first, last, here, document.is_cut, document.kind, document.extra)
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
@@ -171,9 +177,10 @@ class HubDocuments:
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(documents)), kind="stable")
             for index, row in enumerate(order[start:].tolist(), start):
-                text, *more = documents[row]
-                if text and not text.isspace():
-                    yield Piece(text, True, True, {"stream": state, "buffer": buffer, "index": index}, *more)
+                text, is_cut, kind, extra = documents[row]
+                if not is_blank(text):
+                    here = {"stream": state, "buffer": buffer, "index": index}
+                    yield Piece(text, True, True, here, is_cut, kind, extra)
             state, buffer, start = stream.state_dict(), buffer + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:
@@ -218,6 +225,10 @@ class Mixture:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
 def furthest_behind(used: Sequence[float], weights: Sequence[float]) -> int:
     """The number of the text that is furthest behind its share.
 
@@ -258,13 +269,7 @@ def open_documents(
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     pool = Pool(SHUFFLE_BYTES)
-    openers: dict[str | None, Callable[[Path], Source]] = {
-        ".txt": open_text,
-        ".jsonl": lambda file: open_json_lines(file, options),
-        ".jsonl.gz": lambda file: GzipJsonLines(file, options, pool),
-        ".parquet": lambda file: ParquetRows(file, options, pool),
-    }
-    sources = [openers[_suffix(file)](file) for file in files]
+    sources = [_OPENERS[_suffix(file)](file, options, pool) for file in files]
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT]
     if 0 < len(plain) < len(files):
         other = next(file for file in files if file not in plain)
@@ -275,13 +280,14 @@ def open_documents(
     return documents
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+def _suffix(path: Path) -> str:
+    """The suffix of a file that castlm reads; empty for another file."""
+    return next((suffix for suffix in _OPENERS if path.name.lower().endswith(suffix)), "")
 
 
 def find_files(dataset: str | Path) -> list[Path] | None:
     """The local files that `dataset` names, sorted; None if it can only be the name of a hub dataset."""
-    path, known = user_path(dataset), ", ".join(SUFFIXES)
+    path, known = user_path(dataset), ", ".join(_OPENERS)
     if path.is_dir():
         found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
     elif path.exists():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import itertools
 import json
 import re
 import warnings
@@ -70,9 +71,10 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
         InputError: more or fewer images than parts, or an image that is not there.
     """
     in_parts = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-    parts = [part for content in in_parts for part in content if part["type"] == "image"]
+    parts = [part for part in itertools.chain(*in_parts) if part["type"] == "image"]
     inline = [part.pop("image") for part in parts if "image" in part]
-    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not isinstance(listed, list):
+        listed = [] if listed is None else [listed]
     images = listed or inline
     if images and not parts:
         parts = _cut_at_placeholders(messages)

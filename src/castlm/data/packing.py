@@ -423,7 +423,8 @@ class BatchLoader:
 
 def _shifted(sequences: Sequence[Tokens]) -> dict[str, Tensor]:
     """`input_ids` and `labels`, the token after each, of sequences that each have one token more."""
-    ids, labels = (torch.from_numpy(np.stack(arrays)).long() for arrays in list(zip(*sequences))[:2])  # (8, 513)
+    ids = torch.from_numpy(np.stack([sequence.ids for sequence in sequences])).long()  # (8, 513)
+    labels = torch.from_numpy(np.stack([sequence.labels for sequence in sequences])).long()
     return {"input_ids": ids[:, :-1].contiguous(), "labels": labels[:, 1:].contiguous()}
 
 

@@ -194,9 +194,9 @@ def _pieces(buffer: bytes | mmap.mmap, documents: Iterable[tuple[int, int]]) -> 
         if not _INK.search(buffer, start, stop):
             continue
         while stop - start > 2 * PIECE_BYTES:
-            near = start + PIECE_BYTES, start + 2 * PIECE_BYTES
-            cut = _LINE_START.search(buffer, *near) or _WORD_START.search(buffer, *near)
-            cut = cut or _ANY_START.search(buffer, start + PIECE_BYTES, stop)
+            least, most = start + PIECE_BYTES, start + 2 * PIECE_BYTES
+            cut = _LINE_START.search(buffer, least, most) or _WORD_START.search(buffer, least, most)
+            cut = cut or _ANY_START.search(buffer, least, stop)
             if cut is None:
                 break
             starts.append(start)

@@ -275,7 +275,8 @@ class SampleFile:
         names = [name for name in sorted(now | before) if before.get(name) != now.get(name)]
         if found := [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]:
             raise InputError(f"{self.path} was sampled differently ({', '.join(found)}): undo that, or start again")
-        vars(self).update(counts)
+        for name, count in counts.items():
+            setattr(self, name, count)
         if self.is_finished or not self.bytes:
             return
         number = 0

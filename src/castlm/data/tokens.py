@@ -105,7 +105,10 @@ class Encoder:
                 continue
             ids = next(texts)
             if ids or not (piece.first and piece.last):
-                ids = self._first * piece.first + ids + [self.eos] * piece.last
+                if piece.first:
+                    ids = [*self._first, *ids]
+                if piece.last:
+                    ids = [*ids, self.eos]
             counts = [*[True] * (len(ids) - 1), False] if piece.is_cut and ids else None
             found.append(Tokens.of(ids, counts, piece.first))
         return found
@@ -137,10 +140,11 @@ class Encoder:
                 f"the conversation that begins {begin_of(document.text)} has images, which are read by castlm train, "
                 "finetune, prune and eval of a vision-language model: give text alone"
             )
-        rendered, extra = (
-            (self.chat(document.text), None) if self._images is None else self._images(document.text, document.extra)
-        )
-        ids, counts, is_rendered = rendered
+        extra = None
+        if self._images is None:
+            ids, counts, is_rendered = self.chat(document.text)
+        else:
+            (ids, counts, is_rendered), extra = self._images(document.text, document.extra)
         if is_rendered and ids and ids[-1] == self.eos:
             return Tokens.of(list(ids), list(counts), True)._replace(extra=extra)
         first = [] if is_rendered else self._first
@@ -176,7 +180,8 @@ class Encoder:
                 before, counts, begins = self.bos, True, True
                 continue
             (ids,) = self._ids_of([piece])
-            ids = before * piece.first + ids
+            if piece.first:
+                ids = [*before, *ids]
             yield Tokens.of(ids, None if counts else [False, *[True] * (len(ids) - 1)], begins)
             before, counts, begins = [self.eos, *self._first], not piece.is_cut, False
 
@@ -246,13 +251,18 @@ def first_tokens(
 
 def up_to(limit: int | None, parts: Iterable[Tokens]) -> Tokens:
     """The first `limit` tokens of `parts`; stops reading parts once it has them."""
-    found, count = [Tokens.of([], None, False)], 0
+    return Tokens.joined([Tokens.of([], None, False), *parts_up_to(limit, parts)]).part(slice(limit))
+
+
+def parts_up_to(limit: int | None, parts: Iterable[Tokens]) -> list[Tokens]:
+    """The first of `parts` that have `limit` tokens together, or all of them; reads no more."""
+    found, count = [], 0
     for part in parts:
         found.append(part)
         count += len(part.ids)
         if limit is not None and count >= limit:
             break
-    return Tokens.joined(found).part(slice(limit))
+    return found
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:

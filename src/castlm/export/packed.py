@@ -7,6 +7,7 @@ their names in the plain folder, so that packing, unpacking and packing again gi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -308,7 +309,8 @@ def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
     found = []
     for module in tables if is_plain else ():
         names = as_stored(model, f"{paths[module]}.weight", module.weight)
-        found += [name for known in names for name in possible_names(model, known) if name in stored][:1]
+        possible = itertools.chain(*(possible_names(model, name) for name in names))
+        found += [name for name in possible if name in stored][:1]
     has_own = len(set(found)) > 1 or getattr(tables[0], "bias", None) is not None
     if not found or (opened.tie_word_embeddings and has_own):
         raise InputError(

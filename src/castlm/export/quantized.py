@@ -27,11 +27,9 @@ from castlm.inference.quantize import QuantizeReport, quantize_, stored_layers
 from castlm.models.io import Loaded, load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
 
-_NOT_PASSED_ON = (
-    *("schema_version", "versions", "proof", "left_dense", "figures", "perplexity", "dtype"),
-    *("packed", "quantized"),
-)
-"""Entries of castlm.json that are no longer true for the quantized model, or are written again."""
+_UNTRUE = ("proof", "figures", "perplexity")
+_WRITTEN_AGAIN = ("schema_version", "versions", "left_dense", "dtype", "packed", "quantized")
+"""Entries of castlm.json that are no longer true for the quantized model, and that it gets anew."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,13 @@ def quantize_folder(
     tokens: Tensor | None = None
     text: dict[str, Any] = {}
     if documents is not None and calibration is not None:
-        length = min(calibration.seq_len, calibration_length(loaded.model))
-        drawn = calibration.num_sequences, length, calibration.seed
-        tokens, _ = calibration_sequences(documents, encoder, *drawn, say=say)
-        text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": calibration.seed}
+        seq_len, seed = min(calibration.seq_len, calibration_length(loaded.model)), calibration.seed
+        tokens, _ = calibration_sequences(documents, encoder, calibration.num_sequences, seq_len, seed, say)
+        text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": seed}
     loaded.model.to(device)
     report = quantize_(loaded.model, kind, calibration=tokens, damping=damping, progress=progress)
     loaded.model.to("cpu")
-    passed_on = {key: value for key, value in manifest.items() if key not in _NOT_PASSED_ON}
+    passed_on = {key: value for key, value in manifest.items() if key not in (*_UNTRUE, *_WRITTEN_AGAIN)}
     record = {"base_model": name, **passed_on, "quantized": {"source": name, **report.record(), **text}}
     stored_as = save_dtype(dtype, loaded.dtype)
     if not packed:

@@ -123,8 +123,11 @@ def verify(
             continue
         why_dense = listed if why_dense is None else why_dense
         if len(tensor.shape) >= 2:
-            shape = f"{len(tensor.shape)}-D of shape {'x'.join(map(str, tensor.shape))}, {tensor.dtype}"
-            (report.uncounted if why_dense is None else report.dense)[name] = why_dense or shape
+            if why_dense is None:
+                shape = "x".join(map(str, tensor.shape))
+                report.uncounted[name] = f"{len(tensor.shape)}-D of shape {shape}, {tensor.dtype}"
+            else:
+                report.dense[name] = why_dense
         if num_non_finite := packed[name].num_non_finite() if name in packed else count_non_finite(tensor):
             report.non_finite_elsewhere[name] = num_non_finite
     if cuts:
@@ -252,9 +255,9 @@ def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None) 
     columns, axis = tensor.shape[-1], layer.axis
     width = tensor.shape[axis]
     axis -= len(tensor.shape) - 2
+    step = m if axis == 1 else m * max(1, columns)  # whole groups
     if width % m:
-        layer.problem = f"its width of {width} does not divide by {m}"
-    step = 1 if layer.problem else m if axis == 1 else m * max(1, columns)
+        layer.problem, step = f"its width of {width} does not divide by {m}", 1
     for bits in magnitude_chunks(tensor, step):
         layer.num_non_finite += non_finite_of(bits, tensor.dtype)
         nonzero = bits != 0

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files.reading import read_json_object
 
 
 def temporary_name(name: str) -> str:
@@ -37,7 +36,10 @@ def remove_stale(path: Path, names: Iterable[str]) -> None:
         if name.startswith(prefix) and host == socket.gethostname() and not _is_alive(pid.partition("-")[0]):
             left = path.with_name(name)
             with contextlib.suppress(OSError):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
 
 
 @functools.cache  # it takes 15 ms to list 20,000 files
@@ -112,14 +114,6 @@ def flush_folder(folder: Path) -> None:
 def widen_access(path: Path, folder: Path) -> None:
     """Gives `path` the read and write permissions of `folder`: safetensors >= 0.8 writes files for the owner alone."""
     os.chmod(path, path.stat().st_mode | folder.stat().st_mode & 0o666)
-
-
-def read_json_mapping(path: str | Path, remedy: str) -> dict[str, Any]:
-    """Reads a JSON object that castlm wrote, as `castlm.files.reading.read_json_object`; errors end with `remedy`."""
-    try:
-        return read_json_object(path)
-    except InputError as error:
-        raise InputError(f"{error}; {remedy}") from None
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:

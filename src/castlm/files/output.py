@@ -115,7 +115,10 @@ def output_folder(
         finally:
             if final.is_dir() and is_empty(final):
                 for left in final.iterdir():
-                    left.rmdir() if left.is_dir() else left.unlink()
+                    if left.is_dir():
+                        left.rmdir()
+                    else:
+                        left.unlink()
                 if not existed or before is not None:  # the finished result replaces the unfinished output
                     final.rmdir()
             elif command_of(final) is None:  # it holds files of others

@@ -118,11 +118,16 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object")
+def read_json_object(path: str | Path, remedy: str = "") -> dict[str, Any]:
+    """The content of a JSON file that holds an object; an error ends with the `remedy`."""
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    except InputError as error:
+        if not remedy:
+            raise
+        raise InputError(f"{error}; {remedy}") from None
     return content
 
 

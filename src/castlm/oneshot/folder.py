@@ -25,10 +25,10 @@ from castlm.files.atomic_file import (
     atomic_write_json,
     flush_file,
     is_whole,
-    read_json_mapping,
     reporting_full_disk,
     size_and_crc,
 )
+from castlm.files.reading import read_json_object
 from castlm.files.record import OUTPUT
 
 FORMAT = 2  # of the record; an unfinished start of another one is refused by name
@@ -74,7 +74,7 @@ class StartFolder:
         file, remedy = self.path / PROGRESS, "overwrite it, or delete its folder to start again"
         if not file.exists():
             return
-        record = read_json_mapping(file, remedy)
+        record = read_json_object(file, remedy)
         then = record.get("options", {})
         for name, value in self.options.items():
             if then.get(name) != value:

@@ -31,7 +31,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.core.blocks import in_block
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, one_line
 from castlm.core.moments import new_moments
 from castlm.core.nm import NM, Pattern
 from castlm.core.rounding import add_weight_rounding, fit_rounding_
@@ -204,8 +204,9 @@ def as_config_error(config: PretrainedConfig) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # families fail with errors of any type
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"a {config.model_type} causal LM cannot be built from this config: {reason}") from error
+        raise InputError(
+            f"a {config.model_type} causal LM cannot be built from this config: {one_line(error)}"
+        ) from error
     finally:
         logger.setLevel(level)
 
@@ -404,7 +405,7 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
         "gathered weights": sharded * gathered,
         "gathered gradients": sharded * sizes.block * (c + 4),
         "logits": min(run.chunk_tokens, run.tokens) * sizes.vocab * ((12 if t else 4) + narrow),
-        "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (t and c) + 2 * narrow),
+        "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (c if t else 0) + 2 * narrow),
         "optimizer step": shard(4 * step),
     }
 

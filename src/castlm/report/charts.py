@@ -111,7 +111,9 @@ def short(value: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= limit:
             return f"{value / limit:.3g}{unit}"
-    return "0" if value == 0 else f"{value:.3g}" if size >= 1e-3 else f"{value:.0e}"
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if size >= 1e-3 else f"{value:.0e}"
 
 
 def clipped(name: str) -> str:

@@ -190,7 +190,9 @@ def _verdict(run: RunData) -> dict[str, str]:
         return {"kind": "running" if found["ok"] else "bad", "badge": "running", "sentence": sentence}
     final, dense = final_perplexity(known), known.get("dense")
     is_close = dense is None or (final is not None and final <= CLOSE_FACTOR * dense)
-    kind = "bad" if not found["ok"] else "good" if is_close else "done"
+    kind = "bad"
+    if found["ok"]:
+        kind = "good" if is_close else "done"
     return {"kind": kind, "badge": problem(found) or "done", "sentence": _sentence(run, found)}
 
 
@@ -244,13 +246,16 @@ def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Pattern) else value
+    """An option's value as YAML gives it back."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Pattern) else value
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else value if isinstance(value, str) else json.dumps(_plain(value))
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(_plain(value))
 
 
 def _perplexity(run: RunData) -> list[Picture]:
@@ -263,9 +268,10 @@ def _perplexity(run: RunData) -> list[Picture]:
     series = [Series("after the prune", pruned, 0, marks=True)] if pruned else []
     if not pruned or any(abs(a - b) > 1e-6 * b for (_, a), (_, b) in zip(before, pruned)):
         series.append(Series("before the prune" if pruned else "trained", before, 1, marks=True))
-    high = max((value for line in series for _, value in line.points if math.isfinite(value)), default=None)
-    if high is None:
+    finite = [value for _, value in (*before, *pruned) if math.isfinite(value)]
+    if not finite:
         return []
+    high = max(finite)
     svg = line_chart(
         series,
         x_label="training tokens",
@@ -275,14 +281,14 @@ def _perplexity(run: RunData) -> list[Picture]:
         width=WHOLE,
         height=300,
     )
-    caption = (
-        "Perplexity of the held-out text as the forward pass computes it, and with every masked weight set to zero. "
-        "The two lines meet when nothing is left to prune."
-        if len(series) > 1
-        else "Perplexity of the held-out text. The forward pass uses no masked weight, so the prune changes nothing."
-        if pruned
-        else "Perplexity of the held-out text."
-    )
+    caption = "Perplexity of the held-out text."
+    if len(series) > 1:
+        caption = (
+            "Perplexity of the held-out text as the forward pass computes it, and with every masked weight set to "
+            "zero. The two lines meet when nothing is left to prune."
+        )
+    elif pruned:
+        caption += " The forward pass uses no masked weight, so the prune changes nothing."
     return [Picture("Perplexity", svg, caption, wide=True)]
 
 

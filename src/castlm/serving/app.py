@@ -373,8 +373,9 @@ def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
             name,
         )
     temperature = _number(body, "temperature", 1.0, 0.0, 2.0)
-    stop = body.get("stop")
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    stops = body.get("stop")
+    if stops is None or isinstance(stops, str):
+        stops = [] if stops is None else [stops]
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
         raise RefusedError(400, "stop must be a text, or a list of texts, none of them empty", "stop")
     if len(stops) > _MOST_STOPS or sum(map(len, stops)) > 1024:

@@ -9,9 +9,10 @@ and a sequence that ends makes room at once. Models that castlm's decoder does n
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +117,11 @@ class Answer:
         if reason is not None:
             self.finish(reason)
 
+    def reason_after(self, token: int | None, ends: Collection[int]) -> str:
+        """Why the answer ends with `token`, its next one; `ends` are the tokens that end a text."""
+        is_full = len(self.tokens) + 1 == self.max_new_tokens
+        return "length" if is_full and token not in ends else "stop"
+
     def finish(self, reason: str, error: Exception | None = None) -> None:
         if self.reason is None:
             self.reason, self.error = reason, error
@@ -132,11 +138,14 @@ class _Sequence:
         self.logits: Tensor | None = None
         self.state: DecoderState | None = None
         self.random = torch.Generator()
-        self.random.seed() if answer.seed is None else self.random.manual_seed(answer.seed)
-        prepared = model.generate(custom_generate=_settings, **options)
-        self.processor: LogitsProcessorList = prepared[0]
-        self.criteria: StoppingCriteriaList = prepared[1]
-        self.config: GenerationConfig = prepared[2]
+        if answer.seed is None:
+            self.random.seed()
+        else:
+            self.random.manual_seed(answer.seed)
+        self.processor: LogitsProcessorList
+        self.criteria: StoppingCriteriaList
+        self.config: GenerationConfig
+        self.processor, self.criteria, self.config = model.generate(custom_generate=_settings, **options)
 
     def read_part(self) -> None:
         """Runs the next part of the prompt, and with the last one prepares decoding."""
@@ -155,9 +164,10 @@ class _Sequence:
         else:
             token = scores.argmax(-1)
         self.ids = torch.cat([self.ids, token[None]], dim=1)
-        is_last = bool(self.criteria(self.ids, scores).all())
-        is_cut = len(self.answer.tokens) + 1 == self.answer.max_new_tokens and int(token) not in ends
-        self.answer.take(int(token), tokenizer, ("length" if is_cut else "stop") if is_last else None)
+        reason = None
+        if bool(self.criteria(self.ids, scores).all()):
+            reason = self.answer.reason_after(int(token), ends)
+        self.answer.take(int(token), tokenizer, reason)
         return token
 
 
@@ -191,8 +201,7 @@ class _Listener(BaseStreamer, StoppingCriteria):
         self.is_prompt = False
 
     def end(self) -> None:
-        is_cut = len(self.answer.tokens) + 1 == self.answer.max_new_tokens and self.last not in self.ends
-        self._take("length" if is_cut else "stop")
+        self._take(self.answer.reason_after(self.last, self.ends))
 
     def _take(self, reason: str | None) -> None:
         if self.last is not None and self.answer.reason is None and not self.answer.is_cancelled:
@@ -269,7 +278,8 @@ class Engine:
                 admitted = self._waiting.popleft() if fits else None
             with torch.inference_mode():
                 if admitted is not None:
-                    self._guarded(admitted, self._admit)
+                    with _failing(admitted):
+                        self._admit(admitted)
                 self._advance()
         for answer in [*self._waiting, *(sequence.answer for sequence in self._sequences)]:
             answer.finish("cancelled")
@@ -294,7 +304,10 @@ class Engine:
             return
         listener = _Listener(answer, tokenizer, self._ends)
         with torch.random.fork_rng(devices=[answer.ids.device] if answer.ids.is_cuda else []):
-            torch.seed() if answer.seed is None else torch.manual_seed(answer.seed)
+            if answer.seed is None:
+                torch.seed()
+            else:
+                torch.manual_seed(answer.seed)
             self.model.generate(streamer=listener, stopping_criteria=StoppingCriteriaList([listener]), **options)
         answer.finish("cancelled")  # if it has not ended otherwise
 
@@ -304,38 +317,35 @@ class Engine:
             if sequence.answer.is_cancelled:
                 sequence.answer.finish("cancelled")
         self._keep_unfinished()
-        for sequence in [s for s in self._sequences if s.state is None][:1]:
-            self._guarded(sequence.answer, lambda _, s=sequence: s.read_part())
-        chosen: list[tuple[_Sequence, Tensor]] = []
-        for sequence in [s for s in self._sequences if s.logits is not None]:
-            self._guarded(
-                sequence.answer, lambda _, s=sequence: chosen.append((s, s.choose(self.tokenizer, self._ends)))
-            )
-        live = [(sequence, token) for sequence, token in chosen if sequence.answer.reason is None]
+        first_unread = next((sequence for sequence in self._sequences if sequence.state is None), None)
+        if first_unread is not None:
+            with _failing(first_unread.answer):
+                first_unread.read_part()
+        tokens: dict[_Sequence, Tensor] = {}
+        for sequence in self._sequences:
+            if sequence.logits is not None:
+                with _failing(sequence.answer):
+                    tokens[sequence] = sequence.choose(self.tokenizer, self._ends)
+        live = [sequence for sequence in tokens if sequence.answer.reason is None]
         if live:
-            tokens = torch.cat([token for _, token in live])
-            try:
-                logits = step_together([s.state for s, _ in live if s.state is not None], tokens)
-            except Exception as error:
-                for sequence, _ in live:
-                    _fail(sequence.answer, error)
-            else:
-                for row, (sequence, _) in enumerate(live):
+            with _failing(*(sequence.answer for sequence in live)):
+                states = [sequence.state for sequence in live if sequence.state is not None]
+                logits = step_together(states, torch.cat([tokens[sequence] for sequence in live]))
+                for row, sequence in enumerate(live):
                     sequence.logits = logits[row : row + 1]
         self._keep_unfinished()
 
     def _keep_unfinished(self) -> None:
         self._sequences = [sequence for sequence in self._sequences if sequence.answer.reason is None]
 
-    def _guarded(self, answer: Answer, act: Callable[[Answer], Any]) -> None:
-        """Runs `act`; what fails ends this answer, and not the engine."""
-        try:
-            act(answer)
-        except Exception as error:
-            _fail(answer, error)
 
-
-def _fail(answer: Answer, error: Exception) -> None:
-    if not isinstance(error, InputError) and not is_out_of_memory(error):
-        _log.error("a request failed", exc_info=error)
-    answer.finish("error", error)
+@contextlib.contextmanager
+def _failing(*answers: Answer) -> Iterator[None]:
+    """An error in the block ends these answers, and not the engine."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, InputError) and not is_out_of_memory(error):
+            _log.error("a request failed", exc_info=error)
+        for answer in answers:
+            answer.finish("error", error)

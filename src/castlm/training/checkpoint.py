@@ -36,10 +36,10 @@ from castlm.files.atomic_file import (
     is_disk_full,
     is_whole,
     plain_json,
-    read_json_mapping,
     size_and_crc,
     widen_access,
 )
+from castlm.files.reading import read_json_object
 from castlm.training.config import FREE_ON_RESUME
 
 FORMAT = 4
@@ -272,7 +272,7 @@ def _read_rows(files: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises `InputError` if it is corrupt or has another format."""
     remedy = f"remove {path} to resume from an older one"
-    manifest = read_json_mapping(path / MANIFEST, remedy)
+    manifest = read_json_object(path / MANIFEST, remedy)
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {manifest.get('format')}, not {FORMAT}: use the castlm that wrote it"

@@ -157,22 +157,22 @@ class TrainConfig:
         self._fill_in()
         self._check()
 
+    def _set(self, section: str, **options: Any) -> None:
+        """Fills in options of a section; the config is frozen afterwards."""
+        object.__setattr__(self, section, dataclasses.replace(getattr(self, section), **options))
+
     def _fill_in(self) -> None:
         """Fills in the defaults that depend on options of another section."""
         method, pattern = self.method, self.model.pattern
-        start = self.start.init_from
-        if start is None:  # magnitude is the start in the papers of the other methods
-            start = pattern.default_solver if method.row.starts_solved else "magnitude"
-            object.__setattr__(self, "start", dataclasses.replace(self.start, init_from=start))
+        if self.start.init_from is None:  # magnitude is the start in the papers of the other methods
+            self._set("start", init_from=pattern.default_solver if method.row.starts_solved else "magnitude")
         if method.decay_end is None:
-            decay_end = 0.3 if method.starts_at_zero(start, pattern) else 0.1
-            object.__setattr__(self, "method", dataclasses.replace(method, decay_end=decay_end))
+            self._set("method", decay_end=0.3 if method.starts_at_zero(self.start.name, pattern) else 0.1)
         if self.teacher.hidden_weight is None:
             reads_dense = self.teacher.teacher is None and self.teacher.teacher_cache is None
             changes = method.row.is_sparse or method.weight_bits is not None
             compares = self.teacher.eta > 0 and reads_dense and changes and not self.is_finetuning
-            weight = HIDDEN_WEIGHT if compares else 0.0
-            object.__setattr__(self, "teacher", dataclasses.replace(self.teacher, hidden_weight=weight))
+            self._set("teacher", hidden_weight=HIDDEN_WEIGHT if compares else 0.0)
 
     def _check(self) -> None:
         """Raises `InputError` for options of several sections that exclude each other."""
@@ -240,20 +240,20 @@ class TrainConfig:
 
     def needs(self, option: str) -> str | None:
         """The condition for an effect of `option` that this run does not meet, in words; None if it has an effect."""
-        readers = [method for method, row in METHODS.items() if option in row.options]
-        if readers and self.method.method not in readers:
-            return f"method {' or '.join(readers)}"
+        methods = [method for method, row in METHODS.items() if option in row.options]
+        if methods and self.method.method not in methods:
+            return f"method {' or '.join(methods)}"
         datasets, held_out = self.data.datasets, self.evaluation.eval_datasets
-        if option == "dataset_split":  # these three depend on the place of a text, which is looked up for them alone
-            is_met, words = any(map(_is_on_hub, datasets)), "a dataset of the hub"
+        is_met, condition = self.conditions().get(option, (True, ""))
+        # These three depend on the place of a text, which is looked up for them alone.
+        if option == "dataset_split":
+            is_met, condition = any(map(_is_on_hub, datasets)), "a dataset of the hub"
         elif option == "eval_split":
-            is_met, words = any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"
+            is_met, condition = any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"
         elif option == "eval_fraction":  # a stream, of unknown length, gives a number of documents
             is_met = not held_out and not all(map(_is_on_hub, datasets))
-            words = "local text, and no eval_dataset"
-        else:
-            is_met, words = self.conditions().get(option, (True, ""))
-        return None if is_met else words
+            condition = "local text, and no eval_dataset"
+        return None if is_met else condition
 
     def conditions(self) -> dict[str, tuple[bool, str]]:
         """The options whose effect depends on others: whether this run meets the condition, and the condition in words.
@@ -345,7 +345,7 @@ RETIRED = {
     "log_steps": "1",
     "fused_optimizer": "auto",
 }
-"""Options that castlm no longer has, which files of older runs name, each with the value of which nothing is missed."""
+"""Options that castlm no longer has and files of older runs name, each with the one value that changes nothing."""
 
 
 def _plain(value: Any) -> Any:
@@ -456,10 +456,10 @@ class FinetuneConfig(TrainConfig):
 
     def _fill_in(self) -> None:
         if self.start.init_from is None:
-            object.__setattr__(self, "start", dataclasses.replace(self.start, init_from=self.model.model))
+            self._set("start", init_from=self.model.model)
         if self.optimizer.learning_rate is None:
             rate = FULL_LEARNING_RATE if self.adapter.adapter == "none" else ADAPTER_LEARNING_RATE
-            object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, learning_rate=rate))
+            self._set("optimizer", learning_rate=rate)
         super()._fill_in()
 
     def _check(self) -> None:

@@ -188,19 +188,18 @@ def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
     Args:
         histogram: of the masked weights before the prune.
     """
-    config = run.config
+    config, starts_dense = run.config, run.config.method.row.starts_dense
     first, last = run.progress.figures.get("0", {}), run.progress.figures[str(run.total_steps)]
-    one_shot = first.get("prune_now_ppl")
-    if config.method.row.starts_dense:  # only its rounding changes step 0
-        one_shot = first.get("perplexity") if run.rounding else None
-    figures = {
-        "dense": first.get("dense_ppl", first.get("perplexity")),
-        "one_shot": one_shot,
-        "before_prune": last["perplexity"],
-        "pruned": last.get("prune_now_ppl"),
-    }
     if config.is_finetuning:
-        figures = {"start": first.get("prune_now_ppl"), "pruned": last.get("prune_now_ppl")}
+        measures = {"start": first.get("prune_now_ppl")}
+    else:
+        one_shot = first.get("prune_now_ppl")
+        if starts_dense:  # only its rounding changes step 0
+            one_shot = first.get("perplexity") if run.rounding else None
+        dense = first.get("dense_ppl", first.get("perplexity"))
+        measures = {"dense": dense, "one_shot": one_shot, "before_prune": last["perplexity"]}
+    measures["pruned"] = last.get("prune_now_ppl")
+    perplexities = {name: value for name, value in measures.items() if value is not None}
     measured = measured_on(
         run.source.tokenizer,
         seq_len=run.config.data.seq_len,
@@ -209,31 +208,29 @@ def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
         held_out=run.text.held_out,
         precision=run.evaluator.precision,
     )
-    start = config.start.name
-    is_solved = start in config.model.pattern.solvers
-    pruned_by = f"pruned {'one-shot by' if is_solved else 'as'} {start}"
+    pattern, method, start = config.model.pattern, config.method.method, config.start.name
+    pruned_by = f"pruned {'one-shot by' if start in pattern.solvers else 'as'} {start}"
     labels = {
-        "start": f"{config.model.pattern}, before fine-tuning",
+        "start": f"{pattern}, before fine-tuning",
         "dense": "dense",
-        "one_shot": "rounded, before training" if config.method.row.starts_dense else pruned_by,
-        "before_prune": f"{config.method.method}, before the prune",
-        "pruned": f"{config.model.pattern}, fine-tuned" if config.is_finetuning else f"{config.method.method}, pruned",
+        "one_shot": "rounded, before training" if starts_dense else pruned_by,
+        "before_prune": f"{method}, before the prune",
+        "pruned": f"{pattern}, fine-tuned" if config.is_finetuning else f"{method}, pruned",
     }
-    rows = [{"name": labels[k], "perplexity": v, **measured} for k, v in figures.items() if v is not None]
-    record: dict[str, Any] = {
-        **(cut_of_source(config.model) if config.is_finetuning else {}),
-        **({"rounded": run.rounding} if run.rounding else {}),
+    record: dict[str, Any] = cut_of_source(config.model) if config.is_finetuning else {}
+    if run.rounding:
+        record["rounded"] = run.rounding
+    mask_names = ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked")
+    record |= {
         "run_id": run.folder.run_id,
         "base_model": config.model.model,
-        "method": config.method.method,
+        "method": method,
         "config": config.as_dict(),
         "world_batch": config.optimizer.sequences_per_step(run.world.size),
-        "perplexity": {k: v for k, v in figures.items() if v is not None},
-        "figures": rows,
+        "perplexity": perplexities,
+        "figures": [{"name": labels[name], "perplexity": ppl, **measured} for name, ppl in perplexities.items()],
         "measured": measured,
-        "mask": {
-            k: last[k] for k in ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked") if k in last
-        },
+        "mask": {name: last[name] for name in mask_names if name in last},
         "dataset": {"name": " + ".join(config.data.datasets), "sha256": run.text.train_sha256},
         "num_params": sum(parameter.numel() for parameter in run.method.own_parameters(run.names)),
         "train_tokens": run.progress.tokens,
@@ -246,10 +243,10 @@ def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
         "masked_histogram": histogram,
     }
     if not run.method.layers:
-        record |= {"pattern": None, "perplexity": {**record["perplexity"], "trained": last["perplexity"]}}
-        record |= {"versions": model_versions()}  # an export adds its own
+        perplexities["trained"] = last["perplexity"]
+        record |= {"pattern": None, "versions": model_versions()}  # an export adds its own
     earlier = perplexities_when_sparse(config.method, run.total_steps, run.progress.figures)
-    return record | {"verdict": verdict(record["perplexity"], earlier)}
+    return record | {"verdict": verdict(perplexities, earlier)}
 
 
 def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:

@@ -143,8 +143,11 @@ class Objective(nn.Module):
         """
         if not self.apart:
             return
+        if self._are_documents_apart():
+            return
         has_window = getattr(self.student.config.get_text_config(), "sliding_window", None) is not None
-        for self.explicit_mask in (False,) if has_window else (False, True):  # such a mask would replace the window's
+        if not has_window:  # an explicit mask would replace the window's
+            self.explicit_mask = True
             if self._are_documents_apart():
                 return
         raise InputError(
@@ -154,13 +157,16 @@ class Objective(nn.Module):
     def _are_documents_apart(self) -> bool:
         device = next(self.student.parameters()).device
         vocab = self.student.get_input_embeddings().weight.shape[0]
-        words = list(range(min(vocab, 32)))
-        first, second = ([words[0]] * 5, words[1:6]), words[6:12]
-        input_ids = torch.tensor([[*ids, *second] for ids in first], device=device)
-        positions = torch.tensor([[*range(len(first[0])), *range(len(second))]] * 2, device=device)
+        words = torch.arange(min(vocab, 32), device=device)
+        first = torch.stack([words[:1].expand(5), words[1:6]])  # (2, 5): another first document in each row
+        second = words[6:12].expand(2, -1)  # (2, 6), in both rows alike
+        input_ids = torch.cat([first, second], dim=1)
+        starts = [torch.arange(part.shape[1], device=device) for part in (first, second)]
+        positions = torch.cat(starts).expand(2, -1)
 
         def influence(inputs: dict[str, Tensor]) -> float:
-            states = backbone(self.student)(**inputs, use_cache=False).last_hidden_state[:, -len(second) :].float()
+            """The largest change of the second document's hidden states by the first document."""
+            states = backbone(self.student)(**inputs, use_cache=False).last_hidden_state[:, -second.shape[1] :].float()
             return float((states[0] - states[1]).abs().max())
 
         try:
@@ -222,8 +228,8 @@ class Objective(nn.Module):
             assert not whole, f"{whole[0]} is not sharded"
         return names
 
-    def prove_head(self) -> None:
-        """Runs `check_head` on the student, as a forward method of this module, in which FSDP gathers the weights."""
+    def check_head(self) -> None:
+        """Checks the student's head, as a forward method of this module, in which FSDP gathers the weights."""
         check_head(self.student)
 
 
@@ -251,11 +257,11 @@ def shard_objective_(
         if model is not None and places is not None:
             load_rows_(model, places, world)
     if is_sharded(objective):
-        register_fsdp_forward_method(objective, "prove_head")
+        register_fsdp_forward_method(objective, "check_head")
         register_fsdp_forward_method(objective, "check_documents_apart")
     with autocast(world.device, precision):  # weights gathered in bf16 cannot be multiplied with fp32
         if stored is not None:
-            objective.prove_head()
+            objective.check_head()
         objective.check_documents_apart()
     reshard_(objective)  # else the root would keep using these gathered weights after a checkpoint is loaded
 

@@ -137,15 +137,15 @@ class Run:
         seq_len, teacher = self.config.data.seq_len, self.objective.teacher
         self.flops_per_token = 3 * forward_flops(self.names.items(), self.model.config, seq_len)  # backward: twice it
         if teacher is not None:
-            named = ((parameter, name) for name, parameter in teacher.named_parameters())
-            self.flops_per_token += forward_flops(named, teacher.config, seq_len)
+            parameters = {parameter: name for name, parameter in teacher.named_parameters()}
+            self.flops_per_token += forward_flops(parameters.items(), teacher.config, seq_len)
         self.peak_flops = peak_flops(self.world.device, self.evaluator.precision)
         opened: list[Tracker] = []
 
         def open_folder_and_trackers() -> None:
             with self.folder.begun(self.config.as_yaml(), resume=options.resume):
-                of = TrackedRun(self.folder.path, self.folder.run_id, self.config.as_dict(), self.progress.step)
-                opened.extend(open_trackers(self.trackers, of))
+                run = TrackedRun(self.folder.path, self.folder.run_id, self.config.as_dict(), self.progress.step)
+                opened.extend(open_trackers(self.trackers, run))
 
         self.world.on_main(open_folder_and_trackers, patient=True)
         if options.overwrite:
@@ -176,15 +176,18 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """The facts, besides the config, in which a resumed run must equal the saved one."""
-        return {
+        facts = {
             "world_batch": self.config.optimizer.sequences_per_step(self.world.size),
             "model_fingerprint": self.source.fingerprint,
-            **({"teacher_fingerprint": self.teacher_fingerprint} if self.teacher_fingerprint else {}),
             "dataset_sha256": self.text.train_sha256,
             "eval_sha256": self.text.eval_sha256,
             "precision_used": self.evaluator.precision,
-            **({"chat_template_sha256": template} if (template := self.text.template_sha256) else {}),
         }
+        if self.teacher_fingerprint:
+            facts["teacher_fingerprint"] = self.teacher_fingerprint
+        if self.text.template_sha256:
+            facts["chat_template_sha256"] = self.text.template_sha256
+        return facts
 
     def introduction(self) -> Iterator[str]:
         """The lines that describe a run before its first step."""
@@ -212,9 +215,11 @@ class Run:
         if self.teacher_fingerprint:
             yield f"teacher: {teacher.teacher}"
         if teacher.teacher_cache:
-            here = "every sequence is in the cache: no teacher is loaded"
-            kept = here if self.objective.teacher is None else "missing sequences are added"
-            yield f"teacher: top {teacher.teacher_top_k} tokens, cached in {teacher.teacher_cache} ({kept})"
+            is_whole = self.objective.teacher is None
+            state = (
+                "every sequence is in the cache: no teacher is loaded" if is_whole else "missing sequences are added"
+            )
+            yield f"teacher: top {teacher.teacher_top_k} tokens, cached in {teacher.teacher_cache} ({state})"
         if teacher.hidden_weight:
             yield f"hidden states: their distance to the teacher's has weight {teacher.hidden_weight:g}, falling to 0"
         if self.budget is not None:

@@ -60,8 +60,8 @@ class RunFolder:
         """
         has_saved = resume and (self.is_finished() or newest(self.checkpoints) is not None)
         files = {} if has_saved else {"config.yaml": config_yaml}
-        run_id = (resume and self.run_id) or secrets.token_hex(8)
-        begin_output(self.path, "train", files, resume=resume, run_id=run_id, job=_job())
+        earlier_id = self.run_id if resume else None
+        begin_output(self.path, "train", files, resume=resume, run_id=earlier_id or secrets.token_hex(8), job=_job())
         made = [name for name in _OF_TRACKERS if not (self.path / name).exists()]
         try:
             yield
@@ -157,5 +157,10 @@ def check_shared(folder: Path, world: World) -> None:
         time.sleep(0.1)
     found = world.gather(is_there)
     world.on_main(probe.rmdir)
-    blind = f"rank {found.index(False)} does not see the output folder {folder} of rank 0" if not all(found) else None
-    world.check_all(blind and f"{blind}: choose an output_dir on a file system that all ranks share")
+    failure = None
+    if not all(found):
+        failure = (
+            f"rank {found.index(False)} does not see the output folder {folder} of rank 0: choose an output_dir on a "
+            "file system that all ranks share"
+        )
+    world.check_all(failure)

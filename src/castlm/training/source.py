@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ _PROBE = "Once upon a time, 1,234 x-rays:\n\tdef naïve(x): return x**2  # 世�
 """Words, digits, white space, code and other scripts, in whose splitting tokenizers differ."""
 
 
-def options_of_teacher(teacher: TeacherOptions, model: ModelOptions) -> ModelOptions:
+def model_options_of_teacher(teacher: TeacherOptions, model: ModelOptions) -> ModelOptions:
     """The options that open the teacher; those of the dense model if it is the teacher."""
     if teacher.teacher is None:
         return model
@@ -145,13 +144,13 @@ def check_teacher(teacher: TeacherOptions, model: ModelOptions, *, seq_len: int)
     name = teacher.teacher
     if name is None or not teacher.eta:
         return
-    (_, ours, tokenizer), (_, theirs, of_teacher) = (
-        open_model(options.model, **options.loading) for options in (model, options_of_teacher(teacher, model))
-    )
+    _, ours, our_tokenizer = open_model(model.model, **model.loading)
+    options = model_options_of_teacher(teacher, model)
+    _, theirs, their_tokenizer = open_model(options.model, **options.loading)
     remedy = "give a teacher with the tokenizer of the model, or use eta 0"
-    known = of_teacher.get_vocab()
-    differing = [token for token, number in tokenizer.get_vocab().items() if known.get(token) != number]
-    if differing or tokenizer(_PROBE)["input_ids"] != of_teacher(_PROBE)["input_ids"]:
+    known = their_tokenizer.get_vocab()
+    differing = [token for token, number in our_tokenizer.get_vocab().items() if known.get(token) != number]
+    if differing or our_tokenizer(_PROBE)["input_ids"] != their_tokenizer(_PROBE)["input_ids"]:
         first = f", first {differing[0]!r}" if differing else ""
         raise InputError(f"teacher {name} cuts text into other tokens than the model{first}: {remedy}")
     if vocab_size(theirs) < vocab_size(ours):
@@ -264,11 +263,10 @@ def _open_splits(
     data: DataOptions, evaluation: EvaluationOptions
 ) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
-    found = partial(open_documents, options=data)
     hub = {"split": data.dataset_split, "data_config": data.dataset_config}
-    parts = [found(text, **hub) for text in data.datasets]
+    parts = [open_documents(text, data, **hub) for text in data.datasets]
     hub = {"split": evaluation.eval_split, "data_config": evaluation.eval_config}
-    held_out = [found(text, **hub) for text in evaluation.eval_datasets]
+    held_out = [open_documents(text, data, **hub) for text in evaluation.eval_datasets]
     if not held_out:
         splits = [split_documents(part, evaluation.eval_fraction, data.seed) for part in parts]
         parts, held_out = [part for part, _ in splits], [part for _, part in splits]
@@ -328,15 +326,15 @@ def open_training_text(
     eval_sha256 = joined_digest([text.text_hash() for text in held_out])
     world.check_alike({"another training text": train_sha256, "another evaluation text": eval_sha256})
     return TrainingText(
-        documents,
-        loader,
-        ScoredText.joined(list(parts.values())),
-        {short[name]: part for name, part in parts.items()} if len(parts) > 1 else {},
-        all(text.kind is Kind.TEXT for text in (documents, *held_out)),
-        encoder,
-        train_sha256,
-        eval_sha256,
-        encoder.template_sha256 if documents.kind is not Kind.TEXT else None,
+        documents=documents,
+        loader=loader,
+        held_out=ScoredText.joined(list(parts.values())),
+        eval_parts={short[name]: part for name, part in parts.items()} if len(parts) > 1 else {},
+        is_plain=all(text.kind is Kind.TEXT for text in (documents, *held_out)),
+        encoder=encoder,
+        train_sha256=train_sha256,
+        eval_sha256=eval_sha256,
+        template_sha256=None if documents.kind is Kind.TEXT else encoder.template_sha256,
     )
 
 

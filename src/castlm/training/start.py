@@ -73,8 +73,8 @@ def stream_basis(start: StartWeights, world: World) -> Tensor | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOf:
-    """A start: its options, and the facts of the run on which it depends."""
+class TrainingStart:
+    """The start of a run: its options, and the facts of the run on which it depends."""
 
     options: StartOptions
     source: Source
@@ -113,37 +113,39 @@ class StartOf:
         start = StartWeights()
 
         def make() -> dict[str, Any]:
+            nonlocal start
             if self.options.name in self.pattern.solvers:
                 partial = partial_folder(user_path(output_dir))
                 with output_folder(partial, "prune", resume=True):
                     begin_output(partial, "prune", resume=True)
-                    self._prune(start, partial, overwrite)
+                    start = self._prune(partial, overwrite)
             else:
-                self._read(start)
+                start = self._read()
             return start.record
 
         start.record = self.world.on_main(make, patient=True)  # loading a large model and each block may take long
         return start
 
-    def _prune(self, start: StartWeights, partial: Path, overwrite: bool) -> None:
+    def _prune(self, partial: Path, overwrite: bool) -> StartWeights:
         """Prunes a copy of the model, calibrated on the beginning of the training text."""
         options, pattern, source = self.options, self.pattern, self.source
         solver = options.name
         model = source.whole_model().to(self.world.device)
         try:
             precision = choose_precision(self.precision, self.world.device, model.config)
-            how = Start.of(options, solver, pattern, seed=self.seed, filter_fn=self.filter_fn, precision=precision)
+            start = Start.of(options, solver, pattern, seed=self.seed, filter_fn=self.filter_fn, precision=precision)
             layers, _ = sparse_linears(model, pattern, self.filter_fn)
             effort = EFFORTS[options.start_effort]
             num_sequences = options.calibration_sequences or default_sequences(layers, self.seq_len, effort)
-            drawn = num_sequences, self.seq_len, self.seed
-            calibration, extras = calibration_sequences(self.text.documents, self.text.encoder, *drawn, note)
+            calibration, extras = calibration_sequences(
+                self.text.documents, self.text.encoder, num_sequences, self.seq_len, self.seed, note
+            )
             depends_on = {
                 "weights": source.fingerprint,
                 "tokens_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
                 "keeps_dense": self.keeps_dense_values,
                 "layers": sorted(layers),
-                **how.options(),
+                **start.options(),
             }
             folder = StartFolder(partial, depends_on, restart=overwrite)
             blocks = MemoryModel(model, layers, keeps_dense=self.keeps_dense_values)
@@ -155,7 +157,7 @@ class StartOf:
                 return f"; training takes about {duration(self.training_tokens * size * seconds_per_token)} after it"
 
             with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
-                report = how.make_(
+                report = start.make_(
                     blocks, calibration, extras, folder=folder, say=note, progress=progress, time_after=time_after
                 )
         except InputError as error:
@@ -164,21 +166,21 @@ class StartOf:
             note(line)
         if self.world.mesh is not None:
             model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
-        start.stream_basis = report.basis.stream_basis
         pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
-        start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
         replaced = set(pruned.values())
-        start.dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
+        dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
         if report.basis.changes:
-            start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
-        start.record = {
+            dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
+        record = {
             "calibration_tokens": calibration.numel(),
             **report.record(),
             "layer_errors": {layer.name: layer.error for layer in report.layers},
             "reconstructions": [asdict(block) for block in report.reconstructions],
         }
+        pruned_weights = {name: parameter.detach() for name, parameter in pruned.items()}
+        return StartWeights(pruned_weights, dense, report.basis.stream_basis, record)
 
-    def _read(self, start: StartWeights) -> None:
+    def _read(self) -> StartWeights:
         """Reads the model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""
         name, pattern, source = self.options.name, self.pattern, self.source
         options = source.options if self.is_finetuning else {"trust_remote_code": source.options["trust_remote_code"]}
@@ -199,7 +201,7 @@ class StartOf:
             for each in sorted(ours.keys() | theirs.keys()):
                 if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
                     raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
-        start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in layers}
+        start = StartWeights({layer: theirs[f"{layer}.weight"].detach() for layer in layers})
         bound = pattern.for_model(source.model)
         for unit in bound.joint_layers(start.pruned):
             if bound.joint_violations([start.pruned[layer] for layer in unit]):
@@ -209,7 +211,7 @@ class StartOf:
                     "name the layer in left_dense"
                 )
         if self.is_finetuning:
-            return
+            return start
         pruned = {f"{layer}.weight" for layer in layers}
         start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
         # Its basis may be another than the dense model's.
@@ -229,6 +231,7 @@ class StartOf:
         shape = None if start.stream_basis is None else list(start.stream_basis.shape)
         if untied or shape:
             start.record = {"basis": {"untied": untied, "stream_basis": shape}}
+        return start
 
 
 def drop_partial(output_dir: str | Path) -> None:

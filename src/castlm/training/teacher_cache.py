@@ -26,8 +26,8 @@ from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.distributed.world import World
-from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_full, read_json_mapping, widen_access
-from castlm.files.reading import user_path
+from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_full, widen_access
+from castlm.files.reading import read_json_object, user_path
 from castlm.models.io import open_config
 from castlm.progress import note
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
@@ -64,7 +64,7 @@ class TeacherCache:
         if not known.is_file():
             atomic_write_json(known, teacher)
             return
-        theirs = read_json_mapping(known, f"remove {self.folder}")
+        theirs = read_json_object(known, f"remove {self.folder}")
         changed = [f"{key} {theirs.get(key)} -> {value}" for key, value in teacher.items() if theirs.get(key) != value]
         if changed:
             raise InputError(f"{self.folder} has another teacher ({', '.join(changed)}): choose another folder")
@@ -82,7 +82,7 @@ class TeacherCache:
         """The number of cached sequences from the beginning of the stream, and whether they serve every epoch."""
         if not self._coverage.is_file():
             return 0, False
-        record = read_json_mapping(self._coverage, "remove it, to load the teacher")
+        record = read_json_object(self._coverage, "remove it, to load the teacher")
         blocks, every_epoch = record.get("blocks"), record.get("every_epoch", False)
         if type(blocks) is not int or blocks < 0 or type(every_epoch) is not bool:
             raise InputError(f"{self._coverage} is corrupt: {record}; remove it, to load the teacher")
@@ -99,7 +99,9 @@ class TeacherCache:
             return
         blocks, known = self._covered()
         if first <= blocks and (blocks < last or (every_epoch and not known)):
-            record = {"blocks": max(blocks, last), **({"every_epoch": True} if every_epoch or known else {})}
+            record = {"blocks": max(blocks, last)}
+            if every_epoch or known:
+                record["every_epoch"] = True
             atomic_write_json(self._coverage, record)
 
     def get(self, input_ids: Tensor, position_ids: Tensor | None = None) -> TopTokens | None:

@@ -48,12 +48,12 @@ from castlm.training.source import (
     check_teacher,
     filter_of,
     layers_left_dense,
+    model_options_of_teacher,
     open_inputs,
     open_source,
-    options_of_teacher,
     steps_of_epochs,
 )
-from castlm.training.start import StartOf, StartWeights, drop_partial, is_untied, start_, stream_basis
+from castlm.training.start import StartWeights, TrainingStart, drop_partial, is_untied, start_, stream_basis
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import chosen_trackers
 
@@ -179,27 +179,26 @@ def set_up(config: TrainConfig, world: World) -> Run:
     if config.method.row.is_sparse:
         check_export(model, pattern, filter_fn)
 
-    def open_tutor() -> Source:
+    def open_teacher() -> Source:
         """The source of the teacher: that of the run, or of another model."""
         if teacher_options.teacher is None or teacher_options.eta == 0:
             return source
-        of_teacher = options_of_teacher(teacher_options, config.model)
-        return open_source(of_teacher, world, whole_copies=method_class.whole_copies)
+        options = model_options_of_teacher(teacher_options, config.model)
+        return open_source(options, world, whole_copies=method_class.whole_copies)
 
-    tutor, cache = None, None
+    num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
+    teacher_source, cache = None, None
     if teacher_options.teacher_cache is not None:  # one that cannot serve is refused before the start
-        tutor = open_tutor()
-        cache = open_teacher_cache(teacher_options, data, text, tutor, precision, world)
+        teacher_source = open_teacher()
+        cache = open_teacher_cache(teacher_options, data, text, teacher_source, precision, world)
         assert cache is not None
-        num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
         cache.complete = cache.covers(num_sequences)
 
     # start
     start = StartWeights(record=resumed or {})
     if has_start:
         passes = 3 + (teacher_options.eta > 0)  # forward, twice as much backward, and the teacher's forward
-        sequences = optimizer_options.sequences_per_step(world.size)
-        of = StartOf(
+        training_start = TrainingStart(
             options=config.start,
             source=source,
             text=text,
@@ -212,16 +211,17 @@ def set_up(config: TrainConfig, world: World) -> Run:
             keeps_dense_values=config.method.keeps_dense_values(config.start.name, pattern),
             is_finetuning=config.is_finetuning,
             compares_hidden=bool(teacher_options.hidden_weight),
-            training_tokens=passes * optimizer_options.max_steps * sequences * data.seq_len / world.size,
+            training_tokens=passes * num_sequences * data.seq_len / world.size,
         )
-        start = of.make(config.checkpoint.output_dir, config.checkpoint.overwrite)
+        start = training_start.make(config.checkpoint.output_dir, config.checkpoint.overwrite)
 
     # teacher, objective, method
-    tutor = tutor or open_tutor()  # without a cache not earlier, so that the start has its memory
-    has_teacher = teacher_options.eta > 0 and not (cache and cache.complete)
+    if teacher_source is None:  # without a cache not earlier, so that the start has its memory
+        teacher_source = open_teacher()
     teacher = None
-    if has_teacher:
-        teacher = as_teacher_(copy.deepcopy(model) if tutor is source else tutor.model, teacher_dtype(precision))
+    if teacher_options.eta > 0 and not (cache and cache.complete):
+        frozen = copy.deepcopy(model) if teacher_source is source else teacher_source.model
+        teacher = as_teacher_(frozen, teacher_dtype(precision))
     if is_untied(start.record):
         source.untie_()
     method = method_class(
@@ -248,7 +248,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
     )
     if runtime.torch_compile:
         compile_blocks_(objective)
-    shard_objective_(objective, source.stored, tutor.stored, precision, world, method.whole_copies)
+    shard_objective_(objective, source.stored, teacher_source.stored, precision, world, method.whole_copies)
     names = objective.trained_parameters()
 
     # optimizer, step 0
@@ -273,7 +273,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         world=world,
         folder=folder,
         source=source,
-        teacher_fingerprint=tutor.fingerprint if tutor is not source else None,
+        teacher_fingerprint=None if teacher_source is source else teacher_source.fingerprint,
         text=text,
         objective=objective,
         method=method,
