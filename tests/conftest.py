@@ -60,6 +60,14 @@ def llama(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def chat_llama(tmp_path_factory) -> str:
+    """Folder of that LLaMA with a chat template. No test changes it."""
+    from tests.chats import save_chat_model
+
+    return save_chat_model(tmp_path_factory.mktemp("chat-llama") / "model")
+
+
+@pytest.fixture(scope="session")
 def sparse(llama, tmp_path_factory) -> str:
     """Folder of that LLaMA at 2:4, by `castlm prune --method magnitude`. No test changes it."""
     from tests.runs import prune_to

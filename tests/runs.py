@@ -81,16 +81,20 @@ class Stopped(Exception):  # noqa: N818
     """Stands for a kill."""
 
 
-def before_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[Run], Any]) -> None:
-    """Lets every run call `action` after `step` steps, before the next one."""
+def before_each_step(patch: pytest.MonkeyPatch, action: Callable[[Run], Any]) -> None:
+    """Lets every run call `action` before each of its steps."""
     original = Run.train_step
 
     def train_step(self: Run) -> None:
-        if self.progress.step == step:
-            action(self)
+        action(self)
         original(self)
 
     patch.setattr(Run, "train_step", train_step)
+
+
+def before_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[Run], Any]) -> None:
+    """Lets every run call `action` after `step` steps, before the next one."""
+    before_each_step(patch, lambda run: action(run) if run.progress.step == step else None)
 
 
 def train_until(config: TrainConfig, step: int) -> None:

@@ -28,7 +28,6 @@ from tests.chats import (
     REWRITING,
     STRICT,
     chat_tokenizer,
-    save_chat_model,
     talk,
     talks,
     turn,
@@ -316,8 +315,8 @@ def packed(path, seq_len=64, assistant_only=True, **options):
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return write_talks(tmp_path_factory.mktemp("chat") / "talks.jsonl", talks(40))
+def chat(tmp_path_factory) -> str:
+    return write_talks(tmp_path_factory.mktemp("chat") / "talks.jsonl", talks(60))
 
 
 def test_each_conversation_lies_in_one_sequence_and_is_a_document_of_its_own(tmp_path):
@@ -379,15 +378,15 @@ def test_perplexity_is_over_the_assistants_tokens_of_each_conversation_by_itself
     assert (text.tokens, text.by_document) == ("assistant", True)
 
 
-def test_plain_text_and_conversations_are_scored_as_by_themselves(path):
+def test_plain_text_and_conversations_are_scored_as_by_themselves(chat):
     model, plain = tiny_model("llama"), ScoredText.of(torch.arange(100) % 250)
-    chat = scored_text(open_documents(path), Encoder(TOKENIZER), limit=400)
-    one, other, both = (perplexity(model, t, seq_len=64) for t in (plain, chat, ScoredText.joined([plain, chat])))
+    said = scored_text(open_documents(chat), Encoder(TOKENIZER), limit=400)
+    one, other, both = (perplexity(model, t, seq_len=64) for t in (plain, said, ScoredText.joined([plain, said])))
     assert both.num_tokens == one.num_tokens + other.num_tokens
     mean = (one.loss * one.num_tokens + other.loss * other.num_tokens) / both.num_tokens
     assert both.loss == pytest.approx(mean, rel=1e-6)
     assert ScoredText.joined([plain, plain]).stretches == [(0, 100), (100, 200)]
-    assert ScoredText.joined([plain, chat]).tokens == "all and assistant"
+    assert ScoredText.joined([plain, said]).tokens == "all and assistant"
 
 
 def test_the_end_of_text_of_a_template_is_not_repeated():
@@ -407,33 +406,22 @@ def test_text_without_a_token_of_the_assistant_is_refused(tmp_path):
         scored_text(open_documents(path), Encoder(TOKENIZER), limit=20)
 
 
-def test_calibration_text_is_rendered(path):
-    text = TOKENIZER.decode(token_ids(path, TOKENIZER))
+def test_calibration_text_is_rendered(chat):
+    text = TOKENIZER.decode(token_ids(chat, TOKENIZER))
     assert text.startswith("<|im_start|>user\n")
-    assert text.count("<|endoftext|>") == 40
+    assert text.count("<|endoftext|>") == 60
 
 
 # Runs of castlm train, and commands
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_chat_model(tmp_path_factory.mktemp("llama") / "model")
+def of_chat(chat_llama, chat, folder, **over):
+    fields = {"seq_len": 96, "max_steps": 6, "init_from": "magnitude", "eval_fraction": 0.1}
+    return small(chat_llama, chat, folder, **{**fields, **over})
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory) -> str:
-    return write_talks(tmp_path_factory.mktemp("chat") / "talks.jsonl", talks(60))
-
-
-def of_chat(llama, chat, folder, **over):
-    return small(
-        llama, chat, folder, **{"seq_len": 96, "max_steps": 6, "init_from": "magnitude", "eval_fraction": 0.1, **over}
-    )
-
-
-def test_the_loss_is_that_of_the_assistants_tokens_by_hand(llama, chat, tmp_path):
-    run = begin_run(of_chat(llama, chat, tmp_path / "run"))
+def test_the_loss_is_that_of_the_assistants_tokens_by_hand(chat_llama, chat, tmp_path):
+    run = begin_run(of_chat(chat_llama, chat, tmp_path / "run"))
     student, teacher = tiny_model("llama", seed=1), tiny_model("llama")
     objective = Objective(student, teacher, 0.5, 2.0, apart=True)
     batch = next(run.text.loader)
@@ -451,8 +439,8 @@ def test_the_loss_is_that_of_the_assistants_tokens_by_hand(llama, chat, tmp_path
     assert found.loss.item() == pytest.approx((0.5 * kl + 0.5 * ce).item(), rel=1e-4)
 
 
-def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path):
-    straight = of_chat(llama, chat, tmp_path / "straight", save_steps=2, max_steps=4, init_from=None)
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(chat_llama, chat, tmp_path):
+    straight = of_chat(chat_llama, chat, tmp_path / "straight", save_steps=2, max_steps=4, init_from=None)
     record = train(straight)
     assert record["measured"]["tokens"] == "assistant"
     assert "| scored tokens |" in (tmp_path / "straight" / "model" / "README.md").read_text()
@@ -463,26 +451,28 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(llama, chat, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_template(llama, chat, tmp_path, capsys):
+def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_template(
+    chat_llama, chat, tmp_path, capsys
+):
     """The teacher's tokens are kept at every position, and not only where they counted in the run that wrote them."""
     fields = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "cache")}
-    train(of_chat(llama, chat, tmp_path / "one", **fields))
+    train(of_chat(chat_llama, chat, tmp_path / "one", **fields))
     capsys.readouterr()
-    everything = of_chat(llama, chat, tmp_path / "two", assistant_only_loss=False, **fields)
+    everything = of_chat(chat_llama, chat, tmp_path / "two", assistant_only_loss=False, **fields)
     train(everything)
     assert "no teacher is loaded" in capsys.readouterr().err
     train(everything.changed(output_dir=str(tmp_path / "three"), teacher_cache=None, hidden_weight=0.0))
     assert_equal_weights(tmp_path / "two" / "model", tmp_path / "three" / "model")
     (tmp_path / "other.jinja").write_text(CHATML.replace("system", "s").replace("'\n'", "'\n\n'"))
-    train(of_chat(llama, chat, tmp_path / "four", chat_template_path=str(tmp_path / "other.jinja"), **fields))
+    train(of_chat(chat_llama, chat, tmp_path / "four", chat_template_path=str(tmp_path / "other.jinja"), **fields))
     assert "missing sequences are added" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, tmp_path):
+def test_another_template_is_not_resumed_and_a_given_one_is_saved(chat_llama, chat, tmp_path):
     (tmp_path / "marked.jinja").write_text(MARKED)
     marked = str(tmp_path / "marked.jinja")
-    config = of_chat(llama, chat, tmp_path / "run", save_steps=2, chat_template_path=marked, init_from=None)
+    config = of_chat(chat_llama, chat, tmp_path / "run", save_steps=2, chat_template_path=marked, init_from=None)
     train_until(config, 3)
     (tmp_path / "marked.jinja").write_text(MARKED + " ")
     with pytest.raises(Exception, match="chat_template_sha256"):
@@ -492,11 +482,11 @@ def test_another_template_is_not_resumed_and_a_given_one_is_saved(llama, chat, t
     assert type(chat_tokenizer()).from_pretrained(tmp_path / "run" / "model").chat_template == MARKED
 
 
-def test_eval_says_which_tokens_it_scored(llama, chat, tmp_path, capsys):
-    assert main(["eval", llama, "--text", chat, "--seq-len", "96", "--json", str(tmp_path / "a.json")]) == 0
+def test_eval_says_which_tokens_it_scored(chat_llama, chat, tmp_path, capsys):
+    assert main(["eval", chat_llama, "--text", chat, "--seq-len", "96", "--json", str(tmp_path / "a.json")]) == 0
     assert "assistant tokens of" in capsys.readouterr().out
     found = json.loads((tmp_path / "a.json").read_text())
-    assert main(["eval", llama, "--text", chat, "--seq-len", "96", "--no-assistant-only-loss"]) == 0
+    assert main(["eval", chat_llama, "--text", chat, "--seq-len", "96", "--no-assistant-only-loss"]) == 0
     assert "assistant" not in capsys.readouterr().out.replace("--no-assistant-only-loss", "")
     assert found["tokens"] == "assistant"
     assert found["num_tokens"] < found["text_tokens"] / 2

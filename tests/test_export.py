@@ -15,7 +15,7 @@ from castlm.export import hf
 from castlm.export.card import model_card
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
-from castlm.models.io import load_model, parameters_in
+from castlm.models.io import load_model
 from tests.runs import prune_to, record_of, small_command, weights
 from tests.slow import slow_but
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
@@ -252,18 +252,6 @@ def test_the_dtype_that_a_model_is_stored_in_is_known(tmp_path, dtype):
     assert load_model(folder).dtype is dtype  # by its files
 
 
-def test_parameters_are_rounded_and_buffers_are_not(tmp_path):
-    model = tiny_model("llama")
-    before = {name: value.clone() for name, value in model.named_buffers()}
-    old = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    with parameters_in(model, torch.bfloat16):
-        assert model.dtype is torch.bfloat16
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, old.bfloat16().float())
-    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
-
-
 @pytest.mark.parametrize(
     ("stored", "written", "options"),
     [
@@ -277,19 +265,6 @@ def test_prune_writes_the_source_dtype_or_the_one_asked_for(stored, written, opt
     assert dtypes_in(out) == {written}
     assert record_of(out)["dtype"] == str(written).removeprefix("torch.")
     assert main(["verify", out]) == 0
-
-
-def test_perplexity_is_measured_on_the_written_values(tmp_path):
-    seen = []
-
-    def measure(one):
-        seen.append(one.model.layers[0].mlp.up_proj.weight.detach().clone())
-        return 1.0
-
-    export(tmp_path / "out", *pruned(tmp_path), dtype=torch.bfloat16, eval_fn=measure)
-    assert dtypes_in(tmp_path / "out") == {torch.bfloat16}
-    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in seen)
-    assert torch.equal(*seen)
 
 
 def test_train_writes_the_source_dtype(text, tmp_path):

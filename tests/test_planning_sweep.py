@@ -19,7 +19,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
 from castlm.training.train import train
 from tests.refusals import assert_refused
-from tests.runs import Killed, killed_in
+from tests.runs import Killed, before_each_step, killed_in
 from tests.tiny import TEXT
 
 STEP = 64  # tokens
@@ -194,14 +194,13 @@ def test_another_sweep_is_refused(sweep, drawn, capsys):
     assert "--runs-from" in capsys.readouterr().err
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(files, drawn, tmp_path, capsys):
+def test_a_folder_that_holds_something_else_is_left_alone(sweep, drawn, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "table.json").write_text("{}")
-    arguments = ["plan", "sweep", *files, "--output-dir", str(tmp_path / "out"), "--largest-tokens", str(LARGEST)]
-    assert main(arguments) == 2
+    assert sweep() == 2
     assert "no output of castlm sweep" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main([*arguments, "--output-dir", str(tmp_path / "file")]) == 2
+    assert sweep(folder="file") == 2
     assert not drawn.done
 
 
@@ -229,10 +228,9 @@ def test_bad_input_is_one_line_and_exit_2(arguments, named, files, drawn, tmp_pa
     assert not drawn.done
 
 
-def test_a_method_without_training_is_refused(sweep, tmp_path, drawn, files, capsys):
+def test_a_method_without_training_is_refused(sweep, tmp_path, drawn, capsys):
     (tmp_path / "wanda.yaml").write_text("method: wanda\n")
-    arguments = ["plan", "sweep", *files, "--output-dir", str(tmp_path / "out"), "--largest-tokens", "1e6"]
-    assert main([*arguments, "--config", str(tmp_path / "wanda.yaml")]) == 2
+    assert sweep("--config", str(tmp_path / "wanda.yaml")) == 2
     assert "method wanda has no training budget" in capsys.readouterr().err
 
 
@@ -254,10 +252,10 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     config.write_text(yaml.safe_dump({**fields, "calibration_sequences": 4, "rotation_iterations": 4}))
     base = ["plan", "sweep", *files, "--config", str(config), "--seeds", "1"]
     base += ["--tokens", ",".join(str(STEP * n) for n in (2, 4, 8, 16))]
-    original, steps = TrainingRun.train_step, []
     with killed_in(TrainingRun, "train_step", call=2 + 4 + 6):  # in the third run
         main([*base, "--output-dir", str(tmp_path / "killed")])
-    monkeypatch.setattr(TrainingRun, "train_step", lambda self: (steps.append(self.progress.step), original(self)))
+    steps: list[int] = []
+    before_each_step(monkeypatch, lambda run: steps.append(run.progress.step))
     assert main([*base, "--output-dir", str(tmp_path / "killed")]) == 0
     first = steps[0]
     assert 2 <= first <= 5  # it saves at every fourth of its steps; the newest save may not have been whole

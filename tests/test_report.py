@@ -213,13 +213,6 @@ def test_points_that_are_not_finite_are_left_out(log_x, log_y):
     assert line_chart([Series("a", points[2:])], x_label="x", y_label="y", log_x=log_x, log_y=log_y)  # empty axes
 
 
-def test_the_spread_over_seeds_is_a_band():
-    points, of = [(1.0, 5.0), (2.0, 4.0)], {"x_label": "x", "y_label": "y"}
-    plain, banded = (line_chart([Series("a", points, spread=spread)], **of) for spread in ((), (0.1, 0.2)))
-    assert "fill-opacity: 0.15" in banded
-    assert "fill-opacity: 0.15" not in plain
-
-
 @pytest.mark.usefixtures("no_charts")
 def test_without_matplotlib_the_page_has_its_figures_and_names_the_remedy(finished):
     page = run_page(read_run(finished))

@@ -14,16 +14,11 @@ from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.data.sampling import Sampler, open_samples, read_prompts, sample
-from tests.chats import CHATML, chat_tokenizer, save_chat_model, write_rows
+from tests.chats import CHATML, chat_tokenizer, write_rows
 from tests.ranks import start_command
 from tests.refusals import assert_refused
 from tests.slow import slow
 from tests.tiny import EOS_ID, tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_chat_model(tmp_path_factory.mktemp("llama") / "model")
 
 
 def sampler_of(tokenizer=None, prompts=None, chat=False, model=None, **options):
@@ -154,9 +149,9 @@ def test_a_stopped_start_goes_on_bit_for_bit(prompts, tmp_path):
     assert not (tmp_path / "parts.jsonl.part").exists()
 
 
-def test_answers_to_given_questions_are_recognized_as_conversations(llama, tmp_path):
+def test_answers_to_given_questions_are_recognized_as_conversations(chat_llama, tmp_path):
     (tmp_path / "q.txt").write_text("What?\nWhy?\n")
-    chat = ["sample", llama, "--chat", "--prompts", str(tmp_path / "q.txt"), "--num-tokens", "100"]
+    chat = ["sample", chat_llama, "--chat", "--prompts", str(tmp_path / "q.txt"), "--num-tokens", "100"]
     assert main([*chat, "--max-new-tokens", "200", "--output-file", str(tmp_path / "c.jsonl")]) == 0
     assert open_documents(tmp_path / "c.jsonl").kind is Kind.CHAT
 
@@ -177,36 +172,36 @@ def test_duplicates_are_left_out_whole_and_by_their_beginning(tmp_path):
 # The command
 
 
-def command(llama, path, *more):
-    return ["sample", llama, "--output-file", str(path), "--max-new-tokens", "8", "--batch-size", "4", *more]
+def command(chat_llama, path, *more):
+    return ["sample", chat_llama, "--output-file", str(path), "--max-new-tokens", "8", "--batch-size", "4", *more]
 
 
-def test_the_command_says_what_it_wrote_and_how_to_train_on_it(llama, tmp_path, capsys):
+def test_the_command_says_what_it_wrote_and_how_to_train_on_it(chat_llama, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    assert main(command(llama, path, "--num-tokens", "100")) == 0
+    assert main(command(chat_llama, path, "--num-tokens", "100")) == 0
     said = capsys.readouterr().out
     assert f"{len(lines(path))} texts of" in said
-    assert f"castlm train --model {llama} --dataset {path}" in said
-    assert main(command(llama, path, "--num-tokens", "200", "--overwrite")) == 0
+    assert f"castlm train --model {chat_llama} --dataset {path}" in said
+    assert main(command(chat_llama, path, "--num-tokens", "200", "--overwrite")) == 0
     assert len(lines(path)) > 15
 
 
-def test_a_killed_command_is_resumed_to_the_same_file(llama, tmp_path):
+def test_a_killed_command_is_resumed_to_the_same_file(chat_llama, tmp_path):
     straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
     more = ("--num-tokens", "800")
-    assert main(command(llama, straight, *more)) == 0
+    assert main(command(chat_llama, straight, *more)) == 0
     record, deadline = tmp_path / "killed.jsonl.castlm.json", time.monotonic() + 100
-    process = start_command("castlm", *command(llama, killed, *more), log=tmp_path / "log")
+    process = start_command("castlm", *command(chat_llama, killed, *more), log=tmp_path / "log")
     while time.monotonic() < deadline and not record.exists():
         time.sleep(0.01)
     process.kill()
     process.join()
     assert not killed.exists()
-    assert main(command(llama, killed, *more, "--resume")) == 0
+    assert main(command(chat_llama, killed, *more, "--resume")) == 0
     assert killed.read_bytes() == straight.read_bytes()
 
 
-def test_ctrl_c_says_what_is_saved_and_how_to_go_on(llama, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_says_what_is_saved_and_how_to_go_on(chat_llama, tmp_path, capsys, monkeypatch):
     batch = Sampler.batch
 
     def stopped(self, number):
@@ -215,16 +210,16 @@ def test_ctrl_c_says_what_is_saved_and_how_to_go_on(llama, tmp_path, capsys, mon
         return batch(self, number)
 
     monkeypatch.setattr(Sampler, "batch", stopped)
-    assert main(command(llama, tmp_path / "a.jsonl")) == 130
+    assert main(command(chat_llama, tmp_path / "a.jsonl")) == 130
     assert "8 texts are saved; the same command with --resume continues" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsys):
+def test_bad_input_is_one_line_and_nothing_is_overwritten(chat_llama, tmp_path, capsys):
     path, other = tmp_path / "a.jsonl", tmp_path / "mine.jsonl"
-    assert main(command(llama, path, "--num-tokens", "50")) == 0
+    assert main(command(chat_llama, path, "--num-tokens", "50")) == 0
     other.write_text('{"text": "mine"}\n')
     bare = tmp_path / "bare"
-    shutil.copytree(llama, bare)
+    shutil.copytree(chat_llama, bare)
     (bare / "chat_template.jinja").unlink()
     ends_without = tmp_path / "plain.jinja"
     ends_without.write_text(CHATML.replace("'<|im_end|>'", "' END'"))
@@ -233,23 +228,23 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(llama, tmp_path, capsy
         tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     )
     cases = [
-        (command(llama, path), "already exists: name another file or pass overwrite"),
-        (command(llama, other, "--overwrite"), "is not as castlm wrote it"),
-        (command(llama, path, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),
-        (command(llama, other, "--resume"), "already exists"),
-        (command(llama, path, "--resume", "--overwrite"), "exclude each other"),
-        (command(llama, tmp_path / "b.txt"), "ends in .jsonl"),
-        (command(llama, tmp_path / "no" / "b.jsonl"), "in an existing folder"),
-        (command(llama, tmp_path / "b.jsonl", "--temperature", "0"), "temperature = 0.0 is out of range"),
-        (command(llama, tmp_path / "b.jsonl", "--top-p", "2"), "top_p = 2.0 is out of range"),
-        (command(llama, tmp_path / "b.jsonl", "--max-new-tokens", "256"), "exceed the model's 256 positions"),
+        (command(chat_llama, path), "already exists: name another file or pass overwrite"),
+        (command(chat_llama, other, "--overwrite"), "is not as castlm wrote it"),
+        (command(chat_llama, path, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),
+        (command(chat_llama, other, "--resume"), "already exists"),
+        (command(chat_llama, path, "--resume", "--overwrite"), "exclude each other"),
+        (command(chat_llama, tmp_path / "b.txt"), "ends in .jsonl"),
+        (command(chat_llama, tmp_path / "no" / "b.jsonl"), "in an existing folder"),
+        (command(chat_llama, tmp_path / "b.jsonl", "--temperature", "0"), "temperature = 0.0 is out of range"),
+        (command(chat_llama, tmp_path / "b.jsonl", "--top-p", "2"), "top_p = 2.0 is out of range"),
+        (command(chat_llama, tmp_path / "b.jsonl", "--max-new-tokens", "256"), "exceed the model's 256 positions"),
         (command(str(bare), tmp_path / "b.jsonl", "--chat"), "has no chat template"),
         (
-            command(llama, tmp_path / "b.jsonl", "--chat", "--chat-template-path", str(ends_without)),
+            command(chat_llama, tmp_path / "b.jsonl", "--chat", "--chat-template-path", str(ends_without)),
             "does not end a user's turn with a special token",
         ),
-        (command(llama, tmp_path / "b.jsonl", "--prompts", str(tmp_path / "empty.txt")), "holds no prompt"),
-        (command(llama, tmp_path / "b.jsonl", "--prompts", talks), "or name a column of texts"),
+        (command(chat_llama, tmp_path / "b.jsonl", "--prompts", str(tmp_path / "empty.txt")), "holds no prompt"),
+        (command(chat_llama, tmp_path / "b.jsonl", "--prompts", talks), "or name a column of texts"),
     ]
     assert_refused(cases, capsys)
     assert other.read_text() == '{"text": "mine"}\n'
@@ -310,11 +305,11 @@ def test_an_edited_record_is_not_resumed(edit, stopped):
         written(stopped, sampler_of(), resume=True)
 
 
-def test_resume_starts_where_nothing_is_and_reads_what_is_finished(llama, tmp_path):
+def test_resume_starts_where_nothing_is_and_reads_what_is_finished(chat_llama, tmp_path):
     path, more = tmp_path / "a.jsonl", ("--num-tokens", "50", "--resume")
-    assert main(command(llama, path, *more)) == 0
+    assert main(command(chat_llama, path, *more)) == 0
     before = path.stat().st_mtime_ns
-    assert main(command(llama, path, *more)) == 0
+    assert main(command(chat_llama, path, *more)) == 0
     assert path.stat().st_mtime_ns == before
 
 

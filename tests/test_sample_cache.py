@@ -11,28 +11,22 @@ from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.training.config import TrainConfig
 from castlm.training.train import fill_teacher_cache, train
-from tests.chats import save_chat_model
 from tests.refusals import assert_refused
 from tests.runs import assert_equal_weights, begin_run, small
 from tests.slow import slow
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_chat_model(tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(scope="module")
-def own(llama, tmp_path_factory) -> str:
+def own(chat_llama, tmp_path_factory) -> str:
     """A text of a few hundred tokens that the model has written."""
     path = tmp_path_factory.mktemp("own") / "own.jsonl"
-    assert main(command(llama, path)) == 0
+    assert main(command(chat_llama, path)) == 0
     return str(path)
 
 
-def command(llama, path, *more):
+def command(chat_llama, path, *more):
     options = ("--num-tokens", "900", "--max-new-tokens", "40", "--batch-size", "4", "--seed", "3", *more)
-    return ["sample", llama, "--output-file", str(path), *options]
+    return ["sample", chat_llama, "--output-file", str(path), *options]
 
 
 def cached(tmp_path, *more):
@@ -40,10 +34,10 @@ def cached(tmp_path, *more):
     return ("--teacher-cache", str(tmp_path / "cache"), *sizes, *more)
 
 
-def run_on(llama, own, tmp_path, name="run", **over) -> TrainConfig:
+def run_on(chat_llama, own, tmp_path, name="run", **over) -> TrainConfig:
     fields = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "cache"), "seed": 3, "max_steps": 300}
     fields["init_from"] = "magnitude"
-    return small(llama, str(own), tmp_path / name, **{**fields, "ignore_decay_budget": True, **over})
+    return small(chat_llama, str(own), tmp_path / name, **{**fields, "ignore_decay_budget": True, **over})
 
 
 def content(folder) -> dict[str, bytes]:
@@ -61,25 +55,25 @@ def content(folder) -> dict[str, bytes]:
         slow(("--chat", "--batch-size", "64"), id="chat"),
     ],
 )
-def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(llama, tmp_path, lessons, more):
+def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(chat_llama, tmp_path, lessons, more):
     path = tmp_path / "own.jsonl"
-    assert main(command(llama, path, *cached(tmp_path, *more))) == 0
+    assert main(command(chat_llama, path, *cached(tmp_path, *more))) == 0
     assert (open_documents(path).kind is Kind.CHAT) == ("--chat" in more)
     from_sample, num_read = content(tmp_path / "cache"), len(lessons)
     assert num_read > 5
     over = {"repeat_sequences": "--repeat-sequences" in more, "precision": "bf16" if "bf16" in more else "auto"}
     over |= {"max_steps": num_read} if over["repeat_sequences"] else {"num_train_epochs": 1}
-    train(run_on(llama, path, tmp_path, "cached", **over))
+    train(run_on(chat_llama, path, tmp_path, "cached", **over))
     assert len(lessons) == num_read
-    train(run_on(llama, path, tmp_path, "taught", **over, teacher_cache=str(tmp_path / "written")))
+    train(run_on(chat_llama, path, tmp_path, "taught", **over, teacher_cache=str(tmp_path / "written")))
     assert len(lessons) == 2 * num_read
     assert content(tmp_path / "written") == from_sample
     assert_equal_weights(tmp_path / "cached" / "model", tmp_path / "taught" / "model")
 
 
 @pytest.mark.slow
-def test_repeated_sequences_serve_more_than_one_epoch(llama, own, tmp_path, lessons):
-    config = run_on(llama, own, tmp_path, repeat_sequences=True, max_steps=300)
+def test_repeated_sequences_serve_more_than_one_epoch(chat_llama, own, tmp_path, lessons):
+    config = run_on(chat_llama, own, tmp_path, repeat_sequences=True, max_steps=300)
     num_sequences = fill_teacher_cache(config)
     assert 2 * num_sequences < 300 * 4
     run = begin_run(config)
@@ -94,15 +88,15 @@ def test_repeated_sequences_serve_more_than_one_epoch(llama, own, tmp_path, less
 
 
 @pytest.mark.slow
-def test_a_run_over_a_whole_repeated_epoch_leaves_a_cache_for_all(llama, own, tmp_path):
-    config = run_on(llama, own, tmp_path, repeat_sequences=True)
+def test_a_run_over_a_whole_repeated_epoch_leaves_a_cache_for_all(chat_llama, own, tmp_path):
+    config = run_on(chat_llama, own, tmp_path, repeat_sequences=True)
     num_sequences = fill_teacher_cache(config.changed(teacher_cache=str(tmp_path / "other")))
     train(config.changed(max_steps=-(-num_sequences // 4)))
     longer = begin_run(config.changed(output_dir=str(tmp_path / "longer")))
     assert longer.objective.teacher is None
 
 
-def test_a_stopped_pass_goes_on_with_what_is_missing(llama, tmp_path, lessons, capsys, monkeypatch):
+def test_a_stopped_pass_goes_on_with_what_is_missing(chat_llama, tmp_path, lessons, capsys, monkeypatch):
     path, check = tmp_path / "own.jsonl", training.check_vocabulary
 
     def stopped(ids, vocab):
@@ -112,22 +106,22 @@ def test_a_stopped_pass_goes_on_with_what_is_missing(llama, tmp_path, lessons, c
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "check_vocabulary", stopped)
-        assert main(command(llama, path, *cached(tmp_path))) == 130
+        assert main(command(chat_llama, path, *cached(tmp_path))) == 130
     assert "the same command with --resume continues" in capsys.readouterr().err
     (known,) = (tmp_path / "cache").glob("coverage-*.json")
     assert json.loads(known.read_text()) == {"blocks": 12}
     text = path.read_bytes()
-    assert main(command(llama, path, *cached(tmp_path), "--resume")) == 0
+    assert main(command(chat_llama, path, *cached(tmp_path), "--resume")) == 0
     assert path.read_bytes() == text
     num_read = len(lessons)
-    fill_teacher_cache(run_on(llama, path, tmp_path, teacher_cache=str(tmp_path / "whole")))
+    fill_teacher_cache(run_on(chat_llama, path, tmp_path, teacher_cache=str(tmp_path / "whole")))
     assert len(lessons) == 2 * num_read  # no batch was read twice before
     assert content(tmp_path / "whole") == content(tmp_path / "cache")
 
 
-def test_a_finished_text_gets_its_cache_later(llama, own, tmp_path, lessons, capsys):
+def test_a_finished_text_gets_its_cache_later(chat_llama, own, tmp_path, lessons, capsys):
     before = Path(own).read_bytes()
-    arguments = command(llama, own, *cached(tmp_path), "--resume")
+    arguments = command(chat_llama, own, *cached(tmp_path), "--resume")
     assert main(arguments) == 0
     assert Path(own).read_bytes() == before
     num_read = len(lessons)
@@ -139,10 +133,10 @@ def test_a_finished_text_gets_its_cache_later(llama, own, tmp_path, lessons, cap
     assert "--num-train-epochs 1" in said
 
 
-def test_the_command_that_is_printed_trains_without_a_teacher(llama, own, tmp_path, lessons, capsys):
+def test_the_command_that_is_printed_trains_without_a_teacher(chat_llama, own, tmp_path, lessons, capsys):
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("a text that is not in the sample\n")
-    assert main(command(llama, own, *cached(tmp_path, "--eval-dataset", str(held_out)), "--resume")) == 0
+    assert main(command(chat_llama, own, *cached(tmp_path, "--eval-dataset", str(held_out)), "--resume")) == 0
     num_read = len(lessons)
     printed = capsys.readouterr().out.rpartition("castlm train ")[2].split()
     printed[printed.index("RUN")] = str(tmp_path / "run")
@@ -152,34 +146,38 @@ def test_the_command_that_is_printed_trains_without_a_teacher(llama, own, tmp_pa
     assert "no teacher is loaded" in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line(llama, own, tmp_path, capsys):
+def test_bad_input_is_one_line(chat_llama, own, tmp_path, capsys):
     changed = tmp_path / "changed.jsonl"
     changed.write_bytes(Path(own).read_bytes() + b"\n")
     record = Path(own).with_name("own.jsonl.castlm.json")
     changed.with_name("changed.jsonl.castlm.json").write_bytes(record.read_bytes())
     cache = cached(tmp_path)
     cases = [
-        (command(llama, tmp_path / "a.jsonl", "--seq-len", "32"), "--seq-len is for a teacher cache"),
-        (command(llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "0"), "set teacher_top_k"),
-        (command(llama, tmp_path / "a.jsonl", *cache, "--seq-len", "999"), "exceeds the model's 256 positions"),
-        (command(llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "999"), "teacher_top_k 999 exceeds"),
-        (command(llama, tmp_path / "a.jsonl", *cache, "--eval-dataset", "none.txt"), "none.txt: no such file"),
+        (command(chat_llama, tmp_path / "a.jsonl", "--seq-len", "32"), "--seq-len is for a teacher cache"),
+        (command(chat_llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "0"), "set teacher_top_k"),
+        (command(chat_llama, tmp_path / "a.jsonl", *cache, "--seq-len", "999"), "exceeds the model's 256 positions"),
+        (command(chat_llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "999"), "teacher_top_k 999 exceeds"),
+        (command(chat_llama, tmp_path / "a.jsonl", *cache, "--eval-dataset", "none.txt"), "none.txt: no such file"),
         (
             command(
-                llama, tmp_path / "a.jsonl", *cached(Path(own).parents[1])[2:], "--teacher-cache", str(Path(own).parent)
+                chat_llama,
+                tmp_path / "a.jsonl",
+                *cached(Path(own).parents[1])[2:],
+                "--teacher-cache",
+                str(Path(own).parent),
             ),
             "teacher_cache",
         ),
-        (command(llama, own, *cache, "--resume", "--top-p", "0.5"), "was sampled differently (top_p 1.0 -> 0.5)"),
-        (command(llama, changed, *cache, "--resume"), "is not as castlm wrote it"),
+        (command(chat_llama, own, *cache, "--resume", "--top-p", "0.5"), "was sampled differently (top_p 1.0 -> 0.5)"),
+        (command(chat_llama, changed, *cache, "--resume"), "is not as castlm wrote it"),
     ]
     assert_refused(cases, capsys)
     assert not (tmp_path / "a.jsonl.part").exists()
 
 
-def test_another_teacher_is_refused_and_the_text_stays(llama, own, tmp_path, capsys):
-    fill_teacher_cache(run_on(llama, own, tmp_path))
-    assert main(command(llama, own, *cached(tmp_path, "--teacher-top-k", "4"), "--resume")) == 2
+def test_another_teacher_is_refused_and_the_text_stays(chat_llama, own, tmp_path, capsys):
+    fill_teacher_cache(run_on(chat_llama, own, tmp_path))
+    assert main(command(chat_llama, own, *cached(tmp_path, "--teacher-top-k", "4"), "--resume")) == 2
     said = capsys.readouterr().err
     assert "another teacher (top_k 8 -> 4" in said
     assert "the same command with --resume continues there" in said

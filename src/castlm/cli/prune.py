@@ -15,7 +15,7 @@ from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinem
 from castlm.patterns import all_solvers
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
 
-_OF_CALIBRATION = ("calibration", "precision", *(field.name for field in fields(TextOptions)))
+_OF_CALIBRATION = ("calibration", "precision", *(option.name for option in fields(TextOptions)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +92,20 @@ class PruneCommand(
         pattern = self.pattern
         if self.memory == "block":
             local_folder(self.model)
-        device, text = choose_device(self.device), None
+        device = choose_device(self.device)
         method = self.method or pattern.default_solver
         if method == "magnitude" and self.rotate in ("values", "residual"):
             raise InputError(f"rotate {self.rotate} needs a calibration text: use method sparsegpt or wanda")
         needs_text = method != "magnitude"
-        takes_text = (
-            needs_text or pattern.cut_out is not None
-        )  # the rest of a layer is refitted after its units are removed
+        refits = pattern.cut_out is not None  # the rest of a layer, on a text, after its units are removed
         if needs_text and self.calibration is None:
             raise InputError(
                 f"method {method} needs a calibration text: give --calibration FILE, or --method magnitude"
             )
-        if not takes_text:
+        if not needs_text and not refits:
             why = f"is for a method that reads a text, and {method} reads none: leave it out, or use wanda or sparsegpt"
             refuse_given(self, _OF_CALIBRATION, why)
-        if self.calibration is not None and takes_text:
-            text = open_documents(self.calibration, self)
+        text = None if self.calibration is None else open_documents(self.calibration, self)
         start = Start.of(self, method, pattern, damping=self.damping, seed=self.seed)
         inputs = {"model": self.model, "calibration": self.calibration}
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs=inputs)

@@ -326,17 +326,14 @@ class Report:
         conditions = stamp(results)
         self.conditions = {**conditions, "sha256": dict(hashes)}
         self.notes = list(filter(None, [starts_note(rows), *explain(conditions, results)]))
-        self.warnings = [
-            f"{kind}: {row['variant']}, {reason}"
-            for kind, key in (("failed", "errors"), ("diverged", "diverged"), ("fell short", "fell_short"))
-            for row in rows
-            for reason in row[key]
-        ]
-        self.warnings += [
-            f"failed: {r.run.variant}, a trial at the rate {r.run.config.get('learning_rate')}: {r.record['error']}"
-            for r in results
-            if r.trial and "error" in r.record
-        ]
+        self.warnings = []
+        for kind, key in (("failed", "errors"), ("diverged", "diverged"), ("fell short", "fell_short")):
+            for row in rows:
+                self.warnings += [f"{kind}: {row['variant']}, {reason}" for reason in row[key]]
+        for result in results:
+            if result.trial and "error" in result.record:
+                name, rate = result.run.variant, result.run.config.get("learning_rate")
+                self.warnings.append(f"failed: {name}, a trial at the rate {rate}: {result.record['error']}")
 
     def table(self, headings: Sequence[str]) -> list[list[str]]:
         """The cells of each row in the columns `headings`."""

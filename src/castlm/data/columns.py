@@ -34,16 +34,26 @@ class Kind(IntEnum):
     """A conversation with tensors beside its tokens, such as images; see `castlm.data.images`."""
 
 
+Position = int | dict[str, Any] | None
+"""A place in the order of documents, as plain JSON; None is the first."""
+
+
 class Document(NamedTuple):
-    """A row as a document."""
+    """A document, or a piece of a very long one."""
 
     text: str
-    """The text, or the JSON of a conversation; "" where the row is blank."""
+    """The text, or the JSON of a conversation, which `castlm.data.chat` renders; "" where the row is blank."""
     is_cut: bool = False
     """Whether a plain text was cut off, so that the end-of-text behind it does not count."""
     kind: Kind = Kind.TEXT
     extra: tuple[str, ...] = ()
     """The images of a conversation: the path or the bytes of each."""
+    first: bool = True
+    """Whether it is the first piece of its document."""
+    last: bool = True
+    """Whether it is the last piece of its document."""
+    position: Position = None
+    """The `position` with which `Documents.pieces` starts here again."""
 
 
 class Columns(NamedTuple):

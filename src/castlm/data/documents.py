@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError, one_line
-from castlm.data.columns import Columns, Document, Kind, find_columns, is_undecided, types_of
+from castlm.data.columns import Columns, Document, Kind, Position, find_columns, is_undecided, types_of
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import (
     GzipJsonLines,
     ParquetRows,
-    Piece,
     Pool,
-    Position,
     Source,
     open_json_lines,
     open_text,
@@ -79,7 +77,7 @@ class Documents:
     def __len__(self) -> int:
         return int(self._last.sum())
 
-    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
+    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Document]:
         """The pieces of all documents once, shuffled by (seed, epoch), or in file order if `seed` is None.
 
         Args:
@@ -91,7 +89,7 @@ class Documents:
             first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
             document = self._read(index)
             if not (first and last and is_blank(document.text)):
-                yield Piece(document.text, first, last, here, document.is_cut, document.kind, document.extra)
+                yield document._replace(first=first, last=last, position=here)
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of the pieces, shape (num_pieces,), int64; the pieces of one document stay together.
@@ -164,7 +162,7 @@ class HubDocuments:
         self._buffer = _SMALL_BUFFER if self.kind is Kind.WITH_EXTRA else HUB_BUFFER
         self._open_stream, self._columns, self._identity = open_stream, columns, identity
 
-    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Piece]:
+    def pieces(self, seed: int | None, epoch: int = 0, position: Position = None) -> Iterator[Document]:
         """See `Documents.pieces`. A position holds the state of the stream, not the text of the held documents."""
         stream = self._open_stream()
         state, buffer, start = stream.state_dict(), 0, 0
@@ -177,10 +175,8 @@ class HubDocuments:
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(documents)), kind="stable")
             for index, row in enumerate(order[start:].tolist(), start):
-                text, is_cut, kind, extra = documents[row]
-                if not is_blank(text):
-                    here = {"stream": state, "buffer": buffer, "index": index}
-                    yield Piece(text, True, True, here, is_cut, kind, extra)
+                if not is_blank(documents[row].text):
+                    yield documents[row]._replace(position={"stream": state, "buffer": buffer, "index": index})
             state, buffer, start = stream.state_dict(), buffer + 1, 0
 
     def split(self, num_held_out: int) -> tuple[HubDocuments, HubDocuments]:

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Kind
+from castlm.data.columns import Document, Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
 from castlm.data.images import join_extra
-from castlm.data.readers import Piece
 from castlm.data.tokens import Encoder, Tokens
 
 # Tokenized together: enough to keep a fast tokenizer's threads busy, little enough that no step waits long.
@@ -69,17 +68,12 @@ class Resumable:
             "document": copy.deepcopy(document),
             "token": token,
             "sequences": self.num_taken,
-            "seed": self.seed,
             "seq_len": self.seq_len,
-            "repeat": self.repeat,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position; raises `InputError` if it has another seed, seq_len or repeat."""
-        for name in ("seed", "seq_len", "repeat"):
-            before, now = state.get(name, False), getattr(self, name)
-            if before != now:
-                raise InputError(f"the data position was saved with {name} {before}, not {now}: keep {name}")
+        """Continues from a position of the same seed, seq_len and repeat; a checkpoint compares these options."""
+        assert state["seq_len"] == self.seq_len
         self._go_to(state)
 
     def _position(self) -> tuple[int, Any, int]:
@@ -219,7 +213,7 @@ class PackedSequences(Resumable):
         yield from held
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+def _batches(pieces: Iterator[Document]) -> Iterator[list[Document]]:
     batch, num_chars = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -240,12 +234,12 @@ class UnpackedSequences(Resumable):
     sequence, but none of its tokens count.
     """
 
-    def take(self, num_sequences: int) -> list[Piece]:
+    def take(self, num_sequences: int) -> list[Document]:
         """The next conversations, not yet prepared."""
         self.num_taken += num_sequences
         return list(islice(self._reader, num_sequences))
 
-    def batch(self, sequences: Sequence[Piece]) -> dict[str, Tensor]:
+    def batch(self, sequences: Sequence[Document]) -> dict[str, Tensor]:
         """`input_ids` and shifted `labels`, int64, (num_sequences, seq_len), and the further arguments of the model's
         forward; no `position_ids`, which the model derives from the images.
         """
@@ -267,7 +261,7 @@ class UnpackedSequences(Resumable):
         self.num_taken = state["sequences"]
         self._reader = self._read()
 
-    def _read(self) -> Iterator[Piece]:
+    def _read(self) -> Iterator[Document]:
         epoch, position, is_used = self._at
         while True:
             pieces = self.documents.pieces(self.seed, 0 if self.repeat else epoch, position)
@@ -276,7 +270,7 @@ class UnpackedSequences(Resumable):
                 yield piece
             epoch, position, is_used = epoch + 1, None, False
 
-    def _encode(self, piece: Piece) -> Tokens:
+    def _encode(self, piece: Document) -> Tokens:
         """The tokens of a conversation, cut or filled to `seq_len` + 1."""
         try:
             tokens = self._encoder.conversation(piece)

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -44,27 +44,6 @@ _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
 _ANY_START = re.compile(rb"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
 
 
-Position = int | dict[str, Any] | None
-
-
-class Piece(NamedTuple):
-    """A document, or a part of a very long one."""
-
-    text: str
-    """For a conversation its JSON, which `castlm.data.chat` renders."""
-    first: bool
-    """Whether it is the first piece of its document."""
-    last: bool
-    """Whether it is the last piece of its document."""
-    position: Position
-    """The `position` with which `pieces` starts at this piece again, as plain JSON."""
-    is_cut: bool = False
-    """Whether the document was cut off, so that the end-of-text after it does not count."""
-    kind: Kind = Kind.TEXT
-    extra: tuple[str, ...] = ()
-    """The extra inputs of a conversation, such as images; see `Document`."""
-
-
 class Source:
     """The pieces of one file, numbered from 0. A document is one piece or a few consecutive ones.
 
@@ -82,7 +61,7 @@ class Source:
     unit_bytes: np.ndarray
 
     def read(self, piece: int) -> Document:
-        """The document, or the part of one, that a piece holds."""
+        """The content of a piece; only `Documents` knows whether it begins and ends its document."""
         raise NotImplementedError
 
     def sha256(self) -> str:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Kind
+from castlm.data.columns import Document, Kind, Position
 from castlm.data.documents import Documents, HubDocuments
 from castlm.data.images import Extra, join_extra
-from castlm.data.readers import Piece, Position
 from castlm.data.tokens import IGNORED, Encoder, Tokens, first_tokens
 
 
@@ -173,7 +172,7 @@ def _with_extra(
     """The tokens of whole conversations up to `limit`, and what each brings beside them."""
     found, extra, count = list[Tokens](), list[ScoredExtra | None](), 0
 
-    def load(held: Piece | None, position: Position) -> Extra | None:
+    def load(held: Document | None, position: Position) -> Extra | None:
         return encoder.conversation(held or next(documents.pieces(seed, position=position))).extra
 
     for piece in documents.pieces(seed):

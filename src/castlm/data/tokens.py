@@ -18,7 +18,6 @@ from castlm.data.columns import Document, Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, open_documents
 from castlm.data.images import Extra, ImageReader, open_processor
 from castlm.data.options import TextOptions
-from castlm.data.readers import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -96,7 +95,7 @@ class Encoder:
         self._letter = with_letter[len(self._line_break) :]
         self._first = self.bos if self.bos != [self.eos] else []  # where it is the end-of-text of the document before
 
-    def __call__(self, pieces: list[Piece]) -> list[Tokens]:
+    def __call__(self, pieces: list[Document]) -> list[Tokens]:
         texts = iter(self._ids_of([piece for piece in pieces if piece.kind is Kind.TEXT]))
         found = []
         for piece in pieces:
@@ -113,7 +112,7 @@ class Encoder:
             found.append(Tokens.of(ids, counts, piece.first))
         return found
 
-    def _ids_of(self, pieces: list[Piece]) -> list[list[int]]:
+    def _ids_of(self, pieces: list[Document]) -> list[list[int]]:
         """Tokenizes pieces of plain text to the same tokens as the whole text would give. A piece from the middle of a
         text is tokenized after a line break, because some tokenizers put a space before the first word of their input.
         A piece that ends with a line break is tokenized before a letter, because GPT-2 joins line breaks at the end of
@@ -129,7 +128,7 @@ class Encoder:
             found[number] = ids[len(head) : stop] if is_apart else self.plain([piece.text])[0]
         return found
 
-    def conversation(self, document: Document | Piece) -> Tokens:
+    def conversation(self, document: Document) -> Tokens:
         """The tokens of a conversation, with the tensors of its images, which need a processor.
 
         An end-of-text token follows unless the template ended with one. It counts as the end of a completion, but not

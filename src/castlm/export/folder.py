@@ -13,7 +13,7 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
             or has another shape.
     """
     check_redirections(path, config)
-    for name, value in _fields(config):  # before anything loops over so many blocks or experts
+    for _, name, value in _fields(config):  # before anything loops over so many blocks or experts
         count = re.search(
             r"(?:^|_)n(?:um)?_(?:\w+_)?(layer|block|expert)s?(?:_per_\w+)?$|^(?:en|de)coder_(layer)s$", name
         )
@@ -197,10 +197,9 @@ def check_redirections(folder: Path, config: Config) -> None:
     `configuration_files` names another config.json, `transformers_weights` other weights. An `attribute_map` gives
     fields other names, at any depth.
     """
-    inner = [pair for value in config.values() if isinstance(value, dict) for pair in _fields(value)]
-    other = [key for key, value in _fields(config) if key in _REDIRECTIONS and value is not None]
-    if other := other or [key for key, _ in inner if key == "quantization_config"]:
-        raise InputError(f"{folder / 'config.json'} names other weights or fields in {other[0]}: remove that entry")
+    for depth, key, value in _fields(config):
+        if (key in _REDIRECTIONS and value is not None) or (key == "quantization_config" and depth > 0):
+            raise InputError(f"{folder / 'config.json'} names other weights or fields in {key}: remove that entry")
     if parts := [file.name for file in folder.iterdir() if _DISTRIBUTED.match(file.name)]:
         raise InputError(f"{folder} holds {parts[0]}, a part of a distributed checkpoint: save the whole model")
 
@@ -254,10 +253,12 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
     return set(info["unexpected_keys"])
 
 
-def _fields(config: Config) -> list[tuple[str, Any]]:
-    """The fields of a config and of all configs in it, such as `text_config`."""
-    inner = [pair for value in config.values() if isinstance(value, dict) for pair in _fields(value)]
-    return [*config.items(), *inner]
+def _fields(config: Config, depth: int = 0) -> Iterator[tuple[int, str, Any]]:
+    """The fields of a config and of all configs in it, such as `text_config`: depth, name and value."""
+    for key, value in config.items():
+        yield depth, key, value
+        if isinstance(value, dict):
+            yield from _fields(value, depth + 1)
 
 
 def check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:

@@ -391,7 +391,6 @@ FREE_ON_RESUME = WITHOUT_EFFECT | {
     "gradient_accumulation_steps",
 }
 
-
 FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-5, 5e-4
 
 

@@ -139,16 +139,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
     method_class = class_of(config.method.method, config.adapter.adapter)
     method_class.check(config.method, optimizer_options)
     check_compile(runtime.torch_compile, world.device)
-    if world.size > 1:
-        reason = None
-        if method_class.masks_forward:
-            reason = f"method {config.method.method} masks whole weights in the forward pass: run it in one process"
-        elif method_class.whole_copies and runtime.sharding != "replicate":
-            reason = (
-                f"sharding {runtime.sharding}: adapter {config.adapter.adapter} needs the whole model on each rank: "
-                "set sharding replicate, or adapter none"
-            )
-        world.check_all(reason)
+    _check_ranks(config, method_class, world)
     trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
     checkpoint, resumed = None, None
     if config.checkpoint.resume:
@@ -292,6 +283,20 @@ def set_up(config: TrainConfig, world: World) -> Run:
     if checkpoint is not None:
         run.restore(checkpoint)
     return run
+
+
+def _check_ranks(config: TrainConfig, method_class: type[Retraining], world: World) -> None:
+    """Refuses a method that several ranks cannot run, or not with this sharding."""
+    reason = None
+    if method_class.masks_forward:
+        reason = f"method {config.method.method} masks whole weights in the forward pass: run it in one process"
+    elif method_class.whole_copies and config.runtime.sharding != "replicate":
+        reason = (
+            f"sharding {config.runtime.sharding}: adapter {config.adapter.adapter} needs the whole model on each rank: "
+            "set sharding replicate, or adapter none"
+        )
+    if world.size > 1:
+        world.check_all(reason)
 
 
 def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
