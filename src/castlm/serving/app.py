@@ -265,7 +265,9 @@ class _Reply:
         head = {**self.head, "object": "chat.completion.chunk" if self.is_chat else "text_completion"}
 
         def event(text: str, reason: str | None = None, **delta: str) -> str:
-            part = {"delta": {**delta, **({"content": text} if text else {})}} if self.is_chat else {"text": text}
+            if text:
+                delta["content"] = text
+            part = {"delta": delta} if self.is_chat else {"text": text}
             choice = {"index": 0, **part, "finish_reason": reason, "logprobs": None}
             return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
 
