@@ -169,23 +169,32 @@ class Plan:
             pattern = _pattern_of({**self.common, **options})
             if options["method"] in ONESHOT and options["method"] not in pattern.solvers:
                 raise InputError(f"variant {name}: method {options['method']} is not for {pattern}: leave it out")
-        if (command.budget_tokens is None) == (command.max_steps is None):
-            raise InputError("how long is a run? Give one of --budget-tokens and --max-steps")
-        self.largest_budget = command.budget_tokens or 0
-        if command.max_steps is not None:
-            named = {"model": command.model, "dataset": command.dataset, "output_dir": command.output_dir}
-            shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
-            self.largest_budget = command.max_steps * TrainConfig.from_mapping({**named, **shared}).tokens_per_step
-        self.calibration: dict[str, Any] = {"calibration": command.calibration}
-        """The calibration text of one-shot rows, as fields of `OneshotConfig`."""
-        if command.calibration is None:  # the training text, opened as the other runs open it
-            hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
-            opened = {name: self.common[option] for name, option in hub.items() if option in self.common}
-            self.calibration = {"calibration": command.dataset, **opened}
+        self.largest_budget = self._largest_budget()
+        self.calibration = self._calibration()
         self.hashes = self._hashes()
         for name in self.variants:  # report a mistake in any of them before the first one runs
             for tokens, rate in itertools.product(self.budgets(name), self._rates_of(name)):
                 self.make(name, tokens, 0, rate)
+
+    def _largest_budget(self) -> int:
+        """The training tokens of the largest run."""
+        command = self.command
+        if (command.budget_tokens is None) == (command.max_steps is None):
+            raise InputError("how long is a run? Give one of --budget-tokens and --max-steps")
+        if command.max_steps is None:
+            return command.budget_tokens or 0
+        named = {"model": command.model, "dataset": command.dataset, "output_dir": command.output_dir}
+        shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
+        return command.max_steps * TrainConfig.from_mapping({**named, **shared}).tokens_per_step
+
+    def _calibration(self) -> dict[str, Any]:
+        """The calibration text of one-shot rows, as fields of `OneshotConfig`."""
+        if self.command.calibration is not None:
+            return {"calibration": self.command.calibration}
+        # the training text, opened as the other runs open it
+        hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
+        opened = {name: self.common[option] for name, option in hub.items() if option in self.common}
+        return {"calibration": self.command.dataset, **opened}
 
     def check_model(self) -> None:
         """Raises `InputError` if config or tokenizer of the model cannot be read: every run would fail."""
