@@ -181,8 +181,9 @@ class Plan:
         command = self.command
         if (command.budget_tokens is None) == (command.max_steps is None):
             raise InputError("how long is a run? Give one of --budget-tokens and --max-steps")
-        if command.max_steps is None:
-            return command.budget_tokens or 0
+        if command.budget_tokens is not None:
+            return command.budget_tokens
+        assert command.max_steps is not None
         named = {"model": command.model, "dataset": command.dataset, "output_dir": command.output_dir}
         shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
         return command.max_steps * TrainConfig.from_mapping({**named, **shared}).tokens_per_step
