@@ -21,7 +21,7 @@ from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import change_basis_, prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
 from tests.slow import slow, slow_but
-from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_model
+from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, tiny_model
 
 WITH_EXPERTS = {"mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}}
 WITH_POST_NORMS = {"gemma2": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}}
@@ -156,13 +156,14 @@ def test_what_a_family_does_not_allow_is_refused_by_name():
         change_basis_(model, TOKENS, BasisOptions(rotate="residual"))
 
 
-def test_auto_leaves_an_unknown_family_as_it_is_and_says_so():
-    model, said = tiny_model("gpt_neox"), []
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt_oss"])
+def test_auto_leaves_an_unknown_family_as_it_is_and_says_so(family):
+    model, said = linear_model(family), []
     before = {name: p.clone() for name, p in model.named_parameters()}
     report = change_basis_(model, TOKENS, say=said.append)
     assert not report.changes
     assert said == report.notes
-    assert "gpt_neox" in said[0]
+    assert family in said[0]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -250,7 +251,7 @@ def test_experts_count_among_the_readers_of_the_residual_stream():
     seen: list[torch.Tensor] = []
     hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 32)))
     entries = see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(TOKENS))
-    stream.see(wiring.blocks[0], statistics_of(entries))
+    stream.add_statistics(wiring.blocks[0], statistics_of(entries))
     hook.remove()
     _, of_mlp = stream._readers()
     assert len(of_mlp[1]) == 2 * 4  # gate and up of four experts; the router stays dense

@@ -18,6 +18,7 @@ from castlm.models.io import load_model
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import TOLERANCE, check_cut
 from castlm.structured.pattern import CHANNELS, HEADS
+from tests.runs import edit_json
 from tests.slow import slow_but
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -106,9 +107,8 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["channels", "heads"])
 def test_verify_takes_a_base_whose_config_leaves_a_size_to_its_default(kind, folders, tmp_path):
-    config = json.loads((folders / "dense" / "config.json").read_text())
-    config.pop("head_dim")
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(folders / "dense" / "config.json", tmp_path)
+    edit_json(tmp_path / "config.json", head_dim=None)
     assert main(["verify", str(folders / kind), "--base", str(tmp_path)]) == 0
 
 

@@ -129,11 +129,6 @@ def test_the_basis_of_a_model_with_experts_changes_and_its_function_does_not(rot
     assert mlps.num_tried == 8  # four experts in two blocks
 
 
-def test_the_basis_of_an_unknown_family_is_left_and_said():
-    report = change_basis_(linear_model("gpt_oss"), calibration(), BasisOptions())
-    assert report.notes == [note for note in report.notes if "gpt_oss cannot be changed" in note] != []
-
-
 def test_experts_that_compute_their_neurons_otherwise_are_refused(monkeypatch):
     model = linear_model("mixtral")
     experts = model.model.layers[0].mlp.experts

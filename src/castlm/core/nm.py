@@ -39,8 +39,8 @@ class Pattern(ABC):
     """The one-shot methods that prune to the pattern."""
     calibrated: ClassVar[tuple[str, ...]] = ("wanda",)
     """Those of `solvers` that need calibration text."""
-    own_solver: ClassVar[str | None] = None
-    """The class, as module:name, that prunes a block by `solvers` of this pattern alone; None for those of all."""
+    solver_class: ClassVar[str | None] = None
+    """`module:name` of the class that prunes a block to this pattern; None prunes by `castlm.oneshot.solvers`."""
 
     @property
     def default_solver(self) -> str:

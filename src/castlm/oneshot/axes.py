@@ -74,15 +74,20 @@ def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, genera
     row, a candidate replaces the n-th best of the rest of a group if it is larger, so a group keeps their maximum.
     """
     m = pattern.m
-    groups = order.view(-1, m)
-    everyone = torch.arange(len(groups))
-    first_rounds = torch.full((len(groups),), m - 1 - number)
-    leaving = first_rounds if number < m else torch.randint(m, (len(groups),), generator=generator)
+    groups = order.view(-1, m)  # (384, 4)
+    num_groups = len(groups)
+    all_groups = torch.arange(num_groups)
+    if number < m:  # the last of each group, then the last but one, ...: the least important leave first
+        leaving = torch.full((num_groups,), m - 1 - number)
+    else:
+        leaving = torch.randint(m, (num_groups,), generator=generator)
     stays = torch.ones_like(groups, dtype=torch.bool)
-    stays[everyone, leaving] = False
-    leavers, rest = groups[everyone, leaving], groups[stays].view(-1, m - 1)
-    divided = len(groups) > _MOST_GROUPS
-    parts = torch.randperm(len(groups), generator=generator).split(_MOST_GROUPS) if divided else (everyone,)
+    stays[all_groups, leaving] = False
+    leavers = groups[all_groups, leaving]  # (384,)
+    rest = groups[stays].view(-1, m - 1)  # (384, 3)
+    parts: Sequence[Tensor] = (all_groups,)
+    if num_groups > _MOST_GROUPS:
+        parts = torch.randperm(num_groups, generator=generator).split(_MOST_GROUPS)
     new = groups.clone()
     for part in parts:
         # The n-th best of the rest: (384, 3, 256) -> (384, 256)
@@ -105,13 +110,13 @@ class Term:
 
     weight: Tensor  # (out, in) fp32
     inverse: Tensor
-    """The inverse of the damped Hessian of its input: (in, in) if columns turn; only its diagonal (in,) if rows do."""
+    """The inverse of the damped Hessian of its input, (in, in); for axis "out" only its diagonal, (in,)."""
     energy: float  # tr(W H W^T), by which the predicted loss is divided
     axis: Literal["in", "out"]
     parts: tuple[int, ...]
 
 
-def turn_columns(matrix: Tensor, rotations: Tensor, parts: Sequence[int]) -> Tensor:
+def rotate_columns(matrix: Tensor, rotations: Tensor, parts: Sequence[int]) -> Tensor:
     """`matrix` (rows, columns) times the block-diagonal matrix of `rotations[part]` (size, size) for each part."""
     size = rotations.shape[-1]
     cut = matrix.reshape(len(matrix), len(parts), size)  # (576, 576) -> (576, 9, 64)
@@ -130,8 +135,8 @@ def learn_rotations(
 ) -> Tensor:
     """Rotations (num, size, size) that lower the predicted loss of `terms`, starting from the identity.
 
-    Each iteration rotates, forward and backward, at most 512 rows of every term whose columns turn and the whole weight
-    of every term whose rows turn, and solves `num` systems (size, size).
+    Each iteration rotates, forward and backward, at most 512 rows of every term with axis "in" and the whole weight of
+    every term with axis "out", and solves `num` systems (size, size).
 
     Args:
         keep_mean: allow only rotations that keep the vector of ones, and with it the mean that LayerNorm subtracts.
@@ -152,7 +157,7 @@ def learn_rotations(
         # R = (I + S)^-1 (I - S) is orthogonal for any skew-symmetric S, so Adam needs no constraint.
         rotations = torch.linalg.solve(identity + antisymmetric, identity - antisymmetric)
         if keep_mean:
-            # F R F^T turns the vectors whose entries sum to 0; 1 1^T / size keeps the vector of ones.
+            # F R F^T rotates the vectors whose entries sum to 0; 1 1^T / size keeps the vector of ones.
             rotations = frame @ rotations @ frame.T + torch.full((size, size), 1 / size, device=device)
         return rotations
 
@@ -186,10 +191,10 @@ def _predicted_loss(
     """
     rows = _some_rows(len(term.weight), generator)
     if term.axis == "out":
-        weight = turn_columns(term.weight.T, rotations, term.parts).T[rows]
+        weight = rotate_columns(term.weight.T, rotations, term.parts).T[rows]
         diagonal = term.inverse
     else:
-        weight = turn_columns(term.weight[rows], rotations, term.parts)
+        weight = rotate_columns(term.weight[rows], rotations, term.parts)
         if id(term.inverse) not in diagonals:
             # The diagonal of R^T A R, for a block-diagonal R, needs only the diagonal blocks of A:
             # (576, 576) -> (9, 64, 9, 64) -> the 9 diagonal blocks (64, 64, 9) -> (9, 64, 64)
@@ -218,5 +223,7 @@ def solved_errors(weights: Sequence[Tensor], hessian: Tensor, pattern: NM) -> li
     chosen = [weight[_some_rows(len(weight), torch.Generator().manual_seed(0))] for weight in weights]
     stacked = torch.cat(chosen)
     pruned, _ = sparsegpt(stacked.clone(), hessian.clone(), pattern.n, pattern.m, DAMPING)
-    lost, whole = (row_energies(x, hessian).split([*map(len, chosen)]) for x in (stacked - pruned, stacked))
-    return [float(part.sum() / of.sum().clamp(min=1e-30)) for part, of in zip(lost, whole)]
+    num_rows = [len(weight) for weight in chosen]
+    lost = row_energies(stacked - pruned, hessian).split(num_rows)
+    whole = row_energies(stacked, hessian).split(num_rows)
+    return [float(part.sum() / total.sum().clamp(min=1e-30)) for part, total in zip(lost, whole)]

@@ -1,6 +1,6 @@
 """Changes the basis inside a transformer block so that pruning it to n:m loses less; its function stays the same.
 
-Two axes inside a block can be turned without changing its outputs: the neurons of an MLP (a permutation), and the
+Two axes inside a block can be changed without changing its outputs: the neurons of an MLP (a permutation), and the
 values of each KV head, which `v_proj` writes and `o_proj` reads (a permutation or any rotation). The basis decides
 which weights share a group of m and how large they are; its gain remains after training. Neither axis leaves the
 block, so the result is a plain checkpoint of the same architecture. A change is kept only if it lowers the error of the
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.oneshot.axes import DAMPING, Term, find_permutation, learn_rotations, solved_error, turn_columns
+from castlm.oneshot.axes import DAMPING, Term, find_permutation, learn_rotations, rotate_columns, solved_error
 from castlm.oneshot.families import Attention, Block, Mlp, Wiring, describe
 from castlm.oneshot.inputs import Seen, entries_of
 from castlm.oneshot.options import BasisOptions
@@ -86,8 +86,8 @@ class Statistic:
         return Statistic(self.hessian[order][:, order], self.sample[:, order])
 
     def rotated(self, rotations: Tensor, parts: tuple[int, ...]) -> Statistic:
-        halfway = turn_columns(self.hessian, rotations, parts)
-        return Statistic(turn_columns(halfway.T, rotations, parts), turn_columns(self.sample, rotations, parts))
+        halfway = rotate_columns(self.hessian, rotations, parts)
+        return Statistic(rotate_columns(halfway.T, rotations, parts), rotate_columns(self.sample, rotations, parts))
 
 
 Statistics = dict[str, Statistic]
@@ -102,18 +102,19 @@ def statistics_of(seen: Seen) -> Statistics:
     return found
 
 
-def turn_block_(
+def change_block_basis_(
     block: Block, seen: Seen, inputs: BlockInputs, options: BasisOptions, pattern: NM, report: BasisReport
 ) -> None:
-    """Turns the values and the neurons of the current block of `inputs`, and with them the statistics in `seen`."""
+    """Changes the basis of the values and neurons of the current block of `inputs`, and of the statistics in `seen`."""
     statistics = statistics_of(seen)
-    before, undo = inputs.outputs_anew(), []
+    before = inputs.outputs_anew()
+    undo: Undo = []
     if options.rotates_values or options.permute:
-        change = report.of("values rotated" if options.rotates_values else "values permuted")
-        undo += turn_values_(block.attention, statistics, pattern, change, options)
+        change = report.change("values rotated" if options.rotates_values else "values permuted")
+        undo += change_values_(block.attention, statistics, pattern, change, options)
     if options.permute:
-        change = report.of("MLP neurons permuted")
-        undo += turn_mlps_(block.mlps, statistics, pattern, change, options.permute_iterations)
+        change = report.change("MLP neurons permuted")
+        undo += permute_neurons_(block.mlps, statistics, pattern, change, options.permute_iterations)
     if not undo:
         return
     moved = distance(before, inputs.outputs_anew())
@@ -128,7 +129,7 @@ def turn_block_(
         entry.statistic, entry.sample = found.hessian, found.sample
 
 
-def turn_values_(
+def change_values_(
     attention: Attention, statistics: Statistics, pattern: NM, change: Change, options: BasisOptions
 ) -> Undo:
     """Rotates the values of each KV head (permutes them with rotate off) if that lowers the error of v and o."""
@@ -142,14 +143,20 @@ def turn_values_(
         terms = [Term(outputs, of_output.inverse, of_output.energy(outputs), "in", readers)]
         if of_value is not None:
             terms.append(Term(values, of_value.inverse_diagonal, of_value.energy(values), "out", writers))
-        size, iterations = (attention.num_kv_heads, attention.head_dim), options.rotation_iterations
-        rotations = learn_rotations(terms, *size, pattern, iterations=iterations, learning_rate=_RATE)
+        rotations = learn_rotations(
+            terms,
+            attention.num_kv_heads,
+            attention.head_dim,
+            pattern,
+            iterations=options.rotation_iterations,
+            learning_rate=_RATE,
+        )
     elif attention.head_dim % pattern.m == 0:
         rotations = _value_permutations(attention, of_output.importance(outputs), pattern, options.permute_iterations)
     else:
         return []
-    new_value = turn_columns(values.T, rotations, writers).T
-    new_output = turn_columns(outputs, rotations, readers)
+    new_value = rotate_columns(values.T, rotations, writers).T
+    new_output = rotate_columns(outputs, rotations, readers)
     new_statistic = of_output.rotated(rotations, readers)
     before = solved_error(outputs, of_output.hessian, pattern)
     after = solved_error(new_output, new_statistic.hessian, pattern)
@@ -160,7 +167,7 @@ def turn_values_(
         return []
     new = [(value.weight, new_value), (output.weight, new_output)]
     if value.bias is not None:
-        new.append((value.bias, turn_columns(value.bias.float()[None], rotations, writers)[0]))
+        new.append((value.bias, rotate_columns(value.bias.float()[None], rotations, writers)[0]))
     statistics[output.layer] = new_statistic
     return replace_(new)
 
@@ -168,15 +175,16 @@ def turn_values_(
 def _value_permutations(attention: Attention, importance: Tensor, pattern: NM, rounds: int) -> Tensor:
     """A permutation matrix (num_kv_heads, head_dim, head_dim) for each KV head."""
     by_head = importance.view(len(importance), -1, attention.head_dim)  # (576, 576) -> (576, 9, 64)
-    identity, found = torch.eye(attention.head_dim, device=importance.device), []
+    identity = torch.eye(attention.head_dim, device=importance.device)
+    found = []
     for kv_head in range(attention.num_kv_heads):
-        mine = [head for head, kv in enumerate(attention.kv_head_of) if kv == kv_head]
-        score = by_head[:, mine].transpose(0, 1).reshape(-1, attention.head_dim)  # (576, 3, 64) -> (1728, 64)
+        readers = [head for head, read in enumerate(attention.kv_head_of) if read == kv_head]
+        score = by_head[:, readers].transpose(0, 1).reshape(-1, attention.head_dim)  # (576, 3, 64) -> (1728, 64)
         found.append(identity[:, find_permutation(score, pattern, rounds)])
     return torch.stack(found)
 
 
-def turn_mlps_(mlps: list[Mlp], statistics: Statistics, pattern: NM, change: Change, rounds: int) -> Undo:
+def permute_neurons_(mlps: list[Mlp], statistics: Statistics, pattern: NM, change: Change, rounds: int) -> Undo:
     """Permutes the neurons of each MLP if that lowers the error of its down-projection."""
     undo: Undo = []
     for mlp in mlps:

@@ -114,7 +114,10 @@ class Wiring:
     @property
     def writes(self) -> list[Matrix]:
         """The matrices whose rows are the channels of the stream."""
-        return [matrix for b in self.blocks for matrix in (b.attention.output, *(mlp.down for mlp in b.mlps))]
+        found = []
+        for block in self.blocks:
+            found += [block.attention.output, *(mlp.down for mlp in block.mlps)]
+        return found
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,8 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Ml
     module: Any = model.get_submodule(block)._modules.get("mlp")
     if module is None or "experts" not in module._modules:
         return _mlp(model, block, layout.inner, layout.down)
-    experts, mlps = module.experts, []
+    experts = module.experts
+    mlps = []
     readers = [Matrix(f"{name}.gate", module.gate.weight.data)]
     stored = {projection.removesuffix(".weight"): p.data for projection, p in experts.named_parameters()}
     for expert, (gate_up, down) in enumerate(zip(stored["gate_up_proj"], stored["down_proj"])):
@@ -238,8 +242,10 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> tuple[list[Ml
 
 def _mlp(model: nn.Module, name: str, inner: tuple[str, ...], down: str) -> tuple[list[Mlp], list[Matrix]]:
     """An MLP, and the layers that read its input. If one layer computes gate and up, each half is a matrix."""
-    readers, last = [_matrix(model, f"{name}.{part}") for part in inner], _matrix(model, f"{name}.{down}")
-    parts = [part for matrix in readers for part in matrix.parts(last.weight.shape[1])]
+    readers = [_matrix(model, f"{name}.{part}") for part in inner]
+    last = _matrix(model, f"{name}.{down}")
+    num_neurons = last.weight.shape[1]
+    parts = [part for matrix in readers for part in matrix.parts(num_neurons)]
     return [Mlp(tuple(parts), last)], readers
 
 

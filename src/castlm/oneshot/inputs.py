@@ -66,11 +66,12 @@ def see_inputs(
         num_sequences: number of calibration sequences, by which a solver divides its sums.
     """
     watch = _Watch(layers, inputs, accumulator, num_sequences)
-    watch.round()
-    few = [routed for routed in watch.routed if routed.see_all()] if accumulator is not None else []
-    if few:
-        watch.linear = False
-        watch.round()
+    watch.run_batches()
+    if accumulator is not None:
+        have_few = [routed.see_all() for routed in watch.routed]
+        if any(have_few):
+            watch.collects_linear = False
+            watch.run_batches()
     check_reached(layers, watch.found)
     return list(dict.fromkeys(watch.found.values()))
 
@@ -89,11 +90,14 @@ class _Watch:
         self.wanted = layers.keys()
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         self.routed = routed_in(inputs.blocks[inputs.index], layers, accumulator, num_sequences)
-        self.linear = True  # whether inputs of linear layers are collected
+        self.collects_linear = True  # whether inputs of linear layers are collected
         self.found: dict[str, LayerInput | RoutedInputs] = {}
-        self.num_calls, self.last_call = 0, 0
+        self.num_calls = 0
+        """Calls of the layers in this pass."""
+        self.last_call = 0
+        """The number of calls after which a pass can stop; 0 before the first pass has ended, -1 if none can stop."""
 
-    def round(self) -> None:
+    def run_batches(self) -> None:
         """Runs the block on all batches, or until all layers are reached if no statistics are collected."""
         self.last_call = 0
         num_layers = len(self.layers) + sum(len(routed.inputs) for routed in self.routed)
@@ -113,8 +117,8 @@ class _Watch:
                 self.num_calls = 0
                 with suppress(StopForward):
                     self.inputs.run(hidden, number)
-                if self.last_call == 0:  # set once; -1 if experts are not all called in every pass: none ends early
-                    all_called = self.num_calls == len(self.found) == num_layers
+                if self.last_call == 0:
+                    all_called = self.num_calls == len(self.found) == num_layers  # not where a pass leaves experts out
                     self.last_call = self.num_calls if all_called else -1
                 for seen in self.found.values():
                     if isinstance(seen, LayerInput):
@@ -128,7 +132,7 @@ class _Watch:
         self._count(len(routed.inputs))
 
     def _before(self, name: str, x: Tensor) -> None:
-        if self.linear:
+        if self.collects_linear:
             seen = self.found.get(name)
             if seen is None:
                 others = [entry for entry in self.found.values() if isinstance(entry, LayerInput)]

@@ -110,16 +110,12 @@ class Prune:
         precision = choose_precision(self.precision, device, model.config)
         if slow := why_slow(precision, device):
             note(slow)
-        start, work = replace(self.start, precision=precision), None
+        start = replace(self.start, precision=precision)
+        work = None
         if partial is not None:
-            if checkpoint is None:
-                weights: Any = fingerprint(model)
-            else:  # hashing the files' content would take a pass over the disk
-                files = sorted({place.file for place in checkpoint.places.values() if isinstance(place, Place)})
-                weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
             options = {
                 "model": loaded.source,
-                "weights": weights,
+                "weights": fingerprint(model) if checkpoint is None else _states_of_files(checkpoint),
                 "calibration": calibration,
                 "memory": self.memory,
                 "dtype": dtype_name(dtype),
@@ -128,19 +124,40 @@ class Prune:
             work = StartFolder(partial, options, restart=self.overwrite)
         with shown_progress(f"{start.method}, transformer blocks", before=work.done if work else 0) as progress:
             report = start.make_(source, sequences, extras, folder=work, say=note, progress=progress)
-        text = {**calibration, "precision": start.precision} if calibration else {}
-        record = {"base_model": self.model, "method": start.method, "calibration": text, **report.record()}
+        record = {
+            "base_model": self.model,
+            "method": start.method,
+            "calibration": {**calibration, "precision": start.precision} if calibration else {},
+            **report.record(),
+        }
         if self.evaluate:
             after = self.evaluate(loaded)
             record |= {**after, "perplexity": {"dense": before["perplexity"], "pruned": after["perplexity"]}}
-        written = {"pattern": start.pattern, "left_dense": left_dense, "record": record, "dtype": dtype}
         if checkpoint is None:
-            export_model(model.to("cpu"), loaded.tokenizer, folder, overwrite=True, **written)
+            export_model(
+                model.to("cpu"),
+                loaded.tokenizer,
+                folder,
+                pattern=start.pattern,
+                left_dense=left_dense,
+                record=record,
+                dtype=dtype,
+                overwrite=True,
+            )
         else:
             assert work is not None
             assert isinstance(source, StoredModel)
-            blocks = [work.block_file(index) for index in range(len(source.blocks))]
-            export_blocks(model, loaded.tokenizer, folder, blocks=blocks, outside=source.outside(), **written)
+            export_blocks(
+                model,
+                loaded.tokenizer,
+                folder,
+                blocks=[work.block_file(index) for index in range(len(source.blocks))],
+                outside=source.outside(),
+                pattern=start.pattern,
+                left_dense=left_dense,
+                record=record,
+                dtype=dtype,
+            )
         return report
 
     def _open(self) -> tuple[Loaded, Checkpoint | None]:
@@ -186,6 +203,12 @@ class Prune:
             "seed": seed,
         }
         return sequences, extras, record
+
+
+def _states_of_files(checkpoint: Checkpoint) -> list[list[Any]]:
+    """Name, size and time of each weight file; hashing their content would take a pass over the disk."""
+    files = sorted({place.file for place in checkpoint.places.values() if isinstance(place, Place)})
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def choose_memory(model: str, revision: str | None, folder: Path, pattern: Pattern, device: str) -> Memory:

@@ -87,7 +87,7 @@ class BasisReport:
     stream_basis: Tensor | None = None
     """The rotation (hidden, hidden) of the residual stream; None if it was not rotated."""
 
-    def of(self, what: str) -> Change:
+    def change(self, what: str) -> Change:
         """The change with this name; a new one if no earlier block has tried it."""
         found = next((change for change in self.changes if change.what == what), None)
         if found is None:
@@ -158,10 +158,11 @@ class OneshotReport:
             lines.append(
                 f"{len(raised)} of {len(self.layers)} layers took more damping than {self.damping:g}, up to {most:g}"
             )
-        if found := self.zero_inputs:
+        if names := list(self.zero_inputs):
+            others = f" and {len(names) - 3} others" if len(names) > 3 else ""
             lines.append(
-                f"the calibration text leaves the whole input of {', '.join([*found][:3])}"
-                f"{f' and {len(found) - 3} others' if len(found) > 3 else ''} at 0: masked by magnitude there"
+                f"the calibration text leaves the whole input of {', '.join(names[:3])}{others} at 0: masked by "
+                "magnitude there"
             )
         return lines
 

@@ -40,6 +40,7 @@ def rotate_residual_(
     layers: Mapping[str, SparseLayer],
     calibration: Tensor,
     extras: Extras,
+    *,
     pattern: NM,
     iterations: int,
     precision: str,
@@ -59,12 +60,16 @@ def rotate_residual_(
     before = model(input_ids=sample, use_cache=False).logits
     stream.fold_()
     for step in walk(source, layers, calibration, extras=extras, precision=precision):
-        entries = see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)) if step.inside else []
-        stream.see(wiring.blocks[step.index], statistics_of(entries))
-    why_not, change = "no pruned layer reads it", report.of("residual stream rotated")
+        statistics: Statistics = {}
+        if step.inside:
+            assert step.inputs is not None
+            statistics = statistics_of(see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)))
+        stream.add_statistics(wiring.blocks[step.index], statistics)
+    why_not = "no pruned layer reads it"
+    change = report.change("residual stream rotated")
     if any(statistic is not None for statistic in stream.read):
         why_not = "the error of its layers would not fall"
-        stream.rotate_(change, iterations)
+        stream.learn_rotation_(change, iterations)
     if stream.rotation is None:
         stream.unfold_()
         report.notes.append(f"residual stream: not rotated, because {why_not}")
@@ -73,7 +78,7 @@ def rotate_residual_(
     if moved <= tolerance_of(model.dtype):
         report.stream_basis, report.untied, report.moved = stream.rotation, stream.was_tied, moved
         return
-    stream.turn_(stream.rotation.T)
+    stream.rotate_(stream.rotation.T)
     stream.unfold_()
     report.notes.append(f"residual stream: not rotated, because the logits would move by {moved:.1g}")
 
@@ -131,7 +136,7 @@ class Stream:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
             self.model.config.tie_word_embeddings = True
 
-    def see(self, block: Block, statistics: Statistics) -> None:
+    def add_statistics(self, block: Block, statistics: Statistics) -> None:
         """Adds the statistics of the stream's readers in a block, and the inverse diagonals for its writers' inputs."""
         for matrix in (block.attention.output, *(mlp.down for mlp in block.mlps)):
             if matrix.layer in statistics:
@@ -145,22 +150,25 @@ class Stream:
             self.read.append(None if total is None else Statistic(total, seen[0].sample))
         self.pruned |= statistics.keys()
 
-    def rotate_(self, change: Change, iterations: int) -> None:
-        """Rotates the folded stream, if that lowers the mean error of the layers that read it."""
+    def learn_rotation_(self, change: Change, iterations: int) -> None:
+        """Learns a rotation of the folded stream, and applies it if the mean error of the stream's readers falls."""
         readers, hidden = self._readers(), self.wiring.hidden
-        terms = [Term(weight, s.inverse, s.energy(weight), "in", (0,)) for s, weights in readers for weight in weights]
+        terms: list[Term] = []
+        for statistic, weights in readers:
+            terms += [Term(weight, statistic.inverse, statistic.energy(weight), "in", (0,)) for weight in weights]
         terms += self.written
         keep_mean = any(norm.is_layer_norm for norm, _ in self.norms)
         (rotation,) = learn_rotations(
             terms, 1, hidden, self.pattern, iterations=iterations, learning_rate=_RATE, keep_mean=keep_mean
         )
-        before = [error for s, weights in readers for error in solved_errors(weights, s.hessian, self.pattern)]
-        after = []
-        for s, weights in readers:
-            turned = s.rotated(rotation[None], (0,))
-            after += solved_errors([weight @ rotation for weight in weights], turned.hessian, self.pattern)
+        before: list[float] = []
+        after: list[float] = []
+        for statistic, weights in readers:
+            rotated = statistic.rotated(rotation[None], (0,))
+            before += solved_errors(weights, statistic.hessian, self.pattern)
+            after += solved_errors([weight @ rotation for weight in weights], rotated.hessian, self.pattern)
         if change.decide(sum(before) / len(before), sum(after) / len(after)):
-            self.turn_(rotation)
+            self.rotate_(rotation)
             self.rotation = rotation
 
     def _readers(self) -> list[tuple[Statistic, list[Tensor]]]:
@@ -171,8 +179,8 @@ class Stream:
             if statistic is not None
         ]
 
-    def turn_(self, rotation: Tensor) -> None:
-        """Turns the folded stream: the columns of its embeddings and readers, the rows of its writers, the biases.
+    def rotate_(self, rotation: Tensor) -> None:
+        """Rotates the folded stream: the columns of its embeddings and readers, the rows of its writers, the biases.
 
         Args:
             rotation: (hidden, hidden) fp32; its transpose undoes it, up to rounding.

@@ -75,16 +75,19 @@ class Routed:
         self.has_bias = bool(getattr(experts, "has_bias", False))
         self.inputs = {projection: RoutedInputs(name) for projection, name in names.items()}
         self.num_tokens = [0] * self.layers[self.up].num_experts
-        self._seeing: list[int] | None = None  # the experts that see all tokens; None while each sees its own
+        self._seeing_all: list[int] | None = None  # the experts that see all tokens; None while each sees its own
         self._check_neurons()
 
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Adds the tokens in a call of the module to the statistics of its experts."""
         if self.accumulator is None:
             return
-        hidden, chosen = [*args, *kwargs.values()][:2]
-        for expert in range(len(self.num_tokens)) if self._seeing is None else self._seeing:
-            tokens = hidden if self._seeing is not None else hidden[(chosen == expert).any(dim=-1)]
+        hidden, chosen, *_ = (*args, *kwargs.values())  # hidden states, experts of each token, their weights
+        experts = range(len(self.num_tokens)) if self._seeing_all is None else self._seeing_all
+        for expert in experts:
+            tokens = hidden
+            if self._seeing_all is None:
+                tokens = hidden[(chosen == expert).any(dim=-1)]
             if not len(tokens):
                 continue
             self.num_tokens[expert] += len(tokens)
@@ -104,8 +107,9 @@ class Routed:
         least = max(self.layers[projection].in_features for projection in self.inputs)
         few = [expert for expert, num_tokens in enumerate(self.num_tokens) if num_tokens < least]
         for seen in self.inputs.values():
-            seen.few, seen.experts = few, {e: entry for e, entry in seen.experts.items() if e not in few}
-        self._seeing = few
+            seen.few = few
+            seen.experts = {expert: entry for expert, entry in seen.experts.items() if expert not in few}
+        self._seeing_all = few
         return bool(few)
 
     def _neurons(self, expert: int, x: Tensor) -> Tensor:
@@ -118,7 +122,8 @@ class Routed:
 
     def _check_neurons(self) -> None:
         """Compares the output of one expert, computed with `_neurons`, with the module's own."""
-        experts, like = self.module, self.layers[self.up].weight
+        experts = self.module
+        like = self.layers[self.up].weight
         if getattr(experts, "has_post_expert_norm", False):
             return  # the norm applies to the output, which no projection reads
         x = torch.randn(1, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)

@@ -28,14 +28,16 @@ from castlm.oneshot.solvers import (
 )
 
 
-def prune_seen(layers: Mapping[str, SparseLayer], seen: Seen, solver: Solver, to: Settings) -> list[LayerResult]:
+def prune_seen(layers: Mapping[str, SparseLayer], seen: Seen, solver: Solver, settings: Settings) -> list[LayerResult]:
     """Prunes the layers that read the inputs `seen`, in place; each expert by the statistic of its own tokens."""
     results = []
     for each in seen:
-        weights = {k: weight for name in each.names for k, weight in matrices(name, layers[name]).items()}
+        weights: dict[str, Tensor] = {}
+        for name in each.names:
+            weights |= matrices(name, layers[name])
         found = []
         for entry in each.entries():
-            found += prune_layers({name: weights[name] for name in entry.names}, entry, solver, to)
+            found += prune_layers({name: weights[name] for name in entry.names}, entry, solver, settings)
         assert len(found) == len(weights)
         if layers[each.names[0]].weight.dim() == 3:
             found = [LayerResult.of_matrices(each.names[0], found, each.num_few)]
@@ -44,7 +46,7 @@ def prune_seen(layers: Mapping[str, SparseLayer], seen: Seen, solver: Solver, to
 
 
 def prune_layers(
-    weights: Mapping[str, Tensor], seen: LayerInput | None, solver: Solver, to: Settings
+    weights: Mapping[str, Tensor], seen: LayerInput | None, solver: Solver, settings: Settings
 ) -> list[LayerResult]:
     """Prunes weights (out, in) that read the same input, in place.
 
@@ -62,30 +64,40 @@ def prune_layers(
     has_zero_input = bool(solver.axes) and not statistic.any()
     with naming(names):
         if has_zero_input:  # any mask gives the same output, the bias
-            pruned = SOLVERS["magnitude"].prune(dense, statistic, to)
-        elif to.refinements.mask_iterations or to.refinements.num_refits(to.pattern):
-            pruned = _solve_refined(dense, statistic, solver, to)
+            pruned = SOLVERS["magnitude"].prune(dense, statistic, settings)
+        elif settings.refinements.mask_iterations or settings.refinements.num_refits(settings.pattern):
+            pruned = _solve_refined(dense, statistic, solver, settings)
         else:
-            pruned = solver.prune(dense, statistic, to)
-    results, rows = [], [weight.shape[0] for weight in weights.values()]
-    for (name, weight), old, new in zip(weights.items(), dense.split(rows), pruned.weight.split(rows)):
+            pruned = solver.prune(dense, statistic, settings)
+    num_rows = [len(weight) for weight in weights.values()]
+    results = []
+    for (name, weight), old, new in zip(weights.items(), dense.split(num_rows), pruned.weight.split(num_rows)):
         weight.copy_(new)
-        lost = None if seen is None else relative_error(seen.sample @ (old - weight.float()).T, seen.sample @ old.T)
-        num_zeros, shape = int((weight == 0).sum()), tuple(weight.shape)
-        results.append(LayerResult(name, shape, num_zeros, lost, pruned.damping, num_zero_inputs=int(has_zero_input)))
+        error = None
+        if seen is not None:
+            error = relative_error(seen.sample @ (old - weight.float()).T, seen.sample @ old.T)
+        result = LayerResult(
+            name,
+            tuple(weight.shape),
+            num_zeros=int((weight == 0).sum()),
+            error=error,
+            damping=pruned.damping,
+            num_zero_inputs=int(has_zero_input),
+        )
+        results.append(result)
     return results
 
 
-def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, to: Settings) -> Pruned:
+def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, settings: Settings) -> Pruned:
     """Solves for masks and weights, improves the masks, and refits the kept weights."""
     hessian = whole_hessian(statistic).clone()
-    pruned = solver.prune(dense.clone(), statistic, to)
-    weight, is_dead = pruned.weight, hessian.diagonal() == 0
-    taken = damped(hessian, to.damping if pruned.damping is None else pruned.damping)
-    del hessian
-    if to.refinements.mask_iterations:
+    pruned = solver.prune(dense.clone(), statistic, settings)
+    weight = pruned.weight
+    is_dead = hessian.diagonal() == 0
+    hessian = damped(hessian, settings.damping if pruned.damping is None else pruned.damping)
+    if settings.refinements.mask_iterations:
         alive = dense.masked_fill(is_dead, 0)  # a weight whose input is always 0 should take no place in a mask
-        weight = improve_masks(weight, alive, taken, to.pattern, to.refinements.mask_iterations)
-    if num_refits := to.refinements.num_refits(to.pattern):
-        weight = refit(weight, dense, taken, num_refits)
+        weight = improve_masks(weight, alive, hessian, settings.pattern, settings.refinements.mask_iterations)
+    if num_refits := settings.refinements.num_refits(settings.pattern):
+        weight = refit(weight, dense, hessian, num_refits)
     return pruned._replace(weight=weight)

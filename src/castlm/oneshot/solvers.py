@@ -67,17 +67,17 @@ class Solver(NamedTuple):
         return torch.zeros((x.shape[-1],) * self.axes, device=x.device)
 
 
-def _magnitude(weight: Tensor, statistic: Tensor, to: Settings) -> Pruned:
-    return Pruned(weight.masked_fill(~to.pattern.mask(weight), 0))
+def _magnitude(weight: Tensor, statistic: Tensor, settings: Settings) -> Pruned:
+    return Pruned(weight.masked_fill(~settings.pattern.mask(weight), 0))
 
 
 def _add_squared_norms(squared_norms: Tensor, x: Tensor, num_sequences: int) -> None:
     squared_norms.add_(x.square().sum(0), alpha=1 / num_sequences)  # a mean over sequences, (576,)
 
 
-def _wanda(weight: Tensor, squared_norms: Tensor, to: Settings) -> Pruned:
+def _wanda(weight: Tensor, squared_norms: Tensor, settings: Settings) -> Pruned:
     """Keeps the largest |W_ij| * |X_j| (Sun et al. 2023, arXiv 2306.11695, Eq. 1); kept weights do not change."""
-    mask = to.pattern.mask(weight * squared_norms.sqrt())  # (1536, 576) * (576,)
+    mask = settings.pattern.mask(weight * squared_norms.sqrt())  # (1536, 576) * (576,)
     return Pruned(weight.masked_fill(~mask, 0))
 
 
@@ -95,9 +95,9 @@ def whole_hessian(hessian: Tensor) -> Tensor:
     return hessian
 
 
-def _sparsegpt(weight: Tensor, hessian: Tensor, to: Settings) -> Pruned:
-    assert isinstance(to.pattern, NM)
-    return Pruned(*sparsegpt(weight, whole_hessian(hessian), to.pattern.n, to.pattern.m, to.damping))
+def _sparsegpt(weight: Tensor, hessian: Tensor, settings: Settings) -> Pruned:
+    assert isinstance(settings.pattern, NM)
+    return Pruned(*sparsegpt(weight, whole_hessian(hessian), settings.pattern.n, settings.pattern.m, settings.damping))
 
 
 SOLVERS: dict[str, Solver] = {
@@ -166,8 +166,9 @@ def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> T
 
 def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:
     # Each row w solves M H M w = M H target with its own M = diag(mask); the rows share only the product with H.
-    mask, inverse, start = (weight != 0).to(weight.dtype), 1 / hessian.diagonal(), weight
-    weight = weight.clone()
+    mask = (weight != 0).to(weight.dtype)  # (1024, 576)
+    inverse = 1 / hessian.diagonal()  # the preconditioner P, (576,)
+    start, weight = weight, weight.clone()
     residual = ((target - weight) @ hessian).mul_(mask)  # minus half the gradient, (1024, 576)
     direction = residual * inverse
     energy = torch.linalg.vecdot(residual, direction).unsqueeze(1)  # r^T P r of each row, (1024, 1)
@@ -204,9 +205,9 @@ def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: Patt
     values, vectors = torch.linalg.eigh((hessian / scale).div_(scale.unsqueeze(1)))
     penalties = torch.logspace(0, 1, iterations, base=LAST_PENALTY / FIRST_PENALTY).mul_(FIRST_PENALTY).tolist()
     found = []
-    for rows, wanted in zip(weight.split(ADMM_ROWS), target.split(ADMM_ROWS)):
-        new = _alternate(rows * scale, wanted * scale, values, vectors, pattern, penalties) / scale
-        found.append(_better_rows(new, rows, wanted, hessian))
+    for sparse_rows, dense_rows in zip(weight.split(ADMM_ROWS), target.split(ADMM_ROWS)):
+        new = _alternate(sparse_rows * scale, dense_rows * scale, values, vectors, pattern, penalties) / scale
+        found.append(_better_rows(new, sparse_rows, dense_rows, hessian))
     return torch.cat(found)
 
 
@@ -223,11 +224,11 @@ def _alternate(
     """
     pull = (target @ vectors).mul_(values)  # target H V, (1024, 576)
     dual = torch.zeros_like(sparse)
-    for penalty, following in zip(penalties, [*penalties[1:], penalties[-1]]):
+    for penalty, next_penalty in zip(penalties, [*penalties[1:], penalties[-1]]):
         dense = sparse.sub_(dual).matmul(vectors).mul_(penalty).add_(pull).div_(values + penalty) @ vectors.T
         dense += dual
         sparse = dense * pattern.mask(dense)  # a quarter of the time of masked_fill
-        dual = dense.sub_(sparse).mul_(penalty / following)  # `dense` holds dense + dual here
+        dual = dense.sub_(sparse).mul_(penalty / next_penalty)  # `dense` holds dense + dual here
     return sparse.add_(0.0)  # a masked weight is 0, not -0
 
 

@@ -13,7 +13,6 @@ import pkgutil
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse
 from castlm.fields import Bound, Bounded
 from castlm.models.architecture import eval_mode
 from castlm.names import duration
-from castlm.oneshot.basis import turn_block_, wiring_or_note
+from castlm.oneshot.basis import change_block_basis_, wiring_or_note
 from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import describe
 from castlm.oneshot.folder import StartFolder
@@ -44,8 +43,8 @@ from castlm.patterns import parse_pattern
 
 _SHORT = 10.0  # seconds; the time that a shorter start will take is not announced
 
-OwnSolver = Callable[[Mapping[str, SparseLayer], BlockInputs | None], list[LayerResult]]
-"""Prunes the layers of the current block, in place; see `Pattern.own_solver`."""
+BlockSolver = Callable[[Mapping[str, SparseLayer], BlockInputs | None], list[LayerResult]]
+"""Prunes the layers of the current block, in place; an instance of `Pattern.solver_class`."""
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called with (finished blocks, all blocks)."""
@@ -135,40 +134,40 @@ class Start(Bounded):
                 or a model that cannot be followed block by block.
         """
         assert self.method is not None or folder is None
-        model, pattern, solver = source.model, self.pattern, SOLVERS.get(str(self.method))
-        if self.method is not None and self.method not in pattern.solvers:
-            raise InputError(f"{self.method!r} does not prune to {pattern}: choose one of {', '.join(pattern.solvers)}")
-        if calibration is not None:
-            check_calibration(model, calibration)
-        elif self.method is None or self.method in pattern.calibrated or (solver and solver.add is not None):
-            raise InputError(f"method {self.method} needs a calibration text: pass calibration, from draw_calibration")
-        layers, left_dense = sparse_linears(model, pattern, self.filter_fn)
-        if self.basis.rotate == "residual" and isinstance(source, StoredModel):
-            raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
-        check_plain_weights(layers)
-        if self.refinements.reconstruct_epochs and calibration is not None and len(calibration) < 2:
-            raise InputError("reconstruct_epochs needs at least 2 calibration sequences, one of them held out")
-        if self.refinements != NO_REFINEMENTS and self.method != "sparsegpt" and pattern.own_solver is None:
-            raise InputError(f"refinements are for method sparsegpt, not for {self.method}: omit them")
-        takes_damping = self.method == "sparsegpt" or pattern.own_solver is not None
-        report = OneshotReport(self.damping if takes_damping else None, left_dense=left_dense)
+        model = source.model
+        layers, left_dense = sparse_linears(model, self.pattern, self.filter_fn)
+        self._check(source, layers, calibration)
+        has_own_solver = self.pattern.solver_class is not None
+        reads_damping = self.method == "sparsegpt" or has_own_solver
+        report = OneshotReport(self.damping if reads_damping else None, left_dense=left_dense)
+        started = time.perf_counter()
         with eval_mode(model):
-            own_solver: OwnSolver | None = None
-            if pattern.own_solver is not None:
-                with _timed(report):
-                    own_solver = pkgutil.resolve_name(pattern.own_solver)(self, model, layers, calibration, extras)
+            own_solver: BlockSolver | None = None
+            if self.pattern.solver_class is not None:
+                solver_class = pkgutil.resolve_name(self.pattern.solver_class)
+                own_solver = solver_class(self, model, layers, calibration, extras)
             wiring = None
             if calibration is not None:
-                wiring, note = wiring_or_note(model, pattern, self.basis)
+                wiring, note = wiring_or_note(model, self.pattern, self.basis)
                 report.basis.notes += [note] if note else []
-                if wiring is not None and self.basis.rotate == "residual":
-                    assert isinstance(source, MemoryModel)
-                    assert isinstance(pattern, NM)
-                    what = wiring, layers, calibration, extras, pattern, self.basis.rotation_iterations
-                    with _timed(report.basis):
-                        rotate_residual_(source, *what, self.precision, report.basis)
+            if wiring is not None and calibration is not None and self.basis.rotate == "residual":
+                assert isinstance(source, MemoryModel)
+                assert isinstance(self.pattern, NM)
+                rotate_residual_(
+                    source,
+                    wiring,
+                    layers,
+                    calibration,
+                    extras,
+                    pattern=self.pattern,
+                    iterations=self.basis.rotation_iterations,
+                    precision=self.precision,
+                    report=report.basis,
+                )
+                report.basis.seconds = time.perf_counter() - started
             if folder is not None and folder.done:
                 report.restore_(folder.results)
+                started = time.perf_counter() - report.basis.seconds - report.seconds  # the earlier process counts too
                 where = f"{folder.done} of {len(source.blocks)} transformer blocks, which are in {folder.path}"
                 say(f"continuing after {where}")
             blocks = walk(
@@ -182,89 +181,99 @@ class Start(Bounded):
                 results=report.saved,
                 progress=progress,
             )
-            started = left_walk = time.perf_counter()
+            walk_started = time.perf_counter()
             for number, step in enumerate(blocks):
-                report.seconds += time.perf_counter() - left_walk  # the walk's passes, and what it writes
-                left = len(source.blocks) - step.index
-                seconds = (time.perf_counter() - started) * left  # once the first block is done
-                if number == 1 and seconds > _SHORT and step.inputs is not None:
-                    after = time_after(step.inputs.seconds_per_token())
-                    say(f"the start takes about {duration(seconds)} more, for {left} transformer blocks{after}")
-                if own_solver is None:
-                    self._make_block_(source, step, wiring is not None, report)
-                elif step.inside:
-                    with _timed(report):
-                        report.layers += own_solver(step.inside, step.inputs)
-                left_walk = time.perf_counter()
-            report.seconds += time.perf_counter() - left_walk
+                if number == 1 and step.inputs is not None:  # the first block is done: the others take as long
+                    num_left = len(source.blocks) - step.index
+                    seconds = (time.perf_counter() - walk_started) * num_left
+                    if seconds > _SHORT:
+                        after = time_after(step.inputs.seconds_per_token())
+                        say(f"the start takes about {duration(seconds)} more, for {num_left} transformer blocks{after}")
+                if own_solver is not None and step.inside:
+                    report.layers += own_solver(step.inside, step.inputs)
+                elif step.inputs is not None and step.inside:
+                    self._make_block_(source, step, step.inputs, wiring is not None, report)
+                else:  # magnitude without a calibration text
+                    for name, layer in step.inside.items():
+                        report.layers += prune_layers({name: layer.weight}, None, self._solver, self._settings)
+                report.seconds = time.perf_counter() - started - report.basis.seconds
+            report.seconds = time.perf_counter() - started - report.basis.seconds
         report.basis.changes = [change for change in report.basis.changes if change.num_tried]
         for line in (*report.basis.changes, *report.basis.notes):
             say(str(line))
         return report
 
-    def _make_block_(self, source: MemoryModel | StoredModel, step: Step, turns: bool, report: OneshotReport) -> None:
-        """Changes the basis of the current block, prunes it, and reconstructs its outputs."""
-        inputs, settings = step.inputs, Settings(self.pattern, self.damping, self.refinements)
-        if not step.inside:
+    def _check(
+        self, source: MemoryModel | StoredModel, layers: Mapping[str, SparseLayer], calibration: Tensor | None
+    ) -> None:
+        """Raises `InputError` for a method, refinements or a text that do not fit, before anything changes."""
+        solvers, refinements = self.pattern.solvers, self.refinements
+        has_own_solver = self.pattern.solver_class is not None
+        if self.method is not None and self.method not in solvers:
+            raise InputError(f"{self.method!r} does not prune to {self.pattern}: choose one of {', '.join(solvers)}")
+        needs_text = self.method in self.pattern.calibrated or (not has_own_solver and self._solver.add is not None)
+        if calibration is not None:
+            check_calibration(source.model, calibration)
+        elif needs_text:
+            raise InputError(f"method {self.method} needs a calibration text: pass calibration, from draw_calibration")
+        if self.basis.rotate == "residual" and isinstance(source, StoredModel):
+            raise InputError("rotate residual needs the whole model in memory: use rotate values, or memory model")
+        check_plain_weights(layers)
+        if refinements.reconstruct_epochs and calibration is not None and len(calibration) < 2:
+            raise InputError("reconstruct_epochs needs at least 2 calibration sequences, one of them held out")
+        if refinements != NO_REFINEMENTS and self.method != "sparsegpt" and not has_own_solver:
+            raise InputError(f"refinements are for method sparsegpt, not for {self.method}: omit them")
+
+    def _make_block_(
+        self,
+        source: MemoryModel | StoredModel,
+        step: Step,
+        inputs: BlockInputs,
+        changes_basis: bool,
+        report: OneshotReport,
+    ) -> None:
+        """Changes the basis of the current block, prunes its layers in the order of their calls, and reconstructs."""
+        inside = step.inside
+        seen: Seen = []
+        if changes_basis:
+            began = time.perf_counter()
+            seen = self._change_basis_(source, step, inputs, report.basis)
+            report.basis.seconds += time.perf_counter() - began
+        source.keep_dense(inside)
+        if self.method is None:
             return
-        if inputs is None:
-            for name, layer in step.inside.items():
-                report.layers += prune_layers({name: layer.weight}, None, self._solver, settings)
-            return
-        for seen in self._stages(source, step, inputs, turns, report):
-            if self.method is not None:
-                with _timed(report):
-                    report.layers += prune_seen(step.inside, seen, self._solver, settings)
-                    inputs.keep_outputs(step.inside[name] for entry in seen for name in entry.names)
+        stages = [list(inside)]
+        if self.refinements.staged_statistics:
+            by_stage = _stages(seen if changes_basis else see_inputs(inside, inputs, None, 0))
+            stages = [[name for entry in stage for name in entry.names] for stage in by_stage]
+            # No pruned layer comes before the first stage, so its statistics are still right; the others are freed.
+            seen = by_stage[0] if changes_basis else []
+            del by_stage
+        for names in stages:
+            if not seen:
+                seen = see_inputs({name: inside[name] for name in names}, inputs, self._solver, inputs.num_sequences)
+            report.layers += prune_seen(inside, seen, self._solver, self._settings)
+            seen = []
         if self.refinements.reconstruct_epochs:
-            inputs.drop_outputs()
-            with _timed(report):
-                block_report = reconstruct_(
-                    inputs.blocks[inputs.index],
-                    inputs.run,
-                    inputs,
-                    step.dense_outputs,
-                    {layer.weight: layer.weight != 0 for layer in step.inside.values()},
-                    epochs=self.refinements.reconstruct_epochs,
-                    learning_rate=self.refinements.reconstruct_rate,
-                )
+            block_report = reconstruct_(
+                inputs.blocks[inputs.index],
+                inputs.run,
+                inputs,
+                step.dense_outputs,
+                {layer.weight: layer.weight != 0 for layer in inside.values()},
+                epochs=self.refinements.reconstruct_epochs,
+                learning_rate=self.refinements.reconstruct_rate,
+            )
             report.reconstructions.append(block_report)
 
-    def _stages(
-        self, source: MemoryModel | StoredModel, step: Step, inputs: BlockInputs, turns: bool, report: OneshotReport
-    ) -> Iterator[Seen]:
-        """Yields the inputs of the layers to prune next, in their new basis, until the whole block is pruned."""
-        inside = step.inside
-        first: Seen = []
-        if turns:
-            with _timed(report.basis):
-                first = self._turn_(source, step, inputs, report.basis)
-        source.keep_dense(inside)
-        stages = [list(inside)]
-        if self.refinements.staged_statistics and self.method is not None:
-            # Layers whose names differ only in the number of a module, such as parallel experts, are one stage.
-            alike: dict[tuple[str, ...], Seen] = {}
-            for seen in first or see_inputs(inside, inputs, None, 0):
-                key = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in seen.names)
-                alike.setdefault(key, []).append(seen)
-            stages = [[name for seen in group for name in seen.names] for group in alike.values()]
-            # No pruned layer comes before the first stage, so its inputs are still right; the others are freed.
-            first = next(iter(alike.values())) if turns else []
-            del alike, seen
-        for names in stages:
-            if not first:
-                with _timed(report):
-                    wanted = {name: inside[name] for name in names}
-                    first = see_inputs(wanted, inputs, self._solver, inputs.num_sequences)
-            yield first
-            first = []
-
-    def _turn_(self, source: MemoryModel | StoredModel, step: Step, inputs: BlockInputs, report: BasisReport) -> Seen:
+    def _change_basis_(
+        self, source: MemoryModel | StoredModel, step: Step, inputs: BlockInputs, report: BasisReport
+    ) -> Seen:
         """Changes the basis of the current block; returns the inputs of its layers in the new basis, in order."""
         assert isinstance(self.pattern, NM)
         seen = see_inputs(step.inside, inputs, SOLVERS["sparsegpt"], inputs.num_sequences)
         block = describe(source.model).blocks[step.index]  # anew: its views are of the weights in memory now
-        turn_block_(block, seen, inputs, self.basis, self.pattern, report)
+        change_block_basis_(block, seen, inputs, self.basis, self.pattern, report)
         if self._solver.axes == 1:  # H = 2 X^T X / num_sequences, and Wanda reads the mean of |X_j|^2
             for entry in entries_of(seen):
                 entry.statistic = entry.statistic.diagonal() / 2
@@ -274,15 +283,22 @@ class Start(Bounded):
     def _solver(self) -> Solver:
         return SOLVERS[self.method or "sparsegpt"]
 
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.pattern, self.damping, self.refinements)
 
-@contextmanager
-def _timed(report: BasisReport | OneshotReport) -> Iterator[None]:
-    """Adds the time spent inside the context to `report.seconds`."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.seconds += time.perf_counter() - started
+
+def _stages(seen: Seen) -> list[Seen]:
+    """Inputs in the order of the calls, grouped by the layers that are pruned before the next statistics are taken.
+
+    A group has the layers that read one input, such as q, k and v. Layers whose names differ only in the number of a
+    module, such as parallel experts, are one group.
+    """
+    alike: dict[tuple[str, ...], Seen] = {}
+    for entry in seen:
+        names = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in entry.names)
+        alike.setdefault(names, []).append(entry)
+    return list(alike.values())
 
 
 def prune_oneshot_(
@@ -323,7 +339,7 @@ def prune_oneshot_(
     """
     start = Start(method=method, pattern=parse_pattern(pattern), **options)
     layers, _ = sparse_linears(model, start.pattern, start.filter_fn)
-    if method == "magnitude" and calibration is not None and start.pattern.own_solver is None:
+    if method == "magnitude" and calibration is not None and start.pattern.solver_class is None:
         num_sequences = math.ceil(ERROR_TOKENS / calibration.shape[1])
         calibration, extras = calibration[:num_sequences], extras and extras[:num_sequences]
     return start.make_(MemoryModel(model, layers), calibration, extras, say=say, progress=progress)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -27,8 +27,6 @@ PASS_TOKENS_CPU = 1024
 _PASS_TOKENS_ACCELERATOR = 8192
 BACKWARD_TOKENS = 2048
 """Tokens of a backward pass of the whole model, for scores by gradients; at least one sequence."""
-KEPT_BYTES = 2**30
-"""Memory for the outputs of finished layers, see `BlockInputs.keep_outputs`."""
 
 
 class Step(NamedTuple):
@@ -64,32 +62,38 @@ def walk(
         results: returns the results of the finished blocks, for the record.
         progress: called with (finished blocks, all blocks).
     """
-    num_blocks, stack = len(source.blocks), source.stack
-    of_block = [{k: v for k, v in layers.items() if k.startswith(f"{stack}.{i}.")} for i in range(num_blocks)]
-    last = max(index for index, inside in enumerate(of_block) if inside)
+    num_blocks = len(source.blocks)
+    layers_of = [
+        {name: layer for name, layer in layers.items() if name.startswith(f"{source.stack}.{index}.")}
+        for index in range(num_blocks)
+    ]
+    last = max(index for index, inside in enumerate(layers_of) if inside)
     first = 0 if folder is None else folder.done
+    writing = nullcontext if folder is None else folder.writing
     inputs = None
     if calibration is not None and first <= last:
-        states = [_states(source, calibration, extras, folder, name) for name in ("hidden", "dense")]
-        with nullcontext() if folder is None else folder.writing(), source.entering():
-            inputs = BlockInputs(source.model, source.blocks, calibration, states[0], first, extras, precision)
+        states = _states(source, calibration, extras, folder, "hidden")
+        with writing(), source.entering():
+            inputs = BlockInputs(source.model, source.blocks, calibration, states, first, extras, precision)
         if follows_dense:
-            inputs.dense = states[1]
+            inputs.dense = _states(source, calibration, extras, folder, "dense")
             if not len(inputs.dense):  # before the first block, the inputs are the dense model's too
                 inputs.dense.extend(inputs.states)
     for index in range(first):
         assert folder is not None
         source.restore_(index, folder.read_block(index))
     for index in range(first, num_blocks):
-        inputs = inputs if index <= last else None
-        with source.block(index), nullcontext() if folder is None else folder.writing():
-            yield Step(index, of_block[index], inputs, inputs.dense_outputs() if inputs and follows_dense else ())
+        if index > last:
+            inputs = None
+        with source.block(index), writing():
+            dense_outputs: Sequence[Tensor] = ()
+            if inputs is not None and follows_dense:
+                dense_outputs = inputs.dense_outputs()
+            yield Step(index, layers_of[index], inputs, dense_outputs)
             if folder is not None:
                 folder.write_block(index, source.finished(index))
             if inputs is not None and index < last:
                 inputs.advance()
-            if inputs is not None:
-                inputs.drop_outputs()
         if folder is not None:
             streams = [] if inputs is None else inputs.streams
             folder.record(index + 1, results(), streams, has_next=index < last)
@@ -162,12 +166,7 @@ class BlockInputs(Sequence[Tensor]):
         self.states: MutableSequence[Tensor] = [] if states is None else states
         self.dense: MutableSequence[Tensor] = []
         """The outputs of the block before the current one in the dense model; empty if it is not followed."""
-        self.num_sequences, self.num_tokens = len(calibration), calibration.numel()
-        self.running: int | None = None
-        """The batch that is run; None if no outputs are kept of it."""
-        self.num_runs = 0
-        self._kept: list[_KeptOutputs] = []
-        self._kept_bytes = 0
+        self.num_sequences = len(calibration)
         self._passes: list[_Pass] = []  # one for each batch; batches of one shape share their calls
         self._adds: bool | None = None  # whether the model adds to tokens between blocks, known after the first extras
         is_filled = bool(self.states)
@@ -194,29 +193,8 @@ class BlockInputs(Sequence[Tensor]):
         """The further arguments of the current block for a batch, counted from 0."""
         return self._passes[batch].calls[self.index]
 
-    def keep_outputs(self, layers: Iterable[SparseLayer]) -> None:
-        """Computes the outputs of `layers`, which do not change any more, only once more for each batch.
-
-        Keeps at most `KEPT_BYTES`: layers whose outputs do not fit are computed in every pass, with the same bits. So
-        are all layers in torch's inference mode, whose tensors have no version that would tell of a change.
-        """
-        for layer in layers:
-            if torch.is_inference_mode_enabled() or layer.weight.is_inference():
-                continue
-            num_bytes = self.num_tokens * layer.weight.shape[0] * layer.weight.element_size()
-            if isinstance(layer, nn.Linear) and self._kept_bytes + num_bytes <= KEPT_BYTES:
-                self._kept_bytes += num_bytes
-                self._kept.append(_KeptOutputs(layer, self))
-
-    def drop_outputs(self) -> None:
-        """Undoes `keep_outputs`."""
-        for kept in self._kept:
-            del kept.layer.forward  # the attribute of the instance, which hides the method
-        self._kept, self._kept_bytes = [], 0
-
     def outputs_anew(self) -> Tensor:
-        """The outputs of the current block for the first batch, without autocast and without kept outputs."""
-        self.running = None
+        """The outputs of the current block for the first batch, without autocast."""
         return self.call(0).run(self.blocks[self.index], self[0])
 
     def seconds_per_token(self) -> float:
@@ -228,7 +206,6 @@ class BlockInputs(Sequence[Tensor]):
 
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         """The output of the current block for the hidden states (batch, seq, hidden) of a batch."""
-        self.running, self.num_runs = batch, self.num_runs + 1
         with autocast(hidden.device, self.precision):
             output = self.call(batch).run(self.blocks[self.index], hidden)
         return output.to(hidden.dtype)
@@ -275,20 +252,20 @@ class BlockInputs(Sequence[Tensor]):
             rest = dict(kwargs)
             hidden = args[0] if args else rest.pop("hidden_states")
             call = BlockCall(args[1:], rest)
-            in_order = index == len(here.calls)
-            if in_order and index > 0 and not _same(hidden, output := passed_on.pop()):
-                in_order = False
-                if extras is not None:
-                    difference = hidden - output
-                    changed = (difference[0] != 0).any(dim=-1)
-                    in_order = not bool(changed.all())  # images are added to some tokens, a scaling changes all
-                    tokens = changed.nonzero().flatten()
-                    here.added[index] = tokens, difference[0, tokens]
-            if not in_order:
-                raise unfollowed("changes hidden states between its blocks")
+            if index != len(here.calls):
+                raise unfollowed("calls a block twice, or goes back between its blocks")
+            if index > 0:
+                output = passed_on.pop()
+                if not _same(hidden, output):
+                    tokens = (hidden != output)[0].any(dim=-1).nonzero().flatten()
+                    # Images are added to some tokens of the only sequence; a scaling changes all.
+                    if extras is None or len(tokens) == hidden.shape[1]:
+                        raise unfollowed("changes hidden states between its blocks")
+                    here.added[index] = tokens, (hidden - output)[0, tokens]
             if index == 0:
                 is_like_first = first is not None and _same(call, first[0])
-                if not (first is None or is_like_first or is_of_another_shape) and extras is None:
+                is_comparable = first is not None and not is_of_another_shape and extras is None
+                if is_comparable and not is_like_first:
                     raise unfollowed("gives its blocks arguments that change with the text")
                 if keep:
                     self.states.append(hidden)
@@ -300,10 +277,12 @@ class BlockInputs(Sequence[Tensor]):
             for index, block in enumerate(self.blocks):
                 hooks.enter_context(
                     block.register_forward_pre_hook(
-                        lambda _, args, kwargs, index=index: before(index, args, kwargs), with_kwargs=True
+                        lambda block, args, kwargs, index=index: before(index, args, kwargs), with_kwargs=True
                     )
                 )
-                hooks.enter_context(block.register_forward_hook(lambda _, __, out: passed_on.append(_hidden_of(out))))
+                hooks.enter_context(
+                    block.register_forward_hook(lambda block, args, output: passed_on.append(_hidden_of(output)))
+                )
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False, **(extras or {}))
         if not here.calls:  # it stopped at the first block, whose arguments were the first pass's
@@ -316,30 +295,6 @@ class BlockInputs(Sequence[Tensor]):
             raise unfollowed(f"runs only {len(here.calls)} of its {len(self.blocks)} blocks")
         is_same = first is not None and _same(here.calls, first)  # then only one copy of the tables is held
         self._passes.append(here._replace(calls=first) if is_same else here)
-
-
-class _KeptOutputs:
-    """Takes the place of a layer's forward: computes its output for a batch, and returns it again in later passes."""
-
-    def __init__(self, layer: nn.Linear, inputs: BlockInputs) -> None:
-        self.layer, self.inputs, self.forward = layer, inputs, layer.forward
-        self.version = layer.weight._version
-        self.outputs: dict[int, tuple[Tensor, int, int]] = {}  # output, its version, the run that computed it
-        layer.forward = self  # type: ignore[method-assign,assignment]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        batch, run = self.inputs.running, self.inputs.num_runs
-        if batch is None:
-            return self.forward(x)
-        assert self.layer.weight._version == self.version, "the layer changed after keep_outputs"
-        if batch in self.outputs:
-            output, version, computed = self.outputs[batch]
-            # Where a block changes the output in place, or calls the layer twice in a run, it is computed again.
-            if output._version == version and computed != run:
-                return output
-        output = self.forward(x)
-        self.outputs[batch] = output, output._version, run
-        return output
 
 
 class _Pass(NamedTuple):

@@ -23,7 +23,7 @@ from castlm.models.architecture import auto_class, backbone, linearize_
 from castlm.oneshot.options import BasisOptions, Refinements
 from castlm.oneshot.solvers import ADMM_ROWS, REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.walk import BACKWARD_TOKENS, KEPT_BYTES, PASS_TOKENS_CPU
+from castlm.oneshot.walk import BACKWARD_TOKENS, PASS_TOKENS_CPU
 from castlm.planning.memory import MemoryPlan, as_config_error, read_config
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
@@ -119,7 +119,7 @@ def plan_prune_memory(
         "solver": 4 * solver,
         "basis": 0,
     }
-    held = block = parts["process"] + parts["weights"]
+    block = parts["process"] + parts["weights"]
     turned = block
     if turns_axes and (basis.permute or basis.rotates_values):
         # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products,
@@ -128,14 +128,7 @@ def plan_prune_memory(
         # It is chosen by SparseGPT's statistics, whatever solves the layers after that.
         parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in reads)
         turned += parts["statistics of the basis"]
-    if refinements.staged_statistics:  # the outputs of finished layers are kept, see `BlockInputs.keep_outputs`
-        kept = 0
-        for read in reads[:-1]:  # after the last layers comes the next block
-            size = 4 * num_sequences * seq_len * read.rows
-            kept += size if kept + size <= KEPT_BYTES else 0
-        parts["kept outputs"] = kept
-        held += kept
-    seen = held + parts["statistics"]
+    seen = block + parts["statistics"]
     phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
     if memory == "block":  # beside the embeddings stands the file that they are read from, or a block
         embeddings = (model.total - model.num_layers * model.block) * dtype.itemsize
@@ -148,7 +141,7 @@ def plan_prune_memory(
         # For each token, what enters each block, what one block saves and as much of gradients, and four of logits.
         of_token = model.num_layers * model.hidden + 2 * model.kept + 4 * model.vocab
         parts["kept for backward"] = 4 * backward * of_token
-        phases["gradients"] = held + parts["gradients"] + parts["kept for backward"]
+        phases["gradients"] = block + parts["gradients"] + parts["kept for backward"]
     if parts["basis"]:
         phases["basis"] = turned + parts["basis"]
     if refinements.reconstruct_epochs:

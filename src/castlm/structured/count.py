@@ -10,7 +10,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.export.report import LayerReport, VerifyReport
 from castlm.files.reading import read_json_object, user_path
-from castlm.structured.pattern import Heads, Units, sizes_after, sizes_of
+from castlm.structured.pattern import Heads, Units, sizes_after, sizes_of, units_of
 
 _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 """Fields of config.json that are equal in a cut model and its base."""
@@ -53,7 +53,8 @@ def count_units(report: VerifyReport, config: Mapping[str, Any], base: Mapping[s
     assert isinstance(pattern, Units)
     before = sizes_of(pattern, base)
     allowed = sizes_after(pattern, before)
-    number, limit = next(iter(before.values())), next(iter(allowed.values()))
+    _, number = units_of(before)
+    _, limit = units_of(allowed)
     report.base = where
     layers = {layer.name.removesuffix(".weight"): layer for layer in report.layers}
     blocks = pattern.unit_layers(layers)

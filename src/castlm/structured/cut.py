@@ -20,7 +20,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
 from castlm.models.architecture import context_length, eval_mode, linearize_
-from castlm.structured.pattern import Heads, Units, check_family, sizes_after, sizes_of
+from castlm.structured.pattern import Heads, Units, check_family, sizes_after, sizes_of, units_of
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in
@@ -66,13 +66,13 @@ def _config_after(model: PreTrainedModel, pattern: Units) -> PretrainedConfig:
     config = _with_sizes(model.config, after)
     if (reason := _refusal(config)) is None:
         return config
-    (units, number), *_ = sizes.items()
+    field, number = units_of(sizes)
     assert isinstance(pattern, Heads)  # configs restrict no size but the number of heads
     others = {k: _with_sizes(model.config, sizes_after(Heads(k / number), sizes)) for k in range(1, number)}
     fitting = [k for k, other in others.items() if _refusal(other) is None]
     shares = ", ".join(f"heads:{k / number:.3g}" for k in fitting) or "channels:0.5"
     raise InputError(
-        f"pattern {pattern} leaves {after[units]} of {number} KV heads, and transformers has no "
+        f"pattern {pattern} leaves {after[field]} of {number} KV heads, and transformers has no "
         f"{model.config.model_type} of that size ({reason}): use {shares}"
     )
 

@@ -39,7 +39,7 @@ class Units(Pattern):
     zeros_can_return: ClassVar[bool] = False  # in a unit that is zero as a whole, no weight gets a gradient
     solvers: ClassVar[tuple[str, ...]] = SCORED_BY
     calibrated: ClassVar[tuple[str, ...]] = ("flap", "taylor")
-    own_solver: ClassVar[str] = "castlm.structured.prune:UnitSolver"
+    solver_class: ClassVar[str] = "castlm.structured.prune:UnitSolver"
     kind: ClassVar[str]
     """The name of the units in the text of the pattern, such as `channels`."""
     parts: ClassVar[tuple[tuple[str, ...], ...]]
@@ -313,6 +313,14 @@ def sizes_after(pattern: Units, sizes: Mapping[str, int]) -> dict[str, int]:
         >>> sizes_after(Heads(0.5), {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8})
         {'num_key_value_heads': 2, 'num_attention_heads': 4, 'head_dim': 8}
     """
-    (units, number), *rest = sizes.items()
+    field, number = units_of(sizes)
     kept = pattern.num_kept(number)
-    return {units: kept, **{name: n // number * kept if name == "num_attention_heads" else n for name, n in rest}}
+    after = {**sizes, field: kept}
+    if "num_attention_heads" in sizes:  # as many queries for each KV head as before
+        after["num_attention_heads"] = sizes["num_attention_heads"] // number * kept
+    return after
+
+
+def units_of(sizes: Mapping[str, int]) -> tuple[str, int]:
+    """The field of config.json with the number of units, and the number: the first of `sizes_of`."""
+    return next(iter(sizes.items()))

@@ -96,16 +96,17 @@ class UnitSolver:
         assert isinstance(pattern, Units)
         self.score, self.pattern = start.method, pattern
         self.damping, self.refit_iterations = start.damping, start.refinements.num_refits(pattern)
-        self.scores: dict[tuple[str, ...], Tensor] = {}
-        """The scores (units,) that were computed before the walk, by the names of the layers."""
+        self.taylor_scores: dict[tuple[str, ...], Tensor] = {}
+        """The Taylor scores (units,), which are computed before the walk, by the names of the layers."""
         scored = {name: layers[name] for names in pattern.unit_layers(layers) for name in names}
         if self.score == "taylor" and scored:
             assert calibration is not None
-            text = calibration[:TAYLOR_SEQUENCES], None if extras is None else extras[:TAYLOR_SEQUENCES]
-            gradients = loss_gradients(model, scored, *text, start.precision)
+            text = calibration[:TAYLOR_SEQUENCES]
+            beside = None if extras is None else extras[:TAYLOR_SEQUENCES]
+            gradients = loss_gradients(model, scored, text, beside, start.precision)
             for names in pattern.unit_layers(scored):
-                weights = {name: scored[name].weight.float() for name in names}
-                self.scores[names] = self._score(weights, {}, gradients)
+                changes = [(scored[name].weight.float() * gradients[name]).abs() for name in names]  # |w dL/dw|
+                self.taylor_scores[names] = pattern.sums(changes)
 
     def __call__(self, layers: Mapping[str, nn.Linear], inputs: BlockInputs | None) -> list[LayerResult]:
         """Prunes the units of the current block's `layers`, in place. The errors are on the whole calibration text."""
@@ -139,8 +140,9 @@ class UnitSolver:
         if len(names) == 1:  # n:m alone
             whole = torch.ones_like(weights[0], dtype=torch.bool)
             return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in names}
-        kept = self.pattern.best(self.scores.pop(names) if names in self.scores else self._score(dense, inputs, {}))
-        damping, solved = max(self.damping, MIN_DAMPING), {}
+        kept = self.pattern.best(self._scores(names, weights, inputs))
+        damping = max(self.damping, MIN_DAMPING)
+        solved = {}
         for name, weight, mask in zip(names, weights, self.pattern.expand(kept, weights)):
             new = weight.masked_fill(~mask, 0)
             if self.refit_iterations and name in inputs and name == names[-1]:
@@ -148,25 +150,26 @@ class UnitSolver:
             solved[name] = self._groups_in(new, mask, inputs.get(name)) if self.pattern.inner else (new, self.damping)
         return solved
 
-    def _score(
-        self, weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistic], gradients: Mapping[str, Tensor]
+    def _scores(
+        self, names: tuple[str, ...], weights: Sequence[Tensor], inputs: Mapping[str, InputStatistic]
     ) -> Tensor:
         """The scores (units,) of the units in `weights`, whose last entry writes to the residual stream."""
-        if self.score == "magnitude":
-            return self.pattern.sums([weight.square() for weight in weights.values()])
         if self.score == "taylor":
-            return self.pattern.sums([(weight * gradients[name]).abs() for name, weight in weights.items()])
-        *inner, (name, last) = weights.items()
+            return self.taylor_scores.pop(names)
+        if self.score == "magnitude":
+            return self.pattern.sums([weight.square() for weight in weights])
+        *inner, last = weights
         # W_ij^2 times the variance of input column j, in the layer that writes: (576, 1536) * (1536,)
-        values = [torch.zeros_like(weight) for _, weight in inner]
-        return self.pattern.sums([*values, last.square() * inputs[name].variance])
+        contribution = last.square() * inputs[names[-1]].variance
+        return self.pattern.sums([*(torch.zeros_like(weight) for weight in inner), contribution])
 
     def _groups_in(self, weight: Tensor, mask: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float]:
         """Prunes the kept rows and columns of a weight to n:m; returns the new weight and SparseGPT's damping.
 
         Groups of m are counted as they lie after the cut.
         """
-        inner, damping = self.pattern.inner, self.damping
+        inner = self.pattern.inner
+        damping = self.damping
         assert inner is not None
         rows, columns = mask.any(1), mask.any(0)
         small = weight[rows][:, columns].contiguous()  # (576, 1536) -> (576, 768)
