@@ -42,19 +42,20 @@ WAYS = [False, pytest.param(None, marks=needs_kernels)]  # fused: torch operator
 FUSED = [pytest.param("native", marks=needs_kernels), slow("compiled")]
 
 
-@pytest.fixture(params=[1, 3])
-def num_threads(request):
-    with threads(request.param):
-        yield request.param
+EQUAL = [(2, 4, 36), (1, 4, 12), (4, 8, 24), (2, 3, 9)]
+"""n, m and a width, which is whole bytes of a mask or not."""
 
 
-def check_against_the_equations(steps, decay, second_moment, n, m, width, fused):
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_kernels)])
+@pytest.mark.parametrize(("decay", "second_moment"), RULES)
+@pytest.mark.parametrize(("n", "m", "width"), EQUAL)
+def test_fifty_steps_equal_the_equations(decay, second_moment, n, m, width, fused):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(6, width))
     rest = {"mask_interval": 7, "decay": decay, "decay_end": 0.6, "second_moment": second_moment}
     reference = ReferenceAdamS(weight.tolist(), n, m, **HYPER, **rest)
     optimizer = AdamS(sparse_group(weight, n=n, m=m), **HYPER, **rest, fused=fused)
-    for t in range(steps):
+    for t in range(50):
         grad = torch.randn(6, width)
         reference.step(grad.tolist())
         run(optimizer, weight, [grad])
@@ -63,19 +64,6 @@ def check_against_the_equations(steps, decay, second_moment, n, m, width, fused)
         assert (weight - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item()), t
     torch.testing.assert_close(optimizer.state[weight]["exp_avg"], torch.tensor(reference.mu), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], torch.tensor(reference.v), rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize(("decay", "second_moment"), RULES)
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
-def test_fifty_steps_equal_the_equations(decay, second_moment, n, m):
-    check_against_the_equations(50, decay, second_moment, n, m, 16, fused=False)
-
-
-@needs_kernels
-@pytest.mark.parametrize(("decay", "second_moment"), RULES)
-@pytest.mark.parametrize(("n", "m", "width"), [(2, 4, 40), (1, 4, 12), (4, 8, 48), (2, 3, 9)])
-def test_kernels_equal_the_equations(decay, second_moment, n, m, width, num_threads):
-    check_against_the_equations(20, decay, second_moment, n, m, width, fused=True)
 
 
 @pytest.mark.parametrize("fused", WAYS)
@@ -165,16 +153,13 @@ def test_kernels_give_the_same_bits_on_any_number_of_threads():
     assert all(torch.equal(one, four) for one, four in zip(*ended))
 
 
-@needs_kernels
-def test_fused_takes_fp32_on_a_cpu_alone():
-    with pytest.raises(InputError, match="float64"):
-        AdamS(dense_group(nn.Parameter(torch.randn(4, dtype=torch.float64))), total_steps=1, fused=True)
-
-
-def test_fused_without_kernels_is_refused(monkeypatch):
-    monkeypatch.setattr(native, "kernels", lambda: None)
-    with pytest.raises(InputError, match="were not compiled"):
-        AdamS(dense_group(nn.Parameter(torch.randn(4))), total_steps=1, fused=True)
+@pytest.mark.parametrize(("dtype", "reason"), [(torch.float64, "float64"), (torch.float32, "were not compiled")])
+def test_fused_without_kernels_for_a_parameter_is_refused(dtype, reason, monkeypatch):
+    if dtype == torch.float32 or native.kernels() is None:
+        monkeypatch.setattr(native, "kernels", lambda: None)
+        reason = "were not compiled"
+    with pytest.raises(InputError, match=reason):
+        AdamS(dense_group(nn.Parameter(torch.randn(4, dtype=dtype))), total_steps=1, fused=True)
 
 
 def test_a_mask_is_a_bit_a_weight_and_one_that_was_set_stays_without_an_interval():

@@ -55,7 +55,8 @@ def test_optimizer_and_masks_are_those_of_a_cpu(moments):
     gradients = [[torch.randn(p.shape, generator=generator) for p in plain] for _ in range(3)]
 
     def stepped(model):
-        optimizer = AdamS([{"params": [model[0]], "sparse": True}, {"params": [model[1]]}], total_steps=4, fused=False)
+        groups = [{"params": [model[0]], "sparse": True}, {"params": [model[1]]}]
+        optimizer = AdamS(groups, total_steps=4, moments=moments, fused=False)
         optimizer.load_state_dict(optimizer.state_dict())
         for of_step in gradients:
             for parameter, gradient in zip(model, of_step):

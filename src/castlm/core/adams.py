@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,14 @@ from castlm.core.update import SECOND_MOMENTS, hyperparameters, update_
 
 _TRAINED = (torch.float32, torch.float64, torch.bfloat16)  # float16 rounds eps and small squared gradients to 0
 EXACT_ON_RESUME = (
-    *("sparse", "pattern", "total_steps", "mask_interval"),
-    *("decay", "decay_end", "second_moment", "moments"),
+    "sparse",
+    "pattern",
+    "total_steps",
+    "mask_interval",
+    "decay",
+    "decay_end",
+    "second_moment",
+    "moments",
 )
 """The options that may not change between saving and loading, because the method depends on them."""
 
@@ -219,16 +225,18 @@ class AdamS(Optimizer):
 
         Returns the number of mask entries on this rank that changed. Raises `InputError` if a weight is NaN.
         """
-        pattern, flips = group["pattern"], cast("Tensor | int", 0)
+        pattern = group["pattern"]
+        flips: Tensor | int = 0
         if not isinstance(pattern, NM):
             for params in _joint_params(group):
                 for param, mask in zip(params, pattern.own_masks(params)):
-                    flips = flips + replace_(local(self.state[param]["mask"]), pack_mask(mask))
+                    flips += replace_(local(self.state[param]["mask"]), pack_mask(mask))
             return flips
         params = [p for p in group["params"] if local(p).numel()]  # a rank may hold no rows of a parameter
         if not params:
             return 0
-        weights, masks = [local(p) for p in params], [local(self.state[p]["mask"]) for p in params]
+        weights = [local(p) for p in params]
+        masks = [local(self.state[p]["mask"]) for p in params]
         flips, has_nan = refresh_masks_(weights, masks, pattern.n, pattern.m, bool(self._fused))
         if has_nan:
             raise DivergedError(
@@ -259,7 +267,8 @@ class AdamS(Optimizer):
                     )
             if group["sparse"] and group["params"] and group["mask_interval"]:
                 step = int(self.state[group["params"][0]]["step"])
-                due += [group] if step % int(group["mask_interval"]) == 0 else []
+                if step % int(group["mask_interval"]) == 0:
+                    due.append(group)
         # Alg. 1: every T1 steps the mask is made anew at the top of the step, so that step 0 has a true mask.
         if due:
             self._flips = sum(map(self.refresh_masks, due))
@@ -304,11 +313,11 @@ class AdamS(Optimizer):
             InputError: the saved state is of another run or model. Nothing has been changed then.
         """
         saved_state = self._checked(state_dict)
-        kept = [(group["pattern"], group["joint"]) for group in self.param_groups]
+        own_groups = self.param_groups
         states = {param: dict(state) for param, state in self.state.items()}
         super().load_state_dict(state_dict)
-        for group, (pattern, joint) in zip(self.param_groups, kept):
-            group["pattern"], group["joint"] = pattern, joint
+        for group, own in zip(self.param_groups, own_groups, strict=True):
+            group["pattern"], group["joint"] = own["pattern"], own["joint"]
         # torch has cast all state to the dtype of its parameter: packed masks and 8-bit codes are floats now. So each
         # tensor is taken again from the saved state.
         for param, saved in saved_state.items():
@@ -345,8 +354,10 @@ class AdamS(Optimizer):
 
 def _joint_params(group: dict[str, Any]) -> list[list[Tensor]]:
     """The parameters of a sparse group, in lists of those that are masked together."""
-    params, joint = group["params"], group["joint"]
-    return [[param] for param in params] if joint is None else [[params[i] for i in part] for part in joint]
+    params = group["params"]
+    if group["joint"] is None:
+        return [[param] for param in params]
+    return [[params[i] for i in positions] for positions in group["joint"]]
 
 
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {

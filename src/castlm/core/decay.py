@@ -151,7 +151,8 @@ def decay_budget(
     """
     import torch
 
-    samples, largest = [], 0.0
+    samples = []
+    largest = 0.0
     for weight, mask in weights:
         masked = weight.detach()[~mask].abs().float()
         if masked.numel():

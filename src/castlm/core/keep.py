@@ -9,20 +9,18 @@ set right after each step, and an optimizer that mixes weights, which is found b
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from castlm.core.errors import InputError
 from castlm.core.nm import pack_mask, unpack_mask
-from castlm.core.shards import local
+from castlm.core.shards import local, sum_over_shards
 from castlm.core.sparsify import SparseLayer, weight_parameter
 
 
@@ -107,7 +105,7 @@ class KeptPattern:
         self.num_checks += 1
         values = self.weights.values()
         found = [(local(weight.parameter) != 0).logical_and_(weight.masked()).sum() for weight in values]
-        counts = summed([weight.parameter for weight in values], found)
+        counts = sum_over_shards([weight.parameter for weight in values], found)
         broken = [f"{count:,} masked weights of {name}" for name, count in zip(self.weights, counts) if count]
         if broken:
             more = f" (and of {len(broken) - 1} more tensors)" if len(broken) > 1 else ""
@@ -153,19 +151,3 @@ class KeptPattern:
 
 _GUARDS: weakref.WeakKeyDictionary[nn.Module, list[KeptPattern]] = weakref.WeakKeyDictionary()
 """Keeps a guard alive while any of its layers exists, whether or not the caller holds on to it."""
-
-
-def summed(parameters: Iterable[Tensor], counts: Iterable[Tensor]) -> list[int]:
-    """`counts`, one 0-dimensional tensor of this rank for each parameter, summed over the ranks that shard it."""
-    groups: dict[Any, list[tuple[int, Tensor]]] = {}
-    for position, (parameter, count) in enumerate(zip(parameters, counts)):
-        key = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
-        groups.setdefault(key, []).append((position, count))
-    total: dict[int, int] = {}
-    for key, members in groups.items():
-        stacked = torch.stack([count.to(members[0][1].device) for _, count in members])
-        for dim, placement in enumerate(key[1]) if key else ():
-            op = dist.ReduceOp.SUM if placement.is_shard() else dist.ReduceOp.MAX
-            dist.all_reduce(stacked, op, group=key[0].get_group(dim))
-        total |= {position: int(count) for (position, _), count in zip(members, stacked.tolist())}
-    return [total[position] for position in sorted(total)]

@@ -58,7 +58,8 @@ def code_pieces(signed: bool) -> list[tuple[float, float, float, float, float]]:
     value` is nearest to a code of this or a later piece.
     """
     pieces: list[tuple[float, float, float, float, float]] = []
-    first, below = 1, 0.0
+    first = 1
+    below = 0.0  # the value of the code before
     for decade in range(7):
         count = 2**decade if signed else 2 ** (decade + 1)
         slope = 0.9 * 10.0 ** (decade - 6) / count

@@ -164,7 +164,8 @@ def _maps() -> ctypes.Array[_Codes]:
     for codes, signed in zip(maps, (True, False)):
         codes.value[:] = code_values(signed).tolist()
         for piece, (first, last, slope, intercept, least) in zip(codes.pieces, code_pieces(signed)):
-            to_index = (1 / slope, intercept / slope) if slope else (0.0, -first)
-            piece.last, piece.per_value, piece.offset, piece.least = last, *to_index, least
+            piece.per_value = 1 / slope if slope else 0.0
+            piece.offset = intercept / slope if slope else -first
+            piece.last, piece.least = last, least
         codes.zero = zero_code(signed)
     return maps

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_linears
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
 
 
 def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def _scaled(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if is_layer(module) and parametrize.is_parametrized(module, "weight")
+        if isinstance(module, SparseLayer) and parametrize.is_parametrized(module, "weight")
     }
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -48,3 +51,21 @@ def own_rows(tensor: Tensor) -> slice:
         return slice(0, len(tensor))
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return slice(offset[0], offset[0] + shape[0])
+
+
+def sum_over_shards(parameters: Iterable[Tensor], counts: Iterable[Tensor]) -> list[int]:
+    """`counts`, one 0-dimensional tensor of this rank for each parameter, summed over the ranks that shard it."""
+    alike: dict[Any, list[tuple[int, Tensor]]] = {}  # positions and counts of the parameters that are placed alike
+    for position, (parameter, count) in enumerate(zip(parameters, counts)):
+        place = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+        alike.setdefault(place, []).append((position, count))
+    total: dict[int, int] = {}
+    for place, members in alike.items():
+        stacked = torch.stack([count.to(members[0][1].device) for _, count in members])
+        if place is not None:
+            mesh, placements = place
+            for dim, placement in enumerate(placements):
+                op = dist.ReduceOp.SUM if placement.is_shard() else dist.ReduceOp.MAX  # replicas hold the same count
+                dist.all_reduce(stacked, op, group=mesh.get_group(dim))
+        total |= {position: int(count) for (position, _), count in zip(members, stacked.tolist())}
+    return [total[position] for position in sorted(total)]

@@ -7,7 +7,7 @@ Embeddings and the output head stay dense. Every weight that stays dense is list
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,11 +25,6 @@ SparseLayer = nn.Linear | ExpertLinear
 """A layer that may become sparse: a module with `weight` (..., out, in), `in_features` and `out_features`."""
 
 FilterFn = Callable[[nn.Module, str], bool]
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a weight (..., out, in) that the pattern may apply to."""
-    return isinstance(module, SparseLayer)
 
 
 def num_weights(layer: SparseLayer) -> int:
@@ -56,7 +51,7 @@ def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
         >>> is_sparse_linear(nn.Linear(8, 8), "lm_head")
         False
     """
-    return is_layer(module) and why_dense(fqn) is None
+    return isinstance(module, SparseLayer) and why_dense(fqn) is None
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -122,7 +117,7 @@ def sparse_linears(
 
 def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | None:
     why = why_dense(fqn)
-    if is_layer(module) and name == "weight":
+    if isinstance(module, SparseLayer) and name == "weight":
         return why or "excluded by the filter"
     if param.dim() >= 2 and why and (in_block(fqn) or is_tower(fqn)):
         return why
@@ -189,16 +184,22 @@ def sparse_param_groups(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     chosen = [(name, p) for name, p in named if id(p) in sparse]
     others = [(name, p) for name, p in named if id(p) not in sparse]
-    position = {sparse[id(p)]: i for i, (_, p) in enumerate(chosen)}
-    joint = [[position[name] for name in names if name in position] for names in pattern.joint_layers(layers)]
-    joint = [positions for positions in joint if positions]
-    alone = not any(len(positions) > 1 for positions in joint)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for _, p in named], "param_names": [name for name, _ in named]} for named in (chosen, others)
+    position = {sparse[id(p)]: i for i, (_, p) in enumerate(chosen)}  # of each layer in the sparse group
+    joint: list[list[int]] = []
+    for names in pattern.joint_layers(layers):
+        if trained := [position[name] for name in names if name in position]:  # frozen weights are in no group
+            joint.append(trained)
+    are_alone = all(len(positions) == 1 for positions in joint)
+    return [
+        {
+            "params": [p for _, p in chosen],
+            "param_names": [name for name, _ in chosen],
+            "sparse": True,
+            "pattern": pattern,
+            "joint": None if are_alone else joint,
+        },
+        {"params": [p for _, p in others], "param_names": [name for name, _ in others], "sparse": False},
     ]
-    groups[0] |= {"sparse": True, "pattern": pattern, "joint": None if alone else joint}
-    groups[1]["sparse"] = False
-    return groups
 
 
 @torch.no_grad()
@@ -241,11 +242,13 @@ def prune_(
         for names in pattern.joint_layers(weights):
             params = [weights[name] for name in names]
             pattern.check_masks([local(masks[param]) for param in params], params)
-    # All masks before any weight changes, as a NaN is only found while its mask is made.
-    by_magnitude = magnitude_masks(weights, pattern) if masks is None else ()
-    packed = {name: pack_mask(mask) for name, mask in by_magnitude}
+    chosen: Iterable[tuple[str, Tensor]] = magnitude_masks(weights, pattern)
+    if masks is not None:
+        chosen = ((name, local(masks[weight])) for name, weight in weights.items())
+    # All masks before any weight changes, as a NaN is only found while its mask is made; in bits, to save memory.
+    packed = {name: pack_mask(mask) for name, mask in chosen}
     for name, weight in weights.items():
-        mask = local(masks[weight]) if masks is not None else unpack_mask(packed[name], weight.shape[-1])
+        mask = unpack_mask(packed[name], weight.shape[-1])
         # masked_fill and not a product, because 0 * -1 is -0, which has other bits than 0
         local(weight).masked_fill_(~mask.to(weight.device), 0.0)
     return list(layers)

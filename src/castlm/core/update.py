@@ -23,9 +23,9 @@ SECOND_MOMENTS = ("gradient", "mix")
 _SMALL = 65_536  # dense tensors with fewer weights are updated together, as one tensor
 _CALL = 8  # tensors of one size that one call of the compiled update takes
 
-# By kind: weights, gradients, first moments, second moments; one flat tensor for each parameter. With 8-bit moments the
-# tensors are (blocks, block), and each list of moments is followed by one of scales (blocks,).
-Columns = list[list[Tensor]]
+Row = list[Tensor]
+"""Weight, gradient, first and second moment of one parameter, each (numel,). With 8-bit moments each is
+(blocks, block), and each moment is followed by its scales (blocks,)."""
 
 
 def adams_update(
@@ -106,68 +106,76 @@ def update_(
         native.update_(weights, grads, moments, masks, hyper, second_moment)
         return
     in_8bit = "exp_avg_scale" in moments
-    columns: Columns = [list(map(flat, column)) for column in (weights, grads, *moments.values())]
+    rows = [list(map(flat, row)) for row in zip(weights, grads, *moments.values(), strict=True)]
     if in_8bit:
-        scales = moments["exp_avg_scale"]
-        columns = [
-            column if name.endswith("_scale") else [t.view(scale.numel(), -1) for t, scale in zip(column, scales)]
-            for name, column in zip(("weight", "grad", *moments), columns)
-        ]
-    numbers = torch.tensor(hyper, dtype=torch.promote_types(weights[0].dtype, torch.float32), device=weights[0].device)
-    rest: Any = in_8bit, numbers, second_moment
-    run: Any = compiled(update_each_) if fused else update_each_
-    together = [i for i, w in enumerate(weights) if masks[i] is None and w.numel() < _SMALL and not in_8bit]
-    alone = [i for i in range(len(weights)) if i not in set(together)]
-    # In 8 bits, and without compilation, several parameters in one call would only hold more new moments at a time.
-    for some in _by_size(alone, weights) if fused and not in_8bit else ([i] for i in alone):
-        chosen = [[column[i] for i in some] for column in columns]
-        packed = [masks[i] for i in some]
-        # Whole words of 32 bits: each row ends with a byte, and all of them with a word.
-        fills_words = masks[some[0]] is not None and all(
-            weights[i].shape[-1] % 8 == 0 and weights[i].numel() % 32 == 0 for i in some
-        )
-        if fused and fills_words:
-            words = [mask.view(-1).view(torch.int32).detach() for mask in packed if mask is not None]
-            compiled(update_words_)(chosen, words, bits_of_a_word(words[0].device), *rest)
-        else:
-            widths = [weights[i].shape[-1] if weights[i].dim() else 0 for i in some]
-            run(chosen, [None if m is None else unpack_mask(m, w).view(-1) for m, w in zip(packed, widths)], *rest)
-    if together:
-        chosen = [[column[i] for i in together] for column in columns]
-        joined = [[torch.cat(column)] for column in chosen]
-        run(joined, [None], *rest)
-        sizes = [weight.numel() for weight in chosen[0]]
-        for k in (0, 2, 3):  # all but the gradients
-            torch._foreach_copy_(chosen[k], torch.split(joined[k][0], sizes))
+        rows = [_in_blocks(row) for row in rows]
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    settings: Any = in_8bit, torch.tensor(hyper, dtype=wide, device=weights[0].device), second_moment
+    small = [i for i, w in enumerate(weights) if masks[i] is None and w.numel() < _SMALL and not in_8bit]
+    others = [i for i in range(len(weights)) if i not in set(small)]
+    if not fused:
+        for i in others:
+            update_rows_([rows[i]], [_unpacked(weights[i], masks[i])], *settings)
+    else:
+        # In 8 bits, several parameters in one call would only hold more new moments at a time.
+        for some in [[i] for i in others] if in_8bit else _of_one_size(others, weights):
+            chosen = [rows[i] for i in some]
+            packed = [mask for i in some if (mask := masks[i]) is not None]
+            # Whether the masks are whole words of 32 bits: each row ends with a byte, and all of them with a word.
+            fills_words = all(weights[i].shape[-1] % 8 == 0 and weights[i].numel() % 32 == 0 for i in some)
+            if packed and fills_words:
+                words = [mask.view(-1).view(torch.int32).detach() for mask in packed]
+                compiled(update_rows_by_words_)(chosen, words, bits_of_a_word(words[0].device), *settings)
+            else:
+                compiled(update_rows_)(chosen, [_unpacked(weights[i], masks[i]) for i in some], *settings)
+    if small:
+        joined = [torch.cat(column) for column in zip(*(rows[i] for i in small))]
+        run = compiled(update_rows_) if fused else update_rows_
+        run([joined], [None], *settings)
+        sizes = [weights[i].numel() for i in small]
+        for k in (0, 2, 3):  # all but the gradient
+            torch._foreach_copy_([rows[i][k] for i in small], torch.split(joined[k], sizes))
 
 
-def update_each_(
-    columns: Columns, masks: Sequence[Tensor | None], in_8bit: bool, hyper: Tensor, second_moment: str
+def _in_blocks(row: Row) -> Row:
+    """A row with 8-bit moments whose other tensors are (blocks, block), as `castlm.core.moments` reads them."""
+    weight, grad, codes, scale, codes_sq, scale_sq = row
+    shape = (len(scale), -1)
+    return [weight.view(shape), grad.view(shape), codes.view(shape), scale, codes_sq.view(shape), scale_sq]
+
+
+def _unpacked(weight: Tensor, packed: Tensor | None) -> Tensor | None:
+    return None if packed is None else unpack_mask(packed, weight.shape[-1]).view(-1)
+
+
+def update_rows_(
+    rows: Sequence[Row], masks: Sequence[Tensor | None], in_8bit: bool, hyper: Tensor, second_moment: str
 ) -> None:
-    """`adams_update` of each parameter in `columns`, in place. Masks are bool, (numel,)."""
-    for weight, grad, *held, mask in zip(*columns, masks):
+    """`adams_update` of several parameters, in place. Masks are bool, (numel,)."""
+    for (weight, grad, *moments), mask in zip(rows, masks):
+        if in_8bit:
+            codes, scale, codes_sq, scale_sq = moments
+            exp_avg = from_codes(codes, scale, signed=True)
+            exp_avg_sq = from_codes(codes_sq, scale_sq, signed=False)
+        else:
+            exp_avg, exp_avg_sq = moments
         mask = None if mask is None else mask.view(weight.shape)
+        new_weight, new_avg, new_avg_sq = adams_update(weight, grad, exp_avg, exp_avg_sq, mask, hyper, second_moment)
+        weight.copy_(new_weight)
         if in_8bit:
-            codes, scale, codes_sq, scale_sq = held
-            moments = [from_codes(codes, scale, signed=True), from_codes(codes_sq, scale_sq, signed=False)]
+            to_codes_(new_avg, codes, scale, signed=True)
+            to_codes_(new_avg_sq, codes_sq, scale_sq, signed=False)
         else:
-            moments = held
-        new = adams_update(weight, grad, moments[0], moments[1], mask, hyper, second_moment)
-        weight.copy_(new[0])
-        if in_8bit:
-            to_codes_(new[1], codes, scale, signed=True)
-            to_codes_(new[2], codes_sq, scale_sq, signed=False)
-        else:
-            held[0].copy_(new[1])
-            held[1].copy_(new[2])
+            exp_avg.copy_(new_avg)
+            exp_avg_sq.copy_(new_avg_sq)
 
 
-def update_words_(columns: Columns, packed: Sequence[Tensor], bits: Tensor, *rest: Any) -> None:
-    """`update_each_` with packed masks viewed as words of 32 weights, see `unpack_words`; for `torch.compile`."""
-    update_each_(columns, [unpack_words(words, bits) for words in packed], *rest)
+def update_rows_by_words_(rows: Sequence[Row], packed: Sequence[Tensor], bits: Tensor, *settings: Any) -> None:
+    """`update_rows_` with packed masks viewed as words of 32 weights, see `unpack_words`; for `torch.compile`."""
+    update_rows_(rows, [unpack_words(words, bits) for words in packed], *settings)
 
 
-def _by_size(positions: Sequence[int], weights: Sequence[Tensor]) -> Iterator[list[int]]:
+def _of_one_size(positions: Sequence[int], weights: Sequence[Tensor]) -> Iterator[list[int]]:
     """`positions` in lists of `_CALL` of one size, and the rest one by one.
 
     Two compilations then serve all sizes, and the cost of calling a compiled function, as much as an update of
@@ -177,6 +185,8 @@ def _by_size(positions: Sequence[int], weights: Sequence[Tensor]) -> Iterator[li
     for i in positions:
         by_size.setdefault(weights[i].numel(), []).append(i)
     for same in by_size.values():
-        whole = len(same) // _CALL * _CALL
-        yield from (same[i : i + _CALL] for i in range(0, whole, _CALL))
-        yield from ([i] for i in same[whole:])
+        num_together = len(same) // _CALL * _CALL
+        for first in range(0, num_together, _CALL):
+            yield same[first : first + _CALL]
+        for i in same[num_together:]:
+            yield [i]

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from castlm.core.blocks import is_block_weight
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, is_layer, is_sparse_linear, sparse_linears
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
 from castlm.dtypes import STORED, STORED_NAMES, bytes_of, dtype_name
 from castlm.export.card import model_card
 from castlm.export.verify import check_ok, verify
@@ -214,7 +214,7 @@ def verify_pattern(
     sparse: set[str] = set()
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not is_layer(module):
+        if not isinstance(module, SparseLayer):
             continue
         reason = left_dense.get(name, left_dense.get(f"{name}.weight"))
         if reason is not None:

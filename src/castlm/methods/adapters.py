@@ -21,9 +21,9 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
-from castlm.core.keep import KeptPattern, summed
+from castlm.core.keep import KeptPattern
 from castlm.core.nm import Pattern
-from castlm.core.shards import local
+from castlm.core.shards import local, sum_over_shards
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears, weight_parameter
 from castlm.export.folder import left_dense_reason, read_left_dense
 from castlm.files.output import atomic_dir
@@ -109,7 +109,9 @@ def _check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
     joint = pattern.joint_layers(weights)
     firsts = [weights[unit[0]] for unit in joint]
     counts = [pattern.joint_violations([local(weights[name]) for name in unit]) for unit in joint]
-    totals = summed(firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)])
+    totals = sum_over_shards(
+        firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)]
+    )
     found = [(unit, total) for unit, total in zip(joint, totals) if total]
     if found:
         num_layers = sum(len(unit) for unit, _ in found)
@@ -205,8 +207,11 @@ def _check_adapters(model: nn.Module, kept: KeptPattern) -> None:
 
     masks = kept.masks()
     for name, layer in adapted.items():
-        positions = layer.shira_indices.values() if isinstance(layer, ShiraLayer) else [None]
-        if any(at is None or not masks[name][tuple(at.long().to(masks[name].device))].all() for at in positions):
+        mask = masks[name]
+        keeps_zeros = isinstance(layer, ShiraLayer) and all(
+            mask[tuple(positions.long().to(mask.device))].all() for positions in layer.shira_indices.values()
+        )
+        if not keeps_zeros:
             raise InputError(
                 f"the {type(layer).__name__} adapter of {name} fills the zeros of a sparse layer when it is merged: "
                 "make its config with castlm.shira_config(model)"

@@ -74,7 +74,6 @@ class Retraining:
         left_dense: the reason by the name of each layer that stays dense.
     """
 
-    decays = False  # whether AdamS decays the masked weights
     whole_copies = False  # whether each rank holds a whole copy of the model
     masks_forward = True  # whether the forward pass multiplies by the mask
     passes_gradient = True  # whether the gradient then reaches masked weights
@@ -101,6 +100,11 @@ class Retraining:
         self._flips: Tensor | int = 0
         self.parametrize_(model)
 
+    @property
+    def decays(self) -> bool:
+        """Whether AdamS decays the masked weights."""
+        return self.options.row.decays
+
     @classmethod
     def check(cls, method: MethodOptions, optimizer: OptimizerOptions) -> None:
         """Raises `InputError` for options with which the run could not end in n:m masks."""
@@ -108,7 +112,7 @@ class Retraining:
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         """Builds the optimizer over all parameters of the model, after `prepare` and after sharding."""
         groups = sparse_param_groups(model, self.pattern, self.filter_fn)
-        if not self.decays:
+        if not self.decays:  # AdamS masks nothing: every group is plain Adam
             groups = [{**group, "sparse": False} for group in groups]
         return self.optimize(groups, fused)
 
@@ -140,7 +144,8 @@ class Retraining:
         others: list[tuple[Tensor, str]] = []
         for p, name in zip(group["params"], group["param_names"]):
             is_matrix = p.dim() > 1 and "parametrizations" not in dense_name(name) and not name.endswith("bias")
-            (decayed if is_matrix and p not in sparse else others).append((p, name))
+            part = decayed if is_matrix and p not in sparse else others
+            part.append((p, name))
         return [
             {**group, "params": [p for p, _ in part], "param_names": [n for _, n in part], "weight_decay": decay}
             for part, decay in ((decayed, self.optimizer_options.weight_decay), (others, 0.0))
@@ -244,8 +249,10 @@ def forward_mask(layer: nn.Linear) -> Tensor:
 
 def class_of(method: str, adapter: str) -> type[Retraining]:
     """Imports the class that trains with `method` of `METHODS`: the whole model, or an adapter of it."""
-    module, name = METHODS[method].module, METHODS[method].class_name
-    if adapter != "none":
-        module, name = "castlm.methods.adapters", "FinetuneAdapter"
+    row = METHODS[method]
+    module, name = (row.module, row.class_name) if adapter == "none" else _ADAPTER
     found: type[Retraining] = getattr(importlib.import_module(module), name)
     return found
+
+
+_ADAPTER = ("castlm.methods.adapters", "FinetuneAdapter")

@@ -14,7 +14,6 @@ from castlm.methods.base import Retraining
 class Cast(Retraining):
     """Dense forward pass, AdamS, weight scaling (arXiv 2509.25996)."""
 
-    decays = True
     masks_forward = False
 
     @property
@@ -30,9 +29,8 @@ class Cast(Retraining):
         """Sets the mask and the kept weights. Masked weights start at zero, or keep their dense values and decay."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
-        masked = (
-            local(parameter) if self.options.keeps_dense_values(self.start, self.pattern) else torch.zeros_like(weight)
-        )
+        keeps_dense = self.options.keeps_dense_values(self.start, self.pattern)
+        masked = local(parameter) if keeps_dense else torch.zeros_like(weight)
         local(parameter).copy_(torch.where(mask, weight, masked))
 
     def masks(self) -> dict[Tensor, Tensor]:

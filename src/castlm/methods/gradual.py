@@ -51,12 +51,13 @@ class GradualMagnitude(Retraining):
     @torch.no_grad()
     def _set_share(self, share: float) -> None:
         assert isinstance(self.pattern, NM), f"gradual_magnitude prunes to n:m, not to {self.pattern}"
-        m, new = self.pattern.m, {}
+        m = self.pattern.m
+        new = {}
         for layer in self.layers.values():
             weight = weight_parameter(layer)
             mask = self.pattern.mask(weight)
             lost = (weight.abs() * ~mask).view(-1, m).sum(dim=1)  # (1536, 576) -> (221184, 4) -> (221184,)
-            whole = lost.argsort(stable=True)[round(share * len(lost)) :]
-            mask.view(-1, m)[whole] = True
+            still_dense = lost.argsort(stable=True)[round(share * len(lost)) :]
+            mask.view(-1, m)[still_dense] = True
             new[layer] = mask
         self._set_masks(new)
