@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +15,7 @@ from castlm.inference.formats import FORMATS
 from castlm.inference.layers import packed_linear
 from castlm.inference.packed import PackedTensor, pack, pack_integers, unpack
 
+needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (0, 0)]
 
 

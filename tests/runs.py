@@ -160,6 +160,12 @@ def record_of(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / "castlm.json").read_text())
 
 
+def edit_json(file: Path, **fields: Any) -> None:
+    """Gives fields of a JSON file, such as config.json, other values; makes the file if it is not there."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | fields))
+
+
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The tensors in the safetensors files of a folder, by name."""
     return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -16,7 +16,6 @@ from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder
 from castlm.files.stored import read_header
 from castlm.inference import advise as advise_module
-from castlm.inference import native
 from castlm.inference.advise import (
     Option,
     Quality,
@@ -37,10 +36,10 @@ from castlm.patterns import parse_pattern
 from castlm.planning.fit import fit_law
 from castlm.planning.law import predict_perplexity
 from castlm.planning.points import Point
+from tests.packed_weights import needs_kernels
 from tests.refusals import assert_refused
+from tests.runs import edit_json
 from tests.tiny import save_tiny, tiny_model
-
-needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 
 LLAMA_1B = Shapes({(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 32, (2048, 8192): 16}, (128256, 2048))
 LLAMA_7B = Shapes({(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}, (32000, 4096))
@@ -137,9 +136,7 @@ def quick(monkeypatch):
 @needs_kernels
 def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick, tmp_path, capsys):
     folder = save_tiny(tmp_path / "m", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
-    (folder / "castlm.json").write_text(
-        json.dumps({"pattern": "2:4", "perplexity": {"dense": 12.5, "pruned": 14.25}, "proof": {}})
-    )
+    edit_json(folder / "castlm.json", pattern="2:4", perplexity={"dense": 12.5, "pruned": 14.25}, proof={})
     assert main(["advise", str(folder), "--json", str(tmp_path / "a.json")]) == 0
     printed = capsys.readouterr()
     report = json.loads((tmp_path / "a.json").read_text())
@@ -172,7 +169,7 @@ def test_the_law_predicts_the_perplexity_of_n_m(quick, llama, tmp_path, capsys):
     assert rows["dense bf16"] is None
     assert "for 5e+05 training tokens" in capsys.readouterr().out
     assert main(by_law) == 2
-    (tmp_path / "law.json").write_text(json.dumps(law.as_dict() | {"runs_of": {"pattern": "1:4"}}))
+    edit_json(tmp_path / "law.json", runs_of={"pattern": "1:4"})
     assert main([*by_law, "--train-tokens", "5e5"]) == 2
     assert "the law of 1:4" in capsys.readouterr().err
 
@@ -312,8 +309,8 @@ def test_the_command_measures_runs_and_writes_json(dense, result, tmp_path, caps
 def test_results_of_another_dense_model_are_refused(tmp_path):
     def candidate(name, dense):
         (tmp_path / name).mkdir()
-        record = {"base_model": "an/id", "perplexity": {"dense": dense, "pruned": 8.0}, "measured": {}}
-        (tmp_path / name / "castlm.json").write_text(json.dumps(record))
+        figures = {"dense": dense, "pruned": 8.0}
+        edit_json(tmp_path / name / "castlm.json", base_model="an/id", perplexity=figures, measured={})
         return str(tmp_path / name)
 
     one, same, other = candidate("one", 6.0), candidate("same", 6.01), candidate("other", 7.0)

@@ -52,7 +52,7 @@ from tests.faults import (
     train_as_a_command,
 )
 from tests.ranks import assert_pruned_alike, masks_after_steps, run_ranks, said, small, start_ranks, wait_ranks
-from tests.runs import assert_same_runs_but_for_sums, begin_run, metrics, record_of, train_until, weights
+from tests.runs import assert_same_runs_but_for_sums, begin_run, edit_json, metrics, record_of, train_until, weights
 from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -527,8 +527,7 @@ def test_export_tensor_by_tensor(text, tmp_path):
     dense = with_generation_config(save_tiny(tmp_path / "dense", "gpt2"))
     expected = {name: tensor.bfloat16() for name, tensor in load_file(dense / "model.safetensors").items()}
     save_file(expected, dense / "model.safetensors", metadata={"format": "pt"})
-    fields = json.loads((dense / "config.json").read_text()) | {"dtype": "bfloat16"}
-    (dense / "config.json").write_text(json.dumps(fields))
+    edit_json(dense / "config.json", dtype="bfloat16")
     run_ranks(
         export_in_small_files, 2, small(str(dense), text, tmp_path / "run", 2, max_steps=2), False, folder=tmp_path
     )

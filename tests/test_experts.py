@@ -26,12 +26,12 @@ from castlm.distributed.world import World
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
-from castlm.inference import native
 from castlm.inference.formats import FILE, read_specs, to_metadata
 from castlm.models.io import load_model
 from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, input_axis
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
+from tests.packed_weights import needs_kernels
 from tests.ranks import run_ranks
 from tests.runs import (
     assert_equal_weights,
@@ -44,8 +44,6 @@ from tests.runs import (
 )
 from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model, tiny_tokenizer
-
-needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 
 
 def ids(seed: int = 0) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """`castlm finetune`: a 2:4 model in, a 2:4 model with the same zeros out, whole or through an adapter."""
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.ranks import run_ranks
 from tests.runs import (
     assert_equal_weights,
     assert_same_but_for_sums,
+    edit_json,
     prune_to,
     record_of,
     stop_and_resume,
@@ -244,11 +244,11 @@ def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path)
     shutil.copytree(sparse, model)
     given = [str(tmp_path / "run"), "--dataset", "text", "--output-dir", "out"]
     for recorded, kept in (("1:4", "1:4"), ("channels:0.75+2:4", "2:4")):
-        (model / "castlm.json").write_text(json.dumps({"pattern": recorded}))
+        edit_json(model / "castlm.json", pattern=recorded)
         config, _ = parse_finetune(given)
         assert (config.model.model, config.start.init_from, str(config.model.pattern)) == (str(model), str(model), kept)
         assert parse_finetune([*given, "--pattern", "4:8"])[0].model.pattern == NM(4, 8)
-    (model / "castlm.json").write_text(json.dumps({"pattern": "channels:0.5"}))
+    edit_json(model / "castlm.json", pattern="channels:0.5")
     with pytest.raises(InputError, match=r"channels:0\.5"):
         parse_finetune(given)
 

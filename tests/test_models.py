@@ -36,7 +36,7 @@ from castlm.models.architecture import backbone, check_head, output_head
 from castlm.models.io import load_model, save_model
 from castlm.models.locate import demo_model_file, find
 from tests.ranks import start_process, wait_ranks
-from tests.runs import assert_equal_weights, weights
+from tests.runs import assert_equal_weights, edit_json, weights
 from tests.slow import slow_but
 from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
@@ -47,10 +47,6 @@ TEXT = "Hé llo\n\tx 🙂"
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-def edit_json(file: Path, **fields) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 @pytest.mark.parametrize("family", slow_but(("qwen3", "opt", "gpt2"), FAMILIES))

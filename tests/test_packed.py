@@ -29,7 +29,7 @@ from castlm.models.io import load_model, save_model
 from castlm.patterns import parse_pattern
 from tests.refusals import assert_refused, disk_full
 from tests.replaced import killed_at
-from tests.runs import assert_equal_weights, record_of, weights
+from tests.runs import assert_equal_weights, edit_json, record_of, weights
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -171,8 +171,7 @@ def test_a_packed_file_that_lacks_a_block_is_refused_by_its_own_path(pruned, tmp
     packed = tmp_path / "packed"
     pack_folder(pruned, packed)
     assert main(["verify", str(packed / FILE)]) == 0
-    config = json.loads((packed / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    edit_json(packed / "config.json", num_hidden_layers=3)
     for path in (packed, packed / FILE):
         assert main(["verify", str(path)]) == 2
         assert "lacks model.layers.2" in capsys.readouterr().err
@@ -180,11 +179,11 @@ def test_a_packed_file_that_lacks_a_block_is_refused_by_its_own_path(pruned, tmp
 
 def test_verify_takes_the_pattern_on_record_of_a_folder_a_file_and_a_path_from_home(pruned, tmp_path, monkeypatch):
     source, packed = shutil.copytree(pruned, tmp_path / "source"), tmp_path / "packed"
-    (source / "castlm.json").write_text(json.dumps({"pattern": "1:4"}))
+    edit_json(source / "castlm.json", pattern="1:4")
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in (str(source), str(source / "model.safetensors"), "~/source", "~/source/model.safetensors"):
         assert main(["verify", path]) == 1  # it is 2:4
-    (source / "castlm.json").write_text(json.dumps({"pattern": "4:8"}))
+    edit_json(source / "castlm.json", pattern="4:8")
     assert main(["pack", "~/source", "--output-dir", str(packed)]) == 0
     assert read_specs([packed / FILE])["model.layers.0.mlp.up_proj"].m == 8
     monkeypatch.chdir(source)
@@ -199,7 +198,7 @@ def test_layers_left_dense_stay_dense(tmp_path):
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=f"{name}: .* is not 2:4"):
         pack_folder(source, tmp_path / "packed")
-    (source / "castlm.json").write_text(json.dumps({"left_dense": {"model.layers.0.mlp.up_proj": "a test"}}))
+    edit_json(source / "castlm.json", left_dense={"model.layers.0.mlp.up_proj": "a test"})
     assert pack_folder(source, tmp_path / "packed").num_packed == 14
     assert read_specs([tmp_path / "packed" / FILE])[name.removesuffix(".weight")].pattern == "dense"
     report = verify(tmp_path / "packed")
@@ -248,12 +247,6 @@ def readers(folder: Path, back: Path) -> list[list[str]]:
     """The commands that read a packed folder."""
     path = str(folder)
     return [["verify", path], ["unpack", path, "--output-dir", str(back)], ["generate", path, "--prompt", "a"]]
-
-
-def assert_no_reader_takes(folder: Path, back: Path) -> None:
-    for command in readers(folder, back):
-        assert main(command) == 2, command
-    assert not back.exists()
 
 
 UP = "model.layers.0.mlp.up_proj"
@@ -414,9 +407,7 @@ def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
     unpack_folder(packed, back)
     assert (back / "README.md").read_text() == (plain / "README.md").read_text()
     assert "packed" not in record_of(back)
-    record = record_of(plain)
-    del record["proof"]["layers"]
-    (plain / "castlm.json").write_text(json.dumps(record))
+    edit_json(plain / "castlm.json", proof={})
     with pytest.raises(InputError, match=r"castlm\.json is damaged"):
         pack_folder(plain, tmp_path / "again")
 
@@ -469,6 +460,16 @@ def test_a_full_disk_leaves_nothing(pruned, tmp_path, monkeypatch):
 # ---- other weights than those that are verified
 
 
+def assert_no_reader_takes_weights(folder: Path, named: str | None, back: Path, reason: str) -> None:
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit_json(folder / "config.json", quantization_config=config | {"weights": named})
+    for command in readers(folder, back):
+        assert main(command) == 2, command
+    assert not back.exists()
+    with pytest.raises(InputError, match=reason):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("named", ["sub/castlm.safetensors", "a/../castlm.safetensors", "other.safetensors", None])
 def test_weights_of_other_names_are_neither_verified_nor_loaded(named, pruned, tmp_path, capsys):
     folder = tmp_path / "packed"
@@ -478,12 +479,7 @@ def test_weights_of_other_names_are_neither_verified_nor_loaded(named, pruned, t
         shutil.copy(folder / FILE, place / FILE)
     if named == "other.safetensors":
         shutil.copy(folder / FILE, folder / named)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["weights"] = named
-    (folder / "config.json").write_text(json.dumps(config))
-    assert_no_reader_takes(folder, tmp_path / "back")
-    with pytest.raises(InputError, match="names the weights"):
-        AutoModelForCausalLM.from_pretrained(folder)
+    assert_no_reader_takes_weights(folder, named, tmp_path / "back", "names the weights")
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -496,12 +492,7 @@ def test_an_index_that_leaves_its_folder_is_refused_by_every_reader(absolute, pr
         names = list(opened.keys())
     (folder / FILE).unlink()
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["weights"] = INDEX
-    (folder / "config.json").write_text(json.dumps(config))
-    assert_no_reader_takes(folder, tmp_path / "back")
-    with pytest.raises(InputError, match="outside its folder"):
-        AutoModelForCausalLM.from_pretrained(folder)
+    assert_no_reader_takes_weights(folder, INDEX, tmp_path / "back", "outside its folder")
 
 
 @pytest.mark.parametrize("kind", [slow("int8"), "int4"])

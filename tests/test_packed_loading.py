@@ -1,6 +1,5 @@
 """transformers loads packed folders once castlm is imported, and fails without it."""
 
-import json
 import math
 import os
 import shutil
@@ -24,12 +23,13 @@ from castlm.inference import decode, generate, native
 from castlm.inference.decode import greedy
 from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule, pack_model_
 from castlm.models.io import load_model
+from tests.packed_weights import needs_kernels
+from tests.runs import edit_json
 from tests.slow import slow, slow_but
 from tests.test_packed import pruned_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 IDS = torch.tensor([[5, 80, 200, 13, 99, 100]])
-needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +176,7 @@ def test_a_head_that_is_not_a_product_of_its_own_is_not_rounded(family, over, re
     if family == "gpt2":
         tensors = load_file(source / "model.safetensors")
         save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, source / "model.safetensors")
-        config = json.loads((source / "config.json").read_text())
-        del config["tie_word_embeddings"]  # GPT-2's default is True
-        (source / "config.json").write_text(json.dumps(config))
+        edit_json(source / "config.json", tie_word_embeddings=True)
     with pytest.raises(InputError, match=reason):
         pack_folder(source, tmp_path / "packed", head="int8")
 
@@ -314,8 +312,7 @@ def test_generate_prints_text_and_its_speed(folders, which, capsys):
 )
 def test_generate_continues_by_one_sequence_whatever_the_generation_config_says(asks, which, folders, tmp_path, capsys):
     model = shutil.copytree(folders[which], tmp_path / "model")
-    file = model / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **asks}))
+    edit_json(model / "generation_config.json", **asks)
     assert main(["generate", str(model), "--prompt", "Story", "--max-new-tokens", "6"]) == 0
     assert "6 new tokens" in capsys.readouterr().err
     loaded = load_model(model)

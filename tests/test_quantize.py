@@ -28,7 +28,7 @@ from castlm.models.io import load_model
 from castlm.oneshot.calibration import draw_calibration
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.refusals import assert_refused
-from tests.runs import assert_equal_weights, prune_to, record_of, weights
+from tests.runs import assert_equal_weights, edit_json, prune_to, record_of, weights
 from tests.slow import slow
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -212,10 +212,9 @@ def test_the_command_complains_in_one_line_and_writes_nothing(options, named, sp
 
 def test_a_damaged_list_of_dense_layers_is_refused_before_the_model_is_loaded(sparse, tmp_path, capsys, monkeypatch):
     model = shutil.copytree(sparse, tmp_path / "model")
-    record = record_of(model)
     monkeypatch.setattr(quantized, "load_model", lambda *args, **options: pytest.fail("the model was loaded"))
     for damaged in (None, ["x"], 3):
-        (model / "castlm.json").write_text(json.dumps(record | {"left_dense": damaged}))
+        edit_json(model / "castlm.json", left_dense=damaged)
         assert main(["quantize", str(model), "--output-dir", str(tmp_path / "out")]) == 2
         assert "left_dense" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

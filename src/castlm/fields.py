@@ -109,16 +109,20 @@ class Bounded:
 
     def check(self) -> None:
         """Raises `InputError` for an option that is out of range."""
-        methods = [vars(owner)["out_of_range"] for owner in type(self).__mro__ if "out_of_range" in vars(owner)]
-        for name, in_range, allowed in (bound for method in methods for bound in method(self)):
-            if not in_range:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
+        for owner in type(self).__mro__:
+            if "out_of_range" not in vars(owner):
+                continue
+            for name, in_range, allowed in vars(owner)["out_of_range"](self):
+                if not in_range:
+                    raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
 
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     """The names that a field accepts; None if it accepts any text."""
     found = field.metadata.get("choices")
-    return None if found is None else tuple(found() if callable(found) else found)
+    if callable(found):
+        found = found()
+    return None if found is None else tuple(found)
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
@@ -206,11 +210,11 @@ def label(name: str, source: str) -> str:
 
 def unknown(name: str, known: Iterable[str], source: str = "") -> str:
     """The error for an unknown option; suggests the most similar one."""
+    in_file = "" if source in ("", COMMAND_LINE) else f"{source}: "
+    style = COMMAND_LINE if source == COMMAND_LINE else ""
     meant = suggest(str(name), known)
-    plain = "" if source == COMMAND_LINE else source
-    remedy = f"; did you mean {label(meant, source if source == COMMAND_LINE else '')}?" if meant else ""
-    named = label(str(name), source if source == COMMAND_LINE else "")
-    return f"{plain + ': ' if plain else ''}there is no option {named}{remedy}"
+    remedy = f"; did you mean {label(meant, style)}?" if meant else ""
+    return f"{in_file}there is no option {label(str(name), style)}{remedy}"
 
 
 def suggest(name: str, known: Iterable[str]) -> str | None:

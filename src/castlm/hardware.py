@@ -69,9 +69,12 @@ def why_slow(precision: str, device: torch.device) -> str:
 
 def check_compile(wanted: bool, device: torch.device) -> None:
     """Raises `InputError` if `torch_compile` is requested and not available on `device`."""
-    missing = "this run is on a CPU, and it is for a GPU: leave it out" if device.type != "cuda" else ""
-    if wanted and (missing := missing or _why_not_compile(device)):
-        raise InputError(f"torch_compile is on, but {missing}")
+    if not wanted:
+        return
+    if device.type != "cuda":
+        raise InputError("torch_compile is on, but this run is on a CPU, and it is for a GPU: leave it out")
+    if reason := _why_not_compile(device):
+        raise InputError(f"torch_compile is on, but {reason}")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -80,13 +83,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 def choose_fused(device: torch.device, num_params: int) -> tuple[bool, str]:
     """Whether AdamS runs fused, by C++ kernels on a CPU and torch.compile on a GPU, and a description of the choice."""
-    compiles = device.type == "cuda"
-    if compiles and num_params < SMALLEST_COMPILED:
+    if device.type != "cuda":
+        return (True, "fused in C++") if kernels() else (False, f"not fused ({NOT_BUILT})")
+    if num_params < SMALLEST_COMPILED:
         return False, "not fused (the model is small)"
-    missing = _why_not_compile(device) if compiles else "" if kernels() else NOT_BUILT
-    if missing:
-        return False, f"not fused ({missing})"
-    return True, "fused by torch.compile" if compiles else "fused in C++"
+    if reason := _why_not_compile(device):
+        return False, f"not fused ({reason})"
+    return True, "fused by torch.compile"
 
 
 @functools.cache

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -91,7 +90,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
             proof = count_or_reject(temporary, folder, result.model, result.pattern, left_dense)
             return {"left_dense": left_dense, "proof": proof}
 
-        def refuse(failure: str | None) -> None:
+        def reject_if(failure: str | None) -> None:
             if failure is not None:
                 raise rejected(temporary, folder, InputError(failure))
 
@@ -100,7 +99,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         if result.is_sparse:
             manifest |= world.on_main(count, patient=True)
             failure, proof = _verify_again(result, temporary)
-            world.on_main(lambda: refuse(failure), patient=True)
+            world.on_main(lambda: reject_if(failure), patient=True)
             manifest["proof"] |= proof
         world.on_main(lambda: write_record(temporary, folder.name, manifest))
         world.on_main(stack.close, patient=True)  # hashes all files
@@ -111,31 +110,44 @@ Take = Callable[[Tensor], Tensor]
 """`whole` or `local`: all rows of a parameter, or those of this rank."""
 
 
-def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[Take], Tensor]]]:
-    """The parameters of a model by their names without parametrizations, each with a function of the folded weight."""
+class Folded(NamedTuple):
+    """A parameter of a model, as it is once its parametrizations are folded."""
+
+    name: str
+    """Its name without parametrizations."""
+    parameter: Tensor
+    """The trained parameter, beneath a parametrization."""
+    layer: SparseLayer | None
+    """The layer whose parametrized weight it is; None for a parameter without parametrization."""
+
+    def value(self, take: Take) -> Tensor:
+        """The folded value: all rows, or those of this rank."""
+        return take(self.parameter) if self.layer is None else computed_weight(self.layer, take)
+
+
+def folded_parameters(model: nn.Module) -> Iterator[Folded]:
+    """The parameters of a model; one that several modules share comes once for each."""
     for name, module in model.named_modules():
         if "parametrizations" in name.split("."):
             continue
         if parametrize.is_parametrized(module, "weight"):
             assert isinstance(module, SparseLayer)
-            yield f"{name}.weight", weight_parameter(module), functools.partial(computed_weight, module)
+            yield Folded(f"{name}.weight", weight_parameter(module), module)
         for leaf, parameter in module.named_parameters(recurse=False):
-            yield f"{name}.{leaf}", parameter, lambda take, parameter=parameter: take(parameter)  # type: ignore[misc]
+            yield Folded(f"{name}.{leaf}", parameter, None)
 
 
 @torch.no_grad()
 def _write_weights(result: ShardedResult, folder: Path) -> None:
     """Writes the files of the weights, on the main rank. Raises `InputError` there if one cannot be written."""
     model = result.model
-    weights: dict[str, tuple[Tensor, Callable[[Take], Tensor]]] = {}
-    seen: set[Tensor] = set()
-    for name, weight, folded in folded_weights(model):
-        if weight not in seen:  # tied weights are written once
-            weights[name] = weight, folded
-            seen.add(weight)
+    first_of: dict[Tensor, Folded] = {}
+    for folded in folded_parameters(model):
+        first_of.setdefault(folded.parameter, folded)  # tied weights are written once
+    parameters = {folded.name: folded for folded in first_of.values()}
     stored_in: dict[str, str] = {}
     files = split_state_dict_into_shards_factory(
-        {name: weight.numel() * result.dtype.itemsize for name, (weight, _) in weights.items()},
+        {name: folded.parameter.numel() * result.dtype.itemsize for name, folded in parameters.items()},
         get_storage_size=lambda num_bytes: num_bytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=MAX_SHARD_BYTES,
@@ -143,7 +155,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
     for file, names in files.items():
         held: dict[str, Tensor] = {}
         for name in names:
-            tensor = weights[name][1](whole)
+            tensor = parameters[name].value(whole)
             if result.world.is_main:
                 tensor = tensor.mT if is_stored_transposed(model, name) else tensor
                 tensor = tensor.to(result.dtype).contiguous().cpu()
@@ -156,7 +168,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
         stored_in |= dict.fromkeys(held, file)
         result.world.on_main(save, patient=True)
     if len(files) > 1:
-        total = sum(weight.numel() for weight, _ in weights.values())
+        total = sum(parameter.numel() for parameter in first_of)
         result.world.on_main(lambda: write_index(folder, stored_in, total, result.dtype))
 
 
@@ -170,24 +182,24 @@ def _verify_again(result: ShardedResult, folder: Path) -> tuple[str | None, dict
     model: PreTrainedModel = opened[0].model
     root = _sharded_root(model, result)
     load_rows_(model, opened[1], result.world)
-    theirs = dict(model.named_parameters(remove_duplicate=False))
+    stored = dict(model.named_parameters(remove_duplicate=False))
     different = None
     for name, expected in _folded_rows(result):
-        if not equal_in_bits(expected, local(theirs[name])):
+        if not equal_in_bits(expected, local(stored[name])):
             different = f"{name} has other values in the files"
     different = next((failure for failure in result.world.gather(different) if failure), None)
-    ours = result.root
+    root_in_memory = result.root
     if result.precision != "fp32" or result.dtype is not torch.float32:  # else it rounds nothing
         rounded = empty_model(copy.deepcopy(result.model.config)).eval()
-        ours = _sharded_root(rounded, result)
+        root_in_memory = _sharded_root(rounded, result)
         held = dict(rounded.named_parameters(remove_duplicate=False))
         for name, rows in _folded_rows(result):
             local(held[name]).copy_(rows)
-    in_memory, from_disk = (result.measure(each) for each in (ours, root))
+    in_memory, from_disk = result.measure(root_in_memory), result.measure(root)
     if different is None and not math.isclose(in_memory, from_disk, rel_tol=EVAL_TOLERANCE):
         different = f"perplexity is {from_disk!r} from disk and {in_memory!r} in memory"
     proof = {"perplexity_in_memory": in_memory, "perplexity_from_disk": from_disk}
-    return different, {"tensors_equal_in_bits": len(theirs), **proof}
+    return different, {"tensors_equal_in_bits": len(stored), **proof}
 
 
 def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
@@ -200,6 +212,6 @@ def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
 
 def _folded_rows(result: ShardedResult) -> Iterator[tuple[str, Tensor]]:
     """This rank's rows of every parameter, rounded as in the files, in fp32."""
-    for name, _, folded in folded_weights(result.model):
-        rows = folded(local)
-        yield name, rows.to(result.dtype).to(rows.dtype)
+    for folded in folded_parameters(result.model):
+        rows = folded.value(local)
+        yield folded.name, rows.to(result.dtype).to(rows.dtype)

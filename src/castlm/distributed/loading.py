@@ -27,7 +27,14 @@ from castlm.core.sparsify import dense_name
 from castlm.distributed.world import World
 from castlm.files.stored import INDEX, SINGLE, read_weight_map, shard_files
 from castlm.models.architecture import auto_class, linearize_
-from castlm.models.conversion import as_stored, is_stored_transposed, state_dict_key, stored_rows, stored_shapes
+from castlm.models.conversion import (
+    as_stored,
+    is_stored_transposed,
+    possible_names,
+    state_dict_key,
+    stored_rows,
+    stored_shapes,
+)
 from castlm.models.io import Loaded, open_model, quiet, stored_dtype
 from castlm.models.layout import OLD_BUFFERS
 from castlm.models.locate import Location
@@ -79,11 +86,14 @@ class Place:
     def first(self, read: Reader, count: int) -> Tensor:
         """The first `count` numbers (up to count,) of the parameter's first row, or expert."""
         stored = read(self.file).get_slice(self.key)
-        one, most, is_matrix = slice(0, 1), slice(0, count), len(stored.get_shape()) == 2
-        if self.transposed:
-            found = stored[most, one].T if is_matrix else stored[one, :, most].mT
+        num_axes = len(stored.get_shape())
+        first, most = slice(0, 1), slice(0, count)
+        if not self.transposed:
+            found = stored[first] if num_axes == 1 else stored[first, most]
+        elif num_axes == 2:
+            found = stored[most, first].T  # (in, out) -> (1, count)
         else:
-            found = stored[(one, most)[: len(stored.get_shape())]]
+            found = stored[first, :, most].mT  # (experts, in, out) -> (1, count, in)
         return found.flatten()[:count]
 
 
@@ -167,54 +177,70 @@ def _weight_files(where: Location, revision: str | None) -> list[Path]:
     return [Path(file) for file in get_checkpoint_shard_files(where.target, index, **options)[0]]
 
 
+Stored = Mapping[str, tuple[Path, tuple[int, ...]]]
+"""The file and the shape of each stored tensor, by its name there."""
+
+
 def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | ExpertPlaces] | None:
     """The place of each parameter; None if the names and shapes in the files are not the model's own."""
     stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
             stored |= {key: (file, tuple(opened.get_slice(key).get_shape())) for key in opened.keys()}  # noqa: SIM118
-    prefix = f"{model.base_model_prefix}."
-    aliases: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(parameter, []).append(name)
     places: dict[str, Place | ExpertPlaces] = {}
     known: set[str] = set()
-    for parameter, names in aliases.items():
+    for parameter, names in _names_of_parameters(model).items():
         layer = model.get_submodule(names[0].rpartition(".")[0])
         keys = [state_dict_key(model, name) for name in names]
-        candidates = [key for name in keys for key in (name, name.removeprefix(prefix), prefix + name)]
-        found = next((key for key in candidates if key in stored), None)
+        possible = [found for key in keys for found in possible_names(model, key)]
+        found = next((name for name in possible if name in stored), None)
+        place: Place | ExpertPlaces | None = None
         if found is None and isinstance(layer, ExpertLinear):
-            split = _expert_places(model, keys[0], layer, stored)
-            if split is None:
-                return None
-            places[names[0]] = split
-            known |= {place.key for of in split.matrices for place in of}
-            continue
-        if found is None:  # the family has another name for it on disk
-            renamed = list(as_stored(model, keys[0], torch.empty(parameter.shape, device="meta")))
-            found = renamed[0] if len(renamed) == 1 and renamed[0] in stored else None
-            candidates += renamed
-        if found is None:
+            place = _expert_places(model, keys[0], layer, stored)
+            if place is not None:
+                possible = [matrix.key for of_expert in place.matrices for matrix in of_expert]
+        else:
+            if found is None:  # the family may have another name for it on disk
+                renamed = list(as_stored(model, keys[0], torch.empty(parameter.shape, device="meta")))
+                possible += renamed
+                found = renamed[0] if len(renamed) == 1 and renamed[0] in stored else None
+            if found is not None:
+                place = _place(model, names, parameter, found, stored)
+        if place is None:
             return None
-        transposed = any(is_stored_transposed(model, name) for name in names)
-        file, shape = stored[found]
-        if transposed:
-            shape = (*shape[:-2], shape[-1], shape[-2])
-        if shape != tuple(parameter.shape):
-            return None
-        if isinstance(layer, ExpertLinear) and list(stored_shapes(model, keys[0], layer)) != [keys[0]]:
-            return None  # transformers would not put it there as it is
-        places[names[0]] = Place(file, found, transposed)
-        known |= set(candidates)
+        places[names[0]] = place
+        known |= set(possible)
     unknown = [key for key in stored if key not in known and not OLD_BUFFERS.search(f".{key}")]
-    has_stored_buffers = any(True for name in model.state_dict() if name in dict(model.named_buffers()))
+    buffers = dict(model.named_buffers())
+    has_stored_buffers = any(name in buffers for name in model.state_dict())
     return None if unknown or has_stored_buffers else places
 
 
-def _expert_places(
-    model: PreTrainedModel, key: str, layer: ExpertLinear, stored: Mapping[str, tuple[Path, tuple[int, ...]]]
-) -> ExpertPlaces | None:
+def _place(model: PreTrainedModel, names: list[str], parameter: Tensor, key: str, stored: Stored) -> Place | None:
+    """The place of a parameter that is stored as `key`; None if it has another shape or layout there."""
+    file, shape = stored[key]
+    transposed = any(is_stored_transposed(model, name) for name in names)
+    if transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    if shape != tuple(parameter.shape):
+        return None
+    layer = model.get_submodule(names[0].rpartition(".")[0])
+    if isinstance(layer, ExpertLinear):
+        own_key = state_dict_key(model, names[0])
+        if list(stored_shapes(model, own_key, layer)) != [own_key]:
+            return None  # transformers would not put it there as it is
+    return Place(file, key, transposed)
+
+
+def _names_of_parameters(module: nn.Module) -> dict[Tensor, list[str]]:
+    """The names of each parameter; tied weights have several."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _expert_places(model: PreTrainedModel, key: str, layer: ExpertLinear, stored: Stored) -> ExpertPlaces | None:
     """The places of the experts of a layer; None if the files do not hold each expert in whole rows."""
     rows = stored_rows(model, key, layer)
     of_expert: list[list[tuple[int, Place]]] = [[] for _ in range(layer.num_experts)]
@@ -235,11 +261,9 @@ def materialize_(module: nn.Module, device: torch.device) -> None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     held = {name: local(tensor).detach() for name, tensor in parameters.items() if not local(tensor).is_meta}
     held |= dict(module.named_buffers(remove_duplicate=False))
-    aliases: dict[Tensor, list[str]] = {}
-    for name, parameter in parameters.items():
-        aliases.setdefault(parameter, []).append(name)
+    names = _names_of_parameters(module)
     module.to_empty(device=device)
-    for first, *others in aliases.values():  # `to_empty` makes one parameter for each name
+    for first, *others in names.values():  # `to_empty` makes one parameter for each name
         for name in others:
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, module.get_parameter(first))

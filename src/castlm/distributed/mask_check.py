@@ -76,9 +76,8 @@ class SelfCheck:
         Raises:
             RuntimeError: a sparse weight was not stepped, or a mask does not match its weight.
         """
-        refresh, since = divmod(step, mask_interval) if mask_interval else (0, 1)
-        due = bool(self._blocks) and since == 0
-        watched = self._blocks[refresh % len(self._blocks)] if due else []
+        is_refresh = mask_interval > 0 and step % mask_interval == 0 and bool(self._blocks)
+        watched = self._blocks[step // mask_interval % len(self._blocks)] if is_refresh else []
         expected = {}
         for weight in watched:
             assert isinstance(self.pattern, NM)
@@ -86,7 +85,7 @@ class SelfCheck:
         before = {} if self.covered else {p: int(self.optimizer.state[p]["step"]) for p in self._names}
         yield
         wrong = [self._names[p] for p, mask in expected.items() if not torch.equal(local(self.optimizer.mask(p)), mask)]
-        wrong = sorted({name for names in self.world.gather(wrong) for name in names}) if due else []
+        wrong = sorted({name for names in self.world.gather(wrong) for name in names}) if is_refresh else []
         if wrong:
             raise RuntimeError(f"step {step + 1}: the mask of {wrong[0]} does not match its weight: the run is invalid")
         if before:

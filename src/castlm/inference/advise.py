@@ -253,7 +253,9 @@ class Quality:
 
     def of(self, option: Option, dtype: str) -> float | None:
         """The perplexity of an option; None for rounded weights."""
-        return (self.sparse if option.is_sparse else self.dense) if option.values == dtype else None
+        if option.values != dtype:
+            return None
+        return self.sparse if option.is_sparse else self.dense
 
 
 @dataclass(frozen=True)
@@ -359,8 +361,10 @@ class Ranking:
         table = [["format", "MB", *self.workloads, *(["perplexity"] if known else [])]]
         for row in self.rows:
             speeds = [f"{self.speedup(row, name):.2f}x" for name in self.workloads]
-            value = [] if not known else ["" if row.perplexity is None else f"{row.perplexity:.2f}"]
-            table.append([row.option.name, f"{row.num_bytes / 1e6:,.1f}", *speeds, *value])
+            line = [row.option.name, f"{row.num_bytes / 1e6:,.1f}", *speeds]
+            if known:
+                line.append("" if row.perplexity is None else f"{row.perplexity:.2f}")
+            table.append(line)
         source = [f"Perplexity before rounding: {self.quality.source}."] if known else []
         return "\n".join([*aligned(table), "", self.verdict, "", *self.notes, *source])
 

@@ -110,32 +110,41 @@ def _why_not(model: Any, options: dict[str, Any]) -> str | None:
         return native.NOT_BUILT
     if type(model).__module__ not in _MODULES:
         return f"it has the layers of {', '.join(FAMILIES)}, not those of {type(model).__name__}"
-    config, inner = model.config, model.model
+    config = model.config
+    inner = model.model
     packed = [layer.self_attn.get_submodule(name) for layer in inner.layers for name in _ATTENTION]
     packed += [layer.mlp.get_submodule(name) for layer in inner.layers for name in _MLP]
     kinds = {*(getattr(config, "layer_types", None) or ())} - _ATTENTION_KINDS
     rope = getattr(inner.rotary_emb, "rope_type", None)
-    parameters, modules = [*model.parameters()], [*model.modules()]
+    parameters = [*model.parameters()]
+    modules = [*model.modules()]
     epsilons = {module.variance_epsilon for module in modules if hasattr(module, "variance_epsilon")}
     wanted = copy.deepcopy(model.generation_config)
     wanted.update(**options)
+    if not all(isinstance(layer, PackedLinear) for layer in (*packed, model.lm_head)):
+        return "some layers are not packed"
+    if not isinstance(inner.embed_tokens, PackedEmbedding):
+        return "its embedding is not packed"
+    if kinds:
+        return f"it has no {', '.join(sorted(kinds))}"
+    if config.hidden_act != "silu":
+        return f"it computes silu, not {config.hidden_act}"
+    if rope not in _STATIC_ROPE:
+        return f"the {rope} rotary embedding changes with the length of the sequence"
+    is_fp32 = all(tensor.dtype == torch.float32 for tensor in (*parameters, inner.embed_tokens.weight))
+    if not is_fp32 or any(tensor.device.type != "cpu" for tensor in (*model.buffers(), *parameters)):
+        return "the parameters are not all in fp32 on a CPU"
+    if len(epsilons) != 1:
+        return "the norms have several epsilons"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        return "some modules have forward hooks"
     is_one = wanted.num_return_sequences in (None, 1) and not wanted.return_dict_in_generate
-    is_one &= wanted.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    holds = {
-        "some layers are not packed": all(isinstance(layer, PackedLinear) for layer in (*packed, model.lm_head))
-        and isinstance(inner.embed_tokens, PackedEmbedding),
-        f"it has no {', '.join(sorted(kinds))}": not kinds,
-        f"it computes silu, not {config.hidden_act}": config.hidden_act == "silu",
-        f"the {rope} rotary embedding changes with the length of the sequence": rope in _STATIC_ROPE,
-        "the parameters are not all in fp32 on a CPU": inner.embed_tokens.weight.dtype == torch.float32
-        and all(parameter.dtype == torch.float32 for parameter in parameters)
-        and all(tensor.device.type == "cpu" for tensor in (*model.buffers(), *parameters)),
-        "the norms have several epsilons": len(epsilons) == 1,
-        "some modules have forward hooks": not any(m._forward_hooks or m._forward_pre_hooks for m in modules),
-        # stop strings need the tokenizer, which transformers does not pass on
-        "it takes one sequence, greedy or sampled, without stop strings": is_one and not wanted.stop_strings,
-    }
-    return next((reason for reason, is_fine in holds.items() if not is_fine), None)
+    is_plain = wanted.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    if (
+        not (is_one and is_plain) or wanted.stop_strings
+    ):  # these need the tokenizer, which transformers does not pass on
+        return "it takes one sequence, greedy or sampled, without stop strings"
+    return None
 
 
 class _Weight(ctypes.Structure):
@@ -159,7 +168,7 @@ class _Decoder(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "capacity")
+            for name in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "intermediate", "capacity")
         ),
         *((name, ctypes.c_float) for name in ("epsilon", "scale")),
         ("layers", ctypes.POINTER(_Layer)),
@@ -189,8 +198,8 @@ class DecoderState:
     def __init__(self, model: Any, cache: Any, capacity: int):
         self.model, self.length, config = model, cache.get_seq_length(), model.config
         layers = model.model.layers
-        kv_heads, head_dim = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
-        self._keys, self._values = torch.empty(2, len(layers), kv_heads, capacity, head_dim, **_HOST).unbind(0)
+        _, num_kv_heads, _, head_dim = cache.layers[0].keys.shape
+        self._keys, self._values = torch.empty(2, len(layers), num_kv_heads, capacity, head_dim, **_HOST).unbind(0)
         for i, layer in enumerate(cache.layers):
             first = self.length - layer.keys.shape[2]  # a sliding window holds the last tokens alone
             self._keys[i, :, first : self.length] = layer.keys[0]
@@ -198,28 +207,46 @@ class DecoderState:
         angles = model.model.rotary_emb(self._keys, torch.arange(capacity, device="cpu")[None])
         self._cosines, self._sines = (part[0].float().contiguous() for part in angles)
         assert self._cosines.shape == (capacity, head_dim)
-        windows = [getattr(layer, "sliding_window", 0) for layer in cache.layers]
-        self._layers = (_Layer * len(layers))(*(self._layer(i, windows[i]) for i in range(len(layers))))
+        self._layers = (_Layer * len(layers))()
+        for i, layer in enumerate(cache.layers):
+            self._layers[i] = self._layer(i, window=getattr(layer, "sliding_window", 0))
         self._of = _Decoder(
-            *(len(layers), config.hidden_size, config.num_attention_heads, kv_heads, head_dim),
-            *(config.intermediate_size, capacity, model.model.norm.variance_epsilon, layers[0].self_attn.scaling),
-            *(self._layers, _norm(model.model.norm), _weight(model.lm_head)),
+            num_layers=len(layers),
+            hidden=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate=config.intermediate_size,
+            capacity=capacity,
+            epsilon=model.model.norm.variance_epsilon,
+            scale=layers[0].self_attn.scaling,
+            layers=self._layers,
+            norm=_norm(model.model.norm),
+            head=_weight(model.lm_head),
         )
 
     def _layer(self, index: int, window: int) -> _Layer:
         layer = self.model.model.layers[index]
-        linear = [layer.self_attn.get_submodule(name) for name in _ATTENTION]
-        linear += [layer.mlp.get_submodule(name) for name in _MLP]
-        norms = (
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-            getattr(layer.self_attn, "q_norm", None),
-            getattr(layer.self_attn, "k_norm", None),
+        attention = layer.self_attn
+        has_rope = getattr(attention, "use_rope", True)  # SmolLM3 has layers without
+        return _Layer(
+            q=_weight(attention.q_proj),
+            k=_weight(attention.k_proj),
+            v=_weight(attention.v_proj),
+            o=_weight(attention.o_proj),
+            gate=_weight(layer.mlp.gate_proj),
+            up=_weight(layer.mlp.up_proj),
+            down=_weight(layer.mlp.down_proj),
+            attention_norm=_norm(layer.input_layernorm),
+            mlp_norm=_norm(layer.post_attention_layernorm),
+            q_norm=_norm(getattr(attention, "q_norm", None)),
+            k_norm=_norm(getattr(attention, "k_norm", None)),
+            cosines=self._cosines.data_ptr() if has_rope else None,
+            sines=self._sines.data_ptr() if has_rope else None,
+            keys=self._keys[index].data_ptr(),
+            values=self._values[index].data_ptr(),
+            window=window,
         )
-        rotary = (self._cosines, self._sines) if getattr(layer.self_attn, "use_rope", True) else (None, None)
-        tensors = (*rotary, self._keys[index], self._values[index])
-        pointers = (*map(_norm, norms), *(None if tensor is None else tensor.data_ptr() for tensor in tensors))
-        return _Layer(*map(_weight, linear), *pointers, window)
 
     def step(self, token: Tensor) -> Tensor:
         """Logits (1, vocabulary) in fp32 after `token` (1,), which joins the cache; it must have room."""

@@ -347,10 +347,10 @@ def _check_stored(opened: Any, specs: Mapping[str, PackedSpec], file: str | Path
     present = set(opened.keys())
     for name, spec in specs.items():
         for suffix, (dtype, shape) in spec.tensors().items():
-            key, found = f"{name}.{suffix}", "missing"
+            key = f"{name}.{suffix}"
+            found = "missing"
             if key in present:
                 stored = opened.get_slice(key)
-                if stored.get_dtype() == dtype and tuple(stored.get_shape()) == shape:
-                    continue
                 found = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
-            raise InputError(f"{key} of {file} is {found}, not {dtype} {shape}: pack the model again")
+            if found != f"{dtype} {shape}":
+                raise InputError(f"{key} of {file} is {found}, not {dtype} {shape}: pack the model again")

@@ -86,7 +86,9 @@ class _Stream(TextStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.pieces, self.came = write, [], TokenTimes()
+        self.write = write
+        self.pieces: list[str] = []
+        self.came = TokenTimes()
 
     def put(self, value: Tensor) -> None:
         self.came.put(value)
@@ -148,6 +150,11 @@ def generate_text(
             **beside,
             **sampling,
         )
-    num_prompt, came = input_ids.shape[1], stream.came
-    num_new = output.shape[1] - num_prompt
-    return Generated("".join(stream.pieces), num_prompt, num_new, came.prompt_seconds, came.tokens_per_second)
+    num_prompt = input_ids.shape[1]
+    return Generated(
+        "".join(stream.pieces),
+        prompt_tokens=num_prompt,
+        new_tokens=output.shape[1] - num_prompt,
+        prompt_seconds=stream.came.prompt_seconds,
+        tokens_per_second=stream.came.tokens_per_second,
+    )

@@ -42,11 +42,11 @@ class PackedTensor:
     def repack_(self, buffer: Tensor, layout: str = "best") -> None:
         """Writes the weight to `buffer` in the order in which the kernels read it; see `native.repack_`."""
         spec, values = self.spec, self.values
-        form, kernel = FORMATS[spec.values], FORMATS[FORMATS[spec.values].runs_as]
-        if kernel is not form:
+        form = FORMATS[spec.values]
+        kernel = FORMATS[form.runs_as]
+        if kernel is not form:  # int3 is widened to int4
             values = _join(_split(values, form.bits, spec.kept), kernel.bits)
-        parts = values, self.mask_bits, self.scales
-        native.repack_(buffer, *parts, kernel.name, spec.n, spec.m, spec.columns, layout)
+        native.repack_(buffer, values, self.mask_bits, self.scales, kernel.name, spec.n, spec.m, spec.columns, layout)
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,9 +132,8 @@ def pack_integers(
     assert -form.largest - 1 <= low
     assert high <= form.largest
     scales = scales.to(STORED[form.scale])
-    if m == 0:
-        kept, stored_mask = codes, None
-    else:
+    kept, stored_mask = codes, None
+    if m:
         mask = kept_mask(codes.float(), n, m) if mask is None else mask
         assert not bool(codes.masked_fill(mask, 0).any())
         kept, stored_mask = codes[mask].view(rows, spec.kept), _stored_mask(mask, spec)

@@ -159,9 +159,12 @@ def _walk(
 ) -> None:
     told = progress or (lambda done, total: None)
     for step in walk(MemoryModel(model, layers), layers, calibration, progress=told):
-        inside = step.inside
-        for seen in see_inputs(inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)) if inside else ():
-            weights = {k: v for name in seen.names for k, v in matrices(name, inside[name]).items()}
+        if not step.inside:
+            continue
+        for seen in see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)):
+            weights: dict[str, Tensor] = {}
+            for name in seen.names:
+                weights |= matrices(name, step.inside[name])
             for entry in seen.entries():  # layers with the same input are rounded together, all rows at once
                 names = ", ".join(entry.names)
                 check_finite_input(names, entry.statistic)

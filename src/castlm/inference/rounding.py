@@ -85,8 +85,9 @@ def round_in_groups(
     """
     columns = weight.shape[1]
     target = _finite(weight).float().T.contiguous()  # (columns, rows): a column lies contiguous
-    left, kept = target.clone(), target != 0
-    upper = torch.eye(columns, device=left.device)
+    updated = target.clone()  # the columns still to be rounded compensate for those that are
+    kept = target != 0
+    upper = torch.eye(columns, device=updated.device)
     if hessian is not None:  # U, upper triangular, with U^T U = H^-1 of the damped H
         diagonal = hessian.diagonal()
         dead = diagonal == 0  # columns without input are decoupled
@@ -96,13 +97,13 @@ def round_in_groups(
         diagonal += damping * diagonal.mean()
         upper = torch.linalg.solve_triangular(factor, upper, upper=True)
     blocks, ends = FORMATS[kind].groups(columns), _range(kind)
-    codes, scales = torch.empty_like(left), left.new_empty(len(blocks), left.shape[1])
+    codes, scales = torch.empty_like(updated), updated.new_empty(len(blocks), updated.shape[1])
     for group, block in enumerate(blocks):
         inner = upper[block, block]
         importance = inner.diagonal().square().reciprocal().unsqueeze(1)  # 1 / U_jj^2, the cost in the output
-        scales[group] = best_scale(left[block] * kept[block], ends, ends[::-1], importance, dim=0)
-        errors = _round_block(left[block], kept[block], scales[group], inner, codes[block], ends)
-        left[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
+        scales[group] = best_scale(updated[block] * kept[block], ends, ends[::-1], importance, dim=0)
+        errors = _round_block(updated[block], kept[block], scales[group], inner, codes[block], ends)
+        updated[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
     if hessian is not None:
         _descend(codes, scales, target, kept, hessian, passes, kind)
     return Rounded(kind, codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
@@ -182,12 +183,12 @@ def _refit(scale: Tensor, codes: Tensor, slope: Tensor, inner: Tensor) -> None:
 
 
 def _round_block(
-    left: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes: Tensor, ends: tuple[int, int]
+    updated: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes: Tensor, ends: tuple[int, int]
 ) -> Tensor:
     """Rounds the columns of one group, (64, rows), in order; returns the error of each, in units of U_jj."""
-    errors = torch.empty_like(left)
-    for j in range(len(left)):
-        codes[j] = (left[j] / scale).round_().clamp_(*ends).mul_(kept[j])
-        errors[j] = left[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
-        left[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    errors = torch.empty_like(updated)
+    for j in range(len(updated)):
+        codes[j] = (updated[j] / scale).round_().clamp_(*ends).mul_(kept[j])
+        errors[j] = updated[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
+        updated[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     return errors

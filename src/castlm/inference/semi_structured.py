@@ -159,10 +159,11 @@ def race_variants(layer: nn.Linear, x: Tensor, backend: Backend) -> tuple[dict[s
     """
     modules: dict[str, nn.Module] = {"dense": layer}
     failed = []
+    variants: list[str] = []
     try:
         variants = backend.variants(layer, x)
     except RuntimeError as error:  # of the library's search
-        variants, failed = [], ["2:4 failed: " + str(error).partition("\n")[0]]
+        failed.append("2:4 failed: " + str(error).partition("\n")[0])
     for variant in variants:
         try:
             sparse = backend.convert(layer, variant)

@@ -141,7 +141,8 @@ def _is_whole(snapshot: Path) -> bool:
     try:
         if "auto_map" in read_json_object(snapshot / "config.json"):
             return False
-        weights, index = [SINGLE], snapshot / INDEX
+        weights = [SINGLE]
+        index = snapshot / INDEX
         if not has(SINGLE) and index.is_file():
             weights = list(read_weight_map(index).values())
     except InputError:
