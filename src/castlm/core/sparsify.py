@@ -32,11 +32,15 @@ def num_weights(layer: SparseLayer) -> int:
     return weight_parameter(layer).numel()
 
 
-def matrices(name: str, layer: SparseLayer) -> dict[str, Tensor]:
-    """The weight (out, in) of a layer by its name; for experts one per expert, named by the layer and the number."""
-    if layer.weight.dim() == 2:
-        return {name: layer.weight}
-    return {f"{name}.{expert}": weight for expert, weight in enumerate(layer.weight)}
+def matrices(layers: Mapping[str, SparseLayer]) -> dict[str, Tensor]:
+    """The weights (out, in) of layers by name; of experts one for each, named by the layer and the number."""
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if layer.weight.dim() == 2:
+            found[name] = layer.weight
+        else:
+            found |= {f"{name}.{expert}": weight for expert, weight in enumerate(layer.weight)}
+    return found
 
 
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:

@@ -117,7 +117,7 @@ def quantize_(
             _walk(model, layers, calibration, damping, report, progress)
     else:
         for done, (layer_name, layer) in enumerate(layers.items(), 1):
-            for name, weight in matrices(layer_name, layer).items():
+            for name, weight in matrices({layer_name: layer}).items():
                 with naming(name):
                     rounded = round_rows(weight, kind)
                 old, new = _write(weight, rounded)
@@ -162,9 +162,7 @@ def _walk(
         if not step.inside:
             continue
         for seen in see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)):
-            weights: dict[str, Tensor] = {}
-            for name in seen.names:
-                weights |= matrices(name, step.inside[name])
+            weights = matrices({name: step.inside[name] for name in seen.names})
             for entry in seen.entries():  # layers with the same input are rounded together, all rows at once
                 names = ", ".join(entry.names)
                 check_finite_input(names, entry.statistic)

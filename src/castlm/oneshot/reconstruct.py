@@ -49,13 +49,14 @@ def reconstruct_(
         targets: the outputs of the block in the dense model, one for each of `inputs`.
         masks: the mask of each trained weight, True = kept.
     """
-    training, held_out = range(len(inputs)), range(max(1, len(inputs) // _HELD_OUT))
-    trained_rows = held_out_rows = slice(None)
     if len(inputs) > 1:
-        training = training[len(held_out) :]
+        num_held_out = max(1, len(inputs) // _HELD_OUT)
+        held_out, training = range(num_held_out), range(num_held_out, len(inputs))
+        held_out_rows = trained_rows = slice(None)
     else:
-        first = max(1, len(inputs[0]) // _HELD_OUT)
-        trained_rows, held_out_rows = slice(first, None), slice(first)
+        held_out = training = range(1)
+        num_held_out = max(1, len(inputs[0]) // _HELD_OUT)
+        held_out_rows, trained_rows = slice(num_held_out), slice(num_held_out, None)
     with torch.no_grad():  # the mean energy of the block's contribution to the residual stream
         scale = sum(float((y - x).square().mean()) for x, y in zip(inputs, targets)) / len(inputs)
 
@@ -68,20 +69,21 @@ def reconstruct_(
 
     norms = [p for m in block.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)]
     trained = [*masks, *norms]
-    best, before = [p.detach().clone() for p in trained], error()
-    lowest, done = before, 0
+    best = [p.detach().clone() for p in trained]
+    before = lowest = error()
+    done = 0
     with _only_trained(block, trained), torch.enable_grad():
         optimizer = torch.optim.Adam(trained, lr=learning_rate, betas=_BETAS)
         generator = torch.Generator().manual_seed(0)
         for epoch in range(epochs):
             for position, index in enumerate(torch.randperm(len(training), generator=generator).tolist()):
                 progress = (epoch + position / len(training)) / epochs
-                share = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+                share = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))  # cosine, 1 to 0.05
                 optimizer.param_groups[0]["lr"] = learning_rate * share
                 optimizer.zero_grad()
                 distance(training[index], trained_rows).backward()
                 for weight, mask in masks.items():
-                    if weight.grad is not None:
+                    if weight.grad is not None:  # None for experts that no token of the batch reached
                         weight.grad.mul_(mask)
                 optimizer.step()
             now, done = error(), epoch + 1

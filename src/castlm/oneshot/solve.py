@@ -32,9 +32,7 @@ def prune_seen(layers: Mapping[str, SparseLayer], seen: Seen, solver: Solver, se
     """Prunes the layers that read the inputs `seen`, in place; each expert by the statistic of its own tokens."""
     results = []
     for each in seen:
-        weights: dict[str, Tensor] = {}
-        for name in each.names:
-            weights |= matrices(name, layers[name])
+        weights = matrices({name: layers[name] for name in each.names})
         found = []
         for entry in each.entries():
             found += prune_layers({name: weights[name] for name in entry.names}, entry, solver, settings)

@@ -1,6 +1,12 @@
 """The walk of a start over the transformer blocks, and the hidden states that enter them.
 
-Memory holds the inputs of one block for all sequences, in the model's dtype; it does not grow with depth.
+For each block in turn, the caller changes it in memory, then its outputs become the inputs of the next one:
+
+    states    inputs of block 0 -> [block 0, pruned] -> inputs of block 1 -> [block 1, pruned] -> ...
+    dense     inputs of block 0 -> [block 0, dense]  -> outputs to learn  -> [block 1, dense]  -> ...
+
+The second row exists only where blocks are reconstructed. Memory holds the inputs of one block for all sequences, in
+the model's dtype; it does not grow with depth.
 """
 
 from __future__ import annotations
