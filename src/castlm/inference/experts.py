@@ -66,57 +66,65 @@ def replace_experts_(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) ->
         three = {name: weight for name, weight in weights.items() if weight is not None and weight.dim() == 3}
         if not three or not isinstance(transposed, bool):
             continue
-        found = [_place_(model, fqn, module, name, transposed, specs, placed) for name in three]
-        if any(found) and not all(found):
-            raise InputError(f"only some of the experts {fqn} are packed: load the model after castlm unpack")
-        projections = [projection for projection in found if projection is not None]
-        if projections:
-            module.castlm_projections = projections  # type: ignore[assignment]
-            module.forward = MethodType(packed_experts_forward, module)
-            vars(module)["_is_hf_initialized"] = True  # transformers would fill the removed weights
+        found = [_place_(model, f"{fqn}.{name}", transposed, specs) for name in three]
+        if not any(found):
+            continue
+        projections = []
+        for of_name in found:
+            if of_name is None:
+                raise InputError(f"only some of the experts {fqn} are packed: load the model after castlm unpack")
+            projection, places = of_name
+            projections.append(projection)
+            placed |= places
+        module.castlm_projections = projections  # type: ignore[assignment]
+        module.forward = MethodType(packed_experts_forward, module)
+        vars(module)["_is_hf_initialized"] = True  # transformers would fill the removed weights
     return placed
 
 
 def _place_(
-    model: PreTrainedModel,
-    fqn: str,
-    module: nn.Module,
-    name: str,
-    transposed: bool,
-    specs: Mapping[str, PackedSpec],
-    placed: dict[str, str],
-) -> _Projection | None:
-    path = f"{fqn}.{name}"
+    model: PreTrainedModel, path: str, transposed: bool, specs: Mapping[str, PackedSpec]
+) -> tuple[_Projection, dict[str, str]] | None:
+    """Replaces the 3-D weight at `path` by packed layers.
+
+    Returns:
+        Its projection, and the place of each stored name; None if `specs` hold no part of it.
+    """
+    fqn, _, name = path.rpartition(".")
+    module = model.get_submodule(fqn)
     weight = torch.empty(module.get_parameter(name).shape, device="meta")
     with torch.device("meta"):
         like = ExpertLinear(weight, transposed)
-
-    def check(stem: str, rows: int, experts: int = 0) -> PackedSpec:
-        """The spec of a stored matrix, which must have as many rows and experts."""
-        spec = specs.get(stem)
-        if spec is None or (spec.rows, spec.columns, spec.experts) != (rows, like.in_features, experts):
-            raise InputError(f"{stem} is not packed as {path} needs it: load the model after castlm unpack")
-        return spec
-
-    for stem in specs:
-        if specs[stem].experts and loaded_name(model, stem) == path:
-            spec = check(stem, like.num_experts * like.out_features, like.num_experts)
-            delattr(module, name)
-            module.add_module(name, PackedStack(spec))
-            placed[stem] = path
-            return _Projection(name, like.num_experts, transposed, ())
+    stack = next((stem for stem, spec in specs.items() if spec.experts and loaded_name(model, stem) == path), None)
+    if stack is not None:
+        shape = like.num_experts * like.out_features, like.in_features, like.num_experts
+        layer = PackedStack(_spec_of_shape(specs, stack, shape, path))
+        delattr(module, name)
+        module.add_module(name, layer)
+        return _Projection(name, like.num_experts, transposed, ()), {stack: path}
     rows_of = stored_rows(model, path, like) or []
     if not rows_of or rows_of[0].name.removesuffix(".weight") not in specs:
         return None
     pieces: list[list[tuple[int, str]]] = [[] for _ in range(like.num_experts)]
+    places = {}
     for stored in rows_of:
         stem = stored.name.removesuffix(".weight")
         below = loaded_name(model, stem).removeprefix(f"{fqn}.")
-        _add(module, below, PackedLinear(check(stem, stored.rows.stop - stored.rows.start)))
+        shape = stored.rows.stop - stored.rows.start, like.in_features, 0
+        _add(module, below, PackedLinear(_spec_of_shape(specs, stem, shape, path)))
         pieces[stored.expert].append((stored.rows.start, below))
-        placed[stem] = f"{fqn}.{below}"
+        places[stem] = f"{fqn}.{below}"
     delattr(module, name)
-    return _Projection(name, like.num_experts, transposed, tuple(tuple(p for _, p in sorted(of)) for of in pieces))
+    paths = tuple(tuple(below for _, below in sorted(of_expert)) for of_expert in pieces)
+    return _Projection(name, like.num_experts, transposed, paths), places
+
+
+def _spec_of_shape(specs: Mapping[str, PackedSpec], stem: str, shape: tuple[int, int, int], path: str) -> PackedSpec:
+    """The spec of a stored matrix, which must have these rows, columns and experts for the weight at `path`."""
+    spec = specs.get(stem)
+    if spec is None or (spec.rows, spec.columns, spec.experts) != shape:
+        raise InputError(f"{stem} is not packed as {path} needs it: load the model after castlm unpack")
+    return spec
 
 
 def _add(module: nn.Module, path: str, leaf: nn.Module) -> None:

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -243,64 +244,25 @@ class BlockInputs(Sequence[Tensor]):
         return entering
 
     def _enter(self, model: PreTrainedModel, ids: Tensor, extras: dict[str, Tensor] | None, keep: bool) -> None:
-        passed_on: list[Tensor] = []  # the output of the block that ran last
-        here = _Pass([], {})
+        """Runs the model on a batch, and adds its pass; with `keep`, also what enters the first block."""
         first = self._passes[0].calls if self._passes else None
-        is_of_another_shape = len(ids) != self._batch_size
-
-        def unfollowed(why: str) -> InputError:
-            return InputError(
-                f"{type(model).__name__} {why}, which pruning block by block cannot follow: use magnitude without "
-                "calibration"
-            )
-
-        def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = dict(kwargs)
-            hidden = args[0] if args else rest.pop("hidden_states")
-            call = BlockCall(args[1:], rest)
-            if index != len(here.calls):
-                raise unfollowed("calls a block twice, or goes back between its blocks")
-            if index > 0:
-                output = passed_on.pop()
-                if not _same(hidden, output):
-                    tokens = (hidden != output)[0].any(dim=-1).nonzero().flatten()
-                    # Images are added to some tokens of the only sequence; a scaling changes all.
-                    if extras is None or len(tokens) == hidden.shape[1]:
-                        raise unfollowed("changes hidden states between its blocks")
-                    here.added[index] = tokens, (hidden - output)[0, tokens]
-            if index == 0:
-                is_like_first = first is not None and _same(call, first[0])
-                is_comparable = first is not None and not is_of_another_shape and extras is None
-                if is_comparable and not is_like_first:
-                    raise unfollowed("gives its blocks arguments that change with the text")
-                if keep:
-                    self.states.append(hidden)
-                if is_like_first and (not extras or self._adds is False):
-                    raise StopForward
-            here.calls.append(call)
-
+        is_like_others = extras is None and len(ids) == self._batch_size
+        watch = _Watch(
+            type(model).__name__, first, extras is not None, is_like_others, not extras or self._adds is False
+        )
         with ExitStack() as hooks:
             for index, block in enumerate(self.blocks):
-                hooks.enter_context(
-                    block.register_forward_pre_hook(
-                        lambda block, args, kwargs, index=index: before(index, args, kwargs), with_kwargs=True
-                    )
-                )
-                hooks.enter_context(
-                    block.register_forward_hook(lambda block, args, output: passed_on.append(_hidden_of(output)))
-                )
+                before = partial(watch.before, index)
+                hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.enter_context(block.register_forward_hook(watch.after))
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False, **(extras or {}))
-        if not here.calls:  # it stopped at the first block, whose arguments were the first pass's
-            assert first is not None
-            self._passes.append(_Pass(first, {}))
-            return
-        if extras:
-            self._adds = bool(here.added)
-        if len(here.calls) < len(self.blocks):
-            raise unfollowed(f"runs only {len(here.calls)} of its {len(self.blocks)} blocks")
-        is_same = first is not None and _same(here.calls, first)  # then only one copy of the tables is held
-        self._passes.append(here._replace(calls=first) if is_same else here)
+        self._passes.append(watch.result(len(self.blocks)))
+        if keep:
+            assert watch.hidden is not None
+            self.states.append(watch.hidden)
+        if extras and not watch.has_stopped:
+            self._adds = bool(watch.added)
 
 
 class _Pass(NamedTuple):
@@ -310,6 +272,77 @@ class _Pass(NamedTuple):
     added: dict[int, tuple[Tensor, Tensor]]
     """Additions to the hidden states of the only sequence before some blocks, by the block's number: tokens int64
     (num_tokens,) and values (num_tokens, hidden)."""
+
+
+class _Watch:
+    """Hooks on the blocks of a model during one forward pass, which record the calls of the blocks.
+
+    Args:
+        model: its class, for messages.
+        first: the calls of the first pass; None in that pass.
+        may_add: the model may add to some tokens between blocks, as images are to the only sequence of a batch.
+        is_like_others: the arguments of the blocks must be the first pass's.
+        may_stop: the pass can end at the first block if its arguments are the first pass's.
+    """
+
+    def __init__(
+        self, model: str, first: list[BlockCall] | None, may_add: bool, is_like_others: bool, may_stop: bool
+    ) -> None:
+        self.model, self.first = model, first
+        self.may_add, self.is_like_others, self.may_stop = may_add, is_like_others, may_stop
+        self.calls: list[BlockCall] = []
+        self.added: dict[int, tuple[Tensor, Tensor]] = {}
+        self.hidden: Tensor | None = None  # what entered the first block
+        self.output: Tensor | None = None  # of the block that ran last
+        self.has_stopped = False
+
+    def before(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs before block `index`."""
+        rest = dict(kwargs)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        if index != len(self.calls):
+            raise self.refusal("calls a block twice, or goes back between its blocks")
+        self.calls.append(BlockCall(args[1:], rest))
+        if index == 0:
+            self.hidden = hidden
+            self._compare_with_first()
+        elif not _same(hidden, self.output):
+            self._note_addition(index, hidden)
+
+    def after(self, block: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
+        """Runs after each block."""
+        self.output = _hidden_of(output)
+
+    def _compare_with_first(self) -> None:
+        if self.first is None:
+            return
+        is_same = _same(self.calls[0], self.first[0])
+        if self.is_like_others and not is_same:
+            raise self.refusal("gives its blocks arguments that change with the text")
+        if is_same and self.may_stop:
+            self.has_stopped = True
+            raise StopForward
+
+    def _note_addition(self, index: int, hidden: Tensor) -> None:
+        assert self.output is not None
+        tokens = (hidden != self.output)[0].any(dim=-1).nonzero().flatten()
+        # Images are added to some tokens; a scaling changes all.
+        if not self.may_add or len(tokens) == hidden.shape[1]:
+            raise self.refusal("changes hidden states between its blocks")
+        self.added[index] = tokens, (hidden - self.output)[0, tokens]
+
+    def result(self, num_blocks: int) -> _Pass:
+        """The pass, once it has ended; equal calls of the first pass are held once."""
+        if self.first is not None and (self.has_stopped or _same(self.calls, self.first)):
+            return _Pass(self.first, self.added)
+        if len(self.calls) < num_blocks:
+            raise self.refusal(f"runs only {len(self.calls)} of its {num_blocks} blocks")
+        return _Pass(self.calls, self.added)
+
+    def refusal(self, why: str) -> InputError:
+        return InputError(
+            f"{self.model} {why}, which pruning block by block cannot follow: use magnitude without calibration"
+        )
 
 
 def batch_size(calibration: Tensor, device: torch.device) -> int:
