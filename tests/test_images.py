@@ -280,8 +280,7 @@ def test_the_perplexity_is_that_of_the_conversations_with_their_images(vlm, data
     assert result.num_tokens == count
     assert result.loss == pytest.approx(total / count, rel=1e-4)
     assert perplexity(loaded.model, text, seq_len=64, batch_size=4).loss == pytest.approx(result.loss, rel=1e-5)
-    with pytest.raises(InputError, match="'which\\? and' end at token"):
-        perplexity(loaded.model, text, seq_len=16)
+
 
 
 def test_the_solver_sees_the_images(vlm, dataset):
@@ -496,7 +495,7 @@ def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_pat
     over = {**OVER, "seq_len": 16, "eval_dataset": dataset}
     assert main(small_command("train", llava, dataset, tmp_path / "run", **over)) == 2
     error = capsys.readouterr().err
-    assert "end at token" in error
+    assert "'which? and' end at token" in error
     assert "rotated" not in error
     assert not (tmp_path / "run").exists()
 

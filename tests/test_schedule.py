@@ -166,8 +166,7 @@ def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsy
     assert main([*wanda, "--column", "body", "--pattern", "4:8", "--rotation-iterations", "4"]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0  # castlm.json says 4:8
     assert "4:8" in capsys.readouterr().out
-    (tmp_path / "out" / "castlm.json").write_text("[" * 5000)
-    assert "castlm.json is not readable JSON" in refused(["verify", str(tmp_path / "out")], capsys)
+
     (tmp_path / "out" / "castlm.json").write_text("{}")
     assert "names no pattern" in refused(["verify", str(tmp_path / "out")], capsys)
 
