@@ -282,7 +282,6 @@ def test_the_perplexity_is_that_of_the_conversations_with_their_images(vlm, data
     assert perplexity(loaded.model, text, seq_len=64, batch_size=4).loss == pytest.approx(result.loss, rel=1e-5)
 
 
-
 def test_the_solver_sees_the_images(vlm, dataset):
     loaded = load_model(vlm)
     ids, images = calibration_sequences(open_documents(dataset), encoder_of(vlm), 4, 64)
