@@ -34,7 +34,7 @@ in error."""
 ERROR_TOKENS = 256
 """Calibration tokens on which the reconstruction error of a layer is measured."""
 
-_GRAM_COLUMNS = 256  # of X^T X at a time
+_GRAM_COLUMNS = 128  # of X^T X at a time; 256 take a tenth longer for 1,024 tokens of 576 or 1,536 columns (Zen 3)
 
 
 class Settings(NamedTuple):
@@ -84,7 +84,7 @@ def _wanda(weight: Tensor, squared_norms: Tensor, settings: Settings) -> Pruned:
 def _add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
     """Adds 2/num_sequences X^T X to the upper triangle of H, by blocks of rows: half of the work of a full product."""
     for start in range(0, x.shape[1], _GRAM_COLUMNS):
-        rows = slice(start, start + _GRAM_COLUMNS)  # (256, tokens) @ (tokens, 1536 - start)
+        rows = slice(start, start + _GRAM_COLUMNS)  # (128, tokens) @ (tokens, 1536 - start)
         hessian[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=2 / num_sequences)
 
 
@@ -169,7 +169,10 @@ def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int
     mask = (weight != 0).to(weight.dtype)  # (1024, 576)
     inverse = 1 / hessian.diagonal()  # the preconditioner P, (576,)
     start, weight = weight, weight.clone()
-    residual = ((target - weight) @ hessian).mul_(mask)  # minus half the gradient, (1024, 576)
+    lost = target - start
+    residual = lost @ hessian  # minus half the gradient, (1024, 576)
+    start_energy = (residual * lost).sum(1)  # row_energies(lost, hessian)
+    residual.mul_(mask)
     direction = residual * inverse
     energy = torch.linalg.vecdot(residual, direction).unsqueeze(1)  # r^T P r of each row, (1024, 1)
     for _ in range(iterations):
@@ -181,7 +184,8 @@ def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int
         new = torch.linalg.vecdot(residual, preconditioned).unsqueeze(1)
         torch.addcmul(preconditioned, new / energy.clamp_(min=1e-30), direction, out=direction)
         energy = new
-    return _better_rows(weight, start, target, hessian)
+    better = row_energies(target - weight, hessian) < start_energy  # False for NaN
+    return torch.where(better.unsqueeze(1), weight, start)
 
 
 def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: Pattern, iterations: int) -> Tensor:
