@@ -127,10 +127,11 @@ def test_memory_that_ran_out_is_said_with_a_remedy(error, remedy, monkeypatch, c
     assert remedy in said
 
 
-@pytest.mark.parametrize(("problem", "code"), [(None, 0), ("FELL SHORT", 0), ("DIVERGED", 1)])
-def test_a_run_that_saved_a_verified_model_exits_with_0_unless_it_diverged(problem, code, monkeypatch, tmp_path):
-    found = {"ok": problem is None, **({} if problem is None else {"problem": problem})}
-    monkeypatch.setattr("castlm.training.train.train", lambda config: {"verdict": found})
+@pytest.mark.parametrize(
+    ("verdict", "code"), [({"ok": True}, 0), ({"problem": "FELL SHORT"}, 0), ({"problem": "DIVERGED"}, 1)]
+)
+def test_a_run_that_saved_a_verified_model_exits_with_0_unless_it_diverged(verdict, code, monkeypatch, tmp_path):
+    monkeypatch.setattr("castlm.training.train.train", lambda config: {"verdict": {"ok": False} | verdict})
     arguments = ["--model", "m", "--dataset", "d", "--output-dir", str(tmp_path / "run"), "--no-report"]
     assert main(["train", *arguments]) == code
 

@@ -41,7 +41,7 @@ from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective, as_teacher_, pruned
 from castlm.training.run import Run, local_masks
 from castlm.training.telemetry import TrackedRun
-from castlm.training.train import calibrate, train, with_values_found
+from castlm.training.train import calibrate, resolve, train
 from tests.faults import (
     Ground,
     check_hang,
@@ -370,7 +370,7 @@ def test_masked_weights_are_counted_once(sharding, gemma, text, tmp_path):
 
 def calibrate_lam(config: TrainConfig, file: Path) -> None:
     world = init_world("cpu", config.runtime.sharding)
-    lam = with_values_found(config, world).method.lam
+    lam = resolve(config, world).method.lam
     assert set(world.gather(lam)) == {lam}
     layers = calibrate(config, world, steps=1).layers
     assert all(other == layers for other in world.gather(layers))

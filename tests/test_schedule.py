@@ -19,7 +19,7 @@ from castlm.methods.options import SCHEDULES
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import peak_flops
-from castlm.training.train import with_values_found
+from castlm.training.train import resolve
 from tests.refusals import refused
 from tests.runs import begin_run, metrics, record_of, small, small_command
 from tests.tiny import TEXT, tiny_model
@@ -78,7 +78,7 @@ def test_weight_decay_is_decoupled_and_spares_norms_and_sparse_weights(llama, te
 def test_epochs_are_as_many_steps_as_their_tokens_fill(llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", eval_dataset=text, max_steps=300, num_train_epochs=2.5)
     tokens = len(token_ids(open_documents(text), load_model(llama).tokenizer))
-    found = with_values_found(config, init_world("cpu", "full")).optimizer
+    found = resolve(config, init_world("cpu", "full")).optimizer
     assert found.max_steps == pytest.approx(2.5 * tokens / (32 * 4), abs=1)
     assert found.num_train_epochs is None
     with pytest.raises(InputError, match="max_steps and num_train_epochs"):

@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         with claimed(output, config.inputs, world) as folder:
             if output.push_to_hub:
                 world.on_main(lambda: check_login(output.hub_repo))
-            config = with_values_found(config, world)
+            config = resolve(config, world)
             if world.on_main(lambda: output.resume and folder.is_finished()):
                 options, batch = config.as_dict(), config.optimizer.sequences_per_step(world.size)
                 record = world.on_main(lambda: folder.finish_again(options, config.as_yaml(), batch), patient=True)
@@ -299,7 +299,7 @@ def _check_ranks(config: TrainConfig, method_class: type[Retraining], world: Wor
         world.check_all(reason)
 
 
-def with_values_found(config: TrainConfig, world: World) -> TrainConfig:
+def resolve(config: TrainConfig, world: World) -> TrainConfig:
     """`config` with the values that depend on files: `left_dense`, `max_steps` of the epochs, `lam`."""
     if config.is_finetuning:
         config = config.changed(left_dense=world.on_main(lambda: layers_left_dense(config.model)))
