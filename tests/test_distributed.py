@@ -31,10 +31,9 @@ from castlm.distributed.loading import fingerprint, load_rows_, materialize_, op
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World, close_world, closing, init_world
 from castlm.export.verify import verify
-from castlm.files import output as atomic_dir_module
+from castlm.files import output
 from castlm.models.io import load_model
-from castlm.training import checkpoint, finish, source
-from castlm.training import telemetry as trackers
+from castlm.training import checkpoint, finish, source, telemetry
 from castlm.training.checkpoint import Saver, checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import masked_histogram
@@ -294,7 +293,7 @@ def train_without_its_tracker(config: TrainConfig) -> int:
     def refuse(run: TrackedRun) -> None:
         raise ConnectionError("not logged in")
 
-    trackers.TRACKERS["tensorboard"] = refuse
+    telemetry.TRACKERS["tensorboard"] = refuse
     return train_as_a_command(config)
 
 
@@ -551,13 +550,13 @@ def test_export_tensor_by_tensor(text, tmp_path):
 
 def export_slowly(config: TrainConfig) -> None:
     """Trains; listing the files of the result takes longer than `timeout_s`."""
-    record_output = atomic_dir_module.record_output
+    record_output = output.record_output
 
     def slowly(folder: Path, **about: Any) -> None:
         time.sleep(1.1 * config.runtime.timeout_s)
         record_output(folder, **about)
 
-    atomic_dir_module.record_output = slowly
+    output.record_output = slowly
     train(config)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from castlm.core.errors import InputError
 from castlm.core.nm import count_nm_violations, nm_mask
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
-from castlm.oneshot import walk as calibration_module
+from castlm.oneshot import walk
 from castlm.oneshot.calibration import calibration_length, draw_calibration
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.sparsegpt import sparsegpt
@@ -153,7 +153,7 @@ def test_sequences_a_pass_do_not_change_the_result(monkeypatch, pass_tokens, att
     model = tiny_model("llama", attn_implementation=attention)
     expected = copy.deepcopy(model)
     prune_oneshot_(expected, "sparsegpt", calibration=tokens(7))
-    monkeypatch.setattr(calibration_module, "PASS_TOKENS_CPU", pass_tokens)
+    monkeypatch.setattr(walk, "PASS_TOKENS_CPU", pass_tokens)
     prune_oneshot_(model, "sparsegpt", calibration=tokens(7))
     for got, want in zip(model.parameters(), expected.parameters()):
         assert torch.allclose(got, want, atol=1e-5)

@@ -14,7 +14,7 @@ from castlm.cli import prune as command
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.oneshot import prune as command_module
+from castlm.oneshot import prune as prune_module
 from castlm.oneshot import solve as solve_module
 from castlm.oneshot import start as start_module
 from castlm.oneshot.folder import HiddenStates, StartFolder
@@ -108,7 +108,7 @@ MOMENTS = {
     "while the hidden states are written": (HiddenStates, "__setitem__"),
     "while the text enters": (HiddenStates, "insert"),
     "while a block is read": (StoredModel, "_stored"),
-    "before the export": (command_module, "export_blocks"),
+    "before the export": (prune_module, "export_blocks"),
 }
 QUICK = ("behind a block's file", "before the export")
 
@@ -271,4 +271,4 @@ def test_a_block_is_held_where_the_model_does_not_fit(llama, tmp_path, text, mon
 def test_a_block_is_held_where_the_model_does_not_fit_on_the_gpu(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
     for device, memory in (("cpu", "model"), ("cuda", "block")):
-        assert command_module.choose_memory(str(llama), None, tmp_path / "out", NM(2, 4), device) == memory
+        assert prune_module.choose_memory(str(llama), None, tmp_path / "out", NM(2, 4), device) == memory

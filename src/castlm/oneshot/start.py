@@ -12,7 +12,7 @@ import math
 import pkgutil
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
-from castlm.fields import Bound, Bounded
 from castlm.models.architecture import eval_mode
 from castlm.names import duration
 from castlm.oneshot.basis import change_block_basis_, wiring_or_note
@@ -31,7 +30,7 @@ from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import describe
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.inputs import Seen, check_plain_weights, entries_of, see_inputs
-from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements, part_of
+from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements, check_damping, part_of
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.report import BasisReport, LayerResult, OneshotReport
 from castlm.oneshot.residual import rotate_residual_
@@ -51,7 +50,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start(Bounded):
+class Start:
     """The settings of a start: the basis, the solver, its refinements and the pattern.
 
     Raises:
@@ -73,8 +72,8 @@ class Start(Bounded):
     """Precision of the passes over the calibration text: "fp32" runs them in the dtype of the weights, "bf16" under
     autocast, which multiplies in bf16. Statistics and solvers are fp32."""
 
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "damping", 0 <= self.damping <= 1, "between 0 and 1"
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
 
     @classmethod
     def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> Start:

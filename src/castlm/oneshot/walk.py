@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -246,9 +247,13 @@ class BlockInputs(Sequence[Tensor]):
     def _enter(self, model: PreTrainedModel, ids: Tensor, extras: dict[str, Tensor] | None, keep: bool) -> None:
         """Runs the model on a batch, and adds its pass; with `keep`, also what enters the first block."""
         first = self._passes[0].calls if self._passes else None
-        is_like_others = extras is None and len(ids) == self._batch_size
         watch = _Watch(
-            type(model).__name__, first, extras is not None, is_like_others, not extras or self._adds is False
+            type(model).__name__,
+            first,
+            states=self.states if keep else None,
+            may_add=extras is not None,
+            is_like_others=extras is None and len(ids) == self._batch_size,
+            may_stop=not extras or self._adds is False,
         )
         with ExitStack() as hooks:
             for index, block in enumerate(self.blocks):
@@ -258,9 +263,6 @@ class BlockInputs(Sequence[Tensor]):
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False, **(extras or {}))
         self._passes.append(watch.result(len(self.blocks)))
-        if keep:
-            assert watch.hidden is not None
-            self.states.append(watch.hidden)
         if extras and not watch.has_stopped:
             self._adds = bool(watch.added)
 
@@ -274,27 +276,28 @@ class _Pass(NamedTuple):
     (num_tokens,) and values (num_tokens, hidden)."""
 
 
+@dataclass
 class _Watch:
-    """Hooks on the blocks of a model during one forward pass, which record the calls of the blocks.
+    """Hooks on the blocks of a model during one forward pass, which record the calls of the blocks."""
 
-    Args:
-        model: its class, for messages.
-        first: the calls of the first pass; None in that pass.
-        may_add: the model may add to some tokens between blocks, as images are to the only sequence of a batch.
-        is_like_others: the arguments of the blocks must be the first pass's.
-        may_stop: the pass can end at the first block if its arguments are the first pass's.
-    """
-
-    def __init__(
-        self, model: str, first: list[BlockCall] | None, may_add: bool, is_like_others: bool, may_stop: bool
-    ) -> None:
-        self.model, self.first = model, first
-        self.may_add, self.is_like_others, self.may_stop = may_add, is_like_others, may_stop
-        self.calls: list[BlockCall] = []
-        self.added: dict[int, tuple[Tensor, Tensor]] = {}
-        self.hidden: Tensor | None = None  # what entered the first block
-        self.output: Tensor | None = None  # of the block that ran last
-        self.has_stopped = False
+    model: str
+    """The class of the model, for messages."""
+    first: list[BlockCall] | None
+    """The calls of the first pass; None in that pass."""
+    states: MutableSequence[Tensor] | None
+    """Takes what enters the first block; None if it is known."""
+    may_add: bool
+    """The model may add to some tokens between blocks, as images are to the only sequence of a batch."""
+    is_like_others: bool
+    """The arguments of the blocks must be the first pass's."""
+    may_stop: bool
+    """The pass can end at the first block if its arguments are the first pass's."""
+    calls: list[BlockCall] = field(default_factory=list)
+    added: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """As in `_Pass`."""
+    output: Tensor | None = None
+    """The output of the block that ran last."""
+    has_stopped: bool = False
 
     def before(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs before block `index`."""
@@ -304,7 +307,8 @@ class _Watch:
             raise self.refusal("calls a block twice, or goes back between its blocks")
         self.calls.append(BlockCall(args[1:], rest))
         if index == 0:
-            self.hidden = hidden
+            if self.states is not None:
+                self.states.append(hidden)
             self._compare_with_first()
         elif not _same(hidden, self.output):
             self._note_addition(index, hidden)
