@@ -18,6 +18,7 @@ from castlm.core.errors import DivergedError, InputError
 from castlm.files.atomic_file import atomic_write_json
 from castlm.progress import shown_progress
 from tests.slow import slow
+from tests.tiny import save_tiny
 
 ARGUMENTS = [["--help"], ["verify", "--help"], ["plan"], ["verify", "{file}"], ["verify", "{file}", "--json", "-"]]
 """Commands that import no torch: each of them is a process of its own."""
@@ -42,6 +43,24 @@ def test_a_run_is_found_where_the_shell_does_not_expand_its_home(tmp_path, monke
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     assert result_folder("~/run") == str(tmp_path / "run" / "model")
     assert result_folder("hub/name") == "hub/name"
+
+
+def test_no_answer_holds_the_control_characters_of_a_name(tmp_path, capsys):
+    first, *others = (str(tmp_path / f"{name}\x1b[2J\nname") for name in ("model", "packed", "plain", "int8", "pruned"))
+    save_tiny(Path(first))
+    packed, plain, quantized, pruned = others
+    for command in (
+        ["prune", "--model", first, "--method", "magnitude", "--output-dir", pruned],
+        ["pack", pruned, "--output-dir", packed],
+        ["unpack", packed, "--output-dir", plain],
+        ["quantize", plain, "--output-dir", quantized],
+        ["verify", quantized],
+    ):
+        assert main(command) == 0
+        output = capsys.readouterr()
+        assert "\x1b" not in output.out + output.err
+        assert "\nname" not in output.out + output.err
+        assert r"\x1b[2J\nname" in output.out
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -258,6 +258,12 @@ def drop_entry(tensors, metadata):
     metadata[METADATA_KEY] = json.dumps(content)
 
 
+def two_experts(tensors, metadata):
+    content = json.loads(metadata[METADATA_KEY])
+    content["tensors"][UP]["experts"] = 2
+    metadata[METADATA_KEY] = json.dumps(content)
+
+
 def drop_layer(tensors, metadata):
     drop_entry(tensors, metadata)
     for suffix in ("values", "mask"):
@@ -276,9 +282,12 @@ DAMAGES = {  # exit code of verify, and what all readers name
     "newer": (lambda _, m: m.update({METADATA_KEY: '{"version": 99, "tensors": {}}'}), 2, "castlm pack"),
     "older": (lambda _, m: m.update({METADATA_KEY: '{"version": 1, "tensors": {}}'}), 2, "1.*castlm pack"),
     "broken JSON": (lambda _, m: m.update({METADATA_KEY: m[METADATA_KEY][:-5]}), 2, "metadata of"),
-    "lost entry": (drop_entry, 2, r"up_proj\.values"),
+    "lost entry": (drop_entry, 2, r"up_proj\.mask"),
     "lost layer": (drop_layer, 2, r"up_proj\.weight"),
     "lost norm": (lambda t, _: t.pop("model.norm.weight"), 2, r"norm\.weight"),
+    "two experts": (two_experts, 2, r"up_proj"),
+    "stray mask": (lambda t, _: t.update({"model.layers.9.mlp.up_proj.mask": t[f"{UP}.mask"].clone()}), 2, r"9\S+mask"),
+    "stray scales": (lambda t, _: t.update({f"{UP}.scales": torch.ones(64, 1)}), 2, r"up_proj\.scales"),
     "also plain": (lambda t, _: t.update({f"{UP}.weight": torch.zeros(64, 32)}), 2, r"up_proj\.weight"),
 }
 

@@ -192,6 +192,8 @@ def test_another_sweep_is_refused(sweep, drawn, capsys):
     assert sweep("--seeds", "2") == 2
     assert len(drawn.done) == before
     assert "--runs-from" in capsys.readouterr().err
+    assert sweep("--runs-from", "nowhere", folder="second") == 2
+    assert "runs_from nowhere" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(sweep, drawn, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Trained rounding: the rounding and its gradients, whole runs of 3-bit weights, and their packed folders."""
 
-import shutil
+import json
 
 import pytest
 import torch
@@ -136,6 +136,8 @@ def test_a_run_of_three_bits_is_packed_to_what_it_evaluated(fields, llama, text,
         assert "int3" in (tmp_path / "run" / "model" / "README.md").read_text()
         assert verify(tmp_path / "run" / "packed", config.model.pattern).ok
     unpack_folder(tmp_path / "run" / "packed", tmp_path / "unpacked")
+    pack_folder(tmp_path / "unpacked", tmp_path / "repacked", n, m)
+    assert (tmp_path / "repacked" / FILE).read_bytes() == (tmp_path / "run" / "packed" / FILE).read_bytes()
     held_out = begin_run(config.changed(output_dir=str(tmp_path / "again"))).text.held_out
     plain, packed = (load_model(str(folder)) for folder in (tmp_path / "unpacked", tmp_path / "run" / "packed"))
     assert perplexity(plain.model, held_out, seq_len=32).perplexity == pytest.approx(measured, rel=2e-3)
@@ -211,9 +213,11 @@ def test_a_folder_that_is_not_of_three_bits_is_refused_where_it_says_so(llama, t
     train(small(llama, text, tmp_path / "run", weight_bits=3, method="dense", max_steps=1))
     again = ["quantize", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]
     assert_refused([(again, "castlm pack")], capsys)
+    record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
     changed = save_tiny(tmp_path / "changed", "llama")
-    shutil.copy(tmp_path / "run" / "model" / "castlm.json", changed)
-    assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], "int3")], capsys)
+    for rounded in ({"kind": "int3"}, {"kind": "int9"}, {"kind": "fp8"}, {"kind": [3]}, {}, "int3", None):
+        (changed / "castlm.json").write_text(json.dumps({**record, "rounded": rounded}))
+        assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], "int3")], capsys)
     assert main(["pack", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0
 
 

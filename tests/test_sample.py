@@ -1,6 +1,7 @@
 """`castlm sample` writes the text that transformers generates, and a stopped start continues bit for bit."""
 
 import json
+import re
 import shutil
 import time
 
@@ -329,6 +330,20 @@ def test_a_file_of_others_at_the_name_of_the_output_is_never_overwritten(when, s
     written(stopped, sampler_of(), resume=True)
     written(tmp_path / "straight.jsonl", sampler_of())
     assert stopped.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.castlm.json", "a.jsonl.part", ".a.jsonl.lock", "a.jsonl"])
+def test_files_of_others_beside_the_output_or_behind_a_link_stay(name, tmp_path):
+    path, mine = tmp_path / name, tmp_path / "mine.json"
+    for way in ("link", "file"):
+        mine.write_text('{"mine": 1}')
+        path.symlink_to(mine) if way == "link" else path.write_bytes(mine.read_bytes())
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            if way == "link" or "lock" not in name:
+                with pytest.raises(InputError, match=re.escape(name)):
+                    written(tmp_path / "a.jsonl", sampler_of(), **options)
+                assert path.read_text() == mine.read_text() == '{"mine": 1}'
+        path.unlink()
 
 
 def test_a_changed_part_or_another_setting_is_not_resumed(stopped, tmp_path):

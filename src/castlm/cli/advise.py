@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castlm.cli.options import check_json_path, refuse_given, result_folder, write_json
+from castlm.cli.options import check_json_path, refuse_given, result_folder, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.fields import like, parsed, positional
@@ -91,16 +91,17 @@ class AdviseCommand:
             report, advice = self._on_cpu(cut)
         write_json(self.json, report)
         if self.json != "-":
-            print(advice)
+            to_stdout(advice, keep="\n")
         return 0
 
     def _on_cpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
         """The advice for this CPU, as a report and as text."""
-        from castlm.inference.advise import SECONDS, WORKLOADS, rank, shapes_of
+        from castlm.inference.advise import SECONDS, WORKLOADS, check_can_time, rank, shapes_of
         from castlm.progress import note, shown_progress
 
+        check_can_time(self.dtype)
         name = result_folder(self.model)
-        shapes = shapes_of(name, self.trust_remote_code, cut)
+        shapes, quality = shapes_of(name, self.trust_remote_code, cut), self._quality(name)
         workloads = {f"{self.tokens} tokens": self.tokens} if self.tokens else WORKLOADS
         num_shapes = len(shapes.blocks) + (shapes.head is not None)
         expected = 1.5 * SECONDS * (1 if cut is None else 2)
@@ -110,7 +111,7 @@ class AdviseCommand:
             found = rank(
                 shapes,
                 pattern=self.pattern if isinstance(self.pattern, NM) else None,
-                quality=self._quality(name),
+                quality=quality,
                 **options,
             )
             report, lines = found.as_dict(), [found.text()]

@@ -51,7 +51,7 @@ def one_shot_row(file: str) -> int:
     try:
         run_oneshot(build(OneshotConfig, read_yaml_mapping(file), file))
     except InputError as error:
-        print(f"castlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        to_stderr(f"castlm: error: {' '.join(str(error).split())}")
         return 2
     return 0
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from castlm.cli.options import check_json_path, refuse_given, result_folder, write_json
+from castlm.cli.options import check_json_path, refuse_given, result_folder, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
 from castlm.fields import like, positional
-from castlm.names import printable
 from castlm.training.options import ModelOptions, RuntimeOptions
 
 _READING = [field.name for field in fields(ScoredTextOptions)]
@@ -123,12 +122,12 @@ class EvalCommand(ScoredTextOptions):
             return 0
         if self.text is not None:
             which = "" if figures["tokens"] == "all" else f"{figures['tokens']} "
-            print(
+            to_stdout(
                 f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} {which}tokens of "
-                f"{printable(self.text)}, context {figures['seq_len']}, stride {figures['stride']})"
+                f"{self.text}, context {figures['seq_len']}, stride {figures['stride']})"
             )
         for row in figures.get("zero_shot", {}).get("results", []):
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
             docs = "" if row["num_docs"] is None else f"  ({row['num_docs']:,} questions)"  # none of a group of tasks
-            print(f"{row['task']:16}{row['metric']:12}{row['value']:.4f}{error}{docs}")
+            to_stdout(f"{row['task']:16}{row['metric']:12}{row['value']:.4f}{error}{docs}")
         return 0

@@ -86,15 +86,19 @@ def read_arguments(
 
 def _model_in_place(unnamed: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """Accepts `--model X` in commands that take their model as a plain argument X."""
-    models = {"model", "path"}.intersection(unnamed)
-    found = list(arguments)
-    options = found[: found.index("--")] if "--" in found else found
-    for at, argument in enumerate(options if models else []):
+    if not {"model", "path"}.intersection(unnamed):
+        return list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    pending, others, model = list(arguments[:end]), list[str](), list[str]()
+    while pending:
+        argument = pending.pop(0)
         if argument.startswith("--model="):
-            return [argument.removeprefix("--model="), *found[:at], *found[at + 1 :]]
-        if argument == "--model" and at + 1 < len(found):
-            return [found[at + 1], *found[:at], *found[at + 2 :]]
-    return found
+            model = [argument.removeprefix("--model=")]
+        elif argument == "--model" and pending:
+            model = [pending.pop(0)]
+        else:
+            others.append(argument)
+    return [*model, *others, *arguments[end:]]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -238,6 +242,11 @@ def command_of(name: str, given: Mapping[str, Any]) -> str:
         else:
             words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
     return shlex.join(words)
+
+
+def to_stdout(text: object, keep: str = "") -> None:
+    """Prints an answer of a command, in which names of files cannot move the cursor or begin a line."""
+    print(printable(text, keep), flush=True)
 
 
 def to_stderr(text: str) -> None:

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from castlm.cli.options import head_formats, result_folder
+from castlm.cli.options import head_formats, result_folder, to_stdout
 from castlm.fields import choice, positional
 
 
@@ -49,7 +49,7 @@ class PackCommand:
         with shown_progress("pack, tensors") as progress:
             report = pack_folder(self.path, folder, n, m, progress=progress, **options)
         ratio = report.bytes_after / report.bytes_before
-        print(
+        to_stdout(
             f"{folder}: {report.num_packed} tensors packed {f'and verified {groups}' if groups else 'dense'}, "
             f"{report.bytes_after / 1e6:,.1f} MB, {ratio:.3f} of what {self.path} takes; "
             f"try it with: castlm generate {shlex.quote(str(folder))} --prompt TEXT"
@@ -78,5 +78,5 @@ class UnpackCommand:
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": self.path})
         with shown_progress("unpack, tensors") as progress:
             count = unpack_folder(self.path, folder, overwrite=True, progress=progress)
-        print(f"{folder}: {count} tensors unpacked")
+        to_stdout(f"{folder}: {count} tensors unpacked")
         return 0

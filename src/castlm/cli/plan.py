@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from castlm.cli.options import check_json_path, command_line, parse, to_stderr, write_json
+from castlm.cli.options import check_json_path, command_line, parse, to_stderr, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
 from castlm.fields import essential, positional
 from castlm.files.reading import read_json
-from castlm.names import duration, printable
+from castlm.names import duration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 
 MOST_SEQUENCES = 128
@@ -260,7 +261,7 @@ class PredictCommand:
         else:
             law = fit_law(read_points(self.runs, method=self.method), leave_largest_out=False)
         if law.runs_of:
-            print("law of " + ", ".join(f"{name} {printable(value)}" for name, value in law.runs_of.items()))
+            to_stdout("law of " + ", ".join(f"{name} {value}" for name, value in law.runs_of.items()))
         if self.tokens is not None:
             found = predict_perplexity(law, self.tokens)
             beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""
@@ -285,4 +286,4 @@ def sweep(arguments: list[str]) -> int:
 
     config = parse(SweepConfig, arguments, "plan sweep")
     command = command_line("plan sweep", config)
-    return sweep(config, command, lambda text: print(printable(text, keep="\n"), flush=True), to_stderr)
+    return sweep(config, command, partial(to_stdout, keep="\n"), to_stderr)

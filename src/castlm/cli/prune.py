@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from castlm.cli.options import read_arguments, refuse_given
+from castlm.cli.options import read_arguments, refuse_given, to_stdout
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
@@ -131,9 +131,9 @@ class PruneCommand(
         )
         report = prune.run(folder)
         for line in report.notes():
-            print(line)
+            to_stdout(line)
         measure = f"castlm eval {shlex.quote(str(folder))} --text FILE"
-        print(f"{folder}: {pattern} by {method}, verified; measure it with: {measure}")
+        to_stdout(f"{folder}: {pattern} by {method}, verified; measure it with: {measure}")
         return 0
 
 

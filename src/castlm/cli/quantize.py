@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
-from castlm.cli.options import head_formats, refuse_given, result_folder
+from castlm.cli.options import head_formats, refuse_given, result_folder, to_stdout
 from castlm.data.options import TextOptions
 from castlm.fields import choice, like, positional
 from castlm.training.options import ModelOptions, RuntimeOptions
@@ -104,7 +104,7 @@ class QuantizeCommand(TextOptions):
             )
         for line in report.notes:
             note(line)
-        print(
+        to_stdout(
             f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
             f"{'dense' if pattern is None else f'{pattern} verified'}; "
             f"measure it with: castlm eval {shlex.quote(str(folder))} --text FILE"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from castlm.cli.options import to_stdout
 from castlm.core.errors import InputError
 from castlm.fields import positional
 from castlm.progress import note
@@ -39,7 +40,7 @@ class ReportCommand:
                 time.sleep(REFRESH_SECONDS)
                 run = read_run(self.run_folder)
                 write_run_page(run, refresh=True)
-        print(write_report(self.run_folder, self.sample))
+        to_stdout(write_report(self.run_folder, self.sample))
         return 0
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from castlm.cli.options import command_of, given, refuse_given, result_folder
+from castlm.cli.options import command_of, given, refuse_given, result_folder, to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.fields import essential, like, positional
@@ -97,7 +97,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
                 raise InputError(
                     f"{self.output_file} is finished with {file.tokens:,} tokens: lower num_tokens, or overwrite it"
                 )
-        print(
+        to_stdout(
             f"{self.output_file}: {file.samples:,} texts of {file.tokens:,} tokens; left out: {file.duplicates:,} "
             f"duplicates, {file.dropped:,} empty or unfinished; {file.cut:,} were cut at max_new_tokens"
         )
@@ -108,16 +108,16 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
             try:
                 with shown_progress("reading with the teacher, sequences", rate="sequences/s") as progress:
                     num_sequences = fill_teacher_cache(config, progress)
-            except (InputError, KeyboardInterrupt, SystemExit):
-                cache = self.teacher_cache
-                note(f"the text is finished, {cache} is not: the same command with --resume continues there")
+            except (InputError, KeyboardInterrupt, SystemExit) as error:
+                remedy = "" if isinstance(error, InputError) else ": the same command with --resume continues there"
+                note(f"the text is finished, {self.teacher_cache} is not{remedy}")
                 raise
             serves = "any number of steps" if config.data.repeat_sequences else "one epoch"
-            print(
+            to_stdout(
                 f"{self.teacher_cache}: the teacher's top {self.teacher_top_k} tokens for {num_sequences:,} sequences "
                 f"of {self.seq_len} tokens, for {serves} without a teacher"
             )
-        print(f"train on it with: {command_of('train', config.given)}")
+        to_stdout(f"train on it with: {command_of('train', config.given)}")
         return 0
 
     def _train_config(self) -> TrainConfig:

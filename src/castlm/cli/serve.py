@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from castlm.cli.options import use_threads
+from castlm.cli.options import to_stdout, use_threads
 from castlm.core.errors import InputError
 from castlm.fields import like, positional
 from castlm.training.options import ModelOptions
@@ -71,7 +71,7 @@ class ServeCommand:
             limit_concurrency=256,
             timeout_graceful_shutdown=1,
         )
-        print(f"castlm: model {name} at http://{self.host}:{self.port}/v1, until Ctrl-C", flush=True)
+        to_stdout(f"castlm: model {name} at http://{self.host}:{self.port}/v1, until Ctrl-C")
         try:
             uvicorn.Server(config).run()
         finally:

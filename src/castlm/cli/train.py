@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -129,6 +128,6 @@ def run_training(config: TrainConfig, report: bool) -> int:
             except (InputError, OSError) as error:  # the run itself is finished
                 note(f"no report: {error}; try castlm report {shlex.quote(str(folder))}")
     except Interrupted as stop:
-        print(f"castlm: {stop}", file=sys.stderr)
+        note(str(stop))
         return stop.exit_code
     return 1 if problem(record.get("verdict", {})) == "diverged" else 0

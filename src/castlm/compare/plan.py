@@ -22,6 +22,7 @@ from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
 from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig, without_sections
+from castlm.training.options import SEQ_LEN
 
 Say = Callable[[str], None]
 
@@ -198,10 +199,15 @@ class Plan:
         return {"calibration": self.command.dataset, **opened}
 
     def check_model(self) -> None:
-        """Raises `InputError` if config or tokenizer of the model cannot be read: every run would fail."""
+        """Raises `InputError` if config or tokenizer of the model cannot be read, or its context is too short: every
+        run would fail.
+        """
         from castlm.models.io import open_model
+        from castlm.training.source import check_sizes
 
-        open_model(self.command.model, trust_remote_code=self._trusts, revision=self.common.get("revision"))
+        revision = self.common.get("revision")
+        _, config, _ = open_model(self.command.model, trust_remote_code=self._trusts, revision=revision)
+        check_sizes(config, seq_len=self.common.get("seq_len", SEQ_LEN), teacher_top_k=0)
 
     @property
     def _trusts(self) -> bool:

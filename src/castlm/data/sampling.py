@@ -244,7 +244,9 @@ class SampleFile:
     def begin(self, overwrite: bool, resume: bool) -> None:
         """Continues an earlier start, or begins a new one where nothing is in the way; errors as `open_samples`."""
         record = read_record(self.record_file)
-        digest = sha256_file(self.path) if self.path.exists() else None
+        if "settings" not in record and os.path.lexists(self.record_file):
+            raise InputError(f"{self.record_file} is not a record of castlm: move it away, or name another file")
+        digest = sha256_file(self.path) if os.path.lexists(self.path) else None
         is_whole = digest is not None and digest == record.get("sha256")
         self.is_finished = resume and is_whole and not self.part.exists()
         if not self.is_finished:
@@ -252,7 +254,7 @@ class SampleFile:
                 raise InputError(f"{self.path} already exists: name another file or pass overwrite")
             if digest not in (None, record.get("sha256"), record.get("replaces")):
                 raise InputError(f"{self.path} is not as castlm wrote it: move it away, or name another file")
-            if self.part.exists() and not (record and (resume or overwrite)):
+            if os.path.lexists(self.part) and not (record and (resume or overwrite)):
                 remedy = "pass resume, or overwrite" if record else "it has no record of castlm beside it: move it away"
                 raise InputError(f"{self.part} is there, from a start that was stopped: {remedy}")
         if resume and record:
@@ -418,9 +420,11 @@ def sample(
             )
             said = True
         if without == PATIENCE:
+            repeats = file.duplicates > file.dropped
+            remedy = "raise temperature or the number of prompts" if repeats else "raise max_new_tokens"
             raise InputError(
-                f"{PATIENCE} batches in a row have brought no new text; {file.part} holds {file.samples:,}: raise "
-                "temperature, max_new_tokens or the number of prompts, or lower num_tokens"
+                f"{PATIENCE} batches in a row have brought no new text; {file.part} holds {file.samples:,}: {remedy}, "
+                "or lower num_tokens"
             )
         progress(min(file.tokens, num_tokens), num_tokens)
     file.finish()

@@ -34,12 +34,19 @@ _NOT_OF_THE_MODEL = re.compile(r"(training_args\.bin|(optimizer|scheduler|scaler
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a model folder; empty without one. Its `left_dense` is an object."""
+    """The castlm.json of a model folder; empty without one. Its `left_dense` is an object, and `rounded`, of a model
+    that was trained with rounded weights, has the name of a format.
+    """
     file = folder / "castlm.json"
     manifest = read_json_object(file) if file.is_file() else {}
     left_dense = manifest.get("left_dense", {})
     if not isinstance(left_dense, dict):
         raise InputError(f"{file}: left_dense is a {type(left_dense).__name__}, not an object of names and reasons")
+    trained, kinds = manifest.get("rounded"), [form.name for form in formats.FORMATS.values() if form.group]
+    if "rounded" in manifest and not (isinstance(trained, dict) and trained.get("kind") in kinds):
+        raise InputError(
+            f"{file}: rounded is {trained!r:.100}, and its kind must be {' or '.join(kinds)}: fetch it again"
+        )
     return manifest
 
 

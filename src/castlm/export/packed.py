@@ -330,7 +330,8 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
         rounded = on_grid(weight, spec.values)
     if rounded is None:  # the head
         rounded = round_rows(weight, spec.values)
-    mask = kept_mask(weight, spec.n, spec.m) if spec.m else None
+    # Of the codes, because integers cannot keep the sign of a zero: so packing again gives the same mask.
+    mask = kept_mask(rounded.codes, spec.n, spec.m) if spec.m else None
     return replace(pack_integers(rounded.codes, rounded.scales, spec.values, spec.n, spec.m, mask), spec=spec)
 
 

@@ -292,7 +292,7 @@ def locked(file: Path, command: str, output: Path) -> Iterator[None]:
         output: the folder or file that the lock is for, which an error names.
     """
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise InputError(
             f"{output} cannot be locked: {file} cannot be opened ({error.strerror}): remove it, or name another output"

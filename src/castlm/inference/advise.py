@@ -391,11 +391,9 @@ def rank(
         progress: called with (shapes done, in all).
 
     Raises:
-        InputError: kernels that were not built, or another dtype.
+        InputError: as `check_can_time`.
     """
-    native.built()
-    if dtype not in FLOATS:
-        raise InputError(f"this CPU has no {dtype}: choose one of {', '.join(FLOATS)}")
+    check_can_time(dtype)
     assert min(workloads.values()) >= 1
     compared = options(dtype, pattern)
     totals = {option: dict.fromkeys(workloads, 0.0) for option in compared}
@@ -429,6 +427,13 @@ def rank(
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
     ]
     return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), notes, quality)
+
+
+def check_can_time(dtype: str) -> None:
+    """Raises `InputError` if the kernels were not built, or `dtype` is not bf16, fp16 or fp32."""
+    native.built()
+    if dtype not in FLOATS:
+        raise InputError(f"this CPU has no {dtype}: choose one of {', '.join(FLOATS)}")
 
 
 def untimed_note(num_weights: int) -> list[str]:

@@ -291,7 +291,7 @@ def read_specs(files: Iterable[str | Path]) -> dict[str, PackedSpec]:
 
     Raises:
         InputError: an unreadable file, damaged metadata or another version, stored tensors that are missing or differ
-            from the metadata in shape or dtype, values that the metadata do not name, or a tensor stored plain too.
+            from the metadata in shape or dtype, parts that the metadata do not name, or a tensor stored plain too.
     """
     specs: dict[str, PackedSpec] = {}
     names: set[str] = set()
@@ -305,7 +305,8 @@ def read_specs(files: Iterable[str | Path]) -> dict[str, PackedSpec]:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is corrupt or cut short ({error}): fetch it again") from error
         specs.update(found)
-    unnamed = {name for name in names if name.endswith(".values") and name.removesuffix(".values") not in specs}
+    known = {f"{stem}.{suffix}" for stem, spec in specs.items() for suffix in spec.tensors()}
+    unnamed = {name for name in names - known if name.endswith((".values", ".mask", ".scales"))}
     plain_too = {spec.tensor_name(stem) for stem, spec in specs.items()} & names
     if specs and (wrong := unnamed | plain_too):
         raise InputError(f"the castlm metadata of {file} do not agree with {min(wrong)} in it: pack the model again")

@@ -132,10 +132,10 @@ class CastlmQuantizer(HfQuantizer):
         path = _path_in(model, loaded_name(model, name))
         module = model.get_submodule(path) if path is not None else None
         weight = getattr(module, "weight", None)
-        shape = (spec.columns, spec.rows) if spec.transposed else (spec.rows, spec.columns)
-        if path is None or weight is None or tuple(weight.shape) != shape:
+        if path is None or weight is None or tuple(weight.shape) != spec.unpacked_shape:
             raise InputError(
-                f"{type(model).__name__} has no layer {name} of shape {shape}: load the model after castlm unpack"
+                f"{type(model).__name__} has no layer {name} of shape {spec.unpacked_shape}: load the model after "
+                "castlm unpack"
             )
         if isinstance(module, nn.Embedding):
             assert type(module) is nn.Embedding, "castlm pack leaves tables that scale as they are"

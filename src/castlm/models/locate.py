@@ -92,8 +92,11 @@ def local_folder(name: str | Path) -> Path:
         return Path(where.target)
     snapshot = cached_snapshot(where.target, None) if where.is_hub else None
     if snapshot is None or not _is_whole(snapshot):
-        by = f"castlm unpack {name} --output-dir" if where.gguf else f"hf download {name} --local-dir"
-        raise InputError(f"{name} is no model folder, and this needs one: {by} FOLDER makes it")
+        if where.gguf:
+            raise InputError(
+                f"{name} is a GGUF file, and this needs a folder: castlm unpack {name} --output-dir FOLDER"
+            )
+        raise InputError(f"there is no folder {name}; a model of the hub is fetched by: hf download {name}")
     return snapshot
 
 

@@ -17,7 +17,7 @@ from castlm.core.errors import InputError
 from castlm.fields import convert, essential
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import begin_output, output_folder
-from castlm.files.reading import read_json_object
+from castlm.files.reading import read_json_object, user_path
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.training.config import without_sections
@@ -75,6 +75,8 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
         ),
         progress,
     )
+    if missing := [folder for folder in config.runs_from if not user_path(folder).is_dir()]:
+        raise InputError(f"runs_from {missing[0]} is no folder: name one of castlm compare or plan sweep")
     runs = [[plan.make(method, tokens, seed, None) for seed in range(config.seeds)] for tokens in asked]
     check_budgets([of_budget[0].tokens for of_budget in runs])
     plan.check_model()
@@ -123,7 +125,7 @@ def _claim(root: Path, names: list[str], command: str) -> None:
 
 def _finished_elsewhere(run: Run, folders: Sequence[str]) -> Result | None:
     """The result of a run that is finished in one of the `folders` of comparisons or sweeps."""
-    for other in map(Path, folders):
+    for other in map(user_path, folders):
         for folder in other.glob(f"runs/*-{run.key}"):
             if (record := read_finished(folder, run.config)) is not None:
                 return Result(run, record, folder)

@@ -240,10 +240,13 @@ class Engine:
         self._thread.start()
 
     def submit(self, answer: Answer) -> None:
-        """Queues a request. Raises `BusyError` if too many wait."""
+        """Queues a request; cancels it after `close`. Raises `BusyError` if too many wait."""
         assert answer.max_new_tokens >= 1
         assert answer.num_cached <= self.context
         with self._changed:
+            if self._is_closed:
+                answer.finish("cancelled")
+                return
             if len(self._waiting) >= MOST_WAITING:
                 raise BusyError(f"{MOST_WAITING} requests wait already: try again later")
             self._waiting.append(answer)

@@ -24,6 +24,7 @@ from rich.table import Column
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text, plain_json, reporting_full_disk
+from castlm.names import printable
 from castlm.progress import Screen
 
 SHOWN = {
@@ -103,7 +104,7 @@ class Telemetry:
 
     def say(self, text: str) -> None:
         if self.is_main:
-            self.console.print(text, markup=False)
+            self.console.print(printable(text, keep="\n"), markup=False)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Shows and writes the figures of the optimizer step that just ended, counted from 1."""
