@@ -479,7 +479,7 @@ def test_a_model_that_no_run_could_open_is_refused_first(files, tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
         compare({**files, "model": str(model)}, tmp_path, methods="magnitude")
     with pytest.raises(InputError, match="seq_len 257 exceeds"):
-        compare(files, tmp_path, methods="magnitude", seq_len=257)
+        compare(files, tmp_path, methods="magnitude", seq_len=257, budget_tokens=1028)
     assert not (tmp_path / "out").exists()
 
 
