@@ -118,8 +118,8 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
   float* scales = reinterpret_cast<float*>(narrow + rows * width);
   const auto quantize = level == kNeon ? plain_quantize : avx2_quantize;
   for (int64_t b = 0; b < rows; ++b) quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
-  if (level == kAvx2 && of.n && of.values == kInt4 && avx2_prompt_gains(of, batch))
-    for (int64_t i = 0; i < rows * width; ++i) narrow[i] = int8_t(narrow[i] ^ 0x80);  // x + 128 as uint8
+  if (level == kAvx2 && avx2_prompt_gains(of, batch))
+    return avx2_prompt_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_prompt_bytes(of, rows)));
   const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.n || of.values == kInt8));
   if (as_they_are) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
@@ -158,15 +158,14 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
   const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
   int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
   const bool by_prompt = level == kAvx2 && avx2_prompt_gains(of, batch);
-  const int64_t most = by_prompt ? kPromptRows : kMaxBatch;  // rows of x at once
   if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
   if (by_prompt) part = whole(part, 4);  // tiles that it takes together
   if (threads == 1 && batch <= kMaxBatch) part = tiles;
   in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
-    for (int64_t b = 0; b < x.batch; b += most) {
-      const Activations some = rows_from(of, x, b, std::min(most, x.batch - b));
-      const Multiply kernel = by_prompt ? avx2_prompt(of)
-                              : level == kAvx512 ? avx512_multiply(of, some.batch)
+    if (by_prompt) return avx2_prompt(of)(of, data, x, sums, ldy, first, last);
+    for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
+      const Activations some = rows_from(of, x, b, std::min(kMaxBatch, x.batch - b));
+      const Multiply kernel = level == kAvx512 ? avx512_multiply(of, some.batch)
                               : level == kAvx2 ? avx2_multiply(of, some.batch)
                               : level == kNeon ? neon_multiply(of, some.batch)
                                                : plain_multiply;

@@ -23,7 +23,6 @@ namespace castlm {
 constexpr uint32_t kMagic = 0x6e6d3031;
 constexpr int64_t kBlock = 64;  // columns that share a panel, a scale of int4, and a scale of int8 activations
 constexpr int64_t kMaxBatch = 16;  // rows of x that are multiplied at once
-constexpr int64_t kPromptRows = 128;  // the same of `avx2_prompt`: as int8, 2,048 columns of them are half of a 512 KiB cache
 constexpr int64_t kHeaderBytes = 64;
 
 enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4 };
@@ -59,8 +58,8 @@ static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header")
 
 // The form of x in which kernels multiply it. Floats: fp32, padded; for dense bf16, the even columns of each 16 (of each 32
 // with AVX-512) before the odd ones. Integers: int8 with a scale for each block of 64 columns. AVX-512 adds 128 to these for
-// panels, whose int4 it multiplies as 16 times themselves; AVX2 does so for many rows of x times panels of int4. `offsets` cancels the constants that are added to dense weights:
-// 8 to int4, and with AVX-512 128 to int8.
+// panels, whose int4 it multiplies as 16 times themselves. `offsets` cancels the constants that are added to dense weights: 8
+// to int4, and with AVX-512 128 to int8. Many rows of x have another form with AVX2 (`avx2_prompt_rows`).
 struct Activations {
   const float* wide;
   const int8_t* narrow;
@@ -180,9 +179,12 @@ extern const bool is_intel;  // whether the processor is Intel's
 bool has_amx();
 Multiply neon_multiply(const Header&, int64_t batch);
 Multiply avx2_multiply(const Header&, int64_t batch);
-// The AVX2 kernel of integers for many rows of x, up to `kPromptRows` at once, a multiple of 4; and whether it is faster.
+// The AVX2 kernel of integers for many rows of x, a multiple of 4, and whether it is faster.
 Multiply avx2_prompt(const Header&);
 bool avx2_prompt_gains(const Header&, int64_t batch);
+// Rows of x as that kernel takes them, in `room` of `avx2_prompt_bytes`, aligned to 32 bytes.
+int64_t avx2_prompt_bytes(const Header&, int64_t batch);
+Activations avx2_prompt_rows(const Header&, const Activations& x, void* room);
 Multiply avx512_multiply(const Header&, int64_t batch);
 bool avx512_gains(const Header&, int64_t batch);  // whether it is faster than AVX2
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);

@@ -1,20 +1,28 @@
 // Integer weights times many rows of x (prompts, large batches) with AVX2.
 //
 // A single row of x is bound by the bytes of the weights, and `kernels_avx2.cpp` decodes them again for every four rows.
-// Many rows are bound by instructions. Here the weights of four tiles are decoded once per `kPromptRows` rows of x into the
-// operands of the instructions, in a buffer that stays in the first-level cache, while x comes from the second:
+// Many rows are bound by instructions, and most of all by those that multiply. `vpmaddubsw` takes one unsigned factor, |w|, so
+// that x needs the sign of w. x therefore lies beside its negative, and the shuffle that picks the columns of the kept weights
+// picks the signs with them; dense int8 is shuffled for the signs alone.
 //
-//   n:m, a panel (4 rows by 64 columns of 2:4, 8 rows of 1:4), a record for each half of its rows:
-//     int8: | control 0 | w 0 | magnitude 0 | control 1 | w 1 | magnitude 1 |     32 bytes each
-//             columns 0..31: which byte of x each kept weight meets, w, |w|   columns 32..63
-//     int4: | control 0 | w 0 | control 1 | w 1 | scales | -128 times the sum of the weights of each 32-bit lane |
-//   dense, a record for each of the four rows of a block of 64 columns:
-//     | w 0 | magnitude 0 | w 1 | magnitude 1 |  of int8,  | w + 8, columns 0..31 | columns 32..63 | scale |  of int4
+//   a lane of 16 bytes of x:         | columns c .. c + 7 | the same, negative |     for dense int4 the same again
+//   a vector, i = 0, 1, q = 0, 1:    | lane of c = 32 i + 8 q | lane of c = 32 i + 8 q + 16 |
+//   eight rows by 64 columns:        | row 0: i = 0, 1 | row 1: i = 0, 1 | ... |     those of all blocks for q = 0, then q = 1
 //
-// One record then meets four rows of x. For 32 kept weights, which stand for 64 columns of 2:4, that is a shuffle of x,
-// a sign, a product (`vpmaddubsw`), a widening sum (`vpmaddwd`) and an addition. Products of int4 are so small that x can
-// be the unsigned factor, as x + 128, without the sign; one addition takes 128 times the weights off again. The integer
-// sums are exact and the others run in the order of `kernels_avx2.cpp`, so that both give the same bits.
+// The weights of four tiles are decoded once per `kPromptRows` rows of x into the operands of the instructions, in a buffer
+// that stays in the first-level cache. A record is half of the columns (q) of a block of 64, for four rows of 2:4 or two
+// dense ones, whose weights for its columns a lane holds side by side:
+//
+//   2:4:     | 4 of row 0 | 4 of row 1 | 4 of row 2 | 4 of row 3 |     dense:    | 8 of row 0 | 8 of row 1 |
+//   record:  | control 0 | magnitude 0 | control 1 | magnitude 1 |     32 bytes each, for i = 0, 1; of int4 | scales | too
+//   dense int4, whose unsigned codes `kernels_avx2.cpp` multiplies:    | codes 0 | codes 1 | scales |
+//   1:4:     | 2 of row 0 | ... | 2 of row 7 |                         one record for both q
+//
+// One record meets eight rows of x. For 32 kept weights, which stand for 64 columns of 2:4, that is a shuffle of x, a
+// product (`vpmaddubsw`), a widening sum (`vpmaddwd`) and an addition. The integer sums are exact and the others run in the
+// order of `kernels_avx2.cpp`, so that both give the same bits.
+
+#include <algorithm>
 
 #include "avx2.h"
 
@@ -25,194 +33,290 @@ BEGIN_TARGET("avx2,fma,f16c")
 namespace castlm {
 namespace {
 
-constexpr int kBias = 128;            // added to x where it is the unsigned factor
-constexpr int kRowsAtOnce = 4;        // rows of x that share a record while it is in registers
-constexpr int kTilesAtOnce = 4;       // tiles that share rows of x, and complete a cache line of each row of y
-constexpr int64_t kDecodedBlocks = 12;  // blocks of 64 columns of these tiles that are decoded at once: 18 KiB of 2:4 int8
+constexpr int kRowsAtOnce = 8;          // rows of x that share a record while it is in registers
+constexpr int kTilesAtOnce = 4;         // tiles that share rows of x, and complete a cache line of each row of y
+constexpr int64_t kDecodedBlocks = 12;  // blocks of 64 columns of these tiles that are decoded at once: 24 KiB of dense int8
+constexpr int64_t kPromptRows = 128;    // rows of x that these meet
 
 INLINE __m256i load(const void* at) { return _mm256_load_si256(static_cast<const __m256i*>(at)); }
-INLINE __m256i load_x(const int8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 INLINE void store(uint8_t*& to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes), to += 32; }
 
-// ---- n:m
+// A load that stays one: compilers repeat it for each use, as an operand in memory, and here loads are short.
+INLINE __m256i load_once(const void* at) {
+  __m256i bytes = load(at);
+  asm("" : "+x"(bytes));
+  return bytes;
+}
 
-constexpr int64_t kPanelRecord = 6 * 32;
+// Whether x has its negative beside it, and the bytes of a row of x by half of a block; those of dense int4 end with `offset`.
+template <int n, bool is_int4>
+constexpr bool has_signs() { return n > 0 || !is_int4; }
+constexpr int64_t row_bytes(bool signs) { return signs ? 64 : 96; }
 
-// Decodes `blocks` panels: the records of the first half of their rows, then the others.
+// Where weights `w` find their x: `columns`, or the same place of the negative.
+INLINE void store_signed(uint8_t*& to, __m256i columns, __m256i w) {
+  const __m256i negative = _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(8));
+  store(to, _mm256_or_si256(columns, negative));
+  store(to, _mm256_abs_epi8(w));
+}
+
+// ---- records of weights
+
+template <int n, bool is_int4>
+constexpr int64_t record_bytes() {
+  if (n == 1) return 8 * 32 + (is_int4 ? 2 * 32 : 0);
+  return has_signs<n, is_int4>() ? 4 * 32 + (is_int4 ? 32 : 0) : 3 * 32;
+}
+
+// Records of a tile: 2:4 has those of q = 0, then of q = 1; dense has these of rows 0 and 1, then of rows 2 and 3.
+template <int n>
+constexpr int num_records() { return n == 0 ? 4 : n == 1 ? 1 : 2; }
+
+// The weights of both halves of a panel's rows at one step, in the order of the records of `q`.
+template <int n>
+INLINE __m256i of_columns(__m256i first, __m256i second, int q) {
+  if (n == 2) {
+    const __m256 a = _mm256_castsi256_ps(first), b = _mm256_castsi256_ps(second);
+    return _mm256_castps_si256(q ? _mm256_shuffle_ps(a, b, 0xdd) : _mm256_shuffle_ps(a, b, 0x88));
+  }
+  const __m256i low = _mm256_set1_epi32(0xffff);
+  return q ? _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16))
+           : _mm256_packus_epi32(_mm256_and_si256(first, low), _mm256_and_si256(second, low));
+}
+
 template <int n, bool is_int4>
 INLINE void decode_panels(const uint8_t* panel, int64_t blocks, uint8_t* decoded) {
-  const __m256i ones = _mm256_set1_epi16(1), bias = _mm256_set1_epi8(char(kBias));
+  constexpr int64_t kRecord = record_bytes<n, is_int4>();
+  const __m256i groups = n == 2 ? _mm256_set1_epi32(0x04040000) : _mm256_set1_epi16(0x0400);
+  const __m256i low_two = _mm256_set1_epi8(3);
   for (int64_t block = 0; block < blocks; block++, panel += integer_panel_bytes<n, is_int4>()) {
     const __m256i meta = load_bytes(panel);
-    __m256 scales[2];
-    if (is_int4) row_scales<n>(panel + 96, scales);
-    for (int half = 0; half < 2; half++) {
-      uint8_t* to = decoded + (half * blocks + block) * kPanelRecord;
-      __m256i excess = _mm256_setzero_si256();
-      for (int columns = 0; columns < 2; columns++) {  // 0..31 and 32..63
-        const int step = 2 * half + columns;
-        const __m256i w = kept_of_step<is_int4>(panel, step);
-        store(to, control_of_step<n>(meta, step));
-        store(to, w);
-        if (!is_int4) store(to, _mm256_abs_epi8(w));
-        else excess = _mm256_sub_epi32(excess, _mm256_madd_epi16(_mm256_maddubs_epi16(bias, w), ones));
+    uint8_t* to = decoded + block * kRecord;
+    for (int q = 0; q < 2; q++) {
+      for (int i = 0; i < 2; i++) {  // columns 0..31 and 32..63
+        const __m256i position[2] = {_mm256_and_si256(_mm256_srli_epi16(meta, 2 * i), low_two),
+                                     _mm256_and_si256(_mm256_srli_epi16(meta, 4 + 2 * i), low_two)};
+        const __m256i w = of_columns<n>(kept_of_step<is_int4>(panel, i), kept_of_step<is_int4>(panel, 2 + i), q);
+        store_signed(to, _mm256_or_si256(of_columns<n>(position[0], position[1], q), groups), w);
       }
-      if (is_int4) store(to, _mm256_castps_si256(scales[half])), store(to, excess);
+      if (n == 2 && is_int4) {
+        const __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(panel + 96))), 16);
+        store(to, _mm256_broadcastsi128_si256(wide));
+      }
+      if (n == 2) to = decoded + (blocks + block) * kRecord;
+    }
+    if (n == 1 && is_int4) {
+      __m256 scales[2];
+      row_scales<n>(panel + 96, scales);
+      for (const __m256& half : scales) store(to, _mm256_castps_si256(half));
     }
   }
 }
 
-// The records of one half times four rows of x, added to `sums`: 8 floats for each row of x.
-template <bool is_int4>
-INLINE void multiply_panels(const uint8_t* record, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
-                            int64_t ld_scales, bool starts, float* sums) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256 sum[kRowsAtOnce];
-  for (int b = 0; b < kRowsAtOnce; b++) sum[b] = starts ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * b);
-  for (int64_t block = 0; block < blocks; block++, record += kPanelRecord, x += kBlock, scales++) {
-    constexpr int kSecond = is_int4 ? 64 : 96;  // the record's part for columns 32..63
-    const __m256i control[2] = {load(record), load(record + kSecond)};
-    const __m256i w[2] = {load(record + 32), load(record + kSecond + 32)};
-    const __m256i magnitude[2] = {load(record + 64), load(record + 160)};  // of int8 alone
-    const __m256 w_scale = _mm256_castsi256_ps(load(record + 128));        // of int4 alone
-    const __m256i excess = load(record + 160);                             // of int4 alone
-#pragma GCC unroll 4
-    for (int b = 0; b < kRowsAtOnce; b++) {
-      const int8_t* row = x + b * ldx;
-      const __m256i first = _mm256_shuffle_epi8(load_x(row), control[0]);
-      const __m256i second = _mm256_shuffle_epi8(load_x(row + 32), control[1]);
-      __m256 scale = _mm256_broadcast_ss(scales + b * ld_scales);
-      __m256i total;
-      if (is_int4) {  // at most 4 * 8 * 255 in 16 bits
-        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(first, w[0]), _mm256_maddubs_epi16(second, w[1]));
-        total = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), excess);
-        scale = _mm256_mul_ps(scale, w_scale);
-      } else {
-        total = _mm256_add_epi32(_mm256_madd_epi16(dot_bytes(magnitude[0], w[0], first), ones),
-                                 _mm256_madd_epi16(dot_bytes(magnitude[1], w[1], second), ones));
-      }
-      sum[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, sum[b]);
-    }
-  }
-  for (int b = 0; b < kRowsAtOnce; b++) _mm256_store_ps(sums + 8 * b, sum[b]);
+// Two rows by 32 columns as two vectors: q = 0 and q = 1.
+INLINE __m256i of_two_rows(__m256i first, __m256i second, int q) {
+  return q ? _mm256_unpackhi_epi64(first, second) : _mm256_unpacklo_epi64(first, second);
 }
 
-// ---- dense
-
-template <bool is_int4>
-constexpr int64_t dense_record() { return is_int4 ? 3 * 32 : 4 * 32; }
-
-// Decodes `blocks` blocks of four rows: the records of the first row, then those of the others.
 template <bool is_int4>
 INLINE void decode_rows(const uint8_t* row, int64_t blocks, uint8_t* decoded) {
   constexpr int kBytes = is_int4 ? 34 : 64;
-  const __m256i low_four = _mm256_set1_epi8(15);
+  const __m256i columns = _mm256_set1_epi64x(0x0706050403020100), low_four = _mm256_set1_epi8(15);
   for (int64_t block = 0; block < blocks; block++)
-    for (int r = 0; r < 4; r++, row += kBytes) {
-      uint8_t* to = decoded + (r * blocks + block) * dense_record<is_int4>();
-      for (int columns = 0; columns < 2; columns++) {
-        const __m256i bytes = load_bytes(row + (is_int4 ? 0 : 32 * columns));
-        if (is_int4) store(to, _mm256_and_si256(columns ? _mm256_srli_epi16(bytes, 4) : bytes, low_four));
-        else store(to, bytes), store(to, _mm256_abs_epi8(bytes));
+    for (int pair = 0; pair < 2; pair++, row += 2 * kBytes)
+      for (int q = 0; q < 2; q++) {
+        uint8_t* to = decoded + ((2 * pair + q) * blocks + block) * record_bytes<0, is_int4>();
+        for (int i = 0; i < 2; i++) {
+          __m256i rows[2];
+          for (int r = 0; r < 2; r++) {
+            rows[r] = load_bytes(row + r * kBytes + (is_int4 ? 0 : 32 * i));
+            if (is_int4) rows[r] = _mm256_and_si256(i ? _mm256_srli_epi16(rows[r], 4) : rows[r], low_four);
+          }
+          const __m256i w = of_two_rows(rows[0], rows[1], q);
+          if (is_int4) store(to, w);
+          else store_signed(to, columns, w);
+        }
+        if (is_int4)  // rows 0, 0, 1, 1
+          store(to, _mm256_castps_si256(_mm256_blend_ps(high_halves(load32(row + 30)), high_halves(load32(row + kBytes + 30)), 0xcc)));
       }
-      if (is_int4) store(to, _mm256_castps_si256(high_halves(load32(row + 30))));
-    }
 }
 
-// The records of one row times four rows of x. `offsets` takes off the 8 that int4 have added.
-template <bool is_int4>
-INLINE void multiply_row(const uint8_t* record, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
-                         const int32_t* offsets, int64_t ld_scales, bool starts, float* sums) {
+// ---- products
+
+// The records of half of the columns times eight rows of x, added to `sums`: 8 floats for each row of x. The offset takes off
+// the 8 that dense int4 have added, in the first lane of each row of the weight, where q = 0.
+template <bool signs, bool is_int4, bool has_offset>
+INLINE void multiply_half(const uint8_t* record, int64_t blocks, const int8_t* x, const float* scales, bool starts, float* sums) {
+  constexpr int kStep = signs ? 64 : 32;
+  constexpr int64_t kRow = row_bytes(signs);
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 sum[kRowsAtOnce];
   for (int b = 0; b < kRowsAtOnce; b++) sum[b] = starts ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * b);
-  for (int64_t block = 0; block < blocks; block++, record += dense_record<is_int4>(), x += kBlock, scales++) {
-    const __m256i w[2] = {load(record), load(record + (is_int4 ? 32 : 64))};
-    const __m256i magnitude[2] = {load(record + 32), load(record + (is_int4 ? 32 : 96))};  // of int8 alone
-    const __m256 w_scale = _mm256_castsi256_ps(load(record + 64));                         // of int4 alone
-#pragma GCC unroll 4
+  for (int64_t block = 0; block < blocks; block++, record += 2 * kStep + (is_int4 ? 32 : 0), x += kRowsAtOnce * kRow, scales += kRowsAtOnce) {
+    __m256i control[2], w[2];
+    for (int i = 0; i < 2; i++) {
+      if (signs) control[i] = load_once(record + kStep * i);
+      w[i] = load_once(record + kStep * (i + 1) - 32);
+    }
+    const __m256 w_scale = is_int4 ? _mm256_castsi256_ps(load_once(record + 2 * kStep)) : _mm256_setzero_ps();
+#pragma GCC unroll 8
     for (int b = 0; b < kRowsAtOnce; b++) {
-      const __m256i v[2] = {load_x(x + b * ldx), load_x(x + b * ldx + 32)};
-      __m256 scale = _mm256_broadcast_ss(scales + b * ld_scales);
-      __m256i total;
-      if (is_int4) {
-        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], v[0]), _mm256_maddubs_epi16(w[1], v[1]));
-        const int32_t offset = offsets[block + b * ld_scales];
-        total = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), _mm256_castsi128_si256(_mm_cvtsi32_si128(offset)));
-        scale = _mm256_mul_ps(w_scale, scale);
-      } else {
-        total = _mm256_add_epi32(_mm256_madd_epi16(dot_bytes(magnitude[0], w[0], v[0]), ones),
-                                 _mm256_madd_epi16(dot_bytes(magnitude[1], w[1], v[1]), ones));
+      const int8_t* row = x + b * kRow;
+      __m256i pairs[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; i++) {
+        const __m256i v = load(row + 32 * i);
+        pairs[i] = _mm256_maddubs_epi16(w[i], signs ? _mm256_shuffle_epi8(v, control[i]) : v);
       }
+      __m256 scale = _mm256_broadcast_ss(scales + b);
+      __m256i total;
+      if (is_int4) {  // at most 4 * 15 * 127 in 16 bits
+        total = _mm256_madd_epi16(_mm256_add_epi16(pairs[0], pairs[1]), ones);
+        scale = _mm256_mul_ps(scale, w_scale);
+      } else {
+        total = _mm256_add_epi32(_mm256_madd_epi16(pairs[0], ones), _mm256_madd_epi16(pairs[1], ones));
+      }
+      if (has_offset) total = _mm256_add_epi32(total, load(row + 64));
       sum[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, sum[b]);
     }
   }
   for (int b = 0; b < kRowsAtOnce; b++) _mm256_store_ps(sums + 8 * b, sum[b]);
+}
+
+// The records of 1:4 times two rows of x: rows 0 to 3 of the panel in `sums`, rows 4 to 7 in `more`. `second`: x of q = 1.
+template <bool is_int4>
+INLINE void multiply_eight(const uint8_t* record, int64_t blocks, const int8_t* x, const int8_t* second,
+                           const float* scales, bool starts, float* sums, float* more) {
+  constexpr int64_t kStep = kRowsAtOnce * row_bytes(true);
+  const __m256i ones = _mm256_set1_epi16(1);
+  const auto low = [&](__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), ones); };
+  const auto high = [&](__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), ones); };
+  __m256 sum[2][2];
+  for (int b = 0; b < 2; b++) {
+    sum[b][0] = starts ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * b);
+    sum[b][1] = starts ? _mm256_setzero_ps() : _mm256_load_ps(more + 8 * b);
+  }
+  for (int64_t block = 0; block < blocks;
+       block++, record += record_bytes<1, is_int4>(), x += kStep, second += kStep, scales += kRowsAtOnce) {
+    __m256i total[2][2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+      const __m256i control[2] = {load_once(record + 64 * i), load_once(record + 128 + 64 * i)};
+      const __m256i w[2] = {load_once(record + 64 * i + 32), load_once(record + 128 + 64 * i + 32)};
+#pragma GCC unroll 2
+      for (int b = 0; b < 2; b++) {
+        const __m256i first = _mm256_maddubs_epi16(w[0], _mm256_shuffle_epi8(load(x + 64 * b + 32 * i), control[0]));
+        const __m256i last = _mm256_maddubs_epi16(w[1], _mm256_shuffle_epi8(load(second + 64 * b + 32 * i), control[1]));
+        if (is_int4) {  // 16 bits hold both steps
+          total[b][0] = i ? _mm256_add_epi16(total[b][0], first) : first;
+          total[b][1] = i ? _mm256_add_epi16(total[b][1], last) : last;
+        } else {
+          total[b][0] = i ? _mm256_add_epi32(total[b][0], low(first, last)) : low(first, last);
+          total[b][1] = i ? _mm256_add_epi32(total[b][1], high(first, last)) : high(first, last);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; b++) {
+      const __m256i rows[2] = {is_int4 ? low(total[b][0], total[b][1]) : total[b][0],
+                               is_int4 ? high(total[b][0], total[b][1]) : total[b][1]};
+      const __m256 scale = _mm256_broadcast_ss(scales + b);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const __m256 w_scale = _mm256_castsi256_ps(load(record + (is_int4 ? 256 + 32 * half : 0)));
+        sum[b][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(rows[half]), is_int4 ? _mm256_mul_ps(scale, w_scale) : scale,
+                                       sum[b][half]);
+      }
+    }
+  }
+  for (int b = 0; b < 2; b++) _mm256_store_ps(sums + 8 * b, sum[b][0]), _mm256_store_ps(more + 8 * b, sum[b][1]);
 }
 
 // ---- tiles
 
-constexpr int kSums = kRowsAtOnce * 8;  // of a part (a half of a panel's rows, or a dense row) by four rows of x
+constexpr int kSums = kRowsAtOnce * 8;  // of a record, or of half of the rows of 1:4, by eight rows of x
 
-// The outputs of a tile for four rows of x: `sums` has those of each part.
+template <int n>
+constexpr int num_parts() { return n ? 2 : 4; }
+
+// All records of `count` blocks of a tile times eight rows of x. `second`: x of q = 1.
+template <int n, bool is_int4>
+INLINE void multiply_tile(const uint8_t* records, int64_t count, const int8_t* x, const int8_t* second, const float* scales, bool starts,
+                          float (*sums)[kSums]) {
+  if constexpr (n == 1) {
+    for (int b = 0; b < kRowsAtOnce; b += 2)
+      multiply_eight<is_int4>(records, count, x + 64 * b, second + 64 * b, scales + b, starts, sums[0] + 8 * b, sums[1] + 8 * b);
+  } else {
+    constexpr bool signs = has_signs<n, is_int4>();
+    for (int part = 0; part < num_parts<n>(); part += 2) {
+      const uint8_t* first = records + part * count * record_bytes<n, is_int4>();
+      multiply_half<signs, is_int4, !signs>(first, count, x, scales, starts, sums[part]);
+      multiply_half<signs, is_int4, false>(first + count * record_bytes<n, is_int4>(), count, second, scales, starts, sums[part + 1]);
+    }
+  }
+}
+
+// The outputs of a tile for up to eight rows of x.
 template <int n, int values>
-INLINE void write_tile(const float (*sums)[kSums], const float* row_scales, int64_t num_rows, float* y, int64_t ldy) {
-  constexpr int kParts = n ? 2 : 4, kTileRows = n == 1 ? 8 : 4;
-  for (int b = 0; b < kRowsAtOnce; b++, y += ldy) {
-    __m256 parts[kParts];
-    for (int part = 0; part < kParts; part++) parts[part] = _mm256_load_ps(sums[part] + 8 * b);
+INLINE void write_tile(const float (*sums)[kSums], const float* row_scales, int64_t num_rows, int64_t batch, float* y,
+                       int64_t ldy) {
+  constexpr int kParts = num_parts<n>(), kTileRows = n == 1 ? 8 : 4;
+  for (int64_t b = 0; b < batch; b++, y += ldy) {
+    __m128 four[kParts];
+    for (int part = 0; part < kParts; part++)
+      four[part] = _mm_add_ps(_mm_load_ps(sums[part] + 8 * b), _mm_load_ps(sums[part] + 8 * b + 4));
     __m128 outputs[kTileRows / 4];
-    tile_outputs<n>(parts, outputs);
-    for (int four = 0; four < kTileRows / 4; four++) {
-      if (values == kInt8) outputs[four] = _mm_mul_ps(outputs[four], _mm_loadu_ps(row_scales + 4 * four));
-      if (num_rows == kTileRows) _mm_storeu_ps(y + 4 * four, outputs[four]);
+    if constexpr (n == 1) {
+      outputs[0] = four[0], outputs[1] = four[1];
+    } else if constexpr (n == 2) {
+      outputs[0] = _mm_add_ps(four[0], four[1]);
+    } else {
+      const __m128 first = _mm_hadd_ps(four[0], four[1]), last = _mm_hadd_ps(four[2], four[3]);
+      outputs[0] = _mm_add_ps(_mm_movelh_ps(first, last), _mm_movehl_ps(last, first));
+    }
+    for (int half = 0; half < kTileRows / 4; half++) {
+      if (values == kInt8) outputs[half] = _mm_mul_ps(outputs[half], _mm_loadu_ps(row_scales + 4 * half));
+      if (num_rows == kTileRows) _mm_storeu_ps(y + 4 * half, outputs[half]);
     }
     if (num_rows < kTileRows) std::memcpy(y, outputs, num_rows * 4);
   }
 }
 
-// As `Multiply`, for up to `kPromptRows` rows of x. n = 0 is dense.
+// As `Multiply`, for x as `avx2_prompt_rows` lays it out. n = 0 is dense.
 template <int n, int values>
 void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                      int64_t last) {
   constexpr bool is_int4 = values == kInt4;
-  constexpr int kParts = n ? 2 : 4;
   constexpr int kTileRows = n == 1 ? 8 : 4;
-  constexpr int64_t kRecord = n ? kPanelRecord : dense_record<is_int4>();
-  alignas(64) uint8_t decoded[kTilesAtOnce][kParts * kDecodedBlocks * kRecord];
-  alignas(64) float sums[kPromptRows / kRowsAtOnce][kTilesAtOnce][kParts][kSums];
+  constexpr int64_t kHalf = kRowsAtOnce * row_bytes(has_signs<n, is_int4>());  // bytes of rows of x by half of a block
+  alignas(64) uint8_t decoded[kTilesAtOnce][num_records<n>() * kDecodedBlocks * record_bytes<n, is_int4>()];
+  alignas(64) float sums[kPromptRows / kRowsAtOnce][kTilesAtOnce][num_parts<n>()][kSums];
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const int64_t blocks = of.blocks(), width = of.padded(), bytes = of.panel_bytes();
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
   const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);  // of int8 alone
-  for (int64_t tile = first; tile < last; tile += kTilesAtOnce) {
-    const int64_t tiles = smaller(kTilesAtOnce, last - tile);
-    for (int64_t k = 0; k < blocks; k += kDecodedBlocks) {
-      const int64_t count = smaller(kDecodedBlocks, blocks - k);
-      for (int64_t t = 0; t < tiles; t++) {
-        const uint8_t* weights = data + ((tile + t) * blocks + k) * bytes;
-        if constexpr (n > 0) decode_panels<n, is_int4>(weights, count, decoded[t]);
-        else decode_rows<is_int4>(weights, count, decoded[t]);
-      }
-      for (int64_t b = 0; b < x.batch; b += kRowsAtOnce) {
-        const int8_t* narrow = x.narrow + b * width + k * kBlock;
-        const int64_t scale = b * blocks + k;
+  for (int64_t start = 0; start < x.batch; start += kPromptRows)
+    for (int64_t tile = first; tile < last; tile += kTilesAtOnce) {
+      const int64_t tiles = smaller(kTilesAtOnce, last - tile);
+      for (int64_t k = 0; k < blocks; k += kDecodedBlocks) {
+        const int64_t count = smaller(kDecodedBlocks, blocks - k);
         for (int64_t t = 0; t < tiles; t++) {
-          float(*to)[kSums] = sums[blocks > kDecodedBlocks ? b / kRowsAtOnce : 0][t];
-          for (int part = 0; part < kParts; part++) {
-            const uint8_t* records = decoded[t] + part * count * kRecord;
-            if constexpr (n > 0)
-              multiply_panels<is_int4>(records, count, narrow, width, x.scales + scale, blocks, k == 0, to[part]);
-            else
-              multiply_row<is_int4>(records, count, narrow, width, x.scales + scale,
-                                    is_int4 ? x.offsets + scale : nullptr, blocks, k == 0, to[part]);
+          const uint8_t* weights = data + ((tile + t) * blocks + k) * bytes;
+          if constexpr (n > 0) decode_panels<n, is_int4>(weights, count, decoded[t]);
+          else decode_rows<is_int4>(weights, count, decoded[t]);
+        }
+        for (int64_t b = start; b < smaller(start + kPromptRows, x.batch); b += kRowsAtOnce) {
+          const int8_t* narrow = x.narrow + (2 * b / kRowsAtOnce * blocks + k) * kHalf;
+          const float* scales = x.scales + b * blocks + k * kRowsAtOnce;
+          for (int64_t t = 0; t < tiles; t++) {
+            float(*to)[kSums] = sums[blocks > kDecodedBlocks ? (b - start) / kRowsAtOnce : 0][t];
+            multiply_tile<n, is_int4>(decoded[t], count, narrow, narrow + blocks * kHalf, scales, k == 0, to);
+            if (k + count < blocks) continue;
+            const int64_t row = (tile + t) * kTileRows, rows = smaller(kTileRows, of.rows - row);
+            write_tile<n, values>(to, row_scales + row, rows, smaller(kRowsAtOnce, x.batch - b), y + b * ldy + row, ldy);
           }
-          if (k + count < blocks) continue;
-          const int64_t row = (tile + t) * kTileRows;
-          write_tile<n, values>(to, row_scales + row, smaller(kTileRows, of.rows - row), y + b * ldy + row, ldy);
         }
       }
     }
-  }
 }
 
 template <int values>
@@ -228,6 +332,45 @@ Multiply avx2_prompt(const Header& of) {
   return of.values == kInt4 ? prompt_kernel<kInt4>(of) : prompt_kernel<kInt8>(of);
 }
 
+// Rows of x in whole groups.
+static int64_t whole_groups(int64_t batch) { return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce; }
+
+static bool x_has_signs(const Header& of) { return of.n > 0 || of.values == kInt8; }
+
+int64_t avx2_prompt_bytes(const Header& of, int64_t batch) {
+  return whole_groups(batch) * of.blocks() * (2 * row_bytes(x_has_signs(of)) + 4);
+}
+
+Activations avx2_prompt_rows(const Header& of, const Activations& x, void* room) {
+  const bool signs = x_has_signs(of);
+  const int64_t blocks = of.blocks(), rows = whole_groups(x.batch), half = kRowsAtOnce * row_bytes(signs);
+  auto* narrow = static_cast<int8_t*>(room);
+  auto* scales = reinterpret_cast<float*>(narrow + rows * blocks * 2 * row_bytes(signs));
+  const auto put = [](int8_t* to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); };
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t group = row / kRowsAtOnce, in_group = row % kRowsAtOnce;
+    float* of_group = scales + group * blocks * kRowsAtOnce + in_group;
+    if (row >= x.batch) {  // its sums are not written, whatever its integers
+      for (int64_t block = 0; block < blocks; block++) of_group[block * kRowsAtOnce] = 0;
+      continue;
+    }
+    int8_t* to = narrow + group * 2 * blocks * half + in_group * row_bytes(signs);
+    const int8_t* from = x.narrow + row * of.padded();
+    for (int64_t block = 0; block < blocks; block++, to += half, from += kBlock) {
+      of_group[block * kRowsAtOnce] = x.scales[row * blocks + block];
+      for (int i = 0; i < 2; i++) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * i));
+        const __m256i beside = signs ? _mm256_sub_epi8(_mm256_setzero_si256(), v) : v;
+        for (int q = 0; q < 2; q++) put(to + q * blocks * half + 32 * i, of_two_rows(v, beside, q));
+      }
+      if (signs) continue;
+      const int32_t offset = avx2_offset(from);
+      put(to + 64, _mm256_setr_epi32(offset, 0, offset, 0, 0, 0, 0, 0));
+    }
+  }
+  return {x.wide, narrow, scales, nullptr, x.batch};
+}
+
 }  // namespace castlm
 END_TARGET
 
@@ -236,6 +379,8 @@ END_TARGET
 namespace castlm {
 bool avx2_prompt_gains(const Header&, int64_t) { return false; }
 Multiply avx2_prompt(const Header&) { return nullptr; }
+int64_t avx2_prompt_bytes(const Header&, int64_t) { return 0; }
+Activations avx2_prompt_rows(const Header&, const Activations& x, void*) { return x; }
 }  // namespace castlm
 
 #endif
