@@ -2,12 +2,15 @@
 
     python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER] [--json O] [--plot O]
                                   [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]] [--llama-cpp SOURCES]
+    python -m benchmarks.frontier --text TEXT --speeds-only [--llama-cpp SOURCES] ...
 
 Without `--sparse` the 2:4 model is the dense one pruned by SparseGPT, without training; with it, a folder or a run of
 castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot accuracy are of the rounded
 weights in fp32. Bytes count the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32),
 norms. Speeds are measured in turns, A B A B, by castlm's kernels, fp32 by transformers alone: greedy decoding of one
-sequence, a prompt of 512 tokens with the logits of the last one, and one token of each of 8 sequences.
+sequence, a prompt of 512 tokens with the logits of the last one, and one token of each of 8 sequences, as `castlm
+generate` and `castlm serve` compute them. They depend on the formats alone: `--speeds-only` prunes by magnitude, rounds
+to the nearest, and leaves quality out.
 
 `--llama-cpp` adds the dense model as llama.cpp's Q8_0 and Q4_0; `benchmarks/llamacpp.py` says what it needs. Their
 perplexity and speed are measured in llama.cpp, their zero-shot accuracy with the same rounded weights in fp32.
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
@@ -32,18 +36,19 @@ from transformers import PreTrainedModel
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, interleaved
 from castlm.cli.options import result_folder
-from castlm.core.sparsify import is_sparse_linear
+from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
-from castlm.inference.decode import greedy
+from castlm.inference.decode import DecoderState, decoding_method, greedy, reads_prompts, step_together
+from castlm.inference.formats import FORMATS as VALUES
 from castlm.inference.formats import PackedSpec
 from castlm.inference.layers import PackedLinear, onto_kernels_, pack_model_
 from castlm.inference.packed import kept_mask, pack_integers
-from castlm.inference.quantize import QuantizeReport, quantize_
-from castlm.inference.rounding import round_rows
+from castlm.inference.quantize import quantize_
+from castlm.inference.rounding import Rounded, round_in_groups, round_rows
 from castlm.models.io import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.start import prune_oneshot_
 
@@ -64,6 +69,9 @@ FORMATS = tuple(map(Format, ("fp32", "bf16", "int8", "int4")))
 WITH_HEADS = tuple(form._replace(head="int8") for form in FORMATS[2:])
 PROMPT, NEW_TOKENS = 32, 48
 LONG_PROMPT, BATCH = 512, 8
+
+Codes = dict[str, Rounded]
+"""Of the layers with integers, by name."""
 
 
 @dataclass
@@ -102,21 +110,29 @@ def stored_bytes(model: nn.Module, form: Format, sparse: bool) -> int:
     return rest + sum(PackedSpec(*layer.weight.shape, *pattern, form.values).num_bytes for layer in layers.values())
 
 
-def rounded(model: PreTrainedModel, values: str, calibration: Tensor) -> tuple[PreTrainedModel, QuantizeReport | None]:
-    """A copy with layers of `values` and a head of bf16 (fp32 with fp32), in fp32, and the codes of integers."""
-    made, report = copy.deepcopy(model), None
-    if values in ("int8", "int4"):
-        report = quantize_(made, values, calibration=calibration if values == "int4" else None)
+def rounded(model: PreTrainedModel, values: str, calibration: Tensor | None) -> tuple[PreTrainedModel, Codes | None]:
+    """A copy with layers of `values` and a head of bf16 (fp32 with fp32), in fp32, and the codes of integers.
+
+    Without a calibration text, weights are rounded to the nearest.
+    """
+    made, codes = copy.deepcopy(model), None
+    if values not in ("fp32", "bf16"):
+        if calibration is None:
+            to_nearest = round_in_groups if VALUES[values].needs_text else round_rows
+            codes = {name: to_nearest(layer.weight.detach(), kind=values) for name, layer in linears(made).items()}
+        else:
+            text = calibration if VALUES[values].needs_text else None
+            codes = quantize_(made, values, calibration=text).layers
         for name, layer in linears(made).items():  # embedding, head and norms are bf16; the codes are exact
-            layer.weight.data = report.layers[name].dequantized()
+            layer.weight.data = codes[name].dequantized()
     if values != "fp32":
         exact = {name: layer.weight.detach().clone() for name, layer in linears(made).items()}
         with parameters_in(made, torch.bfloat16):
             pass
-        if report is not None:
+        if codes is not None:
             for name, layer in linears(made).items():
                 layer.weight.data = exact[name]
-    return made, report
+    return made, codes
 
 
 def round_head_(model: PreTrainedModel) -> None:
@@ -125,15 +141,15 @@ def round_head_(model: PreTrainedModel) -> None:
     table.data = round_rows(table.data, "int8").dequantized()
 
 
-def onto_kernels(model: PreTrainedModel, form: Format, sparse: bool, report: QuantizeReport | None) -> None:
+def onto_kernels(model: PreTrainedModel, form: Format, sparse: bool, codes: Codes | None) -> None:
     """The rounded model on castlm's kernels, in place; fp32 stays with transformers."""
     n, m = (2, 4) if sparse else (0, 0)
     if form.values == "bf16":
         pack_model_(model, n, m)
-    if report is None:
+    if codes is None:
         return
     for name, layer in linears(model).items():
-        found = report.layers[name]
+        found = codes[name]
         mask = kept_mask(found.dequantized(), n, m) if sparse else None
         packed = pack_integers(found.codes, found.scales, form.values, n, m, mask)
         model.set_submodule(name, PackedLinear(packed.spec, layer.bias).hold_(packed))
@@ -150,7 +166,9 @@ class Runner(NamedTuple):
     decode: Callable[[Tensor], object]
     """Greedy decoding of `NEW_TOKENS` after a prompt."""
     read: Callable[[Tensor], object]
-    """A forward pass with the logits of the last token."""
+    """The logits of the last token of one prompt."""
+    batch: Callable[[Tensor], object] | None
+    """The logits of one token of each sequence; None in llama.cpp."""
 
 
 Runners = dict[str, Runner]
@@ -158,38 +176,60 @@ Runners = dict[str, Runner]
 
 
 def runner_of(model: PreTrainedModel) -> Runner:
-    return Runner(lambda ids: greedy(model, ids, NEW_TOKENS), lambda ids: model(ids, use_cache=False, logits_to_keep=1))
+    def forward(ids: Tensor) -> object:
+        return model(ids, use_cache=False, logits_to_keep=1)
+
+    if decoding_method(model) is None:
+        return Runner(lambda ids: greedy(model, ids, NEW_TOKENS), forward, forward)
+
+    def read(ids: Tensor) -> object:
+        return DecoderState(model, None, ids.shape[1]).read(ids)
+
+    states = [DecoderState(model, None, 1) for _ in range(BATCH)]  # as a server keeps them from token to token
+
+    def batch(ids: Tensor) -> object:
+        for state in states:
+            state.length = 0
+        return step_together(states, ids[:, 0])
+
+    return Runner(lambda ids: greedy(model, ids, NEW_TOKENS), read if reads_prompts(model) else forward, batch)
 
 
 @torch.no_grad()
 def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
     """Dense and 2:4 in every format of castlm, printed as they come."""
-    documents, length = open_documents(options.calibration), options.calibration_len
-    calibration, _ = calibration_sequences(
-        documents, Encoder(loaded.tokenizer, assistant_only=False), options.sequences, length
-    )
+    calibration = None
+    if not options.speeds_only:
+        documents, length = open_documents(options.calibration), options.calibration_len
+        calibration, _ = calibration_sequences(
+            documents, Encoder(loaded.tokenizer, assistant_only=False), options.sequences, length
+        )
     if options.sparse:
         sparse = load_model(result_folder(options.sparse)).model
     else:
         sparse = copy.deepcopy(loaded.model)
-        prune_oneshot_(sparse, "sparsegpt", calibration=calibration)
+        if calibration is None:
+            prune_(sparse)
+        else:
+            prune_oneshot_(sparse, "sparsegpt", calibration=calibration)
     points, runners = [], {}
     for label, model in (("dense", loaded.model), ("2:4", sparse)):
         is_sparse = label == "2:4"
-        of_codes: dict[str, tuple[PreTrainedModel, QuantizeReport | None]] = {}
+        of_codes: dict[str, tuple[PreTrainedModel, Codes | None]] = {}
         for form in (*(FORMATS[1:] if is_sparse else FORMATS), *WITH_HEADS):
             if form.head:
-                made, report = of_codes.pop(form.values)
+                made, codes = of_codes.pop(form.values)
                 round_head_(made)
             else:
-                made, report = rounded(model, form.values, calibration)
-                if report is not None:  # of integers: the format with an int8 head has the same codes
-                    of_codes[form.values] = (copy.deepcopy(made), report)
-            found = perplexity(made, text, seq_len=options.seq_len).perplexity
-            point = Point(f"{label} {form}", found, stored_bytes(made, form, is_sparse))
+                made, codes = rounded(model, form.values, calibration)
+                if codes is not None:  # of integers: the format with an int8 head has the same codes
+                    of_codes[form.values] = (copy.deepcopy(made), codes)
+            point = Point(f"{label} {form}", math.nan, stored_bytes(made, form, is_sparse))
+            if not options.speeds_only:
+                point.perplexity = perplexity(made, text, seq_len=options.seq_len).perplexity
             point.zero_shot = accuracy(options, made, loaded)
             print(point, flush=True)
-            onto_kernels(made.eval(), form, is_sparse, report)
+            onto_kernels(made.eval(), form, is_sparse, codes)
             points.append(point)
             runners[point.name] = runner_of(made)
     return points, runners
@@ -206,13 +246,17 @@ def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) 
         for form in llamacpp.FORMATS:
             file = llamacpp.quantize(source, form, Path(folder) / f"{form}.gguf")
             runner = llamacpp.LlamaCpp(file, options.seq_len, torch.get_num_threads())
-            point = Point(f"dense {form}, llama.cpp", runner.perplexity(text), llamacpp.tensor_bytes(file))
-            point.zero_shot = accuracy(options, load_model(file).model, loaded)
+            point = Point(f"dense {form}, llama.cpp", math.nan, llamacpp.tensor_bytes(file))
+            if not options.speeds_only:
+                point.perplexity = runner.perplexity(text)
+            if options.tasks_from:
+                point.zero_shot = accuracy(options, load_model(file).model, loaded)
             print(point, flush=True)
             points.append(point)
             runners[point.name] = Runner(
                 lambda ids, runner=runner: runner.greedy(ids[0], NEW_TOKENS),
                 lambda ids, runner=runner: runner.greedy(ids[0], 1),
+                None,
             )
     return points, runners
 
@@ -241,7 +285,7 @@ def frontier(options: argparse.Namespace) -> list[Point]:
 
     decode = seconds("decode", text[None, :PROMPT], runners)
     prompt = seconds("read", text[None, :LONG_PROMPT], runners)
-    batch = seconds("read", text[:BATCH, None], runners.keys() - more_runners.keys())
+    batch = seconds("batch", text[:BATCH, None], [name for name in runners if name not in more_runners])
     for point in points:
         point.tokens_per_second = NEW_TOKENS / decode[point.name]
         point.prompt_per_second = LONG_PROMPT / prompt[point.name]
@@ -257,11 +301,11 @@ def table(points: list[Point]) -> str:
     lines = [f"| format | perplexity |{''.join(tasks)} MB | {speeds} |"]
     lines.append("|---|" + "---:|" * (6 + len(tasks)))
     for p in points:
-        ratio = p.tokens_per_second / base.tokens_per_second
+        ratio, quality = p.tokens_per_second / base.tokens_per_second, f"{p.perplexity:.2f}"
         shown = "".join(f" {100 * row['value']:.1f} ± {100 * row['stderr']:.1f} % |" for row in p.zero_shot)
         size, speed = f"{p.num_bytes / 1e6:.1f}", f"{p.tokens_per_second:.1f} | {ratio:.2f}x |"
         many = f" {p.prompt_per_second:.0f} | {'' if p.batch_per_second is None else f'{p.batch_per_second:.0f}'} |"
-        lines.append(f"| {p.name} | {p.perplexity:.2f} |{shown} {size} | {speed}{many}")
+        lines.append(f"| {p.name} | {'' if math.isnan(p.perplexity) else quality} |{shown} {size} | {speed}{many}")
     return "\n".join(lines)
 
 
@@ -291,7 +335,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--sparse", help="a 2:4 model folder, or a run of castlm train")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--calibration", help="text that int4 is rounded by; needed unless --speeds-only")
+    parser.add_argument("--speeds-only", action="store_true")
     parser.add_argument("--sequences", type=int, default=32, help="of calibration tokens")
     parser.add_argument("--calibration-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=16_384)
@@ -305,6 +350,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--plot", metavar="OUT")
     options = parser.parse_args(arguments)
+    if not (options.calibration or options.speeds_only):
+        parser.error("name a text with --calibration, or measure with --speeds-only")
     points = frontier(options)
     print(table(points))
     write_json(options.json, {"machine": machine(), "options": vars(options), "points": [asdict(p) for p in points]})

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from castlm.core.sparsify import prune_
 from castlm.inference import native
-from castlm.inference.decode import DecoderState, TokenTimes, decoding_method, greedy, step_together
+from castlm.inference.decode import DecoderState, TokenTimes, decoding_method, greedy, reads_prompts, step_together
 from castlm.inference.generate import generate_text
-from castlm.inference.layers import pack_model_
+from castlm.inference.layers import PackedLinear, pack_model_
 from tests.fused import threads
-from tests.packed_weights import kernels_of
+from tests.packed_weights import buffer_of, kernels_of, random_packed
 from tests.slow import slow_but
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -66,6 +66,10 @@ def test_logits_and_tokens_are_those_of_transformers_in_every_family(family, ove
         state = DecoderState(model, cache_of(model, IDS[:, :2]), IDS.shape[1])
         for i in range(2, IDS.shape[1]):
             torch.testing.assert_close(state.step(IDS[0, i : i + 1])[0], exact[i], rtol=1e-4, atol=1e-4)
+        state = DecoderState(model, None, IDS.shape[1])
+        for part in (IDS[:, :1], IDS[:, 1:5], IDS[:, 5:]):
+            found = state.read(part)[0]
+            torch.testing.assert_close(found, exact[state.length - 1], rtol=1e-4, atol=1e-4)
     assert torch.equal(generate(model, True), generate(model, False))
 
 
@@ -114,6 +118,39 @@ def test_attention_of_heads_that_share_keys_is_that_of_torch(level, group, head_
                 step = state.step(IDS[0, :1])
                 exact = model(IDS[:, :1], past_key_values=cache, use_cache=True).logits[0]
                 torch.testing.assert_close(step, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [level for level in native.levels() if level not in ("avx512", "amx")])
+@pytest.mark.parametrize(("group", "head_dim"), [(3, 64), (1, 6), (4, 20)])
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_prompt_of_several_blocks_has_the_logits_of_transformers(level, group, head_dim, window):
+    """In one part and in several, whose borders are no multiples of a block, on any number of threads."""
+    over = {"num_attention_heads": 2 * group, "num_key_value_heads": 2, "head_dim": head_dim, "hidden_size": 16 * group}
+    ids = torch.randint(256, (1, 201), generator=torch.Generator().manual_seed(0))
+    with kernels_of(level), torch.inference_mode():
+        model = packed_model("mistral", num_hidden_layers=2, max_position_embeddings=256, sliding_window=window, **over)
+        exact = model(ids).logits[0]
+        whole = DecoderState(model, None, 201)
+        torch.testing.assert_close(whole.read(ids)[0], exact[-1], rtol=1e-4, atol=1e-4)
+        state = DecoderState(model, None, 201)
+        for part in ids.split([7, 64, 129, 1], 1):
+            with threads(2):
+                found = state.read(part)[0]
+            torch.testing.assert_close(found, exact[state.length - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_of_integers_are_read_by_the_kernels_and_those_of_floats_by_the_gemm():
+    model = packed_model("llama")
+    with kernels_of("avx2"):
+        assert not reads_prompts(model)
+        for layer in [m for m in model.model.layers.modules() if isinstance(m, PackedLinear)]:
+            layer.share_(buffer_of(random_packed("int8", 2, 4, layer.out_features, layer.in_features)))
+        assert reads_prompts(model)
+        with torch.inference_mode():
+            exact = model(IDS).logits[:, -1]
+            found = DecoderState(model, None, IDS.shape[1]).read(IDS)
+        torch.testing.assert_close(found, exact, rtol=2e-2, atol=2e-2 * float(exact.abs().max()))
+        assert generate(model, True).shape == generate(model, False).shape
 
 
 @pytest.mark.parametrize(

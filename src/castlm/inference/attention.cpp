@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "avx2.h"
 #include "decoder.h"
@@ -55,6 +56,13 @@ Attend attend_of(int64_t group) {
   if (level() >= kAvx2) return wide::attend_of(group);
 #endif
   return narrow::attend_of(group);
+}
+
+void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
+#if defined(CASTLM_AVX2)
+  if (level() >= kAvx2) return wide::attend_to_prompt(of, first, count);
+#endif
+  narrow::attend_to_prompt(of, first, count);
 }
 
 }  // namespace castlm

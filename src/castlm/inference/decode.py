@@ -1,7 +1,7 @@
 """Decodes a packed model with one call of `decoder.cpp` per token, as a `custom_generate` of transformers' `generate`.
 
-transformers prepares logits processors and stopping criteria, and runs the prompt. In a small model its Python code
-between the layers takes longer than the multiplications; after the first new token, none of it runs.
+transformers prepares logits processors and stopping criteria. In a small model its Python code between the layers takes
+longer than the multiplications; none of it runs for a new token, and for a prompt only where its GEMM is faster.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -192,18 +199,23 @@ class DecoderState:
 
     Args:
         model: a model that `decoding_method` supports.
-        cache: transformers' `Cache` of the prompt; it is copied.
+        cache: transformers' `Cache` of the tokens so far, which is copied; None where there are none.
     """
 
     def __init__(self, model: Any, cache: Any, capacity: int):
-        self.model, self.length, config = model, cache.get_seq_length(), model.config
-        layers = model.model.layers
-        _, num_kv_heads, _, head_dim = cache.layers[0].keys.shape
+        config, layers = model.config, model.model.layers
+        attention = layers[0].self_attn
+        head_dim = attention.head_dim
+        num_kv_heads = attention.k_proj.out_features // head_dim
+        self.model, self.length = model, 0 if cache is None else cache.get_seq_length()
         self._keys, self._values = torch.empty(2, len(layers), num_kv_heads, capacity, head_dim, **_HOST).unbind(0)
-        for i, layer in enumerate(cache.layers):
+        for i, layer in enumerate(() if cache is None else cache.layers):
             first = self.length - layer.keys.shape[2]  # a sliding window holds the last tokens alone
             self._keys[i, :, first : self.length] = layer.keys[0]
             self._values[i, :, first : self.length] = layer.values[0]
+        if cache is None:
+            cache = DynamicCache(config=config)  # for the sliding windows
+        assert len(cache.layers) == len(layers)
         angles = model.model.rotary_emb(self._keys, torch.arange(capacity, device="cpu")[None])
         self._cosines, self._sines = (part[0].float().contiguous() for part in angles)
         assert self._cosines.shape == (capacity, head_dim)
@@ -219,7 +231,7 @@ class DecoderState:
             intermediate=config.intermediate_size,
             capacity=capacity,
             epsilon=model.model.norm.variance_epsilon,
-            scale=layers[0].self_attn.scaling,
+            scale=attention.scaling,
             layers=self._layers,
             norm=_norm(model.model.norm),
             head=_weight(model.lm_head),
@@ -248,9 +260,34 @@ class DecoderState:
             window=window,
         )
 
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits (1, vocabulary) in fp32 after `ids` (1, num_tokens), which join the cache; it must have room.
+
+        Takes as many tokens at once as `native.rows_at_a_time` says. See `reads_prompts`.
+        """
+        assert self.length + ids.shape[1] <= self._of.capacity
+        logits = torch.empty(1, self.model.lm_head.out_features, **_HOST)
+        for part in ids[0].split(_rows_at_a_time(self.model) or ids.shape[1]):
+            embeddings = self.model.model.embed_tokens(part).contiguous()
+            native.read_prompt(ctypes.addressof(self._of), self.length, embeddings, logits)
+            self.length += len(part)
+        return logits
+
     def step(self, token: Tensor) -> Tensor:
         """Logits (1, vocabulary) in fp32 after `token` (1,), which joins the cache; it must have room."""
         return step_together([self], token)
+
+
+def reads_prompts(model: Any) -> bool:
+    """Whether `DecoderState.read` is the fastest for prompts of a model that `decoding_method` supports.
+
+    True where the kernels take many rows at once, as they do for integers; the library's GEMM multiplies others faster.
+    """
+    return _rows_at_a_time(model) > 0
+
+
+def _rows_at_a_time(model: Any) -> int:
+    return min(native.rows_at_a_time(m.packed) for m in model.model.layers.modules() if isinstance(m, PackedLinear))
 
 
 def step_together(states: Sequence[DecoderState], tokens: Tensor) -> Tensor:
@@ -286,10 +323,14 @@ def decode(
     assert input_ids.shape[0] == 1
     assert mask is None or bool(mask.all()), "the sequence is padded"
     assert inputs.get("inputs_embeds") is None
-    output = model(input_ids, use_cache=True, logits_to_keep=1)
-    cache = next(value for value in output.values() if isinstance(value, Cache))
-    state = DecoderState(model, cache, generation_config.max_length)
-    logits = output.logits[:, -1].float()
+    if reads_prompts(model):
+        state = DecoderState(model, None, generation_config.max_length)
+        logits = state.read(input_ids)
+    else:
+        output = model(input_ids, use_cache=True, logits_to_keep=1)
+        cache = next(value for value in output.values() if isinstance(value, Cache))
+        state = DecoderState(model, cache, generation_config.max_length)
+        logits = output.logits[:, -1].float()
     while True:
         scores = logits_processor(input_ids, logits)
         token = torch.multinomial(scores.softmax(-1), 1)[0] if generation_config.do_sample else scores.argmax(-1)

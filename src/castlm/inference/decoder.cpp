@@ -1,6 +1,6 @@
-// One token of one or more sequences through a decoder with packed weights: RMS norms, rotary embedding, attention over a
-// cache, gated MLP, output head. Between the layers of a small model, Python takes longer than the multiplications do;
-// here nothing comes between.
+// One token of one or more sequences, or tokens of a prompt, through a decoder with packed weights: RMS norms, rotary
+// embedding, attention over a cache, gated MLP, output head. Between the layers of a small model, Python takes longer than
+// the multiplications do; here nothing comes between.
 
 #include "decoder.h"
 
@@ -14,6 +14,7 @@ namespace castlm {
 namespace {
 
 constexpr int64_t kCachePerThread = 1 << 16;  // elements of keys; fewer are read sooner than a thread wakes
+constexpr int64_t kTokensPerThread = 16;      // tokens whose norms and products by elements a thread takes at a time
 
 INLINE float dot(const float* a, const float* b, int64_t count) {
   float sums[8] = {}, rest = 0;
@@ -46,16 +47,22 @@ void rotate(float* head, const float* cosines, const float* sines, int64_t head_
   }
 }
 
-// One token of each of `count` sequences of one model: a weight is read once for all of them, each has its own cache.
+// One token of each of `count` sequences of one model, each with its own cache, or `count` tokens of a prompt, which name one
+// sequence: a weight is read once for all of them.
 //
 //   x, normed, added   (count, hidden)          query, mixed   (count, heads * head_dim)
 //   gate, up           (count, intermediate)    key, value     (count, kv_heads * head_dim)
 class Step {
  public:
-  Step(const Decoder* const* sequences, const int64_t* positions, int64_t count, int threads)
-      : of_(*sequences[0]), sequences_(sequences), positions_(positions), count_(count), threads_(threads) {}
+  Step(const Decoder* const* sequences, const int64_t* positions, int64_t count, bool is_prompt, int threads)
+      : of_(*sequences[0]),
+        sequences_(sequences),
+        positions_(positions),
+        count_(count),
+        is_prompt_(is_prompt),
+        threads_(threads) {}
 
-  // False where a size does not fit.
+  // Writes logits for each sequence, or for the last token of a prompt. False where a size does not fit.
   bool run(const float* embeddings, float* logits) {
     const int64_t heads = count_ * of_.heads * of_.head_dim, kv_heads = count_ * of_.kv_heads * of_.head_dim;
     x_.assign(embeddings, embeddings + count_ * of_.hidden);
@@ -65,41 +72,53 @@ class Step {
     for (int64_t i = 0; i < of_.num_layers; ++i)
       if (!attention(i) || !mlp(of_.layers[i])) return false;
     norm_all(of_.norm);
-    return multiply(of_.head, normed_, logits);
+    if (!is_prompt_) return multiply(of_.head, normed_.data(), count_, int64_t(normed_.size()), logits);
+    return multiply(of_.head, &normed_[(count_ - 1) * of_.hidden], 1, of_.hidden, logits);
   }
 
  private:
-  bool multiply(const Weight& by, const std::vector<float>& x, float* y) {
-    const auto* from = reinterpret_cast<const uint8_t*>(x.data());
-    if (int64_t(x.size()) != count_ * by.columns) return false;
+  // y (count, by.rows) of x, which has `size` floats.
+  bool multiply(const Weight& by, const float* x, int64_t count, int64_t size, float* y) {
+    const auto* from = reinterpret_cast<const uint8_t*>(x);
+    if (size != count * by.columns) return false;
     auto* to = reinterpret_cast<uint8_t*>(y);
-    if (castlm::multiply(by.packed, by.bytes, from, 0, count_, by.columns, to, by.rows, threads_)) return false;
-    for (int64_t s = 0; by.bias && s < count_; ++s) add_to(y + s * by.rows, by.bias, by.rows);
+    if (castlm::multiply(by.packed, by.bytes, from, 0, count, by.columns, to, by.rows, threads_)) return false;
+    for (int64_t s = 0; by.bias && s < count; ++s) add_to(y + s * by.rows, by.bias, by.rows);
     return true;
   }
   bool multiply(const Weight& by, const std::vector<float>& x, std::vector<float>& y) {
-    return count_ * by.rows == int64_t(y.size()) && multiply(by, x, y.data());
+    return count_ * by.rows == int64_t(y.size()) && multiply(by, x.data(), count_, int64_t(x.size()), y.data());
+  }
+
+  // Calls work(first, last) for parts of the tokens.
+  template <class Work>
+  void for_tokens(Work work) {
+    in_parallel(count_, kTokensPerThread, threads_, work);
   }
 
   void norm_all(const float* weight) {
-    for (int64_t s = 0; s < count_; ++s) {
-      const int64_t at = s * of_.hidden;
-      rms_norm(&x_[at], weight, of_.hidden, of_.epsilon, &normed_[at]);
-    }
+    for_tokens([&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) {
+        const int64_t at = s * of_.hidden;
+        rms_norm(&x_[at], weight, of_.hidden, of_.epsilon, &normed_[at]);
+      }
+    });
   }
 
   // Norm and rotary embedding of the `heads` heads (count, heads, head_dim) that each sequence has.
   void place_heads(int64_t index, int64_t heads, bool is_key, std::vector<float>& all) {
-    for (int64_t s = 0; s < count_; ++s) {
-      const DecoderLayer& layer = sequences_[s]->layers[index];
-      const int64_t at = positions_[s] * of_.head_dim;
-      const float* norm = is_key ? layer.k_norm : layer.q_norm;
-      for (int64_t h = 0; h < heads; ++h) {
-        float* head = &all[(s * heads + h) * of_.head_dim];
-        if (norm) rms_norm(head, norm, of_.head_dim, of_.epsilon, head);
-        if (layer.cosines) rotate(head, layer.cosines + at, layer.sines + at, of_.head_dim);
+    for_tokens([&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) {
+        const DecoderLayer& layer = sequences_[s]->layers[index];
+        const int64_t at = positions_[s] * of_.head_dim;
+        const float* norm = is_key ? layer.k_norm : layer.q_norm;
+        for (int64_t h = 0; h < heads; ++h) {
+          float* head = &all[(s * heads + h) * of_.head_dim];
+          if (norm) rms_norm(head, norm, of_.head_dim, of_.epsilon, head);
+          if (layer.cosines) rotate(head, layer.cosines + at, layer.sines + at, of_.head_dim);
+        }
       }
-    }
+    });
   }
 
   bool attention(int64_t index) {
@@ -110,24 +129,45 @@ class Step {
       return false;
     place_heads(index, of_.heads, false, query_);
     place_heads(index, of_.kv_heads, true, key_);
-    for (int64_t s = 0; s < count_; ++s) attend(index, s);
+    for (int64_t s = 0; s < count_; ++s) remember(index, s);
+    if (is_prompt_) attend_all(shared);
+    else for (int64_t s = 0; s < count_; ++s) attend(index, s);
     if (!multiply(shared.o, mixed_, added_)) return false;
     add_to(x_.data(), added_.data(), int64_t(x_.size()));
     return true;
   }
 
-  // Puts the new key and value into the cache of a sequence, and attends to it.
+  // Puts a token's key and value into the cache of its sequence.
+  void remember(int64_t index, int64_t s) {
+    const DecoderLayer& layer = sequences_[s]->layers[index];
+    const int64_t width = of_.head_dim, stride = sequences_[s]->capacity * width;
+    const float *key = &key_[s * of_.kv_heads * width], *value = &value_[s * of_.kv_heads * width];
+    for (int64_t head = 0; head < of_.kv_heads; ++head) {
+      std::copy_n(key + head * width, width, layer.keys + head * stride + positions_[s] * width);
+      std::copy_n(value + head * width, width, layer.values + head * stride + positions_[s] * width);
+    }
+  }
+
+  void attend_all(const DecoderLayer& layer) {
+    const int64_t width = of_.head_dim, group = of_.heads / of_.kv_heads;
+    const int64_t parts = (count_ + kPromptTokens - 1) / kPromptTokens;
+    in_parallel(of_.kv_heads * parts, 1, threads_, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t head = i / parts, token = i % parts * kPromptTokens, from = head * of_.capacity * width;
+        const int64_t at = head * group * width;
+        attend_to_prompt({&query_[at], layer.keys + from, layer.values + from, &mixed_[at], of_.heads * width, group, width,
+                          positions_[0], layer.window, of_.scale},
+                         token, std::min(kPromptTokens, count_ - token));
+      }
+    });
+  }
+
   void attend(int64_t index, int64_t s) {
     const DecoderLayer& layer = sequences_[s]->layers[index];
     const int64_t width = of_.head_dim, stride = sequences_[s]->capacity * width, position = positions_[s];
     const int64_t length = layer.window ? std::min(layer.window, position + 1) : position + 1;
-    const float *query = &query_[s * of_.heads * width], *key = &key_[s * of_.kv_heads * width];
-    const float* value = &value_[s * of_.kv_heads * width];
+    const float* query = &query_[s * of_.heads * width];
     float* mixed = &mixed_[s * of_.heads * width];
-    for (int64_t head = 0; head < of_.kv_heads; ++head) {
-      std::copy_n(key + head * width, width, layer.keys + head * stride + position * width);
-      std::copy_n(value + head * width, width, layer.values + head * stride + position * width);
-    }
     const int64_t most = std::max<int64_t>(1, length * width * of_.kv_heads / kCachePerThread);
     const int64_t group = of_.heads / of_.kv_heads, parts = (group + kMostTogether - 1) / kMostTogether;
     in_parallel(of_.kv_heads * parts, 1, std::min<int64_t>(threads_, most), [&](int64_t first, int64_t last) {
@@ -142,7 +182,9 @@ class Step {
   bool mlp(const DecoderLayer& layer) {
     norm_all(layer.mlp_norm);
     if (!multiply(layer.gate, normed_, gate_) || !multiply(layer.up, normed_, up_)) return false;
-    silu_times(gate_.data(), up_.data(), int64_t(gate_.size()));
+    for_tokens([&](int64_t first, int64_t last) {
+      silu_times(&gate_[first * of_.intermediate], &up_[first * of_.intermediate], (last - first) * of_.intermediate);
+    });
     if (!multiply(layer.down, gate_, added_)) return false;
     add_to(x_.data(), added_.data(), int64_t(x_.size()));
     return true;
@@ -152,12 +194,22 @@ class Step {
   const Decoder* const* sequences_;
   const int64_t* positions_;
   const int64_t count_;
+  const bool is_prompt_;
   const int threads_;
   std::vector<float> x_, normed_, added_, query_, key_, value_, mixed_, gate_, up_;
 };
 
 }  // namespace
 }  // namespace castlm
+
+namespace {
+
+bool fits(const castlm::Decoder& of, int64_t position, int64_t count) {
+  return position >= 0 && position < of.capacity && count >= 1 && count <= of.capacity - position && of.kv_heads >= 1 &&
+         of.heads % of.kv_heads == 0 && of.head_dim % 2 == 0;
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -167,13 +219,24 @@ int castlm_decode(const castlm::Decoder* const* sequences, const int64_t* positi
                   const float* embeddings, float* logits, int threads) {
   using namespace castlm;
   if (count < 1) return kBadSize;
-  for (int64_t s = 0; s < count; ++s) {
-    const Decoder& of = *sequences[s];
-    if (positions[s] < 0 || positions[s] >= of.capacity || of.kv_heads < 1 || of.heads % of.kv_heads || of.head_dim % 2)
-      return kBadSize;
-  }
+  for (int64_t s = 0; s < count; ++s)
+    if (!fits(*sequences[s], positions[s], 1)) return kBadSize;
   return guarded([&] {
-    return Step(sequences, positions, count, threads).run(embeddings, logits) ? kOk : kBadSize;
+    return Step(sequences, positions, count, false, threads).run(embeddings, logits) ? kOk : kBadSize;
+  });
+}
+
+// The logits (head.rows,) of the last of `count` tokens of a prompt, whose embeddings are (count, hidden), after `position`
+// tokens in the cache, which takes their keys and values.
+int castlm_read_prompt(const castlm::Decoder* of, int64_t position, int64_t count, const float* embeddings, float* logits,
+                       int threads) {
+  using namespace castlm;
+  if (!fits(*of, position, count)) return kBadSize;
+  return guarded([&] {
+    const std::vector<const Decoder*> sequences(count, of);
+    std::vector<int64_t> positions(count);
+    for (int64_t i = 0; i < count; ++i) positions[i] = position + i;
+    return Step(sequences.data(), positions.data(), count, true, threads).run(embeddings, logits) ? kOk : kBadSize;
   });
 }
 }

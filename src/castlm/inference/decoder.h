@@ -54,4 +54,17 @@ using Attend = void (*)(const float* queries, const float* keys, const float* va
 constexpr int64_t kMostTogether = 4;  // heads whose sums fit in the registers
 Attend attend_of(int64_t group);      // for 1 to kMostTogether heads
 
+// Causal attention of the tokens of a prompt, for query heads that share keys and values. A token is `stride` floats after the
+// one before in `queries` and `to`, where it has (group, width).
+struct Prompt {
+  const float* queries;
+  const float *keys, *values;  // (start + tokens, width), those of the prompt's own tokens among them
+  float* to;
+  int64_t stride, group, width, start, window;  // `start` tokens came before; `window` as in DecoderLayer
+  float scale;
+};
+constexpr int64_t kPromptTokens = 64;  // tokens that `attend_to_prompt` takes at most
+// Attention of the tokens [first, first + count) of the prompt.
+void attend_to_prompt(const Prompt&, int64_t first, int64_t count);
+
 }  // namespace castlm

@@ -200,7 +200,7 @@ int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 6;
+const int32_t castlm_inference_version = 7;
 
 // The level in use.
 int castlm_level() { return level(); }

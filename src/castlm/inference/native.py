@@ -36,7 +36,7 @@ LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
 _DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
 _INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 6  # of kernels.cpp
+_VERSION = 7  # of kernels.cpp
 _HEADER = struct.Struct("4i")  # a buffer begins with its magic number, layout, values and n
 _HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as in matrix.h
 _HUGE_PAGE = 1 << 21
@@ -62,6 +62,7 @@ def load_kernels(file: str) -> ctypes.CDLL:
     library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
     library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
     library.castlm_decode.argtypes = [pointer, pointer, size, pointer, pointer, number]
+    library.castlm_read_prompt.argtypes = [pointer, size, size, pointer, pointer, number]
     library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
     if os.environ.get(_LEVEL_VARIABLE):
         use_level(os.environ[_LEVEL_VARIABLE], library)
@@ -263,6 +264,27 @@ def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor
     library, threads, count = built(), torch.get_num_threads(), len(decoders)
     addresses, places = (ctypes.c_void_p * count)(*decoders), (ctypes.c_int64 * count)(*positions)
     code = library.castlm_decode(addresses, places, count, embeddings.data_ptr(), logits.data_ptr(), threads)
+    _check_memory(code)
+    assert not code, "a size does not fit"
+
+
+def read_prompt(decoder: int, position: int, embeddings: Tensor, logits: Tensor) -> None:
+    """Computes the logits of the last of some tokens of a prompt by `castlm_read_prompt`.
+
+    Args:
+        decoder: address of the `Decoder` (decoder.h) of the sequence.
+        position: the number of tokens before these.
+        embeddings: embeddings of the tokens, (count, hidden) fp32, contiguous.
+        logits: (1, vocabulary) fp32, contiguous; written.
+
+    Raises:
+        MemoryError: there is no memory for the activations.
+    """
+    assert embeddings.dtype == logits.dtype == torch.float32
+    assert embeddings.is_contiguous()
+    assert logits.is_contiguous()
+    library, threads, count = built(), torch.get_num_threads(), len(embeddings)
+    code = library.castlm_read_prompt(decoder, position, count, embeddings.data_ptr(), logits.data_ptr(), threads)
     _check_memory(code)
     assert not code, "a size does not fit"
 

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from castlm.core.errors import InputError, is_out_of_memory
-from castlm.inference.decode import ONE_SEQUENCE, DecoderState, decoding_method, step_together
+from castlm.inference.decode import ONE_SEQUENCE, DecoderState, decoding_method, reads_prompts, step_together
 from castlm.models.architecture import context_length
 
 MOST_TOGETHER = 8
@@ -150,6 +150,12 @@ class _Sequence:
     def read_part(self) -> None:
         """Runs the next part of the prompt, and with the last one prepares decoding."""
         part, self.unread = self.unread[:, :_PROMPT_PART], self.unread[:, _PROMPT_PART:]
+        if reads_prompts(self.model):
+            if self.state is None:
+                self.state = DecoderState(self.model, None, self.answer.num_cached)
+            logits = self.state.read(part)
+            self.logits = None if self.unread.numel() else logits
+            return
         output = self.model(part, use_cache=True, logits_to_keep=1, **self.cached)
         self.cached = {name: value for name, value in output.items() if isinstance(value, Cache)}
         if self.unread.numel() == 0:
@@ -320,7 +326,7 @@ class Engine:
             if sequence.answer.is_cancelled:
                 sequence.answer.finish("cancelled")
         self._keep_unfinished()
-        first_unread = next((sequence for sequence in self._sequences if sequence.state is None), None)
+        first_unread = next((sequence for sequence in self._sequences if sequence.unread.numel()), None)
         if first_unread is not None:
             with _failing(first_unread.answer):
                 first_unread.read_part()
