@@ -253,6 +253,7 @@ def test_later_files_and_then_options_override(tmp_path):
         (["--lr", "1"], "there is no option --lr; did you mean --learning-rate?"),
         (["--max-step=3"], "there is no option --max-step; did you mean --max-steps?"),
         (["--max-steps", "x"], "--max-steps = 'x' is not a whole number"),
+        (["--num-train-epochs", "nan"], "--num-train-epochs = 'nan' is not a number: it must be finite"),
         (["--max-steps"], "expected one argument"),
         (["--model", "m"], "dataset is missing: give --dataset"),
         (["extra"], "unrecognized arguments: extra"),

@@ -254,6 +254,7 @@ def test_a_law_holds_for_one_base_model(base_model, dense, is_refused):
     [
         ("a.csv", "", "no points"),
         ("a.csv", "tokens,ppl\n1,2\n", "line 2: perplexity is missing"),
+        ("a.csv", "tokens,perplexity,tokens \n1000,5,2000\n", "the column tokens twice"),
         ("a.csv", "tokens,perplexity\n1000,5\n2000\n", "line 3: its number of cells"),
         ("a.csv", "tokens,perplexity\n1000,5,32\n", "line 2: its number of cells"),
         ("a.csv", "tokens,perplexity\n1000,five\n", "line 2: perplexity = 'five'"),

@@ -246,12 +246,14 @@ def convert(label: str, value: Any, hint: Any, choices: tuple[str, ...] | None =
     """
     if choices is not None:
         hint = Union[(Literal[choices], *(option for option in typing.get_args(hint) if option is type(None)))]
+    reason = ""
     for option in _options(hint):
         try:
             return _converted(value, option)
         except _WrongTypeError as error:
-            reason = str(error)
-    expected = " or ".join(_described(option) for option in _options(hint))
+            reason = reason or str(error)
+    is_typed = label.startswith("--")  # on a command line, where nothing is null
+    expected = " or ".join(_described(o) for o in _options(hint) if not (is_typed and o is type(None)))
     remedy = f": {reason}" if reason else ""
     if isinstance(value, str) and (meant := suggest(value, [c for o in _options(hint) for c in _names(o)])):
         remedy = f"; did you mean {meant}?"

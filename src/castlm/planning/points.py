@@ -122,6 +122,9 @@ def _read_csv(path: Path) -> Iterator[Point]:
     lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     lines = [(number, line) for number, line in lines if not line.startswith("#")]
     rows = csv.DictReader((line for _, line in lines), skipinitialspace=True)
+    columns = [name.strip() for name in rows.fieldnames or ()]
+    if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
+        raise InputError(f"{path} has the column {twice[0]} twice: rename one")
     for (number, _), row in zip(lines[1:], rows):
         source = f"{path}, line {number}"
         if None in row or None in row.values():  # a decimal comma would pass as two cells
