@@ -24,6 +24,12 @@ BLOCK = 2 * HIDDEN**2 + 2 * HIDDEN * KEYS + 3 * HIDDEN * NEURONS + 2 * HIDDEN
 PLAIN = {"basis": BasisOptions(rotate="off", permute=False), "refinements": NO_REFINEMENTS}
 
 
+def test_the_defaults_are_those_of_castlm_prune():
+    plan, named = plan_prune_memory(CONFIG), plan_prune_memory(CONFIG, num_sequences=16, seq_len=2048)
+    assert plan.disk == named.disk == 4 * plan_prune_memory(CONFIG, effort="quick").disk
+    assert plan.components["activations"] == named.components["activations"]
+
+
 def test_a_block_and_its_statistics_have_the_closed_form():
     plan = plan_prune_memory(CONFIG, num_sequences=4, seq_len=32, **PLAIN)
     assert plan.components["weights"] == 4 * BLOCK

@@ -1,6 +1,8 @@
 """A run that starts from a model folder takes that model, in whatever basis it is written."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from castlm.core.errors import InputError
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.residual import basis_between
+from castlm.signals import Interrupted
 from castlm.training.train import train
 from tests.faults import train_as_a_command
 from tests.ranks import start_ranks, wait_ranks
@@ -114,3 +117,17 @@ def test_a_run_killed_in_its_start_continues_to_the_same_result(moment, decay, l
     train(small(llama, text, tmp_path / "run", **over))
     assert_equal_weights(tmp_path / "straight" / "model", tmp_path / "run" / "model")
     assert not (tmp_path / "run.partial").exists()
+
+
+def test_ctrl_c_in_the_start_names_the_folder_where_it_continues(llama, text, tmp_path, monkeypatch):
+    record = StartFolder.record
+
+    def stopped(self, *args, **more):
+        record(self, *args, **more)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StartFolder, "record", stopped)
+    with pytest.raises(Interrupted, match=r"in the start; .*run\.partial: the same command continues") as stop:
+        train(small(llama, text, tmp_path / "run", init_from="sparsegpt"))
+    assert stop.value.exit_code == 130
+    assert json.loads((tmp_path / "run.partial" / "progress.json").read_text())["done"] == 1

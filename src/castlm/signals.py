@@ -148,7 +148,7 @@ class Interrupt:
 
     def _while_loading(self, number: int) -> Interrupted:
         name = signal.Signals(number).name
-        return Interrupted(f"stopped by {name} while loading", "nothing was changed", 128 + number)
+        return Interrupted(f"stopped by {name} before the first step", "nothing was changed", 128 + number)
 
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
         how = f"continue with: castlm train --config {shlex.quote(str(output_dir / 'config.yaml'))} --resume"

@@ -6,6 +6,7 @@ Each count follows the tensors that are alive at once in `castlm.oneshot`; a ben
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,10 +18,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.core.sparsify import sparse_linears, weight_parameter
+from castlm.core.sparsify import SparseLayer, sparse_linears, weight_parameter
 from castlm.hardware import resident_memory
 from castlm.models.architecture import auto_class, backbone, linearize_
-from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.oneshot.calibration import calibration_length, default_sequences
+from castlm.oneshot.options import EFFORTS, BasisOptions, Refinements
 from castlm.oneshot.solvers import ADMM_ROWS, REFIT_ROWS, SOLVERS
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import BACKWARD_TOKENS, PASS_TOKENS_CPU
@@ -55,6 +57,8 @@ class _Model(NamedTuple):
     kept: int
     """Elements for each token that one block saves for a backward pass."""
     vocab: int
+    layers: Mapping[str, SparseLayer]
+    calibration_length: int
 
 
 def plan_prune_memory(
@@ -63,8 +67,8 @@ def plan_prune_memory(
     memory: Literal["model", "block"] = "block",
     method: str = "sparsegpt",
     pattern: Pattern = NM(2, 4),  # noqa: B008
-    num_sequences: int = 128,
-    seq_len: int = 2048,
+    num_sequences: int | None = None,
+    seq_len: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     basis: BasisOptions | None = None,
     refinements: Refinements | None = None,
@@ -83,6 +87,7 @@ def plan_prune_memory(
         memory: "model" or "block", as in `castlm prune`; "model" for structured patterns.
         method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
             structured patterns.
+        num_sequences, seq_len: of the calibration text; the defaults are those of `castlm prune`.
         dtype: the dtype of the stored model.
         basis: not with the residual stream rotated, whose statistics are not counted.
         effort: the `start_effort` that has set options of `refinements` which are not given.
@@ -100,6 +105,8 @@ def plan_prune_memory(
     basis.check()
     refinements.check()
     model = _model(read_config(config), pattern)
+    seq_len = seq_len or model.calibration_length
+    num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
     reads, layers = model.reads, sum(read.size for read in model.reads)
     is_cut, turns_axes = pattern.cut_out is not None, not basis.is_off and pattern.cut_out is None
     axes = 2 if is_cut else SOLVERS[method].axes  # of the statistics: a vector or a matrix of each input
@@ -212,4 +219,6 @@ def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
         total=sum(p.numel() for p in whole.parameters()),
         kept=_BLOCKS_OF_WIDTHS * widest + 10 * hidden,
         vocab=vocab,
+        layers=layers,
+        calibration_length=calibration_length(whole),
     )

@@ -28,12 +28,13 @@ from castlm.methods.base import Retraining
 from castlm.models.io import load_model
 from castlm.names import duration
 from castlm.oneshot.calibration import default_sequences
-from castlm.oneshot.folder import StartFolder, partial_folder, remove_work
+from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder, remove_work
 from castlm.oneshot.options import EFFORTS
 from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.start import Start
 from castlm.progress import note, shown_progress
+from castlm.signals import Interrupted
 from castlm.training.options import StartOptions
 from castlm.training.source import Source, TrainingText
 
@@ -116,9 +117,15 @@ class TrainingStart:
             nonlocal start
             if self.options.name in self.pattern.solvers:
                 partial = partial_folder(user_path(output_dir))
-                with output_folder(partial, "prune", resume=True):
-                    begin_output(partial, "prune", resume=True)
-                    start = self._prune(partial, overwrite)
+                try:
+                    with output_folder(partial, "prune", resume=True):
+                        begin_output(partial, "prune", resume=True)
+                        start = self._prune(partial, overwrite)
+                except Interrupted as stop:
+                    if not (partial / PROGRESS).exists():
+                        raise
+                    then = f"its finished transformer blocks are in {partial}: the same command continues there"
+                    raise Interrupted(f"{stop.reason}, in the start", then, stop.exit_code) from stop
             else:
                 start = self._read()
             return start.record
