@@ -127,6 +127,7 @@ def test_a_plot_replaces_nothing_but_a_plot(law, tmp_path, capsys):
     linked.symlink_to(law[0])
     both = str(tmp_path / "both.svg")
     cases = [
+        ([*fit, "--plot", str(tmp_path / "law.xyz")], "law.xyz: its name must end in .pdf"),
         ([*fit, "--plot", str(photo)], "photo.png exists and is not a plot of castlm plan fit"),
         ([*fit, "--plot", str(linked)], "linked.svg exists and is not a plot"),
         ([*fit, "--plot", both, "--json", both], "both.svg"),

@@ -218,6 +218,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(sweep, drawn, tmp_path
         (["--largest-tokens", "1e6", "--smallest-tokens", "5e5"], "a factor of 4"),
         (["--largest-tokens", "640"], "less than one step of 64"),
         (["--largest-tokens", "640", "--smallest-tokens", "64", "--budgets", "20"], "in whole steps, are one"),
+        (["--largest-tokens", "1e6", "--budgets", "1000000"], "in whole steps, are one"),
         (["--largest-tokens", "1e6", "--seeds", "0"], "seeds = 0"),
         (["--largest-tokens", "1e6", "--model", "no where"], "no where"),
         (["--largest-tokens", "1e6", "--config", "/nowhere.yaml"], "/nowhere.yaml"),

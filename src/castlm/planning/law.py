@@ -239,6 +239,8 @@ def check_plot(path: str | Path) -> None:
     """Checks before a fit that its plot can be written and replaces at most an earlier plot."""
     if not can_draw():
         raise InputError(NEEDS_MATPLOTLIB)
+    if Path(path).suffix not in (".pdf", ".png", ".svg"):
+        raise InputError(f"plot {path}: its name must end in .pdf, .png or .svg")
     if os.path.lexists(path) and not (os.path.isfile(path) and _CREATOR.encode() in Path(path).read_bytes()):
         raise InputError(f"{path} exists and is not a plot of castlm plan fit: choose another name")
 

@@ -75,6 +75,7 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
         ),
         progress,
     )
+    check_budgets(asked)  # before a run is planned for each
     if missing := [folder for folder in config.runs_from if not user_path(folder).is_dir()]:
         raise InputError(f"runs_from {missing[0]} is no folder: name one of castlm compare or plan sweep")
     runs = [[plan.make(method, tokens, seed, None) for seed in range(config.seeds)] for tokens in asked]
@@ -177,7 +178,7 @@ def check_budgets(budgets: Sequence[int]) -> None:
     if len(budgets) < MIN_BUDGETS:
         raise InputError(f"{len(budgets)} budgets: a law needs {MIN_BUDGETS}; give more budgets")
     for one, following in itertools.pairwise(budgets):
-        if math.log(following / one) <= SAME_BUDGET:
+        if not one or math.log(following / one) <= SAME_BUDGET:
             raise InputError(f"budgets of {one:,} and {following:,} tokens, in whole steps, are one: set them apart")
     if budgets[-1] < MIN_SPREAD * budgets[0]:
         raise InputError(
