@@ -47,10 +47,11 @@ from castlm.inference.packed import PackedTensor, cast_weight, equal_as_packed, 
 from castlm.inference.rounding import Rounded, on_grid, round_rows
 from castlm.models.architecture import shape_model
 from castlm.models.conversion import as_stored, possible_names
-from castlm.models.io import load_model, open_config, parameters_in, save_model
+from castlm.models.io import Loaded, load_model, open_config, parameters_in, save_model
 from castlm.models.layout import QUANT_METHOD, guess_model_type, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.patterns import parse_pattern
+from castlm.progress import note
 
 DENSE = "dense"
 """The text of a dense model, instead of a pattern."""
@@ -191,12 +192,18 @@ def _model_folder(name: str | Path, within: Path) -> Iterator[Path]:
     if not locate(name, needs_weights=False).gguf:
         yield local_folder(name)
         return
-    loaded = load_model(name, dtype=None)
+    loaded = _dequantized(name)
     place = within / ".plain" / Path(loaded.source).name
     place.mkdir(parents=True)
     write_dense(loaded.model, loaded.tokenizer, place, {"base_model": loaded.source}, loaded.dtype)
     yield place
     shutil.rmtree(place.parent)
+
+
+def _dequantized(name: str | Path) -> Loaded:
+    """The model of a GGUF file."""
+    note(f"dequantizing {name}")
+    return load_model(name, dtype=None)
 
 
 def pack_into(
@@ -387,7 +394,7 @@ def unpack_folder(
             taken, or the disk full. `folder` is then as it was.
     """
     if locate(source, needs_weights=False).gguf:
-        loaded = load_model(source, dtype=None)
+        loaded = _dequantized(source)
         with atomic_dir(folder, overwrite) as temporary:
             write_dense(loaded.model, loaded.tokenizer, temporary, {"base_model": loaded.source}, loaded.dtype)
         return len(loaded.model.state_dict())
