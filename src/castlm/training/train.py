@@ -139,7 +139,8 @@ def set_up(config: TrainConfig, world: World) -> Run:
     method_class = class_of(config.method.method, config.adapter.adapter)
     method_class.check(config.method, optimizer_options)
     check_compile(runtime.torch_compile, world.device)
-    _check_ranks(config, method_class, world)
+    if world.size > 1:
+        world.check_all(_obstacle_on_ranks(config.method, config.adapter.adapter, runtime.sharding))
     trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
     checkpoint, resumed = None, None
     if config.checkpoint.resume:
@@ -285,18 +286,17 @@ def set_up(config: TrainConfig, world: World) -> Run:
     return run
 
 
-def _check_ranks(config: TrainConfig, method_class: type[Retraining], world: World) -> None:
-    """Refuses a method that several ranks cannot run, or not with this sharding."""
-    reason = None
+def _obstacle_on_ranks(method: MethodOptions, adapter: str, sharding: str) -> str | None:
+    """The reason why several ranks cannot run a method, or not with this sharding; None if they can."""
+    method_class = class_of(method.method, adapter)
     if method_class.masks_forward:
-        reason = f"method {config.method.method} masks whole weights in the forward pass: run it in one process"
-    elif method_class.whole_copies and config.runtime.sharding != "replicate":
-        reason = (
-            f"sharding {config.runtime.sharding}: adapter {config.adapter.adapter} needs the whole model on each rank: "
-            "set sharding replicate, or adapter none"
+        return f"method {method.method} masks whole weights in the forward pass: run it in one process"
+    if method_class.whole_copies and sharding != "replicate":
+        return (
+            f"sharding {sharding}: adapter {adapter} needs the whole model on each rank: set sharding replicate, or "
+            "adapter none"
         )
-    if world.size > 1:
-        world.check_all(reason)
+    return None
 
 
 def resolve(config: TrainConfig, world: World) -> TrainConfig:
