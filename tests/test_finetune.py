@@ -248,6 +248,8 @@ def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path)
     edit_json(model / "castlm.json", pattern="channels:0.5")
     with pytest.raises(InputError, match=r"channels:0\.5"):
         parse_finetune(given)
+    with pytest.raises(InputError, match="demo"):
+        parse_finetune(["demo", "--dataset", "text", "--output-dir", "out"])
 
 
 def test_the_file_of_a_run_starts_it_again(sparse, text, tmp_path):

@@ -13,6 +13,7 @@ from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, checked, choice, essential
 from castlm.files.yaml_file import read_yaml_mapping
+from castlm.models.locate import DEMO
 from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig, names_of
 
 
@@ -85,11 +86,14 @@ def parse_train(
 def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     """The options of `castlm finetune`, and whether to write the page of the run.
 
-    The default pattern is the one in the model's castlm.json; raises `InputError` if that names none, or one that left
-    no zeros in the model. A run of `castlm train` stands for its model folder.
+    The default pattern is the one in the model's castlm.json; raises `InputError` for the demo model, and if
+    castlm.json names no pattern, or one that left no zeros in the model. A run of `castlm train` stands for its model
+    folder.
     """
     config, page = parse_train(arguments, "finetune", PageOptions)
     model = result_folder(config.model.model)
+    if model == DEMO:  # known before its 135M weights are read
+        raise InputError(f"{DEMO} is a dense model: fine-tune the folder that castlm prune or castlm train makes of it")
     pattern = config.model.pattern
     if "pattern" not in config.given and (recorded := recorded_pattern(model)) is not None:
         if recorded.nm is None:
