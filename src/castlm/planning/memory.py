@@ -285,10 +285,15 @@ class MemoryPlan:
         lines = [f"{name:<34}{size / GIB:>10.3f} GiB" for name, size in rows]
         if self.gpu_gib is not None:
             verdict = "fits" if self.fits else "does not fit"
-            least = self.smallest_world_size or "none up to 4096"
+            least = f"the smallest number of ranks that fits is {self.smallest_world_size}"
+            if self.smallest_world_size is None:
+                least = (
+                    "it fits on no number of ranks up to 4096: use --gradient-checkpointing, or a smaller "
+                    "--per-device-train-batch-size or --seq-len"
+                )
             lines.append(
                 f"{verdict} {self.gpu_gib:g} GiB on {self.world_size} rank(s): {self.needed_gib:.1f} GiB with "
-                f"context and fragmentation; smallest number of ranks that fits: {least}"
+                f"context and fragmentation; {least}"
             )
         return "\n".join(lines)
 
