@@ -210,7 +210,7 @@ def test_verdict_and_the_smallest_number_of_ranks():
     assert plan_7b(world_size=least, checkpointing=True, gpu_gib=79.1).fits
     assert not plan_7b(world_size=least // 2, checkpointing=True, gpu_gib=79.1).fits
     assert "does not fit 79.1 GiB" in plan.table()
-    assert f"ranks that fits: {least}" in plan.table()
+    assert f"ranks that fits is {least}" in plan.table()
     assert plan_7b(gpu_gib=2).smallest_world_size is None
     assert plan_7b().fits is None
 
