@@ -147,9 +147,8 @@ def _why_not(model: Any, options: dict[str, Any]) -> str | None:
         return "some modules have forward hooks"
     is_one = wanted.num_return_sequences in (None, 1) and not wanted.return_dict_in_generate
     is_plain = wanted.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    if (
-        not (is_one and is_plain) or wanted.stop_strings
-    ):  # these need the tokenizer, which transformers does not pass on
+    # Stop strings need the tokenizer, which transformers does not pass on.
+    if not (is_one and is_plain) or wanted.stop_strings:
         return "it takes one sequence, greedy or sampled, without stop strings"
     return None
 
