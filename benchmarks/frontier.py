@@ -57,7 +57,7 @@ class Format(NamedTuple):
     """A way to store weights."""
 
     values: str
-    """Format of the layers: fp32, bf16, int8 or int4."""
+    """Format of the layers: fp32, bf16, int8, int4 or int3."""
     head: str | None = None
     """int8: of the head, with the embedding tied to it, as in llama.cpp's formats. None: fp32 with fp32, else bf16."""
 
@@ -65,7 +65,7 @@ class Format(NamedTuple):
         return f"{self.values}, {self.head} head" if self.head else self.values
 
 
-FORMATS = tuple(map(Format, ("fp32", "bf16", "int8", "int4")))
+FORMATS = tuple(map(Format, ("fp32", "bf16", "int8", "int4", "int3")))
 WITH_HEADS = tuple(form._replace(head="int8") for form in FORMATS[2:])
 PROMPT, NEW_TOKENS = 32, 48
 LONG_PROMPT, BATCH = 512, 8
@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--sparse", help="a 2:4 model folder, or a run of castlm train")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--calibration", help="text that int4 is rounded by; needed unless --speeds-only")
+    parser.add_argument("--calibration", help="text that int4 and int3 are rounded by; needed unless --speeds-only")
     parser.add_argument("--speeds-only", action="store_true")
     parser.add_argument("--sequences", type=int, default=32, help="of calibration tokens")
     parser.add_argument("--calibration-len", type=int, default=512)
