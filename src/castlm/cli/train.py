@@ -13,7 +13,6 @@ from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, checked, choice, essential
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.models.locate import DEMO
 from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig, names_of
 
 
@@ -91,6 +90,8 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     folder.
     """
     config, page = parse_train(arguments, "finetune", PageOptions)
+    from castlm.models.locate import DEMO  # imports rich, which --help does not need
+
     model = result_folder(config.model.model)
     if model == DEMO:  # known before its 135M weights are read
         raise InputError(f"{DEMO} is a dense model: fine-tune the folder that castlm prune or castlm train makes of it")
