@@ -53,6 +53,10 @@ def test_every_real_dtype_has_the_mask_of_the_reference(dtype, n, m):
     assert count_nm_violations(weight, n, m) == sum(sum(group) > n for group in nonzero)
 
 
+def test_complex_weights_are_ranked_by_their_magnitude():
+    assert nm_mask(torch.tensor([[3 + 4j, 0.5j, 1, 6j]])).tolist() == [[True, False, False, True]]
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_nan_raises_in_every_dtype_that_has_one(dtype):
     weight = torch.ones(4, 8).index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(float("nan"))).to(dtype)

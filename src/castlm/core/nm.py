@@ -230,8 +230,8 @@ class NM(Pattern):
             mask = unpack_mask(packed, weight.shape[-1])
         else:
             # torch does not compare fp8, and abs(-128) overflows in int8
-            is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-            magnitude = (weight if is_plain else weight.double()).abs()
+            is_wide_float = weight.is_complex() or (weight.is_floating_point() and weight.dtype.itemsize > 1)
+            magnitude = (weight if is_wide_float else weight.double()).abs()
             has_nan = bool(magnitude.sum().isnan())
             mask = rank_mask(magnitude, self.n, self.m)
         if has_nan:
