@@ -48,7 +48,7 @@ INLINE __m256i load_once(const void* at) {
   return bytes;
 }
 
-// Whether x has its negative beside it, and the bytes of a row of x by half of a block; those of dense int4 end with `offset`.
+// Whether x has its negative beside it, and the bytes of a row of x by half of a block; dense int4 ends with `offset`.
 template <int n, bool is_int4>
 constexpr bool has_signs() { return n > 0 || !is_int4; }
 constexpr int64_t row_bytes(bool signs) { return signs ? 64 : 96; }

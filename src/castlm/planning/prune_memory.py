@@ -87,7 +87,7 @@ def plan_prune_memory(
         memory: "model" or "block", as in `castlm prune`; "model" for structured patterns.
         method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
             structured patterns.
-        num_sequences, seq_len: of the calibration text; the defaults are those of `castlm prune`.
+        num_sequences, seq_len: of the calibration text; by default as in `castlm prune`.
         dtype: the dtype of the stored model.
         basis: not with the residual stream rotated, whose statistics are not counted.
         effort: the `start_effort` that has set options of `refinements` which are not given.
