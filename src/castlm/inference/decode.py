@@ -289,6 +289,33 @@ def _rows_at_a_time(model: Any) -> int:
     return min(native.rows_at_a_time(m.packed) for m in model.model.layers.modules() if isinstance(m, PackedLinear))
 
 
+class PromptReader:
+    """Reads a prompt in parts, by `DecoderState.read` or by transformers' forward, whichever is the fastest.
+
+    Args:
+        model: a model that `decoding_method` supports.
+        capacity: as for `DecoderState`.
+    """
+
+    def __init__(self, model: Any, capacity: int):
+        self.model, self.capacity = model, capacity
+        self._state = DecoderState(model, None, capacity) if reads_prompts(model) else None
+        self._cache: Cache | None = None  # transformers'
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits (1, vocabulary) in fp32 after `ids` (1, num_tokens), the next part of the prompt."""
+        if self._state is not None:
+            return self._state.read(ids)
+        output = self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = next(value for value in output.values() if isinstance(value, Cache))
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def finish(self) -> DecoderState:
+        """The state after the parts that were read."""
+        return self._state or DecoderState(self.model, self._cache, self.capacity)
+
+
 def step_together(states: Sequence[DecoderState], tokens: Tensor) -> Tensor:
     """Logits (count, vocabulary) in fp32 after one of `tokens` (count,) in each of the sequences of one model.
 
@@ -322,14 +349,9 @@ def decode(
     assert input_ids.shape[0] == 1
     assert mask is None or bool(mask.all()), "the sequence is padded"
     assert inputs.get("inputs_embeds") is None
-    if reads_prompts(model):
-        state = DecoderState(model, None, generation_config.max_length)
-        logits = state.read(input_ids)
-    else:
-        output = model(input_ids, use_cache=True, logits_to_keep=1)
-        cache = next(value for value in output.values() if isinstance(value, Cache))
-        state = DecoderState(model, cache, generation_config.max_length)
-        logits = output.logits[:, -1].float()
+    prompt = PromptReader(model, generation_config.max_length)
+    logits = prompt.read(input_ids)
+    state = prompt.finish()
     while True:
         scores = logits_processor(input_ids, logits)
         token = torch.multinomial(scores.softmax(-1), 1)[0] if generation_config.do_sample else scores.argmax(-1)

@@ -258,9 +258,8 @@ def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor
     Raises:
         MemoryError: there is no memory for the activations.
     """
-    assert embeddings.dtype == logits.dtype == torch.float32
-    assert embeddings.is_contiguous()
-    assert logits.is_contiguous()
+    _check_plain("embeddings", embeddings, torch.float32)
+    _check_plain("logits", logits, torch.float32)
     library, threads, count = built(), torch.get_num_threads(), len(decoders)
     addresses, places = (ctypes.c_void_p * count)(*decoders), (ctypes.c_int64 * count)(*positions)
     code = library.castlm_decode(addresses, places, count, embeddings.data_ptr(), logits.data_ptr(), threads)
@@ -280,9 +279,8 @@ def read_prompt(decoder: int, position: int, embeddings: Tensor, logits: Tensor)
     Raises:
         MemoryError: there is no memory for the activations.
     """
-    assert embeddings.dtype == logits.dtype == torch.float32
-    assert embeddings.is_contiguous()
-    assert logits.is_contiguous()
+    _check_plain("embeddings", embeddings, torch.float32)
+    _check_plain("logits", logits, torch.float32)
     library, threads, count = built(), torch.get_num_threads(), len(embeddings)
     code = library.castlm_read_prompt(decoder, position, count, embeddings.data_ptr(), logits.data_ptr(), threads)
     _check_memory(code)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    Cache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from castlm.core.errors import InputError, is_out_of_memory
-from castlm.inference.decode import ONE_SEQUENCE, DecoderState, decoding_method, reads_prompts, step_together
+from castlm.inference.decode import ONE_SEQUENCE, DecoderState, PromptReader, decoding_method, step_together
 from castlm.models.architecture import context_length
 
 MOST_TOGETHER = 8
@@ -132,9 +131,9 @@ class _Sequence:
     """An answer whose prompt is read or that is being decoded."""
 
     def __init__(self, model: PreTrainedModel, answer: Answer, options: dict[str, Any]):
-        self.model, self.answer = model, answer
+        self.answer = answer
         self.ids, self.unread = answer.ids, answer.ids
-        self.cached: dict[str, Cache] = {}
+        self.prompt: PromptReader | None = PromptReader(model, answer.num_cached)
         self.logits: Tensor | None = None
         self.state: DecoderState | None = None
         self.random = torch.Generator()
@@ -150,17 +149,10 @@ class _Sequence:
     def read_part(self) -> None:
         """Runs the next part of the prompt, and with the last one prepares decoding."""
         part, self.unread = self.unread[:, :_PROMPT_PART], self.unread[:, _PROMPT_PART:]
-        if reads_prompts(self.model):
-            if self.state is None:
-                self.state = DecoderState(self.model, None, self.answer.num_cached)
-            logits = self.state.read(part)
-            self.logits = None if self.unread.numel() else logits
-            return
-        output = self.model(part, use_cache=True, logits_to_keep=1, **self.cached)
-        self.cached = {name: value for name, value in output.items() if isinstance(value, Cache)}
+        assert self.prompt is not None
+        logits = self.prompt.read(part)
         if self.unread.numel() == 0:
-            self.state = DecoderState(self.model, next(iter(self.cached.values())), self.answer.num_cached)
-            self.logits, self.cached = output.logits[:, -1].float(), {}
+            self.state, self.logits, self.prompt = self.prompt.finish(), logits, None
 
     def choose(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Tensor:
         """The next token (1,), which joins the answer; `ends` are the tokens that end a text."""
