@@ -71,7 +71,7 @@ PROMPT, NEW_TOKENS = 32, 48
 LONG_PROMPT, BATCH = 512, 8
 
 Codes = dict[str, Rounded]
-"""Of the layers with integers, by name."""
+"""The codes of the layers with integers, by name."""
 
 
 @dataclass

@@ -143,7 +143,7 @@ def weight_parameter(layer: SparseLayer) -> Tensor:
 
 
 class _WithoutHooks(nn.Module):
-    """Calls a module without its hooks: those of FSDP would gather all rows of its parameters."""
+    """Calls a module without its hooks, because FSDP's would gather all rows of its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class _WithoutHooks(nn.Module):
 
 
 def computed_weight(layer: SparseLayer, take: Callable[[Tensor], Tensor]) -> Tensor:
-    """The weight that a layer computes with; `take` gives all rows of a parameter, or those of this rank."""
+    """The weight that a layer computes with; `take` gives all rows of a parameter, or this rank's rows."""
     weight = take(weight_parameter(layer))
     if parametrize.is_parametrized(layer, "weight"):
         for part in layer.get_submodule("parametrizations.weight").children():

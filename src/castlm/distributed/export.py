@@ -107,7 +107,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
 
 
 Take = Callable[[Tensor], Tensor]
-"""`whole` or `local`: all rows of a parameter, or those of this rank."""
+"""`whole` or `local`: all rows of a parameter, or this rank's rows."""
 
 
 class Folded(NamedTuple):
@@ -121,7 +121,7 @@ class Folded(NamedTuple):
     """The layer whose parametrized weight it is; None for a parameter without parametrization."""
 
     def value(self, take: Take) -> Tensor:
-        """The folded value: all rows, or those of this rank."""
+        """The folded value: all rows, or this rank's rows."""
         return take(self.parameter) if self.layer is None else computed_weight(self.layer, take)
 
 

@@ -172,7 +172,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         check_export(model, pattern, filter_fn)
 
     def open_teacher() -> Source:
-        """The source of the teacher: that of the run, or of another model."""
+        """The teacher's source: the run's own, or another model's."""
         if teacher_options.teacher is None or teacher_options.eta == 0:
             return source
         options = model_options_of_teacher(teacher_options, config.model)
