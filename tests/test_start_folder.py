@@ -12,7 +12,6 @@ from castlm.core.errors import InputError
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.residual import basis_between
-from castlm.signals import Interrupted
 from castlm.training.train import train
 from tests.faults import train_as_a_command
 from tests.ranks import start_ranks, wait_ranks
@@ -119,7 +118,7 @@ def test_a_run_killed_in_its_start_continues_to_the_same_result(moment, decay, l
     assert not (tmp_path / "run.partial").exists()
 
 
-def test_ctrl_c_in_the_start_names_the_folder_where_it_continues(llama, text, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_start_names_the_folder_where_it_continues(llama, text, tmp_path, monkeypatch, capsys):
     record = StartFolder.record
 
     def stopped(self, *args, **more):
@@ -127,7 +126,7 @@ def test_ctrl_c_in_the_start_names_the_folder_where_it_continues(llama, text, tm
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(StartFolder, "record", stopped)
-    with pytest.raises(Interrupted, match=r"in the start; .*run\.partial: the same command continues") as stop:
+    with pytest.raises(KeyboardInterrupt):
         train(small(llama, text, tmp_path / "run", init_from="sparsegpt"))
-    assert stop.value.exit_code == 130
+    assert f"{tmp_path}/run.partial: the same command continues" in capsys.readouterr().err
     assert json.loads((tmp_path / "run.partial" / "progress.json").read_text())["done"] == 1

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM end a command with a message, and a run with a checkpoint.
+"""Ctrl-C and SIGTERM end a command with a message, and a run that has begun to train with a checkpoint.
 
-While a run loads, they end it at once, because there is nothing to save. Later, they end it after the current step,
-with a checkpoint. A second Ctrl-C always ends it at once.
+They end a run after the current step. Before its first step they end it at once, like any command, because there is
+nothing to save but finished blocks of its start, which are saved already. A second Ctrl-C always ends it at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -29,69 +29,53 @@ def ending_on_sigterm() -> Iterator[None]:
     If a library replaces that exception, or the `KeyboardInterrupt` of Ctrl-C, by its own error, the block still ends
     with the exception of the signal. Does nothing outside the main thread, since only that receives signals.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     raised: list[BaseException] = []
+    others = sys.unraisablehook
 
     def end(number: int, frame: FrameType | None) -> None:
         raised.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(TERMINATED))
         raise raised[-1]
 
-    def signal_of(error: BaseException | None) -> int | None:
-        if isinstance(error, SystemExit) and error.code == TERMINATED:
-            return signal.SIGTERM
-        return signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
+    def send_again(ignored: sys.UnraisableHookArgs) -> None:
+        # Python prints and ignores exceptions in destructors and weak reference callbacks, which its import machinery
+        # uses too. A signal that arrives there would be lost, with a traceback.
+        error = ignored.exc_value
+        if isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT
+        elif isinstance(error, SystemExit) and error.code == TERMINATED:
+            number = signal.SIGTERM
+        else:
+            others(ignored)
+            return
+        threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where Ctrl-C is ignored, as under nohup
         numbers.append(signal.SIGINT)
     old = {number: signal.signal(number, end) for number in numbers}
+    sys.unraisablehook = send_again
     try:
-        with sent_again(signal_of):
-            yield
+        yield
     except Exception as error:
         if raised:
             raise raised[-1] from error
         raise
     finally:
+        sys.unraisablehook = others
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def sent_again(signal_of: Callable[[BaseException | None], int | None]) -> Iterator[None]:
-    """Sends a signal again if Python ignored the exception that its handler raised in the block.
-
-    Python prints and ignores exceptions in destructors and weak reference callbacks, which its import machinery uses
-    too. A signal that arrives there would be lost, with a traceback.
-
-    Args:
-        signal_of: returns the signal whose handler raised an ignored exception; None for any other exception.
-    """
-    others = sys.unraisablehook
-
-    def hook(ignored: sys.UnraisableHookArgs) -> None:
-        number = signal_of(ignored.exc_value)
-        if number is None:
-            others(ignored)
-        else:
-            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = others
-
-
 class Interrupted(BaseException):
-    """A signal stopped the run. It is no `Exception`, so that code which reports bad input does not catch it.
+    """A signal stopped a run that has saved its state. It is no `Exception`, so that code which reports bad input does
+    not catch it.
 
     Attributes:
-        reason: the signal and the step, without the advice what to do next.
-        exit_code: after a save, 130 for Ctrl-C, and 0 for SIGTERM, by which a scheduler pre-empts, and for a signal to
-            another rank. While loading, 130 and 143.
+        reason: the step after which the run stopped, without the advice what to do next.
+        exit_code: 130 for Ctrl-C, and 0 for SIGTERM, by which a scheduler pre-empts, and for a signal to another rank.
     """
 
     def __init__(self, reason: str, then: str, exit_code: int) -> None:
@@ -100,14 +84,12 @@ class Interrupted(BaseException):
 
 
 class Interrupt:
-    """A context manager that handles the two signals. Outside the main thread it does nothing.
-
-    A signal raises `Interrupted` until `start_training` is called, and sets `requested` from then on.
+    """A context manager for a run: signals end it as `ending_on_sigterm` does until `start_training`, and set
+    `requested` from then on. Outside the main thread it does nothing.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._is_training = False
         self._ends_with = "stopping after this step, with everything saved"
         self._undo = contextlib.ExitStack()
 
@@ -117,38 +99,28 @@ class Interrupt:
 
     def start_training(self) -> None:
         """From now on, a signal ends the run after the current step."""
-        self._is_training = True
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._undo.callback(signal.signal, number, signal.signal(number, self._handle))
 
     def start_export(self) -> None:
         """From now on, a signal ends the run after the result is written."""
         self._ends_with = "the model is being written, and the run ends with that"
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._undo.enter_context(sent_again(lambda error: self.signal if isinstance(error, Interrupted) else None))
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._undo.callback(signal.signal, number, signal.signal(number, self._handle))
+        self._undo.enter_context(ending_on_sigterm())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._undo.close()
-        if self.signal is not None and not self._is_training and isinstance(error, Exception):
-            raise self._while_loading(self.signal) from error  # a library raised its own error instead
+        self._undo.__exit__(kind, error, tb)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._is_training:
-            self.signal = number  # if a library swallows the exception, the run ends after its first step
-            raise self._while_loading(number)
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         from castlm.progress import note  # imports rich, which the list of commands need not load
 
         note(f"{self._ends_with}; Ctrl-C again stops at once without saving")
-
-    def _while_loading(self, number: int) -> Interrupted:
-        name = signal.Signals(number).name
-        return Interrupted(f"stopped by {name} before the first step", "nothing was changed", 128 + number)
 
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
         how = f"continue with: castlm train --config {shlex.quote(str(output_dir / 'config.yaml'))} --resume"

@@ -172,12 +172,15 @@ class DemoCommand:
 
     def run(self) -> int:
         keep_freed_memory()
+        again = f"continue with: {command_line('demo', replace(self, resume=True, overwrite=False))}"
         try:
             run_demo(Path(self.output_dir), self.max_steps, self.overwrite, self.resume)
         except Interrupted as stop:
-            again = replace(self, resume=True, overwrite=False)
-            note(f"{stop.reason}; continue with: {command_line('demo', again)}")
+            note(f"{stop.reason}; {again}")
             return stop.exit_code
+        except (KeyboardInterrupt, SystemExit):
+            note(again)
+            raise
         return 0
 
 

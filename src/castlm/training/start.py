@@ -34,7 +34,6 @@ from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.start import Start
 from castlm.progress import note, shown_progress
-from castlm.signals import Interrupted
 from castlm.training.options import StartOptions
 from castlm.training.source import Source, TrainingText
 
@@ -121,11 +120,10 @@ class TrainingStart:
                     with output_folder(partial, "prune", resume=True):
                         begin_output(partial, "prune", resume=True)
                         start = self._prune(partial, overwrite)
-                except Interrupted as stop:
-                    if not (partial / PROGRESS).exists():
-                        raise
-                    then = f"its finished transformer blocks are in {partial}: the same command continues there"
-                    raise Interrupted(f"{stop.reason}, in the start", then, stop.exit_code) from stop
+                except (KeyboardInterrupt, SystemExit):
+                    if (partial / PROGRESS).exists():
+                        note(f"finished transformer blocks are in {partial}: the same command continues there")
+                    raise
             else:
                 start = self._read()
             return start.record

@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         InputError: any error that the user can correct; no result is half-written.
-        Interrupted: after Ctrl-C or SIGTERM; its message names the last saved step and how to resume.
+        Interrupted: after Ctrl-C or SIGTERM during the steps; its message names the saved step and how to resume.
     """
     runtime = config.runtime
     with (
