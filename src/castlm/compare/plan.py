@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from castlm.compare.runs import OneshotConfig, Result, Run, content_hash, execut
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
-from castlm.fields import build, convert, essential
+from castlm.fields import build, convert, essential, number
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
@@ -107,7 +107,7 @@ class CompareConfig(SharedOptions):
     calibration: str | None = None
     """Calibration text of one-shot methods such as wanda and sparsegpt. The default is the training text."""
 
-    num_sequences: int = field(default=128, metadata={"at_least": 1})
+    num_sequences: int = number(128, at_least=1)
     """Number of calibration sequences of one-shot methods."""
 
 
@@ -171,7 +171,7 @@ class Plan:
             if options["method"] in ONESHOT and options["method"] not in pattern.solvers:
                 raise InputError(f"variant {name}: method {options['method']} is not for {pattern}: leave it out")
         self.largest_budget = self._largest_budget()
-        self.calibration = self._calibration()
+        self.texts = self._texts()
         self.hashes = self._hashes()
         for name in self.variants:  # report a mistake in any of them before the first one runs
             for tokens, rate in itertools.product(self.budgets(name), self._rates_of(name)):
@@ -189,14 +189,19 @@ class Plan:
         shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
         return command.max_steps * TrainConfig.from_mapping({**named, **shared}).tokens_per_step
 
-    def _calibration(self) -> dict[str, Any]:
-        """The calibration text of one-shot rows, as fields of `OneshotConfig`."""
-        if self.command.calibration is not None:
-            return {"calibration": self.command.calibration}
-        # the training text, opened as the other runs open it
-        hub = {"calibration_split": "dataset_split", "calibration_config": "dataset_config"}
-        opened = {name: self.common[option] for name, option in hub.items() if option in self.common}
-        return {"calibration": self.command.dataset, **opened}
+    def _texts(self) -> dict[str, tuple[str, str, str | None]]:
+        """The texts of the runs, by option: name, and split and configuration for those of the hub."""
+        command, common = self.command, self.common
+        dataset = command.dataset, common.get("dataset_split", "train"), common.get("dataset_config")
+        held_out = common.get("eval_split", "validation"), common.get("eval_config")
+        texts = {
+            "dataset": dataset,
+            "eval_dataset": (command.eval_dataset, *held_out),
+            "calibration": dataset if command.calibration is None else (command.calibration, "train", None),
+        }
+        if command.tuning_dataset:
+            texts["tuning_dataset"] = (command.tuning_dataset, *held_out)
+        return texts
 
     def check_model(self) -> None:
         """Raises `InputError` if config or tokenizer of the model cannot be read, or its context is too short: every
@@ -218,29 +223,16 @@ class Plan:
         """SHA-256 of the model and the texts, by option; for those on the hub, of name and revision."""
         from castlm.data.documents import open_documents
 
-        command, common, calibration = self.command, self.common, self.calibration
-        options = TextOptions.of(common)
-        held_out = common.get("eval_split", "validation"), common.get("eval_config")
-        texts = {
-            "dataset": (command.dataset, common.get("dataset_split", "train"), common.get("dataset_config")),
-            "eval_dataset": (command.eval_dataset, *held_out),
-            "calibration": (
-                calibration["calibration"],
-                calibration.get("calibration_split", "train"),
-                calibration.get("calibration_config"),
-            ),
-        }
-        if command.tuning_dataset:
-            texts["tuning_dataset"] = (command.tuning_dataset, *held_out)
+        command, options = self.command, TextOptions.of(self.common)
         digests = {
             name: open_documents(text, options, split=split, data_config=data_config).text_hash()
-            for name, (text, split, data_config) in texts.items()
+            for name, (text, split, data_config) in self.texts.items()
         }
         if digests.get("tuning_dataset") == digests["eval_dataset"]:
             raise InputError(
                 f"tuning_dataset {command.tuning_dataset} is the text of eval_dataset: give another one to choose by"
             )
-        model = content_hash(command.model, common.get("revision"), trust_remote_code=self._trusts)
+        model = content_hash(command.model, self.common.get("revision"), trust_remote_code=self._trusts)
         return {"model": model, **digests}
 
     def budgets(self, name: str) -> list[int]:
@@ -288,7 +280,10 @@ class Plan:
     def measure(self, run: Run, root: Path) -> Result:
         """The result of a run: reads a finished one, otherwise starts or resumes it."""
         self.say(str(run))
-        record = execute(run, root, self.say)
+        try:
+            record = execute(run, root, self.say)
+        except InputError as error:
+            record = {"error": str(error)}
         result = Result(run, record, run.folder(root))
         self.say(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}")
         return result
@@ -346,8 +341,8 @@ class Plan:
     def _make_oneshot(self, name: str, named: dict[str, Any]) -> Run:
         variant = self.variants[name]
         fields = {**self.common, **variant}
-        calibration = ("calibration", "calibration_split", "calibration_config", "num_sequences")  # of all rows alike
-        shared = {option.name for option in dataclasses.fields(OneshotConfig)}.difference(calibration)
+        calibration = ("calibration", "calibration_split", "calibration_config")
+        shared = {option.name for option in dataclasses.fields(OneshotConfig)} - {*calibration, "num_sequences"}
         unused = [option for option in variant if option not in shared]
         unused += ["left_dense"] if fields.get("left_dense") else []
         if unused:
@@ -356,7 +351,8 @@ class Plan:
                 "it out"
             )
         given = {option: value for option, value in fields.items() if option in shared}
-        given |= {**named, **self.calibration, "num_sequences": self.command.num_sequences}
+        given |= {**named, "num_sequences": self.command.num_sequences}  # of all rows alike, as the text
+        given |= dict(zip(calibration, self.texts["calibration"]))
         content = dataclasses.asdict(build(OneshotConfig, given, f"variant {name}"))
         del content["output_dir"]
         return Run(name, 0, 0, content, run_key(content, self.hashes))

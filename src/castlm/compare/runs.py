@@ -20,7 +20,6 @@ import yaml
 
 import castlm
 from castlm.compare.presets import ONESHOT
-from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import refuse_locked
@@ -165,37 +164,25 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
     return _digest([fields, named, castlm.__version__])[:12]
 
 
-def read_finished(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any] | None:
+def read_finished(folder: Path) -> dict[str, Any] | None:
     """The record of a finished run; None if there is none.
 
-    Raises `InputError` if a file of the result is missing or has changed, or if the record is of a run with other
-    fields than `config`.
+    Raises `InputError` if a file of the result is missing or has changed.
     """
     model = folder / "model"
-    if not (model / RESULT).is_file():
-        return None
-    record = read_result(model)
-    saved = record.get("config", {})
-    skipped = {*WITHOUT_EFFECT, *NAMED, "init_from", "lam"}  # may be another path, or measured before the run
-    for name, value in json.loads(json.dumps(config or {}, default=list)).items():
-        if name not in skipped and name in saved and saved[name] != value:
-            raise InputError(f"{model} is of a run with {name} {saved[name]}, not {value}: remove {folder}")
-    return record
+    return read_result(model) if (model / RESULT).is_file() else None
 
 
 def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Returns the record of a run: reads a finished one, resumes an interrupted one, or starts it.
 
-    The record is the content of its castlm.json; or `{"error": one line}` if its files have changed or its process
-    failed, the latter with its `exit_code`.
+    The record is the content of its castlm.json, or `{"error": one line, "exit_code": ...}` if its process failed.
+    Raises `InputError` as `read_finished`.
     """
     from castlm.training.checkpoint import remove_checkpoints  # imports torch
 
     folder = run.folder(root)
-    try:
-        record = read_finished(folder, run.config)
-    except InputError as error:
-        return {"error": str(error)}
+    record = read_finished(folder)
     if record is not None:
         remove_checkpoints(folder / "checkpoints")  # a kill may have come earlier
         return record
@@ -212,10 +199,7 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     started = time.monotonic()
     log = folder.with_suffix(".log")
     code = run_process(command, log)
-    try:
-        record = read_finished(folder)
-    except InputError as error:
-        return {"error": str(error)}
+    record = read_finished(folder)
     if record is None or (code and record.get("verdict", {}).get("ok", True)):
         printed = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
         reason = printed[-1].removeprefix("castlm: error: ")

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from castlm.core.errors import InputError
 from castlm.planning.law import NAMES, Array, Holdout, Law, interval
@@ -67,7 +67,7 @@ def fit_law(points: Sequence[Point], *, num_draws: int = 200, seed: int = 0, lea
     # In one order: the draws of the intervals go through the points, so the order of files would change their digits.
     points = sorted(points, key=lambda point: (point.tokens, point.seed or 0, point.perplexity))
     data = _as_data(points)
-    _check_design(data, MIN_BUDGETS, MIN_SPREAD)
+    check_budgets(data.x)
     known = {name: _named(points, name) for name in ("method", "pattern", "harness", "base_model")}
     runs_of = {name: " and ".join(values) for name, values in known.items() if values}
     law = replace(_fit(data, num_draws, seed), runs_of=runs_of)
@@ -106,22 +106,23 @@ def _named(points: Sequence[Point], field: str) -> list[str]:
     return sorted({str(value) for point in points if (value := getattr(point, field))})
 
 
-def _check_design(data: Data, min_budgets: int, min_spread: float) -> None:
-    num_budgets = len(np.unique(data.budget))
+def check_budgets(x: ArrayLike, min_budgets: int = MIN_BUDGETS, min_spread: float = MIN_SPREAD) -> None:
+    """Raises `InputError` for too few distinct token budgets, or a range that is too short; `x` are their logs."""
+    num_budgets = 1 + int((np.diff(np.sort(x)) > SAME_BUDGET).sum())
     if num_budgets < min_budgets:
-        raise InputError(f"a law needs {min_budgets} distinct token budgets, found {num_budgets}; add runs")
-    if (spread := math.exp(np.ptp(data.x))) < min_spread * (1 - 1e-9):
+        raise InputError(f"a law needs {min_budgets} distinct token budgets, found {num_budgets}: add more")
+    if (spread := math.exp(np.ptp(x))) < min_spread * (1 - 1e-9):
         raise InputError(
-            f"budgets span a factor of {spread:.3g}, {min_spread:g} is the least; add a larger or smaller one"
-        )
-    if not float(data.x @ data.y) < 0:
-        raise InputError(
-            "perplexity does not fall with tokens: no law to fit; are all runs of one model, text and method?"
+            f"budgets span a factor of {spread:.3g}, {min_spread:g} is the least: add a larger or smaller one"
         )
 
 
 def _fit(data: Data, num_draws: int, seed: int) -> Law:
-    """The point estimate and its bootstrap, after `_check_design`."""
+    """The point estimate and its bootstrap, of budgets that pass `check_budgets`."""
+    if not float(data.x @ data.y) < 0:
+        raise InputError(
+            "perplexity does not fall with tokens: no law to fit; are all runs of one model, text and method?"
+        )
     lowest = math.exp(min(data.y[data.budget == budget].mean() for budget in np.unique(data.budget)))
     theta, delta = solve_from_grid(data, lowest)
     if theta[0] < 1e-3 * lowest:
@@ -176,7 +177,7 @@ def _leave_largest_out(data: Data, num_draws: int, seed: int) -> Holdout:
     x = data.x + data.x0
     rest = make_data(x[~left], data.y[~left])
     has_seeds = len(rest.y) > len(np.unique(rest.budget))
-    _check_design(rest, 3 if has_seeds else MIN_BUDGETS, 1.0)
+    check_budgets(rest.x, 3 if has_seeds else MIN_BUDGETS, 1.0)
     law = _fit(rest, num_draws, seed)
     tokens = float(np.exp(x[left].mean()))
     low, high = interval(np.exp(law.run_losses(tokens)))

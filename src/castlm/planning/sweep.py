@@ -39,7 +39,7 @@ class SweepConfig(SharedOptions):
     smallest_tokens: float | None = None
     """Training tokens of the smallest budget. The default is a 64th of the largest."""
 
-    budgets: int = essential(6, at_least=2)
+    budgets: int = essential(6, at_least=2, at_most=100)
     """Number of budgets, evenly spaced on a logarithmic scale."""
 
     tokens: str | None = essential(None)
@@ -75,11 +75,10 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
         ),
         progress,
     )
-    check_budgets(asked)  # before a run is planned for each
     if missing := [folder for folder in config.runs_from if not user_path(folder).is_dir()]:
         raise InputError(f"runs_from {missing[0]} is no folder: name one of castlm compare or plan sweep")
     runs = [[plan.make(method, tokens, seed, None) for seed in range(config.seeds)] for tokens in asked]
-    check_budgets([of_budget[0].tokens for of_budget in runs])
+    _check_apart([of_budget[0].tokens for of_budget in runs])
     plan.check_model()
     root = Path(config.output_dir)
     with output_folder(root, "sweep", resume=True):
@@ -128,7 +127,7 @@ def _finished_elsewhere(run: Run, folders: Sequence[str]) -> Result | None:
     """The result of a run that is finished in one of the `folders` of comparisons or sweeps."""
     for other in map(user_path, folders):
         for folder in other.glob(f"runs/*-{run.key}"):
-            if (record := read_finished(folder, run.config)) is not None:
+            if (record := read_finished(folder)) is not None:
                 return Result(run, record, folder)
     return None
 
@@ -171,17 +170,11 @@ def geometric_budgets(largest: float, smallest: float | None, num: int) -> list[
     return [round(smallest * factor**i) for i in range(num)]
 
 
-def check_budgets(budgets: Sequence[int]) -> None:
-    """Raises `InputError` for ascending budgets that are too few, too near each other, or over too short a range."""
-    from castlm.planning.fit import MIN_BUDGETS, MIN_SPREAD, SAME_BUDGET
+def _check_apart(budgets: Sequence[int]) -> None:
+    """Raises `InputError` for ascending budgets of whole steps that are too near each other, or carry no law."""
+    from castlm.planning.fit import SAME_BUDGET, check_budgets
 
-    if len(budgets) < MIN_BUDGETS:
-        raise InputError(f"{len(budgets)} budgets: a law needs {MIN_BUDGETS}; give more budgets")
     for one, following in itertools.pairwise(budgets):
-        if not one or math.log(following / one) <= SAME_BUDGET:
+        if math.log(following / one) <= SAME_BUDGET:
             raise InputError(f"budgets of {one:,} and {following:,} tokens, in whole steps, are one: set them apart")
-    if budgets[-1] < MIN_SPREAD * budgets[0]:
-        raise InputError(
-            f"budgets from {budgets[0]:,} to {budgets[-1]:,} tokens: a law needs a factor of {MIN_SPREAD:g} between "
-            "them; start from a smaller one"
-        )
+    check_budgets([math.log(budget) for budget in budgets])
