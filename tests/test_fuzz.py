@@ -33,7 +33,6 @@ from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yam
 from castlm.inference.formats import PackedSpec
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
-from castlm.planning.law import Law, predict_perplexity, tokens_for
 from castlm.planning.memory import Settings, plan_memory
 from castlm.planning.points import read_points
 from castlm.training.config import TrainConfig
@@ -265,11 +264,10 @@ LAW = {
 
 @fuzz
 @given(changes=st.dictionaries(st.sampled_from(sorted(LAW)), VALUES, max_size=2), tokens=NUMBERS, target=NUMBERS)
-def test_law(changes, tokens, target):
-    law = answers(Law.from_dict, LAW | changes)
-    if isinstance(law, Law):
-        answers(predict_perplexity, law, tokens)
-        answers(tokens_for, law, target)
+def test_law(here, changes, tokens, target):
+    file = put(new(here), law__json=to_json(LAW | changes)) / "law.json"
+    for option in (f"--tokens={tokens!r}", f"--target-ppl={target!r}"):
+        assert answers(main, ["plan", "predict", str(file), option]) in (0, 1, 2)
 
 
 @fuzz

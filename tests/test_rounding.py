@@ -199,7 +199,7 @@ def test_what_three_bits_are_not_for(llama, text, tmp_path, capsys):
     command = ["train", "--model", llama, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--weight-bits"]
     assert_refused(
         [
-            ([*command, "4"], "weight_bits"),
+            ([*command, "4"], "--weight-bits"),
             ([*command, "3", "--pattern", "channels:0.5"], "channels:0.5"),
         ],
         capsys,

@@ -358,7 +358,7 @@ def test_serve_refuses_an_address_before_it_loads_a_model(tmp_path, capsys):
         ):
             assert main(["serve", str(tmp_path), *options]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert "port 99999 is out of range" in said[0]
+    assert "--port = 99999 is out of range" in said[0]
     assert all("cannot listen on" in line for line in said[1:])
     assert len(said) == 5
 

@@ -13,12 +13,13 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 import os
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -26,8 +27,14 @@ from castlm.core.errors import InputError
 
 T = TypeVar("T")
 Choices = Iterable[str] | Callable[[], Iterable[str]]
-Bound = tuple[str, bool, str]
-"""A field, whether its value is allowed, and the allowed range in words."""
+
+LIMITS: dict[str, Callable[[Any, Any], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
+"""The limits that a field of a number may have: how an allowed number compares with each."""
 
 COMMAND_LINE = "the command line"
 """The `source` of options on the command line: errors then write `--max-steps` instead of `max_steps`."""
@@ -36,20 +43,15 @@ OTHER_NAMES = {
     "initial_mask": "init_from",
     "batch_size": "per_device_train_batch_size",
     "micro_batch": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
-    "steps": "max_steps",
     "max_length": "seq_len",
     "max_seq_length": "seq_len",
     "block_size": "seq_len",
     "tensorboard": "report_to",
     "completion_only_loss": "assistant_only_loss",
     "dataset_text_field": "column",
-    "text_column": "column",
     "warmup_steps": "warmup_ratio",
-    "adam_beta1": "adam_betas",
-    "adam_beta2": "adam_betas",
     "bf16": "precision",
     "fp16": "precision",
 }
@@ -71,6 +73,11 @@ def essential(default: Any = dataclasses.MISSING, **more: Any) -> Any:
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
+def number(default: Any, **limits: float) -> Any:
+    """A field of a number, or of a tuple of numbers, that must keep to `limits`, named as in `LIMITS`."""
+    return dataclasses.field(default=default, kw_only=True, metadata=limits)
 
 
 def positional(**more: Any) -> Any:
@@ -95,26 +102,28 @@ def like(section: type[Any], name: str, **more: Any) -> Any:
 
 
 class Bounded:
-    """A dataclass of options that checks their ranges when it is made.
-
-    Each class yields the ranges of its own options; a command that inherits several classes is checked against all.
-    """
-
-    def out_of_range(self) -> Iterator[Bound]:
-        """The range of each option of this class that has one."""
-        return iter(())
+    """A dataclass of options that checks the limits of its fields when it is made in Python."""
 
     def __post_init__(self) -> None:
-        self.check()
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            check_limits(field.name, getattr(self, field.name), field.metadata)
 
-    def check(self) -> None:
-        """Raises `InputError` for an option that is out of range."""
-        for owner in type(self).__mro__:
-            if "out_of_range" not in vars(owner):
-                continue
-            for name, in_range, allowed in vars(owner)["out_of_range"](self):
-                if not in_range:
-                    raise InputError(f"{name} = {getattr(self, name)} is out of range: it must be {allowed}")
+
+def check_limits(label: str, value: Any, limits: Mapping[str, Any]) -> None:
+    """Raises `InputError` for a number beyond a limit.
+
+    Args:
+        value: a number or a tuple of numbers; anything else, such as None and "auto", passes.
+        limits: the metadata of a field.
+    """
+    limits = {name: limits[name] for name in LIMITS if name in limits}
+    numbers = [each for each in (value if isinstance(value, tuple) else [value]) if isinstance(each, (int, float))]
+    if all(LIMITS[name](each, limit) for name, limit in limits.items() for each in numbers):
+        return
+    allowed = " and ".join(f"{name.replace('_', ' ')} {limit:,}" for name, limit in limits.items())
+    if limits.keys() == {"at_least", "at_most"}:
+        allowed = f"between {limits['at_least']:,} and {limits['at_most']:,}"
+    raise InputError(f"{label} = {value} is out of range: it must be {allowed}")
 
 
 def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
@@ -195,9 +204,7 @@ def checked(kinds: Sequence[type[Any]], values: Mapping[str, Any], source: str =
             found[name] = parse(value)
             continue
         found[name] = convert(label(name, source), value, hints_of(kind)[name], choices_of(field))
-        least = field.metadata.get("at_least")
-        if least is not None and found[name] is not None and found[name] < least:
-            raise InputError(f"{label(name, source)} = {found[name]} is out of range: it must be at least {least}")
+        check_limits(label(name, source), found[name], field.metadata)
     return found
 
 
@@ -218,8 +225,7 @@ def unknown(name: str, known: Iterable[str], source: str = "") -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str | None:
-    """The option in `known` that a user probably meant by `name`: a name in other libraries, initials, or a typing
-    error.
+    """The option in `known` that a user probably meant by `name`: a name in other libraries, or a typing error.
 
     Examples:
         >>> suggest("lr", ["max_steps", "learning_rate"])
@@ -230,10 +236,9 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
     name, known = name.lower().replace("-", "_"), list(known)
     if OTHER_NAMES.get(name) in known:
         return OTHER_NAMES[name]
-    initials = [option for option in known if "".join(word[0] for word in option.split("_") if word) == name]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     words = [option for option in known if name in option.split("_") or option.startswith(name)]
-    return next(iter([*(initials if len(name) > 1 else []), *close, *words]), None)
+    return next(iter([*close, *words]), None)
 
 
 def convert(label: str, value: Any, hint: Any, choices: tuple[str, ...] | None = None) -> Any:
@@ -255,7 +260,7 @@ def convert(label: str, value: Any, hint: Any, choices: tuple[str, ...] | None =
     is_typed = label.startswith("--")  # on a command line, where nothing is null
     expected = " or ".join(_described(o) for o in _options(hint) if not (is_typed and o is type(None)))
     remedy = f": {reason}" if reason else ""
-    if isinstance(value, str) and (meant := suggest(value, [c for o in _options(hint) for c in _names(o)])):
+    if isinstance(value, str) and (meant := suggest(value, [str(c) for o in _options(hint) for c in _names(o)])):
         remedy = f"; did you mean {meant}?"
     raise InputError(f"{label} = {_shown(value)} is not {expected}{remedy}")
 
@@ -289,9 +294,9 @@ def _shown(value: Any) -> str:
 
 def _converted(value: Any, option: Any) -> Any:
     if names := _names(option):
-        if value in names:
-            return value
-        raise _WrongTypeError
+        if str(value) not in map(str, names):
+            raise _WrongTypeError
+        return next(name for name in names if str(name) == str(value))
     if typing.get_origin(option) is tuple:
         kinds = typing.get_args(option)
         if kinds[-1] is Ellipsis:

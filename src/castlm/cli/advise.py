@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castlm.cli.options import check_json_path, refuse_given, result_folder, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.fields import like, parsed, positional
+from castlm.fields import like, number, parsed, positional
 from castlm.files.reading import read_json_object
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
@@ -28,7 +28,7 @@ class AdviseCommand:
     model: str = positional()
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read."""
 
-    tokens: int = field(default=0, metadata={"at_least": 0})
+    tokens: int = number(0, at_least=0)
     """Rows of a layer's input: the batch size when decoding, or all prompt tokens in prefill. 0 takes 1, 8 and 512 on a
     CPU, and 1 on a GPU.
     """
@@ -51,7 +51,7 @@ class AdviseCommand:
     law: str | None = None
     """Scaling law of `castlm plan fit --json`, which predicts the perplexity of n:m after train_tokens."""
 
-    train_tokens: float = 0.0
+    train_tokens: float | None = number(None, above=0)
     """Training tokens for which the law predicts."""
 
     results: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class AdviseCommand:
             chosen = candidates(self.model, [result_folder(path) for path in self.results])
             report = as_dict(measure(chosen, note))
             advice = text(report)
-        elif (self.law is None) != (not self.train_tokens):
+        elif (self.law is None) != (self.train_tokens is None):
             raise InputError("give both --law and --train-tokens, or neither")
         elif cut is None and not isinstance(pattern, NM):
             raise InputError(f"pattern {pattern}: advise knows n:m, and channels and heads that are cut out")

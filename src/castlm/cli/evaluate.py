@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from castlm.cli.options import check_json_path, refuse_given, result_folder, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
-from castlm.fields import like, positional
+from castlm.fields import like, number, positional
 from castlm.training.options import ModelOptions, RuntimeOptions
 
 _READING = [field.name for field in fields(ScoredTextOptions)]
@@ -32,7 +32,7 @@ class EvalCommand(ScoredTextOptions):
     eval_config: str | None = None
     """Configuration of a hub dataset."""
 
-    eval_tokens: int = field(default=0, metadata={"at_least": 0})
+    eval_tokens: int = number(0, at_least=0)
     """Maximum number of tokens of the text. 0 scores all of it."""
 
     seq_len: int | None = None
@@ -50,7 +50,7 @@ class EvalCommand(ScoredTextOptions):
     tasks_from: str | None = None
     """Folder with local files of the tasks, instead of the hub."""
 
-    limit: int | None = field(default=None, metadata={"at_least": 1})
+    limit: int | None = number(None, at_least=1)
     """Maximum number of questions per task."""
 
     precision: Literal["auto", "fp32", "bf16"] = "fp32"

@@ -6,8 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 from castlm.cli.options import use_threads
-from castlm.data.options import TextOptions
-from castlm.fields import like, positional
+from castlm.fields import like, number, positional
 from castlm.names import LAYOUT, printable
 from castlm.training.options import ModelOptions
 
@@ -25,22 +24,22 @@ class GenerateCommand:
     image: tuple[str, ...] = field(default=(), kw_only=True)
     """Images that the prompt is about, for a vision-language model."""
 
-    max_new_tokens: int = field(default=128, metadata={"at_least": 1})
+    max_new_tokens: int = number(128, at_least=1)
     """Maximum number of new tokens."""
 
-    temperature: float = field(default=0.0, metadata={"at_least": 0})
+    temperature: float = number(0.0, at_least=0)
     """0, or less than 1e-6, always takes the most probable token; above, tokens are sampled."""
 
     seed: int = 0
     """Seed of the samples."""
 
-    document_limit: float = TextOptions.document_limit
+    document_limit: float = number(1.0, above=0)
     """Factor on the limit of 64 million pixels for an image."""
 
     raw: bool = False
     """Continue the prompt as it is, without a chat template."""
 
-    threads: int = field(default=0, metadata={"at_least": 0})
+    threads: int = number(0, at_least=0)
     """Processor threads; 0 leaves the number to torch."""
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")

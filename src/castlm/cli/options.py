@@ -47,7 +47,6 @@ def read_arguments(
     arguments: Sequence[str],
     name: str,
     about: type[Any],
-    elsewhere: Mapping[str, str] = types.MappingProxyType({}),
     hidden: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The given options by field name, as unchecked text. The last of several values counts.
@@ -55,11 +54,10 @@ def read_arguments(
     Args:
         sections: dataclasses whose fields are the options.
         about: the class whose docstring describes the command in the help.
-        elsewhere: options of another command, each with its name.
         hidden: options that the help does not show.
 
     Raises:
-        InputError: an unknown option, one of another command, or one without its value.
+        InputError: an unknown option, or one without its value.
     """
     fields = [(kind, field) for _, kind in sections for field in dataclasses.fields(kind)]
     unnamed = [field.name for _, field in fields if field.metadata.get("positional")]
@@ -74,13 +72,8 @@ def read_arguments(
         _add(parser, field, hints_of(kind)[field.name])
     for argument in before_dashes:
         option = argument.partition("=")[0]
-        if not option.startswith("--") or option in parser._option_string_actions:
-            continue
-        if option[2:] in unnamed:
-            raise InputError(f"{option} is not an option: write castlm {name} {option[2:].upper()}, without --")
-        if command := elsewhere.get(option[2:].removeprefix("no-").replace("-", "_")):
-            raise InputError(f"castlm {name} does not read {option}: leave it out, or use castlm {command}")
-        raise InputError(f"{unknown(option[2:], named, COMMAND_LINE)} (castlm {name} --help lists the options)")
+        if option.startswith("--") and option not in parser._option_string_actions:
+            raise InputError(f"{unknown(option[2:], named, COMMAND_LINE)} (castlm {name} --help lists the options)")
     return vars(parser.parse_args(arguments))
 
 
@@ -143,12 +136,13 @@ def help_text(sections: Sections, name: str, everything: bool, about: type[Any],
     Args:
         about: the class whose docstring describes the command.
         everything: describe all options; otherwise only name the inessential ones, if the command has essential ones.
-        hidden: options that the command has and does not need.
+        hidden: options that the command accepts and has no use for.
     """
     groups: dict[str, list[tuple[type[Any], dataclasses.Field[Any]]]] = {}
     for title, kind in sections:
-        shown = (field for field in dataclasses.fields(kind) if field.name not in hidden)
-        groups.setdefault(title, []).extend((kind, field) for field in shown)
+        for field in dataclasses.fields(kind):
+            if field.name not in hidden:
+                groups.setdefault(title, []).append((kind, field))
     options = [option for members in groups.values() for option in members]
     positional = [field.name.upper() for _, field in options if field.metadata.get("positional")]
     usage = " ".join(["usage: castlm", name, *positional, "[OPTIONS]"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from typing import Literal
 from castlm.cli.options import check_json_path, command_line, parse, to_stderr, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
-from castlm.fields import essential, positional
+from castlm.fields import essential, number, positional
 from castlm.files.reading import read_json
 from castlm.names import duration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
@@ -25,10 +25,10 @@ MOST_SEQUENCES = 128
 class CheckOptions:
     """Run and discard the first steps of a training, to predict whether it will converge and its cost."""
 
-    price_per_hour: float | None = None
+    price_per_hour: float | None = number(None, above=0)
     """Price of one device per hour; adds the cost of the run."""
 
-    devices: int | None = field(default=None, metadata={"at_least": 1})
+    devices: int | None = number(None, at_least=1)
     """Number of devices to pay for, at the speed measured here. The default is one per rank."""
 
 
@@ -36,11 +36,7 @@ def check(arguments: list[str]) -> int:
     """Prints the findings. Returns the exit code: 1 if the masked weights cannot reach zero."""
     config, given = parse_train(arguments, "plan check", CheckOptions)
     options = CheckOptions(**given)
-    from castlm.planning.law import check_positive, gpu_hours
-
-    if options.price_per_hour is not None:
-        check_positive("price_per_hour", options.price_per_hour)
-    elif options.devices is not None:
+    if options.devices is not None and options.price_per_hour is None:
         raise InputError(f"devices is {options.devices} without a price: give --price-per-hour too")
     if not config.method.row.decays:
         raise InputError(f"method {config.method.method} has no decay to check: plan check is for method cast")
@@ -62,7 +58,7 @@ def check(arguments: list[str]) -> int:
     if len(by_headroom) > 10:
         print(f"... and {len(by_headroom) - 10} layers{' with more headroom' if has_headroom else ''}")
     max_steps = config.optimizer.max_steps
-    hours = gpu_hours(max_steps * found.tokens_per_step, found.tokens_per_s)
+    hours = max_steps * found.tokens_per_step / found.tokens_per_s / 3600
     print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
     print(f"{found.tokens_per_s:,.0f} tokens/s: {duration(3600 * hours)} for {max_steps} steps of training alone")
     if found.start_seconds:
@@ -220,40 +216,29 @@ class PredictCommand:
     method: str | None = None
     """Use only the runs of this method."""
 
-    tokens: float | None = None
+    tokens: float | None = number(None, above=0, below=1e30)
     """Training tokens to predict the perplexity for."""
 
-    target_ppl: float | None = None
+    target_ppl: float | None = number(None, above=1, below=1e30)
     """Perplexity to find the training tokens for."""
 
-    tokens_per_s: float | None = None
+    tokens_per_s: float | None = number(None, above=0)
     """Measured throughput of one GPU or CPU; adds the hours of training."""
 
-    price_per_hour: float | None = None
+    price_per_hour: float | None = number(None, above=0)
     """Price of one hour of that device; adds the cost."""
 
     def run(self) -> int:
         from castlm.planning.fit import fit_law
-        from castlm.planning.law import (
-            Law,
-            check_positive,
-            gpu_hours,
-            predict_perplexity,
-            readable,
-            tokens_for,
-        )
+        from castlm.planning.law import Law, predict_perplexity, readable, tokens_for
         from castlm.planning.points import read_points
 
         if (self.tokens is None) == (self.target_ppl is None):
             raise InputError("give one of --tokens and --target-ppl")
-        if self.price_per_hour is not None:
-            check_positive("price_per_hour", self.price_per_hour)
-            if self.tokens_per_s is None:
-                raise InputError(
-                    f"price_per_hour is {self.price_per_hour:g}, but the hours are unknown: give --tokens-per-s too"
-                )
-        if self.tokens_per_s is not None:  # before half of the answer is printed
-            check_positive("tokens_per_s", self.tokens_per_s)
+        if self.price_per_hour is not None and self.tokens_per_s is None:
+            raise InputError(
+                f"price_per_hour is {self.price_per_hour:g}, but the hours are unknown: give --tokens-per-s too"
+            )
         file = Path(self.runs[0])
         content = read_json(file) if len(self.runs) == 1 and file.suffix == ".json" else None
         if isinstance(content, dict) and "draws" in content:
@@ -274,7 +259,7 @@ class PredictCommand:
             print(needed)
             tokens = needed.tokens
         if tokens is not None and self.tokens_per_s is not None:
-            hours = gpu_hours(tokens, self.tokens_per_s)
+            hours = tokens / self.tokens_per_s / 3600
             print(f"{duration(3600 * hours)} at {self.tokens_per_s:,.0f} tokens/s")
             if self.price_per_hour is not None:
                 print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")

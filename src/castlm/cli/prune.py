@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from castlm.cli.options import read_arguments, refuse_given, to_stdout
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
-from castlm.fields import COMMAND_LINE, build, choice, essential, like
+from castlm.fields import COMMAND_LINE, build, choice, essential, like, number
 from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, with_effort
 from castlm.patterns import all_solvers
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
@@ -38,7 +38,7 @@ class PruneOptions:
     """
 
     pattern: Pattern = like(ModelOptions, "pattern", essential=True)
-    num_sequences: int | None = field(default=None, metadata={"at_least": 1})
+    num_sequences: int | None = number(None, at_least=1)
     """Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest layer if that is
     more), at most 128, and a quarter for a quick start."""
 
@@ -48,7 +48,7 @@ class PruneOptions:
     seed: int = 0
     """Seed for drawing calibration sequences."""
 
-    damping: float = 0.01
+    damping: float = number(0.01, at_least=0, at_most=1)
     """SparseGPT: add this fraction of the mean diagonal to the Hessian."""
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from castlm.cli.options import head_formats, refuse_given, result_folder, to_stdout
 from castlm.data.options import TextOptions
-from castlm.fields import choice, like, positional
+from castlm.fields import choice, like, number, positional
 from castlm.training.options import ModelOptions, RuntimeOptions
 
 _OF_GPTQ = ("column", "document_limit", "num_sequences", "seq_len", "seed", "damping")
@@ -44,16 +44,16 @@ class QuantizeCommand(TextOptions):
     has it, otherwise dense.
     """
 
-    num_sequences: int = field(default=64, metadata={"at_least": 1})
+    num_sequences: int = number(64, at_least=1)
     """Calibration sequences."""
 
-    seq_len: int = field(default=512, metadata={"at_least": 1})
+    seq_len: int = number(512, at_least=1)
     """Tokens per calibration sequence, at most the model's context length."""
 
     seed: int = 0
     """Seed for drawing calibration sequences."""
 
-    damping: float = 0.01
+    damping: float = number(0.01, at_least=0, at_most=1)
     """int4, int3: add this fraction of the mean diagonal to the Hessian."""
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
@@ -71,11 +71,9 @@ class QuantizeCommand(TextOptions):
         from castlm.export.quantized import CalibrationText, quantize_folder
         from castlm.files.output import check_output
         from castlm.hardware import choose_device, keep_freed_memory
-        from castlm.oneshot.options import check_damping
         from castlm.progress import note, shown_progress
 
         keep_freed_memory()
-        check_damping(self.damping)
         calibration = None
         if self.calibration is None:
             refuse_given(self, _OF_GPTQ, "is for int4 and int3, which read a --calibration text: leave it out")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from castlm.cli.options import command_of, given, refuse_given, result_folder, to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.fields import essential, like, positional
+from castlm.fields import essential, like, number, positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, RuntimeOptions, TeacherOptions
@@ -34,7 +34,7 @@ class SampleOptions:
     prompts: str | None = essential(None)
     """Texts to continue, or with --chat to answer: a .txt file with one per line, .jsonl, .parquet or a hub dataset."""
 
-    dedup_prefix: int = field(default=200, metadata={"at_least": 0})
+    dedup_prefix: int = number(200, at_least=0)
     """Number of leading characters to compare: texts that share them are duplicates. 0 compares whole texts."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import socket
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from castlm.cli.options import to_stdout, use_threads
 from castlm.core.errors import InputError
-from castlm.fields import like, positional
+from castlm.fields import like, number, positional
 from castlm.training.options import ModelOptions
 
 
@@ -27,10 +26,10 @@ class ServeCommand:
     host: str = "localhost"
     """Address to listen on."""
 
-    port: int = dataclasses.field(default=8000, metadata={"at_least": 1})
+    port: int = number(8000, at_least=1, at_most=65535)
     """Port to listen on."""
 
-    threads: int = dataclasses.field(default=0, metadata={"at_least": 0})
+    threads: int = number(0, at_least=0)
     """Processor threads; 0 leaves the number to torch."""
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
@@ -39,8 +38,6 @@ class ServeCommand:
         missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
         if missing:
             raise InputError(f"serving needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-        if self.port > 65535:
-            raise InputError(f"port {self.port} is out of range: it must be from 1 to 65535")
         try:  # before the model is loaded
             family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             socket.create_server(address, family=family).close()

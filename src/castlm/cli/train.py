@@ -60,20 +60,16 @@ def parse_train(
         The config, and the options of `more` that were given.
     """
     if name == "finetune":
-        kind, files = FinetuneConfig, FileOptions
-        sections_of_others = {"method": "train", "start": "train"}
+        kind, files, of_others = FinetuneConfig, FileOptions, ("method", "start")
     else:
-        kind, files = TrainConfig, RecipeOptions
-        sections_of_others = {"adapter": "finetune"}
+        kind, files, of_others = TrainConfig, RecipeOptions, ("adapter",)
     sections = kind.sections()
-    elsewhere: dict[str, str] = {}
-    for section, command in sections_of_others.items():
-        elsewhere |= dict.fromkeys(names_of(sections.pop(section)), command)
+    hidden = {*unless_given, *(option for title in of_others for option in names_of(sections[title]))}
     titled = [*sections.items(), ("options", files)]
     if more is not None:
         titled.append(("options", more))
     about = kind if more is None or name in ("train", "finetune") else more
-    given = read_arguments(titled, arguments, name, about, elsewhere, unless_given)
+    given = read_arguments(titled, arguments, name, about, hidden)
     layers = [(path, read_yaml_mapping(path)) for path in given.pop("config", [])]
     extra: dict[str, Any] = {}
     if more is not None:

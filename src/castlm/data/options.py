@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from castlm.fields import Bound, Bounded
+from castlm.fields import Bounded, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class TextOptions(Bounded):
     chat_template_path: str | None = None
     """File with a Jinja chat template to use, and to save with a result, in place of the tokenizer's own."""
 
-    document_limit: float = 1.0
+    document_limit: float = number(1.0, above=0)
     """Factor on the limits of one document, to raise for data that you trust: 64 MiB for a line of .jsonl, 16 Mi
     characters of text, 512 messages, 512 MiB of memory to render them, 64 million pixels for an image and 256 million
     for all images."""
@@ -36,9 +35,6 @@ class TextOptions(Bounded):
     def assistant_only(self) -> bool:
         """Whether the tokens of the assistant alone count in a conversation; all count in a calibration text."""
         return False
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "document_limit", 0 < self.document_limit < math.inf, "above 0"
 
 
 DEFAULTS = TextOptions()
@@ -61,27 +57,20 @@ class ScoredTextOptions(TextOptions):
 class SamplingOptions(Bounded):
     """Options of drawing a batch of texts, as `castlm sample` does."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = number(256, at_least=1)
     """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped."""
 
-    temperature: float = 1.0
+    temperature: float = number(1.0, at_least=1e-6)
     """Sampling temperature: above 1, rare tokens become more likely; below 1, less likely."""
 
-    top_p: float = 1.0
+    top_p: float = number(1.0, above=0, at_most=1)
     """Sample from the most probable tokens that together have this probability. 1 samples from all tokens."""
 
-    batch_size: int = 16
+    batch_size: int = number(16, at_least=1)
     """Number of texts that are sampled together."""
 
-    seed: int = 0
+    seed: int = number(0, at_least=0)
     """Seed of the samples, and of the order of the sequences in teacher_cache."""
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "max_new_tokens", self.max_new_tokens >= 1, "at least 1"
-        yield "temperature", self.temperature >= 1e-6, "at least 1e-6 (0 would write the same text each time)"
-        yield "top_p", 0 < self.top_p <= 1, "in (0, 1]"
-        yield "batch_size", self.batch_size >= 1, "at least 1"
-        yield "seed", self.seed >= 0, "at least 0"
 
 
 OF_CONVERSATIONS = {

@@ -6,13 +6,13 @@ Importing this module does not import torch, so that `--help` is instant.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from castlm.core.decay import DECAYS, decay_alpha
 from castlm.core.nm import Pattern
-from castlm.fields import Bound, Bounded, choice, essential
+from castlm.fields import Bounded, choice, essential, number
 from castlm.methods.table import METHODS, Method
 
 STABLE = 0.8
@@ -41,40 +41,32 @@ class MethodOptions(Bounded):
     decay: str = choice("horizon", DECAYS)
     """Rule by which CAST decays masked weights to zero; see AdamS."""
 
-    decay_end: float | None = None
+    decay_end: float | None = number(None, above=0, at_most=1)
     """Fraction of max_steps after which "horizon" has every masked weight at zero and the mask is final. The default is
     0.3 for n:m from a given mask, else 0.1."""
 
-    lam: float | Literal["auto"] = 4e-7
+    lam: float | Literal["auto"] = number(4e-7, at_least=0)
     """Decay coefficient of "proportional" and "additive", about the size of the gradient. auto measures the momentum
     first."""
 
-    mask_interval: int = 10
+    mask_interval: int = number(10, at_least=1)
     """Steps between mask refreshes (T1), as long as masked weights decay. From a given mask, masked weights start at
     zero, and a refresh keeps those that have grown larger than kept ones; structured patterns keep a given mask."""
 
-    srste_lam: float = 5e-3
+    srste_lam: float = number(5e-3, at_least=0)
     """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight
     (ast: AST's equation under plain Adam, not its authors' optimizer).
     Our tables use 0.005 for SmolLM2-135M and 0.05 for stories260K."""
 
-    scale_groups: int = 2
+    scale_groups: int = number(2, at_least=0)
     """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
 
-    weight_bits: int | None = None
+    weight_bits: Literal[3] | None = None
     """3 trains with weights of 3 bits and a trained scale for each row and 64 columns; castlm pack stores them as int3.
     By default, weights are not rounded."""
 
     ignore_decay_budget: bool = False
     """Run even if the decay budget says that masked weights cannot reach zero."""
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "decay_end", self.decay_end is None or 0 < self.decay_end <= 1, "in (0, 1]"
-        yield "lam", self.lam == "auto" or float(self.lam) >= 0, "at least 0, or auto"
-        yield "srste_lam", self.srste_lam >= 0, "at least 0"
-        yield "mask_interval", self.mask_interval >= 1, "at least 1"
-        yield "scale_groups", self.scale_groups >= 0, "at least 0"
-        yield "weight_bits", self.weight_bits in (None, 3), "3, or left out"
 
     @property
     def row(self) -> Method:
@@ -119,53 +111,50 @@ class AdapterOptions(Bounded):
     """Trained part of the model. none: all weights that are not zero. shira: a PEFT adapter that keeps every zero when
     it is merged; it is also saved in `output_dir/adapter`."""
 
-    lora_r: int = 16
+    lora_r: int = number(16, at_least=1)
     """Size of the adapter: as many trained weights as LoRA of this rank has."""
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "lora_r", self.lora_r >= 1, "at least 1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions(Bounded):
     """Optimizer, schedule and batch."""
 
-    max_steps: int = essential(300)
+    max_steps: int = essential(300, at_least=1, at_most=10**9)
     """Optimizer steps, the horizon T of the method. It cannot change on resume."""
 
-    num_train_epochs: float | None = None
+    num_train_epochs: float | None = number(None, above=0, at_most=1000)
     """Passes over the training documents, instead of max_steps, which is then computed before the run."""
 
-    learning_rate: float = essential(3e-4)
+    learning_rate: float = essential(3e-4, above=0)
     """Peak learning rate."""
 
-    per_device_train_batch_size: int = essential(8)
+    per_device_train_batch_size: int = essential(8, at_least=1)
     """Sequences per device and micro-step."""
 
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = number(1, at_least=1)
     """Micro-steps per optimizer step."""
 
     lr_scheduler_type: str = choice("cosine", SCHEDULES)
     """Learning rate after the warm-up: cosine or linear down to min_lr_ratio, constant, or warmup_stable_decay, which
     is constant until the last fifth of the run and then falls linearly."""
 
-    warmup_ratio: float = 0.05
+    warmup_ratio: float = number(0.05, at_least=0, below=1)
     """Fraction of max_steps in which the learning rate rises linearly from 0."""
 
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = number(0.1, at_least=0, at_most=1)
     """The learning rate ends at this fraction of its peak."""
 
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, at_least=0)
     """Decoupled weight decay (as AdamW) of the dense weight matrices: embeddings, head and layers left dense; in the
     dense control all of them. Norms, biases, scale factors and sparse weights are not decayed."""
 
-    adam_betas: tuple[float, float] = (0.5, 0.99)
+    adam_betas: tuple[float, float] = number((0.5, 0.99), at_least=0, below=1)
     """Decay rates of Adam's moments."""
 
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = number(1e-8, above=0)
     """Added to the square root of the second moment."""
 
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = number(1.0, at_least=0)
     """Gradient norm above which gradients are scaled down. 0 turns clipping off."""
 
     second_moment: Literal["gradient", "mix"] | None = None
@@ -174,23 +163,6 @@ class OptimizerOptions(Bounded):
 
     moments: Literal["fp32", "8bit"] = "fp32"
     """Storage of Adam's moments. 8bit stores each moment in one byte: about 6 bytes less per weight."""
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "max_steps", 1 <= self.max_steps <= 10**9, "between 1 and 1000000000"
-        yield (
-            "num_train_epochs",
-            self.num_train_epochs is None or 0 < self.num_train_epochs <= 1000,
-            "above 0 and at most 1,000",
-        )
-        yield "learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0"
-        yield "weight_decay", self.weight_decay >= 0, "at least 0"
-        yield "per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"
-        yield "gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"
-        yield "warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)"
-        yield "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1"
-        yield "adam_betas", all(0 <= beta < 1 for beta in self.adam_betas), "in [0, 1)"
-        yield "adam_epsilon", self.adam_epsilon > 0, "above 0"
-        yield "max_grad_norm", self.max_grad_norm >= 0, "at least 0"
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the 0-based `step`: linear from 0 over the warm-up, then as `lr_scheduler_type` says."""

@@ -5,13 +5,13 @@ Commands and configs inherit them. Importing this module does not import torch, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.fields import Bound, Bounded, essential
+from castlm.fields import Bounded, essential, number
 
 T = TypeVar("T")
 
@@ -19,12 +19,6 @@ T = TypeVar("T")
 def part_of(options: Any, section: type[T]) -> T:
     """The dataclass `section` with its fields taken from `options`, which may have more fields."""
     return section(**{option.name: getattr(options, option.name) for option in fields(section)})  # type: ignore[arg-type]
-
-
-def check_damping(damping: float) -> None:
-    """Raises `InputError` if `damping`, a share of a Hessian's mean diagonal, is out of range."""
-    if not 0 <= damping <= 1:
-        raise InputError(f"damping = {damping} is out of range: it must be between 0 and 1")
 
 
 class Effort(NamedTuple):
@@ -79,15 +73,11 @@ class BasisOptions(Bounded):
     permute: bool = True
     """Permute the MLP neurons before the prune, and the values of attention heads if they are not rotated."""
 
-    rotation_iterations: int = 100
+    rotation_iterations: int = number(100, at_least=1)
     """Optimization steps for each rotation."""
 
-    permute_iterations: int = 20
+    permute_iterations: int = number(20, at_least=1)
     """Rounds of the search for a permutation, each with one linear assignment."""
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "rotation_iterations", self.rotation_iterations >= 1, "at least 1"
-        yield "permute_iterations", self.permute_iterations >= 1, "at least 1"
 
     @property
     def rotates_values(self) -> bool:
@@ -110,19 +100,19 @@ class Refinements(Bounded):
     --true-sequential of SparseGPT's published code does. This takes one partial pass over the text for each input of
     a transformer block."""
 
-    mask_iterations: int = 16
+    mask_iterations: int = number(16, at_least=0, at_most=10_000)
     """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs two refit
     iterations, plus one eigendecomposition per layer. 0 keeps SparseGPT's masks."""
 
-    refit_iterations: int | None = None
+    refit_iterations: int | None = number(None, at_least=0)
     """Conjugate gradient steps on the kept weights after the prune, without a pass over the text. The default is 20,
     and 0 after mask_iterations, which leave the kept weights near their optimum."""
 
-    reconstruct_epochs: int = 0
+    reconstruct_epochs: int = number(0, at_least=0)
     """Epochs over the calibration text in which each transformer block learns the outputs of the dense block. They
     stop early when the error on held-out sequences rises. An epoch costs as much as training on that text."""
 
-    reconstruct_rate: float = 1e-3
+    reconstruct_rate: float = number(1e-3, above=0)
     """Learning rate of the reconstruction."""
 
     def num_refits(self, pattern: Pattern) -> int:
@@ -152,12 +142,6 @@ class Refinements(Bounded):
             what = solver if pattern.cut_out is None else f"{pattern}, which has only refit_iterations"
             raise InputError(f"{unused[0]} does nothing with {what}: omit the option")
         return kept
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "mask_iterations", 0 <= self.mask_iterations <= 10_000, "between 0 and 10,000"
-        yield "refit_iterations", self.refit_iterations is None or self.refit_iterations >= 0, "at least 0"
-        yield "reconstruct_epochs", self.reconstruct_epochs >= 0, "at least 0"
-        yield "reconstruct_rate", self.reconstruct_rate > 0, "above 0"
 
 
 NO_REFINEMENTS = Refinements(staged_statistics=False, mask_iterations=0, refit_iterations=0)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
+from castlm.fields import Bounded, number
 from castlm.models.architecture import eval_mode
 from castlm.names import duration
 from castlm.oneshot.basis import change_block_basis_, wiring_or_note
@@ -30,7 +31,7 @@ from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.families import describe
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.inputs import Seen, check_plain_weights, entries_of, see_inputs
-from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements, check_damping, part_of
+from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements, part_of
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.report import BasisReport, LayerResult, OneshotReport
 from castlm.oneshot.residual import rotate_residual_
@@ -50,7 +51,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class Start(Bounded):
     """The settings of a start: the basis, the solver, its refinements and the pattern.
 
     Raises:
@@ -62,7 +63,7 @@ class Start:
     pattern: Pattern
     basis: BasisOptions = NO_BASIS
     refinements: Refinements = NO_REFINEMENTS
-    damping: float = 0.01
+    damping: float = number(0.01, at_least=0, at_most=1)
     """SparseGPT: share of H's mean diagonal that is added to the diagonal."""
     seed: int = 0
     """Seed with which the calibration text is drawn, for the record."""
@@ -71,9 +72,6 @@ class Start:
     precision: str = "fp32"
     """Precision of the passes over the calibration text: "fp32" runs them in the dtype of the weights, "bf16" under
     autocast, which multiplies in bf16. Statistics and solvers are fp32."""
-
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
 
     @classmethod
     def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> Start:

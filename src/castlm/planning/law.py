@@ -27,8 +27,6 @@ Array = NDArray[np.float64]
 
 NAMES = ("L_inf", "B", "beta")
 """Parameters, in the order of a row of `Law.draws`."""
-MOST_TOKENS = 1e30
-"""Numbers from here on are refused: no budget is that large, and their powers overflow."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,6 @@ class Law:
     def as_dict(self) -> dict[str, Any]:
         """The law as plain JSON, with the draws that predictions need."""
         content = asdict(self)
-        content["intervals"] = {name: list(pair) for name, pair in self.intervals.items()}
-        content["tokens_range"] = list(self.tokens_range)
         content["draws"] = [[float(f"{value:.8g}") for value in row] for row in self.draws]
         if self.holdout is not None:
             content["holdout"]["error"] = self.holdout.error
@@ -194,7 +190,6 @@ def predict_perplexity(law: Law, tokens: float) -> Prediction:
 
     The interval holds the law's uncertainty and the scatter of a single run.
     """
-    check_positive("tokens", tokens)
     low, high = interval(np.exp(law.run_losses(tokens)))
     smallest, largest = law.tokens_range
     return Prediction(
@@ -207,8 +202,6 @@ def tokens_for(law: Law, target_ppl: float) -> TokensNeeded:
     """The token budget that reaches `target_ppl`, above 1, on average over seeds: D = (B / (ln target - L_inf))^(1 /
     beta).
     """
-    if not 1 < target_ppl < MOST_TOKENS:
-        raise InputError(f"target_ppl is {target_ppl:g}: it must be above 1 and below {MOST_TOKENS:g}")
     L_inf, B, beta = np.vstack([[law.L_inf, law.B, law.beta], law.draws]).T
     margin = math.log(target_ppl) - L_inf
     reached = margin > 0
@@ -217,18 +210,6 @@ def tokens_for(law: Law, target_ppl: float) -> TokensNeeded:
     low, high = interval(tokens[1:])
     value = float(tokens[0]) if reached[0] else None
     return TokensNeeded(target_ppl, value, low, high, float(np.exp(law.L_inf)), float(reached[1:].mean()))
-
-
-def gpu_hours(tokens: float, tokens_per_s: float) -> float:
-    """GPU-hours of `tokens` at a measured throughput of `tokens_per_s` for each GPU."""
-    check_positive("tokens_per_s", tokens_per_s)
-    return tokens / tokens_per_s / 3600
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raises `InputError` unless `value` is positive and below `MOST_TOKENS`."""
-    if not 0 < value < MOST_TOKENS:
-        raise InputError(f"{name} is {value:g}: it must be above 0 and below {MOST_TOKENS:g}")
 
 
 _CREATOR = "castlm plan fit"

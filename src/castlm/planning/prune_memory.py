@@ -102,8 +102,6 @@ def plan_prune_memory(
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
     if basis.rotate == "residual":
         raise InputError("the memory of rotate residual is not known: plan for rotate values")
-    basis.check()
-    refinements.check()
     model = _model(read_config(config), pattern)
     seq_len = seq_len or model.calibration_length
     num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])

@@ -25,6 +25,7 @@ from castlm.fields import (
     hints_of,
     is_required,
     label,
+    number,
     parsed,
     positional,
 )
@@ -416,7 +417,7 @@ class FixedMaskOptions(MethodOptions):
 class FinetuneTeacherOptions(TeacherOptions):
     """Distillation from the model before fine-tuning, or from another one."""
 
-    eta: float = 0.0
+    eta: float = number(0.0, at_least=0, at_most=1)
     """Weight in the loss of the KL divergence to the teacher, by default the model before fine-tuning, 0 to 1. Above 0,
     the model stays closer to it."""
 
@@ -425,10 +426,10 @@ class FinetuneTeacherOptions(TeacherOptions):
 class FinetuneOptimizerOptions(OptimizerOptions):
     """Optimizer, schedule and batch of fine-tuning."""
 
-    learning_rate: float | None = essential(None)  # type: ignore[assignment]
+    learning_rate: float | None = essential(None, above=0)  # type: ignore[assignment]
     """Peak learning rate. The default is 5e-5, and 5e-4 for adapters."""
 
-    adam_betas: tuple[float, float] = field(default=(0.9, 0.999), kw_only=True)
+    adam_betas: tuple[float, float] = number((0.9, 0.999), at_least=0, below=1)
     """Decay rates of Adam's moments."""
 
 

@@ -6,7 +6,7 @@ A component takes the sections that it reads, never the whole config. The docstr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.data.options import ScoredTextOptions
-from castlm.fields import Bound, Bounded, essential, parsed
+from castlm.fields import Bounded, essential, number, parsed
 from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements
 from castlm.patterns import parse_pattern
 
@@ -51,9 +51,6 @@ class ModelOptions(Bounded):
         """The keyword arguments with which the model's config, tokenizer and weights are loaded."""
         return {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
 
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "left_dense", all(part.strip() for part in self.left_dense), "parts of names"
-
 
 @dataclass(frozen=True)
 class DataOptions(ScoredTextOptions):
@@ -70,7 +67,7 @@ class DataOptions(ScoredTextOptions):
     dataset_config: str | None = field(default=None, kw_only=True)
     """Configuration of a hub dataset."""
 
-    seq_len: int = essential(SEQ_LEN)
+    seq_len: int = essential(SEQ_LEN, at_least=2)
     """Tokens per sequence."""
 
     cross_document_attention: bool = field(default=False, kw_only=True)
@@ -80,7 +77,7 @@ class DataOptions(ScoredTextOptions):
     """Cut every epoch into the same sequences, in the same order, so that teacher_cache serves all epochs after the
     first."""
 
-    seed: int = field(default=0, kw_only=True)
+    seed: int = number(0, at_least=0)
     """Seed of the data order, the dropout and the held-out split."""
 
     def __post_init__(self) -> None:
@@ -88,6 +85,8 @@ class DataOptions(ScoredTextOptions):
             object.__setattr__(self, "dataset", self.dataset[0])
         super().__post_init__()
         if isinstance(self.dataset, tuple):
+            if not self.dataset or min(self.datasets.values()) <= 0:
+                raise InputError(f"dataset = {list(self.dataset)}: give at least one text, and weights above 0")
             if len(self.datasets) < len(self.dataset):
                 raise InputError("dataset names a text twice: give it once, with a larger weight")
             if self.repeat_sequences:
@@ -100,12 +99,6 @@ class DataOptions(ScoredTextOptions):
         """The training texts with their weights; a single one has the weight 1."""
         return weighted_texts(self.dataset)
 
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "dataset", bool(self.dataset), "at least one text"
-        yield "dataset", all(weight > 0 for weight in self.datasets.values()), "texts of a weight above 0"
-        yield "seq_len", self.seq_len >= 2, "at least 2"
-        yield "seed", self.seed >= 0, "at least 0"
-
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions(Refinements, BasisOptions, EffortOptions):
@@ -116,14 +109,10 @@ class StartOptions(Refinements, BasisOptions, EffortOptions):
     taken. Structured patterns: magnitude, flap or taylor. The default for cast and finetune is
     sparsegpt, flap for channels and taylor for heads; for the other methods it is magnitude."""
 
-    calibration_sequences: int | None = None
+    calibration_sequences: int | None = number(None, at_least=1)
     """Training sequences that the start is calibrated on, except for magnitude. The default is enough for
     32,768 tokens (16 for each input of the widest layer if that is more), at most 128, and a quarter for a quick start.
     """
-
-    def out_of_range(self) -> Iterator[Bound]:
-        given = self.calibration_sequences
-        yield "calibration_sequences", given is None or given >= 1, "at least 1"
 
     @property
     def name(self) -> str:
@@ -140,18 +129,18 @@ class TeacherOptions(Bounded):
     """Model to distill from, such as a larger one with the same tokenizer: a folder, hub id or GGUF file. The default
     is the dense model."""
 
-    eta: float = 2 / 3
+    eta: float = number(2 / 3, at_least=0, at_most=1)
     """Weight of the KL divergence to the teacher in the loss, 0 to 1. 0 trains without a teacher."""
 
-    hidden_weight: float | None = None
+    hidden_weight: float | None = number(None, at_least=0)
     """Weight of the distance between the hidden states of student and teacher after each transformer block. It falls
     linearly to 0 over the run. The default is 15, and 0 with eta 0, another teacher, a teacher_cache (which holds no
     hidden states), method dense, or castlm finetune."""
 
-    temperature: float = 1.0
+    temperature: float = number(1.0, above=0)
     """Temperature of the KL divergence, which is multiplied by its square."""
 
-    teacher_top_k: int = 0
+    teacher_top_k: int = number(0, at_least=0)
     """Distill from the teacher's top-k tokens; the rest of the distribution is pooled into one bucket. 0 uses the full
     distribution."""
 
@@ -166,12 +155,6 @@ class TeacherOptions(Bounded):
         """
         assert self.hidden_weight is not None
         return self.hidden_weight * (1 - step / max_steps)
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "eta", 0 <= self.eta <= 1, "between 0 and 1"
-        yield "hidden_weight", self.hidden_weight is None or self.hidden_weight >= 0, "at least 0"
-        yield "temperature", self.temperature > 0, "above 0"
-        yield "teacher_top_k", self.teacher_top_k >= 0, "at least 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,18 +171,18 @@ class EvaluationOptions(Bounded):
     eval_config: str | None = None
     """Configuration of an eval_dataset on the hub."""
 
-    eval_fraction: float = 0.02
+    eval_fraction: float = number(0.02, above=0, below=1)
     """Fraction of the documents that is held out if there is no eval_dataset."""
 
-    eval_tokens: int = 32768
+    eval_tokens: int = number(32768, at_least=0)
     """Maximum number of evaluated tokens of each text. 0 evaluates all of them."""
 
-    eval_steps: int = 0
+    eval_steps: int = number(0, at_least=0)
     """Steps between evaluations. 0 is a tenth of the run, rounded up."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.eval_dataset, tuple) and len(self.eval_dataset) == 1:
-            object.__setattr__(self, "eval_dataset", self.eval_dataset[0])
+        if isinstance(self.eval_dataset, tuple) and len(self.eval_dataset) <= 1:
+            object.__setattr__(self, "eval_dataset", next(iter(self.eval_dataset), None))
         super().__post_init__()
 
     @property
@@ -212,12 +195,6 @@ class EvaluationOptions(Bounded):
         """`eval_steps`, or its default for a run of `max_steps`."""
         return self.eval_steps or -(-max_steps // 10)
 
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "eval_dataset", self.eval_dataset != (), "at least one text"
-        yield "eval_fraction", 0 < self.eval_fraction < 1, "between 0 and 1"
-        yield "eval_tokens", self.eval_tokens == 0 or self.eval_tokens >= 2, "0 for all, or at least 2"
-        yield "eval_steps", self.eval_steps >= 0, "at least 0"
-
 
 @dataclass(frozen=True)
 class CheckpointOptions(Bounded):
@@ -229,10 +206,10 @@ class CheckpointOptions(Bounded):
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = field(default="source", kw_only=True)
     """Dtype of the result's files. source: the dtype in which the dense model is stored."""
 
-    save_steps: int = field(default=100, kw_only=True)
+    save_steps: int = number(100, at_least=0)
     """Steps between checkpoints; the last step is also saved. 0 saves only on Ctrl-C and SIGTERM."""
 
-    save_total_limit: int = field(default=2, kw_only=True)
+    save_total_limit: int = number(2, at_least=1)
     """Number of checkpoints that are kept."""
 
     async_save: bool = field(default=True, kw_only=True)
@@ -269,10 +246,6 @@ class CheckpointOptions(Bounded):
         """The repository that `push_to_hub` uploads to."""
         return self.hub_model_id or self.output_dir.absolute().name
 
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "save_steps", self.save_steps >= 0, "at least 0"
-        yield "save_total_limit", self.save_total_limit >= 1, "at least 1"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions(Bounded):
@@ -293,11 +266,8 @@ class RuntimeOptions(Bounded):
     sharding: Literal["full", "replicate", "hybrid"] = "full"
     """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""
 
-    timeout_s: float = 600.0
+    timeout_s: float = number(600.0, above=0, at_most=10**9)
     """Under torchrun: seconds that a rank waits for the others before the run stops and names the missing ones."""
-
-    def out_of_range(self) -> Iterator[Bound]:
-        yield "timeout_s", 0 < self.timeout_s <= 10**9, "above 0 and at most 1000000000"
 
 
 def weighted_texts(dataset: str | Sequence[str]) -> dict[str, float]:
