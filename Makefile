@@ -28,7 +28,6 @@ test-slow: setup  # more ranks, families, options and moments of a kill than `ma
 
 fuzz: setup  # the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed with random input
 	$(BIN)/python -m tests.fuzz_kernels --minutes 10
-	$(BIN)/python -m tests.fuzz_inference --minutes 10
 	# new inputs for the readers for an hour, or FUZZ_SECONDS; `make test` tries a few fixed ones
 	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 

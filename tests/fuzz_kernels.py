@@ -1,20 +1,33 @@
 """Builds the C++ kernels with AddressSanitizer and UndefinedBehaviorSanitizer, and feeds them random input.
 
-Run `python -m tests.fuzz_kernels --minutes 10`, as `make fuzz` does. The kernels are called as the optimizer calls
-them, through `castlm.core.native` and ctypes, and their results are compared with torch's. Before the search, one call
-that reads past a buffer shows that the sanitizer would have stopped it. Not collected by pytest.
+    python -m tests.fuzz_kernels [--minutes 10]
+
+The kernels of training and those of inference have so many minutes each. They are called as castlm calls them, through
+the `native` modules and ctypes, and their results are compared with torch's. Before each search, one call that reads
+past a buffer shows that the sanitizer would have stopped it. Not collected by pytest.
 """
 
+import argparse
+import contextlib
 import ctypes
+import os
+import random
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.sanitized import ROOT, main
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "castlm"
+FLAGS = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
-def overrun(library: Path) -> None:
+# Training
+
+
+def overrun_training(library: Path) -> None:
     """Passes a weight whose width is too large, past the checks of `native`: the sanitizer has to end the process."""
     import torch
 
@@ -26,7 +39,7 @@ def overrun(library: Path) -> None:
     native.load_kernels(str(library)).castlm_refresh(parameters, ctypes.c_int64(1), 2, 4, 1)
 
 
-def search(library: Path, seconds: float) -> None:
+def search_training(library: Path, seconds: float) -> None:
     """Runs every check on random input until the time is over, and prints how many inputs each has seen."""
     import torch
     from hypothesis import HealthCheck, given, settings
@@ -63,6 +76,108 @@ def search(library: Path, seconds: float) -> None:
         print(", ".join(f"{count:,} inputs of {name}" for name, count in counts.items()), flush=True)
 
 
+# Inference
+
+
+def overrun_inference(library: Path) -> None:
+    """Claims that a buffer is as long as its header says when it is cut: the sanitizer has to end the process."""
+    import torch
+
+    from castlm.inference import native
+    from tests.packed_weights import buffer_of, random_packed
+
+    loaded = native.load_kernels(str(library))
+    native.kernels = lambda: loaded  # type: ignore[assignment]
+    whole = buffer_of(random_packed("bf16", 2, 4, 64, 512))
+    cut = (ctypes.c_uint8 * 4096).from_buffer_copy(bytes(whole[:4096].tolist()))
+    x, y = torch.randn(1, 512), torch.empty(1, 64)
+    loaded.castlm_multiply(ctypes.addressof(cut), whole.numel(), x.data_ptr(), 0, 1, 512, y.data_ptr(), 64, 1)
+
+
+def search_inference(library: Path, seconds: float) -> None:
+    """Tries random weights, shapes, batches and damaged headers until the time is over, and prints how many.
+
+    A buffer with random bytes in its header must be refused or multiplied within its bounds.
+    """
+    import torch
+
+    from castlm.core.errors import InputError
+    from castlm.inference import native
+    from tests.packed_weights import PATTERNS, buffer_of, check_product, random_packed
+
+    loaded = native.load_kernels(str(library))
+    native.kernels = lambda: loaded  # type: ignore[assignment]
+    count, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        n, m = random.choice(PATTERNS)
+        groups = random.randint(1, 40) if random.randrange(5) else random.randint(500, 900)  # wide ones too
+        rows, columns = random.randint(1, 40), groups * (m or 5)
+        packed = random_packed(random.choice([*native.VALUES]), n, m, rows, columns, seed=count)
+        buffer = buffer_of(packed, random.choice(["best", "rows"]) if m else "best").clone()  # without room after it
+        x = torch.randn(random.choice([1, random.randint(1, 40)]), columns)
+        check_product(packed, buffer, x)
+        out = torch.empty(rows, columns)
+        native.unpack(buffer, 0, rows, out)
+        damaged = buffer.clone()
+        for _ in range(random.randint(1, 3)):
+            damaged[random.randrange(64)] = random.randrange(256)
+        with contextlib.suppress(InputError):
+            native.multiply(x, damaged, rows)
+        with contextlib.suppress(AssertionError):
+            native.unpack(damaged, 0, rows, out)
+        count += 1
+    print(f"{count:,} random weights", flush=True)
+
+
+# The program. A search runs in a process of its own, whose allocations the sanitizer watches
+
+KERNELS = {
+    "training": (PACKAGE / "core", overrun_training, search_training),
+    "inference": (PACKAGE / "inference", overrun_inference, search_inference),
+}
+
+
+def start(kernels: str, library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": ":".join(runtime), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.fuzz_kernels", "--kernels", kernels, "--library", str(library), *arguments]
+    stderr = subprocess.PIPE if "--overrun" in arguments else None
+    return subprocess.run(command, env=environment, text=True, stderr=stderr)
+
+
+def build_and_search(kernels: str, minutes: float) -> int:
+    """The exit code of a search, which is 1 as well where the sanitizer does not notice a read past a buffer."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "sanitized.so"
+        sources = map(str, sorted(KERNELS[kernels][0].glob("*.cpp")))
+        subprocess.run(["g++", *FLAGS, "-O1", "-pthread", "-shared", "-fPIC", *sources, "-o", library], check=True)
+        proof = start(kernels, library, "--overrun")
+        if proof.returncode == 0 or "AddressSanitizer" not in proof.stderr:
+            print(f"the sanitizer did not notice a read past a buffer:\n{proof.stderr}", file=sys.stderr)
+            return 1
+        return start(kernels, library, "--minutes", str(minutes)).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz_kernels")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--kernels", choices=KERNELS, help=argparse.SUPPRESS)
+    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--overrun", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.library is None:
+        return int(any(build_and_search(kernels, options.minutes) for kernels in KERNELS))
+    _, overrun, search = KERNELS[options.kernels]
+    if options.overrun:
+        overrun(options.library)
+    else:
+        search(options.library, 60 * options.minutes)
+        print("no finding")
+    return 0
+
+
 if __name__ == "__main__":
-    sources = [ROOT / "src" / "castlm" / "core" / "kernels.cpp"]
-    sys.exit(main("tests.fuzz_kernels", sources, overrun, search))
+    sys.exit(main())
