@@ -108,6 +108,14 @@ def is_saving(config: TrainConfig, step: int) -> bool:
     return (Path(config.checkpoint.output_dir) / "checkpoints" / f".step-{step:08d}.tmp").is_dir()
 
 
+def kill(ranks: list[BaseProcess], log: Path, victims: list[int]) -> str:
+    """Kills `victims`, and checks that no rank continues without them. Returns who was killed, in words."""
+    for victim in victims:
+        ranks[victim].kill()
+    assert None not in wait_ranks(ranks, PATIENCE_S), f"a rank continues without the other: {said(log, 2)}"
+    return f"SIGKILL of {'all ranks' if len(victims) == 2 else f'rank {victims[0]}'}"
+
+
 def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool) -> str:
     """SIGKILL; the remaining ranks end by themselves, and the next start continues."""
     chance = random.Random(seed)
@@ -119,15 +127,9 @@ def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool)
         victims = [0, 1]  # before they have met, no rank can know of the other: torchrun ends it
     came = wait_for(lambda: is_saving(config, step) if during_save else num_rows(config) >= moment, ranks)
     time.sleep(chance.uniform(0, 0.005 if during_save else 0.05))
-    for victim in victims:
-        ranks[victim].kill()
-    codes = wait_ranks(ranks, PATIENCE_S)
-    assert None not in codes, f"a rank continues without the other: {said(log, 2)}"
+    killed = kill(ranks, log, victims)
     ground.bring_home(config)
-    when = f"while step {step} is saved" if during_save else f"at row {moment}"
-    return f"SIGKILL of {'all ranks' if len(victims) == 2 else f'rank {victims[0]}'} {when}" + (
-        "" if came else " (late)"
-    )
+    return f"{killed} {f'while step {step} is saved' if during_save else f'at row {moment}'}{'' if came else ' (late)'}"
 
 
 def check_kill_in_start(ground: Ground, victims: list[int]) -> str:
@@ -136,14 +138,11 @@ def check_kill_in_start(ground: Ground, victims: list[int]) -> str:
     progress = Path(f"{config.checkpoint.output_dir}.partial") / "progress.json"
     ranks, log = ground.start(config)
     assert wait_for(progress.is_file, ranks), said(log, 2)
-    for victim in victims:
-        ranks[victim].kill()
-    codes = wait_ranks(ranks, PATIENCE_S)
-    assert None not in codes, f"a rank continues without the other: {said(log, 2)}"
+    killed = kill(ranks, log, victims)
     assert not (Path(config.checkpoint.output_dir) / "model").exists(), "the kill came too late"
     ground.bring_home(config)
     assert not progress.exists()
-    return f"SIGKILL of {'all ranks' if len(victims) == 2 else f'rank {victims[0]}'} during the start"
+    return f"{killed} during the start"
 
 
 def check_sigterm(ground: Ground, victims: list[int]) -> str:

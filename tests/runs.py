@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from castlm.cli.main import main
 from castlm.distributed.world import World, init_world
@@ -169,6 +169,13 @@ def edit_json(file: Path, **fields: Any) -> None:
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The tensors in the safetensors files of a folder, by name."""
     return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Lets `change` add, change and remove tensors in the model.safetensors of a folder."""
+    tensors = weights(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 SUM_NOISE = 1e-6

@@ -91,17 +91,6 @@ def test_unpack_writes_a_gguf_file_as_a_folder(names, tmp_path, capsys):
     assert load_file(tmp_path / "plain/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_a_start_that_is_no_model_is_refused_before_the_dense_model_is_loaded(
-    names, text, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("castlm.training.source.load_model", lambda *_, **__: pytest.fail("it was loaded"))
-    (tmp_path / "empty").mkdir()
-    command = ["train", "--model", names["folder"], "--dataset", text, "--output-dir", str(tmp_path / "run")]
-    for start in (str(tmp_path / "empty"), str(tmp_path / "no.gguf")):
-        assert main([*command, "--init-from", start, "--max-steps", "2", "--seq-len", "16"]) == 2
-        assert start in capsys.readouterr().err
-
-
 def test_a_run_without_a_model_says_how_to_finish_it(tmp_path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(InputError, match="--resume"):
