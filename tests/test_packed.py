@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from castlm.cli.main import main
@@ -22,16 +22,14 @@ from castlm.core.sparsify import prune_
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
-from castlm.files.output import check_output
 from castlm.inference.formats import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
 from castlm.inference.packed import equal_as_packed, pack, pack_integers, unpack
 from castlm.models.io import load_model, save_model
 from castlm.patterns import parse_pattern
 from tests.refusals import assert_refused, disk_full
-from tests.replaced import killed_at
-from tests.runs import assert_equal_weights, edit_json, record_of, weights
-from tests.slow import slow, slow_but
-from tests.tiny import FAMILIES, TEXT, save_tiny, tiny_model, tiny_tokenizer
+from tests.runs import assert_equal_weights, edit_json, edit_weights, record_of, weights
+from tests.slow import slow
+from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 PATTERNS = [*((n, m) for m in (2, 3, 4, 8) for n in range(1, m)), (5, 16), (8, 16)]
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -130,26 +128,19 @@ def test_integers_come_back_as_value_times_scale(values, n, m):
 # ---- folders
 
 
-@pytest.mark.parametrize("family", slow_but(("llama", "gpt2", "gemma"), FAMILIES))
-def test_a_folder_comes_back_bit_for_bit(family, tmp_path):
-    source = pruned_folder(tmp_path / "source", family)
-    report = pack_folder(source, tmp_path / "packed")
+@pytest.mark.parametrize(
+    ("family", "n", "m"),
+    [*((family, 2, 4) for family in ("llama", "gpt2", "gemma")), ("llama", 1, 4), ("llama", 4, 8)]
+    + [slow(family, 2, 4) for family in FAMILIES if family not in ("llama", "gpt2", "gemma")],
+)
+def test_a_folder_comes_back_bit_for_bit(family, n, m, tmp_path):
+    source = pruned_folder(tmp_path / "source", family, n=n, m=m)
+    report = pack_folder(source, tmp_path / "packed", n, m)
     assert report.num_packed > 0
     assert report.bytes_after < report.bytes_before
     assert_comes_back(source, tmp_path / "packed", tmp_path / "back")
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((source / "config.json").read_text())
-    assert verify(tmp_path / "packed").ok
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 8)])
-def test_other_patterns_come_back_too(n, m, tmp_path):
-    source = pruned_folder(tmp_path / "source", n=n, m=m)
-    pack_folder(source, tmp_path / "packed", n, m)
-    assert_comes_back(source, tmp_path / "packed", tmp_path / "back")
     assert verify(tmp_path / "packed", f"{n}:{m}").ok
-    with pytest.raises(InputError, match="is not 1:8"):
-        pack_folder(source, tmp_path / "other", 1, 8)
-    assert not (tmp_path / "other").exists()
 
 
 def test_sharded_models_stay_sharded_and_no_shard_is_verified_as_a_model(tmp_path, capsys):
@@ -192,10 +183,8 @@ def test_verify_takes_the_pattern_on_record_of_a_folder_a_file_and_a_path_from_h
 
 def test_layers_left_dense_stay_dense(tmp_path):
     source = pruned_folder(tmp_path / "source")
-    tensors = load_file(source / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = torch.ones_like(tensors[name])
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    edit_weights(source, lambda w: w[name].fill_(1))
     with pytest.raises(InputError, match=f"{name}: .* is not 2:4"):
         pack_folder(source, tmp_path / "packed")
     edit_json(source / "castlm.json", left_dense={"model.layers.0.mlp.up_proj": "a test"})
@@ -218,10 +207,7 @@ def test_dtype_casts_everything_first(tmp_path):
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_a_value_that_does_not_fit_the_dtype_is_no_damage(name, tmp_path, capsys):
     source = pruned_folder(tmp_path / "source", dtype=torch.float32)
-    tensors = weights(source)
-    place = tuple(tensors[name].nonzero()[0].tolist())
-    tensors[name][place] = -1e5
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    edit_weights(source, lambda w: w[name].masked_fill_(w[name] == w[name].max(), -1e5))
     command = ["pack", str(source), "--output-dir", str(tmp_path / "packed"), "--dtype"]
     assert main([*command, "fp16"]) == 2
     assert capsys.readouterr().err.endswith(f"{name}: a value of 1e+05 does not fit fp16: pass --dtype bf16\n")
@@ -314,49 +300,19 @@ def test_a_class_with_a_new_head_loads_a_packed_folder(pruned, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed").score.weight.isfinite().all()
 
 
-def test_hostile_metadata_are_refused(pruned, tmp_path):
-    pack_folder(pruned, tmp_path / "packed")
-    good = {"shape": [8, 8], "pattern": "2:4", "values": "bf16", "transposed": False}
-    shapes = ([8, -8], [8, 2**40], [True, 8])
-    patterns = ("4:2", "2:3", "x")
-    bad = [{}, None, good | {"values": "fp64"}, *(good | {"shape": shape} for shape in shapes)]
-    for i, entry in enumerate([*bad, *(good | {"pattern": pattern} for pattern in patterns)]):
-
-        def write(tensors, metadata, entry=entry):
-            metadata[METADATA_KEY] = json.dumps({"version": 2, "tensors": {"x": entry}})
-
-        folder = change(tmp_path / "packed", tmp_path / f"changed{i}", write)
-        with pytest.raises(InputError, match="damaged"):
-            read_specs([folder / FILE])
-
-
-# ---- kill
-
-
-@pytest.mark.slow
-def test_sigkill_at_any_moment_leaves_the_old_or_the_new_folder(pruned, tmp_path):
-    folder, kept = tmp_path / "packed", tmp_path / "kept"
-    pack_folder(pruned, kept)
-    pack_folder(pruned, folder, head="int8")
-    old, new = ((path / FILE).read_bytes() for path in (kept, folder))
-    found, killed = [], True
-    for moment in itertools.count(0, 3):
-        for left in tmp_path.glob("packed*"):
-            shutil.rmtree(left)
-        shutil.copytree(kept, folder)
-        killed = killed_at(moment, lambda: pack_folder(pruned, folder, head="int8", overwrite=True))
-        check_output(folder, overwrite=True)
-        left = {entry.name: (entry / FILE).read_bytes() for entry in tmp_path.iterdir() if entry != kept}
-        assert left.keys() <= {"packed", "packed.previous"}
-        assert left.get("packed") == new or old in left.values()
-        newest = folder if folder.is_dir() else folder.with_name("packed.previous")
-        found.append((newest / FILE).read_bytes())
-        assert verify(newest).ok
-        if not killed:
-            break
-    assert found.count(old) > 5
-    assert found == sorted(found, key=lambda content: content == new)  # old up to one moment, new from there on
-    assert found[-1] == new
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": "fp64"},
+        *({"shape": shape} for shape in ([8, -8], [8, 2**40], [True, 8])),
+        *({"pattern": pattern} for pattern in ("4:2", "2:3", "x")),
+    ],
+)
+def test_hostile_metadata_are_refused(change, tmp_path):
+    entry = {"shape": [8, 8], "pattern": "2:4", "values": "bf16", "transposed": False} | change
+    save_file({}, tmp_path / FILE, {METADATA_KEY: json.dumps({"version": 2, "tensors": {"x": entry}})})
+    with pytest.raises(InputError, match="damaged"):
+        read_specs([tmp_path / FILE])
 
 
 # ---- commands
@@ -438,23 +394,23 @@ def test_the_card_of_anothers_model_comes_back(card, pruned, tmp_path):
     assert (back.read_text() if back.exists() else None) == card
 
 
-def test_a_model_that_is_not_whole_or_not_finite_is_not_packed(pruned, tmp_path):
-    tensors = weights(pruned)
-    up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
-    shorter, damaged = tensors[up][:-4].contiguous(), tensors[norm].clone()
-    damaged[3] = torch.nan
-    for name, change, message in (
-        ("missing", {up: None}, rf"lacks {up} that its config\.json asks for"),
-        ("shape", {up: shorter}, rf"{up} of .* is stored as"),
-        ("nan", {norm: damaged}, f"not finite, as in {norm}"),
-    ):
-        folder = tmp_path / name
-        shutil.copytree(pruned, folder)
-        changed = {key: tensor for key, tensor in (tensors | change).items() if tensor is not None}
-        save_file(changed, folder / "model.safetensors", {"format": "pt"})
-        with pytest.raises(InputError, match=message):
-            pack_folder(folder, tmp_path / "packed")
-        assert not (tmp_path / "packed").exists()
+UP_1, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(UP_1), rf"lacks {UP_1} that its config\.json asks for"),
+        (lambda w: w.update({UP_1: w[UP_1][:-4].contiguous()}), rf"{UP_1} of .* is stored as"),
+        (lambda w: w[NORM][3].fill_(torch.nan), f"not finite, as in {NORM}"),
+    ],
+)
+def test_a_model_that_is_not_whole_or_not_finite_is_not_packed(change, message, pruned, tmp_path):
+    folder = shutil.copytree(pruned, tmp_path / "model")
+    edit_weights(folder, change)
+    with pytest.raises(InputError, match=message):
+        pack_folder(folder, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_a_full_disk_leaves_nothing(pruned, tmp_path, monkeypatch):
@@ -504,14 +460,8 @@ def test_an_index_that_leaves_its_folder_is_refused_by_every_reader(absolute, pr
     assert_no_reader_takes_weights(folder, INDEX, tmp_path / "back", "outside its folder")
 
 
-@pytest.mark.parametrize("kind", [slow("int8"), "int4"])
-def test_scales_with_which_integers_are_infinite_are_refused(kind, pruned, tmp_path, capsys):
-    (tmp_path / "t.txt").write_text(TEXT)
-    text = (
-        ["--calibration", str(tmp_path / "t.txt"), "--seq-len", "32", "--num-sequences", "2"] if kind == "int4" else []
-    )
-    command = ["quantize", str(pruned), "--kind", kind, "--packed", "--output-dir", str(tmp_path / "packed"), *text]
-    assert main(command) == 0
+def test_scales_with_which_integers_are_infinite_are_refused(pruned, tmp_path, capsys):
+    assert main(["quantize", str(pruned), "--kind", "int8", "--packed", "--output-dir", str(tmp_path / "packed")]) == 0
 
     def huge(tensors, metadata):
         tensors["model.layers.0.mlp.up_proj.scales"][0] = 3e38
@@ -531,11 +481,6 @@ def test_a_dense_model_is_packed_and_comes_back(tmp_path, capsys):
     assert "14 tensors packed dense" in capsys.readouterr().out
     assert {spec.pattern for spec in read_specs([tmp_path / "packed" / FILE]).values()} == {"dense"}
     assert_comes_back(source, tmp_path / "packed", tmp_path / "back")
-    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    ids = torch.arange(9)[None]
-    torch.testing.assert_close(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4
-    )
 
 
 # ---- the masks of the format, and the table of numeric formats

@@ -1,17 +1,13 @@
 """A prune gives the same result with one block or the whole model in memory, after a kill at any moment too."""
 
 import json
-import os
-import signal
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from castlm.cli import prune as command
-from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.oneshot import prune as prune_module
@@ -19,8 +15,7 @@ from castlm.oneshot import solve as solve_module
 from castlm.oneshot import start as start_module
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import StoredModel
-from tests.ranks import start_process, wait_ranks
-from tests.runs import assert_equal_weights, killed_in, record_of, weights
+from tests.runs import assert_equal_weights, edit_weights, killed_in, record_of, weights
 from tests.slow import slow
 from tests.tiny import save_tiny, tiny_model
 
@@ -40,10 +35,19 @@ def prune(model, text: str, output: Path, *options: str, memory: str = "block") 
     return output
 
 
-@pytest.mark.parametrize("family", [slow("llama"), slow("gemma"), "gpt2", slow("opt")])
-def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, family):
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(slow(family, torch.float32) for family in ("llama", "gemma", "opt")),
+        ("gpt2", torch.float32),
+        slow("llama", torch.bfloat16),
+    ],
+)
+def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, family, dtype):
     model = save_tiny(tmp_path / "dense", family)
+    tiny_model(family).to(dtype).save_pretrained(model)
     whole = prune(model, text, tmp_path / "whole", memory="model")
+    assert {tensor.dtype for tensor in weights(whole).values()} == {dtype}
     assert_equal_weights(whole, prune(model, text, tmp_path / "block"))
     assert not (tmp_path / "block.partial").exists()
 
@@ -82,22 +86,6 @@ def test_only_the_statistics_that_are_solved_next_are_held(llama, tmp_path, text
     monkeypatch.setattr(solve_module, "prune_layers", prune_layers)
     prune(llama, text, tmp_path / "out")
     assert len(seen) == 3 * (4 + 3)  # in each block all inputs, then again those of o, of gate and up, and of down
-
-
-def test_magnitude_refuses_a_text_that_it_would_not_read(llama, tmp_path, text, capsys):
-    arguments = ["--model", str(llama), "--output-dir", str(tmp_path / "out"), "--method", "magnitude"]
-    assert main(["prune", *arguments, "--calibration", text]) == 2
-    assert "and magnitude reads none" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_narrow_model_is_written_in_its_own_dtype(tmp_path, text):
-    model = save_tiny(tmp_path / "dense")
-    tiny_model("llama").to(torch.bfloat16).save_pretrained(model)
-    whole = prune(model, text, tmp_path / "whole", *PLAIN, memory="model")
-    block = prune(model, text, tmp_path / "block", *PLAIN)
-    assert {tensor.dtype for tensor in weights(block).values()} == {torch.bfloat16}
-    assert_equal_weights(whole, block)
 
 
 MOMENTS = {
@@ -139,26 +127,6 @@ def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_res
     with killed_in(HiddenStates, "__setitem__", call):
         prune(llama, text, tmp_path / "killed", *options)
     assert_equal_weights(whole, prune(llama, text, tmp_path / "killed", *options))
-
-
-def prune_and_die(*arguments) -> None:
-    """Ends as by SIGKILL behind the second block."""
-    write_block = StartFolder.write_block
-
-    def killed(folder, index, tensors):
-        write_block(folder, index, tensors)
-        if index == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    StartFolder.write_block = killed
-    prune(*arguments)
-
-
-def test_a_process_that_was_killed_goes_on(llama, straight, tmp_path, text):
-    killed = start_process(prune_and_die, llama, text, tmp_path / "killed", log=tmp_path / "log")
-    assert wait_ranks([killed], 120) == [-signal.SIGKILL], (tmp_path / "log").read_text()
-    assert json.loads((tmp_path / "killed.partial" / "progress.json").read_text())["done"] == 1
-    assert_equal_weights(straight, prune(llama, text, tmp_path / "killed"))
 
 
 def unfinished(llama, tmp_path, text, *options: str) -> Path:
@@ -221,6 +189,7 @@ def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_pat
         (["--damping", "2"], "damping = 2.0 is out of range"),
         (["--seq-len", "300"], "300"),
         (["--method", "flap"], "flap"),
+        (["--method", "magnitude", "--calibration", "text.txt"], "magnitude reads none"),
     ],
 )
 def test_a_prune_that_is_refused_leaves_nothing_beside_its_output(llama, tmp_path, text, options, message):
@@ -232,10 +201,7 @@ def test_a_prune_that_is_refused_leaves_nothing_beside_its_output(llama, tmp_pat
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_a_weight_that_is_not_finite_is_named(tmp_path, text, name):
     model = save_tiny(tmp_path / "dense", "llama")
-    file = model / "model.safetensors"
-    tensors = load_file(file)
-    tensors[name].view(-1)[0] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
+    edit_weights(model, lambda w: w[name].view(-1)[0].fill_(float("nan")))
     with pytest.raises(InputError, match=rf"{name} of .* holds NaN"):
         prune(model, text, tmp_path / "out")
     begun = name.startswith("model.layers")  # what is outside of them is checked before all work

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -223,18 +223,6 @@ def test_include_and_exclude(tmp_path):
     assert [layer.name for layer in verify(folder, include=["lm_head.*"]).layers] == ["lm_head.weight"]
     with pytest.raises(InputError, match="no layer that 2:4 applies to"):
         verify(folder, include=["nothing*"])
-
-
-def test_real_model_is_dense_until_pruned(tmp_path, stories260k):
-    report = verify(stories260k)
-    assert not report.ok
-    assert report.totals()["layers"] == 5 * 7
-    tensors = load_file(stories260k / "model.safetensors")
-    config = json.loads((stories260k / "config.json").read_text())
-    for layer in report.layers:
-        assert layer.num_violations == count_nm_violations(tensors[layer.name])
-        tensors[layer.name] *= nm_mask(tensors[layer.name])
-    assert verify(write(tmp_path, tensors, config)).ok
 
 
 # ---- what must not be passed over
@@ -492,15 +480,8 @@ def test_every_truncation_is_noticed(tmp_path):
     "header",
     [
         b"{not json",
-        b"[1, 2]",
-        b'{"a": 3}',
-        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
-        b'{"a": {"dtype": "F32", "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
-        b'{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}',
         b"\xff\xfe",
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',  # larger than the file
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '  # two tensors that overlap
         b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     ],
