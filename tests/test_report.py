@@ -13,13 +13,11 @@ import pytest
 
 from castlm.cli.main import main
 from castlm.cli.report import write_report
-from castlm.compare.report import options_of, start_of
 from castlm.core.errors import InputError
 from castlm.report import charts
 from castlm.report.charts import Picture, Series, dot_chart, heat_map, line_chart
 from castlm.report.run_page import read_run, run_page
 from castlm.report.sample import read_sample
-from castlm.training.config import TrainConfig
 from castlm.training.record import verdict
 from tests.runs import record_of, small_command
 from tests.slow import slow
@@ -246,27 +244,6 @@ def test_a_run_without_a_sparse_start_has_diverged_if_it_rose_and_not_if_it_is_m
     assert risen["problem"] == "DIVERGED"
     assert "2.50 times the lowest that it had reached (30.000)" in risen["reason"]
     assert verdict({"dense": 5.0, "before_prune": math.nan, "pruned": math.nan}, [30.0])["problem"] == "DIVERGED"
-
-
-def test_options_of_a_variant_are_those_that_have_an_effect():
-    common = TrainConfig.of("model", "text", "run", eta=0.5)
-    runs = {
-        "cast": common,
-        "paper's decay": common.changed(decay="proportional", ignore_decay_budget=True),
-        "plain": common.changed(method="finetune", eta=0.0),
-        "srste": common.changed(method="srste"),
-    }
-    variants = {name: run.as_dict() for name, run in runs.items()} | {"magnitude": {"method": "magnitude", "seed": 0}}
-    options = options_of(variants)
-    assert options["srste"] == {"srste_lam": 0.005, "eta": 0.5, "hidden_weight": 15.0}
-    assert options["cast"].items() >= {"decay": "horizon", "decay_end": 0.3, "mask_interval": 10}.items()
-    assert "lam" not in options["cast"]
-    assert "lam" in options["paper's decay"]
-    assert "mask_interval" not in options["paper's decay"]  # which keeps the masks of its start
-    assert options["plain"].keys() == {"adapter", "eta", "hidden_weight"}
-    assert options["magnitude"] == {}
-    assert start_of(variants["cast"]) == "sparsegpt"
-    assert start_of(variants["magnitude"]) == start_of({"method": "dense", "init_from": "magnitude"}) == "dense"
 
 
 @pytest.mark.slow

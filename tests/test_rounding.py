@@ -18,13 +18,12 @@ from castlm.files.stored import read_header
 from castlm.inference.formats import FILE, read_specs
 from castlm.inference.rounding import on_grid
 from castlm.models.io import load_model
-from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.packed_weights import needs_kernels
 from tests.ranks import run_ranks
 from tests.ranks import small as small_on
 from tests.refusals import assert_refused
-from tests.runs import begin_run, metrics, small, stop_and_resume, weights
+from tests.runs import begin_run, metrics, small, weights
 from tests.slow import slow
 from tests.tiny import EXPERTS, TEXT, save_tiny
 
@@ -159,13 +158,6 @@ def test_bits_a_weight_are_those_of_the_packed_file(llama, text, tmp_path):
     assert record["rounded"]["layers"] == len(stems)
 
 
-@pytest.mark.parametrize("fields", [{"method": "dense"}, slow({}), slow({"moments": "8bit"})])
-def test_a_resumed_run_of_three_bits_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path):
-    straight = small(llama, text, tmp_path / "straight", weight_bits=3, save_steps=5, **fields)
-    train(straight)
-    stop_and_resume(straight, 7)
-
-
 @pytest.mark.parametrize(
     ("fields", "share"),
     [({"method": "dense"}, 0.99), ({}, 0.99), slow({"precision": "bf16"}, 0.5), slow({"sharding": "replicate"}, 0.99)],
@@ -219,9 +211,3 @@ def test_a_folder_that_is_not_of_three_bits_is_refused_where_it_says_so(llama, t
         (changed / "castlm.json").write_text(json.dumps({**record, "rounded": rounded}))
         assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], "int3")], capsys)
     assert main(["pack", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0
-
-
-def test_the_option_is_part_of_the_run():
-    config = TrainConfig.of("model", "text", "run", method="dense", weight_bits=3)
-    assert config.as_dict()["weight_bits"] == 3
-    assert TrainConfig.of("model", "text", "run").as_dict()["weight_bits"] is None  # as in an older checkpoint

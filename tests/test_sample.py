@@ -28,10 +28,6 @@ def sampler_of(tokenizer=None, prompts=None, chat=False, model=None, **options):
     return Sampler(model, tokenizer or tiny_tokenizer(), options, prompts=prompts, chat=chat)
 
 
-def ids_of(text):
-    return tiny_tokenizer()(text)["input_ids"]
-
-
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -42,7 +38,7 @@ class Scripted(torch.nn.Module):
     def __init__(self, *answers):
         super().__init__()
         self.real, self.answers, self.asked = tiny_model("llama"), list(answers), []
-        self.config, self.generation_config, self.device = self.real.config, self.real.generation_config, "cpu"
+        self.config, self.generation_config = self.real.config, self.real.generation_config
         self.device = torch.device("cpu")
 
     def generate(self, input_ids, attention_mask, generation_config):
@@ -159,7 +155,7 @@ def test_answers_to_given_questions_are_recognized_as_conversations(chat_llama, 
 
 def test_duplicates_are_left_out_whole_and_by_their_beginning(tmp_path):
     def model():
-        return Scripted(*[[ids_of(text) for text in ("abc", "abc", "abd", "ebc")]] * 3)
+        return Scripted(*[[tiny_tokenizer()(text)["input_ids"] for text in ("abc", "abc", "abd", "ebc")]] * 3)
 
     for prefix, count in ((0, 3), (2, 2)):
         path = tmp_path / f"{prefix}.jsonl"
@@ -264,7 +260,7 @@ def test_a_kill_around_the_first_rows_leaves_what_can_be_resumed_or_overwritten(
     for options in ({}, {"overwrite": True}):
         with monkeypatch.context() as patch:
             patch.setattr(sampling.os, "fsync", killed)  # the rows are there, their record is not
-            patch.setattr(sampling, "atomic_write_json", plain_write_json)
+            patch.setattr(sampling, "atomic_write_json", lambda path, content: path.write_text(json.dumps(content)))
             with pytest.raises(KeyboardInterrupt):
                 written(path, sampler_of(), **options)
         assert (tmp_path / "a.jsonl.part").exists()
@@ -272,10 +268,6 @@ def test_a_kill_around_the_first_rows_leaves_what_can_be_resumed_or_overwritten(
         (tmp_path / "a.jsonl.part").unlink()
     written(path, sampler_of(), resume=True)
     assert path.read_bytes() == straight.read_bytes()
-
-
-def plain_write_json(path, content):
-    path.write_text(json.dumps(content))
 
 
 def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path, monkeypatch):

@@ -87,15 +87,6 @@ def test_repeated_sequences_serve_more_than_one_epoch(chat_llama, own, tmp_path,
     assert begin_run(once).objective.teacher is not None
 
 
-@pytest.mark.slow
-def test_a_run_over_a_whole_repeated_epoch_leaves_a_cache_for_all(chat_llama, own, tmp_path):
-    config = run_on(chat_llama, own, tmp_path, repeat_sequences=True)
-    num_sequences = fill_teacher_cache(config.changed(teacher_cache=str(tmp_path / "other")))
-    train(config.changed(max_steps=-(-num_sequences // 4)))
-    longer = begin_run(config.changed(output_dir=str(tmp_path / "longer")))
-    assert longer.objective.teacher is None
-
-
 def test_a_stopped_pass_goes_on_with_what_is_missing(chat_llama, tmp_path, lessons, capsys, monkeypatch):
     path, check = tmp_path / "own.jsonl", training.check_vocabulary
 
@@ -173,11 +164,3 @@ def test_bad_input_is_one_line(chat_llama, own, tmp_path, capsys):
     ]
     assert_refused(cases, capsys)
     assert not (tmp_path / "a.jsonl.part").exists()
-
-
-def test_another_teacher_is_refused_and_the_text_stays(chat_llama, own, tmp_path, capsys):
-    fill_teacher_cache(run_on(chat_llama, own, tmp_path))
-    assert main(command(chat_llama, own, *cached(tmp_path, "--teacher-top-k", "4"), "--resume")) == 2
-    said = capsys.readouterr().err
-    assert "another teacher (top_k 8 -> 4" in said
-    assert "the text is finished" in said

@@ -140,61 +140,48 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(engine):
 
 
 GOOD = {"prompt": "a", "max_tokens": 2}
+REFUSED = {
+    "prompt": (None, "", [], ["a", "b"], [10**9], [-1], [1.5], [True], {"a": 1}, "a" * 500),
+    "max_tokens": (0, -1, 1.5, "9", 10**9, 1 << 70, True, [1], float("nan")),
+    "temperature": (-1, 3, "hot", float("nan"), float("inf"), [0], True),
+    "top_p": (-1, 1.1, "a", float("nan")),
+    "seed": (-1, 1.5, "a", 1 << 70),
+    "stop": ("", [""], [1], 3, ["a"] * 9, ["a" * 2000], {}),
+    "stream": (1, "yes", []),
+    **dict.fromkeys(("n", "best_of", "logprobs", "frequency_penalty", "presence_penalty"), (2,)),
+    "echo": (True,),
+    "suffix": ("b",),
+    "logit_bias": ({"5": 100},),
+    "temprature": (1,),
+}
+"""Values of the fields of a completion."""
+
 BAD = [
-    (b"{", 400),
-    (b"", 400),
-    (b"[1]", 400),
-    (b'"a"', 400),
-    (b"\xff\xfe", 400),
-    (b"[" * 60_000, 400),
+    *((body, 400) for body in (b"{", b"", b"[1]", b'"a"', b"\xff\xfe", b"[" * 60_000, {})),
     (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", 400),
     (b"x" * 70_000, 413),
     ({"prompt": "a" * 70_000}, 413),
-    ({"prompt": "a" * 500}, 400),
-    ({"prompt": None}, 400),
-    ({}, 400),
-    ({"prompt": ""}, 400),
-    ({"prompt": []}, 400),
-    ({"prompt": ["a", "b"]}, 400),
-    ({"prompt": [10**9]}, 400),
-    ({"prompt": [-1]}, 400),
-    ({"prompt": [1.5]}, 400),
-    ({"prompt": [True]}, 400),
-    ({"prompt": {"a": 1}}, 400),
     (b'{"prompt": "\\ud800"}', 400),
     (b'{"\\ud800": 1, "prompt": "a"}', 400),
     (b'{"model": "\\ud800", "prompt": "a"}', 404),
-    (GOOD | {"model": "other"}, 404),
-    (GOOD | {"model": ["tiny"]}, 404),
-    *((GOOD | {"max_tokens": value}, 400) for value in (0, -1, 1.5, "9", 10**9, 1 << 70, True, [1], float("nan"))),
-    *((GOOD | {"temperature": value}, 400) for value in (-1, 3, "hot", float("nan"), float("inf"), [0], True)),
-    *((GOOD | {"top_p": value}, 400) for value in (-1, 1.1, "a", float("nan"))),
-    *((GOOD | {"seed": value}, 400) for value in (-1, 1.5, "a", 1 << 70)),
-    *((GOOD | {"stop": value}, 400) for value in ("", [""], [1], 3, ["a"] * 9, ["a" * 2000], {})),
-    *((GOOD | {"stream": value}, 400) for value in (1, "yes", [])),
-    *((GOOD | {name: 2}, 400) for name in ("n", "best_of", "logprobs", "frequency_penalty", "presence_penalty")),
-    (GOOD | {"echo": True}, 400),
-    (GOOD | {"suffix": "b"}, 400),
-    (GOOD | {"logit_bias": {"5": 100}}, 400),
-    (GOOD | {"temprature": 1}, 400),
+    *((GOOD | {"model": model}, 404) for model in ("other", ["tiny"])),
+    *((GOOD | {field: value}, 400) for field, values in REFUSED.items() for value in values),
 ]
+USER = {"role": "user", "content": "a"}
+IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
 BAD_CHAT = [
     {},
-    {"messages": None},
-    {"messages": []},
-    {"messages": "hi"},
-    {"messages": ["hi"]},
-    {"messages": [{"role": "user"}]},
-    {"messages": [{"role": 1, "content": "a"}]},
-    {"messages": [{"role": "user", "content": 3}]},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
-    {"messages": [{"role": "user", "content": "a" * 400}]},
-    {"messages": [{"role": "user", "content": "\ud800"}]},
-    {"messages": [{"role": "user", "content": "a"}] * 1001},
-    {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]},
-    {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
-    {"messages": [{"role": "user", "content": "a"}], "prompt": "a"},
+    *(
+        {"messages": given}
+        for given in (None, [], "hi", ["hi"], [{"role": "user"}], [USER | {"role": 1}], [USER] * 1001)
+    ),
+    *(
+        {"messages": [USER | {"content": content}]}
+        for content in (3, [IMAGE], [{"type": "text", "text": 3}], "a" * 400, "\ud800")
+    ),
+    {"messages": [USER], "tools": [{"type": "function"}]},
+    {"messages": [USER], "response_format": {"type": "json_object"}},
+    {"messages": [USER], "prompt": "a"},
 ]
 
 

@@ -34,13 +34,15 @@ def rotated(llama, text, tmp_path_factory) -> str:
 def assert_starts_from(given: str, model: str, text: str, folder: Path, is_turned: bool) -> None:
     run = begin_run(small(model, text, folder, init_from=given))
     torch.testing.assert_close(logits(run.model), logits(load_model(given).model))
+    assert all(torch.equal(weight != 0, mask) for weight, mask in run.method.masks().items())
     if is_turned:
         dense, turned = (load_model(name).model.get_input_embeddings().weight for name in (model, given))
         torch.testing.assert_close(dense @ run.objective.stream_basis, turned)
 
 
-def test_a_pruned_model_in_another_basis_is_where_the_run_starts(rotated, llama, text, tmp_path):
-    assert_starts_from(rotated, llama, text, tmp_path / "run", is_turned=True)
+def test_a_pruned_model_in_this_or_another_basis_is_where_the_run_starts(sparse, rotated, llama, text, tmp_path):
+    assert_starts_from(sparse, llama, text, tmp_path / "plain", is_turned=False)
+    assert_starts_from(rotated, llama, text, tmp_path / "turned", is_turned=True)
 
 
 @pytest.mark.parametrize(

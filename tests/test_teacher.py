@@ -88,8 +88,6 @@ def test_a_cache_holds_the_tokens_of_that_model(llama, text, wider, tmp_path, le
     train(config.changed(output_dir=str(tmp_path / "again")))
     assert len(lessons) == 8
     assert_equal_weights(tmp_path / "run" / "model", tmp_path / "again" / "model")
-    with pytest.raises(InputError, match=r"another teacher .weights"):
-        train(config.changed(output_dir=str(tmp_path / "own"), teacher=None))
 
 
 def test_a_sparse_model_is_fine_tuned_towards_the_dense_one(llama, text, tmp_path):
