@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,12 +23,11 @@ from safetensors.numpy import load_file
 
 from castlm.core.errors import InputError
 from castlm.training.config import TrainConfig
-from tests.ranks import run_ranks, said, start_ranks, wait_ranks
-from tests.runs import small
+from tests.ranks import PATIENCE_S, run_ranks, said, start_ranks, wait_for, wait_ranks
+from tests.runs import num_rows, small
 from tests.tiny import TEXT, save_tiny
 
 RESTARTED = {"TORCHELASTIC_RESTART_COUNT": "1"}
-PATIENCE_S = 240  # on a machine that does other things too
 
 
 def train_as_a_command(config: TrainConfig) -> int:
@@ -63,7 +61,7 @@ class Ground:
         fields = {"per_device_train_batch_size": 2, "max_steps": 8, "save_steps": 2, "device": "cpu"}
         config = small(str(model), str(folder / "text.txt"), folder / "undisturbed", **{**fields, **over})
         ground = cls(folder, config)
-        run_ranks(train_as_a_command, 2, config, folder=folder, timeout=PATIENCE_S)
+        run_ranks(train_as_a_command, 2, config, folder=folder)
         return ground
 
     def new_run(self, **over: Any) -> TrainConfig:
@@ -76,7 +74,7 @@ class Ground:
 
     def bring_home(self, config: TrainConfig) -> None:
         """Starts the ranks again, as torchrun would, and compares what they end with."""
-        run_ranks(train_as_a_command, 2, config, folder=self.folder, timeout=PATIENCE_S, environment=RESTARTED)
+        run_ranks(train_as_a_command, 2, config, folder=self.folder, environment=RESTARTED)
         self.compare(config)
 
     def compare(self, config: TrainConfig) -> None:
@@ -88,22 +86,6 @@ class Ground:
             assert one[name].tobytes() == other[name].tobytes(), f"{name} differs from the undisturbed run"
 
 
-def wait_for(condition: Callable[[], bool], ranks: list[BaseProcess]) -> bool:
-    """False when the ranks have ended before."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "the moment did not come"
-        if not any(rank.is_alive() for rank in ranks):
-            return False
-        time.sleep(0.002)
-    return True
-
-
-def num_rows(config: TrainConfig) -> int:
-    metrics = Path(config.checkpoint.output_dir) / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.is_file() else 0
-
-
 def is_saving(config: TrainConfig, step: int) -> bool:
     return (Path(config.checkpoint.output_dir) / "checkpoints" / f".step-{step:08d}.tmp").is_dir()
 
@@ -112,7 +94,7 @@ def kill(ranks: list[BaseProcess], log: Path, victims: list[int]) -> str:
     """Kills `victims`, and checks that no rank continues without them. Returns who was killed, in words."""
     for victim in victims:
         ranks[victim].kill()
-    assert None not in wait_ranks(ranks, PATIENCE_S), f"a rank continues without the other: {said(log, 2)}"
+    assert None not in wait_ranks(ranks), f"a rank continues without the other: {said(log, 2)}"
     return f"SIGKILL of {'all ranks' if len(victims) == 2 else f'rank {victims[0]}'}"
 
 
@@ -125,7 +107,8 @@ def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool)
     moment = chance.randint(0, config.optimizer.max_steps)
     if moment == 0 and not during_save:
         victims = [0, 1]  # before they have met, no rank can know of the other: torchrun ends it
-    came = wait_for(lambda: is_saving(config, step) if during_save else num_rows(config) >= moment, ranks)
+    folder = config.checkpoint.output_dir
+    came = wait_for(lambda: is_saving(config, step) if during_save else num_rows(folder) >= moment, ranks)
     time.sleep(chance.uniform(0, 0.005 if during_save else 0.05))
     killed = kill(ranks, log, victims)
     ground.bring_home(config)
@@ -149,11 +132,11 @@ def check_sigterm(ground: Ground, victims: list[int]) -> str:
     """Pre-emption: all ranks save, exit with 0 within the grace time, also when one alone is told."""
     config = ground.new_run(save_steps=0, max_steps=ground.config.optimizer.max_steps)
     ranks, log = ground.start(config)
-    assert wait_for(lambda: num_rows(config) >= 3, ranks), said(log, 2)
+    assert wait_for(lambda: num_rows(config.checkpoint.output_dir) >= 3, ranks), said(log, 2)
     started = time.monotonic()
     for victim in victims:
         os.kill(ranks[victim].pid, signal.SIGTERM)
-    codes = wait_ranks(ranks, PATIENCE_S)
+    codes = wait_ranks(ranks)
     took = time.monotonic() - started
     assert codes == [0, 0], f"{codes}: {said(log, 2)}"
     assert "saved; continue with" in said(log, 2) or "model: 2:4 proved" in said(log, 2)
@@ -165,13 +148,13 @@ def check_hang(ground: Ground, victim: int, timeout_s: float) -> str:
     """A rank that stands still is named, and the other ends."""
     config = ground.new_run(timeout_s=timeout_s)
     ranks, log = ground.start(config)
-    assert wait_for(lambda: num_rows(config) >= 4, ranks), said(log, 2)
+    assert wait_for(lambda: num_rows(config.checkpoint.output_dir) >= 4, ranks), said(log, 2)
     os.kill(ranks[victim].pid, signal.SIGSTOP)
     other = ranks[1 - victim]
     other.join(PATIENCE_S)
     text, code = said(log, 2), other.exitcode
     ranks[victim].kill()
-    wait_ranks(ranks, PATIENCE_S)
+    wait_ranks(ranks)
     assert code == 2, f"{code}: {text}"
     (line,) = [line for line in text.splitlines() if line.startswith("castlm: error: ")]
     assert f"rank {victim} " in line, line

@@ -32,6 +32,7 @@ from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig
 from tests import runs
 
+PATIENCE_S = 240  # on a machine that does other things too
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.preload"])
 
@@ -96,7 +97,7 @@ def start_ranks(
 
 
 def run_ranks(
-    function: Callable[..., Any], size: int, *args: Any, folder: Path, timeout: float = 240, **over: Any
+    function: Callable[..., Any], size: int, *args: Any, folder: Path, timeout: float = PATIENCE_S, **over: Any
 ) -> None:
     """Runs `function(*args)` on `size` ranks to its end. Raises AssertionError with what a failed rank said."""
     log = folder / f"log-{time.monotonic_ns()}"
@@ -124,7 +125,18 @@ def _run_module(module: str, *arguments: str) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def wait_ranks(ranks: list[BaseProcess], timeout: float) -> list[int | None]:
+def wait_for(condition: Callable[[], bool], ranks: list[BaseProcess]) -> bool:
+    """False when the ranks have ended before."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "the moment did not come"
+        if not any(rank.is_alive() for rank in ranks):
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def wait_ranks(ranks: list[BaseProcess], timeout: float = PATIENCE_S) -> list[int | None]:
     """The exit codes, None for a rank that had to be killed after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     for rank in ranks:

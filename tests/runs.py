@@ -155,6 +155,12 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
+def num_rows(folder: str | Path) -> int:
+    """The number of rows that a run has written by now."""
+    file = Path(folder) / "metrics.jsonl"
+    return file.read_text().count("\n") if file.is_file() else 0
+
+
 def record_of(folder: str | Path) -> dict[str, Any]:
     """The castlm.json of a model folder."""
     return json.loads((Path(folder) / "castlm.json").read_text())

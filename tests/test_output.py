@@ -4,9 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 from castlm.core.errors import InputError
 from castlm.files.output import begin_output, check_output, output_folder, record_file, refuse_inputs_inside
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
+from tests.ranks import start_process, wait_for
 from tests.refusals import disk_full, refuse_mkdir
 from tests.replaced import killed_at
 from tests.slow import slow_but
@@ -274,28 +272,21 @@ def test_unusable_names_are_one_line(path):
 # ---- locks
 
 
-def hold(folder: Path) -> subprocess.Popen[str]:
-    """A process that holds the lock of `folder`."""
-    program = f"""
-from castlm.files.output import begin_output, output_folder
-import time
-with output_folder({str(folder)!r}, "train", overwrite=True) as claimed:
-    begin_output(claimed, "train")
-    print("held", flush=True)
-    time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+def hold(folder: Path, held: Path) -> None:
+    """Holds the lock of `folder` from the moment on at which there is a file `held`."""
+    with output_folder(folder, "train", overwrite=True) as claimed:
+        begin_output(claimed, "train")
+        held.touch()
+        time.sleep(60)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_folder_in_use_is_refused_until_its_process_ends(earlier, tmp_path, capfd):
     if earlier:  # which the process sets aside
         run(tmp_path / "run", "1")
-    process = hold(tmp_path / "run")
+    process = start_process(hold, tmp_path / "run", tmp_path / "held", log=tmp_path / "log")
     try:
+        assert wait_for((tmp_path / "held").exists, [process]), (tmp_path / "log").read_text()
         used = rf"in use by process {process.pid} on \S+ \(castlm train\)"
         for options in ({}, {"overwrite": True}, {"resume": True}):
             with pytest.raises(InputError, match=used), output_folder(tmp_path / "run", "train", **options):
@@ -303,8 +294,8 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(earlier, tmp_path, ca
         with pytest.raises(InputError, match=used):
             check_output(tmp_path / "run", overwrite=True)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with contextlib.suppress(InputError), output_folder(tmp_path / "run", "train", resume=True):

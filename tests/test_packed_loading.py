@@ -1,7 +1,6 @@
 """transformers loads packed folders once castlm is imported, and fails without it."""
 
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -36,11 +35,6 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     source = pruned_folder(tmp_path_factory.mktemp("pruned") / "model")
     pack_folder(source, source.parent / "packed")
     return source, source.parent / "packed"
-
-
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=environment)
 
 
 @needs_kernels
@@ -222,7 +216,7 @@ def test_tables_that_scale_what_they_look_up_stay_in_fp32(tmp_path):
 
 @pytest.mark.slow
 def test_castlm_registers_before_transformers_is_imported_or_after_and_loading_fails_without(folders):
-    done = python(
+    code = (
         "import importlib, sys, castlm\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "from transformers import AutoModelForCausalLM\nimport transformers.quantizers.auto as auto\n"
@@ -235,6 +229,7 @@ def test_castlm_registers_before_transformers_is_imported_or_after_and_loading_f
         "load()\n"
         "assert 'castlm' in auto.AUTO_QUANTIZER_MAPPING"
     )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     loaded, refused = done.stdout.splitlines()[:2]
     assert loaded in ("PackedLinear", "Linear")

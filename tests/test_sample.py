@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.data.sampling import Sampler, open_samples, read_prompts, sample
 from tests.chats import CHATML, chat_tokenizer, write_rows
-from tests.ranks import start_command
+from tests.ranks import start_command, wait_for
 from tests.refusals import assert_refused
 from tests.slow import slow
 from tests.tiny import EOS_ID, tiny_model, tiny_tokenizer
@@ -187,10 +186,8 @@ def test_a_killed_command_is_resumed_to_the_same_file(chat_llama, tmp_path):
     straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
     more = ("--num-tokens", "800")
     assert main(command(chat_llama, straight, *more)) == 0
-    record, deadline = tmp_path / "killed.jsonl.castlm.json", time.monotonic() + 100
     process = start_command("castlm", *command(chat_llama, killed, *more), log=tmp_path / "log")
-    while time.monotonic() < deadline and not record.exists():
-        time.sleep(0.01)
+    assert wait_for((tmp_path / "killed.jsonl.castlm.json").exists, [process]), (tmp_path / "log").read_text()
     process.kill()
     process.join()
     assert not killed.exists()

@@ -17,6 +17,7 @@ from castlm.core.sparsify import weight_parameter
 from castlm.data.tokens import token_ids
 from castlm.export.verify import verify
 from castlm.files.output import begin_output
+from castlm.files.record import LOCK
 from castlm.models.io import load_model
 from castlm.oneshot import start
 from castlm.oneshot.calibration import draw_calibration
@@ -29,7 +30,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.objective import pruned
 from castlm.training.run import Run
 from castlm.training.train import train
-from tests.ranks import start_command, wait_ranks
+from tests.ranks import start_command, wait_for, wait_ranks
 from tests.refusals import assert_refused
 from tests.runs import (
     assert_equal_weights,
@@ -37,6 +38,7 @@ from tests.runs import (
     before_step,
     begin_run,
     metrics,
+    num_rows,
     record_of,
     small,
     small_command,
@@ -139,9 +141,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, 
     log, checkpoints = tmp_path / "log", tmp_path / "killed" / "checkpoints"
     for saved in (2, 4):
         process = start_command(*command, log=log)
-        while max(checkpoint_steps(checkpoints), default=0) < saved:
-            assert process.is_alive(), log.read_text()
-            time.sleep(0.01)
+        assert wait_for(lambda n=saved: any(s >= n for s in checkpoint_steps(checkpoints)), [process]), log.read_text()
         process.kill()
         process.join()
         if saved == 2:
@@ -155,9 +155,7 @@ def test_signals_save_and_say_how_to_go_on(number, code, llama, text, tmp_path):
     out = tmp_path / "run"
     command = small_command("train", llama, text, out, max_steps=400, eval_steps=400, report_to="none")
     process = start_command("castlm", *command, log=tmp_path / "log")
-    while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").read_text().count("\n") < 5:
-        assert process.is_alive(), (tmp_path / "log").read_text()
-        time.sleep(0.05)
+    assert wait_for(lambda: num_rows(out) >= 5, [process]), (tmp_path / "log").read_text()
     os.kill(process.pid, number)
     assert wait_ranks([process], 60) == [code]
     assert f"castlm train --config {out / 'config.yaml'} --resume" in (tmp_path / "log").read_text()
@@ -401,9 +399,7 @@ def test_sigterm_while_loading_ends_with_a_line(llama, text, tmp_path):
     command = ["castlm", "train", "--model", llama, "--dataset", text]
     command += ["--output-dir", str(tmp_path / "run"), "--seq-len", "32"]
     process = start_command(*command, log=tmp_path / "log")
-    while not (tmp_path / "run" / ".castlm.lock").exists():
-        assert process.is_alive(), (tmp_path / "log").read_text()
-        time.sleep(0.01)
+    assert wait_for((tmp_path / "run" / LOCK).exists, [process]), (tmp_path / "log").read_text()
     os.kill(process.pid, signal.SIGTERM)
     (code,) = wait_ranks([process], 240)
     errors = (tmp_path / "log").read_text()

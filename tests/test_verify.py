@@ -273,35 +273,30 @@ def test_a_folder_with_other_weights_is_refused(tmp_path, other):
     refused(folder, "adapter" if other == "adapter_config.json" else f"holds {other} beside model.safetensors")
 
 
-@pytest.fixture
-def loaded_violations():
+def loaded_violations(folder: Path) -> int | None:
     """Loads a folder as a user of transformers does; counts the groups of 4 in its blocks that keep more than 2.
 
     None where transformers loads nothing. A packed folder is unpacked, as a GPU would run it.
     """
-
-    def count(folder: Path) -> int | None:
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            if isinstance(getattr(config, "quantization_config", None), dict):
-                config.quantization_config["dequantize"] = True
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config)
-        except Exception:  # whatever transformers raises
-            return None
-        weights = [p.detach() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
-        assert len(weights) == 14
-        return sum(count_nm_violations(weight, 2, 4) for weight in weights)
-
-    return count
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if isinstance(getattr(config, "quantization_config", None), dict):
+            config.quantization_config["dequantize"] = True
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    except Exception:  # whatever transformers raises
+        return None
+    weights = [p.detach() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    assert len(weights) == 14
+    return sum(count_nm_violations(weight, 2, 4) for weight in weights)
 
 
-def check_against_loading(folder: Path, count) -> bool:
+def check_against_loading(folder: Path) -> bool:
     """Whether `verify` says yes; then what transformers loads must have the pattern."""
     try:
         ok = verify(folder).ok
     except InputError:
         return False
-    assert not ok or count(folder) == 0
+    assert not ok or loaded_violations(folder) == 0
     return ok
 
 
@@ -341,7 +336,7 @@ REDIRECTIONS = {
 
 
 @pytest.mark.parametrize("kind", REDIRECTIONS)
-def test_no_config_makes_verify_say_yes_of_other_weights_than_are_loaded(tmp_path, kind, loaded_violations):
+def test_no_config_makes_verify_say_yes_of_other_weights_than_are_loaded(tmp_path, kind):
     folder = write(tmp_path / "m", llama())
     dense = {name: torch.rand_like(tensor) + 1 for name, tensor in llama().items()}
     (folder / "sub").mkdir()
@@ -350,17 +345,17 @@ def test_no_config_makes_verify_say_yes_of_other_weights_than_are_loaded(tmp_pat
     index = {"metadata": {}, "weight_map": dict.fromkeys(dense, "model.safetensors")}
     (folder / "sub/model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.4.0.0.json").write_text(json.dumps(LLAMA | AT_TOP))
-    assert check_against_loading(folder, loaded_violations)
+    assert check_against_loading(folder)
     for config in (LLAMA | REDIRECTIONS[kind], REDIRECTIONS[kind] | LLAMA):
         (folder / "config.json").write_text(json.dumps(config))
-        check_against_loading(folder, loaded_violations)
+        check_against_loading(folder)
     if "transformers_weights" in json.dumps(REDIRECTIONS[kind]):
         (folder / "config.json").write_text(json.dumps(LLAMA | REDIRECTIONS[kind]))
         refused(folder, "config.json")
 
 
 @pytest.mark.parametrize("kind", ["doubled", "unprefixed", "renamed", "other names", "distributed", "linked"])
-def test_no_stored_tensor_hides_another_that_is_loaded(tmp_path, kind, loaded_violations):
+def test_no_stored_tensor_hides_another_that_is_loaded(tmp_path, kind):
     folder = write(tmp_path / "m", llama())
     dense = torch.rand(8, 8) + 1
     extra = {
@@ -372,7 +367,7 @@ def test_no_stored_tensor_hides_another_that_is_loaded(tmp_path, kind, loaded_vi
     if kind in extra:
         for tensors in (llama() | extra[kind], extra[kind] | {k: v for k, v in llama().items() if k != Q0}):
             save(tensors, folder / "model.safetensors")
-            check_against_loading(folder, loaded_violations)
+            check_against_loading(folder)
     elif kind == "distributed":
         part = "shard-00001-model-00001-of-00001.safetensors"
         (folder / "model.safetensors").rename(folder / part)
@@ -383,7 +378,7 @@ def test_no_stored_tensor_hides_another_that_is_loaded(tmp_path, kind, loaded_vi
         outside = write(tmp_path / "outside", {name: torch.rand_like(tensor) for name, tensor in llama().items()})
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
-        assert not check_against_loading(folder, loaded_violations)
+        assert not check_against_loading(folder)
 
 
 @pytest.mark.parametrize("name", [Q1, DOWN0])
