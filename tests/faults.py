@@ -1,9 +1,9 @@
 """Kills, stops and hangs the ranks of a run, and holds what comes home against the undisturbed run, bit for bit.
 
-    python -m tests.faults            # 20 kills at random moments, and all the other faults: some minutes
-    python -m tests.faults --quick
+    python -m tests.faults  # 20 kills at random moments, and all the other faults: some minutes
 
-Each time the ranks are started again as `torchrun --max-restarts` starts them; once it is torchrun itself.
+`make test-slow` tries a few of each. Each time the ranks are started again as `torchrun --max-restarts` starts them;
+once it is torchrun itself.
 """
 
 import argparse
@@ -190,20 +190,16 @@ def check_torchrun(ground: Ground) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 kills instead of 20, and one of each other fault")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    seed, sets = parser.parse_args().seed, ([0], [1], [0, 1])
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground.prepare(Path(folder))
-        sets = [[0], [1], [0, 1]]
-        for kill in range(4 if options.quick else 20):
-            seed = options.seed * 1000 + kill
-            print(check_kill(ground, seed, sets[kill % 3], during_save=kill % 2 == 1), flush=True)
-        for victims in [[0, 1]] if options.quick else [[0], [1], [0, 1]]:
+        for number in range(20):
+            print(check_kill(ground, seed * 1000 + number, sets[number % 3], number % 2 == 1), flush=True)
+        for victims in sets:
             print(check_kill_in_start(ground, victims), flush=True)
-        for told in ([1],) if options.quick else ([0], [1], [0, 1]):
-            print(check_sigterm(ground, told), flush=True)
-        for victim in (1,) if options.quick else (0, 1):
+            print(check_sigterm(ground, victims), flush=True)
+        for victim in (0, 1):
             print(check_hang(ground, victim, timeout_s=10), flush=True)
         print(check_torchrun(ground), flush=True)
     print("after each of them the final weights equal the undisturbed run's, bit for bit")

@@ -32,32 +32,6 @@ def planned(config, *, world_size=1, gpu_gib=None, **run):
     return plan_memory(config, Settings(**run), world_size=world_size, gpu_gib=gpu_gib)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _each_model_is_traced_once():
-    """Plans of one model mostly differ in what does not change its memory."""
-    known: dict[tuple, list[int]] = {}
-    measured: dict[tuple, memory._Sizes] = {}
-
-    def sizes_once(config, run):
-        key = (config.to_json_string(), run.pattern, run.scale_groups, run.weight_bits, run.moments)
-        if key not in measured:
-            measured[key] = sizes(config, run)
-        return measured[key]
-
-    def saved_once(config, num_layers, sizes, run, sharded):
-        made = run.pattern, run.scale_groups, run.weight_bits
-        key = (config.to_json_string(), num_layers, tuple(sizes), *made, run.compute, sharded)
-        if key not in known:
-            known[key] = saved_bytes(config, num_layers, sizes, run, sharded)
-        return known[key]
-
-    sizes = memory._sizes
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "saved_bytes", saved_once)
-        patch.setattr(memory, "_sizes", sizes_once)
-        yield
-
-
 @pytest.mark.parametrize(
     ("name", "params", "sparse"),
     [
@@ -166,12 +140,12 @@ def plan_7b(**options):
 
 
 def test_ranks_share_what_is_sharded_and_nothing_else():
-    two, eight = plan_7b(world_size=2), plan_7b(world_size=8)
+    one, two, eight = (planned(llama(), seq_len=32, micro_batch=1, world_size=ranks) for ranks in (1, 2, 8))
     for name in ("weights", "gradients", "moments", "masks", "teacher"):
-        assert two.components[name] == pytest.approx(4 * eight.components[name], rel=1e-6)
+        assert two.components[name] == pytest.approx(4 * eight.components[name], abs=8)
     for name in ("activations", "weights kept for backward", "gathered weights", "logits"):
         assert two.components[name] == eight.components[name]
-    assert plan_7b(world_size=1).components["gathered weights"] == 0
+    assert one.components["gathered weights"] == 0
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import math
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
@@ -33,22 +32,11 @@ def files(llama, text, tmp_path_factory) -> list[str]:
     return [*named, "--seq-len", "32", "--per-device-train-batch-size", "2", "--eval-tokens", "256"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _each_law_is_fitted_once():
-    """Most sweeps of this file draw the same runs."""
-    known: dict[tuple, Law] = {}
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch):
+    """The intervals of a law take a tenth of their time; `plan fit` has as many draws as users in test_plan_command."""
     fitted = fit._fit
-
-    def fit_once(data, num_draws, seed):
-        arrays = tuple(value.tobytes() if isinstance(value, np.ndarray) else value for value in data)
-        key = (arrays, num_draws, seed)
-        if key not in known:
-            known[key] = fitted(data, num_draws, seed)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "_fit", fit_once)
-        yield
+    monkeypatch.setattr(fit, "_fit", lambda data, num_draws, seed: fitted(data, 20, seed))
 
 
 @pytest.fixture
