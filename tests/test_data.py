@@ -554,9 +554,8 @@ def test_bad_parquet(tmp_path):
     with pytest.raises(InputError, match="column 'text' holds a int"):
         texts_of(open_documents(bad(tmp_path, "a.parquet", whole)))
     whole = parquet_bytes(tmp_path, pa.table({"text": make_texts(500)}))
-    documents = open_documents(bad(tmp_path, "a.parquet", whole[:200] + bytes(2000) + whole[2200:]))
     with pytest.raises(InputError, match="not a whole parquet file"):
-        texts_of(documents)
+        open_documents(bad(tmp_path, "a.parquet", whole[:200] + bytes(2000) + whole[2200:]))
 
 
 def test_missing_and_empty_places(tmp_path):

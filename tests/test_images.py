@@ -26,7 +26,7 @@ from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.data import images as image_reader
 from castlm.data.calibration import calibration_sequences
-from castlm.data.columns import Document, Kind, find_columns, types_of
+from castlm.data.columns import Document, Kind, find_columns
 from castlm.data.documents import Mixture, open_documents
 from castlm.data.images import BYTES, join_extra, open_processor, read_image
 from castlm.data.options import TextOptions
@@ -121,7 +121,7 @@ def loss_of(model: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
 
 
 def document_of(row: dict[str, Any], folder: Path | None = None) -> Document:
-    columns = find_columns(types_of(row), TextOptions(), "a.jsonl", folder)
+    columns = find_columns(row, TextOptions(), "a.jsonl", folder)
     return columns.document(row, "a.jsonl, line 1")
 
 
@@ -479,15 +479,16 @@ def test_a_run_in_which_nothing_counts_does_not_end_well(llava, dataset, text, t
 
 def test_columns_of_any_row_that_would_be_lost_are_refused(dataset):
     first = {"messages": [user("hi"), assistant("ho")]}
-    columns = find_columns({"messages": "list"}, TextOptions(), "a.jsonl")
+    columns = find_columns(first, TextOptions(), "a.jsonl")
     with pytest.raises(InputError, match="column 'videos'"):
         columns.document(first | {"videos": ["a.mp4"]}, "line 2")
-    columns = find_columns({"text": "str"}, TextOptions(), "a.jsonl")
+    columns = find_columns({"text": "a"}, TextOptions(), "a.jsonl")
     with pytest.raises(InputError, match="column 'image'"):
         columns.document({"text": "a", "image": "red.png"}, "line 2")
-    named = find_columns({"text": "str", "image": "str"}, TextOptions(column="text"), "a")
+    named = find_columns({"text": "a", "image": "red.png"}, TextOptions(column="text"), "a")
     assert named.document({"text": "a", "image": "red.png"}, "line 2").text == "a"
-    assert find_columns({"text": "str", "image": "NoneType"}, TextOptions(), "a").name == "text"
+    columns = find_columns({"text": "a", "image": None}, TextOptions(), "a")
+    assert columns.document({"text": "a", "image": None}, "line 1").text == "a"
 
 
 def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_path, capsys):

@@ -32,7 +32,7 @@ _SOURCES = ("image", "path", "url")
 _PROBE = "castlm"
 """A probe that shows whether a template renders message content given as a string."""
 _STAND_IN = 9041735286
-"""Replaces a message, with its number appended, to see whether a template renders it; no template changes digits."""
+"""Replaces the text of a message, with its number added, to see whether a template renders it."""
 MOST_MESSAGES = 512
 """Most messages of a conversation without generation marks, whose turns are each rendered with all turns before."""
 TEMPLATE_BYTES = 512 << 20
@@ -170,7 +170,7 @@ class Chat:
         if self._assistant_only and not prompt and _MARK.search(self._template()):
             return self._marked(messages, tools)
         whole = self.render(messages, tools)
-        self._check_whole(whole, messages, tools)
+        self._check_whole(messages, tools)
         spans: list[tuple[int, int]] = []
         if self._assistant_only:
             if len(messages) > self._most_messages:
@@ -229,34 +229,26 @@ class Chat:
         with _bounded_memory(self._template_bytes):
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
-    def _check_whole(self, whole: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
-        """Raises `InputError` if the rendered conversation `whole` lacks a message.
+    def _check_whole(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
+        """Raises `InputError` if the template leaves out the text of a message.
 
-        A template may rewrite a message, so one that is not found verbatim is replaced by a marker and looked for
-        again.
+        A template may rewrite a text, so each text is replaced by a number, and the numbers are looked for.
         """
-        at = 0
-        missing: list[int] = []
+        replaced: list[Mapping[str, Any]] = []
+        marks: dict[int, str] = {}
         for number, message in enumerate(messages):
-            for text in _texts_of(message):
-                found = whole.find(text.strip(), at)
-                if found >= 0:
-                    at = found + len(text.strip())
-                elif number not in missing[-1:]:
-                    missing.append(number)
-        if not missing:
-            return
-        replaced = list(messages)
-        for number in missing:
-            content, mark = messages[number]["content"], str(_STAND_IN + number)
-            if isinstance(content, list):
-                content = [part if part["type"] != "text" else {**part, "text": mark} for part in content]
-            replaced[number] = {**messages[number], "content": content if isinstance(content, list) else mark}
+            if _texts_of(message):
+                content, mark = message["content"], str(_STAND_IN + number)
+                if isinstance(content, list):
+                    content = [part if part["type"] != "text" else {**part, "text": mark} for part in content]
+                message = {**message, "content": content if isinstance(content, list) else mark}
+                marks[number] = mark
+            replaced.append(message)
         try:
-            marked = self.render(replaced, tools)
+            rendered = self.render(replaced, tools)
         except InputError:  # it reads the messages, and refuses the others
             return
-        left_out = next((number for number in missing if str(_STAND_IN + number) not in marked), None)
+        left_out = next((number for number, mark in marks.items() if mark not in rendered), None)
         if left_out is not None:
             raise InputError(
                 f"the chat template leaves out the text of message {left_out + 1} ({messages[left_out]['role']}) of "
@@ -276,7 +268,7 @@ class Chat:
     def _marked(self, messages: list[Any], tools: Any) -> Rendered:
         """Finds the assistant's tokens by the `{% generation %}` marks of the template."""
         self._check_fast(_begin(messages))
-        whole = self.render(messages, tools)
+        self.render(messages, tools)  # in bounded memory
         options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
             found = self._tokenizer.apply_chat_template(self._as_read(messages), **options)
@@ -285,7 +277,7 @@ class Chat:
         counts = [bool(mark) for mark in found["assistant_masks"]]
         if not any(counts):
             _refuse_unmarked(_begin(messages), "the generation marks of the chat template cover no token of it")
-        self._check_whole(whole, messages, tools)
+        self._check_whole(messages, tools)
         return Rendered(found["input_ids"], counts, True)
 
     def _turn(self, whole: str, messages: list[Any], number: int, tools: Any) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -73,11 +73,11 @@ class Columns(NamedTuple):
     """Columns that would be lost without an error."""
     document_limit: float = 1.0
 
-    def kind_of(self, holds: Mapping[str, str]) -> Kind:
-        """The kind of documents in a dataset with these columns; `holds` as for `find_columns`."""
+    def kind_of(self, names: Collection[str]) -> Kind:
+        """The kind of documents in a dataset whose columns `names` hold something."""
         if not self.is_chat:
             return Kind.TEXT
-        return Kind.WITH_EXTRA if any(_holds_any(holds, name) for name in self.extra) else Kind.CHAT
+        return Kind.WITH_EXTRA if any(name in names for name in self.extra) else Kind.CHAT
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -95,8 +95,7 @@ class Columns(NamedTuple):
         """
         if self.name not in row:
             _refuse_without(self.name, row, where)
-        if beside := next((name for name in self.refused if row.get(name)), None):
-            self._refuse_lost(beside, where)
+        self.check_beside(row, where)
         if not self.is_chat:
             text = row[self.name]
             if not isinstance(text, str | None):
@@ -127,65 +126,46 @@ class Columns(NamedTuple):
             raise InputError(f"{where}: half a surrogate pair at character {error.start}: correct it") from error
         return text
 
-    def _refuse_lost(self, column: str, where: str) -> NoReturn:
+    def check_beside(self, row: Mapping[str, Any], where: str) -> None:
         """Refuses a column beside the document that holds something and would not be read."""
-        what = "needs conversations" if column in IMAGE_COLUMNS else "is neither text nor images"
-        what = f"could be meant as well as {self.name!r}" if column in _FORMS else what
-        raise InputError(f"{where}: the column {column!r} {what}: name the column of the text with column")
+        for column in self.refused:
+            if row.get(column):
+                what = "needs conversations" if column in IMAGE_COLUMNS else "is neither text nor images"
+                what = f"could be meant as well as {self.name!r}" if column in _FORMS else what
+                raise InputError(f"{where}: the column {column!r} {what}: name the column of the text with column")
 
 
-def is_undecided(holds: Mapping[str, str], column: str | None) -> bool:
-    """Whether a row is empty in every column that could hold its document, so that it does not show the type of others.
-
-    `holds` and `column` are those of `find_columns`.
-    """
-    names = _FORMS if column is None else (column,)
-    names = (*names, "completion") if "prompt" in names else names
-    found = [holds[name] for name in names if name in holds]
-    return bool(found) and all(kind == "NoneType" for kind in found)
-
-
-def find_columns(holds: Mapping[str, str], options: TextOptions, where: str, folder: Path | None = None) -> Columns:
-    """The columns of a dataset.
+def find_columns(
+    row: Mapping[str, Any], options: TextOptions, where: str, folder: Path | None = None
+) -> Columns | None:
+    """The columns of a dataset, found by a row; None if the row holds nothing in any that could be the document's.
 
     Args:
-        holds: the type of each column's values ("str", "list", "NoneType" or another), as `types_of` gives it for a row
-            that is not `is_undecided`.
         options: `column` is the only column to use, without images; None finds `messages`, `prompt` with `completion`,
             or `text`, and images beside conversations.
         folder: base of relative image paths; None if there are no files.
 
     Raises:
-        InputError: there is no such column, more than one could be meant, or the dataset has images, videos or audio
-            beside a text and `column` is None.
+        InputError: there is no such column. Columns beside it that would be lost are refused by `check_beside`.
     """
-    has_pair = "completion" in holds
-    forms = [name for name in _FORMS if name in holds and (name != "prompt" or has_pair)]
-    name = options.column or next((name for name in forms if _holds_any(holds, name)), forms[0] if forms else "text")
-    if name not in holds:
-        _refuse_without(name, holds, where)
+    has_pair = "completion" in row
+    forms = [options.column] if options.column is not None else [n for n in _FORMS if n != "prompt" or has_pair]
+    holds = {form: row[form] is not None for form in forms if form in row}
+    if not holds:
+        _refuse_without(options.column or "text", row, where)
+    if "prompt" in holds:
+        holds["prompt"] |= row.get("completion") is not None
+    name = next((form for form, is_held in holds.items() if is_held), None)
+    if name is None:
+        return None
     is_pair = name == "prompt" and has_pair
-    is_chat = is_pair or holds[name] == "list" or name == "messages"
+    is_chat = is_pair or isinstance(row[name], list) or name == "messages"
     limit = options.document_limit
     if options.column is not None:
         return Columns(name, is_chat, is_pair, folder=folder, document_limit=limit)
-    others = (form for form in ("messages", "text") if form != name)  # empty in the rows that were read so far
     images, refused = (IMAGE_COLUMNS, _NEITHER) if is_chat else ((), (*IMAGE_COLUMNS, *_NEITHER))
-    refused = (*refused, *others)
-    found = Columns(name, is_chat, is_pair, images, folder, refused, limit)
-    beside = (*refused, *(form for form in forms if form != name))
-    if lost := next((column for column in beside if _holds_any(holds, column)), None):
-        found._refuse_lost(lost, where)
-    return found
-
-
-def types_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """The type of each column of a row, for `find_columns`."""
-    return {name: type(value).__name__ for name, value in row.items()}
-
-
-def _holds_any(holds: Mapping[str, str], name: str) -> bool:
-    return holds.get(name, "NoneType") != "NoneType"
+    others = (form for form in forms if form != name)  # empty in the rows that were read so far
+    return Columns(name, is_chat, is_pair, images, folder, (*refused, *others), limit)
 
 
 def _refuse_without(name: str, columns: Mapping[str, Any], where: str) -> NoReturn:

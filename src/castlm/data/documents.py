@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError, one_line
-from castlm.data.columns import Columns, Document, Kind, Position, find_columns, is_undecided, types_of
+from castlm.data.columns import Columns, Document, Kind, Position, find_columns
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import (
     GzipJsonLines,
@@ -107,9 +107,13 @@ class Documents:
                     pool, held = pool + 1, 0
                 held += num_bytes
                 pool_of_unit[unit] = pool
-        document = np.cumsum(self._last) - self._last  # the number of the document of each piece
-        key = rng.random(len(self))[document]  # one draw a document: its pieces stay together, in their order
+        key = rng.random(len(self))[self._document]  # one draw a document: its pieces stay together, in their order
         return np.lexsort((key, pool_of_unit[self._unit]))
+
+    @property
+    def _document(self) -> np.ndarray:
+        """The number of the document of each piece."""
+        return np.cumsum(self._last) - self._last
 
     def _read(self, index: int) -> Document:
         piece = int(self._piece[index])
@@ -152,13 +156,12 @@ class HubDocuments:
             its position.
         columns: what a row holds.
         identity: name, revision, config, split and column, which `text_hash` hashes.
-        kind: the kind of the documents, if rows bring more than `columns` tells.
     """
 
     def __init__(
-        self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str, kind: Kind | None = None
+        self, open_stream: Callable[[], Any], columns: Columns, name: str, identity: str, kind: Kind = Kind.TEXT
     ) -> None:
-        self.name, self.kind = name, columns.kind_of({}) if kind is None else kind
+        self.name, self.kind = name, kind
         self._buffer = _SMALL_BUFFER if self.kind is Kind.WITH_EXTRA else HUB_BUFFER
         self._open_stream, self._columns, self._identity = open_stream, columns, identity
 
@@ -266,11 +269,11 @@ def open_documents(
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     pool = Pool(SHUFFLE_BYTES)
     sources = [_OPENERS[_suffix(file)](file, options, pool) for file in files]
-    plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT]
-    if 0 < len(plain) < len(files):
-        other = next(file for file in files if file not in plain)
-        raise InputError(f"{other} holds conversations and {plain[0]} plain text: give them as two datasets")
     documents = Documents(sources, pool, str(dataset))
+    plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT and len(source.last)]
+    if plain and documents.kind is not Kind.TEXT:
+        other = next(file for file, source in zip(files, sources) if source.kind is not Kind.TEXT)
+        raise InputError(f"{other} holds conversations and {plain[0]} plain text: give them as two datasets")
     if len(documents) == 0:
         raise InputError(f"{dataset}: no document with text in it; give it some text")
     return documents
@@ -315,17 +318,14 @@ def split_documents(
     assert 0 < holdout_fraction < 1
     if isinstance(documents, HubDocuments):
         return documents.split(HUB_HELD_OUT)
-    count = len(documents)
+    count, num_pieces = len(documents), len(documents._piece)
     if count > 1:
         num_held_out = min(max(1, round(count * holdout_fraction)), count - 1)
-        held_out = np.zeros(count, dtype=bool)
-        held_out[np.argsort(np.random.default_rng(seed).random(count), kind="stable")[:num_held_out]] = True
-        held_out = held_out[np.cumsum(documents._last) - documents._last]  # of each piece
-        return documents._select(~held_out), documents._select(held_out)
-    num_pieces = len(documents._piece)
-    num_held_out = int(num_pieces * holdout_fraction)
-    if num_held_out and documents.kind is Kind.TEXT:
-        held_out = np.arange(num_pieces) >= num_pieces - num_held_out
+        chosen = np.argsort(np.random.default_rng(seed).random(count), kind="stable")[:num_held_out]
+        held_out = np.isin(documents._document, chosen)
+    else:
+        held_out = np.arange(num_pieces) >= num_pieces - int(num_pieces * holdout_fraction)
+    if held_out.any():
         return documents._select(~held_out), documents._select(held_out)
     text = "".join(piece.text for piece in documents.pieces(None))
     at = round(len(text) * (1 - holdout_fraction))
@@ -356,19 +356,22 @@ def open_hub(name: str, options: TextOptions, split: str, data_config: str | Non
             found = datasets.load_dataset(repository, data_config, split=split, revision=revision, streaming=True)
             return found if found.features is None else found.decode(False)  # images stay bytes, as in a file
 
-        stream = open_stream()
-        row = None
+        stream, columns = open_stream(), None
         for row in islice(stream, HUB_BUFFER):
-            if not is_undecided(types_of(row), options.column):
+            columns = find_columns(row, options, name)
+            if columns is not None:
                 break
+    except InputError:
+        raise
     except Exception as error:  # datasets raises exceptions of many types
         raise InputError(
             f"{name} is neither a local file nor available on the Hugging Face Hub: {one_line(error)}"
         ) from error
-    if row is None:
-        raise InputError(f"{name}: split {split!r} is empty; name another split")
-    columns = find_columns(types_of(row), options, name)
+    if columns is None:
+        raise InputError(
+            f"{name}: split {split!r} begins with {HUB_BUFFER:,} empty rows, or has none: name another split"
+        )
     document = columns.document(row, f"{name}, its first row with a text")
-    kind = max(document.kind, columns.kind_of(dict.fromkeys(stream.features or row, "a feature")))
+    kind = max(document.kind, columns.kind_of(stream.features or row))
     identity = f"{repository}@{revision} {data_config} {split} {columns.name}"
     return HubDocuments(open_stream, columns, name, identity, kind)

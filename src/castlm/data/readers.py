@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from castlm.core.errors import InputError, one_line
-from castlm.data.columns import Columns, Document, Kind, find_columns, is_undecided, types_of
+from castlm.data.columns import Columns, Document, Kind, find_columns
 from castlm.data.options import TextOptions
 from castlm.files.reading import check_regular, open_regular, parse_json, sha256_file
 
@@ -231,10 +231,9 @@ class JsonRows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
         if self._columns is None:
-            if is_undecided(holds := types_of(row), self._options.column):
+            self._columns = find_columns(row, self._options, where, self._path.parent)
+            if self._columns is None:
                 return Document("")
-            self._columns = find_columns(holds, self._options, where, self._path.parent)
-            self.kind = self._columns.kind_of({})
         document = self._columns.document(row, where)
         self.kind = max(self.kind, document.kind)
         return document
@@ -345,21 +344,26 @@ class ParquetRows(Source):
     """
 
     def __init__(self, path: Path, options: TextOptions, pool: Pool) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.path, self._pool = path, pool
+        self.path, self._pool, self.kind = path, pool, Kind.TEXT
         check_regular(path)
         with _parquet_errors(path):
             file = pq.ParquetFile(path, memory_map=True)
-            schema = file.schema_arrow
+            holding = [field.name for field in file.schema_arrow if not pa.types.is_null(field.type)]
             groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
             rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
             if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
                 raise ValueError(f"{rows.sum():,} rows")
-        holds = {field.name: _arrow_kind(field.type) for field in schema}
-        self._columns = find_columns(holds, options, str(path), path.parent)
-        self.kind = self._columns.kind_of(holds)
-        self._names = [name for name in (*self._columns.text_columns, *self._columns.extra) if name in holds]
+        of_rows = (find_columns(row, options, str(path), path.parent) for row in self._first_rows(file))
+        columns = next((found for found in of_rows if found is not None), None)
+        if columns is None:  # no row holds anything
+            rows, columns = rows * 0, Columns("text", is_chat=False)
+        columns.check_beside(dict.fromkeys(holding, True), str(path))
+        self._columns = columns
+        text_names = [name for name in columns.text_columns if name in holding]
+        self._names = [*text_names, *(name for name in columns.extra if name in holding)]
         self._first = np.cumsum(rows) - rows
         self.unit = np.repeat(np.arange(len(rows)), rows)
         self.last = np.ones(int(rows.sum()), dtype=bool)
@@ -367,10 +371,10 @@ class ParquetRows(Source):
         leaves = [i for i, at in enumerate(paths) if any((at + ".").startswith(n + ".") for n in self._names)]
         sizes = [sum(group.column(leaf).total_uncompressed_size for leaf in leaves) for group in groups]
         self.unit_bytes = np.asarray(sizes, dtype=np.int64)
-        if self.kind is not Kind.TEXT:
-            names = [name for name in self._columns.text_columns if name in holds]
+        if columns.is_chat:
+            self.kind = columns.kind_of(holding)
             for unit, first in enumerate(self._first.tolist()):
-                table = self._group(unit, names)
+                table = self._group(unit, text_names)
                 for row in range(len(table)):
                     self.kind = max(self.kind, self._document(table, row, first + row, text_alone=True).kind)
 
@@ -383,6 +387,14 @@ class ParquetRows(Source):
         values = {name: table.column(name)[row].as_py() for name in table.column_names}
         return self._columns.document(values, f"{self.path}, row {number}", text_alone)
 
+    def _first_rows(self, file: Any) -> Iterator[dict[str, Any]]:
+        """The rows in order, and at last one of nulls, so that even a file without rows has all columns."""
+        with _parquet_errors(self.path):
+            for batch in file.iter_batches(64):
+                batch.validate(full=True)
+                yield from batch.to_pylist()
+            yield dict.fromkeys(file.schema_arrow.names)
+
     def _group(self, unit: int, names: list[str]) -> Any:
         import pyarrow.parquet as pq
 
@@ -390,19 +402,6 @@ class ParquetRows(Source):
             table = pq.ParquetFile(self.path).read_row_group(unit, columns=names)
             table.validate(full=True)  # otherwise a corrupt offset would read out of bounds; checks UTF-8, too
             return table
-
-
-def _arrow_kind(kind: Any) -> str:
-    """The type of a column of an arrow type, in the words of `find_columns`."""
-    import pyarrow.types as types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return "str"
-    if types.is_null(kind):
-        return "NoneType"
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
-    return "list" if any(is_list(kind) for is_list in lists) else str(kind)
 
 
 @contextlib.contextmanager

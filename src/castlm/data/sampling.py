@@ -53,8 +53,6 @@ class Sample(NamedTuple):
     """The row of the file: `messages`, or `text` with `is_cut` (true if the model did not end the text)."""
     num_tokens: int
     """The prompt and the generated text."""
-    is_whole: bool
-    """Whether the model ended the text before `max_new_tokens` cut it."""
 
 
 class Sampler:
@@ -123,7 +121,7 @@ class Sampler:
             # Decoded together, because some tokenizers drop the space before the first word.
             before, whole = self._decode(begin), self._decode(begin + ids)
             text = whole[len(before) :] if whole.startswith(before) else self._decode(ids)
-            samples.append(Sample({"text": prompt + text, CUT_COLUMN: not is_whole}, len(begin) + len(ids), is_whole))
+            samples.append(Sample({"text": prompt + text, CUT_COLUMN: not is_whole}, len(begin) + len(ids)))
         return samples
 
     def _talk(self, prompts: list[str]) -> list[Sample | None]:
@@ -140,7 +138,7 @@ class Sampler:
         for (row, begin), (ids, is_whole) in zip(begins.items(), self._continue([*begins.values()])):
             if is_whole and (text := self._decode(ids).strip()):
                 messages = [_user(prompts[row]), {"role": "assistant", "content": text}]
-                samples[row] = Sample({"messages": messages}, len(begin) + len(ids), True)
+                samples[row] = Sample({"messages": messages}, len(begin) + len(ids))
         return samples
 
     def _begin(self, prompt: str) -> list[int]:
@@ -304,7 +302,7 @@ class SampleFile:
                 self.duplicates += 1
             else:
                 self.tokens += sample.num_tokens
-                self.cut += not sample.is_whole
+                self.cut += sample.row.get(CUT_COLUMN, False)
                 rows.append({**sample.row, "sample": place})
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         with (

@@ -7,6 +7,7 @@ points.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import logging
@@ -78,12 +79,17 @@ def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
         for name in tasks:
             local_task(name, folder)
         return
+    known = _task_manager(True).all_tasks
+    if unknown := [name for name in tasks if name not in known]:
+        raise InputError(f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
+
+
+@functools.cache  # it takes 18 s of CPU time to index the tasks of lm-eval
+def _task_manager(include_defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        known = TaskManager().all_tasks
-    if unknown := [name for name in tasks if name not in known]:
-        raise InputError(f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
+        return TaskManager(include_defaults=include_defaults)
 
 
 def zero_shot(
@@ -110,7 +116,6 @@ def zero_shot(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     configs = None if folder is None else [local_task(name, folder) for name in tasks]
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, mixed_precision_dtype=autocast_dtype)
@@ -123,7 +128,7 @@ def zero_shot(
                 limit=limit,
                 log_samples=False,
                 bootstrap_iters=1000,  # for perplexity's error; the error of accuracies is exact
-                task_manager=TaskManager(include_defaults=configs is None),
+                task_manager=_task_manager(configs is None),
             )
     except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three if it cannot get its data
         raise InputError(

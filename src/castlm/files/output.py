@@ -227,7 +227,7 @@ def check_beside(final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
         probe.rmdir()
-        remove_stale(final, os.listdir(final.parent))
+        remove_stale(final)
     except OSError as error:
         raise InputError(
             f"cannot write {final.parent}, where {final.name} is to be: {error.strerror}; choose another output folder"
@@ -340,7 +340,7 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
     temporary = final.with_name(temporary_name(final.name))
     with reporting_full_disk(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(final, os.listdir(final.parent))
+        remove_stale(final)
         _refuse_taken(final, overwrite)
         temporary.mkdir()
         try:

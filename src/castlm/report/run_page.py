@@ -28,8 +28,8 @@ from castlm.training.config import TrainConfig, without_sections
 from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, read_metrics, verdict
 
 REFRESH_SECONDS = 10
-_MARKS = b'<meta name="generator" content="castlm">', b'<div class="eyebrow">castlm '
-"""Markers of pages that castlm wrote: each has one of these."""
+_MARK = b'<meta name="generator" content="castlm">'
+"""A marker in each page that castlm writes."""
 GLOSSARY = (
     ("Perplexity", "exp of the mean cross-entropy per token on the held-out text. Lower is better."),
     ("Before the prune", "The model during training: masked weights may still be nonzero."),
@@ -164,7 +164,7 @@ def write_run_page(run: RunData, sample: dict[str, Any] | None = None, *, refres
     Raises `InputError` if castlm did not write report.html, or not the values in the files of the run.
     """
     file = run.folder / "report.html"
-    if file.exists() and not any(mark in read_bytes(file) for mark in _MARKS):
+    if file.exists() and _MARK not in read_bytes(file):
         raise InputError(f"{file} is not a page of castlm: move it away")
     try:
         page = run_page(run, sample, refresh=refresh)

@@ -60,30 +60,29 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 _READ = {"model", "temperature", "top_p", "seed", "stop", "stream", "max_tokens"}
 
 
-class RefusedError(Exception):
+class RefusedError(HTTPException):
     """A request that is answered with `status` and a sentence."""
 
     def __init__(self, status: int, message: str, parameter: str | None = None):
-        super().__init__(message)
-        self.status, self.parameter = status, parameter
+        super().__init__(status, message)
+        self.parameter = parameter
 
     def response(self) -> JSONResponse:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": self.parameter, "code": self.status}
-        return JSONResponse({"error": error}, self.status)
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        error = {"message": self.detail, "type": kind, "param": self.parameter, "code": self.status_code}
+        return JSONResponse({"error": error}, self.status_code)
 
 
 def make_app(engine: Engine, name: str) -> Starlette:
     """The ASGI application; requests give `name` as their model."""
     api = _Api(engine, name)
 
-    async def say_refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RefusedError)
-        return error.response()
-
-    async def say_http(_: Request, error: Exception) -> Response:
+    async def answer_refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return RefusedError(error.status_code, f"{error.detail}: see /v1/models, /v1/completions, /health").response()
+        if not isinstance(error, RefusedError):  # of Starlette, for a path or a method
+            hint = "see /v1/models, /v1/completions, /health"
+            error = RefusedError(error.status_code, f"{error.detail}: {hint}")
+        return error.response()
 
     return Starlette(
         routes=[
@@ -93,7 +92,7 @@ def make_app(engine: Engine, name: str) -> Starlette:
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
         ],
-        exception_handlers={RefusedError: say_refused, HTTPException: say_http},
+        exception_handlers={HTTPException: answer_refused},
     )
 
 
@@ -297,14 +296,10 @@ class _Events(StreamingResponse):
         self.engine, self.answer = engine, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self.stream_response(send))
-        gone = asyncio.ensure_future(_gone(Request(scope, receive)))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await super().__call__(scope, receive, send)
         finally:
             self.engine.cancel(self.answer)
-            sending.cancel()
-            gone.cancel()
 
 
 def _check_fields(body: Mapping[str, Any], more: set[str]) -> None:
@@ -341,17 +336,13 @@ def _check_text(text: str, field: str) -> None:
         raise RefusedError(400, f"{field} holds half of a surrogate pair, which is no text", field) from None
 
 
-def _number(body: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
-    value = default if body.get(name) is None else body[name]
-    if type(value) not in (int, float) or not least <= value <= most:  # NaN is not
-        raise RefusedError(400, f"{name} must be a number from {least:g} to {most:g}", name)
-    return float(value)
-
-
-def _whole_number(body: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:
-    value = default if body.get(name) is None else body[name]
-    if value is not None and (type(value) is not int or not 0 <= value <= most):
-        raise RefusedError(400, f"{name} must be a whole number from 0 to {most}", name)
+def _number(body: Mapping[str, Any], name: str, default: Any, most: float, *, whole: bool = False) -> Any:
+    """The field `name`, from 0 to `most`; `default` where it is null or missing."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not (type(value) is int or (type(value) is float and not whole)) or not 0 <= value <= most:  # NaN is not
+        raise RefusedError(400, f"{name} must be a {'whole ' if whole else ''}number from 0 to {most}", name)
     return value
 
 
@@ -365,8 +356,7 @@ def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
             400, f"the prompt of {len(ids):,} tokens leaves no room in the context of {context:,}: shorten it"
         )
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    wanted = _whole_number(body, name, min(_MAX_TOKENS, room), 1 << 53)
-    assert wanted is not None
+    wanted = _number(body, name, min(_MAX_TOKENS, room), 1 << 53, whole=True)
     if not 1 <= wanted <= room:
         raise RefusedError(
             400,
@@ -374,7 +364,7 @@ def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
             "context",
             name,
         )
-    temperature = _number(body, "temperature", 1.0, 0.0, 2.0)
+    temperature = float(_number(body, "temperature", 1.0, 2))
     stops = body.get("stop")
     if stops is None or isinstance(stops, str):
         stops = [] if stops is None else [stops]
@@ -386,7 +376,7 @@ def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
         torch.tensor([ids]),
         wanted,
         temperature if temperature >= 1e-6 else 0.0,
-        max(_number(body, "top_p", 1.0, 0.0, 1.0), math.ulp(1.0)),
-        _whole_number(body, "seed", None, (1 << 63) - 1),
+        max(float(_number(body, "top_p", 1.0, 1)), math.ulp(1.0)),
+        _number(body, "seed", None, (1 << 63) - 1, whole=True),
         tuple(stops),
     )
