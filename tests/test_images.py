@@ -121,8 +121,8 @@ def loss_of(model: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
 
 
 def document_of(row: dict[str, Any], folder: Path | None = None) -> Document:
-    columns = find_columns(row, TextOptions(), "a.jsonl", folder)
-    return columns.document(row, "a.jsonl, line 1")
+    columns = find_columns(row, TextOptions(), folder)
+    return columns.document(row)
 
 
 def test_the_tokens_are_those_of_the_processor_and_the_assistant_counts(vlm, dataset):
@@ -423,7 +423,7 @@ def test_a_bad_row_is_refused_with_its_line(case, dataset):
 def test_a_file_that_is_no_image_is_refused_by_name(dataset, encoder, tmp_path):
     (tmp_path / "torn.png").write_bytes((dataset.parent / "red.png").read_bytes()[:40])
     row = {"messages": [user(PICTURE), assistant("red")], "images": ["torn.png"]}
-    named = r"remove the row of the conversation that begins 'red': cannot read the image .*torn.png"
+    named = r"conversation that begins 'red': cannot read the image .*torn.png.*remove it"
     with pytest.raises(InputError, match=named):
         encoder.conversation(document_of(row, tmp_path))
 
@@ -437,7 +437,7 @@ def test_an_image_that_is_small_as_a_file_and_large_in_memory_is_refused(dataset
     row = json.loads(dataset.read_text().splitlines()[0])
     with pytest.raises(InputError, match=r"'which\? and'.*2,048 pixels"):
         encoder.conversation(document_of(row, dataset.parent))
-    assert len(image_reader.open_images([str(dataset.parent / "red.png")] * 2, "a", document_limit=1.1)) == 2
+    assert len(image_reader.open_images([str(dataset.parent / "red.png")] * 2, document_limit=1.1)) == 2
 
 
 @pytest.mark.parametrize(
@@ -479,16 +479,16 @@ def test_a_run_in_which_nothing_counts_does_not_end_well(llava, dataset, text, t
 
 def test_columns_of_any_row_that_would_be_lost_are_refused(dataset):
     first = {"messages": [user("hi"), assistant("ho")]}
-    columns = find_columns(first, TextOptions(), "a.jsonl")
+    columns = find_columns(first, TextOptions())
     with pytest.raises(InputError, match="column 'videos'"):
-        columns.document(first | {"videos": ["a.mp4"]}, "line 2")
-    columns = find_columns({"text": "a"}, TextOptions(), "a.jsonl")
+        columns.document(first | {"videos": ["a.mp4"]})
+    columns = find_columns({"text": "a"}, TextOptions())
     with pytest.raises(InputError, match="column 'image'"):
-        columns.document({"text": "a", "image": "red.png"}, "line 2")
-    named = find_columns({"text": "a", "image": "red.png"}, TextOptions(column="text"), "a")
-    assert named.document({"text": "a", "image": "red.png"}, "line 2").text == "a"
-    columns = find_columns({"text": "a", "image": None}, TextOptions(), "a")
-    assert columns.document({"text": "a", "image": None}, "line 1").text == "a"
+        columns.document({"text": "a", "image": "red.png"})
+    named = find_columns({"text": "a", "image": "red.png"}, TextOptions(column="text"))
+    assert named.document({"text": "a", "image": "red.png"}).text == "a"
+    columns = find_columns({"text": "a", "image": None}, TextOptions())
+    assert columns.document({"text": "a", "image": None}).text == "a"
 
 
 def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_path, capsys):

@@ -222,10 +222,10 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(chat_llama, tmp_path, 
         tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     )
     cases = [
-        (command(chat_llama, path), "already exists: name another file or pass overwrite"),
+        (command(chat_llama, path), "already exists: name another file"),
         (command(chat_llama, other, "--overwrite"), "is not as castlm wrote it"),
         (command(chat_llama, path, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),
-        (command(chat_llama, other, "--resume"), "already exists"),
+        (command(chat_llama, other, "--resume"), "is not as castlm wrote it"),
         (command(chat_llama, path, "--resume", "--overwrite"), "exclude each other"),
         (command(chat_llama, tmp_path / "b.txt"), "ends in .jsonl"),
         (command(chat_llama, tmp_path / "no" / "b.jsonl"), "in an existing folder"),

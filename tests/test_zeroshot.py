@@ -124,16 +124,6 @@ def test_accuracy_is_that_of_the_logits(folder):
     assert EOS_ID not in tokenizer.encode("a")  # no token is put before the prompt here, so none was above
 
 
-def test_a_users_own_task_file_comes_first(folder, tmp_path):
-    config = {"task": "piqa", "dataset_kwargs": {"data_files": {"test": "{folder}/own.jsonl"}}}
-    (tmp_path / "piqa.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(InputError, match=r"own\.jsonl"):
-        local_task("piqa", tmp_path)
-    (tmp_path / "own.jsonl").touch()
-    files = local_task("piqa", tmp_path)["dataset_kwargs"]["data_files"]
-    assert files == {"test": str(tmp_path / "own.jsonl")}
-
-
 def test_refusals(folder, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()

@@ -43,36 +43,35 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def conversation(row: Mapping[str, Any], column: str, where: str, *, has_completion: bool) -> dict[str, Any]:
+def conversation(row: Mapping[str, Any], column: str, *, has_completion: bool) -> dict[str, Any]:
     """The conversation of a row: `messages`, or `prompt` and `completion`, with `tools`; empty if the row is blank.
 
     Args:
         column: the column of messages, or of a prompt whose completion is in the column `completion`.
-        where: file and line, for messages.
     """
     content: dict[str, Any] = {}
     prompt, completion, tools = row[column], row.get("completion"), row.get("tools")
     if not has_completion:
-        content = {"messages": _messages(prompt, where)} if prompt else {}
+        content = {"messages": _messages(prompt)} if prompt else {}
         if content and all(message["role"] != "assistant" for message in content["messages"]):
-            raise InputError(f"{where}: no message of the assistant in the conversation: remove it, or add a reply")
+            raise InputError("no message of the assistant in the conversation: remove it, or add a reply")
     elif isinstance(prompt, str) and isinstance(completion, str) and completion.strip():
         content = {"prompt": prompt, "completion": completion}
     elif prompt is not None or completion is not None:
         if isinstance(prompt, list) and isinstance(completion, list) and prompt:
-            content = {"prompt": _messages(prompt, where), "completion": _messages(completion, where)}
+            content = {"prompt": _messages(prompt), "completion": _messages(completion)}
         if not content or [message["role"] for message in content["completion"]] != ["assistant"]:
             raise InputError(
-                f"{where}: prompt is {_shown(prompt)} and completion {_shown(completion)}: both must be text, or the "
+                f"prompt is {_shown(prompt)} and completion {_shown(completion)}: both must be text, or the "
                 "prompt messages and the completion one message of the assistant; longer conversations go into messages"
             )
     if content and tools:
         # Text is read as JSON, because parquet would merge the types of different schemas.
         if isinstance(tools, str):
-            tools = parse_json(tools, f"{where}: tools is {_shown(tools)}, which")
+            tools = parse_json(tools, f"tools is {_shown(tools)}, which")
         content["tools"] = tools
         if not isinstance(tools, list):
-            raise InputError(f"{where}: tools is {_shown(tools)}: give a list of JSON schemas, or remove the column")
+            raise InputError(f"tools is {_shown(tools)}: give a list of JSON schemas, or remove the column")
     return content
 
 
@@ -83,7 +82,7 @@ def messages_of(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*content.get("messages", []), *content.get("prompt", []), *content.get("completion", [])]
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+def _messages(value: Any) -> list[dict[str, Any]]:
     """The messages of a conversation, without keys that hold nothing; several parts of text become one text."""
     messages = []
     for number, given in enumerate(value if isinstance(value, list) else [value], 1):
@@ -99,7 +98,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
             has_content = isinstance(content, str) and bool(content.strip() or message.get("tool_calls"))
         if message.get("role") not in ROLES or not has_content:
             raise InputError(
-                f"{where}: message {number} is {_shown(given)}: it needs a role ({', '.join(ROLES)}) and a content: a "
+                f"message {number} is {_shown(given)}: it needs a role ({', '.join(ROLES)}) and a content: a "
                 "text that is not blank, or a list of parts of type text, with a text, or of type image"
             )
         messages.append(message)
@@ -175,7 +174,7 @@ class Chat:
         if self._assistant_only:
             if len(messages) > self._most_messages:
                 most = f"{self._most_messages:,} (divide it, or raise document_limit)"
-                _refuse_unmarked(_begin(messages), f"it has {len(messages):,} messages, more than {most}")
+                _refuse_unmarked(f"it has {len(messages):,} messages, more than {most}")
             turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             turns = [number for number in turns if number >= len(prompt)]
             spans = [self._turn(whole, messages, number, tools) for number in turns]
@@ -251,9 +250,8 @@ class Chat:
         left_out = next((number for number, mark in marks.items() if mark not in rendered), None)
         if left_out is not None:
             raise InputError(
-                f"the chat template leaves out the text of message {left_out + 1} ({messages[left_out]['role']}) of "
-                f"the conversation that begins {_begin(messages)}: remove it, or give a template that renders it "
-                "(chat_template_path)"
+                f"the chat template leaves out the text of message {left_out + 1} ({messages[left_out]['role']}): "
+                "remove it, or give a template that renders it (chat_template_path)"
             )
 
     def _refused(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> InputError:
@@ -261,13 +259,11 @@ class Chat:
         reason = one_line(error)
         if isinstance(error, MemoryError):
             reason = f"it takes more than {self._template_bytes >> 20} MiB of memory; see document_limit"
-        return InputError(
-            f"the chat template cannot render the conversation that begins {_begin(messages)} (roles {roles}): {reason}"
-        )
+        return InputError(f"the chat template cannot render the messages (roles {roles}): {reason}")
 
     def _marked(self, messages: list[Any], tools: Any) -> Rendered:
         """Finds the assistant's tokens by the `{% generation %}` marks of the template."""
-        self._check_fast(_begin(messages))
+        self._check_fast()
         self.render(messages, tools)  # in bounded memory
         options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
         try:
@@ -276,7 +272,7 @@ class Chat:
             raise self._refused(messages, error) from error
         counts = [bool(mark) for mark in found["assistant_masks"]]
         if not any(counts):
-            _refuse_unmarked(_begin(messages), "the generation marks of the chat template cover no token of it")
+            _refuse_unmarked("the generation marks of the chat template cover no token of it")
         self._check_whole(messages, tools)
         return Rendered(found["input_ids"], counts, True)
 
@@ -286,9 +282,7 @@ class Chat:
         upto = self.render(messages[: number + 1], tools)
         if not (whole.startswith(before) and whole.startswith(upto) and len(upto) > len(before)):
             why = "is the first, or rendered differently if the conversation is cut there"
-            _refuse_unmarked(
-                _begin(messages), f"the chat template has no generation marks, and turn {number + 1} of it {why}"
-            )
+            _refuse_unmarked(f"the chat template has no generation marks, and turn {number + 1} of it {why}")
         bare = upto.rstrip()  # the line break after the token that ends a turn is the template's
         return len(before), len(bare) if bare.endswith(self._special) and len(bare) > len(before) else len(upto)
 
@@ -297,7 +291,7 @@ class Chat:
         if not self._assistant_only:
             ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return Rendered(ids, [True] * len(ids), is_rendered)
-        self._check_fast(repr(text[:40]))
+        self._check_fast()
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         counts, left = [], list(reversed(spans))
         for start, stop in found["offset_mapping"]:  # both in order
@@ -306,19 +300,17 @@ class Chat:
             counts.append(bool(left) and stop > left[-1][0])
         return Rendered(found["input_ids"], counts, is_rendered)
 
-    def _check_fast(self, begin: str) -> None:
+    def _check_fast(self) -> None:
         if not self._tokenizer.is_fast:
             name = type(self._tokenizer).__name__
-            _refuse_unmarked(
-                begin, f"{name} does not tell which characters a token stands for, as a fast tokenizer does"
-            )
+            _refuse_unmarked(f"{name} does not tell which characters a token stands for, as a fast tokenizer does")
 
 
-def _refuse_unmarked(begin: str, why: str) -> NoReturn:
+def _refuse_unmarked(why: str) -> NoReturn:
     """Refuses a conversation in which the tokens of the assistant cannot be found."""
     raise InputError(
-        f"which tokens the assistant wrote in the conversation that begins {begin} is not known: {why}; mark them with "
-        "{% generation %} in the chat template (chat_template_path), or set assistant_only_loss to false"
+        f"which tokens the assistant wrote is not known: {why}; mark them with {{% generation %}} in the chat template "
+        "(chat_template_path), or set assistant_only_loss to false"
     )
 
 
@@ -356,15 +348,10 @@ def _texts_of(message: Mapping[str, Any]) -> list[str]:
 def begin_of(document: str) -> str:
     """The first words of a conversation, given as JSON, for messages."""
     content = json.loads(document)
-    return _begin(messages_of(content)) if not isinstance(content.get("prompt"), str) else repr(content["prompt"][:40])
-
-
-def _begin(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The first words of the first message that has some."""
-    for message in messages:
-        if text := " ".join(_texts_of(message)):
-            return repr(" ".join(text.split())[:40])
-    return "without words"
+    prompt = content.get("prompt")
+    texts = [prompt] if isinstance(prompt, str) else [" ".join(_texts_of(m)) for m in messages_of(content)]
+    first = next(filter(None, texts), "")
+    return repr(" ".join(first.split())[:40])
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> PreTrainedTokenizerBase:

@@ -86,58 +86,51 @@ class Columns(NamedTuple):
             return (self.name, CUT_COLUMN)
         return (self.name, "tools", "completion") if self.has_completion else (self.name, "tools")
 
-    def document(self, row: Mapping[str, Any], where: str, text_alone: bool = False) -> Document:
-        """The document of a row.
-
-        Args:
-            where: file and line, for messages.
-            text_alone: ignore images; the row may lack their columns.
-        """
+    def document(self, row: Mapping[str, Any], text_alone: bool = False) -> Document:
+        """The document of a row; with `text_alone`, without its images, whose columns may be missing."""
         if self.name not in row:
-            _refuse_without(self.name, row, where)
-        self.check_beside(row, where)
+            _refuse_without(self.name, row)
+        self.check_beside(row)
         if not self.is_chat:
             text = row[self.name]
             if not isinstance(text, str | None):
-                raise InputError(f"{where}: column {self.name!r} holds a {type(text).__name__}: strings are needed")
-            return Document(self._checked(text or "", where), row.get(CUT_COLUMN) is True)
-        content = conversation(row, self.name, where, has_completion=self.has_completion)
+                raise InputError(f"column {self.name!r} holds a {type(text).__name__}: strings are needed")
+            return Document(self._checked(text or ""), row.get(CUT_COLUMN) is True)
+        content = conversation(row, self.name, has_completion=self.has_completion)
         if not content:
             return Document("")
         extra: tuple[str, ...] = ()
         if not text_alone:
             listed = next((row[name] for name in self.extra if row.get(name)), None)
-            extra = tuple(collect_images(messages_of(content), listed, self.folder, where))
-        text = self._checked(json.dumps(content, ensure_ascii=False), where)
+            extra = tuple(collect_images(messages_of(content), listed, self.folder))
+        text = self._checked(json.dumps(content, ensure_ascii=False))
         has_images = IMAGE_PART in text if text_alone else bool(extra)
         return Document(text, kind=Kind.WITH_EXTRA if has_images else Kind.CHAT, extra=extra)
 
-    def _checked(self, text: str, where: str) -> str:
+    def _checked(self, text: str) -> str:
         most = MOST_CHARACTERS * self.document_limit
         if len(text) > most:
             raise InputError(
-                f"{where}: a text of {len(text):,} characters, more than {most:,.0f}: divide it, put it into a .txt "
+                f"a text of {len(text):,} characters, more than {most:,.0f}: divide it, put it into a .txt "
                 "file, which is read in pieces, or raise document_limit"
             )
         try:
             if not text.isascii():
                 text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{where}: half a surrogate pair at character {error.start}: correct it") from error
+            raise InputError(f"half a surrogate pair at character {error.start}: correct it") from error
         return text
 
-    def check_beside(self, row: Mapping[str, Any], where: str) -> None:
+    def check_beside(self, row: Mapping[str, Any]) -> None:
         """Refuses a column beside the document that holds something and would not be read."""
         for column in self.refused:
             if row.get(column):
                 what = "needs conversations" if column in IMAGE_COLUMNS else "is neither text nor images"
                 what = f"could be meant as well as {self.name!r}" if column in _FORMS else what
-                raise InputError(f"{where}: the column {column!r} {what}: name the column of the text with column")
+                raise InputError(f"the column {column!r} {what}: name the column of the text with column")
 
 
-def find_columns(
-    row: Mapping[str, Any], options: TextOptions, where: str, folder: Path | None = None
-) -> Columns | None:
+def find_columns(row: Mapping[str, Any], options: TextOptions, folder: Path | None = None) -> Columns | None:
     """The columns of a dataset, found by a row; None if the row holds nothing in any that could be the document's.
 
     Args:
@@ -152,7 +145,7 @@ def find_columns(
     forms = [options.column] if options.column is not None else [n for n in _FORMS if n != "prompt" or has_pair]
     holds = {form: row[form] is not None for form in forms if form in row}
     if not holds:
-        _refuse_without(options.column or "text", row, where)
+        _refuse_without(options.column or "text", row)
     if "prompt" in holds:
         holds["prompt"] |= row.get("completion") is not None
     name = next((form for form, is_held in holds.items() if is_held), None)
@@ -168,9 +161,9 @@ def find_columns(
     return Columns(name, is_chat, is_pair, images, folder, (*refused, *others), limit)
 
 
-def _refuse_without(name: str, columns: Mapping[str, Any], where: str) -> NoReturn:
+def _refuse_without(name: str, columns: Mapping[str, Any]) -> NoReturn:
     names = ", ".join(columns)[:400] or "none"
     raise InputError(
-        f"{where}: no column {name!r}; there are: {names}: name the column of the text with column; messages, and "
+        f"no column {name!r}; there are: {names}: name the column of the text with column; messages, and "
         "prompt with completion, are known too"
     )

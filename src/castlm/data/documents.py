@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from castlm.core.errors import InputError, one_line
+from castlm.core.errors import InputError, naming, one_line
 from castlm.data.columns import Columns, Document, Kind, Position, find_columns
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import (
@@ -173,7 +173,11 @@ class HubDocuments:
             state, buffer, start = position["stream"], position["buffer"], position["index"]
             stream.load_state_dict(state)
         rows = iter(stream)
-        while documents := [self._columns.document(row, self.name) for row in islice(rows, self._buffer)]:
+        while True:
+            with naming(self.name):
+                documents = [self._columns.document(row) for row in islice(rows, self._buffer)]
+            if not documents:
+                return
             order = np.arange(len(documents))
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(documents)), kind="stable")
@@ -358,11 +362,11 @@ def open_hub(name: str, options: TextOptions, split: str, data_config: str | Non
 
         stream, columns = open_stream(), None
         for row in islice(stream, HUB_BUFFER):
-            columns = find_columns(row, options, name)
+            columns = find_columns(row, options)
             if columns is not None:
                 break
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     except Exception as error:  # datasets raises exceptions of many types
         raise InputError(
             f"{name} is neither a local file nor available on the Hugging Face Hub: {one_line(error)}"
@@ -371,7 +375,8 @@ def open_hub(name: str, options: TextOptions, split: str, data_config: str | Non
         raise InputError(
             f"{name}: split {split!r} begins with {HUB_BUFFER:,} empty rows, or has none: name another split"
         )
-    document = columns.document(row, f"{name}, its first row with a text")
+    with naming(f"{name}, its first row with a text"):
+        document = columns.document(row)
     kind = max(document.kind, columns.kind_of(stream.features or row))
     identity = f"{repository}@{revision} {data_config} {split} {columns.name}"
     return HubDocuments(open_stream, columns, name, identity, kind)

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-from castlm.core.errors import InputError, naming, one_line
-from castlm.data.chat import Chat, Rendered, begin_of, messages_of
+from castlm.core.errors import InputError, one_line
+from castlm.data.chat import Chat, Rendered, messages_of
 from castlm.files.reading import open_regular, user_path
 from castlm.models.architecture import is_vision_language
 from castlm.models.io import PROCESSOR_FILES, as_input_error, load_config, quiet
@@ -54,7 +54,7 @@ MOST_PIXELS = 256_000_000
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path | None, where: str) -> list[str]:
+def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path | None) -> list[str]:
     """Takes the images out of `messages`, leaving parts that mark the place of each.
 
     In plain text messages `<image>` stands for an image, as in LLaVA's data; without it, the images go before the text
@@ -85,10 +85,10 @@ def collect_images(messages: Sequence[dict[str, Any]], listed: Any, folder: Path
     if len(images) != len(parts) or (inline and listed):
         count = len(listed) + len(inline)
         raise InputError(
-            f"{where}: {count} images for {len(parts)} places in the messages: give one for each, all in the messages "
+            f"{count} images for {len(parts)} places in the messages: give one for each, all in the messages "
             "or all beside them"
         )
-    return [_source(image, folder, f"{where}: image {number}") for number, image in enumerate(images, 1)]
+    return [_source(image, folder, f"image {number}") for number, image in enumerate(images, 1)]
 
 
 def _cut_at_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def _cut_at_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, A
     return parts
 
 
-def _source(image: Any, folder: Path | None, where: str) -> str:
+def _source(image: Any, folder: Path | None, name: str) -> str:
     if isinstance(image, dict):  # as `datasets` stores images in parquet
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -117,7 +117,7 @@ def _source(image: Any, folder: Path | None, where: str) -> str:
         if path.is_file():
             return str(path.absolute())
     raise InputError(
-        f"{where} is {str(image)[:200]!r}: give the path of a file, relative to the folder of the dataset; images are "
+        f"{name} is {str(image)[:200]!r}: give the path of a file, relative to the folder of the dataset; images are "
         "not downloaded"
     )
 
@@ -134,8 +134,6 @@ class Extra(NamedTuple):
     """Tensors of one number a token, (num_tokens,): `mm_token_type_ids`."""
     end: int
     """Number of tokens up to and including the last one that the tensors belong to."""
-    begin: str = ""
-    """The first words of the document, for messages."""
 
     def fits(self, num_tokens: int) -> bool:
         """Whether the tensors belong to the first `num_tokens` tokens alone."""
@@ -222,21 +220,20 @@ class ImageReader:
             InputError: as `Chat`; an image that cannot be read; a text that has more or fewer placeholders than there
                 are images; or a processor that cannot take it, or changes more of the text than the images.
         """
-        rendered, begin = self._chat(document), begin_of(document)
+        rendered = self._chat(document)
         if (count := sum(token in self._placeholders.values() for token in rendered.ids)) != len(sources):
             raise InputError(
-                f"the conversation that begins {begin} has {len(sources)} images, and {count} tokens that "
-                "stand for one in the text that its chat template makes: take them out of the text, or correct the "
-                "template (chat_template_path)"
+                f"it has {len(sources)} images, and {count} tokens that stand for one in the text that its chat "
+                "template makes: take them out of the text, or correct the template (chat_template_path)"
             )
         if not sources:
             return rendered, None
-        images = open_images(sources, begin, self._document_limit)
+        images = open_images(sources, self._document_limit)
         content = json.loads(document)
         text = self._chat.render(messages_of(content), content.get("tools"))
         watched = self._processor.tokenizer = _Watched(self._tokenizer)
         try:
-            found = prepare(self._processor, text, images, begin)
+            found = prepare(self._processor, text, images)
         finally:
             self._processor.tokenizer = self._tokenizer
         ids = found["input_ids"][0].tolist()
@@ -244,7 +241,7 @@ class ImageReader:
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) and name not in _OF_TEXT}
         by_token = {name: value[0] for name, value in tensors.items() if value.shape == (1, len(ids))}
         by_item = {name: value for name, value in tensors.items() if name not in by_token}
-        return Rendered(ids, counts, rendered.is_rendered), Extra(by_item, by_token, end, begin)
+        return Rendered(ids, counts, rendered.is_rendered), Extra(by_item, by_token, end)
 
     def text_alone(self, document: str) -> list[int]:
         """The token ids of a conversation without its images."""
@@ -283,18 +280,19 @@ class ImageReader:
         return [counts and token not in stand_for for counts, token in zip(found, ids)], end
 
 
-def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image], begin: str) -> Mapping[str, Any]:
+def prepare(processor: ProcessorMixin, text: str, images: Sequence[Image]) -> Mapping[str, Any]:
     """The tensors that a processor makes from a text, which a chat template has rendered, and its images.
 
-    An error of the processor becomes an `InputError` with the first words of the conversation, `begin`.
+    An error of the processor becomes an `InputError`.
     """
     try:
         found: Mapping[str, Any] = processor(
             text=[text], images=list(images), return_tensors="pt", add_special_tokens=False
         )
     except Exception as error:  # a processor is a program, with errors of many types
-        name = type(processor).__name__
-        raise InputError(f"{name} cannot prepare the conversation that begins {begin}: {one_line(error)}") from error
+        raise InputError(
+            f"{type(processor).__name__} cannot prepare the text and its images: {one_line(error)}"
+        ) from error
     return found
 
 
@@ -312,7 +310,7 @@ def encode_image_prompt(
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
     parts += [{"type": "text", "text": prompt}] if prompt else []
     text = prompt if raw else Chat(processor.tokenizer).render([{"role": "user", "content": parts}], reply=True)
-    found = dict(prepare(processor, text, images, repr(prompt[:40])))
+    found = dict(prepare(processor, text, images))
     return found.pop("input_ids"), {k: v for k, v in found.items() if isinstance(v, Tensor) and k != "attention_mask"}
 
 
@@ -348,22 +346,21 @@ def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[
     return pieces
 
 
-def open_images(sources: Sequence[str], begin: str, document_limit: float = 1.0) -> list[Image]:
-    """The images of the conversation that begins with the words `begin`, which an error names.
+def open_images(sources: Sequence[str], document_limit: float = 1.0) -> list[Image]:
+    """The images of a conversation.
 
     Raises:
         InputError: as `read_image`, or they have more than `document_limit` times `MOST_PIXELS` together.
     """
     images: list[Image] = []
     most = MOST_PIXELS * document_limit
-    with naming(f"correct or remove the row of the conversation that begins {begin}"):
-        for source in sources:
-            images.append(read_image(source, document_limit))
-            if (total := sum(image.width * image.height for image in images)) > most:
-                raise InputError(
-                    f"its images have {total:,} pixels together, more than {most:,.0f}: scale them down, or raise "
-                    "document_limit"
-                )
+    for source in sources:
+        images.append(read_image(source, document_limit))
+        if (total := sum(image.width * image.height for image in images)) > most:
+            raise InputError(
+                f"its images have {total:,} pixels together, more than {most:,.0f}: scale them down, or raise "
+                "document_limit"
+            )
     return images
 
 
@@ -394,4 +391,4 @@ def read_image(source: str, document_limit: float = 1.0) -> Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a decoder is a program, with errors of many types
         reason = re.sub(r" <_io.*?>", " it", one_line(error))
-        raise InputError(f"cannot read the image {where}: {reason}") from error
+        raise InputError(f"cannot read the image {where}: {reason}; correct or remove it") from error

@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.data.columns import Document, Kind
+from castlm.data.columns import Document, Kind, Position
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
 from castlm.data.images import join_extra
 from castlm.data.tokens import Encoder, Tokens
@@ -31,7 +31,13 @@ from castlm.data.tokens import Encoder, Tokens
 _BATCH_PIECES = 64
 _BATCH_CHARS = 128 << 10
 
-_Encoded = tuple[int, Any, Tokens]  # epoch, position and tokens of a piece
+
+class _Encoded(NamedTuple):
+    """The tokens of a piece, and its place."""
+
+    epoch: int
+    position: Position
+    tokens: Tokens
 
 
 class Resumable:
@@ -110,22 +116,14 @@ class PackedSequences(Resumable):
 
     def take(self, num_sequences: int) -> list[Tokens]:
         """The next sequences, each with the token after it: `seq_len` + 1 tokens."""
-        used = num_sequences * self.seq_len
-        self._fill(used + 1)
-        parts, missing = [], used + 1
-        for _, _, tokens in self._pending:
-            start = self._token if not parts else 0
-            parts.append(tokens.part(slice(start, start + missing)))
-            missing -= len(parts[-1].ids)
-            if not missing:
-                break
-        self._available -= used
-        self._token += used
-        while self._token >= len(self._pending[0][2].ids):
-            self._token -= len(self._pending.popleft()[2].ids)
+        first, end = self._token, self._token + num_sequences * self.seq_len
+        self._fill(end + 1)
+        found = Tokens.joined([piece.tokens for piece in self._pending])
+        self._token = end
+        while self._token >= len(self._pending[0].tokens.ids):
+            self._token -= len(self._pending.popleft().tokens.ids)
         self.num_taken += num_sequences
-        found = Tokens.joined(parts)
-        return [found.part(slice(start, start + self.seq_len + 1)) for start in range(0, used, self.seq_len)]
+        return [found.part(slice(start, start + self.seq_len + 1)) for start in range(first, end, self.seq_len)]
 
     def batch(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
         """`input_ids`, shifted `labels` and `position_ids`, int64, (num_sequences, seq_len)."""
@@ -134,7 +132,7 @@ class PackedSequences(Resumable):
 
     def tokens_per_epoch(self) -> int:
         """Number of tokens of one epoch. Reads and tokenizes all documents once; the position stays as it is."""
-        return sum(len(tokens.ids) for _, _, tokens in self._encode(0, 0, None, 0))
+        return sum(len(piece.tokens.ids) for piece in self._encode(0, 0, None, 0))
 
     def _position(self) -> tuple[int, Any, int]:
         """The position of the next sequence's first token."""
@@ -146,14 +144,14 @@ class PackedSequences(Resumable):
         self._pending: deque[_Encoded] = deque()
         self._start = (state["epoch"], copy.deepcopy(state["document"]))
         self._token, self.num_taken = state["token"], state["sequences"]
-        self._available = -self._token
         self._reader = self._read()
 
     def _fill(self, num_tokens: int) -> None:
-        while self._available < num_tokens:
-            piece = next(self._reader)
-            self._pending.append(piece)
-            self._available += len(piece[2].ids)
+        """Reads pieces until `num_tokens` are pending."""
+        pending = sum(len(piece.tokens.ids) for piece in self._pending)
+        while pending < num_tokens:
+            self._pending.append(next(self._reader))
+            pending += len(self._pending[-1].tokens.ids)
 
     def _read(self) -> Iterator[_Encoded]:
         epoch, position = self._start
@@ -163,7 +161,7 @@ class PackedSequences(Resumable):
             whole, num_tokens = position is None, 0
             pieces = self._encode(epoch, 0 if self.repeat else epoch, position, place)
             for piece in self._whole_sequences(pieces, skipped) if self.repeat else pieces:
-                num_tokens += len(piece[2].ids)
+                num_tokens += len(piece.tokens.ids)
                 yield piece
             skipped, place = 0, (place + num_tokens) % self.seq_len
             needed = self.seq_len + (0 if self.repeat else 1)  # repeated, the first token comes after the last
@@ -192,24 +190,25 @@ class PackedSequences(Resumable):
                     tokens = Tokens.joined([Tokens.filler(self._encoder.eos, self.seq_len - place), tokens])
                 if count:
                     place = (place + len(tokens.ids)) % self.seq_len
-                    yield epoch, piece.position, tokens
+                    yield _Encoded(epoch, piece.position, tokens)
 
     def _whole_sequences(self, pieces: Iterator[_Encoded], skipped: int) -> Iterator[_Encoded]:
         """The `pieces` of one epoch, without the last tokens that do not fill a sequence."""
         num_tokens, held, num_held = -skipped, deque[_Encoded](), 0
         for piece in pieces:
             held.append(piece)
-            num_tokens, num_held = num_tokens + len(piece[2].ids), num_held + len(piece[2].ids)
-            while num_held - len(held[0][2].ids) >= self.seq_len:
-                num_held -= len(held[0][2].ids)
+            num_tokens += len(piece.tokens.ids)
+            num_held += len(piece.tokens.ids)
+            while num_held - len(held[0].tokens.ids) >= self.seq_len:
+                num_held -= len(held[0].tokens.ids)
                 yield held.popleft()
         surplus = num_tokens % self.seq_len
         while surplus:
-            epoch, position, tokens = held.pop()
-            kept = max(0, len(tokens.ids) - surplus)
-            surplus -= len(tokens.ids) - kept
+            last = held.pop()
+            kept = max(0, len(last.tokens.ids) - surplus)
+            surplus -= len(last.tokens.ids) - kept
             if kept:
-                held.append((epoch, position, tokens.part(slice(kept))))
+                held.append(last._replace(tokens=last.tokens.part(slice(kept))))
         yield from held
 
 

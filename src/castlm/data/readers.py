@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from castlm.core.errors import InputError, one_line
+from castlm.core.errors import InputError, naming, one_line
 from castlm.data.columns import Columns, Document, Kind, find_columns
 from castlm.data.options import TextOptions
 from castlm.files.reading import check_regular, open_regular, parse_json, sha256_file
@@ -228,13 +228,14 @@ class JsonRows:
 
     def _read(self, line: bytes, where: str) -> Document:
         row = parse_json(line, where)
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: holds a JSON {type(row).__name__}: put one JSON object on each line")
-        if self._columns is None:
-            self._columns = find_columns(row, self._options, where, self._path.parent)
+        with naming(where):
+            if not isinstance(row, dict):
+                raise InputError(f"holds a JSON {type(row).__name__}: put one JSON object on each line")
             if self._columns is None:
-                return Document("")
-        document = self._columns.document(row, where)
+                self._columns = find_columns(row, self._options, self._path.parent)
+                if self._columns is None:
+                    return Document("")
+            document = self._columns.document(row)
         self.kind = max(self.kind, document.kind)
         return document
 
@@ -356,11 +357,15 @@ class ParquetRows(Source):
             rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
             if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
                 raise ValueError(f"{rows.sum():,} rows")
-        of_rows = (find_columns(row, options, str(path), path.parent) for row in self._first_rows(file))
-        columns = next((found for found in of_rows if found is not None), None)
+        columns = None
+        for row in self._first_rows(file):
+            with naming(str(path)):
+                columns = find_columns(row, options, path.parent)
+                if columns is not None:
+                    columns.check_beside(dict.fromkeys(holding, True))
+                    break
         if columns is None:  # no row holds anything
             rows, columns = rows * 0, Columns("text", is_chat=False)
-        columns.check_beside(dict.fromkeys(holding, True), str(path))
         self._columns = columns
         text_names = [name for name in columns.text_columns if name in holding]
         self._names = [*text_names, *(name for name in columns.extra if name in holding)]
@@ -385,7 +390,8 @@ class ParquetRows(Source):
 
     def _document(self, table: Any, row: int, number: int, text_alone: bool = False) -> Document:
         values = {name: table.column(name)[row].as_py() for name in table.column_names}
-        return self._columns.document(values, f"{self.path}, row {number}", text_alone)
+        with naming(f"{self.path}, row {number}"):
+            return self._columns.document(values, text_alone)
 
     def _first_rows(self, file: Any) -> Iterator[dict[str, Any]]:
         """The rows in order, and at last one of nulls, so that even a file without rows has all columns."""

@@ -242,19 +242,21 @@ class SampleFile:
     def begin(self, overwrite: bool, resume: bool) -> None:
         """Continues an earlier start, or begins a new one where nothing is in the way; errors as `open_samples`."""
         record = read_record(self.record_file)
-        if "settings" not in record and os.path.lexists(self.record_file):
-            raise InputError(f"{self.record_file} is not a record of castlm: move it away, or name another file")
         digest = sha256_file(self.path) if os.path.lexists(self.path) else None
-        is_whole = digest is not None and digest == record.get("sha256")
-        self.is_finished = resume and is_whole and not self.part.exists()
-        if not self.is_finished:
-            if digest is not None and not (overwrite or (resume and record)):
-                raise InputError(f"{self.path} already exists: name another file or pass overwrite")
-            if digest not in (None, record.get("sha256"), record.get("replaces")):
-                raise InputError(f"{self.path} is not as castlm wrote it: move it away, or name another file")
-            if os.path.lexists(self.part) and not (record and (resume or overwrite)):
-                remedy = "pass resume, or overwrite" if record else "it has no record of castlm beside it: move it away"
-                raise InputError(f"{self.part} is there, from a start that was stopped: {remedy}")
+        known = {
+            self.record_file: "settings" in record,
+            self.path: digest in (record.get("sha256"), record.get("replaces")),
+            self.part: bool(record),
+        }
+        for file, is_known in known.items():
+            if os.path.lexists(file) and not is_known:
+                raise InputError(f"{file} is not as castlm wrote it: move it away, or name another file")
+        has_part = os.path.lexists(self.part)
+        self.is_finished = resume and digest is not None and digest == record.get("sha256") and not has_part
+        if not (overwrite or resume) and (digest is not None or has_part):
+            raise InputError(
+                f"{self.path} or a part of it already exists: name another file, or pass resume or overwrite"
+            )
         if resume and record:
             self._restore(record)
         if self.is_finished:

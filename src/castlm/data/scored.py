@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.data.chat import begin_of
 from castlm.data.columns import Document, Kind, Position
 from castlm.data.documents import Documents, HubDocuments
 from castlm.data.images import Extra, join_extra
@@ -181,7 +182,7 @@ def _with_extra(
             extra.append(None)
         else:
             held = None if isinstance(documents, Documents) else piece  # a stream is not read again
-            extra.append(ScoredExtra(partial(load, held, piece.position), tokens.extra.end, tokens.extra.begin))
+            extra.append(ScoredExtra(partial(load, held, piece.position), tokens.extra.end, begin_of(piece.text)))
         found.append(tokens._replace(extra=None))
         count += len(tokens.ids)
         if limit is not None and count >= limit:

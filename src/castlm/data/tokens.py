@@ -134,16 +134,19 @@ class Encoder:
         An end-of-text token follows unless the template ended with one. It counts as the end of a completion, but not
         as part of a conversation.
         """
-        if self._images is None and document.extra:
-            raise InputError(
-                f"the conversation that begins {begin_of(document.text)} has images, which are read by castlm train, "
-                "finetune, prune and eval of a vision-language model: give text alone"
-            )
         extra = None
-        if self._images is None:
-            ids, counts, is_rendered = self.chat(document.text)
-        else:
-            (ids, counts, is_rendered), extra = self._images(document.text, document.extra)
+        try:
+            if self._images is not None:
+                (ids, counts, is_rendered), extra = self._images(document.text, document.extra)
+            elif not document.extra:
+                ids, counts, is_rendered = self.chat(document.text)
+            else:
+                raise InputError(
+                    "it has images, which are read by castlm train, finetune, prune and eval of a vision-language "
+                    "model: give text alone"
+                )
+        except InputError as error:
+            raise InputError(f"the conversation that begins {begin_of(document.text)}: {error}") from error
         if is_rendered and ids and ids[-1] == self.eos:
             return Tokens.of(list(ids), list(counts), True)._replace(extra=extra)
         first = [] if is_rendered else self._first

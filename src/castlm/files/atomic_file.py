@@ -1,7 +1,6 @@
 """Files that are whole at any moment: a kill, a full disk or a power cut leaves the old one or the new one.
 
-A file is written beside its final place and renamed over it. A full disk, or a file over the size limit, is reported in
-one line.
+A file is written beside its final place and renamed over it. A full disk is reported in one line.
 """
 
 from __future__ import annotations
@@ -139,13 +138,10 @@ def plain_json(content: Any) -> Any:
 
 @contextlib.contextmanager
 def reporting_full_disk(path: str | Path, remedy: str = "free some space or choose another folder") -> Iterator[None]:
-    """Raises `InputError` for a full disk, with the `remedy`, and for a file over the size limit; other errors pass."""
+    """Raises `InputError` for a full disk, with the `remedy`; other errors pass."""
     try:
         yield
     except Exception as error:
-        if _is_of(error, (errno.EFBIG,)):
-            reason = "the file system or a limit (ulimit -f) does not allow so large a file"
-            raise InputError(f"{path} cannot be written: {reason}") from error
         if is_disk_full(error):
             raise InputError(f"disk full while writing {path}: {remedy}") from error
         raise
@@ -153,15 +149,10 @@ def reporting_full_disk(path: str | Path, remedy: str = "free some space or choo
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` or a cause of it is a full disk or quota; safetensors reports this as a text, not an OSError."""
-    return _is_of(error, (errno.ENOSPC, errno.EDQUOT), ("No space left on device",))
-
-
-def _is_of(error: BaseException, codes: tuple[int, ...], words: tuple[str, ...] = ()) -> bool:
-    """Whether `error` or one of its causes is an OSError with one of `codes`, or has `words` in its message."""
+    words = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
     cause: BaseException | None = error
-    words += tuple(f"os error {code})" for code in codes)  # of safetensors
     while cause is not None:
-        if (isinstance(cause, OSError) and cause.errno in codes) or any(word in str(cause) for word in words):
+        if any(word in str(cause) for word in words):
             return True
         cause = cause.__cause__ or cause.__context__
     return False

@@ -19,13 +19,6 @@ from typing import Any, BinaryIO
 from castlm.core.errors import InputError, one_line
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
-_KINDS = {
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
 
 
 def user_path(path: str | Path) -> Path:
@@ -59,9 +52,10 @@ def check_regular(path: str | Path) -> Path:
     """`path` itself, if it is a regular file or a link to one; otherwise raises `InputError`."""
     path = user_path(path)
     with _reading(path):
-        kind = stat.S_IFMT(os.stat(path).st_mode)
-    if kind != stat.S_IFREG:
-        raise InputError(f"{path} is {_KINDS.get(kind, 'not a regular file')}: give a regular file")
+        mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise InputError(f"{path} is {what}: give a regular file")
     return path
 
 

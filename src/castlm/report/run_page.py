@@ -30,20 +30,6 @@ from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, read
 REFRESH_SECONDS = 10
 _MARK = b'<meta name="generator" content="castlm">'
 """A marker in each page that castlm writes."""
-GLOSSARY = (
-    ("Perplexity", "exp of the mean cross-entropy per token on the held-out text. Lower is better."),
-    ("Before the prune", "The model during training: masked weights may still be nonzero."),
-    ("After the prune", "Every masked weight is set to zero, as in the written model."),
-    ("Gap to the dense model", "ln(perplexity / perplexity of the dense model) in nats per token. 0 means no loss."),
-    ("One-shot start", "The pruned model before step 0: what pruning gives without training."),
-    ("Recovered", "The share of the gap between the one-shot start and the dense model that training closed."),
-    ("Kept, masked", "The two states of a weight. An n:m mask keeps n of every m consecutive weights."),
-    ("Flip", "An entry of a mask that a refresh changes, from kept to masked or back."),
-    (
-        "KL to the teacher",
-        "Distance of the predictions from the predictions of the dense model, which is the teacher.",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -154,7 +140,6 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
         changed=changed,
         defaults=defaults,
         measured=[(name, _text(value)) for name, value in measured.items() if value is not None],
-        glossary=GLOSSARY,
     )
 
 
@@ -197,18 +182,13 @@ def _verdict(run: RunData) -> dict[str, str]:
 
 
 def _sentence(run: RunData, found: dict[str, Any]) -> str:
-    known = run.perplexity
+    """The reason of a verdict, and the share of the logarithmic gap to the dense model that training closed."""
+    known, sentence = run.perplexity, found["reason"]
     final, dense, one_shot = final_perplexity(known), known.get("dense"), known.get("one_shot")
-    if not found["ok"] or final is None or dense is None:
-        return f"{found['reason']}."
-    if is_control(run.config.get("method")):
-        return f"Perplexity {final:.3f} after the same training without sparsity; {dense:.3f} before."
-    pattern = run.config.get("pattern")
-    sentence = f"Perplexity {final:.3f} at {pattern}, {final / dense:.2f} times the dense model's {dense:.3f}"
-    if one_shot is not None and one_shot > dense:  # the share of the logarithmic gap that training closed
+    if found["ok"] and final and dense and one_shot and one_shot > dense:
         recovered = math.log(one_shot / final) / math.log(one_shot / dense)
         sentence += f"; training recovered {recovered:.0%} of what one-shot pruning lost"
-    return f"{sentence}."
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _headline(run: RunData) -> list[dict[str, str]]:
@@ -366,7 +346,6 @@ def _layers(run: RunData) -> list[Picture]:
         [str(block) for block in blocks],
         x_label="transformer block",
         y_label="relative error",
-        form=".2g",
         from_zero=False,
         cell_height=30 if len(cells) < 10 else 20,
         width=WHOLE,
