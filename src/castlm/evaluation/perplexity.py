@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from castlm.core.distill import distillation_loss
 from castlm.core.errors import InputError
 from castlm.data.documents import Documents, HubDocuments
-from castlm.data.scored import Scored, ScoredText, scored_text
+from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
 from castlm.dtypes import dtype_name
 from castlm.hardware import library_versions
@@ -73,7 +72,8 @@ def perplexity(
             conversation separately.
         seq_len: tokens per sequence, at most the model's context length; default: 1,024, or that length if it is
             shorter.
-        batch_size: sequences per forward pass. It changes speed and memory, not the perplexity.
+        batch_size: sequences per forward pass. It changes speed and memory, not the perplexity: no token attends to
+            those that fill up a shorter sequence.
         autocast_dtype: for example `torch.bfloat16`; None computes in the model's dtype.
         progress: called with (sequences done, number of sequences) after each batch.
 
@@ -89,8 +89,6 @@ def perplexity(
     device = model.device
     text = text if isinstance(text, ScoredText) else ScoredText.of(text)
     longest = context_length(model.config) or seq_len
-    if len(text.ids) < 2:
-        raise InputError(f"the text has {len(text.ids)} tokens: give at least 2")
     if not 2 <= seq_len <= longest or not 1 <= stride <= seq_len:
         raise InputError(
             f"seq_len is {seq_len} and stride is {stride}: the model takes 2 to {longest} tokens, and a stride from 1 "
@@ -99,11 +97,13 @@ def perplexity(
     check_vocabulary(text.ids, packed_head.out_features if head is None else head.weight.shape[0])
 
     sequences = text.sequences(seq_len, stride)
-    assert sequences, "`scored_text` refuses a text without a token that counts"
+    if not sequences:
+        raise InputError(f"the text has {len(text.ids)} tokens, and none to score: give at least 2")
     total, done, scored = 0.0, 0, 0
     with eval_mode(model):
-        for batch in _batches(sequences, batch_size):
-            tensors = text.batch(batch, batch[0].end - batch[0].begin)
+        for start in range(0, len(sequences), batch_size):
+            batch = sequences[start : start + batch_size]
+            tensors = text.batch(batch, max(sequence.end - sequence.begin for sequence in batch))
             scored += int((tensors["labels"] != IGNORED).sum())
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             labels = tensors.pop("labels")[:, :-1]  # nothing follows the last token
@@ -142,14 +142,6 @@ def _packed_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> float
             logits = softcap * torch.tanh(logits / softcap)
         total += F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum").item()
     return total
-
-
-def _batches(sequences: list[Scored], batch_size: int) -> Iterator[list[Scored]]:
-    """Batches of sequences of equal length. The last sequence may be shorter; padding would change its attention."""
-    for _, equal in groupby(sequences, key=lambda sequence: sequence.end - sequence.begin):
-        group = list(equal)
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
 
 
 def measured_on(
