@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,6 @@ from castlm.hardware import library_versions
 SHIPPED = Path(__file__).parent / "tasks"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with lm-eval's `!function module.name`, for functions in `castlm.evaluation.tasks`."""
-
-
-def _function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Callable[..., Any]:
-    module, _, name = str(loader.construct_scalar(node)).rpartition(".")
-    function: Callable[..., Any] = getattr(importlib.import_module(f"castlm.evaluation.tasks.{module}"), name)
-    return function
-
-
-_Loader.add_constructor("!function", _function)
-
-
 def local_task_names() -> list[str]:
     """Names of the tasks with a file in castlm; each has the name, prompt and metrics of lm-eval's task."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -49,7 +35,11 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
     """lm-eval's configuration of a task of `local_task_names`, whose data is in `folder`."""
     if name not in local_task_names():
         raise InputError(f"there is no local task {name!r}: use {', '.join(local_task_names())}")
-    config: dict[str, Any] = yaml.load(read_text(SHIPPED / f"{name}.yaml"), Loader=_Loader)
+    config: dict[str, Any] = yaml.safe_load(read_text(SHIPPED / f"{name}.yaml"))
+    if name == "hellaswag":
+        from castlm.evaluation.tasks.hellaswag import process_docs  # imports `datasets`, which is slow
+
+        config["process_docs"] = process_docs
     files: dict[str, str] = config["dataset_kwargs"]["data_files"]
     for split, data in files.items():
         files[split] = data.replace("{folder}", str(user_path(folder)))
