@@ -51,6 +51,7 @@ def search_training(library: Path, seconds: float) -> None:
     native.kernels = lambda: loaded  # type: ignore[assignment]
     checks = {
         "refresh": (cases.refreshes(), cases.check_refresh),
+        "sweep": (cases.sweeps(), cases.check_sweep),
         "update": (cases.updates(), cases.check_update),
         "broken update": (cases.broken_updates(), cases.check_broken_update),
     }

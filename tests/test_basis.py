@@ -10,8 +10,8 @@ from castlm.core.nm import NM
 from castlm.core.sparsify import sparse_linears
 from castlm.models.architecture import linearize_, linearize_conv1d_
 from castlm.oneshot import axes, basis
-from castlm.oneshot.axes import Term, find_permutation, kept_score, learn_rotations, solved_error
-from castlm.oneshot.basis import statistics_of
+from castlm.oneshot.axes import Term, find_permutation, kept_score, learn_rotations, sampled_energies, solved_errors
+from castlm.oneshot.basis import Statistic, statistics_of
 from castlm.oneshot.families import LAYOUTS, describe
 from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.options import BasisOptions
@@ -235,8 +235,12 @@ def test_learned_rotations_are_rotations_and_can_keep_the_mean():
         torch.testing.assert_close(rotation @ rotation.T, torch.eye(16), atol=1e-5, rtol=0)
         if keep_mean:
             torch.testing.assert_close(rotation.sum(0), torch.ones(16), atol=1e-5, rtol=0)
-        turned = solved_error(weight @ rotation, rotation.T @ hessian @ rotation, NM(2, 4))
-        assert turned < 0.9 * solved_error(weight, hessian, NM(2, 4))
+        energies = sampled_energies([weight], hessian)
+        turned = Statistic(rotation.T @ hessian @ rotation, x @ rotation)
+        assert sampled_energies([weight @ rotation], turned.hessian) == pytest.approx(energies, rel=1e-5)
+        [before] = solved_errors([weight], hessian, Statistic(hessian, x).factor(), NM(2, 4), energies)
+        [after] = solved_errors([weight @ rotation], turned.hessian, turned.factor(), NM(2, 4), energies)
+        assert after < 0.9 * before
 
 
 @torch.no_grad()

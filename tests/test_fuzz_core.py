@@ -46,3 +46,10 @@ def test_the_update_kernel_takes_the_steps_of_torch(case):
 @given(cases.broken_updates())
 def test_the_update_kernel_refuses_broken_tensors(case):
     cases.check_broken_update(case)
+
+
+@needs_kernels
+@few
+@given(cases.sweeps())
+def test_the_kernel_of_sparsegpt_prunes_like_torch(case):
+    cases.check_sweep(case)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from castlm.core import native
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, nm_mask
 from castlm.oneshot import start
@@ -12,9 +13,10 @@ from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.solvers import FIRST_PENALTY, LAST_PENALTY, damped, improve_masks, refit, whole_hessian
-from castlm.oneshot.sparsegpt import sparsegpt
+from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor, upper_factor
 from castlm.oneshot.start import prune_oneshot_
 from castlm.structured.pattern import Channels
+from tests.fused import needs_kernels, threads
 from tests.tiny import VOCAB_SIZE, linear_model
 
 OFF = {"mask_iterations": 0, "refit_iterations": 0}
@@ -26,6 +28,25 @@ def layer(seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(16, 16, generator=generator)
     return torch.randn(200, 16, generator=generator) @ mix, torch.randn(12, 16, generator=generator)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (3, 24)])
+def test_the_kernel_of_sparsegpt_prunes_like_torch_on_any_number_of_threads(n, m, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(600, 240, generator=generator), torch.randn(330, 240, generator=generator)
+    factor, _ = upper_factor(x.T @ x, 0.01)
+    few = 5 * m  # columns of one call of the kernel, without torch's products between calls
+    found = []
+    for count in (1, 3):
+        with threads(count):
+            found.append(sparsegpt_by_factor(weight[:, :few], factor[:few, :few], n, m))
+    assert torch.equal(*found)
+    by_kernel = sparsegpt_by_factor(weight, factor, n, m)
+    monkeypatch.setattr(native, "runs_on", lambda tensor: False)
+    by_torch = sparsegpt_by_factor(weight, factor, n, m)
+    assert torch.equal(by_kernel != 0, by_torch != 0)
+    torch.testing.assert_close(by_kernel, by_torch, rtol=1e-4, atol=1e-4)
 
 
 def test_refit_reaches_least_squares_on_the_kept_weights():

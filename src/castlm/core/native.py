@@ -19,9 +19,9 @@ from castlm.core.moments import LONGEST_BLOCK, code_pieces, code_values, zero_co
 
 NOT_BUILT = "the C++ kernels were not compiled: reinstall castlm on a machine with a C++ compiler"
 MOST_GROUPED = 256
-"""The largest m of an n:m pattern for which the kernels make masks."""
+"""The largest m of an n:m pattern for which the kernels make masks, and the most columns of one `sweep_`."""
 
-_VERSION = 2  # of kernels.cpp
+_VERSION = 3  # of kernels.cpp
 _POINTERS = ("weight", "grad", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "mask")
 _NUM_HYPER = 7
 
@@ -30,6 +30,13 @@ class _Parameter(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("rows", "width", "block")),
+    ]
+
+
+class _Sweep(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "lost", "pull", "scale", "inverse")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
     ]
 
 
@@ -61,6 +68,8 @@ def load_kernels(path: str) -> ctypes.CDLL:
     library.castlm_update.restype = None
     library.castlm_refresh.argtypes = [parameters, ctypes.c_int64, number, number, number]
     library.castlm_refresh.restype = ctypes.c_int64
+    library.castlm_sweep.argtypes = [ctypes.POINTER(_Sweep), ctypes.c_int64, ctypes.c_int64, number, number, number]
+    library.castlm_sweep.restype = None
     return library
 
 
@@ -128,6 +137,34 @@ def refresh_(weights: Sequence[Tensor], masks: Sequence[Tensor], n: int, m: int)
     parameters = _parameters(weights, masks)
     flips = library.castlm_refresh(parameters, len(parameters), n, m, torch.get_num_threads())
     return flips, flips < 0
+
+
+def sweep_(
+    weight: Tensor, lost: Tensor, pull: Tensor, scale: Tensor, inverse: Tensor, columns: range, n: int, m: int
+) -> None:
+    """Prunes some columns of a weight in the loop of `castlm.oneshot.sparsegpt`, group by group, in place.
+
+    Args:
+        weight: (columns, rows), on which the columns before these have acted.
+        lost: (columns, rows), old minus new weights; for these columns and later ones, the old weights.
+        pull: (columns, columns).
+        scale: (columns,), the diagonal of the factor.
+        inverse: (columns / m, m, m).
+        columns: the columns, in whole groups of m, at most 256.
+    """
+    library = kernels()
+    assert library is not None
+    assert 1 <= n < m <= MOST_GROUPED
+    num_columns, num_rows = weight.shape
+    assert 0 <= columns.start <= columns.stop <= num_columns
+    assert columns.start % m == columns.stop % m == num_columns % m == 0
+    assert columns.stop - columns.start <= MOST_GROUPED
+    sweep = _Sweep(rows=num_rows, columns=num_columns)
+    parts = {"weight": weight, "lost": lost, "pull": pull, "scale": scale, "inverse": inverse}
+    sizes = (weight.numel(), weight.numel(), num_columns**2, num_columns, num_columns * m)
+    for (name, tensor), size in zip(parts.items(), sizes):
+        setattr(sweep, name, _pointer(name, tensor, torch.float32, size))
+    library.castlm_sweep(sweep, columns.start, columns.stop, n, m, torch.get_num_threads())
 
 
 def _parameters(weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> ctypes.Array[_Parameter]:

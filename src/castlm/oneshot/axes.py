@@ -25,10 +25,8 @@ from torch import Tensor
 
 from castlm.core.nm import NM
 from castlm.oneshot.solvers import row_energies
-from castlm.oneshot.sparsegpt import sparsegpt
+from castlm.oneshot.sparsegpt import sparsegpt_by_factor
 
-DAMPING = 0.01
-"""Share of the mean diagonal that is added to a Hessian, as in SparseGPT."""
 _ROWS = 512  # rows of a weight that are used in one iteration, or in an estimate of the solved error
 
 _PATIENCE = 6  # rounds without a gain after which the search for an order ends
@@ -203,9 +201,9 @@ def _predicted_loss(
             chosen = rotations[list(term.parts)]
             diagonals[id(term.inverse)] = ((blocks @ chosen) * chosen).sum(1).reshape(-1)
         diagonal = diagonals[id(term.inverse)]
-    cost = weight.square() / diagonal  # w_j^2 / [H^-1]_jj, (512, 576)
-    lost = (cost * ~pattern.mask(cost.detach())).sum()  # the m - n lowest of each group, several times faster than topk
-    return lost * (len(term.weight) / len(weight) / term.energy)
+    root = weight * diagonal.rsqrt()  # its square is w_j^2 / [H^-1]_jj, (512, 576)
+    lost = root * ~pattern.mask(root.detach())  # the m - n lowest of each group, several times faster than topk
+    return lost.square().sum() * (len(term.weight) / len(weight) / term.energy)
 
 
 def _some_rows(num_rows: int, generator: torch.Generator) -> Tensor | slice:
@@ -213,17 +211,33 @@ def _some_rows(num_rows: int, generator: torch.Generator) -> Tensor | slice:
     return torch.randperm(num_rows, generator=generator)[:_ROWS] if num_rows > _ROWS else slice(None)
 
 
-def solved_error(weight: Tensor, hessian: Tensor, pattern: NM) -> float:
-    """Relative output error tr(D H D^T) / tr(W H W^T) of a weight (out, in) pruned by SparseGPT, on 512 of its rows."""
-    return solved_errors([weight], hessian, pattern)[0]
+def sampled_energies(weights: Sequence[Tensor], hessian: Tensor) -> list[float]:
+    """tr(W H W^T) of the rows of each weight (out, in) that `solved_errors` solves.
+
+    A change of the basis of the weights' input leaves it as it is.
+    """
+    return [float(row_energies(_sampled(weight), hessian).sum().clamp(min=1e-30)) for weight in weights]
 
 
-def solved_errors(weights: Sequence[Tensor], hessian: Tensor, pattern: NM) -> list[float]:
-    """`solved_error` of weights that read the same input, solved together."""
-    chosen = [weight[_some_rows(len(weight), torch.Generator().manual_seed(0))] for weight in weights]
+def solved_errors(
+    weights: Sequence[Tensor], hessian: Tensor, factor: Tensor, pattern: NM, energies: Sequence[float]
+) -> list[float]:
+    """Relative output errors tr(D H D^T) / tr(W H W^T) of weights (out, in) pruned by SparseGPT, on 512 of their rows.
+
+    The weights read the same input, and are solved together.
+
+    Args:
+        hessian: (in, in), without damping.
+        factor: its `upper_factor`, with damping.
+        energies: of `sampled_energies`.
+    """
+    chosen = [_sampled(weight) for weight in weights]
     stacked = torch.cat(chosen)
-    pruned, _ = sparsegpt(stacked.clone(), hessian.clone(), pattern.n, pattern.m, DAMPING)
-    num_rows = [len(weight) for weight in chosen]
-    lost = row_energies(stacked - pruned, hessian).split(num_rows)
-    whole = row_energies(stacked, hessian).split(num_rows)
-    return [float(part.sum() / total.sum().clamp(min=1e-30)) for part, total in zip(lost, whole)]
+    alive = stacked.masked_fill(hessian.diagonal() == 0, 0)
+    pruned = sparsegpt_by_factor(alive, factor, pattern.n, pattern.m)
+    lost = row_energies(stacked - pruned, hessian).split([len(weight) for weight in chosen])
+    return [float(part.sum()) / energy for part, energy in zip(lost, energies, strict=True)]
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    return weight[_some_rows(len(weight), torch.Generator().manual_seed(0))]

@@ -9,26 +9,32 @@ layers solved by SparseGPT and leaves the outputs the same.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.oneshot.axes import DAMPING, Term, find_permutation, learn_rotations, rotate_columns, solved_error
+from castlm.oneshot.axes import (
+    Term,
+    find_permutation,
+    learn_rotations,
+    rotate_columns,
+    sampled_energies,
+    solved_errors,
+)
 from castlm.oneshot.families import Attention, Block, Mlp, Wiring, describe
 from castlm.oneshot.inputs import Seen, entries_of
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.report import BasisReport, Change
 from castlm.oneshot.solvers import damped, row_energies, whole_hessian
-from castlm.oneshot.sparsegpt import lower_factor
+from castlm.oneshot.sparsegpt import upper_factor
 from castlm.oneshot.walk import BlockInputs
 
 TOLERANCE, TOLERANCE_NARROW = 1e-4, 5e-2
 """Largest difference of an output relative to the largest output, for weights of 32 bits, and for weights of 16 bits,
 which are rounded again after the rotation."""
+_DAMPING = 0.01  # share of the mean diagonal that is added to a Hessian, as in SparseGPT
 _RATE = 0.05  # of Adam, for the skew matrix of a rotation
 
 Undo = list[tuple[Tensor, Tensor]]
@@ -54,33 +60,19 @@ def wiring_or_note(model: PreTrainedModel, pattern: Pattern, options: BasisOptio
 
 
 class Statistic:
-    """The Hessian (in, in) and a sample (tokens, in) of a layer's input, with quantities that are computed once."""
+    """The Hessian (in, in) and a sample (tokens, in) of a layer's input."""
 
     def __init__(self, hessian: Tensor, sample: Tensor) -> None:
         self.hessian, self.sample = hessian, sample
 
-    @cached_property
-    def inverse(self) -> Tensor:
-        return torch.cholesky_inverse(self._factor())
-
-    @cached_property
-    def inverse_diagonal(self) -> Tensor:
-        """The diagonal of H^-1 = L^-T L^-1, (in,): column sums of squares of L^-1, which costs less than `inverse`."""
-        identity = torch.eye(len(self.hessian), device=self.hessian.device)
-        return torch.linalg.solve_triangular(self._factor(), identity, upper=False).square_().sum(0)
-
-    def _factor(self) -> Tensor:
-        """L of the damped Hessian L L^T."""
-        factor, _ = lower_factor(damped(self.hessian, DAMPING), 0)
+    def factor(self) -> Tensor:
+        """The upper triangular R of the damped Hessian R R^T, (in, in)."""
+        factor, _ = upper_factor(damped(self.hessian, _DAMPING), 0)
         return factor
 
     def energy(self, weight: Tensor) -> float:
         """tr(W H W^T)."""
         return float(row_energies(weight, self.hessian).sum().clamp(min=1e-30))
-
-    def importance(self, weight: Tensor) -> Tensor:
-        """The loss w_j^2 / [H^-1]_jj that optimal brain surgery predicts for pruning each weight, by the energy."""
-        return weight.square() / self.inverse_diagonal / self.energy(weight)
 
     def permuted(self, order: Tensor) -> Statistic:
         return Statistic(self.hessian[order][:, order], self.sample[:, order])
@@ -88,6 +80,23 @@ class Statistic:
     def rotated(self, rotations: Tensor, parts: tuple[int, ...]) -> Statistic:
         halfway = rotate_columns(self.hessian, rotations, parts)
         return Statistic(rotate_columns(halfway.T, rotations, parts), rotate_columns(self.sample, rotations, parts))
+
+
+def inverse_of(factor: Tensor) -> Tensor:
+    """H^-1 of H = R R^T, (in, in)."""
+    # With both axes reversed, R is the lower triangular factor of H with both axes reversed.
+    return torch.cholesky_inverse(factor.flip(0, 1)).flip(0, 1)
+
+
+def inverse_diagonal(factor: Tensor) -> Tensor:
+    """The diagonal of H^-1 = R^-T R^-1, (in,): column sums of squares of R^-1, which costs less than `inverse_of`."""
+    identity = torch.eye(len(factor), device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=True).square_().sum(0)
+
+
+def importance(weight: Tensor, factor: Tensor) -> Tensor:
+    """The loss w_j^2 / [H^-1]_jj that optimal brain surgery predicts for pruning each weight."""
+    return weight.square() / inverse_diagonal(factor)
 
 
 Statistics = dict[str, Statistic]
@@ -138,11 +147,13 @@ def change_values_(
         return []
     values, outputs = value.weight.float(), output.weight.float()
     of_output, of_value = statistics[output.layer], statistics.get(value.layer)
+    output_factor = of_output.factor()
+    value_factor = None if of_value is None else of_value.factor()
     readers, writers = tuple(attention.kv_head_of), tuple(range(attention.num_kv_heads))
     if options.rotates_values:
-        terms = [Term(outputs, of_output.inverse, of_output.energy(outputs), "in", readers)]
-        if of_value is not None:
-            terms.append(Term(values, of_value.inverse_diagonal, of_value.energy(values), "out", writers))
+        terms = [Term(outputs, inverse_of(output_factor), of_output.energy(outputs), "in", readers)]
+        if of_value is not None and value_factor is not None:
+            terms.append(Term(values, inverse_diagonal(value_factor), of_value.energy(values), "out", writers))
         rotations = learn_rotations(
             terms,
             attention.num_kv_heads,
@@ -152,29 +163,33 @@ def change_values_(
             learning_rate=_RATE,
         )
     elif attention.head_dim % pattern.m == 0:
-        rotations = _value_permutations(attention, of_output.importance(outputs), pattern, options.permute_iterations)
+        score = importance(outputs, output_factor)
+        rotations = _value_permutations(attention, score, pattern, options.permute_iterations)
     else:
         return []
     new_value = rotate_columns(values.T, rotations, writers).T
     new_output = rotate_columns(outputs, rotations, readers)
     new_statistic = of_output.rotated(rotations, readers)
-    before = solved_error(outputs, of_output.hessian, pattern)
-    after = solved_error(new_output, new_statistic.hessian, pattern)
-    if of_value is not None:
-        before = (before + solved_error(values, of_value.hessian, pattern)) / 2
-        after = (after + solved_error(new_value, of_value.hessian, pattern)) / 2
+    energies = sampled_energies([outputs], of_output.hessian)
+    [before] = solved_errors([outputs], of_output.hessian, output_factor, pattern, energies)
+    [after] = solved_errors([new_output], new_statistic.hessian, new_statistic.factor(), pattern, energies)
+    if of_value is not None and value_factor is not None:
+        both = [values, new_value]
+        energies = sampled_energies(both, of_value.hessian)
+        old, new = solved_errors(both, of_value.hessian, value_factor, pattern, energies)
+        before, after = (before + old) / 2, (after + new) / 2
     if not change.decide(before, after):
         return []
-    new = [(value.weight, new_value), (output.weight, new_output)]
+    replaced = [(value.weight, new_value), (output.weight, new_output)]
     if value.bias is not None:
-        new.append((value.bias, rotate_columns(value.bias.float()[None], rotations, writers)[0]))
+        replaced.append((value.bias, rotate_columns(value.bias.float()[None], rotations, writers)[0]))
     statistics[output.layer] = new_statistic
-    return replace_(new)
+    return replace_(replaced)
 
 
-def _value_permutations(attention: Attention, importance: Tensor, pattern: NM, rounds: int) -> Tensor:
+def _value_permutations(attention: Attention, scores: Tensor, pattern: NM, rounds: int) -> Tensor:
     """A permutation matrix (num_kv_heads, head_dim, head_dim) for each KV head."""
-    by_head = importance.view(len(importance), -1, attention.head_dim)  # (576, 576) -> (576, 9, 64)
+    by_head = scores.view(len(scores), -1, attention.head_dim)  # (576, 576) -> (576, 9, 64)
     identity = torch.eye(attention.head_dim, device=importance.device)
     found = []
     for kv_head in range(attention.num_kv_heads):
@@ -191,10 +206,14 @@ def permute_neurons_(mlps: list[Mlp], statistics: Statistics, pattern: NM, chang
         if mlp.down.layer not in statistics:
             continue
         weight, statistic = mlp.down.weight.float(), statistics[mlp.down.layer]
-        order = find_permutation(statistic.importance(weight), pattern, rounds).to(weight.device)
+        factor = statistic.factor()
+        order = find_permutation(importance(weight, factor), pattern, rounds).to(weight.device)
+        energies = sampled_energies([weight], statistic.hessian)
+        [before] = solved_errors([weight], statistic.hessian, factor, pattern, energies)
+        del factor
         permuted = statistic.permuted(order)
-        before = solved_error(weight, statistic.hessian, pattern)
-        if change.decide(before, solved_error(weight[:, order], permuted.hessian, pattern)):
+        [after] = solved_errors([weight[:, order]], permuted.hessian, permuted.factor(), pattern, energies)
+        if change.decide(before, after):
             statistics[mlp.down.layer] = permuted
             new = [(mlp.down.weight, mlp.down.weight[:, order])]
             for matrix in mlp.inner:

@@ -17,8 +17,16 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.core.sparsify import SparseLayer
-from castlm.oneshot.axes import Term, learn_rotations, solved_errors
-from castlm.oneshot.basis import Statistic, Statistics, distance, statistics_of, tolerance_of
+from castlm.oneshot.axes import Term, learn_rotations, sampled_energies, solved_errors
+from castlm.oneshot.basis import (
+    Statistic,
+    Statistics,
+    distance,
+    inverse_diagonal,
+    inverse_of,
+    statistics_of,
+    tolerance_of,
+)
 from castlm.oneshot.families import Block, Matrix, Norm, Wiring
 from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.report import BasisReport, Change
@@ -141,7 +149,8 @@ class Stream:
         for matrix in (block.attention.output, *(mlp.down for mlp in block.mlps)):
             if matrix.layer in statistics:
                 statistic, weight = statistics[matrix.layer], matrix.weight.float()
-                self.written.append(Term(weight, statistic.inverse_diagonal, statistic.energy(weight), "out", (0,)))
+                diagonal = inverse_diagonal(statistic.factor())
+                self.written.append(Term(weight, diagonal, statistic.energy(weight), "out", (0,)))
         for _, readers in block.reads:
             found = (statistics[matrix.layer] for matrix in readers if matrix.layer in statistics)
             seen = list({id(statistic): statistic for statistic in found}.values())
@@ -155,7 +164,8 @@ class Stream:
         readers, hidden = self._readers(), self.wiring.hidden
         terms: list[Term] = []
         for statistic, weights in readers:
-            terms += [Term(weight, statistic.inverse, statistic.energy(weight), "in", (0,)) for weight in weights]
+            inverse = inverse_of(statistic.factor())
+            terms += [Term(weight, inverse, statistic.energy(weight), "in", (0,)) for weight in weights]
         terms += self.written
         keep_mean = any(norm.is_layer_norm for norm, _ in self.norms)
         (rotation,) = learn_rotations(
@@ -165,8 +175,10 @@ class Stream:
         after: list[float] = []
         for statistic, weights in readers:
             rotated = statistic.rotated(rotation[None], (0,))
-            before += solved_errors(weights, statistic.hessian, self.pattern)
-            after += solved_errors([weight @ rotation for weight in weights], rotated.hessian, self.pattern)
+            turned = [weight @ rotation for weight in weights]
+            energies = sampled_energies(weights, statistic.hessian)
+            before += solved_errors(weights, statistic.hessian, statistic.factor(), self.pattern, energies)
+            after += solved_errors(turned, rotated.hessian, rotated.factor(), self.pattern, energies)
         if change.decide(sum(before) / len(before), sum(after) / len(after)):
             self.rotate_(rotation)
             self.rotation = rotation

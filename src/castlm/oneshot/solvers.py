@@ -169,10 +169,8 @@ def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int
     mask = (weight != 0).to(weight.dtype)  # (1024, 576)
     inverse = 1 / hessian.diagonal()  # the preconditioner P, (576,)
     start, weight = weight, weight.clone()
-    lost = target - start
-    residual = lost @ hessian  # minus half the gradient, (1024, 576)
-    start_energy = (residual * lost).sum(1)  # row_energies(lost, hessian)
-    residual.mul_(mask)
+    first = ((target - start) @ hessian).mul_(mask)  # minus half the gradient, (1024, 576)
+    residual = first.clone()
     direction = residual * inverse
     energy = torch.linalg.vecdot(residual, direction).unsqueeze(1)  # r^T P r of each row, (1024, 1)
     for _ in range(iterations):
@@ -184,8 +182,9 @@ def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int
         new = torch.linalg.vecdot(residual, preconditioned).unsqueeze(1)
         torch.addcmul(preconditioned, new / energy.clamp_(min=1e-30), direction, out=direction)
         energy = new
-    better = row_energies(target - weight, hessian) < start_energy  # False for NaN
-    return torch.where(better.unsqueeze(1), weight, start)
+    # The error is quadratic in w, so it has fallen by the step times the sum of the gradients at both of its ends.
+    fall = torch.linalg.vecdot(weight - start, first.add_(residual))
+    return torch.where(fall.unsqueeze(1) > 0, weight, start)  # NaN is not above 0
 
 
 def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: Pattern, iterations: int) -> Tensor:

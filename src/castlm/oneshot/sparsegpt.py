@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from castlm.core import native
 from castlm.core.errors import InputError
 
 _MOST_COMPARED = 16
@@ -43,8 +44,12 @@ def sparsegpt(
     diagonal[dead] = 1
     weight = weight.masked_fill(dead, 0)
     factor, damping = upper_factor(hessian, damping)
-    new = _prune_groups(weight.T.contiguous(), factor, n, m, max(m, block_size - block_size % m))
-    return new.T, damping
+    return sparsegpt_by_factor(weight, factor, n, m, block_size), damping
+
+
+def sparsegpt_by_factor(weight: Tensor, factor: Tensor, n: int, m: int, block_size: int = 128) -> Tensor:
+    """`sparsegpt` of a weight (rows, columns) whose dead columns are 0, by the `upper_factor` of the Hessian."""
+    return _prune_groups(weight.T.contiguous(), factor, n, m, max(m, block_size - block_size % m)).T
 
 
 def upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -76,33 +81,44 @@ def lower_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
 
 def _prune_groups(weight: Tensor, factor: Tensor, n: int, m: int, block_size: int) -> Tensor:
     """`sparsegpt` on a transposed weight (columns, rows), in place, so that a column of the paper is contiguous."""
-    columns, rows = weight.shape
+    columns = len(weight)
     # The diagonal blocks R_gg: (576, 576) -> (144, 4, 144, 4) -> (144, 4, 4)
     blocks = factor.view(columns // m, m, columns // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     identity = torch.eye(m, dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)  # U_gg, (144, 4, 4)
+    inverse = inverse.contiguous()
     # Row j is column j of R_:g R_gg^-1: the share of each earlier column's loss that column j inherits, (576, 576).
     pull = (inverse.mT @ factor.T.reshape(-1, m, columns)).view(columns, columns)
-    scale = factor.diagonal().unsqueeze(1)  # 1 / U_jj
-    lowest = _LowestOfGroup(n, m, rows, weight)
+    scale = factor.diagonal().contiguous()  # 1 / U_jj
+    uses_kernel = native.runs_on(weight) and block_size <= native.MOST_GROUPED
+    sweep_ = native.sweep_ if uses_kernel else sweep_by_torch_
 
     lost = weight.clone()  # becomes D, old minus new, group by group
-    groups = list(zip(weight.split(m), lost.split(m), pull.split(m), scale.split(m), inverse))
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         weight[start:stop].addmm_(pull[start:stop, :start], lost[:start])
-        for first in range(start, stop, m):
-            group, lost_here, pull_here, scale_here, inverse_here = groups[first // m]  # group: (4, 1536)
-            if first > start:
-                group.addmm_(pull_here[:, start:first], lost[start:first])
-            pruned = lowest((group * scale_here).abs_())
-            scale_lost = pruned * scale_here  # 0 where kept
-            for k in range(m - 1):  # a zeroed weight passes its error to the later ones of its group
-                error = scale_lost[k].mul_(group[k])  # w_k / U_kk, (1536,)
-                group[k + 1 :].addr_(inverse_here[k, k + 1 :], error, alpha=-1)
-            group.masked_fill_(pruned, 0)
-            lost_here -= group
+        sweep_(weight, lost, pull, scale, inverse, range(start, stop), n, m)
     return weight
+
+
+def sweep_by_torch_(
+    weight: Tensor, lost: Tensor, pull: Tensor, scale: Tensor, inverse: Tensor, columns: range, n: int, m: int
+) -> None:
+    """`native.sweep_` by torch's operators, for other dtypes and devices."""
+    lowest = _LowestOfGroup(n, m, weight.shape[1], weight)
+    for first in columns[::m]:
+        here = slice(first, first + m)
+        group = weight[here]  # (4, 1536)
+        if first > columns.start:
+            group.addmm_(pull[here, columns.start : first], lost[columns.start : first])
+        scale_here, inverse_here = scale[here].unsqueeze(1), inverse[first // m]
+        pruned = lowest((group * scale_here).abs_())
+        scale_lost = pruned * scale_here  # 0 where kept
+        for k in range(m - 1):  # a zeroed weight passes its error to the later ones of its group
+            error = scale_lost[k].mul_(group[k])  # w_k / U_kk, (1536,)
+            group[k + 1 :].addr_(inverse_here[k, k + 1 :], error, alpha=-1)
+        group.masked_fill_(pruned, 0)
+        lost[here] -= group
 
 
 class _LowestOfGroup:
