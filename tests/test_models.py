@@ -28,6 +28,7 @@ from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
 from castlm.distributed.loading import open_sharded
 from castlm.models.architecture import backbone, check_head, output_head
+from castlm.models.gguf import fast_gguf
 from castlm.models.io import load_model, save_model
 from castlm.models.locate import find
 from tests.ranks import start_process, wait_ranks
@@ -212,6 +213,25 @@ def test_gguf_is_a_plain_model_after_load(tmp_path, capfd):
     assert "cannot load" in refusal(file)
     file.write_bytes(b"GGUF")
     assert "cannot load" in refusal(file)
+
+
+def test_the_fast_reader_of_gguf_reads_the_same_and_leaves_the_package_as_it_was(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    import gguf
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    plain = gguf.GGUFReader(tmp_path / "tiny.gguf")
+    with fast_gguf():
+        fast = gguf.GGUFReader(tmp_path / "tiny.gguf")
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is names
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+    assert fast.fields.keys() == plain.fields.keys()
+    for name, field in fast.fields.items():
+        assert field.contents() == plain.fields[name].contents()
+    for tensor, expected in zip(fast.tensors, plain.tensors, strict=True):
+        assert tensor.name == expected.name
+        assert (tensor.data == expected.data).all()
 
 
 @pytest.mark.parametrize(

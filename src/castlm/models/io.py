@@ -36,6 +36,7 @@ from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
 from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
+from castlm.models.gguf import fast_gguf
 from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
 from castlm.models.locate import Location, cached_snapshot, find
 
@@ -165,11 +166,12 @@ def _explain(where: Location, reason: str) -> str:
 
 @contextlib.contextmanager
 def quiet(where: Location) -> Iterator[None]:
-    """Silences transformers' reports; a progress bar is shown only where a download may happen."""
+    """Silences transformers' reports; a progress bar is shown only where a download may happen. GGUF files are read fast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_transformers(progress=where.is_hub and not where.is_cached))
         if where.gguf:  # dequantization shows a progress bar that cannot be turned off
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            stack.enter_context(fast_gguf())
         yield
 
 
