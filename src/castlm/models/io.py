@@ -166,7 +166,7 @@ def _explain(where: Location, reason: str) -> str:
 
 @contextlib.contextmanager
 def quiet(where: Location) -> Iterator[None]:
-    """Silences transformers' reports; a progress bar is shown only where a download may happen. GGUF files are read fast."""
+    """Silences transformers' reports, but for the progress of a possible download; reads GGUF files fast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_transformers(progress=where.is_hub and not where.is_cached))
         if where.gguf:  # dequantization shows a progress bar that cannot be turned off
