@@ -96,13 +96,10 @@ class Encoder:
         self._first = self.bos if self.bos != [self.eos] else []  # where it is the end-of-text of the document before
 
     def __call__(self, pieces: list[Document]) -> list[Tokens]:
-        texts = iter(self._ids_of([piece for piece in pieces if piece.kind is Kind.TEXT]))
+        if any(piece.kind is not Kind.TEXT for piece in pieces):  # no dataset has both
+            return [self.conversation(piece) for piece in pieces]
         found = []
-        for piece in pieces:
-            if piece.kind is not Kind.TEXT:
-                found.append(self.conversation(piece))
-                continue
-            ids = next(texts)
+        for piece, ids in zip(pieces, self._ids_of(pieces)):
             if ids or not (piece.first and piece.last):
                 if piece.first:
                     ids = [*self._first, *ids]
@@ -175,17 +172,16 @@ class Encoder:
         """The pieces of the documents, in file order or shuffled by `seed`. The separator stands before each document;
         the last plain text has no end-of-text after it.
         """
-        before, counts, begins = self.bos, True, True
+        if documents.kind is not Kind.TEXT:
+            yield from map(self.conversation, documents.pieces(seed))
+            return
+        before, counts = self.bos, True
         for piece in documents.pieces(seed):
-            if piece.kind is not Kind.TEXT:
-                yield self.conversation(piece)
-                before, counts, begins = self.bos, True, True
-                continue
             (ids,) = self._ids_of([piece])
             if piece.first:
                 ids = [*before, *ids]
-            yield Tokens.of(ids, None if counts else [False, *[True] * (len(ids) - 1)], begins)
-            before, counts, begins = [self.eos, *self._first], not piece.is_cut, False
+            yield Tokens.of(ids, None if counts else [False, *[True] * (len(ids) - 1)], piece.first)
+            before, counts = [self.eos, *self._first], not piece.is_cut
 
 
 def open_encoder(

@@ -21,10 +21,9 @@ from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import record_file
 from castlm.files.reading import read_bytes, read_json_object
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.methods.table import METHODS, is_control
 from castlm.names import duration
 from castlm.report.charts import WHOLE, Picture, Series, can_draw, heat_map, line_chart, render, short
-from castlm.training.config import TrainConfig, without_sections
+from castlm.training.config import TrainConfig
 from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, read_metrics, verdict
 
 REFRESH_SECONDS = 10
@@ -37,8 +36,7 @@ class RunData:
     """The content of a run's files."""
 
     folder: Path
-    config: dict[str, Any]
-    """The fields of TrainConfig."""
+    config: TrainConfig
     rows: list[dict[str, Any]]
     """The rows of metrics.jsonl."""
     record: dict[str, Any] | None
@@ -71,7 +69,7 @@ class RunData:
         if not self.evaluations:
             return {}
         first, last = self.evaluations[0], self.evaluations[-1]
-        if self.config.get("init_from") == self.config.get("model"):
+        if self.config.is_finetuning:
             found = {"start": first.get("prune_now_ppl"), "pruned": last.get("prune_now_ppl")}
             return {name: value for name, value in found.items() if value is not None}
         found = {
@@ -96,7 +94,7 @@ def read_run(path: str | Path) -> RunData:
         raise InputError(f"{path} holds no run: give the output_dir of castlm train")
     file = folder / "model" / "castlm.json"
     record = read_json_object(file) if file.exists() else None
-    config = without_sections(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
+    config = TrainConfig.from_mapping(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
     return RunData(folder, config, read_metrics(folder), record)
 
 
@@ -105,11 +103,10 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
 
     With `refresh`, a browser loads the page again every few seconds until the run ends.
     """
-    config, record, total = run.config, run.record or {}, int(run.config.get("max_steps", 0))
-    is_dense, method = is_control(config.get("method")), METHODS.get(str(config.get("method")))
-    eyebrow = ["castlm train", f"method {config.get('method')}"]
-    if config.get("init_from") and not (method and method.starts_dense):
-        eyebrow.append(f"start {_short_name(config['init_from'])}")
+    record, method, pattern = run.record or {}, run.config.method, run.config.model.pattern
+    eyebrow = ["castlm train", f"method {method.method}"]
+    if not method.row.starts_dense:
+        eyebrow.append(f"start {_short_name(run.config.start.init_from)}")
     versions = record.get("versions") or {}
     eyebrow += [f"{name} {version}" for name, version in versions.items() if name in ("castlm", "torch")]
     flips = [value for key in ("flip_rate", "initial_flip_rate") for _, value in run.series(key)]
@@ -125,14 +122,14 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
     measured |= {f"version of {name}": version for name, version in versions.items()}
     if proof := record.get("proof"):
         measured["groups counted"] = f"{proof['groups']:,}, {proof['violations']} violations"
-    changed, defaults = _settings(config)
+    changed, defaults = _settings(run.config)
     return render(
         "run.html.jinja",
-        title=f"{_short_name(config.get('model'))}, "
-        + ("the dense control" if is_dense else f"{config.get('pattern')} sparse"),
+        title=f"{_short_name(run.config.model.model)}, "
+        + (f"{pattern} sparse" if method.row.is_sparse else "the dense control"),
         eyebrow=" · ".join(eyebrow),
         verdict=_verdict(run),
-        progress=None if run.is_finished or not total else run.step / total,
+        progress=None if run.is_finished else run.step / run.config.optimizer.max_steps,
         refresh=REFRESH_SECONDS if refresh and not run.is_finished else None,
         headline=_headline(run),
         sections=sections,
@@ -171,7 +168,7 @@ def _verdict(run: RunData) -> dict[str, str]:
         return {"kind": "running", "badge": "running", "sentence": "The first evaluation is not done yet."}
     found = (run.record or {}).get("verdict") or verdict(known)
     if not run.is_finished:
-        sentence = f"Step {run.step:,} of {run.config.get('max_steps', 0):,}. So far: {_sentence(run, found)}"
+        sentence = f"Step {run.step:,} of {run.config.optimizer.max_steps:,}. So far: {_sentence(run, found)}"
         return {"kind": "running" if found["ok"] else "bad", "badge": "running", "sentence": sentence}
     final, dense = final_perplexity(known), known.get("dense")
     is_close = dense is None or (final is not None and final <= CLOSE_FACTOR * dense)
@@ -213,29 +210,22 @@ def _headline(run: RunData) -> list[dict[str, str]]:
     return [{"label": label, "value": form.format(value)} for label, value, form in figures if value is not None]
 
 
-def _settings(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def _settings(config: TrainConfig) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Names and values of the settings that differ from the defaults, then of the others."""
-    options = [field for section in TrainConfig.sections().values() for field in dataclasses.fields(section)]
+    options = [field for section in config.sections().values() for field in dataclasses.fields(section)]
     defaults = {field.name: default_of(field) for field in options if not is_required(field)}
     changed: list[tuple[str, str]] = []
     same: list[tuple[str, str]] = []
-    for name, value in config.items():
-        is_default = name in defaults and _plain(defaults[name]) == _plain(value)
+    for name, value in config.given.items():
+        is_default = name in defaults and defaults[name] == value
         (same if is_default else changed).append((name, _text(value)))
     return changed, same
 
 
-def _plain(value: Any) -> Any:
-    """An option's value as YAML gives it back."""
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Pattern) else value
-
-
 def _text(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(_plain(value))
+    if value is None or isinstance(value, str | Path | Pattern):
+        return str(value or "")
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _perplexity(run: RunData) -> list[Picture]:

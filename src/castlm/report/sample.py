@@ -10,7 +10,6 @@ import torch
 from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
-from castlm.data.options import TextOptions
 from castlm.data.tokens import first_tokens, text_encoder
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import record_file
@@ -18,7 +17,6 @@ from castlm.files.reading import read_json_object
 from castlm.inference.generate import generate_text
 from castlm.models.io import load_model
 from castlm.report.run_page import RunData
-from castlm.training.options import weighted_texts
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 LARGEST_PARAMS = 1_000_000_000
@@ -38,23 +36,23 @@ def write_sample(run: RunData) -> dict[str, Any]:
     Both models greedily continue the beginning of the evaluation text, or else of the training text. Raises
     `InputError` if a model or the text cannot be read.
     """
-    config = run.config
-    if texts := config.get("eval_dataset"):
-        text, of = texts if isinstance(texts, str) else texts[0], "eval"
+    config, data, evaluation = run.config, run.config.data, run.config.evaluation
+    if evaluation.eval_datasets:
+        text, split, data_config = evaluation.eval_datasets[0], evaluation.eval_split, evaluation.eval_config
     else:
-        text, of = next(iter(weighted_texts(config["dataset"]))), "dataset"
-    names = [("Dense model", str(config["model"])), (f"After {config['method']}", str(run.folder / "model"))]
-    hub = {"split": config.get(f"{of}_split", "train"), "data_config": config.get(f"{of}_config")}
-    options = TextOptions.of(config)
-    documents = open_documents(text, options, **hub)
+        text, split, data_config = next(iter(data.datasets)), data.dataset_split, data.dataset_config
+    documents = open_documents(text, data, split=split, data_config=data_config)
     if documents.kind is Kind.WITH_EXTRA:
         raise InputError(f"{text} has images, and the sample continues text alone")
     models: list[dict[str, str]] = []
     prompt = ""
-    for title, name in names:
-        revision = config.get("revision") if name == config["model"] else None
-        loaded = load_model(name, trust_remote_code=bool(config.get("trust_remote_code")), revision=revision)
-        tokens = first_tokens(documents, text_encoder(loaded.tokenizer, options), PROMPT_TOKENS)
+    dense, result = config.model.loading, {**config.model.loading, "revision": None}
+    for title, name, loading in (
+        ("Dense model", config.model.model, dense),
+        (f"After {config.method.method}", run.folder / "model", result),
+    ):
+        loaded = load_model(name, **loading)
+        tokens = first_tokens(documents, text_encoder(loaded.tokenizer, data), PROMPT_TOKENS)
         ids = torch.from_numpy(tokens.ids).long()
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
         found = generate_text(loaded.model, loaded.tokenizer, ids[None], max_new_tokens=NEW_TOKENS)
