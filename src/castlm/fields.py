@@ -252,15 +252,15 @@ def convert(label: str, value: Any, hint: Any, choices: tuple[str, ...] | None =
     if choices is not None:
         hint = Union[(Literal[choices], *(option for option in typing.get_args(hint) if option is type(None)))]
     reason = ""
-    for option in _options(hint):
+    for option in alternatives(hint):
         try:
             return _converted(value, option)
         except _WrongTypeError as error:
             reason = reason or str(error)
     is_typed = label.startswith("--")  # on a command line, where nothing is null
-    expected = " or ".join(_described(o) for o in _options(hint) if not (is_typed and o is type(None)))
+    expected = " or ".join(_described(o) for o in alternatives(hint) if not (is_typed and o is type(None)))
     remedy = f": {reason}" if reason else ""
-    if isinstance(value, str) and (meant := suggest(value, [str(c) for o in _options(hint) for c in _names(o)])):
+    if isinstance(value, str) and (meant := suggest(value, [str(c) for o in alternatives(hint) for c in _names(o)])):
         remedy = f"; did you mean {meant}?"
     raise InputError(f"{label} = {_shown(value)} is not {expected}{remedy}")
 
@@ -269,7 +269,8 @@ class _WrongTypeError(Exception):
     """A value is not of the type asked for; the text gives the reason unless it is obvious."""
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union of types; of any other type, the type alone."""
     is_union = typing.get_origin(hint) in (Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 

@@ -13,15 +13,25 @@ import os
 import shlex
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union
+from typing import Any, Literal, NoReturn, TypeVar
 
 import castlm
 from castlm.core.errors import InputError
-from castlm.fields import COMMAND_LINE, build, choices_of, default_of, docs_of, given, hints_of, is_required, unknown
+from castlm.fields import (
+    COMMAND_LINE,
+    alternatives,
+    build,
+    choices_of,
+    default_of,
+    docs_of,
+    given,
+    hints_of,
+    is_required,
+    unknown,
+)
 from castlm.files.reading import read_json_object, user_path
 from castlm.names import printable
 
@@ -99,33 +109,21 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
 
-class _Switch(argparse.Action):
-    """`--name` for true, `--no-name` for false."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
-
-
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    options = typing.get_args(hint) if is_union else (hint,)
-    tuples = [option for option in options if typing.get_origin(option) is tuple]
-    is_list, kinds = bool(tuples), typing.get_args(tuples[0]) if tuples else ()
+    kinds = alternatives(hint)
+    items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
     if field.metadata.get("positional"):
-        parser.add_argument(field.name, nargs="+" if is_list else None)
+        parser.add_argument(field.name, nargs="+" if items else None)
         return
-    names = dict.fromkeys(
-        f"--{form}" for form in (field.name.replace("_", "-"), field.name)
-    )  # Hugging Face's options have _
+    names = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])  # Hugging Face's options have _
     if hint is bool:
-        negated = [f"--no-{form[2:]}" for form in names]
-        parser.add_argument(*names, *negated, dest=field.name, action=_Switch, nargs=0)
+        parser.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction)
     elif field.metadata.get("append"):
         parser.add_argument(*names, dest=field.name, action="append")
-    elif is_list and kinds[-1] is ...:  # if repeated, appends
-        parser.add_argument(*names, dest=field.name, nargs="+" if is_union else "*", action="extend")
-    elif is_list:
-        parser.add_argument(*names, dest=field.name, nargs=len(kinds))
+    elif items and items[-1] is ...:  # if repeated, appends
+        parser.add_argument(*names, dest=field.name, nargs="*" if len(kinds) == 1 else "+", action="extend")
+    elif items:
+        parser.add_argument(*names, dest=field.name, nargs=len(items))
     else:
         parser.add_argument(*names, dest=field.name)
 
@@ -202,11 +200,11 @@ def _values(field: dataclasses.Field[Any], hint: Any) -> str:
 
 def _type(hint: Any) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if len(kinds := alternatives(hint)) > 1:
+        names = [_type(kind) for kind in kinds if kind is not type(None)]
+        return names[-1] if names[-1] == f"{names[0]} ..." else "|".join(names)  # one or several
     if origin is Literal:
         return "|".join(map(str, parts))
-    if origin in (Union, types.UnionType):
-        names = [_type(part) for part in parts if part is not type(None)]
-        return names[-1] if names[-1] == f"{names[0]} ..." else "|".join(names)  # one or several
     if origin is tuple:
         return f"{_type(parts[0])} ..." if parts[-1] is ... else " ".join(map(_type, parts))
     return {int: "INT", float: "FLOAT"}.get(hint, "TEXT")
