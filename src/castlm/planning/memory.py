@@ -306,34 +306,11 @@ def plan_memory(
     world_size: int = 1,
     gpu_gib: float | None = None,
 ) -> MemoryPlan:
-    r"""Memory of each of `world_size` ranks that shard everything (FSDP2), in steps of micro_batch x seq_len tokens.
+    """Memory of each of `world_size` ranks that shard everything (FSDP2), in steps of micro_batch x seq_len tokens.
 
-    With P parameters, S of them sparse, R ranks, c bytes of the compute type, T = micro_batch * seq_len tokens, hidden
-    size H, vocabulary V and L blocks of P_b parameters each:
-
-    - weights 4P/R, gradients 4P/R, moments 8P/R (8bit: 2P/R and 8/R for each block of a matrix, 8P/R of
-      the rest), masks 1/4 S/R (the current and the first, in bits), teacher P/R in its own type;
-    - activations: L times what autograd saves in one block, found by tracing. In fp32 a LLaMA block of inner size I,
-      with as many key as query heads, saves 4T (10H + 4I): input, normalised input and output of both norms; q, k, v
-      and the attention's output; gate, its silu, up and their product. Under bf16 autocast it is T (34H + 8I): norms
-      and residual path stay fp32, and each linear layer keeps a bf16 copy of its own input;
-    - weights for backward, of all blocks in the compute type and unsharded on every rank: the products `W * A` of
-      weight scaling and the rounded weights of `weight_bits`, or otherwise the bf16 copies that autocast makes of fp32
-      weights on one rank;
-    - with checkpointing: L block inputs (T * H each), and the activations and weights of the one block at work;
-    - gathered (R > 1): everything outside the blocks (embedding, head) in fp32 and two blocks in the compute type, and
-      the same of the teacher in its own; one block's unsharded gradient, and its copy in fp32, in which it is summed;
-    - hidden states of the teacher that are distilled: T * H of each block, in its type;
-    - logits: 3 (1 without a teacher) buffers of chunk_tokens * V in fp32 and one in bf16;
-    - the gradients of the head and of the hidden states, and copies of both in the compute type;
-    - optimizer step: nothing if fused, except 2 fp32 copies of the largest parameter's shard with 8-bit moments under
-      torch.compile (none in C++). If not fused, 5 copies of a dense one or 6.25 of a sparse one; 11 with 8-bit moments.
-
-    The phases: `start` (before step 0, the first rank: the whole model in fp32; on a CPU also what is not sparse in the
-    new basis and, with one rank, the model itself; the hidden states of calibration_tokens; a fp32 matrix (in, in) for
-    each sparse layer of a block and four more of the widest, and five copies of the largest weight), `loss` (all
-    activations and the loss), `backward` (activations shrink while gradients grow, so the larger of its two ends, plus
-    what flows inside a block), `step`. With accumulation > 1 the gradients are there throughout.
+    `_components` has the formula of each component, `_phases` what is there at once: in the `start` (before step 0, on
+    the first rank), in the `loss` (all activations, and the loss), `backward` (activations shrink while gradients grow,
+    so the larger of its two ends, plus what flows inside a block) and `step`.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
@@ -353,10 +330,11 @@ def plan_memory(
     def plan(ranks: int) -> MemoryPlan:
         parts = _components(sizes, tutor, saved[ranks > 1], run, ranks)
         phases = _phases(parts, sizes, saved[ranks > 1], run)
-        if run.calibration_tokens:  # of the first rank, before step 0
+        if run.calibration_tokens:
             held = sizes.total
-            if gpu_gib is None:
+            if gpu_gib is None:  # what is not sparse, in the new basis; with one rank, also the model itself
                 held += (sizes.total if ranks == 1 else 0) + sizes.total - sizes.sparse
+            # A matrix (in, in) for each sparse layer of a block, four of the widest, five copies of the largest weight.
             work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
             phases["start"] = 4 * (held + run.calibration_tokens * sizes.hidden + work)
         return MemoryPlan(parts, phases, sizes.total, sizes.sparse, ranks, gpu_gib)
@@ -381,35 +359,46 @@ def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
 
 
 def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
+    """Bytes of each component on a rank."""
     sharded, c = world_size > 1, run.compute.itemsize
     t = 0 if run.teacher is None else run.teacher.itemsize
     residual = 4  # in autocast too: only the inputs of linear layers are cast
     narrow = c if c < 4 else 0  # of a copy that is not made in fp32
-    gathered = 4 * sizes.outside + 2 * c * sizes.block + t * (tutor.outside + 2 * tutor.block)
     head, states = sizes.vocab * sizes.hidden, run.tokens * sizes.hidden
 
     def shard(size: int) -> int:
         return -(-size // world_size)
 
+    # fp32 copies of a parameter that an optimizer step makes: none where it is fused, except two with 8-bit moments
+    # under torch.compile; otherwise 5 of a dense one, 6.25 of a sparse one, and 11 with 8-bit moments.
     if run.moments == "8bit":
         step = (2 if run.fused else 11) * sizes.largest
     else:
         step = 0 if run.fused else max(5 * sizes.largest, 25 * sizes.largest_sparse // 4)
+    # Everything outside the blocks in fp32 and two blocks in the compute type; the same of the teacher, in its own.
+    gathered = 4 * sizes.outside + 2 * c * sizes.block + t * (tutor.outside + 2 * tutor.block)
     # A checkpoint drops the products W * A and rounded weights with the activations, but not autocast's copies.
     layers_kept = 1 if run.checkpointing and run.makes_weights else sizes.num_layers
     return {
         "weights": shard(4 * sizes.total),
         "gradients": shard(4 * sizes.total),
         "moments": shard(sizes.moments),
-        "masks": shard(sizes.sparse // 4),
+        "masks": shard(sizes.sparse // 4),  # the current and the first, in bits
         "teacher": shard(t * tutor.total),
+        # In fp32 a LLaMA block of inner size I, with as many key as query heads, saves 4T (10H + 4I): input, normalised
+        # input and output of both norms; q, k, v and the attention's output; gate, its silu, up and their product.
+        # Under bf16 autocast it is T (34H + 8I): norms and residual path stay fp32, and each linear layer keeps a bf16
+        # copy of its own input.
         "activations": sizes.num_layers * saved.block + saved.rest,
         "activations, checkpointed": sizes.num_layers * states * residual + saved.block + saved.rest,
+        # W * A of weight scaling, rounded weights, or the bf16 copies that autocast makes of fp32 weights on one rank
         "weights kept for backward": layers_kept * saved.block_weights,
         "teacher's hidden states": run.hidden_states * sizes.num_layers * states * t,
         "gathered weights": sharded * gathered,
-        "gathered gradients": sharded * sizes.block * (c + 4),
+        "gathered gradients": sharded * sizes.block * (c + 4),  # of one block, and its copy in which it is summed
+        # 3 buffers in fp32 (1 without a teacher), and one in the compute type
         "logits": min(run.chunk_tokens, run.tokens) * sizes.vocab * ((12 if t else 4) + narrow),
+        # the gradients of the head and of the hidden states, and copies of both in the compute type
         "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (c if t else 0) + 2 * narrow),
         "optimizer step": shard(4 * step),
     }

@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from castlm.compare.plan import CompareConfig, Plan, Say, SharedOptions
 from castlm.compare.presets import RETRAINING
@@ -17,7 +16,8 @@ from castlm.core.errors import InputError
 from castlm.fields import convert, essential
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import begin_output, output_folder
-from castlm.files.reading import read_json_object, user_path
+from castlm.files.reading import user_path
+from castlm.files.record import OUTPUT, read_record
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.training.config import without_sections
@@ -111,16 +111,13 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
 
 def _claim(root: Path, names: list[str], command: str) -> None:
     """Claims the output folder for a sweep, which the names of its runs identify."""
-    file = root / "sweep.json"
-    held: dict[str, Any] = read_json_object(file) if file.is_file() else {}
+    held = read_record(root / OUTPUT)
     if held.get("runs", names) != names:
         raise InputError(
-            f"{root} holds a sweep of other runs ({held.get('command')}): choose another folder, and reuse "
+            f"{root} holds a sweep of other runs ({held.get('repeated_by')}): choose another folder, and reuse "
             f"the runs with --runs-from {root}"
         )
-    begin_output(root, "sweep", resume=True)
-    if not held:
-        atomic_write_json(file, {"command": command, "runs": names})
+    begin_output(root, "sweep", resume=True, runs=names, repeated_by=command)
 
 
 def _finished_elsewhere(run: Run, folders: Sequence[str]) -> Result | None:
