@@ -269,7 +269,7 @@ def test_equal_perplexity_is_within_a_percent():
 def test_the_table_is_sorted_and_names_what_to_use():
     report = as_dict([POOR, CHANNELS, SPARSE, DENSE])
     assert [row["name"] for row in report["results"]] == ["dense", "sparse", "channels", "poor"]
-    lines = {line.split()[0]: line.partition("x  ")[2] for line in text(report).splitlines()[1:]}
+    lines = {line.split()[0]: line.partition("x  ")[2].strip() for line in text(report).splitlines()[1:]}
     assert lines == {
         "dense": "yes, the fastest and smallest at this perplexity",
         "sparse": "yes, the fastest and smallest at this perplexity",

@@ -1,4 +1,4 @@
-"""Text for display: times, and names from other sources, which may hold terminal escapes or Markdown.
+"""Text for display: tables, times, and names from other sources, which may hold terminal escapes or Markdown.
 
 A terminal escape in a tensor's name can rewrite what a report says above it; a `|` or a link breaks a table.
 """
@@ -6,6 +6,7 @@ A terminal escape in a tensor's name can rewrite what a report says above it; a 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 LAYOUT = "\n\t\u00a0\u3000\u200c\u200d"
 """Characters that stay in text of a language model: line breaks, spaces, and joiners of letters and emoji."""
@@ -64,3 +65,9 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.3g} hours"
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; the first column is aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]

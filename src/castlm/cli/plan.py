@@ -14,7 +14,7 @@ from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
 from castlm.fields import essential, number, positional
 from castlm.files.reading import read_json
-from castlm.names import duration
+from castlm.names import aligned, duration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 
 MOST_SEQUENCES = 128
@@ -50,11 +50,11 @@ def check(arguments: list[str]) -> int:
         return 0
     by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
     has_headroom = config.method.decay != "horizon"  # reaches zero by construction, at any learning rate
-    print(f"{'layer':<48}{'momentum rms':>14}{'99 % of masked':>16}{'headroom' if has_headroom else '':>10}".rstrip())
+    table = [["layer", "momentum rms", "99 % of masked", *(["headroom"] if has_headroom else [])]]
     for name, layer in by_headroom[:10]:
-        headroom = f"{layer.headroom:.2f}x" if has_headroom else ""
-        row = f"{name:<48}{layer.momentum_rms:>14.2e}{layer.budget.quantiles[2]:>16.3f}{headroom:>10}"
-        print(row.rstrip())
+        headroom = [f"{layer.headroom:.2f}x"] if has_headroom else []
+        table.append([name, f"{layer.momentum_rms:.2e}", f"{layer.budget.quantiles[2]:.3f}", *headroom])
+    print("\n".join(aligned(table)))
     if len(by_headroom) > 10:
         print(f"... and {len(by_headroom) - 10} layers{' with more headroom' if has_headroom else ''}")
     max_steps = config.optimizer.max_steps

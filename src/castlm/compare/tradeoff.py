@@ -21,6 +21,7 @@ from castlm.hardware import in_own_process
 from castlm.inference.decode import TokenTimes, greedy
 from castlm.inference.layers import pack_model_
 from castlm.models.io import load_model
+from castlm.names import aligned
 from castlm.patterns import parse_pattern
 from castlm.training.record import MEASURED_ALIKE, final_perplexity
 
@@ -155,16 +156,12 @@ def text(report: Mapping[str, Any]) -> str:
     """The report as text."""
     rows = report["results"]
     dense = next(row for row in rows if row["name"] == DENSE)
-    width = max(len(row["name"]) for row in rows)
-    kind = max(len("pattern"), *(len(row["pattern"]) for row in rows))
-    lines = [f"{'result':{width}}  {'pattern':{kind}}  perplexity     MB  tokens/s  of dense  use it?"]
+    table = [["result", "pattern", "perplexity", "MB", "tokens/s", "of dense", "use it?"]]
     for row in rows:
-        speed = row["tokens_per_second"] / dense["tokens_per_second"]
+        speed = row["tokens_per_second"]
         names = {"fastest": row["fastest"], "smallest": row["smallest"]}
         best = " and ".join(what for what, name in names.items() if name == row["name"])
         use = f"yes, the {best} at this perplexity" if best else f"no, use {row['fastest']}"
-        lines.append(
-            f"{row['name']:{width}}  {row['pattern']:{kind}}  {row['perplexity']:10.3f} {row['num_bytes'] / 1e6:6.1f}"
-            f"  {row['tokens_per_second']:8.1f}  {speed:7.2f}x  {use}"
-        )
-    return "\n".join(lines)
+        figures = [f"{row['perplexity']:.3f}", f"{row['num_bytes'] / 1e6:.1f}", f"{speed:.1f}"]
+        table.append([row["name"], row["pattern"], *figures, f"{speed / dense['tokens_per_second']:.2f}x", use])
+    return "\n".join(aligned(table))

@@ -29,6 +29,7 @@ from castlm.inference import native
 from castlm.inference.formats import FORMATS, HEADS, PackedSpec
 from castlm.inference.layers import packed_linear
 from castlm.inference.packed import pack, pack_integers
+from castlm.names import aligned
 from castlm.structured.pattern import sizes_after, sizes_of
 
 Shape = tuple[int, int]
@@ -439,9 +440,3 @@ def check_can_time(dtype: str) -> None:
 def untimed_note(num_weights: int) -> list[str]:
     """The note on weights that are not timed, for a model that has some."""
     return [f"The {num_weights:,} weights of the experts are not in these figures."] if num_weights else []
-
-
-def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table; the first column is aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table]

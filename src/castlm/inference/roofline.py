@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.inference.advise import NOTICEABLE, Shape, Shapes, aligned, untimed_note
+from castlm.inference.advise import NOTICEABLE, Shape, Shapes, untimed_note
 from castlm.inference.devices import Device
+from castlm.names import aligned
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from castlm.files.reading import read_json_object, user_path
 from castlm.inference.formats import FORMATS
 from castlm.models.architecture import backbone, is_vision_language, linearize_, shape_model
 from castlm.models.io import check_num_layers, open_config
+from castlm.names import aligned
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
@@ -282,7 +283,7 @@ class MemoryPlan:
         """Components, phases and peak as text, with the answer for `gpu_gib` in the last line."""
         rows = [*self.components.items(), *((f"phase: {name}", size) for name, size in self.phases.items())]
         rows += [("peak", self.peak)] + ([("hidden states on disk", self.disk)] if self.disk else [])
-        lines = [f"{name:<34}{size / GIB:>10.3f} GiB" for name, size in rows]
+        lines = aligned([(name, f"{size / GIB:.3f} GiB") for name, size in rows])
         if self.gpu_gib is not None:
             verdict = "fits" if self.fits else "does not fit"
             least = f"the smallest number of ranks that fits is {self.smallest_world_size}"
