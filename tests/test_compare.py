@@ -14,7 +14,6 @@ import yaml
 from castlm.cli import compare as compare_command
 from castlm.cli.compare import show
 from castlm.cli.main import main
-from castlm.cli.options import to_stderr
 from castlm.compare import runs
 from castlm.compare.plan import CompareConfig, Plan
 from castlm.compare.plan import compare as run_comparison
@@ -26,6 +25,7 @@ from castlm.core.errors import InputError
 from castlm.data import documents
 from castlm.files.output import begin_output, output_folder
 from castlm.methods.table import METHODS
+from castlm.progress import note
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
 from tests.runs import before_each_step, killed_in
@@ -72,7 +72,7 @@ def command(files, tmp_path, **over) -> CompareConfig:
 
 
 def compare(files, tmp_path, **over) -> tuple[int, dict]:
-    code, _ = run_comparison(command(files, tmp_path, **over), "castlm compare", to_stderr)
+    code, _ = run_comparison(command(files, tmp_path, **over), "castlm compare", note)
     return code, json.loads((tmp_path / "out" / "table.json").read_text())
 
 
@@ -182,7 +182,7 @@ def test_each_text_is_opened_as_its_runs_open_it(files, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "calibration.txt").write_text(TEXT)
     texts = {"config": str(tmp_path / "config.yaml"), "calibration": str(tmp_path / "calibration.txt")}
-    Plan(command(files, tmp_path, methods="magnitude", **texts), to_stderr)
+    Plan(command(files, tmp_path, methods="magnitude", **texts), note)
     assert opened == {"stories.txt": ("a", None), "eval.txt": ("b", "c"), "calibration.txt": ("train", None)}
 
 
@@ -447,7 +447,7 @@ def test_names_of_variants_may_be_long_and_hold_marks_of_tables(files, tmp_path,
     file = tmp_path / "variants.yaml"
     file.write_text(f'"[/red] a|{"b" * 300}": {{method: magnitude}}\n')
     options = command(files, tmp_path, variants=str(file), seeds=1)
-    code, report = run_comparison(options, "castlm compare", to_stderr)
+    code, report = run_comparison(options, "castlm compare", note)
     show(report, options.output_dir)
     assert code == 0
     assert "[/red] a|b" in capsys.readouterr().out

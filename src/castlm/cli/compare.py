@@ -8,21 +8,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from castlm.cli.options import command_line, parse, to_stderr
+from castlm.cli.options import command_line, parse
 from castlm.compare.plan import CompareConfig, compare
 from castlm.compare.report import Report
 from castlm.compare.runs import OneshotConfig
 from castlm.core.errors import InputError
 from castlm.fields import build
 from castlm.files.yaml_file import read_yaml_mapping
+from castlm.progress import Screen, note
 
 
 def show(report: Report, folder: str) -> None:
     """Prints the table, the verdict and the path of the page."""
     from rich.table import Table
     from rich.text import Text
-
-    from castlm.progress import Screen
 
     table = Table(title=report.question, title_justify="left")
     for heading in report.headings:
@@ -39,7 +38,7 @@ def show(report: Report, folder: str) -> None:
 
 def main(arguments: list[str]) -> int:
     config = parse(CompareConfig, arguments, "compare")
-    code, report = compare(config, command_line("compare", config), to_stderr)
+    code, report = compare(config, command_line("compare", config), note)
     show(report, config.output_dir)
     return code
 
@@ -51,7 +50,7 @@ def one_shot_row(file: str) -> int:
     try:
         run_oneshot(build(OneshotConfig, read_yaml_mapping(file), file))
     except InputError as error:
-        to_stderr(f"castlm: error: {' '.join(str(error).split())}")
+        note(f"error: {' '.join(str(error).split())}")
         return 2
     return 0
 

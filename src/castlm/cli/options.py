@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shlex
-import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -239,10 +238,6 @@ def command_of(name: str, given: Mapping[str, Any]) -> str:
 def to_stdout(text: object, keep: str = "") -> None:
     """Prints an answer of a command, in which names of files cannot move the cursor or begin a line."""
     print(printable(text, keep), flush=True)
-
-
-def to_stderr(text: str) -> None:
-    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 def use_threads(number: int) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from castlm.cli.options import check_json_path, command_line, parse, to_stderr, to_stdout, write_json
+from castlm.cli.options import check_json_path, command_line, parse, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
 from castlm.fields import essential, number, positional
@@ -268,7 +268,8 @@ class PredictCommand:
 
 def sweep(arguments: list[str]) -> int:
     from castlm.planning.sweep import SweepConfig, sweep
+    from castlm.progress import note
 
     config = parse(SweepConfig, arguments, "plan sweep")
     command = command_line("plan sweep", config)
-    return sweep(config, command, partial(to_stdout, keep="\n"), to_stderr)
+    return sweep(config, command, partial(to_stdout, keep="\n"), note)
