@@ -88,19 +88,15 @@ def read_arguments(
 
 def _model_in_place(unnamed: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """Accepts `--model X` in commands that take their model as a plain argument X."""
-    if not {"model", "path"}.intersection(unnamed):
-        return list(arguments)
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    pending, others, model = list(arguments[:end]), list[str](), list[str]()
-    while pending:
-        argument = pending.pop(0)
+    takes_model = {"model", "path"}.intersection(unnamed)
+    for index, argument in enumerate(arguments):
+        if argument == "--" or not takes_model:
+            break
+        if argument == "--model" and index + 1 < len(arguments):
+            return [arguments[index + 1], *arguments[:index], *arguments[index + 2 :]]
         if argument.startswith("--model="):
-            model = [argument.removeprefix("--model=")]
-        elif argument == "--model" and pending:
-            model = [pending.pop(0)]
-        else:
-            others.append(argument)
-    return [*model, *others, *arguments[end:]]
+            return [argument.removeprefix("--model="), *arguments[:index], *arguments[index + 1 :]]
+    return list(arguments)
 
 
 class _Parser(argparse.ArgumentParser):
