@@ -90,8 +90,6 @@ class Settings:
     """"fp32" or "8bit", as `AdamS` has them."""
     calibration_tokens: int = 0
     """Tokens of calibration text of the start (SparseGPT or Wanda); 0 if it reads none: then no phase `start`."""
-    fused: bool = True
-    """Whether the optimizer step is fused."""
 
     @property
     def tokens(self) -> int:
@@ -370,12 +368,6 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
     def shard(size: int) -> int:
         return -(-size // world_size)
 
-    # fp32 copies of a parameter that an optimizer step makes: none where it is fused, except two with 8-bit moments
-    # under torch.compile; otherwise 5 of a dense one, 6.25 of a sparse one, and 11 with 8-bit moments.
-    if run.moments == "8bit":
-        step = (2 if run.fused else 11) * sizes.largest
-    else:
-        step = 0 if run.fused else max(5 * sizes.largest, 25 * sizes.largest_sparse // 4)
     # Everything outside the blocks in fp32 and two blocks in the compute type; the same of the teacher, in its own.
     gathered = 4 * sizes.outside + 2 * c * sizes.block + t * (tutor.outside + 2 * tutor.block)
     # A checkpoint drops the products W * A and rounded weights with the activations, but not autocast's copies.
@@ -401,7 +393,8 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
         "logits": min(run.chunk_tokens, run.tokens) * sizes.vocab * ((12 if t else 4) + narrow),
         # the gradients of the head and of the hidden states, and copies of both in the compute type
         "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (c if t else 0) + 2 * narrow),
-        "optimizer step": shard(4 * step),
+        # The step is fused; with 8-bit moments torch.compile makes two fp32 copies of the largest parameter (C++ none).
+        "optimizer step": shard(8 * sizes.largest) if run.moments == "8bit" else 0,
     }
 
 
