@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +95,7 @@ class MemoryOptions:
     world_size: int = essential(1, at_least=1)
     """Ranks that shard the run."""
 
-    gpu: str | None = essential(None)
+    gpu: float | str | None = essential(None, above=0)
     """GPU that the run should fit on: h100, a100, ..., or a number of GiB."""
 
     prune: bool = essential(False)
@@ -150,15 +149,12 @@ def memory(arguments: list[str]) -> int:
         moments=config.optimizer.moments,
         calibration_tokens=num_sequences * seq_len if reads_text else 0,
     )
-    gib = None
-    if options.gpu is not None:
+    gib = options.gpu
+    if isinstance(gib, str):
         known = {name: device.memory_gib for name, device in DEVICES.items() if device.memory_gib is not None}
-        try:
-            gib = known[options.gpu] if options.gpu in known else float(options.gpu)
-        except ValueError:
-            gib = math.nan
-        if not 0 < gib < math.inf:
-            raise InputError(f"there is no card {options.gpu!r}: use one of {', '.join(known)}, or a number of GiB")
+        if gib not in known:
+            raise InputError(f"there is no card {gib!r}: use one of {', '.join(known)}, or a number of GiB")
+        gib = known[gib]
     plan = plan_memory(model, run, teacher=teacher.teacher, world_size=options.world_size, gpu_gib=gib)
     print(plan.table())
     return 0 if plan.fits in (True, None) else 1
@@ -255,7 +251,8 @@ class PredictCommand:
             print(f"{self.tokens:.3g} tokens: perplexity {ppl} (90 %: {low} to {high}){beyond}")
             tokens: float | None = self.tokens
         else:
-            needed = tokens_for(law, float(self.target_ppl or 0))
+            assert self.target_ppl is not None
+            needed = tokens_for(law, self.target_ppl)
             print(needed)
             tokens = needed.tokens
         if tokens is not None and self.tokens_per_s is not None:
