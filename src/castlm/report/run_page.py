@@ -71,13 +71,13 @@ class RunData:
         first, last = self.evaluations[0], self.evaluations[-1]
         if self.config.is_finetuning:
             found = {"start": first.get("prune_now_ppl"), "pruned": last.get("prune_now_ppl")}
-            return {name: value for name, value in found.items() if value is not None}
-        found = {
-            "dense": first.get("dense_ppl", first["perplexity"]),
-            "one_shot": first.get("prune_now_ppl"),
-            "before_prune": last["perplexity"],
-            "pruned": last.get("prune_now_ppl"),
-        }
+        else:
+            found = {
+                "dense": first.get("dense_ppl", first["perplexity"]),
+                "one_shot": first.get("prune_now_ppl"),
+                "before_prune": last["perplexity"],
+                "pruned": last.get("prune_now_ppl"),
+            }
         return {name: value for name, value in found.items() if value is not None}
 
     def series(self, key: str) -> list[tuple[float, float]]:

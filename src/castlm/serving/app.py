@@ -138,19 +138,14 @@ class _Api:
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The JSON object of a request, of no more than `most_bytes`."""
-        too_long = RefusedError(
-            413, f"the body exceeds {self.most_bytes:,} bytes, more than the context of {self.engine.context:,} tokens"
-        )
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.most_bytes:
-            raise too_long
         content = bytearray()
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for part in request.stream():
                     content += part
                     if len(content) > self.most_bytes:
-                        raise too_long
+                        what = f"{self.most_bytes:,} bytes, more than the context of {self.engine.context:,} tokens"
+                        raise RefusedError(413, f"the body exceeds {what}")
         except TimeoutError:
             raise RefusedError(408, f"the body did not come within {_BODY_SECONDS:g} seconds") from None
         except ClientDisconnect:
