@@ -7,7 +7,7 @@ head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from castlm.distributed.sharding import is_sharded, reshard_, shard_
 from castlm.distributed.world import World
 from castlm.hardware import autocast
 from castlm.models.architecture import backbone, check_head, output_head
+from castlm.training.attention import BlockedAttention
 from castlm.training.teacher_cache import TeacherCache
 
 
@@ -62,6 +63,8 @@ class Objective(nn.Module):
         cache: stores these tokens.
         apart: the documents of a training sequence do not attend to each other; each begins where `position_ids` are 0.
         hidden_weight: weight of the distance between the hidden states of student and teacher; 0 compares none.
+        blocked_attention: run the models in `BlockedAttention`. It is for models without compiled blocks, and without
+            activation checkpointing, whose second pass is outside of it.
 
     The buffer `stream_basis` is the rotation (hidden, hidden) that brings the teacher's residual stream into the basis
     of the student's, multiplied from the right; None if both have the same basis.
@@ -79,12 +82,13 @@ class Objective(nn.Module):
         cache: TeacherCache | None = None,
         apart: bool = False,
         hidden_weight: float = 0.0,
+        blocked_attention: bool = True,
     ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
         self.eta, self.temperature, self.top_k, self.cache = eta, temperature, top_k, cache
         self.apart, self.explicit_mask = apart, False
-        self.hidden_weight = hidden_weight
+        self.hidden_weight, self.blocked_attention = hidden_weight, blocked_attention
         self.register_buffer("stream_basis", None, persistent=False)
         self._kept: list[Tensor] | None = None
         for model in (student, teacher) if hidden_weight else ():
@@ -177,7 +181,8 @@ class Objective(nn.Module):
 
     def _output(self, model: PreTrainedModel, inputs: dict[str, Tensor], stream: bool) -> _Output:
         self._kept = [] if stream else None
-        states = backbone(model)(**inputs, use_cache=False).last_hidden_state
+        with BlockedAttention() if self.blocked_attention else nullcontext():
+            states = backbone(model)(**inputs, use_cache=False).last_hidden_state
         kept, self._kept = self._kept, None  # blocks that checkpointing runs again in the backward pass add nothing
         return _Output(states, kept or [])
 

@@ -237,6 +237,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         cache,
         apart=not data.cross_document_attention,
         hidden_weight=float(teacher_options.hidden_weight or 0.0),
+        blocked_attention=not (runtime.gradient_checkpointing or runtime.torch_compile),
     )
     if runtime.torch_compile:
         compile_blocks_(objective)
