@@ -225,9 +225,9 @@ def test_the_command_line_has_the_options_that_matter(capsys):
         "model",
         False,
     )
-    for option in ("--decay", "--no-permute"):
+    for option in ("--decay=none", "--no-permute"):
         assert main(["finetune", *given, option]) == 2
-        assert f"{option}: leave it out, or use castlm train" in capsys.readouterr().err
+        assert "leave it out, or use castlm train" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
     shown = capsys.readouterr().out

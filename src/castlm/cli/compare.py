@@ -8,32 +8,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from castlm.cli.options import command_line, parse
+from castlm.cli.options import command_line, parse, to_stdout
 from castlm.compare.plan import CompareConfig, compare
 from castlm.compare.report import Report
 from castlm.compare.runs import OneshotConfig
 from castlm.core.errors import InputError
 from castlm.fields import build
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.progress import Screen, note
+from castlm.names import aligned
+from castlm.progress import note
 
 
 def show(report: Report, folder: str) -> None:
     """Prints the table, the verdict and the path of the page."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=report.question, title_justify="left")
-    for heading in report.headings:
-        table.add_column(heading, justify="left" if heading in ("variant", "start") else "right")
-    for line in report.table(report.headings):
-        table.add_row(*map(Text, line))
-    console = Screen(highlight=False)
-    if not console.is_terminal:  # a log has no width to wrap at
-        console = Screen(highlight=False, width=100)
-    console.print(table)
-    for text in (*report.warnings, *report.notes, report.verdict, f"report: {Path(folder, 'table.html')}"):
-        console.print(text, markup=False, soft_wrap=True)
+    table = aligned([report.headings, *report.table(report.headings)])
+    page = f"report: {Path(folder, 'table.html')}"
+    for line in (report.question, *table, *report.warnings, *report.notes, report.verdict, page):
+        to_stdout(line)
 
 
 def main(arguments: list[str]) -> int:

@@ -33,8 +33,7 @@ class CheckOptions:
 
 def check(arguments: list[str]) -> int:
     """Prints the findings. Returns the exit code: 1 if the masked weights cannot reach zero."""
-    config, given = parse_train(arguments, "plan check", CheckOptions)
-    options = CheckOptions(**given)
+    config, options = parse_train(arguments, "plan check", CheckOptions)
     if options.devices is not None and options.price_per_hour is None:
         raise InputError(f"devices is {options.devices} without a price: give --price-per-hour too")
     if not config.method.row.decays:
@@ -107,8 +106,7 @@ class MemoryOptions:
 
 
 def memory(arguments: list[str]) -> int:
-    config, more = parse_train(arguments, "plan memory", MemoryOptions, {"dataset": "none", "output_dir": "none"})
-    options = MemoryOptions(**more)
+    config, options = parse_train(arguments, "plan memory", MemoryOptions, {"dataset": "none", "output_dir": "none"})
     from castlm.dtypes import FLOATS
     from castlm.inference.devices import DEVICES
     from castlm.planning.memory import Settings, plan_memory

@@ -11,7 +11,7 @@ from typing import Any
 from castlm.cli.options import read_arguments, result_folder
 from castlm.cli.verify import recorded_pattern
 from castlm.core.errors import InputError
-from castlm.fields import COMMAND_LINE, checked, choice, essential
+from castlm.fields import COMMAND_LINE, build, choice, essential, label
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig, names_of
 
@@ -45,37 +45,34 @@ class PageOptions:
 def parse_train(
     arguments: Sequence[str],
     name: str = "train",
-    more: type[Any] | None = None,
+    more: type[Any] = PageOptions,
     unless_given: Mapping[str, Any] = types.MappingProxyType({}),
-) -> tuple[TrainConfig, dict[str, Any]]:
+) -> tuple[TrainConfig, Any]:
     """The options of a run: the recipe, then the files of `--config` in their order, then the command line.
 
     Args:
         name: the command; `finetune` makes a `FinetuneConfig`, which has no recipe.
-        more: a dataclass of further options of the command; its docstring describes commands other than `train` and
-            `finetune`.
+        more: a dataclass of further options; its docstring describes a command other than `train` and `finetune`.
         unless_given: values of options of `castlm train` that this command needs no value for.
 
     Returns:
-        The config, and the options of `more` that were given.
+        The config, and an instance of `more`.
     """
     if name == "finetune":
-        kind, files, of_others = FinetuneConfig, FileOptions, ("method", "start")
+        kind, files, other, of_other = FinetuneConfig, FileOptions, "train", ("method", "start")
     else:
-        kind, files, of_others = TrainConfig, RecipeOptions, ("adapter",)
+        kind, files, other, of_other = TrainConfig, RecipeOptions, "finetune", ("adapter",)
     sections = kind.sections()
-    hidden = {*unless_given, *(option for title in of_others for option in names_of(sections[title]))}
-    titled = [*sections.items(), ("options", files)]
-    if more is not None:
-        titled.append(("options", more))
-    about = kind if more is None or name in ("train", "finetune") else more
-    given = read_arguments(titled, arguments, name, about, hidden)
+    foreign = [option for title in of_other for option in names_of(sections[title])]
+    titled = [*sections.items(), ("options", files), ("options", more)]
+    given = read_arguments(
+        titled, arguments, name, about=kind if more is PageOptions else more, hidden=[*foreign, *unless_given]
+    )
+    if found := [label(option, COMMAND_LINE) for option in foreign if option in given]:
+        raise InputError(f"castlm {name} does not read {found[0]}: leave it out, or use castlm {other}")
     layers = [(path, read_yaml_mapping(path)) for path in given.pop("config", [])]
-    extra: dict[str, Any] = {}
-    if more is not None:
-        extra = {field.name: given.pop(field.name) for field in fields(more) if field.name in given}
-        extra = checked([more], extra, COMMAND_LINE)
-    return kind.from_layers([("", unless_given), *layers, (COMMAND_LINE, given)]), extra
+    further = {field.name: given.pop(field.name) for field in fields(more) if field.name in given}
+    return kind.from_layers([("", unless_given), *layers, (COMMAND_LINE, given)]), build(more, further, COMMAND_LINE)
 
 
 def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
@@ -85,7 +82,7 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     castlm.json names no pattern, or one that left no zeros in the model. A run of `castlm train` stands for its model
     folder.
     """
-    config, page = parse_train(arguments, "finetune", PageOptions)
+    config, page = parse_train(arguments, "finetune")
     from castlm.models.locate import DEMO  # imports rich, which --help does not need
 
     model = result_folder(config.model.model)
@@ -96,13 +93,12 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
         if recorded.nm is None:
             raise InputError(f"{model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
         pattern = recorded.nm
-    config = config.changed(model=model, init_from=model, pattern=pattern)
-    return config, bool(page.get("report", True))
+    return config.changed(model=model, init_from=model, pattern=pattern), page.report
 
 
 def main(arguments: list[str]) -> int:
-    config, more = parse_train(arguments, more=PageOptions)
-    return run_training(config, more.get("report", True))
+    config, page = parse_train(arguments)
+    return run_training(config, page.report)
 
 
 def finetune(arguments: list[str]) -> int:

@@ -16,8 +16,8 @@ from castlm.core.errors import InputError
 from castlm.fields import convert, essential
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import begin_output, output_folder
-from castlm.files.reading import user_path
-from castlm.files.record import OUTPUT, read_record
+from castlm.files.reading import read_record, user_path
+from castlm.files.record import OUTPUT
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.training.config import without_sections
