@@ -21,7 +21,7 @@ from castlm.core.shards import flat
 SECOND_MOMENTS = ("gradient", "mix")
 
 _SMALL = 65_536  # dense tensors with fewer weights are updated together, as one tensor
-_CALL = 8  # tensors of one size that one call of the compiled update takes
+_CALL = 8  # tensors of one size in a call of the compiled update, which costs as much as 100,000 weights
 
 Row = list[Tensor]
 """Weight, gradient, first and second moment of one parameter, each (numel,). With 8-bit moments each is
@@ -91,7 +91,7 @@ def update_(
     second_moment: str,
     fused: bool | None,
 ) -> None:
-    """`adams_update` of several parameters, in place: by the C++ kernels, `torch.compile` or torch operators.
+    """`adams_update` of several parameters, in place: by the C++ kernels if they take them, or by torch.
 
     Args:
         weights: contiguous and not empty, of one dtype and device; (..., out, in) if there is a mask.
@@ -104,37 +104,57 @@ def update_(
     """
     if fused is not False and all(map(native.runs_on, weights)):
         native.update_(weights, grads, moments, masks, hyper, second_moment)
-        return
+    else:
+        _update_by_torch_(weights, grads, moments, masks, hyper, second_moment, bool(fused))
+
+
+def _update_by_torch_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: Mapping[str, Sequence[Tensor]],
+    masks: Sequence[Tensor | None],
+    hyper: Sequence[float],
+    second_moment: str,
+    fused: bool,
+) -> None:
+    """`update_` on any device: by `torch.compile` if `fused`, by torch operators otherwise.
+
+    One call of an operator or a compiled function costs as much as an update of many weights, so a call takes as many
+    parameters as it can: all small dense ones as one tensor, and compiled, eight of one size.
+    """
     in_8bit = "exp_avg_scale" in moments
     rows = [list(map(flat, row)) for row in zip(weights, grads, *moments.values(), strict=True)]
     if in_8bit:
         rows = [_in_blocks(row) for row in rows]
-    wide = torch.promote_types(weights[0].dtype, torch.float32)
-    settings: Any = in_8bit, torch.tensor(hyper, dtype=wide, device=weights[0].device), second_moment
-    small = [i for i, w in enumerate(weights) if masks[i] is None and w.numel() < _SMALL and not in_8bit]
-    others = [i for i in range(len(weights)) if i not in set(small)]
-    if not fused:
-        for i in others:
-            update_rows_([rows[i]], [_unpacked(weights[i], masks[i])], *settings)
-    else:
-        # In 8 bits, several parameters in one call would only hold more new moments at a time.
-        for some in [[i] for i in others] if in_8bit else _of_one_size(others, weights):
-            chosen = [rows[i] for i in some]
-            packed = [mask for i in some if (mask := masks[i]) is not None]
-            # Whether the masks are whole words of 32 bits: each row ends with a byte, and all of them with a word.
-            fills_words = all(weights[i].shape[-1] % 8 == 0 and weights[i].numel() % 32 == 0 for i in some)
-            if packed and fills_words:
-                words = [mask.view(-1).view(torch.int32).detach() for mask in packed]
-                compiled(update_rows_by_words_)(chosen, words, bits_of_a_word(words[0].device), *settings)
-            else:
-                compiled(update_rows_)(chosen, [_unpacked(weights[i], masks[i]) for i in some], *settings)
+    update_rows = compiled(update_rows_) if fused else update_rows_
+    device, wide = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
+    settings: Any = in_8bit, torch.tensor(hyper, dtype=wide, device=device), second_moment
+
+    can_join = masks[0] is None and not in_8bit  # blocks of codes may differ in size
+    small = [i for i, weight in enumerate(weights) if can_join and weight.numel() < _SMALL]
+    large = [i for i, weight in enumerate(weights) if not (can_join and weight.numel() < _SMALL)]
     if small:
-        joined = [torch.cat(column) for column in zip(*(rows[i] for i in small))]
-        run = compiled(update_rows_) if fused else update_rows_
-        run([joined], [None], *settings)
+        weight, grad, exp_avg, exp_avg_sq = (torch.cat(column) for column in zip(*(rows[i] for i in small)))
+        update_rows([[weight, grad, exp_avg, exp_avg_sq]], [None], *settings)
         sizes = [weights[i].numel() for i in small]
-        for k in (0, 2, 3):  # all but the gradient
-            torch._foreach_copy_([rows[i][k] for i in small], torch.split(joined[k], sizes))
+        for k, new in ((0, weight), (2, exp_avg), (3, exp_avg_sq)):
+            torch._foreach_copy_([rows[i][k] for i in small], torch.split(new, sizes))
+
+    # Operators gain nothing from several parameters, and in 8 bits these would only hold more new moments at a time.
+    most = _CALL if fused and not in_8bit else 1
+    for some in _of_one_size(large, weights, most):
+        packed = [(weights[i], mask) for i in some if (mask := masks[i]) is not None]
+        if fused and packed and all(_fills_words(weight) for weight, _ in packed):
+            words = [mask.view(-1).view(torch.int32).detach() for _, mask in packed]  # (1536, 72) uint8 -> (27648,)
+            compiled(update_rows_by_words_)([rows[i] for i in some], words, bits_of_a_word(device), *settings)
+        else:
+            unpacked = [unpack_mask(mask, weight.shape[-1]).view(-1) for weight, mask in packed]
+            update_rows([rows[i] for i in some], unpacked or [None] * len(some), *settings)
+
+
+def _fills_words(weight: Tensor) -> bool:
+    """Whether the packed mask of `weight` consists of whole words of 32 bits: each of its rows ends with a byte."""
+    return weight.shape[-1] % 8 == 0 and weight.numel() % 32 == 0
 
 
 def _in_blocks(row: Row) -> Row:
@@ -142,10 +162,6 @@ def _in_blocks(row: Row) -> Row:
     weight, grad, codes, scale, codes_sq, scale_sq = row
     shape = (len(scale), -1)
     return [weight.view(shape), grad.view(shape), codes.view(shape), scale, codes_sq.view(shape), scale_sq]
-
-
-def _unpacked(weight: Tensor, packed: Tensor | None) -> Tensor | None:
-    return None if packed is None else unpack_mask(packed, weight.shape[-1]).view(-1)
 
 
 def update_rows_(
@@ -175,18 +191,14 @@ def update_rows_by_words_(rows: Sequence[Row], packed: Sequence[Tensor], bits: T
     update_rows_(rows, [unpack_words(words, bits) for words in packed], *settings)
 
 
-def _of_one_size(positions: Sequence[int], weights: Sequence[Tensor]) -> Iterator[list[int]]:
-    """`positions` in lists of `_CALL` of one size, and the rest one by one.
-
-    Two compilations then serve all sizes, and the cost of calling a compiled function, as much as an update of
-    100,000 weights, is paid once for eight.
-    """
+def _of_one_size(positions: Sequence[int], weights: Sequence[Tensor], most: int) -> Iterator[list[int]]:
+    """`positions` in lists of `most` of one size, and the rest one by one, so that two compilations serve all sizes."""
     by_size: dict[int, list[int]] = {}
     for i in positions:
         by_size.setdefault(weights[i].numel(), []).append(i)
     for same in by_size.values():
-        num_together = len(same) // _CALL * _CALL
-        for first in range(0, num_together, _CALL):
-            yield same[first : first + _CALL]
+        num_together = len(same) // most * most
+        for first in range(0, num_together, most):
+            yield same[first : first + most]
         for i in same[num_together:]:
             yield [i]

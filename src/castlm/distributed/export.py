@@ -6,8 +6,8 @@ of every tensor bit for bit with memory, and the perplexity is measured again on
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ from castlm.export.hf import (
     count_or_reject,
     equal_in_bits,
     new_manifest,
-    rejected,
+    reject,
     write_all_but_weights,
     write_index,
     write_record,
@@ -78,32 +78,22 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     """
     world = result.world
     folder = Path(os.path.realpath(result.folder))
-    manifest = new_manifest(result.pattern, result.left_dense, record, result.dtype)
-    if not result.is_sparse:
-        manifest["pattern"] = None  # the dense control
+    pattern = result.pattern if result.is_sparse else None
+    manifest = new_manifest(pattern, result.left_dense, record, result.dtype)
     result.root.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
-    with contextlib.ExitStack() as stack:
-        temporary = world.on_main(lambda: stack.enter_context(atomic_dir(folder, overwrite=True)), patient=True)
-
-        def count() -> dict[str, Any]:
-            left_dense = manifest["left_dense"]
-            proof = count_or_reject(temporary, folder, result.model, result.pattern, left_dense)
-            return {"left_dense": left_dense, "proof": proof}
-
-        def reject_if(failure: str | None) -> None:
-            if failure is not None:
-                raise rejected(temporary, folder, InputError(failure))
-
+    with world.context_on_main(atomic_dir(folder, overwrite=True)) as temporary:  # at its end it hashes all files
         _write_weights(result, temporary)
         world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
-            manifest |= world.on_main(count, patient=True)
-            failure, proof = _verify_again(result, temporary)
-            world.on_main(lambda: reject_if(failure), patient=True)
-            manifest["proof"] |= proof
-        world.on_main(lambda: write_record(temporary, folder.name, manifest))
-        world.on_main(stack.close, patient=True)  # hashes all files
-    return manifest
+            left_dense = manifest["left_dense"]
+            manifest["proof"] = world.on_main(
+                lambda: count_or_reject(temporary, folder, result.model, result.pattern, left_dense), patient=True
+            )
+            failure, measured = _verify_again(result, temporary)
+            if failure is not None:
+                world.on_main(lambda: reject(temporary, folder, InputError(failure)), patient=True)
+            manifest["proof"] |= measured
+        return world.on_main(lambda: write_record(temporary, folder.name, manifest))
 
 
 Take = Callable[[Tensor], Tensor]
@@ -160,16 +150,16 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
                 tensor = tensor.mT if is_stored_transposed(model, name) else tensor
                 tensor = tensor.to(result.dtype).contiguous().cpu()
                 held |= as_stored(model, state_dict_key(model, name), tensor)
-
-        def save(held: dict[str, Tensor] = held, path: Path = folder / file) -> None:
-            with reporting_full_disk(path):
-                save_file(held, path, metadata={"format": "pt"})
-
         stored_in |= dict.fromkeys(held, file)
-        result.world.on_main(save, patient=True)
+        result.world.on_main(functools.partial(_save, held, folder / file), patient=True)
     if len(files) > 1:
         total = sum(parameter.numel() for parameter in first_of)
         result.world.on_main(lambda: write_index(folder, stored_in, total, result.dtype))
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    with reporting_full_disk(path):
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -100,6 +100,16 @@ class World:
         result: T = outcome[0]
         return result
 
+    @contextlib.contextmanager
+    def context_on_main(self, context: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+        """Enters and leaves `context` on the main rank alone, and yields its value on every rank.
+
+        The other ranks wait for both up to a day. After an error on the main rank, `context` receives it.
+        """
+        with contextlib.ExitStack() as stack:
+            yield self.on_main(lambda: stack.enter_context(context), patient=True)
+            self.on_main(stack.close, patient=True)
+
     def from_main(self, tensor: Tensor | None, shape: torch.Size) -> Tensor:
         """The main rank's fp32 `tensor` of `shape` on every rank; in host memory if there are several ranks."""
         if self.mesh is None:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -107,18 +107,20 @@ def export_model(
         try:
             manifest["proof"] = _verify(temporary, model, pattern, manifest["left_dense"], eval_fn)
         except Exception as error:
-            raise (rejected(temporary, folder, error) if keep_rejected else failed(error)) from error
+            if keep_rejected:
+                reject(temporary, folder, error)
+            raise failed(error) from error
         write_record(temporary, folder.name, manifest)
     return manifest
 
 
 def new_manifest(
-    pattern: Pattern | str, left_dense: Mapping[str, str], record: Mapping[str, Any], dtype: torch.dtype
+    pattern: Pattern | str | None, left_dense: Mapping[str, str], record: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The content of castlm.json, except the key `proof`; `dtype` is that of the files."""
+    """The content of castlm.json, except the key `proof`; `dtype` is that of the files, `pattern` None if dense."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "pattern": str(pattern),
+        "pattern": None if pattern is None else str(pattern),
         **record,
         "dtype": dtype_name(dtype),
         "left_dense": dict(left_dense),
@@ -126,13 +128,15 @@ def new_manifest(
     }
 
 
-def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> None:
-    """Writes castlm.json and the model card of the model `name` into `folder`. The dense control (pattern None) has no
-    card.
+def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Writes castlm.json and the model card of the model `name` into `folder`; returns `manifest`.
+
+    The dense control (pattern None) has no card.
     """
     atomic_write_json(folder / "castlm.json", manifest)
     if manifest["pattern"] is not None:
         (folder / "README.md").write_text(model_card(name, manifest), encoding="utf-8")
+    return manifest
 
 
 def write_all_but_weights(
@@ -154,12 +158,12 @@ def write_index(folder: Path, weight_map: Mapping[str, str], num_parameters: int
     atomic_write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
-def rejected(temporary: Path, folder: Path, error: BaseException) -> InputError:
-    """Keeps a result that failed its verification beside `folder`; returns the error with the reason and its path."""
+def reject(temporary: Path, folder: Path, error: BaseException) -> NoReturn:
+    """Keeps a result that failed its verification beside `folder`; raises `InputError` with the reason and its path."""
     kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
     record_output(temporary, command="result", complete=True)
     temporary.rename(kept)
-    return InputError(f"{str(failed(error)).replace(str(temporary), str(kept))} (kept as {kept})")
+    raise InputError(f"{str(failed(error)).replace(str(temporary), str(kept))} (kept as {kept})") from error
 
 
 def failed(error: BaseException) -> InputError:
@@ -199,7 +203,7 @@ def count_or_reject(
     try:
         return verify_pattern(temporary, model, pattern, left_dense)
     except Exception as error:
-        raise rejected(temporary, folder, error) from error
+        reject(temporary, folder, error)
 
 
 def verify_pattern(

@@ -7,7 +7,7 @@ in Python; a default that depends on other options is filled in when a config is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -244,53 +244,58 @@ class TrainConfig:
         methods = [method for method, row in METHODS.items() if option in row.options]
         if methods and self.method.method not in methods:
             return f"method {' or '.join(methods)}"
-        datasets, held_out = self.data.datasets, self.evaluation.eval_datasets
-        is_met, condition = self.conditions().get(option, (True, ""))
-        # These three depend on the place of a text, which is looked up for them alone.
-        if option == "dataset_split":
-            is_met, condition = any(map(_is_on_hub, datasets)), "a dataset of the hub"
-        elif option == "eval_split":
-            is_met, condition = any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"
-        elif option == "eval_fraction":  # a stream, of unknown length, gives a number of documents
-            is_met = not held_out and not all(map(_is_on_hub, datasets))
-            condition = "local text, and no eval_dataset"
-        return None if is_met else condition
+        is_met, words = self.conditions().get(option, (None, ""))
+        return None if is_met is None or is_met() else words
 
-    def conditions(self) -> dict[str, tuple[bool, str]]:
+    def conditions(self) -> dict[str, tuple[Callable[[], bool], str]]:
         """The options whose effect depends on others: whether this run meets the condition, and the condition in words.
 
-        The words end the sentence "... has an effect only with". For the options of a method, see `METHODS`.
+        The words end the sentence "... has an effect only with". For the options of a method, see `METHODS`. Conditions
+        are called, because some look for a text on the disk.
         """
         method, teacher, checkpoint, start = self.method, self.teacher, self.checkpoint, self.start.name
-        pattern = self.model.pattern
-        saves, uploads = checkpoint.save_steps > 0, checkpoint.push_to_hub
+        pattern, training, held_out = self.model.pattern, self.data.datasets, self.evaluation.eval_datasets
         reads_text = start in pattern.solvers and start != "magnitude"
         turns_axes = reads_text and isinstance(pattern, NM)
         refreshes_masks = not method.row.decays or start == "magnitude" or method.starts_at_zero(start, pattern)
-        rows: list[tuple[Iterable[str], bool, str]] = [
-            (["decay_end"], method.reads_decay_end, "a decay that ends before the run"),
-            (["lam"], method.reads_lam, "a decay that uses lam"),
-            (["ignore_decay_budget"], method.row.decays and DECAYS[method.decay].reduces, "a decay"),
-            (["lora_r"], self.adapter.adapter != "none", "adapter shira"),
-            (["mask_interval"], refreshes_masks, "init_from magnitude, or an n:m pattern whose decay is horizon"),
+        calibrated = "a start that reads text, such as init_from sparsegpt"
+        turned = "an n:m pattern from a calibrated start: init_from sparsegpt or wanda"
+        rows: list[tuple[Iterable[str], Callable[[], bool], str]] = [
+            (["decay_end"], lambda: method.reads_decay_end, "a decay that ends before the run"),
+            (["lam"], lambda: method.reads_lam, "a decay that uses lam"),
+            (["ignore_decay_budget"], lambda: method.row.decays and DECAYS[method.decay].reduces, "a decay"),
+            (["lora_r"], lambda: self.adapter.adapter != "none", "adapter shira"),
             (
-                ["calibration_sequences", *names_of(EffortOptions)],
-                reads_text,
-                "a start that reads text, such as init_from sparsegpt",
+                ["mask_interval"],
+                lambda: refreshes_masks,
+                "init_from magnitude, or an n:m pattern whose decay is horizon",
             ),
-            (names_of(Refinements), reads_text, "a start that reads text, such as init_from sparsegpt"),
+            (["calibration_sequences"], lambda: reads_text, calibrated),
+            (names_of(EffortOptions), lambda: reads_text, calibrated),
+            (names_of(Refinements), lambda: reads_text, calibrated),
+            (names_of(BasisOptions), lambda: turns_axes, turned),
             (
-                names_of(BasisOptions),
-                turns_axes,
-                "an n:m pattern from a calibrated start: init_from sparsegpt or wanda",
+                ["rotation_iterations"],
+                lambda: turns_axes and self.start.rotates_values,
+                "an n:m pattern and a rotation",
             ),
-            (["rotation_iterations"], turns_axes and self.start.rotates_values, "an n:m pattern and a rotation"),
-            (["teacher", "temperature", "teacher_top_k"], teacher.eta > 0, "eta above 0"),
-            (["min_lr_ratio"], self.optimizer.lr_scheduler_type != "constant", "a learning rate that falls"),
-            (["hub_model_id", "hub_private_repo"], uploads, "push_to_hub"),
-            (["eval_config"], self.evaluation.eval_dataset is not None, "an eval_dataset"),
-            (["left_dense", "pattern"], method.row.is_sparse, "a method that makes weights sparse"),
-            (["save_total_limit", "async_save"], saves, "save_steps above 0"),
+            (["teacher", "temperature", "teacher_top_k"], lambda: teacher.eta > 0, "eta above 0"),
+            (
+                ["min_lr_ratio"],
+                lambda: self.optimizer.lr_scheduler_type != "constant",
+                "a learning rate that falls",
+            ),
+            (["hub_model_id", "hub_private_repo"], lambda: checkpoint.push_to_hub, "push_to_hub"),
+            (["dataset_split"], lambda: any(map(_is_on_hub, training)), "a dataset of the hub"),
+            (["eval_split"], lambda: any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"),
+            (["eval_config"], lambda: bool(held_out), "an eval_dataset"),
+            (
+                ["eval_fraction"],  # of a hub stream, the first documents are held out, whatever the fraction
+                lambda: not held_out and not all(map(_is_on_hub, training)),
+                "local text, and no eval_dataset",
+            ),
+            (["left_dense", "pattern"], lambda: method.row.is_sparse, "a method that makes weights sparse"),
+            (["save_total_limit", "async_save"], lambda: checkpoint.save_steps > 0, "save_steps above 0"),
         ]
         return {name: (is_met, words) for names, is_met, words in rows for name in names}
 

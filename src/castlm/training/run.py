@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from castlm.core.adams import AdamS
 from castlm.core.decay import DecayBudget
 from castlm.core.errors import DivergedError, InputError
-from castlm.core.shards import local
+from castlm.core.nm import pack_mask
+from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import dense_name, num_weights
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
@@ -34,6 +35,7 @@ from castlm.training.metrics import (
     masked_histogram,
     masked_shares,
     peak_flops,
+    rounding_record,
 )
 from castlm.training.objective import Objective, pruned
 from castlm.training.run_folder import RunFolder, check_shared
@@ -90,24 +92,24 @@ class Run:
     objective: Objective
     """Student and teacher."""
     method: Retraining
-    optimizer: AdamS
+    """The method with its optimizer."""
     optimizer_text: str
     """The implementation of the optimizer's update, in words."""
     evaluator: Evaluator
     names: dict[Tensor, str]
     """Name of every trained parameter; collected right after sharding, when each is a DTensor among several ranks."""
-    initial_masks: dict[str, Tensor]
-    """The masks of step 0 in bits, by parameter name."""
     dense_perplexity: float | None
     """Perplexity of the dense model, if step 0 has other weights."""
     start: dict[str, Any]
     """The record of the start; empty if it is magnitude."""
-    rounding: dict[str, Any]
-    """The record of trained rounding; empty without it."""
     budget: DecayBudget | None = None
     trackers: Sequence[str] = ()
     resumed_from: Path | None = None
     progress: Progress = field(default_factory=Progress)
+    initial_masks: dict[str, Tensor] = field(init=False)
+    """The masks of step 0 in bits, by parameter name."""
+    rounding: dict[str, Any] = field(init=False)
+    """The record of trained rounding; empty without it."""
     telemetry: Telemetry = field(init=False)
     saver: Saver = field(init=False)
     self_check: SelfCheck = field(init=False)
@@ -117,9 +119,18 @@ class Run:
     _uncounted: int = field(default=0, init=False)
     """Consecutive steps in which no token counted."""
 
+    def __post_init__(self) -> None:
+        masks = self.method.masks()
+        self.initial_masks = {self.names[p]: like_rows(pack_mask(local(mask)), p) for p, mask in masks.items()}
+        self.rounding = rounding_record(self.model, self.method.layers, self.config.model.pattern)
+
     @property
     def model(self) -> PreTrainedModel:
         return self.source.model
+
+    @property
+    def optimizer(self) -> AdamS:
+        return self.method.optimizer
 
     @property
     def total_steps(self) -> int:

@@ -132,13 +132,10 @@ def claimed(options: CheckpointOptions, inputs: Inputs, world: World) -> Iterato
     Args:
         inputs: the paths that the run reads, by option.
     """
-    with contextlib.ExitStack() as stack:
-
-        def claim() -> None:
-            how = {"overwrite": options.overwrite, "resume": options.resume}
-            stack.enter_context(output_folder(options.output_dir, "train", inputs=inputs, **how))
-
-        world.on_main(claim, patient=True)
+    output = output_folder(
+        options.output_dir, "train", overwrite=options.overwrite, resume=options.resume, inputs=inputs
+    )
+    with world.context_on_main(output):
         folder = RunFolder(options.output_dir)
         check_shared(folder.path, world)
         yield folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -133,6 +134,32 @@ def model_options_of_teacher(teacher: TeacherOptions, model: ModelOptions) -> Mo
     if teacher.teacher is None:
         return model
     return ModelOptions(teacher.teacher, trust_remote_code=model.trust_remote_code)
+
+
+class Teacher:
+    """The teacher of a run: the dense model itself, or another one, which is opened when it is first needed."""
+
+    def __init__(
+        self, options: TeacherOptions, model: ModelOptions, dense: Source, world: World, *, whole_copies: bool
+    ) -> None:
+        self._options, self._model, self._dense = options, model, dense
+        self._world, self._whole_copies = world, whole_copies
+
+    @property
+    def is_other(self) -> bool:
+        """Whether another model than the dense one is read."""
+        return self._options.teacher is not None and self._options.eta > 0
+
+    @functools.cached_property
+    def source(self) -> Source:
+        if not self.is_other:
+            return self._dense
+        options = model_options_of_teacher(self._options, self._model)
+        return open_source(options, self._world, whole_copies=self._whole_copies)
+
+    def take_model(self) -> PreTrainedModel:
+        """The teacher's model, to be frozen: another model itself, or a copy of the dense one as it is now."""
+        return self.source.model if self.is_other else copy.deepcopy(self._dense.model)
 
 
 def check_teacher(teacher: TeacherOptions, model: ModelOptions, *, seq_len: int) -> None:

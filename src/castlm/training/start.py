@@ -20,12 +20,13 @@ from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
 from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
-from castlm.files.output import begin_output, output_folder
+from castlm.files.output import begin_output, check_beside, output_folder
 from castlm.files.reading import read_record, user_path
 from castlm.files.record import RESULT, command_of
 from castlm.hardware import choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
+from castlm.models.locate import locate
 from castlm.names import duration
 from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder, remove_work
@@ -33,6 +34,7 @@ from castlm.oneshot.options import EFFORTS
 from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.start import Start
+from castlm.patterns import all_solvers
 from castlm.progress import note, shown_progress
 from castlm.training.options import StartOptions
 from castlm.training.source import Source, TrainingText
@@ -70,6 +72,17 @@ def stream_basis(start: StartWeights, world: World) -> Tensor | None:
     if world.on_main(lambda: start.stream_basis is not None):
         basis = world.from_main(start.stream_basis, basis.shape)
     return basis.to(world.device)
+
+
+def check_start(name: str, output_dir: Path, world: World) -> None:
+    """Checks, before the model is loaded, that the start `name` exists, and that its work can be written.
+
+    Raises `InputError` for a model that is not found, or a solver whose folder cannot be made beside `output_dir`.
+    """
+    if name in all_solvers():
+        world.on_main(lambda: check_beside(partial_folder(output_dir)))
+    else:
+        locate(name)
 
 
 @dataclass(frozen=True, kw_only=True)

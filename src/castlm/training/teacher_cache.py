@@ -183,14 +183,13 @@ def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
 
 def open_teacher_cache(
     options: TeacherOptions, data: DataOptions, text: TrainingText, source: Source, precision: str, world: World
-) -> TeacherCache | None:
-    """The cache of a run whose teacher is `source`; None without the option `teacher_cache`.
+) -> TeacherCache:
+    """The folder `teacher_cache` of a run whose teacher is `source`.
 
     Raises `InputError` for a cache of another teacher, or a text with images, which the key of a sequence does not
     contain.
     """
-    if options.teacher_cache is None:
-        return None
+    assert options.teacher_cache is not None
     if text.documents.kind is Kind.WITH_EXTRA:
         raise InputError("teacher_cache identifies a sequence by its tokens, not by images: omit teacher_cache")
     stream = [text.train_sha256, data.seed, data.seq_len, data.repeat_sequences, data.column, text.template_sha256]

@@ -6,7 +6,6 @@ component that reads it. `calibrate` measures the first steps of a run, and `fil
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from collections.abc import Callable
@@ -14,46 +13,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from castlm.core.decay import DECAYS, DecayBudget, decay_budget
 from castlm.core.errors import InputError
-from castlm.core.nm import pack_mask
 from castlm.core.rounding import fit_rounding_
-from castlm.core.shards import like_rows, local
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import World, closing, init_world, naming_missing_ranks
 from castlm.export.hf import check_export, check_login
-from castlm.files.output import check_beside
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
 from castlm.models.architecture import vocab_size
-from castlm.models.locate import locate
-from castlm.oneshot.folder import partial_folder
-from castlm.patterns import all_solvers
 from castlm.signals import Interrupt
 from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
 from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
-from castlm.training.metrics import Evaluator, rounding_record
+from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_, shard_objective_
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.source import (
-    Source,
+    Teacher,
     check_teacher,
     filter_of,
     layers_left_dense,
-    model_options_of_teacher,
     open_inputs,
-    open_source,
     steps_of_epochs,
 )
-from castlm.training.start import StartWeights, TrainingStart, drop_partial, is_untied, start_, stream_basis
+from castlm.training.start import (
+    StartWeights,
+    TrainingStart,
+    check_start,
+    drop_partial,
+    is_untied,
+    start_,
+    stream_basis,
+)
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import chosen_trackers
 
@@ -134,28 +132,29 @@ def set_up(config: TrainConfig, world: World) -> Run:
     Args:
         config: a config whose `lam` is a number.
     """
-    data, teacher_options, optimizer_options, runtime = config.data, config.teacher, config.optimizer, config.runtime
+    data, method_options, optimizer_options, runtime = config.data, config.method, config.optimizer, config.runtime
+    rows, eta, top_k = optimizer_options.per_device_train_batch_size, config.teacher.eta, config.teacher.teacher_top_k
     folder, pattern = RunFolder(config.checkpoint.output_dir), config.model.pattern
-    method_class = class_of(config.method.method, config.adapter.adapter)
-    method_class.check(config.method, optimizer_options)
+    method_class = class_of(method_options.method, config.adapter.adapter)
+
+    # what can be refused in the first second
+    method_class.check(method_options, optimizer_options)
     check_compile(runtime.torch_compile, world.device)
     if world.size > 1:
-        world.check_all(_obstacle_on_ranks(config.method, config.adapter.adapter, runtime.sharding))
+        world.check_all(_obstacle_on_ranks(method_options, config.adapter.adapter, runtime.sharding))
     trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
-    checkpoint, resumed = None, None
+    checkpoint, start = None, StartWeights()
     if config.checkpoint.resume:
         checkpoint = world.on_main(lambda: folder.newest_checkpoint(config.as_dict()))
-        if checkpoint is not None:
-            resumed = world.on_main(lambda: read_manifest(checkpoint)["start"])
+    if checkpoint is not None:
+        start.record = world.on_main(lambda: read_manifest(checkpoint)["start"])
+    makes_start = checkpoint is None and config.start.name != "magnitude"
+    if makes_start:
+        check_start(config.start.name, folder.path, world)
+    check_teacher(config.teacher, config.model, seq_len=data.seq_len)
 
-    # model and text; what can be refused in the first second comes before the model is loaded
-    has_start = resumed is None and config.start.name != "magnitude"
-    if config.start.name not in all_solvers():
-        locate(config.start.name)
-    elif has_start:
-        world.on_main(lambda: check_beside(partial_folder(folder.path)))
-    check_teacher(teacher_options, config.model, seq_len=data.seq_len)
-    rows, top_k = optimizer_options.per_device_train_batch_size, teacher_options.teacher_top_k
+    # model, text and teacher
+    whole_copies = method_class.whole_copies
     source, text = open_inputs(
         config.model,
         data,
@@ -163,33 +162,23 @@ def set_up(config: TrainConfig, world: World) -> Run:
         world,
         rows_per_rank=rows,
         teacher_top_k=top_k,
-        whole_copies=method_class.whole_copies,
+        whole_copies=whole_copies,
     )
     model = source.model
     precision = choose_precision(runtime.precision, world.device, model.config)
     filter_fn = filter_of(config.model.left_dense)
-    if config.method.row.is_sparse:
+    if method_options.row.is_sparse:
         check_export(model, pattern, filter_fn)
-
-    def open_teacher() -> Source:
-        """The teacher's source: the run's own, or another model's."""
-        if teacher_options.teacher is None or teacher_options.eta == 0:
-            return source
-        options = model_options_of_teacher(teacher_options, config.model)
-        return open_source(options, world, whole_copies=method_class.whole_copies)
-
     num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
-    teacher_source, cache = None, None
-    if teacher_options.teacher_cache is not None:  # one that cannot serve is refused before the start
-        teacher_source = open_teacher()
-        cache = open_teacher_cache(teacher_options, data, text, teacher_source, precision, world)
-        assert cache is not None
+    teacher = Teacher(config.teacher, config.model, source, world, whole_copies=whole_copies)
+    cache = None
+    if config.teacher.teacher_cache is not None:  # one that cannot serve is refused before the start
+        cache = open_teacher_cache(config.teacher, data, text, teacher.source, precision, world)
         cache.complete = cache.covers(num_sequences)
 
-    # start
-    start = StartWeights(record=resumed or {})
-    if has_start:
-        passes = 3 + (teacher_options.eta > 0)  # forward, twice as much backward, and the teacher's forward
+    # start; without a cache, no teacher takes memory yet
+    if makes_start:
+        passes = 3 + (eta > 0)  # forward, twice as much backward, and the teacher's forward
         training_start = TrainingStart(
             options=config.start,
             source=source,
@@ -200,27 +189,24 @@ def set_up(config: TrainConfig, world: World) -> Run:
             seq_len=data.seq_len,
             seed=data.seed,
             precision=runtime.precision,
-            keeps_dense_values=config.method.keeps_dense_values(config.start.name, pattern),
+            keeps_dense_values=method_options.keeps_dense_values(config.start.name, pattern),
             is_finetuning=config.is_finetuning,
-            compares_hidden=bool(teacher_options.hidden_weight),
+            compares_hidden=bool(config.teacher.hidden_weight),
             training_tokens=passes * num_sequences * data.seq_len / world.size,
         )
         start = training_start.make(config.checkpoint.output_dir, config.checkpoint.overwrite)
 
-    # teacher, objective, method
-    if teacher_source is None:  # without a cache not earlier, so that the start has its memory
-        teacher_source = open_teacher()
-    teacher = None
-    if teacher_options.eta > 0 and not (cache and cache.complete):
-        frozen = copy.deepcopy(model) if teacher_source is source else teacher_source.model
-        teacher = as_teacher_(frozen, teacher_dtype(precision))
+    # student and teacher
+    teacher_model = None
+    if eta > 0 and not (cache and cache.complete):
+        teacher_model = as_teacher_(teacher.take_model(), teacher_dtype(precision))
     if is_untied(start.record):
         source.untie_()
     method = method_class(
         model,
         pattern,
         filter_fn,
-        method=config.method,
+        method=method_options,
         optimizer=optimizer_options,
         adapter=config.adapter,
         start=config.start.name,
@@ -230,55 +216,52 @@ def set_up(config: TrainConfig, world: World) -> Run:
         checkpoint_activations_(model)
     objective = Objective(
         model,
-        teacher,
-        teacher_options.eta,
-        teacher_options.temperature,
+        teacher_model,
+        eta,
+        config.teacher.temperature,
         top_k,
         cache,
         apart=not data.cross_document_attention,
-        hidden_weight=float(teacher_options.hidden_weight or 0.0),
+        hidden_weight=float(config.teacher.hidden_weight or 0.0),
         blocked_attention=not (runtime.gradient_checkpointing or runtime.torch_compile),
     )
     if runtime.torch_compile:
         compile_blocks_(objective)
-    shard_objective_(objective, source.stored, teacher_source.stored, precision, world, method.whole_copies)
+    shard_objective_(objective, source.stored, teacher.source.stored, precision, world, method.whole_copies)
     names = objective.trained_parameters()
 
-    # optimizer, step 0
+    # optimizer and step 0
     fused, optimizer_text = choose_fused(world.device, sum(p.numel() for p in names))
-    optimizer = method.build_optimizer(model, fused)
+    method.build_optimizer(model, fused)
     evaluator = Evaluator(objective, text.held_out, data.seq_len, rows, precision, world)
     dense_perplexity = None
-    if resumed is None:
-        if (has_start or method.starts_sparse or config.method.weight_bits) and not config.is_finetuning:
+    if checkpoint is None:
+        changes_weights = makes_start or method.starts_sparse or method_options.weight_bits
+        if changes_weights and not config.is_finetuning:
             with method.unmasked():
                 dense_perplexity = evaluator.perplexity()
-        if has_start:
+        if makes_start:
             start_(model, method, start, world)
         else:
             method.start_from_magnitude_()
-    fit_rounding_(model, keep_scales=resumed is not None)
-    if teacher_options.hidden_weight:
+    fit_rounding_(model, keep_scales=checkpoint is not None)
+    if config.teacher.hidden_weight:
         objective.stream_basis = stream_basis(start, world)
-    masks = method.masks()
     run = Run(
         config=config,
         world=world,
         folder=folder,
         source=source,
-        teacher_fingerprint=None if teacher_source is source else teacher_source.fingerprint,
+        teacher_fingerprint=teacher.source.fingerprint if teacher.is_other else None,
         text=text,
         objective=objective,
         method=method,
-        optimizer=optimizer,
         optimizer_text=optimizer_text,
         evaluator=evaluator,
         names=names,
-        initial_masks={names[p]: like_rows(pack_mask(local(m)), p) for p, m in masks.items()},
         dense_perplexity=dense_perplexity,
         start=start.record,
-        rounding=rounding_record(model, method.layers, pattern),
-        budget=_decay_budget(config.method, optimizer_options, method, local_masks(masks), world),
+        budget=_decay_budget(method_options, optimizer_options, method, world),
         trackers=trackers,
         resumed_from=checkpoint,
     )
@@ -375,7 +358,6 @@ def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None]
     source, text = open_inputs(config.model, data, config.evaluation, world, rows_per_rank=rows, teacher_top_k=top_k)
     precision = choose_precision(runtime.precision, world.device, source.model.config)
     cache = open_teacher_cache(options, data, text, source, precision, world)
-    assert cache is not None
     teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not data.cross_document_attention
     objective = Objective(teacher, teacher, options.eta, options.temperature, top_k, cache, apart)
     objective.to(world.device).eval()
@@ -399,12 +381,12 @@ def _decay_budget(
     options: MethodOptions,
     optimizer: OptimizerOptions,
     method: Retraining,
-    masks: dict[Tensor, Tensor],
     world: World,
 ) -> DecayBudget | None:
     """The decay budget of a run; None if no weights decay."""
     if not method.decays or not DECAYS[options.decay].reduces:
         return None
+    masks = local_masks(method.masks())
     budget = decay_budget(masked_samples(masks, world), *schedule(optimizer, options), options.decay)
     if not budget.reaches_zero and not options.ignore_decay_budget:
         raise InputError(f"{budget.explain()} (ignore_decay_budget trains anyway)")
