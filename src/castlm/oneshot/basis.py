@@ -22,6 +22,7 @@ from castlm.oneshot.axes import (
     rotate_columns,
     sampled_energies,
     solved_errors,
+    solved_errors_holds,
 )
 from castlm.oneshot.families import Attention, Block, Mlp, Wiring, describe
 from castlm.oneshot.inputs import Seen, entries_of
@@ -220,6 +221,12 @@ def permute_neurons_(mlps: list[Mlp], statistics: Statistics, pattern: NM, chang
                 new += [(part, part[order]) for part in (matrix.weight, matrix.bias) if part is not None]
             undo += replace_(new)
     return undo
+
+
+def permute_neurons_holds(rows: int, columns: int) -> int:
+    """Elements that `permute_neurons_` holds at its peak for a down-projection, beside its weight and statistic."""
+    # the permuted Hessian, the weight in fp32 and permuted; later, old and new values of three matrices are less
+    return columns**2 + 2 * rows * columns + solved_errors_holds(columns)
 
 
 def replace_(new: list[tuple[Tensor, Tensor]]) -> Undo:

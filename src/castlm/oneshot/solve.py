@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import naming
+from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer, matrices
 from castlm.oneshot.inputs import Seen, check_finite_input, check_finite_weight
+from castlm.oneshot.options import Refinements
 from castlm.oneshot.report import LayerResult, relative_error
 from castlm.oneshot.solvers import (
     SOLVERS,
@@ -23,7 +25,9 @@ from castlm.oneshot.solvers import (
     Solver,
     damped,
     improve_masks,
+    improve_masks_holds,
     refit,
+    refit_holds,
     whole_hessian,
 )
 
@@ -84,6 +88,20 @@ def prune_layers(
         )
         results.append(result)
     return results
+
+
+def prune_layers_holds(rows: int, columns: int, solver: Solver, refinements: Refinements, pattern: Pattern) -> int:
+    """Elements that `prune_layers` holds at its peak beside weights and statistic, for weights of `rows` in all."""
+    size = rows * columns
+    phases = [size + solver.holds(rows, columns)]  # the dense weights together, and the solver
+    improves, refits = refinements.mask_iterations > 0, refinements.num_refits(pattern) > 0
+    if improves or refits:
+        phases[0] += size + columns**2  # copies, of which the solver overwrites one
+        if improves:
+            phases.append(improve_masks_holds(rows, columns))
+        if refits:
+            phases.append(refit_holds(rows, columns))
+    return max(phases)
 
 
 def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, settings: Settings) -> Pruned:

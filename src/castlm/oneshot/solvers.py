@@ -15,7 +15,7 @@ from torch import Tensor
 
 from castlm.core.nm import NM, Pattern
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
-from castlm.oneshot.sparsegpt import sparsegpt
+from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_holds
 
 MIN_DAMPING = 1e-3
 """Smallest damping, as a share of the mean diagonal, where a Hessian is inverted outside SparseGPT."""
@@ -61,6 +61,9 @@ class Solver(NamedTuple):
     """`add(statistic, x, num_sequences)` adds x (tokens, columns) fp32; None for a method without statistic."""
     axes: int = 0
     """The number of axes of the statistic: 1 for (columns,), 2 for (columns, columns)."""
+    holds: Callable[[int, int], int] = lambda rows, columns: 2 * rows * columns
+    """`holds(rows, columns)`: the elements that `prune` holds at its peak, beside its arguments. `castlm plan memory`
+    reads it; by default, magnitudes and the new weight."""
 
     def zeros(self, x: Tensor) -> Tensor:
         """An empty statistic for inputs like `x` (..., columns), on its device."""
@@ -79,6 +82,10 @@ def _wanda(weight: Tensor, squared_norms: Tensor, settings: Settings) -> Pruned:
     """Keeps the largest |W_ij| * |X_j| (Sun et al. 2023, arXiv 2306.11695, Eq. 1); kept weights do not change."""
     mask = settings.pattern.mask(weight * squared_norms.sqrt())  # (1536, 576) * (576,)
     return Pruned(weight.masked_fill(~mask, 0))
+
+
+def _wanda_holds(rows: int, columns: int) -> int:
+    return 3 * rows * columns  # scores, their magnitudes, and the new weight
 
 
 def _add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
@@ -102,8 +109,8 @@ def _sparsegpt(weight: Tensor, hessian: Tensor, settings: Settings) -> Pruned:
 
 SOLVERS: dict[str, Solver] = {
     "magnitude": Solver(_magnitude),
-    "wanda": Solver(_wanda, _add_squared_norms, axes=1),
-    "sparsegpt": Solver(_sparsegpt, _add_hessian, axes=2),
+    "wanda": Solver(_wanda, _add_squared_norms, axes=1, holds=_wanda_holds),
+    "sparsegpt": Solver(_sparsegpt, _add_hessian, axes=2, holds=sparsegpt_holds),
 }
 
 
@@ -164,6 +171,12 @@ def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> T
     return torch.cat([_refit_rows(rows, rows_target, hessian, iterations) for rows, rows_target in chunks])
 
 
+def refit_holds(rows: int, columns: int) -> int:
+    """Elements that `refit` holds at its peak, with its arguments."""
+    # start, target and result; of the rows at work, mask, loss, residual, direction, step and new weight; H, damped
+    return 3 * rows * columns + 7 * min(rows, REFIT_ROWS) * columns + 2 * columns**2
+
+
 def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:
     # Each row w solves M H M w = M H target with its own M = diag(mask); the rows share only the product with H.
     mask = (weight != 0).to(weight.dtype)  # (1024, 576)
@@ -212,6 +225,14 @@ def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: Patt
         new = _alternate(sparse_rows * scale, dense_rows * scale, values, vectors, pattern, penalties) / scale
         found.append(_better_rows(new, sparse_rows, dense_rows, hessian))
     return torch.cat(found)
+
+
+def improve_masks_holds(rows: int, columns: int) -> int:
+    """Elements that `improve_masks` holds at its peak, with its arguments."""
+    size, square = rows * columns, columns**2
+    find = 3 * size + 5 * square  # start, target and dense weight; H, damped and scaled, in the eigendecomposition
+    alternate = 7 * size + 4 * min(rows, ADMM_ROWS) * columns + 3 * square  # new rows and their dual; H and its vectors
+    return max(find, alternate)
 
 
 def _alternate(

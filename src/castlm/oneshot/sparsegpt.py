@@ -52,6 +52,12 @@ def sparsegpt_by_factor(weight: Tensor, factor: Tensor, n: int, m: int, block_si
     return _prune_groups(weight.T.contiguous(), factor, n, m, max(m, block_size - block_size % m)).T
 
 
+def sparsegpt_holds(rows: int, columns: int) -> int:
+    """Elements that `sparsegpt` holds at its peak, beside its arguments."""
+    # the weight without dead columns, transposed, and what is lost; the factor, and the shares of losses (`pull`)
+    return 3 * rows * columns + 2 * columns**2
+
+
 def upper_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """R upper triangular with R R^T = H + damping * mean(diag H) * I, and the damping."""
     # Cholesky gives H = L L^T with L lower triangular. Of H with both axes reversed, reversing L gives the upper R.

@@ -1,6 +1,7 @@
 """Computes the memory of `castlm prune`, with the whole model or one block, from the model's config alone.
 
-Each count follows the tensors that are alive at once in `castlm.oneshot`; a benchmark compares it with a real process.
+Each step of `castlm.oneshot` declares what it holds at its peak, in a function beside it such as `refit_holds`; this
+module adds them up to the phases of a prune. A benchmark compares the sum with a real process.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import SparseLayer, sparse_linears, weight_parameter
 from castlm.hardware import resident_memory
 from castlm.models.architecture import auto_class, backbone, linearize_
+from castlm.oneshot.basis import permute_neurons_holds
 from castlm.oneshot.calibration import calibration_length, default_sequences
 from castlm.oneshot.options import EFFORTS, BasisOptions, Refinements
-from castlm.oneshot.solvers import ADMM_ROWS, REFIT_ROWS, SOLVERS
+from castlm.oneshot.reconstruct import reconstruct_holds
+from castlm.oneshot.solve import prune_layers_holds
+from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import BACKWARD_TOKENS, PASS_TOKENS_CPU
 from castlm.planning.memory import MemoryPlan, as_config_error, read_config
+from castlm.structured.prune import unit_solver_holds
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
 
@@ -34,9 +39,9 @@ _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at o
 class _Read(NamedTuple):
     """Layers that read one input."""
 
-    columns: int
     rows: int
     """Total of these layers."""
+    columns: int
 
     @property
     def size(self) -> int:
@@ -107,15 +112,14 @@ def plan_prune_memory(
     num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
     reads, layers = model.reads, sum(read.size for read in model.reads)
     is_cut, turns_axes = pattern.cut_out is not None, not basis.is_off and pattern.cut_out is None
-    axes = 2 if is_cut else SOLVERS[method].axes  # of the statistics: a vector or a matrix of each input
-    of_reads = [read.columns**axes for read in reads]
+    # Of the statistics: a vector or a matrix for each input.
+    of_reads = [read.columns ** (2 if is_cut else SOLVERS[method].axes) for read in reads]
     widest = max(max(read.columns, read.rows) for read in reads)
     tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len  # of a forward pass
     if is_cut:
-        # The layers of a block as they were, their masks and what becomes of them; the damped Hessian and its factor.
-        solver = 3 * layers + 3 * max(read.columns for read in reads) ** 2
+        solver = unit_solver_holds([read.size for read in reads], max(read.columns for read in reads))
     else:
-        solver = max(_solve(read, axes, refinements, pattern) for read in reads)
+        solver = max(prune_layers_holds(*read, SOLVERS[method], refinements, pattern) for read in reads)
     parts = {
         "process": resident_memory(),
         "weights": 4 * (model.block if memory == "block" else model.total),
@@ -127,9 +131,7 @@ def plan_prune_memory(
     block = parts["process"] + parts["weights"]
     turned = block
     if turns_axes and (basis.permute or basis.rotates_values):
-        # The permuted Hessian, and of 512 rows solved with it: a copy, its factor, that transposed, and the products,
-        # beside the permuted weight. After that, new and old values of three matrices, which take less.
-        parts["basis"] = 4 * max(5 * read.columns**2 + 2 * read.size for read in reads)
+        parts["basis"] = 4 * max(permute_neurons_holds(*read) for read in reads)
         # It is chosen by SparseGPT's statistics, whatever solves the layers after that.
         parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in reads)
         turned += parts["statistics of the basis"]
@@ -150,30 +152,11 @@ def plan_prune_memory(
     if parts["basis"]:
         phases["basis"] = turned + parts["basis"]
     if refinements.reconstruct_epochs:
-        # The masks, a byte each; gradients, two moments and the best weights beside what is saved for the backward
-        # pass, or beside the new best weights that replace them.
-        parts["reconstruction"] = model.block + 4 * (4 * model.block + max(tokens * model.kept, model.block))
+        parts["reconstruction"] = reconstruct_holds(model.block, tokens * model.kept)
         phases["reconstruction"] = block + parts["reconstruction"]
     # The inputs and outputs of a block, also of the dense model if that runs beside it.
     on_disk = 4 * num_sequences * seq_len * model.hidden * (4 if refinements.reconstruct_epochs else 2)
     return MemoryPlan(parts, phases, model.total, model.num_layers * layers, disk=on_disk)
-
-
-def _solve(read: _Read, axes: int, refinements: Refinements, pattern: Pattern) -> int:
-    """Elements that a solver holds beside weights and statistics."""
-    size, square = read.size, read.columns**2
-    if axes < 2:
-        return 4 * size
-    # Weight as given, without dead columns, transposed, and what is lost so far; the factor of the Hessian and the
-    # products with it. For what comes after, the target and the Hessian are kept beside them.
-    masks, refits = refinements.mask_iterations > 0, refinements.num_refits(pattern) > 0
-    kept = int(masks or refits)
-    solve = (4 + kept) * size + (2 + kept) * square
-    # For better masks, first the eigenvectors of the damped Hessian are found, then a part of the rows is solved for.
-    find, solve_rows = 3 * size + 5 * square, 7 * size + 4 * min(read.rows, ADMM_ROWS) * read.columns + 3 * square
-    improve = max(find, solve_rows) if masks else 0
-    refit = 3 * size + 7 * min(read.rows, REFIT_ROWS) * read.columns + 2 * square if refits else 0
-    return max(solve, improve, refit)
 
 
 def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
@@ -210,7 +193,7 @@ def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
     vocab, hidden = map(int, embeddings.shape)
     widest = max(max(p.shape) for name, p in one.named_parameters() if in_block(name))
     return _Model(
-        [_Read(each[0].in_features, sum(layer.out_features for layer in each)) for _, each in readers_of],
+        [_Read(sum(layer.out_features for layer in each), each[0].in_features) for _, each in readers_of],
         hidden,
         num_layers,
         block=sum(p.numel() for p in block.parameters()),

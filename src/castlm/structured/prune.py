@@ -184,6 +184,17 @@ class UnitSolver:
         return torch.zeros_like(weight).masked_scatter_(mask, new), damping
 
 
+def unit_solver_holds(sizes: Sequence[int], columns: int) -> int:
+    """Elements that a `UnitSolver` holds at its peak, beside weights and statistics.
+
+    Args:
+        sizes: the weights of the layers of one block.
+        columns: of the widest layer.
+    """
+    # the layers as they were, their masks and new values; the damped Hessian, its factor and the right-hand side
+    return 3 * sum(sizes) + 3 * columns**2
+
+
 @torch.enable_grad()
 def loss_gradients(
     model: PreTrainedModel,
