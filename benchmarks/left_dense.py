@@ -22,6 +22,7 @@ from torch import nn
 
 from benchmarks.machine import machine, write_json
 from benchmarks.short_run import add_run_options, short_run
+from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
@@ -61,8 +62,15 @@ def starts(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
         def is_one(module: nn.Module, name: str) -> bool:
             return name in layers
 
-        options = {"calibration": calibration, "refinements": Refinements(), "filter_fn": is_one}
-        return {r.name: r.error for r in prune_oneshot_(model, "sparsegpt", pattern=pattern, **options).layers}
+        report = prune_oneshot_(
+            model,
+            "sparsegpt",
+            pattern=NM.parse(pattern),
+            calibration=calibration,
+            refinements=Refinements(),
+            filter_fn=is_one,
+        )
+        return {layer.name: layer.error for layer in report.layers}
 
     errors = prune(copy.deepcopy(loaded.model), "2:4", list(sizes))
     found = {}

@@ -191,7 +191,12 @@ def score_rows(
                 pruned = copy.deepcopy(loaded.model)
                 refinements = Refinements(refit_iterations=iterations)
                 prune_oneshot_(
-                    pruned, score, pattern=pattern, calibration=drawn[seed], refinements=refinements, seed=seed
+                    pruned,
+                    score,
+                    pattern=parse_pattern(pattern),
+                    calibration=drawn[seed],
+                    refinements=refinements,
+                    seed=seed,
                 )
                 values.append(perplexity(pruned, ids, seq_len=seq_len).perplexity)
             found.setdefault((pattern, score), []).append(values)

@@ -283,7 +283,7 @@ def test_zeros_are_left_out_of_the_bytes_and_cut_channels_are_not_there(dense, r
     sizes = {}
     for pattern in ("2:4", "channels:0.5", "channels:0.5+2:4"):
         folder = str(result(pattern.replace(":", "_"), pattern, 8.0) / "model")
-        sizes[pattern], speeds = decode(Candidate("r", folder, pattern, 8.0))
+        sizes[pattern], speeds = decode(Candidate("r", folder, parse_pattern(pattern), 8.0))
         assert len(speeds) == tradeoff.REPEATS
         assert min(speeds) > 0
     whole, _ = decode(Candidate("dense", str(dense), None, 6.0))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from castlm.cli.main import main
-from castlm.cli.verify import recorded_pattern
+from castlm.cli.verify import pattern_of_files
 from castlm.core.errors import InputError
 from castlm.core.nm import nm_mask, pack_mask, unpack_mask
 from castlm.core.sparsify import prune_
@@ -178,7 +178,7 @@ def test_verify_takes_the_pattern_on_record_of_a_folder_a_file_and_a_path_from_h
     assert main(["pack", "~/source", "--output-dir", str(packed)]) == 0
     assert read_specs([packed / FILE])["model.layers.0.mlp.up_proj"].m == 8
     monkeypatch.chdir(source)
-    assert recorded_pattern("no-folder") is None  # a name on the hub is no file beside castlm.json
+    assert pattern_of_files("no-folder") is None  # a name on the hub is no file beside castlm.json
 
 
 def test_layers_left_dense_stay_dense(tmp_path):

@@ -219,7 +219,7 @@ def kept_channels(model, block=0):
 def test_the_channels_with_the_highest_score_stay(score):
     model = tiny_model("llama")
     best = expected(score, tiny_model("llama")).argsort(descending=True)[:32]
-    prune_oneshot_(model, score, pattern="channels:0.5", calibration=TOKENS, refinements=NO_REFIT)
+    prune_oneshot_(model, score, pattern=parse_pattern("channels:0.5"), calibration=TOKENS, refinements=NO_REFIT)
     assert kept_channels(model).nonzero().flatten().tolist() == sorted(best.tolist())
 
 
@@ -250,7 +250,7 @@ def test_every_pattern_is_pruned_and_least_squares_lower_the_error(text, score):
 
 def test_n_of_m_is_solved_in_what_is_left():
     model = tiny_model("llama")
-    prune_oneshot_(model, "flap", pattern="channels:0.75+2:4", calibration=TOKENS)
+    prune_oneshot_(model, "flap", pattern=parse_pattern("channels:0.75+2:4"), calibration=TOKENS)
     down = model.model.layers[0].mlp.down_proj.weight
     small = left_of(down, kept_channels(model).expand_as(down))
     assert small.shape == (32, 48)

@@ -6,10 +6,14 @@ Importing this module does not import torch, so that commands which only parse a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.structured import pattern as structured
+
+DENSE: Literal["dense"] = "dense"
+"""The text of a model without a pattern."""
 
 PARSERS: list[Callable[[str], Pattern | None]] = [structured.parse]
 """Functions that return the pattern of a text, or None for a text of another form; n:m is tried last."""
@@ -43,3 +47,8 @@ def parse_pattern(text: Pattern | str) -> Pattern:
             "(KV heads with their query heads), each also with n:m, as in channels:0.75+2:4: try 2:4"
         )
     return found or NM.parse(text)
+
+
+def parse_pattern_or_dense(text: Pattern | str) -> Pattern | Literal["dense"]:
+    """`parse_pattern`, or the text "dense" as it is."""
+    return DENSE if text == DENSE else parse_pattern(text)

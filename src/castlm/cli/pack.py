@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from castlm.cli.options import head_formats, result_folder, to_stdout
-from castlm.fields import choice, positional
+from castlm.core.nm import Pattern
+from castlm.fields import choice, parsed, positional
+from castlm.patterns import parse_pattern_or_dense
 
 
 @dataclass
@@ -23,7 +25,7 @@ class PackCommand:
     output_dir: str = dataclasses.field(kw_only=True)
     """Folder for the packed model."""
 
-    pattern: str | None = None
+    pattern: Pattern | Literal["dense"] | None = parsed(None, parse_pattern_or_dense)
     """n:m, at most n non-zeros in every m along the input axis, or dense. The default is the pattern in castlm.json;
     without one, 2:4 if the first layer has it, otherwise dense.
     """

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from castlm.cli.options import head_formats, refuse_given, result_folder, to_stdout
+from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
-from castlm.fields import choice, like, number, positional
+from castlm.fields import choice, like, number, parsed, positional
+from castlm.patterns import parse_pattern_or_dense
 from castlm.training.options import ModelOptions, RuntimeOptions
 
 _OF_GPTQ = ("column", "document_limit", "num_sequences", "seq_len", "seed", "damping")
@@ -39,7 +41,7 @@ class QuantizeCommand(TextOptions):
     calibration: str | None = None
     """Calibration text of int4 and int3: a file, folder, glob or hub dataset, as --dataset of castlm train."""
 
-    pattern: str | None = None
+    pattern: Pattern | Literal["dense"] | None = parsed(None, parse_pattern_or_dense)
     """n:m of the model, or dense. The default is the pattern in its castlm.json; without one, 2:4 if the first layer
     has it, otherwise dense.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from castlm.cli.options import read_arguments, result_folder
-from castlm.cli.verify import recorded_pattern
+from castlm.cli.verify import pattern_of_files
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, choice, essential, label
 from castlm.files.yaml_file import read_yaml_mapping
@@ -89,7 +89,7 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     if model == DEMO:  # known before its 135M weights are read
         raise InputError(f"{DEMO} is a dense model: fine-tune the folder that castlm prune or castlm train makes of it")
     pattern = config.model.pattern
-    if "pattern" not in config.given and (recorded := recorded_pattern(model)) is not None:
+    if "pattern" not in config.given and (recorded := pattern_of_files(model)) is not None:
         if recorded.nm is None:
             raise InputError(f"{model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
         pattern = recorded.nm

@@ -38,7 +38,7 @@ class VerifyCommand:
         check_json_path(self.json)
         report = verify(
             path,
-            self.pattern or recorded_pattern(path) or NM(2, 4),
+            self.pattern or pattern_of_files(path) or NM(2, 4),
             base=None if self.base is None else _counted(self.base),
         )
         write_json(self.json, report.as_dict())
@@ -57,16 +57,18 @@ def _counted(name: str) -> str:
     return name if place.exists() and place.suffix != ".gguf" else str(local_folder(name))
 
 
-def recorded_pattern(path: str) -> Pattern | None:
+def pattern_of_files(path: str) -> Pattern | None:
     """The pattern in the castlm.json of a model folder, or of the folder of a file; None without a castlm.json.
 
     Raises `InputError` if the file cannot be read, or names no pattern.
     """
+    from castlm.export.folder import recorded_pattern
+
     place = user_path(path)
     file = (place.parent if place.is_file() else place) / "castlm.json"
     if not file.is_file():
         return None
-    found = read_json_object(file).get("pattern")
+    found = recorded_pattern(read_json_object(file))
     if found is None:
         raise InputError(f"{file} names no pattern, as of a dense model: give --pattern 2:4 all the same")
-    return parse_pattern(str(found))
+    return found

@@ -23,12 +23,11 @@ from castlm.models.io import Loaded
 from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS
 from castlm.oneshot.prune import Prune
 from castlm.oneshot.start import Start
-from castlm.patterns import parse_pattern
 
 
 def run_oneshot(config: OneshotConfig) -> None:
     """Prunes, measures and writes the verified model."""
-    pattern, device = parse_pattern(config.pattern), choose_device(config.device)
+    pattern, device = config.pattern, choose_device(config.device)
     options = TextOptions.of(asdict(config))
     text = open_documents(
         config.calibration, options, split=config.calibration_split, data_config=config.calibration_config

@@ -14,15 +14,14 @@ from castlm.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, Pres
 from castlm.compare.report import Report
 from castlm.compare.runs import OneshotConfig, Result, Run, content_hash, execute, refuse_running, run_key
 from castlm.core.errors import InputError
-from castlm.core.nm import Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.data.options import TextOptions
-from castlm.fields import build, convert, essential, number
+from castlm.fields import build, checked, convert, essential, number
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS, is_control
-from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig, without_sections
-from castlm.training.options import SEQ_LEN
+from castlm.training.options import SEQ_LEN, ModelOptions
 
 Say = Callable[[str], None]
 
@@ -353,7 +352,8 @@ class Plan:
         given = {option: value for option, value in fields.items() if option in shared}
         given |= {**named, "num_sequences": self.command.num_sequences}  # of all rows alike, as the text
         given |= dict(zip(calibration, self.texts["calibration"]))
-        content = dataclasses.asdict(build(OneshotConfig, given, f"variant {name}"))
+        config = build(OneshotConfig, given, f"variant {name}")
+        content = {**dataclasses.asdict(config), "pattern": str(config.pattern)}
         del content["output_dir"]
         return Run(name, 0, 0, content, run_key(content, self.hashes))
 
@@ -388,6 +388,7 @@ def _refuse_taken(fields: Mapping[str, Any], taken: Sequence[str], source: str) 
 
 
 def _pattern_of(fields: Mapping[str, Any]) -> Pattern:
-    """The pattern of a run with these options; checking the options refuses values that are not text."""
-    pattern = fields.get("pattern")
-    return parse_pattern(pattern if isinstance(pattern, str) else "2:4")
+    """The pattern of a run with these options."""
+    given = {name: value for name, value in fields.items() if name == "pattern"}
+    pattern: Pattern = checked([ModelOptions], given).get("pattern", NM(2, 4))
+    return pattern

@@ -20,14 +20,16 @@ import yaml
 
 import castlm
 from castlm.compare.presets import ONESHOT
+from castlm.core.nm import Pattern
 from castlm.data.options import ScoredTextOptions
+from castlm.fields import like
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import refuse_locked
 from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, RESULT, command_of, read_result
 from castlm.models.locate import cached_snapshot, locate
 from castlm.training.config import WITHOUT_EFFECT
-from castlm.training.options import SEQ_LEN
+from castlm.training.options import SEQ_LEN, ModelOptions
 from castlm.training.record import final_perplexity, problem
 
 # Fields that always name a model or a text; the key hashes their content.
@@ -43,7 +45,7 @@ class OneshotConfig(ScoredTextOptions):
     calibration: str
     eval_dataset: str
     output_dir: str = ""
-    pattern: str = "2:4"
+    pattern: Pattern = like(ModelOptions, "pattern")
     seq_len: int = SEQ_LEN
     """Tokens per sequence of the evaluation. Calibration sequences have the model's context, at most 2,048 tokens."""
     num_sequences: int = 128

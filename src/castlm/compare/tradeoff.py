@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 
 from castlm.core.errors import InputError
+from castlm.core.nm import Pattern
+from castlm.export.folder import recorded_pattern
 from castlm.files.reading import read_json_object
 from castlm.hardware import in_own_process
 from castlm.inference.decode import TokenTimes, greedy
 from castlm.inference.layers import pack_model_
 from castlm.models.io import load_model
 from castlm.names import aligned
-from castlm.patterns import parse_pattern
 from castlm.training.record import MEASURED_ALIKE, final_perplexity
 
 ROUNDS = 2
@@ -42,7 +43,7 @@ class Candidate(NamedTuple):
 
     name: str
     folder: str
-    pattern: str | None
+    pattern: Pattern | None
     """None for a dense model."""
     perplexity: float
     left_dense: frozenset[str] = frozenset()
@@ -78,7 +79,7 @@ def candidates(model: str, results: Sequence[str]) -> list[Candidate]:
         run = run.parent if run.name == "model" else run
         name = str(run) if run.name in (DENSE, *(other.name for other in found)) else run.name
         left_dense = frozenset(record.get("left_dense") or ())
-        found.append(Candidate(name, folder, record.get("pattern"), float(value), left_dense))
+        found.append(Candidate(name, folder, recorded_pattern(record), float(value), left_dense))
     assert dense is not None
     return [Candidate(DENSE, model, None, float(dense)), *found]
 
@@ -102,7 +103,7 @@ def measure(chosen: Sequence[Candidate], say: Callable[[str], None]) -> list[dic
     return [
         {
             "name": candidate.name,
-            "pattern": candidate.pattern or "dense",
+            "pattern": str(candidate.pattern or DENSE),
             "perplexity": candidate.perplexity,
             "num_bytes": sizes[candidate.folder],
             "tokens_per_second": statistics.median(speeds[candidate.folder]),
@@ -117,7 +118,7 @@ def decode(candidate: Candidate) -> tuple[int, list[float]]:
     prompt.
     """
     model = load_model(candidate.folder).model
-    nm = parse_pattern(candidate.pattern).nm if candidate.pattern else None
+    nm = candidate.pattern.nm if candidate.pattern else None
     n, m = (nm.n, nm.m) if nm else (0, 0)
     pack_model_(model, n, m, left_dense=candidate.left_dense)
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}

@@ -21,8 +21,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
+from castlm.export.folder import recorded_pattern
 from castlm.names import markdown, markdown_code
-from castlm.patterns import parse_pattern
 
 _HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # the name in `Loaded.source`
 _COLUMNS = {
@@ -39,7 +39,8 @@ _COLUMNS = {
 
 def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     """The README.md of an exported folder, from its name and the content of its castlm.json (see `export_model`)."""
-    pattern = parse_pattern(manifest["pattern"])
+    pattern = recorded_pattern(manifest)
+    assert pattern is not None  # a dense model has no card
     source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
     hub_id, _ = _hub_model(source)
     base_name = (hub_id or _public(source)).split("/")[-1]

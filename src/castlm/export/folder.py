@@ -19,10 +19,12 @@ from typing import Any
 
 from castlm.core.blocks import is_block_weight, is_tower
 from castlm.core.errors import InputError, one_line
+from castlm.core.nm import Pattern
 from castlm.files.reading import check_regular, read_json_object
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
 from castlm.inference import formats
 from castlm.models.layout import QUANT_METHOD
+from castlm.patterns import parse_pattern
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"
@@ -48,6 +50,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{file}: rounded is {trained!r:.100}, and its kind must be {' or '.join(kinds)}: fetch it again"
         )
     return manifest
+
+
+def recorded_pattern(manifest: Mapping[str, Any]) -> Pattern | None:
+    """The pattern in a castlm.json; None for a dense model. Raises `InputError` for a text that is no pattern."""
+    found = manifest.get("pattern")
+    return None if found is None else parse_pattern(str(found))
 
 
 def read_left_dense(folder: Path) -> dict[str, str]:

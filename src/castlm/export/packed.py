@@ -32,6 +32,7 @@ from castlm.export.folder import (
     left_dense_reason,
     read_config,
     read_manifest,
+    recorded_pattern,
     stored_tensors,
 )
 from castlm.export.hf import new_manifest, write_safetensors
@@ -50,10 +51,9 @@ from castlm.models.conversion import as_stored, possible_names
 from castlm.models.io import Loaded, load_model, open_config, parameters_in, save_model
 from castlm.models.layout import QUANT_METHOD, guess_model_type, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
-from castlm.patterns import parse_pattern
+from castlm.patterns import DENSE
 from castlm.progress import note
 
-DENSE = "dense"
 """The text of a dense model, instead of a pattern."""
 
 Progress = Callable[[int, int], None]
@@ -72,22 +72,21 @@ class PackReport:
     bytes_after: int
 
 
-def pattern_of(name: str | Path, given: str | None) -> Pattern | None:
+def pattern_of(name: str | Path, given: Pattern | str | None) -> Pattern | None:
     """The pattern of a model: the given one, else that of its castlm.json, else 2:4 if its first layer is, else None.
 
     Args:
-        given: n:m, a structured pattern, or "dense".
+        given: a pattern, or "dense".
     """
-    text = given
-    if text is None:
-        where = locate(name, needs_weights=False)
-        folder = cached_snapshot(where.target, None) if where.is_hub else Path(where.target)
-        if folder is None or where.gguf:
-            return None
-        manifest = read_manifest(folder)
-        text = str(manifest["pattern"] or DENSE) if "pattern" in manifest else None
-    if text is not None:
-        return None if text == DENSE else parse_pattern(text)
+    if given is not None:
+        return given if isinstance(given, Pattern) else None
+    where = locate(name, needs_weights=False)
+    folder = cached_snapshot(where.target, None) if where.is_hub else Path(where.target)
+    if folder is None or where.gguf:
+        return None
+    manifest = read_manifest(folder)
+    if "pattern" in manifest:
+        return recorded_pattern(manifest)
     stored = stored_tensors(folder, read_config(folder))
     first = next((tensor for name, tensor in stored.items() if is_block_linear(name, tensor.shape)), None)
     if first is None or first.shape[1] % 4:
@@ -119,8 +118,8 @@ def write_dense(
     """Writes a dense model in `dtype` to a folder that exists, with a castlm.json without a pattern, and checks it."""
     with parameters_in(model, dtype):
         save_model(model, tokenizer, folder)
-    manifest = new_manifest(DENSE, {}, record, dtype)
-    atomic_write_json(folder / "castlm.json", {**manifest, "pattern": None})
+    manifest = new_manifest(None, {}, record, dtype)
+    atomic_write_json(folder / "castlm.json", {**manifest, "pattern": None})  # `record` may be of a sparse model
     check_dense(folder, ())
 
 
@@ -367,7 +366,7 @@ def _write_rest(source: Path, folder: Path, weights: str, pattern: NM | None, ca
         manifest["pattern"] = None
         manifest.pop("proof", None)  # the card names a pattern
     else:
-        recorded = parse_pattern(str(manifest.get("pattern") or pattern))
+        recorded = recorded_pattern(manifest) or pattern
         is_counted = recorded.nm == pattern  # by `verify`, in a packed folder
         manifest["pattern"] = str(recorded if is_counted else pattern)
     manifest["packed"] = {"format": formats.VERSION, "castlm": __version__}

@@ -39,7 +39,6 @@ from castlm.oneshot.solve import prune_layers, prune_seen
 from castlm.oneshot.solvers import ERROR_TOKENS, SOLVERS, Settings, Solver
 from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.walk import BlockInputs, Extras, Step, walk
-from castlm.patterns import parse_pattern
 
 _SHORT = 10.0  # seconds; the time that a shorter start will take is not announced
 
@@ -302,7 +301,7 @@ def prune_oneshot_(
     model: PreTrainedModel,
     method: str | None,
     *,
-    pattern: Pattern | str = "2:4",
+    pattern: Pattern = NM(2, 4),  # noqa: B008
     calibration: Tensor | None = None,
     extras: Extras = None,
     say: Say = lambda line: None,
@@ -334,7 +333,7 @@ def prune_oneshot_(
         >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)  # doctest: +SKIP
     """
-    start = Start(method=method, pattern=parse_pattern(pattern), **options)
+    start = Start(method=method, pattern=pattern, **options)
     layers, _ = sparse_linears(model, start.pattern, start.filter_fn)
     if method == "magnitude" and calibration is not None and start.pattern.solver_class is None:
         num_sequences = math.ceil(ERROR_TOKENS / calibration.shape[1])
