@@ -28,7 +28,8 @@ from castlm.data import images as image_reader
 from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Document, Kind, find_columns
 from castlm.data.documents import Mixture, open_documents
-from castlm.data.images import BYTES, join_extra, open_processor, read_image
+from castlm.data.extra import join_extra
+from castlm.data.images import BYTES, open_processor, read_image
 from castlm.data.options import TextOptions
 from castlm.data.packing import BatchLoader, UnpackedSequences, open_sequences
 from castlm.data.scored import scored_text

@@ -9,7 +9,7 @@ Importing this module does not import torch: `castlm verify` reads a checkpoint 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 _LAST_PART_NOT_LINEAR = re.compile(
     r"norm(?:_?\d+)?$"  # input_layernorm, q_norm, norm1
@@ -27,6 +27,7 @@ _STACKED = re.compile(  # the second line: as Aria and Granite MoE store them
     r"\.experts(?:\.\w+)*\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w[123])$"
     rf"|\.experts\.fc[12]$|{_OF_GRANITE}$"
 )
+_BIAS_OF_EXPERTS = re.compile(r"\.experts\.\w+_bias$")
 _EXPERTS = re.compile(rf"(?:\.(?:shared_)?experts?|{_OF_GRANITE})(?=\.|$)")
 
 
@@ -130,3 +131,32 @@ def is_block_linear(name: str, shape: Sequence[int]) -> bool:
 def is_block_weight(name: str, shape: Sequence[int]) -> bool:
     """Whether a stored tensor holds weights that may become sparse: of a linear layer, or of all experts of a block."""
     return is_block_linear(name, shape) or is_stacked_experts(name, shape)
+
+
+def why_stored_dense(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Why tensors of two or more dimensions in a checkpoint stay dense, by name; those that may become sparse lack.
+
+    Args:
+        shapes: of all tensors of the checkpoint. A layer with a router's name routes only where experts are beside it.
+    """
+    owners = owners_of_experts(shapes)
+    found = {name: _why_stored_dense(name, shape, owners) for name, shape in shapes.items() if len(shape) >= 2}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _why_stored_dense(name: str, shape: Sequence[int], owners: Collection[str]) -> str | None:
+    if is_tower(name):
+        return "outside the language model"
+    if not in_block(name):
+        return "outside the transformer blocks"
+    if len(shape) == 2 and name.endswith(".weight") and not is_block_linear(name, shape):
+        parts = name.removesuffix(".weight").split(".")
+        if not is_router(".".join(parts)):
+            return "a norm or an embedding"
+        routes = any(".".join(parts[:length]) in owners for length in range(len(parts)))
+        return "a router of experts" if routes else None
+    if len(shape) == 2 and _BIAS_OF_EXPERTS.search(name):
+        return "a bias of experts"
+    if len(shape) == 3 and shape[1] == 1 and name.endswith(".weight"):
+        return "a depthwise convolution"
+    return None

@@ -13,7 +13,7 @@ from torch import Tensor
 from castlm.core.errors import InputError, naming
 from castlm.data.columns import Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
-from castlm.data.images import join_extra
+from castlm.data.extra import join_extra
 from castlm.data.tokens import Encoder, parts_up_to, up_to
 from castlm.oneshot.calibration import draw_calibration
 

@@ -4,8 +4,7 @@ A row is checked where file and line are known; its images are opened when a bat
 image by a run of tokens and makes the tensors that the vision tower reads. It does not tell which tokens the assistant
 wrote: `castlm.data.chat` finds them before the images are inserted, and aligning the two texts carries them over.
 
-The tensors of a conversation are an `Extra`. A batch is a dict with the joined tensors beside `input_ids` and `labels`;
-code that runs a model passes all of them to its forward.
+The tensors of a conversation are a `castlm.data.extra.Extra`; nothing outside this file knows what they show.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from castlm.core.errors import InputError, one_line
 from castlm.data.chat import Chat, Rendered, messages_of
+from castlm.data.extra import Extra
 from castlm.files.reading import open_regular, user_path
 from castlm.models.architecture import is_vision_language
 from castlm.models.io import PROCESSOR_FILES, as_input_error, load_config, quiet
@@ -120,45 +118,6 @@ def _source(image: Any, folder: Path | None, name: str) -> str:
         f"{name} is {str(image)[:200]!r}: give the path of a file, relative to the folder of the dataset; images are "
         "not downloaded"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- tensors
-
-
-class Extra(NamedTuple):
-    """The tensors that one document brings beside its tokens."""
-
-    by_item: dict[str, Tensor]
-    """Tensors to join along the first dimension, such as `pixel_values`."""
-    by_token: dict[str, Tensor]
-    """Tensors of one number a token, (num_tokens,): `mm_token_type_ids`."""
-    end: int
-    """Number of tokens up to and including the last one that the tensors belong to."""
-
-    def fits(self, num_tokens: int) -> bool:
-        """Whether the tensors belong to the first `num_tokens` tokens alone."""
-        return self.end <= num_tokens
-
-
-def join_extra(rows: Sequence[Extra | None], width: int) -> dict[str, Tensor]:
-    """The tensors of a batch by the name of their argument, `width` tokens a row; empty where no row brings any.
-
-    Tensors that differ in a dimension other than the first, for example in their number of tiles, are padded with
-    zeros, as processors do.
-    """
-    joined: dict[str, Tensor] = {}
-    present = [row for row in rows if row is not None]
-    for name in dict.fromkeys(name for row in present for name in row.by_item):
-        parts = [row.by_item[name] for row in present if name in row.by_item]
-        largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
-        missing = [[size - own for size, own in zip(largest, part.shape[1:])] for part in parts]
-        ends = [[n for size in reversed(sizes) for n in (0, size)] for sizes in missing]  # as `F.pad` takes them
-        joined[name] = torch.cat([F.pad(part, end) for part, end in zip(parts, ends)])
-    for name in dict.fromkeys(name for row in present for name in row.by_token):
-        empty = torch.zeros(0, dtype=present[0].by_token[name].dtype)
-        found = [empty if row is None else row.by_token[name][:width] for row in rows]
-        joined[name] = torch.stack([F.pad(row, (0, width - len(row))) for row in found])
-    return joined
 
 
 # -------------------------------------------------------------------------------------------------------- processor

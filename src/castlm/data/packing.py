@@ -24,7 +24,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.data.columns import Document, Kind, Position
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
-from castlm.data.images import join_extra
+from castlm.data.extra import join_extra
 from castlm.data.tokens import Encoder, Tokens
 
 # Tokenized together: enough to keep a fast tokenizer's threads busy, little enough that no step waits long.

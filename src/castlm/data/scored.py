@@ -14,7 +14,7 @@ from castlm.core.errors import InputError
 from castlm.data.chat import begin_of
 from castlm.data.columns import Document, Kind, Position
 from castlm.data.documents import Documents, HubDocuments
-from castlm.data.images import Extra, join_extra
+from castlm.data.extra import Extra, join_extra
 from castlm.data.tokens import IGNORED, Encoder, Tokens, first_tokens
 
 

@@ -16,7 +16,8 @@ from castlm.core.errors import InputError
 from castlm.data.chat import Chat, begin_of, with_template
 from castlm.data.columns import Document, Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, open_documents
-from castlm.data.images import Extra, ImageReader, open_processor
+from castlm.data.extra import Extra
+from castlm.data.images import ImageReader, open_processor
 from castlm.data.options import TextOptions
 
 if TYPE_CHECKING:

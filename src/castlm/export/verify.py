@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from castlm.core.blocks import in_block, is_block_linear, is_router, is_stacked_experts, is_tower, owners_of_experts
+from castlm.core.blocks import in_block, is_block_weight, why_stored_dense
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.export.folder import (
@@ -109,11 +109,15 @@ def verify(
     config["model_type"] = config.get("model_type") or guess_model_type({n: t.shape for n, t in tensors.items()})
     left_dense = read_left_dense(folder)
     included = tuple(include) if include is not None else None
-    with_experts = owners_of_experts(tensors)
+    dense = why_stored_dense({name: tensor.shape for name, tensor in tensors.items()})
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
-        why_dense = "excluded" if name in excluded else _why_dense(tensor, included, with_experts)
+        why_dense = dense.get(name, "a causal mask" if _is_causal_mask(tensor) else None)
+        if included is not None:
+            why_dense = None if _matches(name, included) else "not included"
+        if name in excluded:
+            why_dense = "excluded"
         # Structured patterns are of matrices; n:m is counted in the 3-D tensor of a block's experts, too.
-        can_count = len(tensor.shape) == 2 or (isinstance(pattern, NM) and is_stacked_experts(name, tensor.shape))
+        can_count = len(tensor.shape) == 2 or (isinstance(pattern, NM) and is_block_weight(name, tensor.shape))
         axis = input_axis(config, name, tensor.shape) if can_count else None
         listed = left_dense_reason(name, left_dense)
         if why_dense is None and axis is not None:
@@ -167,29 +171,9 @@ def _compare_layers(
     return "the model in memory"
 
 
-def _why_dense(tensor: StoredTensor, include: tuple[str, ...] | None, with_experts: Collection[str] = ()) -> str | None:
-    """Why the pattern does not apply to a tensor; None if it does. 1-D tensors are never listed."""
-    if len(tensor.shape) < 2:
-        return "one dimension"
-    if include is not None:
-        return None if _matches(tensor.name, include) else "not included"
-    if is_tower(tensor.name):
-        return "outside the language model"
-    if not in_block(tensor.name):
-        return "outside the transformer blocks"
-    if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and not is_block_linear(tensor.name, tensor.shape):
-        parts = tensor.name.removesuffix(".weight").split(".")
-        if not is_router(".".join(parts)):
-            return "a norm or an embedding"
-        routes = any(".".join(parts[:length]) in with_experts for length in range(len(parts)))
-        return "a router of experts" if routes else None
-    if len(tensor.shape) == 2 and re.search(r"\.experts\.\w+_bias$", tensor.name):
-        return "a bias of experts"
-    if OLD_BUFFERS.search(tensor.name) and tensor.shape[:2] == (1, 1):
-        return "a causal mask"
-    if len(tensor.shape) == 3 and tensor.shape[1] == 1 and tensor.name.endswith(".weight"):
-        return "a depthwise convolution"
-    return None
+def _is_causal_mask(tensor: StoredTensor) -> bool:
+    """Whether a tensor is the mask of an attention, which checkpoints of early versions of transformers hold."""
+    return tensor.shape[:2] == (1, 1) and OLD_BUFFERS.search(tensor.name) is not None
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -207,7 +191,7 @@ def _refuse_packed(path: Path, tensors: Mapping[str, StoredTensor], config: Mapp
     if quantization and not is_packed(config):
         what = f"{path} ({quantization.get('quant_method') if isinstance(quantization, dict) else quantization})"
     for name, tensor in tensors.items():
-        is_weight = len(tensor.shape) >= 2 and in_block(name) and _why_dense(tensor, None) != "a causal mask"
+        is_weight = len(tensor.shape) >= 2 and in_block(name) and not _is_causal_mask(tensor)
         if name.endswith(PACKED_SUFFIXES) or (is_weight and tensor.dtype not in FLOATS):
             what = f"{name} ({tensor.dtype})"
             break
