@@ -92,7 +92,8 @@ def run_update(case):
     params, hyper, second_moment, _ = case
     keys = [key for key in MOMENT_KEYS if key in params[0][2]]
     weight, grads, states, masks = map(list, zip(*params))
-    native.update_(weight, grads, {key: [state[key] for state in states] for key in keys}, masks, hyper, second_moment)
+    moments = {key: [state[key] for state in states] for key in keys}
+    native.update_(native.Batch(weight, grads, moments, masks), hyper, second_moment)
 
 
 def check_update(case):

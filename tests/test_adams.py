@@ -406,7 +406,7 @@ def test_sparsity_has_to_be_asked_for_or_declined():
 def test_by_default_it_runs_the_kernels_where_they_can(monkeypatch):
     calls = []
     update = native.update_
-    monkeypatch.setattr(native, "update_", lambda weights, *rest: (calls.extend(weights), update(weights, *rest)))
+    monkeypatch.setattr(native, "update_", lambda batch, *rest: (calls.extend(batch.weights), update(batch, *rest)))
     single, double = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 8, dtype=torch.float64))
     optimizer = AdamS([{"params": [single, double], "sparse": True}], total_steps=10)
     give_grads(single, double)

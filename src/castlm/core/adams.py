@@ -19,6 +19,7 @@ from castlm.core import native
 from castlm.core.decay import DECAYS
 from castlm.core.errors import DivergedError, InputError
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
+from castlm.core.native import Batch
 from castlm.core.nm import NM, as_pattern, pack_mask, refresh_masks_, replace_, unpack_mask
 from castlm.core.shards import flat, like_rows, local
 from castlm.core.update import SECOND_MOMENTS, hyperparameters, update_
@@ -289,15 +290,14 @@ class AdamS(Optimizer):
                 torch._foreach_mul_([flat(p) for p in here], 1 - float(group["lr"]) * group["weight_decay"])
             if here:
                 states = [self.state[param] for param in here]
-                update_(
+                batch = Batch(
                     [local(param).detach() for param in here],
                     [local(param.grad).to(param.dtype).contiguous() for param in here if param.grad is not None],
                     {key: [local(state[key]) for state in states] for key in MOMENT_KEYS if key in states[0]},
                     [local(state["mask"]) if group["sparse"] else None for state in states],
-                    hyperparameters(group, step),
-                    group["second_moment"] if group["sparse"] else "gradient",
-                    self._fused,
                 )
+                second_moment = group["second_moment"] if group["sparse"] else "gradient"
+                update_(batch, hyperparameters(group, step), second_moment, self._fused)
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,24 @@ MOST_GROUPED = 256
 _VERSION = 3  # of kernels.cpp
 _POINTERS = ("weight", "grad", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "mask")
 _NUM_HYPER = 7
+
+
+class Batch(NamedTuple):
+    """Parameters that one call updates, of one dtype and device, each contiguous and not empty."""
+
+    weights: Sequence[Tensor]
+    """(..., out, in) if there is a mask."""
+    grads: Sequence[Tensor]
+    """Like `weights`."""
+    moments: Mapping[str, Sequence[Tensor]]
+    """By their names in the optimizer state, as `castlm.core.moments.new_moments` makes them; all are of one kind."""
+    masks: Sequence[Tensor | None]
+    """(..., out, ceil(in / 8)) uint8 as `pack_mask` makes them, or None for all parameters."""
+
+    @property
+    def in_8bit(self) -> bool:
+        """Whether the moments are stored as codes with scales."""
+        return "exp_avg_scale" in self.moments
 
 
 class _Parameter(ctypes.Structure):
@@ -83,14 +102,7 @@ def runs_on(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and kernels() is not None
 
 
-def update_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    moments: Mapping[str, Sequence[Tensor]],
-    masks: Sequence[Tensor | None],
-    hyper: Sequence[float],
-    second_moment: str,
-) -> None:
+def update_(batch: Batch, hyper: Sequence[float], second_moment: str) -> None:
     """`castlm.core.update.adams_update` of several parameters, in place and in one pass over memory.
 
     Takes float32 on a CPU; arguments are otherwise as for `castlm.core.update.update_`. Raises `InputError` for a
@@ -99,11 +111,11 @@ def update_(
     library = kernels()
     assert library is not None
     assert len(hyper) == _NUM_HYPER
-    in_8bit = "exp_avg_scale" in moments
-    stored = torch.uint8 if in_8bit else torch.float32
+    weights = batch.weights
+    stored = torch.uint8 if batch.in_8bit else torch.float32
     dtypes = {"grad": torch.float32, "exp_avg": stored, "exp_avg_sq": stored}
-    parameters = _parameters(weights, masks)
-    for name, column in (("grad", grads), *moments.items()):
+    parameters = _parameters(weights, batch.masks)
+    for name, column in (("grad", batch.grads), *batch.moments.items()):
         for parameter, weight, tensor in zip(parameters, weights, column, strict=True):
             if name.endswith("_scale"):
                 block = weight.numel() // max(1, tensor.numel())  # weights that share a scale
@@ -119,7 +131,7 @@ def update_(
         parameters,
         len(parameters),
         (ctypes.c_float * _NUM_HYPER)(*hyper),
-        second_moment == "mix" and masks[0] is not None,
+        second_moment == "mix" and batch.masks[0] is not None,
         _maps(),
         torch.get_num_threads(),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from castlm.core import native
 from castlm.core.decay import DECAYS, decay_alpha
 from castlm.core.moments import from_codes, to_codes_
+from castlm.core.native import Batch
 from castlm.core.nm import bits_of_a_word, compiled, unpack_mask, unpack_words
 from castlm.core.shards import flat
 
@@ -82,51 +83,31 @@ def hyperparameters(group: Mapping[str, Any], step: int) -> list[float]:
     return [rate, group["eps"] * root, 1 - beta1, 1 - beta2, *masked]
 
 
-def update_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    moments: Mapping[str, Sequence[Tensor]],
-    masks: Sequence[Tensor | None],
-    hyper: Sequence[float],
-    second_moment: str,
-    fused: bool | None,
-) -> None:
+def update_(batch: Batch, hyper: Sequence[float], second_moment: str, fused: bool | None) -> None:
     """`adams_update` of several parameters, in place: by the C++ kernels if they take them, or by torch.
 
     Args:
-        weights: contiguous and not empty, of one dtype and device; (..., out, in) if there is a mask.
-        grads: as `weights`.
-        moments: by their names in the optimizer state, as `castlm.core.moments.new_moments` makes them; all parameters
-            have the same kind.
-        masks: (..., out, ceil(in / 8)) uint8 as `pack_mask` makes them, or None for all parameters.
         hyper: of `hyperparameters`.
         fused: as in `castlm.core.adams.AdamS`.
     """
-    if fused is not False and all(map(native.runs_on, weights)):
-        native.update_(weights, grads, moments, masks, hyper, second_moment)
+    if fused is not False and all(map(native.runs_on, batch.weights)):
+        native.update_(batch, hyper, second_moment)
     else:
-        _update_by_torch_(weights, grads, moments, masks, hyper, second_moment, bool(fused))
+        _update_by_torch_(batch, hyper, second_moment, compile=bool(fused))
 
 
-def _update_by_torch_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    moments: Mapping[str, Sequence[Tensor]],
-    masks: Sequence[Tensor | None],
-    hyper: Sequence[float],
-    second_moment: str,
-    fused: bool,
-) -> None:
-    """`update_` on any device: by `torch.compile` if `fused`, by torch operators otherwise.
+def _update_by_torch_(batch: Batch, hyper: Sequence[float], second_moment: str, *, compile: bool) -> None:
+    """`update_` on any device, by `torch.compile` or by torch operators.
 
     One call of an operator or a compiled function costs as much as an update of many weights, so a call takes as many
     parameters as it can: all small dense ones as one tensor, and compiled, eight of one size.
     """
-    in_8bit = "exp_avg_scale" in moments
+    weights, grads, moments, masks = batch
+    in_8bit = batch.in_8bit
     rows = [list(map(flat, row)) for row in zip(weights, grads, *moments.values(), strict=True)]
     if in_8bit:
         rows = [_in_blocks(row) for row in rows]
-    update_rows = compiled(update_rows_) if fused else update_rows_
+    update_rows = compiled(update_rows_) if compile else update_rows_
     device, wide = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
     settings: Any = in_8bit, torch.tensor(hyper, dtype=wide, device=device), second_moment
 
@@ -141,10 +122,10 @@ def _update_by_torch_(
             torch._foreach_copy_([rows[i][k] for i in small], torch.split(new, sizes))
 
     # Operators gain nothing from several parameters, and in 8 bits these would only hold more new moments at a time.
-    most = _CALL if fused and not in_8bit else 1
+    most = _CALL if compile and not in_8bit else 1
     for some in _of_one_size(large, weights, most):
         packed = [(weights[i], mask) for i in some if (mask := masks[i]) is not None]
-        if fused and packed and all(_fills_words(weight) for weight, _ in packed):
+        if compile and packed and all(_fills_words(weight) for weight, _ in packed):
             words = [mask.view(-1).view(torch.int32).detach() for _, mask in packed]  # (1536, 72) uint8 -> (27648,)
             compiled(update_rows_by_words_)([rows[i] for i in some], words, bits_of_a_word(device), *settings)
         else:
