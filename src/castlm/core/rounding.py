@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, SparseLayer, computed_weight, is_sparse_linear, weight_parameter
 
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of the largest magnitude: clipping it may cost less than a coarse grid
 
 
 def best_scale(
@@ -48,7 +48,7 @@ def best_scale(
     best, least = torch.ones_like(extreme), torch.full_like(extreme, float("inf"))
     for end in at:
         for shrink in _SHRINK:
-            scale = (extreme * (shrink / end)).bfloat16().float()
+            scale = (extreme * (shrink / end)).bfloat16().float()  # (1536, 9, 1), negative where extreme / end is
             scale = torch.where(scale == 0, 1.0, scale)
             error = (groups / scale).round_().clamp_(*ends).mul_(scale).sub_(groups).square_()
             lost = (error if importance is None else error.mul_(importance)).sum(dim, keepdim=True)
@@ -90,7 +90,7 @@ def _steps(weight: Tensor, log_scale: Tensor, bits: int, group: int) -> tuple[Te
     """The scales (..., groups, 1), the weights in units of them (..., groups, group), and the ends of each group."""
     groups = in_groups(weight, group)
     scale = log_scale.exp().bfloat16().to(weight.dtype).unsqueeze(-1)
-    low, high = groups.aminmax(dim=-1, keepdim=True)
+    low, high = groups.aminmax(dim=-1, keepdim=True)  # (1536, 9, 1)
     is_above = high >= -low  # the largest magnitude is positive
     end = 2 ** (bits - 1)
     return scale, groups / scale, torch.where(is_above, 1.0 - end, -end), torch.where(is_above, end, end - 1.0)

@@ -94,6 +94,7 @@ def average_gradients_(module: nn.Module, parameters: Iterable[Tensor], world: W
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    # One sum of all gradients: a collective for each tensor would cost its latency some hundred times.
     together = world.sum(torch.cat([gradient.flatten() for gradient in gradients])) / world.size
     for parameter, part in zip(trained, together.split([gradient.numel() for gradient in gradients])):
         parameter.grad = part.view_as(parameter)

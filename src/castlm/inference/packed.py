@@ -76,6 +76,7 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     nonzero = weight != 0
     if bool((nonzero.reshape(-1, m).sum(-1, dtype=torch.uint8 if m < 256 else torch.int64) == n).all()):
         return nonzero  # no zeros to choose from
+    # Non-zeros rank first. A -0.0 comes before +0.0, because a place that is not kept comes back as +0.0.
     score = 2 * nonzero.to(torch.uint8) + torch.signbit(weight)
     mask = rank_mask(score, n, m)
     if bool((nonzero & ~mask).any()):
@@ -164,8 +165,8 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
     if packed.scales is not None:
         scales = packed.scales.float()
         if group := FORMATS[spec.values].group:
-            scales = scales.repeat_interleave(group, dim=1)[:, : spec.columns]
-        weight = (weight.float() * scales).add_(0.0)
+            scales = scales.repeat_interleave(group, dim=1)[:, : spec.columns]  # (1536, 9) -> (1536, 576)
+        weight = (weight.float() * scales).add_(0.0)  # 0 times a negative scale is -0.0, which this makes 0.0
     return weight if dtype is None else weight.to(dtype)
 
 
@@ -174,7 +175,7 @@ def equal_as_packed(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     bits = _BITS[one.element_size()]
-    return torch.equal((one + 0).view(bits), (other + 0).view(bits))
+    return torch.equal((one + 0).view(bits), (other + 0).view(bits))  # -0.0 + 0 is +0.0
 
 
 def _join(codes: Tensor, bits: int) -> Tensor:
@@ -187,4 +188,4 @@ def _split(stored: Tensor, bits: int, width: int) -> Tensor:
     """The opposite of `_join`: int8 (rows, width)."""
     unsigned = torch.from_numpy(split_codes(stored.cpu().numpy(), bits, width)).to(stored.device, torch.int8)
     sign = 1 << bits - 1
-    return (unsigned ^ sign) - sign
+    return (unsigned ^ sign) - sign  # extends the sign: of 4 bits, 0b1000 is -8 and 0b0111 is 7

@@ -39,6 +39,7 @@ def gpu_formats(dtype: str) -> list[GpuFormat]:
 
     2:4 keeps half of the values and two bits of metadata for each of them.
     """
+    # 2:4 stores 2 of 4 values of `bits` bits and 2 bits of metadata for each: (2 bits + 2 * 2) / 4 = bits / 2 + 1
     bits = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8}
     formats = [
         GpuFormat(dtype, bits[dtype], dtype),
@@ -113,7 +114,7 @@ def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, ke
     kernel = kernel or kernel_of(device, form)[0]
     peak = (device.sparse_peak if form.sparse else device.peak)[form.compute] * kernel.peak
     weight = out_features * in_features * form.bits / 8
-    of_output = 4 if form.compute == "fp32" else 2
+    of_output = 4 if form.compute == "fp32" else 2  # 16 bits for products of int8 and fp8 as well
     moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * of_output)
     operations = 2 * tokens * out_features * in_features
     return kernel.launch + max(

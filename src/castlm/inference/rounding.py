@@ -161,10 +161,10 @@ def _descend(
     for _ in range(passes):
         for group, block in enumerate(blocks):
             inner, scale = hessian[block, block], scales[group]
-            slope = hessian[block] @ error  # (64, rows), updated within the block
+            slope = hessian[block] @ error  # half the gradient by the weights, (64, 576) @ (576, rows), kept up to date
             for j in range(len(slope)):
                 column = codes[block.start + j]
-                wanted = column - slope[j] / (inner[j, j] * scale)
+                wanted = column - slope[j] / (inner[j, j] * scale)  # where the quadratic in this code has its minimum
                 change = wanted.round_().clamp_(*ends).mul_(kept[block.start + j]).sub_(column)
                 column += change
                 slope.addr_(inner[:, j], change.mul_(scale))
@@ -176,6 +176,7 @@ def _refit(scale: Tensor, codes: Tensor, slope: Tensor, inner: Tensor) -> None:
     """Replaces the scale (rows,) by the best one for the codes (64, rows) of a group, where rounding that to bf16 still
     improves.
     """
+    # The loss at scale + d is the loss at scale + 2 d first + d^2 second, with the codes fixed.
     first, second = (slope * codes).sum(0), (codes * (inner @ codes)).sum(0)
     change = (scale - first / second.clamp_min(1e-30)).bfloat16().float() - scale
     is_better = (2 * change * first + change.square() * second < 0) & (scale + change != 0)
@@ -189,6 +190,7 @@ def _round_block(
     errors = torch.empty_like(updated)
     for j in range(len(updated)):
         codes[j] = (updated[j] / scale).round_().clamp_(*ends).mul_(kept[j])
+        # GPTQ, Alg. 1: the error (w_j - q_j) / U_jj, which column k > j inherits times U_jk
         errors[j] = updated[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
         updated[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     return errors

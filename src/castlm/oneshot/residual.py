@@ -128,14 +128,14 @@ class Stream:
         for (norm, readers), gain in zip(self.norms, self.gains):
             norm.weight.fill_(norm.unit)
             if norm.bias is not None:
-                norm.bias.div_(gain)
+                norm.bias.div_(gain)  # g x + b = g (x + b / g), and the readers multiply all of it by g
             for matrix in readers:  # W (g * x) = (W * g) x: the gain (576,) scales the columns of (1536, 576)
                 matrix.weight.mul_(gain)
 
     def unfold_(self) -> None:
         """Undoes `fold_`, up to the rounding of a product and a quotient."""
         for (norm, readers), gain in zip(self.norms, self.gains):
-            norm.weight.copy_(gain - (1 - norm.unit))
+            norm.weight.copy_(gain - (1 - norm.unit))  # Gemma stores the gain less 1: its `unit` is 0
             if norm.bias is not None:
                 norm.bias.mul_(gain)
             for matrix in readers:
@@ -201,10 +201,10 @@ class Stream:
         if not is_tied(self.model):
             embeddings.append(self.model.get_output_embeddings().weight.data)
         columns = embeddings + [matrix.weight for _, readers in self.wiring.reads for matrix in readers]
-        for weight in columns:
+        for weight in columns:  # W x = (W R) (R^T x), (1536, 576) @ (576, 576)
             weight.copy_(weight.float() @ rotation)
         biases = [norm.bias for norm, _ in self.norms]
-        for matrix in self.wiring.writes:
+        for matrix in self.wiring.writes:  # y = W x becomes R^T y, (576, 1536)
             matrix.weight.copy_((matrix.weight.T.float() @ rotation).T)
             biases.append(matrix.bias)
         for bias in biases:
@@ -219,7 +219,7 @@ def basis_between(dense: Tensor, given: Tensor) -> Tensor | None:
     is also found for embeddings that have been trained. None is the identity. Raises `InputError` if no rotation brings
     the embeddings near each other.
     """
-    step = max(1, len(dense) // (4 * dense.shape[1]))
+    step = max(1, len(dense) // (4 * dense.shape[1]))  # 49,152 tokens of 576: every 21st, four times as many as needed
     dense, given = dense[::step].double(), given[::step].double()
     left, _, right = torch.linalg.svd(dense.T @ given)
     rotation = left @ right  # with dense^T given = U S V^T, the nearest rotation is U V^T

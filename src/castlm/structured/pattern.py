@@ -68,9 +68,9 @@ class Units(Pattern):
         """The sum of `values` by unit, (units,); there is one tensor for each weight, of its shape."""
         *inner, last = values  # heads: (576, 576), (192, 576) twice, (576, 576): 3 KV heads of 64, 3 queries each
         number = self.num_units(values)
-        total = last.sum(0).view(number, -1).sum(1)
+        total = last.sum(0).view(number, -1).sum(1)  # the columns of o: (576,) -> (3, 192) -> (3,)
         for rows in inner:
-            total = total + rows.sum(1).view(number, -1).sum(1)
+            total = total + rows.sum(1).view(number, -1).sum(1)  # the rows of k: (192,) -> (3, 64) -> (3,)
         return total
 
     def expand(self, kept: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
