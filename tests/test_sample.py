@@ -231,7 +231,7 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(chat_llama, tmp_path, 
         (command(chat_llama, tmp_path / "no" / "b.jsonl"), "in an existing folder"),
         (command(chat_llama, tmp_path / "b.jsonl", "--temperature", "0"), "temperature = 0.0 is out of range"),
         (command(chat_llama, tmp_path / "b.jsonl", "--top-p", "2"), "--top-p = 2.0 is out of range"),
-        (command(chat_llama, tmp_path / "b.jsonl", "--max-new-tokens", "256"), "exceed the model's 256 positions"),
+        (command(chat_llama, tmp_path / "b.jsonl", "--max-new-tokens", "256"), "context of 256"),
         (command(str(bare), tmp_path / "b.jsonl", "--chat"), "has no chat template"),
         (
             command(chat_llama, tmp_path / "b.jsonl", "--chat", "--chat-template-path", str(ends_without)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from castlm.cli.options import to_stdout, use_threads
 from castlm.core.errors import InputError
 from castlm.fields import like, number, positional
+from castlm.packages import require
 from castlm.training.options import ModelOptions
 
 
@@ -35,9 +35,7 @@ class ServeCommand:
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
-        missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise InputError(f"serving needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        require("serving needs", "starlette", "uvicorn")
         try:  # before the model is loaded
             family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             socket.create_server(address, family=family).close()

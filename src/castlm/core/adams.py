@@ -21,7 +21,7 @@ from castlm.core.errors import DivergedError, InputError
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
 from castlm.core.native import Batch
 from castlm.core.nm import NM, as_pattern, pack_mask, refresh_masks_, replace_, unpack_mask
-from castlm.core.shards import flat, like_rows, local
+from castlm.core.shards import check_matrix, flat, like_rows, local
 from castlm.core.update import SECOND_MOMENTS, hyperparameters, update_
 
 _TRAINED = (torch.float32, torch.float64, torch.bfloat16)  # float16 rounds eps and small squared gradients to 0
@@ -388,11 +388,7 @@ def _check_parameter(param: Tensor, group: Mapping[str, Any]) -> None:
         )
     if not group["sparse"]:
         return
-    if param.dim() not in (2, 3):
-        raise InputError(
-            f"a sparse parameter has shape {shape}, not (out, in) or (experts, out, in): sharding that flattens "
-            "parameters (FSDP1, DeepSpeed ZeRO) cuts groups apart; use FSDP2 fully_shard"
-        )
+    check_matrix("a sparse parameter", param)
     if param.dtype == torch.bfloat16:
         raise InputError(
             f"a sparse parameter of shape {shape} is {param.dtype}, which rounds the decay away: keep fp32 master "

@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from castlm.core.errors import InputError
 from castlm.core.nm import pack_mask, unpack_mask
-from castlm.core.shards import local, sum_over_shards
+from castlm.core.shards import check_matrix, local, sum_over_shards
 from castlm.core.sparsify import SparseLayer, weight_parameter
 
 
@@ -68,12 +68,7 @@ class KeptPattern:
         """The number of times that the zeros have been counted."""
         for name, layer in layers.items():
             parameter = weight_parameter(layer)
-            if parameter.dim() not in (2, 3):
-                raise InputError(
-                    f"{name} has a weight of shape {tuple(parameter.shape)}, not (out, in) or (experts, out, in): "
-                    "sharding that flattens weights (FSDP1, DeepSpeed ZeRO) cannot keep a pattern; use FSDP2 "
-                    "fully_shard or DDP"
-                )
+            check_matrix(f"the weight of {name}", parameter)
             packed = pack_mask(local(parameter).detach() != 0)
             self.weights[name] = _Weight(parameter, weakref.ref(layer), packed)
         hooks = ExitStack()

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from castlm.core.errors import InputError
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, or the tensor itself."""
@@ -51,6 +53,15 @@ def own_rows(tensor: Tensor) -> slice:
         return slice(0, len(tensor))
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return slice(offset[0], offset[0] + shape[0])
+
+
+def check_matrix(what: str, weight: Tensor) -> None:
+    """Raises `InputError`, which begins with `what`, unless a weight is a matrix, or a stack of those of experts."""
+    if weight.dim() not in (2, 3):
+        raise InputError(
+            f"{what} has shape {tuple(weight.shape)}, not (out, in) or (experts, out, in): sharding that flattens "
+            "weights (FSDP1, DeepSpeed ZeRO) cuts groups apart; use FSDP2 fully_shard or DDP"
+        )
 
 
 def sum_over_shards(parameters: Iterable[Tensor], counts: Iterable[Tensor]) -> list[int]:

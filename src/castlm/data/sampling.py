@@ -32,7 +32,7 @@ from castlm.data.tokens import Encoder
 from castlm.files.atomic_file import atomic_write_json, flush_folder, reporting_full_disk
 from castlm.files.output import locked
 from castlm.files.reading import read_record, read_text, sha256_file, user_path
-from castlm.models.architecture import context_length
+from castlm.models.architecture import check_context, context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,11 +95,7 @@ class Sampler:
             self._user, self._ends = self._encode(before), sorted({*self._ends, following[0]})
         self._longest = context_length(model.config)
         longest = max(len(self._begin(prompt)) for prompt in self.prompts or [""])
-        if self._longest is not None and longest + options.max_new_tokens > self._longest:
-            raise InputError(
-                f"{longest} tokens of prompt and {options.max_new_tokens} new ones exceed the model's "
-                f"{self._longest} positions: lower max_new_tokens"
-            )
+        check_context(model.config, longest, options.max_new_tokens)
 
     def batch(self, number: int) -> Sequence[Sample | None]:
         """Samples a batch, in order; the same number and options give the same samples.

@@ -22,6 +22,7 @@ from castlm.core.errors import InputError, one_line
 from castlm.dtypes import dtype_name
 from castlm.files.reading import read_text, sha256_file, user_path
 from castlm.hardware import library_versions
+from castlm.packages import require
 
 SHIPPED = Path(__file__).parent / "tasks"
 
@@ -50,8 +51,7 @@ def local_task(name: str, folder: str | Path) -> dict[str, Any]:
 
 def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
     """Checks that the tasks can be evaluated, before a model is loaded."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("zero-shot tasks need lm-eval: pip install '.[eval]' in the clone of castlm")
+    require("zero-shot tasks need", "lm_eval", install="'.[eval]' in the clone of castlm")
     if folder is not None:
         for name in tasks:
             local_task(name, folder)

@@ -13,7 +13,7 @@ from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.hardware import choose_device, has_fast_bf16
 from castlm.inference.decode import ONE_SEQUENCE, TokenTimes, decoding_method
-from castlm.models.architecture import context_length
+from castlm.models.architecture import check_context
 from castlm.models.io import load_weights, open_model, unpack_on_load_
 
 
@@ -124,12 +124,7 @@ def generate_text(
         InputError: more tokens than the model's context holds.
     """
     assert max_new_tokens >= 1
-    longest = context_length(model.config)
-    if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
-        raise InputError(
-            f"{input_ids.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the context of {longest}: "
-            + ("lower --max-new-tokens" if input_ids.shape[1] < longest else "shorten the prompt")
-        )
+    check_context(model.config, input_ids.shape[1], max_new_tokens)
     stream = _Stream(tokenizer, write)
     sampling = {"do_sample": True, "temperature": temperature} if temperature >= 1e-6 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -62,6 +62,12 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
+def check_finite(weight: Tensor) -> None:
+    """Raises `InputError` if a weight holds NaN or infinity."""
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: the model is damaged")
+
+
 def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """The mask of exactly `n` in every `m` that holds all non-zeros of `weight` (out, in): bool, like `weight`.
 
@@ -71,8 +77,7 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
         InputError: a bad pattern, a width that does not divide by `m`, NaN or infinity, or a group with more non-zeros.
     """
     NM(n, m).check_shape(weight.shape)
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: the model is damaged")
+    check_finite(weight)
     nonzero = weight != 0
     if bool((nonzero.reshape(-1, m).sum(-1, dtype=torch.uint8 if m < 256 else torch.int64) == n).all()):
         return nonzero  # no zeros to choose from

@@ -18,6 +18,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.core.rounding import best_scale, in_groups
 from castlm.inference.formats import FORMATS
+from castlm.inference.packed import check_finite
 from castlm.oneshot.sparsegpt import upper_factor
 
 
@@ -60,7 +61,8 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
         InputError: NaN or infinity in the weight.
     """
     assert kind in ("int8", "fp8"), kind
-    weight = _finite(weight).float()
+    check_finite(weight)
+    weight = weight.float()
     largest = FORMATS[kind].largest
     scales = (weight.abs().amax(1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = weight / scales
@@ -83,8 +85,9 @@ def round_in_groups(
     Raises:
         InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
     """
+    check_finite(weight)
     columns = weight.shape[1]
-    target = _finite(weight).float().T.contiguous()  # (columns, rows): a column lies contiguous
+    target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
     updated = target.clone()  # the columns still to be rounded compensate for those that are
     kept = target != 0
     upper = torch.eye(columns, device=updated.device)
@@ -137,12 +140,6 @@ def on_grid(weight: Tensor, kind: str) -> Rounded:
         raise InputError(f"its weights are not codes of {kind} times scales, as castlm.json says: train it again")
     codes = (exact / scales).round_().flatten(1)[:, : weight.shape[1]]
     return Rounded(kind, codes.to(torch.int8).contiguous(), scales.squeeze(-1))
-
-
-def _finite(weight: Tensor) -> Tensor:
-    if not weight.isfinite().all():
-        raise InputError("the weight has NaN or infinity: the model is damaged")
-    return weight
 
 
 def _range(kind: str) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse
 from castlm.export.folder import left_dense_reason, read_left_dense
 from castlm.files.output import atomic_dir
 from castlm.methods.finetune import Finetune
+from castlm.packages import require
 from castlm.patterns import parse_pattern
 
 if TYPE_CHECKING:
@@ -219,10 +220,9 @@ def _check_adapters(model: nn.Module, kept: KeptPattern) -> None:
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InputError("adapters need peft: pip install '.[peft]' in the clone of castlm") from None
+    require("adapters need", "peft", install="'.[peft]' in the clone of castlm")
+    import peft
+
     return peft
 
 

@@ -49,6 +49,16 @@ def vocab_size(config: PretrainedConfig) -> int:
     return int(config.get_text_config().vocab_size)
 
 
+def check_context(config: PretrainedConfig, num_prompt: int, num_new: int) -> None:
+    """Raises `InputError` if a prompt and its continuation, in tokens, exceed the context of the model."""
+    longest = context_length(config)
+    if longest is not None and num_prompt + num_new > longest:
+        remedy = "lower max_new_tokens" if num_prompt < longest else "shorten the prompt"
+        raise InputError(
+            f"{num_prompt} tokens of prompt and {num_new} new ones exceed the model's context of {longest}: {remedy}"
+        )
+
+
 def linearize_(model: PreTrainedModel) -> None:
     """Replaces each `Conv1D` by an `nn.Linear`, and holds each 3-D weight of experts as an `ExpertLinear`, in place."""
     linearize_conv1d_(model)

