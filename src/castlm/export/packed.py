@@ -36,7 +36,7 @@ from castlm.export.folder import (
     stored_tensors,
 )
 from castlm.export.hf import new_manifest, write_safetensors
-from castlm.export.verify import check_ok, take_packed, verify
+from castlm.export.verify import Packed, check_ok, take_packed, verify
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
@@ -53,8 +53,6 @@ from castlm.models.layout import QUANT_METHOD, guess_model_type, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.patterns import DENSE
 from castlm.progress import note
-
-"""The text of a dense model, instead of a pattern."""
 
 Progress = Callable[[int, int], None]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -233,27 +231,8 @@ def pack_into(
         table = _table(source, stored)
         specs[table] = PackedSpec(*stored[table].shape, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
-
-    def layout(name: str) -> Layout:
-        if (spec := specs.get(name)) is not None:
-            return {f"{spec.stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
-        of = stored[name]
-        is_cast = cast is not None and STORED[of.dtype].is_floating_point
-        return {name: (STORED_NAMES[cast] if cast is not None and is_cast else of.dtype, of.shape)}
-
-    def convert(opened: Any, name: str) -> Iterator[Tensor]:
-        tensor, spec = opened.get_tensor(name), specs.get(name)
-        with naming(name):
-            if cast is not None and tensor.is_floating_point():
-                tensor = cast_weight(tensor, cast)
-            parts = [tensor] if spec is None else _packed(spec, tensor, rounded.get(spec.stem(name))).tensors().values()
-        yield from parts
-
-    def metadata(names: Iterable[str]) -> dict[str, str]:
-        return formats.to_metadata({specs[name].stem(name): specs[name] for name in names if name in specs})
-
     files = _new_files(stored, stored, formats.FILE)
-    _write_files(folder, files, formats.INDEX, layout, convert, metadata, progress)
+    _write_files(folder, files, formats.INDEX, _Packing(stored, specs, rounded, cast), progress)
     pattern = NM(n, m) if m else None
     _write_rest(source, folder, formats.FILE if len(files) == 1 else formats.INDEX, pattern, cast)
     if pattern is None:
@@ -262,6 +241,39 @@ def pack_into(
         check_ok(verify(folder, pattern, known_layers=specs))
     before = sum(file.stat().st_size for file, _, _ in files)
     return PackReport(len(specs), before, _bytes_in(folder))
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How tensors of a plain folder are stored in a packed one."""
+
+    stored: Mapping[str, StoredTensor]
+    specs: Mapping[str, PackedSpec]
+    """Of the tensors to pack; the others are copied."""
+    rounded: Mapping[str, Rounded]
+    """Codes and scales to store in place of weights, by the name of the layer."""
+    cast: torch.dtype | None
+    """The dtype of all floating-point tensors; None keeps theirs."""
+
+    def layout(self, name: str) -> Layout:
+        if (spec := self.specs.get(name)) is not None:
+            return {f"{spec.stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
+        of = self.stored[name]
+        is_cast = self.cast is not None and STORED[of.dtype].is_floating_point
+        return {name: (STORED_NAMES[self.cast] if self.cast is not None and is_cast else of.dtype, of.shape)}
+
+    def tensors(self, opened: Any, name: str) -> Iterable[Tensor]:
+        tensor, spec = opened.get_tensor(name), self.specs.get(name)
+        with naming(name):
+            if self.cast is not None and tensor.is_floating_point():
+                tensor = cast_weight(tensor, self.cast)
+            if spec is None:
+                return [tensor]
+            return _packed(spec, tensor, self.rounded.get(spec.stem(name))).tensors().values()
+
+    def metadata(self, names: Iterable[str]) -> dict[str, str]:
+        specs = {name: self.specs[name] for name in names if name in self.specs}
+        return formats.to_metadata({spec.stem(name): spec for name, spec in specs.items()})
 
 
 def _specs(
@@ -405,21 +417,12 @@ def unpack_folder(
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     integers_as = named if named in FLOATS.values() else torch.float32
-
-    def layout(name: str) -> Layout:
-        if name in packed and packed[name].spec.rounded:
-            return {name: (STORED_NAMES[integers_as], stored[name].shape)}
-        return {name: (stored[name].dtype, stored[name].shape)}
-
-    def convert(opened: Any, name: str) -> Iterator[Tensor]:
-        yield _unpacked(opened, packed[name].spec, name, integers_as) if name in packed else opened.get_tensor(name)
-
     config.pop("quantization_config", None)
     manifest = read_manifest(source)
     manifest.pop("packed", None)
     with atomic_dir(folder, overwrite) as temporary:
         files = _new_files(stored, sorted(stored), SINGLE)
-        _write_files(temporary, files, INDEX, layout, convert, lambda names: {"format": "pt"}, progress)
+        _write_files(temporary, files, INDEX, _Unpacking(stored, packed, integers_as), progress)
         _copy_small_files(source, temporary)
         atomic_write_json(temporary / "config.json", config)
         if manifest:
@@ -440,13 +443,33 @@ def unpack_folder(
     return len(packed)
 
 
-def _unpacked(opened: Any, spec: PackedSpec, name: str, integers_as: torch.dtype) -> Tensor:
-    parts = {suffix: opened.get_tensor(f"{spec.stem(name)}.{suffix}") for suffix in spec.tensors()}
-    packed = PackedTensor(spec, parts["values"], parts.get("mask"), parts.get("scales"))
-    with naming(name):
-        weight = unpack(packed, integers_as if spec.rounded else None)
-    weight = weight.view(*spec.unpacked_shape[:-2], -1, spec.columns)  # (out, in), or (experts, out, in)
-    return weight.mT if spec.transposed else weight
+@dataclass(frozen=True)
+class _Unpacking:
+    """How tensors of a packed folder are stored in a plain one; names are those of the plain folder."""
+
+    stored: Mapping[str, StoredTensor]
+    packed: Mapping[str, Packed]
+    integers_as: torch.dtype
+    """The dtype of weights that are stored as integers."""
+
+    def layout(self, name: str) -> Layout:
+        of = self.stored[name]
+        is_rounded = name in self.packed and self.packed[name].spec.rounded
+        return {name: (STORED_NAMES[self.integers_as] if is_rounded else of.dtype, of.shape)}
+
+    def tensors(self, opened: Any, name: str) -> Iterable[Tensor]:
+        if name not in self.packed:
+            return [opened.get_tensor(name)]
+        spec = self.packed[name].spec
+        parts = {suffix: opened.get_tensor(f"{spec.stem(name)}.{suffix}") for suffix in spec.tensors()}
+        packed = PackedTensor(spec, parts["values"], parts.get("mask"), parts.get("scales"))
+        with naming(name):
+            weight = unpack(packed, self.integers_as if spec.rounded else None)
+        weight = weight.view(*spec.unpacked_shape[:-2], -1, spec.columns)  # (out, in), or (experts, out, in)
+        return [weight.mT if spec.transposed else weight]
+
+    def metadata(self, names: Iterable[str]) -> dict[str, str]:
+        return {"format": "pt"}
 
 
 # ---- the files of both kinds
@@ -470,38 +493,36 @@ def _write_files(
     folder: Path,
     files: Sequence[_File],
     index: str,
-    layout: Callable[[str], Layout],
-    convert: Callable[[Any, str], Iterator[Tensor]],
-    metadata: Callable[[Iterable[str]], Mapping[str, str]],
+    how: _Packing | _Unpacking,
     progress: Progress | None,
 ) -> None:
     """Writes weights to `folder`, one tensor at a time, with an index of several files.
 
     Args:
         index: name of the index.
-        layout: the stored tensors of one tensor of a plain folder, by its name.
-        convert: gives them from the opened file in the same order.
-        metadata: of the file that holds the named tensors.
+        how: gives, for a tensor of the plain folder, the layout of its stored tensors, and these in the same order.
     """
+    progress = progress or (lambda done, total: None)
     done, total = 0, sum(len(names) for _, _, names in files)
     weight_map: dict[str, str] = {}
     for old, new, names in files:
-        entries = {key: entry for name in names for key, entry in layout(name).items()}
-
-        def written(names: list[str] = names, old: Path = old) -> Iterator[tuple[str, Tensor]]:
-            nonlocal done
-            with safe_open(old, framework="pt") as opened:
-                for name in names:
-                    yield from zip(layout(name), convert(opened, name))
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-
-        write_safetensors(folder / new, entries, written(), metadata(names))
+        entries = {key: entry for name in names for key, entry in how.layout(name).items()}
+        counted = _counted(names, done, total, progress)
+        with safe_open(old, framework="pt") as opened:
+            tensors = (named for name in counted for named in zip(how.layout(name), how.tensors(opened, name)))
+            write_safetensors(folder / new, entries, tensors, how.metadata(names))
+        done += len(names)
         weight_map |= dict.fromkeys(entries, new)
     if len(files) > 1:
         content = {"metadata": {"total_size": _bytes_in(folder)}, "weight_map": weight_map}
         atomic_write_json(folder / index, content)
+
+
+def _counted(names: Sequence[str], done: int, total: int, progress: Progress) -> Iterator[str]:
+    """`names`; calls `progress` after the work on each, where `done` of `total` are done before."""
+    for number, name in enumerate(names, done + 1):
+        yield name
+        progress(number, total)
 
 
 def _bytes_in(folder: Path) -> int:

@@ -124,34 +124,32 @@ class TrainingStart:
                 other ranks raise `SystemExit`.
         """
         start = StartWeights()
-
-        def make() -> dict[str, Any]:
-            nonlocal start
-            if self.options.name in self.pattern.solvers:
-                partial = partial_folder(user_path(output_dir))
-                try:
-                    with output_folder(partial, "prune", resume=True):
-                        begin_output(partial, "prune", resume=True)
-                        start = self._prune(partial, overwrite)
-                except (KeyboardInterrupt, SystemExit):
-                    if (partial / PROGRESS).exists():
-                        note(f"finished transformer blocks are in {partial}: the same command continues there")
-                    raise
-            else:
-                start = self._read()
-            return start.record
-
-        start.record = self.world.on_main(make, patient=True)  # loading a large model and each block may take long
+        # patient, because loading a large model and each block may take long
+        start.record = self.world.on_main(lambda: self._fill_(start, output_dir, overwrite), patient=True)
         return start
 
-    def _prune(self, partial: Path, overwrite: bool) -> StartWeights:
+    def _fill_(self, start: StartWeights, output_dir: str | Path, overwrite: bool) -> dict[str, Any]:
+        """Gives `start` its weights, by the solver or from the model that `init_from` names; returns its record."""
+        if self.options.name not in self.pattern.solvers:
+            return self._read_(start)
+        partial = partial_folder(user_path(output_dir))
+        try:
+            with output_folder(partial, "prune", resume=True):
+                begin_output(partial, "prune", resume=True)
+                return self._prune_(start, partial, overwrite)
+        except (KeyboardInterrupt, SystemExit):
+            if (partial / PROGRESS).exists():
+                note(f"finished transformer blocks are in {partial}: the same command continues there")
+            raise
+
+    def _prune_(self, start: StartWeights, partial: Path, overwrite: bool) -> dict[str, Any]:
         """Prunes a copy of the model, calibrated on the beginning of the training text."""
         options, pattern, source = self.options, self.pattern, self.source
         solver = options.name
         model = source.whole_model().to(self.world.device)
         try:
             precision = choose_precision(self.precision, self.world.device, model.config)
-            start = Start.of(options, solver, pattern, seed=self.seed, filter_fn=self.filter_fn, precision=precision)
+            settings = Start.of(options, solver, pattern, seed=self.seed, filter_fn=self.filter_fn, precision=precision)
             layers, _ = sparse_linears(model, pattern, self.filter_fn)
             effort = EFFORTS[options.start_effort]
             num_sequences = options.calibration_sequences or default_sequences(layers, self.seq_len, effort)
@@ -163,7 +161,7 @@ class TrainingStart:
                 "tokens_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
                 "keeps_dense": self.keeps_dense_values,
                 "layers": sorted(layers),
-                **start.options(),
+                **settings.options(),
             }
             folder = StartFolder(partial, depends_on, restart=overwrite)
             blocks = MemoryModel(model, layers, keeps_dense=self.keeps_dense_values)
@@ -175,7 +173,7 @@ class TrainingStart:
                 return f"; training takes about {duration(self.training_tokens * size * seconds_per_token)} after it"
 
             with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
-                report = start.make_(
+                report = settings.make_(
                     blocks, calibration, extras, folder=folder, say=note, progress=progress, time_after=time_after
                 )
         except InputError as error:
@@ -185,20 +183,20 @@ class TrainingStart:
         if self.world.mesh is not None:
             model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
         pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
+        start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
         replaced = set(pruned.values())
-        dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
+        start.dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
         if report.basis.changes:
-            dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
-        record = {
+            start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
+        start.stream_basis = report.basis.stream_basis
+        return {
             "calibration_tokens": calibration.numel(),
             **report.record(),
             "layer_errors": {layer.name: layer.error for layer in report.layers},
             "reconstructions": [asdict(block) for block in report.reconstructions],
         }
-        pruned_weights = {name: parameter.detach() for name, parameter in pruned.items()}
-        return StartWeights(pruned_weights, dense, report.basis.stream_basis, record)
 
-    def _read(self) -> StartWeights:
+    def _read_(self, start: StartWeights) -> dict[str, Any]:
         """Reads the model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""
         name, pattern, source = self.options.name, self.pattern, self.source
         options = source.options if self.is_finetuning else {"trust_remote_code": source.options["trust_remote_code"]}
@@ -219,7 +217,7 @@ class TrainingStart:
             for each in sorted(ours.keys() | theirs.keys()):
                 if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
                     raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
-        start = StartWeights({layer: theirs[f"{layer}.weight"].detach() for layer in layers})
+        start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in layers}
         bound = pattern.for_model(source.model)
         for unit in bound.joint_layers(start.pruned):
             if bound.joint_violations([start.pruned[layer] for layer in unit]):
@@ -229,7 +227,7 @@ class TrainingStart:
                     "name the layer in left_dense"
                 )
         if self.is_finetuning:
-            return start
+            return {}
         pruned = {f"{layer}.weight" for layer in layers}
         start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
         # Its basis may be another than the dense model's.
@@ -247,9 +245,7 @@ class TrainingStart:
             except InputError as error:
                 raise InputError(f"init_from {name}: {error}; with hidden_weight 0 they may differ") from None
         shape = None if start.stream_basis is None else list(start.stream_basis.shape)
-        if untied or shape:
-            start.record = {"basis": {"untied": untied, "stream_basis": shape}}
-        return start
+        return {"basis": {"untied": untied, "stream_basis": shape}} if untied or shape else {}
 
 
 def drop_partial(output_dir: str | Path) -> None:
