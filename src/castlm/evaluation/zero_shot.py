@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from castlm.hardware import library_versions
 from castlm.packages import require
 
 SHIPPED = Path(__file__).parent / "tasks"
+"""The folder of the tasks that castlm ships, a file each, with the name, prompt and metrics of lm-eval's task."""
 
 
 def local_task_names() -> list[str]:

@@ -16,7 +16,7 @@ float load_value(const uint8_t* row, int32_t values, int64_t index) {
     case kFloat16: std::memcpy(&half, row + 2 * index, 2); return float16_to_float(half);
     case kFloat32: std::memcpy(&single, row + 4 * index, 4); return single;
     case kInt8: return float(int8_t(row[index]));
-    default: return float(((row[index / 2] >> (index % 2 * 4) & 15) ^ 8) - 8);
+    default: return float(((row[index / 2] >> (index % 2 * 4) & 15) ^ 8) - 8);  // int4 in two's complement: 0b1000 is -8
   }
 }
 
@@ -85,6 +85,7 @@ void expand_panels(const Header& of, const uint8_t* data, int64_t row, float* to
   }
 }
 
+// Sixteen sums that do not depend on each other, so that the compiler may use vectors without changing a sum's order.
 EACH_CPU float dot(const float* a, const float* b, int64_t count) {
   float sums[16] = {};
   for (int64_t k = 0; k < count; k += 16)
@@ -122,13 +123,13 @@ EACH_CPU void plain_quantize(const float* x, int64_t width, int8_t* narrow, floa
     float most = 0, finite = 0;
     for (int64_t i = k; i < k + kBlock; ++i) {
       most = std::max(most, std::fabs(x[i]));
-      finite += x[i] * 0.0f;
+      finite += x[i] * 0.0f;  // 0, or NaN if a value is NaN or infinite: the scale then carries it into the result
     }
     scales[k / kBlock] = most / 127.0f + finite;
     const float factor = most > 1e-30f ? 127.0f / most : 0.0f;
     for (int64_t i = k; i < k + kBlock; ++i) {
       const float scaled = x[i] * factor;
-      narrow[i] = int8_t(std::fabs(scaled) < 127.5f ? std::lrint(scaled) : 0);
+      narrow[i] = int8_t(std::fabs(scaled) < 127.5f ? std::lrint(scaled) : 0);  // not of NaN: that is undefined
     }
   }
 }

@@ -15,7 +15,7 @@ void store_short_scale(uint8_t* at, float scale) {
   std::memcpy(at, &bits, 2);
 }
 
-// Value `index` of a row of int4 plus 8: 0 to 15.
+// Value `index` of a row of int4 plus 8, 0 to 15: flipping the highest bit of two's complement adds 8.
 INLINE uint8_t nibble(const uint8_t* row, int64_t index) { return uint8_t((row[index / 2] >> (index % 2 * 4) & 15) ^ 8); }
 
 void fill_dense_row(const Header& of, const uint8_t* values, const float* scales, int64_t row, uint8_t* data) {
@@ -53,6 +53,7 @@ void fill_panel_row(const Header& of, const Places& places, const uint8_t* value
     const Place* place = places.data();
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t column = block * kBlock + 4 * group;
+      // The n bits of a group of 4, from the lowest: 0b1010 keeps columns 1 and 3.
       for (unsigned bits = mask[column / 8] >> (column % 8) & 15; bits; bits &= bits - 1, ++place, ++index) {
         panel[place->mask_byte] |= uint8_t(__builtin_ctz(bits) << place->mask_shift);
         if constexpr (bytes == 0) panel[place->value] ^= uint8_t((nibble(values, index) ^ 8) << place->value_shift);
@@ -76,7 +77,7 @@ void fill_panels(const Header& of, const uint8_t* values, const uint8_t* mask, c
     const int64_t row_in_tile = row % of.tile_rows();
     for (int64_t block = 0; of.values == kInt4 && block < of.blocks(); ++block) {
       uint8_t* panel = panels + block * of.panel_bytes();
-      if (row_in_tile == 0) std::memset(panel + 32, 0x88, 64);
+      if (row_in_tile == 0) std::memset(panel + 32, 0x88, 64);  // two nibbles of 8, which stand for 0
       store_short_scale(panel + 96 + 2 * row_in_tile, scales[row * of.blocks() + block]);
     }
     fill(of, places[row_in_tile], values + row * of.kept_row_bytes(), mask + row * of.mask_row_bytes(), panels);
@@ -103,11 +104,12 @@ bool mask_is_nm(const Header& of, const uint8_t* mask) {
     bool good = true;
     for (int64_t i = 0; i < checked; ++i) good &= whole[mask[i]];
     if (!good) return false;
-    for (int64_t k = 8 * checked; k < of.columns; k += of.m) {
+    for (int64_t k = 8 * checked; k < of.columns; k += of.m) {  // groups that end in no byte, as of 3:5
       int count = 0;
       for (int64_t i = k; i < k + of.m; ++i) count += mask[i / 8] >> (i % 8) & 1;
       if (count != of.n) return false;
     }
+    // A bit past the last column would make the kernels read a value of the next row.
     for (int64_t k = of.columns; k < 8 * of.mask_row_bytes(); ++k)
       if (mask[k / 8] >> (k % 8) & 1) return false;
   }
