@@ -17,7 +17,7 @@ TIERS = (
     ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference", "structured", "patterns"),
     ("models", "hardware"),
     ("files", "fields", "progress", "signals"),
-    ("names", "dtypes"),
+    ("names", "dtypes", "packages"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}
