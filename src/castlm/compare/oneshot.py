@@ -66,7 +66,7 @@ def _measure(config: OneshotConfig, loaded: Loaded, device: str) -> dict[str, An
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
     found = perplexity(loaded.model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype)
     return {
-        "config": asdict(config),
+        "config": config.as_dict(),
         "perplexity": found.perplexity,
         "measured": measured_on(
             loaded.tokenizer,

@@ -352,8 +352,7 @@ class Plan:
         given = {option: value for option, value in fields.items() if option in shared}
         given |= {**named, "num_sequences": self.command.num_sequences}  # of all rows alike, as the text
         given |= dict(zip(calibration, self.texts["calibration"]))
-        config = build(OneshotConfig, given, f"variant {name}")
-        content = {**dataclasses.asdict(config), "pattern": str(config.pattern)}
+        content = build(OneshotConfig, given, f"variant {name}").as_dict()
         del content["output_dir"]
         return Run(name, 0, 0, content, run_key(content, self.hashes))
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class OneshotConfig(ScoredTextOptions):
     seed: int = 0
     trust_remote_code: bool = False
     revision: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option as plain JSON."""
+        return {**asdict(self), "pattern": str(self.pattern)}
 
 
 @dataclass(frozen=True)
