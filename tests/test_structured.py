@@ -239,7 +239,7 @@ def test_every_pattern_is_pruned_and_least_squares_lower_the_error(text, score):
     for refinements in (NO_REFIT, Refinements()):
         model = tiny_model("llama")
         pattern = parse_pattern(text).for_model(model)
-        report = prune_oneshot_(model, score, pattern=text, calibration=TOKENS, refinements=refinements)
+        report = prune_oneshot_(model, score, pattern=parse_pattern(text), calibration=TOKENS, refinements=refinements)
         layers, _ = sparse_linears(model, parse_pattern(text))
         for unit in pattern.joint_layers(layers):
             assert pattern.joint_violations([layers[name].weight for name in unit]) == 0
