@@ -150,7 +150,7 @@ def _main(arguments: list[str]) -> int:
         print(castlm.__version__)
         return 0
     try:
-        for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # transformers and peft import them
+        for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "lm_eval"):  # transformers and peft import three
             logging.getLogger(name).setLevel(logging.ERROR)
         _check_utf8(arguments)
         words = 2 if arguments[0] == "plan" else 1

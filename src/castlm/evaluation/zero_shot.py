@@ -6,10 +6,8 @@ points.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +63,7 @@ def check_tasks(tasks: Sequence[str], folder: str | Path | None) -> None:
 def _task_manager(include_defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    with _quiet():
-        return TaskManager(include_defaults=include_defaults)
+    return TaskManager(include_defaults=include_defaults)
 
 
 def zero_shot(
@@ -97,16 +94,15 @@ def zero_shot(
     configs = None if folder is None else [local_task(name, folder) for name in tasks]
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, mixed_precision_dtype=autocast_dtype)
     try:
-        with _quiet():
-            results: dict[str, Any] = simple_evaluate(
-                lm,
-                tasks=configs or list(tasks),
-                num_fewshot=0,
-                limit=limit,
-                log_samples=False,
-                bootstrap_iters=1000,  # for perplexity's error; the error of accuracies is exact
-                task_manager=_task_manager(configs is None),
-            )
+        results: dict[str, Any] = simple_evaluate(
+            lm,
+            tasks=configs or list(tasks),
+            num_fewshot=0,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=1000,  # for perplexity's error; the error of accuracies is exact
+            task_manager=_task_manager(configs is None),
+        )
     except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three if it cannot get its data
         raise InputError(
             f"the tasks {', '.join(tasks)} could not run: {one_line(error)}; use --tasks-from FOLDER for data on this "
@@ -147,15 +143,3 @@ def metrics_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
             name = metric if answer_filter == "none" else key
             found.append({"metric": name, "value": float(value), "stderr": stderr})
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside the context, lm-eval logs errors only. Its progress bars stay."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
