@@ -137,8 +137,5 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal, read a chunk at a time."""
-    digest = hashlib.sha256()
     with open_regular(path) as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
