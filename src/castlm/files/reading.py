@@ -13,8 +13,9 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from castlm.core.errors import InputError, one_line
 
@@ -69,7 +70,7 @@ def check_regular_entries(folder: Path) -> None:
                     check_regular(entry)
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file for reading, in binary; never waits for a writer, as `open` does on a named pipe."""
     path = check_regular(path)
     with _reading(path):

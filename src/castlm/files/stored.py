@@ -132,7 +132,7 @@ def byte_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
         while left:
             chunk, done = buffer[: min(left, len(buffer))], 0
             while done < len(chunk):
-                count = stream.readinto(chunk.data[done:])  # type: ignore[attr-defined]
+                count = stream.readinto(chunk.data[done:])
                 if not count:
                     raise InputError(f"{tensor.file} was cut short while {tensor.name} was read")
                 done += count
