@@ -39,6 +39,17 @@ COLUMNS = {
     "peak_memory_mib": ("peak memory, MiB", ".0f"),
 }
 """Heading and number format by the name of a figure in a row of `summarize`."""
+RECORDED: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "before_prune": lambda record: record["perplexity"].get("before_prune"),
+    "flip_rate": lambda record: record.get("mask", {}).get("flip_rate"),
+    "initial_flip_rate": lambda record: record.get("mask", {}).get("initial_flip_rate"),
+    "sparse_weight_ratio": lambda record: record.get("mask", {}).get("sparse_weight_ratio"),
+    "start_tokens": lambda record: (record.get("start") or {}).get("calibration_tokens"),
+    "train_seconds": lambda record: record.get("train_seconds", record.get("prune_seconds")),
+    "start_seconds": lambda record: start_seconds(record.get("start") or {}),
+    "peak_memory_mib": lambda record: record["peak_memory_bytes"] / 2**20 if "peak_memory_bytes" in record else None,
+}
+"""Where the record of a run, its castlm.json, has a figure; None without it."""
 SHORT = ("variant", "start", "tokens", "rate", "pruned", "gap to dense control")
 """Columns of the table on a terminal and in table.md; the page has all of them."""
 MEANINGS = {
@@ -105,16 +116,6 @@ def _row(
     run = group[0].run
     done = [r for r in group if "error" not in r.record]
 
-    def over(value: Callable[[Result], float | None]) -> Spread | None:
-        return spread(value(r) for r in done)
-
-    def mask_figure(name: str) -> Spread | None:
-        return over(lambda r: r.record.get("mask", {}).get(name))
-
-    def memory_mib(result: Result) -> float | None:
-        found = result.record.get("peak_memory_bytes")
-        return None if found is None else found / 2**20
-
     def reasons(problem: str) -> list[str]:
         return [f"seed {r.run.seed}: {r.record['verdict']['reason']}" for r in done if r.problem == problem]
 
@@ -132,18 +133,11 @@ def _row(
         "start": start_of(run.config),
         "options": options,
         "seeds": [r.run.seed for r in done],
-        "before_prune": over(lambda r: r.record["perplexity"].get("before_prune")),
-        "pruned": over(lambda r: r.perplexity),
+        "pruned": spread(r.perplexity for r in done),
         "gap": spread(gaps.values()),
         "gap_seeds": list(gaps),
-        "gap_untouched": over(lambda r: math.log(r.perplexity / untouched) if untouched else None),
-        "flip_rate": mask_figure("flip_rate"),
-        "initial_flip_rate": mask_figure("initial_flip_rate"),
-        "sparse_weight_ratio": mask_figure("sparse_weight_ratio"),
-        "train_seconds": over(lambda r: r.record.get("train_seconds", r.record.get("prune_seconds"))),
-        "peak_memory_mib": over(memory_mib),
-        "start_tokens": over(lambda r: (r.record.get("start") or {}).get("calibration_tokens")),
-        "start_seconds": over(lambda r: start_seconds(r.record.get("start") or {})),
+        "gap_untouched": spread(math.log(r.perplexity / untouched) if untouched else None for r in done),
+        **{name: spread(value(r.record) for r in done) for name, value in RECORDED.items()},
         "diverged": reasons("diverged"),
         "fell_short": reasons("fell short"),
         "errors": [f"seed {r.run.seed}: {r.record['error']}" for r in group if "error" in r.record],
