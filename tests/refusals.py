@@ -1,13 +1,23 @@
 """Commands that answer bad input with exit code 2 and one line; folders that may not be written."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from castlm.cli.main import main
+from castlm.core.errors import InputError
+
+
+@contextlib.contextmanager
+def refusal(match: str) -> Iterator[pytest.ExceptionInfo[InputError]]:
+    """Checks that the block raises an `InputError` of one line that matches."""
+    with pytest.raises(InputError, match=match) as raised:
+        yield raised
+    assert "\n" not in str(raised.value)
 
 
 def assert_refused(cases: Iterable[tuple[Sequence[str], str]], capsys: pytest.CaptureFixture[str]) -> None:

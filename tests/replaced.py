@@ -14,18 +14,23 @@ from pathlib import Path
 from castlm.files.output import atomic_dir, check_output
 
 
+def die_before(moment: int, counts: Callable[[str, tuple], bool] = lambda event, arguments: True) -> None:
+    """Lets this process kill itself before its `moment`-th step on files, of those that `counts` says."""
+    steps = iter(range(moment))
+
+    def hook(event: str, arguments: tuple) -> None:
+        on_files = event.startswith(("os.", "open", "shutil.")) and event != "os.kill"
+        if on_files and counts(event, arguments) and next(steps, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
 def killed_at(moment: int, work: Callable[[], object]) -> bool:
-    """Does `work` in a child that kills itself before its `moment`-th step on files. False: it came to its end."""
+    """Does `work` in a child that dies before its `moment`-th step on files. False: it came to its end."""
     child = os.fork()
     if child == 0:
-        steps = iter(range(moment))
-
-        def hook(event: str, arguments: tuple) -> None:
-            on_files = event.startswith(("os.", "open", "shutil.")) and event != "os.kill"
-            if on_files and next(steps, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
+        die_before(moment)
         try:
             work()
         finally:

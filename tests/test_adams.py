@@ -1,7 +1,6 @@
 """AdamS against the paper's equations, against torch's Adam, and against what would break it without a word."""
 
 import copy
-import io
 import math
 import pickle
 
@@ -18,6 +17,7 @@ from castlm.core.nm import NM, nm_mask, unpack_mask
 from castlm.core.sparsify import prune_
 from tests.fused import needs_kernels, threads, through_torch_compile
 from tests.reference import ReferenceAdamS
+from tests.refusals import refusal
 from tests.slow import slow
 
 HYPER = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-8, "lam": 0.3, "total_steps": 50}
@@ -31,10 +31,16 @@ def dense_group(*params):
     return [{"params": list(params), "sparse": False}]
 
 
-def run(optimizer, param, grads):
-    for grad in grads:
-        param.grad = grad.clone()
-        optimizer.step()
+def step(*optimizers, seed=0, times=1):
+    """Steps each optimizer `times` times, all with the same random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(times):
+        for params in zip(*([p for group in each.param_groups for p in group["params"]] for each in optimizers)):
+            grad = torch.randn(params[0].shape, generator=generator)
+            for param in params:
+                param.grad = grad.to(param.dtype, copy=True)
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 RULES = [*((decay, "mix") for decay in DECAYS), ("horizon", "gradient"), ("none", "gradient")]
@@ -58,7 +64,8 @@ def test_fifty_steps_equal_the_equations(decay, second_moment, n, m, width, fuse
     for t in range(50):
         grad = torch.randn(6, width)
         reference.step(grad.tolist())
-        run(optimizer, weight, [grad])
+        weight.grad = grad
+        optimizer.step()
         assert optimizer.mask(weight).tolist() == reference.mask, t
         expected = torch.tensor(reference.w)
         assert (weight - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item()), t
@@ -76,12 +83,12 @@ def test_weight_decay_is_that_of_adamw_on_dense_groups_alone(fused):
     optimizer = AdamS([*sparse_group(*sparse), *dense_group(*ours)], **options, weight_decay=0.3)
     without = AdamS(sparse_group(*plain), **options)
     adamw = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.3)
-    for _ in range(30):
-        for a, b in zip([*ours, *sparse], [*theirs, *plain]):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        for each in (optimizer, without, adamw):
-            each.step()
+    for seed in range(30):
+        step(optimizer, seed=seed)
+        for param, other in zip([*sparse, *ours], [*plain, *theirs]):
+            other.grad = param.grad
+        without.step()
+        adamw.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert torch.equal(*sparse, *plain)
@@ -93,7 +100,7 @@ def test_horizon_reaches_exact_zero_at_decay_end_and_stays(lam):
     weight = nn.Parameter(torch.randn(8, 16))
     optimizer = AdamS(sparse_group(weight), lr=1e-4, lam=lam, total_steps=40, decay_end=0.5)
     for t in range(40):
-        run(optimizer, weight, [torch.randn(8, 16)])
+        step(optimizer, seed=t)
         masked = weight.detach()[~optimizer.mask(weight)]
         assert (t >= 19) == bool((masked == 0).all())
     assert torch.equal(optimizer.mask(weight), nm_mask(weight))
@@ -115,12 +122,8 @@ def test_fused_path_equals_the_plain_one(way, monkeypatch):
         optimizers[1]._fused = True
     else:
         through_torch_compile(optimizers[1], monkeypatch)
-    for _ in range(20):
-        for a, b in zip(plain, fused):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+    for seed in range(20):
+        step(*optimizers, seed=seed)
         assert optimizers[0].flips() == optimizers[1].flips()
         for a, b in zip(plain[:6], fused):
             assert torch.equal(optimizers[0].mask(a), optimizers[1].mask(b))
@@ -136,17 +139,13 @@ def test_kernels_give_the_same_bits_on_any_number_of_threads():
     """Weights longer than what a thread takes at a time, with rows of whole bytes and without."""
     torch.manual_seed(0)
     start = [torch.randn(400, 1000), torch.randn(30_000, 12), torch.randn(3, 100_002), torch.randn(300_001)]
-    grads = [torch.randn_like(weight) for weight in start]
     ended = []
     for num_threads in (1, 4):
         params = [nn.Parameter(weight.clone()) for weight in start]
         groups = [*sparse_group(*params[:2]), *sparse_group(params[2], n=1, m=3), {"params": params[3:]}]
         optimizer = AdamS(groups, lr=0.1, total_steps=3, mask_interval=1, fused=True)
         with threads(num_threads):
-            for _ in range(3):
-                for param, grad in zip(params, grads):
-                    param.grad = grad
-                optimizer.step()
+            step(optimizer, times=3)
         ended.append([*params, *optimizer.masks().values(), torch.tensor(optimizer.flips())])
         for param, (n, m) in zip(params, ((2, 4), (2, 4), (1, 3))):
             assert torch.equal(optimizer.mask(param).view(-1, m).sum(1).unique(), torch.tensor([n]))
@@ -169,29 +168,10 @@ def test_a_mask_is_a_bit_a_weight_and_one_that_was_set_stays_without_an_interval
     assert optimizer.state[weight]["mask"].dtype == torch.uint8
     other = ~nm_mask(weight)  # of 2:4, its complement is 2:4 too
     optimizer.set_mask(weight, other)
-    run(optimizer, weight, torch.randn(10, 6, 20))
+    step(optimizer, times=10)
     assert torch.equal(optimizer.mask(weight), other)
     assert torch.equal(optimizer.masks()[weight], other)
     assert torch.equal(weight != 0, other)
-
-
-def test_state_dict_resumes_bitwise_with_an_old_mask():
-    torch.manual_seed(0)
-    grads = [torch.randn(4, 8) for _ in range(20)]
-    weight = nn.Parameter(torch.randn(4, 8))
-    other = nn.Parameter(weight.detach().clone())
-    straight = AdamS(sparse_group(weight), lr=0.3, total_steps=20, decay_end=0.5)
-    run(straight, weight, grads[:7])
-    assert not torch.equal(straight.mask(weight), nm_mask(weight))  # the saved mask is not the mask of the weights
-    saved, saved_weight = copy.deepcopy(straight.state_dict()), weight.detach().clone()
-    run(straight, weight, grads[7:])
-    resumed = AdamS(sparse_group(other), lr=0.3, total_steps=20, decay_end=0.5)
-    other.data.copy_(saved_weight)
-    resumed.load_state_dict(saved)
-    assert resumed.state[other]["mask"].dtype == torch.uint8
-    assert torch.equal(resumed.state[other]["mask"], saved["state"][0]["mask"])
-    run(resumed, other, grads[7:])
-    assert torch.equal(weight, other)
 
 
 def test_torch_distributed_state_dict_takes_no_hidden_step():
@@ -235,12 +215,6 @@ def make(fused=None, shape=(4, 8), **options):
     return AdamS(groups, **{"lr": 1e-2, "total_steps": 20, "mask_interval": 2, **options}, fused=fused), sparse, dense
 
 
-def give_grads(*params, seed=0):
-    torch.manual_seed(seed)
-    for param in params:
-        param.grad = torch.randn_like(param)
-
-
 def state_of(optimizer):
     return copy.deepcopy(optimizer.state_dict()), [
         p.detach().clone() for g in optimizer.param_groups for p in g["params"]
@@ -266,10 +240,9 @@ def other_strides(grad):
 @pytest.mark.parametrize("second_moment", ["gradient", "mix"])
 def test_a_gradient_of_another_dtype_or_other_strides_is_read_by_its_values(fused, dtype, second_moment):
     one, other = (make(fused, (8, 8), second_moment=second_moment) for _ in range(2))
-    for seed in range(5):
-        give_grads(*one[1:], seed=seed)
+    for _ in range(5):
         for p, q in zip(one[1:], other[1:]):
-            p.grad = p.grad.to(dtype or torch.float32).float()
+            p.grad = torch.randn_like(p).to(dtype or torch.float32).float()
             q.grad_dtype = dtype or torch.float32
             q.grad = other_strides(p.grad) if dtype is None else p.grad.to(dtype)
         one[0].step()
@@ -277,43 +250,20 @@ def test_a_gradient_of_another_dtype_or_other_strides_is_read_by_its_values(fuse
     assert_same_state(state_of(one[0]), state_of(other[0]))
 
 
-def another_grad(param, grad):
-    """Sets a gradient that torch's own check would refuse, as custom autograd code and hooks can leave it behind."""
-    param.grad = None
-    data, param.data = param.data, grad.detach().clone()
-    param.grad = grad
-    param.data = data
-
-
-def sparse_grad(param):
-    return torch.ones_like(param).to_sparse()
-
-
 @pytest.mark.parametrize("fused", EVERY_WAY)
-@pytest.mark.parametrize(
-    ("of", "change"),
-    [
-        (1, lambda p: another_grad(p, torch.ones(2, 8))),
-        (1, lambda p: another_grad(p, torch.ones(40))),
-        (2, lambda p: another_grad(p, torch.ones(40))),
-        (2, lambda p: setattr(p, "grad", sparse_grad(p))),
-        (1, lambda p: setattr(p, "data", p.data.t().contiguous().t())),
-        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data.bfloat16()), give_grads(p))),
-        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data.double()), give_grads(p))),
-        (1, lambda p: (setattr(p, "grad", None), setattr(p, "data", p.data[:2].clone()), give_grads(p))),
-    ],
-)
-def test_what_changed_after_the_optimizer_was_built_is_refused_before_any_weight_changes(fused, of, change):
-    given = make(fused)
-    optimizer, other = given[0], given[3 - of]
-    give_grads(*given[1:])
-    optimizer.step()
+@pytest.mark.parametrize("change", [None, torch.Tensor.bfloat16, lambda data: data[:2].clone(), other_strides])
+def test_what_changed_after_the_optimizer_was_built_is_refused_before_any_weight_changes(fused, change):
+    optimizer, sparse, dense = make(fused)
+    step(optimizer)
+    changed, other = (dense, sparse) if change is None else (sparse, dense)
     before = other.detach().clone(), copy.deepcopy(optimizer.state[other])
-    give_grads(*given[1:])
-    change(given[of])
-    with pytest.raises(InputError, match="a parameter is") as raised:
+    if change is None:
+        changed.grad = torch.ones_like(changed).to_sparse()
+    else:
+        changed.grad, changed.data = None, change(changed.data)
+        changed.grad = torch.ones_like(changed)
+    with refusal("a parameter is"):
         optimizer.step()
-    assert "\n" not in str(raised.value)
     assert torch.equal(other, before[0])
     assert all(torch.equal(value, before[1][key]) for key, value in optimizer.state[other].items())
 
@@ -321,35 +271,24 @@ def test_what_changed_after_the_optimizer_was_built_is_refused_before_any_weight
 # ---- parameters
 
 
-@pytest.mark.parametrize("is_sparse", [True, False])
 @pytest.mark.parametrize(
-    ("weight", "message"),
+    ("weight", "message", "is_sparse"),
     [
-        (torch.randn(4, 8).half(), "float16"),
-        (torch.randn(4, 8, dtype=torch.complex64), "complex64"),
-        (torch.randn(8, 4).t(), r"strides \(1, 4\)"),
-        (torch.randn(1, 8).expand(4, 8), r"strides \(0, 1\)"),
-        (torch.randn(4, 8).to_sparse(), "sparse_coo"),
+        (torch.randn(4, 8).half(), "float16", False),
+        (torch.randn(4, 8, dtype=torch.complex64), "complex64", False),
+        (torch.randn(8, 4).t(), r"strides \(1, 4\)", False),
+        (torch.randn(1, 8).expand(4, 8), r"strides \(0, 1\)", True),
+        (torch.randn(4, 8).to_sparse(), "sparse_coo", True),
+        (torch.randn(64), "FSDP2", True),
+        (torch.randn(2, 2, 4, 8), r"not \(out, in\)", True),
+        (torch.randn(4, 8).bfloat16(), "bfloat16", True),
+        (torch.randn(4, 6), "6 does not divide", True),
+        (torch.full((4, 8), float("nan")), "NaN", True),
     ],
 )
-def test_a_parameter_that_cannot_be_stepped_is_refused(weight, message, is_sparse):
+def test_a_parameter_that_cannot_be_stepped_or_be_sparse_is_refused(weight, message, is_sparse):
     with pytest.raises(InputError, match=message):
         AdamS([{"params": [nn.Parameter(weight)], "sparse": is_sparse}], total_steps=1)
-
-
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (torch.randn(64), "FSDP2"),
-        (torch.randn(2, 2, 4, 8), "not \\(out, in\\)"),
-        (torch.randn(4, 8).bfloat16(), "bfloat16"),
-        (torch.randn(4, 6), "6 does not divide"),
-        (torch.full((4, 8), float("nan")), "NaN"),
-    ],
-)
-def test_a_weight_that_cannot_be_sparse_is_refused(weight, message):
-    with pytest.raises(InputError, match=message):
-        AdamS(sparse_group(nn.Parameter(weight)), total_steps=10)
 
 
 def test_a_sparse_weight_needs_a_gradient():
@@ -380,9 +319,8 @@ def test_an_option_out_of_range_is_refused_by_name_for_all_groups_and_for_one(na
         return [{"params": [nn.Parameter(torch.randn(4, 8))], "sparse": True, **options}]
 
     for groups, options in ((group(), {name: value}), (group(**{name: value}), {})):
-        with pytest.raises(InputError, match=f"AdamS: {name} = ") as raised:
+        with refusal(f"AdamS: {name} = "):
             AdamS(groups, **{"total_steps": 10, **options})
-        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("decay", ["proportional", "additive"])
@@ -409,53 +347,52 @@ def test_by_default_it_runs_the_kernels_where_they_can(monkeypatch):
     monkeypatch.setattr(native, "update_", lambda batch, *rest: (calls.extend(batch.weights), update(batch, *rest)))
     single, double = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 8, dtype=torch.float64))
     optimizer = AdamS([{"params": [single, double], "sparse": True}], total_steps=10)
-    give_grads(single, double)
-    optimizer.step()
+    step(optimizer)
     assert [w.data_ptr() for w in calls] == [single.data_ptr()]
     assert int(optimizer.state[double]["step"]) == 1
 
 
 def test_without_kernels_the_default_runs_torch(monkeypatch):
-    expected, other = make(fused=False), make()
+    expected, other = make(fused=False)[0], make()[0]
     monkeypatch.setattr(native, "kernels", lambda: None)
-    for seed in range(3):
-        for given in (expected, other):
-            give_grads(*given[1:], seed=seed)
-            given[0].step()
-    assert_same_state(state_of(expected[0]), state_of(other[0]))
+    step(expected, other, times=3)
+    assert_same_state(state_of(expected), state_of(other))
 
 
 # ---- copies
 
 
 def through_pickle(pair):
-    buffer = io.BytesIO()
-    pickle.dump(pair, buffer)
-    buffer.seek(0)
-    return pickle.load(buffer)
+    return pickle.loads(pickle.dumps(pair))
+
+
+def through_state_dict(pair):
+    optimizer, params = pair
+    copied = [nn.Parameter(param.detach().clone()) for param in params]
+    of_group = [{**group, "params": [param]} for group, param in zip(optimizer.param_groups, copied)]
+    other = AdamS(of_group, total_steps=20, fused=optimizer._fused)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other, copied
 
 
 @pytest.mark.parametrize("fused", EVERY_WAY)
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])
-@pytest.mark.parametrize("through", [copy.deepcopy, through_pickle])
-def test_a_copy_goes_on_bit_for_bit_and_apart(through, moments, fused):
+@pytest.mark.parametrize("through", [copy.deepcopy, through_pickle, through_state_dict])
+def test_a_copy_continues_bit_for_bit_and_apart(through, moments, fused):
     shape = (64, 128)
     optimizer, sparse, dense = make(fused, shape, moments=moments, lr=0.5, mask_interval=1, decay_end=1.0)
-    for seed in range(3):
-        give_grads(sparse, dense, seed=seed)
-        optimizer.step()
+    step(optimizer, times=3)
     optimizer.set_mask(sparse, ~nm_mask(sparse))
     copied, params = through((optimizer, [sparse, dense]))
     assert copied._fused == fused
-    assert copied.flips() == optimizer.flips() > 0
+    assert copied.flips() == (0 if through is through_state_dict else optimizer.flips())
+    assert optimizer.flips() > 0
     assert [p for group in copied.param_groups for p in group["params"]] == params
     assert torch.equal(copied.mask(params[0]), optimizer.mask(sparse))
     before = state_of(optimizer)
-    give_grads(*params, seed=9)
-    copied.step()
+    step(copied, seed=9)
     assert_same_state(before, state_of(optimizer))
-    give_grads(sparse, dense, seed=9)
-    optimizer.step()
+    step(optimizer, seed=9)
     assert_same_state(state_of(optimizer), state_of(copied))
 
 
@@ -505,8 +442,6 @@ def corrupted(saved, key, value):
         lambda s: corrupted(s, "more", torch.ones(1)),
         lambda s: s["state"][0].pop("mask") is None or s,
         lambda s: s["state"].pop(0) is None or s,
-        lambda s: s["param_groups"].pop() is None or s,
-        lambda s: s["param_groups"][0]["params"].append(7) or s,
         lambda s: s["param_groups"][0].update(pattern="1:4") or s,
         lambda s: s["param_groups"][0].update(total_steps=21) or s,
         lambda s: s["param_groups"][0].update(decay="additive") or s,
@@ -514,16 +449,13 @@ def corrupted(saved, key, value):
     ],
 )
 def test_a_saved_state_that_does_not_fit_is_refused_and_nothing_changes(break_, moments):
-    optimizer, sparse, dense = make(None, (64, 128), moments=moments)
-    give_grads(sparse, dense)
-    optimizer.step()
+    optimizer, _, _ = make(None, (64, 128), moments=moments)
+    step(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
-    give_grads(sparse, dense, seed=1)
-    optimizer.step()
+    step(optimizer, seed=1)
     before = state_of(optimizer)
-    with pytest.raises(ValueError, match=r"saved|masks|loaded state") as raised:  # the last is torch's own
+    with refusal(r"saved|masks"):
         optimizer.load_state_dict(break_(saved))
-    assert "\n" not in str(raised.value)
     assert_same_state(before, state_of(optimizer))
 
 
@@ -536,14 +468,6 @@ SHAPES = [(64, 128), (128, 64), (32, 192), (64, 20), (64,)]  # the last two are 
 def optimizer_of(params, moments, *, fused=False):
     groups = [{"params": params[:2], "sparse": True}, {"params": params[2:]}]
     return AdamS(groups, lr=1e-2, total_steps=20, mask_interval=5, moments=moments, fused=fused)
-
-
-def steps(params, optimizer, first, last):
-    for t in range(first, last):
-        generator = torch.Generator().manual_seed(t)
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator) + 0.5
-        optimizer.step()
 
 
 def parameters():
@@ -571,8 +495,7 @@ def test_steps_stay_close_to_those_with_fp32_moments():
     exact, coarse = parameters(), parameters()
     start = parameters()
     one, other = optimizer_of(exact, "fp32"), optimizer_of(coarse, "8bit")
-    steps(exact, one, 0, 20)
-    steps(coarse, other, 0, 20)
+    step(one, other, times=20)
     for a, b, first in zip(exact, coarse, start):
         assert (a - b).norm() <= 0.05 * (a - first).norm()
         torch.testing.assert_close(one.momentum(a), other.momentum(b), rtol=0.05, atol=0.05)
@@ -586,8 +509,7 @@ def test_fused_steps_with_8_bits_equal_the_plain_ones(way, monkeypatch):
     one, other = optimizer_of(plain, "8bit"), optimizer_of(fused, "8bit", fused=way == "native")
     if way == "compiled":
         through_torch_compile(other, monkeypatch)
-    steps(plain, one, 0, 20)
-    steps(fused, other, 0, 20)
+    step(one, other, times=20)
     for a, b in zip(plain, fused):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
         for name in ("exp_avg", "exp_avg_sq"):

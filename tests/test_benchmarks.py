@@ -1,4 +1,4 @@
-"""The cheapest rows of `python -m benchmarks`, without thresholds: they run and report a figure."""
+"""The benchmarks that `python -m benchmarks --quick` does not run, and the masks of the rivals."""
 
 import json
 import re
@@ -6,30 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import __main__ as benchmarks
 from benchmarks import frontier, gap_figure, gpu
 from benchmarks.masks import apex_mask, topk_mask
 from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core import native
-from castlm.core.errors import InputError
 from castlm.core.nm import nm_mask
 from castlm.inference import native as inference_native
 from tests.ranks import start_command, wait_ranks
 from tests.runs import prune_to
 from tests.tiny import TEXT, save_tiny
-
-
-def test_the_cheapest_rows(tmp_path, capsys):
-    threads = torch.get_num_threads()
-    benchmarks.main(["--only", "state", "--threads", "1", "--json", str(tmp_path / "out.json")])
-    torch.set_num_threads(threads)
-    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert row["part"] == "AdamS state"
-    assert 1 < row["value"] < 1 + 1 / 32
-    assert row["met"] is True
-    assert "AdamS state" in capsys.readouterr().out
 
 
 def test_rivals_make_the_same_masks():
@@ -82,8 +69,3 @@ def test_the_figure_of_the_start_shows_the_gaps_of_its_table(tmp_path):
     gap_figure.main([str(page), "--tokens-per-step", "512", "--plot", str(plot)])
     drawn, stored = (re.search("<!-- (.*) -->", file.read_text()) for file in (plot, results / "stories260k-start.svg"))
     assert drawn[1] == stored[1]  # the lines around it are matplotlib's, which differ between its versions
-    gaps = gap_figure.read_gaps(page.read_text())
-    assert gaps["finetune, plain"][100] == 0.570
-    assert gaps["the default, cast"][6400] == 0.161
-    with pytest.raises(InputError, match="no table with a column `variant`"):
-        gap_figure.read_gaps("| variant | ppl |\n|---|---|\n| a | 3.2 (+0.570) |\n")

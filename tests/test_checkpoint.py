@@ -16,7 +16,7 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
 from castlm.training.checkpoint import Saver, _checksum, checkpoint_steps, load_checkpoint, read_manifest
-from tests.refusals import disk_full
+from tests.refusals import refusal
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 MANIFEST = {"config": {"model": "m"}, "facts": {}, "data": {}, "tokens": 3, "seconds": 1.5, "flips": 0}
@@ -104,17 +104,15 @@ def test_other_tensors_than_those_of_the_run_are_refused(case, checkpoint):
     tensors = load_file(checkpoint / SHARD)
     OTHERS[case](tensors)
     reseal(checkpoint, SHARD, save(tensors))
-    with pytest.raises(InputError, match=r"does not describe this run \(model\.") as refusal:
+    with refusal(r"does not describe this run \(model\."):
         load_checkpoint(checkpoint, state(0.0), ALONE)
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"\0", b"[" * 200_000, b'{"format": 2}'])
 def test_a_corrupt_manifest_is_one_line(content, checkpoint):
     (checkpoint / "manifest.json").write_bytes(content)
-    with pytest.raises(InputError, match="step-00000003") as refusal:
+    with refusal("step-00000003"):
         read_manifest(checkpoint)
-    assert "\n" not in str(refusal.value)
 
 
 def flip_a_byte(checkpoint: Path) -> None:
@@ -148,13 +146,6 @@ def test_rotation_leaves_what_a_user_put_into_a_checkpoint(checkpoint, tmp_path)
     saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
     assert list(checkpoint_steps(tmp_path)) == [4]
     assert [file.name for file in checkpoint.iterdir()] == ["notes.txt"]
-
-
-def test_a_failed_save_names_its_own_step(checkpoint, tmp_path, monkeypatch):
-    saver = Saver(tmp_path, 1, ALONE, background=False, say=lambda text: None)
-    monkeypatch.setattr("castlm.training.checkpoint._remove", disk_full)
-    with pytest.raises(InputError, match=r"step 4 .*disk is full"):
-        saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
 
 
 def test_an_error_of_one_rank_alone_does_not_wait_for_the_others(tmp_path, monkeypatch):

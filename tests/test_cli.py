@@ -46,15 +46,17 @@ def test_a_run_is_found_where_the_shell_does_not_expand_its_home(tmp_path, monke
 
 
 def test_no_answer_holds_the_control_characters_of_a_name(tmp_path, capsys):
-    first, *others = (str(tmp_path / f"{name}\x1b[2J\nname") for name in ("model", "packed", "plain", "int8", "pruned"))
+    names = ("model", "packed", "plain", "int8", "pruned", "text.txt")
+    first, packed, plain, quantized, pruned, text = (str(tmp_path / f"\x1b[2J\nname-{name}") for name in names)
     save_tiny(Path(first))
-    packed, plain, quantized, pruned = others
+    Path(text).write_text("some text of a few words")
     for command in (
         ["prune", "--model", first, "--method", "magnitude", "--output-dir", pruned],
         ["pack", pruned, "--output-dir", packed],
         ["unpack", packed, "--output-dir", plain],
         ["quantize", plain, "--output-dir", quantized],
         ["verify", quantized],
+        ["eval", plain, "--text", text, "--device", "cpu"],
     ):
         assert main(command) == 0
         output = capsys.readouterr()

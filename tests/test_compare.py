@@ -28,6 +28,7 @@ from castlm.methods.table import METHODS
 from castlm.progress import note
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
+from tests.refusals import refusal
 from tests.runs import before_each_step, killed_in
 from tests.tiny import TEXT, save_tiny
 
@@ -35,21 +36,15 @@ CONFIG = {"mask_interval": 2, "eval_tokens": 256, "seq_len": 32, "per_device_tra
 CONFIG |= {"calibration_sequences": 4, "rotation_iterations": 4}
 
 
+SHORT = {"methods": "cast", "config": {**CONFIG, "init_from": "magnitude", "save_steps": 0}}
+"""Options of runs that start from magnitude and save nothing on the way, where their results alone matter."""
+
+
 @pytest.fixture(scope="module")
 def files(llama, text, tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "eval.txt").write_text(TEXT[:2000])
-    (folder / "common.yaml").write_text(yaml.safe_dump(CONFIG))
-    names = {"eval_dataset": str(folder / "eval.txt"), "config": str(folder / "common.yaml")}
-    return {"model": llama, "dataset": text, **names}
-
-
-@pytest.fixture
-def short(tmp_path) -> dict[str, str]:
-    """Options of runs that start from magnitude and save nothing on the way, where their results alone matter."""
-    file = tmp_path / "short.yaml"
-    file.write_text(yaml.safe_dump({**CONFIG, "init_from": "magnitude", "save_steps": 0}))
-    return {"methods": "cast", "config": str(file)}
+    eval_text = tmp_path_factory.mktemp("files") / "eval.txt"
+    eval_text.write_text(TEXT[:2000])
+    return {"model": llama, "dataset": text, "eval_dataset": str(eval_text)}
 
 
 @pytest.fixture
@@ -68,7 +63,18 @@ def in_process(no_charts, monkeypatch) -> list[str]:
 
 
 def command(files, tmp_path, **over) -> CompareConfig:
-    return CompareConfig(**{**files, "output_dir": str(tmp_path / "out"), "budget_tokens": 6 * 64, "seeds": 1, **over})
+    """The options of a comparison; `config` and `variants` may be given by what is in the file."""
+    fields = {"output_dir": str(tmp_path / "out"), "budget_tokens": 6 * 64, "seeds": 1, "config": CONFIG}
+    fields |= {**files, **over}
+    for name in ("config", "variants"):
+        if isinstance(fields.get(name), dict):
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(fields[name], sort_keys=False))
+            fields[name] = str(tmp_path / f"{name}.yaml")
+    return CompareConfig(**fields)
+
+
+def plan_of(files, tmp_path, **over) -> Plan:
+    return Plan(command(files, tmp_path, **over), str)
 
 
 def compare(files, tmp_path, **over) -> tuple[int, dict]:
@@ -129,22 +135,26 @@ def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, monke
     assert "src=" not in html
 
 
-def test_a_failed_run_is_a_line_of_the_table(files, short, tmp_path, in_process):
-    variants = tmp_path / "variants.yaml"
-    variants.write_text('good: {}\nbad:\n  left_dense: ["*"]\n')
-    code, table = compare(files, tmp_path, variants=str(variants), budget_tokens=300, config=short["config"])
+def test_a_failed_run_is_a_line_of_the_table_whatever_its_name(files, tmp_path, in_process, capsys):
+    bad = f"[/red] a|{'b' * 300}"
+    variants = {"good": {}, bad: {"method": "cast", "left_dense": ["*"]}}
+    options = command(files, tmp_path, variants=variants, budget_tokens=300, config=SHORT["config"])
+    code, report = run_comparison(options, "castlm compare", note)
     assert code == 1
-    rows = {row["variant"]: row for row in table["rows"]}
-    assert "exit code 2: as it said" in rows["bad"]["errors"][0]
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "out" / "table.json").read_text())["rows"]}
+    assert "exit code 2: as it said" in rows[bad]["errors"][0]
     assert rows["good"]["pruned"]["mean"] > 1
     assert not rows["good"]["errors"]
+    show(report, options.output_dir)
+    assert "[/red] a|b" in capsys.readouterr().out
+    assert "[/red] a\\|b" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.slow
-def test_rates_are_chosen_on_the_tuning_text(files, short, tmp_path, in_process):
+def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process):
     tuning = tmp_path / "tuning.txt"
     tuning.write_text("a text of its own, for the choice of the rate\n" * 20)
-    asked = {**short, "learning_rates": "1e-4,2e-2", "seeds": 2, "tuning_dataset": str(tuning)}
+    asked = {**SHORT, "learning_rates": "1e-4,2e-2", "seeds": 2, "tuning_dataset": str(tuning)}
     _, table = compare(files, tmp_path, **asked)
     assert len(in_process) == 8  # two trials and two seeds, of cast and of the control
     trials = [t for t in table["trials"] if t["variant"] == "cast" and t["text"] == str(tuning)]
@@ -157,9 +167,7 @@ def test_rates_are_chosen_on_the_tuning_text(files, short, tmp_path, in_process)
 
 
 def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
-    config = tmp_path / "from_magnitude.yaml"
-    config.write_text(yaml.safe_dump({**CONFIG, "init_from": "magnitude"}))
-    asked = {"methods": "cast", "config": str(config)}
+    asked = {"methods": "cast", "config": {**CONFIG, "init_from": "magnitude"}}
     with killed_in(TrainingRun, "train_step", call=5):
         compare(files, tmp_path, **asked)
     steps: list[int] = []
@@ -179,10 +187,8 @@ def test_each_text_is_opened_as_its_runs_open_it(files, tmp_path, monkeypatch):
 
     monkeypatch.setattr(documents, "open_documents", open_documents)
     config = {**CONFIG, "dataset_split": "a", "eval_split": "b", "eval_config": "c"}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "calibration.txt").write_text(TEXT)
-    texts = {"config": str(tmp_path / "config.yaml"), "calibration": str(tmp_path / "calibration.txt")}
-    Plan(command(files, tmp_path, methods="magnitude", **texts), note)
+    plan_of(files, tmp_path, methods="magnitude", config=config, calibration=str(tmp_path / "calibration.txt"))
     assert opened == {"stories.txt": ("a", None), "eval.txt": ("b", "c"), "calibration.txt": ("train", None)}
 
 
@@ -204,9 +210,7 @@ def test_key_has_all_that_matters(tmp_path):
 
 def test_a_start_counts_by_what_its_model_holds(files, tmp_path):
     starts = [save_tiny(tmp_path / "a"), save_tiny(tmp_path / "b"), save_tiny(tmp_path / "c", seed=1)]
-    variants = tmp_path / "variants.yaml"
-    variants.write_text("".join(f"{start.name}: {{init_from: {start}}}\n" for start in starts))
-    plan = Plan(command(files, tmp_path, variants=str(variants)), str)
+    plan = plan_of(files, tmp_path, variants={start.name: {"init_from": str(start)} for start in starts})
     one, same, other = (plan.make(start.name, 6 * 64, 0, None).key for start in starts)
     assert one == same != other
     assert plan.make(starts[0].name, 5 * 64, 0, None).key != one  # another budget is another run
@@ -224,9 +228,8 @@ def test_a_hub_model_counts_by_its_commit_before_a_run_has_fetched_it_too(files,
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("castlm.models.io.open_config", fetch)
-    (tmp_path / "variants.yaml").write_text("cast: {init_from: someone/start}")
-    over = {**files, "model": "someone/tiny", "variants": str(tmp_path / "variants.yaml")}
-    first, second = (Plan(command(over, tmp_path), str).make("cast", 6 * 64, 0, None).key for _ in range(2))
+    over = {"model": "someone/tiny", "variants": {"cast": {"init_from": "someone/start"}}}
+    first, second = (plan_of(files, tmp_path, **over).make("cast", 6 * 64, 0, None).key for _ in range(2))
     assert first == second
     assert fetched == ["someone/tiny", "someone/start"]
 
@@ -241,24 +244,20 @@ def test_a_hub_model_counts_by_its_commit_before_a_run_has_fetched_it_too(files,
 )
 def test_every_method_starts_alike_unless_published_starts_are_asked_for(published, init_from, starts, files, tmp_path):
     config = {**CONFIG, **({} if init_from is None else {"init_from": init_from})}
-    (tmp_path / "common.yaml").write_text(yaml.safe_dump(config))
     names = "cast,finetune,srste,gradual_magnitude"
-    over = {"methods": names, "published_starts": published, "config": str(tmp_path / "common.yaml")}
-    plan = Plan(command(files, tmp_path, **over), str)
+    plan = plan_of(files, tmp_path, methods=names, published_starts=published, config=config)
     found = {name: plan.make(name, 6 * 64, 0, None).config["init_from"] for name in plan.variants}
     assert found == {**starts, "gradual_magnitude": "magnitude", "dense": "magnitude"}
 
 
 def test_a_published_start_is_as_published_unless_the_options_say_otherwise(files, tmp_path):
     def start(**over):
-        plan = Plan(command(files, tmp_path, methods="finetune", **over), str)
-        config = plan.make("finetune", 6 * 64, 0, None).config
+        config = plan_of(files, tmp_path, methods="finetune", **over).make("finetune", 6 * 64, 0, None).config
         return {name: config[name] for name in SPARSEGPT}
 
     assert start() != SPARSEGPT
     assert start(published_starts=True) == SPARSEGPT
-    (tmp_path / "common.yaml").write_text(yaml.safe_dump({**CONFIG, "refit_iterations": 5}))
-    chosen = start(published_starts=True, config=str(tmp_path / "common.yaml"))
+    chosen = start(published_starts=True, config={**CONFIG, "refit_iterations": 5})
     assert chosen == {**SPARSEGPT, "refit_iterations": 5}
 
 
@@ -304,9 +303,8 @@ def test_steps_of_another_size_have_the_control_of_the_same_budget_and_a_note():
 
 
 def test_steps_give_the_token_budget_of_the_options_that_all_runs_share(files, tmp_path):
-    (tmp_path / "variants.yaml").write_text("cast: {}\nlarge: {per_device_train_batch_size: 3}\n")
-    asked = {"variants": str(tmp_path / "variants.yaml"), "budget_tokens": None}
-    plan = Plan(command(files, tmp_path, **asked, max_steps=6), str)
+    variants = {"cast": {}, "large": {"per_device_train_batch_size": 3}}
+    plan = plan_of(files, tmp_path, variants=variants, budget_tokens=None, max_steps=6)
     (budget,) = plan.budgets("large")
     assert budget == 6 * 64
     assert plan.make("large", budget, 0, None).tokens == 4 * 96
@@ -360,19 +358,18 @@ def test_the_verdict_pairs_the_seeds_that_both_have():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_can_be_planned(name, files, tmp_path):
-    options = command(files, tmp_path, preset=name, budget_tokens=64 * 800)
+    options = {"preset": name, "budget_tokens": 64 * 800}
     if name == "structured":
         with pytest.raises(InputError, match="needs a structured pattern"):
-            Plan(options, str)
-        (tmp_path / "channels.yaml").write_text(yaml.safe_dump({**CONFIG, "pattern": "channels:0.5"}))
-        options = dataclasses.replace(options, config=str(tmp_path / "channels.yaml"))
-    plan = Plan(options, str)
+            plan_of(files, tmp_path, **options)
+        options["config"] = {**CONFIG, "pattern": "channels:0.5"}
+    plan = plan_of(files, tmp_path, **options)
     made = [plan.make(v, t, 0, None) for v in plan.variants for t in plan.budgets(v)]
     keys = {run.key for run in made}
     assert len(keys) == len(made)  # no two of them are the same run
     chosen = next(iter(PRESETS[name].variants))
     if chosen in METHODS:  # named with the preset, a variant keeps what the preset gives it
-        assert Plan(dataclasses.replace(options, methods=chosen), str).variants[chosen] == plan.variants[chosen]
+        assert plan_of(files, tmp_path, **options, methods=chosen).variants[chosen] == plan.variants[chosen]
     if name == "budgets":
         assert sorted({run.tokens for run in made}) == [64 * 100, 64 * 200, 64 * 400, 64 * 800]
 
@@ -384,8 +381,7 @@ def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
         "cut": {"pattern": "channels:0.5", "method": "finetune"},
         "flap": {"pattern": "channels:0.5"},
     }
-    (tmp_path / "variants.yaml").write_text(yaml.safe_dump(variants))
-    code, table = compare(files, tmp_path, variants=str(tmp_path / "variants.yaml"))
+    code, table = compare(files, tmp_path, variants=variants)
     assert code == 0
     rows = {row["variant"]: row for row in table["rows"]}
     assert rows["decay"]["start"] == rows["cut"]["start"] == "flap"
@@ -393,43 +389,37 @@ def test_structured_patterns_have_their_own_rivals(files, tmp_path, in_process):
 
 
 @pytest.mark.parametrize(
-    ("over", "variants", "reason"),
+    ("over", "reason"),
     [
-        ({"methods": "cast,stee"}, "", "methods = 'stee'"),
-        ({"methods": "taylor"}, "", "taylor is not for 2:4"),
-        ({}, "sparsegpt: {pattern: 'channels:0.5'}", "sparsegpt is not for channels"),
-        ({"budget_tokens": 63}, "", "less than one step of 64"),
-        ({"budget_tokens": None}, "", "one of --budget-tokens and --max-steps"),
-        ({"max_steps": 6}, "", "one of --budget-tokens and --max-steps"),
-        ({"learning_rates": "1e-3,fast"}, "", "learning_rates = 'fast' is not a number"),
-        ({"learning_rates": "1e-3,-1"}, "", "out of range"),
-        ({"tuning_dataset": "x.txt"}, "", "give --learning-rates"),
-        ({"variants": "nowhere.yaml"}, "", "cannot read nowhere.yaml"),
-        ({"dataset": "nowhere.txt"}, "", "nowhere.txt"),
-        ({"model": "no where"}, "", "no where"),
-        ({}, "dense: {method: ste}", "variant dense: method = 'ste', but the name is the dense control's"),
-        ({}, "dense: {method: cast}\nother: {method: dense}", "rename it"),
-        ({}, "other: {method: cast, seq_len: 16}", "set it for all variants"),
-        ({}, "other: {method: cast, assistant_only_loss: false}", "set it for all variants"),
-        ({}, "cast: {eval_dataset: nowhere.txt}", "variant cast sets eval_dataset"),
-        ({}, "cast: {seed: 7}", "variant cast sets seed"),
-        ({}, "wanda: {mask_iterations: 5}", "variant wanda: mask_iterations is no option of wanda"),
-        ({}, "wanda: {calibration: a.txt}", "variant wanda: calibration is no option of wanda"),
-        ({}, "good: {}\nbad: {lerning_rate: 1}", "no option lerning_rate; did you mean learning_rate"),
+        ({"methods": "cast,stee"}, "methods = 'stee'"),
+        ({"methods": "taylor"}, "taylor is not for 2:4"),
+        ({"variants": {"sparsegpt": {"pattern": "channels:0.5"}}}, "sparsegpt is not for channels"),
+        ({"budget_tokens": 63}, "less than one step of 64"),
+        ({"budget_tokens": None}, "one of --budget-tokens and --max-steps"),
+        ({"max_steps": 6}, "one of --budget-tokens and --max-steps"),
+        ({"learning_rates": "1e-3,fast"}, "learning_rates = 'fast' is not a number"),
+        ({"learning_rates": "1e-3,-1"}, "out of range"),
+        ({"tuning_dataset": "x.txt"}, "give --learning-rates"),
+        ({"variants": "nowhere.yaml"}, "cannot read nowhere.yaml"),
+        ({"dataset": "nowhere.txt"}, "nowhere.txt"),
+        ({"model": "no where"}, "no where"),
+        ({"variants": {"dense": {"method": "ste"}}}, "'ste', but the name is the dense control's"),
+        ({"variants": {"dense": {"method": "cast"}, "other": {"method": "dense"}}}, "rename it"),
+        ({"variants": {"other": {"method": "cast", "assistant_only_loss": False}}}, "set it for all variants"),
+        ({"variants": {"cast": {"eval_dataset": "nowhere.txt"}}}, "variant cast sets eval_dataset"),
+        ({"variants": {"wanda": {"mask_iterations": 5}}}, "variant wanda: mask_iterations is no option of wanda"),
+        ({"variants": {"good": {}, "bad": {"lerning_rate": 1}}}, "no option lerning_rate; did you mean learning_rate"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_runs(over, variants, reason, files, tmp_path):
-    if variants:
-        (tmp_path / "variants.yaml").write_text(variants + "\n")
-        over = {**over, "variants": str(tmp_path / "variants.yaml")}
-    with pytest.raises(InputError, match=re.escape(reason)):
-        Plan(command(files, tmp_path, **over), str)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(over, reason, files, tmp_path):
+    with refusal(re.escape(reason)):
+        plan_of(files, tmp_path, **over)
 
 
 def test_the_text_that_chooses_rates_is_not_the_evaluation_text(files, tmp_path):
     copy = shutil.copy(files["eval_dataset"], tmp_path / "copy.txt")
     with pytest.raises(InputError, match=r"copy\.txt.*eval_dataset"):
-        Plan(command(files, tmp_path, methods="cast", tuning_dataset=str(copy), learning_rates="1e-3,3e-3"), str)
+        plan_of(files, tmp_path, methods="cast", tuning_dataset=str(copy), learning_rates="1e-3,3e-3")
 
 
 def test_the_control_is_the_dense_variant_of_that_name_and_none_that_diverged():
@@ -441,17 +431,6 @@ def test_the_control_is_the_dense_variant_of_that_name_and_none_that_diverged():
     assert rows["ste"]["gap"].values == pytest.approx((math.log(2),))
     assert rows["other"]["gap"].values == pytest.approx((math.log(1 / 2),))
     assert rows["dense"]["diverged"] == ["seed 1: it diverged"]
-
-
-def test_names_of_variants_may_be_long_and_hold_marks_of_tables(files, tmp_path, in_process, capsys):
-    file = tmp_path / "variants.yaml"
-    file.write_text(f'"[/red] a|{"b" * 300}": {{method: magnitude}}\n')
-    options = command(files, tmp_path, variants=str(file), seeds=1)
-    code, report = run_comparison(options, "castlm compare", note)
-    show(report, options.output_dir)
-    assert code == 0
-    assert "[/red] a|b" in capsys.readouterr().out
-    assert "[/red] a\\|b" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_run_that_a_killed_comparison_has_left_at_work_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from castlm.fields import docs_of, positional
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
 from castlm.training.config import RECIPES, TrainConfig, names_of
-from tests.refusals import assert_refused
+from tests.refusals import assert_refused, refusal
 
 REQUIRED = {"model": "m", "dataset": "d", "output_dir": "o"}
 
@@ -117,24 +117,18 @@ def test_a_recipe_is_overridden_by_what_is_given():
     ("mapping", "message"),
     [
         ({"lr": 1}, "x.yaml: there is no option lr; did you mean learning_rate?"),
-        ({"initial_mask": "wanda"}, "did you mean init_from?"),
-        ({"lerning_rate": 1}, "did you mean learning_rate?"),
         ({"optimizer": {"etta": 1}}, "no option etta; did you mean eta?"),
         ({"optimizer": {"max_steps": 1}, "max_steps": 2}, "max_steps is given twice"),
         ({"max_steps": None}, "x.yaml: max_steps = null is not a whole number"),
         ({"max_steps": 1.5}, "max_steps = 1.5 is not a whole number"),
-        ({"max_steps": True}, "max_steps = True is not a whole number"),
         ({"max_steps": 10**30}, "max_steps = 10+ is not a whole number: it has more than 64 bits"),
         ({"max_steps": 10**12}, "max_steps = 1000000000000 is out of range"),
         ({"learning_rate": float("nan")}, "learning_rate = nan is not a number"),
-        ({"adam_epsilon": "inf"}, "adam_epsilon = 'inf' is not a number"),
-        ({"learning_rate": 10**400}, "learning_rate = 10+... is not a number"),
         ({"lam": "automatic"}, "lam = 'automatic' is not a number or auto"),
         ({"adam_betas": [0.9]}, "adam_betas = .* is not a list: it takes 2 values"),
         ({"method": "casts"}, "method = 'casts' is not one of .*; did you mean cast?"),
         ({"pattern": "4:2"}, "4:2"),
         ({"dataset": ""}, "dataset = '' is not text or a list: it is empty"),
-        ({"output_dir": None}, "output_dir = null is not text"),
         ({"output_dir": "a\0b"}, "NUL character"),
         ({"output_dir": "a\udc80"}, "not UTF-8"),
         ({"model": "~nosuchuser/model"}, "there is no such user"),
@@ -146,9 +140,8 @@ def test_a_recipe_is_overridden_by_what_is_given():
     ],
 )
 def test_values_that_are_refused(mapping, message):
-    with pytest.raises(InputError, match=message) as error:
+    with refusal(message):
         TrainConfig.from_mapping({**REQUIRED, **mapping}, "x.yaml")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +209,10 @@ def test_yaml_numbers_mean_what_they_look_like(tmp_path):
         (b"max_steps: 1\nmax_steps: 2\n", "line 2: .*once"),
         (b"a: &x [1]\nb: *x\n", "line 1: an alias"),
         (b"a: !!python/object/apply:os.system [true]\n", "tag .* is not supported"),
-        (b"a: !!timestamp 9999-99-99\n", "tag .* is not supported"),
         (b"? [a]\n: b\n", "a key"),
         (b"- 1\n", "not a mapping"),
-        (b"", "not a mapping"),
         (b"a: [1\n", "is not valid YAML"),
         (b"a: \xff\n", "not UTF-8"),
-        (b"a: 1\n---\nb: 2\n", "is not valid YAML"),
         (b"a: \x00\n", "is not valid YAML"),
         (b"#" * (1 << 20) + b"#", "larger than 1 MiB"),
     ],
@@ -230,9 +220,8 @@ def test_yaml_numbers_mean_what_they_look_like(tmp_path):
 def test_yaml_that_is_refused(content, message, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
+    with refusal(message) as error:
         read_yaml_mapping(file)
-    assert "\n" not in str(error.value)
     assert str(error.value).count(str(file)) == 1
 
 
@@ -252,7 +241,6 @@ def test_later_files_and_then_options_override(tmp_path):
     [
         (["--lr", "1"], "there is no option --lr; did you mean --learning-rate?"),
         (["--max-step=3"], "there is no option --max-step; did you mean --max-steps?"),
-        (["--max-steps", "x"], "--max-steps = 'x' is not a whole number"),
         (["--num-train-epochs", "nan"], "--num-train-epochs = 'nan' is not a number: it must be finite"),
         (["--max-steps"], "expected one argument"),
         (["--model", "m"], "dataset is missing: give --dataset"),
@@ -267,16 +255,11 @@ def test_options_that_are_refused(arguments, message, capsys):
     assert_refused([(["train", *arguments], message)], capsys)
 
 
-def test_hugging_face_spelling_and_both_sides_of_a_switch():
-    base = ["--model=m", "--dataset=d", "--output_dir=o", "--learning_rate", "1e-5"]
+def test_hugging_face_spelling_both_sides_of_a_switch_and_repeated_lists():
+    base = ["--model=m", "--dataset", "d", "e", "--output_dir=o", "--learning_rate", "1e-5", "--dataset=f"]
     config, _ = parse_train([*base, "--no-async-save", "--resume", "--no-resume", "--left-dense", "a", "b"])
-    assert config.as_dict().items() >= {"learning_rate": 1e-5, "async_save": False, "left_dense": ("a", "b")}.items()
-    assert not config.checkpoint.resume
-
-
-def test_a_repeated_list_goes_on():
-    config, _ = parse_train(["--model=m", "--dataset", "d", "e", "--output-dir=o", "--dataset=f", "--left-dense", "a"])
-    assert (config.data.dataset, config.model.left_dense) == (("d", "e", "f"), ("a",))
+    assert config.as_dict().items() >= {"learning_rate": 1e-5, "async_save": False, "resume": False}.items()
+    assert (config.data.dataset, config.model.left_dense) == (("d", "e", "f"), ("a", "b"))
 
 
 def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
@@ -350,6 +333,11 @@ def test_a_dataclass_becomes_a_command_line_and_back(capsys):
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda f: f.stem)
-def test_configs_are_read(file):
-    assert TrainConfig.from_mapping({**REQUIRED, **read_yaml_mapping(file)}, str(file)).model.pattern == NM(2, 4)
+def test_configs_are_read_and_those_of_many_gpus_make_the_published_batch(file):
+    config = TrainConfig.from_mapping({**REQUIRED, **read_yaml_mapping(file)}, str(file))
+    assert config.model.pattern == NM(2, 4)
     assert yaml.safe_load(file.read_text(encoding="utf-8"))
+    if file.stem.endswith("x80gb"):
+        ranks, sizes = int(file.stem.rsplit("-", 1)[1].split("x")[0]), config.optimizer
+        assert ranks * sizes.per_device_train_batch_size * sizes.gradient_accumulation_steps == 256
+        assert config.data.seq_len == 4096

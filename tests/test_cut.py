@@ -13,25 +13,18 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export.hf import export_model
 from castlm.export.verify import verify
-from castlm.models.architecture import linearize_
 from castlm.models.io import load_model
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import TOLERANCE, check_cut
 from castlm.structured.pattern import CHANNELS, HEADS
 from tests.runs import edit_json
-from tests.slow import slow_but
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.slow import slow
+from tests.tiny import linear_model, save_tiny, tiny_model, tiny_tokenizer
 
 QUICK = ("llama", "gemma2", "gpt2")
 """Families that `make test` tries."""
 
 IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
-
-
-def model_of(family):
-    model = tiny_model(family)
-    linearize_(model)
-    return model
 
 
 def exported(model, text, folder):
@@ -49,28 +42,24 @@ def difference(one, other):
     return float((a - b).abs().max() / a.abs().max())
 
 
-@pytest.mark.parametrize("family", slow_but(QUICK, sorted(CHANNELS)))
-def test_channels_are_cut_out_and_the_folder_loads_as_it_is(family, tmp_path):
-    model = model_of(family)
-    manifest = exported(model, "channels:0.5", tmp_path / "cut")
-    field = CHANNELS[family]
-    assert manifest["cut"]["before"] == {field: 64}
-    assert manifest["cut"]["after"] == {field: 32}
+CUTS = [("channels", family) for family in sorted(CHANNELS)] + [("heads", family) for family in sorted(HEADS)]
+
+
+@pytest.mark.parametrize(("kind", "family"), [case if case[1] in QUICK else slow(*case) for case in CUTS])
+def test_units_are_cut_out_and_the_folder_loads_as_it_is(kind, family, tmp_path):
+    model = linear_model(family)
+    manifest = exported(model, f"{kind}:0.5", tmp_path / "cut")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
-    assert getattr(loaded.config, field) == 32
     assert manifest["num_params"] == loaded.num_parameters() < model.num_parameters()
     assert difference(model, loaded) <= TOLERANCE
-
-
-@pytest.mark.parametrize("family", slow_but(QUICK, sorted(HEADS)))
-def test_heads_are_cut_out_and_the_folder_loads_as_it_is(family, tmp_path):
-    model = model_of(family)
-    exported(model, "heads:0.5", tmp_path / "cut")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
-    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 8)
-    assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
-    assert difference(model, loaded) <= TOLERANCE
+    if kind == "channels":
+        field = CHANNELS[family]
+        assert (manifest["cut"]["before"], manifest["cut"]["after"]) == ({field: 64}, {field: 32})
+        assert config[field] == getattr(loaded.config, field) == 32
+    else:
+        assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 8)
+        assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +71,8 @@ def test_heads_are_cut_out_and_the_folder_loads_as_it_is(family, tmp_path):
 )
 def test_families_without_a_config_for_it_are_refused_by_name(family, text):
     with pytest.raises(InputError, match=f"out of {family}"):
-        check_cut(model_of(family), parse_pattern(text))
-    check_cut(model_of(family), parse_pattern("2:4"))
+        check_cut(linear_model(family), parse_pattern(text))
+    check_cut(linear_model(family), parse_pattern("2:4"))
 
 
 def test_what_no_config_can_describe_is_refused_before_anything_is_trained():

@@ -29,11 +29,12 @@ from castlm.data.documents import Documents, HubDocuments, open_documents, split
 from castlm.data.options import TextOptions
 from castlm.data.packing import BatchLoader, PackedSequences
 from castlm.data.scored import scored_text
-from castlm.data.tokens import Encoder, check_vocabulary, end_of_text_id, token_ids
+from castlm.data.tokens import Encoder, end_of_text_id, token_ids
 from castlm.files.reading import read_text
 from tests.chats import chat_tokenizer, talks, write_talks
+from tests.refusals import refusal
 from tests.slow import slow_but
-from tests.texts import same, sequences, write_texts
+from tests.texts import same, sequences, write_rows, write_texts
 from tests.tiny import EOS, EOS_ID, tiny_tokenizer
 
 TOKENIZER = chat_tokenizer()
@@ -401,10 +402,7 @@ def test_beginning_of_text_as_the_tokenizer_has_it(bos, tmp_path, monkeypatch):
 def test_the_end_of_text_behind_a_cut_document_does_not_count(tmp_path):
     rows = [{"text": "ab", "is_cut": True}, {"text": "cd"}]
     for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
-        if path.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
-        else:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(path, rows)
         ids = [*ids_of("ab"), EOS_ID, *ids_of("cd")]
         scored = scored_text(open_documents(path), ENCODER)
         assert scored.ids.tolist() == ids
@@ -451,12 +449,6 @@ def test_end_of_text_is_not_the_end_of_a_turn():
     bare = SimpleNamespace(get_added_vocab=dict, eos_token_id=None, name_or_path="x")
     with pytest.raises(InputError, match="end-of-text"):
         end_of_text_id(bare)
-
-
-def test_token_outside_the_vocabulary_is_refused():
-    check_vocabulary(torch.tensor([[0, 263]]), 264)
-    with pytest.raises(InputError, match="token id 264"):
-        check_vocabulary(torch.tensor([[0, 264]]), 264)
 
 
 # Hub
@@ -528,9 +520,7 @@ BAD_FILES = [
     ("a.jsonl", b'{"text": 3}\n', r"holds a int"),
     ("a.jsonl", LINE + b'{"text": "\xff"}\n', r"line 2 .*utf-8"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', r"surrogate"),
-    ("a.jsonl", b"", r"no document with text"),
     ("a.jsonl", b'{"text": " "}\n', r"no document with text in it"),
-    ("a.txt", b"", r"no document with text"),
     ("a.txt", b" \n\n", r"no document with text"),
     ("a.txt", b"caf\xe9 and more", r"not UTF-8 near byte 3"),
     ("a.jsonl.gz", LINE, r"not a whole gzip file"),
@@ -542,9 +532,8 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
 def test_bad_file(tmp_path, name, content, message):
-    with pytest.raises(InputError, match=message) as caught:
+    with refusal(message):
         open_documents(bad(tmp_path, name, content))
-    assert "\n" not in str(caught.value)
 
 
 def test_bad_parquet(tmp_path):

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from castlm.core.distill import OutputHead, TopTokens, distillation_loss, top_tokens
 from castlm.core.errors import InputError
+from tests.refusals import refusal
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCAB = 11, 8, 6, 37
 
@@ -25,17 +26,22 @@ def plain_logits(hidden, head):
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def plain_distillation_loss(student_logits, teacher_logits, labels, eta, temperature):
-    """The textbook formulation; (loss, ce, kl), means over the tokens whose label is not -100."""
+def textbook_loss(hidden, student, labels, teacher_hidden, teacher, *, eta, temperature=1.0, k=None):
+    """Returns (loss, ce, kl), means over the tokens whose label is not -100.
+
+    With `k`, the divergence is over the `k` most probable tokens of the teacher, and all others as one.
+    """
     real = labels != -100
-    ce = F.cross_entropy(student_logits[real], labels[real])
-    kl = F.kl_div(
-        F.log_softmax(student_logits[real] / temperature, -1),
-        F.log_softmax(teacher_logits[real] / temperature, -1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    kl = kl * temperature**2
+    logits, theirs = plain_logits(hidden, student)[real], plain_logits(teacher_hidden, teacher)[real].detach()
+    p, q = (F.log_softmax(x / temperature, -1) for x in (logits, theirs))
+    if k:
+        best = q.topk(k).indices
+        p, q = (
+            torch.cat([x.gather(1, best), x.scatter(1, best, float("-inf")).logsumexp(-1, keepdim=True)], -1)
+            for x in (p, q)
+        )
+    kl = (q.exp() * (q - p)).sum(-1).mean() * temperature**2
+    ce = F.cross_entropy(logits, labels[real])
     return eta * kl + (1 - eta) * ce, ce, kl
 
 
@@ -68,24 +74,20 @@ def assert_same(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("eta", [0.0, 1 / 3, 1.0])
 @pytest.mark.parametrize("head", HEADS)
-def test_equals_the_plain_formulation(head, eta, temperature, chunk_tokens):
-    hidden, student, labels, teacher_hidden, teacher = make(**HEADS[head])
-    got = distillation_loss(
-        hidden, student, labels, teacher_hidden, teacher, eta=eta, temperature=temperature, chunk_tokens=chunk_tokens
-    )
-    want = plain_distillation_loss(
-        plain_logits(hidden, student), plain_logits(teacher_hidden, teacher).detach(), labels, eta, temperature
-    )
+def test_equals_the_textbook(head, eta, temperature, chunk_tokens):
+    given = make(**HEADS[head])
+    got = distillation_loss(*given, eta=eta, temperature=temperature, chunk_tokens=chunk_tokens)
+    want = textbook_loss(*given, eta=eta, temperature=temperature)
     assert_same(got[:2], want[:2])
     torch.testing.assert_close(got.kl, want[2].detach() * (eta > 0), rtol=1e-5, atol=1e-5)
-    leaves = student_leaves(hidden, student)
+    leaves = student_leaves(*given[:2])
     assert_same(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want[0], leaves))
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_num_tokens_makes_accumulation_equal_one_batch(as_tensor):
-    hidden, student, labels, teacher_hidden, teacher = make()
-    whole = distillation_loss(hidden, student, labels, teacher_hidden, teacher)
+    hidden, student, labels, teacher_hidden, teacher = given = make()
+    whole = distillation_loss(*given)
     count = (labels != -100).sum() if as_tensor else int((labels != -100).sum())
     parts = [
         distillation_loss(hidden[s], student, labels[s], teacher_hidden[s], teacher, num_tokens=count)
@@ -99,27 +101,26 @@ def test_num_tokens_makes_accumulation_equal_one_batch(as_tensor):
 
 @pytest.mark.parametrize("num_tokens", [None, 0, 7])
 def test_all_ignored_is_zero_with_zero_gradients(num_tokens):
-    hidden, student, labels, teacher_hidden, teacher = make(ignored=range(TOKENS), **HEADS["all"])
-    result = distillation_loss(hidden, student, labels, teacher_hidden, teacher, num_tokens=num_tokens)
+    given = make(ignored=range(TOKENS), **HEADS["all"])
+    result = distillation_loss(*given, num_tokens=num_tokens)
     assert [float(x.detach()) for x in result] == [0, 0, 0]
-    for gradient in torch.autograd.grad(result.loss, student_leaves(hidden, student)):
+    for gradient in torch.autograd.grad(result.loss, student_leaves(*given[:2])):
         assert not gradient.any()
 
 
 def test_backward_scales_by_the_incoming_gradient_and_runs_once():
-    hidden, student, labels, teacher_hidden, teacher = make()
-    leaves = student_leaves(hidden, student)
-    loss = distillation_loss(hidden, student, labels, teacher_hidden, teacher).loss
+    given = make()
+    leaves = student_leaves(*given[:2])
+    loss = distillation_loss(*given).loss
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
     with pytest.raises(RuntimeError, match="backward once"):
         torch.autograd.grad(loss, leaves)
-    loss = distillation_loss(hidden, student, labels, teacher_hidden, teacher).loss
-    assert_same(torch.autograd.grad(-3 * loss, leaves), [-3 * g for g in once])
+    assert_same(torch.autograd.grad(-3 * distillation_loss(*given).loss, leaves), [-3 * g for g in once])
 
 
 def test_only_what_needs_a_gradient_gets_one():
-    hidden, student, labels, teacher_hidden, teacher = make()
-    want = torch.autograd.grad(distillation_loss(hidden, student, labels, teacher_hidden, teacher).loss, hidden)
+    hidden, student, labels, teacher_hidden, teacher = given = make()
+    want = torch.autograd.grad(distillation_loss(*given).loss, hidden)
     frozen = OutputHead(student.weight.detach())
     result = distillation_loss(hidden, frozen, labels, teacher_hidden, teacher)
     assert not result.ce.requires_grad
@@ -168,17 +169,15 @@ def test_without_grad_no_gradient_is_computed():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_bf16_autocast_follows_the_plain_formulation_under_autocast(head):
-    hidden, student, labels, teacher_hidden, teacher = make(**HEADS[head])
-    leaves = student_leaves(hidden, student)
+def test_bf16_autocast_follows_the_textbook(head):
+    given = make(**HEADS[head])
+    leaves = student_leaves(*given[:2])
     with torch.autocast("cpu", torch.bfloat16):
-        got = distillation_loss(hidden, student, labels, teacher_hidden, teacher, chunk_tokens=4)
+        got = distillation_loss(*given, chunk_tokens=4)
     gradients = torch.autograd.grad(got.loss, leaves)
     assert got.loss.dtype == torch.float32
     assert [g.dtype for g in gradients] == [torch.float32] * len(leaves)
-    exact = plain_distillation_loss(
-        plain_logits(hidden, student), plain_logits(teacher_hidden, teacher).detach(), labels, 1 / 3, 1.0
-    )
+    exact = textbook_loss(*given, eta=1 / 3)
     assert_same([got.loss], [exact[0]], tolerance=0.03)
     for gradient, want in zip(gradients, torch.autograd.grad(exact[0], leaves)):
         assert float((gradient - want).norm() / want.norm()) < 0.03
@@ -197,50 +196,33 @@ REFUSALS = {
 def test_refusals_are_one_line_with_the_value(case):
     change, message = REFUSALS[case]
     names = ("student_hidden", "student_head", "labels", "teacher_hidden", "teacher_head")
-    with pytest.raises(InputError, match=message) as raised:
+    with refusal(message):
         distillation_loss(**{**dict(zip(names, make())), **change})
-    assert "\n" not in str(raised.value)
 
 
 def test_fp16_gradients_are_refused_and_fp16_losses_are_not():
-    hidden, student, labels, teacher_hidden, teacher = make(torch.float16)
+    given = make(torch.float16)
     with pytest.raises(InputError, match="fp16"):
-        distillation_loss(hidden, student, labels, teacher_hidden, teacher)
+        distillation_loss(*given)
     with torch.no_grad():
-        assert torch.isfinite(distillation_loss(hidden, student, labels, teacher_hidden, teacher).loss)
+        assert torch.isfinite(distillation_loss(*given).loss)
 
 
 # ---- from a teacher's most probable tokens: the full loss at k = vocabulary, below it the KL of k + 1 events
 
 
-def plain_top_loss(student_logits, teacher_logits, labels, k, eta, temperature):
-    """The k most probable tokens of the teacher and all others as one, by the textbook; (loss, ce, kl)."""
-    real = labels != -100
-    q = F.log_softmax(teacher_logits[real] / temperature, -1)
-    p = F.log_softmax(student_logits[real] / temperature, -1)
-    best = q.topk(k).indices
-    q, p = (
-        torch.cat([x.gather(1, best), x.scatter(1, best, float("-inf")).logsumexp(-1, keepdim=True)], -1)
-        for x in (q, p)
-    )
-    kl = (q.exp() * (q - p)).sum(-1).mean() * temperature**2
-    ce = F.cross_entropy(student_logits[real], labels[real])
-    return eta * kl + (1 - eta) * ce, ce, kl
-
-
 @pytest.mark.parametrize("k", [1, 5, VOCAB - 5])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_equals_the_divergence_over_the_top_and_the_rest(k, temperature):
-    hidden, student, labels, teacher_hidden, teacher = make(**HEADS["all"])
-    top = top_tokens(teacher_hidden, teacher, k, temperature)
-    got = distillation_loss(hidden, student, labels, teacher_top=top, eta=0.4, temperature=temperature)
-    logits = plain_logits(hidden, student), plain_logits(teacher_hidden, teacher).detach()
-    want = plain_top_loss(*logits, labels, k, 0.4, temperature)
+    given = make(**HEADS["all"])
+    options = {"eta": 0.4, "temperature": temperature}
+    top = top_tokens(*given[3:], k, temperature)
+    got = distillation_loss(*given[:3], teacher_top=top, **options)
+    want = textbook_loss(*given, **options, k=k)
     assert_same(got, want, 2e-5)
-    leaves = student_leaves(hidden, student)
+    leaves = student_leaves(*given[:2])
     assert_same(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want[0], leaves), 2e-5)
-    full = distillation_loss(hidden, student, labels, teacher_hidden, teacher, eta=0.4, temperature=temperature)
-    assert got.kl < full.kl
+    assert got.kl < distillation_loss(*given, **options).kl
 
 
 @pytest.mark.parametrize("k", [1, 2, 7])
@@ -256,7 +238,8 @@ def test_values_and_gradients_are_those_of_fp64_however_sure_the_student_is(side
     top = top_tokens(teacher, head, k)
     got = distillation_loss(student, head, labels, teacher_top=top, eta=1.0)
     exact = student.detach().double().requires_grad_()
-    want = plain_top_loss(exact, teacher.double(), labels, k, 1.0, 1.0)
+    exact_head = OutputHead(torch.eye(VOCAB, dtype=torch.float64))
+    want = textbook_loss(exact, exact_head, labels, teacher.double(), exact_head, eta=1.0, k=k)
     assert got.kl >= 0
     torch.testing.assert_close(got.kl.double(), want[2], rtol=1e-5, atol=3e-5)
     gradients = torch.autograd.grad(got.loss, student)[0], torch.autograd.grad(want[0], exact)[0]

@@ -4,31 +4,24 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.scored import ScoredText, scored_sequences
 from castlm.data.tokens import Encoder, token_ids
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import evaluate_text, perplexity
-from castlm.models.io import load_model
 from castlm.training.metrics import sequences
-
-from .slow import slow_but
-from .tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
-
-TINYSTORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinystories.txt"
+from tests.refusals import refusal, refused
+from tests.slow import slow
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 
 def test_options_of_a_text_without_a_text_are_refused(capsys):
-    assert main(["eval", "model", "--tasks", "piqa", "--stride", "5"]) == 2
-    assert "--stride is for --text" in capsys.readouterr().err
+    assert "--stride is for --text" in refused(["eval", "model", "--tasks", "piqa", "--stride", "5"], capsys)
 
 
 def some_ids(count, seed=0):
@@ -53,44 +46,28 @@ def hugging_face_sliding_window(model, ids, seq_len, stride):
     return nats, tokens
 
 
-@torch.no_grad()
-def windows_side_by_side(model, ids, seq_len):
-    nats = [
-        F.cross_entropy(model(chunk[None]).logits[0, :-1].double(), chunk[1:], reduction="none")
-        for chunk in ids.split(seq_len)
-        if len(chunk) > 1
-    ]
-    return torch.cat(nats)
+LENGTHS = [2, 32, 33, 34, 101]
+"""The last window is the whole text, the same length as the others, a token that nothing precedes, two tokens, or 5."""
 
 
-@pytest.mark.parametrize("family", slow_but(("llama", "gpt2", "gemma2"), [*FAMILIES, "gemma2", "cohere"]))
-def test_windows_side_by_side_equal_full_logits(family):
-    model, ids = tiny_model(family), some_ids(150)
-    nats = windows_side_by_side(model, ids, 64)
-    result = perplexity(model, ids, seq_len=64, batch_size=2)
-    assert result.loss == pytest.approx(float(nats.mean()), rel=1e-6)
-    assert result.perplexity == pytest.approx(math.exp(nats.mean()), rel=1e-5)
-    assert (result.num_tokens, result.seq_len, result.stride) == (63 + 63 + 21, 64, 64)
-
-
-@pytest.mark.parametrize("stride", [1, 10, 31, 32])
-def test_sliding_window_equals_hugging_face(stride):
-    model, ids = tiny_model("llama"), some_ids(101)
-    nats, tokens = hugging_face_sliding_window(model, ids, 32, stride)
-    result = perplexity(model, ids, seq_len=32, stride=stride, batch_size=3)
-    assert result.num_tokens == tokens
+@pytest.mark.parametrize(
+    ("family", "length", "stride"),
+    [
+        *[(family, 150, 64) for family in ("llama", "gpt2", "gemma2")],
+        *[slow(family, 150, 64) for family in (*FAMILIES, "cohere") if family not in ("llama", "gpt2")],
+        *[("llama", length, 32) for length in LENGTHS],
+        *[("llama", 101, stride) for stride in (1, 10, 31)],
+    ],
+)
+def test_windows_are_scored_as_by_hugging_face(family, length, stride):
+    model, ids, seq_len = tiny_model(family), some_ids(length), max(stride, 32)
+    nats, tokens = hugging_face_sliding_window(model, ids, seq_len, stride)
+    result = perplexity(model, ids, seq_len=seq_len, stride=stride, batch_size=3)
     assert result.loss == pytest.approx(nats / tokens, rel=1e-6)
-    if stride < 32:
-        assert tokens == 100  # every token but the first, once
-
-
-@pytest.mark.parametrize(("length", "scored"), [(2, 1), (32, 31), (33, 31), (34, 32)])
-def test_the_tail_is_scored_where_it_has_something_to_score(length, scored):
-    model, ids = tiny_model("llama"), some_ids(length)
-    result = perplexity(model, ids, seq_len=32)
-    assert result.num_tokens == scored
-    assert result.loss == pytest.approx(float(windows_side_by_side(model, ids, 32).mean()), rel=1e-6)
-    assert result.seq_len == min(32, length)
+    assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert (result.num_tokens, result.seq_len, result.stride) == (tokens, min(seq_len, length), stride)
+    if stride < seq_len:
+        assert tokens == length - 1  # every token but the first, once
 
 
 @pytest.mark.parametrize(("length", "num_batches"), [(2, 1), (41, 1), (48, 1), (49, 1), (50, 2), (100, 3)])
@@ -108,15 +85,6 @@ def test_ranks_share_the_windows_of_a_run(length, num_batches):
             scored += batch["labels"][real].tolist()
     expected = [t for found in scored_sequences(length, 8, 8) for t in range(found.first_scored, found.end)]
     assert sorted(scored) == expected == [t for t in range(length) if t % 8]
-
-
-def test_the_name_of_a_text_cannot_write_to_the_terminal(tmp_path, capsys):
-    folder, text = save_tiny(tmp_path / "model"), tmp_path / "a\x1b[2Jb.txt"
-    text.write_text("some text of a few words")
-    assert main(["eval", str(folder), "--text", str(text), "--device", "cpu"]) == 0
-    out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert "a\\x1b[2Jb.txt" in out
 
 
 def test_the_model_comes_back_as_it_was_also_after_an_error():
@@ -157,9 +125,8 @@ def test_autocast_and_progress():
     ],
 )
 def test_refusals_are_one_line_with_the_value(ids, options, message):
-    with pytest.raises(InputError, match=message) as raised:
+    with refusal(message):
         perplexity(tiny_model("llama"), ids, **{"seq_len": 8, **options})
-    assert "\n" not in str(raised.value)
 
 
 def test_evaluate_text_records_what_the_figure_depends_on(tmp_path):
@@ -179,19 +146,3 @@ def test_evaluate_text_records_what_the_figure_depends_on(tmp_path):
     assert (record["text"], record["text_tokens"], record["tokenizer"]) == ("story.txt", len(ids), "some/tokenizer")
     assert record["dtype"] == "float32"
     assert record["versions"]["torch"] == importlib.metadata.version("torch")
-
-
-@pytest.mark.slow
-def test_stories260k_on_tinystories(stories260k, tmp_path):
-    if not TINYSTORIES.is_file():
-        pytest.skip("the text is not beside the repository, at ../shared/data/tinystories.txt")
-    loaded = load_model(str(stories260k))
-    text = TINYSTORIES.read_text(encoding="utf-8")
-    held_out = tmp_path / "last15.txt"
-    held_out.write_text(text[int(0.85 * len(text)) :], encoding="utf-8")
-    record = evaluate_text(loaded.model, open_documents(held_out), Encoder(loaded.tokenizer), seq_len=256, batch_size=8)
-    nats = windows_side_by_side(loaded.model, token_ids(held_out, loaded.tokenizer), 256)
-    assert record["loss"] == pytest.approx(float(nats.mean()), rel=1e-6)
-    assert record["perplexity"] == pytest.approx(
-        6.07, abs=0.02
-    )  # 7.7 if the separators between the stories were read as text

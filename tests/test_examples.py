@@ -89,29 +89,22 @@ def test_trainer_is_the_plain_loop(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "reason"),
+    ("setting", "environment", "reason"),
     [
-        ({"deepspeed": "zero3.json"}, "DeepSpeed"),
-        ({"fsdp": "full_shard"}, "FSDP1 flattens the weights"),
-        ({"load_best_model_at_end": True}, "masks of the last step"),
-        ({"max_steps": -1}, "set max_steps"),
+        ({"deepspeed": "zero3.json"}, {}, "DeepSpeed"),
+        ({"fsdp": "full_shard"}, {}, "FSDP1 flattens the weights"),
+        ({"load_best_model_at_end": True}, {}, "masks of the last step"),
+        ({"max_steps": -1}, {}, "set max_steps"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP1 flattens"),
+        ({}, {"WORLD_SIZE": "2"}, "separate model in each process"),
     ],
 )
-def test_trainer_refuses_what_breaks_the_masks(setting, reason, tmp_path):
+def test_trainer_refuses_what_breaks_the_masks(setting, environment, reason, tmp_path, monkeypatch):
     args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
     for name, value in setting.items():
         setattr(args, name, value)
-    with pytest.raises(InputError, match=reason):
-        example("trainer").CastTrainer(tiny_model("llama"), args)
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "reason"),
-    [("ACCELERATE_USE_FSDP", "true", "FSDP1 flattens"), ("WORLD_SIZE", "2", "separate model in each process")],
-)
-def test_trainer_refuses_what_its_launcher_asks_for(variable, value, reason, tmp_path, monkeypatch):
-    args = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
-    monkeypatch.setenv(variable, value)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
     with pytest.raises(InputError, match=reason):
         example("trainer").CastTrainer(tiny_model("llama"), args)
 

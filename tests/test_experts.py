@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
@@ -22,8 +21,6 @@ from castlm.core.experts import linearize_experts_
 from castlm.core.nm import is_nm_sparse
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears, sparse_param_groups, weight_parameter
-from castlm.distributed.loading import load_rows_, materialize_, open_sharded
-from castlm.distributed.world import World
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
@@ -38,9 +35,7 @@ from tests.runs import (
     assert_equal_weights,
     assert_same_runs_but_for_sums,
     prune_to,
-    record_of,
     small,
-    small_command,
     stop_and_resume,
 )
 from tests.slow import slow, slow_but
@@ -167,41 +162,6 @@ def test_training_in_a_loop_of_ones_own_ends_sparse(family, tmp_path):
     assert verify(tmp_path).ok
 
 
-@pytest.fixture(scope="module", params=EXPERTS)
-def exported(request, tmp_path_factory) -> Path:
-    """A pruned model folder."""
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    export_sparse(request.param, folder)
-    return folder
-
-
-def copy_with_dense_groups(folder: Path, into: Path) -> str:
-    """Copies a model folder, but for a matrix of an expert, or of all, that is no longer 2:4; returns its name."""
-    shutil.copytree(folder, into)
-    tensors = load_file(folder / "model.safetensors")
-    down = ("experts.3.w2.weight", "down_proj", "3.down_proj.weight", "experts.fc2.weight", "output_linear.weight")
-    name = next(name for name in tensors if name.endswith(down))
-    tensors[name].view(-1, tensors[name].shape[-1])[:4, :4] = 1  # along rows and along columns
-    save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
-    return name
-
-
-def test_verify_counts_every_expert_and_finds_the_one_that_is_not_sparse(exported, tmp_path):
-    report = verify(exported)
-    model = load_model(exported).model
-    sparse, _ = sparse_linears(model)
-    assert report.totals()["weights"] == sum(weight_parameter(layer).numel() for layer in sparse.values())
-    assert report.ok
-    assert not report.uncounted
-    assert report.compared_with == "transformers"
-    name = copy_with_dense_groups(exported, tmp_path / "spoiled")
-    report = verify(tmp_path / "spoiled")
-    (bad,) = [layer for layer in report.layers if not layer.ok]
-    assert bad.name == name
-    assert bad.num_violations >= 1
-    assert len(bad.shape) == (3 if "gpt_oss" in str(exported) else 2)
-
-
 def test_an_expert_left_dense_is_recorded_by_its_names_in_the_files(tmp_path):
     def not_down(module: nn.Module, fqn: str) -> bool:
         return not fqn.endswith("experts.down_proj") and "gate.weight" not in fqn and ".layers." in f".{fqn}"
@@ -217,20 +177,6 @@ def test_an_expert_left_dense_is_recorded_by_its_names_in_the_files(tmp_path):
     assert report.totals()["left_dense"] == 8
     with pytest.raises(InputError, match="DOES NOT HOLD"):
         export_model(model, tiny_tokenizer(), tmp_path / "n", pattern="2:4", left_dense={}, record={})
-
-
-def test_a_rank_reads_its_experts_from_either_kind_of_file(exported):
-    world = World(0, 1, torch.device("cpu"), None, None)
-    opened = open_sharded(str(exported), trust_remote_code=False, revision=None)
-    assert opened is not None
-    model = opened[0].model
-    materialize_(model, torch.device("cpu"))
-    load_rows_(model, opened[1], world)
-    expected = load_model(exported).model
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values()))
-    (place,) = [p for name, p in opened[1].places.items() if name == "model.layers.1.mlp.experts.gate_up_proj.weight"]
-    part = place.read(lambda file: safe_open(file, "pt"), slice(1, 3))
-    assert torch.equal(part, expected.get_submodule("model.layers.1.mlp.experts.gate_up_proj").weight[1:3])
 
 
 def test_the_families_that_store_experts_the_other_way_are_those_of_transformers():
@@ -292,13 +238,39 @@ def folders(request, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "plain", folder / "packed"
 
 
-def test_packing_and_unpacking_give_the_same_files(folders, tmp_path):
+def test_every_expert_is_counted_and_one_that_is_not_sparse_is_found_and_not_packed(folders, tmp_path):
+    plain, _ = folders
+    report = verify(plain)
+    sparse, _ = sparse_linears(load_model(plain).model)
+    assert report.totals()["weights"] == sum(weight_parameter(layer).numel() for layer in sparse.values())
+    assert report.ok
+    assert not report.uncounted
+    assert report.compared_with == "transformers"
+
+    spoiled = Path(shutil.copytree(plain, tmp_path / "spoiled"))
+    tensors = load_file(spoiled / "model.safetensors")
+    down = ("experts.3.w2.weight", "down_proj", "3.down_proj.weight", "experts.fc2.weight", "output_linear.weight")
+    name = next(name for name in tensors if name.endswith(down))
+    tensors[name].view(-1, tensors[name].shape[-1])[:4, :4] = 1  # along rows and along columns
+    save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
+    (bad,) = [layer for layer in verify(spoiled).layers if not layer.ok]
+    assert bad.name == name
+    assert bad.num_violations >= 1
+    assert len(bad.shape) == tensors[name].dim()
+    with pytest.raises(InputError, match=rf"{re.escape(name)}.* is not 2:4"):
+        pack_folder(spoiled, tmp_path / "packed")
+
+
+def test_packing_and_unpacking_give_the_same_files_and_the_same_model(folders, tmp_path):
     plain, packed = folders
     report = verify(packed)
     assert report.ok
     assert report.totals()["weights"] == verify(plain).totals()["weights"]
     assert unpack_folder(packed, tmp_path / "again") == len(report.sparse_layers)
     assert_equal_weights(plain, tmp_path / "again")
+    expected, loaded = (load_model(folder).model.state_dict() for folder in folders)
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in expected.items())
 
 
 def test_experts_in_some_blocks_only_are_packed(tmp_path):
@@ -329,21 +301,6 @@ def test_the_kernels_compute_what_transformers_does(folders):
     one = model.generate(ids()[:1, :8], max_new_tokens=4, do_sample=False)
     other = AutoModelForCausalLM.from_pretrained(plain).generate(ids()[:1, :8], max_new_tokens=4, do_sample=False)
     assert torch.equal(one, other)
-
-
-def test_load_model_unpacks_to_the_plain_model(folders):
-    plain, packed = (load_model(folder).model for folder in folders)
-    for (name, one), (other_name, other) in zip(plain.state_dict().items(), packed.state_dict().items()):
-        assert name == other_name
-        assert torch.equal(one, other), name
-    torch.testing.assert_close(packed(ids()).logits, plain(ids()).logits, rtol=0, atol=0)
-
-
-def test_an_expert_that_is_not_sparse_is_not_packed(folders, tmp_path):
-    plain, _ = folders
-    name = copy_with_dense_groups(plain, tmp_path / "spoiled")
-    with pytest.raises(InputError, match=rf"{re.escape(name)}.* is not 2:4"):
-        pack_folder(tmp_path / "spoiled", tmp_path / "packed")
 
 
 @needs_kernels
@@ -401,22 +358,6 @@ def assert_sparse(folder: Path) -> None:
     assert report.ok
     assert not report.uncounted
     assert report.totals()["left_dense"] == 0
-
-
-@pytest.mark.slow
-def test_castlm_train_makes_the_experts_sparse_and_transformers_loads_the_same_model(models, text, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main(small_command("train", models["mixtral"], text, out, max_steps=4, device="cpu")) == 0
-    assert "model.layers.1.mlp.gate.weight (a router of experts)" in capsys.readouterr().err
-    assert_sparse(out / "model")
-    record = record_of(out / "model")
-    assert record["proof"]["violations"] == 0
-    assert record["proof"]["layers"] == 2 * (4 + 3 * 4)
-    router = {f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("mlp.gate", "block_sparse_moe.gate")}
-    assert {name for name in record["left_dense"] if "embed" not in name and "lm_head" not in name} <= router
-    ids = torch.arange(24).view(1, 24)
-    theirs = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)(ids).logits
-    assert torch.equal(theirs, load_model(out / "model").model(ids).logits)
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("qwen3_moe", 2), slow("gpt_oss", 3)])

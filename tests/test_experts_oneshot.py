@@ -10,11 +10,11 @@ from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.export.verify import verify
 from castlm.oneshot.inputs import see_inputs
-from castlm.oneshot.options import BasisOptions, Refinements
+from castlm.oneshot.options import Refinements
 from castlm.oneshot.routed import RoutedInputs, calibrated_on_all_note, calibrated_on_all_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.start import change_basis_, prune_oneshot_
+from castlm.oneshot.start import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
 from tests.runs import prune_to, record_of
 from tests.slow import slow, slow_but
@@ -117,16 +117,6 @@ def test_refinements_and_reconstruction_work_on_experts():
     assert all(is_nm_sparse(layer.weight) for layer in layers.values())
     assert len(report.reconstructions) == 2
     assert torch.equal(model.model.layers[0].mlp.gate.weight, before)
-
-
-@pytest.mark.parametrize("rotate", [slow("values"), "residual"])
-def test_the_basis_of_a_model_with_experts_changes_and_its_function_does_not(rotate):
-    model, ids = linear_model("mixtral"), calibration()
-    before = model(ids[:1]).logits
-    report = change_basis_(model, ids, BasisOptions(rotate=rotate, rotation_iterations=5))
-    torch.testing.assert_close(model(ids[:1]).logits, before, rtol=1e-3, atol=1e-3)
-    (mlps,) = [change for change in report.changes if change.what == "MLP neurons permuted"]
-    assert mlps.num_tried == 8  # four experts in two blocks
 
 
 def test_experts_that_compute_their_neurons_otherwise_are_refused(monkeypatch):

@@ -1,7 +1,7 @@
 """`castlm finetune`: a 2:4 model in, a 2:4 model with the same zeros out, whole or through an adapter."""
 
+import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,27 @@ def small(model: str, dataset: str, output_dir: Path, **over: Any) -> FinetuneCo
     return FinetuneConfig.of(model, dataset, str(output_dir), **(fields | over))
 
 
-@pytest.mark.parametrize(("adapter", "moments"), [slow("none", "fp32"), ("none", "8bit"), ("shira", "8bit")])
-def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, adapter, moments):
+@pytest.mark.parametrize(
+    ("family", "adapter", "moments"),
+    [
+        *[("llama", "none", "8bit"), ("llama", "shira", "8bit"), slow("llama", "none", "fp32")],
+        *[slow("gpt2", "none", "fp32"), slow("gpt2", "shira", "fp32")],  # whose Conv1D layers are stored (in, out)
+    ],
+)
+def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, family, adapter, moments):
     if adapter != "none":
-        pytest.importorskip("peft")
+        peft = pytest.importorskip("peft")
+    if family == "gpt2":
+        sparse = prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense", "gpt2"))
     record = train(small(sparse, text, tmp_path / "run", adapter=adapter, moments=moments, weight_decay=0.01))
     folder = tmp_path / "run" / "model"
-    assert castlm.verify(folder).ok
+    report = castlm.verify(folder)
+    assert report.ok
+    layers = {layer.name for layer in report.sparse_layers}
     before, after = weights(sparse), weights(folder)
     for name, weight in before.items():
-        in_layer = "proj" in name
-        assert torch.equal(after[name] == 0, weight == 0) or not in_layer, name
-        assert torch.equal(after[name], weight) == (adapter != "none" and not in_layer), name
+        assert torch.equal(after[name] == 0, weight == 0) or name not in layers, name
+        assert torch.equal(after[name], weight) == (adapter != "none" and name not in layers), name
     perplexity = record["perplexity"]
     assert set(perplexity) == {"start", "pruned"}
     assert perplexity["pruned"] < perplexity["start"]
@@ -72,52 +81,15 @@ def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, ada
     assert record["verdict"]["reason"].endswith(f"below the model before fine-tuning ({perplexity['start']:,.3f})")
     assert record["num_params"] == sum(weight.numel() for weight in before.values())
     assert "its zeros are kept" in (folder / "README.md").read_text()
-
-
-@pytest.mark.parametrize("adapter", ["none", "shira"])
-@pytest.mark.slow
-def test_a_gpt2_is_fine_tuned_and_stays_in_its_own_layout(text, tmp_path, adapter):
-    """Its Conv1D layers are linear ones in castlm, so that PEFT can adapt them, and are stored (in, out)."""
-    if adapter != "none":
-        peft = pytest.importorskip("peft")
-    sparse = prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense", "gpt2"))
-    train(small(sparse, text, tmp_path / "run", adapter=adapter))
-    folder = tmp_path / "run" / "model"
-    assert castlm.verify(folder).ok
-    before, after = weights(sparse), weights(folder)
-    for name in before:
-        is_layer = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        assert torch.equal(after[name] == 0, before[name] == 0) or not is_layer, name
-        assert torch.equal(after[name], before[name]) == (adapter != "none" and not is_layer), name
+    again, _ = parse_finetune([sparse, "--config", str(tmp_path / "run" / "config.yaml"), "--output-dir", "again"])
+    assert json.loads(json.dumps(again.as_dict())) == {**record_of(folder)["config"], "output_dir": "again"}
     if adapter == "none":
         return
     base = castlm.load_model(sparse).model
     merged = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").merge_and_unload()
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
-        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_rank_that_a_refusal_names_is_one_that_every_layer_allows(text, tmp_path, capsys):
-    pytest.importorskip("peft")
-    sparse = prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense", "gpt2"))
-    with pytest.raises(InputError, match=r"c_proj.*r <= 8 \(lora_r"):
-        train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=16))
-    train(small(sparse, text, tmp_path / "run", adapter="shira", lora_r=8))
-
-
-def test_the_adapter_of_a_run_is_loaded_by_peft_and_is_what_was_merged(sparse, text, tmp_path):
-    peft = pytest.importorskip("peft")
-    train(small(sparse, text, tmp_path / "run", adapter="shira"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = peft.PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(sparse), tmp_path / "run" / "adapter"
-        )
-    merged = loaded.merge_and_unload().state_dict()
-    for name, weight in weights(tmp_path / "run" / "model").items():
-        torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-7)
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ["none", slow("shira")])
@@ -167,11 +139,11 @@ def test_what_is_not_fine_tuning_is_refused(sparse, text, tmp_path):
         train(TrainConfig.of(sparse, text, str(tmp_path / "run"), method="finetune", adapter="shira", seq_len=32))
 
 
-@pytest.fixture(scope="module", params=["shira"])
-def on_two_ranks(request, sparse, text, tmp_path_factory) -> FinetuneConfig:
+@pytest.fixture(scope="module")
+def on_two_ranks(sparse, text, tmp_path_factory) -> FinetuneConfig:
     """A run of an adapter on two ranks, with a teacher."""
     pytest.importorskip("peft")
-    fields = {"adapter": request.param, "sharding": "replicate", "eta": 0.5, "save_steps": 2}
+    fields = {"adapter": "shira", "sharding": "replicate", "eta": 0.5, "save_steps": 2}
     config = small(sparse, text, tmp_path_factory.mktemp("two") / "run-2", per_device_train_batch_size=2, **fields)
     run_ranks(train, 2, config, folder=Path(config.checkpoint.output_dir).parent)
     return config
@@ -228,12 +200,6 @@ def test_the_command_line_has_the_options_that_matter(capsys):
     for option in ("--decay=none", "--no-permute"):
         assert main(["finetune", *given, option]) == 2
         assert "leave it out, or use castlm train" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["finetune", "--help"])
-    shown = capsys.readouterr().out
-    assert "--adapter" in shown
-    assert "--lora-r" in shown
-    assert "--calibration-sequences" not in shown
 
 
 def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path):
@@ -250,17 +216,6 @@ def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path)
         parse_finetune(given)
     with pytest.raises(InputError, match="demo"):
         parse_finetune(["demo", "--dataset", "text", "--output-dir", "out"])
-
-
-def test_the_file_of_a_run_starts_it_again(sparse, text, tmp_path):
-    train(small(sparse, text, tmp_path / "run", max_steps=2))
-    file = str(tmp_path / "run" / "config.yaml")
-    config, _ = parse_finetune([sparse, "--config", file, "--output-dir", str(tmp_path / "again")])
-    first = record_of(tmp_path / "run" / "model")["config"]
-    assert {**config.as_dict(), "output_dir": None} == {
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in first.items()},
-        "output_dir": None,
-    }
 
 
 def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, text, tmp_path, capsys):

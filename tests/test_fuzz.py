@@ -33,8 +33,9 @@ from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yam
 from castlm.inference.formats import PackedSpec
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
+from castlm.planning.fit import fit_law
 from castlm.planning.memory import Settings, plan_memory
-from castlm.planning.points import read_points
+from castlm.planning.points import Point, read_points
 from castlm.training.config import TrainConfig
 from castlm.training.record import read_metrics
 
@@ -250,16 +251,7 @@ def test_csv_of_points(here, content):
     answers(read_points, [put(new(here), a__csv=content) / "a.csv"])
 
 
-LAW = {
-    **dict.fromkeys(("L_inf", "B", "beta", "r2", "noise"), 0.5),
-    "intervals": {"beta": [0.1, 0.9]},
-    "num_points": 4,
-    "num_budgets": 4,
-    "tokens_range": [1e6, 1e9],
-    "draws": [[0.5, 0.5, 0.5]],
-    "holdout": None,
-    "holdout_reason": "",
-}
+LAW = fit_law([Point(tokens=tokens, perplexity=3 + 1e4 / tokens) for tokens in (1e4, 3e4, 1e5, 1e6)]).as_dict()
 
 
 @fuzz

@@ -6,10 +6,8 @@ the export is reached sooner or later. `make test` tries a few orders, `make fuz
 
 import hashlib
 import os
-import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +31,7 @@ from castlm.training.config import TrainConfig
 from tests.faults import train_as_a_command
 from tests.fuzzing import EXAMPLES
 from tests.ranks import said, start_ranks, wait_ranks
+from tests.replaced import die_before
 from tests.tiny import TEXT, save_tiny
 
 FOREIGN = ("thesis.txt", "checkpoints/notes.txt", "model/README-mine.md")
@@ -40,17 +39,14 @@ FOREIGN = ("thesis.txt", "checkpoints/notes.txt", "model/README-mine.md")
 
 def train_and_die(config: TrainConfig, moment: int | None) -> int:
     """Trains; the process kills itself before its `moment`-th operation on the output folder."""
-    left = iter(range(moment if moment is not None else sys.maxsize))
     folder = os.path.realpath(config.checkpoint.output_dir)
 
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if not event.startswith(("os.", "open", "shutil.")) or event in ("os.kill", "os.listdir", "os.scandir"):
-            return
-        touches = any(isinstance(a, (str, os.PathLike)) and folder in str(a) for a in arguments)
-        if touches and next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def changes_folder(event: str, arguments: tuple[object, ...]) -> bool:
+        reads = event in ("os.listdir", "os.scandir")
+        return not reads and any(isinstance(a, (str, os.PathLike)) and folder in str(a) for a in arguments)
 
-    sys.addaudithook(hook)
+    if moment is not None:
+        die_before(moment, changes_folder)
     return train_as_a_command(config)
 
 
@@ -177,21 +173,3 @@ def test_any_order_of_starts_and_kills_loses_nothing(ground):
     run_state_machine_as_test(
         machine(ground), settings=settings(max_examples=1 + EXAMPLES // 10, stateful_step_count=8, deadline=None)
     )
-
-
-@pytest.mark.slow
-def test_ten_kills_from_the_first_second_on_end_in_the_bits_of_a_straight_run(ground):
-    """As a scheduler repeats one command with --resume, whatever had been written before."""
-    chance = random.Random(0)
-    config = ground.configs[0].changed(output_dir=ground.folder / "killed", resume=True)
-    started = time.monotonic()
-    ground.run(config.changed(output_dir=ground.folder / "timed"))
-    seconds = time.monotonic() - started
-    for number in range(10):
-        (process,) = start_ranks(train_and_die, 1, config, None, log=ground.folder / f"log-kill-{number}")
-        process.join(chance.uniform(0.0, seconds))
-        process.kill()
-        process.join()
-    code, text = ground.run(config)
-    assert code == 0, text
-    assert (ground.folder / "killed" / "model" / "model.safetensors").read_bytes() == ground.weights[0]

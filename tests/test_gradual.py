@@ -3,49 +3,36 @@
 import pytest
 import torch
 
-from castlm.core.nm import NM, count_nm_violations
-from castlm.core.sparsify import is_sparse_linear, weight_parameter
+from castlm.core.nm import count_nm_violations
+from castlm.core.sparsify import sparse_linears, weight_parameter
 from castlm.methods.base import forward_mask
-from castlm.methods.gradual import GradualMagnitude
 from castlm.methods.options import MethodOptions
-from castlm.training.config import TrainConfig
 from castlm.training.finish import perplexities_when_sparse
-from tests.tiny import VOCAB_SIZE, tiny_model
+from tests.runs import begin_run, small
+from tests.tiny import VOCAB_SIZE
 
 IDS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def test_masked_weights_get_no_gradient_and_the_masks_stay_from_the_second_half_on():
-    options = {"model": "m", "dataset": "d", "output_dir": "o", "method": "gradual_magnitude"}
-    config = TrainConfig.from_mapping(options | {"max_steps": 40, "mask_interval": 5, "learning_rate": 0.05}, "test")
-    model = tiny_model("llama")
-    method = GradualMagnitude(
-        model,
-        NM(2, 4),
-        is_sparse_linear,
-        method=config.method,
-        optimizer=config.optimizer,
-        adapter=config.adapter,
-        start=config.start.name,
-        seed=0,
-    )
-    optimizer = method.build_optimizer(model, fused=False)
-    layer = next(iter(method.layers.values()))
+def test_masked_weights_get_no_gradient_and_the_masks_stay_from_the_second_half_on(llama, text, tmp_path):
+    options = {"method": "gradual_magnitude", "max_steps": 40, "mask_interval": 5, "learning_rate": 0.05}
+    run = begin_run(small(llama, text, tmp_path / "run", **options))
+    layer = next(iter(sparse_linears(run.model)[0].values()))
     shares, last = [], None
     for step in range(40):
-        method.before_forward(step)
+        run.method.before_forward(step)
         mask = forward_mask(layer).clone()
         if step % 5 == 0:
             shares.append(float((~mask).float().mean()))
         if step > 20:
             assert torch.equal(mask, last)
-            assert step < 25 or method.flips() == 0
-        optimizer.zero_grad()
-        model(input_ids=IDS, labels=IDS).loss.backward()
+            assert step < 25 or run.method.flips() == 0
+        run.optimizer.zero_grad()
+        run.model(input_ids=IDS, labels=IDS).loss.backward()
         gradient = weight_parameter(layer).grad
         assert (gradient[~mask] == 0).all()
         assert gradient[mask].any()
-        optimizer.step()
+        run.optimizer.step()
         last = mask
     assert shares == sorted(shares)
     assert (shares[0], shares[4]) == (0.0, 0.5)

@@ -36,32 +36,9 @@ def test_the_distance_is_relative_for_each_token_and_averaged_over_those_that_co
         for row, at in (labels != -100).nonzero().tolist()
     ]
     assert torch.allclose(hidden_distance(student, teacher, labels), torch.stack(expected).mean())
-
-
-def test_the_gradient_is_that_of_the_formula(states):
-    student, teacher, labels = states
-
-    def distance(*student):
-        return hidden_distance(student, teacher, labels)
-
-    assert torch.autograd.gradcheck(distance, student)
-
-
-def test_the_distance_of_micro_batches_adds_up(states):
-    student, teacher, labels = states
-    whole = hidden_distance(student, teacher, labels)
-    count = (labels != -100).sum()
-    parts = [
-        hidden_distance([s[row] for s in student], [t[row] for t in teacher], labels[row], num_tokens=count)
-        for row in range(2)
-    ]
-    assert torch.allclose(sum(parts), whole)
-
-
-def test_a_teacher_whose_stream_is_zero_gives_no_nan(states):
-    student, _, labels = states
+    assert torch.autograd.gradcheck(lambda *student: hidden_distance(student, teacher, labels), student)
     nowhere = [torch.zeros_like(s) for s in student]
-    assert hidden_distance([0 * s for s in student], nowhere, labels) == 0
+    assert hidden_distance([0 * s for s in student], nowhere, labels) == 0  # and no NaN
 
 
 @pytest.mark.parametrize("rotate", [slow("auto"), "residual"])

