@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
@@ -11,7 +10,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: e
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else torch.compile starts processes that import torch
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -89,15 +87,6 @@ def no_charts(monkeypatch) -> None:
     """Pages and tables as without matplotlib: charts take longer than all the rest of a small run."""
     for room in ("charts", "run_page"):
         monkeypatch.setattr(f"castlm.report.{room}.can_draw", lambda: False)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Says what was skipped and why, where everybody looks: in the last lines."""
-    reasons = Counter(
-        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
-    )
-    for reason, count in sorted(reasons.items()):
-        terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
 LONGEST_FIRST = (

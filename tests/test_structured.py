@@ -20,7 +20,7 @@ from castlm.models.io import load_model
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.start import prune_oneshot_
 from castlm.patterns import parse_pattern
-from castlm.structured.pattern import SCORED_BY, Channels, left_of
+from castlm.structured.pattern import SCORED_BY, Channels
 from castlm.structured.prune import loss_gradients, solve_columns
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
@@ -246,16 +246,6 @@ def test_every_pattern_is_pruned_and_least_squares_lower_the_error(text, score):
         errors.append(sum(layer.error for layer in report.layers if ".layers.0." in layer.name))
         assert {layer.name for layer in report.layers} == set(layers)
     assert 0 < errors[1] < errors[0]
-
-
-def test_n_of_m_is_solved_in_what_is_left():
-    model = tiny_model("llama")
-    prune_oneshot_(model, "flap", pattern=parse_pattern("channels:0.75+2:4"), calibration=TOKENS)
-    down = model.model.layers[0].mlp.down_proj.weight
-    small = left_of(down, kept_channels(model).expand_as(down))
-    assert small.shape == (32, 48)
-    assert NM(2, 4).violations(small) == 0
-    assert torch.equal((small == 0).sum(1), torch.full((32,), 24))
 
 
 def test_gradients_are_those_of_a_plain_backward_pass_that_runs_each_block_again():

@@ -89,15 +89,6 @@ def test_holds_and_reports_each_layer(tmp_path):
     assert "2:4 holds" in report.text()
 
 
-def test_layers_are_called_dense_only_where_hardly_a_weight_is_zero(tmp_path):
-    tensors = llama()
-    sparse = verify(write(tmp_path / "sparse", tensors), "1:4")
-    assert not sparse.ok
-    assert sparse.hint == ""
-    dense = verify(write(tmp_path / "dense", {name: torch.ones_like(tensor) for name, tensor in tensors.items()}))
-    assert "14 of 14 layers are dense: the model was never pruned" in dense.text()
-
-
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 )
