@@ -172,16 +172,6 @@ def command(chat_llama, path, *more):
     return ["sample", chat_llama, "--output-file", str(path), "--max-new-tokens", "8", "--batch-size", "4", *more]
 
 
-def test_the_command_says_what_it_wrote_and_how_to_train_on_it(chat_llama, tmp_path, capsys):
-    path = tmp_path / "a.jsonl"
-    assert main(command(chat_llama, path, "--num-tokens", "100")) == 0
-    said = capsys.readouterr().out
-    assert f"{len(lines(path))} texts of" in said
-    assert f"castlm train --model {chat_llama} --dataset {path}" in said
-    assert main(command(chat_llama, path, "--num-tokens", "200", "--overwrite")) == 0
-    assert len(lines(path)) > 15
-
-
 def test_a_killed_command_is_resumed_to_the_same_file(chat_llama, tmp_path):
     straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
     more = ("--num-tokens", "800")

@@ -110,26 +110,19 @@ def test_a_stopped_pass_goes_on_with_what_is_missing(chat_llama, tmp_path, lesso
     assert content(tmp_path / "whole") == content(tmp_path / "cache")
 
 
-def test_a_finished_text_gets_its_cache_later(chat_llama, own, tmp_path, lessons, capsys):
-    before = Path(own).read_bytes()
-    arguments = command(chat_llama, own, *cached(tmp_path), "--resume")
+def test_a_finished_text_gets_its_cache_later_and_the_printed_command_trains_without_a_teacher(
+    chat_llama, own, tmp_path, lessons, capsys
+):
+    held_out, before = tmp_path / "held_out.txt", Path(own).read_bytes()
+    held_out.write_text("a text that is not in the sample\n")
+    arguments = command(chat_llama, own, *cached(tmp_path, "--eval-dataset", str(held_out)), "--resume")
     assert main(arguments) == 0
     assert Path(own).read_bytes() == before
     num_read = len(lessons)
     assert main(arguments) == 0
     assert len(lessons) == num_read > 0
-    said = capsys.readouterr().out
-    assert "top 8 tokens for" in said
-    assert f"--teacher-cache {tmp_path / 'cache'}" in said
-    assert "--num-train-epochs 1" in said
-
-
-def test_the_command_that_is_printed_trains_without_a_teacher(chat_llama, own, tmp_path, lessons, capsys):
-    held_out = tmp_path / "held_out.txt"
-    held_out.write_text("a text that is not in the sample\n")
-    assert main(command(chat_llama, own, *cached(tmp_path, "--eval-dataset", str(held_out)), "--resume")) == 0
-    num_read = len(lessons)
     printed = capsys.readouterr().out.rpartition("castlm train ")[2].split()
+    assert "--num-train-epochs" in printed
     printed[printed.index("RUN")] = str(tmp_path / "run")
     more = ("--init-from", "magnitude", "--save-steps", "0", "--no-report", "--ignore-decay-budget")
     assert main(["train", *printed, *more]) == 0

@@ -304,8 +304,6 @@ def test_what_makes_no_sense_is_refused(config, tmp_path):
         config.changed(teacher_top_k=0)
     with pytest.raises(InputError, match="eta > 0"):
         config.changed(eta=0.0)
-    with pytest.raises(InputError, match="exceeds the model's 264 tokens"):
-        train(config.changed(teacher_top_k=10**6))
     (tmp_path / "taken").write_text("")
     with pytest.raises(FileExistsError, match="taken"):
         train(config.changed(teacher_cache=str(tmp_path / "taken")))
