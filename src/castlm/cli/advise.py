@@ -65,37 +65,38 @@ class AdviseCommand:
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
-        from castlm.inference.semi_structured import this_gpu
-
         check_json_path(self.json)
-        pattern = self.pattern
-        cut = None if pattern.cut_out is None else pattern
-        if self.results:
-            from castlm.compare.tradeoff import as_dict, candidates, measure, text
-            from castlm.inference.native import built
-            from castlm.progress import note
-
-            why = "is not for --results, which decodes one sequence in bf16 here: leave it out"
-            refuse_given(self, _OF_ADVICE, why)
-            built()
-            chosen = candidates(self.model, [result_folder(path) for path in self.results])
-            report = as_dict(measure(chosen, note))
-            advice = text(report)
-        elif (self.law is None) != (self.train_tokens is None):
-            raise InputError("give both --law and --train-tokens, or neither")
-        elif cut is None and not isinstance(pattern, NM):
-            raise InputError(f"pattern {pattern}: advise knows n:m, and channels and heads that are cut out")
-        elif self.device != "this" or this_gpu() is not None:
-            report, advice = self._on_gpu(cut)
-        else:
-            report, advice = self._on_cpu(cut)
+        report, advice = self._of_results() if self.results else self._of_formats()
         write_json(self.json, report)
         if self.json != "-":
             to_stdout(advice, keep="\n")
         return 0
 
+    def _of_results(self) -> tuple[dict[str, Any], str]:
+        """The comparison of finished results, as a report and as text."""
+        from castlm.compare.tradeoff import as_dict, candidates, measure, text
+        from castlm.inference.native import built
+        from castlm.progress import note
+
+        refuse_given(self, _OF_ADVICE, "is not for --results, which decodes one sequence in bf16 here: leave it out")
+        built()
+        chosen = candidates(self.model, [result_folder(path) for path in self.results])
+        report = as_dict(measure(chosen, note))
+        return report, text(report)
+
+    def _of_formats(self) -> tuple[dict[str, Any], str]:
+        """The advice for this CPU or a GPU, as a report and as text."""
+        from castlm.inference.semi_structured import this_gpu
+
+        cut = None if self.pattern.cut_out is None else self.pattern
+        if (self.law is None) != (self.train_tokens is None):
+            raise InputError("give both --law and --train-tokens, or neither")
+        if cut is None and not isinstance(self.pattern, NM):
+            raise InputError(f"pattern {self.pattern}: advise knows n:m, and channels and heads that are cut out")
+        is_on_gpu = self.device != "this" or this_gpu() is not None
+        return self._on_gpu(cut) if is_on_gpu else self._on_cpu(cut)
+
     def _on_cpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
-        """The advice for this CPU, as a report and as text."""
         from castlm.inference.advise import SECONDS, WORKLOADS, check_can_time, rank, shapes_of
         from castlm.progress import note, shown_progress
 
@@ -147,7 +148,6 @@ class AdviseCommand:
         return Quality(found.get("dense"), at.perplexity, source)
 
     def _on_gpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
-        """The advice for a GPU, as a report and as text."""
         from castlm.inference.advise import shapes_of
         from castlm.inference.devices import find_device
         from castlm.inference.roofline import advise

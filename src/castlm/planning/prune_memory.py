@@ -74,7 +74,6 @@ def plan_prune_memory(
     pattern: Pattern = NM(2, 4),  # noqa: B008
     num_sequences: int | None = None,
     seq_len: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
     basis: BasisOptions | None = None,
     refinements: Refinements | None = None,
     effort: str = "best",
@@ -93,7 +92,6 @@ def plan_prune_memory(
         method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
             structured patterns.
         num_sequences, seq_len: of the calibration text; by default as in `castlm prune`.
-        dtype: the dtype of the stored model.
         basis: not with the residual stream rotated, whose statistics are not counted.
         effort: the `start_effort` that has set options of `refinements` which are not given.
 
@@ -137,8 +135,8 @@ def plan_prune_memory(
         turned += parts["statistics of the basis"]
     seen = block + parts["statistics"]
     phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
-    if memory == "block":  # beside the embeddings stands the file that they are read from, or a block
-        embeddings = (model.total - model.num_layers * model.block) * dtype.itemsize
+    if memory == "block":  # beside the embeddings stands the file, in bf16, that they are read from, or a block
+        embeddings = (model.total - model.num_layers * model.block) * torch.bfloat16.itemsize
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
     else:
         phases["verify"] = block + parts["weights"]
