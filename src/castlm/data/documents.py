@@ -88,7 +88,7 @@ class Documents:
         for here, index in enumerate(order[start:].tolist(), start):
             first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
             document = self._read(index)
-            if not (first and last and is_blank(document.text)):
+            if not (first and last) or document.text.strip():
                 yield document._replace(first=first, last=last, position=here)
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
@@ -182,7 +182,7 @@ class HubDocuments:
             if seed is not None:
                 order = np.argsort(np.random.default_rng([seed, epoch, buffer]).random(len(documents)), kind="stable")
             for index, row in enumerate(order[start:].tolist(), start):
-                if not is_blank(documents[row].text):
+                if documents[row].text.strip():
                     yield documents[row]._replace(position={"stream": state, "buffer": buffer, "index": index})
             state, buffer, start = stream.state_dict(), buffer + 1, 0
 
@@ -226,10 +226,6 @@ class Mixture:
         """A SHA-256 of the texts and their shares, in hexadecimal."""
         content = [[part.text_hash(), weight] for part, weight in zip(self.parts, self.weights)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def is_blank(text: str) -> bool:
-    return not text or text.isspace()
 
 
 def furthest_behind(used: Sequence[float], weights: Sequence[float]) -> int:
