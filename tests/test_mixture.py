@@ -88,7 +88,7 @@ def test_weights_are_read_from_the_names():
     with pytest.raises(InputError, match="needs a single dataset"):
         TrainConfig.of("m", ("a", "b"), "o", repeat_sequences=True)
     for weight in (0, -2):
-        with pytest.raises(InputError, match=r"dataset .*weight above 0"):
+        with pytest.raises(InputError, match=r"dataset .*above 0"):
             of(f"a.txt:{weight}", "b.txt")
 
 
