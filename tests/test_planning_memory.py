@@ -58,14 +58,19 @@ def llama(**over):
 @pytest.mark.slow
 def test_saved_activations_of_a_llama_block_have_the_closed_form():
     hidden, inner, heads, tokens = 64, 176, 4, 96
+    weights = 4 * hidden**2 + 3 * hidden * inner
     numbers = 2 * 4 + 4 * heads  # two norms' scales and the attention's logsumexp, fp32
     saved = trace(llama(), RUN, sharded=False)
     assert saved.block == tokens * (4 * (10 * hidden + 4 * inner) + numbers)
-    assert saved.block_weights == 4 * (4 * hidden**2 + 3 * hidden * inner)  # the products W * A
+    assert saved.block_weights == 4 * weights  # the products W * A
     assert trace(llama(), replace(RUN, scale_groups=0), sharded=False).block_weights == 0
-    autocast = trace(llama(), replace(RUN, scale_groups=0, compute=torch.bfloat16), sharded=False)
-    assert autocast.block == tokens * (34 * hidden + 8 * inner + numbers)
-    assert autocast.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # copies of W
+    bf16 = replace(RUN, compute=torch.bfloat16)
+    for sharded in (False, True):
+        autocast = trace(llama(), replace(bf16, scale_groups=0), sharded=sharded)
+        assert autocast.block == tokens * (34 * hidden + 8 * inner + numbers)
+        assert autocast.block_weights == (0 if sharded else 2 * weights)  # copies of W, unless it is gathered in bf16
+    scaled = trace(llama(), bf16, sharded=True)
+    assert (scaled.block, scaled.block_weights) == (autocast.block, 2 * weights)
 
 
 def test_rounded_weights_are_kept_for_backward_and_scales_are_parameters():
@@ -146,18 +151,6 @@ def test_ranks_share_what_is_sharded_and_nothing_else():
     for name in ("activations", "weights kept for backward", "gathered weights", "logits"):
         assert two.components[name] == eight.components[name]
     assert one.components["gathered weights"] == 0
-
-
-@pytest.mark.slow
-def test_what_is_gathered_in_bf16_is_not_copied():
-    hidden, inner = 64, 176
-    bf16 = replace(RUN, compute=torch.bfloat16)
-    one, several = (trace(llama(), replace(bf16, scale_groups=0), sharded=sharded) for sharded in (False, True))
-    assert several.block == one.block  # the residual path stays fp32
-    assert several.block_weights == 0
-    scaled = trace(llama(), bf16, sharded=True)
-    assert scaled.block_weights == 2 * (4 * hidden**2 + 3 * hidden * inner)  # the products W * A
-    assert scaled.block == one.block
 
 
 @pytest.mark.slow

@@ -450,38 +450,29 @@ def test_no_linear_layer(tmp_path):
     refused(part(tmp_path, {Q0: torch.randn(8, 8)}, left_dense={Q0: "all"}), r"no layer .* 1 left dense")
 
 
-def test_every_truncation_is_noticed(tmp_path):
+ONE = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+HEADERS = [
+    b"{not json",
+    b"\xff\xfe",
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',  # larger than the file
+    ONE + b', "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',  # two tensors that overlap
+]
+
+
+def test_a_file_that_is_cut_extended_corrupt_or_something_else_is_refused(tmp_path):
     file = write(tmp_path, llama()) / "model.safetensors"
     whole = file.read_bytes()
-    for length in (0, 4, 8, 20, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:length])
-        refused(tmp_path, r"not a whole safetensors file")
-    file.write_bytes(whole + b"x")
-    refused(tmp_path, "not a whole safetensors file")
+    cuts = [whole[:length] for length in (0, 4, 8, 20, len(whole) // 2, len(whole) - 1)]
+    corrupt = [len(header).to_bytes(8, "little") + header + bytes(4) for header in HEADERS]
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for content in (*cuts, whole + b"x", *corrupt, pointer):
+        file.write_bytes(content)
+        refused(tmp_path, "not a whole safetensors file")
     file.write_bytes(whole)
     assert verify(tmp_path).ok
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"{not json",
-        b"\xff\xfe",
-        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',  # larger than the file
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '  # two tensors that overlap
-        b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
-    ],
-)
-def test_corrupt_headers(tmp_path, header):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    refused(file, "not a whole safetensors file")
-
-
-def test_files_of_other_kinds(tmp_path):
-    pointer = tmp_path / "model.safetensors"
-    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(pointer, "not a whole safetensors file")
+def test_records_and_configs_that_are_no_such_thing_are_refused(tmp_path):
     folder = write(tmp_path / "m", llama())
     (folder / "castlm.json").write_text("{")
     refused(folder, "castlm.json is not readable JSON")

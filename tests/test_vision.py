@@ -1,6 +1,5 @@
 """Vision-language models: the language model becomes n:m by text, the tower stays as it is, and so does the class."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from castlm.models.architecture import auto_class, check_head, is_vision_languag
 from castlm.models.io import load_model
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.start import change_basis_
-from tests.runs import assert_equal_weights, prune_to, record_of, small_command
+from tests.runs import assert_equal_weights, edit_json, prune_to, record_of, small_command
 from tests.slow import slow_but
 from tests.tiny import VISION, save_tiny, tiny_model
 
@@ -115,8 +114,7 @@ def test_castlm_train_on_text_keeps_the_tower(models, text, tmp_path):
 
 def test_the_model_without_its_head_is_refused_by_name(tmp_path):
     folder = save_tiny(tmp_path, "llava")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlavaModel"]}))
+    edit_json(folder / "config.json", architectures=["LlavaModel"])
     with pytest.raises(InputError, match="LlavaModel"):
         load_model(folder)
 
