@@ -23,7 +23,7 @@ from typing import Any
 from rich.table import Table
 
 from castlm.cli.demo_payoff import payoff_table
-from castlm.cli.options import command_line, parse
+from castlm.cli.options import command_line
 from castlm.core.sparsify import prune_
 from castlm.files.output import begin_output, output_folder
 from castlm.hardware import keep_freed_memory
@@ -182,7 +182,3 @@ class DemoCommand:
             note(again)
             raise
         return 0
-
-
-def main(arguments: list[str]) -> int:
-    return int(parse(DemoCommand, arguments, "demo").run())
