@@ -125,28 +125,19 @@ def test_law_survives_json_with_its_names_and_predictions(law):
         Law.from_dict({**content, "draws": [[1, 2]]})
 
 
-def test_prediction_widens_with_distance_and_is_about_the_law(law):
+def test_predictions_widen_with_distance_and_are_inverted_down_to_the_floor(law):
     near, far = predict_perplexity(law, 1e8), predict_perplexity(law, 1e10)
     assert near.perplexity == pytest.approx(perplexity(1e8), rel=0.01)
-    assert near.beyond == 1
-    assert far.beyond == pytest.approx(100)
+    assert (near.beyond, far.beyond) == (1, pytest.approx(100))
     assert far.high / far.low > near.high / near.low > 1
-
-
-def test_tokens_for_is_the_inverse_of_the_prediction(law):
     needed = tokens_for(law, 6.0)
-    assert needed.tokens is not None
     assert predict_perplexity(law, needed.tokens).perplexity == pytest.approx(6.0)
     assert needed.low < needed.tokens < needed.high
     assert needed.probability == 1
-
-
-def test_target_below_the_floor_cannot_be_reached(law):
-    needed = tokens_for(law, math.exp(L_INF) * 0.9)
-    assert needed.tokens is None
-    assert needed.high == math.inf
-    assert "cannot be reached" in str(needed)
-    assert needed.floor_ppl == pytest.approx(math.exp(L_INF), rel=0.03)
+    beyond = tokens_for(law, math.exp(L_INF) * 0.9)
+    assert (beyond.tokens, beyond.high) == (None, math.inf)
+    assert "cannot be reached" in str(beyond)
+    assert beyond.floor_ppl == pytest.approx(math.exp(L_INF), rel=0.03)
 
 
 def test_plot_is_written(law, tmp_path):

@@ -81,6 +81,8 @@ def test_a_start_that_has_saved_nothing_is_not_continued_as_another_run(tmp_path
     assert RunFolder(tmp_path / "run").run_id == run_id
     with pytest.raises(InputError, match="seed 0 -> 1"):
         newest(config_of(tmp_path / "run", seed=1, resume=True))
+    begin(config_of(tmp_path / "run"))
+    assert RunFolder(tmp_path / "run").run_id != run_id  # by which trackers know it
 
 
 @pytest.mark.parametrize("begins", [False, True])

@@ -37,16 +37,10 @@ def test_the_fastest_variant_replaces_every_layer_and_the_output_stays(pruned):
     assert type(pruned.lm_head) is nn.Linear
 
 
-def test_dense_stays_where_sparse_is_no_faster_than_the_margin(pruned):
-    choices = to_semi_structured_(pruned, 8, backend=StubBackend(by_name({"dense": 1, "2:4 a": 0.99, "2:4 b": 1.5})))
-    assert {choice.variant for choice in choices} == {"dense"}
-    assert not any(isinstance(layer, StubLinear) for layer in pruned.modules())
-
-
 def test_each_shape_is_decided_by_itself_and_raced_once_at_the_stated_tokens(pruned):
     def seconds(name, shape, tokens):
         wide = shape == (64, 32)
-        return {"dense": 2.0, "2:4 a": 1.0 if wide else 3.0, "2:4 b": 3.0}[name]
+        return {"dense": 2.0, "2:4 a": 1.0 if wide else 1.98, "2:4 b": 3.0}[name]  # 1 % is not worth it
 
     backend = StubBackend(seconds)
     choices = to_semi_structured_(pruned, 8, backend=backend)

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.distributed.world import init_world
 from castlm.export.hf import push
 from castlm.files.record import LOCK, OUTPUT
 from castlm.training import telemetry as trackers
 from castlm.training.record import read_metrics, read_series
 from castlm.training.telemetry import Telemetry, TrackedRun, chosen_trackers, open_trackers
 from castlm.training.train import train
-from tests.runs import begin_run, metrics, small
+from tests.runs import metrics, small
 
 
 class Client(types.ModuleType):
@@ -104,17 +103,6 @@ def test_a_tracker_that_is_missing_or_fails_is_one_line(clients, tmp_path, monke
     with pytest.raises(InputError, match="report_to trackio"):
         open_trackers(["tensorboard", "trackio"], TrackedRun(tmp_path, "a1", {}, 0))
     assert len(closed) == 1
-
-
-def test_a_run_that_overwrites_another_is_another_run_of_the_trackers(clients, llama, text, tmp_path):
-    config = small(llama, text, tmp_path / "run", init_from="magnitude", report_to=("wandb",))
-    for overwrite in (False, True):
-        world = init_world("cpu", "full")
-        run = begin_run(config.changed(overwrite=overwrite), world)
-        with run.telemetry:
-            pass
-    first, second = (options["id"] for options in clients["wandb"].started)
-    assert first != second
 
 
 def names_in(folder: Path) -> list[str]:
