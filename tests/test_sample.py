@@ -285,14 +285,6 @@ def test_an_edited_record_is_not_resumed(edit, stopped):
         written(stopped, sampler_of(), resume=True)
 
 
-def test_resume_starts_where_nothing_is_and_reads_what_is_finished(chat_llama, tmp_path):
-    path, more = tmp_path / "a.jsonl", ("--num-tokens", "50", "--resume")
-    assert main(command(chat_llama, path, *more)) == 0
-    before = path.stat().st_mtime_ns
-    assert main(command(chat_llama, path, *more)) == 0
-    assert path.stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_file_of_others_at_the_name_of_the_output_is_never_overwritten(when, stopped, tmp_path):
     if when == "before":

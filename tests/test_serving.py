@@ -197,14 +197,6 @@ def test_bad_requests_are_answered_with_a_sentence_before_the_model_runs(engine,
         assert "Traceback" not in response.text
 
 
-def test_a_model_without_a_chat_template_says_what_to_use():
-    body = {"messages": [{"role": "user", "content": "a"}]}
-    with closing(Engine(*model_and_tokenizer())) as engine:
-        response = ask(engine, ("POST", "/v1/chat/completions", body))[0]
-    assert response.status_code == 400
-    assert "/v1/completions" in response.json()["error"]["message"]
-
-
 def test_what_fails_in_the_model_ends_one_request_and_not_the_engine(engine, monkeypatch):
     def fail(*args: object) -> None:
         raise RuntimeError("secret of the machine")

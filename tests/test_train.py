@@ -28,7 +28,6 @@ from castlm.training import run_folder
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import pruned
-from castlm.training.run import Run
 from castlm.training.train import train
 from tests.ranks import start_command, wait_for, wait_ranks
 from tests.refusals import assert_refused
@@ -220,15 +219,10 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
     assert record["figures"][1]["name"] == f"pruned one-shot by {initial}"
 
 
-@pytest.fixture(scope="module")
-def cast(llama, text, tmp_path_factory) -> Run:
-    """A run of CAST before its first step."""
-    return begin_run(small(llama, text, tmp_path_factory.mktemp("cast") / "run"))
-
-
 @pytest.mark.parametrize("method", [slow("ste"), "srste", slow("ast")])
-def test_rivals_start_from_the_same_weights(method, cast, llama, text, tmp_path):
+def test_rivals_start_from_the_same_weights(method, llama, text, tmp_path):
     """As the one-shot method leaves them, masked ones at zero; what is masked may come back."""
+    cast = begin_run(small(llama, text, tmp_path / "cast"))
     config = small(llama, text, tmp_path / "rival", method=method, mask_interval=1, init_from="sparsegpt")
     rival = begin_run(config)
     assert rival.dense_perplexity == pytest.approx(cast.dense_perplexity)
