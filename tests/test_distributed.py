@@ -33,12 +33,11 @@ from castlm.distributed.world import World, close_world, closing, init_world
 from castlm.export.verify import verify
 from castlm.files import output
 from castlm.models.io import load_model
-from castlm.training import checkpoint, finish, source, telemetry
+from castlm.training import checkpoint, finish, source
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective, as_teacher_, pruned
 from castlm.training.run import Run
-from castlm.training.telemetry import TrackedRun
 from castlm.training.train import calibrate, resolve, train
 from tests.faults import (
     Ground,
@@ -290,18 +289,8 @@ def test_ranks_with_other_weights_of_the_model_are_refused(sharding, text, tmp_p
     assert_refused(tmp_path / "log", "rank 1 has other weights of model", train_on_a_disk_of_its_own, config, tmp_path)
 
 
-def train_without_its_tracker(config: TrainConfig) -> int:
-    def refuse(run: TrackedRun) -> None:
-        raise ConnectionError("not logged in")
-
-    telemetry.TRACKERS["tensorboard"] = refuse
-    return train_as_a_command(config)
-
-
 def test_a_failure_of_the_main_rank_alone_is_one_line(gemma, text, tmp_path):
-    tracked = small(gemma, text, tmp_path / "run", 2, report_to=("tensorboard",), **START)
-    assert_refused(tmp_path / "log", "report_to tensorboard: not logged in", train_without_its_tracker, tracked)
-    config = small(gemma, text, tmp_path / "other", 2, init_from=gemma)
+    config = small(gemma, text, tmp_path / "run", 2, init_from=gemma)
     assert_refused(tmp_path / "log", r"is not 2:4 in model\.layers\.0", train_as_a_command, config)
 
 

@@ -14,7 +14,6 @@ from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export import hf
 from castlm.export.card import model_card
 from castlm.export.hf import export_model
-from castlm.export.verify import verify
 from castlm.models.io import load_model
 from tests.refusals import refusal
 from tests.runs import prune_to, record_of, small_command, weights
@@ -196,17 +195,6 @@ def test_failed_proof_leaves_the_old_result(tmp_path):
     prune_(model)
     export(tmp_path / "out", model, tokenizer, left_dense, overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
-
-
-def test_experts_that_are_no_layers_in_memory_are_left_dense_under_their_names_on_disk(tmp_path):
-    model = tiny_model("mixtral", num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=2)
-    prune_(model)
-    manifest = export(tmp_path / "out", model, tiny_tokenizer(), sparse_linears(model)[1])
-    assert manifest["proof"]["layers"] == 2 * 4
-    report = verify(tmp_path / "out")
-    assert report.ok
-    assert all("self_attn" in layer.name for layer in report.sparse_layers)
-    assert any("experts" in layer.name for layer in report.layers)
 
 
 # ---- the dtype of a result
