@@ -24,7 +24,7 @@ from castlm.files.reading import check_regular, read_json_object
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
 from castlm.inference import formats
 from castlm.models.layout import QUANT_METHOD
-from castlm.models.locate import refuse_adapter
+from castlm.models.locate import check_holds_model
 from castlm.patterns import parse_pattern
 
 _WEIGHTS = re.compile(
@@ -97,7 +97,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
             if index.is_file() and not is_whole and path.name in read_weight_map(index).values():
                 raise InputError(f"{path} is one of several files of a model: verify the folder {path.parent}")
         return tensors
-    refuse_adapter(path)
+    check_holds_model(path)
     names = (formats.FILE, formats.INDEX) if is_packed(config) else (SINGLE, INDEX)
     single, index = (path / name for name in names)
     if is_packed(config):

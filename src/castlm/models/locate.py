@@ -181,15 +181,15 @@ def _gguf_file(name: str, file: Path, source: str) -> Location:
     return Location(name, source, str(file.parent), {"gguf_file": file.name})
 
 
-def refuse_adapter(folder: Path) -> None:
-    """Raises `InputError` for a folder that holds an adapter of another model."""
+def check_holds_model(folder: Path) -> None:
+    """Raises `InputError` for a folder that holds an adapter of a model, which PEFT would load, and no model."""
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} holds an adapter, not a model: merge it into its base model first")
 
 
 def _check_folder(folder: Path, needs_weights: bool) -> None:
     check_regular_entries(folder)
-    refuse_adapter(folder)
+    check_holds_model(folder)
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         remedy = f"give the file {ggufs[0]} itself" if ggufs else "give a folder written by save_pretrained"
