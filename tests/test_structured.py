@@ -175,9 +175,9 @@ def test_shares_that_keep_all_or_nothing_and_nan_are_refused():
     with pytest.raises(InputError, match="contains NaN"):
         prune_(model, parse_pattern("channels:0.5"))
     with pytest.raises(InputError, match="has NaN or infinity"):
-        prune_oneshot_(model, "magnitude", pattern="channels:0.5")
+        prune_oneshot_(model, "magnitude", pattern=parse_pattern("channels:0.5"))
     with pytest.raises(InputError, match="flap needs a calibration text"):
-        prune_oneshot_(model, "flap", pattern="channels:0.5")
+        prune_oneshot_(model, "flap", pattern=parse_pattern("channels:0.5"))
 
 
 # ---- scores of units, and least squares on the rest
