@@ -263,13 +263,6 @@ def test_law(here, changes, tokens, target):
 
 
 @fuzz
-@given(rows=st.lists(st.sampled_from(METRICS).flatmap(objects), max_size=4))
-def test_metrics_of_a_run(here, rows):
-    folder = put(new(here), metrics__jsonl=b"\n".join([*map(to_json, METRICS), *rows]))
-    answers(read_metrics, folder)
-
-
-@fuzz
 @given(
     rows=st.lists(st.sampled_from([*METRICS, STEP]).flatmap(objects), max_size=4),
     config=damaged(RUN_YAML.encode()) | st.just(RUN_YAML.encode()),
