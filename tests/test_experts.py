@@ -24,6 +24,7 @@ from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears, spars
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
+from castlm.files.stored import read_header
 from castlm.inference.formats import FILE, read_specs, to_metadata
 from castlm.models.io import load_model
 from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, input_axis
@@ -284,7 +285,7 @@ def test_experts_in_some_blocks_only_are_packed(tmp_path):
 
     file, lacking = tmp_path / "packed" / FILE, "model.layers.1.mlp.experts.2.up_proj"
     kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(f"{lacking}.")}
-    specs = {name: spec for name, spec in read_specs([file]).items() if name != lacking}
+    specs = {name: spec for name, spec in read_specs(read_header(file)).items() if name != lacking}
     save_file(kept, file, metadata={"format": "pt", **to_metadata(specs)})
     with pytest.raises(InputError, match="experts"):
         verify(tmp_path / "packed")

@@ -340,12 +340,12 @@ def test_what_is_not_whole_in_the_cache_is_asked_for(lost, tmp_path, monkeypatch
     elif lost:
         next(path for path in snapshot.parents[1].rglob("*") if lost in str(path)).unlink()
     where = find("someone/tiny", None)
-    assert where.is_cached is (not lost)
+    assert where.is_hub is bool(lost)
     assert asked == (["someone/tiny"] if lost else [])
     assert ("is loaded from the cache" in capsys.readouterr().err) is (not lost)
-    assert find("someone/tiny", "other-branch").is_cached is False
+    assert find("someone/tiny", "other-branch").is_hub
     if not lost:
-        assert find("someone/tiny", snapshot.name).is_cached
+        assert find("someone/tiny", snapshot.name).target == str(snapshot)
         loaded, checkpoint = open_sharded("someone/tiny", trust_remote_code=False, revision=None)
         assert loaded.source == checkpoint.source == "someone/tiny"
         assert {place.file.parent for place in checkpoint.places.values()} == {snapshot}

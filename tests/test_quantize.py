@@ -19,6 +19,7 @@ from castlm.data import calibration as calibration_module
 from castlm.export import quantized
 from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
+from castlm.files.stored import read_header
 from castlm.inference.formats import read_specs
 from castlm.inference.packed import pack_integers, unpack
 from castlm.inference.quantize import quantize_
@@ -239,7 +240,7 @@ def test_a_dense_model_is_quantized_packed_with_an_int8_head_and_runs(kind, llam
     assert main(command) == 0
     assert "dense" in capsys.readouterr().out
     assert record_of(packed)["pattern"] is None
-    specs = read_specs([packed / "castlm.safetensors"])
+    specs = read_specs(read_header(packed / "castlm.safetensors"))
     assert {spec.pattern for spec in specs.values()} == {"dense"}
     assert {spec.values for stem, spec in specs.items() if stem != "lm_head"} == {kind}
     assert specs["lm_head"].values == "int8"

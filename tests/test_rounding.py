@@ -103,7 +103,7 @@ def test_the_fold_leaves_the_rounded_weights_in_plain_layers():
 def bits_of(run, **over):
     """Packs the model of a run; returns the formats of its tensors."""
     pack_folder(run / "model", run / "packed", **over)
-    return {spec.values for spec in read_specs([run / "packed" / FILE]).values()}
+    return {spec.values for spec in read_specs(read_header(run / "packed" / FILE)).values()}
 
 
 @needs_kernels

@@ -145,9 +145,8 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
         return None
     if model.can_generate():
         with quiet(where), contextlib.suppress(OSError):  # the model may have no generation config
-            model.generation_config = GenerationConfig.from_pretrained(where.target, revision=revision, **where.local)
-    source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
-    return Loaded(model.eval(), tokenizer, source, dtype), Checkpoint(source, places)
+            model.generation_config = GenerationConfig.from_pretrained(where.target, revision=revision)
+    return Loaded(model.eval(), tokenizer, where.source, dtype), Checkpoint(where.source, places)
 
 
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -164,7 +163,7 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 
 
 def _weight_files(where: Location, revision: str | None) -> list[Path]:
-    options: dict[str, Any] = {"revision": revision, **where.local}
+    options: dict[str, Any] = {"revision": revision}
     missing_is_none = options | {"_raise_exceptions_for_missing_entries": False}
     whole = cached_file(where.target, SINGLE, **missing_is_none)
     if whole is not None:

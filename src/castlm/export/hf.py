@@ -28,7 +28,7 @@ from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
 from castlm.dtypes import STORED, STORED_NAMES, bytes_of, dtype_name
 from castlm.export.card import model_card
-from castlm.export.verify import check_ok, verify
+from castlm.export.verify import check_dense, check_ok, verify
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
 from castlm.files.reading import user_path
@@ -63,7 +63,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,
-    pattern: Pattern | str,
+    pattern: Pattern | str | None,
     left_dense: Mapping[str, str],
     record: Mapping[str, Any],
     overwrite: bool = False,
@@ -77,7 +77,8 @@ def export_model(
         model: pruned and folded: its parameters are plain, without parametrizations. Masked channels and heads are cut
             out of the files, but not of `model` itself.
         folder: the output; it is replaced once everything is written and verified.
-        pattern: the pattern of the sparse layers, such as 2:4.
+        pattern: the pattern of the sparse layers, such as 2:4. None for a dense model, whose values are only checked
+            to be finite; it gets no model card.
         left_dense: the reason for each dense module or parameter, by name, from `sparse_linears`.
         record: further content of castlm.json. The model card shows `base_model` (hub id or path), `license`, and
             `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
@@ -94,9 +95,9 @@ def export_model(
             fails.
     """
     folder = Path(os.path.realpath(user_path(folder)))
-    pattern = parse_pattern(pattern)
+    pattern = None if pattern is None else parse_pattern(pattern)
     manifest = new_manifest(pattern, left_dense, record, dtype or model.dtype)
-    if pattern.cut_out is not None:
+    if pattern is not None and pattern.cut_out is not None:
         model, done = cut_model(model, pattern)
         manifest["cut"] = asdict(done)
         manifest["num_params"] = sum(p.numel() for p in model.parameters())
@@ -105,17 +106,19 @@ def export_model(
             save_model(model, tokenizer, temporary)
         atomic_write_json(temporary / "castlm.json", manifest)
         try:
-            manifest["proof"] = _verify(temporary, model, pattern, manifest["left_dense"], eval_fn)
+            if pattern is None:
+                check_dense(temporary)
+            else:
+                manifest["proof"] = _verify(temporary, model, pattern, manifest["left_dense"], eval_fn)
         except Exception as error:
             if keep_rejected:
                 reject(temporary, folder, error)
             raise failed(error) from error
-        write_record(temporary, folder.name, manifest)
-    return manifest
+        return write_record(temporary, folder.name, manifest)
 
 
 def new_manifest(
-    pattern: Pattern | str | None, left_dense: Mapping[str, str], record: Mapping[str, Any], dtype: torch.dtype
+    pattern: Pattern | None, left_dense: Mapping[str, str], record: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
     """The content of castlm.json, except the key `proof`; `dtype` is that of the files, `pattern` None if dense."""
     return {
@@ -131,7 +134,7 @@ def new_manifest(
 def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Any]:
     """Writes castlm.json and the model card of the model `name` into `folder`; returns `manifest`.
 
-    The dense control (pattern None) has no card.
+    A dense model has no card.
     """
     atomic_write_json(folder / "castlm.json", manifest)
     if manifest["pattern"] is not None:
@@ -214,7 +217,7 @@ def verify_pattern(
     The names of a layer in the files and in memory may differ, as for experts; transformers' conversions map them.
     Returns the counts, `VerifyReport.totals`.
     """
-    report = verify(folder, pattern, known_layers=())  # they are compared with `model` here
+    report = verify(folder, pattern, compare=False)  # with `model`, here
     sparse: set[str] = set()
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from castlm import __version__
@@ -35,20 +33,29 @@ from castlm.export.folder import (
     recorded_pattern,
     stored_tensors,
 )
-from castlm.export.hf import new_manifest, write_safetensors
-from castlm.export.verify import Packed, check_ok, take_packed, verify
+from castlm.export.hf import export_model, write_safetensors
+from castlm.export.verify import Packed, check_dense, check_ok, take_packed, verify
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
-from castlm.files.stored import INDEX, SINGLE, StoredTensor, count_non_finite
+from castlm.files.stored import INDEX, SINGLE, StoredTensor
 from castlm.inference import formats
 from castlm.inference.formats import FORMATS, PackedSpec
 from castlm.inference.layers import can_pack_tables
-from castlm.inference.packed import PackedTensor, cast_weight, equal_as_packed, kept_mask, pack, pack_integers, unpack
+from castlm.inference.packed import (
+    PackedTensor,
+    cast_weight,
+    kept_mask,
+    pack,
+    pack_integers,
+    read_packed,
+    read_tensor,
+    unpack,
+)
 from castlm.inference.rounding import Rounded, on_grid, round_rows
 from castlm.models.architecture import shape_model
 from castlm.models.conversion import as_stored, possible_names
-from castlm.models.io import Loaded, load_model, open_config, parameters_in, save_model
+from castlm.models.io import load_model, open_config
 from castlm.models.layout import QUANT_METHOD, guess_model_type, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.patterns import DENSE
@@ -89,36 +96,8 @@ def pattern_of(name: str | Path, given: Pattern | str | None) -> Pattern | None:
     first = next((tensor for name, tensor in stored.items() if is_block_linear(name, tensor.shape)), None)
     if first is None or first.shape[1] % 4:
         return None
-    with safe_open(first.file, framework="pt") as opened:
-        weight = opened.get_tensor(first.name)
+    weight = read_tensor(first)
     return NM(2, 4) if weight.is_floating_point() and is_nm_sparse(weight, 2, 4) else None
-
-
-def check_dense(folder: Path, names: Collection[str]) -> None:
-    """Checks a plain or packed folder of a dense model: it holds the tensors `names`, and every value is finite."""
-    tensors = stored_tensors(folder, read_config(folder))
-    packed = take_packed(tensors)
-    if missing := sorted(set(names) - tensors.keys()):
-        raise InputError(f"{folder} lacks {missing[0]}: write it again")
-    for name, tensor in tensors.items():
-        damaged = packed[name].num_non_finite() if name in packed else count_non_finite(tensor)
-        if damaged:
-            raise InputError(f"{name} of {folder} holds {damaged:,} values that are NaN or infinite")
-
-
-def write_dense(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    record: Mapping[str, Any],
-    dtype: torch.dtype,
-) -> None:
-    """Writes a dense model in `dtype` to a folder that exists, with a castlm.json without a pattern, and checks it."""
-    with parameters_in(model, dtype):
-        save_model(model, tokenizer, folder)
-    manifest = new_manifest(None, {}, record, dtype)
-    atomic_write_json(folder / "castlm.json", {**manifest, "pattern": None})  # `record` may be of a sparse model
-    check_dense(folder, ())
 
 
 def groups_of(name: str | Path, pattern: Pattern | None) -> NM | None:
@@ -180,34 +159,45 @@ def pack_folder(
         naming_instead(temporary, folder),
         _model_folder(source, temporary) as place,
     ):
-        return pack_into(temporary, place, n, m, dtype=dtype, head=head, progress=progress)
+        pattern = NM(n, m) if m else None
+        return pack_into(temporary, place, pattern, dtype=dtype, head=head, progress=progress)
 
 
 @contextlib.contextmanager
 def _model_folder(name: str | Path, within: Path) -> Iterator[Path]:
     """The folder of a model in safetensors; a GGUF file is converted to a temporary one."""
-    if not locate(name, needs_weights=False).gguf:
+    where = locate(name, needs_weights=False)
+    if not where.gguf:
         yield local_folder(name)
         return
-    loaded = _dequantized(name)
-    place = within / ".plain" / Path(loaded.source).name
-    place.mkdir(parents=True)
-    write_dense(loaded.model, loaded.tokenizer, place, {"base_model": loaded.source}, loaded.dtype)
+    place = within / ".plain" / Path(where.source).name
+    _dequantize(name, place)
     yield place
     shutil.rmtree(place.parent)
 
 
-def _dequantized(name: str | Path) -> Loaded:
-    """The model of a GGUF file."""
+def _dequantize(name: str | Path, folder: str | Path, overwrite: bool = False) -> int:
+    """Writes the model of a GGUF file as a plain folder; returns the number of its tensors."""
     note(f"dequantizing {name}")
-    return load_model(name, dtype=None)
+    loaded = load_model(name, dtype=None)
+    export_model(
+        loaded.model,
+        loaded.tokenizer,
+        folder,
+        pattern=None,
+        left_dense={},
+        record={"base_model": loaded.source},
+        overwrite=overwrite,
+        dtype=loaded.dtype,
+        keep_rejected=False,
+    )
+    return len(loaded.model.state_dict())
 
 
 def pack_into(
     folder: Path,
     source: Path,
-    n: int,
-    m: int,
+    pattern: NM | None,
     *,
     dtype: str | None = None,
     head: str | None = None,
@@ -226,20 +216,19 @@ def pack_into(
     stored = dict(sorted(stored_tensors(source, config).items()))
     if not config.get("auto_map"):  # the layers of a model with its own code are unknown
         check_layers(source, stored, config)
-    specs = _specs(source, stored, config, (n, m), dtype, rounded)
+    specs = _specs(source, stored, config, pattern, dtype, rounded)
     if head is not None:
         table = _table(source, stored)
         specs[table] = PackedSpec(*stored[table].shape, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
-    files = _new_files(stored, stored, formats.FILE)
-    _write_files(folder, files, formats.INDEX, _Packing(stored, specs, rounded, cast), progress)
-    pattern = NM(n, m) if m else None
-    _write_rest(source, folder, formats.FILE if len(files) == 1 else formats.INDEX, pattern, cast)
+    how = _Packing(stored, specs, rounded, cast)
+    weights = _write_weights(folder, how, (formats.FILE, formats.INDEX), progress)
+    _write_packed_rest(source, folder, weights, pattern, cast)
     if pattern is None:
-        check_dense(folder, specs)
+        check_dense(folder)
     else:
-        check_ok(verify(folder, pattern, known_layers=specs))
-    before = sum(file.stat().st_size for file, _, _ in files)
+        check_ok(verify(folder, pattern, compare=False))
+    before = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
     return PackReport(len(specs), before, _bytes_in(folder))
 
 
@@ -262,8 +251,8 @@ class _Packing:
         is_cast = self.cast is not None and STORED[of.dtype].is_floating_point
         return {name: (STORED_NAMES[self.cast] if self.cast is not None and is_cast else of.dtype, of.shape)}
 
-    def tensors(self, opened: Any, name: str) -> Iterable[Tensor]:
-        tensor, spec = opened.get_tensor(name), self.specs.get(name)
+    def tensors(self, name: str) -> Iterable[Tensor]:
+        tensor, spec = read_tensor(self.stored[name]), self.specs.get(name)
         with naming(name):
             if self.cast is not None and tensor.is_floating_point():
                 tensor = cast_weight(tensor, self.cast)
@@ -280,7 +269,7 @@ def _specs(
     source: Path,
     stored: Mapping[str, StoredTensor],
     config: Mapping[str, Any],
-    pattern: tuple[int, int],
+    pattern: NM | None,
     dtype: str | None,
     integers: Mapping[str, Rounded],
 ) -> dict[str, PackedSpec]:
@@ -295,7 +284,8 @@ def _specs(
             raise InputError(f"{name} of {source} is stored as {tensor.dtype}: pass dtype bf16 to cast a wider one")
         if not is_packed_here:
             continue
-        n, m = pattern if left_dense_reason(name, left_dense) is None else (0, 0)
+        is_sparse = pattern is not None and left_dense_reason(name, left_dense) is None
+        n, m = (pattern.n, pattern.m) if pattern is not None and is_sparse else (0, 0)
         axis = input_axis({**config, "model_type": model_type}, name, tensor.shape)
         if axis is None and m == 0:
             continue  # is copied
@@ -342,7 +332,7 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
     weight = (tensor.mT if spec.transposed else tensor).reshape(spec.rows, spec.columns).contiguous()
     if not spec.rounded:
         packed = replace(pack(weight, spec.n, spec.m), spec=spec)
-        assert equal_as_packed(unpack(packed), weight), "it does not come back from its packed form"
+        assert not spec.m or torch.equal(unpack(packed), weight), "it does not come back from its packed form"
         return packed
     if rounded is None and FORMATS[spec.values].group:
         rounded = on_grid(weight, spec.values)
@@ -353,15 +343,14 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
     return replace(pack_integers(rounded.codes, rounded.scales, spec.values, spec.n, spec.m, mask), spec=spec)
 
 
-def _write_rest(source: Path, folder: Path, weights: str, pattern: NM | None, cast: torch.dtype | None) -> None:
-    """Writes all files except the weights: adds the packing to config.json and castlm.json, and copies the others.
+def _write_packed_rest(source: Path, folder: Path, weights: str, pattern: NM | None, cast: torch.dtype | None) -> None:
+    """Writes all files of a packed folder except the weights, with the packing in config.json and castlm.json.
 
     Args:
         weights: name of the weight file, or of the index of several.
         cast: the dtype that all weights were cast to.
     """
     name = DENSE if pattern is None else str(pattern)
-    _copy_small_files(source, folder)
     config = read_config(source)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
@@ -372,7 +361,6 @@ def _write_rest(source: Path, folder: Path, weights: str, pattern: NM | None, ca
     if cast is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype_name(cast)
-    atomic_write_json(folder / "config.json", config)
     manifest = read_manifest(source)
     if pattern is None:
         manifest["pattern"] = None
@@ -382,8 +370,7 @@ def _write_rest(source: Path, folder: Path, weights: str, pattern: NM | None, ca
         is_counted = recorded.nm == pattern  # by `verify`, in a packed folder
         manifest["pattern"] = str(recorded if is_counted else pattern)
     manifest["packed"] = {"format": formats.VERSION, "castlm": __version__}
-    atomic_write_json(folder / "castlm.json", manifest)
-    (folder / "README.md").write_text(packed_card(source, manifest, name), encoding="utf-8")
+    _write_small_files(source, folder, config, manifest, packed_card(source, manifest, name))
 
 
 # ---- unpacking
@@ -405,14 +392,12 @@ def unpack_folder(
             taken, or the disk full. `folder` is then as it was.
     """
     if locate(source, needs_weights=False).gguf:
-        loaded = _dequantized(source)
-        with atomic_dir(folder, overwrite) as temporary:
-            write_dense(loaded.model, loaded.tokenizer, temporary, {"base_model": loaded.source}, loaded.dtype)
-        return len(loaded.model.state_dict())
+        return _dequantize(source, folder, overwrite)
     source = local_folder(source)
     config = read_config(source)
     stored = stored_tensors(source, config) if is_packed(config) else {}
-    packed = take_packed(stored)  # which now has the tensors of the plain folder
+    packed = take_packed(stored)  # `stored` has the tensors of the plain folder now
+    stored = dict(sorted(stored.items()))
     if not packed:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
@@ -421,19 +406,12 @@ def unpack_folder(
     manifest = read_manifest(source)
     manifest.pop("packed", None)
     with atomic_dir(folder, overwrite) as temporary:
-        files = _new_files(stored, sorted(stored), SINGLE)
-        _write_files(temporary, files, INDEX, _Unpacking(stored, packed, integers_as), progress)
-        _copy_small_files(source, temporary)
-        atomic_write_json(temporary / "config.json", config)
-        if manifest:
-            atomic_write_json(temporary / "castlm.json", manifest)
-        (temporary / "README.md").unlink(missing_ok=True)  # it describes the packed folder
-        if card := unpacked_card(source, manifest):
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+        _write_weights(temporary, _Unpacking(stored, packed, integers_as), (SINGLE, INDEX), progress)
+        _write_small_files(source, temporary, config, manifest, unpacked_card(source, manifest))
         with naming_instead(temporary, source):  # verifies the plain folder
             if not config.get("auto_map"):  # the layers of a model with its own code are unknown
                 check_layers(temporary, stored_tensors(temporary, config), config)
-            check_dense(temporary, packed)
+            check_dense(temporary)
             by_pattern: dict[tuple[int, int], list[str]] = {}
             for name, of in packed.items():
                 by_pattern.setdefault((of.spec.n, of.spec.m), []).append(name)
@@ -457,14 +435,12 @@ class _Unpacking:
         is_rounded = name in self.packed and self.packed[name].spec.rounded
         return {name: (STORED_NAMES[self.integers_as] if is_rounded else of.dtype, of.shape)}
 
-    def tensors(self, opened: Any, name: str) -> Iterable[Tensor]:
+    def tensors(self, name: str) -> Iterable[Tensor]:
         if name not in self.packed:
-            return [opened.get_tensor(name)]
-        spec = self.packed[name].spec
-        parts = {suffix: opened.get_tensor(f"{spec.stem(name)}.{suffix}") for suffix in spec.tensors()}
-        packed = PackedTensor(spec, parts["values"], parts.get("mask"), parts.get("scales"))
+            return [read_tensor(self.stored[name])]
+        spec, parts = self.packed[name]
         with naming(name):
-            weight = unpack(packed, self.integers_as if spec.rounded else None)
+            weight = unpack(read_packed(spec, parts), self.integers_as if spec.rounded else None)
         weight = weight.view(*spec.unpacked_shape[:-2], -1, spec.columns)  # (out, in), or (experts, out, in)
         return [weight.mT if spec.transposed else weight]
 
@@ -475,65 +451,58 @@ class _Unpacking:
 # ---- the files of both kinds
 
 
-_File = tuple[Path, str, list[str]]
-"""A file of weights that is written anew: its path, its new name, and the names of its tensors in a plain folder."""
-
-
-def _new_files(stored: Mapping[str, StoredTensor], names: Iterable[str], single: str) -> list[_File]:
-    """As many new files as the tensors `names` lie in; `single` is the name of an only one."""
-    paths: dict[Path, list[str]] = {path: [] for path in sorted({tensor.file for tensor in stored.values()})}
-    for name in names:
-        paths[stored[name].file].append(name)
-    stem, count = single.removesuffix(".safetensors"), len(paths)
-    new = [single] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    return [(path, file, of) for (path, of), file in zip(paths.items(), new)]
-
-
-def _write_files(
-    folder: Path,
-    files: Sequence[_File],
-    index: str,
-    how: _Packing | _Unpacking,
-    progress: Progress | None,
-) -> None:
-    """Writes weights to `folder`, one tensor at a time, with an index of several files.
+def _write_weights(folder: Path, how: _Packing | _Unpacking, names: tuple[str, str], progress: Progress | None) -> str:
+    """Writes the converted tensors of a model to as many files as they lie in, one tensor at a time.
 
     Args:
-        index: name of the index.
         how: gives, for a tensor of the plain folder, the layout of its stored tensors, and these in the same order.
+        names: of the file if there is one, and of the index if there are several.
+
+    Returns:
+        The one of the names that was used.
     """
-    progress = progress or (lambda done, total: None)
-    done, total = 0, sum(len(names) for _, _, names in files)
+    single, index = names
+    done, total = itertools.count(1), len(how.stored)
+
+    def converted(inside: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in inside:
+            yield from zip(how.layout(name), how.tensors(name))
+            if progress is not None:
+                progress(next(done), total)
+
+    old_files = sorted({tensor.file for tensor in how.stored.values()})
     weight_map: dict[str, str] = {}
-    for old, new, names in files:
-        entries = {key: entry for name in names for key, entry in how.layout(name).items()}
-        counted = _counted(names, done, total, progress)
-        with safe_open(old, framework="pt") as opened:
-            tensors = (named for name in counted for named in zip(how.layout(name), how.tensors(opened, name)))
-            write_safetensors(folder / new, entries, tensors, how.metadata(names))
-        done += len(names)
+    for number, old in enumerate(old_files, 1):
+        stem, count = single.removesuffix(".safetensors"), len(old_files)
+        new = single if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+        inside = [name for name, tensor in how.stored.items() if tensor.file == old]
+        entries = {key: entry for name in inside for key, entry in how.layout(name).items()}
+        write_safetensors(folder / new, entries, converted(inside), how.metadata(inside))
         weight_map |= dict.fromkeys(entries, new)
-    if len(files) > 1:
-        content = {"metadata": {"total_size": _bytes_in(folder)}, "weight_map": weight_map}
-        atomic_write_json(folder / index, content)
-
-
-def _counted(names: Sequence[str], done: int, total: int, progress: Progress) -> Iterator[str]:
-    """`names`; calls `progress` after the work on each, where `done` of `total` are done before."""
-    for number, name in enumerate(names, done + 1):
-        yield name
-        progress(number, total)
+    if len(old_files) == 1:
+        return single
+    content = {"metadata": {"total_size": _bytes_in(folder)}, "weight_map": weight_map}
+    atomic_write_json(folder / index, content)
+    return index
 
 
 def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _copy_small_files(source: Path, folder: Path) -> None:
+def _write_small_files(
+    source: Path, folder: Path, config: Mapping[str, Any], manifest: Mapping[str, Any], card: str
+) -> None:
+    """Writes config.json, and castlm.json and the card if they have content; copies all other files but weights."""
     for path in sorted([*source.iterdir(), *source.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]):
-        is_other = path.name not in (RESULT, OUTPUT) and not path.name.endswith(_WEIGHTS)  # written by other means
-        if path.is_file() and not path.name.startswith(".") and is_other:
+        is_copied = path.name not in (RESULT, OUTPUT, "README.md") and not path.name.endswith(_WEIGHTS)
+        if path.is_file() and not path.name.startswith(".") and is_copied:
             refuse_undecodable({"the file": path})
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+    atomic_write_json(folder / "config.json", config)
+    if manifest:
+        atomic_write_json(folder / "castlm.json", manifest)
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
+from castlm.core.nm import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
@@ -20,11 +21,11 @@ from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
 from castlm.export.folder import left_dense_reason, read_manifest
 from castlm.export.hf import export_model
-from castlm.export.packed import groups_of, naming_instead, pack_into, write_dense
+from castlm.export.packed import groups_of, naming_instead, pack_into
 from castlm.files.output import atomic_dir
 from castlm.inference.formats import FORMATS
 from castlm.inference.quantize import QuantizeReport, quantize_, stored_layers
-from castlm.models.io import Loaded, load_model, save_dtype
+from castlm.models.io import load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
 
 _UNTRUE = ("proof", "figures", "perplexity")
@@ -118,44 +119,24 @@ def quantize_folder(
     loaded.model.to("cpu")
     passed_on = {key: value for key, value in manifest.items() if key not in (*_UNTRUE, *_WRITTEN_AGAIN)}
     record = {"base_model": name, **passed_on, "quantized": {"source": name, **report.record(), **text}}
-    stored_as = save_dtype(dtype, loaded.dtype)
+    record["pattern"] = None if pattern is None else str(pattern)
+    write_plain = functools.partial(
+        export_model,
+        loaded.model,
+        loaded.tokenizer,
+        pattern=groups if pattern is not None and pattern.cut_out else pattern,  # what is cut out is gone already
+        left_dense=left_dense,
+        record=record,
+        overwrite=True,
+        dtype=save_dtype(dtype, loaded.dtype),
+    )
     if not packed:
-        _write_plain(loaded, folder, pattern, left_dense, record, stored_as)
+        write_plain(folder)
         return report
-    n, m = (groups.n, groups.m) if groups is not None else (0, 0)
     with atomic_dir(folder, overwrite=True) as temporary:
         plain = temporary / ".plain" / folder.name
         with naming_instead(temporary, folder), naming_instead(plain, name):
-            _write_plain(loaded, plain, pattern, left_dense, record, stored_as, keep_rejected=False)
-            pack_into(temporary, plain, n, m, head=head, integers=stored_layers(loaded.model, report.layers))
+            write_plain(plain, keep_rejected=False)
+            pack_into(temporary, plain, groups, head=head, integers=stored_layers(loaded.model, report.layers))
         shutil.rmtree(plain.parent)
     return report
-
-
-def _write_plain(
-    loaded: Loaded,
-    folder: Path,
-    pattern: Pattern | None,
-    left_dense: Mapping[str, str],
-    record: Mapping[str, Any],
-    dtype: torch.dtype,
-    *,
-    keep_rejected: bool = True,
-) -> None:
-    """Writes the rounded model as a plain folder with castlm.json, and verifies it."""
-    if pattern is None:
-        with atomic_dir(folder, overwrite=True) as temporary:
-            write_dense(loaded.model, loaded.tokenizer, temporary, record, dtype)
-        return
-    groups: NM | None = pattern.nm
-    export_model(
-        loaded.model,
-        loaded.tokenizer,
-        folder,
-        pattern=pattern if pattern.cut_out is None or groups is None else groups,  # the model is cut already
-        left_dense=left_dense,
-        record=record | {"pattern": str(pattern)},
-        overwrite=True,
-        dtype=dtype,
-        keep_rejected=keep_rejected,
-    )

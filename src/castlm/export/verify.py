@@ -56,7 +56,7 @@ def verify(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     *,
-    known_layers: Collection[str] | None = None,
+    compare: bool = True,
     base: str | None = None,
 ) -> VerifyReport:
     """Counts every n:m group of a Hugging Face checkpoint: a folder, sharded or not, or one .safetensors file.
@@ -78,7 +78,7 @@ def verify(
         include: globs of tensor names that the pattern applies to, instead of the default rule; the list of layers is
             then not compared with config.json.
         exclude: globs of tensor names that the pattern does not apply to; the report lists them.
-        known_layers: names of the weights that the checkpoint must hold; default: those that config.json asks for.
+        compare: compare the list of layers with config.json; False where the caller has compared them with its model.
         base: folder of the dense model before channels or heads were cut out; None takes its sizes from castlm.json.
 
     Returns:
@@ -104,7 +104,12 @@ def verify(
     _refuse_packed(path, tensors, config)
     globs = tuple(exclude or ())
     excluded = {name for name in tensors if _matches(name, globs)}
-    compared_with = _compare_layers(path, tensors, config, include, known_layers, excluded)
+    if include is None and compare:
+        compared_with = _compare_layers(path, tensors, config, excluded)
+    else:
+        compared_with = "nothing: include names the layers"
+        if path.is_dir():
+            check_redirections(path, config)
     report = VerifyReport(str(path), pattern, compared_with=compared_with)
     config["model_type"] = config.get("model_type") or guess_model_type({n: t.shape for n, t in tensors.items()})
     left_dense = read_left_dense(folder)
@@ -143,32 +148,18 @@ def verify(
 
 
 def _compare_layers(
-    path: Path,
-    tensors: Mapping[str, StoredTensor],
-    config: Mapping[str, Any],
-    include: Iterable[str] | None,
-    known_layers: Collection[str] | None,
-    ignored: Collection[str],
+    path: Path, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], ignored: Collection[str]
 ) -> str:
     """Refuses missing and additional layers; returns a description of what the list of layers was compared with."""
-    if include is not None:
-        if path.is_dir():
-            check_redirections(path, config)
-        return "nothing: include names the layers"
-    if known_layers is None:
-        if path.is_dir() and not config:
-            raise InputError(
-                f"{path} has no config.json, so its layers are unknown: copy that of the model, or verify one "
-                ".safetensors file by its own path"
-            )
-        if path.is_dir() or (config and path.name == (formats.FILE if is_packed(config) else SINGLE)):
-            return check_layers(path if path.is_dir() else path.parent, tensors, config, ignored)
-        check_uniform(path, tensors)
-        return "each other"
-    if missing := sorted(set(known_layers) - tensors.keys()):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{path} lacks {missing[0]}{more}: write it again")
-    return "the model in memory"
+    if path.is_dir() and not config:
+        raise InputError(
+            f"{path} has no config.json, so its layers are unknown: copy that of the model, or verify one "
+            ".safetensors file by its own path"
+        )
+    if path.is_dir() or (config and path.name == (formats.FILE if is_packed(config) else SINGLE)):
+        return check_layers(path if path.is_dir() else path.parent, tensors, config, ignored)
+    check_uniform(path, tensors)
+    return "each other"
 
 
 def _is_causal_mask(tensor: StoredTensor) -> bool:
@@ -203,6 +194,17 @@ def check_ok(report: VerifyReport) -> None:
     """Raises `InputError` unless the pattern holds."""
     if not report.ok:
         raise InputError(report.summary())
+
+
+def check_dense(folder: Path) -> None:
+    """Raises `InputError` unless every value in a plain or packed folder is finite; of a dense model, nothing else can
+    be counted.
+    """
+    tensors = stored_tensors(folder, read_config(folder))
+    packed = take_packed(tensors)
+    for name, tensor in tensors.items():
+        if damaged := packed[name].num_non_finite() if name in packed else count_non_finite(tensor):
+            raise InputError(f"{name} of {folder} holds {damaged:,} values that are NaN or infinite")
 
 
 def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | None) -> LayerReport:
@@ -247,17 +249,16 @@ def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None) 
         nonzero = bits != 0
         layer.num_zeros += len(nonzero) - int(np.count_nonzero(nonzero))
         if pattern is not None and layer.problem is None:
-            counts = _group_counts(nonzero, m, axis, columns)
+            counts = _group_counts(nonzero.view(np.uint8), m, columns if axis == 0 else None)
             layer.num_groups += counts.size
             layer.num_violations += int(np.count_nonzero(counts > n))
             layer.max_nonzeros = max(layer.max_nonzeros, int(counts.max()))
 
 
-def _group_counts(nonzero: np.ndarray, m: int, axis: int, columns: int) -> np.ndarray:
-    """Non-zeros of each group of `m` in a flat chunk of whole groups, for groups along rows (1) or down columns (0)."""
-    ones = nonzero.view(np.uint8)
+def _group_counts(ones: np.ndarray, m: int, columns: int | None = None) -> np.ndarray:
+    """The sum of each group of `m` in whole groups of zeros and ones, uint8, along rows, or down `columns` if given."""
     dtype = np.uint8 if m < 256 else np.uint32
-    if axis == 0:
+    if columns is not None:
         return np.add.reduce(ones.reshape(-1, m, columns), axis=1, dtype=dtype)
     if m in (2, 4, 8):
         # The bytes of a group, read as one integer and multiplied by 0x01..01, have their sum in the top byte. This is
@@ -294,7 +295,7 @@ def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
     Returns the packed tensors by that name. In `tensors` they have their unpacked shape.
     """
     packed = {}
-    for stem, spec in read_specs(sorted({tensor.file for tensor in tensors.values()})).items():
+    for stem, spec in read_specs(tensors).items():
         parts = {suffix: tensors.pop(f"{stem}.{suffix}") for suffix in spec.tensors()}
         shape, name = spec.unpacked_shape, spec.tensor_name(stem)
         dtype = "F32" if spec.rounded else parts["values"].dtype
@@ -324,18 +325,14 @@ def count_packed_layer(tensor: StoredTensor, packed: Packed, pattern: NM) -> Lay
         bits = np.unpackbits(spec.mask_to_bits(chunk.reshape(-1, width)), axis=1, bitorder="little")
         kept = np.ascontiguousarray(bits[:, : spec.columns])
         num_damaged += int(np.count_nonzero(bits[:, spec.columns :]))
-        num_damaged += int(np.count_nonzero(_sums(kept, spec.m) != spec.n))
-        counts = _sums(kept, pattern.m)
+        num_damaged += int(np.count_nonzero(_group_counts(kept, spec.m) != spec.n))
+        counts = _group_counts(kept, pattern.m)
         layer.num_groups += counts.size
         layer.num_violations += int(np.count_nonzero(counts > pattern.n))
         layer.max_nonzeros = max(layer.max_nonzeros, int(counts.max()))
     if num_damaged:
         layer.problem = f"{num_damaged:,} groups of its mask do not keep exactly {spec.n} of {spec.m}"
     return layer
-
-
-def _sums(kept: np.ndarray, m: int) -> np.ndarray:
-    return np.add.reduce(kept.reshape(-1, m), axis=1, dtype=np.uint32)
 
 
 def _nonzeros(spec: PackedSpec, values: StoredTensor) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from castlm.core.errors import InputError
 
@@ -23,9 +22,8 @@ class Device:
     bandwidth: float
     """Memory bandwidth, bytes per second."""
     peak: Mapping[str, float]
-    """Dense operations per second by compute dtype; a multiply-add counts as two."""
-    sparse_peak: Mapping[str, float]
-    """The same with 2:4 weights, counting the operations of the dense product."""
+    """Dense operations per second by compute dtype; a multiply-add counts as two. With 2:4 weights the tensor cores of
+    NVIDIA, since Ampere, do twice as many, counting those of the dense product."""
     source: str
     """Source of the figures."""
     cuda_name: str = ""
@@ -43,11 +41,8 @@ def _device(
     memory_gib: float | None = None,
     **tera: float,
 ) -> Device:
-    """A device with 2:4 tensor cores, which do twice the dense operations (NVIDIA, since Ampere)."""
     peak = {dtype: value * 1e12 for dtype, value in tera.items()}
-    sparse = {dtype: 2 * value for dtype, value in peak.items()}
-    peaks = MappingProxyType(peak), MappingProxyType(sparse)
-    return Device(name, family, gigabytes * 1e9, *peaks, source, cuda_name, memory_gib)
+    return Device(name, family, gigabytes * 1e9, peak, source, cuda_name, memory_gib)
 
 
 _A100 = "NVIDIA A100 Tensor Core GPU data sheet"

@@ -26,15 +26,16 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from castlm.core.errors import InputError
+from castlm.files.stored import StoredTensor
 
 FILE = "castlm.safetensors"
 """The weight file of a packed folder. transformers does not look for this name, so without castlm it finds no weights.
@@ -286,34 +287,41 @@ def to_metadata(specs: Mapping[str, PackedSpec]) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: json.dumps({"version": VERSION, "tensors": tensors})}
 
 
-def read_specs(files: Iterable[str | Path]) -> dict[str, PackedSpec]:
+def read_specs(tensors: Mapping[str, StoredTensor]) -> dict[str, PackedSpec]:
     """The specs of the packed tensors of some files, by X; none for files that castlm did not pack.
 
+    Args:
+        tensors: all tensors of the files, by name.
+
     Raises:
-        InputError: an unreadable file, damaged metadata or another version, stored tensors that are missing or differ
-            from the metadata in shape or dtype, parts that the metadata do not name, or a tensor stored plain too.
+        InputError: damaged metadata or another version, stored tensors that are missing or differ from the metadata in
+            shape or dtype, parts that the metadata do not name, or a tensor stored plain too.
     """
     specs: dict[str, PackedSpec] = {}
-    names: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                text = (opened.metadata() or {}).get(METADATA_KEY)
-                found = {} if text is None else _parse(text, file)
-                _check_stored(opened, found, file)
-                names |= set(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is corrupt or cut short ({error}): fetch it again") from error
-        specs.update(found)
+    file = None
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        with safe_open(file, framework="numpy") as opened:
+            text = (opened.metadata() or {}).get(METADATA_KEY)
+        found = {} if text is None else _parse(text, file)
+        for stem, spec in found.items():
+            for suffix, (dtype, shape) in spec.tensors().items():
+                part = tensors.get(f"{stem}.{suffix}")
+                is_here = part is not None and part.file == file
+                stored = f"{part.dtype} {part.shape}" if part is not None and is_here else "missing"
+                if stored != f"{dtype} {shape}":
+                    raise InputError(
+                        f"{stem}.{suffix} of {file} is {stored}, not {dtype} {shape}: pack the model again"
+                    )
+        specs |= found
     known = {f"{stem}.{suffix}" for stem, spec in specs.items() for suffix in spec.tensors()}
-    unnamed = {name for name in names - known if name.endswith((".values", ".mask", ".scales"))}
-    plain_too = {spec.tensor_name(stem) for stem, spec in specs.items()} & names
+    unnamed = {name for name in tensors.keys() - known if name.endswith((".values", ".mask", ".scales"))}
+    plain_too = {spec.tensor_name(stem) for stem, spec in specs.items()} & tensors.keys()
     if specs and (wrong := unnamed | plain_too):
         raise InputError(f"the castlm metadata of {file} do not agree with {min(wrong)} in it: pack the model again")
     return specs
 
 
-def _parse(text: str, file: str | Path) -> dict[str, PackedSpec]:
+def _parse(text: str, file: Path) -> dict[str, PackedSpec]:
     try:
         content = json.loads(text)
         version = content["version"]
@@ -342,16 +350,3 @@ def _spec(entry: Mapping[str, Any]) -> PackedSpec:
     ):
         raise ValueError
     return PackedSpec(rows, columns, n, m, values, transposed, experts)
-
-
-def _check_stored(opened: Any, specs: Mapping[str, PackedSpec], file: str | Path) -> None:
-    present = set(opened.keys())
-    for name, spec in specs.items():
-        for suffix, (dtype, shape) in spec.tensors().items():
-            key = f"{name}.{suffix}"
-            found = "missing"
-            if key in present:
-                stored = opened.get_slice(key)
-                found = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
-            if found != f"{dtype} {shape}":
-                raise InputError(f"{key} of {file} is {found}, not {dtype} {shape}: pack the model again")

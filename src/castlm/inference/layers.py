@@ -26,10 +26,10 @@ from castlm.core.errors import InputError, naming
 from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES, STORED
-from castlm.files.stored import StoredTensor, read_bytes
+from castlm.files.stored import StoredTensor
 from castlm.inference import native
 from castlm.inference.formats import FORMATS, PackedSpec
-from castlm.inference.packed import PackedTensor, cast_weight, pack, pack_integers, unpack
+from castlm.inference.packed import PackedTensor, cast_weight, pack, pack_integers, read_packed, unpack
 from castlm.inference.rounding import round_rows
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ class PackedModule(nn.Module):
     @property
     def stored(self) -> PackedTensor:
         """The tensors of the file, before `prepare_`."""
-        named = {suffix: _read(tensor) for suffix, tensor in self.source.items()} or dict(self.named_buffers())
+        if self.source:
+            return read_packed(self.spec, self.source)
+        named = dict(self.named_buffers())
         return PackedTensor(self.spec, named["values"], named.get("mask"), named.get("scales"))
 
     def hold_(self, packed: PackedTensor) -> Self:
@@ -190,10 +192,6 @@ class PackedModule(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"in_features={spec.columns}, out_features={spec.rows}, {spec.pattern} {spec.values}"
-
-
-def _read(tensor: StoredTensor) -> Tensor:
-    return torch.from_numpy(read_bytes(tensor)).view(STORED[tensor.dtype]).view(tensor.shape)
 
 
 class PackedLinear(PackedModule):

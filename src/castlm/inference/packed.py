@@ -5,6 +5,7 @@ The restored weight has the same bits, except that -0.0 may become 0.0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, pack_mask, rank_mask, unpack_mask
 from castlm.dtypes import FLOAT_NAMES, STORED
+from castlm.files.stored import StoredTensor, read_bytes
 from castlm.inference import native
 from castlm.inference.formats import FORMATS, PackedSpec, join_codes, split_codes
 
-_BITS = {2: torch.int16, 4: torch.int32}
 _WIDER = {"fp16": "bf16", "bf16": "fp32"}  # in range
 
 
@@ -47,6 +48,17 @@ class PackedTensor:
         if kernel is not form:  # int3 is widened to int4
             values = _join(_split(values, form.bits, spec.kept), kernel.bits)
         native.repack_(buffer, values, self.mask_bits, self.scales, kernel.name, spec.n, spec.m, spec.columns, layout)
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """A tensor of a safetensors file."""
+    return torch.from_numpy(read_bytes(stored)).view(STORED[stored.dtype]).view(stored.shape)
+
+
+def read_packed(spec: PackedSpec, parts: Mapping[str, StoredTensor]) -> PackedTensor:
+    """A packed tensor of a file, from its stored tensors by suffix."""
+    tensors = {suffix: read_tensor(part) for suffix, part in parts.items()}
+    return PackedTensor(spec, tensors["values"], tensors.get("mask"), tensors.get("scales"))
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,14 +185,6 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
             scales = scales.repeat_interleave(group, dim=1)[:, : spec.columns]  # (1536, 9) -> (1536, 576)
         weight = (weight.float() * scales).add_(0.0)  # 0 times a negative scale is -0.0, which this makes 0.0
     return weight if dtype is None else weight.to(dtype)
-
-
-def equal_as_packed(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype have the same bits, with -0.0 equal to +0.0."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    bits = _BITS[one.element_size()]
-    return torch.equal((one + 0).view(bits), (other + 0).view(bits))  # -0.0 + 0 is +0.0
 
 
 def _join(codes: Tensor, bits: int) -> Tensor:

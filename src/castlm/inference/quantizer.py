@@ -9,11 +9,11 @@ of transformers that are already loaded when `castlm.inference.register` imports
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
-from castlm.files.stored import read_header, read_weight_map
+from castlm.files.stored import StoredTensor, read_header, read_weight_map
 from castlm.inference import native
 from castlm.inference.experts import replace_experts_, take_stacks_apart_, unpack_experts_
 from castlm.inference.formats import FILE, INDEX, VERSION, PackedSpec, read_specs
@@ -102,9 +102,11 @@ class CastlmQuantizer(HfQuantizer):
         folder = Path(model.config.name_or_path)
         if self.quantization_config.weights == INDEX and (folder / INDEX).is_file():
             read_weight_map(folder / INDEX)  # refuses names outside the folder
-        specs = read_specs(checkpoint_files or [])
+        files = checkpoint_files or []
+        tensors = {name: tensor for file in files for name, tensor in read_header(Path(file)).items()}
+        specs = read_specs(tensors)
         if not specs:
-            raise InputError(f"{', '.join(checkpoint_files or [])} holds no packed weights: run castlm pack again")
+            raise InputError(f"{', '.join(files)} holds no packed weights: run castlm pack again")
         _refuse_missing_weights(model)
         placed = replace_experts_(model, specs)
         for name, spec in specs.items():
@@ -115,11 +117,9 @@ class CastlmQuantizer(HfQuantizer):
                 placed[name] = self._replace(model, name, spec)
         if self.unpacks:
             return
-        files = checkpoint_files or []
-        _keep_table_dtypes(model, files)
+        _keep_table_dtypes(model, tensors)
         # transformers does not load the packed tensors: each layer reads its own when it is prepared, so that memory
         # holds the stored tensors of one layer at a time.
-        tensors = {name: tensor for file in files for name, tensor in read_header(Path(file)).items()}
         for name, path in placed.items():
             module = model.get_submodule(path)
             assert isinstance(module, PackedModule)
@@ -204,19 +204,18 @@ def _path_in(model: PreTrainedModel, name: str) -> str | None:
     return None
 
 
-def _keep_table_dtypes(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+def _keep_table_dtypes(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> None:
     """Makes transformers load embedding and head in their stored dtype instead of the activations': they are packed
     next.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not can_pack_tables(model):
         return
-    paths = {path: module for path, module in model.named_modules() if module in (embedding, head)}
-    for file in checkpoint_files:
-        with safe_open(file, framework="numpy") as opened:
-            present = set(opened.keys())
-            for path, module in paths.items():
-                found = [name for name in possible_names(model, path) if f"{name}.weight" in present]
-                dtype = STORED.get(opened.get_slice(f"{found[0]}.weight").get_dtype()) if found else None
-                if dtype in FLOATS.values():
-                    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    for path, module in model.named_modules():
+        if module not in (embedding, head):
+            continue
+        for name in possible_names(model, path):
+            stored = tensors.get(f"{name}.weight")
+            dtype = None if stored is None else STORED.get(stored.dtype)
+            if dtype in FLOATS.values():
+                module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)

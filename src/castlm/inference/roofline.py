@@ -112,7 +112,7 @@ def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, ke
     """
     out_features, in_features = shape
     kernel = kernel or kernel_of(device, form)[0]
-    peak = (device.sparse_peak if form.sparse else device.peak)[form.compute] * kernel.peak
+    peak = (2 if form.sparse else 1) * device.peak[form.compute] * kernel.peak
     weight = out_features * in_features * form.bits / 8
     of_output = 4 if form.compute == "fp32" else 2  # 16 bits for products of int8 and fp8 as well
     moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * of_output)

@@ -1,9 +1,9 @@
 """Uses 2:4 kernels on an NVIDIA GPU where they are faster: times each layer shape dense and sparse, and keeps the
 faster.
 
-cuSPARSELt's default algorithm is poor, and on small layers every algorithm loses (see castlm advise). So a layer is
-converted only if it wins the timing at the given number of tokens; otherwise it stays a dense `nn.Linear`. Checked
-against the sources of torch 2.13; no GPU was at hand, so none of it has run on one.
+cuSPARSELt's default algorithm is poor, so its search chooses one. On small layers every algorithm loses (see castlm
+advise), so a layer is converted only if it wins the timing at the given number of tokens; otherwise it stays a dense
+`nn.Linear`. Checked against the sources of torch 2.13; no GPU was at hand, so none of it has run on one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_st
 from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.dtypes import FLOATS
 from castlm.inference.devices import DEVICES, Device, device_of
-from castlm.inference.roofline import GpuFormat
+from castlm.inference.roofline import GpuFormat, gpu_formats
 
 MARGIN = 0.98
 """A sparse layer replaces a dense one if it takes at most this share of its time; closer calls are noise."""
@@ -38,11 +39,8 @@ class Backend(Protocol):
     def why_not(self, layer: nn.Linear) -> str | None:
         """Why `layer` cannot be converted; None if it can."""
 
-    def variants(self, layer: nn.Linear, x: Tensor) -> list[str]:
-        """Ways to multiply by `layer` on an input like `x`, best guesses of the library first."""
-
-    def convert(self, layer: nn.Linear, variant: str) -> nn.Module:
-        """A sparse module in place of `layer`, which stays as it is."""
+    def convert(self, layer: nn.Linear, x: Tensor) -> nn.Module:
+        """A sparse module in place of `layer`, tuned for an input like `x`; `RuntimeError` if the library fails."""
 
     def race(self, modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
         """Seconds of each module on `x`, taken in turns."""
@@ -56,11 +54,11 @@ class Choice:
     shape: tuple[int, int]
     """(out_features, in_features)."""
     variant: str
-    """"dense", or the winning sparse one."""
+    """"dense" or "2:4"."""
     seconds: Mapping[str, float]
-    """Seconds of each contestant at the given number of tokens; empty if the layer was not timed."""
+    """Seconds of each variant at the given number of tokens; empty if the layer was not timed."""
     reason: str = ""
-    """Why the layer is dense without a race, or the sparse variants that failed, with their errors."""
+    """Why 2:4 was not timed, or not used although it is faster; else empty."""
 
 
 @torch.no_grad()
@@ -127,21 +125,20 @@ def _convert(
         reason = "its weight is not 2:4"
     if reason is not None:
         return Choice(name, shape, "dense", {}, reason)
+    x = _input_for(layer, tokens)
     key = (*shape, layer.bias is None, weight.dtype)
     if key not in raced:
-        raced[key] = race_variants(layer, _input_for(layer, tokens), backend)
+        raced[key] = race(layer, x, backend)
     seconds, failed = raced[key]
-    fastest = min(seconds, key=seconds.__getitem__)
-    if fastest == "dense" or seconds[fastest] > MARGIN * seconds["dense"]:
+    if failed or seconds["2:4"] > MARGIN * seconds["dense"]:
         return Choice(name, shape, "dense", seconds, failed)
-    sparse, x = backend.convert(layer, fastest), _input_for(layer, tokens)
+    sparse = backend.convert(layer, x)
     expected, found = layer(x).float(), sparse(x).float()
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
     if not error <= TOLERANCE:
-        reason = f"{fastest} computes something else (relative error {error:.2g})"
-        return Choice(name, shape, "dense", seconds, reason)
+        return Choice(name, shape, "dense", seconds, f"2:4 computes something else (relative error {error:.2g})")
     model.set_submodule(name, sparse)
-    return Choice(name, shape, fastest, seconds, failed)
+    return Choice(name, shape, "2:4", seconds)
 
 
 def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
@@ -151,32 +148,22 @@ def _input_for(layer: nn.Linear, tokens: int) -> Tensor:
     return torch.randn(tokens, layer.in_features, device=weight.device, dtype=weight.dtype, generator=generator)
 
 
-def race_variants(layer: nn.Linear, x: Tensor, backend: Backend) -> tuple[dict[str, float], str]:
-    """Times the layer and each sparse variant of it that runs on `x`: a library may fail on a shape at run time.
+def race(layer: nn.Linear, x: Tensor, backend: Backend) -> tuple[dict[str, float], str]:
+    """Times a layer dense and 2:4 on `x`.
 
     Returns:
-        Seconds by variant, and the errors of those that fail, in words.
+        Seconds by variant, and the error of the library if 2:4 does not run, which is not timed then; else empty.
     """
-    modules: dict[str, nn.Module] = {"dense": layer}
-    failed = []
-    variants: list[str] = []
     try:
-        variants = backend.variants(layer, x)
-    except RuntimeError as error:  # of the library's search
-        failed.append("2:4 failed: " + str(error).partition("\n")[0])
-    for variant in variants:
-        try:
-            sparse = backend.convert(layer, variant)
-            sparse(x)
-        except RuntimeError as error:
-            failed.append(f"{variant} failed: " + str(error).partition("\n")[0])
-        else:
-            modules[variant] = sparse
-    return backend.race(modules, x), "; ".join(failed)
+        sparse = backend.convert(layer, x)
+        sparse(x)
+    except RuntimeError as error:
+        return backend.race({"dense": layer}, x), "2:4 failed: " + str(error).partition("\n")[0]
+    return backend.race({"dense": layer, "2:4": sparse}, x), ""
 
 
 class Cusparselt:
-    """bf16 and fp16 by `to_sparse_semi_structured`, with the default algorithm and the one found by the search.
+    """bf16 and fp16 by `to_sparse_semi_structured`, with the algorithm that cuSPARSELt's search finds.
 
     Raises:
         InputError: a device other than CUDA, one too old for 2:4, or no cuSPARSELt.
@@ -189,23 +176,32 @@ class Cusparselt:
             raise InputError(
                 f"this build of torch {torch.__version__} has no cuSPARSELt: install a CUDA wheel of pytorch.org"
             )
+        self._algorithms: dict[tuple[object, ...], int] = {}  # by shape, number of rows, dtype and bias
 
-    def why_not(self, layer: nn.Linear) -> str | None:
-        """See `why_not_cusparselt`."""
-        return why_not_cusparselt(layer)
+    @staticmethod
+    def why_not(layer: nn.Linear) -> str | None:
+        """Why cuSPARSELt does not take the weight of a layer, in words; None if it does."""
+        dtype, shape = layer.weight.dtype, (layer.out_features, layer.in_features)
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"its weight is {dtype}: convert the model to bf16"
+        limits = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[dtype]
+        rows, columns = limits.sparse_min_rows, limits.sparse_min_cols
+        if shape[0] % rows or shape[1] % columns:
+            return f"its shape {shape[0]} x {shape[1]} does not divide by {rows} x {columns}"
+        return None
 
-    def variants(self, layer: nn.Linear, x: Tensor) -> list[str]:
-        """The algorithm that the search finds for an input like `x`, and the default one."""
-        packed = torch._cslt_compress(layer.weight.contiguous())
-        rows = F.pad(x, (0, 0, 0, -len(x) % 8))  # cuSPARSELt takes multiples of 8, and torch pads likewise
-        found = int(torch._cslt_sparse_mm_search(packed, rows.t(), bias=layer.bias, transpose_result=True))
-        return [f"2:4, algorithm {number}" for number in dict.fromkeys((found, 0))]
-
-    def convert(self, layer: nn.Linear, variant: str) -> nn.Linear:
+    def convert(self, layer: nn.Linear, x: Tensor) -> nn.Linear:
         """A linear layer with a sparse weight and the bias of `layer`."""
-        weight = to_sparse_semi_structured(layer.weight.contiguous(), alg_id=int(variant.rpartition(" ")[2]))
+        weight = layer.weight.contiguous()
+        key = (*weight.shape, len(x), weight.dtype, layer.bias is None)
+        if key not in self._algorithms:
+            rows = F.pad(x, (0, 0, 0, -len(x) % 8))  # cuSPARSELt takes multiples of 8, and torch pads likewise
+            packed = torch._cslt_compress(weight)
+            found = torch._cslt_sparse_mm_search(packed, rows.t(), bias=layer.bias, transpose_result=True)
+            self._algorithms[key] = int(found)
+        sparse = to_sparse_semi_structured(weight, alg_id=self._algorithms[key])
         made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        made.weight, made.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        made.weight, made.bias = nn.Parameter(sparse, requires_grad=False), layer.bias
         return made.train(layer.training)
 
     def race(self, modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
@@ -224,18 +220,6 @@ class Cusparselt:
                     end.synchronize()
                     times[name].append(start.elapsed_time(end) / 1000)
         return {name: statistics.median(found) for name, found in times.items()}
-
-
-def why_not_cusparselt(layer: nn.Linear) -> str | None:
-    """Why cuSPARSELt does not take the weight of a layer, in words; None if it does."""
-    dtype, shape = layer.weight.dtype, (layer.out_features, layer.in_features)
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"its weight is {dtype}: convert the model to bf16"
-    limits = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[dtype]
-    rows, columns = limits.sparse_min_rows, limits.sparse_min_cols
-    if shape[0] % rows or shape[1] % columns:
-        return f"its shape {shape[0]} x {shape[1]} does not divide by {rows} x {columns}"
-    return None
 
 
 def _captured(module: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -268,7 +252,7 @@ def this_gpu() -> Device | None:
 
 
 class GpuTimer:
-    """Times layers on this machine's CUDA device, each shape once, dense against every sparse variant."""
+    """Times layers on this machine's CUDA device, each shape once, dense and 2:4."""
 
     def __init__(self, dtype: str, backend: Backend | None = None) -> None:
         """`formats`: dense and 2:4 in `dtype`.
@@ -278,23 +262,22 @@ class GpuTimer:
         """
         if dtype not in ("bf16", "fp16"):
             raise InputError(f"a GPU at hand is timed in bf16 and fp16, not {dtype}: estimate it by --device")
-        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self._dtype = FLOATS[dtype]
         self._device = torch.device("cuda" if backend is None else "cpu")
         self._backend = Cusparselt(self._device) if backend is None else backend
         self._found: dict[tuple[tuple[int, int], int], Mapping[str, float]] = {}
-        self.formats = [GpuFormat(dtype, 16, dtype), GpuFormat(f"2:4 {dtype}", 9, dtype, sparse=True)]
+        self.formats = gpu_formats(dtype)[:2]
 
     @torch.no_grad()
     def seconds(self, form: GpuFormat, shape: tuple[int, int], tokens: int) -> float:
-        """The fastest variant of `form`, or the dense layer; a layer that cannot be converted counts as dense."""
+        """The seconds of a layer with random weights in `form`; one that 2:4 kernels do not take counts as dense."""
         if (shape, tokens) not in self._found:
             layer = nn.Linear(shape[1], shape[0], bias=False, device=self._device, dtype=self._dtype)
             x = torch.randn(tokens, shape[1], device=self._device, dtype=self._dtype)
             if shape[1] % 4 == 0 and self._backend.why_not(layer) is None:
                 layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
-                self._found[shape, tokens] = race_variants(layer, x, self._backend)[0]
+                self._found[shape, tokens] = race(layer, x, self._backend)[0]
             else:
                 self._found[shape, tokens] = self._backend.race({"dense": layer}, x)
         found = self._found[shape, tokens]
-        sparse_only = [value for name, value in found.items() if name != "dense"]
-        return min(sparse_only, default=found["dense"]) if form.sparse else found["dense"]
+        return found.get("2:4", found["dense"]) if form.sparse else found["dense"]

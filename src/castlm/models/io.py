@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -38,7 +37,7 @@ from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, sha
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
 from castlm.models.gguf import fast_gguf
 from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
-from castlm.models.locate import Location, cached_snapshot, find
+from castlm.models.locate import Location, find
 
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -63,6 +62,8 @@ def open_model(
     with quiet(where), as_input_error(where):
         tokenizer = AutoTokenizer.from_pretrained(where.target, **where.gguf, **options)
         token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    if not where.gguf:
+        tokenizer.name_or_path = where.source  # which a record names; the folder of a cached model is no name
     # Without its files, some classes still load, with an empty vocabulary or special tokens alone.
     if not set(token_ids) - set(tokenizer.all_special_ids):
         raise InputError(_NO_TOKENIZER.format(where))
@@ -78,7 +79,7 @@ def load_config(
     where: Location, trust_remote_code: bool, revision: str | None
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config of a model, and the keyword arguments to load its other parts."""
-    options = {"trust_remote_code": trust_remote_code, "revision": revision, **where.local}
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
     with quiet(where), as_input_error(where):
         config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
     check_num_layers(config, where)
@@ -157,7 +158,7 @@ def _explain(where: Location, reason: str) -> str:
     if "use_safetensors" in reason:
         return f"{where} has no safetensors on the hub, and pickles are never loaded: convert it first"
     reason = re.split(r"(?<=[.!?]) ", reason)[0][:240]
-    if where.is_hub and not where.is_cached:
+    if where.is_hub:
         return f"{where} is neither a local folder nor available on the Hugging Face Hub: {reason}"
     if "not a valid JSON file" in reason:
         reason = f"{reason.rstrip('.')}: fetch it again"
@@ -168,7 +169,7 @@ def _explain(where: Location, reason: str) -> str:
 def quiet(where: Location) -> Iterator[None]:
     """Silences transformers' reports, but for the progress of a possible download; reads GGUF files fast."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet_transformers(progress=where.is_hub and not where.is_cached))
+        stack.enter_context(quiet_transformers(progress=where.is_hub))
         if where.gguf:  # dequantization shows a progress bar that cannot be turned off
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             stack.enter_context(fast_gguf())
@@ -245,8 +246,7 @@ def load_model(
         )
     if not runs_packed:
         linearize_(model)
-    source = f"{where.source}@{revision}" if where.is_hub and revision else where.source
-    return Loaded(model.eval(), tokenizer, source, stored)
+    return Loaded(model.eval(), tokenizer, where.source, stored)
 
 
 def unpack_on_load_(config: PretrainedConfig) -> bool:
@@ -272,9 +272,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `check_loading_info` reports them in one line
-            adapter_kwargs=dict(where.local),  # peft, if installed, would look for an adapter on the hub
             **weights,
-            **where.local,
             **options,
         )
     check_loading_info(where, loading_info)
@@ -299,8 +297,7 @@ def check_finite(name: str, where: object, value: Tensor) -> None:
 def fp32_bytes(name: str, revision: str | None = None) -> int:
     """Bytes of a model in fp32; 0 if it is not in safetensors on this machine."""
     where = find(name, revision)
-    folder = cached_snapshot(name, revision) if where.is_hub else Path(where.target)
-    files = [] if folder is None or where.gguf else sorted(folder.glob("*.safetensors"))
+    files = [] if where.is_hub or where.gguf else sorted(Path(where.target).glob("*.safetensors"))
     return 4 * sum(math.prod(tensor.shape) for file in files for tensor in read_header(file).values())
 
 
@@ -315,10 +312,8 @@ def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
     files = [] if where.is_hub else sorted(Path(where.target).glob("*.safetensors"))
     if dtype is None and files:
-        with safe_open(files[0], "pt") as opened:
-            slices = [opened.get_slice(key) for key in opened.keys()]  # noqa: SIM118
-            largest = max(slices, key=lambda found: math.prod(found.get_shape()), default=None)
-        dtype = STORED.get(largest.get_dtype() if largest else "")
+        largest = max(read_header(files[0]).values(), key=lambda tensor: math.prod(tensor.shape), default=None)
+        dtype = None if largest is None else STORED.get(largest.dtype)
     return dtype if dtype in FLOATS.values() else torch.float32
 
 

@@ -33,19 +33,13 @@ class Location:
     name: str
     """The name that the user gave, for error messages."""
     source: str
-    """The name in the record of a run."""
+    """The name in the record of a run, with `@revision` if one was given."""
     target: str
     """A folder, or the id of a hub repository."""
     gguf: Mapping[str, str] = field(default_factory=dict)
     """`{"gguf_file": ...}`, the file in `target`, as keyword arguments; empty for safetensors."""
     is_hub: bool = False
-    is_cached: bool = False
-    """Whether the cache holds all files of a hub model, so that the hub is not contacted."""
-
-    @property
-    def local(self) -> dict[str, bool]:
-        """Keyword arguments for transformers' loaders."""
-        return {"local_files_only": True} if self.is_cached else {}
+    """Whether `target` is on the hub, which is contacted then."""
 
     def __str__(self) -> str:
         return self.name
@@ -104,6 +98,8 @@ def local_folder(name: str | Path) -> Path:
 def find(name: str | Path, revision: str | None, *, needs_weights: bool = True) -> Location:
     """The place of the model `name`; a hub id is looked up in the cache, then on the hub.
 
+    If the cache holds all files of a hub model, its place is their folder, and the hub is not contacted.
+
     Args:
         needs_weights: False accepts a folder or a cached model that has only its config.json.
     """
@@ -112,6 +108,8 @@ def find(name: str | Path, revision: str | None, *, needs_weights: bool = True) 
         if revision is not None:
             raise InputError(f"revision {revision} is for models of the hub, and {name} is local: leave it out")
         return where
+    if revision is not None:
+        where = replace(where, source=f"{name}@{revision}")
     snapshot = cached_snapshot(where.target, revision)
     if snapshot is None or (needs_weights and not _is_whole(snapshot)):
         check_hub(where, revision)
@@ -121,7 +119,7 @@ def find(name: str | Path, revision: str | None, *, needs_weights: bool = True) 
             f"{name} is loaded from the cache (commit {snapshot.name[:12]}) without contacting the hub; "
             f"hf download {name} fetches a newer one"
         )
-    return replace(where, is_cached=True)
+    return replace(where, target=str(snapshot), is_hub=False)
 
 
 def cached_snapshot(name: str, revision: str | None) -> Path | None:

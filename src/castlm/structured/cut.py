@@ -20,7 +20,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
 from castlm.models.architecture import context_length, eval_mode, linearize_
-from castlm.structured.pattern import Heads, Units, check_family, sizes_after, sizes_of, units_of
+from castlm.structured.pattern import Heads, Units, sizes_after, sizes_of, units_of
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in
@@ -46,7 +46,7 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
     """
     if not isinstance(pattern, Units):
         return
-    check_family(pattern, model.config.model_type)
+    _config_after(model, pattern)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     num_blocks, num_found = len(transformer_blocks(model)), len(pattern.unit_layers(layers))
     if num_found != num_blocks:
@@ -56,7 +56,6 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
         )
     if type(model).__module__.startswith("transformers_modules"):
         raise InputError(f"pattern {pattern} cannot be cut out of a model with code of its own: use 2:4")
-    _config_after(model, pattern)
 
 
 def _config_after(model: PreTrainedModel, pattern: Units) -> PretrainedConfig:

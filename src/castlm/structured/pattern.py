@@ -29,8 +29,7 @@ class Units(Pattern):
     """Ranks the units of each block by one score each and keeps the share `kept` of them.
 
     With `inner`, the weights of kept units are n:m as well, and layers without units are n:m only. Groups of m are
-    counted in the weights after the cut: in down, m consecutive columns of kept channels. Raises `InputError` if `kept`
-    is not between 0 and 1.
+    counted in the weights after the cut: in down, m consecutive columns of kept channels.
     """
 
     kept: float
@@ -44,10 +43,6 @@ class Units(Pattern):
     """The name of the units in the text of the pattern, such as `channels`."""
     parts: ClassVar[tuple[tuple[str, ...], ...]]
     """Last names of the layers that hold a unit, in order; the last layer writes to the residual stream."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.kept < 1:
-            raise InputError(f"pattern {self} keeps {self.kept:g} of its units: it must be between 0 and 1, as 0.5")
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.kept:g}" + (f"+{self.inner}" if self.inner else "")
@@ -275,16 +270,6 @@ HEADS = frozenset(_GATED) - {"helium", "olmo", "olmo2", "olmo3", "cohere", "stab
 """The families whose config has a head size of its own, and whose norms do not run across heads."""
 
 
-def check_family(pattern: Units, model_type: object) -> None:
-    """Raises `InputError` if models of the family have no config without the units that `pattern` cuts out."""
-    families = CHANNELS if isinstance(pattern, Channels) else HEADS
-    if model_type not in families:
-        raise InputError(
-            f"pattern {pattern}: castlm cannot cut {pattern.kind} out of {model_type}, only out of "
-            f"{', '.join(sorted(families))}; use 2:4"
-        )
-
-
 def sizes_of(pattern: Units, config: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes in config.json that the cut of `pattern` changes or fixes, the number of units first.
 
@@ -295,9 +280,14 @@ def sizes_of(pattern: Units, config: Mapping[str, Any]) -> dict[str, Any]:
         >>> sizes_of(Channels(0.5), {"model_type": "llama", "intermediate_size": 172})
         {'intermediate_size': 172}
     """
-    check_family(pattern, config.get("model_type"))
+    model_type, families = config.get("model_type"), CHANNELS if isinstance(pattern, Channels) else HEADS
+    if model_type not in families:
+        raise InputError(
+            f"pattern {pattern}: castlm cannot cut {pattern.kind} out of {model_type}, only out of "
+            f"{', '.join(sorted(families))}; use 2:4"
+        )
     if isinstance(pattern, Channels):
-        field = CHANNELS[str(config["model_type"])]
+        field = CHANNELS[str(model_type)]
         default = 4 * config.get("n_embd", 0) if field == "n_inner" else None
         return {field: default if config.get(field) is None else config[field]}
     heads = config.get("num_attention_heads")

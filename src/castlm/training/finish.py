@@ -24,12 +24,10 @@ from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_bloc
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
-from castlm.files.atomic_file import atomic_write_json
-from castlm.files.output import atomic_dir
-from castlm.hardware import model_versions, peak_memory
+from castlm.hardware import peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
-from castlm.models.io import parameters_in, save_dtype, save_model
+from castlm.models.io import save_dtype
 from castlm.progress import note
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective
@@ -127,8 +125,6 @@ def write_result(run: Run, model: PreTrainedModel | None, histogram: dict[str, A
     assert model is not None
     fold_weight_scaling(model)
     model.cpu()
-    folder, tokenizer = run.folder.model, run.source.tokenizer
-    record = run_record(run, histogram)
 
     def measure(m: PreTrainedModel) -> float:
         m.to(run.world.device)
@@ -136,23 +132,17 @@ def write_result(run: Run, model: PreTrainedModel | None, histogram: dict[str, A
         m.cpu()
         return measured
 
-    if run.method.layers:
-        record = export_model(
-            model,
-            tokenizer,
-            folder,
-            pattern=run.config.model.pattern,
-            left_dense=run.method.left_dense,
-            record=record,
-            overwrite=True,
-            dtype=_save_dtype(run),
-            eval_fn=measure,
-        )
-    else:  # the dense control has no pattern to verify
-        with atomic_dir(folder, overwrite=True) as temporary, parameters_in(model, _save_dtype(run)):
-            save_model(model, tokenizer, temporary)
-            atomic_write_json(temporary / "castlm.json", record)
-    return record
+    return export_model(
+        model,
+        run.source.tokenizer,
+        run.folder.model,
+        pattern=run.config.model.pattern if run.method.layers else None,  # None for the dense control
+        left_dense=run.method.left_dense,
+        record=run_record(run, histogram),
+        overwrite=True,
+        dtype=_save_dtype(run),
+        eval_fn=measure,
+    )
 
 
 def perplexities_when_sparse(
@@ -244,7 +234,6 @@ def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
     }
     if not run.method.layers:
         perplexities["trained"] = last["perplexity"]
-        record |= {"pattern": None, "versions": model_versions()}  # an export adds its own
     earlier = perplexities_when_sparse(config.method, run.total_steps, run.progress.figures)
     return record | {"verdict": verdict(perplexities, earlier)}
 
