@@ -104,7 +104,7 @@ def best_kernel(times_at: Callable[[Kernel], list[float]], times: Sequence[float
         found = times_at(Kernel(*map(math.exp, logs)))
         return sum(abs(math.log(mine / theirs)) for mine, theirs in zip(found, times)) / len(times)
 
-    starts = [(launch, serial, 0.7, 0.5) for launch in (2e-6, 6e-6) for serial in (5e-10, 3e-9)]
+    starts = [(launch, serial, 0.7, 0.5) for launch in (2.0, 6.0) for serial in (0.5, 3.0)]
     found = [minimize(error, [*map(math.log, start)], method="Nelder-Mead", tol=1e-6) for start in starts]
     best = min(found, key=lambda result: float(result.fun))
     return Kernel(*map(math.exp, best.x)), float(best.fun)
@@ -115,8 +115,8 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true")
     if parser.parse_args().fit:
         for key, kernel, error in kernels_fitted():
-            launch, serial = kernel.launch * 1e6, kernel.serial * 1e9
-            print(f"{key}: {launch:.3g}, {serial:.3g}, {kernel.bandwidth:.3f}, {kernel.peak:.3f}  error {error:.3f}")
+            shares = f"{kernel.bandwidth:.3f}, {kernel.peak:.3f}"
+            print(f"{key}: {kernel.launch:.3g}, {kernel.serial:.3g}, {shares}  error {error:.3f}")
     for row in rows():
         print(f"{row.part}, {row.against}: {row.value:.3f} (goal {row.goal})")
 

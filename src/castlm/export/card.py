@@ -103,8 +103,6 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
 
 def _hub_model(source: str) -> tuple[str, str]:
     """The hub id in `source` and the text after it; both empty if the model is not known to be on the hub."""
-    if cached := re.search(r"(?:^|/)models--([\w.-]+?)--([\w.-]+?)/snapshots/(\w+)", source):
-        return f"{cached[1]}/{cached[2]}", f"@{cached[3]}"
     on_hub = None if Path(source).exists() else _HUB_SOURCE.fullmatch(source)
     return (on_hub["id"], on_hub["rest"] or "") if on_hub else ("", "")
 

@@ -21,7 +21,6 @@ from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.export.folder import (
     check_layers,
-    check_redirections,
     check_uniform,
     is_packed,
     left_dense_reason,
@@ -53,8 +52,7 @@ PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qd
 def verify(
     path: str | Path,
     pattern: Pattern | str = "2:4",
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
     *,
     compare: bool = True,
     base: str | None = None,
@@ -75,8 +73,6 @@ def verify(
     Args:
         path: the checkpoint.
         pattern: n:m, at most n non-zeros in every m consecutive weights, or a structured pattern.
-        include: globs of tensor names that the pattern applies to, instead of the default rule; the list of layers is
-            then not compared with config.json.
         exclude: globs of tensor names that the pattern does not apply to; the report lists them.
         compare: compare the list of layers with config.json; False where the caller has compared them with its model.
         base: folder of the dense model before channels or heads were cut out; None takes its sizes from castlm.json.
@@ -102,23 +98,15 @@ def verify(
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
     _refuse_packed(path, tensors, config)
-    globs = tuple(exclude or ())
-    excluded = {name for name in tensors if _matches(name, globs)}
-    if include is None and compare:
-        compared_with = _compare_layers(path, tensors, config, excluded)
-    else:
-        compared_with = "nothing: include names the layers"
-        if path.is_dir():
-            check_redirections(path, config)
+    globs = tuple(exclude)
+    excluded = {name for name in tensors if any(fnmatchcase(name, glob) for glob in globs)}
+    compared_with = _compare_layers(path, tensors, config, excluded) if compare else "the model in memory"
     report = VerifyReport(str(path), pattern, compared_with=compared_with)
     config["model_type"] = config.get("model_type") or guess_model_type({n: t.shape for n, t in tensors.items()})
     left_dense = read_left_dense(folder)
-    included = tuple(include) if include is not None else None
     dense = why_stored_dense({name: tensor.shape for name, tensor in tensors.items()})
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = dense.get(name, "a causal mask" if _is_causal_mask(tensor) else None)
-        if included is not None:
-            why_dense = None if _matches(name, included) else "not included"
         if name in excluded:
             why_dense = "excluded"
         # Structured patterns are of matrices; n:m is counted in the 3-D tensor of a block's experts, too.
@@ -143,7 +131,7 @@ def verify(
         count_units(report, config, dense_config, where)
     if not report.sparse_layers and not report.uncounted:
         found = f"{len(tensors)} tensors, {len(report.layers)} left dense, {len(report.dense)} outside the pattern"
-        raise InputError(f"{path} has no layer that {pattern} applies to ({found}): name some with include")
+        raise InputError(f"{path} has no layer that {pattern} applies to: {found}")
     return report
 
 
@@ -165,10 +153,6 @@ def _compare_layers(
 def _is_causal_mask(tensor: StoredTensor) -> bool:
     """Whether a tensor is the mask of an attention, which checkpoints of early versions of transformers hold."""
     return tensor.shape[:2] == (1, 1) and OLD_BUFFERS.search(tensor.name) is not None
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -14,16 +14,19 @@ from castlm.core.errors import InputError
 
 @dataclass(frozen=True)
 class Device:
-    """The figures of a device that the roofline needs."""
+    """The figures of a device that the roofline needs, in the units of its data sheet.
+
+    All have 2:4 tensor cores (NVIDIA, since Ampere), which do twice the dense operations, counting those of the dense
+    product.
+    """
 
     name: str
     family: str
     """Devices of one family run the same kernels: "ampere", "ada", "hopper", "blackwell"."""
     bandwidth: float
-    """Memory bandwidth, bytes per second."""
+    """Memory bandwidth, 1e9 bytes per second."""
     peak: Mapping[str, float]
-    """Dense operations per second by compute dtype; a multiply-add counts as two. With 2:4 weights the tensor cores of
-    NVIDIA, since Ampere, do twice as many, counting those of the dense product."""
+    """Dense operations, 1e12 per second, by compute dtype; a multiply-add counts as two."""
     source: str
     """Source of the figures."""
     cuda_name: str = ""
@@ -32,46 +35,39 @@ class Device:
     """Memory that torch reports, in GiB; None if unknown."""
 
 
-def _device(
-    name: str,
-    family: str,
-    gigabytes: float,
-    source: str,
-    cuda_name: str,
-    memory_gib: float | None = None,
-    **tera: float,
-) -> Device:
-    peak = {dtype: value * 1e12 for dtype, value in tera.items()}
-    return Device(name, family, gigabytes * 1e9, peak, source, cuda_name, memory_gib)
-
-
 _A100 = "NVIDIA A100 Tensor Core GPU data sheet"
 _H100 = "NVIDIA H100 Tensor Core GPU data sheet"
 _H200 = "NVIDIA H200 data sheet"
 _ADA = "NVIDIA Ada GPU Architecture white paper, fp32 accumulation"
 _OF_A100 = {"bf16": 312, "fp16": 312, "int8": 624}
+_OF_A10 = {"bf16": 125, "fp16": 125, "int8": 250}
 _OF_H100 = {"bf16": 989.4, "fp16": 989.4, "int8": 1978.9, "fp8": 1978.9}
-_OF_B200 = {"bf16": 2250, "fp16": 2250, "int8": 4500, "fp8": 4500}
+_OF_H100_PCIE = {"bf16": 756, "fp16": 756, "int8": 1513, "fp8": 1513}
 _OF_NVL = {"bf16": 835, "fp16": 835, "int8": 1671, "fp8": 1671}
+_OF_B200 = {"bf16": 2250, "fp16": 2250, "int8": 4500, "fp8": 4500}
+_OF_L4 = {"bf16": 121, "fp16": 121, "int8": 242, "fp8": 242}
+_OF_L40 = {"bf16": 181, "fp16": 181, "int8": 362, "fp8": 362}
+_OF_L40S = {"bf16": 362, "fp16": 362, "int8": 733, "fp8": 733}
+_OF_RTX4090 = {"bf16": 165.2, "fp16": 165.2, "int8": 660.6, "fp8": 330.3}
 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _device("a100", "ampere", 2039, _A100, r"A100-SXM\d?-80GB$", 79.1, **_OF_A100),
-        _device("a100-pcie", "ampere", 1935, _A100, r"A100 80GB PCIe$", 79.1, **_OF_A100),
-        _device("a100-40gb", "ampere", 1555, _A100, r"A100-(SXM\d?|PCIE)-40GB$", 39.4, **_OF_A100),
-        _device("a10", "ampere", 600, "NVIDIA A10 data sheet", r"\bA10$", bf16=125, fp16=125, int8=250),
-        _device("h100", "hopper", 3350, _H100, r"H100 80GB HBM3$", 79.1, **_OF_H100),
-        _device("h100-pcie", "hopper", 2000, _H100, "H100 PCIe$", 79.1, bf16=756, fp16=756, int8=1513, fp8=1513),
-        _device("h100-nvl", "hopper", 3900, _H100, "H100 NVL$", **_OF_NVL),
-        _device("gh200", "hopper", 4000, "NVIDIA GH200 data sheet (96 GB)", r"GH200 (480|120)GB$", **_OF_H100),
-        _device("h200", "hopper", 4800, _H200, r"\bH200$", 139.8, **_OF_H100),
-        _device("h200-nvl", "hopper", 4800, _H200, "H200 NVL$", **_OF_NVL),
-        _device("b200", "blackwell", 8000, "NVIDIA HGX B200 data sheet", r"\bB200$", **_OF_B200),
-        _device("l4", "ada", 300, "NVIDIA L4 data sheet", r"\bL4$", bf16=121, fp16=121, int8=242, fp8=242),
-        _device("l40", "ada", 864, "NVIDIA L40 data sheet", r"\bL40$", bf16=181, fp16=181, int8=362, fp8=362),
-        _device("l40s", "ada", 864, "NVIDIA L40S data sheet", r"\bL40S$", bf16=362, fp16=362, int8=733, fp8=733),
-        _device("rtx4090", "ada", 1008, _ADA, "RTX 4090$", 23.5, bf16=165.2, fp16=165.2, int8=660.6, fp8=330.3),
+        Device("a100", "ampere", 2039, _OF_A100, _A100, r"A100-SXM\d?-80GB$", 79.1),
+        Device("a100-pcie", "ampere", 1935, _OF_A100, _A100, r"A100 80GB PCIe$", 79.1),
+        Device("a100-40gb", "ampere", 1555, _OF_A100, _A100, r"A100-(SXM\d?|PCIE)-40GB$", 39.4),
+        Device("a10", "ampere", 600, _OF_A10, "NVIDIA A10 data sheet", r"\bA10$"),
+        Device("h100", "hopper", 3350, _OF_H100, _H100, r"H100 80GB HBM3$", 79.1),
+        Device("h100-pcie", "hopper", 2000, _OF_H100_PCIE, _H100, "H100 PCIe$", 79.1),
+        Device("h100-nvl", "hopper", 3900, _OF_NVL, _H100, "H100 NVL$"),
+        Device("gh200", "hopper", 4000, _OF_H100, "NVIDIA GH200 data sheet (96 GB)", r"GH200 (480|120)GB$"),
+        Device("h200", "hopper", 4800, _OF_H100, _H200, r"\bH200$", 139.8),
+        Device("h200-nvl", "hopper", 4800, _OF_NVL, _H200, "H200 NVL$"),
+        Device("b200", "blackwell", 8000, _OF_B200, "NVIDIA HGX B200 data sheet", r"\bB200$"),
+        Device("l4", "ada", 300, _OF_L4, "NVIDIA L4 data sheet", r"\bL4$"),
+        Device("l40", "ada", 864, _OF_L40, "NVIDIA L40 data sheet", r"\bL40$"),
+        Device("l40s", "ada", 864, _OF_L40S, "NVIDIA L40S data sheet", r"\bL40S$"),
+        Device("rtx4090", "ada", 1008, _OF_RTX4090, _ADA, "RTX 4090$", 23.5),
     )
 }
 """The devices that castlm knows by name."""

@@ -57,34 +57,30 @@ class Kernel:
     """The shares of a device's peaks that a kernel reaches."""
 
     launch: float
-    """Seconds that every call takes."""
+    """Microseconds that every call takes."""
     serial: float
-    """Seconds for each input feature of a tile."""
+    """Nanoseconds for each input feature of a tile."""
     bandwidth: float
     """Share of the device's bandwidth."""
     peak: float
     """Share of the device's peak."""
 
 
-def _kernel(launch_us: float, serial_ns: float, bandwidth: float, peak: float) -> Kernel:
-    return Kernel(launch_us * 1e-6, serial_ns * 1e-9, bandwidth, peak)
-
-
 KERNELS: dict[tuple[str, str, bool], Kernel] = {
-    ("ada", "bf16", False): _kernel(0, 8.5, 0.895, 0.924),
-    ("ada", "bf16", True): _kernel(2.64, 0, 0.921, 0.756),
-    ("ampere", "bf16", False): _kernel(8.06, 3.11, 0.796, 0.699),
-    ("ampere", "bf16", True): _kernel(10, 1.7, 0.722, 0.499),
-    ("ampere", "int8", False): _kernel(5.74, 3.24, 0.722, 0.569),
-    ("ampere", "int8", True): _kernel(9.65, 3.04, 0.733, 0.593),
-    ("blackwell", "bf16", False): _kernel(5.68, 0.074, 0.638, 0.707),
-    ("blackwell", "bf16", True): _kernel(6.79, 0.381, 0.652, 0.587),
-    ("hopper", "bf16", False): _kernel(1.03, 0, 0.852, 0.623),
-    ("hopper", "bf16", True): _kernel(6.48, 3.69, 0.687, 0.481),
-    ("hopper", "fp8", False): _kernel(0.423, 2.77, 0.857, 0.561),
-    ("hopper", "fp8", True): _kernel(3.21, 0.747, 0.786, 0.423),
-    ("hopper", "int8", False): _kernel(0.059, 4.43, 0.795, 0.646),
-    ("hopper", "int8", True): _kernel(3.41, 0.013, 0.805, 0.452),
+    ("ada", "bf16", False): Kernel(0, 8.5, 0.895, 0.924),
+    ("ada", "bf16", True): Kernel(2.64, 0, 0.921, 0.756),
+    ("ampere", "bf16", False): Kernel(8.06, 3.11, 0.796, 0.699),
+    ("ampere", "bf16", True): Kernel(10, 1.7, 0.722, 0.499),
+    ("ampere", "int8", False): Kernel(5.74, 3.24, 0.722, 0.569),
+    ("ampere", "int8", True): Kernel(9.65, 3.04, 0.733, 0.593),
+    ("blackwell", "bf16", False): Kernel(5.68, 0.074, 0.638, 0.707),
+    ("blackwell", "bf16", True): Kernel(6.79, 0.381, 0.652, 0.587),
+    ("hopper", "bf16", False): Kernel(1.03, 0, 0.852, 0.623),
+    ("hopper", "bf16", True): Kernel(6.48, 3.69, 0.687, 0.481),
+    ("hopper", "fp8", False): Kernel(0.423, 2.77, 0.857, 0.561),
+    ("hopper", "fp8", True): Kernel(3.21, 0.747, 0.786, 0.423),
+    ("hopper", "int8", False): Kernel(0.059, 4.43, 0.795, 0.646),
+    ("hopper", "int8", True): Kernel(3.41, 0.013, 0.805, 0.452),
 }
 """By family, compute dtype and 2:4 or not: cuBLASLt and cuSPARSELt with their best algorithm, fitted to
 benchmarks/published.csv by `python -m benchmarks.advisor --fit` with the least mean absolute error of the logarithm
@@ -112,15 +108,15 @@ def layer_seconds(device: Device, form: GpuFormat, shape: Shape, tokens: int, ke
     """
     out_features, in_features = shape
     kernel = kernel or kernel_of(device, form)[0]
-    peak = (2 if form.sparse else 1) * device.peak[form.compute] * kernel.peak
+    peak = (2 if form.sparse else 1) * device.peak[form.compute] * 1e12 * kernel.peak
     weight = out_features * in_features * form.bits / 8
     of_output = 4 if form.compute == "fp32" else 2  # 16 bits for products of int8 and fp8 as well
     moved = weight + tokens * (in_features * _ACTIVATION_BYTES[form.compute] + out_features * of_output)
     operations = 2 * tokens * out_features * in_features
-    return kernel.launch + max(
-        moved / (device.bandwidth * kernel.bandwidth),
+    return kernel.launch * 1e-6 + max(
+        moved / (device.bandwidth * 1e9 * kernel.bandwidth),
         operations / peak,
-        in_features * kernel.serial,
+        in_features * kernel.serial * 1e-9,
     )
 
 

@@ -155,8 +155,6 @@ def _explain(where: Location, reason: str) -> str:
         return _NO_TOKENIZER.format(where)
     if "trust_remote_code" in reason:
         return f"{where} runs its own code: pass trust_remote_code if you have read it and trust it"
-    if "use_safetensors" in reason:
-        return f"{where} has no safetensors on the hub, and pickles are never loaded: convert it first"
     reason = re.split(r"(?<=[.!?]) ", reason)[0][:240]
     if where.is_hub:
         return f"{where} is neither a local folder nor available on the Hugging Face Hub: {reason}"
