@@ -333,7 +333,7 @@ def test_the_hub_is_asked_once_for_a_mistyped_id_and_not_for_what_is_whole_in_th
 def test_what_is_not_whole_in_the_cache_is_asked_for(lost, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("castlm.models.locate.check_hub", lambda where, revision: asked.append(where.target))
+    monkeypatch.setattr("castlm.models.locate.check_hub", lambda where: asked.append(where.target))
     snapshot = save_in_cache(tmp_path, "40KB")
     if lost == "code":
         edit_json(snapshot / "config.json", auto_map={"AutoModelForCausalLM": "modeling_tiny.Tiny"})

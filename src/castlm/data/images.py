@@ -136,11 +136,13 @@ def open_processor(
         tokenizer: the model's; without a chat template it gets the processor's.
     """
     where = find(name, revision)
-    config, options = load_config(where, trust_remote_code, revision)
+    config = load_config(where, trust_remote_code)
     processor = None
     if is_vision_language(config):
         with quiet(where), as_input_error(where):
-            processor = AutoProcessor.from_pretrained(where.target, **options)
+            processor = AutoProcessor.from_pretrained(
+                where.target, revision=where.revision, trust_remote_code=trust_remote_code
+            )
     if not isinstance(processor, ProcessorMixin):
         raise InputError(
             f"{where} is a {config.model_type}, which reads no images, or lacks {' or '.join(PROCESSOR_FILES[:2])}: "

@@ -139,13 +139,13 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
     model = empty_model(config, trust_remote_code=trust_remote_code)
     if any(buffer.is_meta for buffer in model.buffers()):
         return None
-    files = _weight_files(where, revision)
+    files = _weight_files(where)
     places = _places(model, files)
     if places is None:
         return None
     if model.can_generate():
         with quiet(where), contextlib.suppress(OSError):  # the model may have no generation config
-            model.generation_config = GenerationConfig.from_pretrained(where.target, revision=revision)
+            model.generation_config = GenerationConfig.from_pretrained(where.target, revision=where.revision)
     return Loaded(model.eval(), tokenizer, where.source, dtype), Checkpoint(where.source, places)
 
 
@@ -162,18 +162,17 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     return model
 
 
-def _weight_files(where: Location, revision: str | None) -> list[Path]:
-    options: dict[str, Any] = {"revision": revision}
-    missing_is_none = options | {"_raise_exceptions_for_missing_entries": False}
-    whole = cached_file(where.target, SINGLE, **missing_is_none)
+def _weight_files(where: Location) -> list[Path]:
+    options: dict[str, Any] = {"revision": where.revision, "_raise_exceptions_for_missing_entries": False}
+    whole = cached_file(where.target, SINGLE, **options)
     if whole is not None:
         return [Path(whole)]
-    index = cached_file(where.target, INDEX, **missing_is_none)
+    index = cached_file(where.target, INDEX, **options)
     if index is None:
         return []
     if not where.is_hub:
         return [Path(index).with_name(file) for file in shard_files(Path(index), read_weight_map(Path(index)))]
-    return [Path(file) for file in get_checkpoint_shard_files(where.target, index, **options)[0]]
+    return [Path(file) for file in get_checkpoint_shard_files(where.target, index, revision=where.revision)[0]]
 
 
 Stored = Mapping[str, tuple[Path, tuple[int, ...]]]

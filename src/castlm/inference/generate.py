@@ -61,7 +61,7 @@ def load_to_generate(
         dtype = "float32"
     if device == "cuda" and unpack_on_load_(config):
         say("the packed kernels are for a CPU: on this GPU the model runs unpacked, at dense speed")
-    model = load_weights(where, config, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
+    model = load_weights(where, config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval().to(device), tokenizer  # a `device_map` would need accelerate
 
 

@@ -58,9 +58,11 @@ def open_model(
             tokenizer.
     """
     where = find(name, revision)
-    config, options = load_config(where, trust_remote_code, revision)
+    config = load_config(where, trust_remote_code)
     with quiet(where), as_input_error(where):
-        tokenizer = AutoTokenizer.from_pretrained(where.target, **where.gguf, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            where.target, **where.gguf, revision=where.revision, trust_remote_code=trust_remote_code
+        )
         token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
     if not where.gguf:
         tokenizer.name_or_path = where.source  # which a record names; the folder of a cached model is no name
@@ -72,16 +74,15 @@ def open_model(
 
 def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
     """The config of a model, which need not have weights or a tokenizer; otherwise as `open_model`."""
-    return load_config(find(name, revision, needs_weights=False), trust_remote_code, revision)[0]
+    return load_config(find(name, revision, needs_weights=False), trust_remote_code)
 
 
-def load_config(
-    where: Location, trust_remote_code: bool, revision: str | None
-) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config of a model, and the keyword arguments to load its other parts."""
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+def load_config(where: Location, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a model at a place; otherwise as `open_config`."""
     with quiet(where), as_input_error(where):
-        config = AutoConfig.from_pretrained(where.target, **where.gguf, **options)
+        config = AutoConfig.from_pretrained(
+            where.target, **where.gguf, revision=where.revision, trust_remote_code=trust_remote_code
+        )
     check_num_layers(config, where)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -101,7 +102,7 @@ def load_config(
     method = quantization_method(config)
     if method not in (None, QUANT_METHOD):
         raise InputError(f"the weights of {where} are quantized ({method}): give the model before quantization")
-    return config, options
+    return config
 
 
 def check_num_layers(config: PretrainedConfig, where: Location | Path) -> None:
@@ -234,8 +235,7 @@ def load_model(
     runs_packed = quantization_method(config) == QUANT_METHOD and not unpack
     if unpack:
         unpack_on_load_(config)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
-    model = load_weights(where, config, dtype=dtype or stored, **options)
+    model = load_weights(where, config, dtype=dtype or stored, trust_remote_code=trust_remote_code)
     num_embeddings = vocab_size(config) if runs_packed else model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > num_embeddings:
         raise InputError(
@@ -270,6 +270,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `check_loading_info` reports them in one line
+            revision=where.revision,
             **weights,
             **options,
         )

@@ -40,6 +40,8 @@ class Location:
     """`{"gguf_file": ...}`, the file in `target`, as keyword arguments; empty for safetensors."""
     is_hub: bool = False
     """Whether `target` is on the hub, which is contacted then."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
 
     def __str__(self) -> str:
         return self.name
@@ -109,10 +111,10 @@ def find(name: str | Path, revision: str | None, *, needs_weights: bool = True) 
             raise InputError(f"revision {revision} is for models of the hub, and {name} is local: leave it out")
         return where
     if revision is not None:
-        where = replace(where, source=f"{name}@{revision}")
+        where = replace(where, source=f"{name}@{revision}", revision=revision)
     snapshot = cached_snapshot(where.target, revision)
     if snapshot is None or (needs_weights and not _is_whole(snapshot)):
-        check_hub(where, revision)
+        check_hub(where)
         return where
     if os.environ.get("RANK", "0") == "0":
         note(
@@ -152,21 +154,21 @@ def _is_whole(snapshot: Path) -> bool:
     return has(*weights) and (has("tokenizer.json") or has("vocab.json", "merges.txt"))
 
 
-def check_hub(where: Location, revision: str | None) -> None:
+def check_hub(where: Location) -> None:
     """Asks the hub once for a model that is not in the cache; transformers would ask six times, with pauses."""
     from huggingface_hub import errors as hub
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
-        if cached_snapshot(where.target, revision) is None:
-            get_hf_file_metadata(hf_hub_url(where.target, "config.json", revision=revision))
+        if cached_snapshot(where.target, where.revision) is None:
+            get_hf_file_metadata(hf_hub_url(where.target, "config.json", revision=where.revision))
         return
     except hub.GatedRepoError:
         why = "access to it is restricted: accept its terms on the hub, and log in (hf auth login)"
     except hub.RepositoryNotFoundError:
         why = "no model has that name, or it is private: check the name, or log in (hf auth login)"
     except hub.RevisionNotFoundError:
-        why = f"it has no revision {revision}"
+        why = f"it has no revision {where.revision}"
     except (hub.EntryNotFoundError, hub.HfHubHTTPError, hub.HFValidationError):
         return  # the loader reports it, or tries again
     except Exception as error:  # the HTTP library, and so its errors, differs between versions of huggingface_hub
