@@ -167,7 +167,7 @@ def test_bytes_are_those_of_the_packed_files(tmp_path):
     tiny_model("llama").bfloat16().save_pretrained(folder)
     shapes = shapes_of(str(folder))
     for head in (None, "int8"):
-        pack_folder(folder, tmp_path / f"p{head}", 0, 0, head=head)
+        pack_folder(folder, tmp_path / f"p{head}", None, head=head)
         stored = read_header(tmp_path / f"p{head}" / FILE).values()
         option = Option("bf16", head=head or "bf16")
         assert num_bytes(option, shapes, "bf16") == sum(tensor.num_bytes for tensor in stored)

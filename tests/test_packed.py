@@ -135,7 +135,7 @@ def test_integers_come_back_as_value_times_scale(values, n, m):
 )
 def test_a_folder_comes_back_bit_for_bit(family, n, m, tmp_path):
     source = pruned_folder(tmp_path / "source", family, n=n, m=m)
-    report = pack_folder(source, tmp_path / "packed", n, m)
+    report = pack_folder(source, tmp_path / "packed", f"{n}:{m}")
     assert report.num_packed > 0
     assert report.bytes_after < report.bytes_before
     assert_comes_back(source, tmp_path / "packed", tmp_path / "back")

@@ -129,13 +129,13 @@ def test_a_run_of_three_bits_is_packed_to_what_it_evaluated(fields, llama, text,
     assert record["rounded"]["layers"] > 0
     assert record["perplexity"]["dense"] != record["perplexity"]["one_shot"]
     assert record["perplexity"]["pruned" if sparse else "trained"] == measured
-    n, m = map(int, str(config.model.pattern).split(":")) if sparse else (0, 0)
-    assert bits_of(tmp_path / "run", n=n, m=m) == {"int3"}
+    pattern = config.model.pattern if sparse else None
+    assert bits_of(tmp_path / "run", pattern=pattern) == {"int3"}
     if sparse:
         assert "int3" in (tmp_path / "run" / "model" / "README.md").read_text()
         assert verify(tmp_path / "run" / "packed", config.model.pattern).ok
     unpack_folder(tmp_path / "run" / "packed", tmp_path / "unpacked")
-    pack_folder(tmp_path / "unpacked", tmp_path / "repacked", n, m)
+    pack_folder(tmp_path / "unpacked", tmp_path / "repacked", pattern)
     assert (tmp_path / "repacked" / FILE).read_bytes() == (tmp_path / "run" / "packed" / FILE).read_bytes()
     held_out = begin_run(config.changed(output_dir=str(tmp_path / "again"))).text.held_out
     plain, packed = (load_model(str(folder)) for folder in (tmp_path / "unpacked", tmp_path / "run" / "packed"))
@@ -148,7 +148,7 @@ def test_a_run_of_three_bits_is_packed_to_what_it_evaluated(fields, llama, text,
 
 def test_bits_a_weight_are_those_of_the_packed_file(llama, text, tmp_path):
     record = train(small(llama, text, tmp_path / "run", weight_bits=3, method="dense", max_steps=1))
-    pack_folder(tmp_path / "run" / "model", tmp_path / "packed", 0, 0)
+    pack_folder(tmp_path / "run" / "model", tmp_path / "packed", None)
     stored = read_header(tmp_path / "packed" / FILE)
     stems = {name.removesuffix(".values") for name in stored if name.endswith(".values")}
     bits = 8 * sum(tensor.num_bytes for name, tensor in stored.items() if name.rpartition(".")[0] in stems)
@@ -176,7 +176,7 @@ def test_two_ranks_train_the_weights_of_one(fields, share, gemma, text, tmp_path
     rows = [metrics(tmp_path / str(ranks))[-1] for ranks in (1, 2)]
     assert rows[0]["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=2e-3)
     sparse = config.method.row.is_sparse
-    assert bits_of(tmp_path / "2", **({} if sparse else {"n": 0, "m": 0})) == {"int3"}
+    assert bits_of(tmp_path / "2", **({} if sparse else {"pattern": None})) == {"int3"}
 
 
 @needs_kernels
@@ -184,7 +184,7 @@ def test_two_ranks_train_the_weights_of_one(fields, share, gemma, text, tmp_path
 def test_experts_of_three_bits(family, text, tmp_path):
     model = save_tiny(tmp_path / "dense", family)
     train(small(str(model), text, tmp_path / "run", weight_bits=3, method="dense", max_steps=2))
-    assert bits_of(tmp_path / "run", n=0, m=0) == {"int3"}
+    assert bits_of(tmp_path / "run", pattern=None) == {"int3"}
 
 
 def test_what_three_bits_are_not_for(llama, text, tmp_path, capsys):

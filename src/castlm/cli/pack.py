@@ -46,10 +46,9 @@ class PackCommand:
 
         groups = groups_of(self.path, pattern_of(self.path, self.pattern))
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": result_folder(self.path)})
-        n, m = (groups.n, groups.m) if groups else (0, 0)
         options = {"dtype": self.dtype, "head": self.head, "overwrite": True}
         with shown_progress("pack, tensors") as progress:
-            report = pack_folder(self.path, folder, n, m, progress=progress, **options)
+            report = pack_folder(self.path, folder, groups, progress=progress, **options)
         ratio = report.bytes_after / report.bytes_before
         to_stdout(
             f"{folder}: {report.num_packed} tensors packed {f'and verified {groups}' if groups else 'dense'}, "

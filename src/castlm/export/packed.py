@@ -58,7 +58,7 @@ from castlm.models.conversion import as_stored, possible_names
 from castlm.models.io import load_model, open_config
 from castlm.models.layout import QUANT_METHOD, guess_model_type, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
-from castlm.patterns import DENSE
+from castlm.patterns import DENSE, parse_pattern
 from castlm.progress import note
 
 Progress = Callable[[int, int], None]
@@ -122,8 +122,7 @@ def naming_instead(temporary: Path, named: str | Path) -> Iterator[None]:
 def pack_folder(
     source: str | Path,
     folder: str | Path,
-    n: int = 2,
-    m: int = 4,
+    pattern: Pattern | str | None = "2:4",
     *,
     dtype: str | None = None,
     head: str | None = None,
@@ -139,8 +138,7 @@ def pack_folder(
     Args:
         source: a model folder in safetensors (the result has as many files); or a hub id, a GGUF file or "demo".
         folder: the output.
-        n: kept weights of each group; 0, with m 0, for a dense model.
-        m: weights of a group.
+        pattern: n:m, or a structured pattern with n:m; None for a dense model.
         dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps their dtype.
         head: "int8" rounds the output head to int8 with a scale for each row, together with the embedding where the two
             are tied. None keeps it.
@@ -159,8 +157,8 @@ def pack_folder(
         naming_instead(temporary, folder),
         _model_folder(source, temporary) as place,
     ):
-        pattern = NM(n, m) if m else None
-        return pack_into(temporary, place, pattern, dtype=dtype, head=head, progress=progress)
+        groups = groups_of(source, None if pattern is None else parse_pattern(pattern))
+        return pack_into(temporary, place, groups, dtype=dtype, head=head, progress=progress)
 
 
 @contextlib.contextmanager
