@@ -8,7 +8,8 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.inference.semi_structured import Cusparselt, GpuTimer, to_semi_structured_
+from castlm.inference.roofline import gpu_formats
+from castlm.inference.semi_structured import Cusparselt, gpu_timer, to_semi_structured_
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
 
@@ -77,11 +78,11 @@ def test_a_library_that_fails_is_named_and_the_layers_stay_dense(failing, pruned
 @pytest.mark.parametrize("failing", ["run", "search"])
 def test_the_gpu_timer_counts_a_layer_that_does_not_run_as_dense(failing):
     backend = StubBackend(by_name({"dense": 3.0, "2:4": 1.0}), failing=failing)
-    timer = GpuTimer("bf16", backend)
-    sparse = next(form for form in timer.formats if form.sparse)
-    assert timer.seconds(sparse, (64, 64), 4) == 3.0
+    seconds = gpu_timer("bf16", backend)
+    sparse = next(form for form in gpu_formats("bf16") if form.sparse)
+    assert seconds(sparse, (64, 64), 4) == 3.0
     backend.failing = None
-    assert timer.seconds(sparse, (64, 128), 4) == 1.0
+    assert seconds(sparse, (64, 128), 4) == 1.0
 
 
 def test_a_sparse_layer_that_computes_something_else_is_refused(pruned):

@@ -151,17 +151,16 @@ class AdviseCommand:
         from castlm.inference.advise import shapes_of
         from castlm.inference.devices import find_device
         from castlm.inference.roofline import advise
-        from castlm.inference.semi_structured import GpuTimer, this_gpu
+        from castlm.inference.semi_structured import gpu_timer, this_gpu
 
         if cut is None and self.pattern != NM(2, 4):
             raise InputError(f"pattern {self.pattern}: GPUs have hardware for 2:4 alone")
         device = this_gpu() if self.device == "this" else find_device(self.device)
         assert device is not None
-        timer = GpuTimer(self.dtype) if self.device == "this" else None
         name = result_folder(self.model)
         options: dict[str, Any] = {"tokens": self.tokens or 1, "dtype": self.dtype}
-        if timer is not None:
-            options |= {"formats": timer.formats, "seconds": timer.seconds}
+        if self.device == "this":
+            options["seconds"] = gpu_timer(self.dtype)
         found = advise(shapes_of(name, self.trust_remote_code, cut), device, **options)
         report, lines = found.as_dict(), [found.text()]
         if cut is not None:

@@ -56,7 +56,7 @@ from castlm.inference.rounding import Rounded, on_grid, round_rows
 from castlm.models.architecture import shape_model
 from castlm.models.conversion import as_stored, possible_names
 from castlm.models.io import load_model, open_config
-from castlm.models.layout import QUANT_METHOD, guess_model_type, input_axis
+from castlm.models.layout import QUANT_METHOD, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.patterns import DENSE, parse_pattern
 from castlm.progress import note
@@ -272,7 +272,6 @@ def _specs(
     integers: Mapping[str, Rounded],
 ) -> dict[str, PackedSpec]:
     """The specs of the tensors to pack, by name: all linear layers inside the transformer blocks."""
-    model_type = config.get("model_type") or guess_model_type({name: t.shape for name, t in stored.items()})
     manifest = read_manifest(source)
     left_dense, trained = manifest.get("left_dense", {}), manifest.get("rounded", {}).get("kind")
     specs: dict[str, PackedSpec] = {}
@@ -282,16 +281,13 @@ def _specs(
             raise InputError(f"{name} of {source} is stored as {tensor.dtype}: pass dtype bf16 to cast a wider one")
         if not is_packed_here:
             continue
-        is_sparse = pattern is not None and left_dense_reason(name, left_dense) is None
-        n, m = (pattern.n, pattern.m) if pattern is not None and is_sparse else (0, 0)
-        axis = input_axis({**config, "model_type": model_type}, name, tensor.shape)
-        if axis is None and m == 0:
+        groups = pattern if left_dense_reason(name, left_dense) is None else None
+        axis = input_axis(config, name, tensor.shape)
+        if axis is None and groups is None:
             continue  # is copied
         if axis is None:
             raise InputError(f"which axis of {name} is its input is not known: name it in left_dense of castlm.json")
-        columns = tensor.shape[axis]
-        if m and columns % m:
-            raise InputError(f"{name} has a width of {columns}, which does not divide by m = {m}: choose another m")
+        n, m = (groups.n, groups.m) if groups else (0, 0)
         spec = PackedSpec.of_stored(tensor.shape, axis, n, m, values="")
         rounded = integers.get(spec.stem(name))
         specs[name] = replace(spec, values=rounded.kind if rounded else trained or dtype or str(_float_name(tensor)))

@@ -317,7 +317,6 @@ def advise(
     *,
     tokens: int,
     dtype: str = "bf16",
-    formats: Sequence[GpuFormat] | None = None,
     seconds: Seconds | None = None,
 ) -> Advice:
     """Compares the formats of each layer on a device.
@@ -326,16 +325,17 @@ def advise(
         shapes: from `layer_shapes` or `shapes_of`.
         tokens: rows of a layer's input at once: the batch size in decode, all tokens of the prompts in prefill.
         dtype: the dtype in which the model is served now; formats are compared with it.
-        formats: the formats to compare, the dense one of `dtype` first; default: all that the device supports.
-        seconds: times a layer on this device; default: a roofline.
+        seconds: times a layer on this device, dense and 2:4 in `dtype`; by default, a roofline estimates all formats.
 
     Raises:
         InputError: a dtype that the device cannot compute in.
     """
     assert tokens >= 1
-    formats = [f for f in formats or gpu_formats(dtype) if f.compute in device.peak]
+    formats = [form for form in gpu_formats(dtype) if form.compute in device.peak]
     if not formats or formats[0].name != dtype:
         raise InputError(f"{device.name} has no {dtype}: choose one of {', '.join(device.peak)}")
+    if seconds is not None:
+        formats = [form for form in formats if form.compute == dtype]
     timed = seconds or (lambda form, shape, count: layer_seconds(device, form, shape, count))
     dense, sparse = formats[0], f"2:4 {dtype}"
     rows = []

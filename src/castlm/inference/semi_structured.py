@@ -8,6 +8,7 @@ advise), so a layer is converted only if it wins the timing at the given number 
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
 from castlm.dtypes import FLOATS
+from castlm.inference.advise import Shape
 from castlm.inference.devices import DEVICES, Device, device_of
-from castlm.inference.roofline import GpuFormat, gpu_formats
+from castlm.inference.roofline import GpuFormat, Seconds
 
 MARGIN = 0.98
 """A sparse layer replaces a dense one if it takes at most this share of its time; closer calls are noise."""
@@ -251,33 +253,31 @@ def this_gpu() -> Device | None:
     return record
 
 
-class GpuTimer:
-    """Times layers on this machine's CUDA device, each shape once, dense and 2:4."""
+def gpu_timer(dtype: str, backend: Backend | None = None) -> Seconds:
+    """Returns a function that times layers of random weights on this machine's CUDA device, each shape once.
 
-    def __init__(self, dtype: str, backend: Backend | None = None) -> None:
-        """`formats`: dense and 2:4 in `dtype`.
+    A layer that 2:4 kernels do not take counts as dense.
 
-        Raises:
-            InputError: another dtype than bf16 and fp16, or as `Cusparselt`.
-        """
-        if dtype not in ("bf16", "fp16"):
-            raise InputError(f"a GPU at hand is timed in bf16 and fp16, not {dtype}: estimate it by --device")
-        self._dtype = FLOATS[dtype]
-        self._device = torch.device("cuda" if backend is None else "cpu")
-        self._backend = Cusparselt(self._device) if backend is None else backend
-        self._found: dict[tuple[tuple[int, int], int], Mapping[str, float]] = {}
-        self.formats = gpu_formats(dtype)[:2]
+    Raises:
+        InputError: another dtype than bf16 and fp16, or as `Cusparselt`.
+    """
+    if dtype not in ("bf16", "fp16"):
+        raise InputError(f"a GPU at hand is timed in bf16 and fp16, not {dtype}: estimate it by --device")
+    device = torch.device("cuda" if backend is None else "cpu")
+    backend = backend or Cusparselt(device)
 
+    @functools.cache
     @torch.no_grad()
-    def seconds(self, form: GpuFormat, shape: tuple[int, int], tokens: int) -> float:
-        """The seconds of a layer with random weights in `form`; one that 2:4 kernels do not take counts as dense."""
-        if (shape, tokens) not in self._found:
-            layer = nn.Linear(shape[1], shape[0], bias=False, device=self._device, dtype=self._dtype)
-            x = torch.randn(tokens, shape[1], device=self._device, dtype=self._dtype)
-            if shape[1] % 4 == 0 and self._backend.why_not(layer) is None:
-                layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
-                self._found[shape, tokens] = race(layer, x, self._backend)[0]
-            else:
-                self._found[shape, tokens] = self._backend.race({"dense": layer}, x)
-        found = self._found[shape, tokens]
+    def raced(shape: Shape, tokens: int) -> Mapping[str, float]:
+        layer = nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=FLOATS[dtype])
+        x = torch.randn(tokens, shape[1], device=device, dtype=FLOATS[dtype])
+        if shape[1] % 4 or backend.why_not(layer) is not None:
+            return backend.race({"dense": layer}, x)
+        layer.weight.masked_fill_(~nm_mask(layer.weight), 0)
+        return race(layer, x, backend)[0]
+
+    def seconds(form: GpuFormat, shape: Shape, tokens: int) -> float:
+        found = raced(shape, tokens)
         return found.get("2:4", found["dense"]) if form.sparse else found["dense"]
+
+    return seconds
