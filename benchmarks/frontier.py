@@ -42,7 +42,7 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
-from castlm.inference.decode import DecoderState, decoding_method, greedy, reads_prompts, step_together
+from castlm.inference.decode import DecoderState, decoding_method, greedy, prompt_rows, step_together
 from castlm.inference.formats import FORMATS as VALUES
 from castlm.inference.formats import PackedSpec
 from castlm.inference.layers import PackedLinear, onto_kernels_, pack_model_
@@ -192,7 +192,7 @@ def runner_of(model: PreTrainedModel) -> Runner:
             state.length = 0
         return step_together(states, ids[:, 0])
 
-    return Runner(lambda ids: greedy(model, ids, NEW_TOKENS), read if reads_prompts(model) else forward, batch)
+    return Runner(lambda ids: greedy(model, ids, NEW_TOKENS), read if prompt_rows(model) else forward, batch)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.sparsify import prune_
 from castlm.inference import native
-from castlm.inference.decode import DecoderState, TokenTimes, decoding_method, greedy, reads_prompts, step_together
+from castlm.inference.decode import DecoderState, TokenTimes, decoding_method, greedy, prompt_rows, step_together
 from castlm.inference.generate import generate_text
 from castlm.inference.layers import PackedLinear, pack_model_
 from tests.fused import threads
@@ -143,10 +143,10 @@ def test_a_prompt_of_several_blocks_has_the_logits_of_transformers(level, group,
 def test_prompts_of_integers_are_read_by_the_kernels_and_those_of_floats_by_the_gemm():
     model = packed_model("llama")
     with kernels_of("avx2"):
-        assert not reads_prompts(model)
+        assert not prompt_rows(model)
         for layer in [m for m in model.model.layers.modules() if isinstance(m, PackedLinear)]:
             layer.share_(buffer_of(random_packed("int8", 2, 4, layer.out_features, layer.in_features)))
-        assert reads_prompts(model)
+        assert prompt_rows(model)
         with torch.inference_mode():
             exact = model(IDS).logits[:, -1]
             found = DecoderState(model, None, IDS.shape[1]).read(IDS)

@@ -255,11 +255,11 @@ class DecoderState:
     def read(self, ids: Tensor) -> Tensor:
         """Logits (1, vocabulary) in fp32 after `ids` (1, num_tokens), which join the cache; it must have room.
 
-        Takes as many tokens at once as `native.rows_at_a_time` says. See `reads_prompts`.
+        Takes `prompt_rows` tokens at once.
         """
         assert self.length + ids.shape[1] <= self._of.capacity
         logits = torch.empty(1, self.model.lm_head.out_features, **_HOST)
-        for part in ids[0].split(_rows_at_a_time(self.model) or ids.shape[1]):
+        for part in ids[0].split(prompt_rows(self.model) or ids.shape[1]):
             embeddings = self.model.model.embed_tokens(part).contiguous()
             native.read_prompt(ctypes.addressof(self._of), self.length, embeddings, logits)
             self.length += len(part)
@@ -270,15 +270,12 @@ class DecoderState:
         return step_together([self], token)
 
 
-def reads_prompts(model: Any) -> bool:
-    """Whether `DecoderState.read` is the fastest for prompts of a model that `decoding_method` supports.
+def prompt_rows(model: Any) -> int:
+    """Tokens that `DecoderState.read` takes at once, for a model that `decoding_method` supports; see
+    `native.rows_at_a_time`.
 
-    True where the kernels take many rows at once, as they do for integers; the library's GEMM multiplies others faster.
+    0 where the library's GEMM, in transformers' forward, reads a prompt faster, as for weights that are not integers.
     """
-    return _rows_at_a_time(model) > 0
-
-
-def _rows_at_a_time(model: Any) -> int:
     return min(native.rows_at_a_time(m.packed) for m in model.model.layers.modules() if isinstance(m, PackedLinear))
 
 
@@ -292,7 +289,7 @@ class PromptReader:
 
     def __init__(self, model: Any, capacity: int):
         self.model, self.capacity = model, capacity
-        self._state = DecoderState(model, None, capacity) if reads_prompts(model) else None
+        self._state = DecoderState(model, None, capacity) if prompt_rows(model) else None
         self._cache: Cache | None = None  # transformers'
 
     def read(self, ids: Tensor) -> Tensor:

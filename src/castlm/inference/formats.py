@@ -202,7 +202,7 @@ class PackedSpec:
         bits = mask_bits(self.n, self.m)
         if bits == 8:
             return stored
-        mask = _masks_of_codes(self.n, self.m)[split_codes(stored, bits, self._mask_bytes)]
+        mask = _mask_tables(self.n, self.m)[0][split_codes(stored, bits, self._mask_bytes)]
         if self.columns % 8:  # the code 0 of the columns past the last one is a mask too
             mask[:, -1] &= (1 << self.columns % 8) - 1
         return mask
@@ -210,7 +210,7 @@ class PackedSpec:
     def mask_to_stored(self, mask: np.ndarray) -> np.ndarray:
         """Encodes a mask of bits, uint8 (rows, ceil(columns / 8)), that keeps exactly n of every m, as stored."""
         bits = mask_bits(self.n, self.m)
-        return mask if bits == 8 else join_codes(_codes_of_masks(self.n, self.m)[mask], bits)
+        return mask if bits == 8 else join_codes(_mask_tables(self.n, self.m)[1][mask], bits)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -255,30 +255,23 @@ def mask_bits(n: int, m: int) -> int:
 
 
 @functools.cache
-def _masks_of_codes(n: int, m: int) -> np.ndarray:
-    """The mask of 8 columns by the codes of their groups, the first group in the lowest bits: 2:4 has 64 entries.
+def _mask_tables(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mask of 8 columns by the codes of their groups, the first group in the lowest bits (2:4 has 64 entries), and
+    the codes by the mask (256,).
 
-    Entries with an invalid code are 0.
+    An invalid code has the mask 0. Groups past the last column keep nothing, and have the code 0.
     """
     masks = [mask for mask in range(1 << m) if mask.bit_count() == n]
-    bits = (len(masks) - 1).bit_length()
-    table = np.zeros(1 << mask_bits(n, m), np.uint8)
-    for groups in itertools.product(range(len(masks)), repeat=8 // m):
-        code = sum(number << i * bits for i, number in enumerate(groups))
-        table[code] = sum(masks[number] << i * m for i, number in enumerate(groups))
-    return table
-
-
-@functools.cache
-def _codes_of_masks(n: int, m: int) -> np.ndarray:
-    """The codes of 8 columns by their mask; groups past the last column keep nothing and have the code 0."""
-    masks = [mask for mask in range(1 << m) if mask.bit_count() == n]
-    bits = (len(masks) - 1).bit_length()
-    codes = np.zeros(256, np.uint8)
-    for mask in range(256):
-        groups = [mask >> i * m & (1 << m) - 1 for i in range(8 // m)]
-        codes[mask] = sum(masks.index(g) << i * bits for i, g in enumerate(groups) if g in masks)
-    return codes
+    bits, most = (len(masks) - 1).bit_length(), 8 // m
+    mask_of, code_of = np.zeros(1 << mask_bits(n, m), np.uint8), np.zeros(256, np.uint8)
+    for count in range(1, most + 1):
+        for numbers in itertools.product(range(len(masks)), repeat=count):
+            code = sum(number << i * bits for i, number in enumerate(numbers))
+            mask = sum(masks[number] << i * m for i, number in enumerate(numbers))
+            code_of[mask] = code
+            if count == most:
+                mask_of[code] = mask
+    return mask_of, code_of
 
 
 def to_metadata(specs: Mapping[str, PackedSpec]) -> dict[str, str]:
