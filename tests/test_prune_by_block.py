@@ -206,7 +206,6 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, text, name):
         prune(model, text, tmp_path / "out")
     begun = name.startswith("model.layers")  # what is outside of them is checked before all work
     assert (tmp_path / "out.partial").exists() is begun
-    assert not list(tmp_path.glob("out.rejected*"))
 
 
 @pytest.mark.parametrize("memory", ["block", "model"])

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, whole
 from castlm.core.sparsify import SparseLayer, computed_weight, weight_parameter
@@ -31,10 +30,10 @@ from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
 from castlm.export.hf import (
     EVAL_TOLERANCE,
-    count_or_reject,
     equal_in_bits,
     new_manifest,
-    reject,
+    verification,
+    verify_pattern,
     write_all_but_weights,
     write_index,
     write_record,
@@ -74,7 +73,7 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     """Writes `output_dir/model` with its record, and verifies it; returns castlm.json. All ranks call it.
 
     Raises:
-        InputError: the disk is full, or the verification fails; the result is then kept as `model.rejected`.
+        InputError: the disk is full, or the verification fails.
     """
     world = result.world
     folder = Path(os.path.realpath(result.folder))
@@ -85,13 +84,13 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         _write_weights(result, temporary)
         world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
-            left_dense = manifest["left_dense"]
-            manifest["proof"] = world.on_main(
-                lambda: count_or_reject(temporary, folder, result.model, result.pattern, left_dense), patient=True
-            )
-            failure, measured = _verify_again(result, temporary)
-            if failure is not None:
-                world.on_main(lambda: reject(temporary, folder, InputError(failure)), patient=True)
+            with verification(temporary, folder):
+                manifest["proof"] = world.on_main(
+                    lambda: verify_pattern(temporary, result.model, result.pattern, manifest["left_dense"]),
+                    patient=True,
+                )
+                failure, measured = _verify_again(result, temporary)
+                world.check_all(failure)
             manifest["proof"] |= measured
         return world.on_main(lambda: write_record(temporary, folder.name, manifest))
 

@@ -7,6 +7,7 @@ from files of its transformer blocks, with at most one tensor in memory.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,7 +33,6 @@ from castlm.export.verify import check_dense, check_ok, verify
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
 from castlm.files.reading import user_path
-from castlm.files.record import record_output, unused_name
 from castlm.files.stored import INDEX
 from castlm.hardware import model_versions
 from castlm.models.architecture import eval_mode
@@ -69,7 +69,6 @@ def export_model(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     eval_fn: Callable[[PreTrainedModel], float] | None = None,
-    keep_rejected: bool = True,
 ) -> dict[str, Any]:
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and verifies it.
 
@@ -85,7 +84,6 @@ def export_model(
         dtype: the dtype of the files; default: the model's. The weights of `model` are rounded to it too, in their own
             dtype, so that verification and evaluation see the written values.
         eval_fn: returns the perplexity of a model; called for `model` and for the model read back.
-        keep_rejected: keep a result that fails its verification as `<folder>.rejected`.
 
     Returns:
         The content of castlm.json.
@@ -105,15 +103,11 @@ def export_model(
         with parameters_in(model, dtype):
             save_model(model, tokenizer, temporary)
         atomic_write_json(temporary / "castlm.json", manifest)
-        try:
+        with verification(temporary, folder):
             if pattern is None:
                 check_dense(temporary)
             else:
                 manifest["proof"] = _verify(temporary, model, pattern, manifest["left_dense"], eval_fn)
-        except Exception as error:
-            if keep_rejected:
-                reject(temporary, folder, error)
-            raise failed(error) from error
         return write_record(temporary, folder.name, manifest)
 
 
@@ -161,17 +155,14 @@ def write_index(folder: Path, weight_map: Mapping[str, str], num_parameters: int
     atomic_write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
-def reject(temporary: Path, folder: Path, error: BaseException) -> NoReturn:
-    """Keeps a result that failed its verification beside `folder`; raises `InputError` with the reason and its path."""
-    kept = unused_name(folder.with_name(f"{folder.name}.rejected"))
-    record_output(temporary, command="result", complete=True)
-    temporary.rename(kept)
-    raise InputError(f"{str(failed(error)).replace(str(temporary), str(kept))} (kept as {kept})") from error
-
-
-def failed(error: BaseException) -> InputError:
-    """The error for a result that failed its verification."""
-    return InputError(f"the export failed its verification: {(str(error) or type(error).__name__).splitlines()[0]}")
+@contextlib.contextmanager
+def verification(temporary: Path, folder: Path) -> Iterator[None]:
+    """Turns an error in its block, which verifies the files in `temporary`, into one line that names `folder`."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].replace(str(temporary), str(folder))
+        raise InputError(f"the export failed its verification: {reason}") from error
 
 
 def _verify(
@@ -197,16 +188,6 @@ def _verify(
             raise InputError(f"perplexity is {from_disk!r} from disk and {in_memory!r} in memory")
         proof |= {"perplexity_in_memory": in_memory, "perplexity_from_disk": from_disk}
     return proof
-
-
-def count_or_reject(
-    temporary: Path, folder: Path, model: PreTrainedModel, pattern: Pattern, left_dense: dict[str, str]
-) -> dict[str, int | float]:
-    """`verify_pattern` of a result that is to become `folder`; after a failure it is kept as `<folder>.rejected`."""
-    try:
-        return verify_pattern(temporary, model, pattern, left_dense)
-    except Exception as error:
-        reject(temporary, folder, error)
 
 
 def verify_pattern(
@@ -291,7 +272,8 @@ def export_blocks(
         total = sum(p.numel() for p in model.parameters())
         write_index(temporary, dict(sorted(weight_map.items())), total, dtype)
         write_all_but_weights(model, tokenizer, temporary, dtype)
-        manifest["proof"] = count_or_reject(temporary, folder, model, pattern, manifest["left_dense"])
+        with verification(temporary, folder):
+            manifest["proof"] = verify_pattern(temporary, model, pattern, manifest["left_dense"])
         write_record(temporary, folder.name, manifest)
     return manifest
 

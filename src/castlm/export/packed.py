@@ -187,7 +187,6 @@ def _dequantize(name: str | Path, folder: str | Path, overwrite: bool = False) -
         record={"base_model": loaded.source},
         overwrite=overwrite,
         dtype=loaded.dtype,
-        keep_rejected=False,
     )
     return len(loaded.model.state_dict())
 

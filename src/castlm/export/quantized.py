@@ -136,7 +136,7 @@ def quantize_folder(
     with atomic_dir(folder, overwrite=True) as temporary:
         plain = temporary / ".plain" / folder.name
         with naming_instead(temporary, folder), naming_instead(plain, name):
-            write_plain(plain, keep_rejected=False)
+            write_plain(plain)
             pack_into(temporary, plain, groups, head=head, integers=stored_layers(loaded.model, report.layers))
         shutil.rmtree(plain.parent)
     return report
