@@ -20,7 +20,7 @@ from castlm.core.nm import NM, Pattern
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_SHARE = re.compile(r"0?\.\d{1,4}")
+_SHARE = re.compile(r"0?\.(?!0+$)\d{1,4}")  # not 0
 SCORED_BY = ("magnitude", "flap", "taylor")
 """The scores by which units can be ranked; `castlm.structured.prune` computes them."""
 
