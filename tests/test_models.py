@@ -375,8 +375,9 @@ def transformers_log() -> Iterator[list[str]]:
     logging.getLogger("transformers").removeHandler(handler)
 
 
-def cut(folder: Path, size: int) -> None:
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:size])
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
 
 
 def to_pickle(folder: Path) -> None:
@@ -404,7 +405,6 @@ def tensors(change):
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
-NOT_WHOLE = r"model\.safetensors (is not a whole safetensors file|holds \d+ bytes)"
 DAMAGES = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON"),
     "unknown type": (config(model_type="nope"), "model type `nope`"),
@@ -418,9 +418,7 @@ DAMAGES = {
     ),
     "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantized \(gptq\)"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
-    "truncated": (lambda f: cut(f, -100), NOT_WHOLE),
-    "truncated header": (lambda f: cut(f, 50), NOT_WHOLE),
-    "empty file": (lambda f: cut(f, 0), NOT_WHOLE),
+    "truncated": (truncate, r"model\.safetensors (is not a whole safetensors file|holds \d+ bytes)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
     "pickle": (to_pickle, r"only the pickle pytorch_model\.bin"),
     "pickle beside other weights": (to_pickle_beside_other_weights, r"no file named model\.safetensors"),
