@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -505,11 +503,6 @@ def bad(tmp_path, name, content):
     return path
 
 
-def parquet_bytes(tmp_path, table):
-    pq.write_table(table, tmp_path / "whole")
-    return (tmp_path / "whole").read_bytes()
-
-
 LINE = b'{"text": "one", "id": 1}\n'
 BAD_FILES = [
     ("a.csv", LINE, r"supported .*\.jsonl.* but a\.csv"),
@@ -537,14 +530,17 @@ def test_bad_file(tmp_path, name, content, message):
 
 
 def test_bad_parquet(tmp_path):
-    whole = parquet_bytes(tmp_path, pa.table({"body": ["one"], "text": [1]}))
+    path = tmp_path / "a.parquet"
+    write_rows(path, [{"body": "one", "text": 1}])
     with pytest.raises(InputError, match=r"'story'.*body, text"):
-        open_documents(bad(tmp_path, "a.parquet", whole), TextOptions(column="story"))
+        open_documents(path, TextOptions(column="story"))
     with pytest.raises(InputError, match="column 'text' holds a int"):
-        texts_of(open_documents(bad(tmp_path, "a.parquet", whole)))
-    whole = parquet_bytes(tmp_path, pa.table({"text": make_texts(500)}))
+        texts_of(open_documents(path))
+    write_rows(path, [{"text": text} for text in make_texts(500)], 500)
+    whole = path.read_bytes()
+    bad(tmp_path, "a.parquet", whole[:200] + bytes(2000) + whole[2200:])
     with pytest.raises(InputError, match="not a whole parquet file"):
-        open_documents(bad(tmp_path, "a.parquet", whole[:200] + bytes(2000) + whole[2200:]))
+        texts_of(open_documents(path))
 
 
 def test_missing_and_empty_places(tmp_path):
