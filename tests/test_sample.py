@@ -213,9 +213,9 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(chat_llama, tmp_path, 
     )
     cases = [
         (command(chat_llama, path), "already exists: name another file"),
-        (command(chat_llama, other, "--overwrite"), "is not as castlm wrote it"),
+        (command(chat_llama, other, "--overwrite"), "was changed since"),
         (command(chat_llama, path, "--resume", "--num-tokens", "10000"), "lower num_tokens, or overwrite it"),
-        (command(chat_llama, other, "--resume"), "is not as castlm wrote it"),
+        (command(chat_llama, other, "--resume"), "was changed since"),
         (command(chat_llama, path, "--resume", "--overwrite"), "exclude each other"),
         (command(chat_llama, tmp_path / "b.txt"), "ends in .jsonl"),
         (command(chat_llama, tmp_path / "no" / "b.jsonl"), "in an existing folder"),
@@ -289,7 +289,7 @@ def test_an_edited_record_is_not_resumed(edit, stopped):
 def test_a_file_of_others_at_the_name_of_the_output_is_never_overwritten(when, stopped, tmp_path):
     if when == "before":
         stopped.write_text("mine")
-        with pytest.raises(InputError, match="is not as castlm wrote it"):
+        with pytest.raises(InputError, match="was changed since"):
             written(stopped, sampler_of(), resume=True)
     else:
         with open_samples(stopped, {"seed": 0}, dedup_prefix=5, resume=True) as file:

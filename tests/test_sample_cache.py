@@ -153,7 +153,7 @@ def test_bad_input_is_one_line(chat_llama, own, tmp_path, capsys):
             "teacher_cache",
         ),
         (command(chat_llama, own, *cache, "--resume", "--top-p", "0.5"), "was sampled differently (top_p 1.0 -> 0.5)"),
-        (command(chat_llama, changed, *cache, "--resume"), "is not as castlm wrote it"),
+        (command(chat_llama, changed, *cache, "--resume"), "was changed since"),
     ]
     assert_refused(cases, capsys)
     assert not (tmp_path / "a.jsonl.part").exists()

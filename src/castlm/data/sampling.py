@@ -246,7 +246,9 @@ class SampleFile:
         }
         for file, is_known in known.items():
             if os.path.lexists(file) and not is_known:
-                raise InputError(f"{file} is not as castlm wrote it: move it away, or name another file")
+                raise InputError(
+                    f"{file} was not written by castlm, or was changed since: move it away, or name another file"
+                )
         has_part = os.path.lexists(self.part)
         self.is_finished = resume and digest is not None and digest == record.get("sha256") and not has_part
         if not (overwrite or resume) and (digest is not None or has_part):

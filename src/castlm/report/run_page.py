@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
     measured |= {f"version of {name}": version for name, version in versions.items()}
     if proof := record.get("proof"):
         measured["groups counted"] = f"{proof['groups']:,}, {proof['violations']} violations"
-    changed, defaults = _settings(run.config)
+    options = [field for section in run.config.sections().values() for field in dataclasses.fields(section)]
+    changed, defaults = _settings(run.config.given, options)
     return render(
         "run.html.jinja",
         title=f"{_short_name(run.config.model.model)}, "
@@ -210,13 +212,14 @@ def _headline(run: RunData) -> list[dict[str, str]]:
     return [{"label": label, "value": form.format(value)} for label, value, form in figures if value is not None]
 
 
-def _settings(config: TrainConfig) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Names and values of the settings that differ from the defaults, then of the others."""
-    options = [field for section in config.sections().values() for field in dataclasses.fields(section)]
+def _settings(
+    given: Mapping[str, Any], options: Sequence[dataclasses.Field[Any]]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Names and values of the given settings that differ from the defaults, then of the others."""
     defaults = {field.name: default_of(field) for field in options if not is_required(field)}
     changed: list[tuple[str, str]] = []
     same: list[tuple[str, str]] = []
-    for name, value in config.given.items():
+    for name, value in given.items():
         is_default = name in defaults and defaults[name] == value
         (same if is_default else changed).append((name, _text(value)))
     return changed, same
