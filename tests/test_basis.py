@@ -45,6 +45,7 @@ OTHERS = ("gemma2", "mixtral", "apertus", "cohere2", "glm4", "glm4_moe", "nemotr
 OTHERS += ("olmo2", "phi", "phi3", "qwen2_moe")
 QUICK = [("auto", family) for family in ("opt", "gemma2", "olmo2")]
 QUICK += [("residual", family) for family in ("llama", "gpt2", "mixtral", "glm4_moe", "phi3")]
+QUICK += [("off", "llama")]
 EVERY = itertools.product(("auto", "residual", "off"), (*FAMILIES, *OTHERS))
 
 

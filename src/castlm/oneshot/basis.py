@@ -191,7 +191,7 @@ def change_values_(
 def _value_permutations(attention: Attention, scores: Tensor, pattern: NM, rounds: int) -> Tensor:
     """A permutation matrix (num_kv_heads, head_dim, head_dim) for each KV head."""
     by_head = scores.view(len(scores), -1, attention.head_dim)  # (576, 576) -> (576, 9, 64)
-    identity = torch.eye(attention.head_dim, device=importance.device)
+    identity = torch.eye(attention.head_dim, device=scores.device)
     found = []
     for kv_head in range(attention.num_kv_heads):
         readers = [head for head, read in enumerate(attention.kv_head_of) if read == kv_head]
