@@ -565,7 +565,7 @@ def test_what_is_read_row_by_row_is_the_loaded_model_and_has_its_fingerprint(fam
     for name, tensor in right.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
-    assert len(dict(model.named_parameters())) == len(dict(expected.named_parameters()))  # what is tied is tied
+    assert len(dict(model.named_parameters())) == len(dict(expected.named_parameters()))  # tied weights stay tied
 
 
 @pytest.mark.parametrize(

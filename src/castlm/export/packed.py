@@ -235,7 +235,7 @@ class _Packing:
 
     stored: Mapping[str, StoredTensor]
     specs: Mapping[str, PackedSpec]
-    """Of the tensors to pack; the others are copied."""
+    """The specs of the tensors to pack; the others are copied."""
     rounded: Mapping[str, Rounded]
     """Codes and scales to store in place of weights, by the name of the layer."""
     cast: torch.dtype | None
