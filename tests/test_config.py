@@ -137,6 +137,8 @@ def test_a_recipe_is_overridden_by_what_is_given():
         ({"async_save": "maybe"}, "async_save = 'maybe' is not true or false"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"timeout_s": 1e300}, "timeout_s = 1e\\+300 is out of range"),
+        ({"eval_tokens": 1}, "eval_tokens = 1"),
+        ({"eval_dataset": []}, "eval_dataset"),
     ],
 )
 def test_values_that_are_refused(mapping, message):

@@ -181,8 +181,12 @@ class EvaluationOptions(Bounded):
     """Steps between evaluations. 0 is a tenth of the run, rounded up."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.eval_dataset, tuple) and len(self.eval_dataset) <= 1:
-            object.__setattr__(self, "eval_dataset", next(iter(self.eval_dataset), None))
+        if self.eval_dataset == ():
+            raise InputError("eval_dataset = () names no text: give at least one, or omit it")
+        if self.eval_tokens == 1:
+            raise InputError("eval_tokens = 1 leaves nothing to predict: give 0 for all tokens, or at least 2")
+        if isinstance(self.eval_dataset, tuple) and len(self.eval_dataset) == 1:
+            object.__setattr__(self, "eval_dataset", self.eval_dataset[0])
         super().__post_init__()
 
     @property
