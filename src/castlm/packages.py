@@ -8,8 +8,12 @@ from castlm.core.errors import InputError
 
 
 def missing(*packages: str) -> list[str]:
-    """Those of `packages` that are not installed. None is imported."""
-    return [package for package in packages if importlib.util.find_spec(package) is None]
+    """Those of `packages` that are not installed; none is imported.
+
+    A folder of that name on Python's path is not enough.
+    """
+    specs = {package: importlib.util.find_spec(package) for package in packages}
+    return [name for name, spec in specs.items() if spec is None or spec.loader is None or spec.origin is None]
 
 
 def require(what: str, *packages: str, install: str = "") -> None:

@@ -49,7 +49,7 @@ RECORDED: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "start_seconds": lambda record: start_seconds(record.get("start") or {}),
     "peak_memory_mib": lambda record: record["peak_memory_bytes"] / 2**20 if "peak_memory_bytes" in record else None,
 }
-"""Where the record of a run, its castlm.json, has a figure; None without it."""
+"""Each figure of a row, read from the record of a run, its castlm.json; None without it."""
 SHORT = ("variant", "start", "tokens", "rate", "pruned", "gap to dense control")
 """Columns of the table on a terminal and in table.md; the page has all of them."""
 MEANINGS = {

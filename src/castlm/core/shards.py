@@ -56,7 +56,7 @@ def own_rows(tensor: Tensor) -> slice:
 
 
 def check_matrix(what: str, weight: Tensor) -> None:
-    """Raises `InputError`, which begins with `what`, unless a weight is a matrix, or a stack of those of experts."""
+    """Raises `InputError`, which begins with `what`, unless a weight is a matrix or a stack of experts' matrices."""
     if weight.dim() not in (2, 3):
         raise InputError(
             f"{what} has shape {tuple(weight.shape)}, not (out, in) or (experts, out, in): sharding that flattens "

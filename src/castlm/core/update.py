@@ -112,8 +112,10 @@ def _update_by_torch_(batch: Batch, hyper: Sequence[float], second_moment: str, 
     settings: Any = in_8bit, torch.tensor(hyper, dtype=wide, device=device), second_moment
 
     can_join = masks[0] is None and not in_8bit  # blocks of codes may differ in size
-    small = [i for i, weight in enumerate(weights) if can_join and weight.numel() < _SMALL]
-    large = [i for i, weight in enumerate(weights) if not (can_join and weight.numel() < _SMALL)]
+    small: list[int] = []
+    large: list[int] = []
+    for i, weight in enumerate(weights):
+        (small if can_join and weight.numel() < _SMALL else large).append(i)
     if small:
         weight, grad, exp_avg, exp_avg_sq = (torch.cat(column) for column in zip(*(rows[i] for i in small)))
         update_rows([[weight, grad, exp_avg, exp_avg_sq]], [None], *settings)

@@ -231,7 +231,7 @@ def pack_into(
 
 @dataclass(frozen=True)
 class _Packing:
-    """How tensors of a plain folder are stored in a packed one."""
+    """Converts the tensors of a plain folder to the packed format."""
 
     stored: Mapping[str, StoredTensor]
     specs: Mapping[str, PackedSpec]
@@ -413,7 +413,7 @@ def unpack_folder(
 
 @dataclass(frozen=True)
 class _Unpacking:
-    """How tensors of a packed folder are stored in a plain one; names are those of the plain folder."""
+    """Converts the tensors of a packed folder to plain ones; `stored` and `packed` have the plain folder's names."""
 
     stored: Mapping[str, StoredTensor]
     packed: Mapping[str, Packed]

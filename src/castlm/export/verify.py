@@ -141,7 +141,7 @@ def _compare_layers(
     """Refuses missing and additional layers; returns a description of what the list of layers was compared with."""
     if path.is_dir() and not config:
         raise InputError(
-            f"{path} has no config.json, so its layers are unknown: copy that of the model, or verify one "
+            f"{path} has no config.json, so its layers are unknown: copy the model's config.json, or verify one "
             ".safetensors file by its own path"
         )
     if path.is_dir() or (config and path.name == (formats.FILE if is_packed(config) else SINGLE)):

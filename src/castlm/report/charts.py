@@ -5,7 +5,6 @@ matplotlib is in the extra `report`. `Picture.inline` puts a chart into a page, 
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import re
@@ -13,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from castlm.packages import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +103,7 @@ class Picture:
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    return not missing("matplotlib")
 
 
 def short(value: float) -> str:

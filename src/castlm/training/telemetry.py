@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import json
 import os
 import time
@@ -25,6 +24,7 @@ from rich.table import Column
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text, plain_json, reporting_full_disk
 from castlm.names import printable
+from castlm.packages import missing
 from castlm.progress import Screen
 
 SHOWN = {
@@ -249,15 +249,9 @@ def chosen_trackers(report_to: Sequence[str]) -> list[str]:
     if "none" in report_to:
         return []
     named = [name for name in dict.fromkeys(report_to) if name != "auto"]
-    if missing := [name for name in named if not _is_installed(name)]:
-        raise InputError(f"report_to {missing[0]}: it is not installed: pip install {' '.join(missing)}")
-    return [name for name in TRACKERS if _is_installed(name)] if "auto" in report_to else named
-
-
-def _is_installed(name: str) -> bool:
-    """Whether the package `name` is installed; a folder of that name on Python's path is not enough."""
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.loader is not None and spec.origin is not None
+    if lacking := missing(*named):
+        raise InputError(f"report_to {lacking[0]}: it is not installed: pip install {' '.join(lacking)}")
+    return [name for name in TRACKERS if not missing(name)] if "auto" in report_to else named
 
 
 def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
