@@ -270,7 +270,7 @@ class AdamS(Optimizer):
                 step = int(self.state[group["params"][0]]["step"])
                 if step % int(group["mask_interval"]) == 0:
                     due.append(group)
-        # Alg. 1: every T1 steps the mask is made anew at the top of the step, so that step 0 has a true mask.
+        # Alg. 1: every T1 steps the mask is made again at the top of the step, so that step 0 has a true mask.
         if due:
             self._flips = sum(map(self.refresh_masks, due))
         for group in self.param_groups:

@@ -30,7 +30,7 @@ from castlm.oneshot.calibration import calibration_length
 
 _UNTRUE = ("proof", "figures", "perplexity")
 _WRITTEN_AGAIN = ("schema_version", "versions", "left_dense", "dtype", "packed", "quantized")
-"""Entries of castlm.json that are no longer true for the quantized model, and that it gets anew."""
+"""Entries of castlm.json that are no longer true for the quantized model, and that are written again."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Speeds up the reading of GGUF files by the packages gguf and transformers: "demo" opens in a third of the time.
 
 gguf slices its memory-mapped file for each string of a vocabulary, and a slice of a `numpy.memmap` costs ten times as
-much as one of an array. transformers builds gguf's map of tensor names anew for each module of a model.
+much as one of an array. transformers builds gguf's map of tensor names again for each module of a model.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def change_block_basis_(
 ) -> None:
     """Changes the basis of the values and neurons of the current block of `inputs`, and of the statistics in `seen`."""
     statistics = statistics_of(seen)
-    before = inputs.outputs_anew()
+    before = inputs.first_outputs()
     undo: Undo = []
     if options.rotates_values or options.permute:
         change = report.change("values rotated" if options.rotates_values else "values permuted")
@@ -127,7 +127,7 @@ def change_block_basis_(
         undo += permute_neurons_(block.mlps, statistics, pattern, change, options.permute_iterations)
     if not undo:
         return
-    moved = distance(before, inputs.outputs_anew())
+    moved = distance(before, inputs.first_outputs())
     if moved > tolerance_of(before.dtype):
         for weight, old in undo:
             weight.copy_(old)

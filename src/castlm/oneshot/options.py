@@ -35,7 +35,6 @@ EFFORTS = {
     "quick": Effort(
         {
             "rotation_iterations": 25,
-            "permute_iterations": 6,
             "staged_statistics": False,
             "mask_iterations": 0,
             "refit_iterations": 6,
@@ -76,7 +75,7 @@ class BasisOptions(Bounded):
     rotation_iterations: int = number(100, at_least=1)
     """Optimization steps for each rotation."""
 
-    permute_iterations: int = number(20, at_least=1)
+    permute_iterations: int = number(6, at_least=1)
     """Rounds of the search for a permutation, each with one linear assignment."""
 
     @property

@@ -268,7 +268,7 @@ class Start(Bounded):
         """Changes the basis of the current block; returns the inputs of its layers in the new basis, in order."""
         assert isinstance(self.pattern, NM)
         seen = see_inputs(step.inside, inputs, SOLVERS["sparsegpt"], inputs.num_sequences)
-        block = describe(source.model).blocks[step.index]  # anew: its views are of the weights in memory now
+        block = describe(source.model).blocks[step.index]  # described again: its views are of the weights in memory now
         change_block_basis_(block, seen, inputs, self.basis, self.pattern, report)
         if self._solver.axes == 1:  # H = 2 X^T X / num_sequences, and Wanda reads the mean of |X_j|^2
             for entry in entries_of(seen):

@@ -201,7 +201,7 @@ class BlockInputs(Sequence[Tensor]):
         """The further arguments of the current block for a batch, counted from 0."""
         return self._passes[batch].calls[self.index]
 
-    def outputs_anew(self) -> Tensor:
+    def first_outputs(self) -> Tensor:
         """The outputs of the current block for the first batch, without autocast."""
         return self.call(0).run(self.blocks[self.index], self[0])
 
