@@ -174,7 +174,7 @@ def test_shares_that_keep_all_or_nothing_and_nan_are_refused():
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="contains NaN"):
         prune_(model, parse_pattern("channels:0.5"))
-    with pytest.raises(InputError, match="has NaN or infinity"):
+    with pytest.raises(InputError, match="holds NaN or infinity"):
         prune_oneshot_(model, "magnitude", pattern=parse_pattern("channels:0.5"))
     with pytest.raises(InputError, match="flap needs a calibration text"):
         prune_oneshot_(model, "flap", pattern=parse_pattern("channels:0.5"))

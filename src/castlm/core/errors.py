@@ -1,11 +1,25 @@
 """The exception for bad input. The command line prints it as one line, without a traceback, and exits with code 2."""
 
+from __future__ import annotations
+
 import contextlib
+import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class InputError(ValueError):
     """The given input cannot be used. The message is one line that names the offending value and the remedy."""
+
+
+def check_finite(what: str, value: Tensor, remedy: str = "the checkpoint is damaged") -> None:
+    """Raises `InputError` if the tensor `value` holds NaN or infinity."""
+    # `isfinite` would take three copies
+    if value.numel() and not all(map(math.isfinite, value.aminmax())):
+        raise InputError(f"{what} holds NaN or infinity: {remedy}")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
-from castlm.core.errors import InputError, naming
+from castlm.core.errors import InputError, check_finite, naming
 from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES, STORED
@@ -179,8 +179,7 @@ class PackedModule(nn.Module):
         spec, stored = self.spec, self.stored
         # The largest integer times a scale must be finite too.
         floats = stored.values if stored.scales is None else stored.scales.float() * (FORMATS[spec.values].largest + 1)
-        if not all(math.isfinite(bound) for bound in floats.aminmax()):
-            raise InputError("the packed weights hold NaN or infinity: the checkpoint is damaged")
+        check_finite("a packed weight", floats)
         stored.repack_(buffer)
         self.share_(buffer)
 

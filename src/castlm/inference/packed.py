@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_finite
 from castlm.core.nm import NM, pack_mask, rank_mask, unpack_mask
 from castlm.dtypes import FLOAT_NAMES, STORED
 from castlm.files.stored import StoredTensor, read_bytes
@@ -74,12 +74,6 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def check_finite(weight: Tensor) -> None:
-    """Raises `InputError` if a weight holds NaN or infinity."""
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: the model is damaged")
-
-
 def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """The mask of exactly `n` in every `m` that holds all non-zeros of `weight` (out, in): bool, like `weight`.
 
@@ -89,7 +83,7 @@ def kept_mask(weight: Tensor, n: int, m: int) -> Tensor:
         InputError: a bad pattern, a width that does not divide by `m`, NaN or infinity, or a group with more non-zeros.
     """
     NM(n, m).check_shape(weight.shape)
-    check_finite(weight)
+    check_finite(f"a weight of shape {tuple(weight.shape)}", weight)
     nonzero = weight != 0
     if bool((nonzero.reshape(-1, m).sum(-1, dtype=torch.uint8 if m < 256 else torch.int64) == n).all()):
         return nonzero  # no zeros to choose from

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_finite
 from castlm.core.rounding import best_scale, in_groups
 from castlm.inference.formats import FORMATS
-from castlm.inference.packed import check_finite
 from castlm.oneshot.sparsegpt import upper_factor
 
 
@@ -61,7 +60,7 @@ def round_rows(weight: Tensor, kind: str) -> Rounded:
         InputError: NaN or infinity in the weight.
     """
     assert kind in ("int8", "fp8"), kind
-    check_finite(weight)
+    check_finite(f"a weight of shape {tuple(weight.shape)}", weight)
     weight = weight.float()
     largest = FORMATS[kind].largest
     scales = (weight.abs().amax(1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
@@ -85,7 +84,7 @@ def round_in_groups(
     Raises:
         InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
     """
-    check_finite(weight)
+    check_finite(f"a weight of shape {tuple(weight.shape)}", weight)
     columns = weight.shape[1]
     target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
     updated = target.clone()  # the columns still to be rounded compensate for those that are

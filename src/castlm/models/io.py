@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_finite
 from castlm.dtypes import FLOATS, STORED
 from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
@@ -282,15 +282,8 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
             "config.json"
         )
     for name, param in model.named_parameters():
-        check_finite(name, where, param.detach())
+        check_finite(f"{name} of {where}", param.detach())
     return model
-
-
-def check_finite(name: str, where: object, value: Tensor) -> None:
-    """Raises `InputError` if the tensor `name` of the checkpoint `where` holds NaN or infinity."""
-    # `isfinite` would take three copies
-    if value.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(value)):
-        raise InputError(f"{name} of {where} holds NaN or infinity: the checkpoint is damaged")
 
 
 def fp32_bytes(name: str, revision: str | None = None) -> int:

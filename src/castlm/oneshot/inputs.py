@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_finite
 from castlm.core.sparsify import SparseLayer
 from castlm.oneshot.routed import Routed, RoutedInputs, routed_in
 from castlm.oneshot.solvers import Accumulator, LayerInput
@@ -39,16 +39,9 @@ def check_reached(wanted: Iterable[str], reached: Container[str]) -> None:
         raise InputError(f"no calibration token reaches {missing}: leave it out with filter_fn, or pass more text")
 
 
-def check_finite_weight(names: str, weight: Tensor) -> None:
-    """Raises `InputError` if a weight holds NaN or infinity."""
-    if not weight.isfinite().all():
-        raise InputError(f"cannot prune {names}: its weight has NaN or infinity")
-
-
 def check_finite_input(names: str, statistic: Tensor) -> None:
     """Raises `InputError` if the statistic of a layer's input is not finite."""
-    if not statistic.isfinite().all():
-        raise InputError(f"the calibration text makes NaN or infinity at the input of {names}: load the model in fp32")
+    check_finite(f"the input of {names} on the calibration text", statistic, "load the model in fp32")
 
 
 def see_inputs(

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from castlm.core.errors import naming
+from castlm.core.errors import check_finite, naming
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer, matrices
-from castlm.oneshot.inputs import Seen, check_finite_input, check_finite_weight
+from castlm.oneshot.inputs import Seen, check_finite_input
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.report import LayerResult, relative_error
 from castlm.oneshot.solvers import (
@@ -60,7 +60,7 @@ def prune_layers(
     """
     names = ", ".join(weights)
     dense = torch.cat([w.float() for w in weights.values()])  # q, k, v: (576, 576), 2 x (192, 576) -> (960, 576)
-    check_finite_weight(names, dense)
+    check_finite(f"the weight of {names}", dense)
     statistic = torch.zeros(()) if seen is None else seen.statistic
     check_finite_input(names, statistic)
     has_zero_input = bool(solver.axes) and not statistic.any()

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.blocks import block_name
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_finite
 from castlm.core.sparsify import SparseLayer
 from castlm.distributed.loading import Checkpoint, opened_files
-from castlm.models.io import check_finite
 from castlm.models.layout import stored_transposed
 
 
@@ -176,5 +175,5 @@ class StoredModel:
     def _stored(self, name: str) -> Tensor:
         with opened_files() as read:
             value = self.checkpoint.places[name].read(read, slice(None))
-        check_finite(name, self.checkpoint.source, value)
+        check_finite(f"{name} of {self.checkpoint.source}", value)
         return value

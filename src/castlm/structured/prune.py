@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from castlm.core.errors import check_finite
 from castlm.hardware import autocast
-from castlm.oneshot.inputs import check_finite_input, check_finite_weight, check_reached, see_inputs
+from castlm.oneshot.inputs import check_finite_input, check_reached, see_inputs
 from castlm.oneshot.report import LayerResult
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
 from castlm.oneshot.source import block_stack
@@ -121,7 +122,7 @@ class UnitSolver:
         for names in self.pattern.joint_layers(layers):
             dense = {name: layers[name].weight.float().clone() for name in names}
             for name, weight in dense.items():
-                check_finite_weight(name, weight)
+                check_finite(f"the weight of {name}", weight)
             for name, (new, damping) in self._solved(names, dense, statistics).items():
                 layers[name].weight.copy_(new)
                 error = None
