@@ -1,7 +1,7 @@
 """Opens a dataset, local or on the Hugging Face Hub, as documents in a reproducible random order, and mixes several.
 
 Local files are read in place (`readers`); `datasets.load_dataset` would first copy them, decompressed, to the disk. A
-hub dataset is streamed: only what is read is downloaded.
+hub dataset is streamed: only the rows that are read are downloaded.
 """
 
 from __future__ import annotations

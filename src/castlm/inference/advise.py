@@ -402,7 +402,7 @@ def rank(
     parts += [(shapes.head, 1, True)] if shapes.head else []
     for done, (shape, count, is_head) in enumerate(parts, 1):
         rows = {name: 1 if is_head and name.startswith("prompt") else number for name, number in workloads.items()}
-        # By what is timed, so that a layer that several options multiply alike is timed once.
+        # By the timed product, so that a layer that several options multiply alike is timed once.
         specs = {o: o.spec(shape, is_head) for o in compared}
         timed = {
             o: FLOATS[o.values] if o.by_torch else replace(spec, values=FORMATS[spec.values].runs_as)

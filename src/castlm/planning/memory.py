@@ -315,7 +315,7 @@ def plan_memory(
         config: a HF config, the path of a `config.json` or of a folder with one.
         teacher: the config of a teacher other than the model itself, as `config`.
         gpu_gib: memory of a card in GiB, to check whether the run fits. The plan is then of the card's memory, without
-            what the start holds on the host.
+            the bytes that the start holds on the host.
 
     Raises:
         InputError: an unreadable config, not a causal LM, or no layer that can be n:m sparse.
