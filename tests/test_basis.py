@@ -46,6 +46,7 @@ OTHERS += ("olmo2", "phi", "phi3", "qwen2_moe")
 QUICK = [("auto", family) for family in ("opt", "gemma2", "olmo2")]
 QUICK += [("residual", family) for family in ("llama", "gpt2", "mixtral", "glm4_moe", "phi3")]
 QUICK += [("off", "llama")]
+ORDER_LOSES = ("llama", "mistral")  # no order of their random values is better than their own
 EVERY = itertools.product(("auto", "residual", "off"), (*FAMILIES, *OTHERS))
 
 
@@ -68,8 +69,8 @@ def test_a_model_computes_the_same_in_the_new_basis_and_its_layers_lose_less(rot
         assert model.config.tie_word_embeddings == tied
     by_kind = {change.what: change for change in report.changes}
     assert by_kind.keys() == kinds
-    # the orders of a few random values may all be worse than their own
-    assert all(change.num_kept for what, change in by_kind.items() if what != "values permuted")
+    kept = {what for what, change in by_kind.items() if change.num_kept}
+    assert kept == kinds - ({"values permuted"} if rotate == "off" and family in ORDER_LOSES else set())
     assert all(change.after < change.before for change in by_kind.values() if change.num_kept)
     if "moe" in family or family == "mixtral":
         assert by_kind["MLP neurons permuted"].num_tried > 2  # the experts of each of the two blocks
