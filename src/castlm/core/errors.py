@@ -15,7 +15,7 @@ class InputError(ValueError):
     """The given input cannot be used. The message is one line that names the offending value and the remedy."""
 
 
-def check_finite(what: str, value: Tensor, remedy: str = "the checkpoint is damaged") -> None:
+def check_finite(what: str, value: Tensor, remedy: str = "the model is damaged") -> None:
     """Raises `InputError` if the tensor `value` holds NaN or infinity."""
     # `isfinite` would take three copies
     if value.numel() and not all(map(math.isfinite, value.aminmax())):

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from castlm.core.errors import InputError, check_finite
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
@@ -285,13 +286,15 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
             rows = own_rows(parameter)
             if rows.stop == rows.start:
                 continue
+            what = f"{stored_name} of {checkpoint.source}"
             try:
                 value = checkpoint.places[stored_name].read(read, rows)
-            except Exception as error:  # safetensors' own type
-                failure = f"{stored_name} of {checkpoint.source} cannot be read: {error}"
+                check_finite(what, value)
+            except InputError as error:
+                failure = str(error)
                 break
-            if not bool(value.isfinite().all()):
-                failure = f"{stored_name} of {checkpoint.source} holds NaN or infinity: the checkpoint is damaged"
+            except Exception as error:  # safetensors' own type
+                failure = f"{what} cannot be read: {error}"
                 break
             local(parameter).copy_(value)
     world.check_all(failure)
