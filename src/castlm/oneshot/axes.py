@@ -27,17 +27,13 @@ from castlm.core.nm import NM
 from castlm.oneshot.solvers import row_energies
 from castlm.oneshot.sparsegpt import sparsegpt_by_factor
 
+_RATE = 0.03  # of Adam, for the skew matrix of a rotation
 _ROWS = 512  # rows of a weight that are used in one iteration, or in an estimate of the solved error
 _SCORE_ROWS = 1024
 """The largest number of rows of a score that the search uses. More rows lower the error more than more rounds do."""
 _MOST_GROUPS = 512
 """The largest number of groups in one assignment, whose time grows with its cube: for 2,048 groups in parts of 512, the
 search finds 95 % of the gain in a twelfth of the time (random scores, one thread, AMD EPYC)."""
-
-
-def kept_score(score: Tensor, pattern: NM) -> float:
-    """The sum of the n largest of each m consecutive columns of a score (rows, columns)."""
-    return float((score * pattern.mask(score)).sum())
 
 
 def find_permutation(score: Tensor, pattern: NM, rounds: int = 6) -> Tensor:
@@ -49,14 +45,10 @@ def find_permutation(score: Tensor, pattern: NM, rounds: int = 6) -> Tensor:
     # group has one of every quarter: (1536,) -> (4, 384) -> (384, 4)
     ranked = score.sum(0).argsort(descending=True, stable=True)
     order = ranked.view(pattern.m, -1).T.reshape(-1)
-    best = kept_score(score[:, order], pattern)
     columns = score.T.contiguous()
     generator = torch.Generator().manual_seed(0)
     for number in range(rounds):
-        candidate = _reassigned(columns, order, number, pattern, generator)
-        value = kept_score(score[:, candidate], pattern)
-        if value >= best:
-            best, order = value, candidate
+        order = _reassigned(columns, order, number, pattern, generator)
     return order
 
 
@@ -123,7 +115,6 @@ def learn_rotations(
     pattern: NM,
     *,
     iterations: int,
-    learning_rate: float,
     keep_mean: bool = False,
 ) -> Tensor:
     """Rotations (num, size, size) that lower the predicted loss of `terms`, starting from the identity.
@@ -154,11 +145,11 @@ def learn_rotations(
             rotations = frame @ rotations @ frame.T + torch.full((size, size), 1 / size, device=device)
         return rotations
 
-    optimizer = torch.optim.Adam([skew], lr=learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([skew], lr=_RATE, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
         for step in range(iterations):
-            optimizer.param_groups[0]["lr"] = learning_rate * (0.51 + 0.49 * math.cos(math.pi * step / iterations))
+            optimizer.param_groups[0]["lr"] = _RATE * (0.51 + 0.49 * math.cos(math.pi * step / iterations))
             rotations = rotations_of(skew)
             diagonals: dict[int, Tensor] = {}
             loss = torch.zeros((), device=device)

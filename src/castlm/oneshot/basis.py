@@ -36,7 +36,6 @@ TOLERANCE, TOLERANCE_NARROW = 1e-4, 5e-2
 """Largest difference of an output relative to the largest output, for weights of 32 bits, and for weights of 16 bits,
 which are rounded again after the rotation."""
 _DAMPING = 0.01  # share of the mean diagonal that is added to a Hessian, as in SparseGPT
-_RATE = 0.05  # of Adam, for the skew matrix of a rotation
 
 Undo = list[tuple[Tensor, Tensor]]
 """Weights that were changed, each with its old value."""
@@ -161,7 +160,6 @@ def change_values_(
             attention.head_dim,
             pattern,
             iterations=options.rotation_iterations,
-            learning_rate=_RATE,
         )
     elif attention.head_dim % pattern.m == 0:
         score = importance(outputs, output_factor)

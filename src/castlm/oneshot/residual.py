@@ -34,7 +34,6 @@ from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.walk import Extras, walk
 
-_RATE = 0.03  # of Adam, for the skew matrix of the rotation
 _SMALLEST_GAIN = 1e-6
 _CHECK_TOKENS = 256
 _IDENTITY = 0.9  # a rotation whose diagonal is above this everywhere is treated as the identity
@@ -168,9 +167,7 @@ class Stream:
             terms += [Term(weight, inverse, statistic.energy(weight), "in", (0,)) for weight in weights]
         terms += self.written
         keep_mean = any(norm.is_layer_norm for norm, _ in self.norms)
-        (rotation,) = learn_rotations(
-            terms, 1, hidden, self.pattern, iterations=iterations, learning_rate=_RATE, keep_mean=keep_mean
-        )
+        (rotation,) = learn_rotations(terms, 1, hidden, self.pattern, iterations=iterations, keep_mean=keep_mean)
         before: list[float] = []
         after: list[float] = []
         for statistic, weights in readers:

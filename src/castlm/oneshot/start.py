@@ -12,12 +12,12 @@ import math
 import pkgutil
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
@@ -114,7 +114,8 @@ class Start(Bounded):
         """Prunes a model in memory in place, or a `StoredModel` block by block into `folder`, with the same bits.
 
         Memory beyond the model, or one block of it: the hidden states of the calibration text (on disk if there is a
-        `folder`), and the statistics of one block (SparseGPT: an fp32 matrix (in, in) for each distinct input).
+        `folder`), and the statistics of one block (SparseGPT: an fp32 matrix (in, in) for each distinct input). With
+        staged statistics, a model in memory also needs the outputs of the attention of one block.
 
         Args:
             calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. Magnitude needs none.
@@ -245,11 +246,17 @@ class Start(Bounded):
             # No pruned layer comes before the first stage, so its statistics are still right; the others are freed.
             seen = by_stage[0] if changes_basis else []
             del by_stage
+        unpruned = dict(inside)
         for names in stages:
             if not seen:
                 seen = see_inputs({name: inside[name] for name in names}, inputs, self._solver, inputs.num_sequences)
             report.layers += prune_seen(inside, seen, self._solver, self._settings)
             seen = []
+            for name in names:
+                del unpruned[name]
+            # Where one block at a time is in memory, to need little of it counts more than time.
+            if unpruned and isinstance(source, MemoryModel) and not self.refinements.reconstruct_epochs:
+                inputs.keep_outputs(_finished(inputs.blocks[inputs.index], inside.values(), unpruned.values()))
         if self.refinements.reconstruct_epochs:
             block_report = reconstruct_(
                 inputs.blocks[inputs.index],
@@ -295,6 +302,16 @@ def _stages(seen: Seen) -> list[Seen]:
         names = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in entry.names)
         alike.setdefault(names, []).append(entry)
     return list(alike.values())
+
+
+def _finished(
+    block: nn.Module, layers: Collection[SparseLayer], unpruned: Collection[SparseLayer]
+) -> Iterator[nn.Module]:
+    """The modules directly in `block`, such as its attention, that contain `layers` and none that is unpruned."""
+    for module in block.children():
+        inside = set(module.modules()) - {module}
+        if not inside.isdisjoint(layers) and inside.isdisjoint(unpruned):
+            yield module
 
 
 def prune_oneshot_(

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -176,6 +177,7 @@ class BlockInputs(Sequence[Tensor]):
         """The outputs of the block before the current one in the dense model; empty if it is not followed."""
         self.num_sequences = len(calibration)
         self._passes: list[_Pass] = []  # one for each batch; batches of one shape share their calls
+        self._outputs: dict[nn.Module, list[list[Any]]] = {}  # of `keep_outputs`: for each batch, one for each call
         self._adds: bool | None = None  # whether the model adds to tokens between blocks, known after the first extras
         is_filled = bool(self.states)
         self._batch_size = 1 if extras is not None else batch_size(calibration, model.device)
@@ -214,9 +216,19 @@ class BlockInputs(Sequence[Tensor]):
 
     def run(self, hidden: Tensor, batch: int) -> Tensor:
         """The output of the current block for the hidden states (batch, seq, hidden) of a batch."""
-        with autocast(hidden.device, self.precision):
+        with autocast(hidden.device, self.precision), ExitStack() as replaced:
+            for module, outputs in self._outputs.items():
+                replaced.enter_context(_replayed(module, outputs[batch]))
             output = self.call(batch).run(self.blocks[self.index], hidden)
         return output.to(hidden.dtype)
+
+    def keep_outputs(self, modules: Iterable[nn.Module]) -> None:
+        """Keeps the outputs of modules of the current block in memory, so that later passes over a batch skip them.
+
+        Neither these modules nor what runs before them in the block may change before `advance`.
+        """
+        for module in modules:
+            self._outputs.setdefault(module, [[] for _ in self._passes])
 
     def dense_outputs(self) -> Sequence[Tensor]:
         """The outputs of the current block, still dense, on the dense model's hidden states, which they replace."""
@@ -228,6 +240,7 @@ class BlockInputs(Sequence[Tensor]):
         """Runs the current block on each batch, and moves to the next."""
         for batch, hidden in enumerate(self):
             self.states[batch] = self.run(hidden, batch)
+        self._outputs.clear()
         self.index += 1
 
     @property
@@ -265,6 +278,24 @@ class BlockInputs(Sequence[Tensor]):
         self._passes.append(watch.result(len(self.blocks)))
         if extras and not watch.has_stopped:
             self._adds = bool(watch.added)
+
+
+@contextmanager
+def _replayed(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
+    """Inside the context, the calls of `module` return `outputs`, one after another; a call beyond them is added."""
+    forward, numbers = module.forward, count()
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        number = next(numbers)
+        if number == len(outputs):
+            outputs.append(forward(*args, **kwargs))
+        return outputs[number]
+
+    module.forward = replay  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward  # type: ignore[method-assign]
 
 
 class _Pass(NamedTuple):
