@@ -48,6 +48,18 @@ def test_the_whole_model_takes_all_blocks_the_text_and_a_second_model():
     assert model.disk == block.disk == 2 * 4 * 4 * 32 * HIDDEN
 
 
+def test_only_a_model_in_memory_keeps_the_outputs_of_attention():
+    staged = PLAIN | {"refinements": Refinements()}
+    block, model = (
+        plan_prune_memory(CONFIG, memory=memory, num_sequences=4, seq_len=32, **staged) for memory in ("block", "model")
+    )
+    outputs = 4 * 4 * 32 * HIDDEN
+    assert model.components["attention outputs"] == outputs
+    assert "attention outputs" not in block.components
+    beside_weights = [plan.phases["solve"] - plan.components["weights"] for plan in (block, model)]
+    assert beside_weights[1] - beside_weights[0] == outputs + model.components["process"] - block.components["process"]
+
+
 def test_more_blocks_cost_no_memory_by_block():
     deeper = AutoConfig.for_model(**{**CONFIG.to_dict(), "num_hidden_layers": 30})
     plans = [plan_prune_memory(config, num_sequences=4, seq_len=32) for config in (CONFIG, deeper)]

@@ -1,5 +1,6 @@
 """Refinements of SparseGPT: refit, ADMM, staged statistics and block reconstruction."""
 
+import collections
 import copy
 
 import pytest
@@ -147,6 +148,19 @@ def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
         model(input_ids=TOKENS, use_cache=False)
     x = entered[0].flatten(0, 1)
     torch.testing.assert_close(seen[name], 2 / len(TOKENS) * x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("epochs", "skipped"), [(0, 2), (1, 0)])
+def test_attention_runs_no_more_once_it_is_pruned_unless_the_block_is_trained(epochs, skipped):
+    model, runs = linear_model("llama"), collections.Counter()
+    block = model.model.layers[0]
+    for layer in (block.self_attn.q_proj, block.mlp.gate_proj):
+        layer.register_forward_hook(lambda layer, *_: runs.update([layer]))
+    refinements = Refinements(staged_statistics=True, reconstruct_epochs=epochs)
+    prune_oneshot_(model, "sparsegpt", calibration=TOKENS[:2], refinements=refinements)
+    # The passes for the statistics of `down_proj` and for the outputs of the pruned block.
+    assert runs[block.mlp.gate_proj] - runs[block.self_attn.q_proj] == skipped
+    assert "forward" not in vars(block.self_attn)
 
 
 @pytest.mark.parametrize("learning_rate", [1e-2, 10.0])

@@ -36,7 +36,7 @@ _MOST_GROUPS = 512
 search finds 95 % of the gain in a twelfth of the time (random scores, one thread, AMD EPYC)."""
 
 
-def find_permutation(score: Tensor, pattern: NM, rounds: int = 6) -> Tensor:
+def find_permutation(score: Tensor, pattern: NM, rounds: int) -> Tensor:
     """The order of columns, int64 (columns,), in which n:m keeps most of `score` (rows, columns), which is >= 0."""
     score = score.float().cpu()
     if len(score) > _SCORE_ROWS:
