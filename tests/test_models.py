@@ -219,6 +219,10 @@ def test_the_fast_reader_of_gguf_reads_the_same_and_leaves_the_package_as_it_was
         fast = gguf.GGUFReader(tmp_path / "tiny.gguf")
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is names
+    with fast_gguf():
+        assert gguf.GGUFReader(tmp_path / "tiny.gguf") is fast
+        os.utime(tmp_path / "tiny.gguf", ns=(0, 0))
+        assert gguf.GGUFReader(tmp_path / "tiny.gguf") is not fast
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
     assert fast.fields.keys() == plain.fields.keys()
     for name, field in fast.fields.items():

@@ -35,7 +35,7 @@ from castlm.core.errors import InputError, check_finite
 from castlm.dtypes import FLOATS, STORED
 from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
-from castlm.models.gguf import fast_gguf
+from castlm.models.gguf import fast_gguf, forget_gguf
 from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
 from castlm.models.locate import Location, find
 
@@ -274,6 +274,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
             **weights,
             **options,
         )
+    forget_gguf()
     check_loading_info(where, loading_info)
     unexpected = sorted(name for name in loading_info["unexpected_keys"] if not OLD_BUFFERS.search(name))
     if unexpected:

@@ -34,7 +34,8 @@ EFFORTS = {
     "best": Effort({}, 1.0),
     "quick": Effort(
         {
-            "rotation_iterations": 25,
+            "rotation_iterations": 20,
+            "permute_iterations": 4,
             "staged_statistics": False,
             "mask_iterations": 0,
             "refit_iterations": 6,
