@@ -178,11 +178,13 @@ class Start(Bounded):
                 results=report.saved,
                 progress=progress,
             )
-            walk_started = time.perf_counter()
+            first_started = 0.0
             for number, step in enumerate(blocks):
+                if number == 0:  # the text has passed through the embeddings
+                    first_started = time.perf_counter()
                 if number == 1 and step.inputs is not None:  # the first block is done: the others take as long
                     num_left = len(source.blocks) - step.index
-                    seconds = (time.perf_counter() - walk_started) * num_left
+                    seconds = (time.perf_counter() - first_started) * num_left
                     if seconds > _SHORT:
                         after = time_after(step.inputs.seconds_per_token())
                         say(f"the start takes about {duration(seconds)} more, for {num_left} transformer blocks{after}")
