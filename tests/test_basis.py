@@ -46,7 +46,7 @@ OTHERS += ("olmo2", "phi", "phi3", "qwen2_moe")
 QUICK = [("auto", family) for family in ("opt", "gemma2", "olmo2")]
 QUICK += [("residual", family) for family in ("llama", "gpt2", "mixtral", "glm4_moe", "phi3")]
 QUICK += [("off", "llama")]
-ORDER_LOSES = ("llama", "mistral")  # no order of their random values is better than their own
+ORDER_LOSES = ("gemma2",)  # no order of its random values is better than its own
 EVERY = itertools.product(("auto", "residual", "off"), (*FAMILIES, *OTHERS))
 
 
@@ -56,7 +56,7 @@ def test_a_model_computes_the_same_in_the_new_basis_and_its_layers_lose_less(rot
     if rotate == "residual" and describe(model).rotation_obstacle:
         pytest.skip("its stream cannot be rotated, see below")
     outputs, streams, tied = logits(model), stream(model), model.config.tie_word_embeddings
-    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=10))
+    report = change_basis_(model, TOKENS, BasisOptions(rotate=rotate, rotation_iterations=10, permute_iterations=20))
     assert distance(logits(model), outputs) < 1e-5
     assert report.moved < 1e-5
     assert not report.notes

@@ -6,7 +6,8 @@ GPT-2's Conv1D layers become `nn.Linear` and 3-D expert weights `ExpertLinear`, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,6 +103,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Runs `forward` in place of the `forward` of `module` during the block."""
+    own = vars(module).get("forward")  # some libraries replace the method of the class
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward  # type: ignore[method-assign]
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -116,6 +116,11 @@ class Refinements(Bounded):
     reconstruct_rate: float = number(1e-3, above=0)
     """Learning rate of the reconstruction."""
 
+    @property
+    def keeps_outputs(self) -> bool:
+        """Several passes read a transformer block while it is pruned, and no training changes it in between."""
+        return self.staged_statistics and not self.reconstruct_epochs
+
     def num_refits(self, pattern: Pattern) -> int:
         """`refit_iterations`, or its default for `pattern`: 0 after `mask_iterations`, which only n:m has, else 20."""
         if self.refit_iterations is not None:

@@ -18,6 +18,7 @@ from castlm.core.blocks import block_name
 from castlm.core.errors import InputError, check_finite
 from castlm.core.sparsify import SparseLayer
 from castlm.distributed.loading import Checkpoint, opened_files
+from castlm.models.architecture import replaced_forward
 from castlm.models.layout import stored_transposed
 
 
@@ -120,8 +121,7 @@ class StoredModel:
         with ExitStack() as stack:
             self._read_outside_(stack)
             for index, block in enumerate(self.blocks):
-                block.forward = partial(self._forward, index, block.forward)
-                stack.callback(block.__dict__.pop, "forward")
+                stack.enter_context(replaced_forward(block, partial(self._forward, index, block.forward)))
             yield
 
     def finished(self, index: int) -> dict[str, Tensor]:

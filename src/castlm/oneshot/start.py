@@ -248,17 +248,16 @@ class Start(Bounded):
             # No pruned layer comes before the first stage, so its statistics are still right; the others are freed.
             seen = by_stage[0] if changes_basis else []
             del by_stage
-        unpruned = dict(inside)
-        for names in stages:
+        # Where one block at a time is in memory, to need little of it counts more than time.
+        keeps_outputs = isinstance(source, MemoryModel) and self.refinements.keeps_outputs
+        for num_done, names in enumerate(stages, 1):
             if not seen:
                 seen = see_inputs({name: inside[name] for name in names}, inputs, self._solver, inputs.num_sequences)
             report.layers += prune_seen(inside, seen, self._solver, self._settings)
             seen = []
-            for name in names:
-                del unpruned[name]
-            # Where one block at a time is in memory, to need little of it counts more than time.
-            if unpruned and isinstance(source, MemoryModel) and not self.refinements.reconstruct_epochs:
-                inputs.keep_outputs(_finished(inputs.blocks[inputs.index], inside.values(), unpruned.values()))
+            unpruned = [inside[name] for later in stages[num_done:] for name in later]
+            if keeps_outputs and unpruned:
+                inputs.keep_outputs(_finished(inputs.blocks[inputs.index], inside.values(), unpruned))
         if self.refinements.reconstruct_epochs:
             block_report = reconstruct_(
                 inputs.blocks[inputs.index],

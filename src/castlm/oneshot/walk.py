@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
 from castlm.hardware import autocast
+from castlm.models.architecture import replaced_forward
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import MemoryModel, StoredModel
 
@@ -291,11 +292,8 @@ def _replayed(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
             outputs.append(forward(*args, **kwargs))
         return outputs[number]
 
-    module.forward = replay  # type: ignore[method-assign]
-    try:
+    with replaced_forward(module, replay):
         yield
-    finally:
-        del module.forward  # type: ignore[method-assign]
 
 
 class _Pass(NamedTuple):

@@ -133,7 +133,7 @@ def plan_prune_memory(
         # It is chosen by SparseGPT's statistics, whatever solves the layers after that.
         parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in reads)
         turned += parts["statistics of the basis"]
-    if memory == "model" and refinements.staged_statistics and not refinements.reconstruct_epochs:
+    if memory == "model" and refinements.keeps_outputs:
         parts["attention outputs"] = 4 * num_sequences * seq_len * model.hidden
     seen = block + parts["statistics"] + parts.get("attention outputs", 0)
     phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}

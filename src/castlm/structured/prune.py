@@ -14,7 +14,7 @@ the kept columns of the output layer are solved for by least squares on the cali
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import check_finite
 from castlm.hardware import autocast
+from castlm.models.architecture import replaced_forward
 from castlm.oneshot.inputs import check_finite_input, check_reached, see_inputs
 from castlm.oneshot.report import LayerResult
 from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
@@ -238,16 +239,11 @@ def loss_gradients(
 @contextmanager
 def _recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Inside the context, the backward pass runs each of `blocks` again instead of keeping its activations."""
-    own = [vars(block).get("forward") for block in blocks]  # some libraries replace the method of the class
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            recomputing = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(replaced_forward(block, recomputing))
         yield
-    finally:
-        for block, forward in zip(blocks, own):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
 
 def solve_columns(weight: Tensor, kept: Tensor, gram: Tensor, damping: float) -> Tensor:
