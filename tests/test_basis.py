@@ -212,6 +212,19 @@ def test_learned_rotations_are_rotations_and_can_keep_the_mean():
         assert after < 0.9 * before
 
 
+def test_several_threads_learn_the_same_rotations_in_every_run():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 9 * 64, generator=generator)
+    term = Term(weight, torch.eye(9 * 64), float(weight.square().sum()), "in", (0, 0, 0, 1, 1, 1, 2, 2, 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = (learn_rotations([term], 3, 64, NM(2, 4), iterations=2) for _ in range(30))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
+
+
 @torch.no_grad()
 def test_experts_count_among_the_readers_of_the_residual_stream():
     model = linear_model("mixtral")

@@ -105,7 +105,16 @@ def rotate_columns(matrix: Tensor, rotations: Tensor, parts: Sequence[int]) -> T
     """`matrix` (rows, columns) times the block-diagonal matrix of `rotations[part]` (size, size) for each part."""
     size = rotations.shape[-1]
     cut = matrix.reshape(len(matrix), len(parts), size)  # (576, 576) -> (576, 9, 64)
-    return torch.einsum("rps,pst->rpt", cut, rotations[list(parts)]).reshape(len(matrix), -1)
+    return torch.einsum("rps,pst->rpt", cut, _of_parts(rotations, parts)).reshape(len(matrix), -1)
+
+
+def _of_parts(rotations: Tensor, parts: Sequence[int]) -> Tensor:
+    """`rotations[parts]`, (num_parts, size, size).
+
+    Threads would sum the gradient of that index in an order that changes from run to run.
+    """
+    each = rotations.unbind()
+    return torch.stack([each[part] for part in parts])
 
 
 def learn_rotations(
@@ -184,7 +193,7 @@ def _predicted_loss(
             # (576, 576) -> (9, 64, 9, 64) -> the 9 diagonal blocks (64, 64, 9) -> (9, 64, 64)
             number, size = len(term.parts), rotations.shape[-1]
             blocks = term.inverse.view(number, size, number, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            chosen = rotations[list(term.parts)]
+            chosen = _of_parts(rotations, term.parts)
             diagonals[id(term.inverse)] = ((blocks @ chosen) * chosen).sum(1).reshape(-1)
         diagonal = diagonals[id(term.inverse)]
     root = weight * diagonal.rsqrt()  # its square is w_j^2 / [H^-1]_jj, (512, 576)
