@@ -116,7 +116,7 @@ def change_block_basis_(
 ) -> None:
     """Changes the basis of the values and neurons of the current block of `inputs`, and of the statistics in `seen`."""
     statistics = statistics_of(seen)
-    before = inputs.first_outputs()
+    before = inputs.first_outputs(is_unchanged=True)
     undo: Undo = []
     if options.rotates_values or options.permute:
         change = report.change("values rotated" if options.rotates_values else "values permuted")

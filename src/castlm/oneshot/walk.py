@@ -179,6 +179,7 @@ class BlockInputs(Sequence[Tensor]):
         self.num_sequences = len(calibration)
         self._passes: list[_Pass] = []  # one for each batch; batches of one shape share their calls
         self._outputs: dict[nn.Module, list[list[Any]]] = {}  # of `keep_outputs`: for each batch, one for each call
+        self._first_outputs: Tensor | None = None  # of the latest pass over the first batch, if without autocast
         self._adds: bool | None = None  # whether the model adds to tokens between blocks, known after the first extras
         is_filled = bool(self.states)
         self._batch_size = 1 if extras is not None else batch_size(calibration, model.device)
@@ -204,8 +205,14 @@ class BlockInputs(Sequence[Tensor]):
         """The further arguments of the current block for a batch, counted from 0."""
         return self._passes[batch].calls[self.index]
 
-    def first_outputs(self) -> Tensor:
-        """The outputs of the current block for the first batch, without autocast."""
+    def first_outputs(self, *, is_unchanged: bool = False) -> Tensor:
+        """The outputs of the current block for the first batch, without autocast.
+
+        Args:
+            is_unchanged: the block is as it was in the latest pass over all batches, so its outputs there will do.
+        """
+        if is_unchanged and self._first_outputs is not None:
+            return self._first_outputs
         return self.call(0).run(self.blocks[self.index], self[0])
 
     def seconds_per_token(self) -> float:
@@ -220,8 +227,10 @@ class BlockInputs(Sequence[Tensor]):
         with autocast(hidden.device, self.precision), ExitStack() as replaced:
             for module, outputs in self._outputs.items():
                 replaced.enter_context(_replayed(module, outputs[batch]))
-            output = self.call(batch).run(self.blocks[self.index], hidden)
-        return output.to(hidden.dtype)
+            output = self.call(batch).run(self.blocks[self.index], hidden).to(hidden.dtype)
+        if batch == 0 and self.precision == "fp32":
+            self._first_outputs = output
+        return output
 
     def keep_outputs(self, modules: Iterable[nn.Module]) -> None:
         """Keeps the outputs of modules of the current block in memory, so that later passes over a batch skip them.
