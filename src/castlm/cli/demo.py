@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -22,13 +22,13 @@ from typing import Any
 
 from rich.table import Table
 
-from castlm.cli.demo_payoff import payoff_table
+from castlm.cli.demo_payoff import NEW_TOKENS, payoff_table
 from castlm.cli.options import command_line
 from castlm.core.sparsify import prune_
 from castlm.files.output import begin_output, output_folder
 from castlm.hardware import keep_freed_memory
 from castlm.inference.generate import encode_prompt, generate_text
-from castlm.models.io import Loaded, load_model
+from castlm.models.io import load_model
 from castlm.models.locate import DEMO
 from castlm.progress import Screen, note
 from castlm.signals import Interrupted
@@ -37,7 +37,6 @@ from castlm.training.train import train
 
 HELD_OUT = 8  # one name in 8
 PROMPT = "Why do people like music?"
-NEW_TOKENS = 60
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:
@@ -99,11 +98,12 @@ def _run_demo(folder: Path, max_steps: int) -> None:
         console.print(f"[{number}/2] {what}: {max_steps} steps of 512 tokens", markup=False)
         records[method] = train(demo_config(folder, max_steps, method))
     console.print(results_table(records["castlm"], records["dense"]))
-    answers(console, folder)
     result, packed = folder / "castlm" / "model", folder / "packed"
-    table, text = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
+    table, of_control, of_packed = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
+    console.print(f"\n{PROMPT!r}, answered by", markup=False)
+    for name, text in (*untrained_answers(), ("control", of_control), ("castlm 2:4", of_packed)):
+        console.print(f"  {name + ':':12} {text}", markup=False)
     console.print(table)
-    console.print(f"{PROMPT!r}, answered by the packed model: {text}", markup=False)
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nverified 2:4 model, in {minutes:.1f} minutes: {result}", markup=False)
     console.print(f"count the groups yourself:  castlm verify {shlex.quote(str(result))}", markup=False)
@@ -137,21 +137,15 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
     return table
 
 
-def answers(console: Screen, folder: Path) -> None:
-    """The answer of each model to the same question, by greedy decoding."""
-    console.print(f"\n{PROMPT!r}, answered by", markup=False)
-    one_shot = load_model(DEMO)
-    console.print(f"  dense:       {answer(one_shot)}", markup=False)
-    prune_(one_shot.model)
-    console.print(f"  magnitude:   {answer(one_shot)}", markup=False)
-    for name, method in (("control", "dense"), ("castlm 2:4", "castlm")):
-        console.print(f"  {name + ':':12} {answer(load_model(folder / method / 'model'))}", markup=False)
-
-
-def answer(loaded: Loaded) -> str:
+def untrained_answers() -> Iterator[tuple[str, str]]:
+    """The answers of the dense model and of its one-shot prune by magnitude, by greedy decoding, each with its name."""
+    loaded = load_model(DEMO)
     ids = encode_prompt(loaded.tokenizer, PROMPT, raw=False)
-    done = generate_text(loaded.model, loaded.tokenizer, ids, max_new_tokens=NEW_TOKENS)
-    return " ".join(done.text.split())
+    for name in ("dense", "magnitude"):
+        if name == "magnitude":
+            prune_(loaded.model)
+        done = generate_text(loaded.model, loaded.tokenizer, ids, max_new_tokens=NEW_TOKENS)
+        yield name, " ".join(done.text.split())
 
 
 @dataclass

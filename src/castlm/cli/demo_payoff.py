@@ -35,11 +35,13 @@ class Measured(NamedTuple):
     text: str
 
 
-def payoff_table(dense: Path, sparse: Path, packed: Path, prompt: str, say: Callable[[str], None]) -> tuple[Table, str]:
+def payoff_table(
+    dense: Path, sparse: Path, packed: Path, prompt: str, say: Callable[[str], None]
+) -> tuple[Table, str, str]:
     """Packs `sparse` to `packed`, and compares the packed model with `dense`.
 
     Returns:
-        The table, and the text that the packed model generates.
+        The table, and the texts that `dense` (in fp32) and the packed model generate.
     """
     pack_folder(sparse, packed, dtype="bf16", overwrite=True)
     cases = (
@@ -49,7 +51,8 @@ def payoff_table(dense: Path, sparse: Path, packed: Path, prompt: str, say: Call
     )
     say(f"measuring {len(cases)} ways to run the model")
     measured = {case.name: in_own_process(measure, case, prompt) for case in cases}
-    return _table(cases, measured), measured[cases[-1].name].text
+    _, in_fp32, of_packed = (measured[case.name].text for case in cases)
+    return _table(cases, measured), in_fp32, of_packed
 
 
 def measure(case: Case, prompt: str) -> Measured:
