@@ -219,6 +219,11 @@ def test_refinements_are_checked():
         Refinements(mask_iterations=5).for_solver("flap", Channels(0.5))
     with pytest.raises(InputError, match=r"mask_iterations = -1 is out of range"):
         prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(mask_iterations=-1))
+    with pytest.raises(InputError, match=r"damping = 1\.5 is out of range: it must be between 0 and 1"):
+        Refinements(damping=1.5)
+    with pytest.raises(InputError, match="damping does nothing with wanda"):
+        Refinements(damping=0.1).for_solver("wanda", NM(2, 4))
+    assert Refinements(damping=0.1).for_solver("flap", Channels(0.5)).damping == 0.1
 
 
 def test_an_effort_sets_options_that_are_not_given():

@@ -48,9 +48,6 @@ class PruneOptions:
     seed: int = 0
     """Seed for drawing calibration sequences."""
 
-    damping: float = number(0.01, at_least=0, at_most=1)
-    """SparseGPT: add this fraction of the mean diagonal to the Hessian."""
-
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -106,7 +103,7 @@ class PruneCommand(
             why = f"is for a method that reads a text, and {method} reads none: leave it out, or use wanda or sparsegpt"
             refuse_given(self, _OF_CALIBRATION, why)
         text = None if self.calibration is None else open_documents(self.calibration, self)
-        start = Start.of(self, method, pattern, damping=self.damping, seed=self.seed)
+        start = Start.of(self, method, pattern, seed=self.seed)
         inputs = {"model": self.model, "calibration": self.calibration}
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs=inputs)
         memory = self.memory

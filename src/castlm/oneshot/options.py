@@ -39,6 +39,7 @@ EFFORTS = {
             "staged_statistics": False,
             "mask_iterations": 0,
             "refit_iterations": 6,
+            "damping": 0.03,
         },
         0.25,
     ),
@@ -94,7 +95,7 @@ NO_BASIS = BasisOptions(rotate="off", permute=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Refinements(Bounded):
-    """Refinements of SparseGPT beyond its published form."""
+    """The damping of SparseGPT, and refinements beyond its published form."""
 
     staged_statistics: bool = True
     """Collect the statistics of a layer after the layers before it in its transformer block are pruned, as
@@ -116,6 +117,9 @@ class Refinements(Bounded):
     reconstruct_rate: float = number(1e-3, above=0)
     """Learning rate of the reconstruction."""
 
+    damping: float = number(0.01, at_least=0, at_most=1)
+    """Add this fraction of the mean diagonal to the Hessian. The fewer calibration tokens, the more it needs."""
+
     @property
     def keeps_outputs(self) -> bool:
         """Several passes read a transformer block while it is pruned, and no training changes it in between."""
@@ -130,8 +134,8 @@ class Refinements(Bounded):
     def for_solver(self, solver: str, pattern: Pattern, effort: str = "best") -> Refinements:
         """The refinements that apply to a solver: all for "sparsegpt", none for other solvers of n:m.
 
-        Structured patterns have only `refit_iterations`, with every solver. Raises `InputError` if an option without
-        effect is neither at its default, nor off, nor as the `start_effort` sets it.
+        Structured patterns have only `refit_iterations` and `damping`, with every solver. Raises `InputError` if an
+        option without effect is neither at its default, nor off, nor as the `start_effort` sets it.
         """
         set_by_effort = EFFORTS[effort].options
         asked = [
@@ -142,10 +146,10 @@ class Refinements(Bounded):
         ]
         kept = self if solver == "sparsegpt" else NO_REFINEMENTS
         if pattern.cut_out is not None:
-            kept = replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations)
+            kept = replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations, damping=self.damping)
         unused = [name for name in asked if getattr(kept, name) != getattr(self, name)]
         if unused:
-            what = solver if pattern.cut_out is None else f"{pattern}, which has only refit_iterations"
+            what = solver if pattern.cut_out is None else f"{pattern}, which has only refit_iterations and damping"
             raise InputError(f"{unused[0]} does nothing with {what}: omit the option")
         return kept
 

@@ -110,7 +110,7 @@ def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, settings: S
     pruned = solver.prune(dense.clone(), statistic, settings)
     weight = pruned.weight
     is_dead = hessian.diagonal() == 0
-    hessian = damped(hessian, settings.damping if pruned.damping is None else pruned.damping)
+    hessian = damped(hessian, settings.refinements.damping if pruned.damping is None else pruned.damping)
     if settings.refinements.mask_iterations:
         alive = dense.masked_fill(is_dead, 0)  # a weight whose input is always 0 should take no place in a mask
         weight = improve_masks(weight, alive, hessian, settings.pattern, settings.refinements.mask_iterations)

@@ -41,7 +41,6 @@ class Settings(NamedTuple):
     """The settings of a start that solvers and refinements read."""
 
     pattern: Pattern
-    damping: float
     refinements: Refinements = NO_REFINEMENTS
 
 
@@ -104,7 +103,8 @@ def whole_hessian(hessian: Tensor) -> Tensor:
 
 def _sparsegpt(weight: Tensor, hessian: Tensor, settings: Settings) -> Pruned:
     assert isinstance(settings.pattern, NM)
-    return Pruned(*sparsegpt(weight, whole_hessian(hessian), settings.pattern.n, settings.pattern.m, settings.damping))
+    pattern, damping = settings.pattern, settings.refinements.damping
+    return Pruned(*sparsegpt(weight, whole_hessian(hessian), pattern.n, pattern.m, damping))
 
 
 SOLVERS: dict[str, Solver] = {

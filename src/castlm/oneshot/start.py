@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
-from castlm.fields import Bounded, number
 from castlm.models.architecture import eval_mode
 from castlm.names import duration
 from castlm.oneshot.basis import change_block_basis_, wiring_or_note
@@ -50,20 +49,14 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start(Bounded):
-    """The settings of a start: the basis, the solver, its refinements and the pattern.
-
-    Raises:
-        InputError: an option that is out of range.
-    """
+class Start:
+    """The settings of a start: the basis, the solver, its refinements and the pattern."""
 
     method: str | None
     """A name in `SOLVERS`, or one of the pattern's own `solvers`; None only changes the basis."""
     pattern: Pattern
     basis: BasisOptions = NO_BASIS
     refinements: Refinements = NO_REFINEMENTS
-    damping: float = number(0.01, at_least=0, at_most=1)
-    """SparseGPT: share of H's mean diagonal that is added to the diagonal."""
     seed: int = 0
     """Seed with which the calibration text is drawn, for the record."""
     filter_fn: FilterFn = is_sparse_linear
@@ -81,7 +74,7 @@ class Start(Bounded):
             others: further fields of the start.
 
         Raises:
-            InputError: an option that is out of range, or that has no effect with the method.
+            InputError: an option that has no effect with the method.
         """
         refinements = part_of(options, Refinements).for_solver(method, pattern, options.start_effort)
         basis = part_of(options, BasisOptions)
@@ -92,7 +85,6 @@ class Start(Bounded):
         return {
             "method": self.method,
             "pattern": str(self.pattern),
-            "damping": self.damping,
             "seed": self.seed,
             "precision": self.precision,
             **asdict(self.basis),
@@ -136,7 +128,7 @@ class Start(Bounded):
         self._check(source, layers, calibration)
         has_own_solver = self.pattern.solver_class is not None
         reads_damping = self.method == "sparsegpt" or has_own_solver
-        report = OneshotReport(self.damping if reads_damping else None, left_dense=left_dense)
+        report = OneshotReport(self.refinements.damping if reads_damping else None, left_dense=left_dense)
         started = time.perf_counter()
         with eval_mode(model):
             own_solver: BlockSolver | None = None
@@ -289,7 +281,7 @@ class Start(Bounded):
 
     @property
     def _settings(self) -> Settings:
-        return Settings(self.pattern, self.damping, self.refinements)
+        return Settings(self.pattern, self.refinements)
 
 
 def _stages(seen: Seen) -> list[Seen]:
@@ -340,7 +332,7 @@ def prune_oneshot_(
         say: as for `Start.make_`.
         progress: as for `Start.make_`.
         options: further fields of `Start`: `basis` and `refinements`, both off by default (structured patterns read
-            only `refit_iterations`); `damping`, `filter_fn` and `precision`.
+            only `refit_iterations` and `damping`); `filter_fn` and `precision`.
 
     Raises:
         InputError: as `Start.make_`. Blocks before the one that the message names are pruned already.

@@ -80,7 +80,7 @@ class UnitSolver:
     are solved for exactly, and it counts the steps of conjugate gradients on n:m weights.
 
     Args:
-        start: its `method` is a name in `SCORED_BY`, and its `damping` is added for the least squares.
+        start: its `method` is a name in `SCORED_BY`; the `damping` of its refinements is added for the least squares.
         layers: all layers to prune, by name.
         calibration: int64, (num_sequences, seq_len). Without it, nothing is refitted.
         extras: for each sequence, the further arguments of the model's forward.
@@ -97,7 +97,7 @@ class UnitSolver:
         pattern = start.pattern.for_model(model)
         assert isinstance(pattern, Units)
         self.score, self.pattern = start.method, pattern
-        self.damping, self.refit_iterations = start.damping, start.refinements.num_refits(pattern)
+        self.damping, self.refit_iterations = start.refinements.damping, start.refinements.num_refits(pattern)
         self.taylor_scores: dict[tuple[str, ...], Tensor] = {}
         """The Taylor scores (units,), which are computed before the walk, by the names of the layers."""
         scored = {name: layers[name] for names in pattern.unit_layers(layers) for name in names}
