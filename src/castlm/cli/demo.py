@@ -107,7 +107,7 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nverified 2:4 model, in {minutes:.1f} minutes: {result}", markup=False)
     console.print(f"count the groups yourself:  castlm verify {shlex.quote(str(result))}", markup=False)
-    generate = f"castlm generate {shlex.quote(str(packed))} --prompt 'Give me three tips for a good picnic.'"
+    generate = f"castlm generate {shlex.quote(str(packed))} --prompt 'Why is sleep important?'"
     console.print(f"ask the packed model:       {generate}", markup=False)
     console.print(
         f"train on your own text:     castlm train --model {DEMO} --dataset FILE --output-dir RUN", markup=False
