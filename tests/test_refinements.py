@@ -2,6 +2,7 @@
 
 import collections
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,6 +225,7 @@ def test_refinements_are_checked():
     with pytest.raises(InputError, match="damping does nothing with wanda"):
         Refinements(damping=0.1).for_solver("wanda", NM(2, 4))
     assert Refinements(damping=0.1).for_solver("flap", Channels(0.5)).damping == 0.1
+    assert Refinements(damping=0.1).for_solver("a_solver_of_ones_own", NM(2, 4)) == replace(NO_REFINEMENTS, damping=0.1)
 
 
 def test_an_effort_sets_options_that_are_not_given():

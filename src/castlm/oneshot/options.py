@@ -132,10 +132,11 @@ class Refinements(Bounded):
         return 0 if self.mask_iterations and pattern.cut_out is None else 20
 
     def for_solver(self, solver: str, pattern: Pattern, effort: str = "best") -> Refinements:
-        """The refinements that apply to a solver: all for "sparsegpt", none for other solvers of n:m.
+        """The refinements that apply to a solver: all for "sparsegpt", none for "wanda" and "magnitude".
 
-        Structured patterns have only `refit_iterations` and `damping`, with every solver. Raises `InputError` if an
-        option without effect is neither at its default, nor off, nor as the `start_effort` sets it.
+        A solver of one's own has `damping`. Structured patterns have `refit_iterations` and `damping`, with every
+        solver. Raises `InputError` if an option without effect is neither at its default, nor off, nor as the
+        `start_effort` sets it.
         """
         set_by_effort = EFFORTS[effort].options
         asked = [
@@ -144,9 +145,12 @@ class Refinements(Bounded):
             if getattr(self, option.name)
             not in (option.default, getattr(NO_REFINEMENTS, option.name), set_by_effort.get(option.name))
         ]
-        kept = self if solver == "sparsegpt" else NO_REFINEMENTS
         if pattern.cut_out is not None:
             kept = replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations, damping=self.damping)
+        elif solver in ("wanda", "magnitude"):
+            kept = NO_REFINEMENTS
+        else:
+            kept = self if solver == "sparsegpt" else replace(NO_REFINEMENTS, damping=self.damping)
         unused = [name for name in asked if getattr(kept, name) != getattr(self, name)]
         if unused:
             what = solver if pattern.cut_out is None else f"{pattern}, which has only refit_iterations and damping"

@@ -13,7 +13,7 @@ import pkgutil
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -212,7 +212,8 @@ class Start:
         check_plain_weights(layers)
         if refinements.reconstruct_epochs and calibration is not None and len(calibration) < 2:
             raise InputError("reconstruct_epochs needs at least 2 calibration sequences, one of them held out")
-        if refinements != NO_REFINEMENTS and self.method != "sparsegpt" and not has_own_solver:
+        beyond_damping = replace(refinements, damping=NO_REFINEMENTS.damping)
+        if beyond_damping != NO_REFINEMENTS and self.method != "sparsegpt" and not has_own_solver:
             raise InputError(f"refinements are for method sparsegpt, not for {self.method}: omit them")
 
     def _make_block_(
