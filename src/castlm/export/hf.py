@@ -197,6 +197,7 @@ def _check_logits(loaded: PreTrainedModel, model: PreTrainedModel) -> None:
     from_disk, in_memory = (
         each(input_ids=tokens.to(each.device), use_cache=False).logits.float().cpu() for each in (loaded, model)
     )
+    # NaN is left to the evaluation, which names it.
     difference, largest = float((from_disk - in_memory).abs().max()), float(in_memory.abs().max())
     if difference > (1e-3 if model.dtype == torch.float32 else 5e-2) * largest:
         raise InputError(

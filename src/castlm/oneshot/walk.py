@@ -244,6 +244,7 @@ class BlockInputs(Sequence[Tensor]):
         """The outputs of the current block, still dense, on the dense model's hidden states, which they replace."""
         for batch, hidden in enumerate(self.dense):
             self.dense[batch] = self.run(self._entering(hidden, batch), batch)
+        self._first_outputs = None  # these are not of the inputs
         return self.dense.of_next_block() if isinstance(self.dense, HiddenStates) else self.dense
 
     def advance(self) -> None:
@@ -251,6 +252,7 @@ class BlockInputs(Sequence[Tensor]):
         for batch, hidden in enumerate(self):
             self.states[batch] = self.run(hidden, batch)
         self._outputs.clear()
+        self._first_outputs = None
         self.index += 1
 
     @property
