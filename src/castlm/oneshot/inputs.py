@@ -109,7 +109,9 @@ class _Watch:
             for number, hidden in enumerate(self.inputs):
                 self.num_calls = 0
                 with suppress(StopForward):
-                    self.inputs.run(hidden, number)
+                    output = self.inputs.run(hidden, number)
+                    if number == 0:
+                        self.inputs.seen_outputs = output
                 if self.last_call == 0:
                     all_called = self.num_calls == len(self.found) == num_layers  # not where a pass leaves experts out
                     self.last_call = self.num_calls if all_called else -1

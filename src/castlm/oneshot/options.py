@@ -147,10 +147,12 @@ class Refinements(Bounded):
         ]
         if pattern.cut_out is not None:
             kept = replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations, damping=self.damping)
+        elif solver == "sparsegpt":
+            kept = self
         elif solver in ("wanda", "magnitude"):
             kept = NO_REFINEMENTS
         else:
-            kept = self if solver == "sparsegpt" else replace(NO_REFINEMENTS, damping=self.damping)
+            kept = replace(NO_REFINEMENTS, damping=self.damping)
         unused = [name for name in asked if getattr(kept, name) != getattr(self, name)]
         if unused:
             what = solver if pattern.cut_out is None else f"{pattern}, which has only refit_iterations and damping"

@@ -179,7 +179,8 @@ class BlockInputs(Sequence[Tensor]):
         self.num_sequences = len(calibration)
         self._passes: list[_Pass] = []  # one for each batch; batches of one shape share their calls
         self._outputs: dict[nn.Module, list[list[Any]]] = {}  # of `keep_outputs`: for each batch, one for each call
-        self._first_outputs: Tensor | None = None  # of the latest pass over the first batch, if without autocast
+        self.seen_outputs: Tensor | None = None
+        """The outputs of the current block for the first batch, in the latest pass that collected statistics."""
         self._adds: bool | None = None  # whether the model adds to tokens between blocks, known after the first extras
         is_filled = bool(self.states)
         self._batch_size = 1 if extras is not None else batch_size(calibration, model.device)
@@ -209,10 +210,10 @@ class BlockInputs(Sequence[Tensor]):
         """The outputs of the current block for the first batch, without autocast.
 
         Args:
-            is_unchanged: the block is as it was in the latest pass over all batches, so its outputs there will do.
+            is_unchanged: the block is as it was when its statistics were collected, so `seen_outputs` will do.
         """
-        if is_unchanged and self._first_outputs is not None:
-            return self._first_outputs
+        if is_unchanged and self.seen_outputs is not None and self.precision == "fp32":
+            return self.seen_outputs
         return self.call(0).run(self.blocks[self.index], self[0])
 
     def seconds_per_token(self) -> float:
@@ -227,10 +228,8 @@ class BlockInputs(Sequence[Tensor]):
         with autocast(hidden.device, self.precision), ExitStack() as replaced:
             for module, outputs in self._outputs.items():
                 replaced.enter_context(_replayed(module, outputs[batch]))
-            output = self.call(batch).run(self.blocks[self.index], hidden).to(hidden.dtype)
-        if batch == 0 and self.precision == "fp32":
-            self._first_outputs = output
-        return output
+            output = self.call(batch).run(self.blocks[self.index], hidden)
+        return output.to(hidden.dtype)
 
     def keep_outputs(self, modules: Iterable[nn.Module]) -> None:
         """Keeps the outputs of modules of the current block in memory, so that later passes over a batch skip them.
@@ -244,7 +243,6 @@ class BlockInputs(Sequence[Tensor]):
         """The outputs of the current block, still dense, on the dense model's hidden states, which they replace."""
         for batch, hidden in enumerate(self.dense):
             self.dense[batch] = self.run(self._entering(hidden, batch), batch)
-        self._first_outputs = None  # these are not of the inputs
         return self.dense.of_next_block() if isinstance(self.dense, HiddenStates) else self.dense
 
     def advance(self) -> None:
@@ -252,7 +250,7 @@ class BlockInputs(Sequence[Tensor]):
         for batch, hidden in enumerate(self):
             self.states[batch] = self.run(hidden, batch)
         self._outputs.clear()
-        self._first_outputs = None
+        self.seen_outputs = None
         self.index += 1
 
     @property
