@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +28,7 @@ from castlm.core.sparsify import prune_
 from castlm.files.output import begin_output, output_folder
 from castlm.hardware import keep_freed_memory
 from castlm.inference.generate import encode_prompt, generate_text
-from castlm.models.io import load_model
+from castlm.models.io import Loaded, load_model
 from castlm.models.locate import DEMO
 from castlm.progress import Screen, note
 from castlm.signals import Interrupted
@@ -101,7 +101,9 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     result, packed = folder / "castlm" / "model", folder / "packed"
     table, of_control, of_packed = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
     console.print(f"\n{PROMPT!r}, answered by", markup=False)
-    for name, text in (*untrained_answers(), ("control", of_control), ("castlm 2:4", of_packed)):
+    of_dense, of_magnitude = untrained_answers()
+    answers = {"dense": of_dense, "magnitude": of_magnitude, "control": of_control, "castlm 2:4": of_packed}
+    for name, text in answers.items():
         console.print(f"  {name + ':':12} {text}", markup=False)
     console.print(table)
     minutes = (time.monotonic() - started) / 60
@@ -137,15 +139,18 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
     return table
 
 
-def untrained_answers() -> Iterator[tuple[str, str]]:
-    """The answers of the dense model and of its one-shot prune by magnitude, by greedy decoding, each with its name."""
+def untrained_answers() -> tuple[str, str]:
+    """The answers of the dense model and of its one-shot prune by magnitude, by greedy decoding."""
     loaded = load_model(DEMO)
+    of_dense = answer(loaded)
+    prune_(loaded.model)
+    return of_dense, answer(loaded)
+
+
+def answer(loaded: Loaded) -> str:
     ids = encode_prompt(loaded.tokenizer, PROMPT, raw=False)
-    for name in ("dense", "magnitude"):
-        if name == "magnitude":
-            prune_(loaded.model)
-        done = generate_text(loaded.model, loaded.tokenizer, ids, max_new_tokens=NEW_TOKENS)
-        yield name, " ".join(done.text.split())
+    done = generate_text(loaded.model, loaded.tokenizer, ids, max_new_tokens=NEW_TOKENS)
+    return " ".join(done.text.split())
 
 
 @dataclass
