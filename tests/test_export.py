@@ -153,11 +153,12 @@ def test_a_perplexity_that_is_not_finite_is_rejected(tmp_path):
     rejected(tmp_path, "perplexity is nan", *pruned(tmp_path), eval_fn=lambda _: float("nan"))
 
 
-def test_the_same_weights_under_another_config_are_rejected(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "relu"), ("rms_norm_eps", -1e9)])  # the latter gives NaN
+def test_the_same_weights_under_another_config_are_rejected(key, value, tmp_path, monkeypatch):
     def save_changed(model, tokenizer, folder):
         model.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
-        config["hidden_act"] = "relu"
+        config[key] = value
         (folder / "config.json").write_text(json.dumps(config))
         tokenizer.save_pretrained(folder)
 

@@ -197,9 +197,10 @@ def _check_logits(loaded: PreTrainedModel, model: PreTrainedModel) -> None:
     from_disk, in_memory = (
         each(input_ids=tokens.to(each.device), use_cache=False).logits.float().cpu() for each in (loaded, model)
     )
-    # NaN is left to the evaluation, which names it.
+    if not in_memory.isfinite().all():
+        return  # the model overflows with these weights; the evaluation reports it
     difference, largest = float((from_disk - in_memory).abs().max()), float(in_memory.abs().max())
-    if difference > (1e-3 if model.dtype == torch.float32 else 5e-2) * largest:
+    if not difference <= (1e-3 if model.dtype == torch.float32 else 5e-2) * largest:  # NaN is not
         raise InputError(
             f"the logits of the files differ by {difference:.3g} from those in memory, at most {largest:.3g}"
         )
