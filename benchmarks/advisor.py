@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.rows import Row
-from castlm.inference.advise import Shape
-from castlm.inference.devices import find_device
-from castlm.inference.roofline import KERNELS, Kernel, gpu_formats, layer_seconds
+from castlm.devices import find_device
+from castlm.lab.advice.cpu import Shape
+from castlm.lab.advice.roofline import KERNELS, Kernel, gpu_formats, layer_seconds
 
 GOAL = ">= 0.9"
 NOTICEABLE = math.log(1.05)

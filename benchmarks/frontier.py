@@ -42,15 +42,15 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
-from castlm.inference.decode import DecoderState, decoding_method, greedy, prompt_rows, step_together
-from castlm.inference.formats import FORMATS as VALUES
-from castlm.inference.formats import PackedSpec
-from castlm.inference.layers import PackedLinear, onto_kernels_, pack_model_
-from castlm.inference.packed import kept_mask, pack_integers
-from castlm.inference.quantize import quantize_
-from castlm.inference.rounding import Rounded, round_in_groups, round_rows
+from castlm.formats.packed_file import PackedSpec
+from castlm.formats.rounding import Rounded, round_in_groups, round_rows
+from castlm.formats.table import FORMATS as VALUES
 from castlm.models.io import Loaded, load_model, parameters_in, save_model
+from castlm.oneshot.quantize import quantize_
 from castlm.oneshot.start import prune_oneshot_
+from castlm.runtime.decode import DecoderState, decoding_method, greedy, prompt_rows, step_together
+from castlm.runtime.layers import PackedLinear, onto_kernels_, pack_model_
+from castlm.runtime.packed import kept_mask, pack_integers
 
 
 class Format(NamedTuple):

@@ -14,10 +14,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from castlm.compare.plots import gap_chart
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text
-from castlm.report.charts import Series
+from castlm.lab.compare.plots import gap_chart
+from castlm.lab.report.charts import Series
 
 _STEPS = re.compile(r"([\d,]+) steps")
 _GAP = re.compile(r"\(([+-]\d\.\d+)\)$")

@@ -39,7 +39,7 @@ from benchmarks.rows import Row, interleaved, ratio_row
 from castlm.core.adams import AdamS
 from castlm.core.nm import nm_mask, pack_mask, refresh_masks_, unpack_mask
 from castlm.core.sparsify import prune_
-from castlm.inference.semi_structured import Backend, Cusparselt, to_semi_structured_
+from castlm.runtime.semi_structured import Backend, Cusparselt, to_semi_structured_
 
 SHAPES = {  # (out_features, in_features) of LLaMA-2, and how many of them a block has
     "7B": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},

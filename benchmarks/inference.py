@@ -27,13 +27,13 @@ from benchmarks.rows import Row, Times, interleaved, ratio_row
 from castlm.core.nm import nm_mask
 from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
+from castlm.formats.rounding import round_rows
 from castlm.hardware import has_fast_bf16
-from castlm.inference import native
-from castlm.inference.decode import greedy
-from castlm.inference.layers import pack_model_, packed_linear
-from castlm.inference.packed import PackedTensor, pack, pack_integers
-from castlm.inference.rounding import round_rows
 from castlm.models.io import load_model, save_model
+from castlm.runtime import native
+from castlm.runtime.decode import greedy
+from castlm.runtime.layers import pack_model_, packed_linear
+from castlm.runtime.packed import PackedTensor, pack, pack_integers
 
 SHAPES = [(1536, 576), (4096, 4096)]
 COPIES_BYTES = 96 << 20  # three times a last-level cache of 32 MB

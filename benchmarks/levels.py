@@ -22,11 +22,11 @@ from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, interleaved
 from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
+from castlm.formats.table import FORMATS
 from castlm.hardware import keep_freed_memory
-from castlm.inference import native
-from castlm.inference.formats import FORMATS
-from castlm.inference.layers import multiply_by_gemm
-from castlm.inference.packed import pack, pack_integers
+from castlm.runtime import native
+from castlm.runtime.layers import multiply_by_gemm
+from castlm.runtime.packed import pack, pack_integers
 
 KINDS = [(values, n) for values in ("bf16", "fp16", "int8", "int4") for n in (2, 1, 0)]
 FEW_ROWS, MANY_ROWS = (1, 2, 4, 8, 16, 32, 128), 1024

@@ -146,8 +146,8 @@ def predict(case: dict[str, Any]) -> Any:
     from tests.tiny import tiny_model
 
     from castlm.dtypes import FLOATS
+    from castlm.lab.planning.memory import Settings, plan_memory
     from castlm.models.io import load_model
-    from castlm.planning.memory import Settings, plan_memory
 
     model = tiny_model(case["family"], **case["over"]) if case["family"] else load_model("demo").model
     dtype = FLOATS[case["compute_dtype"]]

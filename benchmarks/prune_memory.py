@@ -30,10 +30,10 @@ from benchmarks.machine import machine, proc_status, write_json
 from castlm.cli.main import main as castlm
 from castlm.cli.options import command_line
 from castlm.cli.prune import PruneCommand
-from castlm.compare.presets import SPARSEGPT
 from castlm.core.blocks import in_block
+from castlm.lab.compare.presets import SPARSEGPT
+from castlm.lab.planning.prune_memory import plan_prune_memory
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
-from castlm.planning.prune_memory import plan_prune_memory
 
 GIB = 2**30
 SEQUENCES, SEQ_LEN = 4, 256

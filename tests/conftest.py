@@ -86,7 +86,7 @@ def lessons() -> Iterator[list[tuple[int, ...]]]:
 def no_charts(monkeypatch) -> None:
     """Pages and tables as without matplotlib: charts take longer than all the rest of a small run."""
     for room in ("charts", "run_page"):
-        monkeypatch.setattr(f"castlm.report.{room}.can_draw", lambda: False)
+        monkeypatch.setattr(f"castlm.lab.report.{room}.can_draw", lambda: False)
 
 
 LONGEST_FIRST = (

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
-from castlm.inference import native
-from castlm.inference.formats import FORMATS
-from castlm.inference.layers import packed_linear
-from castlm.inference.packed import PackedTensor, pack, pack_integers, unpack
+from castlm.formats.table import FORMATS
+from castlm.runtime import native
+from castlm.runtime.layers import packed_linear
+from castlm.runtime.packed import PackedTensor, pack, pack_integers, unpack
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (2, 3), (0, 0)]

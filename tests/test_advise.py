@@ -9,12 +9,13 @@ import pytest
 from benchmarks import advisor
 
 from castlm.cli.main import main
-from castlm.compare import tradeoff
-from castlm.compare.tradeoff import Candidate, as_dict, decode, text
+from castlm.devices import DEVICES, find_device
 from castlm.export.packed import pack_folder
 from castlm.files.stored import read_header
-from castlm.inference import advise as advise_module
-from castlm.inference.advise import (
+from castlm.formats.packed_file import FILE
+from castlm.formats.table import FORMATS
+from castlm.lab.advice import cpu as advise_module
+from castlm.lab.advice.cpu import (
     Option,
     Quality,
     Ranked,
@@ -26,13 +27,13 @@ from castlm.inference.advise import (
     rank,
     shapes_of,
 )
-from castlm.inference.devices import DEVICES, find_device
-from castlm.inference.formats import FILE, FORMATS
-from castlm.inference.roofline import advise
+from castlm.lab.advice.roofline import advise
+from castlm.lab.compare import tradeoff
+from castlm.lab.compare.tradeoff import Candidate, as_dict, decode, text
+from castlm.lab.planning.fit import fit_law
+from castlm.lab.planning.law import predict_perplexity
+from castlm.lab.planning.points import Point
 from castlm.patterns import parse_pattern
-from castlm.planning.fit import fit_law
-from castlm.planning.law import predict_perplexity
-from castlm.planning.points import Point
 from tests.packed_weights import needs_kernels
 from tests.refusals import assert_refused
 from tests.runs import edit_json, prune_to

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from castlm.cli.main import main
 from castlm.core import native
 from castlm.core.nm import nm_mask
-from castlm.inference import native as inference_native
+from castlm.runtime import native as inference_native
 from tests.ranks import start_command, wait_ranks
 from tests.runs import prune_to
 from tests.tiny import TEXT, save_tiny

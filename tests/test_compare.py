@@ -14,16 +14,16 @@ import yaml
 from castlm.cli import compare as compare_command
 from castlm.cli.compare import show
 from castlm.cli.main import main
-from castlm.compare import runs
-from castlm.compare.plan import CompareConfig, Plan
-from castlm.compare.plan import compare as run_comparison
-from castlm.compare.plots import PLOTS
-from castlm.compare.presets import PRESETS, SPARSEGPT
-from castlm.compare.report import starts_note, summarize, verdict
-from castlm.compare.runs import Result, Run, content_hash, refuse_running, run_key, run_process
 from castlm.core.errors import InputError
 from castlm.data import documents
 from castlm.files.output import begin_output, output_folder
+from castlm.lab.compare import runs
+from castlm.lab.compare.plan import CompareConfig, Plan
+from castlm.lab.compare.plan import compare as run_comparison
+from castlm.lab.compare.plots import PLOTS
+from castlm.lab.compare.presets import PRESETS, SPARSEGPT
+from castlm.lab.compare.report import starts_note, summarize, verdict
+from castlm.lab.compare.runs import Result, Run, content_hash, refuse_running, run_key, run_process
 from castlm.methods.table import METHODS
 from castlm.progress import note
 from castlm.training.config import TrainConfig

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.sparsify import prune_
-from castlm.inference import native
-from castlm.inference.decode import DecoderState, TokenTimes, decoding_method, greedy, prompt_rows, step_together
-from castlm.inference.generate import generate_text
-from castlm.inference.layers import PackedLinear, pack_model_
+from castlm.runtime import native
+from castlm.runtime.decode import DecoderState, TokenTimes, decoding_method, greedy, prompt_rows, step_together
+from castlm.runtime.generate import generate_text
+from castlm.runtime.layers import PackedLinear, pack_model_
 from tests.fused import threads
 from tests.packed_weights import buffer_of, kernels_of, random_packed
 from tests.slow import slow_but
@@ -230,7 +230,7 @@ def test_the_beams_of_a_generation_config_do_not_matter_for_one_sequence():
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_times_of_tokens_give_their_rate(packed, monkeypatch):
     clock = iter(float(number**2) for number in range(100))
-    monkeypatch.setattr("castlm.inference.decode.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("castlm.runtime.decode.time.perf_counter", lambda: next(clock))
     came = TokenTimes()
     greedy(packed_model("llama") if packed else tiny_model("llama"), IDS, 4, came)
     assert came.times == [0.0, 1.0, 4.0, 9.0, 16.0]  # the prompt, and four tokens

@@ -10,7 +10,7 @@ from rich.table import Table
 from castlm.cli import demo
 from castlm.cli.demo_payoff import Case, measure
 from castlm.cli.main import main
-from castlm.inference import generate
+from castlm.runtime import generate
 from castlm.training.run import Run
 from tests.chats import save_chat_model
 from tests.refusals import refused

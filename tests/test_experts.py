@@ -25,7 +25,7 @@ from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.files.stored import read_header
-from castlm.inference.formats import FILE, read_specs, to_metadata
+from castlm.formats.packed_file import FILE, read_specs, to_metadata
 from castlm.models.io import load_model
 from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, input_axis
 from castlm.training.config import TrainConfig

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from castlm.cli.main import COMMANDS, main
-from castlm.compare.plan import CompareConfig, Plan
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents, split_documents
 from castlm.data.images import read_image
@@ -30,12 +29,13 @@ from castlm.export.verify import verify
 from castlm.fields import choices_of, hints_of
 from castlm.files.reading import open_regular
 from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yaml
-from castlm.inference.formats import PackedSpec
+from castlm.formats.packed_file import PackedSpec
+from castlm.lab.compare.plan import CompareConfig, Plan
+from castlm.lab.planning.fit import fit_law
+from castlm.lab.planning.memory import Settings, plan_memory
+from castlm.lab.planning.points import Point, read_points
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
-from castlm.planning.fit import fit_law
-from castlm.planning.memory import Settings, plan_memory
-from castlm.planning.points import Point, read_points
 from castlm.training.config import TrainConfig
 from castlm.training.record import read_metrics
 

@@ -13,12 +13,23 @@ import castlm
 ROOT = Path(castlm.__file__).parent
 TIERS = (
     ("cli", "__main__"),
-    ("compare", "planning", "report", "serving"),
+    ("lab", "serving"),
     ("training",),
-    ("methods", "oneshot", "data", "distributed", "export", "evaluation", "inference", "structured", "patterns"),
-    ("models", "hardware"),
-    ("files", "fields", "progress", "signals"),
-    ("names", "dtypes", "packages"),
+    (
+        "methods",
+        "distributed",
+        "export",
+        "evaluation",
+        "oneshot",
+        "structured",
+        "patterns",
+        "runtime",
+        "formats",
+        "data",
+    ),
+    ("models",),
+    ("hardware", "files", "fields", "progress", "signals"),
+    ("names", "dtypes", "packages", "devices"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

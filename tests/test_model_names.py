@@ -13,9 +13,9 @@ from castlm.cli.pack import PackCommand
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
+from castlm.lab.planning.memory import read_config
 from castlm.models.io import load_model
 from castlm.models.locate import locate
-from castlm.planning.memory import read_config
 from tests.test_models import write_gguf
 from tests.tiny import tiny_model, tiny_tokenizer
 

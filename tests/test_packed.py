@@ -23,10 +23,10 @@ from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.files.stored import read_header
-from castlm.inference.formats import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
-from castlm.inference.packed import pack, pack_integers, unpack
+from castlm.formats.packed_file import FILE, INDEX, METADATA_KEY, PackedSpec, read_specs
 from castlm.models.io import load_model, save_model
 from castlm.patterns import parse_pattern
+from castlm.runtime.packed import pack, pack_integers, unpack
 from tests.refusals import assert_refused, disk_full
 from tests.runs import assert_equal_weights, edit_json, edit_weights, record_of, weights
 from tests.slow import slow

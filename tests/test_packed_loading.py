@@ -16,10 +16,10 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.export.packed import pack_folder
-from castlm.inference import decode, generate, native
-from castlm.inference.decode import greedy
-from castlm.inference.layers import PackedEmbedding, PackedLinear, PackedModule, pack_model_
 from castlm.models.io import load_model
+from castlm.runtime import decode, generate, native
+from castlm.runtime.decode import greedy
+from castlm.runtime.layers import PackedEmbedding, PackedLinear, PackedModule, pack_model_
 from tests.packed_weights import needs_kernels
 from tests.runs import edit_json, edit_weights
 from tests.slow import slow, slow_but

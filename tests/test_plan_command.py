@@ -8,7 +8,7 @@ import pytest
 
 from castlm.cli.main import main
 from castlm.distributed.world import init_world
-from castlm.planning.law import check_plot
+from castlm.lab.planning.law import check_plot
 from castlm.training.train import calibrate, train
 from tests.refusals import assert_refused
 from tests.runs import begin_run, small

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.planning.fit import fit_law
-from castlm.planning.law import Law, plot_law, predict_perplexity, tokens_for
-from castlm.planning.points import Point, read_points
+from castlm.lab.planning.fit import fit_law
+from castlm.lab.planning.law import Law, plot_law, predict_perplexity, tokens_for
+from castlm.lab.planning.points import Point, read_points
 
 L_INF, BETA = 1.6, 0.4
 AMPLITUDE = 0.8 * 1e6**BETA  # 0.8 nats above the floor at a million tokens

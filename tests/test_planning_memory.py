@@ -16,10 +16,10 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import sparse_param_groups
+from castlm.lab.planning import memory
+from castlm.lab.planning.memory import Settings, plan_memory, saved_bytes, trace
 from castlm.models.architecture import backbone, linearize_, shape_model
 from castlm.patterns import parse_pattern
-from castlm.planning import memory
-from castlm.planning.memory import Settings, plan_memory, saved_bytes, trace
 from tests.refusals import assert_refused
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, tiny_model

@@ -5,9 +5,9 @@ from transformers import AutoConfig
 
 from castlm.cli import plan as command
 from castlm.core.errors import InputError
+from castlm.lab.planning.prune_memory import plan_prune_memory
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.patterns import parse_pattern
-from castlm.planning.prune_memory import plan_prune_memory
 from tests.tiny import save_tiny
 
 HIDDEN, NEURONS, KEYS, VOCAB, LAYERS = 64, 176, 32, 256, 3

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from castlm.cli.main import main
-from castlm.compare import runs
 from castlm.files.record import record_output
-from castlm.planning import fit
-from castlm.planning.law import Law
+from castlm.lab.compare import runs
+from castlm.lab.planning import fit
+from castlm.lab.planning.law import Law
 from castlm.training.config import TrainConfig
 from castlm.training.run import Run as TrainingRun
 from castlm.training.train import train

@@ -20,13 +20,13 @@ from castlm.export import quantized
 from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
 from castlm.files.stored import read_header
-from castlm.inference.formats import read_specs
-from castlm.inference.packed import pack_integers, unpack
-from castlm.inference.quantize import quantize_
-from castlm.inference.rounding import round_in_groups, round_rows
+from castlm.formats.packed_file import read_specs
+from castlm.formats.rounding import round_in_groups, round_rows
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
 from castlm.oneshot.calibration import draw_calibration
+from castlm.oneshot.quantize import quantize_
+from castlm.runtime.packed import pack_integers, unpack
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.refusals import assert_refused
 from tests.runs import assert_equal_weights, prune_to, record_of, weights

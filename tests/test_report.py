@@ -14,10 +14,10 @@ import pytest
 from castlm.cli.main import main
 from castlm.cli.report import write_report
 from castlm.core.errors import InputError
-from castlm.report import charts
-from castlm.report.charts import Picture, Series, dot_chart, heat_map, line_chart
-from castlm.report.run_page import read_run, run_page
-from castlm.report.sample import read_sample
+from castlm.lab.report import charts
+from castlm.lab.report.charts import Picture, Series, dot_chart, heat_map, line_chart
+from castlm.lab.report.run_page import read_run, run_page
+from castlm.lab.report.sample import read_sample
 from castlm.training.record import verdict
 from tests.runs import record_of, small_command
 from tests.slow import slow

@@ -15,8 +15,8 @@ from castlm.evaluation.perplexity import perplexity
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.files.stored import read_header
-from castlm.inference.formats import FILE, read_specs
-from castlm.inference.rounding import on_grid
+from castlm.formats.packed_file import FILE, read_specs
+from castlm.formats.rounding import on_grid
 from castlm.models.io import load_model
 from castlm.training.train import train
 from tests.packed_weights import needs_kernels

@@ -9,11 +9,11 @@ import torch
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.data import sampling
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.data.sampling import Sampler, open_samples, read_prompts, sample
+from castlm.lab import sampling
+from castlm.lab.sampling import Sampler, open_samples, read_prompts, sample
 from tests.chats import CHATML, chat_tokenizer, write_rows
 from tests.ranks import start_command, wait_for
 from tests.refusals import assert_refused

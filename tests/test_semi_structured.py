@@ -8,8 +8,9 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.inference.roofline import gpu_formats
-from castlm.inference.semi_structured import Cusparselt, gpu_timer, to_semi_structured_
+from castlm.lab.advice.gpu import gpu_timer
+from castlm.lab.advice.roofline import gpu_formats
+from castlm.runtime.semi_structured import Cusparselt, to_semi_structured_
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
 

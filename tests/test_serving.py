@@ -18,8 +18,8 @@ import torch
 from castlm.cli.main import main
 from castlm.cli.serve import default_name
 from castlm.core.sparsify import prune_
-from castlm.inference.generate import generate_text
-from castlm.inference.layers import pack_model_
+from castlm.runtime.generate import generate_text
+from castlm.runtime.layers import pack_model_
 from castlm.serving import engine as engine_module
 from castlm.serving.app import make_app
 from castlm.serving.engine import Answer, BusyError, Engine

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
+from castlm.lab.planning.memory import Settings, plan_memory
 from castlm.models.io import load_model
-from castlm.planning.memory import Settings, plan_memory
 from castlm.training import source, teacher_cache
 from castlm.training.config import FinetuneConfig, TrainConfig
 from castlm.training.teacher_cache import TeacherCache

@@ -1,11 +1,11 @@
 """From a dense language model to an n:m sparse one by continued training. The public names, imported when asked for.
 
-Importing castlm also lets transformers load packed folders: see `castlm.inference.register`.
+Importing castlm also lets transformers load packed folders: see `castlm.runtime.register`.
 """
 
 import importlib
 
-from castlm.inference.register import register
+from castlm.runtime.register import register
 
 __version__ = "0.1.0"
 
@@ -24,8 +24,8 @@ _HOME = {
     "castlm.export.hf": ("export_model",),
     "castlm.export.packed": ("pack_folder", "unpack_folder"),
     "castlm.export.verify": ("verify",),
-    "castlm.inference.layers": ("pack_model_",),
-    "castlm.inference.semi_structured": ("to_semi_structured_",),
+    "castlm.runtime.layers": ("pack_model_",),
+    "castlm.runtime.semi_structured": ("to_semi_structured_",),
     "castlm.methods.adapters": ("PatternCallback", "keep_pattern_", "shira_config"),
     "castlm.models.io": ("load_model", "save_model"),
     "castlm.patterns": ("parse_pattern",),

@@ -15,7 +15,7 @@ from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
 
 if TYPE_CHECKING:
-    from castlm.inference.advise import Quality
+    from castlm.lab.advice.cpu import Quality
 
 
 @dataclass
@@ -74,9 +74,9 @@ class AdviseCommand:
 
     def _of_results(self) -> tuple[dict[str, Any], str]:
         """The comparison of finished results, as a report and as text."""
-        from castlm.compare.tradeoff import as_dict, candidates, measure, text
-        from castlm.inference.native import built
+        from castlm.lab.compare.tradeoff import as_dict, candidates, measure, text
         from castlm.progress import note
+        from castlm.runtime.native import built
 
         refuse_given(self, _OF_ADVICE, "is not for --results, which decodes one sequence in bf16 here: leave it out")
         built()
@@ -86,7 +86,7 @@ class AdviseCommand:
 
     def _of_formats(self) -> tuple[dict[str, Any], str]:
         """The advice for this CPU or a GPU, as a report and as text."""
-        from castlm.inference.semi_structured import this_gpu
+        from castlm.lab.advice.gpu import this_gpu
 
         cut = None if self.pattern.cut_out is None else self.pattern
         if (self.law is None) != (self.train_tokens is None):
@@ -97,7 +97,7 @@ class AdviseCommand:
         return self._on_gpu(cut) if is_on_gpu else self._on_cpu(cut)
 
     def _on_cpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
-        from castlm.inference.advise import SECONDS, WORKLOADS, check_can_time, rank, shapes_of
+        from castlm.lab.advice.cpu import SECONDS, WORKLOADS, check_can_time, rank, shapes_of
         from castlm.progress import note, shown_progress
 
         check_can_time(self.dtype)
@@ -127,8 +127,8 @@ class AdviseCommand:
     def _quality(self, name: str) -> Quality:
         """The figures of the result in the folder `name`, if it has this pattern; n:m by the law if there is one."""
         from castlm.export.folder import read_manifest
-        from castlm.inference.advise import Quality
-        from castlm.planning.law import Law, predict_perplexity
+        from castlm.lab.advice.cpu import Quality
+        from castlm.lab.planning.law import Law, predict_perplexity
         from castlm.training.record import final_perplexity
 
         pattern = self.pattern
@@ -148,10 +148,10 @@ class AdviseCommand:
         return Quality(found.get("dense"), at.perplexity, source)
 
     def _on_gpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
-        from castlm.inference.advise import shapes_of
-        from castlm.inference.devices import find_device
-        from castlm.inference.roofline import advise
-        from castlm.inference.semi_structured import gpu_timer, this_gpu
+        from castlm.devices import find_device
+        from castlm.lab.advice.cpu import shapes_of
+        from castlm.lab.advice.gpu import gpu_timer, this_gpu
+        from castlm.lab.advice.roofline import advise
 
         if cut is None and self.pattern != NM(2, 4):
             raise InputError(f"pattern {self.pattern}: GPUs have hardware for 2:4 alone")

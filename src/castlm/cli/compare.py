@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 from castlm.cli.options import command_line, parse, to_stdout
-from castlm.compare.plan import CompareConfig, compare
-from castlm.compare.report import Report
-from castlm.compare.runs import OneshotConfig
 from castlm.core.errors import InputError
 from castlm.fields import build
 from castlm.files.yaml_file import read_yaml_mapping
+from castlm.lab.compare.plan import CompareConfig, compare
+from castlm.lab.compare.report import Report
+from castlm.lab.compare.runs import OneshotConfig
 from castlm.names import aligned
 from castlm.progress import note
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
 def one_shot_row(file: str) -> int:
     """Runs a one-shot row with the options of a YAML file; returns the exit code."""
-    from castlm.compare.oneshot import run_oneshot
+    from castlm.lab.compare.oneshot import run_oneshot
 
     try:
         run_oneshot(build(OneshotConfig, read_yaml_mapping(file), file))

@@ -257,7 +257,7 @@ def result_folder(path: str) -> str:
 
 def head_formats() -> tuple[str, ...]:
     """The choices of `--head`."""
-    from castlm.inference.formats import HEADS
+    from castlm.formats.table import HEADS
 
     return HEADS
 

@@ -107,10 +107,10 @@ class MemoryOptions:
 
 def memory(arguments: list[str]) -> int:
     config, options = parse_train(arguments, "plan memory", MemoryOptions, {"dataset": "none", "output_dir": "none"})
+    from castlm.devices import DEVICES
     from castlm.dtypes import FLOATS
-    from castlm.inference.devices import DEVICES
-    from castlm.planning.memory import Settings, plan_memory
-    from castlm.planning.prune_memory import plan_prune_memory
+    from castlm.lab.planning.memory import Settings, plan_memory
+    from castlm.lab.planning.prune_memory import plan_prune_memory
 
     model, pattern, start, teacher = config.model.model, config.model.pattern, config.start, config.teacher
     if start.name not in pattern.solvers and not Path(start.name).expanduser().is_dir():
@@ -175,9 +175,9 @@ class FitCommand:
     """File for a plot of the fit and its residuals (.pdf, .png or .svg)."""
 
     def run(self) -> int:
-        from castlm.planning.fit import fit_law
-        from castlm.planning.law import check_plot, plot_law
-        from castlm.planning.points import read_points
+        from castlm.lab.planning.fit import fit_law
+        from castlm.lab.planning.law import check_plot, plot_law
+        from castlm.lab.planning.points import read_points
 
         check_json_path(self.json)
         if self.plot is not None:
@@ -223,9 +223,9 @@ class PredictCommand:
     """Price of one hour of that device; adds the cost."""
 
     def run(self) -> int:
-        from castlm.planning.fit import fit_law
-        from castlm.planning.law import Law, predict_perplexity, readable, tokens_for
-        from castlm.planning.points import read_points
+        from castlm.lab.planning.fit import fit_law
+        from castlm.lab.planning.law import Law, predict_perplexity, readable, tokens_for
+        from castlm.lab.planning.points import read_points
 
         if (self.tokens is None) == (self.target_ppl is None):
             raise InputError("give one of --tokens and --target-ppl")
@@ -262,7 +262,7 @@ class PredictCommand:
 
 
 def sweep(arguments: list[str]) -> int:
-    from castlm.planning.sweep import SweepConfig, sweep
+    from castlm.lab.planning.sweep import SweepConfig, sweep
     from castlm.progress import note
 
     config = parse(SweepConfig, arguments, "plan sweep")

@@ -28,7 +28,7 @@ class ReportCommand:
     """Rewrite the page every few seconds until the run ends; an open browser tab reloads it."""
 
     def run(self) -> int:
-        from castlm.report.run_page import REFRESH_SECONDS, read_run, write_run_page
+        from castlm.lab.report.run_page import REFRESH_SECONDS, read_run, write_run_page
 
         run = read_run(self.run_folder)
         if not os.access(run.folder, os.W_OK):
@@ -49,8 +49,8 @@ def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "aut
 
     Raises `InputError` if the folder holds no run, or `sample` is "yes" and there can be none.
     """
-    from castlm.report.run_page import read_run, write_run_page
-    from castlm.report.sample import LARGEST_PARAMS, read_sample, write_sample
+    from castlm.lab.report.run_page import read_run, write_run_page
+    from castlm.lab.report.sample import LARGEST_PARAMS, read_sample, write_sample
 
     run = read_run(folder)
     text = read_sample(run) if run.is_finished and sample != "no" else None

@@ -70,7 +70,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
     """
 
     def run(self) -> int:
-        from castlm.data.sampling import open_samples, read_prompts
+        from castlm.lab.sampling import open_samples, read_prompts
 
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other: choose one")
@@ -137,8 +137,8 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
         import torch
 
         from castlm.data.chat import with_template
-        from castlm.data.sampling import Sampler, sample
         from castlm.hardware import choose_device
+        from castlm.lab.sampling import Sampler, sample
         from castlm.models.io import load_model
         from castlm.progress import note, shown_progress
 

@@ -47,8 +47,8 @@ class ServeCommand:
         use_threads(self.threads)
         import uvicorn
 
-        from castlm.inference.generate import load_to_generate
         from castlm.progress import note
+        from castlm.runtime.generate import load_to_generate
         from castlm.serving.app import make_app
         from castlm.serving.engine import Engine
 

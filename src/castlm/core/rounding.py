@@ -5,7 +5,7 @@ A weight is a whole code times the scale of its group, some consecutive columns 
 evaluation, computes with the weights that will be stored. A masked weight decays to zero, and so rounds to zero.
 
 - One side of zero has one code more than the other: the side of the group's largest weight, so that no sign needs to be
-  trained. `castlm.inference.rounding.on_grid` gives the scale a sign instead.
+  trained. `castlm.formats.rounding.on_grid` gives the scale a sign instead.
 - The gradient passes straight through the rounding, and is zero where the rounding clips.
 - The logarithm of a scale is trained, so that one learning rate serves scales of every size. The forward pass rounds
   the scale to bf16, as it is stored.

@@ -23,8 +23,8 @@ from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
 from castlm.dtypes import dtype_name
 from castlm.hardware import library_versions
-from castlm.inference.layers import PackedLinear
 from castlm.models.architecture import backbone, context_length, eval_mode, logit_scale, output_head
+from castlm.runtime.layers import PackedLinear
 
 _HEAD_ROWS = 192  # tokens whose logits are in memory at once
 SEQ_LEN = 1024

@@ -22,7 +22,8 @@ from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.files.reading import check_regular, read_json_object
 from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
-from castlm.inference import formats
+from castlm.formats import packed_file
+from castlm.formats.table import FORMATS
 from castlm.models.layout import QUANT_METHOD
 from castlm.models.locate import check_holds_model
 from castlm.patterns import parse_pattern
@@ -45,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     left_dense = manifest.get("left_dense", {})
     if not isinstance(left_dense, dict):
         raise InputError(f"{file}: left_dense is a {type(left_dense).__name__}, not an object of names and reasons")
-    trained, kinds = manifest.get("rounded"), [form.name for form in formats.FORMATS.values() if form.group]
+    trained, kinds = manifest.get("rounded"), [form.name for form in FORMATS.values() if form.group]
     if "rounded" in manifest and not (isinstance(trained, dict) and trained.get("kind") in kinds):
         raise InputError(
             f"{file}: rounded is {trained!r:.100}, and its kind must be {' or '.join(kinds)}: fetch it again"
@@ -92,16 +93,16 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
     """
     if not path.is_dir():
         tensors = read_header(path)
-        for index in (path.parent / INDEX, path.parent / formats.INDEX):
-            is_whole = path.name in (SINGLE, formats.FILE)
+        for index in (path.parent / INDEX, path.parent / packed_file.INDEX):
+            is_whole = path.name in (SINGLE, packed_file.FILE)
             if index.is_file() and not is_whole and path.name in read_weight_map(index).values():
                 raise InputError(f"{path} is one of several files of a model: verify the folder {path.parent}")
         return tensors
     check_holds_model(path)
-    names = (formats.FILE, formats.INDEX) if is_packed(config) else (SINGLE, INDEX)
+    names = (packed_file.FILE, packed_file.INDEX) if is_packed(config) else (SINGLE, INDEX)
     single, index = (path / name for name in names)
     if is_packed(config):
-        named = config["quantization_config"].get("weights", formats.FILE)
+        named = config["quantization_config"].get("weights", packed_file.FILE)
         if named != (single if single.exists() else index).name:
             raise InputError(f"{path / 'config.json'} names the weights {named!r}, which castlm does not write")
     if single.exists():

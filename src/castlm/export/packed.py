@@ -39,10 +39,19 @@ from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
 from castlm.files.stored import INDEX, SINGLE, StoredTensor
-from castlm.inference import formats
-from castlm.inference.formats import FORMATS, PackedSpec
-from castlm.inference.layers import can_pack_tables
-from castlm.inference.packed import (
+from castlm.formats import packed_file
+from castlm.formats.packed_file import PackedSpec
+from castlm.formats.rounding import Rounded, on_grid, round_rows
+from castlm.formats.table import FORMATS
+from castlm.models.architecture import shape_model
+from castlm.models.conversion import as_stored, possible_names
+from castlm.models.io import load_model, open_config
+from castlm.models.layout import QUANT_METHOD, input_axis
+from castlm.models.locate import cached_snapshot, local_folder, locate
+from castlm.patterns import DENSE, parse_pattern
+from castlm.progress import note
+from castlm.runtime.layers import can_pack_tables
+from castlm.runtime.packed import (
     PackedTensor,
     cast_weight,
     kept_mask,
@@ -52,14 +61,6 @@ from castlm.inference.packed import (
     read_tensor,
     unpack,
 )
-from castlm.inference.rounding import Rounded, on_grid, round_rows
-from castlm.models.architecture import shape_model
-from castlm.models.conversion import as_stored, possible_names
-from castlm.models.io import load_model, open_config
-from castlm.models.layout import QUANT_METHOD, input_axis
-from castlm.models.locate import cached_snapshot, local_folder, locate
-from castlm.patterns import DENSE, parse_pattern
-from castlm.progress import note
 
 Progress = Callable[[int, int], None]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -219,7 +220,7 @@ def pack_into(
         specs[table] = PackedSpec(*stored[table].shape, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
     how = _Packing(stored, specs, rounded, cast)
-    weights = _write_weights(folder, how, (formats.FILE, formats.INDEX), progress)
+    weights = _write_weights(folder, how, (packed_file.FILE, packed_file.INDEX), progress)
     _write_packed_rest(source, folder, weights, pattern, cast)
     if pattern is None:
         check_dense(folder)
@@ -259,7 +260,7 @@ class _Packing:
 
     def metadata(self, names: Iterable[str]) -> dict[str, str]:
         specs = {name: self.specs[name] for name in names if name in self.specs}
-        return formats.to_metadata({spec.stem(name): spec for name, spec in specs.items()})
+        return packed_file.to_metadata({spec.stem(name): spec for name, spec in specs.items()})
 
 
 def _specs(
@@ -347,7 +348,7 @@ def _write_packed_rest(source: Path, folder: Path, weights: str, pattern: NM | N
     config = read_config(source)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "version": formats.VERSION,
+        "version": packed_file.VERSION,
         "pattern": name,
         "weights": weights,
     }
@@ -362,7 +363,7 @@ def _write_packed_rest(source: Path, folder: Path, weights: str, pattern: NM | N
         recorded = recorded_pattern(manifest) or pattern
         is_counted = recorded.nm == pattern  # by `verify`, in a packed folder
         manifest["pattern"] = str(recorded if is_counted else pattern)
-    manifest["packed"] = {"format": formats.VERSION, "castlm": __version__}
+    manifest["packed"] = {"format": packed_file.VERSION, "castlm": __version__}
     _write_small_files(source, folder, config, manifest, packed_card(source, manifest, name))
 
 

@@ -23,10 +23,10 @@ from castlm.export.folder import left_dense_reason, read_manifest
 from castlm.export.hf import export_model
 from castlm.export.packed import groups_of, naming_instead, pack_into
 from castlm.files.output import atomic_dir
-from castlm.inference.formats import FORMATS
-from castlm.inference.quantize import QuantizeReport, quantize_, stored_layers
+from castlm.formats.table import FORMATS
 from castlm.models.io import load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
+from castlm.oneshot.quantize import QuantizeReport, quantize_, stored_layers
 
 _UNTRUE = ("proof", "figures", "perplexity")
 _WRITTEN_AGAIN = ("schema_version", "versions", "left_dense", "dtype", "packed", "quantized")

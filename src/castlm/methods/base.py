@@ -26,7 +26,7 @@ from castlm.core.sparsify import (
     sparse_param_groups,
     weight_parameter,
 )
-from castlm.inference.formats import FORMATS
+from castlm.formats.table import FORMATS
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
 

@@ -29,8 +29,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from castlm.core.errors import InputError, is_out_of_memory
-from castlm.inference.decode import ONE_SEQUENCE, DecoderState, PromptReader, decoding_method, step_together
 from castlm.models.architecture import context_length
+from castlm.runtime.decode import ONE_SEQUENCE, DecoderState, PromptReader, decoding_method, step_together
 
 MOST_TOGETHER = 8
 """Sequences that are decoded together."""
@@ -214,7 +214,7 @@ class Engine:
     """Answers requests with one model, in a thread of its own.
 
     Args:
-        model: as `castlm.inference.generate.load_to_generate` gives it.
+        model: as `castlm.runtime.generate.load_to_generate` gives it.
         say: takes a line that says why castlm's decoder is not used.
     """
 

@@ -16,11 +16,11 @@ from castlm.core.nm import Pattern, unpack_mask
 from castlm.core.rounding import rounded_layers
 from castlm.core.sparsify import num_weights
 from castlm.data.scored import ScoredText
+from castlm.devices import device_of
 from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World
+from castlm.formats.packed_file import PackedSpec
 from castlm.hardware import autocast
-from castlm.inference.devices import device_of
-from castlm.inference.formats import PackedSpec
 from castlm.training.objective import Objective
 from castlm.training.record import HISTOGRAM_EDGES
 

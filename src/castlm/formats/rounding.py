@@ -1,0 +1,192 @@
+"""Rounds weights to int8, float8, int4 or int3 with every zero kept exactly, so that a mask survives quantization.
+
+All scales are symmetric, without a zero point. int4 and int3 have one for each row and 64 columns, and are rounded by
+GPTQ (Frantar et al. 2023, arXiv 2210.17323), column by column: later columns compensate for the error of a column.
+A masked weight has the single grid point 0 and passes its share of the error to later columns, as in SparseGPT (arXiv
+2301.00774). GPTQ relies on columns that turn out to be masked, so a few passes of coordinate descent follow (QuantEase,
+arXiv 2309.01885): each code in turn becomes the best for the layer's output with all others fixed, and each scale the
+best for its codes. They never increase the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError, check_finite
+from castlm.core.rounding import best_scale, in_groups
+from castlm.formats.table import FORMATS
+from castlm.oneshot.sparsegpt import upper_factor
+
+
+@dataclass
+class Rounded:
+    """A weight (rows, columns) on a grid: `codes * scales`."""
+
+    kind: str
+    """A format of `ROUNDED`."""
+    codes: Tensor
+    """(rows, columns): int8 holds int8, int4 (-8 to 7) and int3 (-4 to 3), float8_e4m3fn holds fp8."""
+    scales: Tensor
+    """fp32: (rows, 1), or for int4 and int3 (rows, ceil(columns / 64)) with values that are exact in bf16."""
+
+    def dequantized(self) -> Tensor:
+        """(rows, columns), fp32. Every zero is 0.0, because the packed format cannot always store -0.0."""
+        scales = self.scales
+        if group := FORMATS[self.kind].group:
+            scales = scales.repeat_interleave(group, dim=1)[:, : self.codes.shape[1]]
+        return (self.codes.float() * scales).add_(0.0)
+
+    def cpu(self) -> Rounded:
+        return Rounded(self.kind, self.codes.cpu(), self.scales.cpu())
+
+    def split(self, rows: list[int]) -> list[Rounded]:
+        """Splits layers that were rounded together, given their numbers of rows."""
+        return [
+            Rounded(self.kind, codes, scales) for codes, scales in zip(self.codes.split(rows), self.scales.split(rows))
+        ]
+
+
+def round_rows(weight: Tensor, kind: str) -> Rounded:
+    """Rounds each row to the nearest int8 or float8 (e4m3), scaled so that its largest magnitude is the end of the
+    range.
+
+    Args:
+        weight: (rows, columns), any float dtype.
+
+    Raises:
+        InputError: NaN or infinity in the weight.
+    """
+    assert kind in ("int8", "fp8"), kind
+    check_finite(f"a weight of shape {tuple(weight.shape)}", weight)
+    weight = weight.float()
+    largest = FORMATS[kind].largest
+    scales = (weight.abs().amax(1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = weight / scales
+    codes = scaled.round().to(torch.int8) if kind == "int8" else scaled.clamp(-largest, largest).to(torch.float8_e4m3fn)
+    return Rounded(kind, codes, scales)
+
+
+def round_in_groups(
+    weight: Tensor, hessian: Tensor | None = None, damping: float = 0.01, passes: int = 4, kind: str = "int4"
+) -> Rounded:
+    """Rounds in groups of columns: by GPTQ and coordinate descent if `hessian` is given, otherwise to the nearest.
+
+    Args:
+        weight: (rows, columns), any float dtype; zeros stay.
+        hessian: X^T X of the input up to a factor, (columns, columns), fp32, symmetric; overwritten.
+        damping: fraction of the Hessian's mean diagonal to add to it.
+        passes: passes of coordinate descent over all columns.
+        kind: "int4" or "int3".
+
+    Raises:
+        InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
+    """
+    check_finite(f"a weight of shape {tuple(weight.shape)}", weight)
+    columns = weight.shape[1]
+    target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
+    updated = target.clone()  # the columns still to be rounded compensate for those that are
+    kept = target != 0
+    upper = torch.eye(columns, device=updated.device)
+    if hessian is not None:  # U, upper triangular, with U^T U = H^-1 of the damped H
+        diagonal = hessian.diagonal()
+        dead = diagonal == 0  # columns without input are decoupled
+        hessian[dead, :], hessian[:, dead] = 0, 0
+        diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1
+        factor, damping = upper_factor(hessian, damping)
+        diagonal += damping * diagonal.mean()
+        upper = torch.linalg.solve_triangular(factor, upper, upper=True)
+    blocks, ends = FORMATS[kind].groups(columns), _range(kind)
+    codes, scales = torch.empty_like(updated), updated.new_empty(len(blocks), updated.shape[1])
+    for group, block in enumerate(blocks):
+        inner = upper[block, block]
+        importance = inner.diagonal().square().reciprocal().unsqueeze(1)  # 1 / U_jj^2, the cost in the output
+        scales[group] = best_scale(updated[block] * kept[block], ends, ends[::-1], importance, dim=0)
+        errors = _round_block(updated[block], kept[block], scales[group], inner, codes[block], ends)
+        updated[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
+    if hessian is not None:
+        _descend(codes, scales, target, kept, hessian, passes, kind)
+    return Rounded(kind, codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
+
+
+def on_grid(weight: Tensor, kind: str) -> Rounded:
+    """The codes and scales of a weight that was trained with rounding to `kind`; see `castlm.core.rounding`.
+
+    The scale of a group is its largest magnitude divided by a code, up to the rounding of the stored weights.
+
+    Args:
+        weight: (rows, columns) in bf16, fp16 or fp32, whose values are codes times scales in this dtype.
+
+    Raises:
+        InputError: a group that is no whole multiple of a scale.
+    """
+    groups = in_groups(weight, FORMATS[kind].group)  # (rows, groups, 64)
+    exact, (low, high) = groups.float(), _range(kind)
+    extreme = exact.gather(-1, exact.abs().argmax(-1, keepdim=True))
+    scales, found = torch.ones_like(extreme), extreme == 0
+    for end in range(1, -low + 1):
+        nearest = (extreme / -end).bfloat16()  # negative for the code -8 or -4, whose opposite does not exist
+        for step in (0, -1, 1):  # the stored end is rounded too
+            scale = (nearest.view(torch.int16) + step).view(torch.bfloat16).float()
+            codes = (exact / scale).round_()
+            fits = (codes * scale).to(weight.dtype) == groups
+            fits &= (codes >= low) & (codes <= high)
+            is_new = fits.all(-1, keepdim=True) & ~found
+            scales, found = torch.where(is_new, scale, scales), found | is_new
+    if not bool(found.all()):
+        raise InputError(f"its weights are not codes of {kind} times scales, as castlm.json says: train it again")
+    codes = (exact / scales).round_().flatten(1)[:, : weight.shape[1]]
+    return Rounded(kind, codes.to(torch.int8).contiguous(), scales.squeeze(-1))
+
+
+def _range(kind: str) -> tuple[int, int]:
+    """The smallest and the largest code."""
+    largest = int(FORMATS[kind].largest)
+    return -largest - 1, largest
+
+
+def _descend(
+    codes: Tensor, scales: Tensor, target: Tensor, kept: Tensor, hessian: Tensor, passes: int, kind: str
+) -> None:
+    """Coordinate descent on tr(E^T H E), E = codes * scales - target, in place; all are (columns, rows), scales
+    (groups, rows)."""
+    blocks, ends = FORMATS[kind].groups(len(codes)), _range(kind)
+    error = torch.cat([codes[block] * scales[group] - target[block] for group, block in enumerate(blocks)])
+    for _ in range(passes):
+        for group, block in enumerate(blocks):
+            inner, scale = hessian[block, block], scales[group]
+            slope = hessian[block] @ error  # half the gradient by the weights, (64, 576) @ (576, rows), kept up to date
+            for j in range(len(slope)):
+                column = codes[block.start + j]
+                wanted = column - slope[j] / (inner[j, j] * scale)  # where the quadratic in this code has its minimum
+                change = wanted.round_().clamp_(*ends).mul_(kept[block.start + j]).sub_(column)
+                column += change
+                slope.addr_(inner[:, j], change.mul_(scale))
+            _refit(scale, codes[block], slope, inner)
+            error[block] = codes[block] * scale - target[block]
+
+
+def _refit(scale: Tensor, codes: Tensor, slope: Tensor, inner: Tensor) -> None:
+    """Replaces the scale (rows,) by the best one for the codes (64, rows) of a group, where rounding that to bf16 still
+    improves.
+    """
+    # The loss at scale + d is the loss at scale + 2 d first + d^2 second, with the codes fixed.
+    first, second = (slope * codes).sum(0), (codes * (inner @ codes)).sum(0)
+    change = (scale - first / second.clamp_min(1e-30)).bfloat16().float() - scale
+    is_better = (2 * change * first + change.square() * second < 0) & (scale + change != 0)
+    scale.add_(change * is_better)
+
+
+def _round_block(
+    updated: Tensor, kept: Tensor, scale: Tensor, upper: Tensor, codes: Tensor, ends: tuple[int, int]
+) -> Tensor:
+    """Rounds the columns of one group, (64, rows), in order; returns the error of each, in units of U_jj."""
+    errors = torch.empty_like(updated)
+    for j in range(len(updated)):
+        codes[j] = (updated[j] / scale).round_().clamp_(*ends).mul_(kept[j])
+        # GPTQ, Alg. 1: the error (w_j - q_j) / U_jj, which column k > j inherits times U_jk
+        errors[j] = updated[j].addcmul_(codes[j], scale, value=-1).div_(upper[j, j])
+        updated[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    return errors

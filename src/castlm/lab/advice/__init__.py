@@ -1,0 +1,1 @@
+"""Which format of a model pays on which processor."""

@@ -1,0 +1,443 @@
+"""Recommends a format for a model on this CPU: times every format, with its bytes, and its perplexity if known.
+
+The layers have the shapes of the model's config and random weights, so nothing is downloaded. The formats of a shape
+are timed in turns, over so many copies of the weight that the caches cannot hold them, as in a model. Attention, norms
+and the KV cache are not timed, since they take the same time in every format. `roofline.py` estimates GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear
+from castlm.core.nm import NM, Pattern, nm_mask
+from castlm.core.sparsify import is_sparse_linear
+from castlm.dtypes import FLOATS
+from castlm.formats.packed_file import PackedSpec
+from castlm.formats.table import FORMATS, HEADS
+from castlm.hardware import cpu_name, has_fast_bf16
+from castlm.names import aligned
+from castlm.runtime import native
+from castlm.runtime.layers import packed_linear
+from castlm.runtime.packed import pack, pack_integers
+from castlm.structured.pattern import sizes_after, sizes_of
+
+Shape = tuple[int, int]
+"""(out_features, in_features)."""
+
+NOTICEABLE = 1.05
+"""A smaller gain is within the spread of measurements, and is not recommended."""
+
+TWO_OF_FOUR = NM(2, 4)
+
+WORKLOADS = {"one token": 1, "batch of 8": 8, "prompt of 512": 512}
+"""Rows of a layer's input; the head sees only the last row of a prompt."""
+
+SECONDS = 30.0
+"""Default seconds of timing for all shapes, without the time to make the weights."""
+
+_COLD_BYTES = 48 << 20  # more than most last-level caches: each call reads its weight from memory, as in a model
+_MOST_WEIGHTS = 4 << 20  # of a timed layer; of a larger one, only some rows are timed
+_LEAST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The number of a model's weights by shape."""
+
+    blocks: Mapping[Shape, int]
+    """Number of linear layers inside the transformer blocks by shape."""
+    head: Shape | None = None
+    """The output head."""
+    num_untimed: int = 0
+    """Weights of experts, which are not timed: the number of tokens of each depends on the router."""
+    is_tied: bool = True
+    """Whether the embedding and the head share one table."""
+    num_others: int = 0
+    """All weights outside `blocks`, the tables of embedding and head, and the experts."""
+
+
+def layer_shapes(model: PreTrainedModel) -> Shapes:
+    """The shapes of a model's weights; the model may be on the meta device.
+
+    Raises:
+        InputError: no linear layer inside numbered blocks.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    blocks = Counter(_shape(m) for name, m in linears.items() if is_sparse_linear(m, name))
+    if not blocks:
+        raise InputError(f"{type(model).__name__} has no linear layer inside transformer blocks: nothing to advise on")
+    outside = [m for name, m in linears.items() if not is_sparse_linear(m, name)]
+    head = max(outside, key=lambda m: m.weight.numel(), default=None)
+    experts = sum(m.weight.numel() for m in model.modules() if isinstance(m, ExpertLinear))
+    tables = {id(model.get_input_embeddings().weight), id(None if head is None else head.weight)}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in tables) - experts
+    others -= sum(math.prod(shape) * count for shape, count in blocks.items())
+    is_tied = bool(model.config.get_text_config().tie_word_embeddings)
+    return Shapes(dict(blocks), None if head is None else _shape(head), experts, is_tied, others)
+
+
+def _shape(layer: nn.Linear) -> Shape:
+    return layer.out_features, layer.in_features
+
+
+def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = None) -> Shapes:
+    """`layer_shapes` of a model folder, hub id, GGUF file or "demo", from its config alone.
+
+    Args:
+        cut: a pattern whose channels or heads are cut out first.
+
+    Raises:
+        InputError: as `castlm.models.io.open_config`, or a family that `cut` is not for.
+    """
+    from castlm.models.architecture import shape_model
+    from castlm.models.io import open_config
+
+    config = open_config(name, trust_remote_code=trust_remote_code)
+    if cut is not None:
+        for field_name, value in sizes_after(cut, sizes_of(cut, config.to_dict())).items():
+            setattr(config, field_name, value)
+    return layer_shapes(shape_model(config, trust_remote_code=trust_remote_code))
+
+
+# ---- what is compared
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to store and multiply the linear layers of a model."""
+
+    values: str
+    """A name of `FORMATS`."""
+    n: int = 0
+    m: int = 0
+    """The pattern; both 0 of dense layers."""
+    head: str = "bf16"
+    """Format of the output head and of an embedding tied to it."""
+    by_torch: bool = False
+    """Whether torch multiplies, as for a plain folder in transformers, instead of castlm's kernels."""
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.m > 0
+
+    @property
+    def name(self) -> str:
+        if self.by_torch:
+            return f"transformers, {self.values}"
+        head = f", {self.head} head" if FORMATS[self.head].rounds else ""
+        return f"{f'{self.n}:{self.m}' if self.m else 'dense'} {self.values}{head}"
+
+    def spec(self, shape: Shape, is_head: bool = False) -> PackedSpec:
+        """The storage of a layer, dense if m does not divide its width, or of the output head."""
+        if is_head:
+            return PackedSpec(*shape, 0, 0, self.head)
+        n, m = (self.n, self.m) if self.m and shape[1] % self.m == 0 else (0, 0)
+        return PackedSpec(*shape, n, m, self.values)
+
+
+def options(dtype: str = "bf16", pattern: NM | None = TWO_OF_FOUR) -> list[Option]:
+    """The options on a CPU: as transformers runs the model, and on castlm's kernels dense and n:m in `dtype` and in
+    every rounded format.
+
+    Args:
+        dtype: "bf16", "fp16" or "fp32", for weights that are not rounded.
+        pattern: n:m of the sparse options; None gives none.
+    """
+    patterns = [(0, 0)] if pattern is None else [(0, 0), (pattern.n, pattern.m)]
+    rounded = [form.name for form in FORMATS.values() if form.rounds and form.kernel is not None]
+    by_torch = "bf16" if dtype == "bf16" and has_fast_bf16() else "fp32"
+    found = [Option(by_torch, head=by_torch, by_torch=True)]
+    for n, m in patterns:
+        found += [Option(dtype, n, m, head=dtype), *(Option(values, n, m, head=HEADS[0]) for values in rounded)]
+    return found
+
+
+def num_bytes(option: Option, shapes: Shapes, dtype: str) -> int:
+    """Bytes of a model's weights in a file, without experts."""
+    blocks = sum(count * option.spec(shape).num_bytes for shape, count in shapes.blocks.items())
+    head = 0 if shapes.head is None else option.spec(shapes.head, is_head=True).num_bytes
+    width = FORMATS[option.values if option.by_torch else dtype].bits // 8
+    embedding = 0 if shapes.is_tied or shapes.head is None else math.prod(shapes.head) * width
+    return blocks + head + embedding + shapes.num_others * width
+
+
+# ---- timing
+
+Stored = PackedSpec | torch.dtype
+"""A weight in the packed format for castlm's kernels, or a dtype for torch."""
+
+
+@torch.no_grad()
+def time_layer(
+    stored: Collection[Stored], shape: Shape, rows: Sequence[int], seconds: float
+) -> dict[int, dict[Stored, float]]:
+    """Times one layer in several formats, in turns A B A B; every call uses another copy of the weight.
+
+    Args:
+        stored: the formats.
+        shape: of the weight.
+        rows: numbers of input rows, each a separate measurement.
+        seconds: time for each measurement, of at least three rounds.
+
+    Returns:
+        The least seconds of one multiplication, by number of rows and format.
+    """
+    share = min(1.0, _MOST_WEIGHTS / math.prod(shape))
+    out = max(4, int(shape[0] * share) // 4 * 4) if share < 1 else shape[0]
+    weights = {form: _cold_weights(form, (out, shape[1])) for form in stored}
+    least: dict[int, dict[Stored, float]] = {}
+    for num_rows in rows:
+        x, times = torch.randn(num_rows, shape[1]), {form: list[float]() for form in weights}
+        began, number = time.perf_counter(), 0
+        while number < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
+            for form, copies in weights.items():
+                count = max(1, math.ceil(len(copies) / num_rows / 2))  # fewer where the multiplications take longer
+                chosen = [copies[(number * count + i) % len(copies)] for i in range(count)]
+                started = time.perf_counter()
+                for multiply in chosen:
+                    multiply(x)
+                times[form].append((time.perf_counter() - started) / count)
+            number += 1
+        # the first round warms up
+        least[num_rows] = {form: min(found[1:]) * shape[0] / out for form, found in times.items()}
+    return least
+
+
+def _cold_weights(spec: Stored, shape: Shape) -> list[Callable[[Tensor], Tensor]]:
+    """Functions that multiply x (tokens, in) by a random weight: enough copies to fill the caches."""
+    rows, columns = shape
+    if isinstance(spec, torch.dtype):
+        weight = torch.randn(rows, columns).to(spec)
+        copies = [weight.clone() for _ in range(max(2, math.ceil(_COLD_BYTES / weight.nbytes)))]
+        return [lambda x, weight=one: F.linear(x.to(weight.dtype), weight) for one in copies]  # type: ignore[misc]
+    weight, form = torch.randn(rows, columns), FORMATS[spec.values]
+    mask = nm_mask(weight, spec.n, spec.m) if spec.m else None
+    if mask is not None:
+        weight.masked_fill_(~mask, 0)
+    if form.rounds:
+        scales = torch.ones(rows, form.num_scales(columns))
+        codes = weight.clamp(-1, 1).mul(form.largest).round().to(torch.int8)
+        packed = pack_integers(codes, scales, spec.values, spec.n, spec.m, mask)
+    else:
+        packed = pack(weight.to(FLOATS[spec.values]), spec.n, spec.m)
+    size = native.packed_bytes(spec.values, spec.n, spec.m, rows, columns)
+    step = -(-size // 64) * 64  # aligned as in a model
+    buffers = native.allocate(step * max(2, math.ceil(_COLD_BYTES / step))).view(-1, step)[:, :size]
+    packed.repack_(buffers[0])
+    buffers[1:] = buffers[0]
+    return [lambda x, buffer=one: packed_linear(x, buffer, rows) for one in buffers]  # type: ignore[misc]
+
+
+# ---- the ranking
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The perplexities of a model before rounding, as far as they are known."""
+
+    dense: float | None = None
+    sparse: float | None = None
+    """After training to n:m."""
+    source: str = ""
+    """The source of the figures, in words."""
+
+    def of(self, option: Option, dtype: str) -> float | None:
+        """The perplexity of an option; None for rounded weights."""
+        if option.values != dtype:
+            return None
+        return self.sparse if option.is_sparse else self.dense
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One option for a model, measured."""
+
+    option: Option
+    seconds: Mapping[str, float]
+    """Seconds of all linear layers and the head, by workload."""
+    num_bytes: int
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Every option for a model on this CPU, the fastest for one token first."""
+
+    device: str
+    dtype: str
+    rows: Sequence[Ranked]
+    notes: Sequence[str] = field(default_factory=tuple)
+    quality: Quality = Quality()
+
+    @property
+    def workloads(self) -> list[str]:
+        return list(self.rows[0].seconds)
+
+    @property
+    def base(self) -> Ranked:
+        """The reference of all speeds: dense in `dtype` on castlm's kernels."""
+        return next(row for row in self.rows if row.option == Option(self.dtype, head=self.dtype))
+
+    def speedup(self, row: Ranked, workload: str) -> float:
+        """The speed relative to `base`."""
+        return self.base.seconds[workload] / row.seconds[workload]
+
+    def best(self, sparse: bool, workload: str) -> Ranked:
+        """The fastest dense or n:m row that needs no training with rounded weights; among rows within the noise, the
+        one with the fewest bytes.
+        """
+        rows = [row for row in self.rows if row.option.is_sparse == sparse and not row.option.by_torch]
+        rows = [row for row in rows if not FORMATS[row.option.values].needs_training]
+        least = min(row.seconds[workload] for row in rows)
+        close = [row for row in rows if row.seconds[workload] <= NOTICEABLE * least]
+        return min(close, key=lambda row: row.num_bytes)
+
+    @property
+    def verdict(self) -> str:
+        """Two sentences: what to use for one sequence, and for prompts and batches."""
+        first, *many = self.workloads
+        dense = self.best(False, first)
+        text = (
+            f"For {first}, use {dense.option.name}: it is {self.speedup(dense, first):.2f} times as fast as "
+            f"{self.base.option.name} and takes {dense.num_bytes / 1e6:,.0f} MB"
+        )
+        if not any(row.option.is_sparse for row in self.rows):
+            return f"{text}."
+        sparse, known = self.best(True, first), self.quality.sparse
+        quality = "but at equal bytes dense int4 has the lower perplexity after a short recovery"
+        if known is not None:
+            dense_one = self.quality.dense
+            against = "" if dense_one is None else f", against {dense_one:.2f} of the dense model"
+            quality = f"with a perplexity of {known:.2f} before rounding{against}"
+        text += (
+            f"; {sparse.option.name} is {self.speedup(sparse, first):.2f} times as fast and takes "
+            f"{sparse.num_bytes / 1e6:,.0f} MB, {quality}."
+        )
+        gains = []
+        for workload in many:
+            one, other = self.best(True, workload), self.best(False, workload)
+            ratio = other.seconds[workload] / one.seconds[workload]
+            words = f"for a {workload}, {one.option.name} is {ratio:.2f} times as fast as {other.option.name}"
+            gains.append((ratio, words))
+        if not gains:
+            return text
+        pays = any(ratio >= NOTICEABLE for ratio, _ in gains)
+        enough = "its perplexity" if known is None else f"a perplexity of {known:.2f}"
+        use = f"use it if they dominate the cost and {enough} is good enough" if pays else "it does not pay for them"
+        found = " and ".join(words for _, words in gains)
+        return f"{text} {found[0].upper()}{found[1:]}: {use}."
+
+    def as_dict(self) -> dict[str, Any]:
+        """The ranking as plain JSON."""
+        rows = [
+            {
+                **asdict(row),
+                "name": row.option.name,
+                "speedup": {name: self.speedup(row, name) for name in row.seconds},
+            }
+            for row in self.rows
+        ]
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "verdict": self.verdict,
+            "rows": rows,
+            "notes": list(self.notes),
+        }
+
+    def text(self) -> str:
+        """A table with the speeds relative to dense `dtype`, the verdict, and the conditions of the figures."""
+        known = any(row.perplexity is not None for row in self.rows)
+        table = [["format", "MB", *self.workloads, *(["perplexity"] if known else [])]]
+        for row in self.rows:
+            speeds = [f"{self.speedup(row, name):.2f}x" for name in self.workloads]
+            line = [row.option.name, f"{row.num_bytes / 1e6:,.1f}", *speeds]
+            if known:
+                line.append("" if row.perplexity is None else f"{row.perplexity:.2f}")
+            table.append(line)
+        source = [f"Perplexity before rounding: {self.quality.source}."] if known else []
+        return "\n".join([*aligned(table), "", self.verdict, "", *self.notes, *source])
+
+
+def rank(
+    shapes: Shapes,
+    *,
+    dtype: str = "bf16",
+    pattern: NM | None = TWO_OF_FOUR,
+    workloads: Mapping[str, int] = WORKLOADS,
+    seconds: float = SECONDS,
+    quality: Quality = Quality(),
+    progress: Callable[[int, int], None] | None = None,
+) -> Ranking:
+    """Times all linear layers of a model in every option on this CPU.
+
+    Args:
+        shapes: from `layer_shapes` or `shapes_of`.
+        dtype: bf16, fp16 or fp32, for weights that are not rounded.
+        pattern: n:m of the sparse options; None compares only dense ones.
+        workloads: rows of a layer's input by name.
+        seconds: total time for all shapes; each is timed in at least three rounds.
+        quality: the perplexities that are known.
+        progress: called with (shapes done, in all).
+
+    Raises:
+        InputError: as `check_can_time`.
+    """
+    check_can_time(dtype)
+    assert min(workloads.values()) >= 1
+    compared = options(dtype, pattern)
+    totals = {option: dict.fromkeys(workloads, 0.0) for option in compared}
+    parts = [(shape, count, False) for shape, count in shapes.blocks.items()]
+    parts += [(shapes.head, 1, True)] if shapes.head else []
+    for done, (shape, count, is_head) in enumerate(parts, 1):
+        rows = {name: 1 if is_head and name.startswith("prompt") else number for name, number in workloads.items()}
+        # By the timed product, so that a layer that several options multiply alike is timed once.
+        specs = {o: o.spec(shape, is_head) for o in compared}
+        timed = {
+            o: FLOATS[o.values] if o.by_torch else replace(spec, values=FORMATS[spec.values].runs_as)
+            for o, spec in specs.items()
+        }
+        distinct = sorted(set(rows.values()))
+        found = time_layer(set(timed.values()), shape, distinct, seconds / len(parts) / len(distinct))
+        for option in compared:
+            for name, number in rows.items():
+                totals[option][name] += count * found[number][timed[option]]
+        if progress is not None:
+            progress(done, len(parts))
+    ranked = [
+        Ranked(option, totals[option], num_bytes(option, shapes, dtype), quality.of(option, dtype))
+        for option in compared
+    ]
+    first = next(iter(workloads))
+    notes = [
+        *untimed_note(shapes.num_untimed),
+        "int3 runs on the kernels of int4 and takes its memory, and needs training: castlm train --weight-bits 3.",
+        f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
+        "without attention, norms and caches.",
+        "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
+    ]
+    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), notes, quality)
+
+
+def check_can_time(dtype: str) -> None:
+    """Raises `InputError` if the kernels were not built, or `dtype` is not bf16, fp16 or fp32."""
+    native.built()
+    if dtype not in FLOATS:
+        raise InputError(f"this CPU has no {dtype}: choose one of {', '.join(FLOATS)}")
+
+
+def untimed_note(num_weights: int) -> list[str]:
+    """The note on weights that are not timed, for a model that has some."""
+    return [f"The {num_weights:,} weights of the experts are not in these figures."] if num_weights else []

@@ -1,0 +1,82 @@
+"""Runs a one-shot row of `castlm compare`; `castlm.cli.compare` starts it in a process.
+
+It prunes as published, as `castlm prune` does without its refinements, and measures the model before and after.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from castlm.data.documents import open_documents
+from castlm.data.options import TextOptions
+from castlm.data.scored import scored_text
+from castlm.data.tokens import text_encoder
+from castlm.evaluation.perplexity import measured_on, perplexity
+from castlm.files.output import begin_output, output_folder
+from castlm.hardware import choose_device, choose_precision, peak_memory
+from castlm.lab.compare.runs import OneshotConfig
+from castlm.models.io import Loaded
+from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS
+from castlm.oneshot.prune import Prune
+from castlm.oneshot.start import Start
+
+
+def run_oneshot(config: OneshotConfig) -> None:
+    """Prunes, measures and writes the verified model."""
+    pattern, device = config.pattern, choose_device(config.device)
+    options = TextOptions.of(asdict(config))
+    text = open_documents(
+        config.calibration, options, split=config.calibration_split, data_config=config.calibration_config
+    )
+    reads_text = config.method != "magnitude" or pattern.cut_out is not None
+    prune = Prune(
+        model=config.model,
+        start=Start(
+            method=config.method, pattern=pattern, basis=NO_BASIS, refinements=NO_REFINEMENTS, seed=config.seed
+        ),
+        text=text if reads_text else None,
+        text_name=config.calibration,
+        num_sequences=config.num_sequences,
+        seq_len=0,
+        device=device,
+        memory="model",
+        precision=config.precision,
+        options=options,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        overwrite=True,
+        evaluate=lambda loaded: _measure(config, loaded, device),
+    )
+    inputs = {name: getattr(config, name) for name in ("model", "calibration", "eval_dataset")}
+    with output_folder(config.output_dir, "oneshot", resume=True, inputs=inputs) as folder:
+        begin_output(folder, "oneshot", resume=True)
+        prune.run(folder / "model")
+
+
+def _measure(config: OneshotConfig, loaded: Loaded, device: str) -> dict[str, Any]:
+    """The entries of castlm.json of one model."""
+    precision = choose_precision(config.precision, torch.device(device), loaded.model.config)
+    documents = open_documents(config.eval_dataset, config, split=config.eval_split, data_config=config.eval_config)
+    encoder = text_encoder(loaded.tokenizer, config)
+    held_out = scored_text(documents, encoder, config.eval_tokens or None)
+    autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+    found = perplexity(loaded.model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype)
+    return {
+        "config": config.as_dict(),
+        "perplexity": found.perplexity,
+        "measured": measured_on(
+            loaded.tokenizer,
+            seq_len=config.seq_len,
+            text=config.eval_dataset,
+            text_sha256=documents.text_hash(),
+            held_out=held_out,
+            precision=precision,
+        ),
+        "train_tokens": 0,
+        "peak_memory_bytes": peak_memory(device),
+        "machine": f"{platform.machine()} {device}",
+    }

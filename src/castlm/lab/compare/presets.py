@@ -1,0 +1,111 @@
+"""The paper's ablations and the comparison of methods over budgets, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from castlm.core.nm import Pattern
+from castlm.methods.table import METHODS
+from castlm.patterns import all_solvers
+
+RETRAINING = tuple(METHODS)
+ONESHOT = all_solvers()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The variants of a `castlm compare --preset`, and the charts of its report."""
+
+    question: str
+    """The heading of the report."""
+    variants: dict[str, dict[str, Any]]
+    """Fields of TrainConfig by the name of the variant."""
+    plots: tuple[str, ...] = ("gaps",)
+    """Names in `castlm.lab.compare.plots.PLOTS`. Learning curves ("losses") are always added."""
+    budget_shares: tuple[float, ...] = (1.0,)
+    """Token budgets to run, as fractions of the given one."""
+    evaluations: int = 4
+    """Number of evaluations in a run: the points of charts over time."""
+
+
+# Two of the decays may not bring masked weights to zero within the budget; these presets show the effect.
+_ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
+SPARSEGPT = {
+    "init_from": "sparsegpt",
+    "rotate": "off",
+    "permute": False,
+    "staged_statistics": False,
+    "mask_iterations": 0,
+    "refit_iterations": 0,
+}
+"""The start of the rivals: SparseGPT as published."""
+# The strongest recipe without castlm's own parts.
+_PUBLISHED = {**SPARSEGPT, "hidden_weight": 0.0}
+# The masks that the paper refreshes.
+_MAGNITUDE = {"init_from": "magnitude"}
+
+# The rivals among structured patterns: magnitude, FLAP's score, LLM-Pruner's.
+_TRAINED_SCORES = ("taylor", "flap", "magnitude")
+
+PRESETS: dict[str, Preset] = {
+    "oscillation": Preset(
+        "Does the mask settle? SR-STE against CAST",
+        {"srste": {"method": "srste", **_MAGNITUDE}, "cast": {"method": "cast", **_MAGNITUDE}},
+        plots=("masks",),
+        evaluations=20,
+    ),
+    "decay": Preset(
+        "Where do masked weights end? Additive, proportional and horizon decay",
+        {kind: {**_ANY_BUDGET, **_MAGNITUDE, "decay": kind} for kind in ("additive", "proportional", "horizon")},
+        plots=("histograms", "masks"),
+        evaluations=10,
+    ),
+    "parts": Preset(
+        "What does each part of CAST contribute?",
+        {
+            "cast": {"method": "cast"},
+            "no scaling": {"method": "cast", "scale_groups": 0},
+            "no distillation": {"method": "cast", "eta": 0.0},
+            "no hidden states": {"method": "cast", "hidden_weight": 0.0},
+            "no decay": {**_ANY_BUDGET, "decay": "none"},
+            "additive decay": {**_ANY_BUDGET, "decay": "additive"},
+            "proportional decay": {**_ANY_BUDGET, "decay": "proportional"},
+            "no change of basis": {"method": "cast", "rotate": "off", "permute": False},
+            "SparseGPT as published": {"method": "cast", **SPARSEGPT},
+            "mask of Wanda": {"method": "cast", "init_from": "wanda"},
+            "mask of magnitude": {"method": "cast", **_MAGNITUDE},
+            "mask of magnitude, interval 1": {"method": "cast", **_MAGNITUDE, "mask_interval": 1},
+            "mask of magnitude, interval 100": {"method": "cast", **_MAGNITUDE, "mask_interval": 100},
+            "second moment of the mix": {"method": "cast", "second_moment": "mix"},
+        },
+    ),
+    "budgets": Preset(
+        "Which method is best at which budget?",
+        {
+            **{name: {"method": name} for name in RETRAINING},
+            "cast from magnitude": {"method": "cast", **_MAGNITUDE},
+            "srste from magnitude": {"method": "srste", **_MAGNITUDE},
+            "cast from plain SparseGPT": {"method": "cast", **_PUBLISHED},
+            "srste from plain SparseGPT": {"method": "srste", **_PUBLISHED},
+        },
+        plots=("budgets",),
+        budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),
+    ),
+    # needs a structured pattern in the options of all runs; a cut is fine-tuning of the units that the score keeps
+    "structured": Preset(
+        "Is a decay better than a cut at step 0?",
+        {
+            **{f"cast, {score}": {"method": "cast", "init_from": score} for score in _TRAINED_SCORES},
+            **{f"cut, {score}": {"method": "finetune", "init_from": score} for score in _TRAINED_SCORES},
+        },
+    ),
+}
+
+
+def every_method(pattern: Pattern) -> Preset:
+    """The default preset: all one-shot and retraining methods of a pattern."""
+    retraining = [name for name in RETRAINING if pattern.nm is pattern or name != "gradual_magnitude"]
+    return Preset(
+        f"Which way to {pattern} is best?", {name: {"method": name} for name in (*pattern.solvers, *retraining)}
+    )

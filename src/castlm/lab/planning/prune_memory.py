@@ -1,0 +1,205 @@
+"""Computes the memory of `castlm prune`, with the whole model or one block, from the model's config alone.
+
+Each step of `castlm.oneshot` declares what it holds at its peak, in a function beside it such as `refit_holds`; this
+module adds them up to the phases of a prune. A benchmark compares the sum with a real process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from castlm.core.blocks import in_block
+from castlm.core.errors import InputError
+from castlm.core.nm import NM, Pattern
+from castlm.core.sparsify import SparseLayer, sparse_linears, weight_parameter
+from castlm.hardware import resident_memory
+from castlm.lab.planning.memory import MemoryPlan, as_config_error, read_config
+from castlm.models.architecture import auto_class, backbone, linearize_
+from castlm.oneshot.basis import permute_neurons_holds
+from castlm.oneshot.calibration import calibration_length, default_sequences
+from castlm.oneshot.options import EFFORTS, BasisOptions, Refinements
+from castlm.oneshot.reconstruct import reconstruct_holds
+from castlm.oneshot.solve import prune_layers_holds
+from castlm.oneshot.solvers import SOLVERS
+from castlm.oneshot.source import block_stack
+from castlm.oneshot.walk import BACKWARD_TOKENS, PASS_TOKENS_CPU
+from castlm.structured.prune import unit_solver_holds
+
+_BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
+
+
+class _Read(NamedTuple):
+    """Layers that read one input."""
+
+    rows: int
+    """Total of these layers."""
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
+class _Model(NamedTuple):
+    """The sizes of a model that the plan needs."""
+
+    reads: list[_Read]
+    """The layers of one block."""
+    hidden: int
+    num_layers: int
+    block: int
+    """Parameters of one block."""
+    total: int
+    """Parameters of the whole model."""
+    kept: int
+    """Elements for each token that one block saves for a backward pass."""
+    vocab: int
+    layers: Mapping[str, SparseLayer]
+    calibration_length: int
+
+
+def plan_prune_memory(
+    config: PretrainedConfig | str | Path,
+    *,
+    memory: Literal["model", "block"] = "block",
+    method: str = "sparsegpt",
+    pattern: Pattern = NM(2, 4),  # noqa: B008
+    num_sequences: int | None = None,
+    seq_len: int | None = None,
+    basis: BasisOptions | None = None,
+    refinements: Refinements | None = None,
+    effort: str = "best",
+) -> MemoryPlan:
+    """The peak memory of `castlm prune` on a CPU.
+
+    The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the inputs
+    of a block are seen), `basis` (the neurons of its MLP are permuted), `solve`, `reconstruction`, and with the whole
+    model in memory `verify` (the result is read back beside it). Structured patterns have no `basis`, and with the
+    method taylor `gradients` (a backward pass of the whole model, whose blocks are run again). Blocks are taken to be
+    alike.
+
+    Args:
+        config: a HF config, the path of a `config.json` or of a folder with one.
+        memory: "model" or "block", as in `castlm prune`; "model" for structured patterns.
+        method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
+            structured patterns.
+        num_sequences, seq_len: of the calibration text; by default as in `castlm prune`.
+        basis: not with the residual stream rotated, whose statistics are not counted.
+        effort: the `start_effort` that has set options of `refinements` which are not given.
+
+    Raises:
+        InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
+            there is no plan for.
+    """
+    basis, refinements = basis or BasisOptions(), (refinements or Refinements()).for_solver(method, pattern, effort)
+    if method not in pattern.calibrated:
+        known = ", ".join(pattern.calibrated)
+        raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
+    if basis.rotate == "residual":
+        raise InputError("the memory of rotate residual is not known: plan for rotate values")
+    model = _model(read_config(config), pattern)
+    seq_len = seq_len or model.calibration_length
+    num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
+    reads, layers = model.reads, sum(read.size for read in model.reads)
+    is_cut, turns_axes = pattern.cut_out is not None, not basis.is_off and pattern.cut_out is None
+    # Of the statistics: a vector or a matrix for each input.
+    of_reads = [read.columns ** (2 if is_cut else SOLVERS[method].axes) for read in reads]
+    widest = max(max(read.columns, read.rows) for read in reads)
+    tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len  # of a forward pass
+    if is_cut:
+        solver = unit_solver_holds([read.size for read in reads], max(read.columns for read in reads))
+    else:
+        solver = max(prune_layers_holds(*read, SOLVERS[method], refinements, pattern) for read in reads)
+    parts = {
+        "process": resident_memory(),
+        "weights": 4 * (model.block if memory == "block" else model.total),
+        "statistics": 4 * (max(of_reads) if refinements.staged_statistics else sum(of_reads)),
+        "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * widest // 2 + 4 * model.hidden),
+        "solver": 4 * solver,
+        "basis": 0,
+    }
+    block = parts["process"] + parts["weights"]
+    turned = block
+    if turns_axes and (basis.permute or basis.rotates_values):
+        parts["basis"] = 4 * max(permute_neurons_holds(*read) for read in reads)
+        # It is chosen by SparseGPT's statistics, whatever solves the layers after that.
+        parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in reads)
+        turned += parts["statistics of the basis"]
+    if memory == "model" and refinements.keeps_outputs:
+        parts["attention outputs"] = 4 * num_sequences * seq_len * model.hidden
+    seen = block + parts["statistics"] + parts.get("attention outputs", 0)
+    phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
+    if memory == "block":  # beside the embeddings stands the file, in bf16, that they are read from, or a block
+        embeddings = (model.total - model.num_layers * model.block) * torch.bfloat16.itemsize
+        phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
+    else:
+        phases["verify"] = block + parts["weights"]
+    if method == "taylor":
+        backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
+        parts["gradients"] = 4 * model.num_layers * layers
+        # For each token, what enters each block, what one block saves and as much of gradients, and four of logits.
+        of_token = model.num_layers * model.hidden + 2 * model.kept + 4 * model.vocab
+        parts["kept for backward"] = 4 * backward * of_token
+        phases["gradients"] = block + parts["gradients"] + parts["kept for backward"]
+    if parts["basis"]:
+        phases["basis"] = turned + parts["basis"]
+    if refinements.reconstruct_epochs:
+        parts["reconstruction"] = reconstruct_holds(model.block, tokens * model.kept)
+        phases["reconstruction"] = block + parts["reconstruction"]
+    # The inputs and outputs of a block, also of the dense model if that runs beside it.
+    on_disk = 4 * num_sequences * seq_len * model.hidden * (4 if refinements.reconstruct_epochs else 2)
+    return MemoryPlan(parts, phases, model.total, model.num_layers * layers, disk=on_disk)
+
+
+def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
+    num_layers = config.get_text_config().num_hidden_layers
+
+    def fake(num: int) -> PreTrainedModel:
+        shorter = copy.deepcopy(config)
+        shorter.get_text_config().num_hidden_layers = num
+        with FakeTensorMode(), as_config_error(shorter):
+            model: PreTrainedModel = auto_class(shorter).from_config(shorter, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            linearize_(model)
+        return model
+
+    whole, one = fake(num_layers), fake(1)
+    layers, _ = sparse_linears(one, pattern)
+    if any(weight_parameter(layer).dim() == 3 for layer in layers.values()):
+        raise InputError(f"the memory of pruning experts is not known: measure {config.model_type} by running it")
+    readers_of: list[tuple[Tensor, list[nn.Linear]]] = []
+
+    def before(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        for x, readers in readers_of:
+            if x is args[0]:
+                readers.append(layer)
+                return
+        readers_of.append((args[0], [layer]))
+
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers.values()]
+    embeddings: Any = one.get_input_embeddings().weight
+    with embeddings.fake_mode, torch.no_grad(), as_config_error(config):
+        backbone(one)(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    _, (block,) = block_stack(one, layers)
+    vocab, hidden = map(int, embeddings.shape)
+    widest = max(max(p.shape) for name, p in one.named_parameters() if in_block(name))
+    return _Model(
+        [_Read(sum(layer.out_features for layer in each), each[0].in_features) for _, each in readers_of],
+        hidden,
+        num_layers,
+        block=sum(p.numel() for p in block.parameters()),
+        total=sum(p.numel() for p in whole.parameters()),
+        kept=_BLOCKS_OF_WIDTHS * widest + 10 * hidden,
+        vocab=vocab,
+        layers=layers,
+        calibration_length=calibration_length(whole),
+    )

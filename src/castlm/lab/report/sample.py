@@ -1,0 +1,70 @@
+"""A short text from the dense and from the sparse model, side by side for the page of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from castlm.core.errors import InputError
+from castlm.data.columns import Kind
+from castlm.data.documents import open_documents
+from castlm.data.tokens import first_tokens, text_encoder
+from castlm.files.atomic_file import atomic_write_json
+from castlm.files.output import record_file
+from castlm.files.reading import read_json_object
+from castlm.lab.report.run_page import RunData
+from castlm.models.io import load_model
+from castlm.runtime.generate import generate_text
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+LARGEST_PARAMS = 1_000_000_000
+"""A model with more parameters is only sampled on request."""
+
+
+def read_sample(run: RunData) -> dict[str, Any] | None:
+    """The sample of an earlier report of this result; None if there is none."""
+    file = run.folder / "sample.json"
+    found = read_json_object(file) if file.exists() else {}
+    return found if found and found.get("run_id") == (run.record or {}).get("run_id") else None
+
+
+def write_sample(run: RunData) -> dict[str, Any]:
+    """Generates a sample from a finished run and writes it to sample.json in its folder.
+
+    Both models greedily continue the beginning of the evaluation text, or else of the training text. Raises
+    `InputError` if a model or the text cannot be read.
+    """
+    config, data, evaluation = run.config, run.config.data, run.config.evaluation
+    if evaluation.eval_datasets:
+        text, split, data_config = evaluation.eval_datasets[0], evaluation.eval_split, evaluation.eval_config
+    else:
+        text, split, data_config = next(iter(data.datasets)), data.dataset_split, data.dataset_config
+    documents = open_documents(text, data, split=split, data_config=data_config)
+    if documents.kind is Kind.WITH_EXTRA:
+        raise InputError(f"{text} has images, and the sample continues text alone")
+    models: list[dict[str, str]] = []
+    prompt = ""
+    dense, result = config.model.loading, {**config.model.loading, "revision": None}
+    for title, name, loading in (
+        ("Dense model", config.model.model, dense),
+        (f"After {config.method.method}", run.folder / "model", result),
+    ):
+        loaded = load_model(name, **loading)
+        tokens = first_tokens(documents, text_encoder(loaded.tokenizer, data), PROMPT_TOKENS)
+        ids = torch.from_numpy(tokens.ids).long()
+        prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+        found = generate_text(loaded.model, loaded.tokenizer, ids[None], max_new_tokens=NEW_TOKENS)
+        models.append({"name": title, "completion": found.text})
+    sample = {
+        "run_id": (run.record or {}).get("run_id"),
+        "text": Path(text).name,
+        "prompt": prompt,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "models": models,
+    }
+    atomic_write_json(run.folder / "sample.json", sample)
+    record_file(run.folder / "sample.json")
+    return sample

@@ -1,0 +1,185 @@
+"""Quantizes a model: rounds every linear layer inside the transformer blocks to int8, float8, int4 or int3.
+
+int4 and int3 follow the walk of the one-shot solvers: a block's inputs come from the quantized blocks before it, so
+that it also compensates for their errors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from castlm.core.errors import InputError, naming
+from castlm.core.experts import ExpertLinear
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, matrices
+from castlm.formats.rounding import Rounded, round_in_groups, round_rows
+from castlm.formats.table import FORMATS
+from castlm.models.architecture import eval_mode
+from castlm.models.conversion import stored_rows, stored_shapes
+from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.inputs import check_finite_input, check_plain_weights, see_inputs
+from castlm.oneshot.report import relative_error
+from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
+from castlm.oneshot.solvers import SOLVERS, whole_hessian
+from castlm.oneshot.source import MemoryModel
+from castlm.oneshot.walk import walk
+
+
+@dataclass
+class QuantizeReport:
+    """The result of `quantize_`."""
+
+    kind: str
+    layers: dict[str, Rounded] = field(default_factory=dict)
+    """Codes and scales by layer, on the CPU; for experts, by the layer's name and the expert's number."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """|X W^T - X W'^T|^2 / |X W^T|^2 on calibration text by layer; without text, |W - W'|^2 / |W|^2."""
+    num_sequences: int = 0
+    seq_len: int = 0
+    seconds: float = 0.0
+    few_experts: dict[str, int] = field(default_factory=dict)
+    """By layer, the number of experts that saw all tokens of the text because too few were routed to them."""
+
+    @property
+    def mean_error(self) -> float:
+        return sum(self.errors.values()) / len(self.errors)
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user."""
+        return [calibrated_on_all_note(self.few_experts)] if self.few_experts else []
+
+    def record(self) -> dict[str, Any]:
+        """The entry of castlm.json."""
+        return {
+            "kind": self.kind,
+            "layers": len(self.layers),
+            "mean_relative_error": self.mean_error,
+            "num_sequences": self.num_sequences,
+            "seq_len": self.seq_len,
+            "seconds": round(self.seconds, 2),
+            **calibrated_on_all_record(self.few_experts),
+        }
+
+
+@torch.no_grad()
+def quantize_(
+    model: PreTrainedModel,
+    kind: str,
+    *,
+    calibration: Tensor | None = None,
+    damping: float = 0.01,
+    filter_fn: FilterFn = is_sparse_linear,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizeReport:
+    """Rounds the linear layers of a model in place; zeros stay exactly zero, so that an n:m model stays one.
+
+    The weights hold the dequantized values in the model's dtype, and the report the codes and scales. Memory beyond the
+    model: the codes, and with a calibration text its hidden states and one fp32 matrix (in, in).
+
+    Args:
+        kind: "int8" or "fp8", to the nearest with a scale per row; or "int4" or "int3", by GPTQ (arXiv 2210.17323)
+            with a scale per 64 columns.
+        calibration: int64 (num_sequences, seq_len), as from `draw_calibration`, for int4 and int3 alone.
+        damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
+        filter_fn: selects the layers; dense ones among them are rounded too.
+        progress: called with (blocks or layers done, in all).
+
+    Returns:
+        The codes and scales by layer, and the errors.
+
+    Raises:
+        InputError: no layer, weight scaling that is not folded, or a weight or an input that is not finite.
+
+    Examples:
+        >>> tokens = draw_calibration(token_ids, 64, 512)  # doctest: +SKIP
+        >>> report = quantize_(model, "int4", calibration=tokens)  # doctest: +SKIP
+        >>> report.layers["model.layers.0.mlp.up_proj"].codes.dtype  # doctest: +SKIP
+        torch.int8
+    """
+    started = time.perf_counter()
+    assert FORMATS[kind].needs_text == (calibration is not None)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
+    check_plain_weights(layers)
+    report = QuantizeReport(kind)
+    if calibration is not None:
+        check_calibration(model, calibration)
+        report.num_sequences, report.seq_len = calibration.shape
+        with eval_mode(model):
+            _walk(model, layers, calibration, damping, report, progress)
+    else:
+        for done, (layer_name, layer) in enumerate(layers.items(), 1):
+            for name, weight in matrices({layer_name: layer}).items():
+                with naming(name):
+                    rounded = round_rows(weight, kind)
+                old, new = _write(weight, rounded)
+                report.layers[name] = rounded.cpu()
+                report.errors[name] = relative_error(new - old, old)
+            if progress is not None:
+                progress(done, len(layers))
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict[str, Rounded]:
+    """Converts `layers` to the layout of the files: names on disk, and experts split or stacked as there."""
+    found: dict[str, Rounded] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name in layers:
+            (stored,) = stored_shapes(model, name, layer)
+            found[stored.removesuffix(".weight")] = layers[name]
+        if isinstance(layer, ExpertLinear) and f"{name}.0" in layers:
+            experts = [layers[f"{name}.{expert}"] for expert in range(layer.num_experts)]
+            pieces = stored_rows(model, name, layer)
+            if pieces is None:
+                codes, scales = (torch.cat([getattr(part, of) for part in experts]) for of in ("codes", "scales"))
+                (stored,) = stored_shapes(model, name, layer)
+                found[stored] = Rounded(experts[0].kind, codes, scales)
+            for stored, expert, rows in pieces or ():
+                part = experts[expert]
+                found[stored.removesuffix(".weight")] = Rounded(part.kind, part.codes[rows], part.scales[rows])
+    return found
+
+
+def _walk(
+    model: PreTrainedModel,
+    layers: dict[str, SparseLayer],
+    calibration: Tensor,
+    damping: float,
+    report: QuantizeReport,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    told = progress or (lambda done, total: None)
+    for step in walk(MemoryModel(model, layers), layers, calibration, progress=told):
+        if not step.inside:
+            continue
+        for seen in see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)):
+            weights = matrices({name: step.inside[name] for name in seen.names})
+            for entry in seen.entries():  # layers with the same input are rounded together, all rows at once
+                names = ", ".join(entry.names)
+                check_finite_input(names, entry.statistic)
+                whole_hessian(entry.statistic)  # only its upper half was filled
+                together = torch.cat([weights[name].float() for name in entry.names])
+                with naming(names):
+                    rounded = round_in_groups(together, entry.statistic, damping, kind=report.kind)
+                for name, part in zip(entry.names, rounded.split([len(weights[name]) for name in entry.names])):
+                    old, new = _write(weights[name], part)
+                    report.layers[name] = part.cpu()
+                    report.errors[name] = relative_error(entry.sample @ (new - old).T, entry.sample @ old.T)
+            if seen.num_few:
+                report.few_experts |= dict.fromkeys(seen.names, seen.num_few)
+
+
+def _write(weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:
+    """Writes the dequantized values into a weight; returns the old and the new values in fp32."""
+    old = weight.to(torch.float32, copy=True)
+    weight.copy_(rounded.dequantized())
+    return old, weight.float()

@@ -1,0 +1,155 @@
+"""Streams text from a model: a plain folder through transformers, a packed one on castlm's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from castlm.core.errors import InputError
+from castlm.data.chat import Chat
+from castlm.hardware import choose_device, has_fast_bf16
+from castlm.models.architecture import check_context
+from castlm.models.io import load_weights, open_model, unpack_on_load_
+from castlm.runtime.decode import ONE_SEQUENCE, TokenTimes, decoding_method
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated text, the numbers of its tokens, and its times as in `TokenTimes`."""
+
+    text: str
+    """The continuation, without special tokens."""
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    tokens_per_second: float
+
+
+def load_to_generate(
+    name: str,
+    *,
+    device: str = "auto",
+    as_stored: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in the dtype of its config, and its tokenizer.
+
+    Args:
+        name: a folder, plain or packed, a hub id, a .gguf file or "demo".
+        device: as for `castlm.hardware.choose_device`. The packed kernels are for a CPU: on a GPU a packed model is
+            unpacked to dense layers.
+        as_stored: keep the stored dtype; otherwise plain weights of 16 bits run in fp32 on a CPU that multiplies it
+            many times faster.
+        say: called with a line if weights run in another dtype, or if a packed model is unpacked.
+
+    Raises:
+        InputError: as `castlm.models.io.open_model`, damaged packed files, or weights that `load_weights` refuses.
+    """
+    device = choose_device(device)
+    where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
+    is_plain = getattr(config, "quantization_config", None) is None
+    is_slow = is_plain and config.dtype in (torch.bfloat16, torch.float16)
+    dtype = "auto"
+    if is_slow and not (as_stored or torch.cuda.is_available() or has_fast_bf16()):
+        say("this CPU has no bf16 units: plain weights of 16 bits run in fp32 (an n:m model is faster packed)")
+        dtype = "float32"
+    if device == "cuda" and unpack_on_load_(config):
+        say("the packed kernels are for a CPU: on this GPU the model runs unpacked, at dense speed")
+    model = load_weights(where, config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval().to(device), tokenizer  # a `device_map` would need accelerate
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Tensor:
+    """Token ids (1, num_tokens) of a prompt: as a user's turn where the tokenizer has a chat template, unless `raw`.
+
+    Raises:
+        InputError: an empty prompt, or a template that refuses it.
+    """
+    if tokenizer.chat_template and not raw:
+        text = Chat(tokenizer).render([{"role": "user", "content": prompt}], reply=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.numel() == 0:
+        raise InputError("the prompt is empty: give some text")
+    return ids.to(torch.int64)
+
+
+class _Stream(TextStreamer):
+    """Passes finished words to `write`, and records the times of the tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.pieces: list[str] = []
+        self.came = TokenTimes()
+
+    def put(self, value: Tensor) -> None:
+        self.came.put(value)
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.append(text)
+        self.write(text)
+
+
+@torch.inference_mode()
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    *,
+    extra: Mapping[str, Tensor] | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    write: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Generated:
+    """Continues `input_ids` (1, num_tokens), calling `write` with text as it comes.
+
+    Args:
+        extra: further arguments of the model's forward, such as images.
+        temperature: 0 always takes the most probable token, as does less than 1e-6; above, tokens are sampled.
+        seed: seed of the samples.
+        say: called with a line if a packed model must decode in transformers' loop, with the reason.
+
+    Raises:
+        InputError: more tokens than the model's context holds.
+    """
+    assert max_new_tokens >= 1
+    check_context(model.config, input_ids.shape[1], max_new_tokens)
+    stream = _Stream(tokenizer, write)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature >= 1e-6 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = input_ids.to(model.device)
+    dtypes = {name: model.dtype if t.is_floating_point() else t.dtype for name, t in (extra or {}).items()}
+    beside = {name: t.to(ids.device, dtypes[name]) for name, t in (extra or {}).items()}
+    with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=stream,
+            pad_token_id=pad,
+            tokenizer=tokenizer,  # for stop_strings of the generation config
+            **ONE_SEQUENCE,
+            custom_generate=decoding_method(model, stream, say, **ONE_SEQUENCE),
+            **beside,
+            **sampling,
+        )
+    num_prompt = input_ids.shape[1]
+    return Generated(
+        "".join(stream.pieces),
+        prompt_tokens=num_prompt,
+        new_tokens=output.shape[1] - num_prompt,
+        prompt_seconds=stream.came.prompt_seconds,
+        tokens_per_second=stream.came.tokens_per_second,
+    )

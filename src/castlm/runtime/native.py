@@ -1,0 +1,306 @@
+"""Calls the C++ kernels of this folder through ctypes: converts a weight to a buffer, and multiplies x by it.
+
+Installing castlm builds the kernels if there is a C++ compiler; otherwise `kernels()` returns None. The signatures
+match `kernels.cpp` and `decoder.cpp`, which check every size again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from castlm.core.errors import InputError
+from castlm.dtypes import STORED
+from castlm.formats.table import FORMATS
+
+NOT_BUILT = "the C++ kernels were not built: install castlm again on a machine with a C++ compiler"
+
+VALUES = {form.name: form.kernel for form in FORMATS.values() if form.kernel is not None}
+"""Codes of the stored values, as in `Values` of matrix.h."""
+
+LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
+"""Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
+
+LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
+"""Instruction sets with kernels, as in `Level` of matrix.h."""
+
+_DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
+_INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
+_LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
+_VERSION = 7  # of kernels.cpp
+_HEADER = struct.Struct("4i")  # a buffer begins with its magic number, layout, values and n
+_HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as in matrix.h
+_HUGE_PAGE = 1 << 21
+_MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
+_BAD_MASK, _NO_MEMORY = 2, 3
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """The library, or None if it was not built. Raises `InputError` if it belongs to another version of castlm."""
+    spec = importlib.util.find_spec(f"{__package__}._kernels")
+    return None if spec is None or spec.origin is None else load_kernels(spec.origin)
+
+
+def load_kernels(file: str) -> ctypes.CDLL:
+    """Loads the library in `file`. Raises `InputError` if it belongs to another version of castlm."""
+    library = ctypes.CDLL(file)
+    if ctypes.c_int32.in_dll(library, "castlm_inference_version").value != _VERSION:
+        raise InputError(f"{file} belongs to another version of castlm: install castlm again")
+    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    matrix = [number, number, number, number, size, size]
+    library.castlm_packed_bytes.argtypes, library.castlm_packed_bytes.restype = matrix, size
+    library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
+    library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
+    library.castlm_decode.argtypes = [pointer, pointer, size, pointer, pointer, number]
+    library.castlm_read_prompt.argtypes = [pointer, size, size, pointer, pointer, number]
+    library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
+    if os.environ.get(_LEVEL_VARIABLE):
+        use_level(os.environ[_LEVEL_VARIABLE], library)
+    return library
+
+
+def level() -> str:
+    """The name in `LEVELS` of the kernels in use: the fastest for this processor, unless `use_level` set another."""
+    return LEVELS[built().castlm_level()]
+
+
+def is_intel() -> bool:
+    """Whether the processor is Intel's, by its vendor string."""
+    return bool(built().castlm_is_intel())
+
+
+def levels(library: ctypes.CDLL | None = None) -> tuple[str, ...]:
+    """The levels that this processor supports, the fastest last; empty if the kernels were not built."""
+    library = library or kernels()
+    return tuple(level for number, level in enumerate(LEVELS) if library is not None and library.castlm_runs(number))
+
+
+def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
+    """Selects the kernels of an instruction set in this process, as the environment variable `CASTLM_CPU_LEVEL` does.
+
+    Buffers from another level may be refused afterwards: pack again.
+
+    Raises:
+        InputError: an unknown name, or an instruction set that this processor lacks.
+    """
+    library = library or built()
+    if name not in LEVELS or library.castlm_set_level(LEVELS.index(name)):
+        raise InputError(f"there are no kernels of {name!r} here: choose one of {', '.join(levels(library))}")
+
+
+def built() -> ctypes.CDLL:
+    """The library. Raises `InputError` if it was not built."""
+    library = kernels()
+    if library is None:
+        raise InputError(NOT_BUILT)
+    return library
+
+
+def packed_bytes(values: str, n: int, m: int, rows: int, columns: int, layout: str = "best") -> int:
+    """Bytes of the buffer of a matrix (rows, columns), whose width divides by `m`; `m` = 0 means dense."""
+    size = int(built().castlm_packed_bytes(LAYOUTS[layout], VALUES[values], n, m, rows, columns))
+    assert size >= 0, f"there is no kernel for a {rows} x {columns} weight, {n}:{m} of {values}, layout {layout}"
+    return size
+
+
+def allocate(num_bytes: int) -> Tensor:
+    """A uint8 buffer (num_bytes,) on huge pages where the system has them, aligned to one.
+
+    If memory bandwidth is the limit, reading weights from 2 MB pages is about 1.5 times as fast as from 4 kB pages.
+    """
+    room = torch.empty(num_bytes + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
+    start = -room.data_ptr() % _HUGE_PAGE
+    if sys.platform == "linux" and num_bytes >= _HUGE_PAGE:
+        libc = ctypes.CDLL(None)
+        length = num_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        # A refusal only costs speed.
+        libc.madvise(ctypes.c_void_p(room.data_ptr() + start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+    return room[start : start + num_bytes]
+
+
+def repack_(
+    buffer: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scales: Tensor | None,
+    kind: str,
+    n: int,
+    m: int,
+    columns: int,
+    layout: str = "best",
+) -> None:
+    """Writes a matrix into `buffer`, in the order in which the kernels read it.
+
+    Args:
+        buffer: uint8 (packed_bytes(...),), contiguous.
+        values: (rows, kept) bf16, fp16, fp32 or int8; or uint8 (rows, ceil(kept / 2)) of int4.
+        mask: uint8 (rows, ceil(columns / 8)); None for a dense matrix.
+        scales: (rows, 1) of int8, (rows, ceil(columns / 64)) of int4; else None.
+        kind: a name of VALUES.
+
+    Raises:
+        InputError: a mask that does not keep exactly `n` of every `m`.
+        MemoryError: there is no memory for the threads.
+    """
+    values = values.contiguous()
+    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")  # whatever the default dtype and device
+    mask = nothing if mask is None else mask.contiguous()
+    scales = nothing.float() if scales is None else scales.to(torch.float32).contiguous()
+    _check_plain("the buffer", buffer, torch.uint8)
+    _check_plain("values", values, _DTYPES[kind])
+    _check_plain("the mask", mask, torch.uint8)
+    _check_plain("scales", scales, torch.float32)
+    code = built().castlm_repack(
+        *(LAYOUTS[layout], VALUES[kind], n, m, len(values), columns),
+        *(values.data_ptr(), values.nbytes, mask.data_ptr(), mask.nbytes, scales.data_ptr(), scales.numel()),
+        *(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads()),
+    )
+    _check_memory(code)
+    if code == _BAD_MASK:
+        raise InputError(f"the mask does not keep exactly {n} of every {m} weights: the file is damaged")
+    assert not code, f"values, mask and scales do not fit a {n}:{m} {kind} weight of width {columns}"
+
+
+def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Views of the buffer of a dense matrix (rows, columns) in layout "dense", of any values but int4.
+
+    Returns:
+        The values (tiles, blocks, 4, 64), with row r, column c at [r // 4, c // 64, r % 4, c % 64]; and the scales
+        (rows,) fp32 for int8, None for floats.
+    """
+    dtype, tiles, blocks = _DTYPES[values], -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
+    end = _HEADER_BYTES + tiles * _TILE_ROWS * blocks * _TILE_COLUMNS * dtype.itemsize
+    table = packed[_HEADER_BYTES:end].view(dtype).view(tiles, blocks, _TILE_ROWS, _TILE_COLUMNS)
+    return table, packed[end : end + 4 * rows].view(torch.float32) if FORMATS[values].rounds else None
+
+
+def rows_at_a_time(packed: Tensor) -> int:
+    """The number of rows of x that `multiply` should take at once, if x has many; 0 if the library's GEMM is faster.
+
+    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding; bf16 with AMX; and n:m floats
+    with AVX-512. On Intel's processors, whose GEMM is faster, they take n:m floats only if at most one of four is kept.
+    docs/performance.md has the speeds, measured by `benchmarks.levels`.
+    """
+    _check_plain("a packed weight", packed, torch.uint8)
+    if packed.numel() < _HEADER.size:
+        return 0  # both ways refuse it
+    _, layout, values, n = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
+    used = level()
+    if layout == LAYOUTS["rows"] or used not in ("avx2", "avx512", "amx"):
+        return 0
+    is_integer = values in _INTEGERS
+    if used == "amx" and (is_integer or values == VALUES["bf16"]):
+        return 512
+    floats_gain = used != "avx2" and layout == LAYOUTS["panels"] and (n == 1 or not is_intel())
+    if is_integer:
+        return 512 if used == "avx2" else 128
+    return 128 if floats_gain else 0
+
+
+def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """`x @ W.T` for x (..., in) fp32 or bf16, contiguous, on a CPU, and the buffer of W (out, in): (..., out).
+
+    Raises:
+        InputError: x of another width, or a buffer that `repack_` did not fill.
+        MemoryError: there is no memory for the sums and the activations.
+    """
+    shape, dtype = x.shape, x.dtype
+    assert shape, "x has no dimension"
+    assert x.is_cpu, x.device
+    assert x.is_contiguous()
+    assert dtype is torch.float32 or dtype is torch.bfloat16, dtype
+    _check_plain("a packed weight", packed, torch.uint8)
+    width, out = shape[-1], x.new_empty((*shape[:-1], out_features))
+    data, size, num_rows = packed.data_ptr(), packed.numel(), x.numel() // (width or 1)
+    is_bf16, threads = dtype is torch.bfloat16, torch.get_num_threads()
+    multiply_by = built().castlm_multiply  # a small layer takes as long as the Python around this call
+    code = multiply_by(data, size, x.data_ptr(), is_bf16, num_rows, width, out.data_ptr(), out_features, threads)
+    if code:
+        _check_memory(code)
+        raise InputError(f"x of shape {tuple(shape)} does not fit this packed weight of {out_features} outputs")
+    return out
+
+
+def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
+    """Writes rows [first, last) of the matrix in `packed` to `out` (last - first, in), fp32, contiguous.
+
+    Raises:
+        MemoryError: there is no memory for the threads.
+    """
+    _check_plain("a packed weight", packed, torch.uint8)
+    _check_plain("unpacked rows", out, torch.float32)
+    code = built().castlm_unpack(
+        packed.data_ptr(), packed.numel(), first, last, out.data_ptr(), out.numel(), torch.get_num_threads()
+    )
+    _check_memory(code)
+    assert not code, f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight"
+
+
+def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor, logits: Tensor) -> None:
+    """Computes the logits of one token of each sequence by `castlm_decode`.
+
+    Args:
+        decoders: addresses of the `Decoder` (decoder.h) of each of `count` sequences of one model.
+        positions: the number of tokens before the new one, for each sequence.
+        embeddings: embeddings of the tokens, (count, hidden) fp32, contiguous.
+        logits: (count, vocabulary) fp32, contiguous; written.
+
+    Raises:
+        MemoryError: there is no memory for the activations.
+    """
+    _check_plain("embeddings", embeddings, torch.float32)
+    _check_plain("logits", logits, torch.float32)
+    library, threads, count = built(), torch.get_num_threads(), len(decoders)
+    addresses, places = (ctypes.c_void_p * count)(*decoders), (ctypes.c_int64 * count)(*positions)
+    code = library.castlm_decode(addresses, places, count, embeddings.data_ptr(), logits.data_ptr(), threads)
+    _check_memory(code)
+    assert not code, "a size does not fit"
+
+
+def read_prompt(decoder: int, position: int, embeddings: Tensor, logits: Tensor) -> None:
+    """Computes the logits of the last of some tokens of a prompt by `castlm_read_prompt`.
+
+    Args:
+        decoder: address of the `Decoder` (decoder.h) of the sequence.
+        position: the number of tokens before these.
+        embeddings: embeddings of the tokens, (count, hidden) fp32, contiguous.
+        logits: (1, vocabulary) fp32, contiguous; written.
+
+    Raises:
+        MemoryError: there is no memory for the activations.
+    """
+    _check_plain("embeddings", embeddings, torch.float32)
+    _check_plain("logits", logits, torch.float32)
+    library, threads, count = built(), torch.get_num_threads(), len(embeddings)
+    code = library.castlm_read_prompt(decoder, position, count, embeddings.data_ptr(), logits.data_ptr(), threads)
+    _check_memory(code)
+    assert not code, "a size does not fit"
+
+
+def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Asserts that the kernels can read `tensor` by its address."""
+    assert tensor.is_cpu, f"{name} is on {tensor.device}"
+    assert tensor.dtype is dtype, f"{name} is {tensor.dtype}, not {dtype}"
+    assert tensor.is_contiguous(), name
+
+
+def _check_memory(code: int) -> None:
+    if code == _NO_MEMORY:
+        raise MemoryError("not enough memory for the CPU kernels: take fewer tokens at a time, or free memory")
+
+
+def trim_memory() -> None:
+    """Returns freed memory that the C library keeps (glibc) to the system, for example after loading a model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
