@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tests.tiny import save_tiny
 
-from benchmarks import adams, advisor, inference, masks, scaling, startup
+from benchmarks import adams, inference, masks, scaling, startup
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, Row
 from castlm.hardware import keep_freed_memory
@@ -133,7 +133,6 @@ PARTS = {
     "peak": lambda quick, clock: peak_rows(quick),
     "oneshot": lambda quick, clock: oneshot_rows(quick),
     "inference": lambda quick, clock: inference_rows(quick, clock),
-    "advice": lambda quick, clock: advisor.rows(quick),
     "startup": lambda quick, clock: startup.rows(),
 }
 

@@ -8,8 +8,6 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.lab.advice.gpu import gpu_timer
-from castlm.lab.advice.roofline import gpu_formats
 from castlm.runtime.semi_structured import Cusparselt, to_semi_structured_
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
@@ -74,16 +72,6 @@ def test_a_library_that_fails_is_named_and_the_layers_stay_dense(failing, pruned
     assert {choice.variant for choice in choices} == {"dense"}
     assert {choice.reason for choice in choices} == {"2:4 failed: CUSPARSE_STATUS_NOT_SUPPORTED"}
     assert not any(isinstance(layer, StubLinear) for layer in pruned.modules())
-
-
-@pytest.mark.parametrize("failing", ["run", "search"])
-def test_the_gpu_timer_counts_a_layer_that_does_not_run_as_dense(failing):
-    backend = StubBackend(by_name({"dense": 3.0, "2:4": 1.0}), failing=failing)
-    seconds = gpu_timer("bf16", backend)
-    sparse = next(form for form in gpu_formats("bf16") if form.sparse)
-    assert seconds(sparse, (64, 64), 4) == 3.0
-    backend.failing = None
-    assert seconds(sparse, (64, 128), 4) == 1.0
 
 
 def test_a_sparse_layer_that_computes_something_else_is_refused(pruned):

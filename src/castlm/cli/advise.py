@@ -1,10 +1,10 @@
-"""`castlm advise`: recommends a format for a model on this CPU or a GPU, and compares finished results."""
+"""`castlm advise`: recommends a format for a model on the CPU or GPU of this machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.cli.options import check_json_path, refuse_given, result_folder, to_stdout, write_json
 from castlm.core.errors import InputError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class AdviseCommand:
     """Show the speed and size of a model in every format, dense and n:m, and which to use for what.
 
-    On this CPU every format is timed, in about a minute. A GPU is estimated, or timed where it is at hand.
+    On a CPU every format is timed, in about a minute; on an NVIDIA GPU each layer is timed dense and 2:4.
     """
 
     model: str = positional()
@@ -33,15 +33,11 @@ class AdviseCommand:
     CPU, and 1 on a GPU.
     """
 
-    dtype: str = "bf16"
-    """Dtype in which the model is served now: bf16, fp16, fp32, and on some GPUs int8 or fp8. Speeds are relative to
-    it.
-    """
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Dtype in which the model is served now, on a GPU bf16 or fp16. Speeds are relative to it."""
 
-    device: str = "this"
-    """"this" times the GPU or CPU of this machine. A name such as h100, a100-40gb, l40s or rtx4090 estimates that GPU
-    (an unknown name lists all).
-    """
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to time; auto takes the GPU if there is one."""
 
     pattern: Pattern = parsed(NM(2, 4), parse_pattern)
     """n:m (2:4 on a GPU), or a structured pattern such as channels:0.5. The advice is then for the smaller, cut model,
@@ -54,47 +50,25 @@ class AdviseCommand:
     train_tokens: float | None = number(None, above=0)
     """Training tokens for which the law predicts."""
 
-    results: tuple[str, ...] = ()
-    """Runs of `castlm train`, or their model folders, to compare with the dense model at equal perplexity: bytes, and
-    decoding speed on this CPU in bf16. All must be evaluated on the same text.
-    """
-
     json: str | None = None
     """File for the advice as JSON; "-" prints it instead of the table."""
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
+        from castlm.hardware import choose_device
+
         check_json_path(self.json)
-        report, advice = self._of_results() if self.results else self._of_formats()
-        write_json(self.json, report)
-        if self.json != "-":
-            to_stdout(advice, keep="\n")
-        return 0
-
-    def _of_results(self) -> tuple[dict[str, Any], str]:
-        """The comparison of finished results, as a report and as text."""
-        from castlm.lab.compare.tradeoff import as_dict, candidates, measure, text
-        from castlm.progress import note
-        from castlm.runtime.native import built
-
-        refuse_given(self, _OF_ADVICE, "is not for --results, which decodes one sequence in bf16 here: leave it out")
-        built()
-        chosen = candidates(self.model, [result_folder(path) for path in self.results])
-        report = as_dict(measure(chosen, note))
-        return report, text(report)
-
-    def _of_formats(self) -> tuple[dict[str, Any], str]:
-        """The advice for this CPU or a GPU, as a report and as text."""
-        from castlm.lab.advice.gpu import this_gpu
-
         cut = None if self.pattern.cut_out is None else self.pattern
         if (self.law is None) != (self.train_tokens is None):
             raise InputError("give both --law and --train-tokens, or neither")
         if cut is None and not isinstance(self.pattern, NM):
             raise InputError(f"pattern {self.pattern}: advise knows n:m, and channels and heads that are cut out")
-        is_on_gpu = self.device != "this" or this_gpu() is not None
-        return self._on_gpu(cut) if is_on_gpu else self._on_cpu(cut)
+        report, advice = self._on_gpu(cut) if choose_device(self.device) == "cuda" else self._on_cpu(cut)
+        write_json(self.json, report)
+        if self.json != "-":
+            to_stdout(advice, keep="\n")
+        return 0
 
     def _on_cpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
         from castlm.lab.advice.cpu import SECONDS, WORKLOADS, check_can_time, rank, shapes_of
@@ -148,30 +122,18 @@ class AdviseCommand:
         return Quality(found.get("dense"), at.perplexity, source)
 
     def _on_gpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
-        from castlm.devices import find_device
         from castlm.lab.advice.cpu import shapes_of
-        from castlm.lab.advice.gpu import gpu_timer, this_gpu
-        from castlm.lab.advice.roofline import advise
+        from castlm.lab.advice.gpu import DENSE, advise_on_gpu
 
         if cut is None and self.pattern != NM(2, 4):
             raise InputError(f"pattern {self.pattern}: GPUs have hardware for 2:4 alone")
-        device = this_gpu() if self.device == "this" else find_device(self.device)
-        assert device is not None
-        name = result_folder(self.model)
-        options: dict[str, Any] = {"tokens": self.tokens or 1, "dtype": self.dtype}
-        if self.device == "this":
-            options["seconds"] = gpu_timer(self.dtype)
-        found = advise(shapes_of(name, self.trust_remote_code, cut), device, **options)
+        refuse_given(self, ("law",), "has no effect on a GPU, where perplexity is not shown: leave it out")
+        name, options = result_folder(self.model), {"tokens": self.tokens or 1, "dtype": self.dtype}
+        found = advise_on_gpu(shapes_of(name, self.trust_remote_code, cut), **options)
         report, lines = found.as_dict(), [found.text()]
         if cut is not None:
-            whole = advise(shapes_of(name, self.trust_remote_code), device, **options)
-            before, after = whole.totals[self.dtype], found.totals[self.dtype]
-            report |= {"pattern": str(cut), "seconds_before_cut": before, "cut_speedup": before / after}
-            lines.append(
-                f"{cut}: dense in {self.dtype}, the layers and the head that are left are {before / after:.2f} "
-                "times as fast as those of the whole model"
-            )
+            whole = advise_on_gpu(shapes_of(name, self.trust_remote_code), **options)
+            speedup = whole.totals[DENSE] / found.totals[DENSE]
+            report |= {"pattern": str(cut), "cut_speedup": speedup}
+            lines.append(f"{cut}: dense in {self.dtype}, {speedup:.2f} times as fast as the whole model")
         return report, "\n".join(lines)
-
-
-_OF_ADVICE = ("tokens", "dtype", "device", "pattern", "law", "train_tokens", "trust_remote_code")

@@ -328,8 +328,6 @@ def names_of(section: type[Any]) -> list[str]:
 def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, Any]:
     """Options by name, out of their sections: `{"optimizer": {"max_steps": 9}}` becomes `{"max_steps": 9}`.
 
-    Leaves out those of `RETIRED` that change nothing.
-
     Raises:
         InputError: an option that is given twice.
     """
@@ -339,19 +337,8 @@ def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, 
         for name, item in value.items() if is_section else [(key, value)]:
             if name in found:
                 raise InputError(f"{label(name, source)} is given twice: once is enough")
-            if RETIRED.get(name) != str(item):
-                found[name] = item
+            found[name] = item
     return found
-
-
-RETIRED = {
-    "target_asymmetry": "0.0",
-    "stream_correction": "0.0",
-    "prefetch": "True",
-    "log_steps": "1",
-    "fused_optimizer": "auto",
-}
-"""Options that castlm no longer has and files of older runs name, each with the one value that changes nothing."""
 
 
 def _plain(value: Any) -> Any:

@@ -166,7 +166,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
     record = device_of(torch.cuda.get_device_name(device))
-    return None if record is None else 1e12 * record.peak["bf16"]
+    return None if record is None else record.bf16_flops
 
 
 def forward_flops(parameters: Iterable[tuple[Tensor, str]], model_config: Any, seq_len: int) -> float:

@@ -2,7 +2,7 @@
 
 The layers have the shapes of the model's config and random weights, so nothing is downloaded. The formats of a shape
 are timed in turns, over so many copies of the weight that the caches cannot hold them, as in a model. Attention, norms
-and the KV cache are not timed, since they take the same time in every format. `roofline.py` estimates GPUs.
+and the KV cache are not timed, since they take the same time in every format. `gpu.py` times a GPU.
 """
 
 from __future__ import annotations
