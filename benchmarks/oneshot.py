@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 from benchmarks.machine import machine, write_json
 from castlm.core.nm import NM
 from castlm.core.sparsify import sparse_linears
+from castlm.data.calibration import draw_calibration
 from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.hardware import keep_freed_memory
 from castlm.models.io import load_model
-from castlm.oneshot.calibration import calibration_length, draw_calibration
+from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.start import prune_oneshot_

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from castlm.core.errors import InputError
 from castlm.core.nm import count_nm_violations, nm_mask
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
+from castlm.data.calibration import draw_calibration
 from castlm.oneshot import walk
-from castlm.oneshot.calibration import calibration_length, draw_calibration
+from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.start import prune_oneshot_

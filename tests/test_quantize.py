@@ -16,6 +16,7 @@ from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.data import calibration as calibration_module
+from castlm.data.calibration import draw_calibration
 from castlm.export import quantized
 from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
@@ -24,7 +25,6 @@ from castlm.formats.packed_file import read_specs
 from castlm.formats.rounding import round_in_groups, round_rows
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
-from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.quantize import quantize_
 from castlm.runtime.packed import pack_integers, unpack
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from castlm.core import native
+from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, nm_mask
 from castlm.oneshot import start
@@ -15,7 +16,7 @@ from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
 from castlm.oneshot.reconstruct import reconstruct_
 from castlm.oneshot.solvers import FIRST_PENALTY, LAST_PENALTY, damped, improve_masks, refit, whole_hessian
-from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor, upper_factor
+from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor
 from castlm.oneshot.start import prune_oneshot_
 from castlm.structured.pattern import Channels
 from tests.fused import needs_kernels, threads

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 from castlm.cli.main import main
 from castlm.core.errors import DivergedError, InputError
 from castlm.core.sparsify import weight_parameter
+from castlm.data.calibration import draw_calibration
 from castlm.data.tokens import token_ids
 from castlm.export.verify import verify
 from castlm.files.output import begin_output
 from castlm.files.record import LOCK
 from castlm.models.io import load_model
 from castlm.oneshot import start
-from castlm.oneshot.calibration import draw_calibration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.start import prune_oneshot_
 from castlm.signals import Interrupt, Interrupted, ending_on_sigterm

@@ -38,3 +38,10 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """
     dense = tensor.detach().cpu().contiguous()
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
+def equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; -0.0 and +0.0 differ."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(bytes_of(one), bytes_of(other))

@@ -28,8 +28,8 @@ from castlm.core.sparsify import SparseLayer, computed_weight, weight_parameter
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
+from castlm.dtypes import equal_in_bits
 from castlm.export.hf import (
-    equal_in_bits,
     new_manifest,
     verification,
     verify_pattern,

@@ -27,7 +27,7 @@ from castlm.core.blocks import is_block_weight
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
-from castlm.dtypes import STORED, STORED_NAMES, bytes_of, dtype_name
+from castlm.dtypes import STORED, STORED_NAMES, bytes_of, dtype_name, equal_in_bits
 from castlm.export.card import model_card
 from castlm.export.verify import check_dense, check_ok, verify
 from castlm.files.atomic_file import atomic_write_json
@@ -236,13 +236,6 @@ def verify_pattern(
     if missing := sparse - {layer.name for layer in report.sparse_layers}:
         raise InputError(f"{len(missing)} of {len(sparse)} sparse layers are not in {report.path}, as {min(missing)}")
     return report.totals()
-
-
-def equal_in_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; -0.0 and +0.0 differ."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(bytes_of(one), bytes_of(other))
 
 
 # ---- a model that does not fit in memory, from files of its transformer blocks

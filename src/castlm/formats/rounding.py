@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError, check_finite
 from castlm.core.rounding import best_scale, in_groups
 from castlm.formats.table import FORMATS
-from castlm.oneshot.sparsegpt import upper_factor
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.oneshot.axes import (
@@ -29,7 +30,6 @@ from castlm.oneshot.inputs import Seen, entries_of
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.report import BasisReport, Change
 from castlm.oneshot.solvers import damped, row_energies, whole_hessian
-from castlm.oneshot.sparsegpt import upper_factor
 from castlm.oneshot.walk import BlockInputs
 
 TOLERANCE, TOLERANCE_NARROW = 1e-4, 5e-2

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,33 +28,6 @@ def default_sequences(layers: Mapping[str, SparseLayer], seq_len: int, effort: E
     widest = max(layer.weight.shape[-1] for layer in layers.values())
     tokens = max(32_768, 16 * widest) * effort.calibration
     return min(128, math.ceil(tokens / seq_len))
-
-
-def draw_calibration(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:
-    """Draws random sequences of a text: the same as SparseGPT's and Wanda's loaders of WikiText-2 and PTB for a seed.
-
-    Each sequence begins at `random.Random(seed).randint(0, num_tokens - seq_len - 1)`, also in the middle of a
-    document; sequences can overlap. For C4, those loaders draw a document first, and then one sequence of it.
-
-    Args:
-        token_ids: int64, (num_tokens,): the text, tokenized as a whole with the special tokens at its start.
-        seq_len: tokens per sequence; `calibration_length(model)` is the convention.
-
-    Returns:
-        int64, (num_sequences, seq_len), in the order drawn.
-
-    Raises:
-        InputError: fewer than `seq_len + 1` tokens.
-    """
-    last = len(token_ids) - seq_len - 1
-    if last < 0:
-        raise InputError(
-            f"the calibration text has {len(token_ids):,} tokens, and sequences of seq_len {seq_len:,} need "
-            f"{seq_len + 1:,}: pass a longer text or a smaller seq_len"
-        )
-    draw = random.Random(seed)
-    starts = [draw.randint(0, last) for _ in range(num_sequences)]
-    return torch.stack([token_ids[start : start + seq_len] for start in starts]).long()
 
 
 def check_calibration(model: PreTrainedModel, calibration: Tensor) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.export.hf import equal_in_bits
+from castlm.dtypes import equal_in_bits
 from castlm.files.atomic_file import (
     atomic_file,
     atomic_write_json,
