@@ -114,7 +114,8 @@ def search_inference(library: Path, seconds: float) -> None:
         groups = random.randint(1, 40) if random.randrange(5) else random.randint(500, 900)  # wide ones too
         rows, columns = random.randint(1, 40), groups * (m or 5)
         packed = random_packed(random.choice([*native.VALUES]), n, m, rows, columns, seed=count)
-        buffer = buffer_of(packed, random.choice(["best", "rows"]) if m else "best").clone()  # without room after it
+        layouts = ["best", *(["rows"] if m else []), *(["lanes"] if m == 0 or 64 % m == 0 else [])]
+        buffer = buffer_of(packed, random.choice(layouts)).clone()  # without room after it
         x = torch.randn(random.choice([1, random.randint(1, 40)]), columns)
         check_product(packed, buffer, x)
         out = torch.empty(rows, columns)
@@ -134,7 +135,7 @@ def search_inference(library: Path, seconds: float) -> None:
 
 KERNELS = {
     "training": (PACKAGE / "core", overrun_training, search_training),
-    "inference": (PACKAGE / "inference", overrun_inference, search_inference),
+    "inference": (PACKAGE / "runtime", overrun_inference, search_inference),
 }
 
 

@@ -65,7 +65,8 @@ namespace {
 
 int64_t data_bytes(const Header& of) {
   if (of.layout != kRows)
-    return of.tiles() * (of.blocks() * of.panel_bytes() + (of.values == kInt8 ? 4 * of.tile_rows() : 0));
+    return of.tiles() * (of.blocks() * of.panel_bytes() + (of.values == kInt8 ? 4 * of.tile_rows() : 0)) +
+           (of.layout == kLanes ? kLanesSlack : 0);
   const int64_t scale_bytes = of.values == kInt8 ? 4 : of.values == kInt4 ? 2 * of.blocks() : 0;
   return of.rows * (of.kept_row_bytes() + of.mask_row_bytes() + scale_bytes) + 32;  // and room for a read past the end
 }
@@ -77,8 +78,9 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
   const bool fits_panels = m == 4 && n <= 2;
   if (layout < 0) layout = m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
-  if (layout > kDense || (layout == kDense) != (m == 0) || (layout == kPanels && !(fits_panels && level() != kPlain))) return false;
-  of = Header{kMagic, layout, values, n, m, 0, rows, columns, 0};
+  if (layout > kLanes || (layout == kLanes ? !fits_lanes(m) : (layout == kDense) != (m == 0))) return false;
+  if (layout == kPanels && !(fits_panels && level() != kPlain)) return false;
+  of = Header{kMagic, layout, values, n, m, layout == kLanes && values >= kInt8 && level() >= kAvx512, rows, columns, 0};
   of.data_bytes = data_bytes(of);
   return true;
 }
@@ -87,8 +89,9 @@ bool checked(const uint8_t* packed, int64_t bytes, Header& of) {
   if (!packed || bytes < kHeaderBytes) return false;
   Header found;
   std::memcpy(&found, packed, sizeof found);
-  return found.magic == kMagic && make_header(found.layout, found.values, found.n, found.m, found.rows, found.columns, of) &&
-         found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
+  if (found.magic != kMagic || !make_header(found.layout, found.values, found.n, found.m, found.rows, found.columns, of)) return false;
+  of.is_unsigned = found.is_unsigned;  // as at the level of its time
+  return found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
 }
 
 // x (batch, columns) as fp32 (rows, padded columns), in the order that the kernels of a level take. x itself where it is so.
@@ -136,7 +139,7 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 
 // The level whose kernels multiply `batch` rows of x the fastest.
 int32_t level_for(const Header& of, int64_t batch) {
-  int32_t used = of.layout == kRows ? int32_t(kPlain) : level();
+  int32_t used = of.layout == kRows || of.layout == kLanes ? int32_t(kPlain) : level();
   if (used == kAmx && !amx_gains(of, batch)) used = kAvx512;
   if (used == kAvx512 && !avx512_gains(of, padded_batch(batch))) used = kAvx2;
   return used;
@@ -200,7 +203,7 @@ int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 7;
+const int32_t castlm_inference_version = 8;
 
 // The level in use.
 int castlm_level() { return level(); }
@@ -255,17 +258,18 @@ int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
   if (count != (last - first) * of.columns) return kBadSize;
   const uint8_t* data = packed + kHeaderBytes;
   const int64_t tile_rows = of.tile_rows(), first_tile = first / tile_rows;
-  const bool fast = of.layout != kRows && level() >= kAvx2;
+  const bool by_tile = of.layout == kLanes || (of.layout != kRows && level() >= kAvx2);
   return guarded([&] {
     in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 8, threads, [&](int64_t begin, int64_t end) {
       float* rows = static_cast<float*>(scratch<0>(tile_rows * of.padded() * 4));
       for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {
         const int64_t start = tile * tile_rows, from = std::max(first, start), until = std::min(last, start + tile_rows);
-        if (fast && until - from == tile_rows && of.columns == of.padded()) {
-          avx2_expand_tile(of, data, tile, to + (from - first) * of.columns, of.columns);
+        const auto expand_tile = of.layout == kLanes ? expand_lanes : avx2_expand_tile;
+        if (by_tile && until - from == tile_rows && of.columns == of.padded()) {
+          expand_tile(of, data, tile, to + (from - first) * of.columns, of.columns);
           continue;
         }
-        if (fast) avx2_expand_tile(of, data, tile, rows, of.padded());
+        if (by_tile) expand_tile(of, data, tile, rows, of.padded());
         else for (int64_t row = from; row < until; ++row) expand_row(of, data, row, rows + (row - start) * of.padded());
         for (int64_t row = from; row < until; ++row)
           std::memcpy(to + (row - first) * of.columns, rows + (row - start) * of.padded(), of.columns * 4);

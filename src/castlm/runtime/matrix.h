@@ -1,4 +1,4 @@
-// How a weight lies in memory while it is multiplied by: a header, then the data in one of three layouts. The buffer is
+// How a weight lies in memory while it is multiplied by: a header, then the data in one of four layouts. The buffer is
 // built for the processor at hand (`repack` in repack.cpp) and never written to a file.
 
 #pragma once
@@ -30,24 +30,32 @@ enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kI
 // kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
 // kPanels: 1:4 and 2:4, a few rows by 64 columns at a time in the order in which vector kernels read them.
 // kDense: all values, four rows by 64 columns at a time.
-enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2 };
+// kLanes: every n:m whose m divides 64, and dense weights: 16 rows by 64 columns at a time, a bit mask before the kept values.
+enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2, kLanes = 3 };
 
 // m = 0 is a dense weight. `columns` may be any number; a row is padded with zeros to `padded()` columns.
 struct Header {
   uint32_t magic;
-  int32_t layout, values, n, m, unused;
+  int32_t layout, values, n, m;
+  int32_t is_unsigned;  // of integers in kLanes: int8 has 128 added, int4 8
   int64_t rows, columns;
   int64_t data_bytes;
 
   int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
   int64_t padded() const { return blocks() * kBlock; }
   int64_t kept() const { return m ? columns / m * n : columns; }  // values in a row
-  int64_t tile_rows() const { return layout == kPanels && n == 1 ? 8 : 4; }
+  int64_t tile_rows() const { return layout == kLanes ? 16 : layout == kPanels && n == 1 ? 8 : 4; }
   int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows(); }
   int64_t panel_bytes() const {  // of a tile of rows by 64 columns
+    if (layout == kLanes) {
+      const int64_t count = 16 * (m ? kBlock / m * n : kBlock);
+      return lane_mask_bytes() + (values == kInt4 ? count / 2 + 32 : count * value_bytes());
+    }
     if (m == 0) return tile_rows() * dense_block_bytes();
     return 32 + (values == kInt8 ? 128 : values == kInt4 ? 64 + 2 * tile_rows() : 128 * value_bytes());
   }
+  int64_t lane_mask_bytes() const { return m ? 128 : 0; }  // of a panel of kLanes
+  int64_t lane_columns() const { return values == kInt4 ? 8 : values == kInt8 ? 4 : values == kBFloat16 ? 2 : 1; }
   int64_t dense_block_bytes() const { return values == kInt4 ? kBlock / 2 + 2 : kBlock * value_bytes(); }
   int64_t value_bytes() const { return values == kFloat32 ? 4 : values == kInt8 ? 1 : 2; }  // of all but int4
   int64_t kept_row_bytes() const { return values == kInt4 ? (kept() + 1) / 2 : kept() * value_bytes(); }
@@ -142,6 +150,32 @@ INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) 
   return {byte, 2 * step, 32 + 32 * half + byte, step % 2 * 4};
 }
 
+// A panel of kLanes: the weights of 16 rows by 64 columns in steps of a few columns (`lane_columns`): 4 of int8, 2 of bf16, 1
+// of fp16 and fp32. A step is 16 lanes, one for each row, and each lane has the columns of the step. int8:
+//
+//   step            0                                                        1                ...   15
+//   row             0                1               ...   15                0
+//   columns         0  1  2  3       0  1  2  3            0  1  2  3        4  5  6  7
+//
+// That is the order of the 1,024 bits of the mask, 128 bytes, the lowest bit of a byte first. The kept values follow in the
+// same order without gaps, as many in each panel, since every row keeps n / m of its 64 columns: the bits of a step say how
+// many of them it takes. A dense weight has all values and no mask. int4 has steps of 8 columns in two halves of eight rows:
+//
+//   half 0, the low four bits of each byte of values:    rows 0  1  4  5  8  9  12  13
+//   half 1, the high four bits:                          rows 2  3  6  7 10 11  14  15
+//
+// The mask has the 64 bits of half 0 of step 0, then those of half 1, then step 1. Kept values of a half follow each other in
+// its bits of the bytes, and 16 bf16 scales end the panel. So even columns of four, as 32-bit words of both halves, make the
+// same 16 lanes as a step of int8. Of int8, fp32 scales of the rows follow all panels.
+struct Lane {
+  int row, column;
+};
+INLINE Lane lane_of_bit(const Header& of, int bit) {  // of the mask of a panel
+  const int columns = int(of.lane_columns()), lane = bit / columns % 16, column = bit / columns / 16 * columns + bit % columns;
+  return {of.values == kInt4 ? lane % 8 / 2 * 4 + lane / 8 * 2 + lane % 2 : lane, column};
+}
+constexpr int64_t kLanesSlack = 64;  // bytes after the data, which a load of the last values may reach
+
 // What an entry point returns.
 enum Error : int { kOk = 0, kBadSize = 1, kBadMask = 2, kNoMemory = 3 };
 
@@ -155,6 +189,8 @@ int guarded(Entry entry) {
   }
 }
 
+// Whether vectors of 64 columns hold whole groups of a pattern, or a weight is dense: what kLanes takes.
+INLINE bool fits_lanes(int m) { return m == 0 || kBlock % m == 0; }
 // Whether the mask of a file keeps exactly n of every m.
 bool mask_is_nm(const Header&, const uint8_t* mask);
 // Writes the tensors of a file to `data`, which is zero, in the layout of the header.

@@ -27,7 +27,7 @@ NOT_BUILT = "the C++ kernels were not built: install castlm again on a machine w
 VALUES = {form.name: form.kernel for form in FORMATS.values() if form.kernel is not None}
 """Codes of the stored values, as in `Values` of matrix.h."""
 
-LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2}
+LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2, "lanes": 3}
 """Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
 
 LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
@@ -36,7 +36,7 @@ LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
 _DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
 _INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 7  # of kernels.cpp
+_VERSION = 8  # of kernels.cpp
 _HEADER = struct.Struct("4i")  # a buffer begins with its magic number, layout, values and n
 _HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as in matrix.h
 _HUGE_PAGE = 1 << 21

@@ -85,6 +85,24 @@ void expand_panels(const Header& of, const uint8_t* data, int64_t row, float* to
   }
 }
 
+// The kept values of a panel of kLanes to 64 columns of 16 rows, without their scales.
+template <int values>
+void expand_lanes_panel(const Header& of, const uint8_t* panel, float* to, int64_t ld) {
+  const uint8_t *mask = panel, *kept = panel + of.lane_mask_bytes();
+  int64_t taken[2] = {0, 0};  // of each half of int4
+  for (int bit = 0; bit < 1024; ++bit) {
+    const Lane lane = lane_of_bit(of, bit);
+    float& value = to[lane.row * ld + lane.column];
+    value = 0;
+    if (of.m && !(mask[bit / 8] >> (bit % 8) & 1)) continue;
+    const int half = values == kInt4 ? bit / 64 % 2 : 0;
+    const int64_t index = taken[half]++;
+    if (values == kInt8) value = float(int8_t(kept[index] ^ (of.is_unsigned ? 0x80 : 0)));
+    else if (values == kInt4) value = float(((kept[index] >> 4 * half & 15) ^ (of.is_unsigned ? 0 : 8)) - 8);
+    else value = load_value(kept, values, index);
+  }
+}
+
 // Sixteen sums that do not depend on each other, so that the compiler may use vectors without changing a sum's order.
 EACH_CPU float dot(const float* a, const float* b, int64_t count) {
   float sums[16] = {};
@@ -109,12 +127,32 @@ void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
       scale_row(to + i * kBlock, short_scale(scales + 2 * (row * of.blocks() + i)), kBlock);
 }
 
+void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld) {
+  const uint8_t *panel = data + tile * of.blocks() * of.panel_bytes(), *of_rows = row_scales(of, data) + 64 * tile;
+  for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes(), to += kBlock) {
+    switch (of.values) {
+      case kBFloat16: expand_lanes_panel<kBFloat16>(of, panel, to, ld); break;
+      case kFloat16: expand_lanes_panel<kFloat16>(of, panel, to, ld); break;
+      case kFloat32: expand_lanes_panel<kFloat32>(of, panel, to, ld); break;
+      case kInt8: expand_lanes_panel<kInt8>(of, panel, to, ld); break;
+      default: expand_lanes_panel<kInt4>(of, panel, to, ld);
+    }
+    const uint8_t* of_block = panel + of.panel_bytes() - 32;  // scales of int4
+    for (int row = 0; row < 16 && of.values >= kInt8; ++row)
+      scale_row(to + row * ld, of.values == kInt8 ? stored_scale(of_rows + 4 * row) : short_scale(of_block + 2 * row), kBlock);
+  }
+}
+
 void plain_multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                     int64_t last) {
-  float* row_values = static_cast<float*>(scratch<0>(of.padded() * 4));
-  for (int64_t row = first * 4; row < std::min(last * 4, of.rows); ++row) {
-    expand_row(of, data, row, row_values);
-    for (int64_t b = 0; b < x.batch; ++b) y[b * ldy + row] = dot(row_values, x.wide + b * of.padded(), of.padded());
+  const int64_t tile_rows = of.tile_rows(), width = of.padded();
+  float* rows = static_cast<float*>(scratch<0>(tile_rows * width * 4));
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t row = tile * tile_rows, count = std::min(tile_rows, of.rows - row);
+    if (of.layout == kLanes) expand_lanes(of, data, tile, rows, width);
+    else for (int64_t r = 0; r < count; ++r) expand_row(of, data, row + r, rows + r * width);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t b = 0; b < x.batch; ++b) y[b * ldy + row + r] = dot(rows + r * width, x.wide + b * width, width);
   }
 }
 

@@ -36,9 +36,11 @@ inline void release_large_scratch() {
 
 // Value `index` of a row of a file as fp32, without its scale.
 float load_value(const uint8_t* row, int32_t values, int64_t index);
-// Row `row` of a matrix in any layout as fp32 in `to`, `padded()` long.
+// Row `row` of a matrix as fp32 in `to`, `padded()` long, in any layout but kLanes.
 void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to);
-// As `Multiply`: a row at a time becomes fp32, in any layout but panels.
+// The 16 rows of a tile of kLanes as fp32, `ld` apart and `padded()` long each.
+void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
+// As `Multiply`: weights become fp32, a row or the rows of a tile at a time, in any layout.
 void plain_multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                     int64_t last);
 // As `avx2_quantize`.

@@ -84,6 +84,80 @@ void fill_panels(const Header& of, const uint8_t* values, const uint8_t* mask, c
   }
 }
 
+// ---- kLanes
+
+uint64_t mask_of_block(const Header& of, const uint8_t* mask, int64_t block) {  // of a row
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < 8 && 8 * block + i < of.mask_row_bytes(); ++i) bits |= uint64_t(mask[8 * block + i]) << 8 * i;
+  return bits;
+}
+
+// Up to eight nibbles of a row from `index` on, as the bytes of a word from the lowest on. `end` is the end of all values.
+INLINE uint64_t eight_nibbles(const uint8_t* row, int64_t index, const uint8_t* end) {
+  const uint8_t* at = row + index / 2;
+  uint64_t bits = 0;
+  std::memcpy(&bits, at, std::max<int64_t>(0, std::min<int64_t>(8, end - at)));
+  bits = bits >> index % 2 * 4 & 0xffffffff;
+  bits = (bits | bits << 16) & 0x0000ffff0000ffff;
+  bits = (bits | bits << 8) & 0x00ff00ff00ff00ff;
+  return (bits | bits << 4) & 0x0f0f0f0f0f0f0f0f;
+}
+
+// The panels of 16 rows. A lane of a step takes the next kept values of its row: `taken` has how many it took before.
+template <int values>
+void fill_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile,
+                     uint8_t* data) {
+  constexpr int kBytes = values == kFloat32 ? 4 : values >= kInt8 ? 1 : 2;
+  const int columns = int(of.lane_columns()), rows = int(std::min<int64_t>(16, of.rows - 16 * tile));
+  const int64_t half_bytes = of.panel_bytes() - of.lane_mask_bytes() - 32;  // of int4
+  const uint8_t *end = from + of.rows * of.kept_row_bytes(), flip = of.is_unsigned ? values == kInt8 ? 0x80 : 8 : 0;
+  uint8_t* panel = data + tile * of.blocks() * of.panel_bytes();
+  int64_t taken[16] = {};
+  uint8_t kept[4096 + 64];
+  for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes()) {
+    uint64_t bits[16] = {};
+    const int64_t width = std::min(kBlock, of.columns - block * kBlock);
+    for (int row = 0; row < rows; ++row)
+      bits[row] = of.m ? mask_of_block(of, mask + (16 * tile + row) * of.mask_row_bytes(), block) : ~uint64_t(0) >> (64 - width);
+    uint8_t* to[2] = {kept, kept + 1040};  // the halves of int4, a byte a value; others use the first
+    std::memset(kept, values == kInt4 ? flip : 0, sizeof kept);
+    for (int bit = 0; bit < 1024; bit += columns) {
+      const Lane lane = lane_of_bit(of, bit);
+      const uint64_t here = bits[lane.row] >> lane.column & ((1u << columns) - 1);
+      const int count = __builtin_popcountll(here), half = values == kInt4 ? bit / 64 % 2 : 0;
+      if (of.m) panel[bit / 8] |= uint8_t(here << bit % 8);
+      const uint8_t* row = from + (16 * tile + std::min(lane.row, rows - 1)) * of.kept_row_bytes();
+      if constexpr (values == kInt4) {
+        const uint64_t its_own = count ? ~uint64_t(0) >> 8 * (8 - count) : 0;
+        const uint64_t eight = (eight_nibbles(row, taken[lane.row], end) & its_own) ^ flip * 0x0101010101010101u;
+        std::memcpy(to[half], &eight, 8);
+      } else {
+        std::memcpy(to[0], row + taken[lane.row] * kBytes, count * kBytes);
+      }
+      taken[lane.row] += count;
+      to[half] += (of.m ? count : columns) * kBytes;  // a dense row has room for the columns that it lacks
+    }
+    uint8_t* values_at = panel + of.lane_mask_bytes();
+    if constexpr (values == kInt4) {
+      for (int64_t i = 0; i < half_bytes; ++i) values_at[i] = uint8_t(kept[i] | kept[1040 + i] << 4);
+      for (int row = 0; row < rows; ++row)
+        store_short_scale(values_at + half_bytes + 2 * row, scales[(16 * tile + row) * of.blocks() + block]);
+    } else {
+      const int64_t count = of.panel_bytes() - of.lane_mask_bytes();
+      for (int64_t i = 0; i < count; ++i) values_at[i] = values == kInt8 ? uint8_t(kept[i] ^ flip) : kept[i];
+    }
+  }
+}
+
+void fill_lanes(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t first,
+                int64_t last, uint8_t* data) {
+  const auto fill = of.values == kInt4      ? fill_lanes_tile<kInt4>
+                    : of.values == kInt8    ? fill_lanes_tile<kInt8>
+                    : of.values == kFloat32 ? fill_lanes_tile<kFloat32>
+                                            : fill_lanes_tile<kBFloat16>;
+  for (int64_t tile = first; tile < last; ++tile) fill(of, values, mask, scales, tile, data);
+}
+
 // Of each byte of a mask, whether all of its groups keep n.
 std::array<bool, 256> whole_bytes(const Header& of) {
   std::array<bool, 256> whole;
@@ -104,9 +178,10 @@ bool mask_is_nm(const Header& of, const uint8_t* mask) {
     bool good = true;
     for (int64_t i = 0; i < checked; ++i) good &= whole[mask[i]];
     if (!good) return false;
-    for (int64_t k = 8 * checked; k < of.columns; k += of.m) {  // groups that end in no byte, as of 3:5
+    for (int64_t k = 8 * checked; k < of.columns; k += of.m) {
       int count = 0;
-      for (int64_t i = k; i < k + of.m; ++i) count += mask[i / 8] >> (i % 8) & 1;
+      if (of.m % 8 == 0) for (int64_t i = k / 8; i < (k + of.m) / 8; ++i) count += __builtin_popcount(mask[i]);
+      else for (int64_t i = k; i < k + of.m; ++i) count += mask[i / 8] >> (i % 8) & 1;  // they end in no byte, as of 3:5
       if (count != of.n) return false;
     }
     // A bit past the last column would make the kernels read a value of the next row.
@@ -119,6 +194,7 @@ bool mask_is_nm(const Header& of, const uint8_t* mask) {
 void repack(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data, int threads) {
   if (of.layout == kRows) return fill_rows(of, values, mask, scales, data);
   in_parallel(of.tiles(), 16, threads, [&](int64_t first, int64_t last) {
+    if (of.layout == kLanes) return fill_lanes(of, values, mask, scales, first, last, data);
     if (of.layout == kPanels) return fill_panels(of, values, mask, scales, first, last, data);
     for (int64_t row = 4 * first; row < std::min(4 * last, of.rows); ++row)
       fill_dense_row(of, values + row * of.kept_row_bytes(), scales, row, data);
