@@ -10,8 +10,8 @@ import torch
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.export.packed import pack_folder
+from castlm.files.stored import PACKED_SINGLE as FILE
 from castlm.files.stored import read_header
-from castlm.formats.packed_file import FILE
 from castlm.formats.table import FORMATS
 from castlm.lab.advice import cpu as advise_module
 from castlm.lab.advice.cpu import (

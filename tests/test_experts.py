@@ -24,8 +24,9 @@ from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears, spars
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
+from castlm.files.stored import PACKED_SINGLE as FILE
 from castlm.files.stored import read_header
-from castlm.formats.packed_file import FILE, read_specs, to_metadata
+from castlm.formats.packed_file import read_specs, to_metadata
 from castlm.models.io import load_model
 from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, input_axis
 from castlm.training.config import TrainConfig

@@ -19,14 +19,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from castlm.core.errors import InputError, check_finite
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import dense_name
 from castlm.distributed.world import World
-from castlm.files.stored import INDEX, SINGLE, read_weight_map, shard_files
+from castlm.files.stored import StoredTensor
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.conversion import (
     as_stored,
@@ -36,9 +35,8 @@ from castlm.models.conversion import (
     stored_rows,
     stored_shapes,
 )
-from castlm.models.io import Loaded, open_model, quiet, stored_dtype
+from castlm.models.io import Loaded, open_model, quiet, stored_dtype, weights_of
 from castlm.models.layout import OLD_BUFFERS
-from castlm.models.locate import Location
 
 FIRST = 64
 """The largest count of numbers per parameter: the first of its first row, or of its first expert."""
@@ -140,8 +138,7 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
     model = empty_model(config, trust_remote_code=trust_remote_code)
     if any(buffer.is_meta for buffer in model.buffers()):
         return None
-    files = _weight_files(where)
-    places = _places(model, files)
+    places = _places(model, weights_of(where, config))
     if places is None:
         return None
     if model.can_generate():
@@ -163,29 +160,11 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     return model
 
 
-def _weight_files(where: Location) -> list[Path]:
-    options: dict[str, Any] = {"revision": where.revision, "_raise_exceptions_for_missing_entries": False}
-    whole = cached_file(where.target, SINGLE, **options)
-    if whole is not None:
-        return [Path(whole)]
-    index = cached_file(where.target, INDEX, **options)
-    if index is None:
-        return []
-    if not where.is_hub:
-        return [Path(index).with_name(file) for file in shard_files(Path(index), read_weight_map(Path(index)))]
-    return [Path(file) for file in get_checkpoint_shard_files(where.target, index, revision=where.revision)[0]]
+Stored = Mapping[str, StoredTensor]
 
 
-Stored = Mapping[str, tuple[Path, tuple[int, ...]]]
-"""The file and the shape of each stored tensor, by its name there."""
-
-
-def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | ExpertPlaces] | None:
+def _places(model: PreTrainedModel, stored: Stored) -> dict[str, Place | ExpertPlaces] | None:
     """The place of each parameter; None if the names and shapes in the files are not the model's own."""
-    stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            stored |= {key: (file, tuple(opened.get_slice(key).get_shape())) for key in opened.keys()}  # noqa: SIM118
     places: dict[str, Place | ExpertPlaces] = {}
     known: set[str] = set()
     for parameter, names in _names_of_parameters(model).items():
@@ -217,7 +196,7 @@ def _places(model: PreTrainedModel, files: list[Path]) -> dict[str, Place | Expe
 
 def _place(model: PreTrainedModel, names: list[str], parameter: Tensor, key: str, stored: Stored) -> Place | None:
     """The place of a parameter that is stored as `key`; None if it has another shape or layout there."""
-    file, shape = stored[key]
+    file, shape = stored[key].file, stored[key].shape
     transposed = any(is_stored_transposed(model, name) for name in names)
     if transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
@@ -244,10 +223,10 @@ def _expert_places(model: PreTrainedModel, key: str, layer: ExpertLinear, stored
     rows = stored_rows(model, key, layer)
     of_expert: list[list[tuple[int, Place]]] = [[] for _ in range(layer.num_experts)]
     for name, expert, part in rows or ():
-        file, shape = stored.get(name, (Path(), ()))
-        if shape != (part.stop - part.start, layer.in_features):
+        tensor = stored.get(name)
+        if tensor is None or tensor.shape != (part.stop - part.start, layer.in_features):
             return None
-        of_expert[expert].append((part.start, Place(file, name)))
+        of_expert[expert].append((part.start, Place(tensor.file, name)))
     matrices = tuple(tuple(place for _, place in sorted(of, key=lambda entry: entry[0])) for of in of_expert)
     return ExpertPlaces(matrices) if rows and all(matrices) else None
 

@@ -12,7 +12,7 @@ import contextlib
 import io
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,21 @@ from typing import Any
 from castlm.core.blocks import is_block_weight, is_tower
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
-from castlm.files.reading import check_regular, read_json_object
-from castlm.files.stored import INDEX, SINGLE, StoredTensor, read_header, read_weight_map, shard_files
-from castlm.formats import packed_file
+from castlm.files.reading import read_json_object
+from castlm.files.stored import (
+    INDEX,
+    PACKED_INDEX,
+    PACKED_SINGLE,
+    SINGLE,
+    StoredTensor,
+    check_weight_files,
+    read_header,
+    read_weight_map,
+)
 from castlm.formats.table import FORMATS
 from castlm.models.layout import QUANT_METHOD
 from castlm.models.locate import check_holds_model
+from castlm.models.weights import loading_only, packed_weights, stored_weights
 from castlm.patterns import parse_pattern
 
 _WEIGHTS = re.compile(
@@ -93,28 +102,24 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
     """
     if not path.is_dir():
         tensors = read_header(path)
-        for index in (path.parent / INDEX, path.parent / packed_file.INDEX):
-            is_whole = path.name in (SINGLE, packed_file.FILE)
+        check_weight_files([path])
+        for index in (path.parent / INDEX, path.parent / PACKED_INDEX):
+            is_whole = path.name in (SINGLE, PACKED_SINGLE)
             if index.is_file() and not is_whole and path.name in read_weight_map(index).values():
                 raise InputError(f"{path} is one of several files of a model: verify the folder {path.parent}")
         return tensors
     check_holds_model(path)
-    names = (packed_file.FILE, packed_file.INDEX) if is_packed(config) else (SINGLE, INDEX)
-    single, index = (path / name for name in names)
-    if is_packed(config):
-        named = config["quantization_config"].get("weights", packed_file.FILE)
-        if named != (single if single.exists() else index).name:
-            raise InputError(f"{path / 'config.json'} names the weights {named!r}, which castlm does not write")
-    if single.exists():
-        tensors, index_read = read_header(single), ()
-    elif index.exists():
-        tensors, index_read = _sharded(index), (index.name,)
-    else:
+    packed = packed_weights(config.get("quantization_config"))
+    names = (SINGLE, INDEX) if packed is None else (PACKED_SINGLE, PACKED_INDEX)
+    if not any((path / name).exists() for name in names):
         other = _other_weights(path)
         remedy = "name a .safetensors file by its own path, convert others with save_pretrained"
         hint = f"it holds {other}: {remedy}" if other else "is it a model folder?"
-        raise InputError(f"{path} holds no {single.name} and no {index.name} ({hint})")
-    read = {*index_read, *(tensor.file.name for tensor in tensors.values())}
+        raise InputError(f"{path} holds no {names[0]} and no {names[1]} ({hint})")
+    tensors = stored_weights(path, packed)
+    read = {tensor.file.name for tensor in tensors.values()}
+    if not read & {SINGLE, PACKED_SINGLE}:
+        read.add(names[1])
     if other := _other_weights(path, read):
         raise InputError(
             f"{path} holds {other} beside {max(read)}: only one of them would be verified, and a program may load the "
@@ -133,20 +138,6 @@ def _other_weights(folder: Path, read: Collection[str] = ()) -> str | None:
     """The first file of weights in `folder` that is not among `read`."""
     names = sorted(os.listdir(folder))
     return next((n for n in names if n not in read and _WEIGHTS.search(n) and not _NOT_OF_THE_MODEL.match(n)), None)
-
-
-def _sharded(index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_weight_map(index)
-    shards = {file: read_header(check_regular(index.parent / file)) for file in shard_files(index, weight_map)}
-    stored = Counter(name for shard in shards.values() for name in shard)
-    wrong = [name for name, file in weight_map.items() if name not in shards[file]]
-    wrong += [name for name, count in stored.items() if count > 1]
-    if wrong:
-        raise InputError(
-            f"{index} and its files do not agree on {wrong[0]}: one file must hold it, which the index names; fetch "
-            "them again"
-        )
-    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
 
 
 # ---- what transformers loads
@@ -194,7 +185,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
             return "each other"
     from castlm.models.io import some_of
 
-    unexpected = load_on_meta(path, config)
+    unexpected = load_on_meta(path, config, tensors)
     linear = [
         name
         for name in sorted(tensors.keys() & unexpected - set(ignored))
@@ -220,11 +211,12 @@ def check_redirections(folder: Path, config: Config) -> None:
         raise InputError(f"{folder} holds {parts[0]}, a part of a distributed checkpoint: save the whole model")
 
 
-def load_on_meta(folder: Path, described: Config) -> set[str]:
+def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTensor]) -> set[str]:
     """Loads the model folder without its data, as the class that its config.json names.
 
     Args:
         described: the content of config.json, which transformers must read alike where it decides about the weights.
+        tensors: the stored tensors, whose files transformers must load, all of them and no others.
 
     Returns:
         The names of the stored tensors that the class does not have.
@@ -235,7 +227,7 @@ def load_on_meta(folder: Path, described: Config) -> set[str]:
     from castlm.models.io import check_loading_info, quiet_transformers
 
     try:
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        with loading_only(tensors.values()), quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             text = config.get_text_config(decoder=True)
             for key in ("transformers_weights", "quantization_config", "model_type"):

@@ -38,7 +38,7 @@ from castlm.export.verify import Packed, check_dense, check_ok, take_packed, ver
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
-from castlm.files.stored import INDEX, SINGLE, StoredTensor
+from castlm.files.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, SINGLE, StoredTensor
 from castlm.formats import packed_file
 from castlm.formats.packed_file import PackedSpec
 from castlm.formats.rounding import Rounded, on_grid, round_rows
@@ -220,7 +220,7 @@ def pack_into(
         specs[table] = PackedSpec(*stored[table].shape, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
     how = _Packing(stored, specs, rounded, cast)
-    weights = _write_weights(folder, how, (packed_file.FILE, packed_file.INDEX), progress)
+    weights = _write_weights(folder, how, (PACKED_SINGLE, PACKED_INDEX), progress)
     _write_packed_rest(source, folder, weights, pattern, cast)
     if pattern is None:
         check_dense(folder)

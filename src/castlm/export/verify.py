@@ -32,6 +32,7 @@ from castlm.export.report import LayerReport, VerifyReport
 from castlm.files.reading import user_path
 from castlm.files.stored import (
     FLOATS,
+    PACKED_SINGLE,
     SINGLE,
     StoredTensor,
     byte_chunks,
@@ -39,7 +40,6 @@ from castlm.files.stored import (
     magnitude_chunks,
     non_finite_of,
 )
-from castlm.formats import packed_file
 from castlm.formats.packed_file import PackedSpec, read_specs, split_codes
 from castlm.formats.table import FORMATS
 from castlm.models.layout import OLD_BUFFERS, guess_model_type, input_axis
@@ -145,7 +145,7 @@ def _compare_layers(
             f"{path} has no config.json, so its layers are unknown: copy the model's config.json, or verify one "
             ".safetensors file by its own path"
         )
-    if path.is_dir() or (config and path.name == (packed_file.FILE if is_packed(config) else SINGLE)):
+    if path.is_dir() or (config and path.name == (PACKED_SINGLE if is_packed(config) else SINGLE)):
         return check_layers(path if path.is_dir() else path.parent, tensors, config, ignored)
     check_uniform(path, tensors)
     return "each other"

@@ -8,8 +8,8 @@ JSON header, the data (github.com/huggingface/safetensors).
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +17,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from castlm.core.errors import InputError, one_line
-from castlm.files.reading import open_regular, parse_json, read_json_object
+from castlm.files.reading import check_regular, open_regular, parse_json, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The files that transformers loads a model from: one file with all weights, or an index of several."""
+
+PACKED_SINGLE, PACKED_INDEX = "castlm.safetensors", "castlm.safetensors.index.json"
+"""The same of a packed folder. transformers does not look for these names, so without castlm it finds no weights."""
+
+_WEIGHT_FILE = re.compile(r"[A-Za-z0-9_][!-.0-\[\]-~]*\.safetensors")
+"""Visible ASCII without / and \\: two names of other characters can be one file, or look like one."""
 
 CHUNK_BYTES = 1 << 22  # stays in the cache between the passes over it
 
@@ -63,21 +69,40 @@ class StoredTensor(NamedTuple):
 def read_weight_map(index: Path) -> dict[str, str]:
     """The file name of each tensor, from the index of a model in several files in its folder."""
     weight_map = read_json_object(index).get("weight_map")
-    files = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
-    strange = [file for file in files if not isinstance(file, str) or not file or os.path.basename(file) != file]
-    if strange or not files:
-        named = (strange or [None])[0]
-        raise InputError(f"{index} has a weight_map that names {named!r}, outside its folder: fetch or write it again")
-    assert isinstance(weight_map, dict)
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has the weight_map {weight_map!r:.100}: fetch or write it again")
+    for name in weight_map.values():
+        check_weight_name(name, index)
     return weight_map
 
 
-def shard_files(index: Path, weight_map: Mapping[str, str]) -> list[str]:
-    """The names of the files of an index, whose `read_weight_map` is given; all of them must exist."""
-    files = sorted(set(weight_map.values()))
-    if missing := [file for file in files if not (index.parent / file).exists()]:
-        raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
-    return files
+def check_weight_name(name: object, where: object) -> None:
+    """Raises `InputError` unless `name` is that of a safetensors file in a folder, with exactly this suffix.
+
+    By the suffix alone, transformers decides whether it reads a file as safetensors or unpickles it.
+    """
+    if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
+        raise InputError(
+            f"{where} names the weights {name!r:.200}, and only NAME.safetensors in its folder, in ASCII, is read: "
+            "save the model as safetensors"
+        )
+
+
+def check_weight_files(files: Sequence[Path], folder: Path | None = None) -> None:
+    """Raises `InputError` unless the weight files of a model are different safetensors files in one folder.
+
+    Args:
+        folder: the folder; None takes the first file's.
+    """
+    seen: dict[object, Path] = {}
+    for file in files:
+        check_weight_name(file.name, file.parent)
+        stat = check_regular(file).stat()
+        for key in (file.name.lower(), (stat.st_dev, stat.st_ino)):  # the same on some file systems, or by a link
+            if (twin := seen.setdefault(key, file)) is not file:
+                raise InputError(f"{twin} and {file} are one file under two names: fetch or write the model again")
+        if file.parent != (folder or files[0].parent):
+            raise InputError(f"{file} is not in {folder or files[0].parent}: copy the whole model into one folder")
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

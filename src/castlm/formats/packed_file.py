@@ -36,13 +36,6 @@ from castlm.core.errors import InputError
 from castlm.files.stored import StoredTensor
 from castlm.formats.table import FORMATS, ITEM_BYTES, PACKABLE
 
-FILE = "castlm.safetensors"
-"""The weight file of a packed folder. transformers does not look for this name, so without castlm it finds no weights.
-"""
-
-INDEX = "castlm.safetensors.index.json"
-"""The index of several weight files: the file of each tensor."""
-
 VERSION = 2
 METADATA_KEY = "castlm"
 

@@ -33,11 +33,12 @@ from transformers.utils.hub import cached_file
 
 from castlm.core.errors import InputError, check_finite
 from castlm.dtypes import FLOATS, STORED
-from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map, shard_files
+from castlm.files.stored import StoredTensor, read_header
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
 from castlm.models.gguf import fast_gguf, forget_gguf
 from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
 from castlm.models.locate import Location, find
+from castlm.models.weights import loading_only, packed_weights, stored_weights
 
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -142,6 +143,8 @@ def as_input_error(where: Location) -> Iterator[None]:
     """Turns transformers' errors, of any type and many lines, into one line."""
     try:
         yield
+    except InputError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a library in Rust
             raise
@@ -258,13 +261,12 @@ def unpack_on_load_(config: PretrainedConfig) -> bool:
 def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """The model of an opened location, from safetensors or GGUF alone; `options` are those of `from_pretrained`."""
     weights: dict[str, Any] = {"use_safetensors": True}
+    only: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if where.gguf:
         weights = {**where.gguf, "quantization_config": GgufConfig(dequantize=True)}
-    elif not where.is_hub and not (Path(where.target) / SINGLE).exists():
-        index = Path(where.target) / INDEX
-        if index.is_file():
-            shard_files(index, read_weight_map(index))
-    with quiet(where), as_input_error(where):
+    else:
+        only = loading_only(weights_of(where, config).values())
+    with quiet(where), as_input_error(where), only:
         model, loading_info = auto_class(config).from_pretrained(
             where.target,
             config=config,
@@ -287,6 +289,15 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
     return model
 
 
+def weights_of(where: Location, config: PretrainedConfig) -> dict[str, StoredTensor]:
+    """The stored tensors that transformers loads of an opened location, plain or packed, by name; not of GGUF."""
+    if named := getattr(config, "transformers_weights", None):
+        raise InputError(f"config.json of {where} names other weights ({named!r:.200}): remove transformers_weights")
+    packed = packed_weights(getattr(config, "quantization_config", None))
+    with quiet(where):
+        return stored_weights(where.target, packed, where.revision)
+
+
 def fp32_bytes(name: str, revision: str | None = None) -> int:
     """Bytes of a model in fp32; 0 if it is not in safetensors on this machine."""
     where = find(name, revision)
@@ -295,7 +306,7 @@ def fp32_bytes(name: str, revision: str | None = None) -> int:
 
 
 def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
-    """The dtype of the stored weights, by the config or else by the largest tensor of the first file.
+    """The dtype of the stored weights, by the config or else by the largest tensor.
 
     GGUF counts as bf16: its source had 16 bits in nearly every case, and its own blocks have fewer.
     """
@@ -303,9 +314,9 @@ def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
         return torch.bfloat16
     named = getattr(config, "dtype", None)
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
-    files = [] if where.is_hub else sorted(Path(where.target).glob("*.safetensors"))
-    if dtype is None and files:
-        largest = max(read_header(files[0]).values(), key=lambda tensor: math.prod(tensor.shape), default=None)
+    if dtype is None and not where.is_hub:
+        stored = weights_of(where, config).values()
+        largest = max(stored, key=lambda tensor: math.prod(tensor.shape), default=None)
         dtype = None if largest is None else STORED.get(largest.dtype)
     return dtype if dtype in FLOATS.values() else torch.float32
 

@@ -22,8 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
-from castlm.files.stored import StoredTensor, read_header, read_weight_map
-from castlm.formats.packed_file import FILE, INDEX, VERSION, PackedSpec, read_specs
+from castlm.files.stored import PACKED_INDEX, PACKED_SINGLE, StoredTensor, check_weight_files, read_header
+from castlm.formats.packed_file import VERSION, PackedSpec, read_specs
 from castlm.models.conversion import loaded_name, possible_names
 from castlm.models.layout import QUANT_METHOD
 from castlm.runtime import native
@@ -53,7 +53,12 @@ class CastlmConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, version: int = VERSION, pattern: str = "", weights: str = FILE, dequantize: bool = False, **_: Any
+        self,
+        version: int = VERSION,
+        pattern: str = "",
+        weights: str = PACKED_SINGLE,
+        dequantize: bool = False,
+        **_: Any,
     ):
         self.quant_method = QUANT_METHOD
         self.version, self.pattern, self.weights, self.dequantize = version, pattern, weights, dequantize
@@ -67,8 +72,10 @@ class CastlmQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         weights = self.quantization_config.weights
-        if weights not in (FILE, INDEX):
-            raise InputError(f"quantization_config names the weights {weights!r}: only {FILE} or {INDEX} is read")
+        if weights not in (PACKED_SINGLE, PACKED_INDEX):
+            raise InputError(
+                f"quantization_config names the weights {weights!r}: only {PACKED_SINGLE} or {PACKED_INDEX} is read"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -99,10 +106,10 @@ class CastlmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        folder = Path(model.config.name_or_path)
-        if self.quantization_config.weights == INDEX and (folder / INDEX).is_file():
-            read_weight_map(folder / INDEX)  # refuses names outside the folder
         files = checkpoint_files or []
+        folder = Path(model.config.name_or_path)
+        # transformers unpickles files of other names, and reads those outside the folder
+        check_weight_files([Path(file) for file in files], folder if folder.is_dir() else None)
         tensors = {name: tensor for file in files for name, tensor in read_header(Path(file)).items()}
         specs = read_specs(tensors)
         if not specs:

@@ -1,0 +1,135 @@
+"""The weights of a model: the files that transformers' own resolver names, and nothing else while they are loaded.
+
+Which files a model is loaded from depends on config.json, on what lies beside it, and on the version of transformers.
+Predicting this has been wrong; so every reader of weights (`verify`, loading, sharded loading, packing) asks here, and
+`loading_only` compares the answer with the files that transformers is about to open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from castlm.core.errors import InputError, one_line
+from castlm.files.stored import (
+    INDEX,
+    PACKED_INDEX,
+    PACKED_SINGLE,
+    SINGLE,
+    StoredTensor,
+    check_weight_files,
+    check_weight_name,
+    read_header,
+    read_weight_map,
+)
+from castlm.models.layout import QUANT_METHOD
+from castlm.models.locate import check_holds_model
+
+_LOADING = threading.RLock()
+
+
+def packed_weights(quantization: object) -> str | None:
+    """The name of a packed folder's weight file, or index, in the `quantization_config` of its config.json.
+
+    None of a folder that castlm did not pack.
+    """
+    is_packed = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    return quantization.get("weights", PACKED_SINGLE) if is_packed else None
+
+
+def stored_weights(
+    target: str | Path, packed: str | None = None, revision: str | None = None
+) -> dict[str, StoredTensor]:
+    """The tensors that transformers loads from a model folder or a hub repository, by name.
+
+    A hub repository is downloaded into the cache.
+
+    Args:
+        target: the folder, or the id.
+        packed: `packed_weights` of its config.json.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        InputError: there are no weights in safetensors, or an index names other files than those, missing files, or
+            tensors that are not stored exactly once, where it says.
+    """
+    from transformers.modeling_utils import _get_resolved_checkpoint_files
+
+    if packed not in (None, PACKED_SINGLE, PACKED_INDEX):
+        raise InputError(f"config.json of {target} names the weights {packed!r:.200}, which castlm does not write")
+    index = Path(target, packed or INDEX)
+    if index.name in (INDEX, PACKED_INDEX) and index.is_file() and (packed or not Path(target, SINGLE).exists()):
+        read_weight_map(index)  # reports a damaged index better than transformers
+    try:
+        found, sharded = _get_resolved_checkpoint_files(
+            pretrained_model_name_or_path=str(target),
+            variant=None,
+            gguf_file=None,
+            use_safetensors=True,
+            user_agent=None,
+            is_remote_code=False,
+            transformers_explicit_filename=packed,
+            download_kwargs={"revision": revision},
+        )
+    except Exception as error:  # of any type
+        raise InputError(f"transformers finds no weights in {target}: {one_line(error)}") from error
+    files = [Path(file) for file in found or ()]
+    weight_map: Mapping[str, Any] = (sharded or {}).get("weight_map", {})
+    for name in [*weight_map.values(), *(file.name for file in files)]:
+        check_weight_name(name, target)
+    if missing := [file.name for file in files if not file.exists()]:
+        raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
+    check_weight_files(files, Path(target) if Path(target).is_dir() else None)
+    headers = {file.name: read_header(file) for file in files}
+    count = Counter(name for header in headers.values() for name in header)
+    wrong = [name for name, file in weight_map.items() if name not in headers[file]]
+    wrong += [name for name, times in count.items() if times > 1]
+    if wrong:
+        raise InputError(
+            f"{index} and its files do not agree on {wrong[0]}: one file must hold it, which the index names; fetch "
+            "them again"
+        )
+    return {name: tensor for header in headers.values() for name, tensor in header.items()}
+
+
+@contextlib.contextmanager
+def loading_only(stored: Iterable[StoredTensor]) -> Iterator[None]:
+    """Makes `from_pretrained`, in this thread and inside the context, load the files of `stored` and no others.
+
+    Raises:
+        InputError: transformers was about to read another list of files, before it read one; or it loaded weights in
+            another way, after it did.
+    """
+    from transformers import PreTrainedModel
+
+    wanted = {os.path.abspath(tensor.file) for tensor in stored}
+    load, thread = PreTrainedModel._load_pretrained_model, threading.get_ident()
+    compared = False
+
+    def load_compared(model: Any, state_dict: Any, checkpoint_files: Any, *rest: Any, **named: Any) -> Any:
+        nonlocal compared
+        if threading.get_ident() == thread:
+            files = [Path(file) for file in checkpoint_files or ()]
+            check_weight_files(files)
+            if {os.path.abspath(file) for file in files} != wanted:
+                raise InputError(
+                    f"transformers would load {', '.join(map(str, files)) or 'no file'}, not {min(wanted, default='')}:"
+                    " remove what names other weights from the model's config.json and folder"
+                )
+            check_holds_model(files[0].parent)  # beside which an adapter would be loaded
+            compared = True
+        return load(model, state_dict, checkpoint_files, *rest, **named)
+
+    with _LOADING:
+        PreTrainedModel._load_pretrained_model = staticmethod(load_compared)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            PreTrainedModel._load_pretrained_model = staticmethod(load)  # type: ignore[method-assign]
+    if not compared:
+        raise InputError(f"transformers loaded other weights than {min(wanted, default='')}: save the model again")
