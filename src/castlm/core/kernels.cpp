@@ -309,26 +309,57 @@ INLINE Refreshed refresh_run(const float* weight, uint8_t* mask, int64_t count, 
   return result;
 }
 
+// The largest `least` such that at least n of the m magnitudes are as large, or any that exactly n reach: found by halving the
+// range of their bits, first by octaves (1 << 23) from the largest magnitude down. A group of 64 takes some 9 counts of 64
+// comparisons each, where ranks take 64.
+INLINE int32_t least_kept(const int32_t* magnitude, int m, int n, int32_t largest) {
+  const auto reached_by = [&](int32_t least) {
+    int32_t count = 0;
+    for (int place = 0; place < m; ++place) count += magnitude[place] >= least;
+    return count;
+  };
+  int32_t low = largest, high = largest + 1;  // reached by at least n, and by fewer than n
+  for (int32_t octave = 1 << 23;; low = low > octave ? low - octave : 0) {
+    const int32_t count = reached_by(low);
+    if (count == n) return low;
+    if (count > n) break;
+    high = low;
+  }
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2, count = reached_by(middle);
+    if (count == n) return middle;
+    (count > n ? low : high) = middle;
+  }
+  return low;
+}
+
+// Bytes of 0 and 1 to bits, as `_GATHER` of nm.py: byte k of eight becomes bit k.
+INLINE uint8_t gathered(const uint8_t* bytes) {
+  uint64_t eight;
+  std::memcpy(&eight, bytes, 8);
+  return uint8_t(eight * 0x0102040810204080 >> 56);
+}
+
 // For any m up to kGroup. Eight groups fill m whole bytes of the mask and are done at a time.
-Refreshed refresh_any(const float* weight, uint8_t* mask, int64_t count, int n, int m) {
+INLINE Refreshed refresh_groups(const float* weight, uint8_t* mask, int64_t count, int n, int m) {
   Refreshed result;
   int32_t magnitude[kGroup];
-  uint8_t fresh[kGroup];
+  uint8_t kept[8 * kGroup], fresh[kGroup];
   for (int64_t at = 0; at < count; at += 8 * m) {
     const int64_t length = std::min<int64_t>(8 * m, count - at), num_bytes = (length + 7) / 8;
-    std::fill(fresh, fresh + num_bytes, 0);
+    std::fill(kept + length, kept + 8 * num_bytes, 0);
     for (int64_t group = 0; group < length; group += m) {
       std::memcpy(magnitude, weight + at + group, 4 * m);
-      for (int place = 0; place < m; ++place)
-        result.largest = std::max(result.largest, magnitude[place] &= 0x7fffffff);
-      for (int place = 0; place < m; ++place) {
-        const int32_t own = magnitude[place];
-        int rank = 0;
-        for (int other = 0; other < m; ++other)
-          rank += other < place ? magnitude[other] >= own : magnitude[other] > own;
-        if (rank < n) fresh[(group + place) / 8] |= 1 << ((group + place) % 8);
-      }
+      int32_t largest = 0;
+      for (int place = 0; place < m; ++place) largest = std::max(largest, magnitude[place] &= 0x7fffffff);
+      result.largest = std::max(result.largest, largest);
+      const int32_t least = least_kept(magnitude, m, n, largest);
+      int32_t num_kept = 0;
+      for (int place = 0; place < m; ++place) num_kept += kept[group + place] = magnitude[place] >= least;
+      for (int place = m; num_kept > n;)  // of equal weights the earlier ones are kept
+        if (magnitude[--place] == least) kept[group + place] = 0, --num_kept;
     }
+    for (int64_t byte = 0; byte < num_bytes; ++byte) fresh[byte] = gathered(kept + 8 * byte);
     replace(mask + at / 8, fresh, num_bytes, result);
   }
   return result;
@@ -442,6 +473,10 @@ EACH_CPU static Refreshed refresh_4(const float* weight, uint8_t* mask, int64_t 
 }
 EACH_CPU static Refreshed refresh_8(const float* weight, uint8_t* mask, int64_t count, int n) {
   return refresh_run<8>(weight, mask, count, n);
+}
+
+EACH_CPU static Refreshed refresh_any(const float* weight, uint8_t* mask, int64_t count, int n, int m) {
+  return refresh_groups(weight, mask, count, n, m);
 }
 
 // Each handles the rows `begin` to `end` of a weight.
