@@ -1,4 +1,4 @@
-"""CAST in a plain torch loop. castlm adds five lines to it, each marked with an arrow.
+"""CAST in a plain torch loop. castlm adds six lines to it, each marked with an arrow.
 
 python examples/torch_loop.py MODEL_FOLDER TEXT_FILE OUTPUT_FOLDER
 """
@@ -18,8 +18,9 @@ def main(model_folder: str, text_file: str, output_folder: str, steps: int = 50,
     ids = tokenizer(Path(text_file).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     sequences = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
 
+    castlm.prune_oneshot_(model, "sparsegpt", calibration=sequences[:64])  # <- the start: without it, magnitude masks
     castlm.add_weight_scaling(model)  # <-
-    optimizer = castlm.AdamS(castlm.sparse_param_groups(model), lr=1e-3, total_steps=steps)  # <-
+    optimizer = castlm.AdamS(castlm.sparse_param_groups(model), lr=1e-3, total_steps=steps, decay_end=0.3)  # <-
     for step in range(steps):
         batch = sequences[torch.arange(step * 8, step * 8 + 8) % len(sequences)]
         loss = model(input_ids=batch, labels=batch).loss

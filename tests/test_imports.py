@@ -13,6 +13,7 @@ import castlm
 ROOT = Path(castlm.__file__).parent
 TIERS = (
     ("cli", "__main__"),
+    ("api",),
     ("lab", "serving"),
     ("training",),
     (
@@ -29,7 +30,7 @@ TIERS = (
     ),
     ("models",),
     ("hardware", "files", "fields", "progress", "signals"),
-    ("names", "dtypes", "packages", "devices"),
+    ("names", "dtypes", "packages", "devices", "keywords"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

@@ -61,7 +61,7 @@ def test_a_model_is_given_with_an_option_or_without():
         ["--output-dir", "o", "--model", "x"],
         ["--model=x", "--output-dir=o"],
     ):
-        assert read_arguments(options, arguments, "pack", PackCommand) == {"path": "x", "output_dir": "o"}
+        assert read_arguments(options, arguments, "pack", PackCommand) == {"model": "x", "output_dir": "o"}
     with pytest.raises(InputError, match="unrecognized arguments: y"):
         read_arguments(options, ["y", "--model", "x"], "pack", PackCommand)
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from castlm.cli.main import main
-from castlm.cli.verify import pattern_of_files
 from castlm.core.errors import InputError
 from castlm.core.nm import nm_mask, pack_mask, unpack_mask
 from castlm.core.sparsify import prune_
+from castlm.export.folder import pattern_of_files
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify

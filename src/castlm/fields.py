@@ -149,6 +149,12 @@ def given(options: Any, names: Iterable[str]) -> list[str]:
     return [name for name in names if getattr(options, name) != default_of(fields[name])]
 
 
+def refuse_given(options: Any, names: Iterable[str], why: str, source: str = "") -> None:
+    """Raises `InputError` with the option and `why` if one of the fields `names` differs from its default."""
+    if found := given(options, names):
+        raise InputError(f"{label(found[0], source)} {why}")
+
+
 @functools.cache
 def hints_of(kind: type[Any]) -> dict[str, Any]:
     """The type of each field, resolved."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-import castlm
+import castlm.fields
 from castlm.core.errors import InputError
 from castlm.fields import (
     COMMAND_LINE,
@@ -26,7 +26,6 @@ from castlm.fields import (
     choices_of,
     default_of,
     docs_of,
-    given,
     hints_of,
     is_required,
     unknown,
@@ -248,24 +247,15 @@ def use_threads(number: int) -> None:
 
 
 def result_folder(path: str) -> str:
-    """The `model` folder if `path` is a run of `castlm train`, otherwise `path`."""
-    from castlm.models.locate import model_in
+    """`castlm.models.locate.result_folder`, which imports rich: `--help` does not need it."""
+    from castlm.models import locate
 
-    folder = Path(path).expanduser()
-    return str(model_in(folder)) if folder.is_dir() else path
-
-
-def head_formats() -> tuple[str, ...]:
-    """The choices of `--head`."""
-    from castlm.formats.table import HEADS
-
-    return HEADS
+    return locate.result_folder(path)
 
 
 def refuse_given(options: Any, names: Iterable[str], why: str) -> None:
-    """Raises `InputError` with the option and `why` if one of the fields `names` differs from its default."""
-    if found := given(options, names):
-        raise InputError(f"--{found[0].replace('_', '-')} {why}")
+    """`castlm.fields.refuse_given` for options on the command line."""
+    castlm.fields.refuse_given(options, names, why, COMMAND_LINE)
 
 
 WRITTEN_BY = "written_by"

@@ -6,7 +6,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from castlm.cli.options import head_formats, refuse_given, result_folder, to_stdout
+from castlm.api.pack import head_formats
+from castlm.cli.options import refuse_given, result_folder, to_stdout
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.fields import choice, like, number, parsed, positional

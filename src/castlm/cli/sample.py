@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from castlm.cli.options import command_of, given, refuse_given, result_folder, to_stdout
+from castlm.cli.options import command_of, refuse_given, result_folder, to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.fields import essential, like, number, positional
+from castlm.fields import essential, given, like, number, positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, RuntimeOptions, TeacherOptions

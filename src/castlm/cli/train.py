@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from castlm.cli.options import read_arguments, result_folder
-from castlm.cli.verify import pattern_of_files
+from castlm.api.train import FOREIGN, RecipeOptions, of_recorded_pattern
+from castlm.cli.options import read_arguments
 from castlm.core.errors import InputError
-from castlm.fields import COMMAND_LINE, build, choice, essential, label
+from castlm.fields import COMMAND_LINE, build, essential, label
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig, names_of
+from castlm.training.config import FinetuneConfig, TrainConfig, names_of
 
 
 @dataclass
@@ -25,13 +25,8 @@ class FileOptions:
 
 
 @dataclass
-class RecipeOptions(FileOptions):
+class RecipeAndFileOptions(RecipeOptions, FileOptions):
     """Files of options, and the values that they override."""
-
-    recipe: str = choice("castlm", RECIPES)
-    """Base values of all options. castlm: our defaults. paper: decay, learning rates, eta, batch and length as
-    published for LLaMA2-7B, with Adam's usual betas.
-    """
 
 
 @dataclass
@@ -59,10 +54,10 @@ def parse_train(
         The config, and an instance of `more`.
     """
     if name == "finetune":
-        kind, files, other, of_other = FinetuneConfig, FileOptions, "train", ("method", "start")
+        kind, files, other = FinetuneConfig, FileOptions, "train"
     else:
-        kind, files, other, of_other = TrainConfig, RecipeOptions, "finetune", ("adapter",)
-    sections = kind.sections()
+        kind, files, other = TrainConfig, RecipeAndFileOptions, "finetune"
+    sections, of_other = kind.sections(), FOREIGN["train" if kind is TrainConfig else "finetune"]
     foreign = [option for title in of_other for option in names_of(sections[title])]
     titled = [*sections.items(), ("options", files), ("options", more)]
     given = read_arguments(
@@ -83,17 +78,7 @@ def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     folder.
     """
     config, page = parse_train(arguments, "finetune")
-    from castlm.models.locate import DEMO  # imports rich, which --help does not need
-
-    model = result_folder(config.model.model)
-    if model == DEMO:  # known before its 135M weights are read
-        raise InputError(f"{DEMO} is a dense model: fine-tune the folder that castlm prune or castlm train makes of it")
-    pattern = config.model.pattern
-    if "pattern" not in config.given and (recorded := pattern_of_files(model)) is not None:
-        if recorded.nm is None:
-            raise InputError(f"{model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
-        pattern = recorded.nm
-    return config.changed(model=model, init_from=model, pattern=pattern), page.report
+    return of_recorded_pattern(config), page.report
 
 
 def main(arguments: list[str]) -> int:

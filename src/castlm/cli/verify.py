@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from castlm.cli.options import check_json_path, write_json
-from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.fields import parsed, positional
-from castlm.files.reading import read_json_object, user_path
+from castlm.files.reading import user_path
 from castlm.patterns import parse_pattern
 
 
@@ -32,6 +31,7 @@ class VerifyCommand:
     """File for the report as JSON; "-" prints it instead of the table."""
 
     def run(self) -> int:
+        from castlm.export.folder import pattern_of_files
         from castlm.export.verify import verify
 
         path = _counted(self.path)
@@ -55,20 +55,3 @@ def _counted(name: str) -> str:
     if place.is_dir():
         return str(model_in(place))
     return name if place.exists() and place.suffix != ".gguf" else str(local_folder(name))
-
-
-def pattern_of_files(path: str) -> Pattern | None:
-    """The pattern in the castlm.json of a model folder, or of the folder of a file; None without a castlm.json.
-
-    Raises `InputError` if the file cannot be read, or names no pattern.
-    """
-    from castlm.export.folder import recorded_pattern
-
-    place = user_path(path)
-    file = (place.parent if place.is_file() else place) / "castlm.json"
-    if not file.is_file():
-        return None
-    found = recorded_pattern(read_json_object(file))
-    if found is None:
-        raise InputError(f"{file} names no pattern, as of a dense model: give --pattern 2:4 all the same")
-    return found

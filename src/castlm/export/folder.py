@@ -20,7 +20,7 @@ from typing import Any
 from castlm.core.blocks import is_block_weight, is_tower
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
-from castlm.files.reading import read_json_object
+from castlm.files.reading import read_json_object, user_path
 from castlm.files.stored import (
     INDEX,
     PACKED_INDEX,
@@ -67,6 +67,21 @@ def recorded_pattern(manifest: Mapping[str, Any]) -> Pattern | None:
     """The pattern in a castlm.json; None for a dense model. Raises `InputError` for a text that is no pattern."""
     found = manifest.get("pattern")
     return None if found is None else parse_pattern(str(found))
+
+
+def pattern_of_files(path: str | Path) -> Pattern | None:
+    """The pattern in the castlm.json of a model folder, or of the folder of a file; None without a castlm.json.
+
+    Raises `InputError` if the file cannot be read, or names no pattern.
+    """
+    place = user_path(path)
+    file = (place.parent if place.is_file() else place) / "castlm.json"
+    if not file.is_file():
+        return None
+    found = recorded_pattern(read_json_object(file))
+    if found is None:
+        raise InputError(f"{file} names no pattern, as of a dense model: give pattern 2:4 all the same")
+    return found
 
 
 def read_left_dense(folder: Path) -> dict[str, str]:

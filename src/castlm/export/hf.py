@@ -63,9 +63,9 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,
-    pattern: Pattern | str | None,
-    left_dense: Mapping[str, str],
-    record: Mapping[str, Any],
+    pattern: Pattern | str | None = "2:4",
+    left_dense: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     eval_fn: Callable[[PreTrainedModel], float] | None = None,
@@ -78,9 +78,10 @@ def export_model(
         folder: the output; it is replaced once everything is written and verified.
         pattern: the pattern of the sparse layers, such as 2:4. None for a dense model, whose values are only checked
             to be finite; it gets no model card.
-        left_dense: the reason for each dense module or parameter, by name, from `sparse_linears`.
-        record: further content of castlm.json. The model card shows `base_model` (hub id or path), `license`, and
-            `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens, tokenizer`.
+        left_dense: the reason for each dense module or parameter, by name; default: as `sparse_linears` finds them.
+        record: more that castlm.json should say of the model. The model card shows `base_model` (hub id or path),
+            `license`, `method`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens,
+            tokenizer`.
         dtype: the dtype of the files; default: the model's. The weights of `model` are rounded to it too, in their own
             dtype, so that verification and evaluation see the written values.
         eval_fn: returns the perplexity of a model; called for the model read back.
@@ -91,10 +92,15 @@ def export_model(
     Raises:
         InputError: weight scaling that is not folded, the folder is not empty, the disk is full, or the verification
             fails.
+
+    Examples:
+        >>> castlm.export_model(model, tokenizer, "folder", record={"base_model": "gpt2"})  # doctest: +SKIP
     """
     folder = Path(os.path.realpath(user_path(folder)))
     pattern = None if pattern is None else parse_pattern(pattern)
-    manifest = new_manifest(pattern, left_dense, record, dtype or model.dtype)
+    if left_dense is None:
+        left_dense = {} if pattern is None else sparse_linears(model, pattern)[1]
+    manifest = new_manifest(pattern, left_dense, record or {}, dtype or model.dtype)
     if pattern is not None and pattern.cut_out is not None:
         model, done = cut_model(model, pattern)
         manifest["cut"] = asdict(done)

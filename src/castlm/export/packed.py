@@ -71,11 +71,15 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".
 
 @dataclass(frozen=True)
 class PackReport:
-    """The result of `pack_folder`: the number of tensors in the packed format, and the bytes of the weight files."""
+    """The result of `pack_folder`."""
 
     num_packed: int
+    """The number of tensors in the packed format."""
     bytes_before: int
     bytes_after: int
+    """The bytes of the weight files."""
+    pattern: NM | None
+    """The n:m that was verified; None for a dense model."""
 
 
 def pattern_of(name: str | Path, given: Pattern | str | None) -> Pattern | None:
@@ -227,7 +231,7 @@ def pack_into(
     else:
         check_ok(verify(folder, pattern, compare=False))
     before = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
-    return PackReport(len(specs), before, _bytes_in(folder))
+    return PackReport(len(specs), before, _bytes_in(folder), pattern)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,12 @@ def model_in(folder: Path) -> Path:
     return inner if (inner / "config.json").is_file() and not (folder / "config.json").exists() else folder
 
 
+def result_folder(name: str) -> str:
+    """The `model` folder if `name` is a run of `castlm train`, otherwise `name`."""
+    folder = Path(name).expanduser()
+    return str(model_in(folder)) if folder.is_dir() else name
+
+
 def local_folder(name: str | Path) -> Path:
     """The folder of the model `name`, for a command that reads its files; of a hub id, if the cache holds all of it.
 

@@ -7,10 +7,10 @@ in Python; a default that depends on other options is filled in when a config is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
@@ -30,6 +30,7 @@ from castlm.fields import (
     positional,
 )
 from castlm.files.yaml_file import to_yaml
+from castlm.keywords import FinetuneKeywords, TrainKeywords
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS
 from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements, part_of, with_effort
@@ -101,7 +102,13 @@ class TrainConfig:
     """The options that were given, by name. `changed` fills the defaults that depend on them in again."""
 
     @classmethod
-    def of(cls, model: str | Path, dataset: str | Iterable[str], output_dir: str | Path, **options: Any) -> Self:
+    def of(
+        cls,
+        model: str | Path,
+        dataset: str | Path | Sequence[str],
+        output_dir: str | Path,
+        **options: Unpack[TrainKeywords],
+    ) -> Self:
         """The config with these options; see `castlm train --help-all` for all of them."""
         return cls.from_mapping({"model": model, "dataset": dataset, "output_dir": output_dir, **options})
 
@@ -445,6 +452,17 @@ class FinetuneConfig(TrainConfig):
     method: FixedMaskOptions
     teacher: FinetuneTeacherOptions
     optimizer: FinetuneOptimizerOptions
+
+    @classmethod
+    def of(  # type: ignore[override]  # it has some of the options, and `adapter`
+        cls,
+        model: str | Path,
+        dataset: str | Path | Sequence[str],
+        output_dir: str | Path,
+        **options: Unpack[FinetuneKeywords],
+    ) -> Self:
+        """The config with these options; see `castlm finetune --help-all` for all of them."""
+        return cls.from_mapping({"model": model, "dataset": dataset, "output_dir": output_dir, **options})
 
     def _fill_in(self) -> None:
         if self.start.init_from is None:

@@ -1,0 +1,52 @@
+"""The public names, by the module of each. `__init__.py` imports one when it is asked for."""
+
+from castlm.api.evaluate import evaluate as evaluate
+from castlm.api.pack import pack as pack
+from castlm.api.prune import prune as prune
+from castlm.api.train import finetune as finetune
+from castlm.api.train import train as train
+from castlm.core.adams import AdamS as AdamS
+from castlm.core.decay import decay_budget as decay_budget
+from castlm.core.distill import OutputHead as OutputHead
+from castlm.core.distill import TopTokens as TopTokens
+from castlm.core.distill import distillation_loss as distillation_loss
+from castlm.core.distill import top_tokens as top_tokens
+from castlm.core.errors import InputError as InputError
+from castlm.core.experts import linearize_experts_ as linearize_experts_
+from castlm.core.nm import NM as NM
+from castlm.core.nm import Pattern as Pattern
+from castlm.core.nm import count_nm_violations as count_nm_violations
+from castlm.core.nm import flip_rate as flip_rate
+from castlm.core.nm import is_nm_sparse as is_nm_sparse
+from castlm.core.nm import nm_mask as nm_mask
+from castlm.core.nm import sparse_weight_ratio as sparse_weight_ratio
+from castlm.core.scaling import add_weight_scaling as add_weight_scaling
+from castlm.core.scaling import fold_weight_scaling as fold_weight_scaling
+from castlm.core.sparsify import is_sparse_linear as is_sparse_linear
+from castlm.core.sparsify import prune_ as prune_
+from castlm.core.sparsify import sparse_linears as sparse_linears
+from castlm.core.sparsify import sparse_param_groups as sparse_param_groups
+from castlm.evaluation.perplexity import perplexity as perplexity
+from castlm.export.hf import export_model as export_model
+from castlm.export.packed import pack_folder as pack_folder
+from castlm.export.packed import unpack_folder as unpack_folder
+from castlm.export.verify import verify as verify
+from castlm.methods.adapters import PatternCallback as PatternCallback
+from castlm.methods.adapters import keep_pattern_ as keep_pattern_
+from castlm.methods.adapters import shira_config as shira_config
+from castlm.models.io import load_model as load_model
+from castlm.models.io import save_model as save_model
+from castlm.oneshot.calibration import calibration_length as calibration_length
+from castlm.oneshot.calibration import draw_calibration as draw_calibration
+from castlm.oneshot.options import BasisOptions as BasisOptions
+from castlm.oneshot.options import Refinements as Refinements
+from castlm.oneshot.start import prune_oneshot_ as prune_oneshot_
+from castlm.patterns import parse_pattern as parse_pattern
+from castlm.runtime.layers import pack_model_ as pack_model_
+from castlm.runtime.semi_structured import to_semi_structured_ as to_semi_structured_
+from castlm.structured.pattern import Channels as Channels
+from castlm.structured.pattern import Heads as Heads
+from castlm.training.config import FinetuneConfig as FinetuneConfig
+from castlm.training.config import TrainConfig as TrainConfig
+
+__version__: str

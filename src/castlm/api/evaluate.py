@@ -1,0 +1,162 @@
+"""`castlm.evaluate`: perplexity of a model on a text, and zero-shot tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+from castlm.api.signature import with_keywords_of
+from castlm.core.errors import InputError
+from castlm.data.options import ScoredTextOptions
+from castlm.fields import build, label, like, number, positional, refuse_given
+from castlm.keywords import EvaluateKeywords
+from castlm.training.options import ModelOptions, RuntimeOptions
+
+_READING = [field.name for field in fields(ScoredTextOptions)]
+_OF_TEXT = ("eval_split", "eval_config", "eval_tokens", "seq_len", "stride", *_READING)
+"""Options without an effect on tasks."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(ScoredTextOptions):
+    """The options of an evaluation."""
+
+    model: str = positional()
+    """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
+
+    text: str | None = None
+    """Text to evaluate on: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset."""
+
+    eval_split: str = "validation"
+    """Split of a hub dataset."""
+
+    eval_config: str | None = None
+    """Configuration of a hub dataset."""
+
+    eval_tokens: int = number(0, at_least=0)
+    """Maximum number of tokens of the text. 0 scores all of it."""
+
+    seq_len: int | None = None
+    """Tokens per sequence. The default is 1024, or the model's context length if that is shorter. Perplexities at
+    different lengths cannot be compared.
+    """
+
+    stride: int | None = None
+    """Tokens between the starts of two sequences. The default is seq_len: sequences do not overlap."""
+
+    tasks: str | None = None
+    """Tasks of lm-eval, separated by commas, such as piqa,arc_easy; run without examples and without a chat template.
+    """
+
+    tasks_from: str | None = None
+    """Folder with local files of the tasks, instead of the hub."""
+
+    limit: int | None = number(None, at_least=1)
+    """Maximum number of questions per task."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Compute type of the forward pass. auto: bf16 if the hardware multiplies it faster."""
+
+    device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
+
+    revision: str | None = like(ModelOptions, "revision")
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
+
+
+@with_keywords_of(EvaluateOptions)
+def evaluate(
+    model: str | Path,
+    text: str | Path | None = None,
+    *,
+    tasks: str | None = None,
+    **options: Unpack[EvaluateKeywords],
+) -> dict[str, Any]:
+    """Measures the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, or both.
+
+    For a model in memory, see `perplexity`.
+
+    Args:
+        model: a Hugging Face folder, plain or packed, a run of `train`, a hub id, a GGUF file, or "demo".
+        text: a file, folder or glob of .txt, .jsonl or .parquet, or a hub dataset.
+        tasks: names of lm-eval, separated by commas, such as "piqa,arc_easy".
+        options: as of `castlm eval`: `seq_len`, `stride`, `eval_tokens`, `limit`, `precision` and others.
+
+    Returns:
+        `perplexity` with all that it depends on (sequence length, stride, text and its hash, tokenizer, versions), and
+        `zero_shot` for tasks; as `castlm eval --json` writes them.
+
+    Raises:
+        InputError: neither a text nor tasks, an option out of range, or a model or text that cannot be read.
+
+    Examples:
+        >>> import castlm
+        >>> castlm.evaluate("run", "held_out.txt", seq_len=1024)["perplexity"]  # doctest: +SKIP
+        19.26
+    """
+    given = {"model": model, "text": text, "tasks": tasks, **options}
+    return run_evaluation(build(EvaluateOptions, {name: v for name, v in given.items() if v is not None}))
+
+
+def check(options: EvaluateOptions, source: str = "") -> None:
+    """Raises `InputError` for options of a text without a text, or of tasks without tasks.
+
+    Args:
+        source: `COMMAND_LINE` if the options are from there; errors then write `--text` instead of `text`.
+    """
+    text, tasks = label("text", source), label("tasks", source)
+    if options.text is None and options.tasks is None:
+        raise InputError(f"nothing to evaluate on: give {text} FILE, or {tasks} piqa,arc_easy, or both")
+    if options.text is None:
+        refuse_given(options, _OF_TEXT, f"is for {text}: name a text, or leave it out", source)
+    if options.tasks is None:
+        refuse_given(options, ("tasks_from", "limit"), f"is for {tasks}: name tasks, or leave it out", source)
+
+
+def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]:
+    """`evaluate` with converted options; `source` as for `check`."""
+    check(options, source)
+    if options.tasks is not None:
+        from castlm.evaluation.zero_shot import check_tasks, zero_shot
+
+        names = [name.strip() for name in options.tasks.split(",")]
+        check_tasks(names, options.tasks_from)
+    import torch
+
+    from castlm.data.documents import open_documents
+    from castlm.data.tokens import open_encoder
+    from castlm.evaluation.perplexity import evaluate_text
+    from castlm.hardware import choose_device, choose_precision, why_slow
+    from castlm.models.io import load_model
+    from castlm.progress import note, shown_progress
+
+    if options.text is not None:
+        documents = open_documents(options.text, options, split=options.eval_split, data_config=options.eval_config)
+    device = choose_device(options.device)
+    code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
+    loaded = load_model(options.model, unpack=device != "cpu", **code)  # measures the computation of castlm generate
+    model = loaded.model
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
+    precision = choose_precision(options.precision, model.device, model.config)
+    if slow := why_slow(precision, model.device):
+        note(slow)
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    figures: dict[str, Any] = {"model": options.model}
+    if options.text is not None:
+        encoder = open_encoder([documents], loaded.tokenizer, options.model, options, **code)
+        with shown_progress("perplexity, sequences") as progress:
+            figures |= evaluate_text(
+                model,
+                documents,
+                encoder,
+                limit=options.eval_tokens or None,
+                seq_len=options.seq_len,
+                stride=options.stride,
+                autocast_dtype=dtype,
+                progress=progress,
+            )
+    if options.tasks is not None:
+        figures["zero_shot"] = zero_shot(
+            model, loaded.tokenizer, names, folder=options.tasks_from, limit=options.limit, autocast_dtype=dtype
+        )
+    return figures

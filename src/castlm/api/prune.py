@@ -1,0 +1,175 @@
+"""`castlm.prune`: one-shot pruning without training, from the name of a model to a verified folder."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, Unpack
+
+from castlm.api.signature import with_keywords_of
+from castlm.core.errors import InputError
+from castlm.core.nm import Pattern
+from castlm.data.options import TextOptions
+from castlm.fields import build, choice, essential, label, like, number, refuse_given
+from castlm.keywords import PruneKeywords
+from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, with_effort
+from castlm.patterns import all_solvers
+from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
+
+if typing.TYPE_CHECKING:  # it imports torch
+    from castlm.oneshot.report import OneshotReport
+
+_OF_CALIBRATION = ("calibration", "precision", *(option.name for option in fields(TextOptions)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnOptions:
+    """The model, the pattern, the solver and the calibration text."""
+
+    model: str = essential()
+    """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
+
+    output_dir: str = essential()
+    """Folder for the pruned model."""
+
+    method: str | None = choice(None, all_solvers, essential=True)
+    """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
+    Structured patterns rank their units by flap (the default of channels), taylor (of heads) or magnitude."""
+
+    calibration: str | None = essential(None)
+    """Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as --dataset
+    of castlm train.
+    """
+
+    pattern: Pattern = like(ModelOptions, "pattern", essential=True)
+    num_sequences: int | None = number(None, at_least=1)
+    """Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest layer if that is
+    more), at most 128, and a quarter for a quick start."""
+
+    seq_len: int = essential(0, at_least=0)
+    """Tokens per calibration sequence. 0 is the model's context length, at most 2,048."""
+
+    seed: int = 0
+    """Seed for drawing calibration sequences."""
+
+    device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of the passes over the calibration text; solvers compute in fp32. auto: bf16 if the hardware
+    multiplies it faster and the model is not tiny.
+    """
+
+    memory: Literal["auto", "model", "block"] = essential("auto")
+    """Keep the whole model in memory in fp32, or one transformer block at a time; the result is the same. auto: block
+    if the model does not fit, in GPU memory if there is a GPU.
+    """
+
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = like(CheckpointOptions, "save_dtype")
+
+    overwrite: bool = essential(False)
+    """Replace an earlier result in output_dir."""
+
+    revision: str | None = like(ModelOptions, "revision")
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(Refinements, BasisOptions, EffortOptions, TextOptions, OwnOptions):  # the last base comes first
+    """The options of a prune."""
+
+    @property
+    def solver(self) -> str:
+        """`method`, or the default of the pattern."""
+        return self.method or self.pattern.default_solver
+
+
+@with_keywords_of(PruneOptions)
+def prune(
+    model: str | Path,
+    calibration: str | Path | None = None,
+    *,
+    pattern: Pattern | str = "2:4",
+    output_dir: str | Path,
+    **options: Unpack[PruneKeywords],
+) -> OneshotReport:
+    """Prunes a model one-shot, without training, verifies the result from the disk, and writes it to `output_dir`.
+
+    Finished transformer blocks are kept in `OUTPUT_DIR.partial`, so that the same call continues after a kill. To prune
+    a model in memory, see `prune_oneshot_`.
+
+    Args:
+        model: a Hugging Face folder, hub id, GGUF file, or "demo".
+        calibration: a file, folder or glob of .txt, .jsonl or .parquet, or a hub dataset; not for method "magnitude".
+        pattern: n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern.
+        output_dir: the folder of the pruned model.
+        options: as of `castlm prune`: `method`, `num_sequences`, `seq_len`, `start_effort`, `overwrite` and others.
+
+    Returns:
+        The errors of all layers, and the changes of basis.
+
+    Raises:
+        InputError: an option out of range, a model or text that cannot be read, or a failed verification.
+
+    Examples:
+        >>> import castlm
+        >>> castlm.prune("demo", "text.txt", pattern="2:4", output_dir="pruned", seq_len=512)  # doctest: +SKIP
+    """
+    given = {"model": model, "calibration": calibration, "pattern": pattern, "output_dir": output_dir, **options}
+    return run_prune(build(PruneOptions, with_effort({name: v for name, v in given.items() if v is not None})))
+
+
+def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:
+    """`prune` with checked options.
+
+    Args:
+        source: `COMMAND_LINE` if they are from there; errors then write `--calibration` instead of `calibration`.
+    """
+    from castlm.data.documents import open_documents
+    from castlm.files.output import check_output
+    from castlm.hardware import choose_device
+    from castlm.models.locate import local_folder
+    from castlm.oneshot.prune import Prune, choose_memory
+    from castlm.oneshot.start import Start
+
+    pattern, method = options.pattern, options.solver
+    if options.memory == "block":
+        local_folder(options.model)
+    device = choose_device(options.device)
+    if method == "magnitude" and options.rotate in ("values", "residual"):
+        raise InputError(f"rotate {options.rotate} needs a calibration text: use method sparsegpt or wanda")
+    needs_text = method != "magnitude"
+    refits = pattern.cut_out is not None  # the rest of a layer, on a text, after its units are removed
+    if needs_text and options.calibration is None:
+        raise InputError(
+            f"method {method} needs a calibration text: give {label('calibration', source)} FILE, or "
+            f"{label('method', source)} magnitude"
+        )
+    if not needs_text and not refits:
+        why = f"is for a method that reads a text, and {method} reads none: leave it out, or use wanda or sparsegpt"
+        refuse_given(options, _OF_CALIBRATION, why, source)
+    text = None if options.calibration is None else open_documents(options.calibration, options)
+    start = Start.of(options, method, pattern, seed=options.seed)
+    inputs = {"model": options.model, "calibration": options.calibration}
+    folder = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
+    memory = options.memory
+    if memory == "auto":
+        memory = choose_memory(options.model, options.revision, folder, pattern, device)
+    work = Prune(
+        model=options.model,
+        start=start,
+        text=text,
+        text_name=options.calibration,
+        num_sequences=options.num_sequences,
+        seq_len=options.seq_len,
+        effort=EFFORTS[options.start_effort],
+        device=device,
+        memory=memory,
+        precision=options.precision,
+        save_dtype=options.save_dtype,
+        options=options,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        overwrite=options.overwrite,
+    )
+    return work.run(folder)
