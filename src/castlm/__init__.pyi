@@ -26,6 +26,7 @@ from castlm.core.sparsify import is_sparse_linear as is_sparse_linear
 from castlm.core.sparsify import prune_ as prune_
 from castlm.core.sparsify import sparse_linears as sparse_linears
 from castlm.core.sparsify import sparse_param_groups as sparse_param_groups
+from castlm.data.calibration import draw_calibration as draw_calibration
 from castlm.evaluation.perplexity import perplexity as perplexity
 from castlm.export.hf import export_model as export_model
 from castlm.export.packed import pack_folder as pack_folder
@@ -37,7 +38,6 @@ from castlm.methods.adapters import shira_config as shira_config
 from castlm.models.io import load_model as load_model
 from castlm.models.io import save_model as save_model
 from castlm.oneshot.calibration import calibration_length as calibration_length
-from castlm.oneshot.calibration import draw_calibration as draw_calibration
 from castlm.oneshot.options import BasisOptions as BasisOptions
 from castlm.oneshot.options import Refinements as Refinements
 from castlm.oneshot.start import prune_oneshot_ as prune_oneshot_
