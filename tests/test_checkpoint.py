@@ -15,6 +15,7 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
+from castlm.training import checkpoint as module
 from castlm.training.checkpoint import Saver, _checksum, checkpoint_steps, load_checkpoint, read_manifest
 from tests.refusals import refusal
 
@@ -146,6 +147,20 @@ def test_rotation_leaves_what_a_user_put_into_a_checkpoint(checkpoint, tmp_path)
     saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
     assert list(checkpoint_steps(tmp_path)) == [4]
     assert [file.name for file in checkpoint.iterdir()] == ["notes.txt"]
+
+
+def test_without_memory_for_a_copy_a_checkpoint_is_written_at_once_and_reported(tmp_path, monkeypatch):
+    said: list[str] = []
+    saver = Saver(tmp_path, 2, ALONE, background=True, say=said.append)
+    monkeypatch.setattr(module, "available_memory", lambda: 10.0)
+    saver.save(3, state(1.0), {})
+    assert read_manifest(tmp_path / "step-00000003")["step"] == 3  # without `finish`
+    assert "step 3" in said[0]
+    assert "0.00 GiB are free" in said[0]
+    monkeypatch.undo()
+    saver.save(4, state(1.0), {})
+    assert len(said) == 2  # the message of step 3 being saved; step 4 is written in the background
+    saver.finish()
 
 
 def test_an_error_of_one_rank_alone_does_not_wait_for_the_others(tmp_path, monkeypatch):

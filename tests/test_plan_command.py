@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from castlm.cli.main import main
+from castlm.core.errors import InputError
 from castlm.distributed.world import init_world
 from castlm.lab.planning.law import check_plot
+from castlm.oneshot.folder import StartFolder
+from castlm.training import start
 from castlm.training.train import calibrate, train
 from tests.refusals import assert_refused
 from tests.runs import begin_run, small
@@ -41,6 +44,22 @@ def test_lam_auto_is_calibrated_recorded_and_kept_on_resume(llama, text, tmp_pat
     assert saved["config"]["lam"] == record["config"]["lam"]
 
 
+def test_a_run_takes_the_start_on_which_its_lam_was_calibrated(llama, text, tmp_path, monkeypatch):
+    solved = []
+    write = StartFolder.write_block
+    monkeypatch.setattr(StartFolder, "write_block", lambda *args: (solved.append(args[1]), write(*args)))
+    over = {"decay": "additive", "lam": "auto", "ignore_decay_budget": True, "max_steps": 2}
+    train(small(llama, text, tmp_path / "run", **over, calibration_sequences=2, init_from="wanda"))
+    assert solved == [0, 1]
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_start_that_does_not_fit_is_refused_before_it_loads_the_model(llama, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "available_memory", lambda device: 1e5)
+    with pytest.raises(InputError, match=r"0\.0 GiB are free.*--memory block"):
+        train(small(llama, text, tmp_path / "run", init_from="wanda"))
+
+
 def arguments(llama: str, text: str, *more: str) -> list[str]:
     base = ["plan", "check", "--model", llama, "--dataset", text, "--output-dir", "unused", "--seq-len", "32"]
     start = ["--calibration-sequences", "4", "--rotation-iterations", "4"]
@@ -56,13 +75,15 @@ def test_check_says_whether_a_run_can_converge_and_what_it_costs(llama, text, ca
     cost = float(out.partition("cost without evaluations: ")[2].partition(", at")[0].replace(",", ""))
     start = float(out.partition("start: ")[2].partition(" s before")[0])
     assert cost == pytest.approx((30 * 2 * 32 / per_s + start) * 1000 * 8, abs=0.06 * 1000 * 8)  # the start is rounded
-    assert main(arguments(llama, text, "--decay", "proportional")) == 1
+    assert main(arguments(llama, text, "--decay", "proportional")) == 2  # another start is in the folder
+    assert "unused.partial" in capsys.readouterr().err
+    assert main(arguments(llama, text, "--decay", "proportional", "--overwrite")) == 1
     out = capsys.readouterr().out
     assert "14 of 14 layers cannot reach zero" in out
     assert "the learning rate" in out
     assert "cost" not in out
     assert main(arguments(llama, text, "--method", "ste")) == 2
-    assert not list(tmp_path.iterdir())
+    assert [folder.name for folder in tmp_path.iterdir()] == ["unused.partial"]
 
 
 def test_fit_and_predict(law, capsys):
@@ -102,8 +123,12 @@ def test_fit_and_predict_refuse_what_they_would_not_use_and_say_how_far_outside_
         (["plan", "fit", law[0], str(tmp_path / "again.csv")], "is given twice, and would count as two runs"),
         ([*predict, "--target-ppl", "20", "--tokens-per-s", "0"], "--tokens-per-s = 0.0"),
         ([*predict, "--target-ppl", "1e308"], "--target-ppl = 1e+308"),
+        ([*predict, "--tokens", "1e9"], "--tokens 1e+09 is 333 times the largest run of the law, 3e+06 tokens"),
+        ([*predict, "--target-ppl", "7.41"], "give --force"),
     ]
     assert_refused(cases, capsys)
+    assert main([*predict, "--tokens", "1e9", "--force"]) == 0
+    assert "333.3x beyond" in capsys.readouterr().out
     assert main([*predict, "--tokens", "5e3"]) == 0
     assert "2.0x below the fitted budgets" in capsys.readouterr().out
     content = json.loads(Path(law[1]).read_text())

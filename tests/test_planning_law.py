@@ -140,6 +140,18 @@ def test_predictions_widen_with_distance_and_are_inverted_down_to_the_floor(law)
     assert beyond.floor_ppl == pytest.approx(math.exp(L_INF), rel=0.03)
 
 
+def test_nothing_below_the_dense_model_is_predicted(law):
+    dense = math.exp(L_INF) * 1.05
+    bounded = replace(law, least_ppl=dense)
+    near, far = predict_perplexity(bounded, 1e7), predict_perplexity(bounded, 1e14)
+    assert (near.perplexity, near.is_least) == (predict_perplexity(law, 1e7).perplexity, False)
+    assert (far.perplexity, far.low, far.is_least) == (dense, dense, True)
+    assert tokens_for(bounded, dense * 0.99).tokens is None
+    runs = [replace(point, dense=dense) for point in points(SEVEN)]
+    assert fit_law(runs, num_draws=5).least_ppl == dense
+    assert Law.from_dict(bounded.as_dict()).least_ppl == dense
+
+
 def test_plot_is_written(law, tmp_path):
     pytest.importorskip("matplotlib")
     plot_law(law, points(SEVEN), tmp_path / "law.png")

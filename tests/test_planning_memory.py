@@ -178,8 +178,25 @@ def test_verdict_and_the_smallest_number_of_ranks():
     assert not plan_7b(world_size=least // 2, checkpointing=True, gpu_gib=79.1).fits
     assert "does not fit 79.1 GiB" in plan.table()
     assert f"ranks that fits is {least}" in plan.table()
-    assert plan_7b(gpu_gib=2).smallest_world_size is None
+    too_large = plan_7b(gpu_gib=2)
+    assert too_large.smallest_world_size is None
+    assert "--gradient-checkpointing" in too_large.table()
+    start = plan_7b(checkpointing=True, gpu_gib=20, calibration_tokens=128 * 4096)
+    assert "largest phase is start" in start.table()
+    assert "--gradient-checkpointing" not in start.table()
+    assert "castlm prune --memory block" in start.table()
     assert plan_7b().fits is None
+
+
+def test_a_plan_for_a_cpu_counts_the_process_the_copy_of_a_checkpoint_and_the_result_read_back():
+    options = {"seq_len": 32, "micro_batch": 1, "on_cpu": True}
+    plan, at_once = (planned(llama(), **options, saves_in_background=saves) for saves in (True, False))
+    written = sum(plan.components[name] for name in ("weights", "moments", "masks"))
+    assert plan.peak == plan.phases["save"]
+    assert plan.peak - written >= max(at_once.phases.values()) - 10 * 2**20  # processes differ
+    assert "save" not in at_once.phases
+    assert at_once.phases["finish"] > at_once.components["process"] + 3 * at_once.components["weights"]
+    assert plan.phases["step"] > plan.components["process"] > 100 * 2**20
 
 
 @pytest.mark.slow

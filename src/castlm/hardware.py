@@ -177,10 +177,19 @@ def _own_memory(entry: str) -> int:
 
 
 def collect_garbage(device: str) -> None:
-    """Frees objects in reference cycles, such as an optimizer or a whole run, and returns their GPU memory."""
+    """Frees objects in reference cycles, such as an optimizer or a whole run, and returns their memory."""
     gc.collect()
+    trim_memory()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def trim_memory() -> None:
+    """Returns the freed memory that malloc has kept so far to the system (glibc)."""
+    if platform.libc_ver()[0] == "glibc":
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: str) -> int:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.options import check_json_path, command_line, parse, to_stdout, write_json
 from castlm.cli.train import parse_train
@@ -16,6 +16,11 @@ from castlm.files.reading import read_json
 from castlm.names import aligned, duration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 
+if TYPE_CHECKING:
+    from castlm.lab.planning.law import Law
+
+FARTHEST = 10
+"""Times the largest run of a law to which `plan predict` goes without --force."""
 MOST_SEQUENCES = 128
 """Calibration sequences of a start that names no number; it reads at most as many."""
 
@@ -39,6 +44,7 @@ def check(arguments: list[str]) -> int:
     if not config.method.row.decays:
         raise InputError(f"method {config.method.method} has no decay to check: plan check is for method cast")
     from castlm.distributed.world import closing, init_world
+    from castlm.oneshot.folder import partial_folder
     from castlm.training.train import calibrate
 
     runtime = config.runtime
@@ -62,6 +68,8 @@ def check(arguments: list[str]) -> int:
     if found.start_seconds:
         steps = found.start_seconds * found.tokens_per_s / found.tokens_per_step
         print(f"start: {found.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")
+        kept = partial_folder(config.checkpoint.output_dir)
+        print(f"its transformer blocks are in {kept}: castlm train with the same options takes them from there")
         hours += found.start_seconds / 3600
     if options.price_per_hour is not None:
         devices = options.devices or world.size
@@ -87,8 +95,9 @@ def check(arguments: list[str]) -> int:
 @dataclass
 class MemoryOptions:
     """Predict the memory of each rank of a run, from the model's config alone, without weights. The options are those
-    of `castlm train`, so that a run's config.yaml fits; precision auto is planned as bf16. With --prune, predict
-    `castlm prune`; its --method is --init-from here.
+    of `castlm train`, so that a run's config.yaml fits. Without --gpu and without a GPU here, it is the plan of a run
+    on this CPU; otherwise precision auto is planned as bf16. With --prune, predict `castlm prune`; its --method is
+    --init-from here.
     """
 
     world_size: int = essential(1, at_least=1)
@@ -107,9 +116,13 @@ class MemoryOptions:
 
 def memory(arguments: list[str]) -> int:
     config, options = parse_train(arguments, "plan memory", MemoryOptions, {"dataset": "none", "output_dir": "none"})
+    import torch
+
+    from castlm.core.distill import default_chunk_tokens
     from castlm.devices import DEVICES
     from castlm.dtypes import FLOATS
-    from castlm.lab.planning.memory import Settings, plan_memory
+    from castlm.hardware import choose_device, choose_precision
+    from castlm.lab.planning.memory import Settings, plan_memory, read_config
     from castlm.lab.planning.prune_memory import plan_prune_memory
 
     model, pattern, start, teacher = config.model.model, config.model.pattern, config.start, config.teacher
@@ -131,7 +144,11 @@ def memory(arguments: list[str]) -> int:
         )
         print(plan_of_prune.table())
         return 0
-    dtype = FLOATS["fp32" if config.runtime.precision == "fp32" else "bf16"]
+    on_cpu = options.gpu is None and choose_device(config.runtime.device) == "cpu"
+    precision = config.runtime.precision
+    if on_cpu:
+        precision = choose_precision(precision, torch.device("cpu"), read_config(model))
+    dtype = FLOATS["fp32" if precision == "fp32" else "bf16"]
     reads_text = start.name in pattern.calibrated
     run = Settings(
         seq_len=seq_len,
@@ -146,6 +163,9 @@ def memory(arguments: list[str]) -> int:
         hidden_states=bool(teacher.hidden_weight),
         moments=config.optimizer.moments,
         calibration_tokens=num_sequences * seq_len if reads_text else 0,
+        on_cpu=on_cpu,
+        saves_in_background=config.checkpoint.save_steps > 0 and config.checkpoint.async_save,
+        chunk_tokens=default_chunk_tokens(torch.device("cpu" if on_cpu else "cuda")),
     )
     gib = options.gpu
     if isinstance(gib, str):
@@ -222,6 +242,9 @@ class PredictCommand:
     price_per_hour: float | None = number(None, above=0)
     """Price of one hour of that device; adds the cost."""
 
+    force: bool = False
+    """Predict more than 10 times beyond the largest run of the law, too."""
+
     def run(self) -> int:
         from castlm.lab.planning.fit import fit_law
         from castlm.lab.planning.law import Law, predict_perplexity, readable, tokens_for
@@ -242,23 +265,36 @@ class PredictCommand:
         if law.runs_of:
             to_stdout("law of " + ", ".join(f"{name} {value}" for name, value in law.runs_of.items()))
         if self.tokens is not None:
+            self._check_reach(law, self.tokens, f"--tokens {self.tokens:.3g}")
             found = predict_perplexity(law, self.tokens)
             beyond = f", {found.beyond:.1f}x beyond the fitted budgets" if found.beyond > 1 else ""
             beyond = f", {found.below:.1f}x below the fitted budgets" if found.below > 1 else beyond
             ppl, low, high = (readable(value) for value in (found.perplexity, found.low, found.high))
-            print(f"{self.tokens:.3g} tokens: perplexity {ppl} (90 %: {low} to {high}){beyond}")
+            least = ", the least that is predicted, since the law itself falls below the dense model" * found.is_least
+            print(f"{self.tokens:.3g} tokens: perplexity {ppl} (90 %: {low} to {high}){beyond}{least}")
             tokens: float | None = self.tokens
         else:
             assert self.target_ppl is not None
             needed = tokens_for(law, self.target_ppl)
-            print(needed)
             tokens = needed.tokens
+            if tokens is not None:
+                self._check_reach(law, tokens, f"--target-ppl {self.target_ppl:g} needs {tokens:.3g} tokens, which")
+            print(needed)
         if tokens is not None and self.tokens_per_s is not None:
             hours = tokens / self.tokens_per_s / 3600
             print(f"{duration(3600 * hours)} at {self.tokens_per_s:,.0f} tokens/s")
             if self.price_per_hour is not None:
                 print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
         return 0 if tokens is not None else 1
+
+    def _check_reach(self, law: Law, tokens: float, what: str) -> None:
+        """Raises `InputError`, which begins with `what`, for tokens far beyond the runs of a law, unless forced."""
+        largest = law.tokens_range[1]
+        if tokens > FARTHEST * largest and not self.force:
+            raise InputError(
+                f"{what} is {tokens / largest:,.0f} times the largest run of the law, {largest:.3g} tokens, and a law "
+                f"tells little beyond {FARTHEST} times: add longer runs, or give --force"
+            )
 
 
 def sweep(arguments: list[str]) -> int:

@@ -40,12 +40,14 @@ from castlm.files.atomic_file import (
     widen_access,
 )
 from castlm.files.reading import read_json_object
+from castlm.hardware import available_memory, trim_memory
 from castlm.training.config import FREE_ON_RESUME
 
 FORMAT = 4
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 _SHARDS = "shard-*.safetensors"
+_RESERVE = 1.1  # memory that must be free for a copy in the background, in copies
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
@@ -72,7 +74,8 @@ class Saver:
 
     Args:
         keep: number of checkpoints that are kept.
-        background: write during the following steps, from a copy in host memory.
+        background: write during the following steps, from a copy in host memory; at once where there is no memory for
+            a copy.
         say: called with a line for each complete checkpoint.
     """
 
@@ -106,14 +109,28 @@ class Saver:
         # Sharded tensors are written by the first of the replicas, plain ones by the main rank.
         is_first_replica = self.world.rank == self.world.shard_index
         rows = {
-            name: _rows(tensor).to("cpu", copy=self.background).contiguous()
+            name: _rows(tensor)
             for name, tensor in tensors.items()
             if is_first_replica and (self.world.is_main or isinstance(tensor, DTensor))
         }
+        background = self.background and self._has_memory(step, sum(part.nbytes for part in rows.values()))
+        rows = {name: part.to("cpu", copy=background).contiguous() for name, part in rows.items()}
         file = self._temporary(step) / f"shard-{self.world.shard_index:05d}.safetensors"
         self._pending = step, content, self._thread.submit(_write, rows, file)
-        if not self.background:
+        if not background:
             self.finish()
+
+    def _has_memory(self, step: int, num_bytes: int) -> bool:
+        """Whether all ranks have host memory for a copy of `num_bytes`, beside what a step takes; reports if not."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world.mesh is not None else 1
+        free = available_memory() / here
+        has_memory = not self.world.any(num_bytes * _RESERVE > free)
+        if not has_memory:
+            self.say(
+                f"step {step} is saved before the next step, not in the background: a copy takes "
+                f"{num_bytes / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
+            )
+        return has_memory
 
     def finish_if_written(self) -> None:
         """Publishes the checkpoint that is being written, if all ranks have written their parts; does not wait."""
@@ -132,6 +149,9 @@ class Saver:
         files, failure = {}, None
         try:
             files = written.result()
+            if self.background:
+                del written
+                trim_memory()  # the copy
         except (OSError, SafetensorError) as error:
             failure = self._explain(step, error)
         gathered = self.world.gather((files, failure))

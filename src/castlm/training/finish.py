@@ -24,7 +24,7 @@ from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_bloc
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
-from castlm.hardware import peak_memory
+from castlm.hardware import collect_garbage, peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.io import save_dtype
@@ -60,6 +60,7 @@ def finish(run: Run) -> dict[str, Any]:
     objective.teacher = None
     run.optimizer.state.clear()
     uncompile_blocks_(objective)
+    collect_garbage(run.world.device.type)
     is_cut = bool(run.method.layers) and pattern.cut_out is not None  # the cut needs the whole model
     is_remote_code = type(run.model).__module__.startswith("transformers_modules")  # only `save_pretrained` copies it
     try:

@@ -23,7 +23,7 @@ from castlm.distributed.world import World
 from castlm.files.output import begin_output, check_beside, output_folder
 from castlm.files.reading import read_record, user_path
 from castlm.files.record import RESULT, command_of
-from castlm.hardware import choose_precision
+from castlm.hardware import available_memory, choose_precision
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
 from castlm.models.locate import locate
@@ -146,6 +146,7 @@ class TrainingStart:
         """Prunes a copy of the model, calibrated on the beginning of the training text."""
         options, pattern, source = self.options, self.pattern, self.source
         solver = options.name
+        self._check_memory()
         model = source.whole_model().to(self.world.device)
         try:
             precision = choose_precision(self.precision, self.world.device, model.config)
@@ -195,6 +196,17 @@ class TrainingStart:
             "layer_errors": {layer.name: layer.error for layer in report.layers},
             "reconstructions": [asdict(block) for block in report.reconstructions],
         }
+
+    def _check_memory(self) -> None:
+        """Raises `InputError` if the whole model does not fit into the memory that is free."""
+        needed = 4 * sum(parameter.numel() for parameter in self.source.model.parameters())
+        free = available_memory(self.world.device.type)
+        if needed > free:
+            gib = [f"{size / 2**30:.1f} GiB" for size in (needed, free)]
+            raise InputError(
+                f"init_from {self.options.name}: the start holds the whole model, {gib[0]} in fp32, and {gib[1]} are "
+                "free: prune beforehand (castlm prune --memory block), and pass its folder as init_from"
+            )
 
     def _read_(self, start: StartWeights) -> dict[str, Any]:
         """Reads the model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""

@@ -22,6 +22,7 @@ from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import World, closing, init_world, naming_missing_ranks
 from castlm.export.hf import check_export, check_login
+from castlm.files.reading import user_path
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
@@ -33,6 +34,7 @@ from castlm.training.finish import finish, upload
 from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
 from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_, shard_objective_
+from castlm.training.options import CheckpointOptions
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.source import (
@@ -84,6 +86,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 record = world.on_main(lambda: folder.finish_again(options, config.as_yaml(), batch), patient=True)
             else:
                 run = set_up(config, world)
+                collect_garbage(world.device.type)  # whatever was loaded on the way
                 interrupt.start_training()
                 run.begin()
                 with run.telemetry:
@@ -123,7 +126,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
     run.cover_teacher_cache()
 
 
-def set_up(config: TrainConfig, world: World) -> Run:
+def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None = None) -> Run:
     """Builds the parts of a run, and loads its checkpoint if it is resumed. Checks that can fail come first.
 
     Nothing in the output folder changes. The order of the last part is fixed: the teacher copies the dense weights, the
@@ -131,7 +134,10 @@ def set_up(config: TrainConfig, world: World) -> Run:
 
     Args:
         config: a config whose `lam` is a number.
+        start_of: the options of the output folder beside which the start leaves its finished blocks; by default those
+            of `config`.
     """
+    start_of = start_of or config.checkpoint
     data, method_options, optimizer_options, runtime = config.data, config.method, config.optimizer, config.runtime
     rows, eta, top_k = optimizer_options.per_device_train_batch_size, config.teacher.eta, config.teacher.teacher_top_k
     folder, pattern = RunFolder(config.checkpoint.output_dir), config.model.pattern
@@ -150,7 +156,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
         start.record = world.on_main(lambda: read_manifest(checkpoint)["start"])
     makes_start = checkpoint is None and config.start.name != "magnitude"
     if makes_start:
-        check_start(config.start.name, folder.path, world)
+        check_start(config.start.name, user_path(start_of.output_dir), world)
     check_teacher(config.teacher, config.model, seq_len=data.seq_len)
 
     # model, text and teacher
@@ -194,7 +200,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
             compares_hidden=bool(config.teacher.hidden_weight),
             training_tokens=passes * num_sequences * data.seq_len / world.size,
         )
-        start = training_start.make(config.checkpoint.output_dir, config.checkpoint.overwrite)
+        start = training_start.make(start_of.output_dir, start_of.overwrite)
 
     # student and teacher
     teacher_model = None
@@ -315,7 +321,8 @@ def resolve(config: TrainConfig, world: World) -> TrainConfig:
 def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibration:
     """Runs the first `steps` steps of `config` in a temporary folder and measures them.
 
-    Only sequences that it adds to the `teacher_cache` of `config` remain.
+    What remains are the sequences that it adds to the `teacher_cache` of `config`, and the finished blocks of a start
+    beside its output folder, from which the run itself takes its start.
     """
     with tempfile.TemporaryDirectory(prefix="castlm-calibrate-") as scratch:
         scratch_config = config.changed(
@@ -327,7 +334,7 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
             resume=False,
             overwrite=False,
         )
-        run = set_up(scratch_config, world).begin(announce=False)
+        run = set_up(scratch_config, world, config.checkpoint).begin(announce=False)
         found = measure(run, steps)
         del run
         collect_garbage(world.device.type)

@@ -70,7 +70,9 @@ def fit_law(points: Sequence[Point], *, num_draws: int = 200, seed: int = 0, lea
     check_budgets(data.x)
     known = {name: _named(points, name) for name in ("method", "pattern", "harness", "base_model")}
     runs_of = {name: " and ".join(values) for name, values in known.items() if values}
-    law = replace(_fit(data, num_draws, seed), runs_of=runs_of)
+    dense = [point.dense for point in points if point.dense is not None]
+    least = min([*dense, *(point.perplexity for point in points)]) if dense else None
+    law = replace(_fit(data, num_draws, seed), runs_of=runs_of, least_ppl=least)
     if not leave_largest_out:
         return law
     try:

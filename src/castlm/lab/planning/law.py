@@ -68,6 +68,9 @@ class Law:
     holdout: Holdout | None = None
     holdout_reason: str = ""
     """The reason if `holdout` is None."""
+    least_ppl: float | None = None
+    """The perplexity below which nothing is predicted: the dense model's, or that of the best run if it is lower; None
+    if the dense model's is not known."""
     runs_of: dict[str, str] = field(default_factory=dict)
     """The `method`, `pattern`, `base_model` and `harness` that the runs share, as far as they are known."""
 
@@ -116,6 +119,7 @@ class Law:
                 draws=np.asarray(content["draws"], dtype=np.float64),
                 holdout=None if holdout is None else Holdout(**{k: v for k, v in holdout.items() if k != "error"}),
                 holdout_reason=str(content["holdout_reason"]),
+                least_ppl=None if (least := content.get("least_ppl")) is None else float(least),
                 runs_of={str(name): str(value) for name, value in content.get("runs_of", {}).items()},
             )
             rows = np.vstack([[law.L_inf, law.B, law.beta], law.draws])
@@ -158,6 +162,8 @@ class Prediction:
     """Ratio of `tokens` to the largest fitted budget (1 inside the range)."""
     below: float
     """Ratio of the smallest fitted budget to `tokens` (1 inside the range)."""
+    is_least: bool = False
+    """Whether the law itself gives less than its `least_ppl`, which stands in its place."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ class TokensNeeded:
     low: float
     high: float
     floor_ppl: float
-    """Perplexity of endless training: exp(L_inf)."""
+    """Perplexity of endless training: exp(L_inf), or `Law.least_ppl` if that is more."""
     probability: float
     """Share of the bootstrap refits under which the target can be reached at all."""
 
@@ -188,12 +194,19 @@ class TokensNeeded:
 def predict_perplexity(law: Law, tokens: float) -> Prediction:
     """The perplexity that `tokens` give, a positive number.
 
-    The interval holds the law's uncertainty and the scatter of a single run.
+    The interval holds the law's uncertainty and the scatter of a single run. Neither goes below `law.least_ppl`.
     """
     low, high = interval(np.exp(law.run_losses(tokens)))
     smallest, largest = law.tokens_range
+    least, found = law.least_ppl or 0.0, float(np.exp(law.loss(tokens)))
     return Prediction(
-        tokens, float(np.exp(law.loss(tokens))), low, high, max(1.0, tokens / largest), max(1.0, smallest / tokens)
+        tokens,
+        perplexity=max(found, least),
+        low=max(low, least),
+        high=max(high, least),
+        beyond=max(1.0, tokens / largest),
+        below=max(1.0, smallest / tokens),
+        is_least=found < least,
     )
 
 
@@ -204,12 +217,14 @@ def tokens_for(law: Law, target_ppl: float) -> TokensNeeded:
     """
     L_inf, B, beta = np.vstack([[law.L_inf, law.B, law.beta], law.draws]).T
     margin = math.log(target_ppl) - L_inf
-    reached = margin > 0
+    least = law.least_ppl or 0.0
+    reached = (margin > 0) & (target_ppl >= least)
     tokens = np.full(len(L_inf), math.inf)
     tokens[reached] = (B[reached] / margin[reached]) ** (1 / beta[reached])
     low, high = interval(tokens[1:])
     value = float(tokens[0]) if reached[0] else None
-    return TokensNeeded(target_ppl, value, low, high, float(np.exp(law.L_inf)), float(reached[1:].mean()))
+    floor = max(float(np.exp(law.L_inf)), least)
+    return TokensNeeded(target_ppl, value, low, high, floor, float(reached[1:].mean()))
 
 
 _CREATOR = "castlm plan fit"

@@ -41,6 +41,7 @@ from castlm.distributed.sharding import beside_linears, is_gathered_narrow
 from castlm.export.hf import check_export
 from castlm.files.reading import read_json_object, user_path
 from castlm.formats.table import FORMATS
+from castlm.hardware import resident_memory
 from castlm.models.architecture import backbone, is_vision_language, linearize_, shape_model
 from castlm.models.io import check_num_layers, open_config
 from castlm.names import aligned
@@ -90,6 +91,11 @@ class Settings:
     """"fp32" or "8bit", as `AdamS` has them."""
     calibration_tokens: int = 0
     """Tokens of calibration text of the start (SparseGPT or Wanda); 0 if it reads none: then no phase `start`."""
+    on_cpu: bool = False
+    """Plan the memory of a process on a CPU: with Python and its libraries, the copy of the state that a checkpoint
+    writes in the background, and the model that is read back in the end."""
+    saves_in_background: bool = True
+    """With `on_cpu`: whether there are checkpoints, and `async_save` writes them from a copy."""
 
     @property
     def tokens(self) -> int:
@@ -214,6 +220,8 @@ GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
 """Reserve on a card: the memory of CUDA and NCCL, and the share of the peak that the allocator loses."""
+MALLOC = 0.1
+"""The share of the peak that malloc loses on a CPU, since it keeps freed memory (docs/how-to/plan.md has figures)."""
 
 
 class _Sizes(NamedTuple):
@@ -237,6 +245,8 @@ class _Sizes(NamedTuple):
     """Sum of the squared input widths of a block's sparse layers."""
     moments: int
     """Bytes of both moments of all parameters, with the scales of 8-bit moments."""
+    is_tied: bool
+    """Whether the output head is the embeddings."""
     kinds: tuple[Hashable, ...]
     """A key for each transformer block; see `block_kinds`."""
 
@@ -252,14 +262,16 @@ class MemoryPlan:
 
     components: dict[str, int]
     phases: dict[str, int]
-    """Peak bytes of each phase, in a run `start` (on the first rank, which prunes one-shot), `loss`, `backward` and
-    `step`."""
+    """Peak bytes of each phase, in a run `start` (on the first rank, which prunes one-shot), `evaluate`, `loss`,
+    `backward` and `step`; on a CPU also `save` (a step while a checkpoint is written) and `finish`."""
     num_params: int
     num_sparse: int
     world_size: int = 1
     gpu_gib: float | None = None
     smallest_world_size: int | None = None
     """The smallest power of two of ranks that fits `gpu_gib`; None if 4,096 do not fit, or without `gpu_gib`."""
+    remedy: str = ""
+    """The largest phase of a plan that does not fit, and what makes it smaller; on the most ranks, if none fit."""
     disk: int = 0
     """Bytes of the hidden states on disk, of `castlm prune`."""
 
@@ -286,10 +298,8 @@ class MemoryPlan:
             verdict = "fits" if self.fits else "does not fit"
             least = f"the smallest number of ranks that fits is {self.smallest_world_size}"
             if self.smallest_world_size is None:
-                least = (
-                    "it fits on no number of ranks up to 4096: use --gradient-checkpointing, or a smaller "
-                    "--per-device-train-batch-size or --seq-len"
-                )
+                least = f"it fits on no number of ranks up to {WORLD_SIZES[-1]}"
+            least += f"; {self.remedy}" if self.remedy else ""
             lines.append(
                 f"{verdict} {self.gpu_gib:g} GiB on {self.world_size} rank(s): {self.needed_gib:.1f} GiB with "
                 f"context and fragmentation; {least}"
@@ -308,8 +318,9 @@ def plan_memory(
     """Memory of each of `world_size` ranks that shard everything (FSDP2), in steps of micro_batch x seq_len tokens.
 
     `_components` has the formula of each component, `_phases` what is there at once: in the `start` (before step 0, on
-    the first rank), in the `loss` (all activations, and the loss), `backward` (activations shrink while gradients grow,
-    so the larger of its two ends, plus what flows inside a block) and `step`.
+    the first rank), in `evaluate` (with a copy of the masked weights), in the `loss` (all activations, and the loss),
+    `backward` (activations shrink while gradients grow, so the larger of its two ends, plus what flows inside a block)
+    and `step`; on a CPU also in `save` and `finish`.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
@@ -328,7 +339,7 @@ def plan_memory(
 
     def plan(ranks: int) -> MemoryPlan:
         parts = _components(sizes, tutor, saved[ranks > 1], run, ranks)
-        phases = _phases(parts, sizes, saved[ranks > 1], run)
+        phases = _phases(parts, sizes, saved[ranks > 1], run, ranks)
         if run.calibration_tokens:
             held = sizes.total
             if gpu_gib is None:  # what is not sparse, in the new basis; with one rank, also the model itself
@@ -336,10 +347,34 @@ def plan_memory(
             # A matrix (in, in) for each sparse layer of a block, four of the widest, five copies of the largest weight.
             work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
             phases["start"] = 4 * (held + run.calibration_tokens * sizes.hidden + work)
+        if run.on_cpu:
+            parts["process"] = resident_memory()
+            phases = {name: parts["process"] + int(size * (1 + MALLOC)) for name, size in phases.items()}
+            if run.saves_in_background:
+                written = parts["weights"] + parts["moments"] + parts["masks"]
+                phases["save"] = max(phases[name] for name in ("evaluate", "loss", "backward", "step")) + written
         return MemoryPlan(parts, phases, sizes.total, sizes.sparse, ranks, gpu_gib)
 
     least = None if gpu_gib is None else next((ranks for ranks in WORLD_SIZES if plan(ranks).fits), None)
-    return replace(plan(world_size), smallest_world_size=least)
+    found = plan(world_size)
+    if found.fits is False:
+        found = replace(found, remedy=_remedy(plan(WORLD_SIZES[-1]) if least is None else found, run))
+    return replace(found, smallest_world_size=least)
+
+
+def _remedy(plan: MemoryPlan, run: Settings) -> str:
+    """The largest phase of `plan`, and the options that make it smaller."""
+    phase = max(plan.phases, key=lambda name: plan.phases[name])
+    shorter = "a smaller --per-device-train-batch-size or --seq-len"
+    remedies = {
+        "start": "prune beforehand with castlm prune --memory block, and pass its folder as --init-from",
+        "evaluate": shorter,
+        "loss": shorter if run.checkpointing else f"use --gradient-checkpointing, or {shorter}",
+        "step": "use more ranks" if run.moments == "8bit" else "use --moments 8bit, or more ranks",
+    }
+    remedies["backward"] = remedies["loss"]
+    ranks = f"{plan.world_size} rank(s)"
+    return f"its largest phase is {phase}, {plan.phases[phase] / GIB:.1f} GiB on {ranks}: {remedies[phase]}"
 
 
 def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
@@ -355,6 +390,11 @@ def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
     made: PretrainedConfig = AutoConfig.for_model(**read_json_object(path))
     check_num_layers(made, path)
     return made
+
+
+def _masked_share(pattern: Pattern) -> float:
+    """The largest share of the sparse weights that is masked."""
+    return 1 - pattern.nm.n / pattern.nm.m if isinstance(pattern, NM) else 1.0
 
 
 def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
@@ -377,6 +417,8 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
         "gradients": shard(4 * sizes.total),
         "moments": shard(sizes.moments),
         "masks": shard(sizes.sparse // 4),  # the current and the first, in bits
+        # while the model is evaluated as if it were pruned now: a copy of them, and the masks as bytes
+        "masked weights": shard(sizes.sparse + int(4 * sizes.sparse * _masked_share(run.pattern))),
         "teacher": shard(t * tutor.total),
         # In fp32 a LLaMA block of inner size I, with as many key as query heads, saves 4T (10H + 4I): input, normalised
         # input and output of both norms; q, k, v and the attention's output; gate, its silu, up and their product.
@@ -398,7 +440,8 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
     }
 
 
-def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -> dict[str, int]:
+def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
+    """Bytes of each phase, without the start; on a CPU without the process."""
     static = sum(parts[name] for name in ("weights", "moments", "masks", "teacher", "gathered weights"))
     earlier = parts["gradients"] if run.accumulates else 0
     block = saved.block + saved.block_weights
@@ -409,12 +452,19 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings) -
     forward = first - at_work if run.checkpointing else first
     last = saved.rest + block + parts["gradients"] - earlier  # the backward pass of the first block, with all gradients
     head_gradient = 4 * sizes.vocab * sizes.hidden
+    if sizes.is_tied:  # the gradient of the embeddings is there twice, as that of the head too, and then their sum
+        last += 2 * head_gradient
     flowing = 4 * run.tokens * sizes.widest * run.compute.itemsize + 8 * sizes.largest_sparse
-    return {
+    phases = {
+        "evaluate": static + parts["masked weights"] + 2 * saved.block + parts["logits"] + head_gradient // 2,
         "loss": static + earlier + forward + parts["logits"] + parts["head's gradient and copies"],
         "backward": static + earlier + max(first + head_gradient, last) + flowing + parts["gathered gradients"],
         "step": static - parts["gathered weights"] + parts["gradients"] + parts["optimizer step"],
     }
+    if run.on_cpu:  # the result, and the same read back: a file in the page cache, and the model of it
+        result = 4 * sizes.total // world_size
+        phases["finish"] = 3 * result + parts["gathered weights"] + parts["logits"] + head_gradient // 2
+    return phases
 
 
 def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
@@ -445,6 +495,7 @@ def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
         vocab=vocab,
         num_layers=num_layers,
         inputs=inputs // num_layers,
+        is_tied=bool(config.get_text_config().tie_word_embeddings),
         kinds=block_kinds(model, num_layers),
         moments=sum(state.nbytes for p in model.parameters() for state in new_moments(p, run.moments).values()),
     )
