@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castlm.cli.main import main
+from castlm.core.nm import NM
 from castlm.distributed.world import World, init_world
+from castlm.patterns import parse_pattern
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective
@@ -51,7 +53,9 @@ def small_command(command: str, model: str | Path, dataset: str | Path, output_d
 
 def prune_to(folder: Path, model: str | Path, text: str | Path | None = None, **over: Any) -> str:
     """Runs `castlm prune`, by magnitude where there is no text, and returns the folder."""
-    sizes = {"calibration": text, "num_sequences": 4, "seq_len": 32, "rotation_iterations": 4}
+    sizes = {"calibration": text, "num_sequences": 4, "seq_len": 32}
+    if isinstance(parse_pattern(over.get("pattern", "2:4")), NM):  # which is rotated
+        sizes["rotation_iterations"] = 4
     options = {"model": model, "output_dir": folder, **(sizes if text else {"method": "magnitude"}), **over}
     assert main(["prune", *flags(options)]) == 0
     return str(folder)

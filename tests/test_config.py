@@ -14,11 +14,10 @@ from castlm.cli.train import parse_train
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.data.options import OF_CONVERSATIONS
 from castlm.fields import docs_of, positional
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.table import METHODS
-from castlm.training.config import RECIPES, TrainConfig, names_of
+from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig, names_of
 from tests.refusals import assert_refused, refusal
 
 REQUIRED = {"model": "m", "dataset": "d", "output_dir": "o"}
@@ -46,8 +45,9 @@ def test_replace_resolves_derived_defaults_again():
 OPTIONS = [name for section in TrainConfig.sections().values() for name in names_of(section)]
 
 
-def test_options_of_effects_and_methods_exist():
-    assert set(TrainConfig.of(**REQUIRED).conditions()) | set(OF_CONVERSATIONS) <= set(OPTIONS)
+def test_the_conditions_of_every_option_can_be_asked():
+    for config in (TrainConfig.of(**REQUIRED), FinetuneConfig.of("m", "d", "o")):
+        assert {name: config.needs(name) for name in OPTIONS}["hub_model_id"] == "push_to_hub"
     assert {option for row in METHODS.values() for option in row.options} <= set(OPTIONS)
 
 
@@ -162,9 +162,14 @@ def test_values_that_are_refused(mapping, message):
         ({"eval_split": "test"}, ["eval_split"]),
         ({"eval_split": "test", "eval_dataset": "owner/name"}, []),
         ({"calibration_sequences": 9, "init_from": "some/model"}, ["calibration_sequences"]),
-        ({"permute": False, "refit_iterations": 5, "init_from": "some/model"}, ["permute", "refit_iterations"]),
-        ({"permute": False, "refit_iterations": 5, "pattern": "channels:0.5"}, ["permute"]),
-        ({"permute": False, "refit_iterations": 5}, []),
+        (
+            {"permute_iterations": 2, "refit_iterations": 5, "init_from": "some/model"},
+            ["permute_iterations", "refit_iterations"],
+        ),
+        ({"permute_iterations": 2, "refit_iterations": 5, "pattern": "channels:0.5"}, ["permute_iterations"]),
+        ({"permute_iterations": 2, "refit_iterations": 5}, []),
+        ({"permute": False, "permute_iterations": 2}, ["permute_iterations"]),
+        ({"permute": False, "mask_iterations": 0, "init_from": "some/model"}, []),  # off asks for nothing
         ({"rotation_iterations": 5, "rotate": "off"}, ["rotation_iterations"]),
         ({"rotate": "values", "init_from": "magnitude"}, ["rotate"]),
         ({"scale_groups": 0, "pattern": "4:8", "method": "dense"}, ["scale_groups", "pattern"]),

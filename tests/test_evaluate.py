@@ -21,7 +21,9 @@ from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 
 def test_options_of_a_text_without_a_text_are_refused(capsys):
-    assert "--stride is for --text" in refused(["eval", "model", "--tasks", "piqa", "--stride", "5"], capsys)
+    assert "--stride = 5 has an effect only with a text" in refused(
+        ["eval", "model", "--tasks", "piqa", "--stride", "5"], capsys
+    )
 
 
 def some_ids(count, seed=0):

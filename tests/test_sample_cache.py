@@ -137,7 +137,10 @@ def test_bad_input_is_one_line(chat_llama, own, tmp_path, capsys):
     changed.with_name("changed.jsonl.castlm.json").write_bytes(record.read_bytes())
     cache = cached(tmp_path)
     cases = [
-        (command(chat_llama, tmp_path / "a.jsonl", "--seq-len", "32"), "--seq-len is for a teacher cache"),
+        (
+            command(chat_llama, tmp_path / "a.jsonl", "--seq-len", "32"),
+            "--seq-len = 32 has an effect only with --teacher-cache",
+        ),
         (command(chat_llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "0"), "set teacher_top_k"),
         (command(chat_llama, tmp_path / "a.jsonl", *cache, "--seq-len", "999"), "exceeds the model's 256 positions"),
         (command(chat_llama, tmp_path / "a.jsonl", *cache, "--teacher-top-k", "999"), "teacher_top_k 999 exceeds"),

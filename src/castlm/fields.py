@@ -21,7 +21,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 from castlm.core.errors import InputError
 
@@ -58,6 +58,26 @@ OTHER_NAMES = {
 """The names of options in other libraries and earlier versions, for the suggestion in an error."""
 
 
+class Needs(NamedTuple):
+    """A condition without which an option has no effect: metadata `needs` of its field, one or a tuple of several.
+
+    Two more entries of the metadata describe an option: `changes_result=False` (the result of a run is the same with
+    every value) and `may_change=True` (a run that is resumed may have another value, although it changes the result).
+    """
+
+    words: str
+    """The condition, as the end of the sentence "... has an effect only with"."""
+    is_met: Callable[[Any], bool]
+    """Called with all options of the command or run, as attributes of one object."""
+    off: Any = dataclasses.MISSING
+    """A value beside the default that asks for nothing, such as 0 iterations."""
+
+
+def option(default: Any, **metadata: Any) -> Any:
+    """A field with metadata and nothing special: `needs`, `changes_result`, `may_change`."""
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
 def choice(default: str | None, choices: Choices, **more: Any) -> Any:
     """A field of type `str`, or `str | None`, that takes one of the names in `choices`.
 
@@ -75,9 +95,9 @@ def essential(default: Any = dataclasses.MISSING, **more: Any) -> Any:
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
-def number(default: Any, **limits: float) -> Any:
-    """A field of a number, or of a tuple of numbers, that must keep to `limits`, named as in `LIMITS`."""
-    return dataclasses.field(default=default, kw_only=True, metadata=limits)
+def number(default: Any, **metadata: Any) -> Any:
+    """A field of a number, or of a tuple of numbers, that must keep to the `LIMITS` in `metadata`."""
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
 def positional(**more: Any) -> Any:
@@ -85,20 +105,21 @@ def positional(**more: Any) -> Any:
     return dataclasses.field(metadata={"positional": True, **more})
 
 
-def parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
+def parsed(default: Any, parse: Callable[[Any], Any], **more: Any) -> Any:
     """A field whose text `parse` turns into an object. Objects, such as `default`, pass unchanged."""
-    return dataclasses.field(default=default, kw_only=True, metadata={"parse": parse})
+    return dataclasses.field(default=default, kw_only=True, metadata={"parse": parse, **more})
 
 
 def like(section: type[Any], name: str, **more: Any) -> Any:
-    """A field with the default, the help and the choices of the option `name` of another dataclass.
+    """A field with the default, the help and the choices of the option `name` of another dataclass, but its `needs`.
 
     Args:
         more: a `default` of its own, or metadata such as `essential`.
     """
     field = next(field for field in dataclasses.fields(section) if field.name == name)
     default = more.pop("default", field.default)
-    return dataclasses.field(default=default, kw_only=True, metadata={**field.metadata, "like": section, **more})
+    metadata = {**field.metadata, "needs": (), "like": section, **more}
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
 class Bounded:
@@ -144,15 +165,83 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def given(options: Any, names: Iterable[str]) -> list[str]:
-    """Those of the fields `names` that differ from their default."""
+    """Returns the names of the fields whose value differs from the default.
+
+    Args:
+        names: the fields to look at.
+    """
     fields = {field.name: field for field in dataclasses.fields(options)}
     return [name for name in names if getattr(options, name) != default_of(fields[name])]
 
 
-def refuse_given(options: Any, names: Iterable[str], why: str, source: str = "") -> None:
-    """Raises `InputError` with the option and `why` if one of the fields `names` differs from its default."""
-    if found := given(options, names):
-        raise InputError(f"{label(found[0], source)} {why}")
+# ---- which options have an effect, and which may change
+
+
+class Joined:
+    """The attributes of several objects as those of one, for the conditions of options in several sections."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts = parts
+
+    def __getattr__(self, name: str) -> Any:
+        for part in self._parts:
+            if hasattr(part, name):
+                return getattr(part, name)
+        raise AttributeError(name)
+
+
+def needs_of(field: dataclasses.Field[Any]) -> tuple[Needs, ...]:
+    """The conditions of an option."""
+    needs = field.metadata.get("needs", ())
+    return (needs,) if isinstance(needs, Needs) else needs
+
+
+def unmet(field: dataclasses.Field[Any], options: Any) -> str | None:
+    """The first condition of an option that `options` do not meet, in words; None if the option has an effect."""
+    return next((needs.words for needs in needs_of(field) if not needs.is_met(options)), None)
+
+
+def without_effect(
+    kinds: Iterable[type[Any]], values: Mapping[str, Any], options: Any, source: str = ""
+) -> dict[str, str]:
+    """The options that ask for something and have no effect, each with the reason.
+
+    Args:
+        kinds: dataclasses whose fields are the options.
+        values: the options that were given. The default of an option and its `Needs.off` ask for nothing.
+        options: all options as attributes of one object.
+        source: as in `label`.
+
+    Examples:
+        >>> @dataclasses.dataclass
+        ... class Options:
+        ...     rate: float = 0.1
+        ...     warmup: int = option(0, needs=Needs("rate above 0", lambda options: options.rate > 0))
+        >>> without_effect([Options], {"rate": 0.0, "warmup": 5}, Options(0.0, warmup=5))
+        {'warmup': 'warmup = 5 has an effect only with rate above 0'}
+    """
+    found = {}
+    for field in itertools.chain.from_iterable(map(dataclasses.fields, kinds)):
+        if field.name not in values or is_required(field):
+            continue
+        value = values[field.name]
+        asks_for_nothing = [None, default_of(field), *(needs.off for needs in needs_of(field))]
+        if value not in asks_for_nothing and (words := unmet(field, options)) is not None:
+            found[field.name] = f"{label(field.name, source)} = {value} has an effect only with {words}"
+    return found
+
+
+def without_result(kinds: Iterable[type[Any]]) -> frozenset[str]:
+    """The options that do not change the result of a run."""
+    fields = itertools.chain.from_iterable(map(dataclasses.fields, kinds))
+    return frozenset(field.name for field in fields if not field.metadata.get("changes_result", True))
+
+
+def free_on_resume(kinds: Iterable[type[Any]]) -> frozenset[str]:
+    """The options that may differ between a run and its resumption."""
+    kinds = list(kinds)
+    fields = itertools.chain.from_iterable(map(dataclasses.fields, kinds))
+    return without_result(kinds) | {field.name for field in fields if field.metadata.get("may_change")}
 
 
 @functools.cache
@@ -177,11 +266,23 @@ def docs_of(kind: type[Any]) -> dict[str, str]:
     return docs | {name: docs_of(section)[name] for name, section in others.items()}
 
 
-def build(kind: type[T], values: Mapping[str, Any], source: str = "") -> T:
-    """A dataclass from a mapping of field names to values."""
+def build(kind: type[T], values: Mapping[str, Any], source: str = "", asked: Iterable[str] | None = None) -> T:
+    """A dataclass from a mapping of field names to values.
+
+    Args:
+        source: the file of the values, or `COMMAND_LINE`; errors begin with it.
+        asked: the values that must have an effect; by default all.
+
+    Raises:
+        InputError: an unknown or missing field, a value that is not of its type, or one `without_effect`.
+    """
     found = checked([kind], values, source)
     check_complete([kind], found, source)
-    return kind(**found)
+    options = kind(**found)
+    given = found if asked is None else {name: found[name] for name in asked}
+    for reason in without_effect([kind], given, options, source).values():
+        raise InputError(f"{reason}: leave it out")
+    return options
 
 
 def check_complete(kinds: Iterable[type[Any]], values: Mapping[str, Any], source: str = "") -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
-from castlm.fields import build, label, like, number, positional, refuse_given
+from castlm.fields import Needs, build, label, like, number, option, positional
 from castlm.keywords import EvaluateKeywords
 from castlm.training.options import ModelOptions, RuntimeOptions
 
-_READING = [field.name for field in fields(ScoredTextOptions)]
-_OF_TEXT = ("eval_split", "eval_config", "eval_tokens", "seq_len", "stride", *_READING)
-"""Options without an effect on tasks."""
+TEXT = Needs("a text", lambda options: options.reads_text)
+TASKS = Needs("tasks", lambda options: options.tasks is not None)
 
 
 @dataclass(frozen=True)
@@ -28,31 +27,31 @@ class EvaluateOptions(ScoredTextOptions):
     text: str | None = None
     """Text to evaluate on: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset."""
 
-    eval_split: str = "validation"
+    eval_split: str = option("validation", needs=TEXT)
     """Split of a hub dataset."""
 
-    eval_config: str | None = None
+    eval_config: str | None = option(None, needs=TEXT)
     """Configuration of a hub dataset."""
 
-    eval_tokens: int = number(0, at_least=0)
+    eval_tokens: int = number(0, at_least=0, needs=TEXT)
     """Maximum number of tokens of the text. 0 scores all of it."""
 
-    seq_len: int | None = None
+    seq_len: int | None = option(None, needs=TEXT)
     """Tokens per sequence. The default is 1024, or the model's context length if that is shorter. Perplexities at
     different lengths cannot be compared.
     """
 
-    stride: int | None = None
+    stride: int | None = option(None, needs=TEXT)
     """Tokens between the starts of two sequences. The default is seq_len: sequences do not overlap."""
 
     tasks: str | None = None
     """Tasks of lm-eval, separated by commas, such as piqa,arc_easy; run without examples and without a chat template.
     """
 
-    tasks_from: str | None = None
+    tasks_from: str | None = option(None, needs=TASKS)
     """Folder with local files of the tasks, instead of the hub."""
 
-    limit: int | None = number(None, at_least=1)
+    limit: int | None = number(None, at_least=1, needs=TASKS)
     """Maximum number of questions per task."""
 
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
@@ -62,6 +61,10 @@ class EvaluateOptions(ScoredTextOptions):
 
     revision: str | None = like(ModelOptions, "revision")
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
+
+    @property
+    def reads_text(self) -> bool:
+        return self.text is not None
 
 
 @with_keywords_of(EvaluateOptions)
@@ -99,7 +102,7 @@ def evaluate(
 
 
 def check(options: EvaluateOptions, source: str = "") -> None:
-    """Raises `InputError` for options of a text without a text, or of tasks without tasks.
+    """Raises `InputError` if there is neither a text nor a task.
 
     Args:
         source: `COMMAND_LINE` if the options are from there; errors then write `--text` instead of `text`.
@@ -107,10 +110,6 @@ def check(options: EvaluateOptions, source: str = "") -> None:
     text, tasks = label("text", source), label("tasks", source)
     if options.text is None and options.tasks is None:
         raise InputError(f"nothing to evaluate on: give {text} FILE, or {tasks} piqa,arc_easy, or both")
-    if options.text is None:
-        refuse_given(options, _OF_TEXT, f"is for {text}: name a text, or leave it out", source)
-    if options.tasks is None:
-        refuse_given(options, ("tasks_from", "limit"), f"is for {tasks}: name tasks, or leave it out", source)
 
 
 def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]:

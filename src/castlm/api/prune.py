@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -11,7 +11,7 @@ from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
-from castlm.fields import build, choice, essential, label, like, number, refuse_given
+from castlm.fields import Needs, build, choice, essential, label, like, number, option
 from castlm.keywords import PruneKeywords
 from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, with_effort
 from castlm.patterns import all_solvers
@@ -20,7 +20,7 @@ from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOpti
 if typing.TYPE_CHECKING:  # it imports torch
     from castlm.oneshot.report import OneshotReport
 
-_OF_CALIBRATION = ("calibration", "precision", *(option.name for option in fields(TextOptions)))
+TEXT = Needs("a method that reads a text, such as wanda or sparsegpt", lambda options: options.reads_text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,25 +37,25 @@ class OwnOptions:
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
     Structured patterns rank their units by flap (the default of channels), taylor (of heads) or magnitude."""
 
-    calibration: str | None = essential(None)
+    calibration: str | None = essential(None, needs=TEXT._replace(is_met=lambda options: options.takes_text))
     """Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as --dataset
     of castlm train.
     """
 
     pattern: Pattern = like(ModelOptions, "pattern", essential=True)
-    num_sequences: int | None = number(None, at_least=1)
+    num_sequences: int | None = number(None, at_least=1, needs=TEXT)
     """Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest layer if that is
     more), at most 128, and a quarter for a quick start."""
 
-    seq_len: int = essential(0, at_least=0)
+    seq_len: int = essential(0, at_least=0, needs=TEXT)
     """Tokens per calibration sequence. 0 is the model's context length, at most 2,048."""
 
-    seed: int = 0
+    seed: int = option(0, needs=TEXT)
     """Seed for drawing calibration sequences."""
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", needs=TEXT)
     """Compute type of the passes over the calibration text; solvers compute in fp32. auto: bf16 if the hardware
     multiplies it faster and the model is not tiny.
     """
@@ -82,6 +82,19 @@ class PruneOptions(Refinements, BasisOptions, EffortOptions, TextOptions, OwnOpt
     def solver(self) -> str:
         """`method`, or the default of the pattern."""
         return self.method or self.pattern.default_solver
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a calibration text has a use: after units are cut, the rest of a layer is solved for on one."""
+        return self.solver != "magnitude" or self.pattern.cut_out is not None
+
+    @property
+    def reads_text(self) -> bool:
+        return self.solver != "magnitude" or (self.takes_text and self.calibration is not None)
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.reads_text
 
 
 @with_keywords_of(PruneOptions)
@@ -116,7 +129,8 @@ def prune(
         >>> castlm.prune("demo", "text.txt", pattern="2:4", output_dir="pruned", seq_len=512)  # doctest: +SKIP
     """
     given = {"model": model, "calibration": calibration, "pattern": pattern, "output_dir": output_dir, **options}
-    return run_prune(build(PruneOptions, with_effort({name: v for name, v in given.items() if v is not None})))
+    given = {name: value for name, value in given.items() if value is not None}
+    return run_prune(build(PruneOptions, with_effort(given), asked=given))
 
 
 def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:
@@ -136,18 +150,11 @@ def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:
     if options.memory == "block":
         local_folder(options.model)
     device = choose_device(options.device)
-    if method == "magnitude" and options.rotate in ("values", "residual"):
-        raise InputError(f"rotate {options.rotate} needs a calibration text: use method sparsegpt or wanda")
-    needs_text = method != "magnitude"
-    refits = pattern.cut_out is not None  # the rest of a layer, on a text, after its units are removed
-    if needs_text and options.calibration is None:
+    if method != "magnitude" and options.calibration is None:
         raise InputError(
             f"method {method} needs a calibration text: give {label('calibration', source)} FILE, or "
             f"{label('method', source)} magnitude"
         )
-    if not needs_text and not refits:
-        why = f"is for a method that reads a text, and {method} reads none: leave it out, or use wanda or sparsegpt"
-        refuse_given(options, _OF_CALIBRATION, why, source)
     text = None if options.calibration is None else open_documents(options.calibration, options)
     start = Start.of(options, method, pattern, seed=options.seed)
     inputs = {"model": options.model, "calibration": options.calibration}

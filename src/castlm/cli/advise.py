@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.cli.options import check_json_path, refuse_given, result_folder, to_stdout, write_json
+from castlm.cli.options import check_json_path, result_folder, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.fields import like, number, parsed, positional
+from castlm.fields import Needs, like, number, option, parsed, positional
 from castlm.files.reading import read_json_object
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
@@ -44,10 +44,12 @@ class AdviseCommand:
     and compares its speed with the whole model.
     """
 
-    law: str | None = None
+    law: str | None = option(
+        None, needs=Needs("a CPU, where perplexity is shown", lambda command: not command.is_on_gpu)
+    )
     """Scaling law of `castlm plan fit --json`, which predicts the perplexity of n:m after train_tokens."""
 
-    train_tokens: float | None = number(None, above=0)
+    train_tokens: float | None = number(None, above=0, needs=Needs("--law", lambda command: command.law is not None))
     """Training tokens for which the law predicts."""
 
     json: str | None = None
@@ -55,16 +57,20 @@ class AdviseCommand:
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
-    def run(self) -> int:
+    @property
+    def is_on_gpu(self) -> bool:
         from castlm.hardware import choose_device
 
+        return choose_device(self.device) == "cuda"
+
+    def run(self) -> int:
         check_json_path(self.json)
         cut = None if self.pattern.cut_out is None else self.pattern
-        if (self.law is None) != (self.train_tokens is None):
-            raise InputError("give both --law and --train-tokens, or neither")
+        if self.law is not None and self.train_tokens is None:
+            raise InputError("--law predicts for a number of training tokens: give --train-tokens too")
         if cut is None and not isinstance(self.pattern, NM):
             raise InputError(f"pattern {self.pattern}: advise knows n:m, and channels and heads that are cut out")
-        report, advice = self._on_gpu(cut) if choose_device(self.device) == "cuda" else self._on_cpu(cut)
+        report, advice = self._on_gpu(cut) if self.is_on_gpu else self._on_cpu(cut)
         write_json(self.json, report)
         if self.json != "-":
             to_stdout(advice, keep="\n")
@@ -127,7 +133,6 @@ class AdviseCommand:
 
         if cut is None and self.pattern != NM(2, 4):
             raise InputError(f"pattern {self.pattern}: GPUs have hardware for 2:4 alone")
-        refuse_given(self, ("law",), "has no effect on a GPU, where perplexity is not shown: leave it out")
         name, options = result_folder(self.model), {"tokens": self.tokens or 1, "dtype": self.dtype}
         found = advise_on_gpu(shapes_of(name, self.trust_remote_code, cut), **options)
         report, lines = found.as_dict(), [found.text()]

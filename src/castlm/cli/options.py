@@ -45,7 +45,7 @@ Sections = Sequence[tuple[str, type[Any]]]
 def parse(kind: type[T], arguments: Sequence[str], name: str) -> T:
     """The options of the command `castlm <name>` as the dataclass `kind`. Prints the help and exits if asked to.
 
-    Raises `InputError` for an unknown or missing option, or a value of the wrong type.
+    Raises `InputError` for an unknown or missing option, a value of the wrong type, or an option without effect.
     """
     return build(kind, read_arguments([("options", kind)], arguments, name, about=kind), COMMAND_LINE)
 
@@ -251,11 +251,6 @@ def result_folder(path: str) -> str:
     from castlm.models import locate
 
     return locate.result_folder(path)
-
-
-def refuse_given(options: Any, names: Iterable[str], why: str) -> None:
-    """`castlm.fields.refuse_given` for options on the command line."""
-    castlm.fields.refuse_given(options, names, why, COMMAND_LINE)
 
 
 WRITTEN_BY = "written_by"

@@ -29,4 +29,4 @@ class PruneCommand(PruneOptions):
 
 def main(arguments: list[str]) -> int:
     given = read_arguments([("options", PruneCommand)], arguments, "prune", about=PruneCommand)
-    return build(PruneCommand, with_effort(given), COMMAND_LINE).run()
+    return build(PruneCommand, with_effort(given), COMMAND_LINE, asked=given).run()

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from castlm.api.pack import head_formats
-from castlm.cli.options import refuse_given, result_folder, to_stdout
+from castlm.cli.options import result_folder, to_stdout
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
-from castlm.fields import choice, like, number, parsed, positional
+from castlm.fields import Needs, choice, like, number, option, parsed, positional
 from castlm.patterns import parse_pattern_or_dense
 from castlm.training.options import ModelOptions, RuntimeOptions
 
-_OF_GPTQ = ("column", "document_limit", "num_sequences", "seq_len", "seed", "damping")
+CALIBRATION = Needs("--calibration, which int4 and int3 read", lambda command: command.reads_text)
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class QuantizeCommand(TextOptions):
     has it, otherwise dense.
     """
 
-    num_sequences: int = number(64, at_least=1)
+    num_sequences: int = number(64, at_least=1, needs=CALIBRATION)
     """Calibration sequences."""
 
-    seq_len: int = number(512, at_least=1)
+    seq_len: int = number(512, at_least=1, needs=CALIBRATION)
     """Tokens per calibration sequence, at most the model's context length."""
 
-    seed: int = 0
+    seed: int = option(0, needs=CALIBRATION)
     """Seed for drawing calibration sequences."""
 
-    damping: float = number(0.01, at_least=0, at_most=1)
+    damping: float = number(0.01, at_least=0, at_most=1, needs=CALIBRATION)
     """int4, int3: add this fraction of the mean diagonal to the Hessian."""
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
@@ -69,6 +69,10 @@ class QuantizeCommand(TextOptions):
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
+    @property
+    def reads_text(self) -> bool:
+        return self.calibration is not None
+
     def run(self) -> int:
         from castlm.export.packed import pattern_of
         from castlm.export.quantized import CalibrationText, quantize_folder
@@ -78,9 +82,7 @@ class QuantizeCommand(TextOptions):
 
         keep_freed_memory()
         calibration = None
-        if self.calibration is None:
-            refuse_given(self, _OF_GPTQ, "is for int4 and int3, which read a --calibration text: leave it out")
-        else:
+        if self.calibration is not None:
             calibration = CalibrationText(self.calibration, self.num_sequences, self.seq_len, self.seed)
         source = result_folder(self.model)
         pattern = pattern_of(source, self.pattern)

@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from castlm.cli.options import command_of, refuse_given, result_folder, to_stdout
+from castlm.cli.options import command_of, result_folder, to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.fields import essential, given, like, number, positional
+from castlm.fields import Needs, essential, free_on_resume, given, like, number, positional
 from castlm.methods.options import OptimizerOptions
-from castlm.training.config import TrainConfig
+from castlm.training.config import TrainConfig, names_of
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, RuntimeOptions, TeacherOptions
 
 
@@ -22,10 +22,10 @@ class SampleOptions:
     path: str = positional(essential=True)
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
-    output_file: str = essential()
+    output_file: str = essential(changes_result=False)
     """File to write, .jsonl, with one document or conversation on a line."""
 
-    num_tokens: int = essential(1_000_000, at_least=1)
+    num_tokens: int = essential(1_000_000, at_least=1, may_change=True)
     """Number of tokens to write, not counting duplicates, which are dropped."""
 
     chat: bool = essential(False)
@@ -40,14 +40,20 @@ class SampleOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses CUDA if there is a GPU. A GPU computes in the model's dtype, a CPU in fp32."""
 
-    resume: bool = essential(False)
+    resume: bool = essential(False, changes_result=False)
     """Continue an interrupted start with the same options; without one, start."""
 
-    overwrite: bool = essential(False)
+    overwrite: bool = essential(False, changes_result=False)
     """Replace a file that castlm sample wrote."""
 
     revision: str | None = like(ModelOptions, "revision")
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
+
+
+def _of_cache(section: type[Any], name: str, **more: Any) -> Any:
+    """An option of the teacher cache, which does not change the text."""
+    needs = Needs("--teacher-cache", lambda command: command.teacher_cache is not None)
+    return like(section, name, needs=needs, may_change=True, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +61,12 @@ class CacheOptions:
     """Stores the teacher's predictions for the text, for `castlm train`, whose options have the same names."""
 
     teacher_cache: str | None = like(TeacherOptions, "teacher_cache", essential=True)
-    teacher_top_k: int = like(TeacherOptions, "teacher_top_k", default=64)
-    seq_len: int = like(DataOptions, "seq_len", essential=False)
-    per_device_train_batch_size: int = like(OptimizerOptions, "per_device_train_batch_size")
-    repeat_sequences: bool = like(DataOptions, "repeat_sequences")
-    eval_dataset: str | None = like(EvaluationOptions, "eval_dataset", essential=False)
-    precision: Literal["auto", "fp32", "bf16"] = like(RuntimeOptions, "precision")
+    teacher_top_k: int = _of_cache(TeacherOptions, "teacher_top_k", default=64)
+    seq_len: int = _of_cache(DataOptions, "seq_len", essential=False)
+    per_device_train_batch_size: int = _of_cache(OptimizerOptions, "per_device_train_batch_size")
+    repeat_sequences: bool = _of_cache(DataOptions, "repeat_sequences")
+    eval_dataset: str | None = _of_cache(EvaluationOptions, "eval_dataset", essential=False)
+    precision: Literal["auto", "fp32", "bf16"] = _of_cache(RuntimeOptions, "precision")
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
             from castlm.training.teacher_cache import check_teacher_pass
 
             check_teacher_pass(config.model, config.data, config.evaluation, config.teacher)
-        free = {"output_file", "num_tokens", "resume", "overwrite", "trust_remote_code", "document_limit"}
-        free |= {*_CACHE_OPTIONS}
+        free = free_on_resume([SampleCommand])
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         with open_samples(
             self.output_file,
@@ -122,14 +127,10 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
 
     def _train_config(self) -> TrainConfig:
         """The run that the text is for."""
-        if self.teacher_cache is None:
-            refuse_given(
-                self, _CACHE_OPTIONS, "is for a teacher cache: give its folder by --teacher-cache, or leave it out"
-            )
         passed_on = ("chat_template_path", "document_limit", "revision", "trust_remote_code")
         options: dict[str, Any] = {name: getattr(self, name) for name in given(self, passed_on)}
         if self.teacher_cache is not None:
-            options |= {name: getattr(self, name) for name in (*_CACHE_OPTIONS, "seed", "device")}
+            options |= {name: getattr(self, name) for name in (*names_of(CacheOptions), "seed", "device")}
             options |= {} if self.repeat_sequences else {"num_train_epochs": 1}  # the first epoch, or all
         return TrainConfig.of(result_folder(self.path), self.output_file, "RUN", **options)
 
@@ -160,6 +161,3 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
             if file.batches:
                 note(f"{file.samples:,} texts are saved; the same command with --resume continues")
             raise
-
-
-_CACHE_OPTIONS = tuple(field.name for field in dataclasses.fields(CacheOptions))

@@ -7,24 +7,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from castlm.fields import Bounded, number
+from castlm.fields import Bounded, Needs, number, option
+
+TEXT = Needs("a text", lambda options: options.reads_text)
+CONVERSATIONS = Needs("conversations, and the texts are plain", lambda options: not options.is_plain)
+TEMPLATE = CONVERSATIONS._replace(words=f"{CONVERSATIONS.words}; the template is saved with the result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Bounded):
     """Options of reading and rendering documents."""
 
-    column: str | None = None
+    column: str | None = option(None, needs=TEXT)
     """Column of .jsonl and .parquet with the text or the messages. The default is the first of: messages, prompt with
     completion, text. Images of messages are in the column images or image."""
 
-    chat_template_path: str | None = None
+    chat_template_path: str | None = option(None, needs=(TEXT, TEMPLATE))
     """File with a Jinja chat template to use, and to save with a result, in place of the tokenizer's own."""
 
-    document_limit: float = number(1.0, above=0)
+    document_limit: float = number(
+        1.0, above=0, needs=TEXT, may_change=True
+    )  # a run that met a larger document continues
     """Factor on the limits of one document, to raise for data that you trust: 64 MiB for a line of .jsonl, 16 Mi
     characters of text, 512 messages, 512 MiB of memory to render them, 64 million pixels for an image and 256 million
     for all images."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a text is read. In some commands it is optional; the options of reading it have no effect without."""
+        return True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the texts are known to hold no conversation."""
+        return False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -44,7 +60,7 @@ DEFAULTS = TextOptions()
 class ScoredTextOptions(TextOptions):
     """Options of reading documents for a loss or a perplexity."""
 
-    assistant_only_loss: bool = True
+    assistant_only_loss: bool = option(True, needs=(TEXT, CONVERSATIONS))
     """In the loss and the perplexity, count only the assistant's tokens of a conversation, and only the completion of a
     prompt. Plain text counts in full."""
 
@@ -71,10 +87,3 @@ class SamplingOptions(Bounded):
 
     seed: int = number(0, at_least=0)
     """Seed of the samples, and of the order of the sequences in teacher_cache."""
-
-
-OF_CONVERSATIONS = {
-    "assistant_only_loss": "conversations, and the texts are plain",
-    "chat_template_path": "conversations, and the texts are plain; the template is saved with the result",
-}
-"""The options without an effect on plain text, with what they need."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from castlm.core.decay import DECAYS, decay_alpha
 from castlm.core.nm import Pattern
-from castlm.fields import Bounded, choice, essential, number
+from castlm.fields import Bounded, Needs, choice, essential, number, option
 from castlm.methods.table import METHODS, Method
 
 STABLE = 0.8
@@ -31,6 +31,12 @@ SCHEDULES: dict[str, Shape] = {
 """By the names of `transformers`; the learning rate is `min_lr_ratio + (1 - min_lr_ratio) * height` of its peak."""
 
 
+def of_methods(option: str) -> Needs:
+    """The condition of an option that only some methods read: a method that names it in its row of `METHODS`."""
+    methods = [method for method, row in METHODS.items() if option in row.options]
+    return Needs(f"method {' or '.join(methods)}", lambda run: option in run.row.options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions(Bounded):
     """The method by which the model becomes sparse."""
@@ -38,34 +44,62 @@ class MethodOptions(Bounded):
     method: str = choice("cast", METHODS)
     """Training method: CAST, one of its rivals, or the dense control."""
 
-    decay: str = choice("horizon", DECAYS)
+    decay: str = choice("horizon", DECAYS, needs=of_methods("decay"))
     """Rule by which CAST decays masked weights to zero; see AdamS."""
 
-    decay_end: float | None = number(None, above=0, at_most=1)
+    decay_end: float | None = number(
+        None,
+        above=0,
+        at_most=1,
+        needs=(
+            of_methods("decay_end"),
+            Needs("a decay that ends before the run", lambda run: run.reads_decay_end),
+        ),
+    )
     """Fraction of max_steps after which "horizon" has every masked weight at zero and the mask is final. The default is
     0.3 for n:m from a given mask, else 0.1."""
 
-    lam: float | Literal["auto"] = number(4e-7, at_least=0)
+    lam: float | Literal["auto"] = number(
+        4e-7,
+        at_least=0,
+        needs=(of_methods("lam"), Needs("a decay that uses lam", lambda run: run.reads_lam)),
+    )
     """Decay coefficient of "proportional" and "additive", about the size of the gradient. auto measures the momentum
     first."""
 
-    mask_interval: int = number(10, at_least=1)
+    mask_interval: int = number(
+        10,
+        at_least=1,
+        needs=(
+            of_methods("mask_interval"),
+            Needs(
+                "init_from magnitude, or an n:m pattern whose decay is horizon",
+                lambda run: (
+                    not run.row.decays or run.init_from == "magnitude" or run.starts_at_zero(run.init_from, run.pattern)
+                ),
+            ),
+        ),
+    )
     """Steps between mask refreshes (T1), as long as masked weights decay. From a given mask, masked weights start at
     zero, and a refresh keeps those that have grown larger than kept ones; structured patterns keep a given mask."""
 
-    srste_lam: float = number(5e-3, at_least=0)
+    srste_lam: float = number(5e-3, at_least=0, needs=of_methods("srste_lam"))
     """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight
     (ast: AST's equation under plain Adam, not its authors' optimizer).
     Our tables use 0.005 for SmolLM2-135M and 0.05 for stories260K."""
 
-    scale_groups: int = number(2, at_least=0)
+    scale_groups: int = number(2, at_least=0, needs=of_methods("scale_groups"))
     """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
 
     weight_bits: Literal[3] | None = None
     """3 trains with weights of 3 bits and a trained scale for each row and 64 columns; castlm pack stores them as int3.
     By default, weights are not rounded."""
 
-    ignore_decay_budget: bool = False
+    ignore_decay_budget: bool = option(
+        False,
+        needs=Needs("a decay", lambda run: run.row.decays and DECAYS[run.decay].reduces),
+        changes_result=False,
+    )
     """Run even if the decay budget says that masked weights cannot reach zero."""
 
     @property
@@ -107,11 +141,13 @@ class MethodOptions(Bounded):
 class AdapterOptions(Bounded):
     """The part of a sparse model that is trained."""
 
-    adapter: Literal["none", "shira"] = essential("none")
+    adapter: Literal["none", "shira"] = essential("none", needs=of_methods("adapter"))
     """Trained part of the model. none: all weights that are not zero. shira: a PEFT adapter that keeps every zero when
     it is merged; it is also saved in `output_dir/adapter`."""
 
-    lora_r: int = number(16, at_least=1)
+    lora_r: int = number(
+        16, at_least=1, needs=(of_methods("lora_r"), Needs("adapter shira", lambda run: run.adapter != "none"))
+    )
     """Size of the adapter: as many trained weights as LoRA of this rank has."""
 
 
@@ -128,10 +164,10 @@ class OptimizerOptions(Bounded):
     learning_rate: float = essential(3e-4, above=0)
     """Peak learning rate."""
 
-    per_device_train_batch_size: int = essential(8, at_least=1)
+    per_device_train_batch_size: int = essential(8, at_least=1, may_change=True)  # the global batch may not
     """Sequences per device and micro-step."""
 
-    gradient_accumulation_steps: int = number(1, at_least=1)
+    gradient_accumulation_steps: int = number(1, at_least=1, may_change=True)
     """Micro-steps per optimizer step."""
 
     lr_scheduler_type: str = choice("cosine", SCHEDULES)
@@ -141,7 +177,12 @@ class OptimizerOptions(Bounded):
     warmup_ratio: float = number(0.05, at_least=0, below=1)
     """Fraction of max_steps in which the learning rate rises linearly from 0."""
 
-    min_lr_ratio: float = number(0.1, at_least=0, at_most=1)
+    min_lr_ratio: float = number(
+        0.1,
+        at_least=0,
+        at_most=1,
+        needs=Needs("a learning rate that falls", lambda run: run.lr_scheduler_type != "constant"),
+    )
     """The learning rate ends at this fraction of its peak."""
 
     weight_decay: float = number(0.0, at_least=0)
@@ -157,7 +198,7 @@ class OptimizerOptions(Bounded):
     max_grad_norm: float = number(1.0, at_least=0)
     """Gradient norm above which gradients are scaled down. 0 turns clipping off."""
 
-    second_moment: Literal["gradient", "mix"] | None = None
+    second_moment: Literal["gradient", "mix"] | None = option(None, needs=of_methods("second_moment"))
     """Second moment of AdamS: averaged squares of the gradient, as in Adam, or of the paper's mix. The default is
     gradient wherever the decay allows it."""
 

@@ -6,14 +6,35 @@ Commands and configs inherit them. Importing this module does not import torch, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from castlm.core.errors import InputError
-from castlm.core.nm import Pattern
-from castlm.fields import Bounded, essential, number
+from castlm.core.nm import NM, Pattern
+from castlm.fields import Bounded, Joined, Needs, essential, number, option, unmet, without_effect
 
 T = TypeVar("T")
+
+# The conditions of the options below. They ask the options for `pattern`, `solver` (the name of a solver; in a run also
+# a model folder) and `is_calibrated` (whether the start reads a text).
+CALIBRATED = Needs("a solver that reads text, such as sparsegpt", lambda options: options.is_calibrated)
+TURNED = Needs(
+    "an n:m pattern and a solver that reads text, such as sparsegpt",
+    lambda options: options.is_calibrated and isinstance(options.pattern, NM),
+)
+SPARSEGPT = Needs(
+    "the solver sparsegpt and an n:m pattern",
+    lambda options: options.solver == "sparsegpt" and options.pattern.cut_out is None,
+)
+SPARSEGPT_OR_UNITS = Needs(
+    "the solver sparsegpt, or channels or heads that are cut out",
+    lambda options: options.solver == "sparsegpt" or options.pattern.cut_out is not None,
+)
+DAMPED = Needs(
+    "a solver that inverts a Hessian, such as sparsegpt",
+    lambda options: options.solver not in ("wanda", "magnitude") or options.pattern.cut_out is not None,
+)
 
 
 def part_of(options: Any, section: type[T]) -> T:
@@ -57,7 +78,7 @@ def with_effort(values: Mapping[str, Any]) -> dict[str, Any]:
 class EffortOptions:
     """The effort of a start, which sets the options of its solver."""
 
-    start_effort: Literal["best", "quick"] = essential("best")
+    start_effort: Literal["best", "quick"] = essential("best", needs=CALIBRATED)
     """Effort of the one-shot start. quick takes a fifth of the time, for demonstrations: it reads a quarter of the
     calibration text, once for each transformer block, and refits kept weights in place of ADMM. SmolLM2-135M has 11 to
     15 % more perplexity with it after 100 steps."""
@@ -67,18 +88,20 @@ class EffortOptions:
 class BasisOptions(Bounded):
     """Changes of basis before the dense model is pruned; its function stays the same."""
 
-    rotate: Literal["auto", "off", "values", "residual"] = "auto"
+    rotate: Literal["auto", "off", "values", "residual"] = option("auto", needs=TURNED._replace(off="off"))
     """Rotations before wanda or sparsegpt. values: the values of each attention head. residual: also the residual
     stream; this folds the norms' gains, unties tied embeddings, and reads the text once more. auto: values if the
     model's family is known."""
 
-    permute: bool = True
+    permute: bool = option(True, needs=TURNED._replace(off=False))
     """Permute the MLP neurons before the prune, and the values of attention heads if they are not rotated."""
 
-    rotation_iterations: int = number(100, at_least=1)
+    rotation_iterations: int = number(
+        100, at_least=1, needs=(TURNED, Needs("a rotation", lambda options: options.rotates_values))
+    )
     """Optimization steps for each rotation."""
 
-    permute_iterations: int = number(6, at_least=1)
+    permute_iterations: int = number(6, at_least=1, needs=(TURNED, Needs("permute", lambda options: options.permute)))
     """Rounds of the search for a permutation, each with one linear assignment."""
 
     @property
@@ -97,27 +120,31 @@ NO_BASIS = BasisOptions(rotate="off", permute=False)
 class Refinements(Bounded):
     """The damping of SparseGPT, and refinements beyond its published form."""
 
-    staged_statistics: bool = True
+    staged_statistics: bool = option(True, needs=(CALIBRATED, SPARSEGPT._replace(off=False)))
     """Collect the statistics of a layer after the layers before it in its transformer block are pruned, as
     --true-sequential of SparseGPT's published code does. This takes one partial pass over the text for each input of
     a transformer block."""
 
-    mask_iterations: int = number(16, at_least=0, at_most=10_000)
+    mask_iterations: int = number(16, at_least=0, at_most=10_000, needs=(CALIBRATED, SPARSEGPT._replace(off=0)))
     """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs two refit
     iterations, plus one eigendecomposition per layer. 0 keeps SparseGPT's masks."""
 
-    refit_iterations: int | None = number(None, at_least=0)
+    refit_iterations: int | None = number(None, at_least=0, needs=(CALIBRATED, SPARSEGPT_OR_UNITS._replace(off=0)))
     """Conjugate gradient steps on the kept weights after the prune, without a pass over the text. The default is 20,
     and 0 after mask_iterations, which leave the kept weights near their optimum."""
 
-    reconstruct_epochs: int = number(0, at_least=0)
+    reconstruct_epochs: int = number(0, at_least=0, needs=(CALIBRATED, SPARSEGPT))
     """Epochs over the calibration text in which each transformer block learns the outputs of the dense block. They
     stop early when the error on held-out sequences rises. An epoch costs as much as training on that text."""
 
-    reconstruct_rate: float = number(1e-3, above=0)
+    reconstruct_rate: float = number(
+        1e-3,
+        above=0,
+        needs=(SPARSEGPT, Needs("reconstruct_epochs above 0", lambda options: options.reconstruct_epochs > 0)),
+    )
     """Learning rate of the reconstruction."""
 
-    damping: float = number(0.01, at_least=0, at_most=1)
+    damping: float = number(0.01, at_least=0, at_most=1, needs=(CALIBRATED, DAMPED))
     """Add this fraction of the mean diagonal to the Hessian. The fewer calibration tokens, the more it needs."""
 
     @property
@@ -132,32 +159,21 @@ class Refinements(Bounded):
         return 0 if self.mask_iterations and pattern.cut_out is None else 20
 
     def for_solver(self, solver: str, pattern: Pattern, effort: str = "best") -> Refinements:
-        """The refinements that apply to a solver: all for "sparsegpt", none for "wanda" and "magnitude".
+        """The refinements that have an effect with a solver and a pattern; the others as in `NO_REFINEMENTS`.
 
-        A solver of one's own has `damping`. Structured patterns have `refit_iterations` and `damping`, with every
-        solver. Raises `InputError` if an option without effect is neither at its default, nor off, nor as the
-        `start_effort` sets it.
+        Args:
+            effort: the `start_effort` that has set options of these refinements. They need no effect.
+
+        Raises:
+            InputError: another option that asks for something and has no effect.
         """
-        set_by_effort = EFFORTS[effort].options
-        asked = [
-            option.name
-            for option in fields(self)
-            if getattr(self, option.name)
-            not in (option.default, getattr(NO_REFINEMENTS, option.name), set_by_effort.get(option.name))
-        ]
-        if pattern.cut_out is not None:
-            kept = replace(NO_REFINEMENTS, refit_iterations=self.refit_iterations, damping=self.damping)
-        elif solver == "sparsegpt":
-            kept = self
-        elif solver in ("wanda", "magnitude"):
-            kept = NO_REFINEMENTS
-        else:
-            kept = replace(NO_REFINEMENTS, damping=self.damping)
-        unused = [name for name in asked if getattr(kept, name) != getattr(self, name)]
-        if unused:
-            what = solver if pattern.cut_out is None else f"{pattern}, which has only refit_iterations and damping"
-            raise InputError(f"{unused[0]} does nothing with {what}: omit the option")
-        return kept
+        of_solver = SimpleNamespace(pattern=pattern, solver=solver, is_calibrated=True)
+        chosen, set_by_effort = Joined(of_solver, self), EFFORTS[effort].options
+        asked = {name: value for name, value in asdict(self).items() if value != set_by_effort.get(name)}
+        for reason in without_effect([Refinements], asked, chosen).values():
+            raise InputError(f"{reason} (this is {solver} for {pattern}): leave it out")
+        unread = [option.name for option in fields(self) if unmet(option, chosen) is not None]
+        return replace(self, **{name: getattr(NO_REFINEMENTS, name) for name in unread})
 
 
 NO_REFINEMENTS = Refinements(staged_statistics=False, mask_iterations=0, refit_iterations=0)

@@ -13,7 +13,7 @@ import pkgutil
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
+from castlm.core.nm import NM, Pattern, as_pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
 from castlm.models.architecture import eval_mode
 from castlm.names import duration
@@ -57,6 +57,7 @@ class Start:
     pattern: Pattern
     basis: BasisOptions = NO_BASIS
     refinements: Refinements = NO_REFINEMENTS
+    """Those without an effect become as in `NO_REFINEMENTS`; one that was asked for raises `InputError`."""
     seed: int = 0
     """Seed with which the calibration text is drawn, for the record."""
     filter_fn: FilterFn = is_sparse_linear
@@ -64,6 +65,11 @@ class Start:
     precision: str = "fp32"
     """Precision of the passes over the calibration text: "fp32" runs them in the dtype of the weights, "bf16" under
     autocast, which multiplies in bf16. Statistics and solvers are fp32."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", as_pattern(self.pattern))
+        if self.method is not None:
+            object.__setattr__(self, "refinements", self.refinements.for_solver(self.method, self.pattern))
 
     @classmethod
     def of(cls, options: Any, method: str, pattern: Pattern, **others: Any) -> Start:
@@ -212,9 +218,6 @@ class Start:
         check_plain_weights(layers)
         if refinements.reconstruct_epochs and calibration is not None and len(calibration) < 2:
             raise InputError("reconstruct_epochs needs at least 2 calibration sequences, one of them held out")
-        beyond_damping = replace(refinements, damping=NO_REFINEMENTS.damping)
-        if beyond_damping != NO_REFINEMENTS and self.method != "sparsegpt" and not has_own_solver:
-            raise InputError(f"refinements are for method sparsegpt, not for {self.method}: omit them")
 
     def _make_block_(
         self,

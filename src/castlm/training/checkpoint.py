@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from castlm.core.errors import InputError
 from castlm.core.shards import local, own_rows
 from castlm.distributed.world import World
+from castlm.fields import free_on_resume
 from castlm.files.atomic_file import (
     atomic_write_json,
     flush_file,
@@ -41,7 +42,7 @@ from castlm.files.atomic_file import (
 )
 from castlm.files.reading import read_json_object
 from castlm.hardware import available_memory, trim_memory
-from castlm.training.config import FREE_ON_RESUME
+from castlm.training.config import TrainConfig
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -320,10 +321,11 @@ _BY_CONTENT = {
 def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Checks that a checkpoint belongs to a run with these options and facts; `InputError` lists every difference.
 
-    All options outside `FREE_ON_RESUME` must match; a file may be renamed if its hash, one of the facts, matches.
+    All options but those of `free_on_resume` must match; a file may be renamed if its hash, one of the facts, matches.
     """
     before = manifest["facts"]
-    free = FREE_ON_RESUME | {k for k, fact in _BY_CONTENT.items() if fact in before and before[fact] == facts.get(fact)}
+    free = free_on_resume(TrainConfig.sections().values())
+    free |= {k for k, fact in _BY_CONTENT.items() if fact in before and before[fact] == facts.get(fact)}
     then, given = manifest["config"], json.loads(json.dumps(config))
     saved = {k: v for k, v in then.items() if k not in free} | before
     now = {k: v for k, v in given.items() if k not in free} | dict(facts)

@@ -7,33 +7,32 @@ in Python; a default that depends on other options is filled in when a config is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self, Unpack
 
-from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.data.options import OF_CONVERSATIONS
 from castlm.fields import (
+    Joined,
     check_complete,
     checked,
     convert,
-    default_of,
     essential,
     hints_of,
-    is_required,
     label,
     number,
     parsed,
     positional,
+    unmet,
+    without_effect,
 )
 from castlm.files.yaml_file import to_yaml
 from castlm.keywords import FinetuneKeywords, TrainKeywords
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
-from castlm.methods.table import METHODS
-from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements, part_of, with_effort
+from castlm.oneshot.options import Refinements, part_of, with_effort
 from castlm.patterns import parse_pattern
 from castlm.training.options import (
     HIDDEN_WEIGHT,
@@ -246,68 +245,18 @@ class TrainConfig:
         }
         return to_yaml(sections)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the start reads a text."""
+        return self.start.name in self.model.pattern.solvers and self.start.name != "magnitude"
+
     def needs(self, option: str) -> str | None:
         """The condition for an effect of `option` that this run does not meet, in words; None if it has an effect."""
-        methods = [method for method, row in METHODS.items() if option in row.options]
-        if methods and self.method.method not in methods:
-            return f"method {' or '.join(methods)}"
-        is_met, words = self.conditions().get(option, (None, ""))
-        return None if is_met is None or is_met() else words
-
-    def conditions(self) -> dict[str, tuple[Callable[[], bool], str]]:
-        """The options whose effect depends on others: whether this run meets the condition, and the condition in words.
-
-        The words end the sentence "... has an effect only with". For the options of a method, see `METHODS`. Conditions
-        are called, because some look for a text on the disk.
-        """
-        method, teacher, checkpoint, start = self.method, self.teacher, self.checkpoint, self.start.name
-        pattern, training, held_out = self.model.pattern, self.data.datasets, self.evaluation.eval_datasets
-        reads_text = start in pattern.solvers and start != "magnitude"
-        turns_axes = reads_text and isinstance(pattern, NM)
-        refreshes_masks = not method.row.decays or start == "magnitude" or method.starts_at_zero(start, pattern)
-        calibrated = "a start that reads text, such as init_from sparsegpt"
-        turned = "an n:m pattern from a calibrated start: init_from sparsegpt or wanda"
-        rows: list[tuple[Iterable[str], Callable[[], bool], str]] = [
-            (["decay_end"], lambda: method.reads_decay_end, "a decay that ends before the run"),
-            (["lam"], lambda: method.reads_lam, "a decay that uses lam"),
-            (["ignore_decay_budget"], lambda: method.row.decays and DECAYS[method.decay].reduces, "a decay"),
-            (["lora_r"], lambda: self.adapter.adapter != "none", "adapter shira"),
-            (
-                ["mask_interval"],
-                lambda: refreshes_masks,
-                "init_from magnitude, or an n:m pattern whose decay is horizon",
-            ),
-            (["calibration_sequences"], lambda: reads_text, calibrated),
-            (names_of(EffortOptions), lambda: reads_text, calibrated),
-            (names_of(Refinements), lambda: reads_text, calibrated),
-            (names_of(BasisOptions), lambda: turns_axes, turned),
-            (
-                ["rotation_iterations"],
-                lambda: turns_axes and self.start.rotates_values,
-                "an n:m pattern and a rotation",
-            ),
-            (["teacher", "temperature", "teacher_top_k"], lambda: teacher.eta > 0, "eta above 0"),
-            (
-                ["min_lr_ratio"],
-                lambda: self.optimizer.lr_scheduler_type != "constant",
-                "a learning rate that falls",
-            ),
-            (["hub_model_id", "hub_private_repo"], lambda: checkpoint.push_to_hub, "push_to_hub"),
-            (["dataset_split"], lambda: any(map(_is_on_hub, training)), "a dataset of the hub"),
-            (["eval_split"], lambda: any(map(_is_on_hub, held_out)), "an eval_dataset of the hub"),
-            (["eval_config"], lambda: bool(held_out), "an eval_dataset"),
-            (
-                ["eval_fraction"],  # of a hub stream, the first documents are held out, whatever the fraction
-                lambda: not held_out and not all(map(_is_on_hub, training)),
-                "local text, and no eval_dataset",
-            ),
-            (["left_dense", "pattern"], lambda: method.row.is_sparse, "a method that makes weights sparse"),
-            (["save_total_limit", "async_save"], lambda: checkpoint.save_steps > 0, "save_steps above 0"),
-        ]
-        return {name: (is_met, words) for names, is_met, words in rows for name in names}
+        fields = {field.name: field for kind in self.sections().values() for field in dataclasses.fields(kind)}
+        return unmet(fields[option], self._joined())
 
     def without_effect(self, is_plain: bool = False) -> dict[str, str]:
-        """The options that were changed from their default and have no effect in this run, each with the reason.
+        """The options that were given, ask for something and have no effect in this run, each with the reason.
 
         Args:
             is_plain: whether every text of the run is plain.
@@ -316,15 +265,12 @@ class TrainConfig:
             >>> TrainConfig.of("model", "owner/text", "run", eta=0.0, temperature=2.0).without_effect()
             {'temperature': 'temperature = 2.0 has an effect only with eta above 0'}
         """
-        defaults = {f.name: f for kind in self.sections().values() for f in dataclasses.fields(kind)}
-        found = {}
-        for name, value in self.given.items():
-            if is_required(defaults[name]) or value in (None, default_of(defaults[name])):
-                continue
-            needs = self.needs(name) or (OF_CONVERSATIONS.get(name) if is_plain else None)
-            if needs is not None:
-                found[name] = f"{name} = {value} has an effect only with {needs}"
-        return found
+        return without_effect(self.sections().values(), self.given, self._joined(is_plain))
+
+    def _joined(self, is_plain: bool = False) -> Joined:
+        """All options of the run as attributes of one object, with the facts that their conditions ask for."""
+        sections = [getattr(self, title) for title in self.sections()]
+        return Joined(SimpleNamespace(is_plain=is_plain, is_calibrated=self.is_calibrated), *sections)
 
 
 def names_of(section: type[Any]) -> list[str]:
@@ -351,45 +297,6 @@ def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, (Pattern, Path)) else value
 
-
-def _is_on_hub(dataset: str) -> bool:
-    from castlm.data.documents import find_files  # imports numpy, which would slow `--help`
-
-    return find_files(dataset) is None
-
-
-# Options that do not change the result of a run.
-WITHOUT_EFFECT = frozenset(
-    {
-        "output_dir",
-        "resume",
-        "overwrite",
-        "teacher_cache",
-        "save_steps",
-        "save_total_limit",
-        "async_save",
-        "timeout_s",
-        "report_to",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "ignore_decay_budget",
-        "trust_remote_code",
-    }
-)
-
-# Options that may differ between a run and its resumption. The global batch must stay the same, not its factors.
-FREE_ON_RESUME = WITHOUT_EFFECT | {
-    "document_limit",  # so that a run that met a larger document can continue
-    "save_dtype",
-    "eval_steps",
-    "device",
-    "precision",  # compared by its effect, the fact `precision_used`
-    "gradient_checkpointing",
-    "sharding",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-}
 
 FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-5, 5e-4
 

@@ -7,21 +7,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.data.options import ScoredTextOptions
-from castlm.fields import Bounded, essential, number, parsed
-from castlm.oneshot.options import BasisOptions, EffortOptions, Refinements
+from castlm.fields import Bounded, Needs, essential, number, option, parsed
+from castlm.oneshot.options import CALIBRATED, BasisOptions, EffortOptions, Refinements
 from castlm.patterns import parse_pattern
 
 SEQ_LEN = 512
 """Tokens per sequence, wherever a command trains or plans a training."""
 HIDDEN_WEIGHT = 15.0
 """Default weight of the distance of hidden states; docs/results/stories260k-start.md has the figures behind it."""
+
+SPARSE = Needs("a method that makes weights sparse", lambda run: run.row.is_sparse)
+DISTILLED = Needs("eta above 0", lambda run: run.eta > 0)
+HELD_OUT = Needs("an eval_dataset", lambda run: bool(run.eval_datasets))
+CHECKPOINTS = Needs("save_steps above 0", lambda run: run.save_steps > 0)
+UPLOAD = Needs("push_to_hub", lambda run: run.push_to_hub)
+
+
+def is_on_hub(dataset: str) -> bool:
+    """Whether no file, folder or glob has this name, so that it names a dataset of the hub."""
+    from castlm.data.documents import find_files  # imports numpy, which would slow `--help`
+
+    return find_files(dataset) is None
 
 
 @dataclass(frozen=True)
@@ -31,18 +44,18 @@ class ModelOptions(Bounded):
     model: str = essential()
     """Dense causal LM: a local Hugging Face folder, hub id, GGUF file, or "demo" (SmolLM2-135M-Instruct)."""
 
-    revision: str | None = field(default=None, kw_only=True)
+    revision: str | None = option(None)
     """Branch, tag or commit of a hub model."""
 
-    trust_remote_code: bool = field(default=False, kw_only=True)
+    trust_remote_code: bool = option(False, changes_result=False)
     """Run the Python code that comes with a hub model."""
 
-    pattern: Pattern = parsed(NM(2, 4), parse_pattern)
+    pattern: Pattern = parsed(NM(2, 4), parse_pattern, needs=SPARSE)
     """n:m, where n of every m consecutive weights along the input axis are kept. Or a share of whole units, as
     channels:0.5 (of the MLPs) or heads:0.5 (KV heads with their query heads), each with n:m as in channels:0.75+2:4.
     Channels and heads are cut out in the end."""
 
-    left_dense: tuple[str, ...] = field(default=(), kw_only=True)
+    left_dense: tuple[str, ...] = option((), needs=SPARSE)
     """More layers to leave dense: every layer whose name contains one of these texts. In models with few key heads,
     v_proj gains the most for its bytes (docs/results/left-dense.md)."""
 
@@ -61,19 +74,21 @@ class DataOptions(ScoredTextOptions):
     are mixed by their weights, which are shares of the tokens: a.txt:0.7 b.jsonl:0.3, or equally without weights. A
     .txt file is one document, or several separated by <|endoftext|>."""
 
-    dataset_split: str = field(default="train", kw_only=True)
+    dataset_split: str = option(
+        "train", needs=Needs("a dataset of the hub", lambda run: any(map(is_on_hub, run.datasets)))
+    )
     """Split of a hub dataset."""
 
-    dataset_config: str | None = field(default=None, kw_only=True)
+    dataset_config: str | None = option(None)
     """Configuration of a hub dataset."""
 
     seq_len: int = essential(SEQ_LEN, at_least=2)
     """Tokens per sequence."""
 
-    cross_document_attention: bool = field(default=False, kw_only=True)
+    cross_document_attention: bool = option(False)
     """Let the documents that share a training sequence attend to each other, as if they were one text."""
 
-    repeat_sequences: bool = field(default=False, kw_only=True)
+    repeat_sequences: bool = option(False)
     """Cut every epoch into the same sequences, in the same order, so that teacher_cache serves all epochs after the
     first."""
 
@@ -109,10 +124,15 @@ class StartOptions(Refinements, BasisOptions, EffortOptions):
     taken. Structured patterns: magnitude, flap or taylor. The default for cast and finetune is
     sparsegpt, flap for channels and taylor for heads; for the other methods it is magnitude."""
 
-    calibration_sequences: int | None = number(None, at_least=1)
+    calibration_sequences: int | None = number(None, at_least=1, needs=CALIBRATED)
     """Training sequences that the start is calibrated on, except for magnitude. The default is enough for
     32,768 tokens (16 for each input of the widest layer if that is more), at most 128, and a quarter for a quick start.
     """
+
+    @property
+    def solver(self) -> str:
+        """The start by the name under which the conditions of its options ask for it."""
+        return self.name
 
     @property
     def name(self) -> str:
@@ -125,7 +145,7 @@ class StartOptions(Refinements, BasisOptions, EffortOptions):
 class TeacherOptions(Bounded):
     """Distillation from the dense model, or from another one."""
 
-    teacher: str | None = None
+    teacher: str | None = option(None, needs=DISTILLED)
     """Model to distill from, such as a larger one with the same tokenizer: a folder, hub id or GGUF file. The default
     is the dense model."""
 
@@ -137,14 +157,14 @@ class TeacherOptions(Bounded):
     linearly to 0 over the run. The default is 15, and 0 with eta 0, another teacher, a teacher_cache (which holds no
     hidden states), method dense, or castlm finetune."""
 
-    temperature: float = number(1.0, above=0)
+    temperature: float = number(1.0, above=0, needs=DISTILLED)
     """Temperature of the KL divergence, which is multiplied by its square."""
 
-    teacher_top_k: int = number(0, at_least=0)
+    teacher_top_k: int = number(0, at_least=0, needs=DISTILLED)
     """Distill from the teacher's top-k tokens; the rest of the distribution is pooled into one bucket. 0 uses the full
     distribution."""
 
-    teacher_cache: str | None = None
+    teacher_cache: str | None = option(None, changes_result=False)
     """Folder that stores the teacher's top-k tokens, 8 bytes each, for later epochs and runs on the same text."""
 
     def hidden_weight_at(self, step: int, max_steps: int) -> float:
@@ -165,19 +185,29 @@ class EvaluationOptions(Bounded):
     """Text for the perplexity. With several texts, each is reported; the main figure is over all of them. Without it,
     eval_fraction of the training documents are held out."""
 
-    eval_split: str = "validation"
+    eval_split: str = option(
+        "validation", needs=Needs("an eval_dataset of the hub", lambda run: any(map(is_on_hub, run.eval_datasets)))
+    )
     """Split of an eval_dataset on the hub."""
 
-    eval_config: str | None = None
+    eval_config: str | None = option(None, needs=HELD_OUT)
     """Configuration of an eval_dataset on the hub."""
 
-    eval_fraction: float = number(0.02, above=0, below=1)
+    eval_fraction: float = number(
+        0.02,
+        above=0,
+        below=1,
+        needs=Needs(  # of a hub stream, the first documents are held out, whatever the fraction
+            "local text, and no eval_dataset",
+            lambda run: not run.eval_datasets and not all(map(is_on_hub, run.datasets)),
+        ),
+    )
     """Fraction of the documents that is held out if there is no eval_dataset."""
 
     eval_tokens: int = number(32768, at_least=0)
     """Maximum number of evaluated tokens of each text. 0 evaluates all of them."""
 
-    eval_steps: int = number(0, at_least=0)
+    eval_steps: int = number(0, at_least=0, may_change=True)
     """Steps between evaluations. 0 is a tenth of the run, rounded up."""
 
     def __post_init__(self) -> None:
@@ -204,40 +234,40 @@ class EvaluationOptions(Bounded):
 class CheckpointOptions(Bounded):
     """The output folder, checkpoints and logs."""
 
-    output_dir: Path = essential()
+    output_dir: Path = essential(changes_result=False)
     """New folder for the run. The verified model is written to `output_dir/model`."""
 
-    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = field(default="source", kw_only=True)
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = option("source", may_change=True)
     """Dtype of the result's files. source: the dtype in which the dense model is stored."""
 
-    save_steps: int = number(100, at_least=0)
+    save_steps: int = number(100, at_least=0, changes_result=False)
     """Steps between checkpoints; the last step is also saved. 0 saves only on Ctrl-C and SIGTERM."""
 
-    save_total_limit: int = number(2, at_least=1)
+    save_total_limit: int = number(2, at_least=1, needs=CHECKPOINTS, changes_result=False)
     """Number of checkpoints that are kept."""
 
-    async_save: bool = field(default=True, kw_only=True)
+    async_save: bool = option(True, needs=CHECKPOINTS, changes_result=False)
     """Write checkpoints during training, in the background. It takes one more copy of weights and moments in host
     memory."""
 
-    resume: bool = field(default=False, kw_only=True)
+    resume: bool = option(False, changes_result=False)
     """Continue from the newest whole checkpoint in output_dir, or start if there is none."""
 
-    overwrite: bool = field(default=False, kw_only=True)
+    overwrite: bool = option(False, changes_result=False)
     """Start again; an earlier output in output_dir becomes OUTPUT_DIR.previous."""
 
-    report_to: tuple[Literal["auto", "tensorboard", "wandb", "trackio", "none"], ...] = field(
-        default=("auto",), kw_only=True
+    report_to: tuple[Literal["auto", "tensorboard", "wandb", "trackio", "none"], ...] = option(
+        ("auto",), changes_result=False
     )
     """Trackers for the metrics, besides metrics.jsonl. auto uses every installed one."""
 
-    push_to_hub: bool = field(default=False, kw_only=True)
+    push_to_hub: bool = option(False, changes_result=False)
     """Upload the verified model to the Hugging Face Hub when the run ends, unless it diverged or fell short."""
 
-    hub_model_id: str | None = field(default=None, kw_only=True)
+    hub_model_id: str | None = option(None, needs=UPLOAD, changes_result=False)
     """Repository to upload to, owner/name. The default is the name of output_dir."""
 
-    hub_private_repo: bool = field(default=False, kw_only=True)
+    hub_private_repo: bool = option(False, needs=UPLOAD, changes_result=False)
     """Make the repository private if it is created."""
 
     def __post_init__(self) -> None:
@@ -255,22 +285,22 @@ class CheckpointOptions(Bounded):
 class RuntimeOptions(Bounded):
     """Device, precision and ranks."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = option("auto", may_change=True)
     """auto uses CUDA if there is a GPU."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", may_change=True)  # its effect may not: `precision_used`
     """Compute type of the forward and backward pass; master weights are fp32. auto uses bf16 where it is fast."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = option(False, may_change=True)
     """Recompute activations in the backward pass: about a third more time, far less memory."""
 
     torch_compile: bool = False
     """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""
 
-    sharding: Literal["full", "replicate", "hybrid"] = "full"
+    sharding: Literal["full", "replicate", "hybrid"] = option("full", may_change=True)
     """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""
 
-    timeout_s: float = number(600.0, above=0, at_most=10**9)
+    timeout_s: float = number(600.0, above=0, at_most=10**9, changes_result=False)
     """Under torchrun: seconds that a rank waits for the others before the run stops and names the missing ones."""
 
 

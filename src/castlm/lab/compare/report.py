@@ -15,13 +15,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from castlm.fields import without_result
 from castlm.files.atomic_file import atomic_write_json, atomic_write_text
 from castlm.lab.compare.plots import PLOTS, Spread, has_gap, spread
 from castlm.lab.compare.presets import ONESHOT, Preset
 from castlm.lab.compare.runs import NAMED, Result
 from castlm.lab.report.charts import Picture, can_draw, render
 from castlm.methods.table import METHODS, is_control
-from castlm.training.config import WITHOUT_EFFECT, TrainConfig
+from castlm.training.config import TrainConfig
 from castlm.training.options import StartOptions
 from castlm.training.record import start_seconds
 
@@ -159,7 +160,8 @@ def options_of(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
         variants: all fields of one run of each variant, except the output folder.
     """
     trained = [config for config in variants.values() if config["method"] not in ONESHOT]
-    names = {name for config in trained for name in config} - SHOWN_ELSEWHERE - WITHOUT_EFFECT
+    names = {name for config in trained for name in config} - SHOWN_ELSEWHERE
+    names -= without_result(TrainConfig.sections().values())
     of_methods = {name for method in METHODS.values() for name in method.options}
     differing = [name for name in sorted(names - of_methods) if len({str(config.get(name)) for config in trained}) > 1]
     found: dict[str, dict[str, Any]] = {}

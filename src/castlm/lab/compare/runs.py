@@ -21,14 +21,14 @@ import yaml
 import castlm
 from castlm.core.nm import Pattern
 from castlm.data.options import ScoredTextOptions
-from castlm.fields import like
+from castlm.fields import like, without_result
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import refuse_locked
 from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, RESULT, command_of, read_result
 from castlm.lab.compare.presets import ONESHOT
 from castlm.models.locate import cached_snapshot, locate
-from castlm.training.config import WITHOUT_EFFECT
+from castlm.training.config import TrainConfig
 from castlm.training.options import SEQ_LEN, ModelOptions
 from castlm.training.record import final_perplexity, problem
 
@@ -156,8 +156,8 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
     """12 hexadecimal digits for everything the result depends on: fields, the model, the texts, castlm's version.
 
     Args:
-        config: fields of a run. Fields in `WITHOUT_EFFECT` do not count; fields in `NAMED` and `hashes`, and the chat
-            template, count by their hash.
+        config: fields of a run. Options that do not change the result do not count; fields in `NAMED` and `hashes`, and
+            the chat template, count by their hash.
         hashes: hashes of models and texts, by the field that names them.
 
     Raises:
@@ -165,7 +165,8 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
     """
     if (template := config.get("chat_template_path")) is not None:
         hashes = {**hashes, "chat_template_path": sha256_file(template)}
-    fields = {k: v for k, v in config.items() if k not in WITHOUT_EFFECT and k not in NAMED and k not in hashes}
+    uncounted = {*NAMED, *hashes, *without_result(TrainConfig.sections().values())}
+    fields = {k: v for k, v in config.items() if k not in uncounted}
     named = {k: hashes[k] for k in hashes if k in config}
     return _digest([fields, named, castlm.__version__])[:12]
 
