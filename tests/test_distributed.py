@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +30,11 @@ from castlm.data.packing import BatchLoader
 from castlm.distributed import export
 from castlm.distributed.loading import fingerprint, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
-from castlm.distributed.world import World, close_world, closing, init_world
+from castlm.distributed.world import World, close_world, closing, init_world, interface_to
 from castlm.export.verify import verify
 from castlm.files import output
 from castlm.models.io import load_model
+from castlm.signals import Interrupt, stopped_by_sigterm
 from castlm.training import checkpoint, finish, source
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
@@ -213,6 +215,21 @@ def test_after_an_exception_the_group_of_gpus_is_not_destroyed(device, monkeypat
     with pytest.raises(RuntimeError), closing(world):
         raise RuntimeError("CUDA out of memory")
     assert left == [world] * (2 if device == "cpu" else 1)
+
+
+def test_the_way_to_other_nodes_is_never_an_address_of_this_machine_alone():
+    """The loopback interface is what gloo takes for a host name that means 127.0.1.1; None leaves the choice to it."""
+    for address in ("127.0.1.1", "127.0.0.1", "no-such-host.invalid"):
+        assert interface_to(address) != "lo"
+
+
+def test_a_signal_under_torchrun_promises_no_save_and_names_the_likely_reason(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Interrupt()._handle(signal.SIGTERM, None)
+    assert "saved if every rank still answers" in capsys.readouterr().err
+    assert "one of them has ended" in stopped_by_sigterm()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert stopped_by_sigterm() == "stopped by SIGTERM"
 
 
 ROTATED = {"init_from": "sparsegpt", "calibration_sequences": 8, "max_steps": 4, "eval_steps": 4, "rotate": "residual"}

@@ -21,6 +21,21 @@ TERMINATED = 128 + signal.SIGTERM  # the exit code
 _AGAIN_S = 0.01  # seconds until a signal is sent again; by then the code that ignored it has usually ended
 
 
+def num_ranks() -> int:
+    """The number of ranks that `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def stopped_by_sigterm() -> str:
+    """The message of a command that SIGTERM has ended; under torchrun, with the most frequent reason."""
+    if num_ranks() == 1:
+        return "stopped by SIGTERM"
+    return (
+        "stopped by SIGTERM, which torchrun sends to all ranks when one of them has ended: its error stands above, if "
+        "it had time to print one; the same command continues"
+    )
+
+
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
     """Makes SIGTERM raise `SystemExit(TERMINATED)` in the block, so that temporary files are removed and child
@@ -90,7 +105,8 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._ends_with = "stopping after this step, with everything saved"
+        saving = "with everything saved" if num_ranks() == 1 else "saved if every rank still answers"
+        self._ends_with = f"stopping after this step, {saving}"
         self._undo = contextlib.ExitStack()
 
     @property

@@ -12,7 +12,7 @@ from typing import NamedTuple, TextIO
 
 from castlm.core.errors import DivergedError, InputError, is_out_of_memory
 from castlm.names import printable
-from castlm.signals import TERMINATED, ending_on_sigterm
+from castlm.signals import TERMINATED, ending_on_sigterm, stopped_by_sigterm
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -164,7 +164,7 @@ def _main(arguments: list[str]) -> int:
             return COMMANDS[name].run(name, arguments[words:])
     except SystemExit as stop:
         if stop.code == TERMINATED:
-            print("castlm: stopped by SIGTERM", file=sys.stderr)
+            print(f"castlm: {stopped_by_sigterm()}", file=sys.stderr)
         raise
     except Exception as error:
         # The standard output is full: the error of a file would have its name, or be an InputError.

@@ -9,6 +9,9 @@ import contextlib
 import datetime
 import os
 import re
+import socket
+import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +26,7 @@ from castlm.core.errors import InputError, is_out_of_memory
 from castlm.hardware import choose_device
 
 T = TypeVar("T")
+_SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 # Seconds to wait for ranks that may only be late, once a collective has failed.
 DIAGNOSIS_S = 10
 
@@ -67,12 +71,12 @@ class World:
         """Whether `flag` holds on any rank."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def gather(self, value: T) -> list[T]:
-        """The `value` of every rank, in order; any picklable object."""
+    def gather(self, value: T, *, patient: bool = False) -> list[T]:
+        """The `value` of every rank, in order; any picklable object. With `patient`, ranks wait for it up to a day."""
         values: list[Any] = [value]
         if self.mesh is not None:
             values = [None] * self.size
-            dist.all_gather_object(values, value, group=self.control)
+            dist.all_gather_object(values, value, group=self.patient if patient else self.control)
         return values
 
     def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
@@ -126,12 +130,12 @@ class World:
             raise InputError(failures[0]) if self.is_main else SystemExit(2)
 
     def check_alike(self, values: Mapping[str, Any]) -> None:
-        """Stops all ranks if one of them has another value than the main rank.
+        """Stops all ranks if one of them has another value than the main rank; waits for nodes that still download.
 
         Args:
             values: by the name of a different value, such as "another training text".
         """
-        found = self.gather(values)
+        found = self.gather(values, patient=True)
         odd = [(rank, what) for rank, other in enumerate(found) for what in values if other[what] != found[0][what]]
         failures = [f"rank {rank} has {what} than rank 0: give all of them the same files" for rank, what in odd]
         self.check_all(failures[0] if failures else None)
@@ -189,6 +193,10 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         if per_node == size and "LOCAL_WORLD_SIZE" in os.environ:
             store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # gloo takes the address of the host's name, which can be 127.0.1.1 (Debian), where no other node reaches it.
+        interface = interface_to(os.environ["MASTER_ADDR"]) if per_node != size else None
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     control = dist.new_group(backend="gloo", timeout=timeout)
@@ -199,6 +207,35 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         shards = per_node if sharding == "hybrid" else 1
         mesh = init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
     return World(rank, size, here, mesh, control, patient, timeout_s)
+
+
+_ELSEWHERE = "192.0.2.1"  # an address of documentation (RFC 5737): the way there is the default route
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface by which other machines and `address` are reached; None if the system does not tell.
+
+    For an address of this machine that no other reaches, such as 127.0.1.1, it is that of the default route.
+    """
+    for target in (address, _ELSEWHERE):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+            route.connect((target, 9))  # sends nothing: it only chooses the route
+            own = route.getsockname()[0]
+            if not own.startswith("127."):
+                return next((name for _, name in socket.if_nameindex() if _address_of(name) == own), None)
+    return None
+
+
+def _address_of(interface: str) -> str | None:
+    """The IPv4 address of an interface; None if it has none, or not on Linux."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("256s", interface.encode()[:15])
+        return socket.inet_ntoa(fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, request)[20:24])
+    return None
 
 
 @contextlib.contextmanager
