@@ -299,13 +299,13 @@ def test_a_sparse_weight_needs_a_gradient():
 # ---- options
 
 BAD = {
-    "lr": [-1.0, math.nan, math.inf],
-    "betas": [(0.9,), (0.9, 1.0), (math.nan, 0.9)],
+    "lr": [-1.0, math.nan, math.inf, None, torch.tensor(math.nan), torch.ones(2)],
+    "betas": [(0.9,), (0.9, 1.0), (math.nan, 0.9), 0.9],
     "eps": [-1e-8],
     "weight_decay": [-1],
     "lam": [-1.0, math.inf],
-    "total_steps": [0, -1],
-    "mask_interval": [-1],
+    "total_steps": [0, -1, math.inf, "9"],
+    "mask_interval": [-1, math.inf, 1.5],
     "decay": ["l2", None],
     "decay_end": [0, 1.1, math.nan],
     "second_moment": ["adam"],
@@ -321,6 +321,34 @@ def test_an_option_out_of_range_is_refused_by_name_for_all_groups_and_for_one(na
     for groups, options in ((group(), {name: value}), (group(**{name: value}), {})):
         with refusal(f"AdamS: {name} = "):
             AdamS(groups, **{"total_steps": 10, **options})
+    optimizer = AdamS(group(), total_steps=10)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][name] = value
+    with pytest.raises(InputError, match=name):
+        optimizer.load_state_dict(saved)
+    assert not any(group[name] is value for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("sparse", ["no", 1, None, torch.tensor(True)])
+def test_sparse_is_true_or_false(sparse):
+    with pytest.raises(InputError, match=r"sparse = .* True or False"):
+        AdamS([{"params": [nn.Parameter(torch.randn(4, 8))], "sparse": sparse}], total_steps=10)
+
+
+def test_a_sparse_group_that_joins_late_plans_its_decay_over_the_steps_that_are_left():
+    optimizer, *_ = make(total_steps=20, decay_end=1.0)
+    step(optimizer, times=5)
+    late = nn.Parameter(torch.randn(4, 8))
+    before = state_of(optimizer)
+    for group in ({"sparse": True}, {"sparse": True, "total_steps": 15, "pattern": "3:5"}, {"lr": math.nan}):
+        with pytest.raises(InputError, match=r"after 5 steps|divide|lr"):
+            optimizer.add_param_group({"params": [late], **group})
+        assert_same_state(before, state_of(optimizer))
+        assert late not in optimizer.state
+    optimizer.add_param_group({"params": [late], "sparse": True, "total_steps": 15})
+    step(optimizer, times=15)
+    for param in optimizer.sparse_params():
+        assert param.count_nonzero() == param.numel() / 2
 
 
 @pytest.mark.parametrize("decay", ["proportional", "additive"])
@@ -429,6 +457,15 @@ def corrupted(saved, key, value):
     return saved
 
 
+def scale(saved):
+    return "_scale" if "exp_avg_scale" in saved["state"][0] else ""
+
+
+def damaged(tensor, value):
+    tensor[1, 0] = value
+    return tensor
+
+
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize(
     "break_",
@@ -440,6 +477,11 @@ def corrupted(saved, key, value):
         lambda s: corrupted(s, "mask", s["state"][0]["mask"][:, :8]),
         lambda s: corrupted(s, "mask", torch.full_like(s["state"][0]["mask"], 255)),
         lambda s: corrupted(s, "more", torch.ones(1)),
+        lambda s: corrupted(s, "exp_avg" + scale(s), damaged(s["state"][0]["exp_avg" + scale(s)], math.nan)),
+        lambda s: corrupted(s, "exp_avg_sq" + scale(s), damaged(s["state"][0]["exp_avg_sq" + scale(s)], -1e-9)),
+        lambda s: corrupted(s, "exp_avg_sq" + scale(s), damaged(s["state"][0]["exp_avg_sq" + scale(s)], math.inf)),
+        lambda s: corrupted(s, "step", torch.tensor(math.nan)),
+        lambda s: corrupted(s, "step", -1),
         lambda s: s["state"][0].pop("mask") is None or s,
         lambda s: s["state"].pop(0) is None or s,
         lambda s: s["param_groups"][0].update(pattern="1:4") or s,

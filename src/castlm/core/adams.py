@@ -153,20 +153,33 @@ class AdamS(Optimizer):
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as in torch, and checks its options and parameters once; see the class."""
+        """Adds a group of parameters, as in torch, and checks its options and parameters once; see the class.
+
+        A sparse group that joins after the first step needs `"total_steps"` of its own, the steps that are left:
+        planned over all steps, its decay could end before the weights are zero.
+        """
+        taken = max((int(state["step"]) for state in self.state.values()), default=0)
+        if param_group.get("sparse") and taken and "total_steps" not in param_group:
+            raise InputError(
+                f"AdamS: a sparse group joins after {taken:,} steps, and its decay would be planned over all "
+                f"{self.defaults['total_steps']:,}: give it 'total_steps', the number that is left"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            self._start(group)
+        except BaseException:
+            self.param_groups.pop()
+            for param in group["params"]:
+                self.state.pop(param, None)
+            raise
+
+    def _start(self, group: dict[str, Any]) -> None:
+        """Checks a new group, and makes the state of its parameters."""
         group["pattern"] = as_pattern(group["pattern"])
         if group["second_moment"] is None and group["decay"] in DECAYS:
             group["second_moment"] = "mix" if DECAYS[group["decay"]].needs_lam else "gradient"
-        for name, (is_allowed, wanted) in _OPTIONS.items():
-            if not is_allowed(group[name]):
-                raise InputError(f"AdamS: {name} = {group[name]!r} is not allowed: it must be {wanted}")
-        if group["second_moment"] == "gradient" and DECAYS[group["decay"]].needs_lam:
-            raise InputError(
-                f"AdamS: second_moment = 'gradient' is not allowed with decay {group['decay']!r}, whose lam would be "
-                "lost beside the gradient: use mix"
-            )
+        _check_options(group)
         for param in group["params"]:
             _check_parameter(param, group)
             if self._fused and param.device.type == "cpu" and not native.runs_on(local(param)):
@@ -335,6 +348,7 @@ class AdamS(Optimizer):
                 raise InputError(
                     f"the saved optimizer state is of another run ({', '.join(changed)}): use the options of that run"
                 )
+            _check_options({**saved, "pattern": group["pattern"]})
             for i, param in zip(saved["params"], group["params"]):
                 found[param] = state_dict["state"].get(i, {})
                 then, now = _shapes_and_dtypes(found[param]), _shapes_and_dtypes(self.state[param])
@@ -343,6 +357,7 @@ class AdamS(Optimizer):
                         f"the saved state of parameter {i} is {then}, not {now}: load the state of the same model and "
                         "options"
                     )
+                _check_values(i, found[param])
             for params in _joint_params(group) if group["sparse"] else ():
                 masks = [unpack_mask(local(found[param]["mask"]), param.shape[-1]) for param in params]
                 group["pattern"].check_masks(masks, params)
@@ -360,22 +375,56 @@ def _joint_params(group: dict[str, Any]) -> list[list[Tensor]]:
     return [[params[i] for i in positions] for positions in group["joint"]]
 
 
+def _is_bounded(value: Any, least: float = 0) -> bool:
+    return bool(least <= value < math.inf)
+
+
+_NOT_NEGATIVE = (_is_bounded, "a finite number >= 0")
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (lambda lr: 0 <= lr < math.inf, "a finite number >= 0"),
+    "lr": _NOT_NEGATIVE,
     "betas": (lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
-    "eps": (lambda eps: 0 <= eps < math.inf, "a finite number >= 0"),
-    "lam": (lambda lam: 0 <= lam < math.inf, "a finite number >= 0"),
-    "weight_decay": (lambda factor: 0 <= factor < math.inf, "a finite number >= 0"),
-    "total_steps": (lambda steps: steps >= 1, "at least 1"),
-    "mask_interval": (lambda steps: steps >= 0, "at least 0"),
+    "eps": _NOT_NEGATIVE,
+    "lam": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "total_steps": (lambda steps: _is_bounded(steps, 1), "a number of steps, at least 1"),
+    "mask_interval": (lambda steps: _is_bounded(steps) and steps == int(steps), "a whole number of steps, at least 0"),
     "decay": (lambda name: name in DECAYS, f"one of {', '.join(DECAYS)}"),
-    "decay_end": (lambda share: 0 < share <= 1, "a number in (0, 1]"),
+    "decay_end": (lambda share: bool(0 < share <= 1), "a number in (0, 1]"),
     "second_moment": (lambda name: name in SECOND_MOMENTS, f"one of {', '.join(SECOND_MOMENTS)}"),
     "moments": (lambda name: name in MOMENTS, f"one of {', '.join(MOMENTS)}"),
+    "sparse": (lambda sparse: type(sparse) is bool, "True or False"),
 }
-"""For each option of a parameter group: a check of its range, and the allowed values in words.
+"""For each option of a parameter group: a check of its range, and the allowed values in words."""
 
-A value of another type, such as a text for a number, ends in Python's own error."""
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    """Raises `InputError` for an option of a group that is missing, out of range or of another type."""
+    for name, (check, wanted) in _OPTIONS.items():
+        try:
+            is_allowed = check(group[name])
+        except (KeyError, TypeError, ValueError, RuntimeError):  # the last one of a tensor with several values
+            is_allowed = False
+        if not is_allowed:
+            raise InputError(f"AdamS: {name} = {group.get(name)!r} is not allowed: it must be {wanted}")
+    if group["second_moment"] == "gradient" and DECAYS[group["decay"]].needs_lam:
+        raise InputError(
+            f"AdamS: second_moment = 'gradient' is not allowed with decay {group['decay']!r}, whose lam would be "
+            "lost beside the gradient: use mix"
+        )
+
+
+def _check_values(number: int, state: Mapping[str, Any]) -> None:
+    """Raises `InputError` unless the saved state of parameter `number` holds values that steps can have made."""
+    for name, saved in state.items():
+        value = local(torch.as_tensor(saved))
+        if value.dtype == torch.uint8 or not value.numel():  # any code and any bit is one
+            continue
+        least, most = (float(bound) for bound in value.aminmax())  # NaN if any value is
+        is_signed = name == "exp_avg"
+        if not (math.isfinite(least) and math.isfinite(most) and (is_signed or least >= 0)):
+            raise InputError(
+                f"the saved state of parameter {number} is damaged: {name} lies between {least:g} and {most:g}"
+            )
 
 
 def _check_parameter(param: Tensor, group: Mapping[str, Any]) -> None:
