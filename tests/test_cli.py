@@ -180,8 +180,25 @@ def test_what_is_not_a_report_is_refused_and_kept(tmp_path, name):
 def test_a_new_file_and_an_older_report_are_accepted(tmp_path):
     for name in (None, "-", str(tmp_path / "new.json")):
         check_json_path(name)
-    write_json(str(tmp_path / "old.json"), {"ok": True})
-    check_json_path(str(tmp_path / "old.json"))
+    old = tmp_path / "old.json"
+    for _ in range(2):
+        write_json(str(old), {"ok": True, "loss": float("nan"), "at": Path("é"), "ids": (1, 2.5)})
+        check_json_path(str(old))
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_file_with_the_marks_of_a_report_is_kept(tmp_path, capsys):
+    """Another program's file with the same key, a report that somebody changed, and a file that came meanwhile."""
+    write_json(str(tmp_path / "report.json"), {"ok": True})
+    report = json.loads((tmp_path / "report.json").read_text())
+    contents = [{"written_by": "me"}, {"written_by": "castlm 0.1.0", "sha256": "0"}, report | {"ok": False}]
+    for content in (*contents, report | {"mine": 1}, {**report, "sha256": None}):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="not a report"):
+            check_json_path(str(tmp_path / "a.json"))
+        write_json(str(tmp_path / "a.json"), {"ok": True})
+        assert "a.json-" in capsys.readouterr().err
+        assert json.loads((tmp_path / "a.json").read_text()) == content
 
 
 def test_a_pipe_is_never_replaced_by_a_file(tmp_path):

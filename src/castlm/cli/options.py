@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -253,8 +254,8 @@ def result_folder(path: str) -> str:
     return locate.result_folder(path)
 
 
-WRITTEN_BY = "written_by"
-"""The entry of a JSON report by which a later command recognizes a file that it may replace."""
+WRITTEN_BY, DIGEST = "written_by", "sha256"
+"""The entries of a JSON report by which a later command recognizes it: a changed one is not replaced."""
 
 
 def check_json_path(path: str | None) -> None:
@@ -264,20 +265,38 @@ def check_json_path(path: str | None) -> None:
     target = Path(os.path.realpath(user_path(path)))
     if target.is_dir() or not os.access(target.parent, os.W_OK) or target.parts[:2] in (("/", "dev"), ("/", "proc")):
         raise InputError(f"--json {path} is not a file in a folder that can be written: name another")
+    if not _is_free(target):
+        raise InputError(f"--json {path} exists and is not a report as castlm wrote it: name another file")
+
+
+def _is_free(target: Path) -> bool:
+    """Whether there is no file, or a report that nobody changed since castlm wrote it."""
     try:
-        is_report = not os.path.lexists(target) or WRITTEN_BY in read_json_object(target)
+        found = read_json_object(target) if os.path.lexists(target) else None
     except InputError:  # not JSON, or not even a regular file
-        is_report = False
-    if not is_report:
-        raise InputError(f"--json {path} exists and is not a report of castlm: name another file")
+        return False
+    return found is None or (WRITTEN_BY in found and found.pop(DIGEST, None) == _digest(found))
+
+
+def _digest(report: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: str | None, content: dict[str, Any]) -> None:
-    """Writes a report to the file of `--json`; "-" is the standard output."""
-    from castlm.files.atomic_file import atomic_write_json, plain_json
+    """Writes a report to the file of `--json`, or beside it if another file has taken its place since the check.
 
-    report = {WRITTEN_BY: f"castlm {castlm.__version__}", **content}
+    "-" is the standard output.
+    """
+    from castlm.files.atomic_file import atomic_write_json, plain_json
+    from castlm.files.record import unused_name
+    from castlm.progress import note
+
+    report = plain_json({WRITTEN_BY: f"castlm {castlm.__version__}", **content})
     if path == "-":
-        print(json.dumps(plain_json(report), indent=2))
+        print(json.dumps(report, indent=2))
     elif path is not None:
-        atomic_write_json(path, report)
+        target = user_path(path)
+        if not _is_free(Path(os.path.realpath(target))):
+            target = unused_name(target)
+            note(f"{path} is now a file of others: the report is in {target}")
+        atomic_write_json(target, {**report, DIGEST: _digest(json.loads(json.dumps(report)))})
