@@ -39,6 +39,7 @@ from benchmarks.rows import Row, interleaved, ratio_row
 from castlm.core.adams import AdamS
 from castlm.core.nm import nm_mask, pack_mask, refresh_masks_, unpack_mask
 from castlm.core.sparsify import prune_
+from castlm.runtime.decode import cache_keyword
 from castlm.runtime.semi_structured import Backend, Cusparselt, to_semi_structured_
 
 SHAPES = {  # (out_features, in_features) of LLaMA-2, and how many of them a block has
@@ -172,9 +173,9 @@ def forward_step(model: PreTrainedModel, batch: int, tokens: int, context: int, 
 
         return prefill
     cache = StaticCache(config=model.config, max_cache_len=context + 64)
-    model(input_ids=ids.expand(batch, context), past_key_values=cache, use_cache=True)
+    model(input_ids=ids.expand(batch, context), use_cache=True, **{cache_keyword(model): cache})
     position = torch.full((batch, tokens), context, device=device)
-    return lambda: model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits
+    return lambda: model(input_ids=ids, position_ids=position, use_cache=True, **{cache_keyword(model): cache}).logits
 
 
 def as_graph(step: Callable[[], Tensor], device: str) -> Callable[[], object]:

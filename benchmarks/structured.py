@@ -37,6 +37,7 @@ from castlm.models.io import load_model
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.start import prune_oneshot_
 from castlm.patterns import parse_pattern
+from castlm.runtime.decode import cache_keyword, cache_of
 from castlm.structured.pattern import SCORED_BY, sizes_after, sizes_of
 
 PROMPT, NEW_TOKENS = 256, 32
@@ -207,7 +208,7 @@ def _decode(model: PreTrainedModel, ids: torch.Tensor) -> None:
     output = model(ids[:, :8], use_cache=True)
     for _ in range(NEW_TOKENS):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, use_cache=True, **{cache_keyword(model): cache_of(output)})
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,5 @@
 """Decoding in one call per token gives the tokens of transformers, and leaves other models to transformers."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +7,16 @@ from transformers import PreTrainedModel
 
 from castlm.core.sparsify import prune_
 from castlm.runtime import native
-from castlm.runtime.decode import DecoderState, TokenTimes, decoding_method, greedy, prompt_rows, step_together
+from castlm.runtime.decode import (
+    DecoderState,
+    TokenTimes,
+    cache_keyword,
+    cache_of,
+    decoding_method,
+    greedy,
+    prompt_rows,
+    step_together,
+)
 from castlm.runtime.generate import generate_text
 from castlm.runtime.layers import PackedLinear, pack_model_
 from tests.fused import threads
@@ -43,11 +50,6 @@ def packed_model(family: str, n: int = 2, m: int = 4, **over) -> PreTrainedModel
     return model
 
 
-def cache_of(model: PreTrainedModel, ids: Tensor) -> Any:
-    output = model(ids, use_cache=True)
-    return output.get("past_key_values", output.get("cache"))
-
-
 def generate(model: PreTrainedModel, fast: bool, **over) -> Tensor:
     torch.manual_seed(0)
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0} | over
@@ -63,7 +65,7 @@ def test_logits_and_tokens_are_those_of_transformers_in_every_family(family, ove
     assert decoding_method(model) is not None
     with torch.inference_mode():
         exact = model(IDS).logits[0]
-        state = DecoderState(model, cache_of(model, IDS[:, :2]), IDS.shape[1])
+        state = DecoderState(model, cache_of(model(IDS[:, :2], use_cache=True)), IDS.shape[1])
         for i in range(2, IDS.shape[1]):
             torch.testing.assert_close(state.step(IDS[0, i : i + 1])[0], exact[i], rtol=1e-4, atol=1e-4)
         state = DecoderState(model, None, IDS.shape[1])
@@ -110,14 +112,14 @@ def test_attention_of_heads_that_share_keys_is_that_of_torch(level, group, head_
     with kernels_of(level):
         model = packed_model("llama", num_hidden_layers=1, **over)
         with torch.inference_mode():
-            cache = cache_of(model, IDS)
+            cache = cache_of(model(IDS, use_cache=True))
             for length in (IDS.shape[1], 63, 64, 130):
                 layer = cache.layers[0]
                 for name, scale in (("keys", 4.0), ("values", 1.0)):
                     setattr(layer, name, scale * torch.randn(1, 2, length, head_dim))
                 state = DecoderState(model, cache, length + 1)
                 step = state.step(IDS[0, :1])
-                exact = model(IDS[:, :1], past_key_values=cache, use_cache=True).logits[0]
+                exact = model(IDS[:, :1], use_cache=True, **{cache_keyword(model): cache}).logits[0]
                 torch.testing.assert_close(step, exact, rtol=1e-4, atol=1e-4)
 
 
@@ -162,7 +164,7 @@ def test_sequences_decoded_together_have_the_logits_that_each_has_alone(family, 
     prompts = [IDS[:, :2], IDS, IDS[:, :4], IDS[:, :1], IDS[:, 2:]]
 
     def states() -> list[DecoderState]:
-        return [DecoderState(model, cache_of(model, ids), 12) for ids in prompts]
+        return [DecoderState(model, cache_of(model(ids, use_cache=True)), 12) for ids in prompts]
 
     with torch.inference_mode():
         alone, together = states(), states()
@@ -176,7 +178,7 @@ def test_attention_does_not_depend_on_threads():
     model = packed_model("llama", hidden_size=56, num_attention_heads=14, num_key_value_heads=2, head_dim=64)
     length = 1100  # long enough for several threads
     with torch.inference_mode():
-        cache = cache_of(model, IDS)
+        cache = cache_of(model(IDS, use_cache=True))
         for layer in cache.layers:
             layer.keys, layer.values = torch.randn(2, 1, 2, length, 64).unbind(0)
         state, found = DecoderState(model, cache, length + 1), []

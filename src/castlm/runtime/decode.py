@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -296,14 +297,24 @@ class PromptReader:
         """Logits (1, vocabulary) in fp32 after `ids` (1, num_tokens), the next part of the prompt."""
         if self._state is not None:
             return self._state.read(ids)
-        output = self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = next(value for value in output.values() if isinstance(value, Cache))
+        output = self.model(ids, use_cache=True, logits_to_keep=1, **{cache_keyword(self.model): self._cache})
+        self._cache = cache_of(output)
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
     def finish(self) -> DecoderState:
         """The state after the parts that were read."""
         return self._state or DecoderState(self.model, self._cache, self.capacity)
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """The name by which a model's forward takes a cache: "cache" since transformers 5.24, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def cache_of(output: Mapping[str, Any]) -> Cache:
+    """The cache in the output of a model's forward, under either name."""
+    return next(value for value in output.values() if isinstance(value, Cache))
 
 
 def step_together(states: Sequence[DecoderState], tokens: Tensor) -> Tensor:
