@@ -9,6 +9,7 @@ import torch
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
+from castlm.core.nm import NM
 from castlm.export.packed import pack_folder
 from castlm.files.stored import PACKED_SINGLE as FILE
 from castlm.files.stored import read_header
@@ -161,7 +162,7 @@ def test_the_law_predicts_the_perplexity_of_n_m(quick, llama, tmp_path, capsys):
     assert "for 5e+05 training tokens" in capsys.readouterr().out
     assert main(by_law) == 2
     edit_json(tmp_path / "law.json", runs_of={"pattern": "1:4"})
-    assert main([*by_law, "--train-tokens", "5e5"]) == 2
+    assert main([*by_law, "--train-tokens", "5e5", "--pattern", "2:4"]) == 2
     assert "the law of 1:4" in capsys.readouterr().err
 
 
@@ -198,11 +199,13 @@ def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_co
     assert found.verdict.startswith("For one token, use dense int4, int8 head: it is 2.10 times as fast as dense bf16")
     assert "for a prompt of 512, 2:4 int8, int8 head is 1.30 times as fast as dense" in found.verdict
     assert "at equal bytes dense int4" in found.verdict
-    known = replace(found, quality=Quality(sparse=19.5))
+    known = replace(found, quality=Quality(sparse=19.5, pattern=NM(2, 4)))
     assert "with a perplexity of 19.50 before rounding" in known.verdict
     assert "a perplexity of 19.50 is good enough" in known.verdict
     smaller = made_up(dense_int3_int8_head=(2.1, 1, 1), dense_int4_int8_head=(2.1, 1, 1))
     assert smaller.verdict.startswith("For one token, use dense int4")  # int3 needs training
+    wide = replace(found, rows=[*found.rows, replace(found.best(True, "batch of 8"), option=Option("int8", 32, 64))])
+    assert wide.best(True, "batch of 8").option.name == "32:64 int8"  # as fast as 2:4, and loses less
     slow = made_up(**{"2of4_int8_int8_head": (0.5, 0.5, 0.5)})
     assert "it does not pay" in slow.verdict
 

@@ -62,6 +62,13 @@ def test_every_family_ends_proved(family, text, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == family
 
 
+def test_a_run_names_the_pattern_with_longer_groups_that_a_cpu_runs_as_fast(llama, text, tmp_path, capsys):
+    train(small(llama, text, tmp_path / "short", init_from="magnitude", max_steps=2))
+    assert "--pattern 16:32" in capsys.readouterr().err
+    train(small(llama, text, tmp_path / "long", init_from="magnitude", max_steps=2, pattern="16:32"))
+    assert "--pattern" not in capsys.readouterr().err
+
+
 def test_accumulation_is_one_large_batch(llama, text, tmp_path):
     common = {"eta": 0.5, "max_steps": 3, "decay_end": 1.0, "init_from": "magnitude"}
     train(small(llama, text, tmp_path / "a", per_device_train_batch_size=8, **common))

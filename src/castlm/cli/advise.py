@@ -39,9 +39,10 @@ class AdviseCommand:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to time; auto takes the GPU if there is one."""
 
-    pattern: Pattern = parsed(NM(2, 4), parse_pattern)
-    """n:m (2:4 on a GPU), or a structured pattern such as channels:0.5. The advice is then for the smaller, cut model,
-    and compares its speed with the whole model.
+    pattern: Pattern | None = parsed(None, parse_pattern)
+    """n:m, or a structured pattern such as channels:0.5, for which the advice is about the smaller, cut model, beside
+    the speed of the whole one. The default is the pattern of MODEL, if it is a result. For a dense model it is 2:4, and
+    on a CPU also the pattern that keeps as much in the longest groups that all layers allow, such as 32:64.
     """
 
     law: str | None = option(
@@ -65,10 +66,10 @@ class AdviseCommand:
 
     def run(self) -> int:
         check_json_path(self.json)
-        cut = None if self.pattern.cut_out is None else self.pattern
+        cut = None if self.pattern is None or self.pattern.cut_out is None else self.pattern
         if self.law is not None and self.train_tokens is None:
             raise InputError("--law predicts for a number of training tokens: give --train-tokens too")
-        if cut is None and not isinstance(self.pattern, NM):
+        if cut is None and not isinstance(self.pattern, NM | None):
             raise InputError(f"pattern {self.pattern}: advise knows n:m, and channels and heads that are cut out")
         report, advice = self._on_gpu(cut) if self.is_on_gpu else self._on_cpu(cut)
         write_json(self.json, report)
@@ -77,12 +78,14 @@ class AdviseCommand:
         return 0
 
     def _on_cpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
-        from castlm.lab.advice.cpu import SECONDS, WORKLOADS, check_can_time, rank, shapes_of
+        from castlm.lab.advice.cpu import SECONDS, WORKLOADS, check_can_time, patterns_for, rank, shapes_of
         from castlm.progress import note, shown_progress
 
         check_can_time(self.dtype)
         name = result_folder(self.model)
         shapes, quality = shapes_of(name, self.trust_remote_code, cut), self._quality(name)
+        pattern = self.pattern or quality.pattern
+        patterns = [pattern] if isinstance(pattern, NM) else [] if cut is not None else patterns_for(shapes)
         workloads = {f"{self.tokens} tokens": self.tokens} if self.tokens else WORKLOADS
         num_shapes = len(shapes.blocks) + (shapes.head is not None)
         expected = 1.5 * SECONDS * (1 if cut is None else 2)
@@ -91,13 +94,13 @@ class AdviseCommand:
             options = {"dtype": self.dtype, "workloads": workloads, "progress": progress}
             found = rank(
                 shapes,
-                pattern=self.pattern if isinstance(self.pattern, NM) else None,
+                patterns=patterns,
                 quality=quality,
                 **options,
             )
             report, lines = found.as_dict(), [found.text()]
             if cut is not None:
-                whole = rank(shapes_of(name, self.trust_remote_code), pattern=None, **options)
+                whole = rank(shapes_of(name, self.trust_remote_code), patterns=(), **options)
                 speeds = {w: whole.base.seconds[w] / found.base.seconds[w] for w in workloads}
                 report |= {"pattern": str(cut), "cut_speedup": speeds}
                 said = ", ".join(f"{speed:.2f} for {workload}" for workload, speed in speeds.items())
@@ -105,33 +108,38 @@ class AdviseCommand:
         return report, "\n".join(lines)
 
     def _quality(self, name: str) -> Quality:
-        """The figures of the result in the folder `name`, if it has this pattern; n:m by the law if there is one."""
+        """The figures of the result in the folder `name`, if it has the pattern that was asked for; n:m by the law if
+        there is one.
+        """
         from castlm.export.folder import read_manifest
         from castlm.lab.advice.cpu import Quality
         from castlm.lab.planning.law import Law, predict_perplexity
         from castlm.training.record import final_perplexity
 
-        pattern = self.pattern
         record = read_manifest(Path(name)) if Path(name).is_dir() else {}
-        found = record.get("perplexity")
-        is_ours = record.get("pattern") == str(pattern) and "rounded" not in record  # else of rounded weights
-        found = found if isinstance(found, dict) and is_ours else {}
+        found, recorded = record.get("perplexity"), record.get("pattern")
+        is_ours = isinstance(found, dict) and recorded and "rounded" not in record  # else of rounded weights
+        if not is_ours or self.pattern not in (None, parse_pattern(recorded)):
+            found, recorded = {}, None
         if self.law is None:
-            return Quality(found.get("dense"), final_perplexity(found), "measured by its run")
+            pattern = parse_pattern(recorded) if recorded else None
+            return Quality(found.get("dense"), final_perplexity(found), "measured by its run", pattern)
         law = Law.from_dict(read_json_object(Path(self.law)))
-        of = law.runs_of.get("pattern", str(pattern))
-        if of != str(pattern):
-            raise InputError(f"{self.law} is the law of {of}, and --pattern is {pattern}: give the one or the other")
+        of = parse_pattern(law.runs_of.get("pattern", "2:4"))
+        if self.pattern not in (None, of):
+            raise InputError(
+                f"{self.law} is the law of {of}, and --pattern is {self.pattern}: give the one or the other"
+            )
         at = predict_perplexity(law, self.train_tokens)
         interval = f"90 %: {at.low:.2f} to {at.high:.2f}"
-        source = f"{pattern} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"
-        return Quality(found.get("dense"), at.perplexity, source)
+        source = f"{of} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"
+        return Quality(found.get("dense"), at.perplexity, source, of)
 
     def _on_gpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
         from castlm.lab.advice.cpu import shapes_of
         from castlm.lab.advice.gpu import DENSE, advise_on_gpu
 
-        if cut is None and self.pattern != NM(2, 4):
+        if cut is None and self.pattern not in (None, NM(2, 4)):
             raise InputError(f"pattern {self.pattern}: GPUs have hardware for 2:4 alone")
         name, options = result_folder(self.model), {"tokens": self.tokens or 1, "dtype": self.dtype}
         found = advise_on_gpu(shapes_of(name, self.trust_remote_code, cut), **options)

@@ -9,6 +9,7 @@ verify` starts at once.
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -239,6 +240,18 @@ class NM(Pattern):
                 f"the weight of shape {tuple(weight.shape)} contains NaN: it cannot be ranked by magnitude"
             )
         return mask
+
+    def with_longest_groups(self, widths: Iterable[int], longest: int) -> NM:
+        """The pattern that keeps the same share of weights in groups of up to `longest` which divide all `widths`.
+
+        The longer the group, the more masks there are to choose from: 6 at 2:4, 12,870 at 8:16.
+
+        Examples:
+            >>> NM(2, 4).with_longest_groups([576, 1536], 64), NM(2, 4).with_longest_groups([64, 172], 64)
+            (NM(n=32, m=64), NM(n=2, m=4))
+        """
+        group = math.gcd(longest, *widths)
+        return NM(self.n * (group // self.m), group) if group % self.m == 0 else self
 
     def violations(self, weight: Tensor) -> int:
         """The number of groups of `weight` (..., width) that hold more than `n` non-zeros. NaN is a non-zero."""

@@ -33,6 +33,9 @@ LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2, "lanes": 3}
 LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
 """Instruction sets with kernels, as in `Level` of matrix.h."""
 
+LONGEST_GROUP = 64
+"""Columns of a mask that the kernels read at a time: they take every n:m whose m divides it."""
+
 _DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
 _INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"

@@ -40,6 +40,7 @@ NOTICEABLE = 1.05
 """A smaller gain is within the spread of measurements, and is not recommended."""
 
 TWO_OF_FOUR = NM(2, 4)
+"""The pattern of the tensor cores of GPUs."""
 
 WORKLOADS = {"one token": 1, "batch of 8": 8, "prompt of 512": 512}
 """Rows of a layer's input; the head sees only the last row of a prompt."""
@@ -86,6 +87,14 @@ def layer_shapes(model: PreTrainedModel) -> Shapes:
     others -= sum(math.prod(shape) * count for shape, count in blocks.items())
     is_tied = bool(model.config.get_text_config().tie_word_embeddings)
     return Shapes(dict(blocks), None if head is None else _shape(head), experts, is_tied, others)
+
+
+def patterns_for(shapes: Shapes) -> tuple[NM, ...]:
+    """The patterns that keep half of the weights and are worth timing on a CPU: the longest groups that the kernels and
+    the widths of all layers allow, which lose the least quality, and 2:4.
+    """
+    widths = {columns for _, columns in shapes.blocks if columns % TWO_OF_FOUR.m == 0}
+    return tuple(dict.fromkeys([TWO_OF_FOUR.with_longest_groups(widths, native.LONGEST_GROUP), TWO_OF_FOUR]))
 
 
 def _shape(layer: nn.Linear) -> Shape:
@@ -147,19 +156,18 @@ class Option:
         return PackedSpec(*shape, n, m, self.values)
 
 
-def options(dtype: str = "bf16", pattern: NM | None = TWO_OF_FOUR) -> list[Option]:
+def options(dtype: str = "bf16", patterns: Sequence[NM] = (TWO_OF_FOUR,)) -> list[Option]:
     """The options on a CPU: as transformers runs the model, and on castlm's kernels dense and n:m in `dtype` and in
     every rounded format.
 
     Args:
         dtype: "bf16", "fp16" or "fp32", for weights that are not rounded.
-        pattern: n:m of the sparse options; None gives none.
+        patterns: n:m of the sparse options.
     """
-    patterns = [(0, 0)] if pattern is None else [(0, 0), (pattern.n, pattern.m)]
     rounded = [form.name for form in FORMATS.values() if form.rounds and form.kernel is not None]
     by_torch = "bf16" if dtype == "bf16" and has_fast_bf16() else "fp32"
     found = [Option(by_torch, head=by_torch, by_torch=True)]
-    for n, m in patterns:
+    for n, m in [(0, 0), *((pattern.n, pattern.m) for pattern in patterns)]:
         found += [Option(dtype, n, m, head=dtype), *(Option(values, n, m, head=HEADS[0]) for values in rounded)]
     return found
 
@@ -252,12 +260,18 @@ class Quality:
     """After training to n:m."""
     source: str = ""
     """The source of the figures, in words."""
+    pattern: Pattern | None = None
+    """The pattern of `sparse`."""
 
     def of(self, option: Option, dtype: str) -> float | None:
         """The perplexity of an option; None for rounded weights."""
-        if option.values != dtype:
-            return None
-        return self.sparse if option.is_sparse else self.dense
+        return self.before_rounding(option) if option.values == dtype else None
+
+    def before_rounding(self, option: Option) -> float | None:
+        """The perplexity of the weights of an option before they are rounded."""
+        if not option.is_sparse:
+            return self.dense
+        return self.sparse if self.pattern == NM(option.n, option.m) else None
 
 
 @dataclass(frozen=True)
@@ -295,14 +309,14 @@ class Ranking:
         return self.base.seconds[workload] / row.seconds[workload]
 
     def best(self, sparse: bool, workload: str) -> Ranked:
-        """The fastest dense or n:m row that needs no training with rounded weights; among rows within the noise, the
-        one with the fewest bytes.
+        """The fastest dense or n:m row that needs no training with rounded weights. Among rows within the noise, the
+        one with the longest groups, which loses the least quality, and of these the one with the fewest bytes.
         """
         rows = [row for row in self.rows if row.option.is_sparse == sparse and not row.option.by_torch]
         rows = [row for row in rows if not FORMATS[row.option.values].needs_training]
         least = min(row.seconds[workload] for row in rows)
         close = [row for row in rows if row.seconds[workload] <= NOTICEABLE * least]
-        return min(close, key=lambda row: row.num_bytes)
+        return min(close, key=lambda row: (-row.option.m, row.num_bytes))
 
     @property
     def verdict(self) -> str:
@@ -315,7 +329,8 @@ class Ranking:
         )
         if not any(row.option.is_sparse for row in self.rows):
             return f"{text}."
-        sparse, known = self.best(True, first), self.quality.sparse
+        sparse = self.best(True, first)
+        known = self.quality.before_rounding(sparse.option)
         quality = "but at equal bytes dense int4 has the lower perplexity after a short recovery"
         if known is not None:
             dense_one = self.quality.dense
@@ -375,7 +390,7 @@ def rank(
     shapes: Shapes,
     *,
     dtype: str = "bf16",
-    pattern: NM | None = TWO_OF_FOUR,
+    patterns: Sequence[NM] = (TWO_OF_FOUR,),
     workloads: Mapping[str, int] = WORKLOADS,
     seconds: float = SECONDS,
     quality: Quality = Quality(),
@@ -386,7 +401,7 @@ def rank(
     Args:
         shapes: from `layer_shapes` or `shapes_of`.
         dtype: bf16, fp16 or fp32, for weights that are not rounded.
-        pattern: n:m of the sparse options; None compares only dense ones.
+        patterns: n:m of the sparse options; without one, only dense options are compared.
         workloads: rows of a layer's input by name.
         seconds: total time for all shapes; each is timed in at least three rounds.
         quality: the perplexities that are known.
@@ -397,7 +412,7 @@ def rank(
     """
     check_can_time(dtype)
     assert min(workloads.values()) >= 1
-    compared = options(dtype, pattern)
+    compared = options(dtype, patterns)
     totals = {option: dict.fromkeys(workloads, 0.0) for option in compared}
     parts = [(shape, count, False) for shape, count in shapes.blocks.items()]
     parts += [(shapes.head, 1, True)] if shapes.head else []
