@@ -118,10 +118,10 @@ def rounded(model: PreTrainedModel, values: str, calibration: Tensor | None) -> 
     made, codes = copy.deepcopy(model), None
     if values not in ("fp32", "bf16"):
         if calibration is None:
-            to_nearest = round_in_groups if VALUES[values].needs_text else round_rows
+            to_nearest = round_in_groups if VALUES[values].reads_text else round_rows
             codes = {name: to_nearest(layer.weight.detach(), kind=values) for name, layer in linears(made).items()}
         else:
-            text = calibration if VALUES[values].needs_text else None
+            text = calibration if VALUES[values].reads_text else None
             codes = quantize_(made, values, calibration=text).layers
         for name, layer in linears(made).items():  # embedding, head and norms are bf16; the codes are exact
             layer.weight.data = codes[name].dequantized()

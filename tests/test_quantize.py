@@ -79,9 +79,11 @@ def test_int4_fits_the_calibration_text_better_than_the_nearest_grid_points():
     dense, model = pruned_model(), pruned_model()
     quantize_(model, "int4", calibration=tokens)
     nearest = pruned_model()
+    report = quantize_(nearest, "int4")
+    layers = sparse_linears(nearest)[0]
+    assert all(torch.equal(report.layers[name].dequantized(), layer.weight) for name, layer in layers.items())
+    assert all(is_nm_sparse(layer.weight) for layer in layers.values())
     with torch.no_grad():
-        for layer in sparse_linears(nearest)[0].values():
-            layer.weight.copy_(round_in_groups(layer.weight).dequantized())
         expected = dense(tokens).logits
         by_gptq, by_nearest = ((m(tokens).logits - expected).norm() for m in (model, nearest))
     assert by_gptq < by_nearest
@@ -175,12 +177,18 @@ def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_byte
     assert {tensor.dtype for tensor in weights(tmp_path / "stored").values()} == {torch.bfloat16}
 
 
+def test_int4_without_a_calibration_text_says_that_one_would_lose_less(sparse, tmp_path, capsys):
+    assert main(["quantize", sparse, "--kind", "int4", "--packed", "--output-dir", str(tmp_path / "out")]) == 0
+    assert "--calibration TEXT loses less" in capsys.readouterr().err
+    assert verify(tmp_path / "out", "2:4").ok
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--kind", "fp8", "--packed"], "does not hold fp8"),
         (["--head", "int8"], "--head int8"),
-        (["--kind", "int4"], "--calibration"),
+        (["--kind", "int3"], "--calibration"),
         (["--calibration", "x.txt"], "int8"),
         (["--damping", "2"], "damping = 2.0"),
         (["--column", "story"], "--column"),
@@ -343,6 +351,28 @@ def test_scales_of_groups_are_exact_in_bf16_and_codes_in_range(kind, largest):
     assert torch.equal(rounded.scales.bfloat16().float(), rounded.scales)
     assert rounded.codes.min() == -largest - 1
     assert rounded.codes.max() == largest
+
+
+@pytest.mark.parametrize("kind", ["int4", "int3"])
+def test_without_a_text_each_scale_is_the_best_of_a_search_and_each_weight_the_nearest_code_to_it(kind):
+    weight = sparse_weight()
+    end = {"int4": 8, "int3": 4}[kind]
+    rounded = round_in_groups(weight, kind=kind)
+    for row in range(len(weight)):
+        for group, columns in enumerate((slice(0, 64), slice(64, 128), slice(128, 192))):
+            w, chosen = weight[row, columns], rounded.scales[row, group]
+            extreme = w[w.abs().argmax()]
+
+            def lost(scale, w=w):
+                error = ((w / scale).round().clamp(-end, end - 1) * scale - w).square()
+                return float((error * w.abs()).sum() if kind == "int4" else error.sum())
+
+            tried = [extreme * shrink / at for at in (end - 1, -end) for shrink in (1, 0.95, 0.9, 0.85, 0.8, 0.7)]
+            assert lost(chosen) <= min(lost(scale.bfloat16().float()) for scale in tried) * (1 + 1e-5)
+            assert torch.equal(rounded.codes[row, columns], (w / chosen).round().clamp(-end, end - 1).to(torch.int8))
+    assert not rounded.codes[weight == 0].any()
+    assert (rounded.codes == -end).any()
+    assert (rounded.scales < 0).any()
 
 
 def test_gptq_is_the_published_loop():

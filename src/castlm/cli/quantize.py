@@ -29,7 +29,7 @@ class QuantizeCommand(TextOptions):
 
     kind: Literal["int8", "fp8", "int4", "int3"] = "int8"
     """int8 and fp8 round to the nearest, with one scale per row. int4 and int3 have a scale for every 64 columns of a
-    row and round by GPTQ, which needs a calibration text. castlm train --weight-bits 3 loses far less than int3 here.
+    row and round by GPTQ with a calibration text. castlm train --weight-bits 3 loses far less than int3 here.
     """
 
     packed: bool = False
@@ -40,7 +40,9 @@ class QuantizeCommand(TextOptions):
     """With --packed, int8 also rounds the output head, and an embedding tied to it, with one scale per row."""
 
     calibration: str | None = None
-    """Calibration text of int4 and int3: a file, folder, glob or hub dataset, as --dataset of castlm train."""
+    """Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train. int3 needs one; int4 without
+    one is rounded to the nearest, which loses more.
+    """
 
     pattern: Pattern | Literal["dense"] | None = parsed(None, parse_pattern_or_dense)
     """n:m of the model, or dense. The default is the pattern in its castlm.json; without one, 2:4 if the first layer

@@ -35,7 +35,7 @@ _WRITTEN_AGAIN = ("schema_version", "versions", "left_dense", "dtype", "packed",
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The calibration text of int4 and int3, and the draw of sequences from it."""
+    """A calibration text for int4 or int3, and the draw of sequences from it."""
 
     text: str
     """A file, folder, glob or hub dataset."""
@@ -69,7 +69,7 @@ def quantize_folder(
         folder: the output, a plain model folder with the rounded values, or a packed one.
         kind: "int8" or "fp8", to the nearest with a scale per row; "int4", "int3", by GPTQ with a scale per 64 columns.
         pattern: the model's pattern, verified before and after; None for a dense model.
-        calibration: int4 and int3 need it.
+        calibration: int3 needs it; without it int4 is rounded to the nearest.
         packed: store the integers and scales in castlm's packed format.
         head: with `packed`, "int8" also rounds the output head and an embedding tied to it.
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
@@ -88,16 +88,20 @@ def quantize_folder(
         raise InputError(f"the packed format does not hold {kind}: leave --packed out")
     if head is not None and not packed:
         raise InputError(f"--head {head} is for the packed format: pass --packed, or leave it out")
-    needs_text = FORMATS[kind].needs_text
-    if (calibration is not None) != needs_text:
-        raise InputError(f"{kind} needs {'a' if needs_text else 'no'} calibration text: see --calibration")
+    form = FORMATS[kind]
+    if calibration is not None and not form.reads_text:
+        raise InputError(f"{kind} needs no calibration text: leave --calibration out")
+    if calibration is None and form.needs_training:
+        raise InputError(f"{kind} needs a calibration text: pass --calibration")
+    if calibration is None and form.reads_text:
+        say(f"{kind} without a calibration text, to the nearest: --calibration TEXT loses less")
     groups = groups_of(name, pattern)
     manifest = read_manifest(Path(name))
     if rounded := manifest.get("rounded"):
         raise InputError(f"{name} was trained as {rounded['kind']}, which castlm pack stores: quantize another model")
     documents = None if calibration is None else open_documents(calibration.text, options)
-    # GPTQ computes in fp32; rounding by rows takes fp32 a layer at a time, and what is written is the same.
-    held = None if not needs_text and dtype == "source" else torch.float32
+    # GPTQ computes in fp32; rounding to the nearest takes fp32 a layer at a time, and what is written is the same.
+    held = None if calibration is None and dtype == "source" else torch.float32
     loaded = load_model(name, dtype=held, trust_remote_code=trust_remote_code)
     encoder = text_encoder(loaded.tokenizer, options)
     left_dense: dict[str, str] = {}

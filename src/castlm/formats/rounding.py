@@ -74,6 +74,12 @@ def round_in_groups(
 ) -> Rounded:
     """Rounds in groups of columns: by GPTQ and coordinate descent if `hessian` is given, otherwise to the nearest.
 
+    The scale of a group is signed, so that its largest magnitude may take the code -8. It is the best of a few that put
+    this magnitude at an end of the range or clip it. Without a Hessian, nothing says which columns matter, and int4
+    weighs squared errors by |w|: SmolLM2-135M then has a perplexity of 46.6 on 20 windows of WikiText-2 (unrounded 36),
+    without the weighting 53.0, and with every largest magnitude at -8, as in OpenVINO's int4, 47.3. int3 is better
+    without it: 14.4 on stories260K, where the weighting has 16.7.
+
     Args:
         weight: (rows, columns), any float dtype; zeros stay.
         hessian: X^T X of the input up to a factor, (columns, columns), fp32, symmetric; overwritten.
@@ -103,7 +109,10 @@ def round_in_groups(
     for group, block in enumerate(blocks):
         inner = upper[block, block]
         importance = inner.diagonal().square().reciprocal().unsqueeze(1)  # 1 / U_jj^2, the cost in the output
-        scales[group] = best_scale(updated[block] * kept[block], ends, ends[::-1], importance, dim=0)
+        weights = updated[block] * kept[block]
+        if hessian is None and kind == "int4":
+            importance = weights.abs()
+        scales[group] = best_scale(weights, ends, ends[::-1], importance, dim=0)
         errors = _round_block(updated[block], kept[block], scales[group], inner, codes[block], ends)
         updated[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
     if hessian is not None:

@@ -22,7 +22,7 @@ class Format:
         scale: safetensors' name of the dtype of the scales; empty if the values are the weights themselves.
         group: columns of a row that share a scale; 0 is the whole row.
         largest: end of the rounding grid, in units of the scale.
-        needs_text: whether its rounding reads a calibration text.
+        reads_text: whether its rounding is better with a calibration text.
         needs_training: whether rounding alone loses too much, so that a model is trained with rounded weights.
     """
 
@@ -33,7 +33,7 @@ class Format:
     scale: str = ""
     group: int = 0
     largest: float = math.inf
-    needs_text: bool = False
+    reads_text: bool = False
     needs_training: bool = False
 
     @property
@@ -63,8 +63,8 @@ FORMATS = {
         Format("fp16", "F16", 16, 1),
         Format("fp32", "F32", 32, 2),
         Format("int8", "I8", 8, 3, "F32", largest=127),
-        Format("int4", "U8", 4, 4, "BF16", group=64, largest=7, needs_text=True),
-        Format("int3", "U8", 3, 4, "BF16", group=64, largest=3, needs_text=True, needs_training=True),
+        Format("int4", "U8", 4, 4, "BF16", group=64, largest=7, reads_text=True),
+        Format("int3", "U8", 3, 4, "BF16", group=64, largest=3, reads_text=True, needs_training=True),
         Format("fp8", "F8_E4M3", 8, None, "F32", largest=448),
     )
 }
@@ -74,5 +74,5 @@ ROUNDED = tuple(form.name for form in FORMATS.values() if form.rounds)
 """The formats that `castlm quantize` rounds to."""
 PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
 """The formats that a packed file can hold."""
-HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].needs_text)
+HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].reads_text)
 """The formats that an output head can be rounded to."""

@@ -84,8 +84,8 @@ def quantize_(
     model: the codes, and with a calibration text its hidden states and one fp32 matrix (in, in).
 
     Args:
-        kind: "int8" or "fp8", to the nearest with a scale per row; or "int4" or "int3", by GPTQ (arXiv 2210.17323)
-            with a scale per 64 columns.
+        kind: "int8" or "fp8", to the nearest with a scale per row; or "int4" or "int3", with a scale per 64 columns, by
+            GPTQ (arXiv 2210.17323), or to the nearest without a calibration text.
         calibration: int64 (num_sequences, seq_len), as from `draw_calibration`, for int4 and int3 alone.
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         filter_fn: selects the layers; dense ones among them are rounded too.
@@ -104,7 +104,9 @@ def quantize_(
         torch.int8
     """
     started = time.perf_counter()
-    assert FORMATS[kind].needs_text == (calibration is not None)
+    form = FORMATS[kind]
+    assert calibration is None or form.reads_text
+    to_nearest = round_in_groups if form.group else round_rows
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
@@ -119,7 +121,7 @@ def quantize_(
         for done, (layer_name, layer) in enumerate(layers.items(), 1):
             for name, weight in matrices({layer_name: layer}).items():
                 with naming(name):
-                    rounded = round_rows(weight, kind)
+                    rounded = to_nearest(weight, kind=kind)
                 old, new = _write(weight, rounded)
                 report.layers[name] = rounded.cpu()
                 report.errors[name] = relative_error(new - old, old)
