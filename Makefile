@@ -4,7 +4,7 @@ FUZZ_SECONDS ?= 3600
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test pytest test-slow fuzz lint bench docs clean
+.PHONY: setup demo test pytest test-slow fuzz lint bench docs repository clean
 
 $(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp $(wildcard src/castlm/runtime/*.cpp src/castlm/runtime/*.h)
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ bench: setup  # every benchmark on small shapes: whether it runs, no figures
 
 docs: setup  # strict: a broken link or an undocumented name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+repository:  # fills in the address of the repository wherever it stands: make repository URL=https://...
+	sed -i 's#REPOSITORY#$(URL)#g; s#    \# $(URL): the address of th[a-z]* repository##' README.md docs/tutorial.md examples/*.ipynb
+	sed -i 's#^\[project.urls\]$$#&\nRepository = "$(URL)"#' pyproject.toml
 
 clean:
 	rm -rf $(VENV) build demo-output .pytest_cache .mypy_cache .ruff_cache

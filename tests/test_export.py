@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export import hf
 from castlm.export.card import model_card
 from castlm.export.hf import export_model
+from castlm.export.origin import origin_of
 from castlm.models.io import load_model
+from castlm.packages import install_line
 from tests.refusals import refusal
 from tests.runs import prune_to, record_of, small_command, weights
 from tests.slow import slow_but
@@ -110,12 +113,62 @@ def test_card_names_no_local_path(tmp_path):
     assert str(tmp_path) not in card
     assert "# my-base, 2 of 4" in card
     assert "base_model" not in front_matter
-    assert "## Perplexity" not in card
+    assert "None was measured" in card
 
 
 def test_card_of_a_diverged_run_says_so():
     for ok in (True, False):
         assert ("This run diverged: perplexity 99" in card_of(verdict={"ok": ok, "reason": "perplexity 99.0"})[1]) != ok
+
+
+def test_a_card_tells_each_step_by_which_the_model_was_made_and_names_base_and_licence(tmp_path):
+    config = {"init_from": "sparsegpt", "model": "base", "seq_len": 512, "eta": 0.5, "mask_iterations": 16}
+    trained = {"method": "cast", "train_steps": 300, "train_tokens": 614_400, "world_batch": 4, "config": config}
+    trained |= {"base_model": DEMO, "license": "mit", "dataset": {"name": f"{tmp_path}/a.txt + b.txt"}}
+    (tmp_path / "castlm.json").write_text(json.dumps(trained))
+    origin = origin_of(tmp_path)
+    tuned = {**trained, **origin, "config": {"init_from": "x", "model": "x", "seq_len": 64}}
+    front_matter, card = card_of(**tuned, quantized={"kind": "int4", "text": "c.txt"}, packed={"format": 2})
+    assert (front_matter["base_model"], front_matter["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "mit")
+    first, second, third = (line for line in card.splitlines() if line[:2] in ("1.", "2.", "3."))
+    for words in (
+        "CAST",
+        "start by SparseGPT",
+        "ADMM",
+        "300 steps of 4 sequences",
+        "614,400 tokens of a.txt and b.txt",
+    ):
+        assert words in first
+    assert "Fine-tuned with its zeros kept" in second
+    assert third == "3. Rounded to int4, calibrated on c.txt."
+    calibration = {"num_sequences": 128, "seq_len": 2048, "text": "c.txt"}
+    _, card = card_of(method="wanda", calibration=calibration, base_model="a/b")
+    assert "CAST" not in card
+    assert (
+        "1. Pruned one-shot by Wanda (arXiv 2306.11695), calibrated on 128 sequences of 2,048 tokens of c.txt" in card
+    )
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "urls", "line"),
+    [
+        (None, [], "`pip install 'castlm==0.1.0'`"),
+        ({"url": "file:///home", "dir_info": {}}, [], "`pip install .` in a clone"),
+        ({"url": "file:///home", "dir_info": {}}, ["Repository, https://x.org/c"], "@ git+https://x.org/c'`"),
+        ({"url": "https://x.org/c", "vcs_info": {"commit_id": "ab"}}, [], "@ git+https://x.org/c@ab'`"),
+    ],
+)
+def test_the_install_line_is_the_one_by_which_castlm_was_installed(direct_url, urls, line, monkeypatch):
+    class Installed:
+        version = "0.1.0"
+        metadata = SimpleNamespace(get_all=lambda name: urls)
+
+        @staticmethod
+        def read_text(name):
+            return direct_url and json.dumps(direct_url)
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Installed)
+    assert line in install_line()
 
 
 def test_card_of_the_demo_model_and_of_a_cut_one():

@@ -80,7 +80,7 @@ def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, fam
     assert perplexity["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
     assert record["verdict"]["reason"].endswith(f"below the model before fine-tuning ({perplexity['start']:,.3f})")
     assert record["num_params"] == sum(weight.numel() for weight in before.values())
-    assert "its zeros are kept" in (folder / "README.md").read_text()
+    assert "Fine-tuned with its zeros kept" in (folder / "README.md").read_text()
     again, _ = parse_finetune([sparse, "--config", str(tmp_path / "run" / "config.yaml"), "--output-dir", "again"])
     assert json.loads(json.dumps(again.as_dict())) == {**record_of(folder)["config"], "output_dir": "again"}
     if adapter == "none":

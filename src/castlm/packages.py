@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
 
 from castlm.core.errors import InputError
 
@@ -25,3 +27,24 @@ def require(what: str, *packages: str, install: str = "") -> None:
     """
     if lacking := missing(*packages):
         raise InputError(f"{what} {' and '.join(lacking)}: pip install {install or ' '.join(lacking)}")
+
+
+def install_line() -> str:
+    """How somebody else installs castlm as it is installed here, in Markdown.
+
+    The address of the repository is the one that it was installed from, or `Repository` under `project.urls` in
+    pyproject.toml, which `make repository URL=ADDRESS` fills in.
+    """
+    clone = "`pip install .` in a clone of its repository"
+    try:
+        found = importlib.metadata.distribution("castlm")
+    except importlib.metadata.PackageNotFoundError:  # imported from its source, without an installation
+        return clone
+    origin = json.loads(found.read_text("direct_url.json") or "null")
+    if origin is None:  # from an index
+        return f"`pip install 'castlm=={found.version}'`"
+    urls = dict(line.split(", ", 1) for line in found.metadata.get_all("Project-URL") or [])
+    address, commit = urls.get("Repository"), ""
+    if "vcs_info" in origin:
+        address, commit = origin["url"], f"@{origin['vcs_info']['commit_id']}"
+    return clone if address is None else f"`pip install 'castlm @ git+{address}{commit}'`"

@@ -22,7 +22,9 @@ from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.export.folder import recorded_pattern
+from castlm.export.origin import described, origin_of, steps_of
 from castlm.names import markdown, markdown_code
+from castlm.packages import install_line
 
 _HUB_SOURCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<rest>@\S+| \(.+\))?")  # the name in `Loaded.source`
 _COLUMNS = {
@@ -56,13 +58,7 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     short = f"{pattern.n} of {pattern.m}" if isinstance(pattern, NM) else str(pattern)
     cut = manifest.get("cut") or {"before": {}, "after": {}}
     is_dense = bool(manifest.get("cut")) and pattern.nm is None
-    made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm (the CAST method, arXiv 2509.25996)"
-    config = manifest.get("config") or {}
-    if config.get("teacher"):
-        made += f", distilled from {_reference(config['teacher'])}"
-    if rounded := manifest.get("rounded"):
-        made += f", trained with {rounded['kind']} weights ({rounded['bits_per_weight']:.2f} bits each, packed)"
-    kept = f"which is {pattern} sparse, fine-tuned with castlm so that its zeros are kept"
+    made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm"
     verdict = manifest.get("verdict") or {}
     figures = list(manifest.get("figures") or [])
     written = manifest["proof"].get("perplexity_from_disk")
@@ -81,7 +77,10 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
         title=markdown(f"{base_name}, {short}" if base_name else folder_name),
         base=_reference(source),
-        how=kept if config.get("init_from") and config.get("init_from") == config.get("model") else made,
+        how=made,
+        steps=[_step(step) for step in steps_of(manifest)],
+        format=_format(manifest),
+        install=install_line(),
         verdict=None if verdict.get("ok", True) else verdict,
         pattern=pattern,
         groups=pattern.nm,
@@ -121,6 +120,21 @@ def _public(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
 
+def _step(step: Mapping[str, Any]) -> str:
+    """A step by which the model was made, with the last part of each local path."""
+    return markdown(described(step, _public))
+
+
+def _format(manifest: Mapping[str, Any]) -> str:
+    """The format of the weights in the files, in words."""
+    quantized, dtype = manifest.get("quantized") or {}, str(manifest.get("dtype") or "")
+    if "packed" not in manifest:
+        rounded = f", of values that {quantized['kind']} has" if quantized else ""
+        return f"safetensors in {dtype or 'the dtype of the base model'}{rounded}, with the zeros"
+    kind = quantized.get("kind") or (manifest.get("rounded") or {}).get("kind") or dtype
+    return f"castlm's packed format: {kind or 'the kept values'} without the zeros in the sparse layers"
+
+
 def _table(figures: list[Mapping[str, Any]]) -> list[str]:
     def cell(value: Any) -> str:
         if isinstance(value, float):
@@ -135,12 +149,49 @@ def _table(figures: list[Mapping[str, Any]]) -> list[str]:
     return [head, "|" + "---|" * len(columns), *rows] if columns else []
 
 
+_ADAPTER = """{front_matter}# Adapter {kind} of {name}
+
+It trains {trained:,} single weights of a sparse {name}, at positions that its n:m pattern keeps (SHiRA, arXiv
+2406.13175), so that the merge keeps every zero. It belongs to the sparse model, not to the dense one before it.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path or hub id of the sparse model")
+model = PeftModel.from_pretrained(model, "path or hub id of this folder").merge_and_unload()
+```
+
+{steps}
+"""
+
+
+def adapter_card(model: str, kind: str, trained: int) -> str:
+    """The README.md of an adapter of the sparse model `model`, in place of PEFT's template.
+
+    Args:
+        trained: the number of trained weights.
+    """
+    origin = origin_of(model)
+    hub_id, _ = _hub_model(origin["base_model"])
+    fields = {"base_model": hub_id, "license": origin.get("license"), "library_name": "peft"}
+    known = {key: value for key, value in fields.items() if value} | {"tags": ["castlm", "sparsity", kind]}
+    steps = [f"{number}. {_step(step)}." for number, step in enumerate(origin.get("earlier", []), 1)]
+    return _ADAPTER.format(
+        front_matter=f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n",
+        kind=kind,
+        name=_reference(origin["base_model"]),
+        trained=trained,
+        steps="\n".join(["The sparse model was made in these steps:", "", *steps] if steps else []),
+    )
+
+
 # ---- packed folders
 
 
 _PACKED_HEAD = """{front_matter}# {name}, packed {pattern}
 
-The weights of this model are stored in castlm's packed format{zeros}. Without castlm (`pip install castlm`),
+The weights of this model are stored in castlm's packed format{zeros}. Without castlm ({install}),
 transformers finds no weights here. Python:
 
 ```python
@@ -165,11 +216,12 @@ def packed_card(source: Path, manifest: Mapping[str, Any], pattern: str) -> str:
     if card := _result_card(source, manifest):
         return card
     before = _read_card(source)
-    front_matter = _front_matter(before)
+    front_matter = _front_matter(before) or _front_matter_of(manifest)
     head = _PACKED_HEAD.format(
         front_matter=front_matter,
         name=source.resolve().name,
         pattern=pattern,
+        install=install_line(),
         zeros="" if pattern == "dense" else ", without their zeros",
     )
     body = before.removeprefix(front_matter)
@@ -190,6 +242,14 @@ def _result_card(source: Path, manifest: Mapping[str, Any]) -> str:
         return model_card(source.resolve().name, manifest)
     except (AttributeError, KeyError, TypeError, ValueError, UndefinedError):
         raise InputError(f"{source / 'castlm.json'} is damaged: remove it to continue without it") from None
+
+
+def _front_matter_of(manifest: Mapping[str, Any]) -> str:
+    """A head of the card of a dense model that castlm wrote, which has no card: its base model and licence."""
+    hub_id, _ = _hub_model(str(manifest.get("base_model") or ""))
+    fields = {"base_model": hub_id, "license": manifest.get("license")}
+    known = {key: value for key, value in fields.items() if value}
+    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n" if known else ""
 
 
 def _read_card(folder: Path) -> str:

@@ -34,6 +34,7 @@ from castlm.export.folder import (
     stored_tensors,
 )
 from castlm.export.hf import export_model, write_safetensors
+from castlm.export.origin import origin_of
 from castlm.export.verify import Packed, check_dense, check_ok, take_packed, verify
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
@@ -189,7 +190,7 @@ def _dequantize(name: str | Path, folder: str | Path, overwrite: bool = False) -
         folder,
         pattern=None,
         left_dense={},
-        record={"base_model": loaded.source},
+        record=origin_of(name),
         overwrite=overwrite,
         dtype=loaded.dtype,
     )

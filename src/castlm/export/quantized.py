@@ -21,6 +21,7 @@ from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
 from castlm.export.folder import left_dense_reason, read_manifest
 from castlm.export.hf import export_model
+from castlm.export.origin import origin_of
 from castlm.export.packed import groups_of, naming_instead, pack_into
 from castlm.files.output import atomic_dir
 from castlm.formats.table import FORMATS
@@ -122,7 +123,13 @@ def quantize_folder(
     report = quantize_(loaded.model, kind, calibration=tokens, damping=damping, progress=progress)
     loaded.model.to("cpu")
     passed_on = {key: value for key, value in manifest.items() if key not in (*_UNTRUE, *_WRITTEN_AGAIN)}
-    record = {"base_model": name, **passed_on, "quantized": {"source": name, **report.record(), **text}}
+    origin = {key: value for key, value in origin_of(name).items() if key != "earlier"}  # which `passed_on` has
+    record = {**passed_on, **origin, "quantized": {"source": name, **report.record(), **text}}
+    if figures := manifest.get("figures"):
+        before = [
+            {**row, "name": f"{row['name']}, before {kind}"} if row["name"] != "dense" else row for row in figures
+        ]
+        record["figures"] = before
     record["pattern"] = None if pattern is None else str(pattern)
     write_plain = functools.partial(
         export_model,

@@ -25,6 +25,7 @@ from castlm.core.keep import KeptPattern
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, sum_over_shards
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears, weight_parameter
+from castlm.export.card import adapter_card
 from castlm.export.folder import left_dense_reason, read_left_dense
 from castlm.files.output import atomic_dir
 from castlm.methods.finetune import Finetune
@@ -264,6 +265,10 @@ class FinetuneAdapter(Finetune):
     def save_parts(self, folder: Path) -> None:
         with atomic_dir(folder / "adapter", overwrite=True) as temporary:
             self.peft_model.save_pretrained(temporary)
+            trained = sum(p.numel() for p in self.peft_model.parameters() if p.requires_grad)
+            model = self.peft_model.peft_config["default"].base_model_name_or_path
+            card = adapter_card(model, self.adapter.adapter, trained)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
     def fold_(self) -> None:
         self.peft_model.merge_and_unload()

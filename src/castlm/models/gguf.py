@@ -37,6 +37,12 @@ def forget_gguf() -> None:
     _reader_of_version.cache_clear()
 
 
+def read_fields(path: str | os.PathLike[str], *names: str) -> dict[str, str]:
+    """Those of the text fields `names` that the header of a GGUF file has."""
+    fields = _reader(path).fields
+    return {name: str(fields[name].contents()) for name in names if name in fields}
+
+
 def _reader(path: str | os.PathLike[str]) -> Any:
     return _reader_of_version(os.fspath(path), os.stat(path).st_mtime_ns)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from castlm.data.tokens import open_encoder
 from castlm.distributed.loading import Checkpoint, Place, fingerprint, open_sharded
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
+from castlm.export.origin import origin_of
 from castlm.files.output import begin_output, output_folder
 from castlm.files.reading import read_json_object
 from castlm.files.record import command_of
@@ -125,8 +126,9 @@ class Prune:
         with shown_progress(f"{start.method}, transformer blocks", before=work.done if work else 0) as progress:
             report = start.make_(source, sequences, extras, folder=work, say=note, progress=progress)
         record = {
-            "base_model": self.model,
+            **origin_of(self.model, self.revision),
             "method": start.method,
+            "refinements": asdict(start.refinements) if start.method == "sparsegpt" else {},
             "calibration": {**calibration, "precision": start.precision} if calibration else {},
             **report.record(),
         }

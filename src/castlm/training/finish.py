@@ -24,6 +24,7 @@ from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_bloc
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
+from castlm.export.origin import origin_of
 from castlm.hardware import collect_garbage, peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
@@ -214,7 +215,7 @@ def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
     mask_names = ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked")
     record |= {
         "run_id": run.folder.run_id,
-        "base_model": config.model.model,
+        **origin_of(config.model.model, config.model.revision),
         "method": method,
         "config": config.as_dict(),
         "world_batch": config.optimizer.sequences_per_step(run.world.size),

@@ -1,0 +1,149 @@
+"""The origin of a model: its base model and licence, and the steps by which castlm made it, through all commands.
+
+A result names its base model on the hub and its licence in castlm.json, and a later command carries both on. The entry
+`earlier` lists the steps before the last one, so that the card of a fine-tuned model tells how its zeros were made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from castlm.export.folder import read_manifest
+from castlm.methods.table import METHODS
+from castlm.models.locate import DEMO, Location, cached_snapshot, locate
+
+SOLVER_TITLES = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda (arXiv 2306.11695)",
+    "sparsegpt": "SparseGPT (arXiv 2301.00774)",
+    "flap": "FLAP's score (arXiv 2312.11983)",
+    "taylor": "the first-order Taylor score",
+}
+"""The one-shot solvers in the words of a card; one of your own has its name."""
+_HUB = "https://huggingface.co/"
+_REFINED = {"mask_iterations": "masks by ADMM", "refit_iterations": "refitted kept weights"}
+"""The refinements that make other masks or weights than the published SparseGPT, in words."""
+_STEP = (
+    *("method", "pattern", "calibration", "refinements", "rounded"),
+    *("train_steps", "train_tokens", "world_batch", "dataset"),
+)
+"""The entries of castlm.json that describe the step that made a model."""
+_OF_CONFIG = ("init_from", "model", "seq_len", "eta", "teacher", "adapter", "start_effort", *_REFINED)
+"""The options of a run that describe its step."""
+
+
+def origin_of(name: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The entries of castlm.json that a result takes over from the model `name`: base_model, license and earlier.
+
+    The base model of a result of castlm is that result's own. The licence is the one in the card of a folder or of a
+    hub model in the cache, or in the header of a GGUF file; there is no entry if none names one.
+    """
+    where = locate(name, needs_weights=False)
+    if where.gguf:
+        return _known(*_of_gguf(where))
+    folder = cached_snapshot(where.target, revision) if where.is_hub else Path(where.target)
+    source = where.source if revision is None else f"{where.source}@{revision}"
+    if folder is None:
+        return _known(source, None)
+    manifest, licence = read_manifest(folder), license_of_card(folder)
+    if not manifest.get("base_model"):
+        return _known(source, licence)
+    steps = steps_of(manifest)
+    return _known(manifest["base_model"], manifest.get("license") or licence) | ({"earlier": steps} if steps else {})
+
+
+def _known(base_model: str, licence: str | None) -> dict[str, Any]:
+    return {"base_model": base_model} | ({"license": licence} if licence else {})
+
+
+def steps_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps that made a model, oldest first, from its castlm.json: `earlier`, and its own."""
+    steps = list(manifest.get("earlier") or [])
+    config = manifest.get("config") or {}
+    if manifest.get("method"):
+        own = {key: manifest[key] for key in _STEP if manifest.get(key)}
+        steps.append(own | {"config": {key: config[key] for key in _OF_CONFIG if key in config}})
+    if quantized := manifest.get("quantized"):
+        steps.append({"quantized": {key: quantized[key] for key in ("kind", "text") if key in quantized}})
+    return steps
+
+
+def license_of_card(folder: Path) -> str | None:
+    """The licence in the head of a model's README.md."""
+    file = folder / "README.md"
+    head = re.match(r"---\n(.*?)\n---\n", file.read_text("utf-8", "replace"), re.S) if file.is_file() else None
+    try:
+        fields = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:  # a card of others
+        return None
+    found = fields.get("license") if isinstance(fields, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _of_gguf(where: Location) -> tuple[str, str | None]:
+    """The base model and the licence of a GGUF file, by its header."""
+    from castlm.models.gguf import forget_gguf, read_fields
+
+    places = ("general.repo_url", "general.source.repo_url")
+    found = read_fields(Path(where.target) / where.gguf["gguf_file"], "general.license", *places)
+    forget_gguf()
+    hub_ids = [found[name].removeprefix(_HUB) for name in places if found.get(name, "").startswith(_HUB)]
+    source = f"{hub_ids[0]} ({where.gguf['gguf_file']})" if hub_ids and where.name != DEMO else where.source
+    return source, found.get("general.license")
+
+
+def described(step: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+    """A step in words, for the card.
+
+    Args:
+        shown: a name of a text or model in the form in which the card shows it.
+    """
+    if quantized := step.get("quantized"):
+        calibrated = f", calibrated on {shown(quantized['text'])}" if quantized.get("text") else ""
+        return f"Rounded to {quantized['kind']}{calibrated}"
+    config, method = step.get("config") or {}, str(step["method"])
+    if step.get("train_steps") is None:
+        text = step.get("calibration")
+        drawn = (
+            f"{text['num_sequences']:,} sequences of {text['seq_len']:,} tokens of {shown(text['text'])}"
+            if text
+            else ""
+        )
+        calibrated = f", calibrated on {drawn}" if text else ""
+        refined = _refined(step.get("refinements") or {})
+        return f"Pruned one-shot by {SOLVER_TITLES.get(method, method)}{refined}{calibrated}, without training"
+    steps, tokens = f"{step['train_steps']:,} steps", f"{step.get('train_tokens', 0):,} tokens"
+    names = str((step.get("dataset") or {}).get("name", "a text")).split(" + ")
+    text = " and ".join(map(shown, names))
+    length = f"{step.get('world_batch', '?')} sequences of {config.get('seq_len', '?')} tokens"
+    amount = f"{steps} of {length}, {tokens} of {text}"
+    if config.get("init_from") is not None and config.get("init_from") == config.get("model"):
+        adapter = config.get("adapter")
+        by = f" through an adapter ({adapter})" if adapter not in (None, "none") else ""
+        return f"Fine-tuned with its zeros kept{by}: {amount}"
+    title = METHODS[method].title if method in METHODS else method
+    start = "" if method in METHODS and METHODS[method].starts_dense else f", from {_start(config, shown)}"
+    teacher = shown(config["teacher"]) if config.get("teacher") else "the dense model"
+    distilled = f", distilled from {teacher} (weight {config['eta']:.2g})" if config.get("eta") else ""
+    rounded = step.get("rounded")
+    bits = f", with {rounded['kind']} weights ({rounded['bits_per_weight']:.2f} bits each)" if rounded else ""
+    return f"Trained by {title}{start}: {amount}{distilled}{bits}"
+
+
+def _start(config: Mapping[str, Any], shown: Callable[[str], str]) -> str:
+    start = str(config.get("init_from"))
+    if start not in SOLVER_TITLES:
+        return f"the masks of {shown(start)}"
+    refined = _refined(config) if start == "sparsegpt" else ""
+    return f"a start by {SOLVER_TITLES[start]}{refined}"
+
+
+def _refined(options: Mapping[str, Any]) -> str:
+    """The refinements of SparseGPT in `options`, in words."""
+    names = [words for option, words in _REFINED.items() if options.get(option)]
+    return f" with {' and '.join(names)}" if names else ""
