@@ -29,7 +29,7 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder
 from castlm.models.io import load_model, save_model
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.oneshot.start import change_basis_, prune_oneshot_
+from castlm.starts import change_basis_, prune_oneshot_
 from castlm.training.train import train
 
 SHARES = {"2:4": 0.0, "the chosen dense": 0.05, "the chosen 3:4": 0.10}

@@ -33,8 +33,8 @@ from castlm.models.io import load_model
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.start import prune_oneshot_
 from castlm.oneshot.walk import BlockCall
+from castlm.starts import prune_oneshot_
 
 
 class _FirstBlock(Exception):  # noqa: N818

@@ -35,10 +35,11 @@ from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.models.io import load_model
 from castlm.oneshot.options import Refinements
-from castlm.oneshot.start import prune_oneshot_
 from castlm.patterns import parse_pattern
 from castlm.runtime.decode import cache_keyword, cache_of
-from castlm.structured.pattern import SCORED_BY, sizes_after, sizes_of
+from castlm.starts import prune_oneshot_
+from castlm.structured.pattern import sizes_after, sizes_of
+from castlm.structured.scores import SCORES
 
 PROMPT, NEW_TOKENS = 256, 32
 SEQUENCES = 128
@@ -185,7 +186,7 @@ def score_rows(
     drawn = [calibration_sequences(documents, encoder, SEQUENCES, seq_len, seed)[0] for seed in range(seeds)]
     ids = token_ids(open_documents(text), loaded.tokenizer)
     found: dict[tuple[str, str], list[list[float]]] = {}
-    for pattern, score in itertools.product(patterns, SCORED_BY):
+    for pattern, score in itertools.product(patterns, SCORES):
         for iterations in (0, None):  # without, and the default
             values = []
             for seed in range(seeds):

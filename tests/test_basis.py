@@ -17,8 +17,8 @@ from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.residual import Stream
 from castlm.oneshot.solvers import SOLVERS, damped
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.start import change_basis_, prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
+from castlm.starts import change_basis_, prune_oneshot_
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, tiny_model
 

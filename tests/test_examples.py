@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 import castlm
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
-from castlm.core.nm import NM
+from castlm.core.nm import PARSERS
 from castlm.export.verify import verify
 from castlm.methods.table import METHODS
 from castlm.oneshot.solvers import SOLVERS
-from castlm.patterns import PARSERS
+from castlm.oneshot.steps.solve import REFINEMENTS
 from tests.chats import save_chat_model
 from tests.ranks import run_ranks, start_process
 from tests.runs import assert_same_but_for_sums
@@ -187,19 +187,16 @@ SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32 --rotation-ite
 @pytest.fixture
 def tables(monkeypatch):
     """Gives the tables back as they were."""
-    before = [(table, dict(table)) for table in (DECAYS, METHODS, SOLVERS)]
-    monkeypatch.setattr(NM, "solvers", NM.solvers)
-    parsers = list(PARSERS)
+    before = [(table, dict(table)) for table in (DECAYS, METHODS, SOLVERS, PARSERS, REFINEMENTS)]
     yield
     for table, rows in before:
         table.clear()
         table.update(rows)
-    PARSERS[:] = parsers
 
 
 def test_the_page_has_a_file_for_each_row_of_its_table():
     assert set(FILES) == {command.split()[0] for command in COMMANDS}
-    assert len(FILES) == 4
+    assert len(FILES) == 5
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,8 +14,8 @@ from castlm.oneshot.options import Refinements
 from castlm.oneshot.routed import RoutedInputs, calibrated_on_all_note, calibrated_on_all_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.start import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
+from castlm.starts import prune_oneshot_
 from tests.runs import prune_to, record_of
 from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model

@@ -10,8 +10,8 @@ from castlm.core.distill import OutputHead, distillation_loss, top_tokens
 from castlm.distributed.world import init_world
 from castlm.evaluation.perplexity import perplexity
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
-from castlm.oneshot.quantize import quantize_
-from castlm.oneshot.start import change_basis_, prune_oneshot_
+from castlm.oneshot.steps.round import quantize_
+from castlm.starts import change_basis_, prune_oneshot_
 from tests.pretend_gpu import PretendTensor, pretend_gpu
 from tests.runs import begin_run, small
 from tests.tiny import tiny_model

@@ -7,7 +7,7 @@ import torch
 
 from castlm.core.hidden import hidden_distance
 from castlm.oneshot.options import BasisOptions
-from castlm.oneshot.start import change_basis_
+from castlm.starts import change_basis_
 from castlm.training.objective import Objective, as_teacher_
 from tests.runs import begin_run, small
 from tests.slow import slow

@@ -39,8 +39,8 @@ from castlm.models.io import load_model
 from castlm.names import printable
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.source import block_stack
-from castlm.oneshot.start import prune_oneshot_
 from castlm.oneshot.walk import BlockInputs
+from castlm.starts import prune_oneshot_
 from castlm.training.train import train
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused, refusal

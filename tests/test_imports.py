@@ -24,6 +24,7 @@ TIERS = (
         "oneshot",
         "structured",
         "patterns",
+        "starts",
         "runtime",
         "formats",
         "data",

@@ -18,7 +18,7 @@ from castlm.oneshot import walk
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.sparsegpt import sparsegpt
-from castlm.oneshot.start import prune_oneshot_
+from castlm.starts import prune_oneshot_
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, tiny_model
 
@@ -227,7 +227,7 @@ def test_dtype_and_modes_stay_and_progress_is_told():
     model.model.layers[1].mlp.eval()
     calls = []
     prune_oneshot_(model, "sparsegpt", calibration=tokens(), progress=lambda *done: calls.append(done))
-    assert calls == [(1, 2), (2, 2)]
+    assert calls == [(0, 2), (1, 2), (2, 2)]
     assert model.training
     assert not model.model.layers[1].mlp.training
     for layer in sparse_linears(model)[0].values():

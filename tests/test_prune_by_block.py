@@ -10,11 +10,11 @@ import torch
 from castlm.cli import prune as command
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.oneshot import prune as prune_module
-from castlm.oneshot import solve as solve_module
-from castlm.oneshot import start as start_module
+from castlm.export import pruned as prune_module
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import StoredModel
+from castlm.oneshot.steps import change_basis as basis_module
+from castlm.oneshot.steps import solve as solve_module
 from tests.runs import assert_equal_weights, edit_weights, killed_in, record_of, weights
 from tests.slow import slow
 from tests.tiny import save_tiny, tiny_model
@@ -72,7 +72,7 @@ def test_each_method_gives_what_it_gives_with_the_whole_model(llama, tmp_path, t
 
 def test_only_the_statistics_that_are_solved_next_are_held(llama, tmp_path, text, monkeypatch):
     """Those of the other inputs, which chose the basis, are gone when the first layers are solved."""
-    see, solve, seen = start_module.see_inputs, solve_module.prune_layers, []
+    see, solve, seen = solve_module.see_inputs, solve_module.prune_layers, []
 
     def see_inputs(*args):
         found = see(*args)
@@ -83,7 +83,8 @@ def test_only_the_statistics_that_are_solved_next_are_held(llama, tmp_path, text
         assert sum(reference() is not None for reference in seen) <= 1
         return solve(*args)
 
-    monkeypatch.setattr(start_module, "see_inputs", see_inputs)
+    for module in (basis_module, solve_module):
+        monkeypatch.setattr(module, "see_inputs", see_inputs)
     monkeypatch.setattr(solve_module, "prune_layers", prune_layers)
     prune(llama, text, tmp_path / "out")
     assert len(seen) == 3 * (4 + 3)  # in each block all inputs, then again those of o, of gate and up, and of down
@@ -231,7 +232,7 @@ def test_a_folder_of_the_user_named_as_an_unfinished_prune_changes_nothing(llama
 
 
 def test_a_block_is_held_where_the_model_does_not_fit(llama, tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr("castlm.oneshot.prune.available_memory", lambda device: 1000.0)
+    monkeypatch.setattr("castlm.export.pruned.available_memory", lambda device: 1000.0)
     prune(llama, text, tmp_path / "out", memory="auto")
     assert "one transformer block at a time is in memory" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 4

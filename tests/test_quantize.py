@@ -25,7 +25,7 @@ from castlm.formats.packed_file import read_specs
 from castlm.formats.rounding import round_in_groups, round_rows
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
-from castlm.oneshot.quantize import quantize_
+from castlm.oneshot.steps.round import quantize_
 from castlm.runtime.packed import pack_integers, unpack
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.refusals import assert_refused

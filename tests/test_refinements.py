@@ -2,7 +2,6 @@
 
 import collections
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +10,15 @@ from castlm.core import native
 from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, nm_mask
-from castlm.oneshot import start
+from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
 from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
-from castlm.oneshot.reconstruct import reconstruct_
-from castlm.oneshot.solvers import FIRST_PENALTY, LAST_PENALTY, damped, improve_masks, refit, whole_hessian
+from castlm.oneshot.refit import refit
+from castlm.oneshot.solvers import damped, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor
-from castlm.oneshot.start import prune_oneshot_
+from castlm.oneshot.steps import solve
+from castlm.oneshot.steps.reconstruct import reconstruct_
+from castlm.starts import applied, prune_oneshot_
 from castlm.structured.pattern import Channels
 from tests.fused import needs_kernels, threads
 from tests.tiny import VOCAB_SIZE, linear_model
@@ -141,8 +142,8 @@ def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
             seen.update({name: whole_hessian(entry.statistic.clone()) for entry in found for name in entry.names})
         return found
 
-    original = start.see_inputs
-    monkeypatch.setattr(start, "see_inputs", spy)
+    original = solve.see_inputs
+    monkeypatch.setattr(solve, "see_inputs", spy)
     model, name = linear_model("llama"), "model.layers.0.mlp.down_proj"
     prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(staged_statistics=True))
     entered = []
@@ -152,15 +153,15 @@ def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
     torch.testing.assert_close(seen[name], 2 / len(TOKENS) * x.T @ x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("epochs", "skipped"), [(0, 2), (1, 0)])
-def test_attention_runs_no_more_once_it_is_pruned_unless_the_block_is_trained(epochs, skipped):
+@pytest.mark.parametrize(("epochs", "skipped"), [(0, 2), (1, 1)])
+def test_attention_runs_no_more_once_it_is_pruned_until_the_block_is_trained(epochs, skipped):
     model, runs = linear_model("llama"), collections.Counter()
     block = model.model.layers[0]
     for layer in (block.self_attn.q_proj, block.mlp.gate_proj):
         layer.register_forward_hook(lambda layer, *_: runs.update([layer]))
     refinements = Refinements(staged_statistics=True, reconstruct_epochs=epochs)
     prune_oneshot_(model, "sparsegpt", calibration=TOKENS[:2], refinements=refinements)
-    # The passes for the statistics of `down_proj` and for the outputs of the pruned block.
+    # The pass for the statistics of `down_proj`; without training, also the one for the outputs of the pruned block.
     assert runs[block.mlp.gate_proj] - runs[block.self_attn.q_proj] == skipped
     assert "forward" not in vars(block.self_attn)
 
@@ -211,12 +212,12 @@ def test_refinements_are_checked():
     with pytest.raises(InputError, match=r"refit_iterations = 1 .* wanda for 2:4"):
         prune_oneshot_(model, "wanda", calibration=TOKENS, refinements=Refinements(refit_iterations=1))
     with pytest.raises(InputError, match=r"reconstruct_epochs = 1 .* wanda"):
-        Refinements(reconstruct_epochs=1).for_solver("wanda", NM(2, 4))
+        applied(Refinements(reconstruct_epochs=1), "wanda", NM(2, 4))
     with pytest.raises(InputError, match="reconstruct_epochs"):
         prune_oneshot_(model, "sparsegpt", calibration=TOKENS[:1], refinements=Refinements(reconstruct_epochs=1))
-    assert Refinements().for_solver("magnitude", NM(2, 4)) == NO_REFINEMENTS
-    assert NO_REFINEMENTS.for_solver("wanda", NM(2, 4)) == NO_REFINEMENTS
-    assert Refinements(mask_iterations=0, refit_iterations=5).for_solver("flap", Channels(0.5)).refit_iterations == 5
+    assert applied(Refinements(), "magnitude", NM(2, 4)) == NO_REFINEMENTS
+    assert applied(NO_REFINEMENTS, "wanda", NM(2, 4)) == NO_REFINEMENTS
+    assert applied(Refinements(mask_iterations=0, refit_iterations=5), "flap", Channels(0.5)).refit_iterations == 5
     with pytest.raises(InputError, match=r"mask_iterations = 5 .* channels:0\.5"):
         prune_oneshot_(
             model, "flap", pattern=Channels(0.5), calibration=TOKENS, refinements=Refinements(mask_iterations=5)
@@ -226,9 +227,8 @@ def test_refinements_are_checked():
     with pytest.raises(InputError, match=r"damping = 1\.5 is out of range: it must be between 0 and 1"):
         Refinements(damping=1.5)
     with pytest.raises(InputError, match=r"damping = 0.1 .* wanda"):
-        Refinements(damping=0.1).for_solver("wanda", NM(2, 4))
-    assert Refinements(damping=0.1).for_solver("flap", Channels(0.5)).damping == 0.1
-    assert Refinements(damping=0.1).for_solver("a_solver_of_ones_own", NM(2, 4)) == replace(NO_REFINEMENTS, damping=0.1)
+        applied(Refinements(damping=0.1), "wanda", NM(2, 4))
+    assert applied(Refinements(damping=0.1), "flap", Channels(0.5)).damping == 0.1
 
 
 def test_an_effort_sets_options_that_are_not_given():
@@ -240,11 +240,11 @@ def test_an_effort_sets_options_that_are_not_given():
 
 def test_a_quick_start_does_not_ask_other_solvers_for_its_refinements():
     quick = {k: v for k, v in EFFORTS["quick"].options.items() if hasattr(NO_REFINEMENTS, k)}
-    assert Refinements(**quick).for_solver("sparsegpt", NM(2, 4)) == Refinements(**quick)
-    assert Refinements(**quick).for_solver("wanda", NM(2, 4), "quick") == NO_REFINEMENTS
+    assert applied(Refinements(**quick), "sparsegpt", NM(2, 4)) == Refinements(**quick)
+    assert applied(Refinements(**quick), "wanda", NM(2, 4), "quick") == NO_REFINEMENTS
     with pytest.raises(InputError, match="refit_iterations"):
-        Refinements(**quick).for_solver("wanda", NM(2, 4))
-    assert Refinements(**quick).for_solver("wanda", Channels(0.25)).num_refits(Channels(0.25)) == 6
+        applied(Refinements(**quick), "wanda", NM(2, 4))
+    assert applied(Refinements(**quick), "flap", Channels(0.25)).num_refits == 6
 
 
 @pytest.mark.parametrize(

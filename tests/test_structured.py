@@ -14,14 +14,16 @@ from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.core.sparsify import prune_, sparse_linears, sparse_param_groups
+from castlm.data.calibration import CalibrationText
 from castlm.distributed.world import close_world, init_world
 from castlm.export.verify import verify
 from castlm.models.io import load_model
 from castlm.oneshot.options import Refinements
-from castlm.oneshot.start import prune_oneshot_
 from castlm.patterns import parse_pattern
-from castlm.structured.pattern import SCORED_BY, Channels
+from castlm.starts import prune_oneshot_
+from castlm.structured.pattern import Channels
 from castlm.structured.prune import loss_gradients, solve_columns
+from castlm.structured.scores import SCORES
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.fused import needs_kernels
@@ -215,7 +217,7 @@ def kept_channels(model, block=0):
     return model.model.layers[block].mlp.down_proj.weight.ne(0).any(0)
 
 
-@pytest.mark.parametrize("score", SCORED_BY)
+@pytest.mark.parametrize("score", SCORES)
 def test_the_channels_with_the_highest_score_stay(score):
     model = tiny_model("llama")
     best = expected(score, tiny_model("llama")).argsort(descending=True)[:32]
@@ -253,7 +255,7 @@ def test_gradients_are_those_of_a_plain_backward_pass_that_runs_each_block_again
     layers, _ = sparse_linears(model, parse_pattern("channels:0.5"))
     calls = []
     hook = next(iter(layers.values())).register_forward_pre_hook(lambda *_: calls.append(1))
-    found = loss_gradients(model, layers, TOKENS)
+    found = loss_gradients(model, layers, CalibrationText(TOKENS))
     hook.remove()
     assert len(calls) == 2
     plain(input_ids=TOKENS, labels=TOKENS).loss.backward()

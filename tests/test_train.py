@@ -20,11 +20,10 @@ from castlm.export.verify import verify
 from castlm.files.output import begin_output
 from castlm.files.record import LOCK
 from castlm.models.io import load_model
-from castlm.oneshot import start
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
-from castlm.oneshot.start import prune_oneshot_
 from castlm.signals import Interrupt, Interrupted, ending_on_sigterm
-from castlm.training import run_folder
+from castlm.starts import prune_oneshot_
+from castlm.training import run_folder, start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import pruned
@@ -260,7 +259,7 @@ def test_a_model_that_sparsegpt_cannot_prune_is_told_what_can(llama, text, tmp_p
     def refuse(*args, **kwargs):
         raise InputError("no calibration token reaches model.layers.0.mlp.experts.3.w1")
 
-    monkeypatch.setattr(start.Start, "make_", refuse)
+    monkeypatch.setattr(start, "run_start", refuse)
     with pytest.raises(InputError, match=r"init_from sparsegpt.*experts\.3\.w1.*init_from magnitude"):
         train(small(llama, text, tmp_path / "run", init_from=None))
     assert not (tmp_path / "run" / "config.yaml").exists()

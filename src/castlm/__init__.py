@@ -8,6 +8,7 @@ import importlib
 import re
 from pathlib import Path
 
+import castlm.patterns  # noqa: F401  # functions of core parse its texts too
 from castlm.runtime.register import register
 
 __version__ = "0.1.0"

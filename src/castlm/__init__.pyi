@@ -40,10 +40,10 @@ from castlm.models.io import save_model as save_model
 from castlm.oneshot.calibration import calibration_length as calibration_length
 from castlm.oneshot.options import BasisOptions as BasisOptions
 from castlm.oneshot.options import Refinements as Refinements
-from castlm.oneshot.start import prune_oneshot_ as prune_oneshot_
 from castlm.patterns import parse_pattern as parse_pattern
 from castlm.runtime.layers import pack_model_ as pack_model_
 from castlm.runtime.semi_structured import to_semi_structured_ as to_semi_structured_
+from castlm.starts import prune_oneshot_ as prune_oneshot_
 from castlm.structured.pattern import Channels as Channels
 from castlm.structured.pattern import Heads as Heads
 from castlm.training.config import FinetuneConfig as FinetuneConfig

@@ -28,28 +28,32 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def shown_progress(what: str, rate: str | None = None, before: int = 0) -> Iterator[Callable[[int, int], None]]:
+def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -> Iterator[Callable[[int, int], None]]:
     """Yields `told(done, total)`, which the caller calls after each part of the work.
 
     Args:
         what: the work and its unit, such as "perplexity, sequences".
         rate: also show the speed, with this unit, such as "tokens/s".
-        before: parts that an earlier start has done.
+        before: parts that an earlier start has done; None if the first call, before any work, gives their number.
     """
     console = Screen(stderr=True, highlight=False)
     started = last = time.monotonic()
 
     def per_second(done: int) -> float:
+        nonlocal before
+        if before is None:
+            before = done
         return (done - before) / max(time.monotonic() - started, 1e-9)
 
     if console.is_terminal:
         columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)]
         columns += [TextColumn("{task.fields[speed]}"), TextColumn("ETA"), TimeRemainingColumn()]
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=None, completed=before, speed="")
+            task = bar.add_task(what, total=None, completed=before or 0, speed="")
 
             def show(done: int, total: int) -> None:
-                speed = f"{per_second(done):,.0f} {rate}" if rate else ""
+                done_in_second = per_second(done)
+                speed = f"{done_in_second:,.0f} {rate}" if rate else ""
                 bar.update(task, completed=done, total=total, speed=speed)
 
             yield show
@@ -57,10 +61,10 @@ def shown_progress(what: str, rate: str | None = None, before: int = 0) -> Itera
 
     def line(done: int, total: int) -> None:
         nonlocal last
-        now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES and before < done < total:
+        now, done_in_second = time.monotonic(), per_second(done)
+        if now - last >= SECONDS_BETWEEN_LINES and done_in_second > 0 and done < total:
             last = now
-            speed = f", {per_second(done):,.0f} {rate}" if rate else ""
-            note(f"{what} {done:,}/{total:,}{speed}, {(total - done) / per_second(done):.0f} s left")
+            speed = f", {done_in_second:,.0f} {rate}" if rate else ""
+            note(f"{what} {done:,}/{total:,}{speed}, {(total - done) / done_in_second:.0f} s left")
 
     yield line

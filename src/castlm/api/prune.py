@@ -13,8 +13,8 @@ from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.fields import Needs, build, choice, essential, label, like, number, option
 from castlm.keywords import PruneKeywords
-from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, with_effort
-from castlm.patterns import all_solvers
+from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, part_of, with_effort
+from castlm.starts import Reads, all_methods, default_method, method_of, reads_of, steps_of
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
 
 if typing.TYPE_CHECKING:  # it imports torch
@@ -33,7 +33,7 @@ class OwnOptions:
     output_dir: str = essential()
     """Folder for the pruned model."""
 
-    method: str | None = choice(None, all_solvers, essential=True)
+    method: str | None = choice(None, all_methods, essential=True)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
     Structured patterns rank their units by flap (the default of channels), taylor (of heads) or magnitude."""
 
@@ -81,20 +81,32 @@ class PruneOptions(Refinements, BasisOptions, EffortOptions, TextOptions, OwnOpt
     @property
     def solver(self) -> str:
         """`method`, or the default of the pattern."""
-        return self.method or self.pattern.default_solver
+        return self.method or default_method(self.pattern)
 
     @property
     def takes_text(self) -> bool:
-        """Whether a calibration text has a use: after units are cut, the rest of a layer is solved for on one."""
-        return self.solver != "magnitude" or self.pattern.cut_out is not None
+        """Whether a calibration text has a use."""
+        return method_of(self.solver, self.pattern).reads_text
 
     @property
     def reads_text(self) -> bool:
-        return self.solver != "magnitude" or (self.takes_text and self.calibration is not None)
+        return self.is_calibrated
+
+    @property
+    def _reads(self) -> Reads:
+        return reads_of(method_of(self.solver, self.pattern), self.pattern, has_text=self.calibration is not None)
 
     @property
     def is_calibrated(self) -> bool:
-        return self.reads_text
+        return self._reads.is_calibrated
+
+    @property
+    def turns_axes(self) -> bool:
+        return self._reads.turns_axes
+
+    @property
+    def read_refinements(self) -> tuple[str, ...]:
+        return self._reads.read_refinements
 
 
 @with_keywords_of(PruneOptions)
@@ -139,44 +151,54 @@ def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:
     Args:
         source: `COMMAND_LINE` if they are from there; errors then write `--calibration` instead of `calibration`.
     """
+    import torch
+
     from castlm.data.documents import open_documents
+    from castlm.export.pruned import choose_memory, prune_folder
     from castlm.files.output import check_output
     from castlm.hardware import choose_device
     from castlm.models.locate import local_folder
-    from castlm.oneshot.prune import Prune, choose_memory
-    from castlm.oneshot.start import Start
+    from castlm.oneshot.calibration import Draw
 
     pattern, method = options.pattern, options.solver
     if options.memory == "block":
         local_folder(options.model)
     device = choose_device(options.device)
-    if method != "magnitude" and options.calibration is None:
+    basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
+    steps = steps_of(method, pattern, basis, refinements, options.start_effort)
+    if method_of(method, pattern).needs_text and options.calibration is None:
         raise InputError(
             f"method {method} needs a calibration text: give {label('calibration', source)} FILE, or "
             f"{label('method', source)} magnitude"
         )
-    text = None if options.calibration is None else open_documents(options.calibration, options)
-    start = Start.of(options, method, pattern, seed=options.seed)
+    draw = None
+    if options.calibration is not None:
+        draw = Draw(
+            documents=open_documents(options.calibration, options),
+            num_sequences=options.num_sequences,
+            seq_len=options.seq_len,
+            seed=options.seed,
+            precision=options.precision,
+            effort=EFFORTS[options.start_effort],
+        )
     inputs = {"model": options.model, "calibration": options.calibration}
     folder = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
     memory = options.memory
     if memory == "auto":
         memory = choose_memory(options.model, options.revision, folder, pattern, device)
-    work = Prune(
-        model=options.model,
-        start=start,
-        text=text,
+    return prune_folder(
+        options.model,
+        folder,
+        method,
+        pattern,
+        steps,
+        draw=draw,
         text_name=options.calibration,
-        num_sequences=options.num_sequences,
-        seq_len=options.seq_len,
-        effort=EFFORTS[options.start_effort],
-        device=device,
-        memory=memory,
-        precision=options.precision,
-        save_dtype=options.save_dtype,
         options=options,
+        memory=memory,
+        device=torch.device(device),
+        dtype=options.save_dtype,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         overwrite=options.overwrite,
     )
-    return work.run(folder)

@@ -15,6 +15,7 @@ from castlm.fields import essential, number, positional
 from castlm.files.reading import read_json
 from castlm.names import aligned, duration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.starts import methods_of, trained_from
 
 if TYPE_CHECKING:
     from castlm.lab.planning.law import Law
@@ -126,8 +127,8 @@ def memory(arguments: list[str]) -> int:
     from castlm.lab.planning.prune_memory import plan_prune_memory
 
     model, pattern, start, teacher = config.model.model, config.model.pattern, config.start, config.teacher
-    if start.name not in pattern.solvers and not Path(start.name).expanduser().is_dir():
-        solvers = ", ".join(pattern.solvers)
+    if start.name not in methods_of(pattern) and not Path(start.name).expanduser().is_dir():
+        solvers = ", ".join(methods_of(pattern))
         raise InputError(f"init_from {start.name} is neither {solvers} nor the folder of a model of {pattern}")
     num_sequences, seq_len = start.calibration_sequences or MOST_SEQUENCES, config.data.seq_len
     if options.prune:
@@ -149,7 +150,7 @@ def memory(arguments: list[str]) -> int:
     if on_cpu:
         precision = choose_precision(precision, torch.device("cpu"), read_config(model))
     dtype = FLOATS["fp32" if precision == "fp32" else "bf16"]
-    reads_text = start.name in pattern.calibrated
+    solver = trained_from(start.name, pattern)
     run = Settings(
         seq_len=seq_len,
         micro_batch=config.optimizer.per_device_train_batch_size,
@@ -162,7 +163,7 @@ def memory(arguments: list[str]) -> int:
         teacher=dtype if teacher.eta > 0 else None,
         hidden_states=bool(teacher.hidden_weight),
         moments=config.optimizer.moments,
-        calibration_tokens=num_sequences * seq_len if reads_text else 0,
+        calibration_tokens=num_sequences * seq_len if solver and solver.reads_text else 0,
         on_cpu=on_cpu,
         saves_in_background=config.checkpoint.save_steps > 0 and config.checkpoint.async_save,
         chunk_tokens=default_chunk_tokens(torch.device("cpu" if on_cpu else "cuda")),

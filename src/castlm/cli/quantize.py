@@ -90,7 +90,7 @@ class QuantizeCommand(TextOptions):
         pattern = pattern_of(source, self.pattern)
         inputs = {"model": source, "calibration": self.calibration}
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs=inputs)
-        with shown_progress(f"{self.kind}, {'blocks' if calibration else 'layers'}") as progress:
+        with shown_progress(f"{self.kind}, blocks", before=None) as progress:
             report = quantize_folder(
                 source,
                 folder,

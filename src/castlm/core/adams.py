@@ -20,7 +20,7 @@ from castlm.core.decay import DECAYS
 from castlm.core.errors import DivergedError, InputError
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
 from castlm.core.native import Batch
-from castlm.core.nm import NM, as_pattern, pack_mask, refresh_masks_, replace_, unpack_mask
+from castlm.core.nm import NM, pack_mask, parse_pattern, refresh_masks_, replace_, unpack_mask
 from castlm.core.shards import check_matrix, flat, like_rows, local
 from castlm.core.update import SECOND_MOMENTS, hyperparameters, update_
 
@@ -176,7 +176,7 @@ class AdamS(Optimizer):
 
     def _start(self, group: dict[str, Any]) -> None:
         """Checks a new group, and makes the state of its parameters."""
-        group["pattern"] = as_pattern(group["pattern"])
+        group["pattern"] = parse_pattern(group["pattern"])
         if group["second_moment"] is None and group["decay"] in DECAYS:
             group["second_moment"] = "mix" if DECAYS[group["decay"]].needs_lam else "gradient"
         _check_options(group)

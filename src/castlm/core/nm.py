@@ -36,17 +36,6 @@ class Pattern(ABC):
     """Whether a masked weight that is zero still gets a gradient, by which a refresh of the mask may keep it again."""
     outside: ClassVar[str] = "not a layer of the pattern"
     """Why a layer that `joint_layers` leaves out stays dense."""
-    solvers: ClassVar[tuple[str, ...]] = ("magnitude", "wanda")
-    """The one-shot methods that prune to the pattern."""
-    calibrated: ClassVar[tuple[str, ...]] = ("wanda",)
-    """Those of `solvers` that need calibration text."""
-    solver_class: ClassVar[str | None] = None
-    """`module:name` of the class that prunes a block to this pattern; None prunes by `castlm.oneshot.solvers`."""
-
-    @property
-    def default_solver(self) -> str:
-        """The one-shot method to start from where no other is asked for. Figures in docs/results decided it."""
-        return self.solvers[0]
 
     @property
     def nm(self) -> NM | None:
@@ -178,9 +167,6 @@ class NM(Pattern):
     m: int
 
     independent_rows: ClassVar[bool] = True
-    solvers: ClassVar[tuple[str, ...]] = ("magnitude", "wanda", "sparsegpt")
-    default_solver: ClassVar[str] = "sparsegpt"
-    calibrated: ClassVar[tuple[str, ...]] = ("wanda", "sparsegpt")
 
     def __post_init__(self) -> None:
         if not (type(self.n) is int and type(self.m) is int and 1 <= self.n < self.m):
@@ -261,9 +247,33 @@ class NM(Pattern):
         return int((groups.count_nonzero(dim=-1) > self.n).sum())
 
 
-def as_pattern(pattern: Pattern | str) -> Pattern:
-    """`pattern` itself, or the n:m pattern of a text such as "2:4"; other patterns are passed as objects."""
-    return pattern if isinstance(pattern, Pattern) else NM.parse(pattern)
+PARSERS: dict[str, Callable[[str], Pattern | None]] = {}
+"""The parsers of patterns other than n:m, by the form of their texts: each returns None for a text of another form.
+
+`castlm.patterns` adds the patterns of this package when it is imported.
+"""
+
+
+def parse_pattern(text: Pattern | str) -> Pattern:
+    """The pattern that a text describes: "2:4", "channels:0.5", "heads:0.5" or "channels:0.75+2:4".
+
+    A `Pattern` is returned as it is. All functions of castlm that take a pattern take its text, and read it here.
+
+    Raises:
+        InputError: a text of another form, or a number that is out of range.
+
+    Examples:
+        >>> parse_pattern("2:4")
+        NM(n=2, m=4)
+    """
+    if isinstance(text, Pattern):
+        return text
+    if not isinstance(text, str):
+        raise InputError(f"pattern {text!r} is not a text: try 2:4")
+    found = next((pattern for parse in PARSERS.values() if (pattern := parse(text))), None)
+    if found is None and text[:1].isalpha():
+        raise InputError(f"pattern {text!r} is neither n:m nor {', '.join(PARSERS)}: try 2:4")
+    return found or NM.parse(text)
 
 
 def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from castlm.core.blocks import block_name, in_block, is_tower, why_dense
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
-from castlm.core.nm import NM, Pattern, as_pattern, pack_mask, unpack_mask
+from castlm.core.nm import NM, Pattern, pack_mask, parse_pattern, unpack_mask
 from castlm.core.shards import local
 
 SparseLayer = nn.Linear | ExpertLinear
@@ -88,7 +88,7 @@ def sparse_linears(
         >>> dense
         {'layers.1': 'its width 6 does not divide by m = 4', 'head.weight': 'outside the transformer blocks'}
     """
-    pattern = as_pattern(pattern).for_model(model)
+    pattern = parse_pattern(pattern).for_model(model)
     sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}
     for fqn, module in model.named_modules(remove_duplicate=True):
@@ -182,7 +182,7 @@ def sparse_param_groups(
         >>> [(group["param_names"], group["sparse"]) for group in sparse_param_groups(model)]
         [(['layers.0.weight'], True), (['layers.0.bias'], False)]
     """
-    pattern = as_pattern(pattern).for_model(model)
+    pattern = parse_pattern(pattern).for_model(model)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     sparse = {id(weight_parameter(layer)): name for name, layer in layers.items()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -235,7 +235,7 @@ def prune_(
         >>> model["layers"][0].weight.tolist()
         [[0.0, -3.0, 2.0, 0.0]]
     """
-    pattern = as_pattern(pattern).for_model(model)
+    pattern = parse_pattern(pattern).for_model(model)
     layers, _ = sparse_linears(model, pattern, filter_fn)
     weights = {name: weight_parameter(layer) for name, layer in layers.items()}
     for name, weight in weights.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,38 @@ from castlm.data.tokens import Encoder, parts_up_to, up_to
 
 CALIBRATION_POOL = 16
 """Sequences are drawn from this many times their tokens, so that a long text need not be read whole."""
+
+Extras = Sequence[Mapping[str, Tensor]] | None
+"""The further arguments of the model's forward, such as images, for each calibration sequence; None if it has none."""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The sequences that the steps of a start read."""
+
+    sequences: Tensor
+    """int64, (num_sequences, seq_len), as from `draw_calibration`."""
+    extras: Extras = None
+    precision: str = "fp32"
+    """Precision of the passes over the text: "fp32" runs them in the dtype of the weights, "bf16" under autocast, which
+    multiplies in bf16. Statistics and solvers are fp32."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def first(self, num_sequences: int) -> CalibrationText:
+        """The text without its later sequences."""
+        extras = None if self.extras is None else self.extras[:num_sequences]
+        return replace(self, sequences=self.sequences[:num_sequences], extras=extras)
+
+    def record(self) -> dict[str, Any]:
+        """Everything on which a result depends, for JSON."""
+        return {
+            "num_sequences": len(self.sequences),
+            "seq_len": self.sequences.shape[1],
+            "tokens_sha256": hashlib.sha256(self.sequences.numpy().tobytes()).hexdigest(),
+            "precision": self.precision,
+        }
 
 
 def draw_calibration(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:

@@ -27,7 +27,7 @@ from castlm.files.output import atomic_dir
 from castlm.formats.table import FORMATS
 from castlm.models.io import load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
-from castlm.oneshot.quantize import QuantizeReport, quantize_, stored_layers
+from castlm.oneshot.steps.round import QuantizeReport, quantize_, stored_layers
 
 _UNTRUE = ("proof", "figures", "perplexity")
 _WRITTEN_AGAIN = ("schema_version", "versions", "left_dense", "dtype", "packed", "quantized")
@@ -60,7 +60,7 @@ def quantize_folder(
     dtype: str = "source",
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> QuantizeReport:
     """Rounds the linear layers of a model, keeps zeros, and writes the result to `folder`, which is replaced.
@@ -76,7 +76,7 @@ def quantize_folder(
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         options: how the calibration text is read; a chat template is also saved.
         dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.
-        progress: called with (blocks or layers done, in all).
+        progress: called with (finished blocks, all blocks).
 
     Returns:
         Codes, scales and errors by layer.

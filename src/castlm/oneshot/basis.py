@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
+from castlm.core.nm import NM
 from castlm.oneshot.axes import (
     Term,
     find_permutation,
@@ -41,16 +41,12 @@ Undo = list[tuple[Tensor, Tensor]]
 """Weights that were changed, each with its old value."""
 
 
-def wiring_or_note(model: PreTrainedModel, pattern: Pattern, options: BasisOptions) -> tuple[Wiring | None, str | None]:
-    """The wiring for changes of basis; None if the basis stays, with the reason if the model's family is the reason.
+def wiring_or_note(model: PreTrainedModel, options: BasisOptions) -> tuple[Wiring | None, str | None]:
+    """The wiring for changes of basis; None if the model's family does not allow them, with the reason.
 
     Raises:
-        InputError: a pattern other than n:m, or a family whose basis cannot change. "auto" keeps the basis instead.
+        InputError: a family whose basis cannot change. "auto" keeps the basis instead.
     """
-    if options.is_off or (options.rotate == "auto" and not isinstance(pattern, NM)):
-        return None, None
-    if not isinstance(pattern, NM):
-        raise InputError(f"a change of basis is for n:m patterns, not {pattern}: use rotate auto")
     try:
         return describe(model), None
     except InputError as error:

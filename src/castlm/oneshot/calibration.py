@@ -1,17 +1,52 @@
-"""Draws the calibration sequences of one-shot solvers, and checks that a model can take them."""
+"""The size of a calibration text by default, its draw for a model, and the check that a model can take it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
+from castlm.data.calibration import CalibrationText, calibration_sequences
+from castlm.data.documents import AnyDocuments
+from castlm.data.tokens import Encoder
+from castlm.hardware import choose_precision
 from castlm.models.architecture import context_length
-from castlm.oneshot.options import Effort
+from castlm.oneshot.options import EFFORTS, Effort
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """The options with which the calibration text of a start is drawn from documents."""
+
+    documents: AnyDocuments
+    num_sequences: int | None = None
+    """None takes `default_sequences` for `effort`."""
+    seq_len: int = 0
+    """Tokens of a sequence; 0 takes `calibration_length`."""
+    seed: int = 0
+    precision: str = "auto"
+    """The option `precision`, for the passes over the text."""
+    effort: Effort = EFFORTS["best"]
+
+    def text(
+        self,
+        model: PreTrainedModel,
+        layers: Mapping[str, SparseLayer],
+        encoder: Encoder,
+        device: torch.device,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> CalibrationText:
+        """Draws the text for a start on `device` that prunes `layers` of a model."""
+        seq_len = self.seq_len or calibration_length(model)
+        num_sequences = self.num_sequences or default_sequences(layers, seq_len, self.effort)
+        sequences, extras = calibration_sequences(self.documents, encoder, num_sequences, seq_len, self.seed, say)
+        return CalibrationText(sequences, extras, choose_precision(self.precision, device, model.config))
 
 
 def calibration_length(model: PreTrainedModel) -> int:

@@ -7,8 +7,8 @@ is written last. A memory-mapped file would count as the process's own memory, s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableSequence, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from castlm.files.atomic_file import (
     reporting_full_disk,
     size_and_crc,
 )
+from castlm.files.output import begin_output, output_folder
 from castlm.files.reading import read_json_object
-from castlm.files.record import OUTPUT
+from castlm.files.record import OUTPUT, command_of
 
 FORMAT = 2  # of the record; an unfinished start of another one is refused by name
 PROGRESS = "progress.json"
@@ -38,6 +39,28 @@ PROGRESS = "progress.json"
 def partial_folder(folder: Path) -> Path:
     """The folder for the work of a start, beside the output `folder`, until the output is complete."""
     return folder.with_name(f"{folder.name}.partial")
+
+
+def block_file(folder: Path, index: int) -> Path:
+    """The file of a finished transformer block in the folder of a start."""
+    return folder / f"block-{index:05d}.safetensors"
+
+
+@contextmanager
+def begun_work(output: Path) -> Iterator[Path]:
+    """Locks and begins `partial_folder(output)` for the work of a start, and yields it; the work stays at the end."""
+    partial = partial_folder(output)
+    with output_folder(partial, "prune", resume=True):
+        begin_output(partial, "prune", resume=True)
+        yield partial
+
+
+def drop_work(output: Path) -> None:
+    """Deletes the work of a start once the result in `output` is complete."""
+    partial = partial_folder(output)
+    if command_of(partial) == "prune":
+        with output_folder(partial, "prune", resume=True):
+            remove_work(partial)
 
 
 def remove_work(folder: Path) -> None:
@@ -93,7 +116,7 @@ class StartFolder:
         self.done, self.results, self._files = done, results, files
 
     def block_file(self, index: int) -> Path:
-        return self.path / f"block-{index:05d}.safetensors"
+        return block_file(self.path, index)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         with safe_open(self.block_file(index), "pt") as opened:

@@ -11,12 +11,9 @@ from torch.nn.utils import parametrize
 
 from castlm.core.errors import InputError, check_finite
 from castlm.core.sparsify import SparseLayer
-from castlm.oneshot.routed import Routed, RoutedInputs, routed_in
-from castlm.oneshot.solvers import Accumulator, LayerInput
+from castlm.oneshot.layer_input import Accumulator, LayerInput
+from castlm.oneshot.routed import Routed, RoutedInputs, Seen, routed_in
 from castlm.oneshot.walk import BlockInputs, StopForward
-
-Seen = list[LayerInput | RoutedInputs]
-"""The inputs of some layers of a block, in the order of the calls."""
 
 
 def entries_of(seen: Seen) -> list[LayerInput]:

@@ -6,35 +6,29 @@ Commands and configs inherit them. Importing this module does not import torch, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
-from castlm.fields import Bounded, Joined, Needs, essential, number, option, unmet, without_effect
+from castlm.fields import Bounded, Needs, essential, number, option
 
 T = TypeVar("T")
 
-# The conditions of the options below. They ask the options for `pattern`, `solver` (the name of a solver; in a run also
-# a model folder) and `is_calibrated` (whether the start reads a text).
+# The conditions of the options below. They ask the options for the facts in `castlm.starts.Reads`.
 CALIBRATED = Needs("a solver that reads text, such as sparsegpt", lambda options: options.is_calibrated)
 TURNED = Needs(
     "an n:m pattern and a solver that reads text, such as sparsegpt",
-    lambda options: options.is_calibrated and isinstance(options.pattern, NM),
+    lambda options: options.is_calibrated and options.turns_axes,
 )
-SPARSEGPT = Needs(
-    "the solver sparsegpt and an n:m pattern",
-    lambda options: options.solver == "sparsegpt" and options.pattern.cut_out is None,
-)
-SPARSEGPT_OR_UNITS = Needs(
-    "the solver sparsegpt, or channels or heads that are cut out",
-    lambda options: options.solver == "sparsegpt" or options.pattern.cut_out is not None,
-)
-DAMPED = Needs(
-    "a solver that inverts a Hessian, such as sparsegpt",
-    lambda options: options.solver not in ("wanda", "magnitude") or options.pattern.cut_out is not None,
-)
+
+
+def _read(name: str, words: str, **more: Any) -> Needs:
+    """The condition that the method of a start reads the option `name` of `Refinements`."""
+    return Needs(words, lambda options: name in options.read_refinements, **more)
+
+
+_EPOCHS = Needs("reconstruct_epochs above 0", lambda options: options.reconstruct_epochs > 0)
+_DAMPED = "a solver that inverts a Hessian, such as sparsegpt"
+_REFINED = "a solver that refinements follow, such as sparsegpt, and an n:m pattern"
 
 
 def part_of(options: Any, section: type[T]) -> T:
@@ -120,60 +114,53 @@ NO_BASIS = BasisOptions(rotate="off", permute=False)
 class Refinements(Bounded):
     """The damping of SparseGPT, and refinements beyond its published form."""
 
-    staged_statistics: bool = option(True, needs=(CALIBRATED, SPARSEGPT._replace(off=False)))
+    staged_statistics: bool = option(True, needs=(CALIBRATED, _read("staged_statistics", _REFINED, off=False)))
     """Collect the statistics of a layer after the layers before it in its transformer block are pruned, as
     --true-sequential of SparseGPT's published code does. This takes one partial pass over the text for each input of
     a transformer block."""
 
-    mask_iterations: int = number(16, at_least=0, at_most=10_000, needs=(CALIBRATED, SPARSEGPT._replace(off=0)))
+    mask_iterations: int = number(
+        16, at_least=0, at_most=10_000, needs=(CALIBRATED, _read("mask_iterations", _REFINED, off=0))
+    )
     """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs two refit
     iterations, plus one eigendecomposition per layer. 0 keeps SparseGPT's masks."""
 
-    refit_iterations: int | None = number(None, at_least=0, needs=(CALIBRATED, SPARSEGPT_OR_UNITS._replace(off=0)))
+    refit_iterations: int | None = number(
+        None,
+        at_least=0,
+        needs=(
+            CALIBRATED,
+            _read("refit_iterations", "the solver sparsegpt, or channels or heads that are cut out", off=0),
+        ),
+    )
     """Conjugate gradient steps on the kept weights after the prune, without a pass over the text. The default is 20,
     and 0 after mask_iterations, which leave the kept weights near their optimum."""
 
-    reconstruct_epochs: int = number(0, at_least=0, needs=(CALIBRATED, SPARSEGPT))
+    reconstruct_epochs: int = number(0, at_least=0, needs=(CALIBRATED, _read("reconstruct_epochs", _REFINED)))
     """Epochs over the calibration text in which each transformer block learns the outputs of the dense block. They
     stop early when the error on held-out sequences rises. An epoch costs as much as training on that text."""
 
     reconstruct_rate: float = number(
         1e-3,
         above=0,
-        needs=(SPARSEGPT, Needs("reconstruct_epochs above 0", lambda options: options.reconstruct_epochs > 0)),
+        needs=(_read("reconstruct_rate", _REFINED), _EPOCHS),
     )
     """Learning rate of the reconstruction."""
 
-    damping: float = number(0.01, at_least=0, at_most=1, needs=(CALIBRATED, DAMPED))
+    damping: float = number(
+        0.01,
+        at_least=0,
+        at_most=1,
+        needs=(CALIBRATED, _read("damping", _DAMPED)),
+    )
     """Add this fraction of the mean diagonal to the Hessian. The fewer calibration tokens, the more it needs."""
 
     @property
-    def keeps_outputs(self) -> bool:
-        """Several passes read a transformer block while it is pruned, and no training changes it in between."""
-        return self.staged_statistics and not self.reconstruct_epochs
-
-    def num_refits(self, pattern: Pattern) -> int:
-        """`refit_iterations`, or its default for `pattern`: 0 after `mask_iterations`, which only n:m has, else 20."""
+    def num_refits(self) -> int:
+        """`refit_iterations`, or its default: 0 after `mask_iterations`, else 20."""
         if self.refit_iterations is not None:
             return self.refit_iterations
-        return 0 if self.mask_iterations and pattern.cut_out is None else 20
-
-    def for_solver(self, solver: str, pattern: Pattern, effort: str = "best") -> Refinements:
-        """The refinements that have an effect with a solver and a pattern; the others as in `NO_REFINEMENTS`.
-
-        Args:
-            effort: the `start_effort` that has set options of these refinements. They need no effect.
-
-        Raises:
-            InputError: another option that asks for something and has no effect.
-        """
-        of_solver = SimpleNamespace(pattern=pattern, solver=solver, is_calibrated=True)
-        chosen, set_by_effort = Joined(of_solver, self), EFFORTS[effort].options
-        asked = {name: value for name, value in asdict(self).items() if value != set_by_effort.get(name)}
-        for reason in without_effect([Refinements], asked, chosen).values():
-            raise InputError(f"{reason} (this is {solver} for {pattern}): leave it out")
-        unread = [option.name for option in fields(self) if unmet(option, chosen) is not None]
-        return replace(self, **{name: getattr(NO_REFINEMENTS, name) for name in unread})
+        return 0 if self.mask_iterations else 20
 
 
 NO_REFINEMENTS = Refinements(staged_statistics=False, mask_iterations=0, refit_iterations=0)

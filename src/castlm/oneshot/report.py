@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from castlm.oneshot.reconstruct import Reconstruction
 from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
 
 _MIN_GAIN = 1e-3  # least relative fall of the error for which a change of basis is kept
@@ -46,6 +45,16 @@ class LayerResult:
             num_few=num_few,
             num_zero_inputs=sum(result.num_zero_inputs for result in results),
         )
+
+
+@dataclass
+class Reconstruction:
+    """Reconstruction of one block: squared output error on held-out sequences, relative to |output - input|^2."""
+
+    before: float
+    after: float
+    epochs: int
+    """The number of epochs that were run; it stops when the held-out error rises."""
 
 
 @dataclass
@@ -99,7 +108,7 @@ class BasisReport:
 class OneshotReport:
     """The result of a start: its layers and its changes of basis."""
 
-    damping: float | None
+    damping: float | None = None
     """The given damping; None for a method without damping."""
     layers: list[LayerResult] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)

@@ -8,7 +8,6 @@ the vector of ones, along which the mean lies (SliceGPT, Ashkboos et al. 2024).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.core.sparsify import SparseLayer
+from castlm.data.calibration import CalibrationText
 from castlm.oneshot.axes import Term, learn_rotations, sampled_energies, solved_errors
 from castlm.oneshot.basis import (
     Statistic,
@@ -32,7 +31,7 @@ from castlm.oneshot.inputs import see_inputs
 from castlm.oneshot.report import BasisReport, Change
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import MemoryModel
-from castlm.oneshot.walk import Extras, walk
+from castlm.oneshot.walk import walk
 
 _SMALLEST_GAIN = 1e-6
 _CHECK_TOKENS = 256
@@ -42,36 +41,27 @@ _FARTHEST = 0.5  # largest relative distance by which training may have moved th
 
 @torch.no_grad()
 def rotate_residual_(
-    source: MemoryModel,
-    wiring: Wiring,
-    layers: Mapping[str, SparseLayer],
-    calibration: Tensor,
-    extras: Extras,
-    *,
-    pattern: NM,
-    iterations: int,
-    precision: str,
-    report: BasisReport,
+    source: MemoryModel, wiring: Wiring, text: CalibrationText, pattern: NM, iterations: int, report: BasisReport
 ) -> None:
     """Rotates the residual stream of a dense model in place, if that lowers the mean error of the layers that read it.
 
     Reads the whole text once more. Memory beyond the model: two fp32 matrices (hidden, hidden) for each norm of the
-    stream. `layers` will be pruned, and `report` receives the result. Raises `InputError` for a family or a model whose
-    stream cannot be rotated.
+    stream. The layers of `source` will be pruned, and `report` receives the result. Raises `InputError` for a family or
+    a model whose stream cannot be rotated.
     """
     model = source.model
     stream = Stream(model, wiring, pattern)
     if obstacle := stream.obstacle():
         raise InputError(f"the residual stream of {wiring.family} cannot be rotated: {obstacle}; use rotate values")
-    sample = calibration[:1, :_CHECK_TOKENS].to(model.device)
+    sample = text.sequences[:1, :_CHECK_TOKENS].to(model.device)
     before = model(input_ids=sample, use_cache=False).logits
     stream.fold_()
-    for step in walk(source, layers, calibration, extras=extras, precision=precision):
+    for visit in walk(source, text):
         statistics: Statistics = {}
-        if step.inside:
-            assert step.inputs is not None
-            statistics = statistics_of(see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)))
-        stream.add_statistics(wiring.blocks[step.index], statistics)
+        if visit.inside:
+            assert visit.inputs is not None
+            statistics = statistics_of(see_inputs(visit.inside, visit.inputs, SOLVERS["sparsegpt"], len(text)))
+        stream.add_statistics(wiring.blocks[visit.index], statistics)
     why_not = "no pruned layer reads it"
     change = report.change("residual stream rotated")
     if any(statistic is not None for statistic in stream.read):

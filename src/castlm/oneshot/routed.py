@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, expert_layers
-from castlm.oneshot.solvers import Accumulator, LayerInput
+from castlm.oneshot.layer_input import Accumulator, LayerInput
 
 _REMEDY = "use magnitude without calibration, or leave its experts dense"
 
@@ -42,6 +42,10 @@ class RoutedInputs:
     def entries(self) -> list[LayerInput]:
         """The inputs that have a statistic of their own: one for each expert, in order."""
         return [entry for _, entry in sorted(self.experts.items())]
+
+
+Seen = list[LayerInput | RoutedInputs]
+"""The inputs of some layers of a block, in the order of the calls."""
 
 
 class Routed:

@@ -37,12 +37,14 @@ class MemoryModel:
     """A whole model in memory, which is changed in place.
 
     Args:
-        layers: the names of the layers that are pruned; their blocks are the stack that the walk follows.
+        layers: the layers that a start changes, by name; their blocks are the stack that the walk follows.
         keeps_dense: keep a copy of the weights of these layers, in their new basis, from before the prune.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Iterable[str], keeps_dense: bool = False) -> None:
-        self.model, self.device = model, model.device
+    is_whole = True  # whether all blocks are in memory at the same time
+
+    def __init__(self, model: PreTrainedModel, layers: Mapping[str, SparseLayer], keeps_dense: bool = False) -> None:
+        self.model, self.layers, self.device = model, layers, model.device
         self.stack, self.blocks = block_stack(model, layers)
         self.keeps_dense = keeps_dense
         self.dense: dict[str, Tensor] = {}
@@ -85,20 +87,23 @@ class StoredModel:
 
     Args:
         model: as `castlm.distributed.loading.open_sharded` returns it: parameters on the meta device, buffers real.
-        layers: the names of the layers that are pruned; their blocks are the stack that the walk follows.
+        layers: the layers that a start changes, by name; their blocks are the stack that the walk follows.
         device: the device to which weights are read, in fp32.
         dtype: the dtype of the weights of finished blocks.
     """
+
+    is_whole = False
 
     def __init__(
         self,
         model: PreTrainedModel,
         checkpoint: Checkpoint,
-        layers: Iterable[str],
+        layers: Mapping[str, SparseLayer],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.model, self.checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
+        self.model, self.layers = model, layers
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.stack, self.blocks = block_stack(model, layers)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -177,3 +182,7 @@ class StoredModel:
             value = self.checkpoint.places[name].read(read, slice(None))
         check_finite(f"{name} of {self.checkpoint.source}", value)
         return value
+
+
+Source = MemoryModel | StoredModel
+"""The model of a start."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,10 +26,12 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
+from castlm.data.calibration import CalibrationText, Extras
 from castlm.hardware import autocast
 from castlm.models.architecture import replaced_forward
 from castlm.oneshot.folder import HiddenStates, StartFolder
-from castlm.oneshot.source import MemoryModel, StoredModel
+from castlm.oneshot.routed import Seen
+from castlm.oneshot.source import Source
 
 # Tokens per forward pass: short sequences are batched, because calls of operators have a cost. On a CPU with 1 MiB of
 # L2, 2,048 are a tenth slower than 1,024 (SmolLM2-135M): tensors between operators no longer fit in the cache.
@@ -39,54 +41,60 @@ BACKWARD_TOKENS = 2048
 """Tokens of a backward pass of the whole model, for scores by gradients; at least one sequence."""
 
 
-class Step(NamedTuple):
+@dataclass
+class Visit:
     """One transformer block of a walk, in memory, with its inputs from the changed blocks before it."""
 
+    source: Source
     index: int
-    inside: dict[str, SparseLayer]  # the layers to prune in this block, by name
-    inputs: BlockInputs | None  # None without calibration text, and after the last block with layers to prune
+    inside: dict[str, SparseLayer]
+    """The layers of the block that the start changes, by name."""
+    inputs: BlockInputs | None
+    """None without calibration text, and after the last block with layers that the start changes."""
     dense_outputs: Sequence[Tensor]
     """The outputs of the block in the dense model for each batch; empty unless `follows_dense`."""
+    seen: Seen = field(default_factory=list)
+    """The inputs of all layers `inside` with SparseGPT's Hessians, whole, which one step has collected for the next. A
+    step that changes what enters a layer empties it."""
 
 
 def walk(
-    source: MemoryModel | StoredModel,
-    layers: Mapping[str, SparseLayer],
-    calibration: Tensor | None,
+    source: Source,
+    text: CalibrationText | None,
     *,
-    extras: Extras = None,
-    precision: str = "fp32",
     follows_dense: bool = False,
     folder: StartFolder | None = None,
     results: Callable[[], dict[str, Any]] = dict,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Step]:
+) -> Iterator[Visit]:
     """Yields one transformer block after another, which the caller may change before it asks for the next.
 
     With a `folder`, each finished block is recorded there, and the walk begins after the blocks that an earlier process
     has finished.
 
     Args:
-        calibration, extras, precision: as for `BlockInputs`.
         follows_dense: also run the text through the dense blocks, each before it is changed.
         results: returns the results of the finished blocks, for the record.
-        progress: called with (finished blocks, all blocks).
+        progress: called with (finished blocks, all blocks): first with those of an earlier process.
     """
     num_blocks = len(source.blocks)
     layers_of = [
-        {name: layer for name, layer in layers.items() if name.startswith(f"{source.stack}.{index}.")}
+        {name: layer for name, layer in source.layers.items() if name.startswith(f"{source.stack}.{index}.")}
         for index in range(num_blocks)
     ]
     last = max(index for index, inside in enumerate(layers_of) if inside)
     first = 0 if folder is None else folder.done
     writing = nullcontext if folder is None else folder.writing
+    progress(first, num_blocks)
     inputs = None
-    if calibration is not None and first <= last:
-        states = _states(source, calibration, extras, folder, "hidden")
+    if text is not None and first <= last:
+        states = _states(source, text, folder, "hidden")
         with writing(), source.entering():
-            inputs = BlockInputs(source.model, source.blocks, calibration, states, first, extras, precision)
+            inputs = BlockInputs(
+                source.model, source.blocks, text.sequences, states, first, text.extras, text.precision
+            )
         if follows_dense:
-            inputs.dense = _states(source, calibration, extras, folder, "dense")
+            inputs.dense = _states(source, text, folder, "dense")
             if not len(inputs.dense):  # before the first block, the inputs are the dense model's too
                 inputs.dense.extend(inputs.states)
     for index in range(first):
@@ -99,7 +107,7 @@ def walk(
             dense_outputs: Sequence[Tensor] = ()
             if inputs is not None and follows_dense:
                 dense_outputs = inputs.dense_outputs()
-            yield Step(index, layers_of[index], inputs, dense_outputs)
+            yield Visit(source, index, layers_of[index], inputs, dense_outputs)
             if folder is not None:
                 folder.write_block(index, source.finished(index))
             if inputs is not None and index < last:
@@ -110,16 +118,14 @@ def walk(
         progress(index + 1, num_blocks)
 
 
-def _states(
-    source: MemoryModel | StoredModel, calibration: Tensor, extras: Extras, folder: StartFolder | None, name: str
-) -> MutableSequence[Tensor]:
+def _states(source: Source, text: CalibrationText, folder: StartFolder | None, name: str) -> MutableSequence[Tensor]:
     """The container for hidden states: a file in `folder`, with the inputs of the next block, or a list."""
     if folder is None:
         return []
-    size = 1 if extras is not None else batch_size(calibration, source.device)
-    shape = size, calibration.shape[1], source.model.config.get_text_config().hidden_size
-    dtype = source.model.dtype if isinstance(source, MemoryModel) else torch.float32
-    num_batches = math.ceil(len(calibration) / size) if folder.done else 0
+    size = 1 if text.extras is not None else batch_size(text.sequences, source.device)
+    shape = size, text.sequences.shape[1], source.model.config.get_text_config().hidden_size
+    dtype = source.model.dtype if source.is_whole else torch.float32
+    num_batches = math.ceil(len(text) / size) if folder.done else 0
     return HiddenStates(folder.path, name, shape, dtype, source.device, folder.done, num_batches)
 
 
@@ -131,10 +137,6 @@ class BlockCall(NamedTuple):
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return _hidden_of(block(hidden, *self.args, **self.kwargs))
-
-
-Extras = Sequence[Mapping[str, Tensor]] | None
-"""The further arguments of the model's forward, such as images, for each calibration sequence; None if it has none."""
 
 
 class StopForward(Exception):  # noqa: N818
@@ -245,11 +247,15 @@ class BlockInputs(Sequence[Tensor]):
             self.dense[batch] = self.run(self._entering(hidden, batch), batch)
         return self.dense.of_next_block() if isinstance(self.dense, HiddenStates) else self.dense
 
+    def forget_outputs(self) -> None:
+        """Ends `keep_outputs`: later passes run all modules of the current block again."""
+        self._outputs.clear()
+
     def advance(self) -> None:
         """Runs the current block on each batch, and moves to the next."""
         for batch, hidden in enumerate(self):
             self.states[batch] = self.run(hidden, batch)
-        self._outputs.clear()
+        self.forget_outputs()
         self.seen_outputs = None
         self.index += 1
 

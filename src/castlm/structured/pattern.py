@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _SHARE = re.compile(r"0?\.(?!0+$)\d{1,4}")  # not 0
-SCORED_BY = ("magnitude", "flap", "taylor")
-"""The scores by which units can be ranked; `castlm.structured.prune` computes them."""
 
 
 class Units(Pattern):
@@ -36,9 +34,9 @@ class Units(Pattern):
     inner: NM | None
 
     zeros_can_return: ClassVar[bool] = False  # in a unit that is zero as a whole, no weight gets a gradient
-    solvers: ClassVar[tuple[str, ...]] = SCORED_BY
-    calibrated: ClassVar[tuple[str, ...]] = ("flap", "taylor")
-    solver_class: ClassVar[str] = "castlm.structured.prune:UnitSolver"
+    default_score: ClassVar[str]
+    """The score in `castlm.structured.scores` that ranks the units where no other is asked for; figures in
+    docs/results/structured.md decided it."""
     kind: ClassVar[str]
     """The name of the units in the text of the pattern, such as `channels`."""
     parts: ClassVar[tuple[tuple[str, ...], ...]]
@@ -177,7 +175,7 @@ class Channels(Units):
     inner: NM | None = None
 
     kind: ClassVar[str] = "channels"
-    default_solver: ClassVar[str] = "flap"
+    default_score: ClassVar[str] = "flap"
     outside: ClassVar[str] = "not of the channels of an MLP"
     parts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("gate_proj", "up_proj", "down_proj"),
@@ -212,7 +210,7 @@ class Heads(Units):
     head_dim: int = field(default=0, compare=False, repr=False)
 
     kind: ClassVar[str] = "heads"
-    default_solver: ClassVar[str] = "taylor"
+    default_score: ClassVar[str] = "taylor"
     outside: ClassVar[str] = "not of the heads of an attention with weights of its own for q, k, v"
     parts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -1,14 +1,8 @@
 """One-shot pruning of whole units: chooses the channels or KV heads to keep, and lets the kept weights compensate.
 
-Every score is a sum over the weights of a unit. For each transformer block in turn, the inputs of its layers are
-collected while it is still dense; then its units are ranked, and the lowest are set to zero. With `refit_iterations`,
-the kept columns of the output layer are solved for by least squares on the calibration text.
-
-| score | of a unit | reads |
-|---|---|---|
-| `magnitude` | the squared L2 norm of its weights | nothing |
-| `flap` | the variance of its contribution to the stream (An et al. 2023, arXiv 2312.11983) | inputs |
-| `taylor` | the sum of `|w dL/dw|` over its weights, as in LLM-Pruner (Ma et al. 2023, arXiv 2305.11627) | gradients |
+For each transformer block in turn, the inputs of its layers are collected while it is still dense; then its units are
+ranked by a row of `SCORES`, and the lowest are set to zero. With `refit_iterations`, the kept columns of the output
+layer are solved for by least squares on the calibration text.
 """
 
 from __future__ import annotations
@@ -25,19 +19,23 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from castlm.core.errors import check_finite
+from castlm.core.sparsify import SparseLayer
+from castlm.data.calibration import CalibrationText
 from castlm.hardware import autocast
 from castlm.models.architecture import replaced_forward
 from castlm.oneshot.inputs import check_finite_input, check_reached, see_inputs
-from castlm.oneshot.report import LayerResult
-from castlm.oneshot.solvers import MIN_DAMPING, damped, refit, row_energies
-from castlm.oneshot.source import block_stack
+from castlm.oneshot.refit import refit
+from castlm.oneshot.report import LayerResult, OneshotReport
+from castlm.oneshot.solvers import MIN_DAMPING, damped, row_energies
+from castlm.oneshot.source import Source, block_stack
 from castlm.oneshot.sparsegpt import sparsegpt
-from castlm.oneshot.start import Start
-from castlm.oneshot.walk import BACKWARD_TOKENS, BlockInputs, Extras
+from castlm.oneshot.steps.base import Step
+from castlm.oneshot.walk import BACKWARD_TOKENS, Visit
 from castlm.structured.pattern import Units
+from castlm.structured.scores import SCORES
 
-TAYLOR_SEQUENCES = 32
-"""Calibration sequences on which the Taylor score computes the gradient of the loss."""
+GRADIENT_SEQUENCES = 32
+"""Calibration sequences on which the gradient of the loss is computed, for scores that need it."""
 
 
 @dataclass
@@ -72,54 +70,59 @@ class UnitAccumulator:
         statistic.num_tokens += len(x)
 
 
-class UnitSolver:
+class PruneUnits(Step):
     """Sets the masked units of a structured pattern to zero, block by block; `castlm.structured.cut` removes them.
 
-    Combined with n:m, SparseGPT prunes the kept units further, or magnitude if there is no calibration text. With
-    `refit_iterations` 0 the kept weights stay as they are, as published. Above 0, the kept columns of an output layer
-    are solved for exactly, and it counts the steps of conjugate gradients on n:m weights.
+    Combined with n:m, SparseGPT prunes the kept units further, or magnitude if there is no calibration text.
 
     Args:
-        start: its `method` is a name in `SCORED_BY`; the `damping` of its refinements is added for the least squares.
-        layers: all layers to prune, by name.
-        calibration: int64, (num_sequences, seq_len). Without it, nothing is refitted.
-        extras: for each sequence, the further arguments of the model's forward.
+        score: a name in `SCORES`.
+        refit_iterations: with 0 the kept weights stay as they are, as published. Above 0, the kept columns of an output
+            layer are solved for exactly, and it counts the steps of conjugate gradients on n:m weights. Without a
+            text, nothing is refitted.
+        damping: is added for the least squares, as a share of the mean diagonal.
     """
 
-    def __init__(
-        self,
-        start: Start,
-        model: PreTrainedModel,
-        layers: Mapping[str, nn.Linear],
-        calibration: Tensor | None,
-        extras: Extras,
-    ) -> None:
-        pattern = start.pattern.for_model(model)
-        assert isinstance(pattern, Units)
-        self.score, self.pattern = start.method, pattern
-        self.damping, self.refit_iterations = start.refinements.damping, start.refinements.num_refits(pattern)
-        self.taylor_scores: dict[tuple[str, ...], Tensor] = {}
-        """The Taylor scores (units,), which are computed before the walk, by the names of the layers."""
-        scored = {name: layers[name] for names in pattern.unit_layers(layers) for name in names}
-        if self.score == "taylor" and scored:
-            assert calibration is not None
-            text = calibration[:TAYLOR_SEQUENCES]
-            beside = None if extras is None else extras[:TAYLOR_SEQUENCES]
-            gradients = loss_gradients(model, scored, text, beside, start.precision)
-            for names in pattern.unit_layers(scored):
-                changes = [(scored[name].weight.float() * gradients[name]).abs() for name in names]  # |w dL/dw|
-                self.taylor_scores[names] = pattern.sums(changes)
+    def __init__(self, score: str, pattern: Units, refit_iterations: int, damping: float) -> None:
+        self.score, self.pattern = score, pattern
+        self.refit_iterations, self.damping = refit_iterations, damping
+        self.row = SCORES[score]
+        self.needs_text = self.row.needs_text
+        self.gradient_scores: dict[tuple[str, ...], Tensor] = {}
+        """Scores (units,) by gradients, which are computed before the walk, by the names of the layers."""
 
-    def __call__(self, layers: Mapping[str, nn.Linear], inputs: BlockInputs | None) -> list[LayerResult]:
-        """Prunes the units of the current block's `layers`, in place. The errors are on the whole calibration text."""
+    def __str__(self) -> str:
+        return f"method {self.score}"
+
+    def options(self) -> dict[str, Any]:
+        read = {"refit_iterations": self.refit_iterations, "damping": self.damping}
+        return {"method": self.score, "pattern": str(self.pattern), **read}
+
+    def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
+        bound = self.pattern.for_model(source.model)
+        assert isinstance(bound, Units)
+        self.pattern = bound
+        report.damping = self.damping
+        layers = source.layers
+        scored = {name: layers[name] for names in self.pattern.unit_layers(layers) for name in names}
+        if self.row.needs_gradients and scored:
+            assert text is not None
+            gradients = loss_gradients(source.model, scored, text.first(GRADIENT_SEQUENCES))
+            for names in self.pattern.unit_layers(scored):
+                weights = [scored[name].weight.float() for name in names]
+                values = self.row.values(weights, None, [gradients[name] for name in names])
+                self.gradient_scores[names] = self.pattern.sums(values)
+
+    def __call__(self, visit: Visit, report: OneshotReport) -> None:
+        """Prunes the units of the block. The errors are on the whole calibration text."""
+        layers = visit.inside
         statistics: dict[str, InputStatistic] = {}
-        if inputs is not None:
-            for seen in see_inputs(layers, inputs, UnitAccumulator(), num_sequences=1):  # sums, not means
+        if visit.inputs is not None and layers:
+            for seen in see_inputs(layers, visit.inputs, UnitAccumulator(), num_sequences=1):  # sums, not means
                 for entry in seen.entries():
                     statistics |= dict.fromkeys(entry.names, entry.statistic)
             for name in layers:
                 check_finite_input(name, statistics[name].gram)
-        results = []
         for names in self.pattern.joint_layers(layers):
             dense = {name: layers[name].weight.float().clone() for name in names}
             for name, weight in dense.items():
@@ -131,8 +134,8 @@ class UnitSolver:
                     gram = statistics[name].gram
                     lost, whole = (row_energies(weight, gram).sum() for weight in (dense[name] - new, dense[name]))
                     error = float(lost / whole) if whole > 0 else 0.0
-                results.append(LayerResult(name, tuple(new.shape), int((new == 0).sum()), error, damping=damping))
-        return results
+                zeros = int((new == 0).sum())
+                report.layers.append(LayerResult(name, tuple(new.shape), zeros, error, damping=damping))
 
     def _solved(
         self, names: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
@@ -142,7 +145,12 @@ class UnitSolver:
         if len(names) == 1:  # n:m alone
             whole = torch.ones_like(weights[0], dtype=torch.bool)
             return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in names}
-        kept = self.pattern.best(self._scores(names, weights, inputs))
+        if self.row.needs_gradients:
+            scores = self.gradient_scores.pop(names)
+        else:
+            variance = inputs[names[-1]].variance if names[-1] in inputs else None
+            scores = self.pattern.sums(self.row.values(weights, variance, None))
+        kept = self.pattern.best(scores)
         damping = max(self.damping, MIN_DAMPING)
         solved = {}
         for name, weight, mask in zip(names, weights, self.pattern.expand(kept, weights)):
@@ -151,19 +159,6 @@ class UnitSolver:
                 new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
             solved[name] = self._groups_in(new, mask, inputs.get(name)) if self.pattern.inner else (new, self.damping)
         return solved
-
-    def _scores(
-        self, names: tuple[str, ...], weights: Sequence[Tensor], inputs: Mapping[str, InputStatistic]
-    ) -> Tensor:
-        """The scores (units,) of the units in `weights`, whose last entry writes to the residual stream."""
-        if self.score == "taylor":
-            return self.taylor_scores.pop(names)
-        if self.score == "magnitude":
-            return self.pattern.sums([weight.square() for weight in weights])
-        *inner, last = weights
-        # W_ij^2 times the variance of input column j, in the layer that writes: (576, 1536) * (1536,)
-        contribution = last.square() * inputs[names[-1]].variance
-        return self.pattern.sums([*(torch.zeros_like(weight) for weight in inner), contribution])
 
     def _groups_in(self, weight: Tensor, mask: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float]:
         """Prunes the kept rows and columns of a weight to n:m; returns the new weight and SparseGPT's damping.
@@ -186,8 +181,8 @@ class UnitSolver:
         return torch.zeros_like(weight).masked_scatter_(mask, new), damping
 
 
-def unit_solver_holds(sizes: Sequence[int], columns: int) -> int:
-    """Elements that a `UnitSolver` holds at its peak, beside weights and statistics.
+def prune_units_holds(sizes: Sequence[int], columns: int) -> int:
+    """Elements that `PruneUnits` holds at its peak, beside weights and statistics.
 
     Args:
         sizes: the weights of the layers of one block.
@@ -199,17 +194,14 @@ def unit_solver_holds(sizes: Sequence[int], columns: int) -> int:
 
 @torch.enable_grad()
 def loss_gradients(
-    model: PreTrainedModel,
-    layers: Mapping[str, nn.Linear],
-    sequences: Tensor,
-    extras: Extras = None,
-    precision: str = "fp32",
+    model: PreTrainedModel, layers: Mapping[str, SparseLayer], text: CalibrationText
 ) -> dict[str, Tensor]:
-    """The gradient of the mean loss over `sequences` (num_sequences, seq_len) for the weight of each layer.
+    """The gradient of the mean loss over the sequences of `text` for the weight of each layer.
 
-    With `extras`, image tokens do not count in the loss. The gradients of all layers are held at the same time, because
-    they are summed over several passes; activations are recomputed block by block.
+    Image tokens do not count in the loss. The gradients of all layers are held at the same time, because they are
+    summed over several passes; activations are recomputed block by block.
     """
+    sequences, extras = text.sequences, text.extras
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     for parameter in before:
         parameter.requires_grad_(False)
@@ -224,7 +216,7 @@ def loss_gradients(
             for ids, beside in zip(batches, extras or [{}] * len(batches), strict=True):
                 labels = ids if extras is None else ids.masked_fill(ids == image_token, -100)
                 given = {name: tensor.to(model.device) for name, tensor in beside.items()}
-                with autocast(model.device, precision):
+                with autocast(model.device, text.precision):
                     output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
                 (output.loss * (len(ids) / len(sequences))).backward()
         found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}

@@ -34,6 +34,7 @@ from castlm.keywords import FinetuneKeywords, TrainKeywords
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.oneshot.options import Refinements, part_of, with_effort
 from castlm.patterns import parse_pattern
+from castlm.starts import applied, default_method, reads_of, trained_from
 from castlm.training.options import (
     HIDDEN_WEIGHT,
     CheckpointOptions,
@@ -172,7 +173,7 @@ class TrainConfig:
         """Fills in the defaults that depend on options of another section."""
         method, pattern = self.method, self.model.pattern
         if self.start.init_from is None:  # magnitude is the start in the papers of the other methods
-            self._set("start", init_from=pattern.default_solver if method.row.starts_solved else "magnitude")
+            self._set("start", init_from=default_method(pattern) if method.row.starts_solved else "magnitude")
         if method.decay_end is None:
             self._set("method", decay_end=0.3 if method.starts_at_zero(self.start.name, pattern) else 0.1)
         if self.teacher.hidden_weight is None:
@@ -184,8 +185,8 @@ class TrainConfig:
     def _check(self) -> None:
         """Raises `InputError` for options of several sections that exclude each other."""
         start, pattern, teacher = self.start.name, self.model.pattern, self.teacher
-        if start in pattern.solvers and start != "magnitude":
-            part_of(self.start, Refinements).for_solver(start, pattern, self.start.start_effort)
+        if trained_from(start, pattern) is not None:
+            applied(part_of(self.start, Refinements), start, pattern, self.start.start_effort)
         if start != "magnitude" and self.method.row.starts_dense:
             raise InputError(f"init_from {start}: method {self.method.method} starts dense; omit init_from")
         if self.adapter.adapter != "none" and not self.is_finetuning:
@@ -245,11 +246,6 @@ class TrainConfig:
         }
         return to_yaml(sections)
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the start reads a text."""
-        return self.start.name in self.model.pattern.solvers and self.start.name != "magnitude"
-
     def needs(self, option: str) -> str | None:
         """The condition for an effect of `option` that this run does not meet, in words; None if it has an effect."""
         fields = {field.name: field for kind in self.sections().values() for field in dataclasses.fields(kind)}
@@ -270,7 +266,8 @@ class TrainConfig:
     def _joined(self, is_plain: bool = False) -> Joined:
         """All options of the run as attributes of one object, with the facts that their conditions ask for."""
         sections = [getattr(self, title) for title in self.sections()]
-        return Joined(SimpleNamespace(is_plain=is_plain, is_calibrated=self.is_calibrated), *sections)
+        reads = reads_of(trained_from(self.start.name, self.model.pattern), self.model.pattern)
+        return Joined(SimpleNamespace(is_plain=is_plain), reads, *sections)
 
 
 def names_of(section: type[Any]) -> list[str]:

@@ -30,6 +30,7 @@ from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.io import save_dtype
 from castlm.progress import note
+from castlm.starts import methods_of
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective
 from castlm.training.record import problem, verdict
@@ -201,7 +202,7 @@ def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
         precision=run.evaluator.precision,
     )
     pattern, method, start = config.model.pattern, config.method.method, config.start.name
-    pruned_by = f"pruned {'one-shot by' if start in pattern.solvers else 'as'} {start}"
+    pruned_by = f"pruned {'one-shot by' if start in methods_of(pattern) else 'as'} {start}"
     labels = {
         "start": f"{pattern}, before fine-tuning",
         "dense": "dense",

@@ -6,7 +6,6 @@ main rank prunes, or reads, the whole model and sends its layers, one at a time,
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,23 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
-from castlm.data.calibration import calibration_sequences
 from castlm.distributed.world import World
-from castlm.files.output import begin_output, check_beside, output_folder
+from castlm.files.output import check_beside
 from castlm.files.reading import read_record, user_path
-from castlm.files.record import RESULT, command_of
-from castlm.hardware import available_memory, choose_precision
+from castlm.files.record import RESULT
+from castlm.hardware import available_memory
 from castlm.methods.base import Retraining
 from castlm.models.io import load_model
 from castlm.models.locate import locate
 from castlm.names import duration
-from castlm.oneshot.calibration import default_sequences
-from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder, remove_work
-from castlm.oneshot.options import EFFORTS
+from castlm.oneshot.calibration import Draw
+from castlm.oneshot.folder import begun_work, partial_folder
+from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.source import MemoryModel
-from castlm.oneshot.start import Start
-from castlm.patterns import all_solvers
+from castlm.oneshot.start import run_start
 from castlm.progress import note, shown_progress
+from castlm.starts import all_methods, method_of, methods_of, steps_of, trained_from
 from castlm.training.options import StartOptions
 from castlm.training.source import Source, TrainingText
 
@@ -79,7 +77,7 @@ def check_start(name: str, output_dir: Path, world: World) -> None:
 
     Raises `InputError` for a model that is not found, or a solver whose folder cannot be made beside `output_dir`.
     """
-    if name in all_solvers():
+    if name in all_methods():
         world.on_main(lambda: check_beside(partial_folder(output_dir)))
     else:
         locate(name)
@@ -96,11 +94,8 @@ class TrainingStart:
     pattern: Pattern
     filter_fn: FilterFn
     """Chooses the layers that become sparse."""
-    seq_len: int
-    """Tokens of a calibration sequence."""
-    seed: int
-    precision: str
-    """The option `precision`, for the passes over the calibration text."""
+    draw: Draw
+    """The calibration text, of the training text."""
     keeps_dense_values: bool
     """Whether masked weights begin at their dense values."""
     is_finetuning: bool
@@ -111,60 +106,43 @@ class TrainingStart:
     """Tokens of all forward passes of the training on one rank; a backward pass counts as two."""
 
     def make(self, output_dir: str | Path, overwrite: bool = False) -> StartWeights:
-        """Makes the start, on the main rank.
+        """Makes the start, on the main rank: by a one-shot method, or from the model that `init_from` names.
 
         Finished transformer blocks are in `partial_folder(output_dir)`, from which a start that was killed continues.
-        The folder stays until `drop_partial`.
+        The folder stays until `drop_work`.
 
         Args:
             overwrite: begin again if that folder holds a start with other options, or a damaged one.
 
         Raises:
-            InputError: on the main rank, as the one-shot solver, or for a given model that is not this one at n:m. The
-                other ranks raise `SystemExit`.
+            InputError: on the main rank, as `run_start`, or for a given model that is not this one at n:m. The other
+                ranks raise `SystemExit`.
         """
         start = StartWeights()
+
+        def fill() -> dict[str, Any]:
+            if trained_from(self.options.name, self.pattern) is None:
+                return self._read_(start)
+            with begun_work(user_path(output_dir)) as work:
+                return self._prune_(start, work, overwrite)
+
         # patient, because loading a large model and each block may take long
-        start.record = self.world.on_main(lambda: self._fill_(start, output_dir, overwrite), patient=True)
+        start.record = self.world.on_main(fill, patient=True)
         return start
 
-    def _fill_(self, start: StartWeights, output_dir: str | Path, overwrite: bool) -> dict[str, Any]:
-        """Gives `start` its weights, by the solver or from the model that `init_from` names; returns its record."""
-        if self.options.name not in self.pattern.solvers:
-            return self._read_(start)
-        partial = partial_folder(user_path(output_dir))
-        try:
-            with output_folder(partial, "prune", resume=True):
-                begin_output(partial, "prune", resume=True)
-                return self._prune_(start, partial, overwrite)
-        except (KeyboardInterrupt, SystemExit):
-            if (partial / PROGRESS).exists():
-                note(f"finished transformer blocks are in {partial}: the same command continues there")
-            raise
-
-    def _prune_(self, start: StartWeights, partial: Path, overwrite: bool) -> dict[str, Any]:
+    def _prune_(self, start: StartWeights, work: Path, overwrite: bool) -> dict[str, Any]:
         """Prunes a copy of the model, calibrated on the beginning of the training text."""
-        options, pattern, source = self.options, self.pattern, self.source
-        solver = options.name
+        options, pattern, device = self.options, self.pattern, self.world.device
+        method = options.name
         self._check_memory()
-        model = source.whole_model().to(self.world.device)
+        model = self.source.whole_model().to(device)
         try:
-            precision = choose_precision(self.precision, self.world.device, model.config)
-            settings = Start.of(options, solver, pattern, seed=self.seed, filter_fn=self.filter_fn, precision=precision)
+            basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
+            steps = steps_of(method, pattern, basis, refinements, options.start_effort)
             layers, _ = sparse_linears(model, pattern, self.filter_fn)
-            effort = EFFORTS[options.start_effort]
-            num_sequences = options.calibration_sequences or default_sequences(layers, self.seq_len, effort)
-            calibration, extras = calibration_sequences(
-                self.text.documents, self.text.encoder, num_sequences, self.seq_len, self.seed, note
-            )
-            depends_on = {
-                "weights": source.fingerprint,
-                "tokens_sha256": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
-                "keeps_dense": self.keeps_dense_values,
-                "layers": sorted(layers),
-                **settings.options(),
-            }
-            folder = StartFolder(partial, depends_on, restart=overwrite)
+            text = None
+            if method_of(method, pattern).reads_text:
+                text = self.draw.text(model, layers, self.text.encoder, device, note)
             blocks = MemoryModel(model, layers, keeps_dense=self.keeps_dense_values)
 
             def time_after(seconds_per_token: float) -> str:
@@ -173,12 +151,26 @@ class TrainingStart:
                 size = len(blocks.blocks) + head / sum(weight.numel() for weight in blocks.blocks[0].parameters())
                 return f"; training takes about {duration(self.training_tokens * size * seconds_per_token)} after it"
 
-            with shown_progress(f"starting from {solver}, transformer blocks", before=folder.done) as progress:
-                report = settings.make_(
-                    blocks, calibration, extras, folder=folder, say=note, progress=progress, time_after=time_after
+            facts = {
+                "weights": self.source.fingerprint,
+                "keeps_dense": self.keeps_dense_values,
+                "layers": sorted(layers),
+                "seed": self.draw.seed,
+            }
+            with shown_progress(f"starting from {method}, transformer blocks", before=None) as progress:
+                report = run_start(
+                    blocks,
+                    steps,
+                    text,
+                    work,
+                    facts=facts,
+                    restart=overwrite,
+                    say=note,
+                    progress=progress,
+                    time_after=time_after,
                 )
         except InputError as error:
-            raise InputError(f"init_from {solver}: {error}; init_from magnitude needs no text") from None
+            raise InputError(f"init_from {method}: {error}; init_from magnitude needs no text") from None
         for line in report.notes():
             note(line)
         if self.world.mesh is not None:
@@ -191,7 +183,7 @@ class TrainingStart:
             start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
         start.stream_basis = report.basis.stream_basis
         return {
-            "calibration_tokens": calibration.numel(),
+            "calibration_tokens": 0 if text is None else text.sequences.numel(),
             **report.record(),
             "layer_errors": {layer.name: layer.error for layer in report.layers},
             "reconstructions": [asdict(block) for block in report.reconstructions],
@@ -216,7 +208,7 @@ class TrainingStart:
         try:
             model = source.model if is_loaded else load_model(name, **options).model
         except InputError as error:
-            known = ", ".join(pattern.solvers)
+            known = ", ".join(methods_of(pattern))
             raise InputError(f"init_from {name} is neither one of {known} nor a model: {error}") from None
         layers, _ = sparse_linears(source.model, pattern, self.filter_fn)
         untied = is_tied(source.model) and not is_tied(model)
@@ -258,14 +250,6 @@ class TrainingStart:
                 raise InputError(f"init_from {name}: {error}; with hidden_weight 0 they may differ") from None
         shape = None if start.stream_basis is None else list(start.stream_basis.shape)
         return {"basis": {"untied": untied, "stream_basis": shape}} if untied or shape else {}
-
-
-def drop_partial(output_dir: str | Path) -> None:
-    """Deletes the work of a start once the run is finished."""
-    partial = partial_folder(user_path(output_dir))
-    if command_of(partial) == "prune":
-        with output_folder(partial, "prune", resume=True):
-            remove_work(partial)
 
 
 @torch.no_grad()

@@ -30,6 +30,9 @@ from castlm.hardware import autocast, check_compile, choose_fused, choose_precis
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
 from castlm.models.architecture import vocab_size
+from castlm.oneshot.calibration import Draw
+from castlm.oneshot.folder import drop_work
+from castlm.oneshot.options import EFFORTS
 from castlm.progress import note
 from castlm.runtime.native import LONGEST_GROUP
 from castlm.signals import Interrupt
@@ -54,7 +57,6 @@ from castlm.training.start import (
     StartWeights,
     TrainingStart,
     check_start,
-    drop_partial,
     is_untied,
     start_,
     stream_basis,
@@ -98,7 +100,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     take_steps(run, interrupt)
                     interrupt.start_export()
                     record = finish(run)
-                    world.on_main(lambda: drop_partial(folder.path))
+                    world.on_main(lambda: drop_work(folder.path))
             if output.push_to_hub:  # also for a finished run, which may have been stopped before the upload
                 upload(folder.model, output.hub_repo, record, world, private=output.hub_private_repo)
             return record
@@ -199,9 +201,14 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
             world=world,
             pattern=pattern,
             filter_fn=filter_fn,
-            seq_len=data.seq_len,
-            seed=data.seed,
-            precision=runtime.precision,
+            draw=Draw(
+                documents=text.documents,
+                num_sequences=config.start.calibration_sequences,
+                seq_len=data.seq_len,
+                seed=data.seed,
+                precision=runtime.precision,
+                effort=EFFORTS[config.start.start_effort],
+            ),
             keeps_dense_values=method_options.keeps_dense_values(config.start.name, pattern),
             is_finetuning=config.is_finetuning,
             compares_hidden=bool(config.teacher.hidden_weight),

@@ -16,13 +16,13 @@ from castlm.data.options import TextOptions
 from castlm.data.scored import scored_text
 from castlm.data.tokens import text_encoder
 from castlm.evaluation.perplexity import measured_on, perplexity
+from castlm.export.pruned import prune_folder
 from castlm.files.output import begin_output, output_folder
 from castlm.hardware import choose_device, choose_precision, peak_memory
 from castlm.lab.compare.runs import OneshotConfig
 from castlm.models.io import Loaded
-from castlm.oneshot.options import NO_BASIS, NO_REFINEMENTS
-from castlm.oneshot.prune import Prune
-from castlm.oneshot.start import Start
+from castlm.oneshot.calibration import Draw
+from castlm.starts import method_of, steps_of
 
 
 def run_oneshot(config: OneshotConfig) -> None:
@@ -32,29 +32,25 @@ def run_oneshot(config: OneshotConfig) -> None:
     text = open_documents(
         config.calibration, options, split=config.calibration_split, data_config=config.calibration_config
     )
-    reads_text = config.method != "magnitude" or pattern.cut_out is not None
-    prune = Prune(
-        model=config.model,
-        start=Start(
-            method=config.method, pattern=pattern, basis=NO_BASIS, refinements=NO_REFINEMENTS, seed=config.seed
-        ),
-        text=text if reads_text else None,
-        text_name=config.calibration,
-        num_sequences=config.num_sequences,
-        seq_len=0,
-        device=device,
-        memory="model",
-        precision=config.precision,
-        options=options,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        overwrite=True,
-        evaluate=lambda loaded: _measure(config, loaded, device),
-    )
+    draw = Draw(documents=text, num_sequences=config.num_sequences, seed=config.seed, precision=config.precision)
     inputs = {name: getattr(config, name) for name in ("model", "calibration", "eval_dataset")}
     with output_folder(config.output_dir, "oneshot", resume=True, inputs=inputs) as folder:
         begin_output(folder, "oneshot", resume=True)
-        prune.run(folder / "model")
+        prune_folder(
+            config.model,
+            folder / "model",
+            config.method,
+            pattern,
+            steps_of(config.method, pattern),
+            draw=draw if method_of(config.method, pattern).reads_text else None,
+            text_name=config.calibration,
+            options=options,
+            device=torch.device(device),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            overwrite=True,
+            evaluate=lambda loaded: _measure(config, loaded, device),
+        )
 
 
 def _measure(config: OneshotConfig, loaded: Loaded, device: str) -> dict[str, Any]:

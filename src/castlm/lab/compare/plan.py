@@ -20,6 +20,7 @@ from castlm.lab.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, 
 from castlm.lab.compare.report import Report
 from castlm.lab.compare.runs import OneshotConfig, Result, Run, content_hash, execute, refuse_running, run_key
 from castlm.methods.table import METHODS, is_control
+from castlm.starts import default_method, methods_of
 from castlm.training.config import TrainConfig, without_sections
 from castlm.training.options import SEQ_LEN, ModelOptions
 
@@ -167,7 +168,7 @@ class Plan:
         self.variants = _variants(command, self.preset)
         for name, options in self.variants.items():
             pattern = _pattern_of({**self.common, **options})
-            if options["method"] in ONESHOT and options["method"] not in pattern.solvers:
+            if options["method"] in ONESHOT and options["method"] not in methods_of(pattern):
                 raise InputError(f"variant {name}: method {options['method']} is not for {pattern}: leave it out")
         self.largest_budget = self._largest_budget()
         self.texts = self._texts()
@@ -334,7 +335,7 @@ class Plan:
                 fields = {**SPARSEGPT, **fields}
             fields["init_from"] = method.published_start
         elif "init_from" not in fields:
-            fields["init_from"] = _pattern_of(fields).default_solver
+            fields["init_from"] = default_method(_pattern_of(fields))
         return fields
 
     def _make_oneshot(self, name: str, named: dict[str, Any]) -> Run:

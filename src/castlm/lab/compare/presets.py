@@ -7,10 +7,10 @@ from typing import Any
 
 from castlm.core.nm import Pattern
 from castlm.methods.table import METHODS
-from castlm.patterns import all_solvers
+from castlm.starts import all_methods, methods_of
 
 RETRAINING = tuple(METHODS)
-ONESHOT = all_solvers()
+ONESHOT = all_methods()
 
 
 @dataclass(frozen=True)
@@ -107,5 +107,5 @@ def every_method(pattern: Pattern) -> Preset:
     """The default preset: all one-shot and retraining methods of a pattern."""
     retraining = [name for name in RETRAINING if pattern.nm is pattern or name != "gradual_magnitude"]
     return Preset(
-        f"Which way to {pattern} is best?", {name: {"method": name} for name in (*pattern.solvers, *retraining)}
+        f"Which way to {pattern} is best?", {name: {"method": name} for name in (*methods_of(pattern), *retraining)}
     )

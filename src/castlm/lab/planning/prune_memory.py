@@ -26,12 +26,13 @@ from castlm.models.architecture import auto_class, backbone, linearize_
 from castlm.oneshot.basis import permute_neurons_holds
 from castlm.oneshot.calibration import calibration_length, default_sequences
 from castlm.oneshot.options import EFFORTS, BasisOptions, Refinements
-from castlm.oneshot.reconstruct import reconstruct_holds
-from castlm.oneshot.solve import prune_layers_holds
-from castlm.oneshot.solvers import SOLVERS
+from castlm.oneshot.solvers import SOLVERS, Settings
 from castlm.oneshot.source import block_stack
+from castlm.oneshot.steps.reconstruct import reconstruct_holds
+from castlm.oneshot.steps.solve import prune_layers_holds
 from castlm.oneshot.walk import BACKWARD_TOKENS, PASS_TOKENS_CPU
-from castlm.structured.prune import unit_solver_holds
+from castlm.starts import applied, method_of, methods_of
+from castlm.structured.prune import prune_units_holds
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
 
@@ -99,9 +100,9 @@ def plan_prune_memory(
         InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
             there is no plan for.
     """
-    basis, refinements = basis or BasisOptions(), (refinements or Refinements()).for_solver(method, pattern, effort)
-    if method not in pattern.calibrated:
-        known = ", ".join(pattern.calibrated)
+    basis, refinements = basis or BasisOptions(), applied(refinements or Refinements(), method, pattern, effort)
+    if not method_of(method, pattern).needs_text:
+        known = ", ".join(name for name, row in methods_of(pattern).items() if row.needs_text)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
     if basis.rotate == "residual":
         raise InputError("the memory of rotate residual is not known: plan for rotate values")
@@ -115,9 +116,9 @@ def plan_prune_memory(
     widest = max(max(read.columns, read.rows) for read in reads)
     tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len  # of a forward pass
     if is_cut:
-        solver = unit_solver_holds([read.size for read in reads], max(read.columns for read in reads))
+        solver = prune_units_holds([read.size for read in reads], max(read.columns for read in reads))
     else:
-        solver = max(prune_layers_holds(*read, SOLVERS[method], refinements, pattern) for read in reads)
+        solver = max(prune_layers_holds(*read, SOLVERS[method], Settings(pattern, refinements)) for read in reads)
     parts = {
         "process": resident_memory(),
         "weights": 4 * (model.block if memory == "block" else model.total),
@@ -133,7 +134,7 @@ def plan_prune_memory(
         # It is chosen by SparseGPT's statistics, whatever solves the layers after that.
         parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in reads)
         turned += parts["statistics of the basis"]
-    if memory == "model" and refinements.keeps_outputs:
+    if memory == "model" and refinements.staged_statistics:
         parts["attention outputs"] = 4 * num_sequences * seq_len * model.hidden
     seen = block + parts["statistics"] + parts.get("attention outputs", 0)
     phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}

@@ -1,12 +1,11 @@
-"""Quantizes a model: rounds every linear layer inside the transformer blocks to int8, float8, int4 or int3.
+"""The step that rounds the linear layers of each transformer block to int8, float8, int4 or int3, and `quantize_`.
 
-int4 and int3 follow the walk of the one-shot solvers: a block's inputs come from the quantized blocks before it, so
-that it also compensates for their errors.
+int4 and int3 can read a calibration text: a block's inputs come from the quantized blocks before it, so that it also
+compensates for their errors.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,17 +17,81 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError, naming
 from castlm.core.experts import ExpertLinear
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, matrices
+from castlm.data.calibration import CalibrationText
 from castlm.formats.rounding import Rounded, round_in_groups, round_rows
 from castlm.formats.table import FORMATS
-from castlm.models.architecture import eval_mode
 from castlm.models.conversion import stored_rows, stored_shapes
-from castlm.oneshot.calibration import check_calibration
-from castlm.oneshot.inputs import check_finite_input, check_plain_weights, see_inputs
-from castlm.oneshot.report import relative_error
+from castlm.oneshot.inputs import check_finite_input, see_inputs
+from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import MemoryModel
-from castlm.oneshot.walk import walk
+from castlm.oneshot.start import run_start
+from castlm.oneshot.steps.base import Step
+from castlm.oneshot.walk import Visit
+
+
+class Round(Step):
+    """Rounds the layers of each block, and keeps every zero. Its result is in memory alone, so it cannot be resumed.
+
+    Args:
+        kind: see `quantize_`.
+        damping: of GPTQ.
+
+    Attributes:
+        layers: codes and scales by layer, on the CPU; for experts, by the layer's name and the expert's number.
+        few_experts: by layer, the number of experts that saw all tokens because too few were routed to them.
+    """
+
+    def __init__(self, kind: str, damping: float = 0.01) -> None:
+        self.kind, self.damping = kind, damping
+        self.reads_text, self.needs_text = FORMATS[kind].reads_text, False
+        self.layers: dict[str, Rounded] = {}
+        self.few_experts: dict[str, int] = {}
+
+    def __str__(self) -> str:
+        return self.kind
+
+    def options(self) -> dict[str, Any]:
+        return {"kind": self.kind, "damping": self.damping}
+
+    def __call__(self, visit: Visit, report: OneshotReport) -> None:
+        if not visit.inside:
+            return
+        if visit.inputs is None:
+            to_nearest = round_in_groups if FORMATS[self.kind].group else round_rows
+            for name, weight in matrices(visit.inside).items():
+                with naming(name):
+                    rounded = to_nearest(weight, kind=self.kind)
+                old, new = self._write(name, weight, rounded)
+                report.layers.append(_result(name, new, relative_error(new - old, old)))
+            return
+        for seen in see_inputs(visit.inside, visit.inputs, SOLVERS["sparsegpt"], visit.inputs.num_sequences):
+            weights = matrices({name: visit.inside[name] for name in seen.names})
+            for entry in seen.entries():  # layers with the same input are rounded together, all rows at once
+                names = ", ".join(entry.names)
+                check_finite_input(names, entry.statistic)
+                whole_hessian(entry.statistic)  # only its upper half was filled
+                together = torch.cat([weights[name].float() for name in entry.names])
+                with naming(names):
+                    rounded = round_in_groups(together, entry.statistic, self.damping, kind=self.kind)
+                for name, part in zip(entry.names, rounded.split([len(weights[name]) for name in entry.names])):
+                    old, new = self._write(name, weights[name], part)
+                    error = relative_error(entry.sample @ (new - old).T, entry.sample @ old.T)
+                    report.layers.append(_result(name, new, error))
+            if seen.num_few:
+                self.few_experts |= dict.fromkeys(seen.names, seen.num_few)
+
+    def _write(self, name: str, weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:
+        """Writes the dequantized values into a weight; returns the old and the new values in fp32."""
+        old = weight.to(torch.float32, copy=True)
+        weight.copy_(rounded.dequantized())
+        self.layers[name] = rounded.cpu()
+        return old, weight.float()
+
+
+def _result(name: str, weight: Tensor, error: float) -> LayerResult:
+    return LayerResult(name, tuple(weight.shape), num_zeros=int((weight == 0).sum()), error=error)
 
 
 @dataclass
@@ -68,7 +131,6 @@ class QuantizeReport:
         }
 
 
-@torch.no_grad()
 def quantize_(
     model: PreTrainedModel,
     kind: str,
@@ -76,7 +138,7 @@ def quantize_(
     calibration: Tensor | None = None,
     damping: float = 0.01,
     filter_fn: FilterFn = is_sparse_linear,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> QuantizeReport:
     """Rounds the linear layers of a model in place; zeros stay exactly zero, so that an n:m model stays one.
 
@@ -89,7 +151,7 @@ def quantize_(
         calibration: int64 (num_sequences, seq_len), as from `draw_calibration`, for int4 and int3 alone.
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         filter_fn: selects the layers; dense ones among them are rounded too.
-        progress: called with (blocks or layers done, in all).
+        progress: called with (finished blocks, all blocks).
 
     Returns:
         The codes and scales by layer, and the errors.
@@ -103,32 +165,25 @@ def quantize_(
         >>> report.layers["model.layers.0.mlp.up_proj"].codes.dtype  # doctest: +SKIP
         torch.int8
     """
-    started = time.perf_counter()
-    form = FORMATS[kind]
-    assert calibration is None or form.reads_text
-    to_nearest = round_in_groups if form.group else round_rows
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)}
+    assert calibration is None or FORMATS[kind].reads_text
+    layers: dict[str, SparseLayer] = {
+        n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)
+    }
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
-    check_plain_weights(layers)
-    report = QuantizeReport(kind)
-    if calibration is not None:
-        check_calibration(model, calibration)
-        report.num_sequences, report.seq_len = calibration.shape
-        with eval_mode(model):
-            _walk(model, layers, calibration, damping, report, progress)
-    else:
-        for done, (layer_name, layer) in enumerate(layers.items(), 1):
-            for name, weight in matrices({layer_name: layer}).items():
-                with naming(name):
-                    rounded = to_nearest(weight, kind=kind)
-                old, new = _write(weight, rounded)
-                report.layers[name] = rounded.cpu()
-                report.errors[name] = relative_error(new - old, old)
-            if progress is not None:
-                progress(done, len(layers))
-    report.seconds = time.perf_counter() - started
-    return report
+    step = Round(kind, damping)
+    text = None if calibration is None else CalibrationText(calibration)
+    done = run_start(MemoryModel(model, layers), [step], text, progress=progress)
+    num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
+    return QuantizeReport(
+        kind,
+        step.layers,
+        {layer.name: layer.error or 0.0 for layer in done.layers},
+        num_sequences,
+        seq_len,
+        done.seconds,
+        step.few_experts,
+    )
 
 
 def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict[str, Rounded]:
@@ -149,39 +204,3 @@ def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict
                 part = experts[expert]
                 found[stored.removesuffix(".weight")] = Rounded(part.kind, part.codes[rows], part.scales[rows])
     return found
-
-
-def _walk(
-    model: PreTrainedModel,
-    layers: dict[str, SparseLayer],
-    calibration: Tensor,
-    damping: float,
-    report: QuantizeReport,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    told = progress or (lambda done, total: None)
-    for step in walk(MemoryModel(model, layers), layers, calibration, progress=told):
-        if not step.inside:
-            continue
-        for seen in see_inputs(step.inside, step.inputs, SOLVERS["sparsegpt"], len(calibration)):
-            weights = matrices({name: step.inside[name] for name in seen.names})
-            for entry in seen.entries():  # layers with the same input are rounded together, all rows at once
-                names = ", ".join(entry.names)
-                check_finite_input(names, entry.statistic)
-                whole_hessian(entry.statistic)  # only its upper half was filled
-                together = torch.cat([weights[name].float() for name in entry.names])
-                with naming(names):
-                    rounded = round_in_groups(together, entry.statistic, damping, kind=report.kind)
-                for name, part in zip(entry.names, rounded.split([len(weights[name]) for name in entry.names])):
-                    old, new = _write(weights[name], part)
-                    report.layers[name] = part.cpu()
-                    report.errors[name] = relative_error(entry.sample @ (new - old).T, entry.sample @ old.T)
-            if seen.num_few:
-                report.few_experts |= dict.fromkeys(seen.names, seen.num_few)
-
-
-def _write(weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:
-    """Writes the dequantized values into a weight; returns the old and the new values in fp32."""
-    old = weight.to(torch.float32, copy=True)
-    weight.copy_(rounded.dequantized())
-    return old, weight.float()

@@ -1,4 +1,4 @@
-"""Trains the kept weights of a pruned transformer block to restore the output of the dense block.
+"""The step that trains the kept weights of a pruned transformer block to restore the output of the dense block.
 
 It works block by block on hidden states, as arXiv 2406.15524: only the weights, gradients and moments of one block are
 in memory, whatever the size of the model. Some sequences are held out; the state with the lowest error on them is kept,
@@ -10,24 +10,60 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from castlm.core.errors import InputError
+from castlm.data.calibration import CalibrationText
+from castlm.oneshot.report import OneshotReport, Reconstruction
+from castlm.oneshot.source import Source
+from castlm.oneshot.steps.base import Step
+from castlm.oneshot.walk import Visit
 
 _HELD_OUT = 8  # one batch in 8 is held out; with a single batch, one sequence in 8
 _BETAS = (0.9, 0.99)
 _FINAL_RATE = 0.05  # share of the learning rate that the cosine ends at
 
 
-@dataclass
-class Reconstruction:
-    """The result of `reconstruct_`: squared output error on held-out sequences, relative to |output - input|^2."""
+class Reconstruct(Step):
+    """Trains the kept weights and the norms of each pruned block with `reconstruct_`.
 
-    before: float
-    after: float
-    epochs: int
-    """The number of epochs that were run; it stops when the held-out error rises."""
+    Args:
+        epochs: the largest number of epochs over the calibration text.
+    """
+
+    follows_dense = True
+
+    def __init__(self, epochs: int, learning_rate: float) -> None:
+        self.epochs, self.learning_rate = epochs, learning_rate
+
+    def __str__(self) -> str:
+        return "reconstruct_epochs"
+
+    def options(self) -> dict[str, Any]:
+        return {"reconstruct_epochs": self.epochs, "reconstruct_rate": self.learning_rate}
+
+    def check(self, source: Source, text: CalibrationText | None) -> None:
+        if text is not None and len(text) < 2:
+            raise InputError("reconstruct_epochs needs at least 2 calibration sequences, one of them held out")
+
+    def __call__(self, visit: Visit, report: OneshotReport) -> None:
+        inputs = visit.inputs
+        if inputs is None or not visit.inside:
+            return
+        inputs.forget_outputs()  # every module of the block changes in training
+        result = reconstruct_(
+            inputs.blocks[inputs.index],
+            inputs.run,
+            inputs,
+            visit.dense_outputs,
+            {layer.weight: layer.weight != 0 for layer in visit.inside.values()},
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+        )
+        report.reconstructions.append(result)
 
 
 def reconstruct_(

@@ -1,0 +1,199 @@
+"""`castlm prune` as a function: from the name of a dense model to a verified folder of a sparse one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from castlm.core.errors import InputError
+from castlm.core.nm import Pattern
+from castlm.core.sparsify import sparse_linears, weight_parameter
+from castlm.data.calibration import CalibrationText
+from castlm.data.options import DEFAULTS, TextOptions
+from castlm.data.tokens import open_encoder
+from castlm.distributed.loading import Checkpoint, Place, fingerprint, open_sharded
+from castlm.dtypes import dtype_name
+from castlm.export.hf import check_export, export_blocks, export_model
+from castlm.export.origin import origin_of
+from castlm.files.reading import read_json_object
+from castlm.files.record import command_of
+from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
+from castlm.models.architecture import is_vision_language
+from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
+from castlm.oneshot.calibration import Draw
+from castlm.oneshot.folder import PROGRESS, begun_work, block_file, partial_folder, remove_work
+from castlm.oneshot.options import Refinements
+from castlm.oneshot.report import OneshotReport
+from castlm.oneshot.source import MemoryModel, Source, StoredModel
+from castlm.oneshot.start import run_start
+from castlm.oneshot.steps.base import Step
+from castlm.progress import note, shown_progress
+
+Memory = Literal["model", "block"]
+
+
+def prune_folder(
+    name: str,
+    folder: Path,
+    method: str,
+    pattern: Pattern,
+    steps: Sequence[Step],
+    *,
+    draw: Draw | None,
+    text_name: str | None = None,
+    options: TextOptions = DEFAULTS,
+    memory: Memory = "model",
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    dtype: str = "source",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    evaluate: Callable[[Loaded], dict[str, Any]] | None = None,
+) -> OneshotReport:
+    """Takes the steps of a start in a dense model, and writes the result to `folder` at the end.
+
+    Until then, finished blocks are in `partial_folder(folder)`, so that a killed prune continues. A model in memory
+    that reads no text is pruned in seconds, and begins again.
+
+    Args:
+        name: a model folder, hub id, GGUF file or "demo".
+        method: the name of the method, for castlm.json; `castlm.starts.steps_of` gives its `steps`.
+        draw: the calibration text; `text_name` is its name in castlm.json, and `options` say how it is read.
+        memory: "block" keeps one transformer block at a time in memory.
+        dtype: "bf16", "fp16" or "fp32", the dtype of the files; "source" is the dtype of the stored model.
+        overwrite: begin again if an unfinished prune has other options or is damaged.
+        evaluate: measures the model in memory before and after it is pruned: returns its `perplexity`, and further
+            entries of castlm.json.
+
+    Raises:
+        InputError: as `run_start`, `load_model` and `export_model`.
+    """
+
+    loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    works: AbstractContextManager[Path | None] = nullcontext()
+    if draw is not None or memory == "block":
+        works = begun_work(folder)
+    with works as work:
+        in_fp32 = draw is not None or evaluate is not None
+        loaded, checkpoint = _opened(name, pattern, memory, in_fp32, loading)
+        model, kept_dtype = loaded.model, save_dtype(dtype, loaded.dtype)
+        layers, left_dense = sparse_linears(model, pattern)
+        stored: StoredModel | None = None
+        if checkpoint is None:
+            check_export(model, pattern)
+            weights: Any = fingerprint(model)
+        else:
+            stored, weights = StoredModel(model, checkpoint, layers, device, kept_dtype), _states_of_files(checkpoint)
+            for _ in stored.outside():
+                pass  # a weight that is not finite raises before the work on the blocks begins
+        text: CalibrationText | None = None
+        calibration: dict[str, Any] = {}
+        if draw is not None:
+            encoder = open_encoder([draw.documents], loaded.tokenizer, name, options, **loading)
+            text = draw.text(model, layers, encoder, device, note)
+            source_text = {"text": text_name, "text_sha256": draw.documents.text_hash(), "seed": draw.seed}
+            calibration = {**source_text, **text.record()}
+            if slow := why_slow(text.precision, device):
+                note(slow)
+        source: Source = stored or MemoryModel(model.to(device), layers)
+        before = evaluate(loaded) if evaluate else {}
+        facts = {"model": loaded.source, "weights": weights, "memory": memory, "dtype": dtype_name(kept_dtype)}
+        with shown_progress(f"{method}, transformer blocks", before=None) as progress:
+            report = run_start(source, steps, text, work, facts=facts, restart=overwrite, say=note, progress=progress)
+        step_options = {key: value for step in steps for key, value in step.options().items()}
+        record = {
+            **origin_of(name, revision),
+            "method": method,
+            "refinements": {f.name: step_options[f.name] for f in fields(Refinements) if f.name in step_options},
+            "calibration": calibration,
+            **report.record(),
+        }
+        if evaluate:
+            after = evaluate(loaded)
+            record |= {**after, "perplexity": {"dense": before["perplexity"], "pruned": after["perplexity"]}}
+        if stored is None:
+            export_model(
+                model.to("cpu"),
+                loaded.tokenizer,
+                folder,
+                pattern=pattern,
+                left_dense=left_dense,
+                record=record,
+                dtype=kept_dtype,
+                overwrite=True,
+            )
+        else:
+            assert work is not None
+            export_blocks(
+                model,
+                loaded.tokenizer,
+                folder,
+                blocks=[block_file(work, index) for index in range(len(stored.blocks))],
+                outside=stored.outside(),
+                pattern=pattern,
+                left_dense=left_dense,
+                record=record,
+                dtype=kept_dtype,
+            )
+        if work is not None:
+            remove_work(work)
+    return report
+
+
+def _opened(
+    name: str, pattern: Pattern, memory: Memory, in_fp32: bool, loading: Mapping[str, Any]
+) -> tuple[Loaded, Checkpoint | None]:
+    """The model in memory and None; or the model without weights and the checkpoint that holds them.
+
+    Args:
+        in_fp32: solvers, changes of basis and an evaluation compute in fp32; magnitude can compare weights in their
+            stored dtype.
+
+    Raises:
+        InputError: a pattern or a model that cannot be pruned with one block in memory.
+    """
+    if memory == "model":
+        keep_freed_memory()
+        return load_model(name, dtype=torch.float32 if in_fp32 else None, **loading), None
+    return_freed_memory()
+    opened = None if pattern.cut_out else open_sharded(name, **loading)
+    layers = sparse_linears(opened[0].model, pattern)[0] if opened else {}
+    is_stacked = any(weight_parameter(layer).dim() == 3 for layer in layers.values())
+    if opened is None or is_stacked or is_vision_language(opened[0].model.config):
+        raise InputError(
+            f"memory block is not for {name} with pattern {pattern}: it takes n:m, and safetensors with the tensor "
+            "names of a model without experts and images; use memory model"
+        )
+    return opened
+
+
+def _states_of_files(checkpoint: Checkpoint) -> list[list[Any]]:
+    """Name, size and time of each weight file; hashing their content would take a pass over the disk."""
+    files = sorted({place.file for place in checkpoint.places.values() if isinstance(place, Place)})
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def choose_memory(model: str, revision: str | None, folder: Path, pattern: Pattern, device: str) -> Memory:
+    """Chooses "block" if the whole model does not fit in memory, with a note why, else "model".
+
+    A prune that continues keeps its choice.
+    """
+    if pattern.cut_out is not None:
+        return "model"
+    partial = partial_folder(folder)
+    if command_of(partial) == "prune" and (partial / PROGRESS).is_file():
+        begun = read_json_object(partial / PROGRESS).get("options", {}).get("memory")
+        return "block" if begun == "block" else "model"
+    needed, free = fp32_bytes(model, revision), available_memory(device)
+    if needed <= free:
+        return "model"
+    note(
+        f"the model takes {needed / 2**30:.1f} GiB in fp32 and {free / 2**30:.1f} GiB are free: one transformer "
+        "block at a time is in memory (memory block)"
+    )
+    return "block"

@@ -1,0 +1,236 @@
+"""The step that prunes the layers of a block by the inputs that they read: a solver, then its refinements.
+
+The rows of layers that read the same input are solved together, because they share one statistic and one Cholesky
+factorization. With staged statistics, the inputs of a layer are measured after the layers before it are pruned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from castlm.core.errors import check_finite, naming
+from castlm.core.nm import Pattern
+from castlm.core.sparsify import SparseLayer, matrices
+from castlm.data.calibration import CalibrationText
+from castlm.oneshot.admm import improve_masks, improve_masks_holds
+from castlm.oneshot.inputs import check_finite_input, entries_of, see_inputs
+from castlm.oneshot.layer_input import LayerInput
+from castlm.oneshot.options import Refinements
+from castlm.oneshot.refit import refit, refit_holds
+from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
+from castlm.oneshot.routed import Seen
+from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, whole_hessian
+from castlm.oneshot.source import Source
+from castlm.oneshot.steps.base import Step
+from castlm.oneshot.walk import Visit
+
+
+class Refinement(NamedTuple):
+    """A row of `REFINEMENTS`: it improves a layer that a solver has pruned, without a pass over the text."""
+
+    improve: Callable[[Tensor, Tensor, Tensor, Settings], Tensor]
+    """`improve(weight, target, hessian, settings)` returns a better weight (rows, columns) of the pattern: one with a
+    lower |X weight^T - X target^T|^2. `target` is the dense weight, `hessian` is X^T X up to a factor, damped."""
+    is_on: Callable[[Settings], bool] = lambda settings: True
+    """Whether the options of a start ask for it."""
+    holds: Callable[[int, int], int] = lambda rows, columns: 3 * rows * columns + columns**2
+    """`holds(rows, columns)`: the elements that it holds at its peak, with its arguments."""
+
+
+REFINEMENTS: dict[str, Refinement] = {
+    "masks": Refinement(
+        lambda weight, target, hessian, settings: improve_masks(
+            weight, target, hessian, settings.pattern, settings.refinements.mask_iterations
+        ),
+        lambda settings: settings.refinements.mask_iterations > 0,
+        improve_masks_holds,
+    ),
+    "refit": Refinement(
+        lambda weight, target, hessian, settings: refit(weight, target, hessian, settings.refinements.num_refits),
+        lambda settings: settings.refinements.num_refits > 0,
+        refit_holds,
+    ),
+}
+"""The refinements after a solver that is `refined`, in this order."""
+
+
+class Solve(Step):
+    """Prunes the layers of each block with a row of `SOLVERS`, and refines them.
+
+    Args:
+        refinements: of these, the step reads staged_statistics, the iterations and the damping.
+    """
+
+    def __init__(self, method: str, pattern: Pattern, refinements: Refinements) -> None:
+        self.method, self.pattern, self.refinements = method, pattern, refinements
+        self.solver = SOLVERS[method]
+        self.needs_text = self.reads_text = self.solver.reads_text
+
+    def __str__(self) -> str:
+        return f"method {self.method}"
+
+    def options(self) -> dict[str, Any]:
+        read = ("staged_statistics", "mask_iterations", "refit_iterations", "damping")
+        options = {name: getattr(self.refinements, name) for name in read}
+        return {"method": self.method, "pattern": str(self.pattern), **options}
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.pattern, self.refinements)
+
+    def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
+        self.pattern = self.pattern.for_model(source.model)
+        if "damping" in self.solver.refinements:
+            report.damping = self.refinements.damping
+
+    def __call__(self, visit: Visit, report: OneshotReport) -> None:
+        inside, inputs = visit.inside, visit.inputs
+        visit.source.keep_dense(inside)
+        if inputs is None:
+            for name, layer in inside.items():
+                report.layers += prune_layers({name: layer.weight}, None, self.solver, self.settings)
+            return
+        if not inside:
+            return
+        seen, visit.seen = visit.seen, []
+        stages = [list(inside)]
+        if self.refinements.staged_statistics:
+            by_stage = stages_of(seen or see_inputs(inside, inputs, None, 0))
+            stages = [[name for entry in stage for name in entry.names] for stage in by_stage]
+            # No pruned layer comes before the first stage, so its statistics are still right; the others are freed.
+            seen = by_stage[0] if seen else []
+            del by_stage
+        seen = self._with_statistics(seen)
+        for num_done, names in enumerate(stages, 1):
+            if not seen:
+                seen = see_inputs({name: inside[name] for name in names}, inputs, self.solver, inputs.num_sequences)
+            report.layers += prune_seen(inside, seen, self.solver, self.settings)
+            seen = []
+            unpruned = [inside[name] for later in stages[num_done:] for name in later]
+            # Where one block at a time is in memory, to need little of it counts more than time.
+            if visit.source.is_whole and unpruned:
+                inputs.keep_outputs(_finished(inputs.blocks[inputs.index], inside.values(), unpruned))
+
+    def _with_statistics(self, seen: Seen) -> Seen:
+        """Turns the Hessians in `seen` into the statistics of the solver; drops them if it has others."""
+        if self.solver.from_hessian is None:
+            return []
+        for entry in entries_of(seen):
+            entry.statistic = self.solver.from_hessian(entry.statistic)
+        return seen
+
+
+def stages_of(seen: Seen) -> list[Seen]:
+    """Inputs in the order of the calls, grouped by the layers that are pruned before the next statistics are taken.
+
+    A group has the layers that read one input, such as q, k and v. Layers whose names differ only in the number of a
+    module, such as parallel experts, are one group.
+    """
+    alike: dict[tuple[str, ...], Seen] = {}
+    for entry in seen:
+        names = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in entry.names)
+        alike.setdefault(names, []).append(entry)
+    return list(alike.values())
+
+
+def _finished(
+    block: nn.Module, layers: Collection[SparseLayer], unpruned: Collection[SparseLayer]
+) -> Iterator[nn.Module]:
+    """The modules directly in `block`, such as its attention, that contain `layers` and none that is unpruned."""
+    for module in block.children():
+        inside = set(module.modules()) - {module}
+        if not inside.isdisjoint(layers) and inside.isdisjoint(unpruned):
+            yield module
+
+
+def prune_seen(layers: Mapping[str, SparseLayer], seen: Seen, solver: Solver, settings: Settings) -> list[LayerResult]:
+    """Prunes the layers that read the inputs `seen`, in place; each expert by the statistic of its own tokens."""
+    results = []
+    for each in seen:
+        weights = matrices({name: layers[name] for name in each.names})
+        found = []
+        for entry in each.entries():
+            found += prune_layers({name: weights[name] for name in entry.names}, entry, solver, settings)
+        assert len(found) == len(weights)
+        if layers[each.names[0]].weight.dim() == 3:
+            found = [LayerResult.of_matrices(each.names[0], found, each.num_few)]
+        results += found
+    return results
+
+
+def prune_layers(
+    weights: Mapping[str, Tensor], seen: LayerInput | None, solver: Solver, settings: Settings
+) -> list[LayerResult]:
+    """Prunes weights (out, in) that read the same input, in place.
+
+    Args:
+        seen: the input; None for magnitude without calibration text.
+
+    Raises:
+        InputError: a weight or an input that is not finite, or a Hessian that cannot be factorized.
+    """
+    names = ", ".join(weights)
+    dense = torch.cat([w.float() for w in weights.values()])  # q, k, v: (576, 576), 2 x (192, 576) -> (960, 576)
+    check_finite(f"the weight of {names}", dense)
+    statistic = torch.zeros(()) if seen is None else seen.statistic
+    check_finite_input(names, statistic)
+    has_zero_input = bool(solver.axes) and not statistic.any()
+    with naming(names):
+        if has_zero_input:  # any mask gives the same output, the bias
+            pruned = SOLVERS["magnitude"].prune(dense, statistic, settings)
+        elif refinements := refinements_after(solver, settings):
+            pruned = _solve_refined(dense, statistic, solver, settings, refinements)
+        else:
+            pruned = solver.prune(dense, statistic, settings)
+    num_rows = [len(weight) for weight in weights.values()]
+    results = []
+    for (name, weight), old, new in zip(weights.items(), dense.split(num_rows), pruned.weight.split(num_rows)):
+        weight.copy_(new)
+        error = None
+        if seen is not None:
+            error = relative_error(seen.sample @ (old - weight.float()).T, seen.sample @ old.T)
+        result = LayerResult(
+            name,
+            tuple(weight.shape),
+            num_zeros=int((weight == 0).sum()),
+            error=error,
+            damping=pruned.damping,
+            num_zero_inputs=int(has_zero_input),
+        )
+        results.append(result)
+    return results
+
+
+def refinements_after(solver: Solver, settings: Settings) -> list[Refinement]:
+    """The rows of `REFINEMENTS` that follow a solver with these settings."""
+    return [row for row in REFINEMENTS.values() if solver.refined and row.is_on(settings)]
+
+
+def prune_layers_holds(rows: int, columns: int, solver: Solver, settings: Settings) -> int:
+    """Elements that `prune_layers` holds at its peak beside weights and statistic, for weights of `rows` in all."""
+    size = rows * columns
+    refinements = refinements_after(solver, settings)
+    phases = [size + solver.holds(rows, columns)]  # the dense weights together, and the solver
+    if refinements:
+        phases[0] += size + columns**2  # copies, of which the solver overwrites one
+    return max(*phases, *(row.holds(rows, columns) for row in refinements), 0)
+
+
+def _solve_refined(
+    dense: Tensor, statistic: Tensor, solver: Solver, settings: Settings, refinements: list[Refinement]
+) -> Pruned:
+    """Solves for masks and weights, then improves them by one refinement after another."""
+    hessian = whole_hessian(statistic).clone()
+    pruned = solver.prune(dense.clone(), statistic, settings)
+    weight = pruned.weight
+    dead = hessian.diagonal() == 0  # where the input is always 0, no weight is worth a place in a mask
+    target = dense.masked_fill(dead, 0) if dead.any() else dense
+    hessian = damped(hessian, settings.refinements.damping if pruned.damping is None else pruned.damping)
+    for refinement in refinements:
+        weight = refinement.improve(weight, target, hessian, settings)
+    return pruned._replace(weight=weight)

@@ -1,0 +1,294 @@
+"""The starts of each kind of pattern: its one-shot methods, what they read, and the steps that they are made of.
+
+A method is a row of `castlm.oneshot.solvers.SOLVERS`, or for patterns of whole units of
+`castlm.structured.scores.SCORES`. Whether it reads a text, needs one, and which refinements apply to it stands in its
+row, and everybody asks here. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from castlm.core.errors import InputError
+from castlm.core.nm import NM, Pattern, parse_pattern
+from castlm.fields import Joined, unmet, without_effect
+from castlm.oneshot.options import EFFORTS, NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements
+from castlm.oneshot.solvers import SOLVERS, Solver
+from castlm.structured.pattern import Units
+from castlm.structured.scores import SCORES, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from castlm.core.sparsify import FilterFn
+    from castlm.data.calibration import Extras
+    from castlm.oneshot.report import BasisReport, OneshotReport
+    from castlm.oneshot.start import Progress, Say
+    from castlm.oneshot.steps.base import Step
+
+
+class Starts(NamedTuple):
+    """A row of `STARTS`: how a model is pruned to one kind of pattern."""
+
+    pattern: type[Pattern]
+    methods: Callable[[Pattern], Mapping[str, Solver | Score]]
+    """The one-shot methods that prune to a pattern, by name."""
+    default: Callable[[Pattern], str]
+    """The method where no other is asked for."""
+    steps: Callable[[str, Pattern, BasisOptions, Refinements], list[Step]]
+    """The steps of a method, given the options that apply to it."""
+
+
+def _solvers(pattern: Pattern) -> dict[str, Solver | Score]:
+    return {name: solver for name, solver in SOLVERS.items() if isinstance(pattern, solver.patterns)}
+
+
+def _default_solver(pattern: Pattern) -> str:
+    return "sparsegpt" if "sparsegpt" in _solvers(pattern) else "magnitude"
+
+
+def _steps_by_layers(method: str, pattern: Pattern, basis: BasisOptions, refinements: Refinements) -> list[Step]:
+    from castlm.oneshot.steps.change_basis import ChangeBasis
+    from castlm.oneshot.steps.reconstruct import Reconstruct
+    from castlm.oneshot.steps.solve import Solve
+
+    steps: list[Step] = [Solve(method, pattern, refinements)]
+    if not isinstance(pattern, NM):
+        _refuse_rotation(basis, f"is for n:m patterns, not for {pattern}")
+    elif not SOLVERS[method].reads_text:
+        _refuse_rotation(basis, f"needs a calibration text, and {method} reads none")
+    elif not basis.is_off:
+        steps.insert(0, ChangeBasis(pattern, basis))
+    if refinements.reconstruct_epochs:
+        steps.append(Reconstruct(refinements.reconstruct_epochs, refinements.reconstruct_rate))
+    return steps
+
+
+def _default_score(pattern: Pattern) -> str:
+    assert isinstance(pattern, Units)
+    return pattern.default_score
+
+
+def _steps_by_units(method: str, pattern: Pattern, basis: BasisOptions, refinements: Refinements) -> list[Step]:
+    from castlm.structured.prune import PruneUnits
+
+    assert isinstance(pattern, Units)
+    _refuse_rotation(basis, f"is for n:m patterns, not for {pattern}")
+    return [PruneUnits(method, pattern, refinements.num_refits, refinements.damping)]
+
+
+def _refuse_rotation(basis: BasisOptions, why: str) -> None:
+    if basis.rotate not in ("auto", "off"):
+        raise InputError(f"rotate {basis.rotate} {why}: use rotate auto")
+
+
+STARTS: list[Starts] = [
+    Starts(Units, lambda pattern: SCORES, _default_score, _steps_by_units),
+    Starts(Pattern, _solvers, _default_solver, _steps_by_layers),
+]
+"""The first row whose class a pattern has holds for it."""
+
+
+def _starts_of(pattern: Pattern) -> Starts:
+    return next(starts for starts in STARTS if isinstance(pattern, starts.pattern))
+
+
+def all_methods() -> tuple[str, ...]:
+    """The one-shot methods of all patterns."""
+    return tuple(dict.fromkeys((*SOLVERS, *SCORES)))
+
+
+def methods_of(pattern: Pattern) -> Mapping[str, Solver | Score]:
+    """The one-shot methods that prune to a pattern, by name.
+
+    Examples:
+        >>> list(methods_of(NM(2, 4)))
+        ['magnitude', 'wanda', 'sparsegpt']
+    """
+    return _starts_of(pattern).methods(pattern)
+
+
+def default_method(pattern: Pattern) -> str:
+    """The one-shot method to start from where no other is asked for. Figures in docs/results decided it."""
+    return _starts_of(pattern).default(pattern)
+
+
+def method_of(name: str, pattern: Pattern) -> Solver | Score:
+    """The row of a method; raises `InputError` if it does not prune to the pattern."""
+    methods = methods_of(pattern)
+    if name not in methods:
+        raise InputError(f"{name!r} does not prune to {pattern}: choose one of {', '.join(methods)}")
+    return methods[name]
+
+
+def trained_from(name: str, pattern: Pattern) -> Solver | Score | None:
+    """The method that makes the start `init_from NAME` of a training run; None for magnitude and for a model.
+
+    With magnitude, masks are made by the optimizer.
+    """
+    return None if name == "magnitude" else methods_of(pattern).get(name)
+
+
+class Reads(NamedTuple):
+    """What a start reads, for the conditions of its options in `castlm.oneshot.options`."""
+
+    is_calibrated: bool = False
+    """Whether it reads a text."""
+    turns_axes: bool = False
+    """Whether the basis may change before it."""
+    read_refinements: tuple[str, ...] = ()
+    """The options of `Refinements` that it reads."""
+
+
+def reads_of(method: Solver | Score | None, pattern: Pattern, has_text: bool = True) -> Reads:
+    """What the start by a method reads; None reads nothing.
+
+    Args:
+        has_text: whether a text is given, for a method that can do without.
+    """
+    if method is None:
+        return Reads()
+    is_calibrated = method.needs_text or (method.reads_text and has_text)
+    return Reads(is_calibrated, isinstance(pattern, NM), method.refinements)
+
+
+def applied(refinements: Refinements, method: str, pattern: Pattern, effort: str = "best") -> Refinements:
+    """The refinements that have an effect with a method and a pattern; the others as in `NO_REFINEMENTS`.
+
+    Args:
+        effort: the `start_effort` that has set options of these refinements. They need no effect.
+
+    Raises:
+        InputError: a method that does not prune to the pattern, or another option that asks for something and has no
+            effect.
+    """
+    reads = reads_of(method_of(method, pattern), pattern)._replace(is_calibrated=True)
+    chosen, set_by_effort = Joined(reads, refinements), EFFORTS[effort].options
+    asked = {name: value for name, value in asdict(refinements).items() if value != set_by_effort.get(name)}
+    for reason in without_effect([Refinements], asked, chosen).values():
+        raise InputError(f"{reason} (this is {method} for {pattern}): leave it out")
+    unread = [option.name for option in fields(Refinements) if unmet(option, chosen) is not None]
+    return replace(refinements, **{name: getattr(NO_REFINEMENTS, name) for name in unread})
+
+
+def steps_of(
+    method: str,
+    pattern: Pattern,
+    basis: BasisOptions = NO_BASIS,
+    refinements: Refinements = NO_REFINEMENTS,
+    effort: str = "best",
+) -> list[Step]:
+    """The steps that prune a model by a method, for `run_start`.
+
+    Raises:
+        InputError: as `applied`, or a rotation that does not apply.
+    """
+    return _starts_of(pattern).steps(method, pattern, basis, applied(refinements, method, pattern, effort))
+
+
+def prune_oneshot_(
+    model: PreTrainedModel,
+    method: str,
+    *,
+    pattern: Pattern | str = "2:4",
+    calibration: Tensor | None = None,
+    extras: Extras = None,
+    basis: BasisOptions = NO_BASIS,
+    refinements: Refinements = NO_REFINEMENTS,
+    filter_fn: FilterFn | None = None,
+    precision: str = "fp32",
+    say: Say = lambda line: None,
+    progress: Progress = lambda done, total: None,
+) -> OneshotReport:
+    """Prunes a model to a pattern in place, without training; by default with the method as published.
+
+    The weights keep their dtype. Structured patterns have methods of their own; method taylor holds the gradient of
+    every weight that may be pruned.
+
+    Args:
+        pattern: a `Pattern` or its text.
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; for structured patterns a row of `SCORES`.
+        calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. A method that reads no text uses only
+            its first 256 tokens, to measure reconstruction errors.
+        extras: for each sequence, the further arguments of the model's forward, such as images.
+        basis, refinements: both are off by default; see `applied`.
+        filter_fn: chooses the layers to prune, as for `sparse_linears`.
+        precision: see `castlm.data.calibration.CalibrationText`.
+        say, progress: as for `castlm.oneshot.start.run_start`.
+
+    Raises:
+        InputError: as `steps_of` and `run_start`. Blocks before the one that the message names are pruned already.
+
+    Reference: Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774.
+
+    Examples:
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
+        >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)  # doctest: +SKIP
+    """
+    pattern = parse_pattern(pattern)
+    steps = steps_of(method, pattern, basis, refinements)
+    text = None if calibration is None else (calibration, extras, precision)
+    return _run(model, steps, pattern, text, filter_fn, say, progress)
+
+
+def change_basis_(
+    model: PreTrainedModel,
+    calibration: Tensor,
+    basis: BasisOptions | None = None,
+    *,
+    pattern: Pattern | str = "2:4",
+    extras: Extras = None,
+    filter_fn: FilterFn | None = None,
+    precision: str = "fp32",
+    say: Say = lambda line: None,
+    progress: Progress = lambda done, total: None,
+) -> BasisReport:
+    """Changes the basis of a dense model in place, without pruning it.
+
+    Args:
+        basis: the changes; None for the defaults of `BasisOptions`.
+        pattern: the pattern to which the layers will be pruned.
+        filter_fn: chooses the layers that will be pruned: only their errors count.
+        say: called with a line about each change that was made, omitted or undone.
+
+    The other arguments are as for `prune_oneshot_`.
+
+    Raises:
+        InputError: a family that does not allow the changes; "auto" keeps the basis instead, and reports it.
+
+    Examples:
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
+        >>> change_basis_(model, tokens, say=print)  # doctest: +SKIP
+    """
+    from castlm.oneshot.steps.change_basis import ChangeBasis
+
+    pattern = parse_pattern(pattern)
+    if not isinstance(pattern, NM):
+        raise InputError(f"a change of basis is for n:m patterns, not for {pattern}: use 2:4")
+    steps: list[Step] = [ChangeBasis(pattern, basis or BasisOptions())]
+    return _run(model, steps, pattern, (calibration, extras, precision), filter_fn, say, progress).basis
+
+
+def _run(
+    model: PreTrainedModel,
+    steps: list[Step],
+    pattern: Pattern,
+    text: tuple[Any, ...] | None,
+    filter_fn: FilterFn | None,
+    say: Say,
+    progress: Progress,
+) -> OneshotReport:
+    """Takes steps in a model in memory."""
+    from castlm.core.sparsify import is_sparse_linear, sparse_linears
+    from castlm.data.calibration import CalibrationText
+    from castlm.oneshot.source import MemoryModel
+    from castlm.oneshot.start import run_start
+
+    layers, left_dense = sparse_linears(model, pattern, filter_fn or is_sparse_linear)
+    read = None if text is None else CalibrationText(*text)
+    report = run_start(MemoryModel(model, layers), steps, read, say=say, progress=progress)
+    report.left_dense = left_dense
+    return report
