@@ -23,6 +23,16 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _packed_models_are_loaded_here() -> Iterator[None]:
+    """What `castlm pack` writes is loaded in this process: a fresh one takes seconds, and one test starts it."""
+    from castlm.export import loads, packed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "check_loads", loads.load_and_compute)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stories260k() -> Path:
     """Folder of a real LLaMA of 260k parameters trained on TinyStories, vocabulary 512."""

@@ -20,6 +20,7 @@ from castlm.core.nm import nm_mask, pack_mask, unpack_mask
 from castlm.core.sparsify import prune_
 from castlm.export.folder import pattern_of_files
 from castlm.export.hf import export_model
+from castlm.export.loads import check_loads
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.files.stored import PACKED_INDEX as INDEX
@@ -32,7 +33,7 @@ from castlm.runtime.packed import pack, pack_integers, unpack
 from tests.refusals import assert_refused, disk_full
 from tests.runs import assert_equal_weights, edit_json, edit_weights, record_of, weights
 from tests.slow import slow
-from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, linear_model, save_tiny, tiny_model, tiny_tokenizer
 
 PATTERNS = [*((n, m) for m in (2, 3, 4, 8) for n in range(1, m)), (5, 16), (8, 16)]
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -238,6 +239,18 @@ def readers(folder: Path, back: Path) -> list[list[str]]:
 
 
 UP = "model.layers.0.mlp.up_proj"
+
+
+def transpose(name):
+    def change_entry(tensors, metadata):
+        content = json.loads(metadata[METADATA_KEY])
+        entry = content["tensors"][name]
+        assert entry["shape"][0] == entry["shape"][1]
+        metadata[METADATA_KEY] = json.dumps(
+            {**content, "tensors": {**content["tensors"], name: entry | {"transposed": not entry["transposed"]}}}
+        )
+
+    return change_entry
 
 
 def drop_entry(tensors, metadata):
@@ -472,6 +485,44 @@ def test_scales_with_which_integers_are_infinite_are_refused(pruned, tmp_path, c
     folder = change(tmp_path / "packed", tmp_path / "changed", huge)
     assert [main(command) for command in readers(folder, tmp_path / "back")] == [1, 2, 2]
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "model.layers.0.self_attn.q_proj"), ("gpt2", "transformer.h.0.attn.c_proj")]
+)
+@pytest.mark.parametrize("pattern", ["2:4", None])
+def test_a_square_layer_that_is_marked_as_stored_the_other_way_round_is_refused(
+    family, name, pattern, tmp_path, capsys
+):
+    model = linear_model(family, num_attention_heads=4, num_key_value_heads=4)
+    if pattern is not None:
+        prune_(model)
+    save_model(model, tiny_tokenizer(), tmp_path / "plain")
+    pack_folder(tmp_path / "plain", tmp_path / "packed", pattern)
+    folder = change(tmp_path / "packed", tmp_path / "changed", transpose(name))
+    assert [main(command) for command in readers(folder, tmp_path / "back")] == [2, 2, 2]
+    assert capsys.readouterr().err.count(name) == (3 if pattern else 2)  # a dense model has nothing to verify
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_packed_model_that_cannot_be_loaded_is_not_kept(pruned, tmp_path, monkeypatch):
+    """Whatever loading raises in the fresh process: here for an activation that transformers does not have."""
+    source = Path(shutil.copytree(pruned, tmp_path / "source"))
+    edit_json(source / "config.json", hidden_act="no_such")
+    monkeypatch.setattr("castlm.export.packed.check_loads", check_loads)
+    monkeypatch.setattr("castlm.export.packed.check_layers", lambda *_: "nothing")
+    with pytest.raises(InputError, match=r"cannot be loaded .*no_such"):
+        pack_folder(source, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_weights_that_are_too_large_for_a_finite_product_are_not_packed_and_give_no_text(pruned, tmp_path, capsys):
+    source = Path(shutil.copytree(pruned, tmp_path / "source"))
+    edit_weights(source, lambda w: w["lm_head.weight"].fill_(1e38))
+    with pytest.raises(InputError, match="logits of the packed model"):
+        pack_folder(source, tmp_path / "packed")
+    assert main(["generate", str(source), "--prompt", "a"]) == 2
+    assert "logits of the model are not finite" in capsys.readouterr().err
 
 
 # ---- dense models

@@ -34,6 +34,7 @@ from castlm.export.folder import (
     stored_tensors,
 )
 from castlm.export.hf import export_model, write_safetensors
+from castlm.export.loads import check_loads
 from castlm.export.origin import origin_of
 from castlm.export.verify import Packed, check_dense, check_ok, take_packed, verify
 from castlm.files.atomic_file import atomic_write_json
@@ -139,7 +140,7 @@ def pack_folder(
 
     Every linear layer inside the transformer blocks is packed: as n:m, or as a dense matrix if castlm.json lists it as
     left dense or the whole model is dense. The other tensors are copied. Each packed tensor of floats is unpacked again
-    and compared before it is written.
+    and compared before it is written. What was written is loaded in a fresh process.
 
     Args:
         source: a model folder in safetensors (the result has as many files); or a hub id, a GGUF file or "demo".
@@ -231,6 +232,10 @@ def pack_into(
         check_dense(folder)
     else:
         check_ok(verify(folder, pattern, compare=False))
+    if config.get("auto_map"):
+        note(f"{source} has its own code, so the packed model is not loaded to check it")
+    else:
+        check_loads(folder)
     before = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
     return PackReport(len(specs), before, _bytes_in(folder), pattern)
 
@@ -395,7 +400,7 @@ def unpack_folder(
     source = local_folder(source)
     config = read_config(source)
     stored = stored_tensors(source, config) if is_packed(config) else {}
-    packed = take_packed(stored)  # `stored` has the tensors of the plain folder now
+    packed = take_packed(stored, config)  # `stored` has the tensors of the plain folder now
     stored = dict(sorted(stored.items()))
     if not packed:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")

@@ -95,7 +95,7 @@ def verify(
     if base is not None and not cuts:
         raise InputError(f"--base is for patterns that cut channels or heads out, not for {pattern}: leave it out")
     dense_config, where = base_config(base, config, folder / "castlm.json", pattern) if cuts else ({}, "")
-    packed = take_packed(tensors)
+    packed = take_packed(tensors, config)
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
     _refuse_packed(path, tensors, config)
@@ -185,8 +185,9 @@ def check_dense(folder: Path) -> None:
     """Raises `InputError` unless every value in a plain or packed folder is finite; of a dense model, nothing else can
     be counted.
     """
-    tensors = stored_tensors(folder, read_config(folder))
-    packed = take_packed(tensors)
+    config = read_config(folder)
+    tensors = stored_tensors(folder, config)
+    packed = take_packed(tensors, config)
     for name, tensor in tensors.items():
         if damaged := packed[name].num_non_finite() if name in packed else count_non_finite(tensor):
             raise InputError(f"{name} of {folder} holds {damaged:,} values that are NaN or infinite")
@@ -274,15 +275,28 @@ class Packed(NamedTuple):
         return int(np.count_nonzero(magnitudes > largest))
 
 
-def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
+def take_packed(tensors: dict[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, Packed]:
     """Replaces, in place, the parts of each packed tensor in `tensors` by one entry under its own name.
 
     Returns the packed tensors by that name. In `tensors` they have their unpacked shape.
+
+    Args:
+        config: the content of config.json.
+
+    Raises:
+        InputError: damaged metadata, as `read_specs`, or a tensor that its family stores the other way round.
     """
     packed = {}
     for stem, spec in read_specs(tensors).items():
         parts = {suffix: tensors.pop(f"{stem}.{suffix}") for suffix in spec.tensors()}
         shape, name = spec.unpacked_shape, spec.tensor_name(stem)
+        axis = input_axis(config, name, shape) if config.get("model_type") else None
+        if axis is not None and (axis == len(shape) - 2) != spec.transposed:
+            is_transposed = "is" if spec.transposed else "is not"
+            raise InputError(
+                f"the castlm metadata of {parts['values'].file} say that {name} {is_transposed} transposed, unlike in "
+                f"a {config['model_type']}: pack the model again"
+            )
         dtype = "F32" if spec.rounded else parts["values"].dtype
         tensors[name] = parts["values"]._replace(name=name, dtype=dtype, shape=shape)
         packed[name] = Packed(spec, parts)

@@ -20,6 +20,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from castlm.core.errors import InputError
 from castlm.runtime import native
 from castlm.runtime.layers import PackedEmbedding, PackedLinear
 
@@ -66,6 +68,15 @@ def decoding_method(
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         say(f"castlm's decoder is not used, which makes decoding slower: {reason}")
     return None
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits from which no token can be chosen: finite weights may be too large for a finite product."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool(scores.amax().isfinite()):  # -inf alone is a token that is left out
+            raise InputError("the logits of the model are not finite: its weights are damaged, or too large")
+        return scores
 
 
 class TokenTimes(BaseStreamer):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.hardware import choose_device, has_fast_bf16
 from castlm.models.architecture import check_context
 from castlm.models.io import load_weights, open_model, unpack_on_load_
-from castlm.runtime.decode import ONE_SEQUENCE, TokenTimes, decoding_method
+from castlm.runtime.decode import ONE_SEQUENCE, FiniteLogits, TokenTimes, decoding_method
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def generate_text(
         say: called with a line if a packed model must decode in transformers' loop, with the reason.
 
     Raises:
-        InputError: more tokens than the model's context holds.
+        InputError: more tokens than the model's context holds, or logits that are not finite.
     """
     assert max_new_tokens >= 1
     check_context(model.config, input_ids.shape[1], max_new_tokens)
@@ -138,6 +138,7 @@ def generate_text(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             streamer=stream,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
             pad_token_id=pad,
             tokenizer=tokenizer,  # for stop_strings of the generation config
             **ONE_SEQUENCE,

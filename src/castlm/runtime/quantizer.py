@@ -136,13 +136,17 @@ class CastlmQuantizer(HfQuantizer):
 
     def _replace(self, model: PreTrainedModel, name: str, spec: PackedSpec) -> str:
         """Replaces the dense layer by a packed one without values, and returns its path."""
+        from transformers.pytorch_utils import Conv1D
+
         path = _path_in(model, loaded_name(model, name))
         module = model.get_submodule(path) if path is not None else None
         weight = getattr(module, "weight", None)
-        if path is None or weight is None or tuple(weight.shape) != spec.unpacked_shape:
+        is_alike = weight is not None and tuple(weight.shape) == spec.unpacked_shape
+        if path is None or not is_alike or isinstance(module, Conv1D) != spec.transposed:
+            order = "in, out" if spec.transposed else "out, in"
             raise InputError(
-                f"{type(model).__name__} has no layer {name} of shape {spec.unpacked_shape}: load the model after "
-                "castlm unpack"
+                f"{type(model).__name__} has no layer {name} of shape {spec.unpacked_shape} = ({order}): pack the "
+                "model again"
             )
         if isinstance(module, nn.Embedding):
             assert type(module) is nn.Embedding, "castlm pack leaves tables that scale as they are"

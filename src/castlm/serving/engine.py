@@ -30,7 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from castlm.core.errors import InputError, is_out_of_memory
 from castlm.models.architecture import context_length
-from castlm.runtime.decode import ONE_SEQUENCE, DecoderState, PromptReader, decoding_method, step_together
+from castlm.runtime.decode import ONE_SEQUENCE, DecoderState, FiniteLogits, PromptReader, decoding_method, step_together
 
 MOST_TOGETHER = 8
 """Sequences that are decoded together."""
@@ -296,6 +296,7 @@ class Engine:
             "attention_mask": torch.ones_like(answer.ids),
             "max_new_tokens": answer.max_new_tokens,
             "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            "logits_processor": LogitsProcessorList([FiniteLogits()]),
             "tokenizer": tokenizer,  # for stop_strings of the generation config
             **ONE_SEQUENCE,
             **sampling,
