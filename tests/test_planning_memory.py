@@ -15,7 +15,7 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.scaling import add_weight_scaling
-from castlm.core.sparsify import sparse_param_groups
+from castlm.core.sparsify import is_sparse_linear, sparse_param_groups
 from castlm.lab.planning import memory
 from castlm.lab.planning.memory import Settings, plan_memory, saved_bytes, trace
 from castlm.models.architecture import backbone, linearize_, shape_model
@@ -62,15 +62,15 @@ def test_saved_activations_of_a_llama_block_have_the_closed_form():
     numbers = 2 * 4 + 4 * heads  # two norms' scales and the attention's logsumexp, fp32
     saved = trace(llama(), RUN, sharded=False)
     assert saved.block == tokens * (4 * (10 * hidden + 4 * inner) + numbers)
-    assert saved.block_weights == 4 * weights  # the products W * A
-    assert trace(llama(), replace(RUN, scale_groups=0), sharded=False).block_weights == 0
+    assert saved.block_weights == 0  # the products W * A are made again
+    assert trace(llama(), replace(RUN, scale_groups=0), sharded=False) == saved
     bf16 = replace(RUN, compute=torch.bfloat16)
     for sharded in (False, True):
         autocast = trace(llama(), replace(bf16, scale_groups=0), sharded=sharded)
         assert autocast.block == tokens * (34 * hidden + 8 * inner + numbers)
         assert autocast.block_weights == (0 if sharded else 2 * weights)  # copies of W, unless it is gathered in bf16
     scaled = trace(llama(), bf16, sharded=True)
-    assert (scaled.block, scaled.block_weights) == (autocast.block, 2 * weights)
+    assert (scaled.block, scaled.block_weights) == (autocast.block, 0)
 
 
 def test_rounded_weights_are_kept_for_backward_and_scales_are_parameters():
@@ -114,14 +114,14 @@ def test_blocks_of_several_kinds_are_all_traced():
 
 
 @pytest.mark.parametrize("pattern", ["heads:0.5", "channels:0.5"])
-def test_weights_kept_for_backward_are_those_of_the_pattern(pattern):
-    config = llama()
-    plan = planned(config, seq_len=32, micro_batch=1, pattern=parse_pattern(pattern), compute=torch.float32)
+def test_scaled_layers_keep_no_weights_for_backward_and_others_the_copies_of_autocast(pattern):
+    config, options = llama(), {"seq_len": 32, "micro_batch": 1, "pattern": parse_pattern(pattern)}
+    assert planned(config, **options, compute=torch.float32).components["weights kept for backward"] == 0
     model = shape_model(config)
     add_weight_scaling(model, 2, pattern=parse_pattern(pattern))
-    scaled = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
-    products = 4 * sum(layer.parametrizations.weight.original.numel() for layer in scaled)
-    assert plan.components["weights kept for backward"] == pytest.approx(products, rel=0.01)
+    linears = [module for name, module in model.named_modules() if is_sparse_linear(module, name)]
+    others = sum(layer.weight.numel() for layer in linears if not parametrize.is_parametrized(layer, "weight"))
+    assert planned(config, **options).components["weights kept for backward"] == pytest.approx(2 * others, rel=0.01)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)

@@ -1,6 +1,8 @@
 """Learnable weight scaling: a parametrization `W -> W * A` with one factor per row and block of columns.
 
 It restores some of the freedom that pruning removes and costs nothing in the end, because `A` is folded into `W`.
+Autograd would keep `W * A` of every layer for the backward pass, 13 GiB of an 8B model in bf16. A scaled `nn.Linear`
+keeps `W` and `A`, which are there anyway, and makes the product again.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from castlm.core.distill import matmul_dtype
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
@@ -29,15 +33,65 @@ def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
     return (blocks * scale.unsqueeze(-1)).flatten(-2)  # Eq. 11-12: (1536, 2, 288) * (1536, 2, 1) -> (1536, 576)
 
 
+class _ScaledLinear(torch.autograd.Function):
+    """`F.linear(x, W * A, bias)`, which keeps x, W and A for the backward pass.
+
+    Output and gradients are equal in bits to those of autograd, whose operations are repeated here in their order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        scaled = scale_weight(weight, scale).to(x.dtype)
+        return F.linear(x, scaled, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        of_x, of_weight, of_scale, of_bias = (None,) * 4
+        rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+        if ctx.needs_input_grad[0]:
+            of_x = (rows @ scale_weight(weight, scale).to(x.dtype)).view(x.shape)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            blocks = weight.view(*scale.shape, weight.shape[-1] // scale.shape[-1])  # (1536, 576) -> (1536, 2, 288)
+            product = torch.promote_types(weight.dtype, scale.dtype)
+            of_blocks = (rows.T @ x.reshape(-1, x.shape[-1])).to(product).view(blocks.shape)  # of W * A
+            if ctx.needs_input_grad[1]:
+                of_weight = (of_blocks * scale.unsqueeze(-1)).flatten(-2).to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                of_scale = (of_blocks * blocks).sum(-1).to(scale.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+            of_bias = rows.sum(0).to(ctx.bias_dtype)
+        return of_x, of_weight, of_scale, of_bias
+
+
 class WeightScaling(nn.Module):
-    """`forward(W) = W * A`, with `scale` = `A` (out, groups), (experts, out, groups) of an `ExpertLinear`."""
+    """`forward(W) = W * A`, with `scale` = `A` (out, groups), (experts, out, groups) of an `ExpertLinear`.
+
+    `forward(W, x, bias)` is the output of the linear layer with these weights. It runs in this module and not in the
+    layer, so that hooks which gather `A`, such as those of FSDP, run around it.
+    """
 
     def __init__(self, weight: Tensor, groups: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(*weight.shape[:-1], groups, dtype=weight.dtype, device=weight.device))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return scale_weight(weight, self.scale)
+    def forward(self, weight: Tensor, x: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        if x is None:
+            return scale_weight(weight, self.scale)
+        x = x.to(matmul_dtype(x))  # as autocast does, and as it is kept
+        output: Tensor = _ScaledLinear.apply(x, weight, self.scale, bias)  # type: ignore[no-untyped-call]
+        return output
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """The forward pass of an `nn.Linear` with weight scaling."""
+    scaling, *more = layer.parametrizations.weight
+    if more:  # trained rounding keeps W * A
+        return F.linear(x, layer.weight, layer.bias)
+    output: Tensor = scaling(layer.parametrizations.weight.original, x, layer.bias)
+    return output
 
 
 def add_weight_scaling(
@@ -74,7 +128,10 @@ def add_weight_scaling(
         if groups < 1 or layer.in_features % groups:
             raise InputError(f"the width {layer.in_features} of {name} does not divide into {groups} scale groups")
     for layer in layers.values():
+        is_plain = type(layer).forward is nn.Linear.forward
         parametrize.register_parametrization(layer, "weight", WeightScaling(layer.weight, groups))
+        if is_plain:
+            type(layer).forward = _forward  # type: ignore  # a class of this layer alone
     model.register_state_dict_post_hook(_warn_before_fold)  # type: ignore[no-untyped-call]
     return list(layers)
 
