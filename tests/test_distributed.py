@@ -17,7 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 import castlm.training.train as training
@@ -25,7 +26,7 @@ from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.shards import local, whole
-from castlm.core.sparsify import sparse_linears, sparse_param_groups
+from castlm.core.sparsify import sparse_linears, sparse_param_groups, weight_parameter
 from castlm.data.packing import BatchLoader
 from castlm.distributed import export
 from castlm.distributed.loading import fingerprint, load_rows_, materialize_, open_sharded
@@ -615,6 +616,8 @@ def see_what_is_gathered(folder: str) -> None:
 
     def look(name: str, module: nn.Module) -> None:
         seen.update({f"{name}.{leaf}": parameter.dtype for leaf, parameter in module.named_parameters(recurse=False)})
+        if is_parametrized(module, "weight"):  # a scaled layer does not call the list of its parametrizations
+            seen[f"{name}.parametrizations.weight.original"] = weight_parameter(module).dtype
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda module, _, name=name: look(name, module))
@@ -626,7 +629,8 @@ def see_what_is_gathered(folder: str) -> None:
     assert seen.keys() >= {name for name in parameters if "lm_head" not in name}
     linear = {f"{name}.parametrizations.weight.original" for name in sparse_linears(model)[0]}
     biases = {f"{name}.bias" for name in sparse_linears(model)[0]} & parameters.keys()
-    assert {name for name, dtype in seen.items() if dtype == torch.bfloat16} == linear | biases
+    ends = {"model.embed_tokens.weight"} & parameters.keys() if "lm_head.weight" in parameters else set()
+    assert {name for name, dtype in seen.items() if dtype == torch.bfloat16} == linear | biases | ends
     assert all(parameter.grad.dtype == parameter.dtype == torch.float32 for parameter in parameters.values())
     close_world(world)
 
@@ -635,6 +639,31 @@ def see_what_is_gathered(folder: str) -> None:
 def test_blocks_are_gathered_in_bf16(family, tmp_path):
     model = save_tiny(tmp_path / "model", family, **({"num_key_value_heads": 4} if family == "mixtral" else {}))
     run_ranks(see_what_is_gathered, 2, str(model), folder=tmp_path)
+
+
+def compare_gradients_of_ends(folder: str) -> None:
+    world = init_world("cpu", "full")
+    model = load_model(folder).model
+    ids, gradients = torch.arange(32).view(2, 16), []
+    for is_sharded in (False, True):
+        student, teacher = copy.deepcopy(model), as_teacher_(copy.deepcopy(model), torch.float32)
+        objective = Objective(student, teacher, 0.5, 1.0)
+        if is_sharded:
+            shard_(objective, world)
+        objective(ids, ids.roll(-1), 32).loss.backward()
+        if is_sharded:
+            for end in (student.lm_head, student.model.embed_tokens, teacher.lm_head, teacher.model.embed_tokens):
+                assert isinstance(end.weight, DTensor), "it is whole outside of its use"
+        gradients.append({name: whole(parameter.grad) for name, parameter in student.named_parameters()})
+    plain, sharded = gradients
+    for name, expected in plain.items():
+        torch.testing.assert_close(sharded[name], expected, rtol=1e-5, atol=1e-7, msg=name)
+    close_world(world)
+
+
+def test_untied_embeddings_and_heads_are_whole_only_while_they_are_used(tmp_path):
+    model = save_tiny(tmp_path / "model", "llama")
+    run_ranks(compare_gradients_of_ends, 2, str(model), folder=tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["NaN", "missing"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -148,23 +149,27 @@ def logit_scale(config: PretrainedConfig) -> tuple[float, float | None]:
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
+def check_head(model: PreTrainedModel, whole: AbstractContextManager[OutputHead] | None = None) -> None:
     """Checks on 12 random tokens that `output_head` of `backbone` gives the logits, and that the model is causal.
+
+    Args:
+        whole: a context with the head, for one whose weight is sharded outside of its forward pass.
 
     Raises:
         InputError: the architecture computes something else, so the loss would be that of another model.
     """
-    name, head = type(model).__name__, output_head(model)
+    name, vocab = type(model).__name__, len(output_head(model).weight)
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(head.weight.shape[0], (1, 12), generator=generator).to(model.device)
+    input_ids = torch.randint(vocab, (1, 12), generator=generator).to(model.device)
     changed = input_ids.clone()
-    changed[0, -1] = (changed[0, -1] + 1) % head.weight.shape[0]
+    changed[0, -1] = (changed[0, -1] + 1) % vocab
     with eval_mode(model):
         logits = model(input_ids=input_ids, use_cache=False).logits
         logits_changed = model(input_ids=changed, use_cache=False).logits
         hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    rebuilt = F.linear(hidden, head.weight, head.bias).float() * head.scale
+    with whole or nullcontext(output_head(model)) as head:
+        rebuilt = F.linear(hidden, head.weight, head.bias).float() * head.scale
     if head.softcap is not None:
         rebuilt = head.softcap * torch.tanh(rebuilt / head.softcap)
     is_wide = hidden.dtype == logits.dtype == torch.float32  # bf16 autocast rounds the product of the head

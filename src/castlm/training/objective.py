@@ -1,7 +1,7 @@
 """Student and teacher as one module whose forward pass returns the loss.
 
-They are one module because FSDP gathers the output head only during its root's forward pass, and the loss needs the
-head.
+They are one module because FSDP gathers tied embeddings, which are the output head too, only during its root's forward
+pass, and the loss needs the head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from castlm.core.hidden import hidden_distance
 from castlm.core.sparsify import transformer_blocks
 from castlm.data.packing import document_mask
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
-from castlm.distributed.sharding import is_sharded, reshard_, shard_
+from castlm.distributed.sharding import gathered, is_sharded, reshard_, shard_
 from castlm.distributed.world import World
 from castlm.hardware import autocast
 from castlm.models.architecture import backbone, check_head, output_head
@@ -112,16 +112,18 @@ class Objective(nn.Module):
         settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
         compares_hidden = self.hidden_weight > 0 and not ce_only
         ours = self._output(self.student, inputs, compares_hidden)
-        head = output_head(self.student)
         if ce_only or self.eta == 0:
-            loss = distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens)
+            with _head_of(self.student) as head:
+                loss = distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens)
             return TrainingLoss(*loss, torch.zeros_like(loss.ce))
         if self.top_k:
             found, theirs = self._top_tokens(inputs, position_ids, compares_hidden)
-            loss = distillation_loss(ours.states, head, labels, teacher_top=found, **settings)
+            with _head_of(self.student) as head:
+                loss = distillation_loss(ours.states, head, labels, teacher_top=found, **settings)
         else:
             theirs = self._teacher_output(inputs, compares_hidden)
-            loss = distillation_loss(ours.states, head, labels, theirs.states, self._teacher_head(), **settings)
+            with _head_of(self.student) as head, self._teacher_head() as their_head:
+                loss = distillation_loss(ours.states, head, labels, theirs.states, their_head, **settings)
         if not compares_hidden:
             return TrainingLoss(*loss, torch.zeros_like(loss.ce))
         assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
@@ -196,11 +198,13 @@ class Objective(nn.Module):
         assert self.teacher is not None
         return self._output(self.teacher, inputs, stream)
 
-    def _teacher_head(self) -> OutputHead:
+    @contextmanager
+    def _teacher_head(self) -> Iterator[OutputHead]:
         """The teacher's head on the student's vocabulary: families pad larger models to more rows of no token."""
         assert self.teacher is not None
-        head, rows = output_head(self.teacher), len(self.student.get_input_embeddings().weight)
-        return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
+        rows = len(self.student.get_input_embeddings().weight)
+        with _head_of(self.teacher) as head:
+            yield head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
 
     def fill_cache(self, input_ids: Tensor, position_ids: Tensor | None) -> None:
         """Lets the teacher read a batch (batch, seq), unless the cache holds all of it."""
@@ -216,7 +220,8 @@ class Objective(nn.Module):
         if found is not None:
             return found, None
         output = self._teacher_output(inputs, stream)
-        top = top_tokens(output.states, self._teacher_head(), self.top_k, self.temperature)
+        with self._teacher_head() as head:
+            top = top_tokens(output.states, head, self.top_k, self.temperature)
         if self.cache is not None:
             self.cache.put(input_ids, top, position_ids)
         return top, output
@@ -235,7 +240,14 @@ class Objective(nn.Module):
 
     def check_head(self) -> None:
         """Checks the student's head, as a forward method of this module, in which FSDP gathers the weights."""
-        check_head(self.student)
+        check_head(self.student, _head_of(self.student))
+
+
+@contextmanager
+def _head_of(model: PreTrainedModel) -> Iterator[OutputHead]:
+    """The head of a model, with its whole weight if it is sharded by itself."""
+    with gathered(model.get_output_embeddings()):
+        yield output_head(model)
 
 
 def shard_objective_(

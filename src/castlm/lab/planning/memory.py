@@ -408,8 +408,12 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
     def shard(size: int) -> int:
         return -(-size // world_size)
 
-    # Everything outside the blocks in fp32 and two blocks in the compute type; the same of the teacher, in its own.
-    gathered = 4 * sizes.outside + 2 * c * sizes.block + t * (tutor.outside + 2 * tutor.block)
+    # Two blocks in the compute type, and the same of the teacher, in its own. What is outside the blocks, but of heads
+    # that are not the embeddings only the heads, which are whole in the loss and as large.
+    gathered = 2 * c * sizes.block + 2 * t * tutor.block
+    for each, size, of_head in ((sizes, 4, c), (tutor, t, t)):
+        matrix = each.vocab * each.hidden
+        gathered += size * each.outside if each.is_tied else size * (each.outside - 2 * matrix) + of_head * matrix
     # A checkpoint drops the products W * A and rounded weights with the activations, but not autocast's copies.
     layers_kept = 1 if run.checkpointing and run.makes_weights else sizes.num_layers
     return {
