@@ -12,9 +12,11 @@ from castlm.core.errors import InputError
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.residual import basis_between
+from castlm.training import start
+from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.faults import train_as_a_command
-from tests.ranks import start_ranks, wait_ranks
+from tests.ranks import said, start_ranks, wait_ranks
 from tests.runs import assert_equal_weights, begin_run, killed_in, metrics, prune_to, small, stop_and_resume
 from tests.slow import slow
 from tests.tiny import save_tiny
@@ -69,12 +71,20 @@ def test_a_run_from_a_folder_in_another_basis_resumes_exactly(rotated, llama, te
     stop_and_resume(config, 3)
 
 
-@pytest.mark.slow
-def test_two_ranks_start_from_a_folder_in_another_basis(rotated, llama, text, tmp_path):
+def train_without_a_whole_model(config: TrainConfig) -> int:
+    start.load_model = None  # what a rank that reads the whole model would call
+    return train_as_a_command(config)
+
+
+def test_two_ranks_start_from_a_folder_in_another_basis_and_read_their_own_rows(rotated, llama, text, tmp_path):
+    """A folder of another pattern is refused by all."""
     one, two = (small(llama, text, tmp_path / name, init_from=rotated, device="cpu") for name in ("one", "two"))
     train(one)
     halves = two.changed(per_device_train_batch_size=2)
-    assert wait_ranks(start_ranks(train_as_a_command, 2, halves, log=tmp_path / "log"), 120) == [0, 0]
+    for config, codes in ((halves, [0, 0]), (halves.changed(pattern="1:4", output_dir=str(tmp_path / "no")), [2, 2])):
+        ranks = start_ranks(train_without_a_whole_model, 2, config, log=tmp_path / "log")
+        assert wait_ranks(ranks, 240) == codes, said(tmp_path / "log", 2)
+    assert "is not 1:4 in model.layers." in said(tmp_path / "log", 2)
     rows = [[row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 

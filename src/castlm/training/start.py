@@ -6,17 +6,21 @@ main rank prunes, or reads, the whole model and sends its layers, one at a time,
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_finite
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
+from castlm.distributed.loading import Checkpoint, open_sharded, opened_files
 from castlm.distributed.world import World
 from castlm.files.output import check_beside
 from castlm.files.reading import read_record, user_path
@@ -47,6 +51,9 @@ class StartWeights:
     dense: dict[str, Tensor] = field(default_factory=dict)
     """Parameters that differ from the dense model's, by name: dense ones in a new basis or of a given model, and the
     dense values of sparse layers in a new basis, if the run `keeps_dense_values`."""
+    given: Checkpoint | None = None
+    """The places of the weights of a given model, on every rank, which reads its rows. `pruned` and `dense` are empty
+    then."""
     stream_basis: Tensor | None = None
     """The new basis of the residual stream; None if it is the dense model's own."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +113,9 @@ class TrainingStart:
     """Tokens of all forward passes of the training on one rank; a backward pass counts as two."""
 
     def make(self, output_dir: str | Path, overwrite: bool = False) -> StartWeights:
-        """Makes the start, on the main rank: by a one-shot method, or from the model that `init_from` names.
+        """Makes the start: by a one-shot method on the main rank, or from the model that `init_from` names.
+
+        Of a given model whose files allow it, each rank takes its own part.
 
         Finished transformer blocks are in `partial_folder(output_dir)`, from which a start that was killed continues.
         The folder stays until `drop_work`.
@@ -119,9 +128,13 @@ class TrainingStart:
                 ranks raise `SystemExit`.
         """
         start = StartWeights()
+        is_given = trained_from(self.options.name, self.pattern) is None
+        if is_given and (opened := self._open_given()) is not None:
+            start.record = self._take_places_(start, *opened)
+            return start
 
         def fill() -> dict[str, Any]:
-            if trained_from(self.options.name, self.pattern) is None:
+            if is_given:
                 return self._read_(start)
             with begun_work(user_path(output_dir)) as work:
                 return self._prune_(start, work, overwrite)
@@ -202,38 +215,117 @@ class TrainingStart:
 
     def _read_(self, start: StartWeights) -> dict[str, Any]:
         """Reads the model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""
-        name, pattern, source = self.options.name, self.pattern, self.source
-        options = source.options if self.is_finetuning else {"trust_remote_code": source.options["trust_remote_code"]}
+        pattern, source = self.pattern, self.source
         is_loaded = self.is_finetuning and source.stored is None
-        try:
-            model = source.model if is_loaded else load_model(name, **options).model
-        except InputError as error:
-            known = ", ".join(methods_of(pattern))
-            raise InputError(f"init_from {name} is neither one of {known} nor a model: {error}") from None
-        layers, _ = sparse_linears(source.model, pattern, self.filter_fn)
-        untied = is_tied(source.model) and not is_tied(model)
-        theirs = dict(model.named_parameters())
+        with self._naming_methods():
+            model = source.model if is_loaded else load_model(self.options.name, **self._given_options).model
+        record: dict[str, Any] = {}
         if not self.is_finetuning:
-            ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
-            if untied:
-                head = model.get_output_embeddings().weight
-                ours |= {each: head.shape for each, parameter in theirs.items() if parameter is head}
-            for each in sorted(ours.keys() | theirs.keys()):
-                if each not in ours or each not in theirs or ours[each] != theirs[each].shape:
-                    raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
+            record = self._compare_(start, model, lambda: model.get_input_embeddings().weight.detach())
+        layers, _ = sparse_linears(source.model, pattern, self.filter_fn)
+        theirs = dict(model.named_parameters())
         start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in layers}
         bound = pattern.for_model(source.model)
         for unit in bound.joint_layers(start.pruned):
             if bound.joint_violations([start.pruned[layer] for layer in unit]):
-                given = name if self.is_finetuning else f"init_from {name}"
-                raise InputError(
-                    f"{given} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or "
-                    "name the layer in left_dense"
-                )
-        if self.is_finetuning:
-            return {}
-        pruned = {f"{layer}.weight" for layer in layers}
-        start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
+                raise InputError(self._not_of_pattern(unit[-1]))
+        if not self.is_finetuning:
+            pruned = {f"{layer}.weight" for layer in layers}
+            start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
+        return record
+
+    def _open_given(self) -> tuple[PreTrainedModel, Checkpoint] | None:
+        """The model that `init_from` names, without its weights, and the places of these; all ranks call it.
+
+        None if a rank cannot read its rows alone: in a single process, for a pattern that needs whole weights, and for
+        files of which `open_sharded` says so.
+        """
+        source, opened, failure = self.source, None, None
+        if self.world.mesh is None or not self.pattern.independent_rows:
+            return None
+        try:
+            with self._naming_methods():
+                if not self.is_finetuning:
+                    found = open_sharded(self.options.name, **self._given_options)
+                    opened = None if found is None else (found[0].model, found[1])
+                elif source.stored is not None:
+                    opened = source.model, source.stored
+        except InputError as error:
+            failure = str(error)
+        are_open = self.world.gather(opened is not None, patient=True)
+        self.world.check_all(failure)
+        return opened if all(are_open) else None
+
+    def _take_places_(self, start: StartWeights, model: PreTrainedModel, given: Checkpoint) -> dict[str, Any]:
+        """Gives `start` the places of a model, of which each rank reads its rows; all ranks call it.
+
+        Each rank counts the pattern of some sparse layers.
+
+        Args:
+            model: the given model, without weights.
+        """
+        record: dict[str, Any] = {}
+        if not self.is_finetuning:
+            (name,) = (n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+
+            def embeddings() -> Tensor:
+                with opened_files() as read:
+                    return given.places[name].read(read, slice(None)).float()
+
+            record = self.world.on_main(lambda: self._compare_(start, model, embeddings), patient=True)
+        layers, _ = sparse_linears(self.source.model, self.pattern, self.filter_fn)
+        failure = None
+        with opened_files() as read:
+            for layer in [*layers][self.world.rank :: self.world.size]:
+                weight = given.places[f"{layer}.weight"].read(read, slice(None))
+                if failure is None and self.pattern.violations(weight):
+                    failure = self._not_of_pattern(layer)
+        self.world.gather(None, patient=True)  # the others may read longer
+        self.world.check_all(failure)
+        places = {f"{layer}.weight": given.places[f"{layer}.weight"] for layer in layers}
+        start.given = Checkpoint(given.source, places if self.is_finetuning else given.places)
+        return record
+
+    @property
+    def _given_options(self) -> dict[str, Any]:
+        """The options with which the model that `init_from` names is opened."""
+        options = self.source.options
+        return options if self.is_finetuning else {**options, "revision": None}
+
+    @contextlib.contextmanager
+    def _naming_methods(self) -> Iterator[None]:
+        """Names the one-shot methods in the error of a model that cannot be opened."""
+        try:
+            yield
+        except InputError as error:
+            known = ", ".join(methods_of(self.pattern))
+            raise InputError(f"init_from {self.options.name} is neither one of {known} nor a model: {error}") from None
+
+    def _not_of_pattern(self, layer: str) -> str:
+        given = self.options.name if self.is_finetuning else f"init_from {self.options.name}"
+        return (
+            f"{given} is not {self.pattern} in {layer}: give its own pattern, prune it first (castlm prune), or name "
+            "the layer in left_dense"
+        )
+
+    def _compare_(
+        self, start: StartWeights, model: PreTrainedModel, embeddings: Callable[[], Tensor]
+    ) -> dict[str, Any]:
+        """Checks that a given model is the dense one at n:m, in whatever basis, and returns its record.
+
+        Args:
+            embeddings: reads its input embeddings (vocab, hidden).
+        """
+        name, source = self.options.name, self.source
+        untied = is_tied(source.model) and not is_tied(model)
+        theirs = {each: parameter.shape for each, parameter in model.named_parameters()}
+        ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
+        if untied:
+            head = model.get_output_embeddings().weight
+            ours |= {each: head.shape for each, parameter in model.named_parameters() if parameter is head}
+        for each in sorted(ours.keys() | theirs.keys()):
+            if each not in ours or each not in theirs or ours[each] != theirs[each]:
+                raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
         # Its basis may be another than the dense model's.
         if self.keeps_dense_values:
             changed = read_record(Path(name) / RESULT).get("basis") or {}
@@ -245,7 +337,7 @@ class TrainingStart:
                 )
         if self.compares_hidden:
             try:
-                start.stream_basis = basis_between(source.embeddings(), model.get_input_embeddings().weight.detach())
+                start.stream_basis = basis_between(source.embeddings(), embeddings())
             except InputError as error:
                 raise InputError(f"init_from {name}: {error}; with hidden_weight 0 they may differ") from None
         shape = None if start.stream_basis is None else list(start.stream_basis.shape)
@@ -254,21 +346,25 @@ class TrainingStart:
 
 @torch.no_grad()
 def start_(model: nn.Module, method: Retraining, start: StartWeights, world: World) -> None:
-    """Loads the weights of the main rank's `start` into the model, each rank its rows.
+    """Loads the weights of a start into the model, each rank its rows, from the main rank or from files.
 
     Parameters in `start.dense` get these values. Zeros in `start.pruned` are masked, and kept weights get its values;
     the method decides the values of masked weights.
+
+    Raises:
+        InputError: on the main rank, if the files cannot be read. The other ranks raise `SystemExit`.
     """
+    if start.given is not None:
+        _start_from_files_(model, method, start.given, world)
+        return
 
     def whole_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
         return world.from_main(weights[name] if world.is_main else None, parameter.shape)
 
-    def rows_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-        return whole_of(weights, name, parameter)[own_rows(parameter)].to(parameter.device)
-
     by_name = {dense_name(name): parameter for name, parameter in model.named_parameters()}
     for name in world.on_main(lambda: list(start.dense)):
-        local(by_name[name]).copy_(rows_of(start.dense, name, by_name[name]))
+        parameter = by_name[name]
+        local(parameter).copy_(whole_of(start.dense, name, parameter)[own_rows(parameter)])
     for unit in method.pattern.joint_layers(method.layers):
         parameters = [weight_parameter(method.layers[name]) for name in unit]
         weights = [whole_of(start.pruned, name, parameter) for name, parameter in zip(unit, parameters)]
@@ -281,3 +377,28 @@ def start_(model: nn.Module, method: Retraining, start: StartWeights, world: Wor
             masks = method.pattern.joint_masks(rows)
         for name, weight, mask in zip(unit, rows, masks):
             method.start_layer_(method.layers[name], weight, mask)
+
+
+def _start_from_files_(model: nn.Module, method: Retraining, given: Checkpoint, world: World) -> None:
+    """Starts every parameter that `given` has a place for, from this rank's rows there; see `start_`."""
+    layer_of = {weight_parameter(layer): layer for layer in method.layers.values()}
+    failure = None
+    with opened_files() as read:
+        for full_name, parameter in model.named_parameters():
+            name, own = dense_name(full_name), own_rows(parameter)
+            if name not in given.places:
+                continue
+            try:
+                rows = torch.empty_like(local(parameter), dtype=torch.float32)  # there may be fewer rows than ranks
+                if own.stop > own.start:
+                    rows.copy_(given.places[name].read(read, own))
+                check_finite(f"{name} of {given.source}", rows)
+            except Exception as error:  # safetensors' own type
+                failure = f"init_from {given.source}: {name} cannot be read: {error}"
+                break
+            layer = layer_of.get(parameter)
+            if layer is None:
+                local(parameter).copy_(rows)
+            else:
+                method.start_layer_(layer, rows, method.pattern.mask(rows))
+    world.check_all(failure)
