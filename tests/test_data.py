@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -120,6 +122,22 @@ def test_a_text_that_cannot_be_tokenized_at_once_is_refused(name, tmp_path, monk
     with pytest.raises(InputError, match=r"1,001 .*1,000.*document_limit"):
         texts_of(open_documents(path))
     assert len(texts_of(open_documents(path, LARGER))) == 2
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"] * 9), pa.array(["b"] * 9)], names=["text", "text"])
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet has two columns 'text': rename"):
+        open_documents(tmp_path / "a.parquet")
+
+
+def test_a_text_at_which_the_tokenizer_panics_is_named(capfd):
+    """Its library in Rust panics at patterns that take exponential time."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(InputError, match=r"cannot read one of 1 texts, .*begins 'aaaa"):
+        Encoder(tokenizer).plain(["a" * 60 + "b"])
+    capfd.readouterr()  # the library prints where it panicked
 
 
 # Packing and order

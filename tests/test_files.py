@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,32 @@ def test_atomic_dir_replaces_with_overwrite_alone(tmp_path):
     with pytest.raises(InputError, match="already holds something"), atomic_dir(final):
         pytest.fail("the block must not be entered")
     assert entries(tmp_path) == ["out", "out.previous"]
+
+
+def test_what_a_killed_writer_left_inside_an_output_is_not_kept_in_the_previous_one(tmp_path):
+    final, host = tmp_path / "out", socket.gethostname()
+    write(final, a="old")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f".sub.tmp-{dead.pid}-0123abcd@{host}", f".sub.tmp-{os.getpid()}-0123abcd@{host}", ".sub.tmp-mine"):
+        (final / "sub" / name).mkdir(parents=True)
+        (final / "sub" / name / "x").write_text("x")
+    write(final, a="new")
+    (kept,) = tmp_path.glob("out.previous*")
+    assert entries(kept / "sub") == sorted([f".sub.tmp-{os.getpid()}-0123abcd@{host}", ".sub.tmp-mine"])
+
+
+def test_a_file_above_the_limit_of_the_system_is_reported_and_the_old_one_kept(tmp_path):
+    atomic_write_json(tmp_path / "a.json", {"old": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limit[1]))
+        with pytest.raises(InputError, match=r"a\.json would be larger .*ulimit -f"):
+            atomic_write_json(tmp_path / "a.json", {"new": "x" * 10_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+    assert entries(tmp_path) == ["a.json"]
 
 
 @pytest.mark.parametrize("how", ["added", "changed", "link", "in a folder", "no record", "name"])

@@ -19,7 +19,7 @@ from castlm.lab.report.charts import Picture, Series, dot_chart, heat_map, line_
 from castlm.lab.report.run_page import read_run, run_page
 from castlm.lab.report.sample import read_sample
 from castlm.training.record import verdict
-from tests.runs import record_of, small_command
+from tests.runs import edit_json, record_of, small_command
 from tests.slow import slow
 from tests.tiny import TEXT
 
@@ -187,6 +187,13 @@ def test_a_run_in_a_folder_that_cannot_be_written_is_refused_before_text_is_samp
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no run: give the output_dir"):
         write_report(tmp_path)
+
+
+def test_a_record_whose_size_is_no_number_is_refused(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    edit_json(run / "model" / "castlm.json", num_params="x")
+    with pytest.raises(InputError, match=r"castlm\.json: num_params is 'x', not a number"):
+        write_report(run)
 
 
 def test_text_in_charts_is_escaped():

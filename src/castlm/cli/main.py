@@ -10,7 +10,7 @@ import os
 import sys
 from typing import NamedTuple, TextIO
 
-from castlm.core.errors import DivergedError, InputError, is_out_of_memory
+from castlm.core.errors import DivergedError, InputError, is_out_of_memory, is_panic
 from castlm.names import printable
 from castlm.signals import TERMINATED, ending_on_sigterm, stopped_by_sigterm
 
@@ -177,7 +177,7 @@ def _main(arguments: list[str]) -> int:
         print("castlm: stopped", file=sys.stderr)
         return 130
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a Rust library panicked
+        if not is_panic(error):
             raise
         _complain(_describe(error))
         return 2

@@ -37,6 +37,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(reason.split())[:200]
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked, as tokenizers does for some patterns: this is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
 class DivergedError(InputError):
     """The numbers of a run are no longer finite. The command line exits with code 1."""
 

@@ -15,7 +15,7 @@ import re
 import threading
 import zlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -352,11 +352,14 @@ class ParquetRows(Source):
         check_regular(path)
         with _parquet_errors(path):
             file = pq.ParquetFile(path, memory_map=True)
+            names = Counter(file.schema_arrow.names)
             holding = [field.name for field in file.schema_arrow if not pa.types.is_null(field.type)]
             groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
             rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
             if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
                 raise ValueError(f"{rows.sum():,} rows")
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise InputError(f"{path} has two columns {twice[0]!r}: rename or remove one of them")
         columns = None
         for row in self._first_rows(file):
             with naming(str(path)):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, is_panic, one_line
 from castlm.data.chat import Chat, begin_of, with_template
 from castlm.data.columns import Document, Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, open_documents
@@ -160,13 +160,21 @@ class Encoder:
     def plain(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # silences its warning about documents longer than the context
-        )
+        try:
+            encoded = self._tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # silences its warning about documents longer than the context
+            )
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise InputError(
+                f"the tokenizer cannot read one of {len(texts)} texts, of which the first begins {texts[0][:40]!r}: "
+                f"{one_line(error)}"
+            ) from error
         return encoded["input_ids"]
 
     def joined(self, documents: Documents | HubDocuments, seed: int | None = None) -> Iterator[Tokens]:

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -21,6 +22,8 @@ from typing import Any
 
 from castlm.core.errors import InputError
 
+_TEMPORARY = re.compile(r"\..+\.tmp-(?P<pid>[0-9]+)-[0-9a-f]+@(?P<host>.+)")
+
 
 def temporary_name(name: str) -> str:
     """A temporary name for `name` that tells the files of killed processes from those of live ones."""
@@ -29,16 +32,29 @@ def temporary_name(name: str) -> str:
 
 def remove_stale(path: Path) -> None:
     """Deletes the temporary files and folders beside `path` that dead writers on this machine left."""
-    prefix, here = f".{path.name}.tmp-", socket.gethostname()
     with contextlib.suppress(OSError):  # the folder may not be listed
         for name in os.listdir(path.parent):
-            pid, _, host = name.removeprefix(prefix).partition("@")
-            if name.startswith(prefix) and host == here and not _is_alive(pid.partition("-")[0]):
-                left = path.with_name(name)
-                if left.is_dir():
-                    shutil.rmtree(left)
-                else:
-                    left.unlink()
+            if name.startswith(f".{path.name}.tmp-"):
+                _remove_if_stale(path.with_name(name))
+
+
+def remove_stale_inside(folder: Path) -> None:
+    """Deletes the temporary files and folders at any depth of `folder` that dead writers on this machine left."""
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            _remove_if_stale(Path(parent, name))
+
+
+def _remove_if_stale(path: Path) -> None:
+    """Deletes a file or folder with a `temporary_name` of a dead process on this machine."""
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None or found["host"] != socket.gethostname() or _is_alive(found["pid"]):
+        return
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 _remove_stale_once = functools.cache(remove_stale)  # it takes 15 ms to list 20,000 files
@@ -138,18 +154,24 @@ def plain_json(content: Any) -> Any:
 
 @contextlib.contextmanager
 def reporting_full_disk(path: str | Path, remedy: str = "free some space or choose another folder") -> Iterator[None]:
-    """Raises `InputError` for a full disk, with the `remedy`; other errors pass."""
+    """Raises `InputError` for a full disk, with the `remedy`, or a file above the limit; other errors pass."""
     try:
         yield
     except Exception as error:
+        if _has_words(error, f"(os error {errno.EFBIG})", f"[Errno {errno.EFBIG}]"):  # not "413 File too large"
+            raise InputError(f"{path} would be larger than files may be here: raise the limit (ulimit -f)") from error
         if is_disk_full(error):
             raise InputError(f"disk full while writing {path}: {remedy}") from error
         raise
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` or a cause of it is a full disk or quota; safetensors reports this as a text, not an OSError."""
-    words = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
+    """Whether `error` or a cause of it is a full disk or quota."""
+    return _has_words(error, os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+
+
+def _has_words(error: BaseException, *words: str) -> bool:
+    """Whether `error` or a cause of it says so; safetensors reports the system's errors as texts, not as OSErrors."""
     cause: BaseException | None = error
     while cause is not None:
         if any(word in str(cause) for word in words):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_file import atomic_write_json, is_whole, size_and_crc
+from castlm.files.atomic_file import atomic_write_json, is_whole, remove_stale_inside, size_and_crc
 from castlm.files.reading import read_json_object, read_record
 from castlm.progress import note
 
@@ -99,6 +99,7 @@ def set_aside(folder: Path) -> Path:
     a finished result stays until the next one is finished. Returns the new path.
     """
     is_finished = read_record(folder / OUTPUT).get("complete", True) or (folder / "model" / RESULT).is_file()
+    remove_stale_inside(folder)
     kind = "previous" if is_finished else "unfinished"
     aside = folder.with_name(f"{folder.name}.{kind}")
     try:

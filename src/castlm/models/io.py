@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from castlm.core.errors import InputError, check_finite
+from castlm.core.errors import InputError, check_finite, is_panic
 from castlm.dtypes import FLOATS, STORED
 from castlm.files.stored import StoredTensor, read_header
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
@@ -146,7 +146,7 @@ def as_input_error(where: Location) -> Iterator[None]:
     except InputError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a library in Rust
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = " ".join(str(error).split())
         if not reason or isinstance(error, LookupError):

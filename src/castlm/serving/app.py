@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from castlm.core.errors import InputError, is_out_of_memory
+from castlm.core.errors import InputError, is_out_of_memory, is_panic, one_line
 from castlm.data.chat import Chat
 from castlm.files.reading import parse_json
 from castlm.models.architecture import vocab_size
@@ -181,7 +181,14 @@ class _Api:
 
     def _tokenize(self, text: str, field: str, add_special_tokens: bool) -> list[int]:
         _check_text(text, field)
-        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        try:
+            return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise RefusedError(
+                400, f"the tokenizer of the model cannot read {field}: {one_line(error)}", field
+            ) from None
 
     async def _answer(self, request: Request, body: Mapping[str, Any], ids: list[int], *, is_chat: bool) -> Response:
         stream = body.get("stream")

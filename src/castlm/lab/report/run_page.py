@@ -95,6 +95,8 @@ def read_run(path: str | Path) -> RunData:
         raise InputError(f"{path} holds no run: give the output_dir of castlm train")
     file = folder / "model" / "castlm.json"
     record = read_json_object(file) if file.exists() else None
+    if record is not None and type(record.get("num_params", 0)) is not int:
+        raise InputError(f"{file}: num_params is {record['num_params']!r:.100}, not a number: fetch it again")
     config = TrainConfig.from_mapping(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
     return RunData(folder, config, read_metrics(folder), record)
 
