@@ -45,7 +45,9 @@ void split_pairs(float* row, int64_t count) {
 }
 
 int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }  // the next multiple
-int64_t padded_batch(int64_t batch) { return batch <= 2 ? batch : whole(batch, 4); }
+int64_t padded_batch(const Header& of, int64_t batch) {
+  return batch <= 2 || of.layout == kLanes ? batch : whole(batch, 4);
+}
 
 }  // namespace
 
@@ -77,7 +79,10 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   if (rows > most_weights / columns) return false;
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
   const bool fits_panels = m == 4 && n <= 2;
-  if (layout < 0) layout = m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
+  if (layout < 0) {
+    const bool in_lanes = level() >= kAvx512 && values >= kInt8 && fits_lanes(m);
+    layout = in_lanes ? kLanes : m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
+  }
   if (layout > kLanes || (layout == kLanes ? !fits_lanes(m) : (layout == kDense) != (m == 0))) return false;
   if (layout == kPanels && !(fits_panels && level() != kPlain)) return false;
   of = Header{kMagic, layout, values, n, m, layout == kLanes && values >= kInt8 && level() >= kAvx512, rows, columns, 0};
@@ -127,7 +132,11 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
   if (as_they_are) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
   for (int64_t i = 0; i < rows * of.blocks(); ++i)
-    offsets[i] = level == kAvx2 ? avx2_offset(narrow + i * kBlock) : avx512_adapt(of, narrow + i * kBlock, scales + i);
+    offsets[i] = of.layout == kLanes ? avx512_offset(of, narrow + i * kBlock)
+                 : level == kAvx2    ? avx2_offset(narrow + i * kBlock)
+                                     : avx512_adapt(of, narrow + i * kBlock, scales + i);
+  if (of.layout == kLanes && batch >= kManyRows)
+    return avx512_many_rows(of, {wide, narrow, scales, offsets, rows}, scratch<4>(avx512_many_bytes(of, rows)));
   return {wide, narrow, scales, offsets, rows};
 }
 
@@ -139,9 +148,10 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 
 // The level whose kernels multiply `batch` rows of x the fastest.
 int32_t level_for(const Header& of, int64_t batch) {
-  int32_t used = of.layout == kRows || of.layout == kLanes ? int32_t(kPlain) : level();
+  if (of.layout == kLanes) return of.is_unsigned && level() >= kAvx512 ? kAvx512 : kPlain;
+  int32_t used = of.layout == kRows ? int32_t(kPlain) : level();
   if (used == kAmx && !amx_gains(of, batch)) used = kAvx512;
-  if (used == kAvx512 && !avx512_gains(of, padded_batch(batch))) used = kAvx2;
+  if (used == kAvx512 && !avx512_gains(of, padded_batch(of, batch))) used = kAvx2;
   return used;
 }
 
@@ -162,9 +172,12 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
   int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
   const bool by_prompt = level == kAvx2 && avx2_prompt_gains(of, batch);
   if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
+  const bool by_lanes = of.layout == kLanes && level == kAvx512;
+  if (by_lanes) part = threads == 1 ? tiles : whole(part, 2);  // tiles that it takes together, and x from the first to the last row
   if (by_prompt) part = whole(part, 4);  // tiles that it takes together
   if (threads == 1 && batch <= kMaxBatch) part = tiles;
   in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
+    if (by_lanes) return avx512_lanes(of)(of, data, x, sums, ldy, first, last);
     if (by_prompt) return avx2_prompt(of)(of, data, x, sums, ldy, first, last);
     for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
       const Activations some = rows_from(of, x, b, std::min(kMaxBatch, x.batch - b));
@@ -185,7 +198,7 @@ int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int
   if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns || batch < 1) return kBadSize;
   const int32_t used = level_for(of, batch);
   const bool by_amx = used == kAmx;
-  const Activations all = prepare(of, used, x, is_bfloat16, batch, by_amx ? whole(batch, kAmxBatch) : padded_batch(batch));
+  const Activations all = prepare(of, used, x, is_bfloat16, batch, by_amx ? whole(batch, kAmxBatch) : padded_batch(of, batch));
   const int64_t ldy = by_amx ? whole(rows, kAmxRows) : rows;
   const bool in_place = !is_bfloat16 && all.batch == batch && ldy == rows;
   float* sums = in_place ? reinterpret_cast<float*>(y) : static_cast<float*>(scratch<3>(all.batch * ldy * 4));

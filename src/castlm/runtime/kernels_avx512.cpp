@@ -247,7 +247,7 @@ struct Avx512 {
 
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
 }
 
 // On Zen 4, in units of the speed of AVX2: 0.88 to 0.96 with fp16 for up to 4 rows of x, 0.96 with int4 for one; 1.04 to 1.7

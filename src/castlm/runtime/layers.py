@@ -229,16 +229,22 @@ class PackedEmbedding(PackedModule):
         super().__init__(spec)
         self.dtype = dtype  # of the looked-up rows
 
+    def share_(self, buffer: Tensor) -> None:
+        super().share_(buffer)
+        self.order = native.dense_order(buffer, self.spec.values)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         spec = self.spec
         if input_ids.numel() and not torch.compiler.is_compiling():  # a traced graph cannot branch on values
             low, high = (int(bound) for bound in input_ids.aminmax())
             if low < 0 or high >= spec.rows:
                 raise IndexError(f"token ids from {low} to {high}: the table has {spec.rows} rows")
-        table, scales = native.dense_table(self.packed, spec.values, spec.rows, spec.columns)
-        tile_rows = table.shape[2]
-        rows = table[input_ids // tile_rows, :, input_ids % tile_rows]  # (..., blocks, 64)
-        found = rows.flatten(-2)[..., : spec.columns].to(self.dtype)
+        order = self.order
+        table, scales = native.dense_table(self.packed, order, spec.values, spec.rows, spec.columns)
+        rows = table[input_ids // order.rows, :, :, input_ids % order.rows]  # (..., blocks, steps, columns of a step)
+        found = rows.flatten(-3)[..., : spec.columns].to(self.dtype)
+        if order.added:
+            found -= order.added
         return found if scales is None else found * scales[input_ids].to(self.dtype).unsqueeze(-1)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Embedding:

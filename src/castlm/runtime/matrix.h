@@ -229,7 +229,15 @@ void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float
 void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
 // What a block of int8 activations adds to its products with int4 that have 8 added, negative.
 int32_t avx2_offset(const int8_t* narrow);
-// A block of int8 activations as the AVX-512 kernels take them; returns its offset.
+// The kernel of integers in kLanes for AVX-512, for any number of rows of x. From `kManyRows` on, it takes x in another order,
+// in `room` of `avx512_many_bytes`, aligned to 64 bytes.
+constexpr int64_t kManyRows = 13;
+Multiply avx512_lanes(const Header&);
+int64_t avx512_many_bytes(const Header&, int64_t batch);
+Activations avx512_many_rows(const Header&, const Activations& x, void* room);
+// What a block of int8 activations adds to its products with weights that have 128 or 8 added, negative.
+int32_t avx512_offset(const Header&, const int8_t* narrow);
+// A block of int8 activations as the AVX-512 kernels of the other layouts take them; returns its offset.
 int32_t avx512_adapt(const Header&, int8_t* narrow, float* scale);
 
 constexpr int64_t kAmxRows = 32, kAmxBatch = 16;  // rows of a matrix and of x, whose multiples the AMX kernels take

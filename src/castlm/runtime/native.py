@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ _DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
 _INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
 _VERSION = 8  # of kernels.cpp
-_HEADER = struct.Struct("4i")  # a buffer begins with its magic number, layout, values and n
-_HEADER_BYTES, _TILE_ROWS, _TILE_COLUMNS = 64, 4, 64  # of a dense matrix, as in matrix.h
+_HEADER = struct.Struct("6i")  # a buffer begins with its magic number, layout, values, n, m, and whether it is unsigned
+_HEADER_BYTES, _BLOCK = 64, 64  # as in matrix.h
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
 _BAD_MASK, _NO_MEMORY = 2, 3
@@ -174,16 +175,43 @@ def repack_(
     assert not code, f"values, mask and scales do not fit a {n}:{m} {kind} weight of width {columns}"
 
 
-def dense_table(packed: Tensor, values: str, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-    """Views of the buffer of a dense matrix (rows, columns) in layout "dense", of any values but int4.
+@dataclass(frozen=True)
+class DenseOrder:
+    """Where the buffer of a dense matrix (rows, columns) has its values.
+
+    Attributes:
+        rows: rows of a tile.
+        columns: columns of a step, in which the rows of a tile follow each other.
+        added: what is added to each value of int8.
+    """
+
+    rows: int
+    columns: int
+    added: int
+
+
+def dense_order(packed: Tensor, values: str) -> DenseOrder:
+    """The order of the buffer of a dense matrix of any values but int4."""
+    _, layout, _, _, _, is_unsigned = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
+    if layout == LAYOUTS["lanes"]:
+        return DenseOrder(16, 4 // _DTYPES[values].itemsize, 128 * is_unsigned)
+    return DenseOrder(4, _BLOCK, 0)
+
+
+def dense_table(
+    packed: Tensor, order: DenseOrder, values: str, rows: int, columns: int
+) -> tuple[Tensor, Tensor | None]:
+    """Views of the buffer of a dense matrix (rows, columns) of any values but int4.
 
     Returns:
-        The values (tiles, blocks, 4, 64), with row r, column c at [r // 4, c // 64, r % 4, c % 64]; and the scales
-        (rows,) fp32 for int8, None for floats.
+        The values (tiles, blocks, steps, tile rows, step columns), with row r, column c of a block of 64 columns at
+        [r // tile rows, block, c // step columns, r % tile rows, c % step columns]; and the scales (rows,) fp32 for
+        int8, None for floats.
     """
-    dtype, tiles, blocks = _DTYPES[values], -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
-    end = _HEADER_BYTES + tiles * _TILE_ROWS * blocks * _TILE_COLUMNS * dtype.itemsize
-    table = packed[_HEADER_BYTES:end].view(dtype).view(tiles, blocks, _TILE_ROWS, _TILE_COLUMNS)
+    dtype, tiles, blocks = _DTYPES[values], -(-rows // order.rows), -(-columns // _BLOCK)
+    end = _HEADER_BYTES + tiles * order.rows * blocks * _BLOCK * dtype.itemsize
+    shape = (tiles, blocks, _BLOCK // order.columns, order.rows, order.columns)
+    table = packed[_HEADER_BYTES:end].view(torch.uint8 if order.added else dtype).view(shape)
     return table, packed[end : end + 4 * rows].view(torch.float32) if FORMATS[values].rounds else None
 
 
@@ -197,16 +225,18 @@ def rows_at_a_time(packed: Tensor) -> int:
     _check_plain("a packed weight", packed, torch.uint8)
     if packed.numel() < _HEADER.size:
         return 0  # both ways refuse it
-    _, layout, values, n = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
+    _, layout, values, n, _, _ = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
     used = level()
     if layout == LAYOUTS["rows"] or used not in ("avx2", "avx512", "amx"):
         return 0
     is_integer = values in _INTEGERS
+    if layout == LAYOUTS["lanes"]:
+        return 512 if is_integer and used != "avx2" else 0
     if used == "amx" and (is_integer or values == VALUES["bf16"]):
         return 512
     floats_gain = used != "avx2" and layout == LAYOUTS["panels"] and (n == 1 or not is_intel())
     if is_integer:
-        return 512 if used == "avx2" else 128
+        return 512
     return 128 if floats_gain else 0
 
 

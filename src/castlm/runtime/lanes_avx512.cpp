@@ -1,0 +1,333 @@
+// The kernels of integers in kLanes for processors with AVX-512, VNNI and VBMI2. A register is a step of a panel: 16 outputs by
+// four columns, so that the products of a whole block of 64 columns are summed as integers, and no sum runs across lanes.
+//
+// `vpexpandb` puts the kept weights of a step to the places that 64 bits of the mask name, and the next step begins as many
+// bytes further as there are bits. `vpdpbusd` multiplies unsigned by signed bytes: 128 is added to weights of int8, 8 to those
+// of int4, and masked places hold that much, too. The sums start at -128 (or -8) times the sum of x, which makes them exact.
+//
+// Few rows of x: weights are expanded in registers (`multiply_rows`). Many: two tiles are expanded to the cache, and all rows of x
+// pass them, six at a time (`multiply_many`).
+
+#include "avx512.h"
+
+#if defined(CASTLM_AVX512)
+
+#include <algorithm>
+
+#include "plain.h"
+
+BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2")
+
+namespace castlm {
+namespace {
+
+// In assembly: GCC 12 copies the sums of the intrinsic, and spills them all.
+INLINE void add_products(__m512i& sums, __m512i w, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x)); }
+
+// What a block holds of `values`: registers, and columns of each.
+template <int values>
+struct Shape {
+  static constexpr int kHalves = values == kInt4 ? 2 : 1, kSteps = values == kInt4 ? 8 : 16, kColumns = kBlock / kSteps;
+};
+
+// Reads the registers of a panel in turn, half by half of each step.
+template <int values, bool is_masked>
+struct Reader {
+  const uint8_t *mask, *at[Shape<values>::kHalves];
+
+  INLINE void start(const uint8_t* panel) {
+    mask = panel;
+    for (const uint8_t*& half : at) half = panel + (is_masked ? 128 : 0);
+  }
+  INLINE __m512i next(int half) {
+    const uint8_t* from = at[half];
+    if (!is_masked) {
+      at[half] += 64;
+      return values == kInt4 ? nibbles(from, half) : load(from);
+    }
+    const auto* bits = reinterpret_cast<const uint64_t*>(mask);
+    __mmask64 places;
+    asm("kmovq %1, %0" : "=k"(places) : "m"(*bits));  // from memory: by way of a register it takes longer
+    uint64_t same;
+    std::memcpy(&same, bits, 8);
+    mask += 8, at[half] += __builtin_popcountll(same);
+    if (values == kInt8) return _mm512_mask_expandloadu_epi8(_mm512_set1_epi8(char(128)), places, from);
+    return _mm512_mask_expand_epi8(_mm512_set1_epi8(8), places, nibbles(from, half));
+  }
+
+ private:
+  static INLINE __m512i nibbles(const uint8_t* from, int half) {
+    const __m512i both = load(from);
+    return _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+  }
+};
+
+template <int columns>
+INLINE __m512i spread(const int8_t* x) {  // 4 or 8 columns of x to all lanes
+  if (columns == 8) {
+    int64_t bits;
+    std::memcpy(&bits, x, 8);
+    return _mm512_set1_epi64(bits);
+  }
+  int32_t bits;
+  std::memcpy(&bits, x, 4);
+  return _mm512_set1_epi32(bits);
+}
+
+INLINE __m512 short_scales(const uint8_t* at) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// Columns 0 to 3 of both halves of int4, or columns 4 to 7, as a step of int8 has them.
+template <int odd>
+INLINE __m512i half_step(__m512i half0, __m512i half1) {
+  constexpr int kTake = odd ? 0xdd : 0x88;
+  return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(half0), _mm512_castsi512_ps(half1), kTake));
+}
+
+template <int values>
+INLINE __m512 whole_sums(const __m512i* of) {  // of both halves
+  if (values == kInt8) return _mm512_cvtepi32_ps(of[0]);
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(half_step<0>(of[0], of[1]), half_step<1>(of[0], of[1])));
+}
+
+// Weights that will be read soon. On Zen 4 it costs up to a third of the speed.
+INLINE void prefetch(const uint8_t* panel, int64_t bytes) {
+  constexpr int64_t kAhead = 4096;
+  for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + line), _MM_HINT_T0);
+}
+
+INLINE __mmask16 rows_here(const Header& of, int64_t row) {  // of the 16 from `row` on
+  return of.rows - row >= 16 ? 0xffff : __mmask16((1 << (of.rows - row)) - 1);
+}
+
+// R rows of x times a tile of the matrix. Tiles are read one after the other: of several streams, Zen 4 fetches none ahead.
+template <int values, bool is_masked, int R>
+void multiply_rows(const Header& of, const uint8_t* data, const Activations& x, int64_t b, float* y, int64_t ldy, int64_t first,
+                   int64_t last) {
+  using Of = Shape<values>;
+  constexpr int kHalves = Of::kHalves, E = R * kHalves >= 4 ? 1 : 4 / (R * kHalves);  // sums of an output: `vpdpbusd` takes 4 cycles
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), width = of.padded();
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);  // of int8
+  const uint8_t* panel = data + first * blocks * bytes;
+  for (int64_t tile = first; tile < last; tile++) {
+    const int8_t* narrow = x.narrow + b * width;
+    const float* scales = x.scales + b * blocks;
+    const int32_t* offsets = x.offsets + b * blocks;
+    __m512 sums[R];
+#pragma GCC unroll 8
+    for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < blocks; i++, panel += bytes, narrow += kBlock, scales++, offsets++) {
+      Reader<values, is_masked> reader;
+      reader.start(panel);
+      if (is_intel) prefetch(panel, bytes);
+      __m512i c[E][R][kHalves];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const uint32_t offset = uint32_t(offsets[r * blocks]);
+#pragma GCC unroll 4
+        for (int e = 0; e < E; e++)
+#pragma GCC unroll 2
+          for (__m512i& half : c[e][r]) {
+            half = _mm512_setzero_si512();
+            if (e == 0) half = values == kInt4 ? _mm512_set1_epi64(offset) : _mm512_set1_epi32(int(offset));
+          }
+      }
+#pragma GCC unroll 2
+      for (int step = 0; step < Of::kSteps; step += E)
+#pragma GCC unroll 4
+        for (int e = 0; e < E; e++) {
+          __m512i w[kHalves];
+#pragma GCC unroll 2
+          for (int half = 0; half < kHalves; half++) w[half] = reader.next(half);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) {
+            const __m512i v = spread<Of::kColumns>(narrow + r * width + Of::kColumns * (step + e));
+#pragma GCC unroll 2
+            for (int half = 0; half < kHalves; half++) add_products(c[e][r][half], w[half], v);
+          }
+        }
+      const __m512 of_rows = values == kInt4 ? short_scales(panel + bytes - 32) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+        for (int e = 1; e < E; e++)
+#pragma GCC unroll 2
+          for (int half = 0; half < kHalves; half++) c[0][r][half] = _mm512_add_epi32(c[0][r][half], c[e][r][half]);
+        const __m512 whole = whole_sums<values>(c[0][r]), scale = _mm512_set1_ps(scales[r * blocks]);
+        sums[r] = _mm512_fmadd_ps(values == kInt4 ? _mm512_mul_ps(whole, of_rows) : whole, scale, sums[r]);
+      }
+    }
+    const int64_t row = 16 * tile;
+    const __mmask16 here = rows_here(of, row);
+    const __m512 factor = values == kInt8 ? _mm512_loadu_ps(row_scales + row) : _mm512_set1_ps(1);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) _mm512_mask_storeu_ps(y + (b + r) * ldy + row, here, _mm512_mul_ps(sums[r], factor));
+  }
+}
+
+constexpr int kFew = 8;  // rows of x whose weights are expanded in registers
+
+// ---- many rows of x
+
+constexpr int kRowsAtOnce = 6, kTilesAtOnce = 2;  // 12 sums of integers and 12 of fp32, all in registers
+constexpr int64_t kPassBytes = 1 << 19;           // of x, which stay in the second-level cache while the tiles pass
+
+// A tile as steps of 16 outputs by 4 columns, one byte each: (blocks, 16, 64).
+template <int values, bool is_masked>
+void expand(const uint8_t* panel, int64_t bytes, int64_t blocks, uint8_t* to) {
+  Reader<values, is_masked> reader;
+  for (int64_t i = 0; i < blocks; i++, panel += bytes) {
+    reader.start(panel);
+    for (int step = 0; step < 16; step += 2, to += 128) {
+      __m512i first = reader.next(0), second = reader.next(Shape<values>::kHalves - 1);
+      if (values == kInt4) {
+        const __m512i halves[2] = {first, second};
+        first = half_step<0>(halves[0], halves[1]), second = half_step<1>(halves[0], halves[1]);
+      }
+      _mm512_store_si512(to, first);
+      _mm512_store_si512(to + 64, second);
+    }
+  }
+}
+
+// R rows of x times some tiles, expanded to `w`, `w_stride` bytes apart. x is (blocks, kRowsAtOnce, 64), its scales and offsets (blocks, kRowsAtOnce).
+template <int values, int R>
+void multiply_tile(const Header& of, const uint8_t* w, int64_t w_stride, const uint8_t* panel, int64_t stride, const int8_t* x, const float* scales,
+                   const int32_t* offsets, __m512 (*to)[kTilesAtOnce]) {
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
+  __m512 sums[R][kTilesAtOnce];
+#pragma GCC unroll 6
+  for (auto& of_row : sums)
+    for (__m512& sum : of_row) sum = _mm512_setzero_ps();
+  panel += bytes - 32;
+  for (int64_t i = 0; i < blocks; i++, x += kRowsAtOnce * kBlock, scales += kRowsAtOnce, offsets += kRowsAtOnce, panel += bytes) {
+    __m512i c[R][kTilesAtOnce];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int t = 0; t < kTilesAtOnce; t++) c[r][t] = _mm512_set1_epi32(offsets[r]);
+#pragma GCC unroll 2
+    for (int step = 0; step < 16; step++, w += 64) {
+      __m512i of_step[kTilesAtOnce];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTilesAtOnce; t++) of_step[t] = load(w + t * w_stride);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) {
+        const __m512i v = spread<4>(x + r * kBlock + 4 * step);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTilesAtOnce; t++) add_products(c[r][t], of_step[t], v);
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTilesAtOnce; t++) {
+      const __m512 of_rows = values == kInt4 ? short_scales(panel + t * stride) : _mm512_setzero_ps();
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) {
+        const __m512 whole = _mm512_cvtepi32_ps(c[r][t]);
+        sums[r][t] = _mm512_fmadd_ps(values == kInt4 ? _mm512_mul_ps(whole, of_rows) : whole, _mm512_set1_ps(scales[r]), sums[r][t]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTilesAtOnce; t++) to[r][t] = sums[r][t];
+}
+
+template <int values, bool is_masked>
+void multiply_many(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                   int64_t last) {
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes;
+  const int64_t x_rows = std::max<int64_t>(96, kPassBytes / of.padded() / kRowsAtOnce * kRowsAtOnce);
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * stride);
+  auto* w = static_cast<uint8_t*>(scratch<0>(kTilesAtOnce * blocks * 1024));
+  for (int64_t b0 = 0; b0 < x.batch; b0 += x_rows) {
+    for (int64_t tile = first; tile < last; tile += kTilesAtOnce) {
+      const int64_t tiles = std::min<int64_t>(kTilesAtOnce, last - tile);
+      const uint8_t* panel = data + tile * stride;
+      constexpr bool kExpands = values == kInt4 || is_masked;
+      const uint8_t* steps = kExpands ? w : panel;
+      for (int t = 0; kExpands && t < tiles; t++) expand<values, is_masked>(panel + t * stride, bytes, blocks, w + t * blocks * 1024);
+      for (int64_t b = b0; b < std::min(b0 + x_rows, x.batch); b += kRowsAtOnce) {
+        const int64_t at = b * blocks, rows = std::min<int64_t>(kRowsAtOnce, x.batch - b);
+        __m512 sums[kRowsAtOnce][kTilesAtOnce];
+        const auto by = rows > 4 ? multiply_tile<values, 6> : rows > 2 ? multiply_tile<values, 4> : multiply_tile<values, 2>;
+        by(of, steps, tiles > 1 ? blocks * 1024 : 0, panel, tiles > 1 ? stride : 0, x.narrow + at * kBlock, x.scales + at, x.offsets + at, sums);
+        for (int t = 0; t < tiles; t++) {
+          const int64_t row = 16 * (tile + t);
+          const __mmask16 here = rows_here(of, row);
+          const __m512 factor = values == kInt8 ? _mm512_loadu_ps(row_scales + row) : _mm512_set1_ps(1);
+          for (int64_t r = 0; r < rows; r++)
+            _mm512_mask_storeu_ps(y + (b + r) * ldy + row, here, _mm512_mul_ps(sums[r][t], factor));
+        }
+      }
+    }
+  }
+}
+
+template <int values, bool is_masked>
+void multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  if (x.batch >= kManyRows) return multiply_many<values, is_masked>(of, data, x, y, ldy, first, last);
+  for (int64_t b = 0, rest = x.batch; rest > 0;) {
+    const int64_t passes = (rest + kFew - 1) / kFew, rows = (rest + passes - 1) / passes;
+    switch (rows) {
+      case 1: multiply_rows<values, is_masked, 1>(of, data, x, b, y, ldy, first, last); break;
+      case 2: multiply_rows<values, is_masked, 2>(of, data, x, b, y, ldy, first, last); break;
+      case 3: multiply_rows<values, is_masked, 3>(of, data, x, b, y, ldy, first, last); break;
+      case 4: multiply_rows<values, is_masked, 4>(of, data, x, b, y, ldy, first, last); break;
+      case 5: multiply_rows<values, is_masked, 5>(of, data, x, b, y, ldy, first, last); break;
+      case 6: multiply_rows<values, is_masked, 6>(of, data, x, b, y, ldy, first, last); break;
+      case 7: multiply_rows<values, is_masked, 7>(of, data, x, b, y, ldy, first, last); break;
+      default: multiply_rows<values, is_masked, 8>(of, data, x, b, y, ldy, first, last);
+    }
+    b += rows, rest -= rows;
+  }
+}
+
+}  // namespace
+
+Multiply avx512_lanes(const Header& of) {
+  if (of.values == kInt8) return of.m ? multiply<kInt8, true> : multiply<kInt8, false>;
+  return of.m ? multiply<kInt4, true> : multiply<kInt4, false>;
+}
+
+int64_t avx512_many_bytes(const Header& of, int64_t batch) {
+  return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce * of.blocks() * (kBlock + 8);
+}
+
+// x in groups of `kRowsAtOnce` rows, block by block, so that one address serves them all.
+Activations avx512_many_rows(const Header& of, const Activations& x, void* room) {
+  const int64_t blocks = of.blocks(), rows = (x.batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+  auto* narrow = static_cast<int8_t*>(room);
+  auto* scales = reinterpret_cast<float*>(narrow + rows * of.padded());
+  auto* offsets = reinterpret_cast<int32_t*>(scales + rows * blocks);
+  for (int64_t b = 0; b < rows; b++)
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t at = (b / kRowsAtOnce * blocks + i) * kRowsAtOnce + b % kRowsAtOnce;
+      const bool is_here = b < x.batch;
+      _mm512_storeu_si512(narrow + at * kBlock, is_here ? load(x.narrow + b * of.padded() + i * kBlock) : _mm512_setzero_si512());
+      scales[at] = is_here ? x.scales[b * blocks + i] : 0, offsets[at] = is_here ? x.offsets[b * blocks + i] : 0;
+    }
+  return {x.wide, narrow, scales, offsets, x.batch};
+}
+
+int32_t avx512_offset(const Header& of, const int8_t* narrow) {
+  const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), load(narrow));
+  return -(of.values == kInt4 ? 8 : 128) * _mm512_reduce_add_epi32(sums);
+}
+
+}  // namespace castlm
+END_TARGET
+
+#else
+
+namespace castlm {
+Multiply avx512_lanes(const Header&) { return nullptr; }
+int64_t avx512_many_bytes(const Header&, int64_t) { return 0; }
+Activations avx512_many_rows(const Header&, const Activations& x, void*) { return x; }
+int32_t avx512_offset(const Header&, const int8_t*) { return 0; }
+}  // namespace castlm
+
+#endif
