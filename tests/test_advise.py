@@ -143,6 +143,9 @@ def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick
         assert all(seconds > 0 for seconds in row["seconds"].values())
         assert row["name"] in printed.out
     assert report["verdict"] in printed.out
+    assert report["peers"] in printed.out
+    assert {f"transformers, {values}" for values in ("fp32", "bf16")} & set(names)
+    assert ("torch's dynamic int8" in names) == advise_module.has_dynamic_int8()
     assert "a perplexity of 14.25 before rounding, against 12.50 of the dense model" in report["verdict"]
     assert "measured by its run" in printed.out
 
@@ -196,6 +199,8 @@ def made_up(**speeds):
 
 def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_count():
     found = made_up(dense_int4_int8_head=(2.1, 1, 0.9), **{"2of4_int8_int8_head": (1.5, 2.75, 1.3)})
+    assert "Times as fast as the fastest of torch: 2.10 for one token (dense int4, int8 head against" in found.peers
+    assert "2.75 for batch of 8 (2:4 int8, int8 head against" in found.peers
     assert found.verdict.startswith("For one token, use dense int4, int8 head: it is 2.10 times as fast as dense bf16")
     assert "for a prompt of 512, 2:4 int8, int8 head is 1.30 times as fast as dense" in found.verdict
     assert "at equal bytes dense int4" in found.verdict

@@ -98,6 +98,7 @@ SERVED = [*map(name_of, FAMILIES), "plain", "plain-int8", "compiled", "two-ranks
 
 
 @needs_kernels
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
 def test_vllm_gives_the_tokens_of_transformers(answers, name):
     folder, answer = answers[name]
@@ -113,6 +114,7 @@ def test_vllm_gives_the_tokens_of_transformers(answers, name):
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_a_plain_folder_without_a_pattern_is_refused(answers):
     assert "castlm.json with a pattern" in answers["no-pattern"][1]["error"]
 

@@ -2,13 +2,15 @@
 
 The layers have the shapes of the model's config and random weights, so nothing is downloaded. The formats of a shape
 are timed in turns, over so many copies of the weight that the caches cannot hold them, as in a model. Attention, norms
-and the KV cache are not timed, since they take the same time in every format. `gpu.py` times a GPU.
+and the KV cache are not timed, since they take the same time in every format. What torch itself runs is timed beside
+them: the plain weights, and its dynamic int8. `gpu.py` times a GPU.
 """
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -135,7 +137,7 @@ class Option:
     head: str = "bf16"
     """Format of the output head and of an embedding tied to it."""
     by_torch: bool = False
-    """Whether torch multiplies, as for a plain folder in transformers, instead of castlm's kernels."""
+    """Whether torch multiplies instead of castlm's kernels: a plain folder in transformers, or torch's dynamic int8."""
 
     @property
     def is_sparse(self) -> bool:
@@ -144,7 +146,7 @@ class Option:
     @property
     def name(self) -> str:
         if self.by_torch:
-            return f"transformers, {self.values}"
+            return "torch's dynamic int8" if FORMATS[self.values].rounds else f"transformers, {self.values}"
         head = f", {self.head} head" if FORMATS[self.head].rounds else ""
         return f"{f'{self.n}:{self.m}' if self.m else 'dense'} {self.values}{head}"
 
@@ -157,8 +159,8 @@ class Option:
 
 
 def options(dtype: str = "bf16", patterns: Sequence[NM] = (TWO_OF_FOUR,)) -> list[Option]:
-    """The options on a CPU: as transformers runs the model, and on castlm's kernels dense and n:m in `dtype` and in
-    every rounded format.
+    """The options on a CPU: as transformers runs the model, by torch's dynamic int8 where this torch has it, and on
+    castlm's kernels dense and n:m in `dtype` and in every rounded format.
 
     Args:
         dtype: "bf16", "fp16" or "fp32", for weights that are not rounded.
@@ -167,24 +169,33 @@ def options(dtype: str = "bf16", patterns: Sequence[NM] = (TWO_OF_FOUR,)) -> lis
     rounded = [form.name for form in FORMATS.values() if form.rounds and form.kernel is not None]
     by_torch = "bf16" if dtype == "bf16" and has_fast_bf16() else "fp32"
     found = [Option(by_torch, head=by_torch, by_torch=True)]
+    if has_dynamic_int8():
+        found.append(Option("int8", head="int8", by_torch=True))
     for n, m in [(0, 0), *((pattern.n, pattern.m) for pattern in patterns)]:
         found += [Option(dtype, n, m, head=dtype), *(Option(values, n, m, head=HEADS[0]) for values in rounded)]
     return found
+
+
+def has_dynamic_int8() -> bool:
+    """Whether this torch multiplies fp32 activations by int8 weights, rounding the activations tensor by tensor."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm", "onednn") and hasattr(torch, "quantize_per_channel")
 
 
 def num_bytes(option: Option, shapes: Shapes, dtype: str) -> int:
     """Bytes of a model's weights in a file, without experts."""
     blocks = sum(count * option.spec(shape).num_bytes for shape, count in shapes.blocks.items())
     head = 0 if shapes.head is None else option.spec(shapes.head, is_head=True).num_bytes
-    width = FORMATS[option.values if option.by_torch else dtype].bits // 8
-    embedding = 0 if shapes.is_tied or shapes.head is None else math.prod(shapes.head) * width
+    is_dynamic = option.by_torch and FORMATS[option.values].rounds  # of linear layers alone: the embedding stays fp32
+    width = 4 if is_dynamic else FORMATS[option.values if option.by_torch else dtype].bits // 8
+    has_own = shapes.head is not None and (is_dynamic or not shapes.is_tied)
+    embedding = math.prod(shapes.head) * width if has_own else 0
     return blocks + head + embedding + shapes.num_others * width
 
 
 # ---- timing
 
 Stored = PackedSpec | torch.dtype
-"""A weight in the packed format for castlm's kernels, or a dtype for torch."""
+"""A weight in the packed format for castlm's kernels, or a dtype for torch: int8 is its dynamic int8."""
 
 
 @torch.no_grad()
@@ -226,6 +237,15 @@ def time_layer(
 def _cold_weights(spec: Stored, shape: Shape) -> list[Callable[[Tensor], Tensor]]:
     """Functions that multiply x (tokens, in) by a random weight: enough copies to fill the caches."""
     rows, columns = shape
+    if spec is torch.int8:
+        weight = torch.randn(rows, columns)
+        scales, zeros = weight.abs().amax(1).double() / 127, torch.zeros(rows, dtype=torch.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's quantized tensors are to go
+            codes = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        number = max(2, math.ceil(_COLD_BYTES / weight.numel()))
+        packs = [torch.ops.quantized.linear_prepack(codes, None) for _ in range(number)]
+        return [lambda x, weight=one: torch.ops.quantized.linear_dynamic(x, weight) for one in packs]  # type: ignore[misc]
     if isinstance(spec, torch.dtype):
         weight = torch.randn(rows, columns).to(spec)
         copies = [weight.clone() for _ in range(max(2, math.ceil(_COLD_BYTES / weight.nbytes)))]
@@ -354,6 +374,22 @@ class Ranking:
         found = " and ".join(words for _, words in gains)
         return f"{text} {found[0].upper()}{found[1:]}: {use}."
 
+    @property
+    def peers(self) -> str:
+        """The fastest format of castlm against the fastest way of torch, for each workload."""
+        ratios = []
+        for workload in self.workloads:
+            peer = min((row for row in self.rows if row.option.by_torch), key=lambda row: row.seconds[workload])
+            kinds = {row.option.is_sparse for row in self.rows if not row.option.by_torch}
+            best = min((self.best(kind, workload) for kind in kinds), key=lambda row: row.seconds[workload])
+            ratio = peer.seconds[workload] / best.seconds[workload]
+            ratios.append(f"{ratio:.2f} for {workload} ({best.option.name} against {peer.option.name})")
+        return (
+            "Compared with castlm's dense formats and with what torch runs here. Times as fast as the fastest of "
+            f"torch: {', '.join(ratios)}. OpenVINO and llama.cpp were not timed: benchmarks/frontier.py times them "
+            "where they are installed."
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The ranking as plain JSON."""
         rows = [
@@ -368,6 +404,7 @@ class Ranking:
             "device": self.device,
             "dtype": self.dtype,
             "verdict": self.verdict,
+            "peers": self.peers,
             "rows": rows,
             "notes": list(self.notes),
         }
@@ -383,7 +420,7 @@ class Ranking:
                 line.append("" if row.perplexity is None else f"{row.perplexity:.2f}")
             table.append(line)
         source = [f"Perplexity before rounding: {self.quality.source}."] if known else []
-        return "\n".join([*aligned(table), "", self.verdict, "", *self.notes, *source])
+        return "\n".join([*aligned(table), "", self.verdict, "", self.peers, "", *self.notes, *source])
 
 
 def rank(
@@ -421,7 +458,7 @@ def rank(
         # By the timed product, so that a layer that several options multiply alike is timed once.
         specs = {o: o.spec(shape, is_head) for o in compared}
         timed = {
-            o: FLOATS[o.values] if o.by_torch else replace(spec, values=FORMATS[spec.values].runs_as)
+            o: FLOATS.get(o.values, torch.int8) if o.by_torch else replace(spec, values=FORMATS[spec.values].runs_as)
             for o, spec in specs.items()
         }
         distinct = sorted(set(rows.values()))
@@ -439,6 +476,8 @@ def rank(
     notes = [
         *untimed_note(shapes.num_untimed),
         "int3 runs on the kernels of int4 and takes its memory, and needs training: castlm train --weight-bits 3.",
+        "torch's dynamic int8 is a reference for speed: activations have one scale a tensor. SmolLM2-135M then has a "
+        "perplexity of 127, and 36 with castlm's int8.",
         f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
         "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
