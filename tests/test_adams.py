@@ -299,14 +299,14 @@ def test_a_sparse_weight_needs_a_gradient():
 # ---- options
 
 BAD = {
-    "lr": [-1.0, math.nan, math.inf, None, torch.tensor(math.nan), torch.ones(2)],
+    "lr": [-1.0, math.nan, math.inf, 10**400, None, torch.tensor(math.nan), torch.ones(2)],
     "betas": [(0.9,), (0.9, 1.0), (math.nan, 0.9), 0.9],
     "eps": [-1e-8],
     "weight_decay": [-1],
     "lam": [-1.0, math.inf],
     "total_steps": [0, -1, math.inf, "9"],
     "mask_interval": [-1, math.inf, 1.5],
-    "decay": ["l2", None],
+    "decay": ["l2", None, []],
     "decay_end": [0, 1.1, math.nan],
     "second_moment": ["adam"],
     "moments": ["fp16"],
@@ -327,6 +327,12 @@ def test_an_option_out_of_range_is_refused_by_name_for_all_groups_and_for_one(na
     with pytest.raises(InputError, match=name):
         optimizer.load_state_dict(saved)
     assert not any(group[name] is value for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("joint", [[0], [[1]], [[-1]], "0", 3, [["0"]], [[True]]])
+def test_parameters_that_are_masked_together_are_named_by_position(joint):
+    with pytest.raises(InputError, match=r"joint = .* positions"):
+        AdamS([{"params": [nn.Parameter(torch.randn(4, 8))], "sparse": True, "joint": joint}], total_steps=10)
 
 
 @pytest.mark.parametrize("sparse", ["no", 1, None, torch.tensor(True)])
@@ -482,6 +488,9 @@ def damaged(tensor, value):
         lambda s: corrupted(s, "exp_avg_sq" + scale(s), damaged(s["state"][0]["exp_avg_sq" + scale(s)], math.inf)),
         lambda s: corrupted(s, "step", torch.tensor(math.nan)),
         lambda s: corrupted(s, "step", -1),
+        lambda s: corrupted(s, "mask", "x"),
+        lambda s: corrupted(s, "exp_avg", None),
+        lambda s: s["param_groups"][0].update(params=None) or s,
         lambda s: s["state"][0].pop("mask") is None or s,
         lambda s: s["state"].pop(0) is None or s,
         lambda s: s["param_groups"][0].update(pattern="1:4") or s,

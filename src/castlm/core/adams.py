@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 
 from castlm.core import native
 from castlm.core.decay import DECAYS
-from castlm.core.errors import DivergedError, InputError
+from castlm.core.errors import DivergedError, InputError, one_line
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
 from castlm.core.native import Batch
 from castlm.core.nm import NM, pack_mask, parse_pattern, refresh_masks_, replace_, unpack_mask
@@ -177,9 +177,15 @@ class AdamS(Optimizer):
     def _start(self, group: dict[str, Any]) -> None:
         """Checks a new group, and makes the state of its parameters."""
         group["pattern"] = parse_pattern(group["pattern"])
-        if group["second_moment"] is None and group["decay"] in DECAYS:
+        if group["second_moment"] is None and isinstance(group["decay"], str) and group["decay"] in DECAYS:
             group["second_moment"] = "mix" if DECAYS[group["decay"]].needs_lam else "gradient"
         _check_options(group)
+        places = range(len(group["params"]))
+        if not _is_joint(group["joint"], places):
+            raise InputError(
+                f"AdamS: joint = {group['joint']!r:.200} is not allowed: it must be None, or lists of the positions of "
+                f"parameters, from 0 to {len(places) - 1}"
+            )
         for param in group["params"]:
             _check_parameter(param, group)
             if self._fused and param.device.type == "cpu" and not native.runs_on(local(param)):
@@ -342,6 +348,10 @@ class AdamS(Optimizer):
         """The saved state of each parameter, after checking that all of it fits this optimizer."""
         found: dict[Tensor, Mapping[str, Any]] = {}  # torch checks the number and sizes of the groups
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
+            if not isinstance(saved["params"], list):
+                raise InputError(
+                    f"the saved optimizer state names the parameters {saved['params']!r:.100}: load another"
+                )
             own = {**group, "pattern": str(group["pattern"])}
             changed = [f"{k} {saved.get(k)} -> {own[k]}" for k in EXACT_ON_RESUME if saved.get(k) != own[k]]
             if changed:
@@ -376,7 +386,15 @@ def _joint_params(group: dict[str, Any]) -> list[list[Tensor]]:
 
 
 def _is_bounded(value: Any, least: float = 0) -> bool:
-    return bool(least <= value < math.inf)
+    return bool(least <= value) and math.isfinite(value)
+
+
+def _is_joint(joint: Any, places: range) -> bool:
+    """Whether `joint` is None, or lists of positions."""
+    if joint is None:
+        return True
+    listed = isinstance(joint, list | tuple) and all(isinstance(each, list | tuple) for each in joint)
+    return listed and all(type(place) is int and place in places for each in joint for place in each)
 
 
 _NOT_NEGATIVE = (_is_bounded, "a finite number >= 0")
@@ -402,7 +420,7 @@ def _check_options(group: Mapping[str, Any]) -> None:
     for name, (check, wanted) in _OPTIONS.items():
         try:
             is_allowed = check(group[name])
-        except (KeyError, TypeError, ValueError, RuntimeError):  # the last one of a tensor with several values
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):  # the last one of a tensor of several
             is_allowed = False
         if not is_allowed:
             raise InputError(f"AdamS: {name} = {group.get(name)!r} is not allowed: it must be {wanted}")
@@ -464,5 +482,8 @@ def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
 
 def _shapes_and_dtypes(state: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """The shape and dtype of each tensor in a parameter's state; the dtype of `step` does not matter."""
-    tensors = {name: torch.as_tensor(tensor) for name, tensor in state.items()}
+    try:
+        tensors = {name: torch.as_tensor(tensor) for name, tensor in state.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the saved optimizer state holds something else than tensors: {one_line(error)}") from error
     return {name: (tuple(t.shape), () if name == "step" else t.dtype) for name, t in tensors.items()}

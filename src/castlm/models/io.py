@@ -88,6 +88,8 @@ def load_config(where: Location, trust_remote_code: bool) -> PretrainedConfig:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     named = config.architectures or ([causal] if causal else [])
+    if not isinstance(named, list) or not all(isinstance(architecture, str) for architecture in named):
+        raise InputError(f"{where} says architectures = {named!r:.200}: a list of names is needed")
     is_causal = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in named)
     if is_vision_language(config):
         text = config.get_text_config()

@@ -17,6 +17,7 @@ from pathlib import Path
 from castlm.core.errors import InputError, one_line
 from castlm.files.reading import check_regular, check_regular_entries, read_json_object, user_path
 from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map
+from castlm.names import printable
 from castlm.packages import missing, require
 from castlm.progress import note
 
@@ -207,7 +208,8 @@ def _check_folder(folder: Path, needs_weights: bool) -> None:
         read_header(file)  # refuses a file that is corrupt or cut short
     if needs_weights and not files:
         pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        found = f"only the pickle {pickles[0].name}, which can run code when loaded" if pickles else "no weights"
+        pickle = printable(pickles[0].name) if pickles else ""
+        found = f"only the pickle {pickle}, which can run code when loaded" if pickle else "no weights"
         raise InputError(f"{folder} holds {found}: save the model as safetensors (transformers' save_pretrained does)")
 
 
