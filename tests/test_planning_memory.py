@@ -16,7 +16,9 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.moments import MOMENT_KEYS, MOMENTS
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, sparse_param_groups
+from castlm.devices import DEVICES
 from castlm.lab.planning import memory
+from castlm.lab.planning.hours import plan_hours
 from castlm.lab.planning.memory import Settings, plan_memory, saved_bytes, trace
 from castlm.models.architecture import backbone, linearize_, shape_model
 from castlm.patterns import parse_pattern
@@ -168,6 +170,42 @@ def test_start_is_on_the_first_rank():
     plan = planned(CONFIGS / "llama2-70b.json", **large, calibration_tokens=128 * 4096)
     assert plan.peak == plan.phases["start"]
     assert "start" not in plan_7b().phases
+
+
+def test_documents_apart_take_a_mask_for_each_block_and_keys_for_each_head():
+    config = llama()
+    config.num_key_value_heads = 2
+    together, apart = (planned(config, seq_len=64, micro_batch=1, apart=apart) for apart in (False, True))
+    more = apart.components["activations"] - together.components["activations"]
+    assert more == 3 * (2 * 64**2 + 2 * 2 * 64 * (64 - 32))  # the mask, and keys and values of 64 for those of 32
+
+
+@pytest.mark.slow
+def test_the_worked_cases_of_the_guide_fit():
+    """8B on 8 and 70B on 32 H100s, as docs/how-to/multi-gpu.md has them."""
+    options = {"seq_len": 4096, "micro_batch": 1, "gpu_gib": 79.1, "apart": True}
+    small = planned(CONFIGS / "llama3-8b.json", world_size=8, **options)
+    large = planned(CONFIGS / "llama3-70b.json", world_size=32, checkpointing=True, **options)
+    published = [
+        planned(CONFIGS / f"llama3-{size}.json", seq_len=32, micro_batch=1, scale_groups=0) for size in ("8b", "70b")
+    ]
+    assert [plan.num_params for plan in published] == [8_030_261_248, 70_553_706_496]
+    assert small.fits
+    assert small.peak < 58 * 2**30
+    assert large.fits
+    assert large.peak < 75 * 2**30
+
+
+def test_hours_of_a_published_run():
+    """torchtitan's Llama 3.1 8B in bf16 under FSDP, without a teacher: 5,762 and 5,605 tokens per second and GPU."""
+    run = Settings(seq_len=8192, micro_batch=2, scale_groups=0, teacher=None)
+    for gpus, measured in ((8, 5762), (128, 5605)):
+        found = plan_hours(CONFIGS / "llama3-8b.json", run, DEVICES["h100"], world_size=gpus)
+        assert found.tokens_per_s / gpus == pytest.approx(measured, rel=0.05)
+        assert found.gather_s < found.compute_s
+    with_teacher = plan_hours(CONFIGS / "llama3-8b.json", replace(run, teacher=torch.bfloat16), DEVICES["h100"])
+    assert with_teacher.flops == pytest.approx(4 / 3 * found.flops)
+    assert with_teacher.gathered == 0  # one GPU
 
 
 def test_verdict_and_the_smallest_number_of_ranks():

@@ -107,6 +107,13 @@ class MemoryOptions:
     gpu: float | str | None = essential(None, above=0)
     """GPU that the run should fit on: h100, a100, ..., or a number of GiB."""
 
+    link: float = number(300.0, above=0)
+    """With the name of a GPU, which adds the time of a step: GB per second at which a rank receives weights of others,
+    about 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots."""
+
+    price_per_hour: float | None = number(None, above=0)
+    """With the name of a GPU: price of one GPU per hour; adds the cost of the steps."""
+
     prune: bool = essential(False)
     """Predict `castlm prune` on a CPU instead of a training run."""
 
@@ -123,6 +130,7 @@ def memory(arguments: list[str]) -> int:
     from castlm.devices import DEVICES
     from castlm.dtypes import FLOATS
     from castlm.hardware import choose_device, choose_precision
+    from castlm.lab.planning.hours import plan_hours
     from castlm.lab.planning.memory import Settings, plan_memory, read_config
     from castlm.lab.planning.prune_memory import plan_prune_memory
 
@@ -157,6 +165,7 @@ def memory(arguments: list[str]) -> int:
         pattern=pattern,
         scale_groups=config.method.scale_groups,
         weight_bits=config.method.weight_bits,
+        apart=not config.data.cross_document_attention,
         accumulates=config.optimizer.gradient_accumulation_steps > 1,
         checkpointing=config.runtime.gradient_checkpointing,
         compute=dtype,
@@ -176,6 +185,22 @@ def memory(arguments: list[str]) -> int:
         gib = known[gib]
     plan = plan_memory(model, run, teacher=teacher.teacher, world_size=options.world_size, gpu_gib=gib)
     print(plan.table())
+    if isinstance(options.gpu, str):
+        hours = plan_hours(
+            model,
+            run,
+            DEVICES[options.gpu],
+            teacher=teacher.teacher,
+            world_size=options.world_size,
+            accumulation=config.optimizer.gradient_accumulation_steps,
+            link=options.link,
+        )
+        steps = config.optimizer.max_steps
+        print(hours.explain())
+        print(f"{steps:,} steps take {duration(3600 * hours.hours(steps))}, without start and evaluations")
+        if options.price_per_hour is not None:
+            price = hours.hours(steps) * options.world_size * options.price_per_hour
+            print(f"cost: {price:,.2f}, at {options.price_per_hour:g} an hour of each of {options.world_size} GPUs")
     return 0 if plan.fits in (True, None) else 1
 
 

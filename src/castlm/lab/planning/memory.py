@@ -49,6 +49,18 @@ from castlm.names import aligned
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
 
+_APART = "castlm_documents_apart"
+
+
+def _documents_apart(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    """Attention with a mask (1, 1, T, T), which transformers makes for documents that do not attend to each other.
+
+    torch keeps it in the compute type for each block, and transformers copies shared keys and values for each head.
+    """
+    mask = torch.ones(1, 1, query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
 # Fake tensors do not show how many tokens each expert gets; together the experts get `top_k` per token.
 _EXPERTS = "castlm_experts_together"
 
@@ -76,6 +88,8 @@ class Settings:
     pattern: Pattern = field(default=NM(2, 4))
     scale_groups: int = 2
     weight_bits: int | None = None
+    apart: bool = False
+    """Whether the documents of a sequence do not attend to each other, which takes a mask for each of its tokens."""
     accumulates: bool = False
     """Whether a step has several micro-steps, so that gradients are there throughout."""
     checkpointing: bool = False
@@ -139,7 +153,7 @@ def trace(config: PretrainedConfig, run: Settings, sharded: bool, kinds: Sequenc
         index = next((i for i, other in enumerate(later) if i and other == kind), 0)
         of_kind[kind] = [more - less for less, more in zip(first(index), first(index + 1))]
     block, of_16, of_32 = (sum(of_kind[kind][size] for kind in kinds) // len(kinds) for size in range(len(sizes)))
-    weights = 2 * of_16 - of_32  # saved = weights + tokens * x
+    weights = max(0, 2 * of_16 - of_32)  # saved = weights + tokens * x, and little of tokens^2
     return Saved(block - weights, weights, first(1)[0] - of_kind[kinds[0]][0])
 
 
@@ -152,12 +166,14 @@ def saved_bytes(
         sizes: (sequences, tokens per sequence) of each forward pass; returns one number for each.
     """
     AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    AttentionInterface.register(_APART, _documents_apart)
     ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_together)
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
     with FakeTensorMode(), as_config_error(config):
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        attention = _ATTENTION if kind is None or kind._supports_sdpa else "eager"
+        sdpa = _APART if run.apart else _ATTENTION
+        attention = sdpa if kind is None or kind._supports_sdpa else "eager"
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32, attn_implementation=attention
         )
