@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -283,9 +284,30 @@ def test_a_template_that_does_not_fit_is_refused_with_what_was_found(case, tmp_p
 )
 def test_a_template_that_takes_all_memory_is_refused(template):
     limit = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(InputError, match=r"512 MiB.*document_limit"):
-        Chat(chat_tokenizer(template), assistant_only=False)(json.dumps(GOOD))
+    chat, said = Chat(chat_tokenizer(template), assistant_only=False), []
+
+    def render() -> None:
+        with pytest.raises(InputError, match=r"512 MiB.*document_limit") as caught:
+            chat(json.dumps(GOOD))
+        said.append(str(caught.value))
+
+    render()
+    thread = threading.Thread(target=render)  # as in `castlm serve`
+    thread.start()
+    thread.join()
+    assert len(said) == 2
     assert resource.getrlimit(resource.RLIMIT_AS) == limit
+
+
+def test_a_template_that_does_not_end_is_refused_and_the_next_one_is_rendered(monkeypatch):
+    monkeypatch.setattr("castlm.data.chat.TEMPLATE_SECONDS", 0.4)
+    for template in (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% generation %}{{ (9 ** (9 ** 9)) % 7 }}{% endgeneration %}",  # one operation, which no thread can stop
+    ):
+        with pytest.raises(InputError, match=r"longer than 0\.4 seconds; see document_limit"):
+            Chat(chat_tokenizer(template))(json.dumps(GOOD))
+    assert Chat(chat_tokenizer(), document_limit=1e300)(json.dumps(GOOD)).ids
 
 
 def test_a_conversation_of_thousands_of_messages_is_refused_where_it_would_take_minutes():

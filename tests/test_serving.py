@@ -1,6 +1,7 @@
 """`castlm serve`: every request is answered with a status and a sentence, and good ones as `castlm generate` does."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from castlm.cli.serve import default_name
 from castlm.core.sparsify import prune_
 from castlm.runtime.generate import generate_text
 from castlm.runtime.layers import pack_model_
+from castlm.serving import connections
 from castlm.serving import engine as engine_module
 from castlm.serving.app import make_app
 from castlm.serving.engine import Answer, BusyError, Engine
@@ -53,12 +55,17 @@ def engine(loaded) -> Iterator[Engine]:
         yield engine
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 def ask(engine: Engine, *requests: tuple[str, str, object]) -> list[httpx.Response]:
     """The responses to requests that are sent at the same time: method, path, and JSON or bytes."""
 
     async def send() -> list[httpx.Response]:
         transport = httpx.ASGITransport(make_app(engine, "tiny"), raise_app_exceptions=True)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://localhost", headers=JSON, timeout=60
+        ) as client:
             return await asyncio.gather(
                 *(
                     client.request(method, path, content=body if isinstance(body, bytes) else json.dumps(body).encode())
@@ -67,6 +74,12 @@ def ask(engine: Engine, *requests: tuple[str, str, object]) -> list[httpx.Respon
             )
 
     return asyncio.run(send())
+
+
+def head_of(length: int, *more: str) -> bytes:
+    """The head of a completion in bytes, with a body of `length`."""
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
 
 def complete(engine: Engine, **body: object) -> httpx.Response:
@@ -281,8 +294,7 @@ def test_a_client_that_goes_away_ends_its_request(server):
     for stream in (False, True) * 30:
         body = json.dumps({"prompt": "a", "max_tokens": 250, "stream": stream}).encode()
         with socket.create_connection(("localhost", port)) as connection:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            connection.sendall(head + body)
+            connection.sendall(head_of(len(body)) + body)
     started = time.monotonic()
     response = httpx.post(f"{server[0]}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
     assert response.status_code == 200
@@ -299,7 +311,7 @@ def test_ten_clients_for_a_minute(server):
         while time.monotonic() < until:
             body, status = [(GOOD, 200), *BAD][(number + counts[number]) % (len(BAD) + 1) if number % 2 else 0]
             content = body if isinstance(body, bytes) else json.dumps(body).replace("tiny", "small").encode()
-            response = httpx.post(f"{url}/v1/completions", content=content, timeout=60)
+            response = httpx.post(f"{url}/v1/completions", content=content, headers=JSON, timeout=60)
             counts[number] += 1
             if response.status_code != status:
                 failures.append((body, response.status_code, response.text))
@@ -318,6 +330,141 @@ def test_ten_clients_for_a_minute(server):
     assert failures == []
     assert min(counts) > 0
     assert resident() < before + (64 << 20)
+
+
+@pytest.fixture
+def listening(engine, monkeypatch) -> Iterator[tuple[int, connections.Server]]:
+    """A server in this process with short deadlines: its port."""
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(connections, "READ_SECONDS", 1.0)
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 20)
+    port = free_port()
+    server = connections.Server(make_app(engine, "tiny"), engine, "localhost", port)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield port, server
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def is_cut(connection: socket.socket, seconds: float) -> bool:
+    """Whether the server ends a connection in time, whatever it sends before."""
+    connection.settimeout(seconds)
+    with contextlib.suppress(ConnectionResetError):
+        while True:
+            try:
+                if not connection.recv(1 << 16):
+                    return True
+            except TimeoutError:
+                return False
+    return True
+
+
+def test_connections_without_a_whole_request_give_way_and_are_cut(listening):
+    port, _ = listening
+    half = [b"", b"G", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-", head_of(100), head_of(100) + b"{"]
+    opened = []
+    for number in range(60):
+        opened.append(socket.create_connection(("localhost", port)))
+        opened[-1].sendall(half[number % len(half)])
+    started = time.monotonic()
+    with httpx.Client(headers=JSON, timeout=20) as client:
+        for _ in range(3):
+            assert client.post(f"http://localhost:{port}/v1/completions", json=GOOD).status_code == 200
+    assert time.monotonic() - started < 5
+    assert sum(is_cut(connection, 0.01) for connection in opened[:40]) == 40
+    assert all(is_cut(connection, 5) for connection in opened if not opened.index(connection) % 5 > 2)
+    for connection in opened:
+        connection.close()
+
+
+def test_a_client_that_does_not_read_is_cut(listening):
+    port, server = listening
+    with socket.create_connection(("localhost", port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        while not server.server_state.connections:
+            time.sleep(0.01)
+        (other_end,) = server.server_state.connections
+        other_end.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            connection.sendall(b"GET /no HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1_000_000)
+
+
+@pytest.mark.parametrize("head", [head_of(8 << 20, "Connection: close"), head_of(8 << 20)])
+def test_a_body_that_is_too_long_is_answered_so_that_its_client_can_read_it(head, listening):
+    with socket.create_connection(("localhost", listening[0])) as connection:
+        connection.settimeout(20)
+        connection.sendall(head + b"x" * (8 << 20))  # all of it, as most clients do before they read
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+    with socket.create_connection(("localhost", listening[0])) as connection:
+        connection.sendall(head_of(8 << 20, "Expect: 100-continue"))
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413 ")  # instead of 100
+
+
+def test_a_server_that_ends_tells_every_client(listening, engine, monkeypatch, caplog):
+    step = engine_module.step_together
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        return step(*arguments)
+
+    monkeypatch.setattr(engine_module, "step_together", slow)
+    port, server = listening
+    body = {"prompt": "a", "max_tokens": 200, "stream": True}
+    with httpx.stream("POST", f"http://localhost:{port}/v1/completions", json=body, timeout=20) as response:
+        events = response.iter_lines()
+        assert next(events).startswith("data: ")
+        server.should_exit = True
+        *_, last = filter(None, events)
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+    assert caplog.records == []
+
+
+def test_what_a_web_page_can_send_does_not_reach_the_model(engine, monkeypatch):
+    """A page of another site sends text or forms, or JSON under a name that it has given this machine's address."""
+    app = make_app(engine, "tiny", ("Model.lan", "0.0.0.0"))
+    body = json.dumps(GOOD).encode()
+
+    async def statuses(cases: list[tuple[str, dict[str, str]]]) -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            post = [client.post("/v1/completions", content=body, headers={"Host": h} | more) for h, more in cases]
+            return [response.status_code for response in await asyncio.gather(*post)]
+
+    ours = [
+        "localhost",
+        "LOCALHOST:8000",
+        "localhost.:1",
+        "127.0.0.1:8000",
+        "[::1]:8000",
+        "192.168.7.3",
+        "model.lan:80",
+    ]
+    theirs = ["evil.example", "localhost.evil.example", "evil.example:8000", "127.0.0.1.evil.example", "a:b", "[::1"]
+    assert asyncio.run(statuses([(host, JSON) for host in ours])) == [200] * len(ours)
+    kinds = ["application/json; charset=utf-8", "Application/JSON"]
+    assert asyncio.run(statuses([("localhost", {"Content-Type": kind}) for kind in kinds])) == [200, 200]
+    monkeypatch.setattr(engine, "submit", lambda answer: pytest.fail("it reached the model"))
+    assert asyncio.run(statuses([(host, JSON) for host in theirs])) == [403] * len(theirs)
+    kinds = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "", "text/json"]
+    assert asyncio.run(statuses([("localhost", {"Content-Type": kind}) for kind in kinds])) == [415] * len(kinds)
+    assert asyncio.run(statuses([("localhost", {})])) == [415]
+
+
+def test_a_chat_template_that_does_not_end_holds_up_no_completion(engine, monkeypatch):
+    monkeypatch.setattr("castlm.data.chat.TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr("castlm.serving.app._MOST_RENDERED", 2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(engine.tokenizer, "chat_template", endless)
+    chats = [("POST", "/v1/chat/completions", {"messages": [USER]})] * 4
+    *found, good = ask(engine, *chats, ("POST", "/v1/completions", GOOD))
+    assert good.status_code == 200
+    assert sorted(response.status_code for response in found) == [400, 400, 429, 429]
+    assert all("longer than 0.5 seconds" in found.text for found in found if found.status_code == 400)
 
 
 def test_names_of_served_models(tmp_path, monkeypatch):

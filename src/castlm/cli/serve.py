@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from castlm.cli.options import to_stdout, use_threads
@@ -29,6 +29,9 @@ class ServeCommand:
     port: int = number(8000, at_least=1, at_most=65535)
     """Port to listen on."""
 
+    allowed_hosts: tuple[str, ...] = field(default=(), kw_only=True)
+    """Names of this server in requests, beside host, localhost and addresses; "*" allows any, and so every web page."""
+
     threads: int = number(0, at_least=0)
     """Processor threads; 0 leaves the number to torch."""
 
@@ -45,11 +48,10 @@ class ServeCommand:
                 f"cannot listen on {self.host}, port {self.port} ({reason}): choose another host or port"
             ) from error
         use_threads(self.threads)
-        import uvicorn
-
         from castlm.progress import note
         from castlm.runtime.generate import load_to_generate
         from castlm.serving.app import make_app
+        from castlm.serving.connections import Server
         from castlm.serving.engine import Engine
 
         code = {"trust_remote_code": self.trust_remote_code}
@@ -58,17 +60,10 @@ class ServeCommand:
             note("the model has no chat template: /v1/chat/completions answers 400, use /v1/completions")
         engine = Engine(model, tokenizer, say=note)
         name = self.served_model_name or default_name(self.path)
-        config = uvicorn.Config(
-            make_app(engine, name),
-            host=self.host,
-            port=self.port,
-            log_level="warning",
-            limit_concurrency=256,
-            timeout_graceful_shutdown=1,
-        )
+        app = make_app(engine, name, (self.host, *self.allowed_hosts))
         to_stdout(f"castlm: model {name} at http://{self.host}:{self.port}/v1, until Ctrl-C")
         try:
-            uvicorn.Server(config).run()
+            Server(app, engine, self.host, self.port).run()
         finally:
             engine.close()
         return 0

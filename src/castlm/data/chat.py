@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from castlm.core.errors import InputError, one_line
+from castlm.data.templates import EndlessError, RenderedText, render_template
 from castlm.files.reading import parse_json, read_text, user_path
 
 if TYPE_CHECKING:
@@ -37,6 +34,8 @@ MOST_MESSAGES = 512
 """Most messages of a conversation without generation marks, whose turns are each rendered with all turns before."""
 TEMPLATE_BYTES = 512 << 20
 """Most memory for rendering: a chat template is a program by the model's author and may build any text."""
+TEMPLATE_SECONDS = 10.0
+"""Most processor time for rendering: the program may never end."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -142,15 +141,16 @@ class Chat:
 
     Args:
         assistant_only: False counts every token.
-        document_limit: factor on `MOST_MESSAGES` and `TEMPLATE_BYTES`.
+        document_limit: factor on `MOST_MESSAGES`, `TEMPLATE_BYTES` and `TEMPLATE_SECONDS`.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True, document_limit: float = 1.0
     ) -> None:
         self._tokenizer, self._assistant_only = tokenizer, assistant_only
-        self._most_messages = round(MOST_MESSAGES * document_limit)
-        self._template_bytes = round(TEMPLATE_BYTES * document_limit)
+        self._most_messages = round(min(MOST_MESSAGES * document_limit, 1e18))  # no infinity
+        self._template_bytes = round(min(TEMPLATE_BYTES * document_limit, 1e18))
+        self._template_seconds = TEMPLATE_SECONDS * document_limit
         self._special = tuple(tokenizer.all_special_tokens)
         self._reads_text: bool | None = None  # whether the template does, or lists of parts alone
 
@@ -187,15 +187,20 @@ class Chat:
             messages: each with a role and its content, a text or a list of parts of type text or image.
             tools: JSON schemas.
         """
-        self._template()
+        return self._rendered(messages, tools, reply=reply).text
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, *, reply: bool = False, marks: bool = False
+    ) -> RenderedText:
+        self._template(tools)
         try:
-            return self._apply(self._as_read(messages), tools=tools, add_generation_prompt=reply)
-        except Exception as error:  # a template is a program and may raise anything
+            return self._apply(self._as_read(messages), tools, reply=reply, marks=marks)
+        except Exception as error:
             raise self._refused(messages, error) from error
 
-    def _template(self) -> str:
+    def _template(self, tools: Any = None) -> str:
         try:
-            return str(self._tokenizer.get_chat_template())
+            return str(self._tokenizer.get_chat_template(tools=tools))
         except ValueError as error:
             raise InputError(
                 f"the tokenizer {self._tokenizer.name_or_path} has no chat template, which conversations need: give "
@@ -220,13 +225,27 @@ class Chat:
 
     def _probe(self, content: Any) -> str:
         try:
-            return self._apply([{"role": "user", "content": content}])
+            return self._apply([{"role": "user", "content": content}]).text
+        except EndlessError:
+            raise
         except Exception:  # of any type; rendering the conversation raises it again
             return ""
 
-    def _apply(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
-        with _bounded_memory(self._template_bytes):
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    def _apply(
+        self, messages: list[Mapping[str, Any]], tools: Any = None, *, reply: bool = False, marks: bool = False
+    ) -> RenderedText:
+        if not messages:
+            raise InputError("a conversation without a message")
+        return render_template(
+            self._template(tools),
+            messages,
+            tools=tools,
+            reply=reply,
+            marks=marks,
+            variables=self._tokenizer.special_tokens_map,
+            num_bytes=self._template_bytes,
+            seconds=self._template_seconds,
+        )
 
     def _check_whole(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
         """Raises `InputError` if the template leaves out the text of a message.
@@ -263,18 +282,12 @@ class Chat:
 
     def _marked(self, messages: list[Any], tools: Any) -> Rendered:
         """Finds the assistant's tokens by the `{% generation %}` marks of the template."""
-        self._check_fast()
-        self.render(messages, tools)  # in bounded memory
-        options = {"tools": tools, "return_dict": True, "return_assistant_tokens_mask": True}
-        try:
-            found = self._tokenizer.apply_chat_template(self._as_read(messages), **options)
-        except Exception as error:
-            raise self._refused(messages, error) from error
-        counts = [bool(mark) for mark in found["assistant_masks"]]
-        if not any(counts):
+        found = self._rendered(messages, tools, marks=True)
+        rendered = self._counted(found.text, found.spans, is_rendered=True)
+        if not any(rendered.counts):
             _refuse_unmarked("the generation marks of the chat template cover no token of it")
         self._check_whole(messages, tools)
-        return Rendered(found["input_ids"], counts, True)
+        return rendered
 
     def _turn(self, whole: str, messages: list[Any], number: int, tools: Any) -> tuple[int, int]:
         """Begin and end of the turn `number` of the assistant in the rendered conversation."""
@@ -312,30 +325,6 @@ def _refuse_unmarked(why: str) -> NoReturn:
         f"which tokens the assistant wrote is not known: {why}; mark them with {{% generation %}} in the chat template "
         "(chat_template_path), or set assistant_only_loss to false"
     )
-
-
-@contextmanager
-def _bounded_memory(num_bytes: int) -> Iterator[None]:
-    """Inside the block, an allocation of more than `num_bytes` fails with a MemoryError.
-
-    The limit is on the address space of the whole process. It is therefore set only on Linux and in the main thread,
-    which renders while no other thread computes.
-    """
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or not sys.platform.startswith("linux"):
-        yield
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + num_bytes
-    if soft == resource.RLIM_INFINITY or limit < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _texts_of(message: Mapping[str, Any]) -> list[str]:

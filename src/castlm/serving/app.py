@@ -3,27 +3,35 @@
 Whatever a request holds, it is answered: 413 where its body is too long for any prompt of the model, 400 where a field
 makes no sense, 404 for another model, 429 where too many wait. A field that is not supported is refused and not
 ignored. A client that goes away ends its request.
+
+A web page in a browser on this machine reaches the server too. It cannot send JSON to another site than its own, so
+only JSON is taken (415). A site whose name is given this machine's address (DNS rebinding) is recognized by the `Host`
+of the request (403).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import math
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 import torch
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from castlm.core.errors import InputError, is_out_of_memory, is_panic, one_line
 from castlm.data.chat import Chat
@@ -37,6 +45,7 @@ _BODY_SECONDS = 30.0  # for a client to send its body
 _MAX_TOKENS = 512  # where a request does not say
 _MOST_STOPS = 4
 _MOST_MESSAGES = 1000
+_MOST_RENDERED = 16  # conversations that wait to be rendered, one after another
 
 _IGNORED = {"user", "metadata", "store", "service_tier", "stream_options", "prompt_cache_key", "safety_identifier"}
 """Fields that say nothing about the text."""
@@ -73,8 +82,12 @@ class RefusedError(HTTPException):
         return JSONResponse({"error": error}, self.status_code)
 
 
-def make_app(engine: Engine, name: str) -> Starlette:
-    """The ASGI application; requests give `name` as their model."""
+def make_app(engine: Engine, name: str, hosts: Collection[str] = ()) -> Starlette:
+    """The ASGI application; requests give `name` as their model.
+
+    Args:
+        hosts: names of this server that a request may have as its `Host`, beside localhost and addresses; "*" for any.
+    """
     api = _Api(engine, name)
 
     async def answer_refused(_: Request, error: Exception) -> Response:
@@ -93,7 +106,39 @@ def make_app(engine: Engine, name: str) -> Starlette:
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
         ],
         exception_handlers={HTTPException: answer_refused},
+        middleware=[Middleware(_Guard, hosts={host.lower().rstrip(".") for host in hosts})],
     )
+
+
+class _Guard:
+    """Answers requests that a web page may have sent, before `app` does."""
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]):
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: ASGIApp = self.app
+        if scope["type"] == "http":
+            request = Request(scope)
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if not self._is_known(request.headers.get("host", "")):
+                host = request.headers["host"]
+                error = f"the host {host!r:.200} is not known: start castlm serve with --allowed-hosts"
+                answer = RefusedError(403, error).response()
+            elif request.method == "POST" and kind != "application/json":
+                error = f"the Content-Type is {kind!r:.200}: send JSON with Content-Type: application/json"
+                answer = RefusedError(415, error).response()
+        await answer(scope, receive, send)
+
+    def _is_known(self, host: str) -> bool:
+        name = re.sub(r":\d*$", "", host).lower().rstrip(".")
+        if "*" in self.hosts or name in {"", "localhost", *self.hosts}:  # a browser never leaves it out
+            return True
+        try:
+            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            return False
+        return True
 
 
 class _Api:
@@ -103,6 +148,7 @@ class _Api:
         self.engine, self.name, self.started = engine, name, int(time.time())
         self.tokenizer = engine.tokenizer
         self.chat = Chat(engine.tokenizer)
+        self.renders, self.num_renders = CapacityLimiter(1), 0
         self.most_bytes = max(_LEAST_BODY, _BYTES_PER_TOKEN * engine.context)
 
     async def health(self, request: Request) -> Response:
@@ -126,7 +172,13 @@ class _Api:
         _check_fields(body, {"messages", "max_completion_tokens"})
         if not self.tokenizer.chat_template:
             raise RefusedError(400, "the model has no chat template: use /v1/completions")
-        ids = await run_in_threadpool(self._chat_ids, body.get("messages"))
+        if self.num_renders >= _MOST_RENDERED:
+            raise RefusedError(429, f"{_MOST_RENDERED} conversations wait already: try again later")
+        self.num_renders += 1
+        try:
+            ids = await to_thread.run_sync(self._chat_ids, body.get("messages"), limiter=self.renders)
+        finally:
+            self.num_renders -= 1
         return await self._answer(request, body, ids, is_chat=True)
 
     def _described(self) -> dict[str, Any]:
@@ -138,14 +190,17 @@ class _Api:
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The JSON object of a request, of no more than `most_bytes`."""
+        what = f"{self.most_bytes:,} bytes, more than the context of {self.engine.context:,} tokens"
+        too_long = RefusedError(413, f"the body exceeds {what}")
+        if int(request.headers.get("content-length", 0)) > self.most_bytes:
+            raise too_long  # so that a client that waits for "100 Continue" does not send it
         content = bytearray()
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for part in request.stream():
                     content += part
                     if len(content) > self.most_bytes:
-                        what = f"{self.most_bytes:,} bytes, more than the context of {self.engine.context:,} tokens"
-                        raise RefusedError(413, f"the body exceeds {what}")
+                        raise too_long
         except TimeoutError:
             raise RefusedError(408, f"the body did not come within {_BODY_SECONDS:g} seconds") from None
         except ClientDisconnect:

@@ -231,6 +231,7 @@ class Engine:
         self._is_together = decoding_method(model, say=say, **ONE_SEQUENCE) is not None
         self._waiting: collections.deque[Answer] = collections.deque()
         self._sequences: list[_Sequence] = []
+        self._generated: Answer | None = None  # by transformers' generate
         self._is_closed = False
         self._changed = threading.Condition()
         self._num_threads = torch.get_num_threads()  # each thread of Python's has a number of its own
@@ -261,6 +262,8 @@ class Engine:
         """Ends the thread after the token that it computes, and every request."""
         with self._changed:
             self._is_closed = True
+            if self._generated is not None:
+                self._generated.is_cancelled = True
             self._changed.notify()
         self._thread.join()
 
@@ -305,6 +308,9 @@ class Engine:
             self._sequences.append(_Sequence(self.model, answer, options))
             return
         listener = _Listener(answer, tokenizer, self._ends)
+        with self._changed:
+            self._generated = answer
+            answer.is_cancelled |= self._is_closed
         with torch.random.fork_rng(devices=[answer.ids.device] if answer.ids.is_cuda else []):
             if answer.seed is None:
                 torch.seed()
