@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castlm.cli.main import main
@@ -125,7 +126,9 @@ def test_a_card_tells_each_step_by_which_the_model_was_made_and_names_base_and_l
     config = {"init_from": "sparsegpt", "model": "base", "seq_len": 512, "eta": 0.5, "mask_iterations": 16}
     trained = {"method": "cast", "train_steps": 300, "train_tokens": 614_400, "world_batch": 4, "config": config}
     trained |= {"base_model": DEMO, "license": "mit", "dataset": {"name": f"{tmp_path}/a.txt + b.txt"}}
-    (tmp_path / "castlm.json").write_text(json.dumps(trained))
+    for name, content in {"castlm.json": trained, "config.json": {"model_type": "llama"}}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     origin = origin_of(tmp_path)
     tuned = {**trained, **origin, "config": {"init_from": "x", "model": "x", "seq_len": 64}}
     front_matter, card = card_of(**tuned, quantized={"kind": "int4", "text": "c.txt"}, packed={"format": 2})
