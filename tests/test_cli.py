@@ -17,6 +17,7 @@ from castlm.cli.options import check_json_path, result_folder, write_json
 from castlm.core.errors import DivergedError, InputError
 from castlm.files.atomic_file import atomic_write_json
 from castlm.progress import shown_progress
+from castlm.signals import resume_command
 from tests.slow import slow
 from tests.tiny import save_tiny
 
@@ -220,12 +221,21 @@ def test_the_file_behind_a_link_is_replaced(tmp_path):
     assert json.loads((tmp_path / "real.json").read_text()) == {"a": 1}
 
 
+def test_the_command_that_resumes_a_run_starts_as_many_ranks(monkeypatch, tmp_path):
+    options = f"train --config {tmp_path}/config.yaml --resume"
+    assert resume_command(tmp_path) == f"castlm {options}"
+    for size, nodes in (("2", ""), ("4", "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT ")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert resume_command(tmp_path) == f"torchrun {nodes}--nproc-per-node 2 -m castlm {options}"
+
+
 # ---- progress
 
 
 def test_lines_where_there_is_no_terminal_and_none_of_short_work(capsys, monkeypatch):
-    for seconds, num_lines in ((0, 1), (progress.SECONDS_BETWEEN_LINES, 0)):
-        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", seconds)
+    for seconds, num_lines in ((0, 1), (progress.SECONDS_BEFORE_FIRST, 0)):
+        monkeypatch.setattr(progress, "SECONDS_BEFORE_FIRST", seconds)
         with shown_progress("perplexity, sequences") as told:
             told(1, 4)
             told(4, 4)

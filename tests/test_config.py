@@ -247,7 +247,7 @@ def test_later_files_and_then_options_override(tmp_path):
         (["--num-train-epochs", "nan"], "--num-train-epochs = 'nan' is not a number: it must be finite"),
         (["--max-steps"], "expected one argument"),
         (["--model", "m"], "dataset is missing: give --dataset"),
-        (["extra"], "unrecognized arguments: extra"),
+        (["m", "extra"], "unrecognized arguments: extra"),
         (["--adapter", "shira"], "castlm train does not read --adapter: leave it out, or use castlm finetune"),
         (["--lora_r=4"], "castlm train does not read --lora-r"),
         (["--adam-betas", "0.9"], "expected 2 arguments"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from castlm.cli.main import main
 from castlm.cli.options import read_arguments
 from castlm.cli.pack import PackCommand
+from castlm.cli.prune import PruneCommand
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
 from castlm.export.packed import pack_folder
@@ -62,6 +63,8 @@ def test_a_model_is_given_with_an_option_or_without():
         ["--model=x", "--output-dir=o"],
     ):
         assert read_arguments(options, arguments, "pack", PackCommand) == {"model": "x", "output_dir": "o"}
+    for arguments in (["x", "--output-dir", "o"], ["--model", "x", "--output-dir", "o"]):
+        assert read_arguments([("options", PruneCommand)], arguments, "prune", PruneCommand)["model"] == "x"
     with pytest.raises(InputError, match="unrecognized arguments: y"):
         read_arguments(options, ["y", "--model", "x"], "pack", PackCommand)
 

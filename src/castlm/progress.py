@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from castlm.names import printable
+from castlm.names import duration, printable
 
 SECONDS_BETWEEN_LINES = 30
+SECONDS_BEFORE_FIRST = 3
 
 
 class Screen(Console):
@@ -37,13 +38,16 @@ def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -
         before: parts that an earlier start has done; None if the first call, before any work, gives their number.
     """
     console = Screen(stderr=True, highlight=False)
-    started = last = time.monotonic()
+    started = time.monotonic()
+    next_line = started + SECONDS_BEFORE_FIRST
+    first: tuple[int, float] | None = None  # the first report: the work before it, as of a text, has another speed
 
     def per_second(done: int) -> float:
         nonlocal before
         if before is None:
             before = done
-        return (done - before) / max(time.monotonic() - started, 1e-9)
+        parts, since = (before, started) if first is None or done <= first[0] else first
+        return (done - parts) / max(time.monotonic() - since, 1e-9)
 
     if console.is_terminal:
         columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)]
@@ -60,11 +64,12 @@ def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -
         return
 
     def line(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal next_line, first
         now, done_in_second = time.monotonic(), per_second(done)
-        if now - last >= SECONDS_BETWEEN_LINES and done_in_second > 0 and done < total:
-            last = now
+        if now >= next_line and done_in_second > 0 and done < total:
+            next_line = now + SECONDS_BETWEEN_LINES
             speed = f", {done_in_second:,.0f} {rate}" if rate else ""
-            note(f"{what} {done:,}/{total:,}{speed}, {(total - done) / done_in_second:.0f} s left")
+            note(f"{what} {done:,}/{total:,}{speed}, {duration((total - done) / done_in_second)} left")
+        first = first or (done, now)
 
     yield line

@@ -84,6 +84,17 @@ def ending_on_sigterm() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def resume_command(output_dir: Path) -> str:
+    """The command that resumes a run, on as many ranks as torchrun has started now: its global batch stays the same."""
+    options = f"train --config {shlex.quote(str(output_dir / 'config.yaml'))} --resume"
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return f"castlm {options}"
+    ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = num_ranks() // ranks
+    on_nodes = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT " if nodes > 1 else ""
+    return f"torchrun {on_nodes}--nproc-per-node {ranks} -m castlm {options}"
+
+
 class Interrupted(BaseException):
     """A signal stopped a run that has saved its state. It is no `Exception`, so that code which reports bad input does
     not catch it.
@@ -139,5 +150,5 @@ class Interrupt:
         note(f"{self._ends_with}; Ctrl-C again stops at once without saving")
 
     def stopped(self, step: int, output_dir: Path) -> Interrupted:
-        how = f"continue with: castlm train --config {shlex.quote(str(output_dir / 'config.yaml'))} --resume"
+        how = f"continue with: {resume_command(output_dir)}"
         return Interrupted(f"stopped after step {step}, saved", how, 130 if self.signal == signal.SIGINT else 0)

@@ -71,7 +71,7 @@ def read_arguments(
     fields = [(kind, field) for _, kind in sections for field in dataclasses.fields(kind)]
     unnamed = [field.name for _, field in fields if field.metadata.get("positional")]
     named = [field.name for _, field in fields if field.name not in unnamed]
-    arguments = _model_in_place(unnamed, arguments)
+    arguments = _model_in_place(unnamed, named, arguments)
     before_dashes = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
     if "--help-all" in before_dashes or {"-h", "--help"} & set(before_dashes):
         print(help_text(sections, name, everything="--help-all" in before_dashes, about=about, hidden=hidden))
@@ -82,12 +82,18 @@ def read_arguments(
     for argument in before_dashes:
         option = argument.partition("=")[0]
         if option.startswith("--") and option not in parser._option_string_actions:
-            raise InputError(f"{unknown(option[2:], named, COMMAND_LINE)} (castlm {name} --help lists the options)")
+            of_runs = "config" in named and option[2:].replace("-", "_") in _options_of_runs()
+            where = f"castlm {name} --help lists the options"
+            if of_runs:
+                where = "it is an option of the runs: write it into a file, --config FILE"
+            raise InputError(f"{unknown(option[2:], named, COMMAND_LINE)} ({where})")
     return vars(parser.parse_args(arguments))
 
 
-def _model_in_place(unnamed: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Accepts `--model X` in commands that take their model as a plain argument X."""
+def _model_in_place(unnamed: Sequence[str], named: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Accepts `--model X` in commands that take their model as a plain argument X, and a first X in the others."""
+    if not unnamed and "model" in named and arguments and not arguments[0].startswith("-"):
+        return ["--model", *arguments]
     takes_model = {"model", "path"}.intersection(unnamed)
     for index, argument in enumerate(arguments):
         if argument == "--" or not takes_model:
@@ -97,6 +103,13 @@ def _model_in_place(unnamed: Sequence[str], arguments: Sequence[str]) -> list[st
         if argument.startswith("--model="):
             return [argument.removeprefix("--model="), *arguments[:index], *arguments[index + 1 :]]
     return list(arguments)
+
+
+def _options_of_runs() -> set[str]:
+    """The options of `castlm train`, which `compare` and `plan sweep` read from the file of `--config`."""
+    from castlm.training.config import TrainConfig, names_of
+
+    return {name for section in TrainConfig.sections().values() for name in names_of(section)}
 
 
 class _Parser(argparse.ArgumentParser):

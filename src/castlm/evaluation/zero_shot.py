@@ -88,11 +88,12 @@ def zero_shot(
         "acc_norm", "exact_match", "perplexity", ...), with `task`, `metric`, `value`, `stderr` (None if lm-eval has
         none), `num_docs`, `num_fewshot` (always 0), and the source of the data.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     configs = None if folder is None else [local_task(name, folder) for name in tasks]
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, mixed_precision_dtype=autocast_dtype)
+    evaluator.get_git_commit_hash = lambda: None  # else git complains outside a checkout
     try:
         results: dict[str, Any] = simple_evaluate(
             lm,

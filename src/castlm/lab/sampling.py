@@ -253,7 +253,7 @@ class SampleFile:
         self.is_finished = resume and digest is not None and digest == record.get("sha256") and not has_part
         if not (overwrite or resume) and (digest is not None or has_part):
             raise InputError(
-                f"{self.path} or a part of it already exists: name another file, or pass resume or overwrite"
+                f"{self.path} or a part of it already exists: name another file, or pass --resume or --overwrite"
             )
         if resume and record:
             self._restore(record)

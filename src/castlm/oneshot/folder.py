@@ -63,6 +63,16 @@ def drop_work(output: Path) -> None:
             remove_work(partial)
 
 
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The options of a start that differ, with both values; of an option with several entries, the entry."""
+    for name, value in now.items():
+        before = then.get(name)
+        if isinstance(before, dict) and isinstance(value, dict) and before.keys() == value.keys():
+            yield from _differences(before, value, f"{within}{name}.")
+        elif before != value:
+            yield f"{within}{name}", before, value
+
+
 def remove_work(folder: Path) -> None:
     """Deletes the files of a `StartFolder` once the result is complete; other files in `folder` stay."""
     for pattern in (PROGRESS, "block-?????.safetensors", "*-?????.bin", OUTPUT):
@@ -99,13 +109,12 @@ class StartFolder:
             return
         record = read_json_object(file, remedy)
         then = record.get("options", {})
-        for name, value in self.options.items():
-            if then.get(name) != value:
-                raise InputError(
-                    f"{self.path} holds an unfinished start with {name} = {str(then.get(name))[:100]}, and it is "
-                    f"{str(value)[:100]} now: use the same options to continue, overwrite it to start again, or delete "
-                    "that folder"
-                )
+        if differs := next(_differences(then, self.options), None):
+            name, before, now = differs
+            raise InputError(
+                f"{self.path} holds an unfinished start with {name} = {str(before)[:100]}, and it is {str(now)[:100]} "
+                "now: use the same options to continue, overwrite it to start again, or delete that folder"
+            )
         try:
             done, results, files = int(record["done"]), dict(record["results"]), dict(record["files"])
             damaged = next((name for name, known in files.items() if not is_whole(self.path / name, known)), None)

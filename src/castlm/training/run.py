@@ -26,6 +26,7 @@ from castlm.distributed.world import World
 from castlm.hardware import autocast, describe, peak_memory, why_slow
 from castlm.methods.base import Retraining
 from castlm.models.architecture import vocab_size
+from castlm.progress import note
 from castlm.training.checkpoint import Saver, check_same_run, load_checkpoint, newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import (
@@ -42,6 +43,8 @@ from castlm.training.run_folder import RunFolder, check_shared
 from castlm.training.source import Source, TrainingText
 from castlm.training.telemetry import Telemetry, TrackedRun, Tracker, open_trackers
 
+LARGE = 300e6
+"""Weights from which on the default learning rate is too high: one of 0.5B went from 21.7 to 46.4 in 4 steps."""
 _MOST_UNCOUNTED = 100
 """A run ends after this many consecutive steps in which no token counts."""
 
@@ -156,7 +159,8 @@ class Run:
         def open_folder_and_trackers() -> None:
             with self.folder.begun(self.config.as_yaml(), resume=options.resume):
                 run = TrackedRun(self.folder.path, self.folder.run_id, self.config.as_dict(), self.progress.step)
-                opened.extend(open_trackers(self.trackers, run))
+                chosen = "auto" not in options.report_to  # a broken client that nobody asked for stops no run
+                opened.extend(open_trackers(self.trackers, run, None if chosen else note))
 
         self.world.on_main(open_folder_and_trackers, patient=True)
         if options.overwrite:
@@ -235,6 +239,11 @@ class Run:
             yield f"hidden states: their distance to the teacher's has weight {teacher.hidden_weight:g}, falling to 0"
         if self.budget is not None:
             yield self.budget.explain()
+        if "learning_rate" not in config.given and not config.is_finetuning and total > LARGE:
+            yield (
+                f"learning_rate {config.optimizer.learning_rate:g} is the default, which suits models of about 100M "
+                f"weights: with {total / 1e6:,.0f}M try 1e-4 (2e-5 from 7B on), or the file of its family in configs/"
+            )
         yield from (f"no effect: {reason}" for reason in config.without_effect(is_plain=self.text.is_plain).values())
 
     def train_step(self) -> None:

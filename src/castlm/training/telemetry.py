@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +30,17 @@ from castlm.progress import Screen
 
 SHOWN = {
     "loss": "loss {:.4f}",
+    "tokens_per_s": "{:,.0f} tok/s",
+    "lr": "lr {:.2e}",
     "ce": "ce {:.4f}",
     "kl": "kl {:.4f}",
     "hidden": "hidden {:.4f}",
-    "lr": "lr {:.2e}",
     "alpha": "alpha {:.2f}",
-    "tokens_per_s": "{:,.0f} tok/s",
     "mfu": "mfu {:.1%}",
 }
+"""The figures of a step, most important first: a narrow terminal shows those that fit."""
+WIDE = 110
+"""Columns of a terminal from which on a bar is shown."""
 EVALUATION = {
     "perplexity": "perplexity {:.3f}",
     "prune_now_ppl": "pruned now {:.3f}",
@@ -74,11 +78,12 @@ class Telemetry:
         self.total_steps = total_steps
         self._file = self._task = None
         self._trackers = list(trackers)
+        bar = [BarColumn(bar_width=20)] if self.console.width >= WIDE else []
         self._progress = Progress(
             TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("ETA {task.fields[eta]}", table_column=Column(no_wrap=True, min_width=len("ETA 0:00:00"))),
+            *bar,
             TextColumn("{task.fields[shown]}"),
             console=self.console,
             disable=not (is_main and self.console.is_terminal),
@@ -89,7 +94,7 @@ class Telemetry:
         cut_back(path, start_step or -1)  # without a checkpoint, the row of step 0 is removed, too
         self._file = path.open("a", encoding="utf-8")
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, shown="", eta="")
-        self._last_print = time.monotonic()
+        self._last_print = -math.inf  # so that the first step is reported at once
 
     def __enter__(self) -> Telemetry:
         self._progress.start()
@@ -110,10 +115,14 @@ class Telemetry:
         """Shows and writes the figures of the optimizer step that just ended, counted from 1."""
         if not self.is_main:
             return
-        shown = "  ".join(form.format(values[key]) for key, form in SHOWN.items() if key in values)
+        figures = [form.format(values[key]) for key, form in SHOWN.items() if key in values]
+        shown = "  ".join(figures)
         minutes, seconds = divmod(round(values["eta_s"]), 60)
         eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-        self._progress.update(self._task, completed=step, shown=shown, eta=eta)
+        room = self.console.width - len(f"step {self.total_steps}/{self.total_steps} ETA {eta} ") - 1
+        room -= 21 if self.console.width >= WIDE else 0
+        fitting = fitted(figures, room)
+        self._progress.update(self._task, completed=step, shown=fitting, eta=eta)
         if not self.console.is_terminal and (time.monotonic() - self._last_print > 15 or step == self.total_steps):
             self._last_print = time.monotonic()
             self.say(f"step {step}/{self.total_steps}  {shown}  ETA {eta}")
@@ -148,6 +157,21 @@ class Telemetry:
                 self._trackers.remove(tracker)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self.say(f"{tracker.name} gets no more figures ({reason}); metrics.jsonl has them all")
+
+
+def fitted(figures: Sequence[str], room: int) -> str:
+    """The first of `figures` that fit into `room` columns, two spaces apart.
+
+    >>> fitted(["loss 2.0", "9 tok/s", "lr 1e-3"], 18)
+    'loss 2.0  9 tok/s'
+    """
+    shown = ""
+    for figure in figures:
+        longer = f"{shown}  {figure}" if shown else figure
+        if len(longer) > room:
+            break
+        shown = longer
+    return shown
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -254,8 +278,12 @@ def chosen_trackers(report_to: Sequence[str]) -> list[str]:
     return [name for name in TRACKERS if not missing(name)] if "auto" in report_to else named
 
 
-def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
-    """Opens trackers in the order of `names`. Raises `InputError` with the reason of a client that fails."""
+def open_trackers(names: Sequence[str], run: TrackedRun, dropped: Callable[[str], None] | None = None) -> list[Tracker]:
+    """Opens trackers in the order of `names`. Raises `InputError` with the reason of a client that fails.
+
+    Args:
+        dropped: if given, such a tracker is left out, and this is called with a line about it.
+    """
     with contextlib.ExitStack() as opened:
         trackers = []
         for name in names:
@@ -263,7 +291,10 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
                 trackers.append(TRACKERS[name](run))
             except Exception as error:  # each client has its own types
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise InputError(f"report_to {name}: {reason}; report_to none runs without trackers") from error
+                if dropped is None:
+                    raise InputError(f"report_to {name}: {reason}; report_to none runs without trackers") from error
+                dropped(f"{name} gets no figures: {reason}; report_to none leaves all trackers out")
+                continue
             opened.callback(trackers[-1].close)
         opened.pop_all()  # all are open: the run closes them
         return trackers

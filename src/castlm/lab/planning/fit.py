@@ -128,7 +128,9 @@ def _fit(data: Data, num_draws: int, seed: int) -> Law:
     lowest = math.exp(min(data.y[data.budget == budget].mean() for budget in np.unique(data.budget)))
     theta, delta = solve_from_grid(data, lowest)
     if theta[0] < 1e-3 * lowest:
-        raise InputError("L_inf is at its bound 0: these budgets show no floor; add larger ones")
+        raise InputError(
+            "L_inf is at its bound 0: these budgets show no floor; add runs of 2 and 4 times the largest budget"
+        )
     if theta[0] > (1 - 1e-3) * lowest:
         raise InputError(f"L_inf is at its bound, the lowest loss {lowest:.4f}: the curve is flat; add smaller budgets")
     if not MIN_EXPONENT * 1.01 < theta[2] < MAX_EXPONENT * 0.99:

@@ -112,7 +112,8 @@ def _read_json(path: Path, runs: dict[str, str]) -> Iterator[Point]:
         if isinstance(config := flat.get("config"), dict):
             flat.setdefault("seed", config.get("seed", 0))
         if isinstance(measured := flat.get("measured"), dict):
-            flat["harness"] = ", ".join(f"{key} {str(measured.get(key))[:12]}" for key in MEASURED_ALIKE)
+            known = {key: str(measured[key])[:12] for key in MEASURED_ALIKE if measured.get(key) is not None}
+            flat["harness"] = ", ".join(f"{key} {value}" for key, value in known.items())
         if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
             flat |= {"perplexity": final_perplexity(ppl), "dense": ppl.get("dense")}
         yield _point(flat, source)
