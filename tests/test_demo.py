@@ -41,7 +41,7 @@ def test_a_demo_that_was_stopped_says_how_to_go_on_and_does(tiny_demo, capsys, m
     assert said == f"castlm: stopped after step 1, saved; continue with: {again}"
     assert main(again.split()[1:]) == 0
     assert steps == [("cast", 0), ("cast", 1), ("dense", 0), ("dense", 1)]
-    assert "verified 2:4 model" in capsys.readouterr().out
+    assert "verified 32:64 model" in capsys.readouterr().out
 
 
 def test_the_ways_to_run_a_model_are_measured_on_the_cpu(monkeypatch, tmp_path):

@@ -1,7 +1,8 @@
 """`castlm demo`: trains a chat model that comes with pip on conversations that it wrote itself.
 
-SmolLM2-135M-Instruct is made 2:4 on its own answers to everyday questions; one in eight is held out for evaluation.
-The dense control gets the same training, because continued training alone helps on a narrow text.
+SmolLM2-135M-Instruct is made 32:64, the pattern for CPUs, on its own answers to everyday questions; one in eight is
+held out for evaluation. The dense control gets the same training, because continued training alone helps on a narrow
+text. 2:4, the pattern of GPUs, is shown after the start alone.
 
 `castlm sample demo --chat --prompts QUESTIONS --num-tokens 16000 --max-new-tokens 160 --temperature 0.7 --top-p 0.95
 --batch-size 48` wrote `demo_chats.jsonl`; the questions are the user's turns in it.
@@ -22,6 +23,8 @@ from typing import Any
 
 from rich.table import Table
 
+from castlm.api.evaluate import evaluate
+from castlm.api.prune import prune
 from castlm.cli.demo_payoff import NEW_TOKENS, payoff_table
 from castlm.cli.options import command_line
 from castlm.core.sparsify import prune_
@@ -37,6 +40,7 @@ from castlm.training.train import train
 
 HELD_OUT = 8  # one name in 8
 PROMPT = "Why do people like music?"
+PATTERN, GPU_PATTERN = "32:64", "2:4"
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:
@@ -62,7 +66,7 @@ def write_split(folder: Path, rows: Iterable[tuple[str, str]]) -> tuple[Path, Pa
 
 def demo_config(folder: Path, max_steps: int, method: str) -> TrainConfig:
     texts = folder / "text"
-    start = {"start_effort": "quick"} if method == "castlm" else {}
+    start = {"start_effort": "quick", "pattern": PATTERN} if method == "castlm" else {}
     return TrainConfig.of(
         model=DEMO,
         dataset=str(texts / "train.jsonl"),
@@ -94,20 +98,22 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     write_texts(folder / "text")
     records: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(("castlm", "dense"), 1):
-        what = "dense to 2:4" if method == "castlm" else "the dense control, with the same training"
-        console.print(f"[{number}/2] {what}: {max_steps} steps of 512 tokens", markup=False)
+        what = f"dense to {PATTERN}" if method == "castlm" else "the dense control, with the same training"
+        console.print(f"[{number}/3] {what}: {max_steps} steps of 512 tokens", markup=False)
         records[method] = train(demo_config(folder, max_steps, method))
-    console.print(results_table(records["castlm"], records["dense"]))
+    console.print(f"[3/3] dense to {GPU_PATTERN}, the start alone, for comparison", markup=False)
+    of_gpus = one_shot_perplexity(folder, GPU_PATTERN)
+    console.print(results_table(records["castlm"], records["dense"], of_gpus))
     result, packed = folder / "castlm" / "model", folder / "packed"
     table, of_control, of_packed = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
     console.print(f"\n{PROMPT!r}, answered by", markup=False)
     of_dense, of_magnitude = untrained_answers()
-    answers = {"dense": of_dense, "magnitude": of_magnitude, "control": of_control, "castlm 2:4": of_packed}
+    answers = {"dense": of_dense, "magnitude": of_magnitude, "control": of_control, f"castlm {PATTERN}": of_packed}
     for name, text in answers.items():
-        console.print(f"  {name + ':':12} {text}", markup=False)
+        console.print(f"  {name + ':':13} {text}", markup=False)
     console.print(table)
     minutes = (time.monotonic() - started) / 60
-    console.print(f"\nverified 2:4 model, in {minutes:.1f} minutes: {result}", markup=False)
+    console.print(f"\nverified {PATTERN} model, in {minutes:.1f} minutes: {result}", markup=False)
     console.print(f"count the groups yourself:  castlm verify {shlex.quote(str(result))}", markup=False)
     generate = f"castlm generate {shlex.quote(str(packed))} --prompt 'Why is sleep important?'"
     console.print(f"ask the packed model:       {generate}", markup=False)
@@ -116,8 +122,23 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     )
 
 
-def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
-    """A table of the perplexities and their log distance to the dense model."""
+def one_shot_perplexity(folder: Path, pattern: str) -> float:
+    """Prunes the model as at the start of the training, and returns its perplexity on the held-out answers."""
+    texts, pruned = folder / "text", folder / f"one-shot-{pattern.replace(':', 'of')}"
+    if not pruned.is_dir():  # else of the demo that is resumed
+        text = str(texts / "train.jsonl")
+        prune(DEMO, text, pattern=pattern, output_dir=pruned, start_effort="quick", seq_len=512)
+    held_out = str(texts / "held_out.jsonl")
+    figures = evaluate(pruned, held_out, seq_len=512, eval_tokens=2048, precision="auto")
+    return float(figures["perplexity"])
+
+
+def results_table(sparse: dict[str, Any], control: dict[str, Any], of_gpus: float) -> Table:
+    """A table of the perplexities and their log distance to the dense model.
+
+    Args:
+        of_gpus: the perplexity of the pattern of GPUs after the start.
+    """
     ppl = sparse["perplexity"]
     measured = sparse["measured"]
     table = Table(
@@ -130,9 +151,10 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any]) -> Table:
     for name, value in (
         ("dense", ppl["dense"]),
         ("dense control, same training", control["perplexity"]["trained"]),
-        ("2:4 one-shot, the start", ppl["one_shot"]),
-        ("2:4 castlm, before the prune", ppl["before_prune"]),
-        ("2:4 castlm, pruned", ppl["pruned"]),
+        (f"{GPU_PATTERN} one-shot, a start for GPUs", of_gpus),
+        (f"{PATTERN} one-shot, the start", ppl["one_shot"]),
+        (f"{PATTERN} castlm, before the prune", ppl["before_prune"]),
+        (f"{PATTERN} castlm, pruned", ppl["pruned"]),
     ):
         distance = math.log(value / ppl["dense"])
         table.add_row(name, f"{value:,.2f}", f"{distance:+.3f}", f"{distance / one_shot:.0%}")
@@ -155,7 +177,7 @@ def answer(loaded: Loaded) -> str:
 
 @dataclass
 class DemoCommand:
-    """Train the bundled SmolLM2-135M-Instruct to a verified 2:4 model, and compare it with the dense one."""
+    """Train the bundled SmolLM2-135M-Instruct to a verified 32:64 model, and compare it with the dense one."""
 
     output_dir: str = "demo-output"
     """Folder for the runs and the result."""

@@ -1,4 +1,4 @@
-"""The last table of `castlm demo`: file size, memory and time of the 2:4 result against the dense model.
+"""The last table of `castlm demo`: file size, memory and time of the n:m result against the dense model.
 
 Every model runs in its own process, so that each has its own peak of memory.
 """
@@ -47,7 +47,7 @@ def payoff_table(
     cases = (
         Case("dense, bf16, transformers", dense),
         Case("dense, fp32, transformers", dense, in_fp32=True),
-        Case("2:4 packed, bf16, castlm's kernels", packed),
+        Case("packed, bf16, castlm's kernels", packed),
     )
     say(f"measuring {len(cases)} ways to run the model")
     measured = {case.name: in_own_process(measure, case, prompt) for case in cases}
