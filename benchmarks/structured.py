@@ -150,7 +150,7 @@ def plot(runs: dict[Key, list[dict[str, Any]]], file: str) -> None:
 def cut_config(config: PretrainedConfig, pattern: str) -> PretrainedConfig:
     """The config of a model after the cut; unchanged for patterns that cut nothing out."""
     made, parsed = copy.deepcopy(config), parse_pattern(pattern)
-    if parsed.cut_out is not None:
+    if parsed.cuts:
         for name, value in sizes_after(parsed, sizes_of(parsed, config.to_dict())).items():
             setattr(made, name, value)
     return made

@@ -14,6 +14,7 @@ from castlm.core.distill import top_tokens as top_tokens
 from castlm.core.errors import InputError as InputError
 from castlm.core.experts import linearize_experts_ as linearize_experts_
 from castlm.core.nm import NM as NM
+from castlm.core.nm import LayerPattern as LayerPattern
 from castlm.core.nm import Pattern as Pattern
 from castlm.core.nm import count_nm_violations as count_nm_violations
 from castlm.core.nm import flip_rate as flip_rate

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern, parse_pattern
+from castlm.core.nm import NM, LayerPattern, Pattern, parse_pattern
 from castlm.fields import Joined, unmet, without_effect
 from castlm.oneshot.options import EFFORTS, NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.solvers import SOLVERS, Solver
@@ -55,6 +55,7 @@ def _steps_by_layers(method: str, pattern: Pattern, basis: BasisOptions, refinem
     from castlm.oneshot.steps.reconstruct import Reconstruct
     from castlm.oneshot.steps.solve import Solve
 
+    assert isinstance(pattern, LayerPattern)
     steps: list[Step] = [Solve(method, pattern, refinements)]
     if not isinstance(pattern, NM):
         _refuse_rotation(basis, f"is for n:m patterns, not for {pattern}")
@@ -87,13 +88,16 @@ def _refuse_rotation(basis: BasisOptions, why: str) -> None:
 
 STARTS: list[Starts] = [
     Starts(Units, lambda pattern: SCORES, _default_score, _steps_by_units),
-    Starts(Pattern, _solvers, _default_solver, _steps_by_layers),
+    Starts(LayerPattern, _solvers, _default_solver, _steps_by_layers),
 ]
 """The first row whose class a pattern has holds for it."""
 
 
 def _starts_of(pattern: Pattern) -> Starts:
-    return next(starts for starts in STARTS if isinstance(pattern, starts.pattern))
+    found = next((starts for starts in STARTS if isinstance(pattern, starts.pattern)), None)
+    if found is None:
+        raise InputError(f"no one-shot method prunes to {pattern}: add its row to castlm.starts.STARTS")
+    return found
 
 
 def all_methods() -> tuple[str, ...]:
@@ -282,13 +286,13 @@ def _run(
     progress: Progress,
 ) -> OneshotReport:
     """Takes steps in a model in memory."""
-    from castlm.core.sparsify import is_sparse_linear, sparse_linears
+    from castlm.core.sparsify import is_sparse_linear, scope_of
     from castlm.data.calibration import CalibrationText
     from castlm.oneshot.source import MemoryModel
     from castlm.oneshot.start import run_start
 
-    layers, left_dense = sparse_linears(model, pattern, filter_fn or is_sparse_linear)
+    scope = scope_of(model, pattern, filter_fn or is_sparse_linear)
     read = None if text is None else CalibrationText(*text)
-    report = run_start(MemoryModel(model, layers), steps, read, say=say, progress=progress)
-    report.left_dense = left_dense
+    report = run_start(MemoryModel(model, scope.layers, scope.pattern), steps, read, say=say, progress=progress)
+    report.left_dense = scope.left_dense
     return report

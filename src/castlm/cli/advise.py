@@ -66,7 +66,7 @@ class AdviseCommand:
 
     def run(self) -> int:
         check_json_path(self.json)
-        cut = None if self.pattern is None or self.pattern.cut_out is None else self.pattern
+        cut = self.pattern if self.pattern is not None and self.pattern.cuts else None
         if self.law is not None and self.train_tokens is None:
             raise InputError("--law predicts for a number of training tokens: give --train-tokens too")
         if cut is None and not isinstance(self.pattern, NM | None):

@@ -142,7 +142,7 @@ def memory(arguments: list[str]) -> int:
     if options.prune:
         plan_of_prune = plan_prune_memory(
             model,
-            memory=options.memory if pattern.cut_out is None else "model",
+            memory="model" if pattern.cuts else options.memory,
             method=start.name,
             pattern=pattern,
             num_sequences=start.calibration_sequences,

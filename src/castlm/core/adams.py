@@ -20,7 +20,7 @@ from castlm.core.decay import DECAYS
 from castlm.core.errors import DivergedError, InputError, one_line
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
 from castlm.core.native import Batch
-from castlm.core.nm import NM, pack_mask, parse_pattern, refresh_masks_, replace_, unpack_mask
+from castlm.core.nm import NM, Pattern, check_mask_form, pack_mask, parse_pattern, unpack_mask
 from castlm.core.shards import check_matrix, flat, like_rows, local
 from castlm.core.update import SECOND_MOMENTS, hyperparameters, update_
 
@@ -212,7 +212,11 @@ class AdamS(Optimizer):
         """
         packed = local(self.state[param]["mask"])
         group = next(group for group in self.param_groups if any(param is own for own in group["params"]))
-        group["pattern"].check_masks([local(mask)], [param])
+        together = next(params for params in _joint_params(group) if any(param is own for own in params))
+        if len(together) == 1:
+            group["pattern"].check_masks([local(mask)], [param])
+        else:  # the masks of the others may not fit to it yet: `prune_` counts all of them together
+            check_mask_form(local(mask), param)
         packed.copy_(pack_mask(local(mask)))
 
     def momentum(self, param: Tensor) -> Tensor:
@@ -245,19 +249,9 @@ class AdamS(Optimizer):
 
         Returns the number of mask entries on this rank that changed. Raises `InputError` if a weight is NaN.
         """
-        pattern = group["pattern"]
-        flips: Tensor | int = 0
-        if not isinstance(pattern, NM):
-            for params in _joint_params(group):
-                for param, mask in zip(params, pattern.own_masks(params)):
-                    flips += replace_(local(self.state[param]["mask"]), pack_mask(mask))
-            return flips
-        params = [p for p in group["params"] if local(p).numel()]  # a rank may hold no rows of a parameter
-        if not params:
-            return 0
-        weights = [local(p) for p in params]
-        masks = [local(self.state[p]["mask"]) for p in params]
-        flips, has_nan = refresh_masks_(weights, masks, pattern.n, pattern.m, bool(self._fused))
+        packed = {param: local(self.state[param]["mask"]) for param in group["params"]}
+        pattern: Pattern = group["pattern"]
+        flips, has_nan = pattern.refresh_(_joint_params(group), packed, bool(self._fused))
         if has_nan:
             raise DivergedError(
                 "a sparse weight is NaN, so the run has diverged: start it again with a lower learning rate"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 class Pattern(ABC):
     """A rule that says which weights are kept. Subclasses are frozen dataclasses, and `str(pattern)` parses back.
 
-    A subclass defines `misfit`, `mask` and `violations`. A pattern that masks several weights together (a channel of an
-    MLP is a row of two weights and a column of a third) also overrides `joint_layers`, `joint_masks` and
-    `joint_violations`.
+    A pattern answers over lists of weights that are masked together: a channel of an MLP is a row of two weights and a
+    column of a third. A pattern that masks each weight on its own is a `LayerPattern`.
     """
 
     independent_rows: ClassVar[bool] = False
     """Whether the mask of a row depends on that row alone, so that a weight may be sharded by rows."""
+    masks_experts: ClassVar[bool] = False
+    """Whether it is also defined for the stacked weights of experts, (experts, out, in)."""
     zeros_can_return: ClassVar[bool] = True
     """Whether a masked weight that is zero still gets a gradient, by which a refresh of the mask may keep it again."""
     outside: ClassVar[str] = "not a layer of the pattern"
@@ -43,9 +44,22 @@ class Pattern(ABC):
         return None
 
     @property
-    def cut_out(self) -> Pattern | None:
-        """The part whose masked weights are cut out of the model on export; None if all of them stay, as zeros."""
-        return None
+    def stored(self) -> Pattern | None:
+        """The pattern of the weights of a finished model: itself, or the rest after whole units are cut out.
+
+        None if that rest is dense.
+        """
+        return self
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a finished model is smaller than its base, because whole units are cut out of it."""
+        return self.stored is not self
+
+    @property
+    def tags(self) -> Sequence[str]:
+        """The tags of a model card."""
+        return ()
 
     @property
     def counted(self) -> str:
@@ -57,32 +71,57 @@ class Pattern(ABC):
         """Why a weight of this shape cannot have the pattern, as a clause; None if it can."""
 
     @abstractmethod
-    def mask(self, weight: Tensor) -> Tensor:
-        """The mask of `weight` (out, in) by magnitude: bool, of the same shape, True = kept.
+    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        """Groups the layers of a model by which are masked together, in the order that `joint_masks` expects."""
+
+    @abstractmethod
+    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The masks by magnitude of weights (out, in) that are masked together: bool, True = kept.
 
         Raises:
-            InputError: the shape does not fit the pattern, or `weight` contains NaN.
+            InputError: a shape does not fit the pattern, or a weight contains NaN.
         """
 
     @abstractmethod
-    def violations(self, weight: Tensor) -> int:
-        """The number of places in `weight` (out, in) with more non-zeros than the pattern allows. NaN is a non-zero."""
+    def joint_violations(self, weights: Sequence[Tensor]) -> int:
+        """The number of places with more non-zeros than the pattern allows, in weights that are masked together.
+
+        NaN is a non-zero.
+        """
 
     def for_model(self, model: nn.Module) -> Pattern:
-        """Binds the pattern to a model, such as to the size of its heads; by default returns itself."""
+        """Binds the pattern to a model, such as to the size of its heads; by default returns itself.
+
+        `castlm.core.sparsify.scope_of` calls it, and everybody else takes the bound pattern from there.
+        """
         return self
 
-    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        """Groups the layers of a model by which are masked together, in the order that `joint_masks` expects."""
-        return [(name,) for name in names]
+    def at(self, name: str) -> Pattern:
+        """The pattern of one layer, by its name; the pattern itself unless it differs from layer to layer."""
+        return self
 
-    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The masks of weights that are masked together; see `mask`."""
-        return [self.mask(weight) for weight in weights]
+    def parts(self, names: Iterable[str]) -> list[tuple[Pattern, tuple[str, ...]]]:
+        """The layers that are masked together, each list with its pattern."""
+        return [(self.at(together[0]), together) for together in self.joint_layers(names)]
 
-    def joint_violations(self, weights: Sequence[Tensor]) -> int:
-        """The number of violations in weights that are masked together; see `violations`."""
-        return sum(self.violations(weight) for weight in weights)
+    def refresh_(
+        self, together: Sequence[Sequence[Tensor]], packed: Mapping[Tensor, Tensor], compile: bool = False
+    ) -> tuple[Tensor | int, bool]:
+        """Recomputes the packed masks of this rank's rows of parameters, in place.
+
+        Args:
+            together: the parameters of this pattern, in lists of those that are masked together.
+            packed: the mask of each in bits, (rows of this rank, ceil(in / 8)) uint8.
+            compile: go through `torch.compile` where that is faster.
+
+        Returns:
+            The number of entries that changed, and whether a weight has NaN, unless the masks raise for it.
+        """
+        flips: Tensor | int = 0
+        for params in together:
+            for param, mask in zip(params, self.own_masks(params)):
+                flips += replace_(packed[param], pack_mask(mask))
+        return flips, False
 
     def gathers(self, params: Sequence[Tensor]) -> bool:
         """Whether the masks of `params` are made of whole weights that no rank holds, by all ranks together."""
@@ -129,29 +168,54 @@ class Pattern(ABC):
         The masks are of this rank's rows of `params`. A pattern across rows is counted only where this process holds
         all of them.
         """
-        import torch
-
-        from castlm.core.shards import local
-
         for mask, param in zip(masks, params):
-            if mask.dtype != torch.bool or mask.shape != local(param).shape:
-                raise InputError(
-                    f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape "
-                    f"{tuple(local(param).shape)}: pass a torch.bool mask of that shape, True where a weight is kept"
-                )
-        if self.gathers(params):
-            return
-        found = sum(map(self.violations, masks))
-        if len(params) > 1 and not found:
-            found = self.joint_violations(masks)
-        if found:
+            check_mask_form(mask, param)
+        if not self.gathers(params) and (found := self.joint_violations(masks)):
             shapes = " and ".join(str(tuple(mask.shape)) for mask in masks)
             together = " together" if len(masks) > 1 else ""
             raise InputError(f"masks of {shapes} are not {self}{together}: they keep too much in {found:,} places")
 
 
+class LayerPattern(Pattern):
+    """A pattern that masks each weight on its own. A subclass defines `misfit`, `mask` and `violations`."""
+
+    @abstractmethod
+    def mask(self, weight: Tensor) -> Tensor:
+        """The mask of `weight` (out, in) by magnitude: bool, of the same shape, True = kept.
+
+        Raises:
+            InputError: the shape does not fit the pattern, or `weight` contains NaN.
+        """
+
+    @abstractmethod
+    def violations(self, weight: Tensor) -> int:
+        """The number of places in `weight` (out, in) with more non-zeros than the pattern allows. NaN is a non-zero."""
+
+    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        return [(name,) for name in names]
+
+    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        return [self.mask(weight) for weight in weights]
+
+    def joint_violations(self, weights: Sequence[Tensor]) -> int:
+        return sum(self.violations(weight) for weight in weights)
+
+
+def check_mask_form(mask: Tensor, param: Tensor) -> None:
+    """Raises `InputError` unless a mask is bool and has the shape of this rank's rows of a parameter."""
+    import torch
+
+    from castlm.core.shards import local
+
+    if mask.dtype != torch.bool or mask.shape != local(param).shape:
+        raise InputError(
+            f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape "
+            f"{tuple(local(param).shape)}: pass a torch.bool mask of that shape, True where a weight is kept"
+        )
+
+
 @dataclass(frozen=True)
-class NM(Pattern):
+class NM(LayerPattern):
     """At most `n` of every `m` consecutive weights along the input axis are kept, 1 <= n < m, as in 2:4.
 
     Examples:
@@ -167,6 +231,7 @@ class NM(Pattern):
     m: int
 
     independent_rows: ClassVar[bool] = True
+    masks_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (type(self.n) is int and type(self.m) is int and 1 <= self.n < self.m):
@@ -188,6 +253,20 @@ class NM(Pattern):
     @property
     def nm(self) -> NM:
         return self
+
+    @property
+    def tags(self) -> Sequence[str]:
+        return (f"{self.n}of{self.m}-sparse",)
+
+    def refresh_(
+        self, together: Sequence[Sequence[Tensor]], packed: Mapping[Tensor, Tensor], compile: bool = False
+    ) -> tuple[Tensor | int, bool]:
+        from castlm.core.shards import local
+
+        params = [p for each in together for p in each if local(p).numel()]  # a rank may hold no rows of a parameter
+        if not params:
+            return 0, False
+        return refresh_masks_([local(p) for p in params], [packed[p] for p in params], self.n, self.m, compile)
 
     def misfit(self, shape: Sequence[int]) -> str | None:
         if not shape:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from castlm.core.blocks import block_name, in_block, is_tower, why_dense
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
-from castlm.core.nm import NM, Pattern, pack_mask, parse_pattern, unpack_mask
+from castlm.core.nm import Pattern, pack_mask, parse_pattern, unpack_mask
 from castlm.core.shards import local
 
 SparseLayer = nn.Linear | ExpertLinear
@@ -63,6 +64,26 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {fqn: module for fqn, module in model.named_modules() if fqn and block_name(fqn) == fqn}
 
 
+@dataclass(frozen=True)
+class Scope:
+    """The layers of a model that become sparse, with the pattern that is bound to the model."""
+
+    pattern: Pattern
+    layers: dict[str, SparseLayer]
+    left_dense: dict[str, str]
+    """The reason for each weight with two or more dimensions that stays dense, by name."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weight of each layer, see `weight_parameter`."""
+        return {name: weight_parameter(layer) for name, layer in self.layers.items()}
+
+    @property
+    def parts(self) -> list[tuple[Pattern, tuple[str, ...]]]:
+        """The layers that are masked together, each list with its pattern."""
+        return self.pattern.parts(self.layers)
+
+
 def sparse_linears(
     model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear
 ) -> tuple[dict[str, SparseLayer], dict[str, str]]:
@@ -88,6 +109,12 @@ def sparse_linears(
         >>> dense
         {'layers.1': 'its width 6 does not divide by m = 4', 'head.weight': 'outside the transformer blocks'}
     """
+    scope = scope_of(model, pattern, filter_fn)
+    return scope.layers, scope.left_dense
+
+
+def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear) -> Scope:
+    """The layers of `model` that become sparse, as `sparse_linears` finds them, with the bound pattern."""
     pattern = parse_pattern(pattern).for_model(model)
     sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}
@@ -95,8 +122,9 @@ def sparse_linears(
         if "parametrizations" in fqn.split("."):
             continue
         if isinstance(module, SparseLayer) and filter_fn(module, fqn):
-            misfit = pattern.misfit((module.out_features, module.in_features))
-            if isinstance(module, ExpertLinear) and not isinstance(pattern, NM):
+            own = pattern.at(fqn)
+            misfit = own.misfit((module.out_features, module.in_features))
+            if isinstance(module, ExpertLinear) and not own.masks_experts:
                 misfit = "only n:m patterns are defined for experts"
             if misfit:
                 dense[fqn] = misfit
@@ -116,7 +144,7 @@ def sparse_linears(
         if any(type(module).__name__ == "Conv1D" for module in model.modules()):
             remedy = ": load it with castlm.load_model, which makes linear layers of its Conv1D"
         raise InputError(f"no linear layer to make {pattern} sparse in {type(model).__name__} ({reasons}){remedy}")
-    return sparse, dense
+    return Scope(pattern, sparse, dense)
 
 
 def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | None:
@@ -172,38 +200,44 @@ def dense_name(name: str) -> str:
 def sparse_param_groups(
     model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear
 ) -> list[dict[str, Any]]:
-    """The two parameter groups of a model for `AdamS`: sparse weights, and all other trainable parameters.
+    """The parameter groups of a model for `AdamS`: sparse weights, and all other trainable parameters.
 
-    Each group has `param_names` beside `params`. The sparse group has `"sparse": True`, `"pattern"` and, for a pattern
-    that masks several weights together, `"joint"`. Arguments and errors are as for `sparse_linears`.
+    There is one group of sparse weights, unless the pattern differs from layer to layer. Each group has `param_names`
+    beside `params`. A sparse group has `"sparse": True`, `"pattern"` and, for a pattern that masks several weights
+    together, `"joint"`. Arguments and errors are as for `sparse_linears`.
 
     Examples:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
         >>> [(group["param_names"], group["sparse"]) for group in sparse_param_groups(model)]
         [(['layers.0.weight'], True), (['layers.0.bias'], False)]
     """
-    pattern = parse_pattern(pattern).for_model(model)
-    layers, _ = sparse_linears(model, pattern, filter_fn)
-    sparse = {id(weight_parameter(layer)): name for name, layer in layers.items()}
+    scope = scope_of(model, pattern, filter_fn)
+    name_of = {id(weight): name for name, weight in scope.weights.items()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    chosen = [(name, p) for name, p in named if id(p) in sparse]
-    others = [(name, p) for name, p in named if id(p) not in sparse]
-    position = {sparse[id(p)]: i for i, (_, p) in enumerate(chosen)}  # of each layer in the sparse group
-    joint: list[list[int]] = []
-    for names in pattern.joint_layers(layers):
-        if trained := [position[name] for name in names if name in position]:  # frozen weights are in no group
-            joint.append(trained)
-    are_alone = all(len(positions) == 1 for positions in joint)
-    return [
-        {
-            "params": [p for _, p in chosen],
-            "param_names": [name for name, _ in chosen],
-            "sparse": True,
-            "pattern": pattern,
-            "joint": None if are_alone else joint,
-        },
-        {"params": [p for _, p in others], "param_names": [name for name, _ in others], "sparse": False},
-    ]
+    together: dict[Pattern, list[tuple[str, ...]]] = {}  # one entry unless the pattern differs from layer to layer
+    for part, names in scope.parts:
+        together.setdefault(part, []).append(names)
+    groups: list[dict[str, Any]] = []
+    for part, units in together.items():
+        inside = {name for names in units for name in names}
+        chosen = [(name, p) for name, p in named if name_of.get(id(p)) in inside]
+        position = {name_of[id(p)]: i for i, (_, p) in enumerate(chosen)}  # of each layer in the group
+        # frozen weights are in no group
+        joint = [[position[name] for name in names if name in position] for names in units]
+        joint = [positions for positions in joint if positions]
+        are_alone = all(len(positions) == 1 for positions in joint)
+        groups.append(
+            {
+                "params": [p for _, p in chosen],
+                "param_names": [name for name, _ in chosen],
+                "sparse": True,
+                "pattern": part,
+                "joint": None if are_alone else joint,
+            }
+        )
+    others = [(name, p) for name, p in named if id(p) not in name_of]
+    groups.append({"params": [p for _, p in others], "param_names": [name for name, _ in others], "sparse": False})
+    return groups
 
 
 @torch.no_grad()
@@ -235,18 +269,17 @@ def prune_(
         >>> model["layers"][0].weight.tolist()
         [[0.0, -3.0, 2.0, 0.0]]
     """
-    pattern = parse_pattern(pattern).for_model(model)
-    layers, _ = sparse_linears(model, pattern, filter_fn)
-    weights = {name: weight_parameter(layer) for name, layer in layers.items()}
+    scope = scope_of(model, pattern, filter_fn)
+    weights = scope.weights
     for name, weight in weights.items():
-        pattern.check_placement(weight)
+        scope.pattern.check_placement(weight)
         if masks is not None and weight not in masks:
             raise InputError(f"there is no mask for {name}: pass the masks of the optimizer that trained this model")
     if masks is not None:
-        for names in pattern.joint_layers(weights):
+        for part, names in scope.parts:
             params = [weights[name] for name in names]
-            pattern.check_masks([local(masks[param]) for param in params], params)
-    chosen: Iterable[tuple[str, Tensor]] = magnitude_masks(weights, pattern)
+            part.check_masks([local(masks[param]) for param in params], params)
+    chosen: Iterable[tuple[str, Tensor]] = magnitude_masks(weights, scope.pattern)
     if masks is not None:
         chosen = ((name, local(masks[weight])) for name, weight in weights.items())
     # All masks before any weight changes, as a NaN is only found while its mask is made; in bits, to save memory.
@@ -255,10 +288,10 @@ def prune_(
         mask = unpack_mask(packed[name], weight.shape[-1])
         # masked_fill and not a product, because 0 * -1 is -0, which has other bits than 0
         local(weight).masked_fill_(~mask.to(weight.device), 0.0)
-    return list(layers)
+    return list(weights)
 
 
 def magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> Iterator[tuple[str, Tensor]]:
     """Yields the name of each weight (out, in) and its mask by magnitude, for the rows that this rank holds."""
-    for names in pattern.joint_layers(weights):
-        yield from zip(names, pattern.own_masks([weights[name] for name in names]))
+    for part, names in pattern.parts(weights):
+        yield from zip(names, part.own_masks([weights[name] for name in names]))

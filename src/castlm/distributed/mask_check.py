@@ -7,7 +7,8 @@ recomputed by another formula, from the whole weight, gathered from all ranks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
     return torch.cat(masks).view(weight.shape) if masks else torch.zeros_like(weight, dtype=torch.bool)
 
 
+SECOND_FORMULAS: dict[type[Pattern], Callable[..., Tensor]] = {NM: sorted_mask}
+"""A second formula of the mask, by the class of a pattern; masks of other patterns are not compared."""
+
+
 def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[Tensor, Tensor]]:
     """The weights and masks for `decay_budget`, the same on every rank.
 
@@ -55,14 +60,18 @@ class SelfCheck:
     """
 
     def __init__(self, optimizer: AdamS, layers: Mapping[str, SparseLayer], pattern: Pattern, world: World) -> None:
-        self.optimizer, self.pattern, self.world = optimizer, pattern, world
+        self.optimizer, self.world = optimizer, world
         self.num_sparse = sum(map(num_weights, layers.values()))
         self.covered = False
         self._names: dict[Tensor, str] = {}
+        self._formulas: dict[Tensor, Callable[[Tensor], Tensor]] = {}
         by_block: dict[str, list[Tensor]] = {}
         for name, layer in layers.items():
             weight = weight_parameter(layer)
-            if isinstance(pattern, NM):  # only n:m has a second formula
+            own = pattern.at(name)
+            formula = SECOND_FORMULAS.get(type(own))
+            if formula is not None:
+                self._formulas[weight] = partial(formula, pattern=own)
                 by_block.setdefault(block_name(name) or "", []).append(weight)
             self._names[weight] = name
         self._blocks = list(by_block.values())
@@ -80,8 +89,7 @@ class SelfCheck:
         watched = self._blocks[step // mask_interval % len(self._blocks)] if is_refresh else []
         expected = {}
         for weight in watched:
-            assert isinstance(self.pattern, NM)
-            expected[weight] = sorted_mask(whole(weight)[own_rows(weight)], self.pattern)
+            expected[weight] = self._formulas[weight](whole(weight)[own_rows(weight)])
         before = {} if self.covered else {p: int(self.optimizer.state[p]["step"]) for p in self._names}
         yield
         wrong = [self._names[p] for p, mask in expected.items() if not torch.equal(local(self.optimizer.mask(p)), mask)]

@@ -20,7 +20,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.nm import NM
 from castlm.export.folder import recorded_pattern
 from castlm.export.origin import described, origin_of, steps_of
 from castlm.names import markdown, markdown_code
@@ -46,18 +45,18 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
     hub_id, _ = _hub_model(source)
     base_name = (hub_id or _public(source)).split("/")[-1]
-    tags = [f"{pattern.n}of{pattern.m}-sparse"] if isinstance(pattern, NM) else []
-    tags += ["structured-pruning"] if pattern.cut_out else []
     front_matter = {
         **({"base_model": hub_id} if hub_id else {}),
         **({"license": license_id} if license_id else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["castlm", "sparsity", *tags],
+        "tags": ["castlm", "sparsity", *pattern.tags],
     }
-    short = f"{pattern.n} of {pattern.m}" if isinstance(pattern, NM) else str(pattern)
+    groups = pattern.nm
+    is_nm = groups is not None and groups is pattern
+    short = f"{groups.n} of {groups.m}" if groups is not None and is_nm else str(pattern)
     cut = manifest.get("cut") or {"before": {}, "after": {}}
-    is_dense = bool(manifest.get("cut")) and pattern.nm is None
+    is_dense = pattern.stored is None
     made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm"
     verdict = manifest.get("verdict") or {}
     figures = list(manifest.get("figures") or [])
@@ -83,8 +82,8 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         install=install_line(),
         verdict=None if verdict.get("ok", True) else verdict,
         pattern=pattern,
-        groups=pattern.nm,
-        is_nm=isinstance(pattern, NM),
+        groups=groups,
+        is_nm=is_nm,
         is_dense=is_dense,
         packed="packed" in manifest,
         proof=manifest["proof"],

@@ -101,7 +101,7 @@ def export_model(
     if left_dense is None:
         left_dense = {} if pattern is None else sparse_linears(model, pattern)[1]
     manifest = new_manifest(pattern, left_dense, record or {}, dtype or model.dtype)
-    if pattern is not None and pattern.cut_out is not None:
+    if pattern is not None and pattern.cuts:
         model, done = cut_model(model, pattern)
         manifest["cut"] = asdict(done)
         manifest["num_params"] = sum(p.numel() for p in model.parameters())

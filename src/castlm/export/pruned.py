@@ -12,7 +12,7 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import sparse_linears, weight_parameter
+from castlm.core.sparsify import scope_of, weight_parameter
 from castlm.data.calibration import CalibrationText
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
@@ -82,13 +82,15 @@ def prune_folder(
         in_fp32 = draw is not None or evaluate is not None
         loaded, checkpoint = _opened(name, pattern, memory, in_fp32, loading)
         model, kept_dtype = loaded.model, save_dtype(dtype, loaded.dtype)
-        layers, left_dense = sparse_linears(model, pattern)
+        scope = scope_of(model, pattern)
+        layers, left_dense = scope.layers, scope.left_dense
         stored: StoredModel | None = None
         if checkpoint is None:
             check_export(model, pattern)
             weights: Any = fingerprint(model)
         else:
-            stored, weights = StoredModel(model, checkpoint, layers, device, kept_dtype), _states_of_files(checkpoint)
+            stored = StoredModel(model, checkpoint, layers, device, kept_dtype, scope.pattern)
+            weights = _states_of_files(checkpoint)
             for _ in stored.outside():
                 pass  # a weight that is not finite raises before the work on the blocks begins
         text: CalibrationText | None = None
@@ -100,7 +102,7 @@ def prune_folder(
             calibration = {**source_text, **text.record()}
             if slow := why_slow(text.precision, device):
                 note(slow)
-        source: Source = stored or MemoryModel(model.to(device), layers)
+        source: Source = stored or MemoryModel(model.to(device), layers, scope.pattern)
         before = evaluate(loaded) if evaluate else {}
         facts = {"model": loaded.source, "weights": weights, "memory": memory, "dtype": dtype_name(kept_dtype)}
         with shown_progress(f"{method}, transformer blocks", before=None) as progress:
@@ -161,8 +163,8 @@ def _opened(
         keep_freed_memory()
         return load_model(name, dtype=torch.float32 if in_fp32 else None, **loading), None
     return_freed_memory()
-    opened = None if pattern.cut_out else open_sharded(name, **loading)
-    layers = sparse_linears(opened[0].model, pattern)[0] if opened else {}
+    opened = None if pattern.cuts else open_sharded(name, **loading)
+    layers = scope_of(opened[0].model, pattern).layers if opened else {}
     is_stacked = any(weight_parameter(layer).dim() == 3 for layer in layers.values())
     if opened is None or is_stacked or is_vision_language(opened[0].model.config):
         raise InputError(
@@ -183,7 +185,7 @@ def choose_memory(model: str, revision: str | None, folder: Path, pattern: Patte
 
     A prune that continues keeps its choice.
     """
-    if pattern.cut_out is not None:
+    if pattern.cuts:
         return "model"
     partial = partial_folder(folder)
     if command_of(partial) == "prune" and (partial / PROGRESS).is_file():

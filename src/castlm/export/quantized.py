@@ -135,7 +135,7 @@ def quantize_folder(
         export_model,
         loaded.model,
         loaded.tokenizer,
-        pattern=groups if pattern is not None and pattern.cut_out else pattern,  # what is cut out is gone already
+        pattern=None if pattern is None else pattern.stored,  # what is cut out is gone already
         left_dense=left_dense,
         record=record,
         overwrite=True,

@@ -91,7 +91,7 @@ def verify(
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
     tensors = stored_tensors(path, config)
-    cuts = pattern.cut_out is not None
+    cuts = pattern.cuts
     if base is not None and not cuts:
         raise InputError(f"--base is for patterns that cut channels or heads out, not for {pattern}: leave it out")
     dense_config, where = base_config(base, config, folder / "castlm.json", pattern) if cuts else ({}, "")
@@ -111,7 +111,7 @@ def verify(
         if name in excluded:
             why_dense = "excluded"
         # Structured patterns are of matrices; n:m is counted in the 3-D tensor of a block's experts, too.
-        can_count = len(tensor.shape) == 2 or (isinstance(pattern, NM) and is_block_weight(name, tensor.shape))
+        can_count = len(tensor.shape) == 2 or (pattern.masks_experts and is_block_weight(name, tensor.shape))
         axis = input_axis(config, name, tensor.shape) if can_count else None
         listed = left_dense_reason(name, left_dense)
         if why_dense is None and axis is not None:
@@ -129,11 +129,26 @@ def verify(
         if num_non_finite := packed[name].num_non_finite() if name in packed else count_non_finite(tensor):
             report.non_finite_elsewhere[name] = num_non_finite
     if cuts:
-        count_units(report, config, dense_config, where)
+        _count_units(report, dense_config)
+        report.base = where
     if not report.sparse_layers and not report.uncounted:
         found = f"{len(tensors)} tensors, {len(report.layers)} left dense, {len(report.dense)} outside the pattern"
         raise InputError(f"{path} has no layer that {pattern} applies to: {found}")
     return report
+
+
+def _count_units(report: VerifyReport, base: Mapping[str, Any]) -> None:
+    """Adds the channels or heads of every layer to the report; each unit beyond the share is one violation."""
+    layers = {layer.name.removesuffix(".weight"): layer for layer in report.layers}
+    shapes = {name: (layer.shape[::-1] if layer.axis == 0 else layer.shape) for name, layer in layers.items()}
+    counts = count_units(report.pattern, {name: (s[0], s[1]) for name, s in shapes.items()}, base, report.path)
+    for name, layer in layers.items():
+        if name in counts:
+            layer.num_groups += counts[name].num_units
+            layer.num_violations += counts[name].num_violations
+            layer.cut = counts[name].cut
+        elif report.pattern.nm is None and layer.left_dense is None:
+            layer.left_dense = report.pattern.outside
 
 
 def _compare_layers(
@@ -206,14 +221,14 @@ def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | N
         return count_packed_layer(tensor, packed, groups)
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
     _count_groups(layer, tensor, groups)
-    if groups is None and pattern.cut_out is None:
+    if groups is None and not pattern.cuts:
         import torch  # counting castlm's own patterns does not need it
 
         nonzero = np.concatenate([bits != 0 for bits in magnitude_chunks(tensor)]).reshape(tensor.shape)
         mask = torch.from_numpy(nonzero if layer.axis == 1 else nonzero.T)  # (out, in)
         layer.problem = pattern.misfit(mask.shape)
         layer.num_groups = mask.numel()
-        layer.num_violations = 0 if layer.problem else pattern.violations(mask)
+        layer.num_violations = 0 if layer.problem else pattern.joint_violations([mask])
     return layer
 
 

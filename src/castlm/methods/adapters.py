@@ -24,13 +24,12 @@ from castlm.core.errors import InputError
 from castlm.core.keep import KeptPattern
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, sum_over_shards
-from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears, weight_parameter
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, scope_of, weight_parameter
 from castlm.export.card import adapter_card
 from castlm.export.folder import left_dense_reason, read_left_dense
 from castlm.files.output import atomic_dir
 from castlm.methods.finetune import Finetune
 from castlm.packages import require
-from castlm.patterns import parse_pattern
 
 if TYPE_CHECKING:
     from peft import ShiraConfig
@@ -72,7 +71,6 @@ def pattern_layers(
     model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn | None = None
 ) -> dict[str, SparseLayer]:
     """The layers of a model that have the pattern, by their names in the base model; see `keep_pattern_`."""
-    pattern = parse_pattern(pattern).for_model(model)
     adapters: set[str] = set()  # the modules that belong to adapters and not to the base model
     for name, adapted in _adapted_layers(model).items():
         inside = {inner for inner, _ in adapted.named_modules(prefix=name)} - {name}
@@ -87,17 +85,17 @@ def pattern_layers(
             return filter_fn(module, fqn)
         return is_sparse_linear(module, fqn) and left_dense_reason(f"{plain_name(fqn)}.weight", left_dense) is None
 
-    layers, dense = sparse_linears(model, pattern, is_sparse)
+    scope = scope_of(model, pattern, is_sparse)
     parameters = dict(model.named_parameters())
-    for name in dense:
+    for name in scope.left_dense:
         weight = parameters.get(name)
         if weight is not None and weight.dim() == 3 and 4 * int(weight.count_nonzero()) < 3 * weight.numel():
             raise InputError(
                 f"{name} holds sparse experts in a 3-D parameter: call castlm.linearize_experts_(model) first, before "
                 "the optimizer is made, or load the model with castlm.load_model"
             )
-    named = {plain_name(fqn): layer for fqn, layer in layers.items()}
-    _check_pattern(named, pattern)
+    named = {plain_name(fqn): layer for fqn, layer in scope.layers.items()}
+    _check_pattern(named, scope.pattern)
     return named
 
 
@@ -108,13 +106,13 @@ def _check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
         return  # `KeptPattern` says why it cannot keep them
     for weight in weights.values():
         pattern.check_placement(weight)
-    joint = pattern.joint_layers(weights)
-    firsts = [weights[unit[0]] for unit in joint]
-    counts = [pattern.joint_violations([local(weights[name]) for name in unit]) for unit in joint]
+    parts = pattern.parts(weights)
+    firsts = [weights[unit[0]] for _, unit in parts]
+    counts = [part.joint_violations([local(weights[name]) for name in unit]) for part, unit in parts]
     totals = sum_over_shards(
         firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)]
     )
-    found = [(unit, total) for unit, total in zip(joint, totals) if total]
+    found = [(unit, total) for (_, unit), total in zip(parts, totals) if total]
     if found:
         num_layers = sum(len(unit) for unit, _ in found)
         raise InputError(

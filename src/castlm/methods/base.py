@@ -22,7 +22,7 @@ from castlm.core.sparsify import (
     FilterFn,
     dense_name,
     magnitude_masks,
-    sparse_linears,
+    scope_of,
     sparse_param_groups,
     weight_parameter,
 )
@@ -93,10 +93,11 @@ class Retraining:
         start: str,
         seed: int,
     ) -> None:
-        self.pattern, self.filter_fn = pattern.for_model(model), filter_fn
+        scope = scope_of(model, pattern, filter_fn)
+        self.pattern, self.filter_fn = scope.pattern, filter_fn
+        self.layers, self.left_dense = scope.layers, scope.left_dense
         self.options, self.optimizer_options, self.adapter = method, optimizer, adapter
         self.start, self.seed = start, seed
-        self.layers, self.left_dense = sparse_linears(model, pattern, filter_fn)
         self._flips: Tensor | int = 0
         self.parametrize_(model)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from castlm.core.nm import NM, Pattern
+
 
 class Method(NamedTuple):
     """A row of `METHODS`."""
@@ -25,6 +27,8 @@ class Method(NamedTuple):
     """Whether its result has the pattern."""
     decays: bool = False
     """Whether AdamS decays masked weights, so that `decay` and its options have an effect."""
+    patterns: type[Pattern] = Pattern
+    """The patterns that it trains to, such as `NM`."""
     keeps_mask: bool = False
     """Whether it keeps the mask of the start, so that it can fine-tune a model that is sparse already."""
 
@@ -66,6 +70,7 @@ METHODS: dict[str, Method] = {
         "gradual magnitude pruning, group by group (arXiv 1710.01878)",
         ("mask_interval",),
         starts_dense=True,
+        patterns=NM,
     ),
     "dense": Method(
         "castlm.methods.dense",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from castlm.core.nm import Pattern
+from castlm.core.nm import LayerPattern
 from castlm.oneshot.solvers import row_energies
 
 ADMM_ROWS = 1024
@@ -17,7 +17,7 @@ geometrically. On layers of SmolLM2-135M, first penalties of 0.05 to 0.3 and las
 in error."""
 
 
-def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: Pattern, iterations: int) -> Tensor:
+def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: LayerPattern, iterations: int) -> Tensor:
     """Weights with new masks that lower |X weight^T - X target^T|^2; a row that does not improve stays as it is.
 
     Least squares over n:m weights is split in two steps that alternate: least squares over dense weights, which an
@@ -53,7 +53,7 @@ def improve_masks_holds(rows: int, columns: int) -> int:
 
 
 def _alternate(
-    sparse: Tensor, target: Tensor, values: Tensor, vectors: Tensor, pattern: Pattern, penalties: list[float]
+    sparse: Tensor, target: Tensor, values: Tensor, vectors: Tensor, pattern: LayerPattern, penalties: list[float]
 ) -> Tensor:
     """The iterations of ADMM. With H = V diag(values) V^T and penalty p:
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
-from castlm.core.nm import NM, Pattern
+from castlm.core.nm import NM, LayerPattern
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _GRAM_COLUMNS = 128  # of X^T X at a time; 256 take a tenth longer for 1,024 tok
 class Settings(NamedTuple):
     """The settings of a start that solvers and refinements read."""
 
-    pattern: Pattern
+    pattern: LayerPattern
     refinements: Refinements = NO_REFINEMENTS
 
 
@@ -48,7 +48,7 @@ class Solver(NamedTuple):
     holds: Callable[[int, int], int] = lambda rows, columns: 2 * rows * columns
     """`holds(rows, columns)`: the elements that `prune` holds at its peak, beside its arguments. `castlm plan memory`
     reads it; by default, magnitudes and the new weight."""
-    patterns: type[Pattern] = Pattern
+    patterns: type[LayerPattern] = LayerPattern
     """The patterns that it prunes to: all that mask one weight at a time, or only those of a class, such as `NM`."""
     refined: bool = False
     """Whether the refinements of SparseGPT follow it. They need its Hessian."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.blocks import block_name
 from castlm.core.errors import InputError, check_finite
+from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer
 from castlm.distributed.loading import Checkpoint, opened_files
 from castlm.models.architecture import replaced_forward
@@ -38,13 +39,20 @@ class MemoryModel:
 
     Args:
         layers: the layers that a start changes, by name; their blocks are the stack that the walk follows.
+        pattern: the pattern to which they are pruned, bound to the model; None if they are not pruned.
         keeps_dense: keep a copy of the weights of these layers, in their new basis, from before the prune.
     """
 
     is_whole = True  # whether all blocks are in memory at the same time
 
-    def __init__(self, model: PreTrainedModel, layers: Mapping[str, SparseLayer], keeps_dense: bool = False) -> None:
-        self.model, self.layers, self.device = model, layers, model.device
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Mapping[str, SparseLayer],
+        pattern: Pattern | None = None,
+        keeps_dense: bool = False,
+    ) -> None:
+        self.model, self.layers, self.pattern, self.device = model, layers, pattern, model.device
         self.stack, self.blocks = block_stack(model, layers)
         self.keeps_dense = keeps_dense
         self.dense: dict[str, Tensor] = {}
@@ -90,6 +98,7 @@ class StoredModel:
         layers: the layers that a start changes, by name; their blocks are the stack that the walk follows.
         device: the device to which weights are read, in fp32.
         dtype: the dtype of the weights of finished blocks.
+        pattern: as of `MemoryModel`.
     """
 
     is_whole = False
@@ -101,8 +110,9 @@ class StoredModel:
         layers: Mapping[str, SparseLayer],
         device: torch.device,
         dtype: torch.dtype,
+        pattern: Pattern | None = None,
     ) -> None:
-        self.model, self.layers = model, layers
+        self.model, self.layers, self.pattern = model, layers, pattern
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.stack, self.blocks = block_stack(model, layers)
         for module in model.modules():

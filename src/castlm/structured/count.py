@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.export.report import LayerReport, VerifyReport
 from castlm.files.reading import read_json_object, user_path
-from castlm.structured.pattern import Heads, Units, sizes_after, sizes_of, units_of
+from castlm.structured.pattern import Units, sizes_after, sizes_of, units_of
 
 _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 """Fields of config.json that are equal in a cut model and its base."""
@@ -47,47 +47,56 @@ def base_config(
     return found, base
 
 
-def count_units(report: VerifyReport, config: Mapping[str, Any], base: Mapping[str, Any], where: str) -> None:
-    """Adds the channels or heads of every layer to `report`; each unit above the share is one violation."""
-    pattern = report.pattern
+class UnitCount(NamedTuple):
+    """The count of one layer."""
+
+    num_units: int
+    """Units in the base."""
+    num_violations: int
+    """Units that are left beyond the share of the pattern."""
+    cut: int
+    """Weights of the base that were cut out."""
+
+
+def count_units(
+    pattern: Pattern, shapes: Mapping[str, tuple[int, int]], base: Mapping[str, Any], path: str
+) -> dict[str, UnitCount]:
+    """Counts the channels or heads of the layers that hold some.
+
+    Args:
+        shapes: (out, in) of every layer of the transformer blocks, by name.
+        base: config.json of the model before the cut.
+        path: the checkpoint, for messages.
+
+    Raises:
+        InputError: a block without units, or with layers that hold other numbers of them.
+    """
     assert isinstance(pattern, Units)
     before = sizes_of(pattern, base)
-    allowed = sizes_after(pattern, before)
     _, number = units_of(before)
-    _, limit = units_of(allowed)
-    report.base = where
-    layers = {layer.name.removesuffix(".weight"): layer for layer in report.layers}
-    blocks = pattern.unit_layers(layers)
+    _, limit = units_of(sizes_after(pattern, before))
+    found: dict[str, UnitCount] = {}
+    blocks = pattern.unit_layers(shapes)
     for names in blocks:
-        members = [layers[name] for name in names]
-        found = _units_in(members, pattern, before)
-        for layer in members:
-            layer.num_groups += number
-            layer.num_violations += max(0, found - limit)
-            layer.cut = max(0, layer.numel * number // found - layer.numel) if found else 0
-    inside = {name for names in blocks for name in names}
-    if pattern.inner is None:
-        for name, layer in layers.items():
-            if name not in inside and layer.left_dense is None:
-                layer.left_dense = pattern.outside
+        left = _units_in({name: shapes[name] for name in names}, pattern, before)
+        for name in names:
+            numel = math.prod(shapes[name])
+            cut = max(0, numel * number // left - numel) if left else 0
+            found[name] = UnitCount(number, max(0, left - limit), cut)
     num_blocks = base.get("num_hidden_layers", base.get("n_layer"))
     if len(blocks) != num_blocks:
-        raise InputError(f"{report.path} has units in {len(blocks)} blocks, and its base has {num_blocks} blocks")
+        raise InputError(f"{path} has units in {len(blocks)} blocks, and its base has {num_blocks} blocks")
+    return found
 
 
-def _units_in(layers: list[LayerReport], pattern: Units, base: Mapping[str, int]) -> int:
+def _units_in(shapes: Mapping[str, tuple[int, int]], pattern: Units, base: Mapping[str, int]) -> int:
     """The number of units in the layers of one block; raises `InputError` if they differ, or hold a part of one."""
-    shapes = [layer.shape[::-1] if layer.axis == 0 else layer.shape for layer in layers]
-    per_row = [1] * len(shapes)
-    if isinstance(pattern, Heads):
-        head_dim = base["head_dim"]
-        of_query = base["num_attention_heads"] // base["num_key_value_heads"] * head_dim
-        per_row = [of_query, head_dim, head_dim, of_query]
-    sizes = [shape[0] for shape in shapes[:-1]] + [shapes[-1][1]]
-    counts = {size / rows for size, rows in zip(sizes, per_row)}
+    *inner, last = shapes.values()
+    sizes = [rows for rows, _ in inner] + [last[1]]  # the last layer has its units in the columns
+    counts = {size / rows for size, rows in zip(sizes, pattern.rows_of_a_unit(base))}
     if len(counts) != 1 or not (count := counts.pop()).is_integer():
         raise InputError(
-            f"{layers[0].name} and the layers beside it do not hold the same whole number of units of {pattern}: "
+            f"{next(iter(shapes))} and the layers beside it do not hold the same whole number of units of {pattern}: "
             "they were not cut together"
         )
     return int(count)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears, transformer_blocks
+from castlm.core.sparsify import FilterFn, is_sparse_linear, scope_of, transformer_blocks
 from castlm.models.architecture import context_length, eval_mode, linearize_
 from castlm.structured.pattern import Heads, Units, sizes_after, sizes_of, units_of
 
@@ -47,7 +47,7 @@ def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is
     if not isinstance(pattern, Units):
         return
     _config_after(model, pattern)
-    layers, _ = sparse_linears(model, pattern, filter_fn)
+    layers = scope_of(model, pattern, filter_fn).layers
     num_blocks, num_found = len(transformer_blocks(model)), len(pattern.unit_layers(layers))
     if num_found != num_blocks:
         raise InputError(
@@ -107,13 +107,14 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
         InputError: as `check_cut`, or the logits differ by more than `TOLERANCE` (fp32), because a unit was not zero.
     """
     check_cut(model, pattern)
-    pattern = pattern.for_model(model)
+    scope = scope_of(model, pattern)
+    pattern = scope.pattern
     assert isinstance(pattern, Units)
     before = sizes_of(pattern, model.config.to_dict())
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced
         small = AutoModelForCausalLM.from_config(_config_after(model, pattern), dtype=model.dtype)  # type: ignore[no-untyped-call]
     linearize_(small)
-    layers, _ = sparse_linears(model, pattern)
+    layers = scope.layers
     state = model.state_dict()
     for names in pattern.unit_layers(layers):
         weights = [layers[name].weight for name in names]

@@ -8,6 +8,7 @@ not listed at the end of this file, and cannot be cut. Importing this module doe
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ class Units(Pattern):
     docs/results/structured.md decided it."""
     kind: ClassVar[str]
     """The name of the units in the text of the pattern, such as `channels`."""
-    parts: ClassVar[tuple[tuple[str, ...], ...]]
+    members: ClassVar[tuple[tuple[str, ...], ...]]
     """Last names of the layers that hold a unit, in order; the last layer writes to the residual stream."""
 
     def __str__(self) -> str:
@@ -50,12 +51,24 @@ class Units(Pattern):
         return self.inner
 
     @property
-    def cut_out(self) -> Units:
-        return self
+    def stored(self) -> NM | None:
+        return self.inner
+
+    @property
+    def tags(self) -> Sequence[str]:
+        return ("structured-pruning",)
 
     @abstractmethod
     def num_units(self, weights: Sequence[Tensor]) -> int:
         """The number of units in weights that are masked together."""
+
+    def rows_of_a_unit(self, sizes: Mapping[str, int]) -> Iterable[int]:
+        """The rows that a unit has in each of its layers, and the columns in the last one; without end.
+
+        Args:
+            sizes: of `sizes_of`.
+        """
+        return itertools.repeat(1)
 
     def sums(self, values: Sequence[Tensor]) -> Tensor:
         """The sum of `values` by unit, (units,); there is one tensor for each weight, of its shape."""
@@ -111,20 +124,13 @@ class Units(Pattern):
             return f"it has {len(shape)} dimensions, not 2"
         return self.inner.misfit(shape) if self.inner else None
 
-    def mask(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError(f"pattern {self} masks several weights together: use joint_masks")
-
-    def violations(self, weight: Tensor) -> int:
-        """Returns 0: one weight alone does not show which units are kept; `joint_violations` counts."""
-        return 0
-
     def unit_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        """Groups the layers of one module whose last names are one entry of `parts`, in the order of that entry."""
+        """Groups the layers of one module whose last names are one entry of `members`, in the order of that entry."""
         known = dict.fromkeys(names)
         found = []
         for name in known:
             stem, dot, last = name.rpartition(".")
-            for part in self.parts:
+            for part in self.members:
                 layers = tuple(f"{stem}{dot}{other}" for other in part)
                 if last == part[0] and all(layer in known for layer in layers):
                     found.append(layers)
@@ -177,7 +183,7 @@ class Channels(Units):
     kind: ClassVar[str] = "channels"
     default_score: ClassVar[str] = "flap"
     outside: ClassVar[str] = "not of the channels of an MLP"
-    parts: ClassVar[tuple[tuple[str, ...], ...]] = (
+    members: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("gate_proj", "up_proj", "down_proj"),
         ("fc1", "fc2"),
         ("c_fc", "c_proj"),
@@ -212,7 +218,7 @@ class Heads(Units):
     kind: ClassVar[str] = "heads"
     default_score: ClassVar[str] = "taylor"
     outside: ClassVar[str] = "not of the heads of an attention with weights of its own for q, k, v"
-    parts: ClassVar[tuple[tuple[str, ...], ...]] = (
+    members: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("q_proj", "k_proj", "v_proj", "o_proj"),
         ("q_proj", "k_proj", "v_proj", "out_proj"),
     )
@@ -232,6 +238,10 @@ class Heads(Units):
                 f"{type(model).__name__} has none: use channels:0.5"
             )
         return replace(self, head_dim=size)
+
+    def rows_of_a_unit(self, sizes: Mapping[str, int]) -> Iterable[int]:
+        queries = sizes["num_attention_heads"] // sizes["num_key_value_heads"] * sizes["head_dim"]
+        return queries, sizes["head_dim"], sizes["head_dim"], queries
 
     def num_units(self, weights: Sequence[Tensor]) -> int:
         assert self.head_dim, f"pattern {self} does not know the size of a head: call for_model(model) first"

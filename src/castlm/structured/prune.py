@@ -99,9 +99,8 @@ class PruneUnits(Step):
         return {"method": self.score, "pattern": str(self.pattern), **read}
 
     def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
-        bound = self.pattern.for_model(source.model)
-        assert isinstance(bound, Units)
-        self.pattern = bound
+        assert isinstance(source.pattern, Units)
+        self.pattern = source.pattern
         report.damping = self.damping
         layers = source.layers
         scored = {name: layers[name] for names in self.pattern.unit_layers(layers) for name in names}

@@ -187,6 +187,8 @@ class TrainConfig:
         start, pattern, teacher = self.start.name, self.model.pattern, self.teacher
         if trained_from(start, pattern) is not None:
             applied(part_of(self.start, Refinements), start, pattern, self.start.start_effort)
+        if self.method.row.is_sparse and not isinstance(pattern, self.method.row.patterns):
+            raise InputError(f"method {self.method.method} does not train to {pattern}: use another method, or 2:4")
         if start != "magnitude" and self.method.row.starts_dense:
             raise InputError(f"init_from {start}: method {self.method.method} starts dense; omit init_from")
         if self.adapter.adapter != "none" and not self.is_finetuning:
@@ -196,7 +198,7 @@ class TrainConfig:
         if bits := self.method.weight_bits:
             if self.adapter.adapter != "none":
                 raise InputError(f"weight_bits {bits} rounds every weight: omit adapter {self.adapter.adapter}")
-            if self.method.row.is_sparse and not isinstance(pattern, NM):
+            if self.method.row.is_sparse and (pattern.cuts or pattern.nm is None):
                 raise InputError(f"weight_bits {bits} is for n:m and for method dense, not for {pattern}: use 2:4")
         if teacher.teacher_cache and not (teacher.teacher_top_k and teacher.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")

@@ -63,7 +63,7 @@ def finish(run: Run) -> dict[str, Any]:
     run.optimizer.state.clear()
     uncompile_blocks_(objective)
     collect_garbage(run.world.device.type)
-    is_cut = bool(run.method.layers) and pattern.cut_out is not None  # the cut needs the whole model
+    is_cut = bool(run.method.layers) and pattern.cuts  # the cut needs the whole model
     is_remote_code = type(run.model).__module__.startswith("transformers_modules")  # only `save_pretrained` copies it
     try:
         if run.source.stored is not None and not is_remote_code and not is_cut:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError, check_finite
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
-from castlm.core.sparsify import FilterFn, dense_name, sparse_linears, weight_parameter
+from castlm.core.sparsify import FilterFn, dense_name, scope_of, weight_parameter
 from castlm.distributed.loading import Checkpoint, open_sharded, opened_files
 from castlm.distributed.world import World
 from castlm.files.output import check_beside
@@ -152,11 +152,12 @@ class TrainingStart:
         try:
             basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
             steps = steps_of(method, pattern, basis, refinements, options.start_effort)
-            layers, _ = sparse_linears(model, pattern, self.filter_fn)
+            scope = scope_of(model, pattern, self.filter_fn)
+            layers = scope.layers
             text = None
             if method_of(method, pattern).reads_text:
                 text = self.draw.text(model, layers, self.text.encoder, device, note)
-            blocks = MemoryModel(model, layers, keeps_dense=self.keeps_dense_values)
+            blocks = MemoryModel(model, layers, scope.pattern, self.keeps_dense_values)
 
             def time_after(seconds_per_token: float) -> str:
                 # The output head is as much work as so many blocks, by its weights: 28.3 M / 3.5 M = 8 (SmolLM2-135M).
@@ -222,15 +223,14 @@ class TrainingStart:
         record: dict[str, Any] = {}
         if not self.is_finetuning:
             record = self._compare_(start, model, lambda: model.get_input_embeddings().weight.detach())
-        layers, _ = sparse_linears(source.model, pattern, self.filter_fn)
+        scope = scope_of(source.model, pattern, self.filter_fn)
         theirs = dict(model.named_parameters())
-        start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in layers}
-        bound = pattern.for_model(source.model)
-        for unit in bound.joint_layers(start.pruned):
-            if bound.joint_violations([start.pruned[layer] for layer in unit]):
+        start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in scope.layers}
+        for part, unit in scope.parts:
+            if part.joint_violations([start.pruned[layer] for layer in unit]):
                 raise InputError(self._not_of_pattern(unit[-1]))
         if not self.is_finetuning:
-            pruned = {f"{layer}.weight" for layer in layers}
+            pruned = {f"{layer}.weight" for layer in scope.layers}
             start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
         return record
 
@@ -273,16 +273,16 @@ class TrainingStart:
                     return given.places[name].read(read, slice(None)).float()
 
             record = self.world.on_main(lambda: self._compare_(start, model, embeddings), patient=True)
-        layers, _ = sparse_linears(self.source.model, self.pattern, self.filter_fn)
+        scope = scope_of(self.source.model, self.pattern, self.filter_fn)
         failure = None
         with opened_files() as read:
-            for layer in [*layers][self.world.rank :: self.world.size]:
+            for layer in [*scope.layers][self.world.rank :: self.world.size]:
                 weight = given.places[f"{layer}.weight"].read(read, slice(None))
-                if failure is None and self.pattern.violations(weight):
+                if failure is None and scope.pattern.at(layer).joint_violations([weight]):
                     failure = self._not_of_pattern(layer)
         self.world.gather(None, patient=True)  # the others may read longer
         self.world.check_all(failure)
-        places = {f"{layer}.weight": given.places[f"{layer}.weight"] for layer in layers}
+        places = {f"{layer}.weight": given.places[f"{layer}.weight"] for layer in scope.layers}
         start.given = Checkpoint(given.source, places if self.is_finetuning else given.places)
         return record
 
@@ -365,16 +365,16 @@ def start_(model: nn.Module, method: Retraining, start: StartWeights, world: Wor
     for name in world.on_main(lambda: list(start.dense)):
         parameter = by_name[name]
         local(parameter).copy_(whole_of(start.dense, name, parameter)[own_rows(parameter)])
-    for unit in method.pattern.joint_layers(method.layers):
+    for pattern, unit in method.pattern.parts(method.layers):
         parameters = [weight_parameter(method.layers[name]) for name in unit]
         weights = [whole_of(start.pruned, name, parameter) for name, parameter in zip(unit, parameters)]
         own = [own_rows(parameter) for parameter in parameters]
         rows = [weight[part].to(p.device) for weight, part, p in zip(weights, own, parameters)]
-        if method.pattern.gathers(parameters):
-            whole_masks = method.pattern.joint_masks(weights)
+        if pattern.gathers(parameters):
+            whole_masks = pattern.joint_masks(weights)
             masks = [mask[part].to(p.device) for mask, part, p in zip(whole_masks, own, parameters)]
         else:
-            masks = method.pattern.joint_masks(rows)
+            masks = pattern.joint_masks(rows)
         for name, weight, mask in zip(unit, rows, masks):
             method.start_layer_(method.layers[name], weight, mask)
 
@@ -400,5 +400,6 @@ def _start_from_files_(model: nn.Module, method: Retraining, given: Checkpoint, 
             if layer is None:
                 local(parameter).copy_(rows)
             else:
-                method.start_layer_(layer, rows, method.pattern.mask(rows))
+                pattern = method.pattern.at(name.removesuffix(".weight"))
+                method.start_layer_(layer, rows, *pattern.joint_masks([rows]))
     world.check_all(failure)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.decay import DECAYS, DecayBudget, decay_budget
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
+from castlm.core.nm import Pattern
 from castlm.core.rounding import fit_rounding_
 from castlm.core.sparsify import FilterFn, sparse_linears
 from castlm.data.tokens import check_vocabulary
@@ -292,10 +292,11 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
 
 def _note_longer_groups(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn) -> None:
     """Notes a pattern that CPUs run as fast as `pattern` and that loses less, if there is one."""
-    if not isinstance(pattern, NM):
+    groups = pattern.nm
+    if groups is None or pattern.cuts:
         return
     layers, _ = sparse_linears(model, pattern, filter_fn)
-    other = pattern.with_longest_groups({layer.in_features for layer in layers.values()}, LONGEST_GROUP)
+    other = groups.with_longest_groups({layer.in_features for layer in layers.values()}, LONGEST_GROUP)
     if other != pattern:
         note(
             f"a CPU runs {other} about as fast as {pattern}, and its freer masks lose less quality: --pattern {other} "

@@ -162,7 +162,7 @@ class Plan:
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
         pattern = _pattern_of(self.common)
-        if command.preset == "structured" and pattern.cut_out is None:
+        if command.preset == "structured" and not pattern.cuts:
             raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
         self.preset = PRESETS[command.preset] if command.preset else every_method(pattern)
         self.variants = _variants(command, self.preset)

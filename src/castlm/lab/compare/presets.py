@@ -105,7 +105,7 @@ PRESETS: dict[str, Preset] = {
 
 def every_method(pattern: Pattern) -> Preset:
     """The default preset: all one-shot and retraining methods of a pattern."""
-    retraining = [name for name in RETRAINING if pattern.nm is pattern or name != "gradual_magnitude"]
+    retraining = [name for name in RETRAINING if isinstance(pattern, METHODS[name].patterns)]
     return Preset(
         f"Which way to {pattern} is best?", {name: {"method": name} for name in (*methods_of(pattern), *retraining)}
     )

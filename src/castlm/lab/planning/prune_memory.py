@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, Pattern
+from castlm.core.nm import NM, LayerPattern, Pattern
 from castlm.core.sparsify import SparseLayer, sparse_linears, weight_parameter
 from castlm.hardware import resident_memory
 from castlm.lab.planning.memory import MemoryPlan, as_config_error, read_config
@@ -110,7 +110,8 @@ def plan_prune_memory(
     seq_len = seq_len or model.calibration_length
     num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
     reads, layers = model.reads, sum(read.size for read in model.reads)
-    is_cut, turns_axes = pattern.cut_out is not None, not basis.is_off and pattern.cut_out is None
+    is_cut = pattern.cuts
+    turns_axes = not basis.is_off and not is_cut
     # Of the statistics: a vector or a matrix for each input.
     of_reads = [read.columns ** (2 if is_cut else SOLVERS[method].axes) for read in reads]
     widest = max(max(read.columns, read.rows) for read in reads)
@@ -118,6 +119,7 @@ def plan_prune_memory(
     if is_cut:
         solver = prune_units_holds([read.size for read in reads], max(read.columns for read in reads))
     else:
+        assert isinstance(pattern, LayerPattern)
         solver = max(prune_layers_holds(*read, SOLVERS[method], Settings(pattern, refinements)) for read in reads)
     parts = {
         "process": resident_memory(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import check_finite, naming
-from castlm.core.nm import Pattern
+from castlm.core.nm import LayerPattern
 from castlm.core.sparsify import SparseLayer, matrices
 from castlm.data.calibration import CalibrationText
 from castlm.oneshot.admm import improve_masks, improve_masks_holds
@@ -66,7 +66,7 @@ class Solve(Step):
         refinements: of these, the step reads staged_statistics, the iterations and the damping.
     """
 
-    def __init__(self, method: str, pattern: Pattern, refinements: Refinements) -> None:
+    def __init__(self, method: str, pattern: LayerPattern, refinements: Refinements) -> None:
         self.method, self.pattern, self.refinements = method, pattern, refinements
         self.solver = SOLVERS[method]
         self.needs_text = self.reads_text = self.solver.reads_text
@@ -84,7 +84,8 @@ class Solve(Step):
         return Settings(self.pattern, self.refinements)
 
     def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
-        self.pattern = self.pattern.for_model(source.model)
+        assert isinstance(source.pattern, LayerPattern)
+        self.pattern = source.pattern
         if "damping" in self.solver.refinements:
             report.damping = self.refinements.damping
 
