@@ -75,7 +75,7 @@ def test_round_trip(family, tmp_path, capfd):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_is_kept_and_big_files_are_cut(dtype, tmp_path):
     loaded = load_model(save_tiny(tmp_path / "in", "gpt2"), dtype=dtype)
-    save_model(loaded.model, loaded.tokenizer, tmp_path / "out", max_shard_size="30KB")
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "out", max_shard_bytes=30_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {dtype}
@@ -310,11 +310,11 @@ def assert_one_line(errors: str, name: str, said: str) -> None:
     assert said in line
 
 
-def save_in_cache(home: Path, shard_size: str = "50GB", commit: str = "1234567890abcdef" * 2 + "12345678") -> Path:
+def save_in_cache(home: Path, shard_size: int = 50 * 10**9, commit: str = "1234567890abcdef" * 2 + "12345678") -> Path:
     """A tiny model in the cache of `home`, as the hub's someone/tiny, branch main; its snapshot."""
     repository = home / "hub" / "models--someone--tiny"
     snapshot = repository / "snapshots" / commit
-    save_model(tiny_model("llama"), tiny_tokenizer(), snapshot, max_shard_size=shard_size)
+    save_model(tiny_model("llama"), tiny_tokenizer(), snapshot, max_shard_bytes=shard_size)
     (repository / "refs").mkdir(exist_ok=True)
     (repository / "refs" / "main").write_text(commit)
     return snapshot
@@ -338,7 +338,7 @@ def test_what_is_not_whole_in_the_cache_is_asked_for(lost, tmp_path, monkeypatch
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("castlm.models.locate.check_hub", lambda where: asked.append(where.target))
-    snapshot = save_in_cache(tmp_path, "40KB")
+    snapshot = save_in_cache(tmp_path, 40_000)
     if lost == "code":
         edit_json(snapshot / "config.json", auto_map={"AutoModelForCausalLM": "modeling_tiny.Tiny"})
     elif lost:

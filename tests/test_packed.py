@@ -149,7 +149,7 @@ def test_a_folder_comes_back_bit_for_bit(family, n, m, tmp_path):
 def test_sharded_models_stay_sharded_and_no_shard_is_verified_as_a_model(tmp_path, capsys):
     source = pruned_folder(tmp_path / "one")
     loaded = load_model(source, dtype=torch.bfloat16)
-    save_model(loaded.model, loaded.tokenizer, tmp_path / "many", max_shard_size=20_000)
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "many", max_shard_bytes=20_000)
     pack_folder(tmp_path / "many", tmp_path / "packed")
     assert (tmp_path / "packed" / INDEX).is_file()
     assert verify(tmp_path / "packed").totals()["layers"] == 14
@@ -430,9 +430,7 @@ def test_a_model_that_is_not_whole_or_not_finite_is_not_packed(change, message, 
 
 
 def test_a_full_disk_leaves_nothing(pruned, tmp_path, monkeypatch):
-    from castlm.export import packed as module
-
-    monkeypatch.setattr(module, "write_safetensors", disk_full)
+    monkeypatch.setattr("castlm.files.weights.write_safetensors", disk_full)
     with pytest.raises(InputError, match="disk full"):
         pack_folder(pruned, tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []

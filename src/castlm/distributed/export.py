@@ -10,14 +10,12 @@ import copy
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,13 +31,12 @@ from castlm.export.hf import (
     new_manifest,
     verification,
     verify_pattern,
-    write_all_but_weights,
-    write_index,
     write_record,
 )
-from castlm.files.atomic_file import reporting_full_disk
 from castlm.files.output import atomic_dir
-from castlm.models.conversion import as_stored, is_stored_transposed, state_dict_key
+from castlm.files.weights import Batch, into_files, layout_of, write_weights
+from castlm.models.io import write_all_but_weights
+from castlm.models.stored_layout import StoredLayout
 
 MAX_SHARD_BYTES = 5 * 10**9
 _EVAL_TOLERANCE = 1e-6  # relative: the weights are equal bit for bit, but kernels may sum in another order
@@ -133,32 +130,32 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
     first_of: dict[Tensor, Folded] = {}
     for folded in folded_parameters(model):
         first_of.setdefault(folded.parameter, folded)  # tied weights are written once
-    parameters = {folded.name: folded for folded in first_of.values()}
-    stored_in: dict[str, str] = {}
-    files = split_state_dict_into_shards_factory(
-        {name: folded.parameter.numel() * result.dtype.itemsize for name, folded in parameters.items()},
-        get_storage_size=lambda num_bytes: num_bytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=MAX_SHARD_BYTES,
-    ).filename_to_tensors
-    for file, names in files.items():
-        held: dict[str, Tensor] = {}
-        for name in names:
-            tensor = parameters[name].value(whole)
-            if result.world.is_main:
-                tensor = tensor.mT if is_stored_transposed(model, name) else tensor
-                tensor = tensor.to(result.dtype).contiguous().cpu()
-                held |= as_stored(model, state_dict_key(model, name), tensor)
-        stored_in |= dict.fromkeys(held, file)
-        result.world.on_main(functools.partial(_save, held, folder / file), patient=True)
-    if len(files) > 1:
-        total = sum(parameter.numel() for parameter in first_of)
-        result.world.on_main(lambda: write_index(folder, stored_in, total, result.dtype))
+    layout = StoredLayout(model)
+    failure: Exception | None = None
 
+    def stored(folded: Folded) -> Iterable[Tensor]:
+        value = folded.value(whole)  # all ranks gather it
+        return layout.to_stored({folded.name: value.to(result.dtype)}).values() if result.world.is_main else ()
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    with reporting_full_disk(path):
-        save_file(tensors, path, metadata={"format": "pt"})
+    batches = []
+    for folded in first_of.values():
+        like = torch.empty(folded.parameter.shape, dtype=result.dtype, device="meta")
+        batches.append(Batch(layout_of(layout.to_stored({folded.name: like})), functools.partial(stored, folded)))
+    try:
+        write_weights(
+            folder,
+            into_files(batches, MAX_SHARD_BYTES),
+            num_parameters=sum(parameter.numel() for parameter in first_of),
+            is_writer=result.world.is_main,
+        )
+    except Exception as error:
+        failure = error
+
+    def report() -> None:
+        if failure is not None:
+            raise failure
+
+    result.world.on_main(report, patient=True)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,13 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from castlm.core.errors import InputError, check_finite
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
-from castlm.core.sparsify import dense_name
+from castlm.core.sparsify import SparseLayer, dense_name
 from castlm.distributed.world import World
 from castlm.files.stored import StoredTensor
 from castlm.models.architecture import auto_class, linearize_
-from castlm.models.conversion import (
-    as_stored,
-    is_stored_transposed,
-    possible_names,
-    state_dict_key,
-    stored_rows,
-    stored_shapes,
-)
 from castlm.models.io import Loaded, open_model, quiet, stored_dtype, weights_of
 from castlm.models.layout import OLD_BUFFERS
+from castlm.models.stored_layout import Part, StoredLayout
 
 FIRST = 64
 """The largest count of numbers per parameter: the first of its first row, or of its first expert."""
@@ -165,25 +158,27 @@ Stored = Mapping[str, StoredTensor]
 
 def _places(model: PreTrainedModel, stored: Stored) -> dict[str, Place | ExpertPlaces] | None:
     """The place of each parameter; None if the names and shapes in the files are not the model's own."""
+    layout = StoredLayout(model)
     places: dict[str, Place | ExpertPlaces] = {}
     known: set[str] = set()
     for parameter, names in _names_of_parameters(model).items():
-        layer = model.get_submodule(names[0].rpartition(".")[0])
-        keys = [state_dict_key(model, name) for name in names]
-        possible = [found for key in keys for found in possible_names(model, key)]
-        found = next((name for name in possible if name in stored), None)
         place: Place | ExpertPlaces | None = None
-        if found is None and isinstance(layer, ExpertLinear):
-            place = _expert_places(model, keys[0], layer, stored)
-            if place is not None:
-                possible = [matrix.key for of_expert in place.matrices for matrix in of_expert]
+        fqn, _, leaf = names[0].rpartition(".")
+        parts = layout.parts(fqn) if leaf == "weight" and isinstance(model.get_submodule(fqn), SparseLayer) else []
+        if parts and parts[0].expert is not None:  # a stored matrix for each expert
+            place = _expert_places(parts, model.get_submodule(fqn), stored)
+            possible = [part.name for part in parts]
         else:
-            if found is None:  # the family may have another name for it on disk
-                renamed = list(as_stored(model, keys[0], torch.empty(parameter.shape, device="meta")))
-                possible += renamed
-                found = renamed[0] if len(renamed) == 1 and renamed[0] in stored else None
+            shape = torch.empty(parameter.shape, device="meta")
+            renamed = list(layout.to_stored({names[0]: shape}))  # the family may have another name for it on disk
+            keys = [layout.key(name) for name in names]
+            if len(renamed) != 1 or (parts and parameter.dim() == 3 and renamed != keys):
+                return None  # several stored tensors, or experts that transformers converts
+            possible = [*(found for key in keys for found in layout.possible_names(key)), *renamed]
+            found = next((name for name in possible if name in stored), None)
             if found is not None:
-                place = _place(model, names, parameter, found, stored)
+                is_transposed = any(map(layout.is_transposed, names))
+                place = _place(stored[found], found, tuple(parameter.shape), is_transposed)
         if place is None:
             return None
         places[names[0]] = place
@@ -194,20 +189,10 @@ def _places(model: PreTrainedModel, stored: Stored) -> dict[str, Place | ExpertP
     return None if unknown or has_stored_buffers else places
 
 
-def _place(model: PreTrainedModel, names: list[str], parameter: Tensor, key: str, stored: Stored) -> Place | None:
-    """The place of a parameter that is stored as `key`; None if it has another shape or layout there."""
-    file, shape = stored[key].file, stored[key].shape
-    transposed = any(is_stored_transposed(model, name) for name in names)
-    if transposed:
-        shape = (*shape[:-2], shape[-1], shape[-2])
-    if shape != tuple(parameter.shape):
-        return None
-    layer = model.get_submodule(names[0].rpartition(".")[0])
-    if isinstance(layer, ExpertLinear):
-        own_key = state_dict_key(model, names[0])
-        if list(stored_shapes(model, own_key, layer)) != [own_key]:
-            return None  # transformers would not put it there as it is
-    return Place(file, key, transposed)
+def _place(tensor: StoredTensor, key: str, shape: tuple[int, ...], is_transposed: bool) -> Place | None:
+    """The place of a parameter that is stored as `key`; None if it has another shape there."""
+    found = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]) if is_transposed else tensor.shape
+    return Place(tensor.file, key, is_transposed) if found == shape else None
 
 
 def _names_of_parameters(module: nn.Module) -> dict[Tensor, list[str]]:
@@ -218,17 +203,16 @@ def _names_of_parameters(module: nn.Module) -> dict[Tensor, list[str]]:
     return names
 
 
-def _expert_places(model: PreTrainedModel, key: str, layer: ExpertLinear, stored: Stored) -> ExpertPlaces | None:
-    """The places of the experts of a layer; None if the files do not hold each expert in whole rows."""
-    rows = stored_rows(model, key, layer)
-    of_expert: list[list[tuple[int, Place]]] = [[] for _ in range(layer.num_experts)]
-    for name, expert, part in rows or ():
-        tensor = stored.get(name)
-        if tensor is None or tensor.shape != (part.stop - part.start, layer.in_features):
+def _expert_places(parts: Sequence[Part], layer: nn.Module, stored: Stored) -> ExpertPlaces | None:
+    """The places of the experts of a layer; None if the files lack one of its parts."""
+    assert isinstance(layer, ExpertLinear)
+    of_expert: list[list[Place]] = [[] for _ in range(layer.num_experts)]
+    for part in parts:  # in the order of rows
+        tensor = stored.get(part.name)
+        if tensor is None or tensor.shape != part.shape or part.expert is None:
             return None
-        of_expert[expert].append((part.start, Place(tensor.file, name)))
-    matrices = tuple(tuple(place for _, place in sorted(of, key=lambda entry: entry[0])) for of in of_expert)
-    return ExpertPlaces(matrices) if rows and all(matrices) else None
+        of_expert[part.expert].append(Place(tensor.file, part.name))
+    return ExpertPlaces(tuple(map(tuple, of_expert))) if all(of_expert) else None
 
 
 def materialize_(module: nn.Module, device: torch.device) -> None:

@@ -8,8 +8,6 @@ from files of its transformer blocks, with at most one tensor in memory.
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import math
 import os
 import shutil
@@ -27,17 +25,18 @@ from castlm.core.blocks import is_block_weight
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
-from castlm.dtypes import STORED, STORED_NAMES, bytes_of, dtype_name, equal_in_bits
+from castlm.dtypes import STORED_NAMES, dtype_name, equal_in_bits
 from castlm.export.card import model_card
 from castlm.export.verify import check_dense, check_ok, verify
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
 from castlm.files.reading import user_path
 from castlm.files.stored import INDEX
+from castlm.files.weights import file_names, write_index, write_safetensors
 from castlm.hardware import model_versions
 from castlm.models.architecture import eval_mode
-from castlm.models.conversion import stored_shapes
-from castlm.models.io import copy_processor, load_model, parameters_in, save_model
+from castlm.models.io import load_model, parameters_in, save_model, write_all_but_weights
+from castlm.models.stored_layout import StoredLayout
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import check_cut, cut_model
 
@@ -49,12 +48,13 @@ def check_export(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn =
     """Checks, before training, that the result of `model` can be cut, written and verified."""
     check_cut(model, pattern, filter_fn)
     layers, _ = sparse_linears(model, pattern, filter_fn)
-    for name, layer in layers.items():
-        for stored, shape in stored_shapes(model, name, layer).items():
-            if not is_block_weight(stored, shape):
+    layout = StoredLayout(model)
+    for name in layers:
+        for part in layout.parts(name):
+            if not is_block_weight(part.name, part.shape):
                 raise InputError(
-                    f"{name} is stored as {stored} of shape {tuple(shape)}, whose groups castlm verify does not count: "
-                    "leave it dense (left_dense)"
+                    f"{name} is stored as {part.name} of shape {part.shape}, whose groups castlm verify does not "
+                    "count: leave it dense (left_dense)"
                 )
 
 
@@ -142,25 +142,6 @@ def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str,
     return manifest
 
 
-def write_all_but_weights(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
-) -> None:
-    """Writes config, generation config and tokenizer beside weights of `dtype` that the caller wrote."""
-    config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [type(model).__name__], dtype_name(dtype)
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    copy_processor(config, folder)
-
-
-def write_index(folder: Path, weight_map: Mapping[str, str], num_parameters: int, dtype: torch.dtype) -> None:
-    """Writes the index of several weight files: the file of each tensor by its name."""
-    metadata = {"total_parameters": num_parameters, "total_size": num_parameters * dtype.itemsize}
-    atomic_write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-
-
 @contextlib.contextmanager
 def verification(temporary: Path, folder: Path) -> Iterator[None]:
     """Turns an error in its block, which verifies the files in `temporary`, into one line that names `folder`."""
@@ -221,16 +202,16 @@ def verify_pattern(
     Returns the counts, `VerifyReport.totals`.
     """
     report = verify(folder, pattern, compare=False)  # with `model`, here
-    sparse: set[str] = set()
+    layout, sparse = StoredLayout(model), set[str]()
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, SparseLayer):
             continue
         reason = left_dense.get(name, left_dense.get(f"{name}.weight"))
         if reason is not None:
-            reasons |= dict.fromkeys(stored_shapes(model, name, module), reason)
+            reasons |= dict.fromkeys((part.name for part in layout.parts(name)), reason)
         elif is_sparse_linear(module, name):
-            sparse |= stored_shapes(model, name, module).keys()
+            sparse |= {part.name for part in layout.parts(name)}
     other = "not a linear layer of its own in memory"
     for name in report.uncounted.keys() - sparse:
         del report.uncounted[name]
@@ -270,7 +251,7 @@ def export_blocks(
     folder = Path(os.path.realpath(user_path(folder)))
     manifest = new_manifest(pattern, left_dense, record, dtype)
     with atomic_dir(folder, overwrite=True) as temporary:
-        files = [f"model-{i:05d}-of-{len(blocks) + 1:05d}.safetensors" for i in range(1, len(blocks) + 2)]
+        files = file_names(len(blocks) + 1)
         weight_map: dict[str, str] = {}
         for block, name in zip(blocks, files[1:]):
             try:
@@ -285,39 +266,12 @@ def export_blocks(
         write_safetensors(temporary / files[0], layout, rounded, {"format": "pt"})
         weight_map |= dict.fromkeys(layout, files[0])
         total = sum(p.numel() for p in model.parameters())
-        write_index(temporary, dict(sorted(weight_map.items())), total, dtype)
+        write_index(temporary / INDEX, weight_map, total * dtype.itemsize, total)
         write_all_but_weights(model, tokenizer, temporary, dtype)
         with verification(temporary, folder):
             manifest["proof"] = verify_pattern(temporary, model, pattern, manifest["left_dense"])
         write_record(temporary, folder.name, manifest)
     return manifest
-
-
-def write_safetensors(
-    file: Path,
-    layout: Mapping[str, tuple[str, tuple[int, ...]]],
-    tensors: Iterator[tuple[str, Tensor]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Writes a safetensors file one tensor at a time; `safetensors.torch.save_file` needs all of them in memory.
-
-    Args:
-        layout: dtype (safetensors' name) and shape of every tensor, in the order in which `tensors` gives them.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        begin, end = end, end + math.prod(shape) * STORED[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # safetensors pads its header to align the data
-    left = dict(layout)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
-            assert (STORED_NAMES[tensor.dtype], tuple(tensor.shape)) == left.pop(name), name
-            stream.write(memoryview(bytes_of(tensor).numpy()))
-    assert not left, left
 
 
 # ---- the hub

@@ -7,9 +7,10 @@ their names in the plain folder, so that packing, unpacking and packing again gi
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from castlm.export.folder import (
     recorded_pattern,
     stored_tensors,
 )
-from castlm.export.hf import export_model, write_safetensors
+from castlm.export.hf import export_model
 from castlm.export.loads import check_loads
 from castlm.export.origin import origin_of
 from castlm.export.verify import Packed, check_dense, check_ok, take_packed, verify
@@ -41,15 +42,16 @@ from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
 from castlm.files.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, SINGLE, StoredTensor
+from castlm.files.weights import Batch, Layout, file_names, write_weights
 from castlm.formats import packed_file
 from castlm.formats.packed_file import PackedSpec
 from castlm.formats.rounding import Rounded, on_grid, round_rows
 from castlm.formats.table import FORMATS
 from castlm.models.architecture import shape_model
-from castlm.models.conversion import as_stored, possible_names
 from castlm.models.io import load_model, open_config
 from castlm.models.layout import QUANT_METHOD, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
+from castlm.models.stored_layout import StoredLayout
 from castlm.patterns import DENSE, parse_pattern
 from castlm.progress import note
 from castlm.runtime.layers import can_pack_tables
@@ -65,9 +67,6 @@ from castlm.runtime.packed import (
 )
 
 Progress = Callable[[int, int], None]
-Layout = dict[str, tuple[str, tuple[int, ...]]]
-"""dtype (safetensors' name) and shape by tensor."""
-
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
 
 
@@ -318,10 +317,10 @@ def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
     tables = [module for module in (model.get_output_embeddings(), model.get_input_embeddings()) if module is not None]
     is_plain = can_pack_tables(model)
     paths = {module: path for path, module in model.named_modules() if module in tables}
-    found = []
+    found, layout = [], StoredLayout(model)
     for module in tables if is_plain else ():
-        names = as_stored(model, f"{paths[module]}.weight", module.weight)
-        possible = itertools.chain(*(possible_names(model, name) for name in names))
+        names = layout.to_stored({f"{paths[module]}.weight": module.weight})
+        possible = itertools.chain(*map(layout.possible_names, names))
         found += [name for name in possible if name in stored][:1]
     has_own = len(set(found)) > 1 or getattr(tables[0], "bias", None) is not None
     if not found or (opened.tie_word_embeddings and has_own):
@@ -465,26 +464,22 @@ def _write_weights(folder: Path, how: _Packing | _Unpacking, names: tuple[str, s
     single, index = names
     done, total = itertools.count(1), len(how.stored)
 
-    def converted(inside: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in inside:
-            yield from zip(how.layout(name), how.tensors(name))
-            if progress is not None:
-                progress(next(done), total)
+    def converted(name: str) -> Iterator[Tensor]:
+        yield from how.tensors(name)
+        if progress is not None:
+            progress(next(done), total)
 
-    old_files = sorted({tensor.file for tensor in how.stored.values()})
-    weight_map: dict[str, str] = {}
-    for number, old in enumerate(old_files, 1):
-        stem, count = single.removesuffix(".safetensors"), len(old_files)
-        new = single if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
-        inside = [name for name, tensor in how.stored.items() if tensor.file == old]
-        entries = {key: entry for name in inside for key, entry in how.layout(name).items()}
-        write_safetensors(folder / new, entries, converted(inside), how.metadata(inside))
-        weight_map |= dict.fromkeys(entries, new)
-    if len(old_files) == 1:
-        return single
-    content = {"metadata": {"total_size": _bytes_in(folder)}, "weight_map": weight_map}
-    atomic_write_json(folder / index, content)
-    return index
+    inside: dict[Path, list[str]] = {}
+    for name, tensor in how.stored.items():
+        inside.setdefault(tensor.file, []).append(name)
+    batches = [
+        [Batch(how.layout(name), functools.partial(converted, name)) for name in of_file]
+        for _, of_file in sorted(inside.items())
+    ]
+    metadata = [how.metadata(of_file) for _, of_file in sorted(inside.items())]
+    files = file_names(len(batches), single)
+    write_weights(folder, dict(zip(files, batches)), dict(zip(files, metadata)), index=index)
+    return single if len(files) == 1 else index
 
 
 def _bytes_in(folder: Path) -> int:

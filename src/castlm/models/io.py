@@ -8,6 +8,7 @@ and save, layers are as `castlm.models.architecture.linearize_` makes them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -27,17 +28,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
 from castlm.core.errors import InputError, check_finite, is_panic
-from castlm.dtypes import FLOATS, STORED
+from castlm.dtypes import FLOATS, STORED, dtype_name
 from castlm.files.stored import StoredTensor, read_header
+from castlm.files.weights import Batch, into_files, layout_of, write_weights
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
 from castlm.models.gguf import fast_gguf, forget_gguf
-from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, stored_transposed
+from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD
 from castlm.models.locate import Location, find
+from castlm.models.stored_layout import StoredLayout, by_block
 from castlm.models.weights import loading_only, packed_weights, stored_weights
 
 PROCESSOR_FILES = (
@@ -349,14 +354,15 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    max_shard_size: int | str = "50GB",
+    max_shard_bytes: int = 50 * 10**9,
 ) -> None:
     """Writes safetensors, config, generation config and tokenizer, from which `from_pretrained` loads the same model.
 
-    The weights keep their dtype. The model is not changed and can be trained further.
+    The weights keep their dtype. The model is not changed and can be trained further. The converted weights of one
+    transformer block are in memory at a time.
 
     Args:
-        max_shard_size: largest weight file, in bytes or as "5GB"; larger weights are written to several files.
+        max_shard_bytes: largest weight file; larger weights are written to several files of whole transformer blocks.
 
     Raises:
         InputError: weight scaling that is not folded.
@@ -364,15 +370,47 @@ def save_model(
     hidden = next((name for name, _ in model.named_parameters() if "parametrizations" in name.split(".")), None)
     if hidden:
         raise InputError(f"{hidden} cannot be saved under that name: fold_weight_scaling(model) first")
-    state_dict = model.state_dict()
-    for name, tensor in state_dict.items():  # Conv1D weights are stored (in, out)
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, nn.Linear) and stored_transposed(model.config.model_type, name):
-            state_dict[name] = tensor.T.contiguous()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with quiet_transformers(progress=False):
-        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+        batches = [_batch_of(model, group) for group in by_block(_stored_values(model))]
+        write_weights(folder, into_files(batches, max_shard_bytes), num_parameters=model.num_parameters())
+    write_all_but_weights(model, tokenizer, folder, model.dtype)
+
+
+def _stored_values(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a model that its files hold, by name; tied ones once."""
+    values: dict[str, Tensor] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        values |= {f"{prefix}{name}": p.detach() for name, p in module.named_parameters(recurse=False)}
+        buffers = module.named_buffers(recurse=False)
+        values |= {f"{prefix}{name}": b for name, b in buffers if name not in module._non_persistent_buffers_set}
+    kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(values, model)
+    return {name: value for name, value in kept.items() if name not in (model._keys_to_ignore_on_save or ())}
+
+
+def _batch_of(model: PreTrainedModel, values: dict[str, Tensor]) -> Batch:
+    """The stored tensors of some values, which are converted when they are written."""
+    layout = StoredLayout(model)
+    shapes = layout.to_stored({name: value.to("meta") for name, value in values.items()})
+    return Batch(layout_of(shapes), lambda: layout.to_stored(values).values())
+
+
+def write_all_but_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
+) -> None:
+    """Writes config, generation config, tokenizer and a model's own code beside weights of `dtype`."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], dtype_name(dtype)
+    with quiet_transformers(progress=False):
+        if model._auto_class is not None:
+            custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    copy_processor(model.config, folder)
+    copy_processor(config, folder)
 
 
 def copy_processor(config: PretrainedConfig, folder: str | Path) -> None:

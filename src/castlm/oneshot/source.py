@@ -20,7 +20,7 @@ from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer
 from castlm.distributed.loading import Checkpoint, opened_files
 from castlm.models.architecture import replaced_forward
-from castlm.models.layout import stored_transposed
+from castlm.models.stored_layout import StoredLayout
 
 
 def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
@@ -144,8 +144,8 @@ class StoredModel:
         tensors = {}
         for name, parameter in self.blocks[index].named_parameters(prefix=f"{self.stack}.{index}"):
             value = parameter.detach().to(self.dtype)
-            transposed = stored_transposed(self.model.config.model_type, name)
-            tensors[name] = (value.T if transposed else value).contiguous().cpu()
+            transposed = StoredLayout(self.model).is_transposed(name)
+            tensors[name] = (value.mT if transposed else value).contiguous().cpu()
         return tensors
 
     def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from castlm.core.errors import InputError
 from castlm.core.experts import PROJECTIONS, ExpertLinear
 from castlm.formats.packed_file import PackedSpec
-from castlm.models.conversion import loaded_name, stored_rows
+from castlm.models.stored_layout import StoredLayout
 from castlm.runtime.layers import PackedLinear, PackedModule
 from castlm.runtime.packed import PackedTensor, unpack
 
@@ -82,27 +82,25 @@ class PackedExperts(nn.Module):
         weight = torch.empty(self.get_parameter(name).shape, device="meta")
         with torch.device("meta"):
             like = ExpertLinear(weight, self.dense.is_transposed)
-        stack = next((stem for stem, spec in specs.items() if spec.experts and loaded_name(model, stem) == path), None)
+        layout = StoredLayout(model)
+        stack = next((stem for stem, spec in specs.items() if spec.experts and layout.loaded_name(stem) == path), None)
         delattr(self, name)
         if stack is not None:
             shape = like.num_experts * like.out_features, like.in_features, like.num_experts
             self.add_module(name, PackedStack(_spec_of_shape(specs, stack, shape, path)))
             self.projections.append(_Projection(name, like.num_experts, like.transposed, ()))
             return {stack: path}
-        rows_of = stored_rows(model, path, like)
-        if not rows_of:
+        parts = layout.parts(path, like)
+        if parts[0].expert is None:
             raise InputError(f"only some of the experts {fqn} are packed: load the model after castlm unpack")
-        pieces: list[list[tuple[int, str]]] = [[] for _ in range(like.num_experts)]
+        pieces: list[list[str]] = [[] for _ in range(like.num_experts)]
         places = {}
-        for stored in rows_of:
-            stem = stored.name.removesuffix(".weight")
-            below = loaded_name(model, stem).removeprefix(f"{fqn}.")
-            shape = stored.rows.stop - stored.rows.start, like.in_features, 0
-            _add(self, below, PackedLinear(_spec_of_shape(specs, stem, shape, path)))
-            pieces[stored.expert].append((stored.rows.start, below))
-            places[stem] = f"{fqn}.{below}"
-        paths = tuple(tuple(below for _, below in sorted(of_expert)) for of_expert in pieces)
-        self.projections.append(_Projection(name, like.num_experts, like.transposed, paths))
+        for part in parts:  # in the order of rows
+            below = layout.loaded_name(part.stem).removeprefix(f"{fqn}.")
+            _add(self, below, PackedLinear(_spec_of_shape(specs, part.stem, (*part.shape, 0), path)))
+            pieces[part.expert or 0].append(below)
+            places[part.stem] = f"{fqn}.{below}"
+        self.projections.append(_Projection(name, like.num_experts, like.transposed, tuple(map(tuple, pieces))))
         return places
 
     def take_stacks_apart_(self) -> None:
@@ -177,7 +175,7 @@ def replace_experts_(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) ->
         InputError: only some of the experts are packed.
     """
     placed: dict[str, str] = {}
-    stored_at = {loaded_name(model, stem) for stem in specs}
+    stored_at = set(map(StoredLayout(model).loaded_name, specs))
     for fqn, module in list(model.named_modules()):
         weights = {name: module._parameters.get(name) for name in PROJECTIONS}
         names = [name for name, weight in weights.items() if weight is not None and weight.dim() == 3]

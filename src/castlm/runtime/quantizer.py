@@ -24,8 +24,8 @@ from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
 from castlm.files.stored import PACKED_INDEX, PACKED_SINGLE, StoredTensor, check_weight_files, read_header
 from castlm.formats.packed_file import VERSION, PackedSpec, read_specs
-from castlm.models.conversion import loaded_name, possible_names
 from castlm.models.layout import QUANT_METHOD
+from castlm.models.stored_layout import StoredLayout
 from castlm.runtime import native
 from castlm.runtime.experts import replace_experts_, take_stacks_apart_, unpack_experts_
 from castlm.runtime.layers import PackedEmbedding, PackedLinear, PackedModule, can_pack_tables, onto_kernels_
@@ -138,7 +138,7 @@ class CastlmQuantizer(HfQuantizer):
         """Replaces the dense layer by a packed one without values, and returns its path."""
         from transformers.pytorch_utils import Conv1D
 
-        path = _path_in(model, loaded_name(model, name))
+        path = _path_in(model, StoredLayout(model).loaded_name(name))
         module = model.get_submodule(path) if path is not None else None
         weight = getattr(module, "weight", None)
         is_alike = weight is not None and tuple(weight.shape) == spec.unpacked_shape
@@ -208,7 +208,7 @@ def _is_cpu(device: Any) -> bool:
 
 def _path_in(model: PreTrainedModel, name: str) -> str | None:
     """The path of the module for a stored name."""
-    for path in possible_names(model, name):
+    for path in StoredLayout(model).possible_names(name):
         with contextlib.suppress(AttributeError):
             model.get_submodule(path)
             return path
@@ -225,7 +225,7 @@ def _keep_table_dtypes(model: PreTrainedModel, tensors: Mapping[str, StoredTenso
     for path, module in model.named_modules():
         if module not in (embedding, head):
             continue
-        for name in possible_names(model, path):
+        for name in StoredLayout(model).possible_names(path):
             stored = tensors.get(f"{name}.weight")
             dtype = None if stored is None else STORED.get(stored.dtype)
             if dtype in FLOATS.values():

@@ -20,7 +20,7 @@ from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, matric
 from castlm.data.calibration import CalibrationText
 from castlm.formats.rounding import Rounded, round_in_groups, round_rows
 from castlm.formats.table import FORMATS
-from castlm.models.conversion import stored_rows, stored_shapes
+from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.inputs import check_finite_input, see_inputs
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
@@ -189,18 +189,18 @@ def quantize_(
 def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict[str, Rounded]:
     """Converts `layers` to the layout of the files: names on disk, and experts split or stacked as there."""
     found: dict[str, Rounded] = {}
+    layout = StoredLayout(model)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name in layers:
-            (stored,) = stored_shapes(model, name, layer)
-            found[stored.removesuffix(".weight")] = layers[name]
+            (part,) = layout.parts(name)
+            found[part.stem] = layers[name]
         if isinstance(layer, ExpertLinear) and f"{name}.0" in layers:
             experts = [layers[f"{name}.{expert}"] for expert in range(layer.num_experts)]
-            pieces = stored_rows(model, name, layer)
-            if pieces is None:
-                codes, scales = (torch.cat([getattr(part, of) for part in experts]) for of in ("codes", "scales"))
-                (stored,) = stored_shapes(model, name, layer)
-                found[stored] = Rounded(experts[0].kind, codes, scales)
-            for stored, expert, rows in pieces or ():
-                part = experts[expert]
-                found[stored.removesuffix(".weight")] = Rounded(part.kind, part.codes[rows], part.scales[rows])
+            for part in layout.parts(name):
+                if part.expert is None:  # all experts in one tensor: their rows follow each other
+                    codes, scales = (torch.cat([getattr(each, of) for each in experts]) for of in ("codes", "scales"))
+                    found[part.stem] = Rounded(experts[0].kind, codes, scales)
+                else:
+                    one = experts[part.expert]
+                    found[part.stem] = Rounded(one.kind, one.codes[part.rows], one.scales[part.rows])
     return found
