@@ -217,9 +217,16 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, text, name):
 def test_a_bad_index_is_named_in_one_line(tmp_path, text, memory):
     model = save_tiny(tmp_path / "dense", "llama")
     (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
-    for index in ("[]", '{"weight_map": 3}', '{"weight_map": {"a": "gone.safetensors"}}'):
+    gone = '"weight_map": {"a": "gone.safetensors"}'
+    indexes = {
+        "[]": "object",
+        '{"weight_map": 3}': "weight_map",
+        f"{{{gone}}}": "lacks 'metadata'",
+        f'{{"metadata": {{}}, {gone}}}': "missing files",
+    }
+    for index, message in indexes.items():
         (model / "model.safetensors.index.json").write_text(index)
-        with pytest.raises(InputError, match=r"model\.safetensors\.index\.json .*(object|weight_map|missing files)"):
+        with pytest.raises(InputError, match=rf"model\.safetensors\.index\.json.*{message}"):
             prune(model, text, tmp_path / "out", memory=memory)
 
 

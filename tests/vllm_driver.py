@@ -16,10 +16,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, which imports once
 
-from vllm import LLM, SamplingParams
-
 
 def tokens(job: dict) -> list[list[int]]:
+    from vllm import LLM, SamplingParams  # of that environment alone
+
     model = LLM(job["folder"], **{"dtype": "float32", "max_model_len": 256, "enforce_eager": True, **job["options"]})
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     sampling = SamplingParams(temperature=0, max_tokens=job["num_tokens"], ignore_eos=True)

@@ -77,7 +77,8 @@ def stored_weights(
             download_kwargs={"revision": revision},
         )
     except Exception as error:  # of any type
-        raise InputError(f"transformers finds no weights in {target}: {one_line(error)}") from error
+        where, lacks = index if index.is_file() else target, "it lacks " if isinstance(error, KeyError) else ""
+        raise InputError(f"transformers finds no weights in {where}: {lacks}{one_line(error)}") from error
     files = [Path(file) for file in found or ()]
     weight_map: Mapping[str, Any] = (sharded or {}).get("weight_map", {})
     for name in [*weight_map.values(), *(file.name for file in files)]:

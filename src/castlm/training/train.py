@@ -182,8 +182,6 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     filter_fn = filter_of(config.model.left_dense)
     if method_options.row.is_sparse:
         check_export(model, pattern, filter_fn)
-        if checkpoint is None and world.device.type == "cpu" and world.is_main:
-            _note_longer_groups(model, pattern, filter_fn)
     num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
     teacher = Teacher(config.teacher, config.model, source, world, whole_copies=whole_copies)
     cache = None
@@ -192,6 +190,8 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         cache.complete = cache.covers(num_sequences)
 
     # start; without a cache, no teacher takes memory yet
+    if method_options.row.is_sparse and checkpoint is None and world.device.type == "cpu" and world.is_main:
+        _note_longer_groups(model, pattern, filter_fn)
     if makes_start:
         passes = 3 + (eta > 0)  # forward, twice as much backward, and the teacher's forward
         training_start = TrainingStart(
