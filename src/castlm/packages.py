@@ -1,4 +1,4 @@
-"""Optional packages, which are asked for before the work that needs them."""
+"""Optional packages: whether they are installed is checked before the work that needs them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from castlm.core.errors import InputError
 
 
 def missing(*packages: str) -> list[str]:
-    """Those of `packages` that are not installed; none is imported.
+    """Returns the packages that are not installed. Imports none of them.
 
     A folder of that name on Python's path is not enough.
     """

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM end a command with a message, and a run that has begun to train with a checkpoint.
+"""Ctrl-C and SIGTERM end a command with a message. A run that is training also saves a checkpoint.
 
-They end a run after the current step. Before its first step they end it at once, like any command, because there is
-nothing to save but finished blocks of its start, which are saved already. A second Ctrl-C always ends it at once.
+A run ends after the current step. Before the first step it ends at once, like any other command: the only work to save
+is the finished blocks of its start, and those are saved already. A second Ctrl-C always ends the command at once.
 """
 
 from __future__ import annotations

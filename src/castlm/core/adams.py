@@ -85,7 +85,7 @@ class AdamS(Optimizer):
 
     State of a sparse parameter (out, in), or (experts, out, in): `step` () float32, `exp_avg` and `exp_avg_sq` as
     `new_moments` makes them, and `mask` (..., out, ceil(in / 8)) uint8, one bit per weight, 1 = kept, as `pack_mask`
-    makes it. All of it exists from construction on. Parameters may be DTensors sharded by rows, as FSDP2 makes them;
+    makes it. The constructor makes all of it. Parameters may be DTensors sharded by rows, as FSDP2 makes them;
     `mask` is sharded alike.
     Gradients of another real dtype are converted to the parameter's.
 

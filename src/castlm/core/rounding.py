@@ -4,8 +4,8 @@ A weight is a whole code times the scale of its group, some consecutive columns 
 (LSQ, arXiv 1902.08153). It is a parametrization above weight scaling or a mask, so every forward pass, also of an
 evaluation, computes with the weights that will be stored. A masked weight decays to zero, and so rounds to zero.
 
-- One side of zero has one code more than the other: the side of the group's largest weight, so that no sign needs to be
-  trained. `castlm.formats.rounding.on_grid` gives the scale a sign instead.
+- The codes go one further on the side of the group's largest weight: -4 to 3, or -3 to 4. Scales stay positive, so no
+  sign is trained. In a file, `castlm.formats.rounding.on_grid` gives the scale a sign instead.
 - The gradient passes straight through the rounding, and is zero where the rounding clips.
 - The logarithm of a scale is trained, so that one learning rate serves scales of every size. The forward pass rounds
   the scale to bf16, as it is stored.

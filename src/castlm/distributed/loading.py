@@ -32,7 +32,7 @@ from castlm.models.layout import OLD_BUFFERS
 from castlm.models.stored_layout import Part, StoredLayout
 
 FIRST = 64
-"""The largest count of numbers per parameter: the first of its first row, or of its first expert."""
+"""The number of values that a fingerprint reads of each parameter: the first ones of its first row or expert."""
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -221,7 +221,7 @@ class Retraining:
         """Changes the gradients after the backward pass and the clipping."""
 
     def own_parameters(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """Those of the trained or frozen `parameters` that belong to the model itself; by default all."""
+        """Returns the parameters of the model itself, without those that the method has added; by default all."""
         return list(parameters)
 
     def trained_part(self, parameters: Iterable[Tensor]) -> str:

@@ -80,8 +80,9 @@ class MethodOptions(Bounded):
             ),
         ),
     )
-    """Steps between mask refreshes (T1), as long as masked weights decay. From a given mask, masked weights start at
-    zero, and a refresh keeps those that have grown larger than kept ones; structured patterns keep a given mask."""
+    """Steps between mask refreshes (T1), as long as masked weights decay. With a given n:m mask, masked weights start
+    at zero; a refresh keeps one again if it has grown larger than a kept weight of its group. Structured patterns do
+    not change a given mask."""
 
     srste_lam: float = number(5e-3, at_least=0, needs=of_methods("srste_lam"))
     """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight

@@ -57,8 +57,8 @@ class Objective(nn.Module):
     with the label -100 count in none of the three. Further tensors go to the forward passes of student and teacher.
 
     Args:
-        teacher: frozen, in eval mode, with at least the student's vocabulary; None if `eta` is 0, or if `cache` holds
-            all sequences.
+        teacher: frozen, in eval mode, with a vocabulary at least as large as the student's. None without distillation
+            (`eta` is 0), or if `cache` holds all sequences.
         top_k: distill from the teacher's `top_k` most probable tokens; 0 uses the full distribution.
         cache: stores these tokens.
         apart: the documents of a training sequence do not attend to each other; each begins where `position_ids` are 0.

@@ -154,8 +154,8 @@ class TeacherOptions(Bounded):
 
     hidden_weight: float | None = number(None, at_least=0)
     """Weight of the distance between the hidden states of student and teacher after each transformer block. It falls
-    linearly to 0 over the run. The default is 15, and 0 with eta 0, another teacher, a teacher_cache (which holds no
-    hidden states), method dense, or castlm finetune."""
+    linearly to 0 over the run. The default is 15. It is 0 with eta 0, with another teacher, with a teacher_cache (which
+    holds no hidden states), for method dense, and in castlm finetune."""
 
     temperature: float = number(1.0, above=0, needs=DISTILLED)
     """Temperature of the KL divergence, which is multiplied by its square."""

@@ -57,7 +57,7 @@ _LEAST_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Shapes:
-    """The number of a model's weights by shape."""
+    """The layers of a model, counted by shape, and the numbers of its other weights."""
 
     blocks: Mapping[Shape, int]
     """Number of linear layers inside the transformer blocks by shape."""

@@ -1,0 +1,20 @@
+"""docs/architecture.md names files, and functions and classes of them, that exist."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_place_that_the_map_names_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    source = ROOT / "src" / "castlm"
+    files = re.findall(r"`([\w/]+\.(?:py|cpp))`", page)
+    for file in files:
+        assert (source / file).is_file() or (ROOT / file).is_file(), file
+    places = re.findall(r"`([\w/]+\.py)`, `([\w.]+)`", page)
+    assert len(places) >= 10
+    for file, name in places:
+        assert re.search(rf"^ *(?:def|class) {name.rpartition('.')[2]}\b", (source / file).read_text(), re.M), name
+    for room in re.findall(r"^\| `(\w+)/` \|", page, re.M):
+        assert (source / room).is_dir(), room
