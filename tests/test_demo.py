@@ -21,7 +21,7 @@ def tiny_demo(no_charts, tmp_path, monkeypatch) -> str:
     """The output folder of a demo whose model is tiny, and neither generates nor is timed."""
     monkeypatch.setattr(demo, "DEMO", save_chat_model(tmp_path / "model", max_position_embeddings=512))
     monkeypatch.setattr(demo, "payoff_table", lambda *_: (Table(), "a text", "a text"))
-    monkeypatch.setattr(demo, "untrained_answers", lambda: ("a text", "a text"))
+    monkeypatch.setattr(demo, "answer", lambda loaded: "a text")
     return str(tmp_path / "out")
 
 

@@ -8,12 +8,15 @@ import math
 import pytest
 import torch
 
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.scored import ScoredText, scored_sequences
 from castlm.data.tokens import Encoder, token_ids
 from castlm.distributed.world import World
+from castlm.evaluation.answers import ask
 from castlm.evaluation.perplexity import evaluate_text, perplexity
+from castlm.models.io import load_model
 from castlm.training.metrics import sequences
 from tests.refusals import refusal, refused
 from tests.slow import slow
@@ -148,3 +151,22 @@ def test_evaluate_text_records_what_the_figure_depends_on(tmp_path):
     assert (record["text"], record["text_tokens"], record["tokenizer"]) == ("story.txt", len(ids), "some/tokenizer")
     assert record["dtype"] == "float32"
     assert record["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_answers_are_measured_by_their_repetition_and_by_a_teacher(llama, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("Story one\n\nanother story\n")
+    arguments = ["eval", llama, "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "12", "--device", "cpu"]
+    assert main([*arguments, "--teacher", llama, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["answers"]
+    assert found["num_answers"] == 2
+    assert 0 <= found["repetition"] < 1
+    loaded = load_model(llama)
+    answers = ask(loaded.model, loaded.tokenizer, ["Story one", "another story"], max_new_tokens=12)
+    total = 0.0
+    for answer in answers:
+        ids = torch.cat([answer.prompt, torch.tensor([answer.ids])], dim=1)
+        labels = torch.cat([torch.full_like(answer.prompt, -100), torch.tensor([answer.ids])], dim=1)
+        total += loaded.model(input_ids=ids, labels=labels).loss.item() * len(answer.ids)
+    assert found["teacher_nats"] == pytest.approx(total / sum(len(answer.ids) for answer in answers), rel=1e-4)
+    assert main(arguments) == 0
+    assert "4-grams" in capsys.readouterr().out

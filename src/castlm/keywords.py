@@ -202,6 +202,10 @@ class EvaluateKeywords(TypedDict, total=False):
     stride: int | None
     tasks_from: str | None
     limit: int | None
+    prompts: str | None
+    teacher: str | None
+    max_new_tokens: int
+    temperature: float
     precision: Literal["auto", "fp32", "bf16"]
     device: Literal["auto", "cpu", "cuda"]
     revision: str | None

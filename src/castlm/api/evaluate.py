@@ -14,6 +14,7 @@ from castlm.keywords import EvaluateKeywords
 from castlm.training.options import ModelOptions, RuntimeOptions
 
 TEXT = Needs("a text", lambda options: options.reads_text)
+PROMPTS = Needs("prompts", lambda options: options.prompts is not None)
 TASKS = Needs("tasks", lambda options: options.tasks is not None)
 
 
@@ -54,6 +55,19 @@ class EvaluateOptions(ScoredTextOptions):
     limit: int | None = number(None, at_least=1, needs=TASKS)
     """Maximum number of questions per task."""
 
+    prompts: str | None = None
+    """File of prompts, one on each line of a .txt file. The model answers each, and the answers are measured: the share
+    of their 4-grams that repeat an earlier one, and with a teacher its nats per token of them."""
+
+    teacher: str | None = option(None, needs=PROMPTS)
+    """Model that scores the answers to the prompts, such as the dense model: a folder, hub id, GGUF file or "demo"."""
+
+    max_new_tokens: int = number(64, at_least=1, needs=PROMPTS)
+    """Maximum number of tokens of an answer."""
+
+    temperature: float = number(0.0, at_least=0, needs=PROMPTS)
+    """Temperature of the answers. 0 always takes the most probable token."""
+
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """Compute type of the forward pass. auto: bf16 if the hardware multiplies it faster."""
 
@@ -75,7 +89,7 @@ def evaluate(
     tasks: str | None = None,
     **options: Unpack[EvaluateKeywords],
 ) -> dict[str, Any]:
-    """Measures the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, or both.
+    """Measures the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, or its answers.
 
     For a model in memory, see `perplexity`.
 
@@ -83,14 +97,14 @@ def evaluate(
         model: a Hugging Face folder, plain or packed, a run of `train`, a hub id, a GGUF file, or "demo".
         text: a file, folder or glob of .txt, .jsonl or .parquet, or a hub dataset.
         tasks: names of lm-eval, separated by commas, such as "piqa,arc_easy".
-        options: as of `castlm eval`: `seq_len`, `stride`, `eval_tokens`, `limit`, `precision` and others.
+        options: as of `castlm eval`: `prompts`, `teacher`, `seq_len`, `stride`, `eval_tokens`, `limit` and others.
 
     Returns:
         `perplexity` with all that it depends on (sequence length, stride, text and its hash, tokenizer, versions), and
-        `zero_shot` for tasks; as `castlm eval --json` writes them.
+        `zero_shot` for tasks, and `answers` for prompts; as `castlm eval --json` writes them.
 
     Raises:
-        InputError: neither a text nor tasks, an option out of range, or a model or text that cannot be read.
+        InputError: no text, tasks or prompts, an option out of range, or a model or text that cannot be read.
 
     Examples:
         >>> import castlm
@@ -102,14 +116,14 @@ def evaluate(
 
 
 def check(options: EvaluateOptions, source: str = "") -> None:
-    """Raises `InputError` if there is neither a text nor a task.
+    """Raises `InputError` if there is no text, task or prompt.
 
     Args:
         source: `COMMAND_LINE` if the options are from there; errors then write `--text` instead of `text`.
     """
-    text, tasks = label("text", source), label("tasks", source)
-    if options.text is None and options.tasks is None:
-        raise InputError(f"nothing to evaluate on: give {text} FILE, or {tasks} piqa,arc_easy, or both")
+    text, tasks, prompts = (label(name, source) for name in ("text", "tasks", "prompts"))
+    if options.text is None and options.tasks is None and options.prompts is None:
+        raise InputError(f"nothing to evaluate on: give {text} FILE, {tasks} piqa,arc_easy or {prompts} FILE")
 
 
 def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]:
@@ -126,9 +140,11 @@ def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]
     from castlm.data.tokens import open_encoder
     from castlm.evaluation.perplexity import evaluate_text
     from castlm.hardware import choose_device, choose_precision, why_slow
+    from castlm.lab.sampling import read_prompts
     from castlm.models.io import load_model
     from castlm.progress import note, shown_progress
 
+    prompts = [] if options.prompts is None else read_prompts(options.prompts, options)
     if options.text is not None:
         documents = open_documents(options.text, options, split=options.eval_split, data_config=options.eval_config)
     device = choose_device(options.device)
@@ -158,4 +174,12 @@ def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]
         figures["zero_shot"] = zero_shot(
             model, loaded.tokenizer, names, folder=options.tasks_from, limit=options.limit, autocast_dtype=dtype
         )
+    if prompts:
+        from castlm.evaluation.answers import answer_figures, ask
+
+        with shown_progress("answers") as progress:
+            lengths: Any = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+            answers = ask(model, loaded.tokenizer, prompts, progress=progress, **lengths)
+        teacher = None if options.teacher is None else load_model(options.teacher, **code).model
+        figures["answers"] = {"teacher": options.teacher, **lengths, **answer_figures(answers, teacher)}
     return figures

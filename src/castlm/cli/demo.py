@@ -28,6 +28,7 @@ from castlm.api.prune import prune
 from castlm.cli.demo_payoff import NEW_TOKENS, payoff_table
 from castlm.cli.options import command_line
 from castlm.core.sparsify import prune_
+from castlm.evaluation.answers import Answer, nats_per_token, repetition
 from castlm.files.output import begin_output, output_folder
 from castlm.hardware import keep_freed_memory
 from castlm.models.io import Loaded, load_model
@@ -107,10 +108,8 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     result, packed = folder / "castlm" / "model", folder / "packed"
     table, of_control, of_packed = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
     console.print(f"\n{PROMPT!r}, answered by", markup=False)
-    of_dense, of_magnitude = untrained_answers()
-    answers = {"dense": of_dense, "magnitude": of_magnitude, "control": of_control, f"castlm {PATTERN}": of_packed}
-    for name, text in answers.items():
-        console.print(f"  {name + ':':13} {text}", markup=False)
+    for line in answer_lines({"control": of_control, f"castlm {PATTERN}": of_packed}):
+        console.print(line, markup=False)
     console.print(table)
     minutes = (time.monotonic() - started) / 60
     console.print(f"\nverified {PATTERN} model, in {minutes:.1f} minutes: {result}", markup=False)
@@ -161,12 +160,23 @@ def results_table(sparse: dict[str, Any], control: dict[str, Any], of_gpus: floa
     return table
 
 
-def untrained_answers() -> tuple[str, str]:
-    """The answers of the dense model and of its one-shot prune by magnitude, by greedy decoding."""
-    loaded = load_model(DEMO)
-    of_dense = answer(loaded)
-    prune_(loaded.model)
-    return of_dense, answer(loaded)
+def answer_lines(trained: dict[str, str]) -> list[str]:
+    """The answers of the dense model, of its one-shot prune by magnitude and of the `trained` ones, each measured.
+
+    A line has the share of 4-grams that repeat an earlier one, and the dense model's nats per token of the answer.
+    """
+    dense, pruned = load_model(DEMO), load_model(DEMO)
+    prune_(pruned.model)
+    prompt = encode_prompt(dense.tokenizer, PROMPT, raw=False)
+    lines = []
+    for name, text in {"dense": answer(dense), "magnitude": answer(pruned), **trained}.items():
+        ids = list(dense.tokenizer(text, add_special_tokens=False)["input_ids"])
+        nats = f"{nats_per_token(dense.model, [Answer(prompt, text, ids)]):.2f}" if ids else "none"
+        lines += [
+            f"  {name} ({repetition(ids):.0%} repeated, {nats} nats a token under the dense model):",
+            f"    {text}",
+        ]
+    return lines
 
 
 def answer(loaded: Loaded) -> str:

@@ -11,7 +11,7 @@ from castlm.fields import COMMAND_LINE
 
 @dataclass(frozen=True)
 class EvalCommand(EvaluateOptions):
-    """Measure the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, or both."""
+    """Measure the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, and its answers."""
 
     json: str | None = None
     """File for the figures as JSON; "-" prints them."""
@@ -36,4 +36,13 @@ class EvalCommand(EvaluateOptions):
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
             docs = "" if row["num_docs"] is None else f"  ({row['num_docs']:,} questions)"  # none of a group of tasks
             to_stdout(f"{row['task']:16}{row['metric']:12}{row['value']:.4f}{error}{docs}")
+        if answers := figures.get("answers"):
+            nats = answers.get("teacher_nats")
+            by_teacher = "" if nats is None else f", {nats:.3f} nats a token under {self.teacher}"
+            to_stdout(
+                f"{answers['num_answers']:,} answers of {answers['answer_tokens']:,} tokens: "
+                f"{answers['repetition']:.1%} of their 4-grams repeat an earlier one{by_teacher}"
+            )
+            for text in answers["first_answers"]:
+                to_stdout(f"  {' '.join(text.split())[:200]!r}")
         return 0
