@@ -28,7 +28,7 @@ from castlm.runtime import native
 from castlm.runtime.layers import multiply_by_gemm
 from castlm.runtime.packed import pack, pack_integers
 
-KINDS = [(values, n) for values in ("bf16", "fp16", "int8", "int4") for n in (2, 1, 0)]
+KINDS = [(values, n, m) for values in ("bf16", "fp16", "int8", "int4") for n, m in ((2, 4), (32, 64), (0, 0))]
 FEW_ROWS, MANY_ROWS = (1, 2, 4, 8, 16, 32, 128), 1024
 CACHED, SHAPES = (512, 1024), ((2048, 2048), (1536, 576))
 PRODUCTS = 1 << 27
@@ -38,9 +38,8 @@ Runs = Mapping[str, tuple[str, Callable[[], object]]]
 """Contestants by name: the level, and what to do under it."""
 
 
-def random_buffer(values: str, n: int, shape: tuple[int, int]) -> Tensor:
-    """A random n:4 weight (out, in), or a dense one for `n` = 0, as the kernels read it."""
-    m = 4 if n else 0
+def random_buffer(values: str, n: int, m: int, shape: tuple[int, int]) -> Tensor:
+    """A random n:m weight (out, in), or a dense one for `m` = 0, as the kernels of the level in use read it."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     mask = nm_mask(weight, n, m) if n else torch.ones_like(weight, dtype=torch.bool)
     if values in FLOATS:
@@ -68,28 +67,39 @@ def seconds(runs: Runs, products: int, repeats: int, clock: str) -> dict[str, fl
     return {name: statistics.median(found) for name, found in interleaved(contestants, repeats, clock).items()}
 
 
-def against_the_level_before(values: str, n: int, rows: int, repeats: int, clock: str) -> dict[str, float]:
+def buffers_of_levels(values: str, n: int, m: int, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """One weight as each vector level reads it."""
+    buffers = {}
+    for level in VECTORS:
+        native.use_level(level)
+        buffers[level] = random_buffer(values, n, m, shape)
+    return buffers
+
+
+def against_the_level_before(values: str, n: int, m: int, rows: int, repeats: int, clock: str) -> dict[str, float]:
     """The speed of each vector level with `rows` rows of x, in units of the one before it."""
     out_features, in_features = CACHED
-    buffer, x = random_buffer(values, n, CACHED), torch.randn(rows, in_features)
-    runs: Runs = {level: (level, lambda: native.multiply(x, buffer, out_features)) for level in VECTORS}
+    buffers, x = buffers_of_levels(values, n, m, CACHED), torch.randn(rows, in_features)
+    runs: Runs = {
+        level: (level, functools.partial(native.multiply, x, buffer, out_features)) for level, buffer in buffers.items()
+    }
     found = seconds(runs, rows * out_features * in_features, repeats, clock)
     return {f"{after} / {before}": found[before] / found[after] for before, after in itertools.pairwise(VECTORS)}
 
 
 def against_the_gemm(
-    values: str, n: int, shape: tuple[int, int], rows: int, repeats: int, clock: str
+    values: str, n: int, m: int, shape: tuple[int, int], rows: int, repeats: int, clock: str
 ) -> dict[str, float]:
     """The speed of each vector level with many rows of x, in units of the library's GEMM over the unpacked weight."""
-    buffer, x = random_buffer(values, n, shape), torch.randn(rows, shape[1])
+    buffers, x = buffers_of_levels(values, n, m, shape), torch.randn(rows, shape[1])
 
-    def by_kernels(most: int) -> None:
-        for part in x.split(most):
+    def by_kernels(buffer: Tensor) -> None:
+        for part in x.split(512):
             native.multiply(part, buffer, shape[0])
 
     runs: Runs = {
-        **{level: (level, functools.partial(by_kernels, 512 if level == "amx" else 128)) for level in VECTORS},
-        "gemm": (VECTORS[-1], lambda: multiply_by_gemm(x, buffer, shape[0])),
+        **{level: (level, functools.partial(by_kernels, buffer)) for level, buffer in buffers.items()},
+        "gemm": (VECTORS[-1], lambda: multiply_by_gemm(x, buffers[VECTORS[-1]], shape[0])),
     }
     found = seconds(runs, rows * shape[0] * shape[1], repeats, clock)
     return {f"{level} / GEMM": found["gemm"] / found[level] for level in VECTORS}
@@ -114,13 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (1, (1, 16), ((64, 128),), 160) if args.quick else (9, FEW_ROWS, SHAPES, MANY_ROWS)
     )
     table = []
-    for values, n in KINDS:
-        found = [(CACHED, rows, against_the_level_before(values, n, rows, repeats, args.clock)) for rows in few_rows]
+    for values, n, m in KINDS:
+        found = [(CACHED, rows, against_the_level_before(values, n, m, rows, repeats, args.clock)) for rows in few_rows]
         found += [
-            (shape, many_rows, against_the_gemm(values, n, shape, many_rows, repeats, args.clock)) for shape in shapes
+            (shape, many_rows, against_the_gemm(values, n, m, shape, many_rows, repeats, args.clock))
+            for shape in shapes
         ]
         for shape, rows, ratios in found:
-            weights = f"{n}:4 {values}" if n else f"dense {values}"
+            weights = f"{n}:{m} {values}" if m else f"dense {values}"
             table.append({"weights": weights, "shape": shape, "rows": rows, **ratios})
             text = "  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
             print(f"{weights:10}  {shape[0]} x {shape[1]}, {rows:5,} rows  {text}", flush=True)

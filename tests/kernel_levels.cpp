@@ -120,7 +120,8 @@ int main() {
       for (const auto& pattern : patterns)
         for (const int64_t rows : {13, 32})
           for (const int64_t columns : {44, 64, 320})
-            for (const int64_t batch : {1, 2, 3, 8, 17}) compare(level, {values, pattern[0], pattern[1], rows, columns, batch});
+            for (const int64_t batch : {1, 2, 3, 8, 17})
+              if (!pattern[1] || columns % pattern[1] == 0) compare(level, {values, pattern[0], pattern[1], rows, columns, batch});
     std::printf("%s\n", kLevels[level]);
   }
   return 0;

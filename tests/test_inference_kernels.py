@@ -161,11 +161,9 @@ def test_the_level_is_chosen_by_name_or_in_the_environment(level, monkeypatch):
 def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, level):
     packed = random_packed(values, n, m, 24, 128)
     buffer, x = buffer_of(packed), torch.randn(1029, 128)
-    is_integer = values.startswith("int")
-    by_avx512 = 512 if is_integer else 128 if n == 1 or (n == 2 and not native.is_intel()) else 0
-    by_amx = by_avx512 if values == "fp16" else 512
     most = native.rows_at_a_time(buffer)
-    assert most == {"avx2": 512 if is_integer else 0, "avx512": by_avx512, "amx": by_amx}.get(level, 0)
+    by_avx2 = 512 if values.startswith("int") else 0
+    assert most == {"avx2": by_avx2, "avx512": 512, "amx": 512}.get(level, 0)
     in_parts = torch.cat([packed_linear(part, buffer, 24) for part in x.split(most or DIRECT_ROWS)])
     whole = packed_linear(x, buffer, 24)
     assert torch.equal(whole, in_parts) if most else torch.allclose(whole, in_parts, atol=1e-6 * whole.abs().max())

@@ -17,9 +17,9 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=fast", "-pthread", "-static"]
 ARM_COMPILER, ARM_EMULATOR, X86_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64", "qemu-x86_64"
 
 
-def build(compiler: str, program: Path) -> Path:
+def build(compiler: str, program: Path, *flags: str) -> Path:
     driver = ROOT / "tests" / "kernel_levels.cpp"
-    subprocess.run([compiler, *FLAGS, str(driver), *map(str, SOURCES), "-o", str(program)], check=True)
+    subprocess.run([compiler, *FLAGS, *flags, str(driver), *map(str, SOURCES), "-o", str(program)], check=True)
     return program
 
 
@@ -47,3 +47,9 @@ def test_one_build_takes_what_each_x86_processor_has(tmp_path):
         assert levels_that_agree(program) == list(native.levels())
     assert levels_that_agree(X86_EMULATOR, "-cpu", "Haswell", program) == ["plain", "avx2"]
     assert levels_that_agree(X86_EMULATOR, "-cpu", "Nehalem-v1", program) == ["plain"]
+
+
+@pytest.mark.skipif("avx512" not in native.levels(), reason="needs AVX-512 with VNNI and VBMI2")
+def test_amx_kernels_agree_with_the_plain_path_where_their_instructions_are_emulated(tmp_path):
+    program = build("g++", tmp_path / "levels", "-include", str(ROOT / "tests" / "emulated_amx.h"))
+    assert levels_that_agree(program)[-1] == "amx"

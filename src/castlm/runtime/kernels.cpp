@@ -35,11 +35,11 @@ EACH_CPU void widen_bfloat16(const uint16_t* from, int64_t count, float* to) {
 EACH_CPU void narrow_bfloat16(const float* from, int64_t count, uint16_t* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = float_to_bfloat16(from[k]);
 }
-template <int together>
 void split_pairs(float* row, int64_t count) {
-  for (int64_t k = 0; k < count; k += together) {
-    float split[together];
-    for (int i = 0; i < together / 2; ++i) split[i] = row[k + 2 * i], split[together / 2 + i] = row[k + 2 * i + 1];
+  constexpr int kTogether = 16;
+  for (int64_t k = 0; k < count; k += kTogether) {
+    float split[kTogether];
+    for (int i = 0; i < kTogether / 2; ++i) split[i] = row[k + 2 * i], split[kTogether / 2 + i] = row[k + 2 * i + 1];
     std::memcpy(row + k, split, sizeof split);
   }
 }
@@ -80,7 +80,7 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
   const bool fits_panels = m == 4 && n <= 2;
   if (layout < 0) {
-    const bool in_lanes = level() >= kAvx512 && values >= kInt8 && fits_lanes(m);
+    const bool in_lanes = level() >= kAvx512 && fits_lanes(m);
     layout = in_lanes ? kLanes : m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
   }
   if (layout > kLanes || (layout == kLanes ? !fits_lanes(m) : (layout == kDense) != (m == 0))) return false;
@@ -102,7 +102,7 @@ bool checked(const uint8_t* packed, int64_t bytes, Header& of) {
 // x (batch, columns) as fp32 (rows, padded columns), in the order that the kernels of a level take. x itself where it is so.
 const float* widen(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
   const int64_t width = of.padded();
-  const bool splits = of.layout == kDense && of.values == kBFloat16 && (level == kAvx2 || level == kAvx512);
+  const bool splits = of.layout == kDense && of.values == kBFloat16 && level == kAvx2;
   if (!is_bfloat16 && !splits && rows == batch && width == of.columns) return reinterpret_cast<const float*>(x);
   float* wide = static_cast<float*>(scratch<1>(rows * width * 4));
   for (int64_t b = 0; b < rows; ++b) {
@@ -111,7 +111,7 @@ const float* widen(const Header& of, int32_t level, const uint8_t* x, bool is_bf
     if (filled && is_bfloat16) widen_bfloat16(reinterpret_cast<const uint16_t*>(x) + b * of.columns, filled, to);
     if (filled && !is_bfloat16) std::memcpy(to, reinterpret_cast<const float*>(x) + b * of.columns, filled * 4);
     std::fill(to + filled, to + width, 0.0f);
-    if (splits) level == kAvx2 ? split_pairs<16>(to, width) : split_pairs<32>(to, width);
+    if (splits) split_pairs(to, width);
   }
   return wide;
 }
@@ -132,9 +132,7 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
   if (as_they_are) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
   for (int64_t i = 0; i < rows * of.blocks(); ++i)
-    offsets[i] = of.layout == kLanes ? avx512_offset(of, narrow + i * kBlock)
-                 : level == kAvx2    ? avx2_offset(narrow + i * kBlock)
-                                     : avx512_adapt(of, narrow + i * kBlock, scales + i);
+    offsets[i] = level == kAvx2 ? avx2_offset(narrow + i * kBlock) : avx512_offset(of, narrow + i * kBlock);
   if (of.layout == kLanes && batch >= kManyRows)
     return avx512_many_rows(of, {wide, narrow, scales, offsets, rows}, scratch<4>(avx512_many_bytes(of, rows)));
   return {wide, narrow, scales, offsets, rows};
@@ -148,11 +146,10 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 
 // The level whose kernels multiply `batch` rows of x the fastest.
 int32_t level_for(const Header& of, int64_t batch) {
-  if (of.layout == kLanes) return of.is_unsigned && level() >= kAvx512 ? kAvx512 : kPlain;
-  int32_t used = of.layout == kRows ? int32_t(kPlain) : level();
-  if (used == kAmx && !amx_gains(of, batch)) used = kAvx512;
-  if (used == kAvx512 && !avx512_gains(of, padded_batch(of, batch))) used = kAvx2;
-  return used;
+  if (of.layout == kRows) return kPlain;
+  if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
+  if (level() < kAvx512 || (of.values >= kInt8 && !of.is_unsigned)) return kPlain;
+  return level() == kAmx && amx_gains(of, batch) ? kAmx : kAvx512;
 }
 
 void multiply_by_amx(const Header& of, const uint8_t* data, const Activations& x, bool is_bfloat16, float* sums,
@@ -172,7 +169,7 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
   int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
   const bool by_prompt = level == kAvx2 && avx2_prompt_gains(of, batch);
   if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
-  const bool by_lanes = of.layout == kLanes && level == kAvx512;
+  const bool by_lanes = level == kAvx512;
   if (by_lanes) part = threads == 1 ? tiles : whole(part, 2);  // tiles that it takes together, and x from the first to the last row
   if (by_prompt) part = whole(part, 4);  // tiles that it takes together
   if (threads == 1 && batch <= kMaxBatch) part = tiles;
@@ -181,8 +178,7 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
     if (by_prompt) return avx2_prompt(of)(of, data, x, sums, ldy, first, last);
     for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
       const Activations some = rows_from(of, x, b, std::min(kMaxBatch, x.batch - b));
-      const Multiply kernel = level == kAvx512 ? avx512_multiply(of, some.batch)
-                              : level == kAvx2 ? avx2_multiply(of, some.batch)
+      const Multiply kernel = level == kAvx2   ? avx2_multiply(of, some.batch)
                               : level == kNeon ? neon_multiply(of, some.batch)
                                                : plain_multiply;
       kernel(of, data, some, sums + b * ldy, ldy, first, last);
@@ -220,8 +216,6 @@ const int32_t castlm_inference_version = 8;
 
 // The level in use.
 int castlm_level() { return level(); }
-
-int castlm_is_intel() { return is_intel; }
 
 // Whether this processor has a level.
 int castlm_runs(int level) { return runs(level); }

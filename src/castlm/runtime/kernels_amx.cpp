@@ -1,5 +1,5 @@
 // The kernels for many rows of x on processors with AMX, whose tiles multiply 16 rows by 16 rows at once. The weights of 32 rows
-// by up to 1,024 columns are expanded from their panels or dense blocks into tiles, which stay in the cache while all of x
+// by up to 1,024 columns are expanded from kLanes into tiles, which stay in the cache while all of x
 // passes. bf16 weights are exact; an fp32 activation becomes the sum of two bf16 numbers, which keep 17 of its 24 bits, and one
 // in bf16 stays as it is. Integers are multiplied as int8 and summed in fp32 block by block, as the other kernels do.
 
@@ -13,7 +13,7 @@
 
 #include <algorithm>
 
-BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8")
+BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi2,amx-tile,amx-bf16,amx-int8")
 
 namespace castlm {
 namespace {
@@ -31,6 +31,8 @@ constexpr TileShapes kShapes;
 
 // The tile instructions of some compilers do not say which memory they read.
 INLINE void all_stored() { __asm__ volatile("" ::: "memory"); }
+
+#include "lanes_avx512.h"
 
 #include "tiles_amx.h"
 
@@ -135,7 +137,7 @@ INLINE void multiply_rows(const Header& of, const Tiles& x, const uint8_t* w, co
   }
 }
 
-template <int n, int values, int parts>
+template <bool is_masked, int values, int parts>
 void multiply_tiles(const Header& of, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last) {
   alignas(64) uint8_t w[2 * kMostBlocks * (values == kBFloat16 ? 2 : 1) * kTileBytes];
   alignas(64) float w_scales[kMostBlocks * 32];
@@ -146,7 +148,7 @@ void multiply_tiles(const Header& of, const uint8_t* data, const Tiles& x, float
   for (int64_t block = 0; block < of.blocks(); block += most) {
     const int64_t blocks = std::min(most, of.blocks() - block);
     for (int64_t row = first; row < last; row += 32) {
-      expand<n, values>(of, data, row, block, blocks, w, w_scales);
+      expand<values, is_masked>(of, data, row, block, blocks, w, w_scales);
       all_stored();
       multiply_rows<values, parts>(of, x, w, w_scales, block, blocks, y + row, ldy);
     }
@@ -160,9 +162,8 @@ void multiply_tiles(const Header& of, const uint8_t* data, const Tiles& x, float
 
 template <int values, int parts>
 void multiply_pattern(const Header& of, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  if (of.n == 0) return multiply_tiles<0, values, parts>(of, data, x, y, ldy, first, last);
-  if (of.n == 1) return multiply_tiles<1, values, parts>(of, data, x, y, ldy, first, last);
-  return multiply_tiles<2, values, parts>(of, data, x, y, ldy, first, last);
+  if (of.m) return multiply_tiles<true, values, parts>(of, data, x, y, ldy, first, last);
+  return multiply_tiles<false, values, parts>(of, data, x, y, ldy, first, last);
 }
 
 // What 16 floats have beyond themselves as bf16; nothing where they became infinite.
@@ -193,7 +194,7 @@ bool has_amx() {
 
 // Against AVX-512 on an Emerald Rapids: 0.6 to 1.2 times its speed with 8 rows of x, 1.3 to 2.4 with 16.
 bool amx_gains(const Header& of, int64_t batch) {
-  return of.layout != kRows && (of.values == kBFloat16 || of.values == kInt8 || of.values == kInt4) && batch > 12;
+  return (of.values == kBFloat16 || of.values == kInt8 || of.values == kInt4) && batch > 12;
 }
 
 int64_t amx_tile_bytes(const Header& of, bool is_bfloat16, int64_t batch) {

@@ -1,5 +1,5 @@
-// The kernels of integers in kLanes for processors with AVX-512, VNNI and VBMI2. A register is a step of a panel: 16 outputs by
-// four columns, so that the products of a whole block of 64 columns are summed as integers, and no sum runs across lanes.
+// The kernels of kLanes for processors with AVX-512, VNNI and VBMI2. The lanes of a register are 16 outputs, so that no sum runs
+// across lanes. Of integers it has four columns in each lane, and the products of a whole block of 64 columns are summed as integers.
 //
 // `vpexpandb` puts the kept weights of a step to the places that 64 bits of the mask name, and the next step begins as many
 // bytes further as there are bits. `vpdpbusd` multiplies unsigned by signed bytes: 128 is added to weights of int8, 8 to those
@@ -13,6 +13,7 @@
 #if defined(CASTLM_AVX512)
 
 #include <algorithm>
+#include <array>
 
 #include "plain.h"
 
@@ -24,43 +25,7 @@ namespace {
 // In assembly: GCC 12 copies the sums of the intrinsic, and spills them all.
 INLINE void add_products(__m512i& sums, __m512i w, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x)); }
 
-// What a block holds of `values`: registers, and columns of each.
-template <int values>
-struct Shape {
-  static constexpr int kHalves = values == kInt4 ? 2 : 1, kSteps = values == kInt4 ? 8 : 16, kColumns = kBlock / kSteps;
-};
-
-// Reads the registers of a panel in turn, half by half of each step.
-template <int values, bool is_masked>
-struct Reader {
-  const uint8_t *mask, *at[Shape<values>::kHalves];
-
-  INLINE void start(const uint8_t* panel) {
-    mask = panel;
-    for (const uint8_t*& half : at) half = panel + (is_masked ? 128 : 0);
-  }
-  INLINE __m512i next(int half) {
-    const uint8_t* from = at[half];
-    if (!is_masked) {
-      at[half] += 64;
-      return values == kInt4 ? nibbles(from, half) : load(from);
-    }
-    const auto* bits = reinterpret_cast<const uint64_t*>(mask);
-    __mmask64 places;
-    asm("kmovq %1, %0" : "=k"(places) : "m"(*bits));  // from memory: by way of a register it takes longer
-    uint64_t same;
-    std::memcpy(&same, bits, 8);
-    mask += 8, at[half] += __builtin_popcountll(same);
-    if (values == kInt8) return _mm512_mask_expandloadu_epi8(_mm512_set1_epi8(char(128)), places, from);
-    return _mm512_mask_expand_epi8(_mm512_set1_epi8(8), places, nibbles(from, half));
-  }
-
- private:
-  static INLINE __m512i nibbles(const uint8_t* from, int half) {
-    const __m512i both = load(from);
-    return _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
-  }
-};
+#include "lanes_avx512.h"
 
 template <int columns>
 INLINE __m512i spread(const int8_t* x) {  // 4 or 8 columns of x to all lanes
@@ -72,18 +37,6 @@ INLINE __m512i spread(const int8_t* x) {  // 4 or 8 columns of x to all lanes
   int32_t bits;
   std::memcpy(&bits, x, 4);
   return _mm512_set1_epi32(bits);
-}
-
-INLINE __m512 short_scales(const uint8_t* at) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// Columns 0 to 3 of both halves of int4, or columns 4 to 7, as a step of int8 has them.
-template <int odd>
-INLINE __m512i half_step(__m512i half0, __m512i half1) {
-  constexpr int kTake = odd ? 0xdd : 0x88;
-  return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(half0), _mm512_castsi512_ps(half1), kTake));
 }
 
 template <int values>
@@ -167,7 +120,46 @@ void multiply_rows(const Header& of, const uint8_t* data, const Activations& x, 
   }
 }
 
-constexpr int kFew = 8;  // rows of x whose weights are expanded in registers
+template <int values, bool is_masked, int R>
+void multiply_floats(const Header& of, const uint8_t* data, const Activations& x, int64_t b, float* y, int64_t ldy, int64_t first,
+                     int64_t last) {
+  constexpr int E = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums of an output: an FMA takes 4 cycles
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), width = of.padded();
+  const uint8_t* panel = data + first * blocks * bytes;
+  for (int64_t tile = first; tile < last; tile++) {
+    const float* wide = x.wide + b * width;
+    __m512 sums[R][E];
+#pragma GCC unroll 8
+    for (auto& of_row : sums)
+#pragma GCC unroll 4
+      for (__m512& sum : of_row) sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < blocks; i++, panel += bytes, wide += kBlock) {
+      FloatReader<values, is_masked> reader;
+      reader.start(panel);
+      if (is_intel) prefetch(panel, bytes);
+#pragma GCC unroll 2
+      for (int k = 0; k < kBlock; k += 4)
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; pair++) {
+          __m512 w[2];
+          reader.next(w);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+              __m512& sum = sums[r][(2 * pair + j) % E];
+              sum = _mm512_fmadd_ps(w[j], _mm512_set1_ps(wide[r * width + k + 2 * pair + j]), sum);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      __m512 sum = E == 4 ? _mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][2 % E]), _mm512_add_ps(sums[r][1 % E], sums[r][3 % E]))
+                   : E == 2 ? _mm512_add_ps(sums[r][0], sums[r][1 % E]) : sums[r][0];
+      _mm512_mask_storeu_ps(y + (b + r) * ldy + 16 * tile, rows_here(of, 16 * tile), sum);
+    }
+  }
+}
 
 // ---- many rows of x
 
@@ -236,61 +228,123 @@ void multiply_tile(const Header& of, const uint8_t* w, int64_t w_stride, const u
     for (int t = 0; t < kTilesAtOnce; t++) to[r][t] = sums[r][t];
 }
 
+template <int values>
+constexpr auto kTile = std::array{multiply_tile<values, 1>, multiply_tile<values, 2>, multiply_tile<values, 3>,
+                                  multiply_tile<values, 4>, multiply_tile<values, 5>, multiply_tile<values, 6>};
+
+// A tile of floats as fp32, (columns, 16).
 template <int values, bool is_masked>
-void multiply_many(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
-                   int64_t last) {
-  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes;
-  const int64_t x_rows = std::max<int64_t>(96, kPassBytes / of.padded() / kRowsAtOnce * kRowsAtOnce);
-  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * stride);
-  auto* w = static_cast<uint8_t*>(scratch<0>(kTilesAtOnce * blocks * 1024));
-  for (int64_t b0 = 0; b0 < x.batch; b0 += x_rows) {
-    for (int64_t tile = first; tile < last; tile += kTilesAtOnce) {
-      const int64_t tiles = std::min<int64_t>(kTilesAtOnce, last - tile);
-      const uint8_t* panel = data + tile * stride;
-      constexpr bool kExpands = values == kInt4 || is_masked;
-      const uint8_t* steps = kExpands ? w : panel;
-      for (int t = 0; kExpands && t < tiles; t++) expand<values, is_masked>(panel + t * stride, bytes, blocks, w + t * blocks * 1024);
-      for (int64_t b = b0; b < std::min(b0 + x_rows, x.batch); b += kRowsAtOnce) {
-        const int64_t at = b * blocks, rows = std::min<int64_t>(kRowsAtOnce, x.batch - b);
-        __m512 sums[kRowsAtOnce][kTilesAtOnce];
-        const auto by = rows > 4 ? multiply_tile<values, 6> : rows > 2 ? multiply_tile<values, 4> : multiply_tile<values, 2>;
-        by(of, steps, tiles > 1 ? blocks * 1024 : 0, panel, tiles > 1 ? stride : 0, x.narrow + at * kBlock, x.scales + at, x.offsets + at, sums);
-        for (int t = 0; t < tiles; t++) {
-          const int64_t row = 16 * (tile + t);
-          const __mmask16 here = rows_here(of, row);
-          const __m512 factor = values == kInt8 ? _mm512_loadu_ps(row_scales + row) : _mm512_set1_ps(1);
-          for (int64_t r = 0; r < rows; r++)
-            _mm512_mask_storeu_ps(y + (b + r) * ldy + row, here, _mm512_mul_ps(sums[r][t], factor));
-        }
-      }
+void expand_floats(const uint8_t* panel, int64_t bytes, int64_t blocks, float* to) {
+  FloatReader<values, is_masked> reader;
+  for (int64_t i = 0; i < blocks; i++, panel += bytes) {
+    reader.start(panel);
+    for (int k = 0; k < kBlock; k += 2, to += 32) {
+      __m512 w[2];
+      reader.next(w);
+      _mm512_store_ps(to, w[0]);
+      _mm512_store_ps(to + 16, w[1]);
     }
   }
 }
 
+// R rows of x times some tiles of floats, expanded to `w`, `w_stride` floats apart.
+template <int R>
+void multiply_float_tile(const float* w, int64_t w_stride, int64_t columns, const float* x, int64_t ldx, __m512 (*to)[kTilesAtOnce]) {
+  __m512 sums[R][kTilesAtOnce];
+#pragma GCC unroll 6
+  for (auto& of_row : sums)
+#pragma GCC unroll 2
+    for (__m512& sum : of_row) sum = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < columns; k++, w += 16) {
+    __m512 of_column[kTilesAtOnce];
+#pragma GCC unroll 2
+    for (int t = 0; t < kTilesAtOnce; t++) of_column[t] = _mm512_load_ps(w + t * w_stride);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int t = 0; t < kTilesAtOnce; t++) sums[r][t] = _mm512_fmadd_ps(of_column[t], _mm512_set1_ps(x[r * ldx + k]), sums[r][t]);
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int t = 0; t < kTilesAtOnce; t++) to[r][t] = sums[r][t];
+}
+constexpr auto kFloatTile = std::array{multiply_float_tile<1>, multiply_float_tile<2>, multiply_float_tile<3>,
+                                       multiply_float_tile<4>, multiply_float_tile<5>, multiply_float_tile<6>};
+
+template <int values, bool is_masked>
+void multiply_many(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                   int64_t last) {
+  constexpr bool kIsFloat = values < kInt8, kExpands = kIsFloat || values == kInt4 || is_masked;
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes, width = of.padded();
+  const int64_t pass = std::max<int64_t>(96, kPassBytes / (width * (kIsFloat ? 4 : 1)) / kRowsAtOnce * kRowsAtOnce);
+  const int64_t step_bytes = blocks * 1024 * (kIsFloat ? 4 : 1);  // of a tile, expanded
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * stride);
+  auto* room = static_cast<uint8_t*>(scratch<0>(kExpands ? kTilesAtOnce * step_bytes : 0));
+  for (int64_t b0 = 0; b0 < x.batch; b0 += pass)
+    for (int64_t tile = first; tile < last; tile += kTilesAtOnce) {
+      const int64_t tiles = std::min<int64_t>(kTilesAtOnce, last - tile);
+      const uint8_t *panel = data + tile * stride, *w = kExpands ? room : panel;
+      for (int t = 0; kExpands && t < tiles; t++) {
+        if constexpr (kIsFloat)
+          expand_floats<values, is_masked>(panel + t * stride, bytes, blocks, reinterpret_cast<float*>(room + t * step_bytes));
+        else expand<values, is_masked>(panel + t * stride, bytes, blocks, room + t * step_bytes);
+      }
+      const int64_t next = tiles > 1 ? step_bytes : 0, next_panel = tiles > 1 ? stride : 0;  // one tile alone stands for both
+      for (int64_t b = b0; b < std::min(b0 + pass, x.batch); b += kRowsAtOnce) {
+        const int64_t at = b * blocks, rows = std::min<int64_t>(kRowsAtOnce, x.batch - b);
+        __m512 sums[kRowsAtOnce][kTilesAtOnce];
+        if constexpr (kIsFloat)
+          kFloatTile[rows - 1](reinterpret_cast<const float*>(w), next / 4, width, x.wide + b * width, width, sums);
+        else kTile<values>[rows - 1](of, w, next, panel, next_panel, x.narrow + at * kBlock, x.scales + at, x.offsets + at, sums);
+        for (int t = 0; t < tiles; t++) {
+          const int64_t row = 16 * (tile + t);
+          const __m512 factor = values == kInt8 ? _mm512_loadu_ps(row_scales + row) : _mm512_set1_ps(1);
+          for (int64_t r = 0; r < rows; r++)
+            _mm512_mask_storeu_ps(y + (b + r) * ldy + row, rows_here(of, row), _mm512_mul_ps(sums[r][t], factor));
+        }
+      }
+    }
+}
+
+template <int values, bool is_masked, int R>
+constexpr auto rows_kernel() {
+  if constexpr (values < kInt8) return multiply_floats<values, is_masked, R>;
+  else return multiply_rows<values, is_masked, R>;
+}
+template <int values, bool is_masked>
+constexpr auto kRowsKernels = std::array{
+    rows_kernel<values, is_masked, 1>(), rows_kernel<values, is_masked, 2>(), rows_kernel<values, is_masked, 3>(),
+    rows_kernel<values, is_masked, 4>(), rows_kernel<values, is_masked, 5>(), rows_kernel<values, is_masked, 6>(),
+    rows_kernel<values, is_masked, 7>(), rows_kernel<values, is_masked, 8>()};
+
 template <int values, bool is_masked>
 void multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
   if (x.batch >= kManyRows) return multiply_many<values, is_masked>(of, data, x, y, ldy, first, last);
-  for (int64_t b = 0, rest = x.batch; rest > 0;) {
-    const int64_t passes = (rest + kFew - 1) / kFew, rows = (rest + passes - 1) / passes;
-    switch (rows) {
-      case 1: multiply_rows<values, is_masked, 1>(of, data, x, b, y, ldy, first, last); break;
-      case 2: multiply_rows<values, is_masked, 2>(of, data, x, b, y, ldy, first, last); break;
-      case 3: multiply_rows<values, is_masked, 3>(of, data, x, b, y, ldy, first, last); break;
-      case 4: multiply_rows<values, is_masked, 4>(of, data, x, b, y, ldy, first, last); break;
-      case 5: multiply_rows<values, is_masked, 5>(of, data, x, b, y, ldy, first, last); break;
-      case 6: multiply_rows<values, is_masked, 6>(of, data, x, b, y, ldy, first, last); break;
-      case 7: multiply_rows<values, is_masked, 7>(of, data, x, b, y, ldy, first, last); break;
-      default: multiply_rows<values, is_masked, 8>(of, data, x, b, y, ldy, first, last);
-    }
-    b += rows, rest -= rows;
+  constexpr int64_t kMost = kRowsKernels<values, is_masked>.size();
+  for (int64_t b = 0; b < x.batch;) {
+    const int64_t rest = x.batch - b, passes = (rest + kMost - 1) / kMost, rows = (rest + passes - 1) / passes;
+    kRowsKernels<values, is_masked>[rows - 1](of, data, x, b, y, ldy, first, last);
+    b += rows;
   }
+}
+
+template <int values>
+Multiply of_values(const Header& of) {
+  return of.m ? multiply<values, true> : multiply<values, false>;
 }
 
 }  // namespace
 
 Multiply avx512_lanes(const Header& of) {
-  if (of.values == kInt8) return of.m ? multiply<kInt8, true> : multiply<kInt8, false>;
-  return of.m ? multiply<kInt4, true> : multiply<kInt4, false>;
+  switch (of.values) {
+    case kBFloat16: return of_values<kBFloat16>(of);
+    case kFloat16: return of_values<kFloat16>(of);
+    case kFloat32: return of_values<kFloat32>(of);
+    case kInt8: return of_values<kInt8>(of);
+    default: return of_values<kInt4>(of);
+  }
 }
 
 int64_t avx512_many_bytes(const Header& of, int64_t batch) {
@@ -303,12 +357,11 @@ Activations avx512_many_rows(const Header& of, const Activations& x, void* room)
   auto* narrow = static_cast<int8_t*>(room);
   auto* scales = reinterpret_cast<float*>(narrow + rows * of.padded());
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * blocks);
-  for (int64_t b = 0; b < rows; b++)
+  for (int64_t b = 0; b < x.batch; b++)
     for (int64_t i = 0; i < blocks; i++) {
       const int64_t at = (b / kRowsAtOnce * blocks + i) * kRowsAtOnce + b % kRowsAtOnce;
-      const bool is_here = b < x.batch;
-      _mm512_storeu_si512(narrow + at * kBlock, is_here ? load(x.narrow + b * of.padded() + i * kBlock) : _mm512_setzero_si512());
-      scales[at] = is_here ? x.scales[b * blocks + i] : 0, offsets[at] = is_here ? x.offsets[b * blocks + i] : 0;
+      _mm512_storeu_si512(narrow + at * kBlock, load(x.narrow + b * of.padded() + i * kBlock));
+      scales[at] = x.scales[b * blocks + i], offsets[at] = x.offsets[b * blocks + i];
     }
   return {x.wide, narrow, scales, offsets, x.batch};
 }
@@ -318,12 +371,18 @@ int32_t avx512_offset(const Header& of, const int8_t* narrow) {
   return -(of.values == kInt4 ? 8 : 128) * _mm512_reduce_add_epi32(sums);
 }
 
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
+}
+
 }  // namespace castlm
 END_TARGET
 
 #else
 
 namespace castlm {
+bool has_avx512() { return false; }
 Multiply avx512_lanes(const Header&) { return nullptr; }
 int64_t avx512_many_bytes(const Header&, int64_t) { return 0; }
 Activations avx512_many_rows(const Header&, const Activations& x, void*) { return x; }

@@ -64,10 +64,10 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header");
 
-// The form of x in which kernels multiply it. Floats: fp32, padded; for dense bf16, the even columns of each 16 (of each 32
-// with AVX-512) before the odd ones. Integers: int8 with a scale for each block of 64 columns. AVX-512 adds 128 to these for
-// panels, whose int4 it multiplies as 16 times themselves. `offsets` cancels the constants that are added to dense weights: 8
-// to int4, and with AVX-512 128 to int8. Many rows of x have another form with AVX2 (`avx2_prompt_rows`).
+// The form of x in which kernels multiply it. Floats: fp32, padded; for dense bf16 in kDense, the even columns of each 16 before
+// the odd ones. Integers: int8 with a scale for each block of 64 columns. `offsets` cancels the constants that are added to
+// weights: 8 to dense int4, and with AVX-512 8 to all int4 and 128 to int8. Many rows of x have another form
+// (`avx2_prompt_rows`, `avx512_many_rows`).
 struct Activations {
   const float* wide;
   const int8_t* narrow;
@@ -221,24 +221,20 @@ bool avx2_prompt_gains(const Header&, int64_t batch);
 // Rows of x as that kernel takes them, in `room` of `avx2_prompt_bytes`, aligned to 32 bytes.
 int64_t avx2_prompt_bytes(const Header&, int64_t batch);
 Activations avx2_prompt_rows(const Header&, const Activations& x, void* room);
-Multiply avx512_multiply(const Header&, int64_t batch);
-bool avx512_gains(const Header&, int64_t batch);  // whether it is faster than AVX2
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
 // A tile of panels or of dense rows as fp32, all of its rows, `padded()` columns of each, `ld` apart.
 void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
 void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
 // What a block of int8 activations adds to its products with int4 that have 8 added, negative.
 int32_t avx2_offset(const int8_t* narrow);
-// The kernel of integers in kLanes for AVX-512, for any number of rows of x. From `kManyRows` on, it takes x in another order,
-// in `room` of `avx512_many_bytes`, aligned to 64 bytes.
+// The kernel of kLanes for AVX-512, for any number of rows of x. From `kManyRows` on, integers take x in another order, in `room`
+// of `avx512_many_bytes`, aligned to 64 bytes.
 constexpr int64_t kManyRows = 13;
 Multiply avx512_lanes(const Header&);
 int64_t avx512_many_bytes(const Header&, int64_t batch);
 Activations avx512_many_rows(const Header&, const Activations& x, void* room);
 // What a block of int8 activations adds to its products with weights that have 128 or 8 added, negative.
 int32_t avx512_offset(const Header&, const int8_t* narrow);
-// A block of int8 activations as the AVX-512 kernels of the other layouts take them; returns its offset.
-int32_t avx512_adapt(const Header&, int8_t* narrow, float* scale);
 
 constexpr int64_t kAmxRows = 32, kAmxBatch = 16;  // rows of a matrix and of x, whose multiples the AMX kernels take
 bool amx_gains(const Header&, int64_t batch);  // whether AMX is faster than the others

@@ -78,11 +78,6 @@ def level() -> str:
     return LEVELS[built().castlm_level()]
 
 
-def is_intel() -> bool:
-    """Whether the processor is Intel's, by its vendor string."""
-    return bool(built().castlm_is_intel())
-
-
 def levels(library: ctypes.CDLL | None = None) -> tuple[str, ...]:
     """The levels that this processor supports, the fastest last; empty if the kernels were not built."""
     library = library or kernels()
@@ -190,6 +185,11 @@ class DenseOrder:
     added: int
 
 
+def has_kernels(m: int) -> bool:
+    """Whether there are kernels for n of every `m` weights; `m` = 0 is dense."""
+    return m == 0 or _BLOCK % m == 0
+
+
 def dense_order(packed: Tensor, values: str) -> DenseOrder:
     """The order of the buffer of a dense matrix of any values but int4."""
     _, layout, _, _, _, is_unsigned = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
@@ -218,26 +218,16 @@ def dense_table(
 def rows_at_a_time(packed: Tensor) -> int:
     """The number of rows of x that `multiply` should take at once, if x has many; 0 if the library's GEMM is faster.
 
-    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding; bf16 with AMX; and n:m floats
-    with AVX-512. On Intel's processors, whose GEMM is faster, they take n:m floats only if at most one of four is kept.
+    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding, and floats with AVX-512.
     docs/performance.md has the speeds, measured by `benchmarks.levels`.
     """
     _check_plain("a packed weight", packed, torch.uint8)
     if packed.numel() < _HEADER.size:
         return 0  # both ways refuse it
-    _, layout, values, n, _, _ = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
-    used = level()
-    if layout == LAYOUTS["rows"] or used not in ("avx2", "avx512", "amx"):
-        return 0
-    is_integer = values in _INTEGERS
+    _, layout, values, _, _, _ = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
     if layout == LAYOUTS["lanes"]:
-        return 512 if is_integer and used != "avx2" else 0
-    if used == "amx" and (is_integer or values == VALUES["bf16"]):
-        return 512
-    floats_gain = used != "avx2" and layout == LAYOUTS["panels"] and (n == 1 or not is_intel())
-    if is_integer:
-        return 512
-    return 128 if floats_gain else 0
+        return 512 if level() in ("avx512", "amx") else 0
+    return 512 if layout != LAYOUTS["rows"] and level() == "avx2" and values in _INTEGERS else 0
 
 
 def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:

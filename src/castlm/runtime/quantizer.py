@@ -127,6 +127,11 @@ class CastlmQuantizer(HfQuantizer):
         _keep_table_dtypes(model, tensors)
         # transformers does not load the packed tensors: each layer reads its own when it is prepared, so that memory
         # holds the stored tensors of one layer at a time.
+        without = sorted({spec.pattern for spec in specs.values() if not native.has_kernels(spec.m)})
+        if without:
+            logger.warning(
+                f"castlm has no fast CPU kernels for {', '.join(without)}: they take n:m with m = 2, 4, 8, 16, 32 or 64"
+            )
         for name, path in placed.items():
             module = model.get_submodule(path)
             assert isinstance(module, PackedModule)

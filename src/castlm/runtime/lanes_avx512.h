@@ -1,0 +1,97 @@
+// Readers of kLanes for AVX-512: the registers of a panel in turn, with masked weights in their places. Included by the files of
+// kernels inside their target pragma and their unnamed namespace.
+
+// What a block holds of `values`: registers, and columns of each.
+template <int values>
+struct Shape {
+  static constexpr int kHalves = values == kInt4 ? 2 : 1, kSteps = values == kInt4 ? 8 : 16, kColumns = kBlock / kSteps;
+};
+
+// Reads the registers of a panel in turn, half by half of each step.
+template <int values, bool is_masked>
+struct Reader {
+  const uint8_t *mask, *at[Shape<values>::kHalves];
+
+  INLINE void start(const uint8_t* panel) {
+    mask = panel;
+    for (const uint8_t*& half : at) half = panel + (is_masked ? 128 : 0);
+  }
+  INLINE __m512i next(int half) {
+    const uint8_t* from = at[half];
+    if (!is_masked) {
+      at[half] += 64;
+      return values == kInt4 ? nibbles(from, half) : load(from);
+    }
+    const auto* bits = reinterpret_cast<const uint64_t*>(mask);
+    __mmask64 places;
+    asm("kmovq %1, %0" : "=k"(places) : "m"(*bits));  // from memory: by way of a register it takes longer
+    uint64_t same;
+    std::memcpy(&same, bits, 8);
+    mask += 8, at[half] += __builtin_popcountll(same);
+    if (values == kInt8) return _mm512_mask_expandloadu_epi8(_mm512_set1_epi8(char(128)), places, from);
+    return _mm512_mask_expand_epi8(_mm512_set1_epi8(8), places, nibbles(from, half));
+  }
+
+ private:
+  static INLINE __m512i nibbles(const uint8_t* from, int half) {
+    const __m512i both = load(from);
+    return _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+  }
+};
+
+// Columns 0 to 3 of both halves of int4, or columns 4 to 7, as a step of int8 has them.
+template <int odd>
+INLINE __m512i half_step(__m512i half0, __m512i half1) {
+  constexpr int kTake = odd ? 0xdd : 0x88;
+  return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(half0), _mm512_castsi512_ps(half1), kTake));
+}
+
+INLINE __m512 short_scales(const uint8_t* at) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// The same of floats: two columns at a time, each 16 outputs in fp32.
+template <int values, bool is_masked>
+struct FloatReader {
+  const uint8_t *mask, *at;
+  __m512i zero;
+
+  INLINE void start(const uint8_t* panel) {
+    mask = panel, at = panel + (is_masked ? 128 : 0);
+    zero = _mm512_setzero_si512();
+    // A variable, not a constant: expansion that fills with zeros by itself waits for its register's last value on Zen 4.
+    asm("" : "+v"(zero));
+  }
+  // The next 32 values as they are stored: of bf16 the columns of an output side by side, of fp16 the first column, then the second.
+  INLINE __m512i next_short() {
+    if (!is_masked) return at += 64, load(at - 64);
+    const auto* bits = reinterpret_cast<const uint32_t*>(mask);
+    __mmask32 places;
+    asm("kmovd %1, %0" : "=k"(places) : "m"(*bits));
+    const __m512i both = _mm512_mask_expandloadu_epi16(zero, places, at);
+    uint32_t same;
+    std::memcpy(&same, bits, 4);
+    mask += 4, at += 2 * __builtin_popcount(same);
+    return both;
+  }
+  INLINE void next(__m512* columns) {
+    if (values == kFloat32) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; i++) {
+        uint16_t bits = 0xffff;
+        if (is_masked) std::memcpy(&bits, mask, 2);
+        columns[i] = is_masked ? _mm512_mask_expandloadu_ps(_mm512_castsi512_ps(zero), bits, at) : _mm512_loadu_ps(at);
+        mask += 2, at += 4 * (is_masked ? __builtin_popcount(bits) : 16);
+      }
+      return;
+    }
+    const __m512i both = next_short();
+    if (values == kFloat16) {
+      columns[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(both)), columns[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
+    } else {
+      columns[0] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+      columns[1] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+    }
+  }
+};
