@@ -6,8 +6,8 @@ One thread, one process, contestants in turns, medians of rounds; the figures ar
 With up to 16 rows, weights are read from many copies in turn, together larger than the last-level cache, as those of a
 model are.
 
-Peers: `torch._int_mm` multiplies int8 by int8 and applies no scale; dynamic int8 is torch's quantized linear layer, with
-one scale for the activations of a call.
+Peers: `torch._int_mm` multiplies int8 by int8 and applies no scale; dynamic int8 is torch's quantized linear layer,
+which has one scale for the activations of a call.
 """
 
 from __future__ import annotations
