@@ -44,8 +44,13 @@ def in_turn(run: Callable[[Any], object], of: Sequence[Any]) -> Callable[[], obj
     return lambda: run(next(turn))
 
 
-def torch_peers(x: Tensor, shape: tuple[int, int], copies: int) -> dict[str, Callable[[], object]]:
-    weights = [torch.randn(shape) for _ in range(copies)]
+def copies_of(num_bytes: int, rows: int) -> int:
+    return max(2, COPIES_BYTES // num_bytes) if rows <= 16 else 1
+
+
+def torch_peers(x: Tensor, shape: tuple[int, int]) -> dict[str, Callable[[], object]]:
+    in_int8 = shape[0] * shape[1]
+    weights = [torch.randn(shape) for _ in range(copies_of(4 * in_int8, len(x)))]
     peers: dict[str, Callable[[], object]] = {"torch fp32": in_turn(lambda weight: F.linear(x, weight), weights)}
     if len(x) > 16:  # it takes no fewer
         codes = torch.randint(-127, 128, x.shape, dtype=torch.int8)
@@ -54,7 +59,7 @@ def torch_peers(x: Tensor, shape: tuple[int, int], copies: int) -> dict[str, Cal
     for engine in ENGINES:
         if engine in torch.backends.quantized.supported_engines:
             torch.backends.quantized.engine = engine
-            layers = [dynamic_layer(shape) for _ in range(copies)]
+            layers = [dynamic_layer(shape) for _ in range(copies_of(in_int8, len(x)))]
             peers[f"torch dynamic int8, {engine}"] = in_turn(lambda layer: layer(x), layers)
     return peers
 
@@ -69,11 +74,11 @@ def dynamic_layer(shape: tuple[int, int]) -> nn.Module:
 def speeds(shape: tuple[int, int], rows: int, repeats: int, products: int, clock: str) -> dict[str, float]:
     """The speed of every contestant with `rows` rows of x in units of torch's fp32."""
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(0))
-    copies = min(200, max(2, COPIES_BYTES // (shape[0] * shape[1]))) if rows <= 16 else 1
-    contestants = torch_peers(x, shape, copies)
+    contestants = torch_peers(x, shape)
     for values, n, m in KINDS:
         buffer = random_buffer(values, n, m, shape)
-        of_kind = [buffer, *(native.allocate(len(buffer)).copy_(buffer) for _ in range(copies - 1))]
+        others = range(copies_of(len(buffer), rows) - 1)
+        of_kind = [buffer, *(native.allocate(len(buffer)).copy_(buffer) for _ in others)]
         name = f"{n}:{m} {values}" if m else f"dense {values}"
         contestants[name] = in_turn(lambda weight: native.multiply(x, weight, shape[0]), of_kind)
     calls = max(1, products // (rows * shape[0] * shape[1]))
@@ -98,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     keep_freed_memory()
-    shape, repeats, products = ((64, 128), 1, 1) if args.quick else (tuple(args.shape), args.repeats, 1 << 26)
+    shape, repeats, products = ((256, 1024), 1, 1) if args.quick else (tuple(args.shape), args.repeats, 1 << 26)
     table = {rows: speeds(shape, rows, repeats, products, args.clock) for rows in args.rows}
     names = dict.fromkeys(name for found in table.values() for name in found)
     print(f"speed in units of torch's fp32, {shape[0]} x {shape[1]}, level {native.level()}")

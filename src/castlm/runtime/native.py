@@ -43,6 +43,7 @@ _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
 _VERSION = 8  # of kernels.cpp
 _HEADER = struct.Struct("6i")  # a buffer begins with its magic number, layout, values, n, m, and whether it is unsigned
 _HEADER_BYTES, _BLOCK = 64, 64  # as in matrix.h
+_LANE_COLUMNS = {"int8": 4, "bf16": 2}  # columns in a lane of the layout "lanes", of others than int4; 1 of the rest
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # Linux; the module mmap has it from Python 3.13 on
 _BAD_MASK, _NO_MEMORY = 2, 3
@@ -194,7 +195,7 @@ def dense_order(packed: Tensor, values: str) -> DenseOrder:
     """The order of the buffer of a dense matrix of any values but int4."""
     _, layout, _, _, _, is_unsigned = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
     if layout == LAYOUTS["lanes"]:
-        return DenseOrder(16, 4 // _DTYPES[values].itemsize, 128 * is_unsigned)
+        return DenseOrder(16, _LANE_COLUMNS.get(values, 1), 128 * is_unsigned)
     return DenseOrder(4, _BLOCK, 0)
 
 
