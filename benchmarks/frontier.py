@@ -1,19 +1,23 @@
-"""Quality, bytes and speed of one model in every format, dense and 2:4: a table and a plot.
+"""Quality, bytes and speed of one model in every format, dense and n:m, beside what a user would otherwise run.
 
-    python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER] [--json O] [--plot O]
-                                  [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]] [--llama-cpp SOURCES]
-    python -m benchmarks.frontier --text TEXT --speeds-only [--llama-cpp SOURCES] ...
+    python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER ...] [--json O]
+                                  [--plot O] [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]]
+    python -m benchmarks.frontier --text TEXT --speeds-only [--pattern 2:4 32:64] ...
 
-Without `--sparse` the 2:4 model is the dense one pruned by SparseGPT, without training; with it, a folder or a run of
-castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot accuracy are of the rounded
-weights in fp32. Bytes count the tensors in a file: packed layers, embedding and head in bf16 (fp32 for fp32),
-norms. Speeds are measured in turns, A B A B, by castlm's kernels, fp32 by transformers alone: greedy decoding of one
-sequence, a prompt of 512 tokens with the logits of the last one, and one token of each of 8 sequences, as `castlm
-generate` and `castlm serve` compute them. They depend on the formats alone: `--speeds-only` prunes by magnitude, rounds
-to the nearest, and leaves quality out.
+Without `--sparse` the sparse models are the dense one pruned to each `--pattern` by SparseGPT, without training; with
+it, folders or runs of castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot
+accuracy are of the rounded weights in fp32. Bytes count the tensors in a file: packed layers, embedding and head in
+bf16 (fp32 for fp32), norms. Speeds are measured in turns, A B A B, by castlm's kernels, fp32 by transformers alone:
+greedy decoding of one sequence, a prompt of 512 tokens with the logits of the last one, and one token of each of 8
+sequences, as `castlm generate` and `castlm serve` compute them. They depend on the formats alone: `--speeds-only`
+prunes by magnitude, rounds to the nearest, and leaves quality out.
 
-`--llama-cpp` adds the dense model as llama.cpp's Q8_0 and Q4_0; `benchmarks/llamacpp.py` says what it needs. Their
-perplexity and speed are measured in llama.cpp, their zero-shot accuracy with the same rounded weights in fp32.
+The peers are the dense model in OpenVINO, in llama.cpp and in torch's dynamic int8; those that are not installed are
+named and left out.
+- `--openvino PYTHON` (or OPENVINO_PYTHON): an environment with openvino, nncf, optimum-intel; see `openvino_peer.py`.
+- `--llama-cpp SOURCES` (or LLAMA_CPP): its sources, beside llama-cpp-python in this environment; see `llamacpp.py`.
+Their perplexity and speed are measured in their own program, with activations as it takes them. The last table holds
+every sparse format against the fastest dense one of all, castlm's and the peers', in each kind of work.
 """
 
 from __future__ import annotations
@@ -22,26 +26,31 @@ import argparse
 import copy
 import functools
 import math
+import os
 import statistics
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.machine import machine, write_json
-from benchmarks.rows import CLOCKS, interleaved
+from benchmarks.rows import CLOCKS, Times, interleaved
 from castlm.cli.options import result_folder
+from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
+from castlm.export.packed import groups_of, pattern_of
 from castlm.formats.packed_file import PackedSpec
 from castlm.formats.rounding import Rounded, round_in_groups, round_rows
 from castlm.formats.table import FORMATS as VALUES
@@ -69,6 +78,8 @@ FORMATS = tuple(map(Format, ("fp32", "bf16", "int8", "int4", "int3")))
 WITH_HEADS = tuple(form._replace(head="int8") for form in FORMATS[2:])
 PROMPT, NEW_TOKENS = 32, 48
 LONG_PROMPT, BATCH = 512, 8
+WORK = {"decode": "decoding", "read": f"prompt of {LONG_PROMPT}", "batch": f"batch of {BATCH}"}
+"""What is timed: the fields of `Runner`, and their names."""
 
 Codes = dict[str, Rounded]
 """The codes of the layers with integers, by name."""
@@ -81,14 +92,17 @@ class Point:
     name: str
     perplexity: float
     num_bytes: int
-    tokens_per_second: float = 0.0
-    """Decoding one sequence."""
-    prompt_per_second: float = 0.0
-    """Tokens of a long prompt."""
-    batch_per_second: float | None = None
-    """Tokens of a batch; None in llama.cpp."""
+    pattern: str | None = None
+    """n:m; None is dense."""
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Of every round, by the key of `WORK`."""
     zero_shot: list[dict[str, Any]] = field(default_factory=list)
     """Rows of `castlm.evaluation.zero_shot`, of `acc` alone."""
+
+    def per_second(self, work: str) -> float:
+        """Tokens per second, the median of the rounds."""
+        tokens = {"decode": NEW_TOKENS, "read": LONG_PROMPT, "batch": BATCH}[work]
+        return tokens / statistics.median(self.seconds[work])
 
     def __str__(self) -> str:
         return f"{self.name:22} perplexity {self.perplexity:.3f}  {self.num_bytes / 1e6:.1f} MB"
@@ -98,7 +112,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_sparse_linear(m, n)}
 
 
-def stored_bytes(model: nn.Module, form: Format, sparse: bool) -> int:
+def stored_bytes(model: nn.Module, form: Format, pattern: NM | None) -> int:
     """Bytes of all tensors in a file: layers in the format, the rest in bf16, or in fp32."""
     layers = linears(model)
     inside = {id(layer.weight) for layer in layers.values()}
@@ -106,8 +120,8 @@ def stored_bytes(model: nn.Module, form: Format, sparse: bool) -> int:
     if form.head:
         table = model.get_output_embeddings().weight
         rest -= table.numel() - 4 * len(table)
-    pattern = (2, 4) if sparse else (0, 0)
-    return rest + sum(PackedSpec(*layer.weight.shape, *pattern, form.values).num_bytes for layer in layers.values())
+    n, m = (pattern.n, pattern.m) if pattern else (0, 0)
+    return rest + sum(PackedSpec(*layer.weight.shape, n, m, form.values).num_bytes for layer in layers.values())
 
 
 def rounded(model: PreTrainedModel, values: str, calibration: Tensor | None) -> tuple[PreTrainedModel, Codes | None]:
@@ -141,16 +155,16 @@ def round_head_(model: PreTrainedModel) -> None:
     table.data = round_rows(table.data, "int8").dequantized()
 
 
-def onto_kernels(model: PreTrainedModel, form: Format, sparse: bool, codes: Codes | None) -> None:
+def onto_kernels(model: PreTrainedModel, form: Format, pattern: NM | None, codes: Codes | None) -> None:
     """The rounded model on castlm's kernels, in place; fp32 stays with transformers."""
-    n, m = (2, 4) if sparse else (0, 0)
+    n, m = (pattern.n, pattern.m) if pattern else (0, 0)
     if form.values == "bf16":
         pack_model_(model, n, m)
     if codes is None:
         return
     for name, layer in linears(model).items():
         found = codes[name]
-        mask = kept_mask(found.dequantized(), n, m) if sparse else None
+        mask = kept_mask(found.dequantized(), n, m) if pattern else None
         packed = pack_integers(found.codes, found.scales, form.values, n, m, mask)
         model.set_submodule(name, PackedLinear(packed.spec, layer.bias).hold_(packed))
     table = model.get_input_embeddings()
@@ -167,8 +181,8 @@ class Runner(NamedTuple):
     """Greedy decoding of `NEW_TOKENS` after a prompt."""
     read: Callable[[Tensor], object]
     """The logits of the last token of one prompt."""
-    batch: Callable[[Tensor], object] | None
-    """The logits of one token of each sequence; None in llama.cpp."""
+    batch: Callable[[Tensor], object]
+    """The logits of one token of each sequence."""
 
 
 Runners = dict[str, Runner]
@@ -197,68 +211,132 @@ def runner_of(model: PreTrainedModel) -> Runner:
 
 @torch.no_grad()
 def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
-    """Dense and 2:4 in every format of castlm, printed as they come."""
+    """Dense and n:m in every format of castlm, printed as they come."""
     calibration = None
     if not options.speeds_only:
         documents, length = open_documents(options.calibration), options.calibration_len
         calibration, _ = calibration_sequences(
             documents, Encoder(loaded.tokenizer, assistant_only=False), options.sequences, length
         )
-    if options.sparse:
-        sparse = load_model(result_folder(options.sparse)).model
-    else:
+    models: list[tuple[NM | None, PreTrainedModel]] = [(None, loaded.model)]
+    for folder in map(result_folder, options.sparse):
+        models.append((groups_of(folder, pattern_of(folder, None)), load_model(folder).model))
+    for pattern in map(NM.parse, () if options.sparse else options.pattern):
         sparse = copy.deepcopy(loaded.model)
         if calibration is None:
-            prune_(sparse)
+            prune_(sparse, pattern)
         else:
-            prune_oneshot_(sparse, "sparsegpt", calibration=calibration)
+            prune_oneshot_(sparse, "sparsegpt", pattern=pattern, calibration=calibration)
+        models.append((pattern, sparse))
     points, runners = [], {}
-    for label, model in (("dense", loaded.model), ("2:4", sparse)):
-        is_sparse = label == "2:4"
+    for pattern, model in models:
+        label = str(pattern or "dense")
         of_codes: dict[str, tuple[PreTrainedModel, Codes | None]] = {}
-        for form in (*(FORMATS[1:] if is_sparse else FORMATS), *WITH_HEADS):
+        forms = (*(FORMATS[1:] if pattern else FORMATS), *WITH_HEADS)
+        chosen = [form for form in forms if not options.formats or str(form) in options.formats]
+        for form in chosen:
+            made, codes = of_codes.pop(form.values, None) or rounded(model, form.values, calibration)
             if form.head:
-                made, codes = of_codes.pop(form.values)
                 round_head_(made)
-            else:
-                made, codes = rounded(model, form.values, calibration)
-                if codes is not None:  # of integers: the format with an int8 head has the same codes
-                    of_codes[form.values] = (copy.deepcopy(made), codes)
-            point = Point(f"{label} {form}", math.nan, stored_bytes(made, form, is_sparse))
+            elif form._replace(head="int8") in chosen:  # it has the same codes
+                of_codes[form.values] = (copy.deepcopy(made), codes)
+            point = Point(f"{label} {form}", math.nan, stored_bytes(made, form, pattern), pattern and label)
             if not options.speeds_only:
                 point.perplexity = perplexity(made, text, seq_len=options.seq_len).perplexity
             point.zero_shot = accuracy(options, made, loaded)
             print(point, flush=True)
-            onto_kernels(made.eval(), form, is_sparse, codes)
+            onto_kernels(made.eval(), form, pattern, codes)
             points.append(point)
             runners[point.name] = runner_of(made)
     return points, runners
 
 
-def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
-    """The dense model in llama.cpp, printed as they come."""
-    from benchmarks import llamacpp
+# ---- the peers, each with the dense model
 
-    points, runners = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(loaded.model, loaded.tokenizer, Path(folder) / "model")
-        source = llamacpp.convert(Path(folder) / "model", options.llama_cpp, Path(folder) / "bf16.gguf")
-        for form in llamacpp.FORMATS:
-            file = llamacpp.quantize(source, form, Path(folder) / f"{form}.gguf")
-            runner = llamacpp.LlamaCpp(file, options.seq_len, torch.get_num_threads())
-            point = Point(f"dense {form}, llama.cpp", math.nan, llamacpp.tensor_bytes(file))
-            if not options.speeds_only:
-                point.perplexity = runner.perplexity(text)
-            if options.tasks_from:
-                point.zero_shot = accuracy(options, load_model(file).model, loaded)
-            print(point, flush=True)
-            points.append(point)
-            runners[point.name] = Runner(
-                lambda ids, runner=runner: runner.greedy(ids[0], NEW_TOKENS),
-                lambda ids, runner=runner: runner.greedy(ids[0], 1),
-                None,
-            )
+
+class MissingPeerError(Exception):
+    """A peer that is not installed, and the remedy."""
+
+
+def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
+    sources = options.llama_cpp or os.environ.get("LLAMA_CPP")
+    try:
+        from benchmarks import llamacpp
+    except ImportError as error:
+        raise MissingPeerError(
+            "pip install --no-binary llama-cpp-python llama-cpp-python sentencepiece gguf"
+        ) from error
+    if not sources:
+        raise MissingPeerError("name its sources by --llama-cpp or LLAMA_CPP")
+    points, runners, folder = [], {}, Path(options.scratch)
+    if not (folder / "bf16.gguf").exists():
+        save_model(loaded.model, loaded.tokenizer, folder / "model")
+        llamacpp.convert(folder / "model", sources, folder / "bf16.gguf")
+    for form in llamacpp.FORMATS:
+        file = llamacpp.quantize(folder / "bf16.gguf", form, folder / f"{form}.gguf")
+        runner = llamacpp.LlamaCpp(file, options.seq_len, torch.get_num_threads(), BATCH)
+        point = Point(f"dense {form}, llama.cpp", math.nan, llamacpp.tensor_bytes(file))
+        if not options.speeds_only:
+            point.perplexity = runner.perplexity(text)
+        if options.tasks_from:
+            point.zero_shot = accuracy(options, load_model(file).model, loaded)
+        points.append(point)
+        runners[point.name] = Runner(
+            lambda ids, runner=runner: runner.greedy(ids[0], NEW_TOKENS),
+            lambda ids, runner=runner: runner.greedy(ids[0], 1),
+            lambda ids, runner=runner: runner.batch(ids[:, 0]),
+        )
     return points, runners
+
+
+def openvino_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
+    from benchmarks import openvino_process
+
+    python = options.openvino or os.environ.get("OPENVINO_PYTHON") or sys.executable
+    if not openvino_process.is_installed(python):
+        raise MissingPeerError(
+            "pip install openvino nncf optimum-intel in another environment, and name its Python by --openvino"
+        )
+    points, runners = [], {}
+    peer = openvino_process.OpenVino(python, loaded, torch.get_num_threads(), Path(options.scratch))
+    for form, num_bytes in peer.sizes.items():
+        point = Point(f"dense {form}, OpenVINO", math.nan, num_bytes)
+        if not options.speeds_only:
+            point.perplexity = peer.ask(form, "perplexity", text, seq_len=options.seq_len)["perplexity"]
+        points.append(point)
+        runners[point.name] = Runner(
+            lambda ids, form=form: peer.time(form, "decode", ids, new_tokens=NEW_TOKENS),
+            lambda ids, form=form: peer.time(form, "read", ids),
+            lambda ids, form=form: peer.time(form, "batch", ids),
+        )
+    return points, runners
+
+
+def torch_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
+    """torch's dynamic int8: per tensor, so that it is fast and loses more than others."""
+    try:
+        from torch.ao.quantization import quantize_dynamic
+    except ImportError as error:
+        raise MissingPeerError(f"torch {torch.__version__} has no dynamic int8") from error
+    made = copy.deepcopy(loaded.model).float().eval()
+    num_rounded = sum(module.weight.numel() for module in made.modules() if isinstance(module, nn.Linear))
+    kept = {
+        id(p): p.numel()
+        for module in made.modules()
+        if not isinstance(module, nn.Linear)
+        for p in module._parameters.values()
+        if p is not None
+    }
+    quantize_dynamic(made, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    point = Point("dense int8, torch dynamic", math.nan, num_rounded + 4 * sum(kept.values()))
+    if not options.speeds_only:  # `castlm.perplexity` wants a plain head
+        parts = [part for part in text.split(options.seq_len) if len(part) > 1]
+        losses = [F.cross_entropy(made(part[None]).logits[0, :-1], part[1:], reduction="sum") for part in parts]
+        point.perplexity = math.exp(float(sum(losses)) / sum(len(part) - 1 for part in parts))
+    return [point], {point.name: runner_of(made)}
+
+
+PEERS = {"openvino": openvino_points, "llama.cpp": llama_cpp_points, "torch": torch_points}
 
 
 def accuracy(options: argparse.Namespace, model: PreTrainedModel, loaded: Loaded) -> list[dict[str, Any]]:
@@ -274,66 +352,92 @@ def frontier(options: argparse.Namespace) -> list[Point]:
     """All points, with all speeds measured in turns."""
     loaded = load_model(options.model)
     text = token_ids(options.text, loaded.tokenizer, limit=options.eval_tokens)
-    more_points, more_runners = llama_cpp_points(options, loaded, text) if options.llama_cpp else ([], {})
-    points, runners = castlm_points(options, loaded, text)
-    points, runners = points + more_points, runners | more_runners
-
-    def seconds(of: str, ids: Tensor, names: Iterable[str]) -> dict[str, float]:
-        contestants = {name: functools.partial(getattr(runners[name], of), ids) for name in names}
-        found = interleaved(contestants, options.rounds, options.clock)
-        return {name: statistics.median(rounds) for name, rounds in found.items()}
-
-    decode = seconds("decode", text[None, :PROMPT], runners)
-    prompt = seconds("read", text[None, :LONG_PROMPT], runners)
-    batch = seconds("batch", text[:BATCH, None], [name for name in runners if name not in more_runners])
-    for point in points:
-        point.tokens_per_second = NEW_TOKENS / decode[point.name]
-        point.prompt_per_second = LONG_PROMPT / prompt[point.name]
-        point.batch_per_second = BATCH / batch[point.name] if point.name in batch else None
+    points, runners = [], {}
+    for name in options.peers:
+        try:
+            more_points, more_runners = PEERS[name](options, loaded, text)
+        except MissingPeerError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            continue
+        print(*more_points, sep="\n", flush=True)
+        points, runners = points + more_points, runners | more_runners
+    more_points, more_runners = castlm_points(options, loaded, text)
+    points, runners = more_points + points, runners | more_runners
+    inputs = {"decode": text[None, :PROMPT], "read": text[None, :LONG_PROMPT], "batch": text[:BATCH, None]}
+    for work, ids in inputs.items():
+        contestants = {name: functools.partial(getattr(runner, work), ids) for name, runner in runners.items()}
+        found: Times = interleaved(contestants, options.rounds, options.clock)
+        for point in points:
+            point.seconds[work] = found[point.name]
     return points
 
 
 def table(points: list[Point]) -> str:
-    """Markdown, speeds in units of dense bf16 beside tokens per second."""
-    base = next(point for point in points if point.name == "dense bf16")
-    tasks = [f" {row['task']}, {row['num_docs']} questions |" for row in base.zero_shot]
-    speeds = f"tokens/s | of dense bf16 | prompt of {LONG_PROMPT}, tokens/s | batch of {BATCH}, tokens/s"
-    lines = [f"| format | perplexity |{''.join(tasks)} MB | {speeds} |"]
-    lines.append("|---|" + "---:|" * (6 + len(tasks)))
+    """Markdown: tokens per second of each kind of work."""
+    tasks = [f" {row['task']}, {row['num_docs']} questions |" for row in points[0].zero_shot]
+    lines = [
+        f"| format | perplexity |{''.join(tasks)} MB |" + "".join(f" {name}, tokens/s |" for name in WORK.values())
+    ]
+    lines.append("|---|" + "---:|" * (2 + len(WORK) + len(tasks)))
     for p in points:
-        ratio, quality = p.tokens_per_second / base.tokens_per_second, f"{p.perplexity:.2f}"
         shown = "".join(f" {100 * row['value']:.1f} ± {100 * row['stderr']:.1f} % |" for row in p.zero_shot)
-        size, speed = f"{p.num_bytes / 1e6:.1f}", f"{p.tokens_per_second:.1f} | {ratio:.2f}x |"
-        many = f" {p.prompt_per_second:.0f} | {'' if p.batch_per_second is None else f'{p.batch_per_second:.0f}'} |"
-        lines.append(f"| {p.name} | {'' if math.isnan(p.perplexity) else quality} |{shown} {size} | {speed}{many}")
+        quality = "" if math.isnan(p.perplexity) else f"{p.perplexity:.2f}"
+        speeds = "".join(f" {p.per_second(work):,.{1 if work == 'decode' else 0}f} |" for work in WORK)
+        lines.append(f"| {p.name} | {quality} |{shown} {p.num_bytes / 1e6:.1f} |{speeds}")
     return "\n".join(lines)
 
 
+def against_dense(points: list[Point]) -> str:
+    """Markdown: each sparse format in units of the fastest dense one of all, with the spread of the rounds."""
+    dense = [point for point in points if point.pattern is None]
+    best = {work: max(dense, key=lambda point: point.per_second(work)) for work in WORK}
+    lines = ["| in units of the fastest dense |" + "".join(f" {name} |" for name in WORK.values())]
+    lines.append("|---|" + "---:|" * len(WORK))
+    lines.append("| which is |" + "".join(f" {best[work].name.removeprefix('dense ')} |" for work in WORK))
+    for point in points:
+        if point.pattern is not None:
+            cells = [ratio_text(best[work].seconds[work], point.seconds[work]) for work in WORK]
+            lines.append(f"| {point.name} |" + "".join(f" {cell} |" for cell in cells))
+    return "\n".join(lines)
+
+
+def ratio_text(theirs: list[float], mine: list[float]) -> str:
+    ratios = [b / a for a, b in zip(mine, theirs)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def plot(points: list[Point], file: str) -> None:
-    """Perplexity over bytes, a line for each kind of model and head; labels say the format and tokens per second."""
+    """Perplexity over bytes and over the speed of decoding, a line for each kind of model, head and program."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_bytes, by_speed = figure.subplots(1, 2, sharey=True)
     lines: dict[str, list[Point]] = {}
     for point in points:
-        ends = next((end for end in (", llama.cpp", ", int8 head") if point.name.endswith(end)), "")
-        lines.setdefault(point.name.split()[0] + ends, []).append(point)
+        label, _, end = point.name.rpartition(", ")
+        lines.setdefault(f"{point.name.split()[0]}{f', {end}' if label else ''}", []).append(point)
     for label, chosen in lines.items():
-        x, y = [point.num_bytes / 1e6 for point in chosen], [point.perplexity for point in chosen]
-        axes.plot(x, y, "o-", label=label)
-        for point in chosen:
-            text = f"{point.name.split()[1].rstrip(',')}, {point.tokens_per_second:.0f}/s"
-            axes.annotate(text, (point.num_bytes / 1e6, point.perplexity), xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel="MB", ylabel="perplexity", xscale="log")
-    axes.legend()
+        quality = [point.perplexity for point in chosen]
+        for axes, x in (
+            (by_bytes, [point.num_bytes / 1e6 for point in chosen]),
+            (by_speed, [point.per_second("decode") for point in chosen]),
+        ):
+            axes.plot(x, quality, "o-", label=label)
+            for place, point in zip(zip(x, quality), chosen):
+                text = point.name.split()[1].rstrip(",")
+                axes.annotate(text, place, xytext=(4, 4), textcoords="offset points")
+    by_bytes.set(xlabel="MB", ylabel="perplexity", xscale="log")
+    by_speed.set(xlabel="tokens per second, decoding", xscale="log")
+    by_speed.legend()
     figure.savefig(file)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--sparse", help="a 2:4 model folder, or a run of castlm train")
+    parser.add_argument("--sparse", nargs="+", default=[], help="n:m model folders, or runs of castlm train")
+    parser.add_argument("--pattern", nargs="+", default=["2:4", "32:64"], help="of the models that are pruned here")
+    parser.add_argument("--formats", nargs="+", help="some of castlm's, as 'int8, int8 head'; all by default")
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", help="text that int4 and int3 are rounded by; needed unless --speeds-only")
     parser.add_argument("--speeds-only", action="store_true")
@@ -344,7 +448,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks-from", metavar="FOLDER", help="zero-shot accuracy too, from files (needs lm-eval)")
     parser.add_argument("--tasks", nargs="+", default=["arc_easy"])
     parser.add_argument("--limit", type=int, default=200, help="questions of each task")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="none: --peers alone")
     parser.add_argument("--llama-cpp", metavar="SOURCES", help="a checkout of llama.cpp (needs llama-cpp-python)")
+    parser.add_argument("--openvino", metavar="PYTHON", help="of an environment with OpenVINO")
+    parser.add_argument("--scratch", metavar="FOLDER", help="keeps the peers' models for another run with this --model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread beside other work")
     parser.add_argument("--json", metavar="OUT")
@@ -352,8 +459,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (options.calibration or options.speeds_only):
         parser.error("name a text with --calibration, or measure with --speeds-only")
-    points = frontier(options)
-    print(table(points))
+    with tempfile.TemporaryDirectory() as scratch:
+        options.scratch = options.scratch or scratch
+        points = frontier(options)
+    print(table(points), against_dense(points), sep="\n\n")
     write_json(options.json, {"machine": machine(), "options": vars(options), "points": [asdict(p) for p in points]})
     if options.plot:
         plot(points, options.plot)

@@ -66,6 +66,8 @@ class LlamaCpp:
     file: Path
     seq_len: int
     threads: int
+    sequences: int = 1
+    """The most that `batch` takes."""
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), max(self.seq_len, LEAST_CONTEXT))
@@ -74,6 +76,12 @@ class LlamaCpp:
         self._decoding = llama_cpp.Llama(str(self.file), verbose=False, **sizes, **threads)
         for model in (self._scoring, self._decoding):
             atexit.register(model.close)  # Python's own clean-up comes too late for it
+
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = LEAST_CONTEXT
+        params.n_seq_max = self.sequences
+        params.n_threads = params.n_threads_batch = self.threads
+        self._together = llama_cpp.llama_init_from_model(self._decoding.model, params)
 
     def logits(self, ids: Tensor) -> Tensor:
         """The logits of one sequence, (num_tokens,) at most `seq_len`: fp32, (num_tokens, vocabulary)."""
@@ -100,3 +108,17 @@ class LlamaCpp:
             tokens = [int(np.ctypeslib.as_array(last, (self._decoding.n_vocab(),)).argmax())]
             made += tokens
         return made
+
+    def batch(self, ids: Tensor) -> Tensor:
+        """The logits of the first token of each of some sequences, computed together: (sequences, vocabulary)."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._together), True)
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for row, token in enumerate(ids.tolist()):
+            batch.token[row], batch.pos[row], batch.logits[row] = token, 0, True
+            batch.n_seq_id[row], batch.seq_id[row][0] = 1, row
+        code = llama_cpp.llama_decode(self._together, batch)
+        llama_cpp.llama_batch_free(batch)
+        assert not code, code
+        found = [llama_cpp.llama_get_logits_ith(self._together, row) for row in range(len(ids))]
+        return torch.from_numpy(np.stack([np.ctypeslib.as_array(x, (self._decoding.n_vocab(),)) for x in found]))

@@ -24,7 +24,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, write_json
@@ -44,18 +45,27 @@ BAD: list[bytes] = [
 ]
 
 
+Command = Callable[[int], list[str]]
+"""The command of a server on a port."""
+
+
+def castlm_command(model: str, threads: int) -> Command:
+    return lambda port: [
+        *(sys.executable, "-m", "castlm", "serve", model, "--port", str(port), "--threads", str(threads)),
+    ]
+
+
 @contextlib.contextmanager
-def served(model: str, threads: int) -> Iterator[tuple[int, int]]:
-    """Starts `castlm serve`; yields its port and process id."""
+def served(command: Command, env: Mapping[str, str] | None = None) -> Iterator[tuple[int, int]]:
+    """Starts a server; yields its port and process id."""
     with socket.create_server(("localhost", 0)) as found:
         port = int(found.getsockname()[1])
-    command = [sys.executable, "-m", "castlm", "serve", model, "--port", str(port), "--threads", str(threads)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(port), stdout=subprocess.DEVNULL, env=env)
     try:
         while True:
             assert process.poll() is None, "the server has ended"
             with contextlib.suppress(OSError):
-                if post(port, b"", "GET", "/health")[0] == 200:
+                if status(port, "/health") == 200:
                     break
             time.sleep(0.2)
         yield port, process.pid
@@ -64,13 +74,23 @@ def served(model: str, threads: int) -> Iterator[tuple[int, int]]:
         process.wait(60)
 
 
-def post(port: int, body: bytes, method: str = "POST", path: str = "/v1/completions") -> tuple[int, dict[str, Any]]:
-    """The status and the JSON of one answer."""
+def post(port: int, body: bytes) -> tuple[int, dict[str, Any]]:
+    """The status and the JSON of the answer to a completion."""
     connection = http.client.HTTPConnection("localhost", port, timeout=600)
     try:
-        connection.request(method, path, body)
+        connection.request("POST", "/v1/completions", body)
         response = connection.getresponse()
         return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def status(port: int, path: str) -> int:
+    """The status of an answer whose body may be empty."""
+    connection = http.client.HTTPConnection("localhost", port, timeout=600)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
     finally:
         connection.close()
 
@@ -120,10 +140,12 @@ def generate_speed(model: str, threads: int, tokens: int) -> Speed:
 
 
 def processor_seconds(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
+    """Seconds of processor time that a process and its running children have used."""
     with open(f"/proc/{pid}/stat") as stat:
         ticks = stat.read().rpartition(")")[2].split()[11:13]  # of itself and of the kernel for it
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    children = [child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    of_children = sum(processor_seconds(int(child)) for child in children)
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") + of_children
 
 
 def resident(pid: int) -> float:
@@ -186,7 +208,7 @@ def main() -> None:
         print(f"{name}: {speed[0]:.1f} tokens a second, {speed[1]:.1f} a second of processor time", flush=True)
 
     show("castlm generate", generate_speed(options.model, options.threads, options.new_tokens))
-    with served(options.model, options.threads) as (port, pid):
+    with served(castlm_command(options.model, options.threads)) as (port, pid):
         serving_speed(port, pid, 1, 8)  # warms up
         for clients in CLIENTS:
             show(f"castlm serve, {clients} clients", serving_speed(port, pid, clients, options.new_tokens))

@@ -48,12 +48,17 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
     sizes = ["--sequences", "2", "--eval-tokens", "256", "--seq-len", "64", "--calibration-len", "64", "--rounds", "1"]
     text = str(tmp_path / "t.txt")
     out = str(tmp_path / "out.json")
-    frontier.main(["--model", str(folder), "--text", text, "--calibration", text, *sizes, "--json", out])
+    chosen = ["--pattern", "2:4", "8:16", "--peers", "torch", "--json", out]
+    frontier.main(["--model", str(folder), "--text", text, "--calibration", text, *sizes, *chosen])
     points = {point["name"]: point for point in json.loads(Path(out).read_text())["points"]}
     forms = [*frontier.FORMATS, *frontier.WITH_HEADS]
-    assert list(points) == [*(f"dense {form}" for form in forms), *(f"2:4 {form}" for form in forms[1:])]
-    assert all(point["tokens_per_second"] > 0 and point["perplexity"] > 1 for point in points.values())
-    assert "| 2:4 int4 |" in capsys.readouterr().out
+    sparse = [f"{pattern} {form}" for pattern in ("2:4", "8:16") for form in forms[1:]]
+    assert list(points) == [*(f"dense {form}" for form in forms), *sparse, "dense int8, torch dynamic"]
+    assert all(min(point["seconds"]["batch"]) > 0 and point["perplexity"] > 1 for point in points.values())
+    shown = capsys.readouterr().out
+    assert re.search(r"\| 2:4 int4 \| \d", shown)
+    assert re.search(r"\| 8:16 int4 \| \d.* to ", shown)  # in units of the fastest dense one
+    assert "in units of the fastest dense" in shown
 
     prune_to(tmp_path / "s", folder)
     for head, name in (([], "2:4 int8"), (["--head", "int8"], "2:4 int8, int8 head")):
