@@ -66,7 +66,7 @@ def test_the_python_of_readme_and_tutorial_runs(llama, tmp_path, monkeypatch, ca
             lambda: castlm.prune("m", "t", output_dir="o", method="magnitude"),
             "calibration = t has an effect only with a method",
         ),
-        (lambda: castlm.evaluate("m"), "give text FILE, or tasks"),
+        (lambda: castlm.evaluate("m"), "give text FILE, tasks"),
         (lambda: castlm.evaluate("m", tasks="piqa", seq_len=8), "seq_len = 8 has an effect only with a text"),
         (lambda: castlm.pack("m", output_dir="o", head="int9"), "int9"),
         (lambda: castlm.finetune("demo", "t", "o"), "demo is a dense model"),
