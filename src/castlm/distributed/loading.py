@@ -112,6 +112,11 @@ class Checkpoint:
     source: str
     places: Mapping[str, Place | ExpertPlaces]
 
+    def read(self, name: str) -> Tensor:
+        """Reads a whole parameter, in its stored dtype."""
+        with opened_files() as read:
+            return self.places[name].read(read, slice(None))
+
     def fingerprint(self) -> str:
         """The `castlm.distributed.loading.fingerprint` of the model with these weights."""
         with opened_files() as read:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from castlm.core.blocks import block_name
 from castlm.core.errors import InputError, check_finite
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer
-from castlm.distributed.loading import Checkpoint, opened_files
 from castlm.models.architecture import replaced_forward
 from castlm.models.stored_layout import StoredLayout
 
@@ -90,6 +89,20 @@ class MemoryModel:
 _DENSE = "dense:"  # before the names of dense weights in the file of a block
 
 
+class StoredWeights(Protocol):
+    """The files of a model's weights, as `castlm.distributed.loading.Checkpoint`."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def places(self) -> Iterable[str]:
+        """The names of the parameters in the model."""
+        ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
 class StoredModel:
     """A model on the meta device, with the files of its weights.
 
@@ -106,7 +119,7 @@ class StoredModel:
     def __init__(
         self,
         model: PreTrainedModel,
-        checkpoint: Checkpoint,
+        checkpoint: StoredWeights,
         layers: Mapping[str, SparseLayer],
         device: torch.device,
         dtype: torch.dtype,
@@ -188,8 +201,7 @@ class StoredModel:
             parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _stored(self, name: str) -> Tensor:
-        with opened_files() as read:
-            value = self.checkpoint.places[name].read(read, slice(None))
+        value = self.checkpoint.read(name)
         check_finite(f"{name} of {self.checkpoint.source}", value)
         return value
 

@@ -79,9 +79,11 @@ class Solve(Step):
         options = {name: getattr(self.refinements, name) for name in read}
         return {"method": self.method, "pattern": str(self.pattern), **options}
 
-    @property
-    def settings(self) -> Settings:
-        return Settings(self.pattern, self.refinements)
+    def settings_of(self, layer: str) -> Settings:
+        """The pattern and the refinements of a layer."""
+        pattern = self.pattern.at(layer)
+        assert isinstance(pattern, LayerPattern)
+        return Settings(pattern, self.refinements)
 
     def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
         assert isinstance(source.pattern, LayerPattern)
@@ -94,7 +96,7 @@ class Solve(Step):
         visit.source.keep_dense(inside)
         if inputs is None:
             for name, layer in inside.items():
-                report.layers += prune_layers({name: layer.weight}, None, self.solver, self.settings)
+                report.layers += prune_layers({name: layer.weight}, None, self.solver, self.settings_of(name))
             return
         if not inside:
             return
@@ -110,7 +112,7 @@ class Solve(Step):
         for num_done, names in enumerate(stages, 1):
             if not seen:
                 seen = see_inputs({name: inside[name] for name in names}, inputs, self.solver, inputs.num_sequences)
-            report.layers += prune_seen(inside, seen, self.solver, self.settings)
+            report.layers += prune_seen(inside, seen, self.solver, self.settings_of)
             seen = []
             unpruned = [inside[name] for later in stages[num_done:] for name in later]
             # Where one block at a time is in memory, to need little of it counts more than time.
@@ -149,14 +151,28 @@ def _finished(
             yield module
 
 
-def prune_seen(layers: Mapping[str, SparseLayer], seen: Seen, solver: Solver, settings: Settings) -> list[LayerResult]:
-    """Prunes the layers that read the inputs `seen`, in place; each expert by the statistic of its own tokens."""
+def prune_seen(
+    layers: Mapping[str, SparseLayer], seen: Seen, solver: Solver, settings_of: Callable[[str], Settings]
+) -> list[LayerResult]:
+    """Prunes the layers that read the inputs `seen`, in place; each expert by the statistic of its own tokens.
+
+    Args:
+        settings_of: the settings of a layer by its name; those with equal ones are solved together.
+    """
     results = []
     for each in seen:
         weights = matrices({name: layers[name] for name in each.names})
         found = []
         for entry in each.entries():
-            found += prune_layers({name: weights[name] for name in entry.names}, entry, solver, settings)
+            alike: dict[Settings, dict[str, Tensor]] = {}
+            for name in entry.names:
+                layer = name if name in layers else each.names[0]  # an expert has the layer's name and a number
+                alike.setdefault(settings_of(layer), {})[name] = weights[name]
+            whole = entry.statistic
+            for number, (settings, together) in enumerate(alike.items(), 1):
+                # a solver may overwrite the statistic
+                entry.statistic = whole if number == len(alike) else whole.clone()
+                found += prune_layers(together, entry, solver, settings)
         assert len(found) == len(weights)
         if layers[each.names[0]].weight.dim() == 3:
             found = [LayerResult.of_matrices(each.names[0], found, each.num_few)]
