@@ -80,7 +80,8 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
   const bool fits_panels = m == 4 && n <= 2;
   if (layout < 0) {
-    const bool in_lanes = level() >= kAvx512 && fits_lanes(m);
+    const bool by_avx2 = level() == kAvx2 && (m ? !fits_panels : values == kInt4);
+    const bool in_lanes = fits_lanes(m) && (by_avx2 || level() >= kAvx512);
     layout = in_lanes ? kLanes : m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
   }
   if (layout > kLanes || (layout == kLanes ? !fits_lanes(m) : (layout == kDense) != (m == 0))) return false;
@@ -128,12 +129,14 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
   for (int64_t b = 0; b < rows; ++b) quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
   if (level == kAvx2 && avx2_prompt_gains(of, batch))
     return avx2_prompt_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_prompt_bytes(of, rows)));
-  const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.n || of.values == kInt8));
+  if (level == kAvx2 && avx2_lanes_bytes(of, rows))
+    return avx2_lanes_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_lanes_bytes(of, rows)));
+  const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.values == kInt8 || (of.n && of.layout != kLanes)));
   if (as_they_are) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
   for (int64_t i = 0; i < rows * of.blocks(); ++i)
     offsets[i] = level == kAvx2 ? avx2_offset(narrow + i * kBlock) : avx512_offset(of, narrow + i * kBlock);
-  if (of.layout == kLanes && batch >= kManyRows)
+  if (level == kAvx512 && batch >= kManyRows)
     return avx512_many_rows(of, {wide, narrow, scales, offsets, rows}, scratch<4>(avx512_many_bytes(of, rows)));
   return {wide, narrow, scales, offsets, rows};
 }
@@ -148,7 +151,8 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 int32_t level_for(const Header& of, int64_t batch) {
   if (of.layout == kRows) return kPlain;
   if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
-  if (level() < kAvx512 || (of.values >= kInt8 && !of.is_unsigned)) return kPlain;
+  if (level() < (of.is_unsigned ? kAvx512 : kAvx2)) return kPlain;
+  if (level() == kAvx2 || (of.values >= kInt8 && !of.is_unsigned)) return kAvx2;
   return level() == kAmx && amx_gains(of, batch) ? kAmx : kAvx512;
 }
 
@@ -175,6 +179,7 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
   if (threads == 1 && batch <= kMaxBatch) part = tiles;
   in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
     if (by_lanes) return avx512_lanes(of)(of, data, x, sums, ldy, first, last);
+    if (of.layout == kLanes && level == kAvx2) return avx2_lanes(of)(of, data, x, sums, ldy, first, last);
     if (by_prompt) return avx2_prompt(of)(of, data, x, sums, ldy, first, last);
     for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
       const Activations some = rows_from(of, x, b, std::min(kMaxBatch, x.batch - b));

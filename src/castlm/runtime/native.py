@@ -226,8 +226,8 @@ def rows_at_a_time(packed: Tensor) -> int:
     if packed.numel() < _HEADER.size:
         return 0  # both ways refuse it
     _, layout, values, _, _, _ = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
-    if layout == LAYOUTS["lanes"]:
-        return 512 if level() in ("avx512", "amx") else 0
+    if layout == LAYOUTS["lanes"] and level() in ("avx512", "amx"):
+        return 512
     return 512 if layout != LAYOUTS["rows"] and level() == "avx2" and values in _INTEGERS else 0
 
 

@@ -326,7 +326,7 @@ Multiply prompt_kernel(const Header& of) {
 
 }  // namespace
 
-bool avx2_prompt_gains(const Header& of, int64_t batch) { return of.values >= kInt8 && batch > kMaxBatch; }
+bool avx2_prompt_gains(const Header& of, int64_t batch) { return of.layout != kLanes && of.values >= kInt8 && batch > kMaxBatch; }
 
 Multiply avx2_prompt(const Header& of) {
   return of.values == kInt4 ? prompt_kernel<kInt4>(of) : prompt_kernel<kInt8>(of);
