@@ -21,17 +21,11 @@
 
 #if defined(CASTLM_AVX2)
 
-BEGIN_TARGET("avx2,fma,f16c,popcnt,bmi2")
-
 namespace castlm {
 namespace {
 
-constexpr int kSteps = 16;              // of four columns in a block
-constexpr int kMaskBytes = 128;         // of a panel
-constexpr int kFew = 4;                 // rows of x that are multiplied while weights are expanded, and at once after that
-constexpr int64_t kExpandedBytes = 18 << 10;  // of the blocks of a tile that are expanded at a time: 9 of int8
-constexpr int64_t kPrefetchAhead = 1536;
-
+// Made when the library is loaded, by any processor, and so not compiled for AVX2.
+//
 // Controls of `vpshufb` for the mask of 16 columns: the sum of `low` of the first byte and `high` of the second.
 struct Tables {
   alignas(64) uint8_t low[256][16], high[256][16];
@@ -52,6 +46,20 @@ struct Tables {
   }
 };
 const Tables kTables;
+
+}  // namespace
+}  // namespace castlm
+
+BEGIN_TARGET("avx2,fma,f16c,popcnt,bmi2")
+
+namespace castlm {
+namespace {
+
+constexpr int kSteps = 16;              // of four columns in a block
+constexpr int kMaskBytes = 128;         // of a panel
+constexpr int kFew = 4;                 // rows of x that are multiplied while weights are expanded, and at once after that
+constexpr int64_t kExpandedBytes = 18 << 10;  // of the blocks of a tile that are expanded at a time: 9 of int8
+constexpr int64_t kPrefetchAhead = 1536;
 
 INLINE __m128i half_of(const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
 INLINE __m256i halves_of(const uint8_t* first, const uint8_t* second) {
