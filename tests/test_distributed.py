@@ -590,14 +590,15 @@ def test_what_is_read_row_by_row_is_the_loaded_model_and_has_its_fingerprint(fam
     ("family", "more", "bound", "ranks"), [slow("llama", AS_PUBLISHED, 3e-3, 2), ("gpt2", {}, 1e-2, 3)]
 )
 def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path):
-    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, the
-    distance of hidden states, in which that shows most, counts 15 times, and a mask may flip elsewhere."""
+    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, untied
+    embeddings before they are looked up, the distance of hidden states, in which that shows most, counts 15 times,
+    and a mask may flip elsewhere."""
     model = str(save_tiny(tmp_path / "model", family))
     for count in (1, ranks):
         fields = {"precision": "bf16", "max_steps": 6, "eval_steps": 3, "gradient_checkpointing": count == 3, **more}
         run_ranks(train, count, small(model, text, tmp_path / str(count), count, **fields), folder=tmp_path)
     for expected, row in zip(metrics(tmp_path / "1"), metrics(tmp_path / str(ranks)), strict=True):
-        for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", 5e-2), ("perplexity", 5e-3)):
+        for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", 1e-1), ("perplexity", 5e-3)):
             if key in expected:
                 assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-4), key
 

@@ -29,10 +29,10 @@ def llama(tmp_path_factory) -> Path:
 
 def prune(model, text: str, output: Path, *options: str, memory: str = "block") -> Path:
     arguments = ["--model", str(model), "--output-dir", str(output), "--memory", memory]
-    arguments += [] if "magnitude" in options else ["--calibration", text]
-    sizes = ["--num-sequences", "19", "--seq-len", "64"]  # passes of 10 and of 9
-    sizes += [] if "off" in options else ["--rotation-iterations", "2"]
-    assert command.main([*arguments, *sizes, *options]) == 0
+    if "magnitude" not in options:
+        arguments += ["--calibration", text, "--num-sequences", "19", "--seq-len", "64"]  # passes of 10 and of 9
+        arguments += [] if "off" in options else ["--rotation-iterations", "2"]
+    assert command.main([*arguments, *options]) == 0
     return output
 
 

@@ -61,11 +61,13 @@ def test_every_family_ends_proved(family, text, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == family
 
 
-def test_a_run_names_the_pattern_with_longer_groups_that_a_cpu_runs_as_fast(llama, text, tmp_path, capsys):
-    train(small(llama, text, tmp_path / "short", init_from="magnitude", max_steps=2))
-    assert "--pattern 16:32" in capsys.readouterr().err
-    train(small(llama, text, tmp_path / "long", init_from="magnitude", max_steps=2, pattern="16:32"))
-    assert "--pattern" not in capsys.readouterr().err
+@pytest.mark.parametrize(("is_free", "pattern", "named"), [(True, "2:4", 1), (False, "2:4", 0), (True, "16:32", 0)])
+def test_a_run_names_longer_groups_where_they_are_as_fast(
+    is_free, pattern, named, llama, text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("castlm.training.train.long_groups_are_free", lambda: is_free)
+    train(small(llama, text, tmp_path / "run", init_from="magnitude", max_steps=2, pattern=pattern))
+    assert capsys.readouterr().err.count("--pattern 16:32") == named
 
 
 def test_accumulation_is_one_large_batch(llama, text, tmp_path):

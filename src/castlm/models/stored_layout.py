@@ -44,8 +44,8 @@ class Part(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """The name without `.weight`, as that of a packed tensor."""
-        return self.name.removesuffix(".weight")
+        """The name without `.weight`, as that of a packed tensor; the whole name of all experts in one tensor."""
+        return self.name if len(self.shape) == 3 else self.name.removesuffix(".weight")
 
     @property
     def is_transposed(self) -> bool:

@@ -34,7 +34,7 @@ from castlm.oneshot.calibration import Draw
 from castlm.oneshot.folder import drop_work
 from castlm.oneshot.options import EFFORTS
 from castlm.progress import note
-from castlm.runtime.native import LONGEST_GROUP
+from castlm.runtime.native import LONGEST_GROUP, long_groups_are_free
 from castlm.signals import Interrupt
 from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
@@ -190,7 +190,8 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         cache.complete = cache.covers(num_sequences)
 
     # start; without a cache, no teacher takes memory yet
-    if method_options.row.is_sparse and checkpoint is None and world.device.type == "cpu" and world.is_main:
+    is_for_cpu = world.device.type == "cpu" and long_groups_are_free()
+    if method_options.row.is_sparse and checkpoint is None and is_for_cpu and world.is_main:
         _note_longer_groups(model, pattern, filter_fn)
     if makes_start:
         passes = 3 + (eta > 0)  # forward, twice as much backward, and the teacher's forward
@@ -291,7 +292,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
 
 
 def _note_longer_groups(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn) -> None:
-    """Notes a pattern that CPUs run as fast as `pattern` and that loses less, if there is one."""
+    """Notes a pattern that this CPU runs as fast as `pattern` and that loses less, if there is one."""
     groups = pattern.nm
     if groups is None or pattern.cuts:
         return
@@ -299,8 +300,8 @@ def _note_longer_groups(model: PreTrainedModel, pattern: Pattern, filter_fn: Fil
     other = groups.with_longest_groups({layer.in_features for layer in layers.values()}, LONGEST_GROUP)
     if other != pattern:
         note(
-            f"a CPU runs {other} about as fast as {pattern}, and its freer masks lose less quality: --pattern {other} "
-            "(GPUs have hardware for 2:4 alone)"
+            f"this CPU runs {other} about as fast as {pattern}, and its freer masks lose less quality: "
+            f"--pattern {other} (GPUs have hardware for 2:4 alone)"
         )
 
 
