@@ -477,7 +477,7 @@ def rank(
         *untimed_note(shapes.num_untimed),
         "int3 runs on the kernels of int4 and takes its memory, and needs training: castlm train --weight-bits 3.",
         "torch's dynamic int8 is a reference for speed: activations have one scale a tensor. SmolLM2-135M then has a "
-        "perplexity of 127, and 36 with castlm's int8.",
+        "perplexity of 127, where the unrounded model has 36.",
         f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
         "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
