@@ -3,17 +3,19 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 
-from castlm.cli import demo
+from castlm.cli import demo, demo_payoff
 from castlm.cli.demo_payoff import Case, measure
 from castlm.cli.main import main
 from castlm.runtime import generate
 from castlm.training.run import Run
 from tests.chats import save_chat_model
 from tests.refusals import refused
+from tests.runs import prune_to
 
 
 @pytest.fixture
@@ -53,6 +55,13 @@ def test_the_ways_to_run_a_model_are_measured_on_the_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(generate, "load_to_generate", load)
     with pytest.raises(NotImplementedError, match="cpu"):
         measure(Case("packed", tmp_path), "a prompt")
+
+
+def test_the_result_is_packed_in_its_own_pattern(llama, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_payoff, "in_own_process", lambda *_: demo_payoff.Measured(1.0, 1, "a text"))
+    sparse = prune_to(tmp_path / "sparse", llama, pattern="16:32")
+    demo_payoff.payoff_table(Path(llama), Path(sparse), tmp_path / "packed", "a prompt", print)
+    assert '"pattern": "16:32"' in (tmp_path / "packed" / "castlm.json").read_text()
 
 
 def test_a_folder_of_something_else_is_not_resumed(tiny_demo, tmp_path, capsys):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from castlm.export.packed import pack_folder
+from castlm.api.pack import pack
 from castlm.hardware import in_own_process, peak_memory
 
 REPEATS = 2
@@ -43,7 +43,7 @@ def payoff_table(
     Returns:
         The table, and the texts that `dense` (in fp32) and the packed model generate.
     """
-    pack_folder(sparse, packed, dtype="bf16", overwrite=True)
+    pack(sparse, output_dir=packed, dtype="bf16", overwrite=True)
     cases = (
         Case("dense, bf16, transformers", dense),
         Case("dense, fp32, transformers", dense, in_fp32=True),
