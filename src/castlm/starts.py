@@ -218,10 +218,12 @@ def prune_oneshot_(
         calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. A method that reads no text uses only
             its first 256 tokens, to measure reconstruction errors.
         extras: for each sequence, the further arguments of the model's forward, such as images.
-        basis, refinements: both are off by default; see `applied`.
+        basis: changes of basis before the prune; off by default.
+        refinements: beyond the method as published; off by default, see `applied`.
         filter_fn: chooses the layers to prune, as for `sparse_linears`.
         precision: see `castlm.data.calibration.CalibrationText`.
-        say, progress: as for `castlm.oneshot.start.run_start`.
+        say: as for `castlm.oneshot.start.run_start`.
+        progress: as for `castlm.oneshot.start.run_start`.
 
     Raises:
         InputError: as `steps_of` and `run_start`. Blocks before the one that the message names are pruned already.
