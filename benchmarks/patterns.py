@@ -81,7 +81,7 @@ def speeds(shape: tuple[int, int], rows: int, repeats: int, products: int, clock
         of_kind = [buffer, *(native.allocate(len(buffer)).copy_(buffer) for _ in others)]
         name = f"{n}:{m} {values}" if m else f"dense {values}"
         contestants[name] = in_turn(lambda weight: native.multiply(x, weight, shape[0]), of_kind)
-    calls = max(1, products // (rows * shape[0] * shape[1]))
+    calls = max(8, products // (rows * shape[0] * shape[1]))  # the first of them may wait for fresh pages
 
     def repeated(run: Callable[[], object]) -> Callable[[], None]:
         return lambda: [run() for _ in range(calls)] and None

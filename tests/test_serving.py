@@ -394,6 +394,17 @@ def test_a_client_that_does_not_read_is_cut(listening):
             connection.sendall(b"GET /no HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1_000_000)
 
 
+def test_requests_before_the_answer_to_the_first_one_are_not_read(listening):
+    with socket.create_connection(("localhost", listening[0])) as connection:
+        connection.settimeout(20)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(1 << 16):
+                answer += part
+    assert answer.count(b"HTTP/1.1 200") == 1
+
+
 @pytest.mark.parametrize("head", [head_of(8 << 20, "Connection: close"), head_of(8 << 20)])
 def test_a_body_that_is_too_long_is_answered_so_that_its_client_can_read_it(head, listening):
     with socket.create_connection(("localhost", listening[0])) as connection:

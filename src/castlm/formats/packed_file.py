@@ -127,7 +127,7 @@ class PackedSpec:
         bits = mask_bits(self.n, self.m)
         if bits == 8:
             return stored
-        mask = _mask_tables(self.n, self.m)[0][split_codes(stored, bits, self._mask_bytes)]
+        mask: np.ndarray = _mask_tables(self.n, self.m)[0][split_codes(stored, bits, self._mask_bytes)]
         if self.columns % 8:  # the code 0 of the columns past the last one is a mask too
             mask[:, -1] &= (1 << self.columns % 8) - 1
         return mask

@@ -44,9 +44,8 @@ class Rounded:
 
     def split(self, rows: list[int]) -> list[Rounded]:
         """Splits layers that were rounded together, given their numbers of rows."""
-        return [
-            Rounded(self.kind, codes, scales) for codes, scales in zip(self.codes.split(rows), self.scales.split(rows))
-        ]
+        codes, scales = torch.split(self.codes, rows), torch.split(self.scales, rows)
+        return [Rounded(self.kind, *part) for part in zip(codes, scales)]
 
 
 def round_rows(weight: Tensor, kind: str) -> Rounded:

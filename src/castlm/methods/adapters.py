@@ -133,7 +133,7 @@ def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}  # type: ignore[misc]
 
 
 def shira_config(
@@ -194,7 +194,7 @@ def shira_config(
 
     config = peft.ShiraConfig(r=r, target_modules=list(layers), **options)
     config.mask_fn = mask_fn
-    return config
+    return config  # type: ignore[no-any-return]
 
 
 def _check_adapters(model: nn.Module, kept: KeptPattern) -> None:
@@ -250,7 +250,7 @@ class FinetuneAdapter(Finetune):
         group = {"params": [p for _, p in named], "param_names": [name for name, _ in named], "sparse": False}
         return self.optimize([group], fused)
 
-    def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
+    def start_layer_(self, layer: SparseLayer, weight: Tensor, mask: Tensor) -> None:
         """Does nothing: training starts from the model as it is."""
 
     def own_parameters(self, parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -302,7 +302,7 @@ class PatternCallback(TrainerCallback):
         engine = None
         if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             engine = "DeepSpeed"
-        elif args.fsdp and int((args.fsdp_config or {}).get("version", 2)) == 1:
+        elif args.fsdp and int((args.fsdp_config or {}).get("version", 2)) == 1:  # type: ignore[union-attr]
             engine = "FSDP1"  # if `accelerate launch` chose it, `KeptPattern` finds the flat weights
         if engine:
             raise InputError(

@@ -20,6 +20,7 @@ from castlm.core.nm import Pattern
 from castlm.core.rounding import add_weight_rounding
 from castlm.core.sparsify import (
     FilterFn,
+    SparseLayer,
     dense_name,
     magnitude_masks,
     scope_of,
@@ -39,7 +40,7 @@ class _StraightThrough(torch.autograd.Function):
         return weight * mask  # (1536, 576), zeros where masked
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None  # as if the mask were the identity, so masked weights keep learning
 
 
@@ -56,7 +57,10 @@ class ForwardMask(nn.Module):
         self.passes_gradient = passes_gradient
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self.mask) if self.passes_gradient else weight * self.mask
+        if not self.passes_gradient:
+            return weight * self.mask
+        masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
+        return masked
 
 
 class Retraining:
@@ -127,11 +131,11 @@ class Retraining:
             lr=optimizer.learning_rate,
             betas=optimizer.adam_betas,
             eps=optimizer.adam_epsilon,
-            lam=options.lam,
+            lam=options.lam,  # type: ignore[arg-type]  # a run has measured "auto" by now
             total_steps=optimizer.max_steps,
             mask_interval=self.mask_interval,
             decay=options.decay,
-            decay_end=options.decay_end,
+            decay_end=options.decay_end,  # type: ignore[arg-type]  # a config has filled it in
             second_moment=optimizer.second_moment,
             moments=optimizer.moments,
             fused=fused,
@@ -164,7 +168,7 @@ class Retraining:
         for layer, mask in self.magnitude_masks().items():
             parametrize.register_parametrization(layer, "weight", ForwardMask(mask, self.passes_gradient), unsafe=True)
 
-    def magnitude_masks(self) -> dict[nn.Linear, Tensor]:
+    def magnitude_masks(self) -> dict[SparseLayer, Tensor]:
         """The mask by magnitude of the rows of every sparse layer that this rank holds."""
         weights = {name: weight_parameter(layer) for name, layer in self.layers.items()}
         # contiguous, as the masks of a unit may share their memory
@@ -186,7 +190,7 @@ class Retraining:
     def start_from_magnitude_(self) -> None:
         """Prunes by magnitude at step 0, if the method begins with masked weights at zero. By default does nothing."""
 
-    def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
+    def start_layer_(self, layer: SparseLayer, weight: Tensor, mask: Tensor) -> None:
         """Sets the weight and the mask (rows of this rank, in) of a layer at step 0, with masked weights at zero."""
         weight_parameter(layer).copy_(weight)
         forward_mask(layer).copy_(mask)
@@ -197,7 +201,7 @@ class Retraining:
             self._set_masks(self.magnitude_masks())
 
     @torch.no_grad()
-    def _set_masks(self, new: dict[nn.Linear, Tensor]) -> None:
+    def _set_masks(self, new: dict[SparseLayer, Tensor]) -> None:
         flips = [(mask != forward_mask(layer)).sum() for layer, mask in new.items()]
         self._flips = torch.stack(flips).sum() if flips else 0
         for layer, mask in new.items():
@@ -243,9 +247,10 @@ class Retraining:
         return {f"mask.{name}": forward_mask(layer) for name, layer in self.layers.items()}
 
 
-def forward_mask(layer: nn.Linear) -> Tensor:
+def forward_mask(layer: SparseLayer) -> Tensor:
     """The mask of a layer that `Retraining.prepare` parametrized: (out, in), bool, True = kept."""
-    return layer.get_buffer("parametrizations.weight.0.mask")
+    mask: Tensor = layer.get_buffer("parametrizations.weight.0.mask")
+    return mask
 
 
 def class_of(method: str, adapter: str) -> type[Retraining]:

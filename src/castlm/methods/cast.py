@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from castlm.core.scaling import add_weight_scaling
 from castlm.core.shards import local
-from castlm.core.sparsify import weight_parameter
+from castlm.core.sparsify import SparseLayer, weight_parameter
 from castlm.methods.base import Retraining
 
 
@@ -25,7 +25,7 @@ class Cast(Retraining):
         if self.options.scale_groups:
             add_weight_scaling(model, self.options.scale_groups, pattern=self.pattern, filter_fn=self.filter_fn)
 
-    def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
+    def start_layer_(self, layer: SparseLayer, weight: Tensor, mask: Tensor) -> None:
         """Sets the mask and the kept weights. Masked weights start at zero, or keep their dense values and decay."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)

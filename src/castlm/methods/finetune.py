@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from castlm.core.adams import AdamS
 from castlm.core.shards import like_rows, local
-from castlm.core.sparsify import weight_parameter
+from castlm.core.sparsify import SparseLayer, weight_parameter
 from castlm.methods.base import Retraining
 
 
@@ -30,7 +30,7 @@ class Finetune(Retraining):
         for layer, mask in self.magnitude_masks().items():
             parameter = weight_parameter(layer)
             self._masks[parameter] = mask
-            parameter.register_post_accumulate_grad_hook(self._mask_gradient_)
+            parameter.register_post_accumulate_grad_hook(self._mask_gradient_)  # type: ignore[no-untyped-call]
         return super().build_optimizer(model, fused)
 
     def _mask_gradient_(self, parameter: Tensor) -> None:
@@ -42,7 +42,7 @@ class Finetune(Retraining):
         for parameter, mask in self._masks.items():
             local(parameter).masked_fill_(~mask, 0.0)
 
-    def start_layer_(self, layer: nn.Linear, weight: Tensor, mask: Tensor) -> None:
+    def start_layer_(self, layer: SparseLayer, weight: Tensor, mask: Tensor) -> None:
         parameter = weight_parameter(layer)
         self._masks[parameter].copy_(mask & (weight != 0))  # a group may have more zeros than it needs: all stay zero
         local(parameter).copy_(weight * mask)

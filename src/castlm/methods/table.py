@@ -27,7 +27,7 @@ class Method(NamedTuple):
     """Whether its result has the pattern."""
     decays: bool = False
     """Whether AdamS decays masked weights, so that `decay` and its options have an effect."""
-    patterns: type[Pattern] = Pattern
+    patterns: type[Pattern] = Pattern  # type: ignore[type-abstract]  # of isinstance alone
     """The patterns that it trains to, such as `NM`."""
     keeps_mask: bool = False
     """Whether it keeps the mask of the start, so that it can fine-tune a model that is sparse already."""

@@ -91,6 +91,9 @@ class Connection(H11Protocol):
         super().handle_events()
         if self.cycle is not before and not self.cycle.response_complete:
             self._cancel_request_timer()
+        if self.conn.trailing_data[0] and self.cycle is not None and not self.cycle.more_body:
+            # Requests before the answer to the first one would be read without end: it is the last one.
+            self.cycle.keep_alive = False
 
     def on_response_complete(self) -> None:
         self._await_request()  # before the next request, which may be there already
