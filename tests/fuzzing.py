@@ -8,7 +8,9 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -24,37 +26,46 @@ fuzz = settings(
     derandomize=EXAMPLES <= 15,  # the same inputs in every run of `make test`
     suppress_health_check=list(HealthCheck),
 )
-SECONDS = 60
-"""Far more than any of these inputs takes, even on a busy machine: what takes longer hangs."""
+SECONDS = 60.0
+"""Of processor time, far more than any of these inputs takes: what takes longer hangs. A call that waits has ten times
+as long, since a machine may be busy with other work."""
 
 
 class Hangs(BaseException):
-    """Not an `Exception`, so that no handler takes it for bad input."""
+    """The stack of a call that hangs. Not an `Exception`, so that no handler takes it for bad input."""
 
 
 @contextlib.contextmanager
 def time_limit() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise Hangs
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Hangs("".join(traceback.format_stack(frame)))
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, 10 * SECONDS))
+    before = [signal.signal(number, stop) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def answers(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """The result of a call, or the error that it raised; a hang, a crash, or memory that runs out fails the test."""
-    with time_limit():
-        try:
+    try:
+        with time_limit():
             return function(*arguments, **options)
-        except MemoryError:
-            raise
-        except Exception as error:
-            return error
+    except MemoryError:
+        raise
+    except Exception as error:
+        return error
+    except Hangs as hang:
+        # The signal may come at an instruction without a line number, whose traceback pytest cannot print. An ordinary
+        # failure is also one of which hypothesis prints the input.
+        error = f"{function.__qualname__} does not end for {arguments!r:.2000}:\n{hang}"
+    raise AssertionError(error)
 
 
 HOSTILE_JSON = st.sampled_from(

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,6 +92,20 @@ def new(here: Path) -> Path:
             file.unlink()
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def test_a_call_that_hangs_is_told_with_its_input(monkeypatch):
+    monkeypatch.setattr("tests.fuzzing.SECONDS", 0.02)
+
+    def search(text: str) -> None:
+        while text:
+            pass
+
+    with pytest.raises(AssertionError, match=r"search does not end for \('once',\):(.*\n)*.*while text") as caught:
+        answers(search, "once")
+    assert caught.value.__context__ is None
+    with pytest.raises(AssertionError, match="sleep does not end"):
+        answers(time.sleep, 60)
 
 
 # ---- checkpoints
@@ -288,10 +303,12 @@ def test_text_comes_back_from_yaml(text):
     assert parse_yaml_mapping(to_yaml({"a": text}), "a.yaml") == {"a": text}
 
 
-def test_yaml_that_would_grow_is_refused():
+def test_yaml_that_would_grow_is_refused(here):
     bomb = "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)])
     for text in (bomb, "a: " + "[" * 5_000, "? " * 5_000):
         assert isinstance(answers(parse_yaml_mapping, text, "a.yaml"), Exception)
+    with pytest.raises(InputError, match="larger than 128 KiB"):
+        read_yaml_mapping(put(new(here), a__yaml=b"a: [" + 40_000 * b"[a],") / "a.yaml")
 
 
 def option_values() -> st.SearchStrategy[dict[str, object]]:

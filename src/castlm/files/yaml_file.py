@@ -14,18 +14,18 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.files.reading import check_regular, read_text
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 17  # nested lists of this size take PyYAML two seconds
 
 
 def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping. All keys are text, and no file takes long to read.
 
     Raises:
-        InputError: the file is missing, no regular file, larger than 1 MiB, not UTF-8, not valid YAML or not a mapping;
-            it repeats a key, uses an alias or a tag, or nests hundreds of levels.
+        InputError: the file is missing, no regular file, larger than 128 KiB, not UTF-8, not valid YAML or not a
+            mapping; it repeats a key, uses an alias or a tag, or nests hundreds of levels.
     """
     if check_regular(path).stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is not a file of options")
+        raise InputError(f"{path} is larger than {MAX_BYTES >> 10} KiB: that is not a file of options")
     return parse_yaml_mapping(read_text(path), str(path))
 
 
