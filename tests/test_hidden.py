@@ -61,7 +61,6 @@ def test_gradient_checkpointing_changes_nothing(llama, text, tmp_path):
         begin_run(small(llama, text, tmp_path / str(saves), gradient_checkpointing=saves, init_from="magnitude"))
         for saves in (False, True)
     ]
-    assert [run.objective.blocked_attention for run in runs] == [True, False]
     for run in runs:
         run.train_step()
     for (name, one), (_, other) in zip(*(run.model.named_parameters() for run in runs)):

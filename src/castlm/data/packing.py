@@ -438,6 +438,27 @@ def document_positions(begins: Tensor) -> Tensor:
     return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
+class DocumentOffsets(NamedTuple):
+    """The documents of a batch, with its rows laid end to end."""
+
+    offsets: Tensor
+    """int32, (num_documents + 1,): where each begins, and the number of tokens."""
+    longest: int
+    """Tokens of the longest."""
+
+
+def document_offsets(positions: Tensor) -> DocumentOffsets:
+    """The offsets of the documents of a batch; `positions` are (batch, seq), from `document_positions`.
+
+    Examples:
+        >>> document_offsets(torch.tensor([[0, 1, 2, 0], [0, 1, 0, 1]])).offsets
+        tensor([0, 3, 4, 6, 8], dtype=torch.int32)
+    """
+    begins = (positions.flatten() == 0).nonzero().flatten()
+    offsets = torch.cat([begins, begins.new_tensor([positions.numel()])]).to(torch.int32)
+    return DocumentOffsets(offsets, int(offsets.diff().max()))
+
+
 def document_mask(positions: Tensor) -> Tensor:
     """The causal mask in which no token attends to another document, for models that do not derive it from positions.
 

@@ -1,92 +1,186 @@
-"""Attention on a CPU in blocks of queries, each with those keys alone that one of its queries may see.
+"""castlm's attention, one place for both kinds of device, which a model finds by its name in transformers.
 
-torch's kernel multiplies each query with 512 keys at a time, later ones and those of other documents too. In blocks,
-sequences of 512 tokens with five documents take 0.4 of its time, and with one document 0.7.
+On a CPU it runs in blocks of queries, each with those keys alone that one of its queries may see. torch's kernel
+multiplies each query with 512 keys at a time, later ones and those of other documents too. In blocks, sequences of 512
+tokens with five documents take 0.4 of its time, and with one document 0.7.
 
     key        0 ... 109 | 110 .. 204 | 205 ... 364 | ...       mask of a packed sequence, by documents
     queries    0 ..  63:   keys   0 ..  63
     queries   64 .. 127:   keys   0 .. 127                      two documents
     queries  128 .. 191:   keys 110 .. 191
+
+On a GPU a mask of documents (batch, 1, seq, seq) would keep torch from its flash kernel. There the documents of a batch
+are laid end to end, and `torch.nn.attention.varlen` gets the offset of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
+from transformers.masking_utils import sdpa_mask
+
+from castlm.data.packing import DocumentOffsets
+from castlm.models.io import quiet_transformers
+
+NAME = "castlm"
+"""The name by which a model's config selects `attend`."""
 
 _QUERIES = 64  # of a block; 32 and 128 take a tenth longer for sequences of 512 (Zen 3)
 _SHORT = 128  # tokens of a sequence that torch's kernel takes whole
+_ASKS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa")
 
 
-class BlockedAttention(TorchFunctionMode):
-    """Inside this context, `scaled_dot_product_attention` on a CPU omits keys that its mask forbids to a whole block.
+def use_attention_(model: PreTrainedModel) -> bool:
+    """Makes the text layers of `model` attend by `attend`, and returns whether they do.
 
-    The results are the same up to the order of sums. Masks of floats, dropout and other devices are left to torch.
+    They do not if they are not on transformers' interface of attention functions (Falcon, most remote code), if they
+    do not use "sdpa" (attention sinks), or if their code does something else where the name is not "sdpa": layers that
+    choose their keys, such as DeepSeek V3.2's, would read all keys.
     """
+    text = model.config.get_text_config()
+    if text._attn_implementation == NAME:
+        return True
+    if text._attn_implementation != "sdpa" or any(
+        _asks_for_sdpa(type(module)) for module in model.modules() if isinstance(module, PreTrainedModel)
+    ):
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    parts = {key: NAME for key in model.config.sub_configs if getattr(model.config, key) is text}
+    with quiet_transformers():  # it warns of a model that cannot be changed
+        model.set_attn_implementation(NAME if text is model.config else parts)
+    return bool(text._attn_implementation == NAME)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._causal: Tensor | None = None
-        self._blocks: dict[int, tuple[Tensor, list[list[tuple[slice, slice]]]]] = {}
-        """By the id of a mask: the mask, so that no other has its id, and the queries and keys of each row's blocks."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+@functools.cache
+def _asks_for_sdpa(kind: type[PreTrainedModel]) -> bool:
+    try:
+        return _ASKS_FOR_SDPA.search(inspect.getsource(sys.modules[kind.__module__])) is not None
+    except (KeyError, OSError, TypeError):  # a class without a file
+        return True
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        mask, num_tokens = attn_mask, query.shape[-2]
-        in_blocks = query.device.type == "cpu" and query.dim() == 4 and num_tokens > _SHORT and not dropout_p
-        if in_blocks and is_causal:
-            mask = self._causal_mask(num_tokens)
-        if not in_blocks or not _is_whole(mask, query, key):
-            return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        assert mask is not None
+
+def can_lay_end_to_end(model: PreTrainedModel) -> bool:
+    """Whether a model that uses `attend` may be given `of_documents`: all layers are causal, and none has a window."""
+    config = model.config.get_text_config()
+    windows = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    drops = any(value for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float))
+    uses = config._attn_implementation == NAME and config is model.config
+    return uses and not windows and kinds == {"full_attention"} and not drops
+
+
+def of_documents(documents: DocumentOffsets, device: torch.device) -> dict[str, Any]:
+    """The arguments of a model's forward with which `attend` keeps documents apart by their offsets.
+
+    The mask (1, 1, 1, 1) says nothing: with four dimensions, it keeps transformers from making one of the position ids.
+    """
+    offsets = documents.offsets.to(device, non_blocking=True)
+    return {
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": documents.longest,
+        "max_length_k": documents.longest,
+    }
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers. The results are those of "sdpa" up to the order of sums.
+
+    Masks of floats, biases of positions, dropout, and other devices without `of_documents` are left to "sdpa".
+
+    Args:
+        query: (batch, heads, seq, head_dim); `key` and `value` may have fewer heads, each of which serves a group.
+        attention_mask: bool, (batch or 1, heads or 1, seq, seq), True = attends.
+
+    Returns:
+        (batch, seq, heads, head_dim), and no attention weights.
+    """
+    if options.get("cu_seq_lens_q") is not None:
+        return _attend_end_to_end(query, key, value, scaling, options["cu_seq_lens_q"], options["max_length_q"]), None
+    num_tokens, mask = query.shape[2], attention_mask
+    in_blocks = query.device.type == "cpu" and num_tokens > _SHORT and not dropout
+    if in_blocks and mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        mask = _causal_mask(num_tokens)
+    if not in_blocks or not _is_whole(mask, query, key) or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
+    assert mask is not None
+    shared, group = {}, getattr(module, "num_key_value_groups", 1)
+    if group > 1:
+        if use_gqa_in_sdpa(attention_mask, key, value):
+            shared = {"enable_gqa": True}
+        else:
+            key, value = repeat_kv(key, group), repeat_kv(value, group)
+    rows = []
+    for row, blocks in enumerate(_blocks_of(mask)):
+        of = slice(row, row + 1) if len(mask) > 1 else slice(None)  # one mask can serve all rows
+        found = []
+        for queries, keys in blocks:
+            inputs = query[of, :, queries], key[of, :, keys], value[of, :, keys]
+            found.append(scaled_dot_product_attention(*inputs, mask[of, :, queries, keys], scale=scaling, **shared))
+        rows.append(torch.cat(found, dim=-2))
+    return torch.cat(rows).transpose(1, 2).contiguous(), None
+
+
+def _attend_end_to_end(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, offsets: Tensor, longest: int
+) -> Tensor:
+    """Causal attention within each document of a batch (batch, heads, seq, head_dim), all rows end to end."""
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    # (2, 9, 512, 64) -> (1024, 9, 64); rotary embeddings leave queries and keys in fp32 where autocast is on
+    inputs = [part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value)]
+    groups = {"enable_gqa": key.shape[1] != query.shape[1]}
+    states = varlen_attn(*inputs, offsets, offsets, longest, longest, scale=scaling, window_size=(-1, 0), **groups)
+    assert isinstance(states, Tensor)
+    return states.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+@functools.lru_cache(maxsize=1)
+def _causal_mask(num_tokens: int) -> Tensor:
+    with torch.inference_mode(False):  # autograd will save it
+        return torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool).tril_()
+
+
+_BLOCKS = WeakTensorKeyDictionary()  # every layer of a forward pass gets the same mask
+
+
+def _blocks_of(mask: Tensor) -> list[list[tuple[slice, slice]]]:
+    """The blocks of each row of a mask (rows, heads, queries, keys): their queries and keys."""
+    if mask not in _BLOCKS:
         rows = []
-        for row, blocks in enumerate(self._blocks_of(mask)):
-            of = slice(row, row + 1) if len(mask) > 1 else slice(None)  # one mask can serve all rows
-            found = []
-            for queries, keys in blocks:
-                inputs = query[of, :, queries], key[of, :, keys], value[of, :, keys]
-                found.append(scaled_dot_product_attention(*inputs, mask[of, :, queries, keys], **options))
-            rows.append(torch.cat(found, dim=-2))
-        return torch.cat(rows)
-
-    def _causal_mask(self, num_tokens: int) -> Tensor:
-        if self._causal is None or len(self._causal[0, 0]) != num_tokens:
-            self._causal = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool).tril_()
-        return self._causal
-
-    def _blocks_of(self, mask: Tensor) -> list[list[tuple[slice, slice]]]:
-        """The blocks of each row of a mask (rows, heads, queries, keys)."""
-        if id(mask) not in self._blocks:
-            rows = []
-            for allowed in mask.any(dim=1):  # (512, 512)
-                blocks = []
-                for start in range(0, len(allowed), _QUERIES):
-                    queries = slice(start, start + _QUERIES)
-                    seen = allowed[queries].any(dim=0).nonzero().flatten().tolist()
-                    blocks.append((queries, slice(seen[0], seen[-1] + 1) if seen else slice(None)))
-                rows.append(blocks)
-            self._blocks[id(mask)] = mask, rows
-        return self._blocks[id(mask)][1]
+        for allowed in mask.any(dim=1):  # (512, 512)
+            blocks = []
+            for start in range(0, len(allowed), _QUERIES):
+                queries = slice(start, start + _QUERIES)
+                seen = allowed[queries].any(dim=0).nonzero().flatten().tolist()
+                blocks.append((queries, slice(seen[0], seen[-1] + 1) if seen else slice(None)))
+            rows.append(blocks)
+        _BLOCKS[mask] = rows
+    found: list[list[tuple[slice, slice]]] = _BLOCKS[mask]
+    return found
 
 
 def _is_whole(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:

@@ -7,7 +7,7 @@ pass, and the loss needs the head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,13 @@ from castlm.core.distill import OutputHead, TopTokens, distillation_loss, top_to
 from castlm.core.errors import InputError
 from castlm.core.hidden import hidden_distance
 from castlm.core.sparsify import transformer_blocks
-from castlm.data.packing import document_mask
+from castlm.data.packing import DocumentOffsets, document_mask, document_offsets
 from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
 from castlm.distributed.sharding import gathered, is_sharded, reshard_, shard_
 from castlm.distributed.world import World
 from castlm.hardware import autocast
 from castlm.models.architecture import backbone, check_head, output_head
-from castlm.training.attention import BlockedAttention
+from castlm.training.attention import can_lay_end_to_end, of_documents, use_attention_
 from castlm.training.teacher_cache import TeacherCache
 
 
@@ -63,8 +63,8 @@ class Objective(nn.Module):
         cache: stores these tokens.
         apart: the documents of a training sequence do not attend to each other; each begins where `position_ids` are 0.
         hidden_weight: weight of the distance between the hidden states of student and teacher; 0 compares none.
-        blocked_attention: run the models in `BlockedAttention`. It is for models without compiled blocks, and without
-            activation checkpointing, whose second pass is outside of it.
+        own_attention: let the models attend by castlm's attention function where they can (`use_attention_`). It is for
+            models without compiled blocks.
 
     The buffer `stream_basis` is the rotation (hidden, hidden) that brings the teacher's residual stream into the basis
     of the student's, multiplied from the right; None if both have the same basis.
@@ -82,13 +82,16 @@ class Objective(nn.Module):
         cache: TeacherCache | None = None,
         apart: bool = False,
         hidden_weight: float = 0.0,
-        blocked_attention: bool = True,
+        own_attention: bool = True,
     ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
         self.eta, self.temperature, self.top_k, self.cache = eta, temperature, top_k, cache
-        self.apart, self.explicit_mask = apart, False
-        self.hidden_weight, self.blocked_attention = hidden_weight, blocked_attention
+        self.apart, self.explicit_mask, self.end_to_end = apart, False, False
+        self.hidden_weight = hidden_weight
+        if own_attention:
+            for model in self._models():
+                use_attention_(model)
         self.register_buffer("stream_basis", None, persistent=False)
         self._kept: list[Tensor] | None = None
         for model in (student, teacher) if hidden_weight else ():
@@ -103,12 +106,13 @@ class Objective(nn.Module):
         labels: Tensor,
         num_tokens: int | Tensor,
         position_ids: Tensor | None = None,
+        documents: DocumentOffsets | None = None,
         ce_only: bool = False,
         **extra: Tensor,
     ) -> TrainingLoss:
         if ce_only or not self.apart:
-            position_ids = None
-        inputs = self._inputs(input_ids, position_ids) | extra
+            position_ids = documents = None
+        inputs = self._inputs(input_ids, position_ids, documents) | extra
         settings = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
         compares_hidden = self.hidden_weight > 0 and not ce_only
         ours = self._output(self.student, inputs, compares_hidden)
@@ -133,11 +137,26 @@ class Objective(nn.Module):
         # Eq. 13, plus the distance of hidden states (ours)
         return TrainingLoss(loss.loss + self.hidden_weight * hidden, loss.ce, loss.kl, hidden.detach())
 
-    def _inputs(self, input_ids: Tensor, position_ids: Tensor | None) -> dict[str, Tensor]:
+    def on_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+        """The arguments of `forward` for a batch on the CPU.
+
+        The offsets of its documents are counted before it leaves the CPU, so that nothing waits for a GPU to answer.
+        """
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+        return moved | ({"documents": document_offsets(batch["position_ids"])} if self.end_to_end else {})
+
+    def _models(self) -> list[PreTrainedModel]:
+        return [model for model in (self.student, self.teacher) if model is not None]
+
+    def _inputs(
+        self, input_ids: Tensor, position_ids: Tensor | None, documents: DocumentOffsets | None = None
+    ) -> dict[str, Any]:
         """The arguments of a forward pass in which the documents of a sequence do not attend to each other."""
         if position_ids is None:
             return {"input_ids": input_ids}
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        if documents is not None:
+            return inputs | of_documents(documents, input_ids.device)
         return inputs | ({"attention_mask": document_mask(position_ids)} if self.explicit_mask else {})
 
     @torch.no_grad()
@@ -145,11 +164,13 @@ class Objective(nn.Module):
         """Finds out whether position ids are enough to keep the student's documents apart, or a mask is needed.
 
         It runs the student: a change of the first document must not change the hidden states of the second. Raises
-        `InputError` if neither keeps them apart.
+        `InputError` if neither keeps them apart. On a GPU their offsets take the place of both, if student and teacher
+        then compute the same.
         """
         if not self.apart:
             return
         if self._are_documents_apart():
+            self.end_to_end = self._device().type == "cuda" and self.agrees_end_to_end()
             return
         has_window = getattr(self.student.config.get_text_config(), "sliding_window", None) is not None
         if not has_window:  # an explicit mask would replace the window's
@@ -160,19 +181,47 @@ class Objective(nn.Module):
             f"{type(self.student).__name__} cannot keep the documents of a sequence apart: set cross_document_attention"
         )
 
-    def _are_documents_apart(self) -> bool:
-        device = next(self.student.parameters()).device
+    def _device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    def _two_documents(self) -> tuple[Tensor, Tensor]:
+        """Token ids and positions (2, 11) of two documents, of which the first, 5 tokens, differs between the rows."""
         vocab = self.student.get_input_embeddings().weight.shape[0]
-        words = torch.arange(min(vocab, 32), device=device)
-        first = torch.stack([words[:1].expand(5), words[1:6]])  # (2, 5): another first document in each row
-        second = words[6:12].expand(2, -1)  # (2, 6), in both rows alike
-        input_ids = torch.cat([first, second], dim=1)
-        starts = [torch.arange(part.shape[1], device=device) for part in (first, second)]
-        positions = torch.cat(starts).expand(2, -1)
+        words = torch.arange(min(vocab, 32), device=self._device())
+        first = torch.stack([words[:1].expand(5), words[1:6]])
+        second = words[6:12].expand(2, -1)
+        starts = [torch.arange(part.shape[1], device=self._device()) for part in (first, second)]
+        return torch.cat([first, second], dim=1), torch.cat(starts).expand(2, -1)
+
+    @torch.no_grad()
+    def agrees_end_to_end(self) -> bool:
+        """Whether the models compute the same by `of_documents` as by positions, up to the rounding of bf16."""
+        if not all(map(can_lay_end_to_end, self._models())):
+            return False
+        input_ids, positions = self._two_documents()
+        documents = document_offsets(positions.cpu())
+        try:
+            for model in self._models():
+                expected, found = (
+                    backbone(model)(**inputs, use_cache=False).last_hidden_state.float()
+                    for inputs in (self._inputs(input_ids, positions), self._inputs(input_ids, positions, documents))
+                )
+                if not (found - expected).abs().max() <= 0.05 * expected.abs().max():
+                    return False
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ):  # no such arguments, or no kernel for the dtype or the head's size
+            return False
+        return True
+
+    def _are_documents_apart(self) -> bool:
+        input_ids, positions = self._two_documents()
 
         def influence(inputs: dict[str, Tensor]) -> float:
             """The largest change of the second document's hidden states by the first document."""
-            states = backbone(self.student)(**inputs, use_cache=False).last_hidden_state[:, -second.shape[1] :].float()
+            states = backbone(self.student)(**inputs, use_cache=False).last_hidden_state[:, 5:].float()
             return float((states[0] - states[1]).abs().max())
 
         try:
@@ -183,8 +232,7 @@ class Objective(nn.Module):
 
     def _output(self, model: PreTrainedModel, inputs: dict[str, Tensor], stream: bool) -> _Output:
         self._kept = [] if stream else None
-        with BlockedAttention() if self.blocked_attention else nullcontext():
-            states = backbone(model)(**inputs, use_cache=False).last_hidden_state
+        states = backbone(model)(**inputs, use_cache=False).last_hidden_state
         kept, self._kept = self._kept, None  # blocks that checkpointing runs again in the backward pass add nothing
         return _Output(states, kept or [])
 

@@ -316,7 +316,7 @@ class Run:
             if self.world.num_replicas > 1 and number in (0, last):
                 sum_over_replicas_(objective, now=number == last)
             with autocast(device, self.evaluator.precision):
-                loss = objective(num_tokens=num_tokens, **{name: tensor.to(device) for name, tensor in batch.items()})
+                loss = objective(num_tokens=num_tokens, **objective.on_device(batch, device))
             # FSDP averages gradients over ranks. The loss is already divided by the tokens of all ranks, so only a sum
             # is wanted: multiplying by the number of ranks undoes the average.
             (loss.loss * self.world.size).backward()

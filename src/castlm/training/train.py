@@ -244,7 +244,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         cache,
         apart=not data.cross_document_attention,
         hidden_weight=float(config.teacher.hidden_weight or 0.0),
-        blocked_attention=not (runtime.gradient_checkpointing or runtime.torch_compile),
+        own_attention=not runtime.torch_compile,
     )
     if runtime.torch_compile:
         compile_blocks_(objective)
