@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -461,6 +462,72 @@ def export_in_small_files(config: TrainConfig, damage: bool = False) -> int:
     if damage:
         export.write_all_but_weights = damaging
     return train_as_a_command(config)
+
+
+def write_weights_alone(dense: str, folder: str, sharding: str) -> None:
+    """Only the weights of a model with trained scales, in small files; counts those that this rank writes."""
+    export.MAX_SHARD_BYTES = 9_000
+    world = init_world("cpu", sharding)
+    model = load_model(dense).model
+    add_weight_scaling(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.shape[-1] == 2:
+            parameter.data = torch.rand(parameter.shape, generator=generator)
+    if world.size > 1:
+        shard_(Objective(model, None, 0.0, 1.0), world)
+    write_file, written = export.write_file, []
+    export.write_file = lambda file, *rest: (written.append(file.name), write_file(file, *rest))
+    Path(folder).mkdir(exist_ok=True)
+    export._write_weights(SimpleNamespace(model=model, world=world, dtype=torch.bfloat16), Path(folder))
+    counts = world.gather(len(written))
+    assert max(counts) - min(counts) <= 1, counts
+    close_world(world)
+
+
+@pytest.mark.parametrize(("size", "sharding"), [(2, "full"), (4, "full"), slow(4, "hybrid")])
+def test_each_rank_writes_whole_files_with_the_bits_of_one_rank(size, sharding, tmp_path, monkeypatch):
+    for name in ("MAX_SHARD_BYTES", "write_file"):
+        monkeypatch.setattr(export, name, getattr(export, name))  # restored at the end
+    dense = str(save_tiny(tmp_path / "dense", "gpt2", intermediate_size=80))
+    write_weights_alone(dense, str(tmp_path / "1"), "full")
+    nodes = {"LOCAL_WORLD_SIZE": "2" if sharding == "hybrid" else str(size)}
+    run_ranks(write_weights_alone, size, dense, str(tmp_path / "n"), sharding, folder=tmp_path, environment=nodes)
+    one, other = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("1", "n"))
+    assert len(one) > 5
+    assert one == other
+
+
+def export_with_a_fault(config: TrainConfig, rank: int, kills: bool) -> int:
+    """The second tensor of a file cannot be written on `rank`, or is its last."""
+    write_file = export.write_file
+
+    def failing(file: Path, content: Any, tensors: Any) -> None:
+        def cut_short() -> Any:
+            yield next(tensors)
+            if kills:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        write_file(file, content, cut_short() if os.environ["RANK"] == str(rank) else tensors)
+
+    export.write_file = failing
+    return export_in_small_files(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [False, True])
+def test_an_export_that_a_rank_cannot_write_leaves_none(kills, gemma, text, tmp_path):
+    config = small(gemma, text, tmp_path / "run", 2, max_steps=1, timeout_s=10)
+    if kills:
+        codes = wait_ranks(start_ranks(export_with_a_fault, 2, config, 1, True, log=tmp_path / "log"), 60)
+        assert codes == [2, -signal.SIGKILL], said(tmp_path / "log", 2)
+    else:
+        assert_refused(
+            tmp_path / "log", r"disk full while writing .*safetensors", export_with_a_fault, config, 1, False
+        )
+    left = [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith((".model", "model"))]
+    assert not left
 
 
 GENERATION = {"do_sample": False, "temperature": 0.6, "eos_token_id": [7, 256], "max_new_tokens": 5}

@@ -1,5 +1,12 @@
 """Writes and verifies the result of a sharded run, one tensor at a time: no rank ever holds the whole model.
 
+Each rank writes whole files, all at the same time. In turns, every writer gets the next tensor of its file: the ranks
+that hold rows of it send them, folded and in the dtype of the files, to the writer alone.
+
+    4 ranks, 6 files      rank 0     rank 1     rank 2     rank 3
+    first round           file 1     file 2     file 3     file 4
+    second round          file 5     file 6     sends rows alone
+
 The verification is the same as in `castlm.export.hf`: it counts the pattern in the files, each rank compares its rows
 of every tensor bit for bit with memory, and the perplexity is measured again on the model read from disk.
 """
@@ -7,21 +14,24 @@ of every tensor bit for bit with memory, and the perplexity is measured again on
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.core.shards import local, whole
+from castlm.core.shards import local
 from castlm.core.sparsify import SparseLayer, computed_weight, weight_parameter
 from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
@@ -34,7 +44,8 @@ from castlm.export.hf import (
     write_record,
 )
 from castlm.files.output import atomic_dir
-from castlm.files.weights import Batch, into_files, layout_of, write_weights
+from castlm.files.stored import INDEX
+from castlm.files.weights import Layout, into_files, layout_of, write_file, write_index_of
 from castlm.models.io import write_all_but_weights
 from castlm.models.stored_layout import StoredLayout
 
@@ -92,10 +103,6 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
         return world.on_main(lambda: write_record(temporary, folder.name, manifest))
 
 
-Take = Callable[[Tensor], Tensor]
-"""`whole` or `local`: all rows of a parameter, or this rank's rows."""
-
-
 class Folded(NamedTuple):
     """A parameter of a model, as it is once its parametrizations are folded."""
 
@@ -106,9 +113,9 @@ class Folded(NamedTuple):
     layer: SparseLayer | None
     """The layer whose parametrized weight it is; None for a parameter without parametrization."""
 
-    def value(self, take: Take) -> Tensor:
-        """The folded value: all rows, or this rank's rows."""
-        return take(self.parameter) if self.layer is None else computed_weight(self.layer, take)
+    def rows(self) -> Tensor:
+        """This rank's rows of the folded value."""
+        return local(self.parameter) if self.layer is None else computed_weight(self.layer, local)
 
 
 def folded_parameters(model: nn.Module) -> Iterator[Folded]:
@@ -123,39 +130,77 @@ def folded_parameters(model: nn.Module) -> Iterator[Folded]:
             yield Folded(f"{name}.{leaf}", parameter, None)
 
 
+class _Piece(NamedTuple):
+    """A parameter of the result, on its way into a file."""
+
+    layout: Layout
+    folded: Folded
+
+
 @torch.no_grad()
 def _write_weights(result: ShardedResult, folder: Path) -> None:
-    """Writes the files of the weights, on the main rank. Raises `InputError` there if one cannot be written."""
-    model = result.model
+    """Writes the files of the weights and their index. Stops all ranks if one of them cannot write a file."""
+    world, layout = result.world, StoredLayout(result.model)
     first_of: dict[Tensor, Folded] = {}
-    for folded in folded_parameters(model):
+    for folded in folded_parameters(result.model):
         first_of.setdefault(folded.parameter, folded)  # tied weights are written once
-    layout = StoredLayout(model)
-    failure: Exception | None = None
-
-    def stored(folded: Folded) -> Iterable[Tensor]:
-        value = folded.value(whole)  # all ranks gather it
-        return layout.to_stored({folded.name: value.to(result.dtype)}).values() if result.world.is_main else ()
-
-    batches = []
+    pieces = []
     for folded in first_of.values():
         like = torch.empty(folded.parameter.shape, dtype=result.dtype, device="meta")
-        batches.append(Batch(layout_of(layout.to_stored({folded.name: like})), functools.partial(stored, folded)))
-    try:
-        write_weights(
-            folder,
-            into_files(batches, MAX_SHARD_BYTES),
-            num_parameters=sum(parameter.numel() for parameter in first_of),
-            is_writer=result.world.is_main,
-        )
-    except Exception as error:
-        failure = error
+        pieces.append(_Piece(layout_of(layout.to_stored({folded.name: like})), folded))
+    files = into_files(pieces, MAX_SHARD_BYTES)
+    names, failure = list(files), None
+    for start in range(0, len(names), world.size):
+        writers = dict(enumerate(names[start : start + world.size]))  # the file of each rank
+        tensors = _own_tensors(result, layout, {rank: files[name] for rank, name in writers.items()})
+        if world.rank in writers and failure is None:
+            name = writers[world.rank]
+            try:
+                write_file(folder / name, files[name], tensors)
+            except Exception as error:
+                failure = str(error) if isinstance(error, InputError) else f"{name} cannot be written: {error!r}"
+        deque(tensors, maxlen=0)  # sends what others write, also after a failure, so that none waits in vain
+    failures = [found for found in world.gather(failure, patient=True) if found]
+    world.check_all(failures[0] if failures else None)
+    num_parameters = sum(parameter.numel() for parameter in first_of)
+    world.on_main(lambda: write_index_of(folder / INDEX, files, num_parameters))
 
-    def report() -> None:
-        if failure is not None:
-            raise failure
 
-    result.world.on_main(report, patient=True)
+def _own_tensors(
+    result: ShardedResult, layout: StoredLayout, files: Mapping[int, Sequence[_Piece]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors of this rank's file. All ranks run this to its end, as it sends the rows of the other files.
+
+    Args:
+        files: the content of the file that each rank writes.
+    """
+    for turn in range(max(map(len, files.values()))):
+        own: Tensor | None = None
+        for writer, content in files.items():
+            if turn < len(content):
+                found = _rows_to(writer, content[turn].folded, result)
+                own = found if found is not None else own
+        if own is not None:
+            piece = files[result.world.rank][turn]
+            yield from zip(piece.layout, layout.to_stored({piece.folded.name: own}).values(), strict=True)
+
+
+def _rows_to(writer: int, folded: Folded, result: ShardedResult) -> Tensor | None:
+    """The folded value in the dtype of the files on the rank `writer`; None on the others, which send it their rows."""
+    world, parameter = result.world, folded.parameter
+    num_shards = world.size // world.num_replicas
+    if world.rank // num_shards != writer // num_shards:  # replicas of the writer's ranks hold the same rows
+        return None
+    if not isinstance(parameter, DTensor):
+        return folded.rows().to(result.dtype) if world.rank == writer else None
+    rows = folded.rows().to(result.dtype)
+    most = math.ceil(len(parameter) / num_shards)  # rows of a rank; the last ones have fewer, or none
+    sent = rows.new_zeros(most, *parameter.shape[1:])
+    sent[: len(rows)] = rows
+    whole = rows.new_empty(num_shards, *sent.shape) if world.rank == writer else None
+    parts = None if whole is None else [part.view(torch.uint8) for part in whole]  # gloo does not know all dtypes
+    dist.gather(sent.view(torch.uint8), parts, dst=writer, group=parameter.device_mesh.get_group("shard"))
+    return None if whole is None else whole.flatten(0, 1)[: len(parameter)]
 
 
 @torch.no_grad()
@@ -198,5 +243,5 @@ def _sharded_root(model: PreTrainedModel, result: ShardedResult) -> nn.Module:
 def _folded_rows(result: ShardedResult) -> Iterator[tuple[str, Tensor]]:
     """This rank's rows of every parameter, rounded as in the files, in fp32."""
     for folded in folded_parameters(result.model):
-        rows = folded.value(local)
+        rows = folded.rows()
         yield folded.name, rows.to(result.dtype).to(rows.dtype)

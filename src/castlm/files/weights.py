@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -19,16 +18,26 @@ Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype (safetensors' name) and shape by tensor, in the order in which they are written."""
 
 
+class HasLayout(Protocol):
+    """Stored tensors that belong together, which no division among files may part."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+
+Together = TypeVar("Together", bound=HasLayout)
+
+
 class Batch(NamedTuple):
     """Stored tensors that are made together, such as the converted weights of one transformer block."""
 
     layout: Layout
     tensors: Callable[[], Iterable[Tensor]]
-    """Makes the tensors of `layout`, in its order. All ranks call it, as it may gather."""
+    """Makes the tensors of `layout`, in its order."""
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(math.prod(shape) * STORED[dtype].itemsize for dtype, shape in self.layout.values())
+
+def num_bytes(of: HasLayout) -> int:
+    return sum(math.prod(shape) * STORED[dtype].itemsize for dtype, shape in of.layout.values())
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
@@ -36,20 +45,20 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     return {name: (STORED_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def into_files(batches: Iterable[Batch], max_bytes: int) -> dict[str, list[Batch]]:
+def into_files(batches: Iterable[Together], max_bytes: int) -> dict[str, list[Together]]:
     """Divides batches among files of at most `max_bytes`, in order. A larger batch has a file of its own.
 
     Returns:
         The batches by the name of the file: model.safetensors, or model-00001-of-00003.safetensors and so on.
     """
-    files: list[list[Batch]] = [[]]
+    files: list[list[Together]] = [[]]
     size = 0
     for batch in batches:
-        if files[-1] and size + batch.num_bytes > max_bytes:
+        if files[-1] and size + num_bytes(batch) > max_bytes:
             files.append([])
             size = 0
         files[-1].append(batch)
-        size += batch.num_bytes
+        size += num_bytes(batch)
     return dict(zip(file_names(len(files)), files))
 
 
@@ -67,7 +76,6 @@ def write_weights(
     *,
     index: str = INDEX,
     num_parameters: int | None = None,
-    is_writer: bool = True,
 ) -> None:
     """Writes files of weights, and their index if there are several, with one batch in memory at a time.
 
@@ -75,40 +83,40 @@ def write_weights(
         files: the batches of each file, as from `into_files`.
         metadata: of each file; by default as transformers writes it.
         num_parameters: for the index.
-        is_writer: False on the ranks that only take part in making the tensors.
 
     Raises:
-        InputError: the disk is full. The tensors that are left are made all the same, so that no rank waits for
-            another in vain.
+        InputError: the disk is full.
     """
-    failure: Exception | None = None
     for name, batches in files.items():
-        left = iter(batches)
-        if is_writer and failure is None:
-            layout = {key: entry for batch in batches for key, entry in batch.layout.items()}
-            about = {"format": "pt"} if metadata is None else metadata[name]
-            try:
-                with reporting_full_disk(folder / name):
-                    write_safetensors(folder / name, layout, _tensors(left), about)
-            except Exception as error:
-                failure = error
-        for batch in left:
-            deque(batch.tensors(), maxlen=0)
-    if failure is not None:
-        raise failure
-    if len(files) > 1 and is_writer:
-        weight_map = {key: name for name, batches in files.items() for batch in batches for key in batch.layout}
-        write_index(folder / index, weight_map, sum(b.num_bytes for of in files.values() for b in of), num_parameters)
+        tensors = (tensor for batch in batches for tensor in zip(batch.layout, batch.tensors(), strict=True))
+        write_file(folder / name, batches, tensors, None if metadata is None else metadata[name])
+    write_index_of(folder / index, files, num_parameters)
 
 
-def _tensors(batches: Iterable[Batch]) -> Iterator[tuple[str, Tensor]]:
-    for batch in batches:
-        yield from zip(batch.layout, batch.tensors(), strict=True)
+def write_file(
+    file: Path,
+    content: Sequence[HasLayout],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file of weights; `tensors` come in the order of `content`. Raises `InputError` if the disk is full."""
+    layout = {name: entry for of in content for name, entry in of.layout.items()}
+    with reporting_full_disk(file):
+        write_safetensors(file, layout, tensors, {"format": "pt"} if metadata is None else metadata)
 
 
-def write_index(index: Path, weight_map: Mapping[str, str], num_bytes: int, num_parameters: int | None = None) -> None:
-    """Writes the index of several weight files: the file of each tensor by its name."""
-    metadata = {"total_size": num_bytes}
+def write_index_of(index: Path, files: Mapping[str, Sequence[HasLayout]], num_parameters: int | None = None) -> None:
+    """Writes the index of files of weights, if there are several."""
+    if len(files) > 1:
+        weight_map = {key: name for name, content in files.items() for of in content for key in of.layout}
+        write_index(
+            index, weight_map, sum(num_bytes(of) for content in files.values() for of in content), num_parameters
+        )
+
+
+def write_index(index: Path, weight_map: Mapping[str, str], total: int, num_parameters: int | None = None) -> None:
+    """Writes the index of several weight files, of `total` bytes: the file of each tensor by its name."""
+    metadata = {"total_size": total}
     if num_parameters is not None:
         metadata["total_parameters"] = num_parameters
     atomic_write_json(index, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
