@@ -20,23 +20,24 @@ import numpy as np
 
 from castlm.core.errors import InputError, naming, one_line
 from castlm.data.columns import Columns, Document, Kind, Position, find_columns
+from castlm.data.line_index import LineIndexes
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import (
     GzipJsonLines,
+    JsonLines,
     ParquetRows,
     Pool,
     Source,
-    open_json_lines,
     open_text,
     texts_in_memory,
 )
 from castlm.files.reading import check_regular, user_path
 
-_OPENERS: dict[str, Callable[[Path, TextOptions, Pool], Source]] = {
-    ".txt": lambda file, options, pool: open_text(file),
-    ".jsonl": lambda file, options, pool: open_json_lines(file, options),
-    ".jsonl.gz": GzipJsonLines,
-    ".parquet": ParquetRows,
+_OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Source]] = {
+    ".txt": lambda file, options, pool, indexes: open_text(file),
+    ".jsonl": lambda file, options, pool, indexes: JsonLines(file, options, indexes),
+    ".jsonl.gz": lambda file, options, pool, indexes: GzipJsonLines(file, options, pool),
+    ".parquet": lambda file, options, pool, indexes: ParquetRows(file, options, pool),
 }
 """The reader of a file by its suffix."""
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
@@ -245,6 +246,7 @@ def open_documents(
     *,
     split: str = "train",
     data_config: str | None = None,
+    indexes: LineIndexes | None = None,
 ) -> Documents | HubDocuments:
     """Opens a file, a folder, a glob, or a dataset of the Hugging Face Hub.
 
@@ -256,6 +258,7 @@ def open_documents(
 
     Args:
         split, data_config: of a hub dataset.
+        indexes: of .jsonl files, from an earlier start of a run; takes those of the files that are opened.
 
     Raises:
         InputError: the dataset does not exist, its type is not supported, it has no such column or several that could
@@ -268,7 +271,7 @@ def open_documents(
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     pool = Pool(SHUFFLE_BYTES)
-    sources = [_OPENERS[_suffix(file)](file, options, pool) for file in files]
+    sources = [_OPENERS[_suffix(file)](file, options, pool, indexes) for file in files]
     documents = Documents(sources, pool, str(dataset))
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT and len(source.last)]
     if plain and documents.kind is not Kind.TEXT:

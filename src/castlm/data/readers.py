@@ -25,6 +25,7 @@ import numpy as np
 
 from castlm.core.errors import InputError, naming, one_line
 from castlm.data.columns import Columns, Document, Kind, find_columns
+from castlm.data.line_index import LineIndex, LineIndexes, key_of
 from castlm.data.options import TextOptions
 from castlm.files.reading import check_regular, open_regular, parse_json, sha256_file
 
@@ -206,6 +207,8 @@ class JsonRows:
     def __init__(self, path: Path, options: TextOptions) -> None:
         self._path, self._options = path, options
         self._columns: Columns | None = None
+        self.columns_row = b""
+        """The row that determined the columns."""
         self.kind = Kind.TEXT
         """Kind of the lines read so far; after `index`, of the whole file."""
 
@@ -235,17 +238,40 @@ class JsonRows:
                 self._columns = find_columns(row, self._options, self._path.parent)
                 if self._columns is None:
                     return Document("")
+                self.columns_row = line
             document = self._columns.document(row)
         self.kind = max(self.kind, document.kind)
         return document
 
 
-def open_json_lines(path: Path, options: TextOptions) -> Spans:
-    """A file with one JSON object per line."""
-    rows = JsonRows(path, options)
-    with open_regular(path) as file:
-        start, stop = rows.index(iter(partial(file.read, READ_BYTES), b""))
-    return Spans(map_file(path), start, stop, np.ones(len(start), dtype=bool), rows.read, rows.kind)
+class JsonLines(Spans):
+    """A file with one JSON object per line.
+
+    Args:
+        indexes: of an earlier start, from which the places of the documents are taken; otherwise every line is parsed.
+    """
+
+    def __init__(self, path: Path, options: TextOptions, indexes: LineIndexes | None = None) -> None:
+        rows, key = JsonRows(path, options), key_of(path, options)
+        buffer = map_file(path)
+        index = None if indexes is None else indexes.find(key)
+        if index is None:
+            with open_regular(path) as file:
+                start, stop = rows.index(iter(partial(file.read, READ_BYTES), b""))
+            at = buffer.find(rows.columns_row)  # the first equal line has the same columns
+            columns_row = (at, at + len(rows.columns_row)) if at >= 0 else (0, 0)
+            index = LineIndex(key, np.stack([start, stop], axis=1), columns_row, rows.kind)
+        elif index.columns_row[1]:
+            rows.read(buffer[slice(*index.columns_row)])
+        if indexes is not None:
+            indexes.keep(index)
+        self._index, starts, stops = index, index.spans[:, 0], index.spans[:, 1]
+        super().__init__(buffer, starts, stops, np.ones(len(starts), dtype=bool), rows.read, index.kind)
+
+    def sha256(self) -> str:
+        if self._index.sha256 is None:
+            self._index.sha256 = super().sha256()
+        return self._index.sha256
 
 
 class GzipJsonLines(Source):

@@ -158,6 +158,7 @@ class Run:
 
         def open_folder_and_trackers() -> None:
             with self.folder.begun(self.config.as_yaml(), resume=options.resume):
+                self.text.indexes.save(self.folder.text_index)
                 run = TrackedRun(self.folder.path, self.folder.run_id, self.config.as_dict(), self.progress.step)
                 chosen = "auto" not in options.report_to  # a broken client that nobody asked for stops no run
                 opened.extend(open_trackers(self.trackers, run, None if chosen else note))

@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def text_index(self) -> Path:
+        """The places of the documents in .jsonl files, for a restart."""
+        return self.path / "text_index"
+
+    @property
     def run_id(self) -> str | None:
         """The id of the run in this folder, as in trackers; None if none has begun."""
         found = read_record(self.path / OUTPUT).get("run_id")

@@ -32,6 +32,7 @@ from castlm.data.documents import (
     open_documents,
     split_documents,
 )
+from castlm.data.line_index import LineIndexes
 from castlm.data.packing import BatchLoader, MixedSequences, Sequences, open_sequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
@@ -248,6 +249,8 @@ class TrainingText:
     """Tokens of all evaluation texts."""
     eval_parts: dict[str, ScoredText]
     """Tokens of each evaluation text by its file name, or its path if names are equal; empty if there is only one."""
+    indexes: LineIndexes
+    """The places of the documents in its .jsonl files."""
     is_plain: bool
     """Whether all texts are plain, evaluation texts included."""
     encoder: Encoder
@@ -287,13 +290,13 @@ def steps_of_epochs(
 
 
 def _open_splits(
-    data: DataOptions, evaluation: EvaluationOptions
+    data: DataOptions, evaluation: EvaluationOptions, indexes: LineIndexes | None = None
 ) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
     hub = {"split": data.dataset_split, "data_config": data.dataset_config}
-    parts = [open_documents(text, data, **hub) for text in data.datasets]
+    parts = [open_documents(text, data, **hub, indexes=indexes) for text in data.datasets]
     hub = {"split": evaluation.eval_split, "data_config": evaluation.eval_config}
-    held_out = [open_documents(text, data, **hub) for text in evaluation.eval_datasets]
+    held_out = [open_documents(text, data, **hub, indexes=indexes) for text in evaluation.eval_datasets]
     if not held_out:
         splits = [split_documents(part, evaluation.eval_fraction, data.seed) for part in parts]
         parts, held_out = [part for part, _ in splits], [part for _, part in splits]
@@ -316,17 +319,20 @@ def open_training_text(
     world: World,
     *,
     rows_per_rank: int,
+    indexes: Path | None = None,
 ) -> TrainingText:
     """Opens the texts of a run and tokenizes the held-out text.
 
     Args:
         tokenizer: receives the chat template of `data`, if there is one.
         rows_per_rank: sequences of a batch on one rank.
+        indexes: the folder in which an earlier start of the run left the places of its documents.
 
     Raises:
         InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
     """
-    documents, held_out = _open_splits(data, evaluation)
+    line_indexes = LineIndexes(indexes)
+    documents, held_out = _open_splits(data, evaluation, line_indexes)
     encoder = open_encoder([documents, *held_out], tokenizer, model.model, data, **model.loading)
     # All ranks read the same text, but each prepares only the images of its own rows.
     says = world.is_main or documents.kind is Kind.WITH_EXTRA
@@ -357,6 +363,7 @@ def open_training_text(
         loader=loader,
         held_out=ScoredText.joined(list(parts.values())),
         eval_parts={short[name]: part for name, part in parts.items()} if len(parts) > 1 else {},
+        indexes=line_indexes,
         is_plain=all(text.kind is Kind.TEXT for text in (documents, *held_out)),
         encoder=encoder,
         train_sha256=train_sha256,
@@ -374,11 +381,17 @@ def open_inputs(
     rows_per_rank: int,
     teacher_top_k: int,
     whole_copies: bool = False,
+    indexes: Path | None = None,
 ) -> tuple[Source, TrainingText]:
-    """Opens the dense model and the texts of a run, and checks that they fit; see `open_source`."""
+    """Opens the dense model and the texts of a run, and checks that they fit; see `open_source`.
+
+    For `indexes` see `open_training_text`.
+    """
     source = open_source(model, world, whole_copies=whole_copies)
     check_sizes(source.model.config, seq_len=data.seq_len, teacher_top_k=teacher_top_k)
     check_left_dense(model.left_dense, source.model)
     vocab = vocab_size(source.model.config)
-    text = open_training_text(model, data, evaluation, source.tokenizer, vocab, world, rows_per_rank=rows_per_rank)
+    text = open_training_text(
+        model, data, evaluation, source.tokenizer, vocab, world, rows_per_rank=rows_per_rank, indexes=indexes
+    )
     return source, text

@@ -176,6 +176,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         rows_per_rank=rows,
         teacher_top_k=top_k,
         whole_copies=whole_copies,
+        indexes=folder.text_index if config.checkpoint.resume else None,
     )
     model = source.model
     precision = choose_precision(runtime.precision, world.device, model.config)
