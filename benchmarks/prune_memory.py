@@ -1,4 +1,4 @@
-"""Compares `plan memory --prune` with the peak of resident memory of `castlm prune --memory block`.
+"""Compares `plan memory --prune` with the peak of resident memory of `castlm prune`, of one block and of the model.
 
 Run: `python -m benchmarks.prune_memory [--shape NAME] [--layers N] [--case NAME ...] [--json OUT]` (Linux: the peak is
 read from /proc). The model has random bf16 weights in the shape of a Llama, one file a transformer block. Each case is
@@ -48,7 +48,11 @@ class Shape(NamedTuple):
     vocab: int
 
 
-SHAPES = {"0.3B": Shape(1024, 2816, 16, 32_000), "3B": Shape(3072, 8192, 24, 128_256)}
+SHAPES = {
+    "0.3B": Shape(1024, 2816, 16, 32_000),
+    "0.5B": Shape(1024, 4864, 16, 128_256),  # 24 layers
+    "3B": Shape(3072, 8192, 24, 128_256),
+}
 
 AS_PUBLISHED = {name: value for name, value in SPARSEGPT.items() if name != "init_from"}
 CASES: dict[str, dict[str, Any]] = {
@@ -57,6 +61,8 @@ CASES: dict[str, dict[str, Any]] = {
     "the default": {},
     "wanda": {"method": "wanda"},
     "reconstruction": {**AS_PUBLISHED, "reconstruct_epochs": 2, "reconstruct_rate": 1e-5},
+    "SparseGPT as published, the model in memory": {**AS_PUBLISHED, "memory": "model"},
+    "the default, the model in memory": {"memory": "model"},
 }
 
 
@@ -98,7 +104,7 @@ def random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
 def predicted_peak(command: PruneCommand) -> int:
     return plan_prune_memory(
         command.model,
-        memory="block",
+        memory=command.memory or "model",
         method=command.method or "sparsegpt",
         num_sequences=command.num_sequences,
         seq_len=command.seq_len,
@@ -146,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         letters = torch.randint(97, 123, (40_000,), generator=torch.Generator().manual_seed(0))
         text.write_bytes(bytes(letters.tolist()))
         write_model(model, SHAPES[args.shape], args.layers)
-        print(f"{'case':<30}{'predicted':>12}{'measured':>12}{'ratio':>8}{'seconds':>10}")
+        print(f"{'case':<46}{'predicted':>12}{'measured':>12}{'ratio':>8}{'seconds':>10}")
         for number, name in enumerate(args.case):
             command = PruneCommand(
                 model=str(model),
@@ -154,15 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 output_dir=str(folder / str(number)),
                 num_sequences=SEQUENCES,
                 seq_len=SEQ_LEN,
-                memory="block",
                 device="cpu",
-                **CASES[name],
+                **({"memory": "block"} | CASES[name]),
             )
             predicted = predicted_peak(command)
             measured, seconds = measured_peak(command)
             ratio = predicted / measured
             print(
-                f"{name:<30}{predicted / GIB:>8.2f} GiB{measured / GIB:>8.2f} GiB{ratio:>8.3f}{seconds:>10.0f}",
+                f"{name:<46}{predicted / GIB:>8.2f} GiB{measured / GIB:>8.2f} GiB{ratio:>8.3f}{seconds:>10.0f}",
                 flush=True,
             )
             rows.append({"case": name, "predicted": predicted, "measured": measured, "seconds": seconds})

@@ -485,7 +485,7 @@ def write_weights_alone(dense: str, folder: str, sharding: str) -> None:
     close_world(world)
 
 
-@pytest.mark.parametrize(("size", "sharding"), [(2, "full"), (4, "full"), slow(4, "hybrid")])
+@pytest.mark.parametrize(("size", "sharding"), [(2, "full"), slow(4, "full"), slow(4, "hybrid")])
 def test_each_rank_writes_whole_files_with_the_bits_of_one_rank(size, sharding, tmp_path, monkeypatch):
     for name in ("MAX_SHARD_BYTES", "write_file"):
         monkeypatch.setattr(export, name, getattr(export, name))  # restored at the end
