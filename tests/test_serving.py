@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -25,6 +26,7 @@ from castlm.serving import connections
 from castlm.serving import engine as engine_module
 from castlm.serving.app import make_app
 from castlm.serving.engine import Answer, BusyError, Engine
+from tests.hostile_clients import attack
 from tests.ranks import free_port, start_command, wait_ranks
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -235,7 +237,7 @@ def test_the_queue_and_the_caches_are_bounded(engine, monkeypatch):
         return step(states, tokens)
 
     monkeypatch.setattr(engine_module, "step_together", watched)
-    monkeypatch.setattr(engine_module, "MOST_WAITING", 20)
+    monkeypatch.setattr(engine._line, "most_waiting", 20)
     ids, answers, refused = torch.tensor([[5, 6, 7]]), [], 0
     for _ in range(40):
         answer = Answer(ids, 60)
@@ -250,13 +252,58 @@ def test_the_queue_and_the_caches_are_bounded(engine, monkeypatch):
     assert {answer.reason for answer in answers} == {"length"}
     assert refused >= 40 - 20 - engine_module.MOST_TOGETHER
     assert max(count for count, _ in seen) == engine_module.MOST_TOGETHER
-    assert max(tokens for _, tokens in seen) <= 2 * engine.context
+    assert max(tokens for _, tokens in seen) <= 2.5 * engine.context
     assert {tuple(answer.tokens) for answer in answers} == {tuple(answers[0].tokens)}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[tuple[str, BaseProcess]]:
-    folder = tmp_path_factory.mktemp("served")
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_short_request_is_answered_before_the_long_ones_that_fill_the_machine(packed, monkeypatch):
+    with closing(Engine(*model_and_tokenizer(packed))) as engine:
+        monkeypatch.setattr(engine, "_ends", frozenset())
+        engine.model.generation_config.eos_token_id = None  # a random model may end at any token
+        ended: list[str] = []
+
+        def submit(name: str, max_new_tokens: int) -> None:
+            answer = Answer(torch.tensor([[5, 6, 7]]), max_new_tokens, address="here")
+            answer.heard = lambda text: None if text else ended.append(name)
+            engine.submit(answer)
+
+        number_long, tokens = (12, 250) if packed else (3, 60)
+        for number in range(number_long):
+            submit(f"long {number}", tokens)
+        submit("short", 5)
+        deadline = time.monotonic() + 60
+        while len(ended) <= number_long and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert ended.index("short") <= (0 if packed else 1)  # transformers' generate answers one after the other
+        assert len(ended) == number_long + 1
+        assert engine._line.served() == engine._line.waiting() == []
+
+
+def test_a_request_that_is_refused_for_others_is_told_when_to_ask_again(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_next", lambda: (None, False))  # nothing is taken in
+    monkeypatch.setattr(engine._line, "most_work", 250)
+    bodies = [{"prompt": "a", "max_tokens": 200, "stream": stream} for stream in (True, False)]
+
+    async def send() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(make_app(engine, "tiny"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client:
+            posts = [asyncio.ensure_future(client.post("/v1/completions", json=body)) for body in bodies]
+            await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED, timeout=20)  # two are too much
+            posts.append(asyncio.ensure_future(client.post("/v1/completions", json={"prompt": "a", "max_tokens": 60})))
+            while sum(post.done() for post in posts) < 2:
+                await asyncio.sleep(0.01)
+            posts.pop().cancel()  # it waits
+            return [post.result() for post in posts]
+
+    refused = asyncio.run(send())
+    assert [response.status_code for response in refused] == [429, 429]
+    assert all(response.headers["Retry-After"] == "5" for response in refused)
+    assert all(len(response.json()["error"]["message"].split()) > 3 for response in refused)
+
+
+def start_serving(folder: Path) -> tuple[str, BaseProcess]:
+    """`castlm serve` in a process, and its address; `folder` has its log."""
     port = free_port()
     arguments = (str(save_tiny(folder / "small")), "--port", str(port), "--threads", "1")
     process = start_command("castlm", "serve", *arguments, log=folder / "log")
@@ -265,12 +312,40 @@ def server(tmp_path_factory) -> Iterator[tuple[str, BaseProcess]]:
         assert process.is_alive(), (folder / "log").read_text()
         try:
             httpx.get(f"{url}/health")
-            break
+            return url, process
         except httpx.ConnectError:
             time.sleep(0.1)
+    pytest.fail("the server does not start")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[tuple[str, BaseProcess]]:
+    url, process = start_serving(tmp_path_factory.mktemp("served"))
     yield url, process
     os.kill(process.pid, signal.SIGINT)
     assert wait_ranks([process], 30) == [130]
+
+
+def test_sigterm_ends_open_streams_with_an_error_and_leaves_no_traceback(tmp_path):
+    url, process = start_serving(tmp_path)
+    body = json.dumps({"prompt": "a", "max_tokens": 250, "stream": True}).encode()
+    streams = []
+    for _ in range(40):  # one is answered after the other, so that some are open whenever the signal comes
+        streams.append(socket.create_connection(("localhost", int(url.rsplit(":", 1)[1]))))
+        streams[-1].sendall(head_of(len(body), "Connection: close") + body)
+    assert streams[0].recv(12) == b"HTTP/1.1 200"
+    os.kill(process.pid, signal.SIGTERM)
+    ends = []
+    for stream in streams:
+        stream.settimeout(30)
+        with stream, stream.makefile("rb") as answer:
+            text = answer.read()
+        is_told = any(code in text for code in (b'"code": 503', b'"code":503'))
+        ends.append("error" if is_told else "done" if b"[DONE]" in text else text)
+    assert set(ends) <= {"done", "error"}
+    assert "error" in ends
+    assert wait_ranks([process], 30) == [143]
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_the_openai_client_is_answered(server):
@@ -332,6 +407,18 @@ def test_ten_clients_for_a_minute(server):
     assert resident() < before + (64 << 20)
 
 
+@pytest.mark.slow
+def test_a_good_client_among_ten_hostile_ones_is_answered(tmp_path):
+    found = attack(str(save_tiny(tmp_path / "small")), 40, tmp_path)
+    among = found["among"]
+    assert among.seconds
+    assert set(among.outcomes) <= {"200", "429", "closed while not in use"}
+    assert len(among.texts | found["alone"].texts) == 1
+    assert found["memory_mib"]["most"] < found["memory_mib"]["before"] + 100
+    assert found["exit_code"] == 143
+    assert "Traceback" not in found["log"]
+
+
 @pytest.fixture
 def listening(engine, monkeypatch) -> Iterator[tuple[int, connections.Server]]:
     """A server in this process with short deadlines: its port."""
@@ -379,6 +466,37 @@ def test_connections_without_a_whole_request_give_way_and_are_cut(listening):
     assert all(is_cut(connection, 5) for connection in opened if not opened.index(connection) % 5 > 2)
     for connection in opened:
         connection.close()
+
+
+def test_a_connection_is_read_before_it_can_give_way(listening, monkeypatch):
+    """Hundreds of connections are opened while good clients send their requests: none of these is cut."""
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2 * connections._AT_ONCE)
+    port, _ = listening
+    is_over, opened = threading.Event(), [0]
+
+    def flood() -> None:
+        while not is_over.is_set():
+            some = []
+            for _ in range(300):
+                some.append(socket.create_connection(("localhost", port)))
+                some[-1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-")
+            opened[0] += len(some)
+            for connection in some:
+                connection.close()
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        statuses = []
+        while len(statuses) < 10 or opened[0] < 900:
+            with socket.create_connection(("localhost", port)) as good:
+                good.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                good.settimeout(20)
+                statuses.append(good.recv(12))
+    finally:
+        is_over.set()
+        thread.join()
+    assert set(statuses) == {b"HTTP/1.1 200"}
 
 
 def test_a_client_that_does_not_read_is_cut(listening):
@@ -469,7 +587,7 @@ def test_what_a_web_page_can_send_does_not_reach_the_model(engine, monkeypatch):
 
 def test_a_chat_template_that_does_not_end_holds_up_no_completion(engine, monkeypatch):
     monkeypatch.setattr("castlm.data.chat.TEMPLATE_SECONDS", 0.5)
-    monkeypatch.setattr("castlm.serving.app._MOST_RENDERED", 2)
+    monkeypatch.setattr("castlm.serving.app._MOST_READ", 1)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     monkeypatch.setattr(engine.tokenizer, "chat_template", endless)
     chats = [("POST", "/v1/chat/completions", {"messages": [USER]})] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class ServeCommand:
         engine = Engine(model, tokenizer, say=note)
         name = self.served_model_name or default_name(self.path)
         app = make_app(engine, name, (self.host, *self.allowed_hosts))
+        # A thread that waits for Python's lock, as the engine does several times a token, has it after 0.5 ms.
+        sys.setswitchinterval(5e-4)
         to_stdout(f"castlm: model {name} at http://{self.host}:{self.port}/v1, until Ctrl-C")
         try:
             Server(app, engine, self.host, self.port).run()

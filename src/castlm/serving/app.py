@@ -1,8 +1,8 @@
 """The OpenAI API over an `Engine`: chat completions and completions, whole or streamed, checked before the model runs.
 
 Whatever a request holds, it is answered: 413 where its body is too long for any prompt of the model, 400 where a field
-makes no sense, 404 for another model, 429 where too many wait. A field that is not supported is refused and not
-ignored. A client that goes away ends its request.
+makes no sense, 404 for another model, 429 where too much waits (`castlm.serving.admission`). A field that is not
+supported is refused and not ignored. A client that goes away ends its request.
 
 A web page in a browser on this machine reaches the server too. It cannot send JSON to another site than its own, so
 only JSON is taken (415). A site whose name is given this machine's address (DNS rebinding) is recognized by the `Host`
@@ -19,25 +19,24 @@ import math
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from typing import Any, TypeVar
 
 import torch
-from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from castlm.core.errors import InputError, is_out_of_memory, is_panic, one_line
 from castlm.data.chat import Chat
 from castlm.files.reading import parse_json
 from castlm.models.architecture import vocab_size
-from castlm.serving.engine import Answer, BusyError, Engine
+from castlm.serving.admission import RETRY_SECONDS, Bodies, BusyError, Refusals, Worker, address_of
+from castlm.serving.engine import Answer, Engine
 
 _BYTES_PER_TOKEN = 32  # of the body, for each token of the context: JSON may write a character as \u1234
 _LEAST_BODY = 1 << 16
@@ -45,7 +44,10 @@ _BODY_SECONDS = 30.0  # for a client to send its body
 _MAX_TOKENS = 512  # where a request does not say
 _MOST_STOPS = 4
 _MOST_MESSAGES = 1000
-_MOST_RENDERED = 16  # conversations that wait to be rendered, one after another
+_MOST_READ = 32  # prompts that wait to be tokenized, and conversations that wait to be rendered: one at a time of each
+_SHORT_TEXT = 4096  # bytes of a body that is tokenized at once, in a millisecond or two
+_READ_COST = 4096  # of any of them, in bytes
+_LEAST_BODIES = 64 << 20  # bytes of all bodies that have not come whole; more for a long context
 
 _IGNORED = {"user", "metadata", "store", "service_tier", "stream_options", "prompt_cache_key", "safety_identifier"}
 """Fields that say nothing about the text."""
@@ -68,6 +70,8 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
 """Fields of the API that are not supported, and the values that ask for nothing."""
 _READ = {"model", "temperature", "top_p", "seed", "stop", "stream", "max_tokens"}
 
+Result = TypeVar("Result")
+
 
 class RefusedError(HTTPException):
     """A request that is answered with `status` and a sentence."""
@@ -79,7 +83,8 @@ class RefusedError(HTTPException):
     def response(self) -> JSONResponse:
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         error = {"message": self.detail, "type": kind, "param": self.parameter, "code": self.status_code}
-        return JSONResponse({"error": error}, self.status_code)
+        again = {"Retry-After": str(RETRY_SECONDS)} if self.status_code == 429 else None
+        return JSONResponse({"error": error}, self.status_code, again)
 
 
 def make_app(engine: Engine, name: str, hosts: Collection[str] = ()) -> Starlette:
@@ -111,10 +116,10 @@ def make_app(engine: Engine, name: str, hosts: Collection[str] = ()) -> Starlett
 
 
 class _Guard:
-    """Answers requests that a web page may have sent, before `app` does."""
+    """Answers requests that a web page may have sent, before `app` does, and holds refusals back if there are many."""
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]):
-        self.app, self.hosts = app, hosts
+        self.app, self.hosts, self.refusals = app, hosts, Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer: ASGIApp = self.app
@@ -128,7 +133,13 @@ class _Guard:
             elif request.method == "POST" and kind != "application/json":
                 error = f"the Content-Type is {kind!r:.200}: send JSON with Content-Type: application/json"
                 answer = RefusedError(415, error).response()
-        await answer(scope, receive, send)
+
+        async def send_in_time(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                await self.refusals.wait()
+            await send(message)
+
+        await answer(scope, receive, send_in_time)
 
     def _is_known(self, host: str) -> bool:
         name = re.sub(r":\d*$", "", host).lower().rstrip(".")
@@ -148,8 +159,10 @@ class _Api:
         self.engine, self.name, self.started = engine, name, int(time.time())
         self.tokenizer = engine.tokenizer
         self.chat = Chat(engine.tokenizer)
-        self.renders, self.num_renders = CapacityLimiter(1), 0
         self.most_bytes = max(_LEAST_BODY, _BYTES_PER_TOKEN * engine.context)
+        self.prompts = Worker(_MOST_READ, most_work=4 * self.most_bytes)
+        self.chats = Worker(_MOST_READ, most_work=4 * self.most_bytes)  # apart: a chat template may take its time
+        self.bodies = Bodies(max(_LEAST_BODIES, 4 * self.most_bytes))
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -162,24 +175,30 @@ class _Api:
         return JSONResponse(self._described())
 
     async def completions(self, request: Request) -> Response:
-        body = await self._body(request)
+        body, length = await self._body(request)
         _check_fields(body, {"prompt"})
-        ids = await run_in_threadpool(self._prompt_ids, body.get("prompt"))
+        if length <= _SHORT_TEXT:
+            ids = self._prompt_ids(body.get("prompt"))
+        else:
+            ids = await self._read(self.prompts, self._prompt_ids, body.get("prompt"), _address(request), length)
         return await self._answer(request, body, ids, is_chat=False)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = await self._body(request)
+        body, length = await self._body(request)
         _check_fields(body, {"messages", "max_completion_tokens"})
         if not self.tokenizer.chat_template:
             raise RefusedError(400, "the model has no chat template: use /v1/completions")
-        if self.num_renders >= _MOST_RENDERED:
-            raise RefusedError(429, f"{_MOST_RENDERED} conversations wait already: try again later")
-        self.num_renders += 1
-        try:
-            ids = await to_thread.run_sync(self._chat_ids, body.get("messages"), limiter=self.renders)
-        finally:
-            self.num_renders -= 1
+        ids = await self._read(self.chats, self._chat_ids, body.get("messages"), _address(request), length)
         return await self._answer(request, body, ids, is_chat=True)
+
+    async def _read(
+        self, worker: Worker, read: Callable[[Any], list[int]], text: Any, address: str, length: int
+    ) -> list[int]:
+        """The tokens of a prompt or of messages, of a body of `length` bytes."""
+        try:
+            return await worker.run(read, text, address=address, cost=_READ_COST + length)
+        except BusyError as error:
+            raise RefusedError(429, str(error)) from None
 
     def _described(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "castlm"}
@@ -188,19 +207,22 @@ class _Api:
         if name != self.name:
             raise RefusedError(404, f"there is no model {name!r:.200}: this server has {self.name!r}", "model")
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        """The JSON object of a request, of no more than `most_bytes`."""
+    async def _body(self, request: Request) -> tuple[dict[str, Any], int]:
+        """The JSON object of a request, and its bytes, which are no more than `most_bytes`."""
         what = f"{self.most_bytes:,} bytes, more than the context of {self.engine.context:,} tokens"
         too_long = RefusedError(413, f"the body exceeds {what}")
         if int(request.headers.get("content-length", 0)) > self.most_bytes:
             raise too_long  # so that a client that waits for "100 Continue" does not send it
         content = bytearray()
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
-                async for part in request.stream():
-                    content += part
-                    if len(content) > self.most_bytes:
-                        raise too_long
+            with self.bodies.hold() as add:
+                async with asyncio.timeout(_BODY_SECONDS):
+                    async for part in request.stream():
+                        content = add(part)
+                        if len(content) > self.most_bytes:
+                            raise too_long
+        except BusyError as error:
+            raise RefusedError(429, str(error)) from None
         except TimeoutError:
             raise RefusedError(408, f"the body did not come within {_BODY_SECONDS:g} seconds") from None
         except ClientDisconnect:
@@ -213,7 +235,7 @@ class _Api:
             raise RefusedError(400, f"the body is a JSON {type(body).__name__}: an object is needed")
         if body.get("model") is not None:
             self._check_model(body["model"])
-        return body
+        return body, len(content)
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
@@ -250,40 +272,55 @@ class _Api:
         if not isinstance(stream, bool | None):
             raise RefusedError(400, "stream must be true or false", "stream")
         pieces: asyncio.Queue[str] = asyncio.Queue()
+        has_begun = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def hear(text: str) -> None:
+        def later(function: Callable[..., None], *arguments: str) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
-                loop.call_soon_threadsafe(pieces.put_nowait, text)
+                loop.call_soon_threadsafe(function, *arguments)
 
         answer = _request(body, ids, self.engine.context)
-        answer.heard = hear
+        answer.address = _address(request)
+        answer.begun = lambda: later(has_begun.set)
+        answer.heard = lambda text: later(pieces.put_nowait, text)
         try:
             self.engine.submit(answer)
         except BusyError as error:
             raise RefusedError(429, str(error)) from None
         reply = _Reply(answer, pieces, is_chat, self.name)
-        if stream:
-            options = body.get("stream_options")
-            usage = isinstance(options, dict) and options.get("include_usage") is True
-            return _Events(self.engine, answer, reply.events(usage))
-        text = asyncio.ensure_future(reply.text())
-        gone = asyncio.ensure_future(_gone(request))
         try:
-            await asyncio.wait({text, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not text.done():
-                raise RefusedError(400, "the client went away")
-            return JSONResponse(reply.whole(text.result()))
-        finally:
+            if not stream:
+                return JSONResponse(reply.whole(await _unless_gone(request, reply.text())))
+            await _unless_gone(request, has_begun.wait())
+            reply.check()  # while the answer can still have another status
+        except BaseException:
             self.engine.cancel(answer)
-            text.cancel()
-            gone.cancel()
+            raise
+        options = body.get("stream_options")
+        usage = isinstance(options, dict) and options.get("include_usage") is True
+        return _Events(self.engine, answer, reply.events(usage))
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has gone away; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _address(request: Request) -> str:
+    return address_of(request.client.host if request.client is not None else None)
+
+
+async def _unless_gone(request: Request, coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `coroutine`, which ends when the client has gone away; the body of its request has been read."""
+
+    async def listen() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    result, gone = asyncio.ensure_future(coroutine), asyncio.ensure_future(listen())
+    try:
+        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise RefusedError(400, "the client went away")
+        return result.result()
+    finally:
+        result.cancel()
+        gone.cancel()
 
 
 class _Reply:
@@ -297,6 +334,12 @@ class _Reply:
     async def _texts(self) -> AsyncIterator[str]:
         while text := await self.pieces.get():
             yield text
+        self.check()
+
+    def check(self) -> None:
+        """Raises why there is no answer; nothing as long as it is being made."""
+        if self.answer.reason == "refused":
+            raise RefusedError(429, "others asked for less: try again later, or ask for less")
         if self.answer.reason == "error":
             error = self.answer.error
             if error is not None and is_out_of_memory(error):

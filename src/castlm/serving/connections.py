@@ -2,7 +2,9 @@
 
 A connection waits for a request, is answered, or ends. uvicorn has no deadline for a request that begins and never
 ends, nor for a client that does not read its answer, and counts both among the connections that it allows. Here each
-state has a deadline, and where too many connections are open, the oldest one without a whole request gives way.
+state has a deadline, and where too many connections wait for a request, the oldest one gives way, of the address that
+has the most of them. Each connection is read once before it can be that one: connections are taken in by no more than
+`_AT_ONCE` in a turn of the event loop, and two turns later they are read.
 A connection that is closed while its client still sends would be reset, and the client could not read the answer; so
 the rest is read and thrown away first.
 """
@@ -10,15 +12,19 @@ the rest is read and thrown away first.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from castlm.serving.admission import address_of
 from castlm.serving.engine import Engine
 
 MOST_CONNECTIONS = 256
+"""Connections without a whole request; those that are being answered are limited by `castlm.serving.admission`."""
+_AT_ONCE = 100
 REQUEST_SECONDS = 10.0
 """For a client to send the head of a request, or the rest of one that is answered already; the application limits the
 time for its body."""
@@ -59,10 +65,19 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self._await_request()
+        self.address = address_of(self.client[0] if self.client else None)
+        if len(self.connections) > MOST_CONNECTIONS:
+            self._make_room()
+
+    def _make_room(self) -> None:
         others = [other for other in self.connections if isinstance(other, Connection)]
-        if sum(not other.transport.is_closing() for other in others) > MOST_CONNECTIONS:
-            waiting = [other for other in others if other.is_waiting() and not other.transport.is_closing()]
-            min(waiting, key=lambda other: other.waits_since).transport.abort()  # itself, if all are being answered
+        open_ones = [other for other in others if other.is_ending or not other.transport.is_closing()]
+        waiting = [other for other in open_ones if other.is_waiting()]
+        if len(waiting) > MOST_CONNECTIONS:
+            counts = Counter(other.address for other in waiting)
+            most = max(counts.values())
+            candidates = [other for other in waiting if counts[other.address] == most]
+            min(candidates, key=lambda other: other.waits_since).transport.abort()
 
     def is_waiting(self) -> bool:
         """Whether the client has not sent its whole request yet, or no further one."""
@@ -126,6 +141,8 @@ class Server(uvicorn.Server):
                 port=port,
                 http=Connection,
                 ws="none",
+                backlog=_AT_ONCE,
+                proxy_headers=False,  # a client could give any address as its own
                 log_level="warning",
                 timeout_graceful_shutdown=30,
             )

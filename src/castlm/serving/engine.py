@@ -1,14 +1,14 @@
 """Decodes the requests of a server: several sequences together, a token of each in one call of castlm's decoder.
 
-One thread owns the model. In each round it takes in a request if there is room, reads the next part of one prompt, and
-decodes one token of every sequence whose prompt has been read. So a long prompt delays the others by one part of it,
-and a sequence that ends makes room at once. Models that castlm's decoder does not take are run by transformers'
-`generate`, one request at a time.
+One thread owns the model. In each round it takes in a request if there is room, reads the next part of one prompt,
+and decodes one token of up to eight sequences whose prompts have been read; `castlm.serving.admission` says whose. So
+a long prompt delays the others by one part of it, and a sequence that ends makes room at once. A quarter of the
+memory for keys and values is kept for short requests, because a long one keeps its part until it ends. Models that
+castlm's decoder does not take are run by transformers' `generate`, one request at a time.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
 import threading
@@ -31,20 +31,22 @@ from transformers.generation.streamers import BaseStreamer
 from castlm.core.errors import InputError, is_out_of_memory
 from castlm.models.architecture import context_length
 from castlm.runtime.decode import ONE_SEQUENCE, DecoderState, FiniteLogits, PromptReader, decoding_method, step_together
+from castlm.serving.admission import BusyError, Line
 
 MOST_TOGETHER = 8
 """Sequences that are decoded together."""
-MOST_WAITING = 64
+MOST_WAITING = 128
 """Requests that wait for their turn; more are refused."""
+MOST_WORK = 32_768.0
+"""What the requests that wait cost together, in tokens to decode; more are refused."""
+_REQUEST_COST = 32.0  # of any request, in tokens to decode: its HTTP, its text, the first run of the model
+_PROMPT_COST = 1 / 8  # of a token that is read
+_SHORT = 1 / 8  # of the context, at most, is a short request
 _PROMPT_PART = 512  # tokens of a prompt between two tokens of the other sequences
 _UNLIMITED = 32_768  # tokens of a sequence where the model sets no limit
 
 
 _log = logging.getLogger(__name__)
-
-
-class BusyError(Exception):
-    """More requests wait than the engine keeps."""
 
 
 @dataclass(eq=False)
@@ -58,9 +60,11 @@ class Answer:
         top_p: the share of probability that is sampled from.
         seed: of the samples; None draws one.
         stop: texts that end the answer; they are no part of it.
-        heard: called from the engine's thread with each new text, and with an empty one at the end.
+        begun: called when the request has been taken from the line, and when it ends.
+        heard: called with each new text, and with an empty one at the end.
+        address: of the client, for `castlm.serving.admission`.
         tokens: that were generated.
-        reason: why the answer ended: "stop", "length", "cancelled" or "error"; None before.
+        reason: why the answer ended: "stop", "length", "cancelled", "refused" or "error"; None before.
         error: what went wrong.
     """
 
@@ -70,7 +74,9 @@ class Answer:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    begun: Callable[[], None] = lambda: None
     heard: Callable[[str], None] = lambda text: None
+    address: str = ""
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
     error: Exception | None = None
@@ -88,6 +94,11 @@ class Answer:
     def num_cached(self) -> int:
         """The tokens that the sequence may have in its cache."""
         return self.num_prompt + self.max_new_tokens
+
+    @property
+    def cost(self) -> float:
+        """The work that it takes, in tokens to decode."""
+        return _REQUEST_COST + _PROMPT_COST * self.num_prompt + self.max_new_tokens
 
     def take(self, token: int, tokenizer: PreTrainedTokenizerBase, reason: str | None) -> None:
         """Adds a token. Text is handed on once no later token can change it or make it part of a stop text.
@@ -124,14 +135,15 @@ class Answer:
     def finish(self, reason: str, error: Exception | None = None) -> None:
         if self.reason is None:
             self.reason, self.error = reason, error
+            self.begun()
             self.heard("")
 
 
 class _Sequence:
     """An answer whose prompt is read or that is being decoded."""
 
-    def __init__(self, model: PreTrainedModel, answer: Answer, options: dict[str, Any]):
-        self.answer = answer
+    def __init__(self, model: PreTrainedModel, answer: Answer, options: dict[str, Any], is_short: bool):
+        self.answer, self.is_short = answer, is_short
         self.ids, self.unread = answer.ids, answer.ids
         self.prompt: PromptReader | None = PromptReader(model, answer.num_cached)
         self.logits: Tensor | None = None
@@ -229,7 +241,7 @@ class Engine:
         eos = model.generation_config.eos_token_id
         self._ends = frozenset([eos] if isinstance(eos, int) else eos or ())
         self._is_together = decoding_method(model, say=say, **ONE_SEQUENCE) is not None
-        self._waiting: collections.deque[Answer] = collections.deque()
+        self._line: Line[Answer] = Line(MOST_WAITING, MOST_WORK)
         self._sequences: list[_Sequence] = []
         self._generated: Answer | None = None  # by transformers' generate
         self._is_closed = False
@@ -239,24 +251,27 @@ class Engine:
         self._thread.start()
 
     def submit(self, answer: Answer) -> None:
-        """Queues a request; cancels it after `close`. Raises `BusyError` if too many wait."""
+        """Queues a request; cancels it after `close`. Raises `BusyError` if it is refused; another one may be, too."""
         assert answer.max_new_tokens >= 1
         assert answer.num_cached <= self.context
         with self._changed:
             if self._is_closed:
                 answer.finish("cancelled")
                 return
-            if len(self._waiting) >= MOST_WAITING:
-                raise BusyError(f"{MOST_WAITING} requests wait already: try again later")
-            self._waiting.append(answer)
+            refused = self._line.join(answer, answer.address, answer.cost)
+            for other in refused:
+                if other is not answer:
+                    other.finish("refused")
+            if answer in refused:
+                raise BusyError(f"{len(self._line.waiting())} requests wait already: try again later, or ask for less")
             self._changed.notify()
 
     def cancel(self, answer: Answer) -> None:
         """Ends a request at the next token; nothing of one that has ended."""
         answer.is_cancelled = True
         with self._changed:
-            if answer in self._waiting:
-                self._waiting.remove(answer)
+            if answer in self._line.waiting():
+                self._line.leave(answer)
 
     def close(self) -> None:
         """Ends the thread after the token that it computes, and every request."""
@@ -271,24 +286,47 @@ class Engine:
         torch.set_num_threads(self._num_threads)
         while True:
             with self._changed:
-                while not (self._waiting or self._sequences or self._is_closed):
+                while not (self._line.waiting() or self._sequences or self._is_closed):
                     self._changed.wait()
                 if self._is_closed:
                     break
-                # The first request is admitted if it fits: all caches together hold two contexts.
-                room = 2 * self.context - sum(sequence.answer.num_cached for sequence in self._sequences)
-                has_place = bool(self._waiting) and len(self._sequences) < MOST_TOGETHER
-                fits = has_place and self._waiting[0].num_cached <= room
-                admitted = self._waiting.popleft() if fits else None
+                admitted, is_short = self._next()
+                if admitted is not None:
+                    self._line.begin(admitted)
+            work = 0.0
             with torch.inference_mode():
                 if admitted is not None:
+                    admitted.begun()
                     with _failing(admitted):
-                        self._admit(admitted)
-                self._advance()
-        for answer in [*self._waiting, *(sequence.answer for sequence in self._sequences)]:
+                        self._admit(admitted, is_short)
+                    work = _REQUEST_COST + _PROMPT_COST * admitted.num_prompt + len(admitted.tokens)
+                work += self._advance()
+            with self._changed:
+                self._line.work(work)
+                for answer in self._line.served():
+                    if answer.reason is not None:
+                        self._line.leave(answer)
+        for answer in [*self._line.waiting(), *self._line.served()]:
             answer.finish("cancelled")
 
-    def _admit(self, answer: Answer) -> None:
+    def _next(self) -> tuple[Answer | None, bool]:
+        """The request that is taken in next, and whether into the part that is kept for short ones.
+
+        All caches together hold two contexts, and half of one more for short requests. The request that is due first
+        waits until it fits, whatever comes after it.
+        """
+        waiting = self._line.waiting()
+        if waiting and self._has_room(waiting[0], is_short=False):
+            return waiting[0], False
+        short = (answer for answer in waiting if answer.num_cached <= _SHORT * self.context)
+        return next((answer for answer in short if self._has_room(answer, is_short=True)), None), True
+
+    def _has_room(self, answer: Answer, is_short: bool) -> bool:
+        held = [sequence.answer.num_cached for sequence in self._sequences if sequence.is_short == is_short]
+        most = (0.5 if is_short else 2) * self.context
+        return len(held) < MOST_TOGETHER and sum(held) + answer.num_cached <= most
+
+    def _admit(self, answer: Answer, is_short: bool) -> None:
         answer.ids = answer.ids.to(self.model.device)
         tokenizer = self.tokenizer
         sampling: dict[str, Any] = {"do_sample": False}
@@ -305,7 +343,7 @@ class Engine:
             **sampling,
         }
         if self._is_together:
-            self._sequences.append(_Sequence(self.model, answer, options))
+            self._sequences.append(_Sequence(self.model, answer, options, is_short))
             return
         listener = _Listener(answer, tokenizer, self._ends)
         with self._changed:
@@ -319,21 +357,27 @@ class Engine:
             self.model.generate(streamer=listener, stopping_criteria=StoppingCriteriaList([listener]), **options)
         answer.finish("cancelled")  # if it has not ended otherwise
 
-    def _advance(self) -> None:
-        """Reads a part of the first prompt that is not read yet, and decodes a token of every other sequence."""
+    def _advance(self) -> int:
+        """Reads a part of the prompt that is due first, and decodes a token of each sequence that is due first.
+
+        Returns:
+            How many tokens were decoded.
+        """
         for sequence in self._sequences:
             if sequence.answer.is_cancelled:
                 sequence.answer.finish("cancelled")
         self._keep_unfinished()
-        first_unread = next((sequence for sequence in self._sequences if sequence.unread.numel()), None)
+        with self._changed:
+            order = {answer: place for place, answer in enumerate(self._line.served())}
+        in_order = sorted(self._sequences, key=lambda sequence: order[sequence.answer])
+        first_unread = next((sequence for sequence in in_order if sequence.unread.numel()), None)
         if first_unread is not None:
             with _failing(first_unread.answer):
                 first_unread.read_part()
         tokens: dict[_Sequence, Tensor] = {}
-        for sequence in self._sequences:
-            if sequence.logits is not None:
-                with _failing(sequence.answer):
-                    tokens[sequence] = sequence.choose(self.tokenizer, self._ends)
+        for sequence in [sequence for sequence in in_order if sequence.logits is not None][:MOST_TOGETHER]:
+            with _failing(sequence.answer):
+                tokens[sequence] = sequence.choose(self.tokenizer, self._ends)
         live = [sequence for sequence in tokens if sequence.answer.reason is None]
         if live:
             with _failing(*(sequence.answer for sequence in live)):
@@ -342,6 +386,7 @@ class Engine:
                 for row, sequence in enumerate(live):
                     sequence.logits = logits[row : row + 1]
         self._keep_unfinished()
+        return len(tokens)
 
     def _keep_unfinished(self) -> None:
         self._sequences = [sequence for sequence in self._sequences if sequence.answer.reason is None]
