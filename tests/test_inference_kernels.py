@@ -56,12 +56,13 @@ def test_products_and_rows_of_every_format(values, n, m, layout, level):
 
 @pytest.mark.parametrize("values", native.VALUES)
 @pytest.mark.parametrize("m", [0, 2, 4, 8, 16, 32, 64])
-def test_masked_lanes_hold_every_pattern_exactly(values, m, level):
-    """And products of integers are those of whole numbers: x has integers up to 127, 127 in each block."""
+@pytest.mark.parametrize("layout", ["best", "lanes"])
+def test_every_pattern_is_multiplied_exactly(values, m, layout, level):
+    """Products of integers are those of whole numbers: x has integers up to 127, 127 in each block."""
     for n in {1, m // 2, m - 1} if m else {0}:
         for rows, columns, batch in ((19, 2 * m + 64, 3), (33, 3 * (m or 7), 1), (80, 128, 29)):
             packed = random_packed(values, n, m, rows, columns)
-            buffer, out = buffer_of(packed, "lanes"), torch.empty(rows, columns)
+            buffer, out = buffer_of(packed, layout), torch.empty(rows, columns)
             native.unpack(buffer, 0, rows, out)
             weight = unpack(packed).float()
             assert torch.equal(out, weight)
@@ -92,7 +93,7 @@ def test_products_of_any_shape(values, pattern, rows, groups, batch, num_threads
 
 
 @pytest.mark.parametrize("values", list(FLOATS))
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (0, 0)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (8, 16), (0, 0)])
 @pytest.mark.parametrize("rows", [4, 23, 131])
 def test_one_wide_row_of_activations(values, n, m, rows, level):
     """Several parts of such a matrix are read side by side, and what is left of it tile by tile."""
@@ -122,11 +123,11 @@ def test_activations_that_are_not_finite_are_not_hidden(values, bad, level):
         assert not torch.isfinite(out[0, uses]).any()
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (0, 0)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (8, 16), (0, 0)])
 def test_integers_at_the_ends_of_their_range_do_not_overflow(n, m, level):
     for values, low, high in (("int8", -128, 127), ("int4", -8, 7)):
         for code in (low, high):
-            mask = torch.arange(256).expand(8, -1) % 4 < n if m else None
+            mask = torch.arange(256).expand(8, -1) % m < n if m else None
             codes = torch.full((8, 256), code, dtype=torch.int8)
             codes = codes if mask is None else codes * mask
             scales = torch.ones(8, 1) if values == "int8" else torch.ones(8, 4, dtype=torch.bfloat16)
@@ -152,6 +153,7 @@ def test_the_level_is_chosen_by_name_or_in_the_environment(level, monkeypatch):
     ("values", "n", "m"),
     [
         *itertools.product(("int8", "bf16", "fp16"), (2, 1), (4,)),
+        *itertools.product(("int8", "bf16", "int4"), (8,), (16,)),
         ("int4", 2, 4),
         ("int3", 0, 0),
         ("int8", 0, 0),
@@ -170,10 +172,12 @@ def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, lev
     assert torch.equal(packed_linear(x.half(), buffer, 24), packed_linear(x.half().float(), buffer, 24).half())
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(24, 128), (21, 1100), (8, 64)])
-@pytest.mark.parametrize(("values", "n", "m"), [*itertools.product(("int8", "int4"), (2, 1, 0), (4,))])
+@pytest.mark.parametrize(("rows", "columns"), [(24, 128), (21, 1104), (8, 64)])
+@pytest.mark.parametrize(
+    ("values", "n", "m"), [*itertools.product(("int8", "int4"), (2, 1, 0), (4,)), ("int8", 4, 8), ("int8", 8, 16)]
+)
 def test_a_prompt_of_integers_has_the_bits_of_four_rows(values, n, m, rows, columns, level):
-    """Prompts have kernels of their own with AVX2, for up to 64 rows; 1,100 columns are decoded in two parts."""
+    """Prompts have kernels of their own with AVX2, for up to 64 rows; 1,104 columns are decoded in two parts."""
     buffer = buffer_of(random_packed(values, n, m if n else 0, rows, columns))
     x = torch.randn(103, columns)
     in_fours = torch.cat([packed_linear(part, buffer, rows) for part in x.split(4)])

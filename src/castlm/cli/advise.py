@@ -42,7 +42,8 @@ class AdviseCommand:
     pattern: Pattern | None = parsed(None, parse_pattern)
     """n:m, or a structured pattern such as channels:0.5, for which the advice is about the smaller, cut model, beside
     the speed of the whole one. The default is the pattern of MODEL, if it is a result. For a dense model it is 2:4, and
-    on a CPU also the pattern that keeps as much in the longest groups that all layers allow, such as 32:64.
+    on a CPU also the pattern that keeps as much in the longest groups that all layers allow, such as 32:64, and in the
+    longest that this processor takes as fast as 2:4, which is 8:16 with AVX2.
     """
 
     law: str | None = option(

@@ -44,12 +44,12 @@ INLINE __m256 every_second(const uint8_t* at, int odd) {
   return _mm256_castsi256_ps(odd ? _mm256_and_si256(both, high) : _mm256_slli_epi32(both, 16));
 }
 
-// Eight weights of a panel of floats: those of one step and half (`place_in_panel`).
-template <int values>
+// Eight weights of a panel of floats: those of one step and half (`place_in_panel`), behind so many bytes of columns.
+template <int values, int codes = 32>
 INLINE __m256 load_step(const uint8_t* panel, int step, int half) {
-  if (values == kBFloat16) return every_second(panel + 32 + 32 * step, half);
+  if (values == kBFloat16) return every_second(panel + codes + 32 * step, half);
   constexpr int kStep = values == kFloat32 ? 32 : 16;
-  return load_contiguous<values>(panel + 32 + kStep * (4 * (step / 2) + 2 * half + step % 2));
+  return load_contiguous<values>(panel + codes + kStep * (4 * (step / 2) + 2 * half + step % 2));
 }
 
 INLINE __m256i load_bytes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
@@ -61,14 +61,19 @@ INLINE float sum_of(__m256 v) {
 }
 
 // ---- integers
+//
+// `n` is what `panel_kind` makes of a pattern: 1 and 2 of 4, 4 of 8, or 8 of 16 columns; 0 is dense. Both last kinds have the same
+// panels.
 
+template <int n>
+constexpr int code_bytes() { return n > 2 ? 64 : 32; }  // of columns, in front of a panel
 template <int n, bool is_int4>
-constexpr int integer_panel_bytes() { return is_int4 ? 32 + 64 + 16 / n : 160; }
+constexpr int integer_panel_bytes() { return is_int4 ? 32 + 64 + 16 / n : code_bytes<n>() + 128; }
 
 // The 32 kept weights of a panel at a step, as int8: 32 columns of one half of the rows. int4 stores two steps together.
-template <bool is_int4>
+template <int n, bool is_int4>
 INLINE __m256i kept_of_step(const uint8_t* panel, int step) {
-  if (!is_int4) return load_bytes(panel + 32 + 32 * step);
+  if (!is_int4) return load_bytes(panel + code_bytes<n>() + 32 * step);
   const __m256i both = load_bytes(panel + 32 + 32 * (step / 2));
   const __m256i codes = _mm256_and_si256(step % 2 ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
   return _mm256_sub_epi8(codes, _mm256_set1_epi8(8));
@@ -80,9 +85,13 @@ INLINE __m256i first_of_groups() {
   return n == 2 ? _mm256_set1_epi64x(0x0c0c080804040000) : _mm256_set1_epi32(0x0c080400);
 }
 
-// The bytes of x that these weights meet, for `vpshufb`. `meta` is the first 32 bytes of the panel.
+// The bytes of x that these weights meet, for `vpshufb`. `meta` is the first 32 bytes of the panel, which has more for n > 2.
 template <int n>
-INLINE __m256i control_of_step(__m256i meta, int step) {
+INLINE __m256i control_of_step(const uint8_t* panel, __m256i meta, int step) {
+  if (n > 2) {
+    const __m256i both = load_bytes(panel + step / 2 * 32);
+    return _mm256_and_si256(step % 2 ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+  }
   return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(meta, 2 * step), _mm256_set1_epi8(3)), first_of_groups<n>());
 }
 
@@ -110,7 +119,7 @@ INLINE void row_scales(const uint8_t* at, __m256* scales) {
 }
 
 // The outputs of a tile: the sum of the 8 lanes of each of `parts`, which are the four rows of a dense tile, or the two
-// halves of a panel, whose lanes hold two rows of 2:4 or four of 1:4.
+// halves of a panel, whose lanes hold four rows of 1:4 or two of others.
 template <int n>
 INLINE void tile_outputs(const __m256* parts, __m128* outputs) {
   constexpr int kParts = n ? 2 : 4;
@@ -119,7 +128,7 @@ INLINE void tile_outputs(const __m256* parts, __m128* outputs) {
     four[part] = _mm_add_ps(_mm256_castps256_ps128(parts[part]), _mm256_extractf128_ps(parts[part], 1));
   if constexpr (n == 0) outputs[0] = _mm_hadd_ps(_mm_hadd_ps(four[0], four[1]), _mm_hadd_ps(four[2], four[3]));
   if constexpr (n == 1) outputs[0] = four[0], outputs[1] = four[1];
-  if constexpr (n == 2) outputs[0] = _mm_hadd_ps(four[0], four[1]);
+  if constexpr (n >= 2) outputs[0] = _mm_hadd_ps(four[0], four[1]);
 }
 
 }  // namespace castlm

@@ -43,6 +43,24 @@ void expand_floats(const Header& of, const uint8_t* panel, float* to, int64_t ld
   }
 }
 
+// 8 of 16 columns.
+template <int values>
+void expand_halves(const Header& of, const uint8_t* panel, float* to, int64_t ld) {
+  for (int64_t block = 0; block < of.blocks(); block++, panel += of.panel_bytes(), to += kBlock)
+    for (int k = 0; k < 4; k++)
+      for (int row = 0; row < 4; row++) {
+        alignas(32) float kept[8];
+        alignas(32) uint32_t column[8];
+        const __m256i codes = _mm256_srli_epi32(load_bytes(panel + k / 2 * 32), 4 * (k % 2 * 4 + row));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(column), _mm256_and_si256(codes, _mm256_set1_epi32(15)));
+        _mm256_store_ps(kept, load_step<values, 64>(panel, 2 * k + row / 2, row % 2));
+        float* const at = to + row * ld + 16 * k;
+        for (int half = 0; half < 2; half++) _mm256_storeu_ps(at + 8 * half, _mm256_setzero_ps());
+        for (int slot = 0; slot < 8; slot++)
+          if (kept[slot] != 0) at[column[slot]] = kept[slot];  // a group at the end may have less than eight
+      }
+}
+
 // 32 integers as fp32, times a scale.
 INLINE void store_integers(__m256i bytes, __m256 scale, float* to) {
   const __m128i halves[2] = {_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)};
@@ -106,10 +124,13 @@ void expand_dense(const Header& of, const uint8_t* from, const float* row_scales
 template <int values>
 void expand_of(const Header& of, const uint8_t* tile, const float* row_scales, float* to, int64_t ld) {
   if (of.n == 0) return expand_dense<values>(of, tile, row_scales, to, ld);
-  if constexpr (values < kInt8) return of.n == 1 ? expand_floats<1, values>(of, tile, to, ld) : expand_floats<2, values>(of, tile, to, ld);
-  else
+  if constexpr (values < kInt8) {
+    if (of.group() == 16) return expand_halves<values>(of, tile, to, ld);
+    return of.n == 1 ? expand_floats<1, values>(of, tile, to, ld) : expand_floats<2, values>(of, tile, to, ld);
+  } else {
     return of.n == 1 ? expand_integers<1, values == kInt4>(of, tile, row_scales, to, ld)
                      : expand_integers<2, values == kInt4>(of, tile, row_scales, to, ld);
+  }
 }
 
 }  // namespace

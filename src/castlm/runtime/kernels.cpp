@@ -78,12 +78,15 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   if (values < kBFloat16 || values > kInt4 || rows < 1 || columns < 1 || rows >= limit || columns >= limit) return false;
   if (rows > most_weights / columns) return false;
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
-  const bool fits_panels = m == 4 && n <= 2;
+  const bool is_half = values != kInt4 && keeps_half(n, m) && level() >= kAvx2;
+  const bool fits_panels = (m == 4 && n <= 2) || is_half;
   if (layout < 0) {
     const bool by_avx2 = level() == kAvx2 && (m ? !fits_panels : values == kInt4);
     const bool in_lanes = fits_lanes(m) && (by_avx2 || level() >= kAvx512);
     layout = in_lanes ? kLanes : m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
   }
+  // With AVX2 an expansion of int4 takes longer than the multiplication by zeros.
+  if (layout == kLanes && values == kInt4 && level() == kAvx2) n = m = 0;
   if (layout > kLanes || (layout == kLanes ? !fits_lanes(m) : (layout == kDense) != (m == 0))) return false;
   if (layout == kPanels && !(fits_panels && level() != kPlain)) return false;
   of = Header{kMagic, layout, values, n, m, layout == kLanes && values >= kInt8 && level() >= kAvx512, rows, columns, 0};
@@ -152,6 +155,7 @@ int32_t level_for(const Header& of, int64_t batch) {
   if (of.layout == kRows) return kPlain;
   if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
   if (level() < (of.is_unsigned ? kAvx512 : kAvx2)) return kPlain;
+  if (of.values == kInt4 && of.m && !of.is_unsigned) return kPlain;  // of a level before AVX2
   if (level() == kAvx2 || (of.values >= kInt8 && !of.is_unsigned)) return kAvx2;
   return level() == kAmx && amx_gains(of, batch) ? kAmx : kAvx512;
 }
@@ -245,13 +249,16 @@ int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t co
                   uint8_t* to, int64_t to_bytes, int threads) {
   Header of;
   if (!make_header(layout, values, n, m, rows, columns, of) || to_bytes != kHeaderBytes + of.data_bytes) return kBadSize;
-  if (from_bytes != rows * of.kept_row_bytes() || num_scales != rows * of.scales_per_row()) return kBadSize;
+  Header stored = of;  // in the file, which may be n:m where the buffer is dense
+  stored.n = n, stored.m = m;
+  if (from_bytes != rows * stored.kept_row_bytes() || num_scales != rows * of.scales_per_row()) return kBadSize;
   if (mask_bytes != (m ? rows * of.mask_row_bytes() : 0)) return kBadSize;
-  if (m && !mask_is_nm(of, mask)) return kBadMask;
+  if (m && !mask_is_nm(stored, mask)) return kBadMask;
   std::memset(to, 0, to_bytes);
   std::memcpy(to, &of, sizeof of);
   return guarded([&] {
-    repack(of, from, mask, scales, to + kHeaderBytes, threads);
+    if (of.m == m) repack(of, from, mask, scales, to + kHeaderBytes, threads);
+    else repack(of, dense_int4(stored, from, mask).data(), nullptr, scales, to + kHeaderBytes, threads);
     return kOk;
   });
 }
@@ -270,7 +277,7 @@ int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
   if (count != (last - first) * of.columns) return kBadSize;
   const uint8_t* data = packed + kHeaderBytes;
   const int64_t tile_rows = of.tile_rows(), first_tile = first / tile_rows;
-  const bool by_tile = of.layout == kLanes || (of.layout != kRows && level() >= kAvx2);
+  const bool by_tile = of.layout == kLanes || (of.layout != kRows && (of.group() == 4 || of.values < kInt8) && level() >= kAvx2);
   return guarded([&] {
     in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 8, threads, [&](int64_t begin, int64_t end) {
       float* rows = static_cast<float*>(scratch<0>(tile_rows * of.padded() * 4));

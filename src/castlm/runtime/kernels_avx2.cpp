@@ -72,7 +72,41 @@ INLINE void panels_of_floats(const uint8_t* panel, int64_t stride, int64_t block
         sums[(2 * j + h) * BT + b] = E == 2 ? _mm256_add_ps(a[0][j][h][b], a[E - 1][j][h][b]) : a[0][j][h][b];
 }
 
-// ---- 2:4 and 1:4 of int8 and int4
+// ---- 8 of 16 columns of floats
+
+// R rows from `row` on, of each of T tiles `stride` bytes apart. Sixteen columns of x are two registers.
+template <int values, int R, int BT, int T>
+INLINE void halves_of_floats(const uint8_t* panel, int row, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
+  constexpr int kBytes = 64 + (values == kFloat32 ? 512 : 256);
+  __m256 a[T * R][BT];
+  for (int r = 0; r < T * R; r++)
+    for (int b = 0; b < BT; b++) a[r][b] = sums[r * BT + b];
+  for (int64_t i = 0; i < blocks; i++, panel += kBytes, x += kBlock) {
+    for (int j = 0; j < T; j++) prefetch<kBytes>(panel + j * stride);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++)
+#pragma GCC unroll 8
+      for (int r = 0; r < T * R; r++) {
+        const uint8_t* const of_tile = panel + r / R * stride;
+        const int in_tile = row + r % R, shift = 4 * (k % 2 * 4 + in_tile);
+        const __m256i codes = load_bytes(of_tile + k / 2 * 32);
+        const __m256i column = _mm256_srli_epi32(codes, shift);  // `vpermps` reads its three low bits
+        const __m256 is_second = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28 - shift));
+        const __m256 w = load_step<values, 64>(of_tile, 2 * k + in_tile / 2, in_tile % 2);
+#pragma GCC unroll 4
+        for (int b = 0; b < BT; b++) {
+          const float* const at = x + b * ldx + 16 * k;
+          const __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(at), column);
+          const __m256 second = _mm256_permutevar8x32_ps(_mm256_loadu_ps(at + 8), column);
+          a[r][b] = _mm256_fmadd_ps(w, _mm256_blendv_ps(first, second, is_second), a[r][b]);
+        }
+      }
+  }
+  for (int r = 0; r < T * R; r++)
+    for (int b = 0; b < BT; b++) sums[r * BT + b] = a[r][b];
+}
+
+// ---- n:m of int8 and int4
 
 // Pairs of int8 products added to `sum`, of int4 as int16 (at most 4 * 15 * 127), of int8 as int32.
 template <bool is_int4>
@@ -100,7 +134,7 @@ INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_
       __m256i s[BT];
 #pragma GCC unroll 2
       for (int c = 0; c < 2; c++) {
-        const __m256i control = control_of_step<n>(meta, 2 * p + c), w = kept_of_step<is_int4>(panel, 2 * p + c);
+        const __m256i control = control_of_step<n>(panel, meta, 2 * p + c), w = kept_of_step<n, is_int4>(panel, 2 * p + c);
         const __m256i magnitude = _mm256_abs_epi8(w);
 #pragma GCC unroll 4
         for (int b = 0; b < BT; b++) {
@@ -204,7 +238,10 @@ INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, i
   const int8_t* narrow = x.narrow + at * width + k * kBlock;
   const float* scales = x.scales + at * blocks + k;
   constexpr bool is_int4 = values == kInt4;
-  if constexpr (n > 0 && values < kInt8) {
+  if constexpr (n == 8 && values < kInt8) {
+    constexpr int R = BT == 4 ? 2 : 4;  // as many sums as the registers hold
+    for (int r = 0; r < 4; r += R) halves_of_floats<values, R, BT, T>(panel, r, stride, count, wide, width, sums + r * BT);
+  } else if constexpr (n > 0 && values < kInt8) {
     panels_of_floats<values, BT, T, in_parts>(panel, stride, count, wide, width, sums);
   } else if constexpr (n > 0) {
     panels_of_integers<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
@@ -225,9 +262,10 @@ struct Avx2 {
   using Vector = __m256;
   static constexpr int kMostRows = 4;
   static constexpr int kParts = 2;
+  static constexpr bool kHasHalves = true;
   static INLINE Vector zero() { return _mm256_setzero_ps(); }
   template <int n, int values>
-  static constexpr int num_sums() { return n ? 2 : 4; }
+  static constexpr int num_sums() { return n == 0 || (n == 8 && values < kInt8) ? 4 : 2; }
   template <int n, int values, int BT, int T, bool in_parts>
   static INLINE void add(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x,
                          int64_t at, int64_t k, Vector* sums) {
@@ -235,11 +273,11 @@ struct Avx2 {
   }
   template <int n, int values>
   static INLINE void rows(const Vector* sums, int BT, int b, float* to) {
-    constexpr int kParts = n ? 2 : 4;
-    Vector parts[kParts];
+    constexpr int kSums = num_sums<n, values>();
+    Vector parts[kSums];
     __m128 outputs[n == 1 ? 2 : 1];
-    for (int part = 0; part < kParts; part++) parts[part] = sums[part * BT + b];
-    tile_outputs<n>(parts, outputs);
+    for (int part = 0; part < kSums; part++) parts[part] = sums[part * BT + b];
+    tile_outputs<kSums == 4 ? 0 : n>(parts, outputs);
     for (const __m128& four : outputs) _mm_storeu_ps(to, four), to += 4;
   }
 };

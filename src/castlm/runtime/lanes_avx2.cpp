@@ -108,7 +108,7 @@ INLINE __m256 expand_singles(uint32_t mask, const uint8_t*& kept) {
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(take, 31)), all);
 }
 
-// The nibbles of one half of a panel, as codes with 8 added; where nothing is kept, 8.
+// The nibbles of one half of a panel, as codes with 8 added.
 template <int half>
 INLINE __m256i codes_of(__m256i bytes) {
   const __m256i nibbles = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
@@ -197,29 +197,26 @@ INLINE void few_of_int8(const Header& of, const uint8_t* panel, const Activation
   }
 }
 
-// A step is eight columns of eight rows of a half; 16 bits hold all steps.
-template <bool is_dense, int B>
+// A dense weight. A step is eight columns of eight rows of a half; 16 bits hold all steps.
+template <int B>
 INLINE void few_of_int4(const Header& of, const uint8_t* panel, const Activations& x, __m256 (*sums)[2]) {
   const int64_t blocks = of.blocks(), width = of.padded(), bytes = of.panel_bytes();
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t block = 0; block < blocks; block++, panel += bytes) {
     prefetch(panel, bytes);
-    const uint8_t* const values = panel + (is_dense ? 0 : kMaskBytes);
-    const uint8_t* kept[2] = {values, values};
+    const uint8_t* values = panel;
     __m256i total[B][4];
     for (int b = 0; b < B; b++)
       for (auto& sum : total[b]) sum = _mm256_setzero_si256();
     const int8_t* at = x.narrow + block * kBlock;
-    for (int step = 0; step < kSteps; step += 2, at += 8) {
-      __m256i low[2], high[2];
-      step_of<is_dense>(panel, step, kept[0], low), step_of<is_dense>(panel, step + 1, kept[1], high);
+    for (int step = 0; step < kSteps; step += 2, at += 8, values += 64) {
 #pragma GCC unroll 2
       for (int part = 0; part < 2; part++) {
-        low[part] = codes_of<0>(low[part]), high[part] = codes_of<1>(high[part]);
+        const __m256i both = load_bytes(values + 32 * part), low = codes_of<0>(both), high = codes_of<1>(both);
 #pragma GCC unroll 4
         for (int b = 0; b < B; b++) {
           const __m256i eight = _mm256_set1_epi64x(int64_t(load64(reinterpret_cast<const uint8_t*>(at + b * width))));
-          add_codes(total[b][part], low[part], eight), add_codes(total[b][2 + part], high[part], eight);
+          add_codes(total[b][part], low, eight), add_codes(total[b][2 + part], high, eight);
         }
       }
     }
@@ -307,7 +304,7 @@ void multiply_few(const Header& of, const uint8_t* data, const Activations& x, f
     __m256 sums[B][2];
     for (int b = 0; b < B; b++) sums[b][0] = sums[b][1] = _mm256_setzero_ps();
     if constexpr (values == kInt8) few_of_int8<is_dense, B>(of, panels, x, sums);
-    else if constexpr (values == kInt4) few_of_int4<is_dense, B>(of, panels, x, sums);
+    else if constexpr (values == kInt4) few_of_int4<B>(of, panels, x, sums);
     else few_of_floats<values, is_dense, B>(of, panels, x, sums);
     const Outputs outputs(of, data, tile);
     for (int b = 0; b < B; b++) outputs.write(sums[b][0], sums[b][1], y + b * ldy);
@@ -467,7 +464,7 @@ void multiply_many(const Header& of, const uint8_t* data, const Activations& x, 
 template <int values, bool is_dense>
 void multiply_any(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
   if constexpr (values == kInt4)
-    if (x.batch > kFew) return multiply_many<kCodes, is_dense>(of, data, x, y, ldy, first, last);
+    if (x.batch > kFew) return multiply_many<kCodes, true>(of, data, x, y, ldy, first, last);
   if constexpr (values == kInt8)
     if (x.batch > kFew) {
       if (!is_dense && of.m <= 8 && 2 * of.n <= of.m) return multiply_many<kFourOfEight, is_dense>(of, data, x, y, ldy, first, last);
@@ -511,7 +508,7 @@ Multiply avx2_lanes(const Header& of) {
     case kFloat16: return of_pattern<kFloat16>(of);
     case kFloat32: return of_pattern<kFloat32>(of);
     case kInt8: return of_pattern<kInt8>(of);
-    default: return of_pattern<kInt4>(of);
+    default: return multiply_any<kInt4, true>;
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -28,9 +29,11 @@ constexpr int64_t kHeaderBytes = 64;
 enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4 };
 
 // kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
-// kPanels: 1:4 and 2:4, a few rows by 64 columns at a time in the order in which vector kernels read them.
+// kPanels: 1:4 and 2:4, and with AVX2 patterns that keep 8 of every 16 columns (8:16, 4:8, 1:2), of all values but int4: a few rows
+// by 64 columns at a time in the order in which vector kernels read them.
 // kDense: all values, four rows by 64 columns at a time.
-// kLanes: every n:m whose m divides 64, and dense weights: 16 rows by 64 columns at a time, a bit mask before the kept values.
+// kLanes: every n:m whose m divides 64, and dense weights: 16 rows by 64 columns at a time, a bit mask before the kept values. With
+// AVX2 int4 is dense there, whatever its pattern.
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2, kLanes = 3 };
 
 // m = 0 is a dense weight. `columns` may be any number; a row is padded with zeros to `padded()` columns.
@@ -44,7 +47,8 @@ struct Header {
   int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
   int64_t padded() const { return blocks() * kBlock; }
   int64_t kept() const { return m ? columns / m * n : columns; }  // values in a row
-  int64_t tile_rows() const { return layout == kLanes ? 16 : layout == kPanels && n == 1 ? 8 : 4; }
+  int64_t group() const { return m == 0 || m == 4 ? 4 : 16; }  // of kPanels: columns whose kept weights share a code of columns
+  int64_t tile_rows() const { return layout == kLanes ? 16 : layout == kPanels && n == 1 && m == 4 ? 8 : 4; }
   int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows(); }
   int64_t panel_bytes() const {  // of a tile of rows by 64 columns
     if (layout == kLanes) {
@@ -52,6 +56,7 @@ struct Header {
       return lane_mask_bytes() + (values == kInt4 ? count / 2 + 32 : count * value_bytes());
     }
     if (m == 0) return tile_rows() * dense_block_bytes();
+    if (group() == 16) return 64 + 128 * value_bytes();
     return 32 + (values == kInt8 ? 128 : values == kInt4 ? 64 + 2 * tile_rows() : 128 * value_bytes());
   }
   int64_t lane_mask_bytes() const { return m ? 128 : 0; }  // of a panel of kLanes
@@ -127,17 +132,32 @@ INLINE float float16_to_float(uint16_t bits) {
 // 32 columns of two rows, and `vpshufb` moves the columns of x. int4 puts two steps into the halves of 32 bytes and ends
 // with a bf16 scale for each row. Panels of 1:4 hold 8 rows in the same places: a group has one kept weight.
 //
-// The place of kept value `slot` of `group` (16 groups of four columns) of row `row` in a panel: the two bits of its column
+// 8 of 16 columns, 4 rows: 64 bytes of columns, 4 bits each, then the kept weights. In int8 these are the same four steps of 32
+// bytes: a lane of 16 columns of x has 8 kept weights of each of two rows, in ascending order, and its four bits of columns (of the
+// even step in the low half of a byte) are the control of `vpshufb` as they are. Of floats, a step is 16 columns of two rows, whose
+// 8 kept weights are the lanes of a register: of bf16, those of the first row in the even places. Bits 4 j of word `slot` of the
+// first 32 bytes of columns are those of row j % 4 in columns 16 (j / 4) on, of the second 32 bytes those of columns 32 on.
+//
+// The place of kept value `slot` of `group` (16 groups of four columns, or 4 of 16) of row `row` in a panel: the bits of its column
 // within the group, and its value, at byte `value` (`value_shift` bits into it for int4).
 //   floats: 8 words of metadata, word l for lane l = 4 * (group % 2) + n * (row % R) + slot, bits 16 h + 2 s of half
 //     h = row / R and step s = group / 2, with R = 4 / n; then of bf16 per step 16 values, the halves interleaved, and of the
 //     others per two steps and half 16 values, one step after the other.
-//   8 and 4 bits: 32 bytes of metadata, byte i = 16 * (group / 4 % 2) + 4 n * (row % R) + n * (group % 4) + slot, bits
+//   8 and 4 bits, groups of four: 32 bytes of metadata, byte i = 16 * (group / 4 % 2) + 4 n * (row % R) + n * (group % 4) + slot, bits
 //     2 s of step s = 2 h + group / 8; then per step 32 bytes, or of int4 per two steps, the first in the low halves.
 struct Place {
   int mask_byte, mask_shift, value, value_shift;
 };
 INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) {
+  if (of.group() == 16 && of.values < kInt8) {
+    const int j = 4 * (group % 2) + int(row), step = 2 * group + int(row / 2), half = int(row % 2);
+    const int index = of.values == kBFloat16 ? 16 * step + 2 * slot + half : (step / 2 * 2 + half) * 16 + 8 * (step % 2) + slot;
+    return {32 * (group / 2) + 4 * slot + j / 2, 4 * (j % 2), 64 + int(of.value_bytes()) * index, 0};
+  }
+  if (of.group() == 16) {
+    const int byte = 16 * (group % 2) + int(8 * (row % 2)) + slot, step = 2 * int(row / 2) + group / 2;
+    return {32 * (step / 2) + byte, 4 * (step % 2), 64 + 32 * step + byte, 0};
+  }
   const int n = of.n, half = int(row / (4 / n)), row_of_half = int(row % (4 / n));
   if (of.values < kInt8) {
     const int lane = 4 * (group % 2) + n * row_of_half + slot, step = group / 2;
@@ -176,6 +196,9 @@ INLINE Lane lane_of_bit(const Header& of, int bit) {  // of the mask of a panel
 }
 constexpr int64_t kLanesSlack = 64;  // bytes after the data, which a load of the last values may reach
 
+// For the kernels of panels: 0 of a dense weight, 1 and 2 of 1:4 and 2:4, 4 of patterns that keep 4 of every 8 columns, 8 of 8:16.
+INLINE int panel_kind(const Header& of) { return of.m == 0 || of.m == 4 ? of.n : of.m == 16 ? 8 : 4; }
+
 // What an entry point returns.
 enum Error : int { kOk = 0, kBadSize = 1, kBadMask = 2, kNoMemory = 3 };
 
@@ -191,8 +214,12 @@ int guarded(Entry entry) {
 
 // Whether vectors of 64 columns hold whole groups of a pattern, or a weight is dense: what kLanes takes.
 INLINE bool fits_lanes(int m) { return m == 0 || kBlock % m == 0; }
+// Whether every 16 columns of a weight keep 8, by groups of another size than four.
+INLINE bool keeps_half(int n, int m) { return m && m != 4 && 16 % m == 0 && 2 * n == m; }
 // Whether the mask of a file keeps exactly n of every m.
 bool mask_is_nm(const Header&, const uint8_t* mask);
+// Rows of int4 with the zeros between the kept values, as a file has them where a weight is dense.
+std::vector<uint8_t> dense_int4(const Header&, const uint8_t* values, const uint8_t* mask);
 // Writes the tensors of a file to `data`, which is zero, in the layout of the header.
 void repack(const Header&, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data, int threads);
 // `castlm_multiply`, with exceptions.

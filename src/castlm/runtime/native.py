@@ -79,12 +79,18 @@ def level() -> str:
     return LEVELS[built().castlm_level()]
 
 
-def long_groups_are_free() -> bool:
-    """Whether this processor's kernels take groups of up to `LONGEST_GROUP` as fast as 2:4; False without kernels.
+def longest_free_group(n: int, m: int) -> int:
+    """The longest group in which this processor's kernels take the share n / m of weights about as fast as in groups of
+    four: `m` itself where no longer one is known to be.
 
-    With AVX2 alone one row of x takes 1.6 to 2.4 times as long in 32:64 as in 2:4 (docs/performance.md).
+    With AVX2 alone this is 16 for half of the weights: 8:16 has kernels as 2:4 has, 32:64 takes up to twice as long
+    (docs/performance.md).
     """
-    return kernels() is not None and level() in ("avx512", "amx")
+    if kernels() is None:
+        return m
+    if level() in ("avx512", "amx"):
+        return LONGEST_GROUP
+    return 16 if level() == "avx2" and 2 * n == m else m
 
 
 def levels(library: ctypes.CDLL | None = None) -> tuple[str, ...]:

@@ -69,15 +69,16 @@ void expand_dense(const Header& of, const uint8_t* data, int64_t row, float* to)
 
 void expand_panels(const Header& of, const uint8_t* data, int64_t row, float* to) {
   const int64_t tile = row / of.tile_rows(), row_in_tile = row % of.tile_rows();
+  const int width = int(of.group());
   const float row_scale = of.values == kInt8 ? stored_scale(row_scales(of, data) + 4 * row) : 1.0f;
   std::fill(to, to + of.padded(), 0.0f);
   for (int64_t block = 0; block < of.blocks(); ++block, to += kBlock) {
     const uint8_t* panel = data + (tile * of.blocks() + block) * of.panel_bytes();
     const float scale = of.values == kInt4 ? short_scale(panel + 96 + 2 * row_in_tile) : row_scale;
-    for (int group = 0; group < kBlock / 4; ++group)
-      for (int slot = 0; slot < of.n; ++slot) {
+    for (int group = 0; group < kBlock / width; ++group)
+      for (int slot = 0; slot < width / of.m * of.n; ++slot) {
         const Place place = place_in_panel(of, row_in_tile, group, slot);
-        const int column = 4 * group + (panel[place.mask_byte] >> place.mask_shift & 3);
+        const int column = width * group + (panel[place.mask_byte] >> place.mask_shift & (width - 1));
         const float value = of.values == kInt4 ? float((panel[place.value] >> place.value_shift & 15) - 8)
                                                : load_value(panel + place.value, of.values, 0);
         if (value != 0) to[column] = scale * value;

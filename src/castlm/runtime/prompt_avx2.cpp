@@ -17,6 +17,13 @@
 //   record:  | control 0 | magnitude 0 | control 1 | magnitude 1 |     32 bytes each, for i = 0, 1; of int4 | scales | too
 //   dense int4, whose unsigned codes `kernels_avx2.cpp` multiplies:    | codes 0 | codes 1 | scales |
 //   1:4:     | 2 of row 0 | ... | 2 of row 7 |                         one record for both q
+//   4:8:     as 2:4: eight columns and their negatives hold what four kept weights of a row meet
+//
+// 8 of 16 columns need all 16 bytes of a lane, so that x lies there as it is, the sign is an instruction of its own, and a record
+// is two rows by all columns of a block:
+//
+//   a vector of x, i = 0, 1:         | columns 32 i .. 32 i + 15 | 32 i + 16 .. 32 i + 31 |
+//   8:16:    | 8 of row 0 | 8 of row 1 |            | control 0 | magnitude 0 | weights 0 | control 1 | magnitude 1 | weights 1 |
 //
 // One record meets eight rows of x. For 32 kept weights, which stand for 64 columns of 2:4, that is a shuffle of x, a
 // product (`vpmaddubsw`), a widening sum (`vpmaddwd`) and an addition. The integer sums are exact and the others run in the
@@ -48,10 +55,12 @@ INLINE __m256i load_once(const void* at) {
   return bytes;
 }
 
-// Whether x has its negative beside it, and the bytes of a row of x by half of a block; dense int4 ends with `offset`.
+// How x meets the weights, and the bytes of a row of x by a record's columns of a block; dense int4 ends with `offset`.
+enum Form { kBesideNegative, kAsItIs, kTwice };
 template <int n, bool is_int4>
-constexpr bool has_signs() { return n > 0 || !is_int4; }
-constexpr int64_t row_bytes(bool signs) { return signs ? 64 : 96; }
+constexpr Form form_of() { return n == 8 ? kAsItIs : n == 0 && is_int4 ? kTwice : kBesideNegative; }
+constexpr int64_t row_bytes(Form form) { return form == kTwice ? 96 : 64; }
+constexpr int64_t num_parts_of_x(Form form) { return form == kAsItIs ? 1 : 2; }  // q = 0 and 1, or all columns
 
 // Where weights `w` find their x: `columns`, or the same place of the negative.
 INLINE void store_signed(uint8_t*& to, __m256i columns, __m256i w) {
@@ -65,17 +74,19 @@ INLINE void store_signed(uint8_t*& to, __m256i columns, __m256i w) {
 template <int n, bool is_int4>
 constexpr int64_t record_bytes() {
   if (n == 1) return 8 * 32 + (is_int4 ? 2 * 32 : 0);
-  return has_signs<n, is_int4>() ? 4 * 32 + (is_int4 ? 32 : 0) : 3 * 32;
+  constexpr int kVectors[] = {4, 6, 2};
+  return kVectors[form_of<n, is_int4>()] * 32 + (is_int4 ? 32 : 0);
 }
 
-// Records of a tile: 2:4 has those of q = 0, then of q = 1; dense has these of rows 0 and 1, then of rows 2 and 3.
+// Records of a tile: 2:4 has those of q = 0, then of q = 1; dense has these of rows 0 and 1, then of rows 2 and 3; 8:16 has those
+// of rows 0 and 1, then of rows 2 and 3.
 template <int n>
 constexpr int num_records() { return n == 0 ? 4 : n == 1 ? 1 : 2; }
 
 // The weights of both halves of a panel's rows at one step, in the order of the records of `q`.
 template <int n>
 INLINE __m256i of_columns(__m256i first, __m256i second, int q) {
-  if (n == 2) {
+  if (n != 1) {
     const __m256 a = _mm256_castsi256_ps(first), b = _mm256_castsi256_ps(second);
     return _mm256_castps_si256(q ? _mm256_shuffle_ps(a, b, 0xdd) : _mm256_shuffle_ps(a, b, 0x88));
   }
@@ -88,22 +99,25 @@ template <int n, bool is_int4>
 INLINE void decode_panels(const uint8_t* panel, int64_t blocks, uint8_t* decoded) {
   constexpr int64_t kRecord = record_bytes<n, is_int4>();
   const __m256i groups = n == 2 ? _mm256_set1_epi32(0x04040000) : _mm256_set1_epi16(0x0400);
-  const __m256i low_two = _mm256_set1_epi8(3);
+  const __m256i low_two = _mm256_set1_epi8(3), low_three = _mm256_set1_epi8(7);
   for (int64_t block = 0; block < blocks; block++, panel += integer_panel_bytes<n, is_int4>()) {
     const __m256i meta = load_bytes(panel);
+    const auto columns = [&](int step) {  // of eight
+      if (n == 4) return _mm256_and_si256(control_of_step<n>(panel, meta, step), low_three);
+      return _mm256_and_si256(_mm256_srli_epi16(meta, 2 * step), low_two);
+    };
     uint8_t* to = decoded + block * kRecord;
     for (int q = 0; q < 2; q++) {
       for (int i = 0; i < 2; i++) {  // columns 0..31 and 32..63
-        const __m256i position[2] = {_mm256_and_si256(_mm256_srli_epi16(meta, 2 * i), low_two),
-                                     _mm256_and_si256(_mm256_srli_epi16(meta, 4 + 2 * i), low_two)};
-        const __m256i w = of_columns<n>(kept_of_step<is_int4>(panel, i), kept_of_step<is_int4>(panel, 2 + i), q);
-        store_signed(to, _mm256_or_si256(of_columns<n>(position[0], position[1], q), groups), w);
+        const __m256i w = of_columns<n>(kept_of_step<n, is_int4>(panel, i), kept_of_step<n, is_int4>(panel, 2 + i), q);
+        const __m256i here = of_columns<n>(columns(i), columns(2 + i), q);
+        store_signed(to, n == 4 ? here : _mm256_or_si256(here, groups), w);
       }
       if (n == 2 && is_int4) {
         const __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(panel + 96))), 16);
         store(to, _mm256_broadcastsi128_si256(wide));
       }
-      if (n == 2) to = decoded + (blocks + block) * kRecord;
+      if (n != 1) to = decoded + (blocks + block) * kRecord;
     }
     if (n == 1 && is_int4) {
       __m256 scales[2];
@@ -111,6 +125,16 @@ INLINE void decode_panels(const uint8_t* panel, int64_t blocks, uint8_t* decoded
       for (const __m256& half : scales) store(to, _mm256_castps_si256(half));
     }
   }
+}
+
+// The records of 8:16.
+INLINE void decode_halves(const uint8_t* panel, int64_t blocks, uint8_t* decoded) {
+  for (int64_t block = 0; block < blocks; block++, panel += integer_panel_bytes<8, false>())
+    for (int step = 0; step < 4; step++) {
+      uint8_t* to = decoded + (step / 2 * blocks + block) * record_bytes<8, false>() + step % 2 * 96;
+      const __m256i w = kept_of_step<8, false>(panel, step);
+      store(to, control_of_step<8>(panel, w, step)), store(to, _mm256_abs_epi8(w)), store(to, w);
+    }
 }
 
 // Two rows by 32 columns as two vectors: q = 0 and q = 1.
@@ -145,18 +169,18 @@ INLINE void decode_rows(const uint8_t* row, int64_t blocks, uint8_t* decoded) {
 
 // The records of half of the columns times eight rows of x, added to `sums`: 8 floats for each row of x. The offset takes off
 // the 8 that dense int4 have added, in the first lane of each row of the weight, where q = 0.
-template <bool signs, bool is_int4, bool has_offset>
+template <Form form, bool is_int4, bool has_offset>
 INLINE void multiply_half(const uint8_t* record, int64_t blocks, const int8_t* x, const float* scales, bool starts, float* sums) {
-  constexpr int kStep = signs ? 64 : 32;
-  constexpr int64_t kRow = row_bytes(signs);
+  constexpr int kStep = form == kTwice ? 32 : form == kAsItIs ? 96 : 64, kMagnitude = form == kTwice ? 0 : 32;
+  constexpr int64_t kRow = row_bytes(form);
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 sum[kRowsAtOnce];
   for (int b = 0; b < kRowsAtOnce; b++) sum[b] = starts ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * b);
   for (int64_t block = 0; block < blocks; block++, record += 2 * kStep + (is_int4 ? 32 : 0), x += kRowsAtOnce * kRow, scales += kRowsAtOnce) {
     __m256i control[2], w[2];
     for (int i = 0; i < 2; i++) {
-      if (signs) control[i] = load_once(record + kStep * i);
-      w[i] = load_once(record + kStep * (i + 1) - 32);
+      if (form != kTwice) control[i] = load_once(record + kStep * i);
+      w[i] = load_once(record + kStep * i + kMagnitude);
     }
     const __m256 w_scale = is_int4 ? _mm256_castsi256_ps(load_once(record + 2 * kStep)) : _mm256_setzero_ps();
 #pragma GCC unroll 8
@@ -165,8 +189,10 @@ INLINE void multiply_half(const uint8_t* record, int64_t blocks, const int8_t* x
       __m256i pairs[2];
 #pragma GCC unroll 2
       for (int i = 0; i < 2; i++) {
-        const __m256i v = load(row + 32 * i);
-        pairs[i] = _mm256_maddubs_epi16(w[i], signs ? _mm256_shuffle_epi8(v, control[i]) : v);
+        __m256i v = load(row + 32 * i);
+        if (form != kTwice) v = _mm256_shuffle_epi8(v, control[i]);
+        if (form == kAsItIs) v = _mm256_sign_epi8(v, load(record + kStep * i + 64));
+        pairs[i] = _mm256_maddubs_epi16(w[i], v);
       }
       __m256 scale = _mm256_broadcast_ss(scales + b);
       __m256i total;
@@ -187,7 +213,7 @@ INLINE void multiply_half(const uint8_t* record, int64_t blocks, const int8_t* x
 template <bool is_int4>
 INLINE void multiply_eight(const uint8_t* record, int64_t blocks, const int8_t* x, const int8_t* second,
                            const float* scales, bool starts, float* sums, float* more) {
-  constexpr int64_t kStep = kRowsAtOnce * row_bytes(true);
+  constexpr int64_t kStep = kRowsAtOnce * row_bytes(kBesideNegative);
   const __m256i ones = _mm256_set1_epi16(1);
   const auto low = [&](__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), ones); };
   const auto high = [&](__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), ones); };
@@ -247,11 +273,11 @@ INLINE void multiply_tile(const uint8_t* records, int64_t count, const int8_t* x
     for (int b = 0; b < kRowsAtOnce; b += 2)
       multiply_eight<is_int4>(records, count, x + 64 * b, second + 64 * b, scales + b, starts, sums[0] + 8 * b, sums[1] + 8 * b);
   } else {
-    constexpr bool signs = has_signs<n, is_int4>();
+    constexpr Form form = form_of<n, is_int4>();
     for (int part = 0; part < num_parts<n>(); part += 2) {
       const uint8_t* first = records + part * count * record_bytes<n, is_int4>();
-      multiply_half<signs, is_int4, !signs>(first, count, x, scales, starts, sums[part]);
-      multiply_half<signs, is_int4, false>(first + count * record_bytes<n, is_int4>(), count, second, scales, starts, sums[part + 1]);
+      multiply_half<form, is_int4, form == kTwice>(first, count, x, scales, starts, sums[part]);
+      multiply_half<form, is_int4, false>(first + count * record_bytes<n, is_int4>(), count, second, scales, starts, sums[part + 1]);
     }
   }
 }
@@ -268,7 +294,9 @@ INLINE void write_tile(const float (*sums)[kSums], const float* row_scales, int6
     __m128 outputs[kTileRows / 4];
     if constexpr (n == 1) {
       outputs[0] = four[0], outputs[1] = four[1];
-    } else if constexpr (n == 2) {
+    } else if constexpr (n == 8) {
+      outputs[0] = _mm_hadd_ps(four[0], four[1]);
+    } else if constexpr (n > 0) {
       outputs[0] = _mm_add_ps(four[0], four[1]);
     } else {
       const __m128 first = _mm_hadd_ps(four[0], four[1]), last = _mm_hadd_ps(four[2], four[3]);
@@ -288,7 +316,8 @@ void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x
                      int64_t last) {
   constexpr bool is_int4 = values == kInt4;
   constexpr int kTileRows = n == 1 ? 8 : 4;
-  constexpr int64_t kHalf = kRowsAtOnce * row_bytes(has_signs<n, is_int4>());  // bytes of rows of x by half of a block
+  constexpr Form form = form_of<n, is_int4>();
+  constexpr int64_t kParts = num_parts_of_x(form), kPart = kRowsAtOnce * row_bytes(form);  // bytes of rows of x by a part of a block
   alignas(64) uint8_t decoded[kTilesAtOnce][num_records<n>() * kDecodedBlocks * record_bytes<n, is_int4>()];
   alignas(64) float sums[kPromptRows / kRowsAtOnce][kTilesAtOnce][num_parts<n>()][kSums];
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
@@ -301,15 +330,16 @@ void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x
         const int64_t count = smaller(kDecodedBlocks, blocks - k);
         for (int64_t t = 0; t < tiles; t++) {
           const uint8_t* weights = data + ((tile + t) * blocks + k) * bytes;
-          if constexpr (n > 0) decode_panels<n, is_int4>(weights, count, decoded[t]);
+          if constexpr (n == 8) decode_halves(weights, count, decoded[t]);
+          else if constexpr (n > 0) decode_panels<n, is_int4>(weights, count, decoded[t]);
           else decode_rows<is_int4>(weights, count, decoded[t]);
         }
         for (int64_t b = start; b < smaller(start + kPromptRows, x.batch); b += kRowsAtOnce) {
-          const int8_t* narrow = x.narrow + (2 * b / kRowsAtOnce * blocks + k) * kHalf;
+          const int8_t* narrow = x.narrow + (kParts * b / kRowsAtOnce * blocks + k) * kPart;
           const float* scales = x.scales + b * blocks + k * kRowsAtOnce;
           for (int64_t t = 0; t < tiles; t++) {
             float(*to)[kSums] = sums[blocks > kDecodedBlocks ? (b - start) / kRowsAtOnce : 0][t];
-            multiply_tile<n, is_int4>(decoded[t], count, narrow, narrow + blocks * kHalf, scales, k == 0, to);
+            multiply_tile<n, is_int4>(decoded[t], count, narrow, narrow + (kParts - 1) * blocks * kPart, scales, k == 0, to);
             if (k + count < blocks) continue;
             const int64_t row = (tile + t) * kTileRows, rows = smaller(kTileRows, of.rows - row);
             write_tile<n, values>(to, row_scales + row, rows, smaller(kRowsAtOnce, x.batch - b), y + b * ldy + row, ldy);
@@ -321,6 +351,8 @@ void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x
 
 template <int values>
 Multiply prompt_kernel(const Header& of) {
+  if constexpr (values == kInt8)
+    if (panel_kind(of) > 2) return panel_kind(of) == 4 ? multiply_prompt<4, values> : multiply_prompt<8, values>;
   return of.n == 0 ? multiply_prompt<0, values> : of.n == 1 ? multiply_prompt<1, values> : multiply_prompt<2, values>;
 }
 
@@ -335,17 +367,19 @@ Multiply avx2_prompt(const Header& of) {
 // Rows of x in whole groups.
 static int64_t whole_groups(int64_t batch) { return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce; }
 
-static bool x_has_signs(const Header& of) { return of.n > 0 || of.values == kInt8; }
+static Form form_for(const Header& of) {
+  return panel_kind(of) == 8 ? kAsItIs : of.n == 0 && of.values == kInt4 ? kTwice : kBesideNegative;
+}
 
 int64_t avx2_prompt_bytes(const Header& of, int64_t batch) {
-  return whole_groups(batch) * of.blocks() * (2 * row_bytes(x_has_signs(of)) + 4);
+  return whole_groups(batch) * of.blocks() * (num_parts_of_x(form_for(of)) * row_bytes(form_for(of)) + 4);
 }
 
 Activations avx2_prompt_rows(const Header& of, const Activations& x, void* room) {
-  const bool signs = x_has_signs(of);
-  const int64_t blocks = of.blocks(), rows = whole_groups(x.batch), half = kRowsAtOnce * row_bytes(signs);
+  const Form form = form_for(of);
+  const int64_t blocks = of.blocks(), rows = whole_groups(x.batch), part = kRowsAtOnce * row_bytes(form), parts = num_parts_of_x(form);
   auto* narrow = static_cast<int8_t*>(room);
-  auto* scales = reinterpret_cast<float*>(narrow + rows * blocks * 2 * row_bytes(signs));
+  auto* scales = reinterpret_cast<float*>(narrow + rows * blocks * parts * row_bytes(form));
   const auto put = [](int8_t* to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); };
   for (int64_t row = 0; row < rows; row++) {
     const int64_t group = row / kRowsAtOnce, in_group = row % kRowsAtOnce;
@@ -354,16 +388,17 @@ Activations avx2_prompt_rows(const Header& of, const Activations& x, void* room)
       for (int64_t block = 0; block < blocks; block++) of_group[block * kRowsAtOnce] = 0;
       continue;
     }
-    int8_t* to = narrow + group * 2 * blocks * half + in_group * row_bytes(signs);
+    int8_t* to = narrow + group * parts * blocks * part + in_group * row_bytes(form);
     const int8_t* from = x.narrow + row * of.padded();
-    for (int64_t block = 0; block < blocks; block++, to += half, from += kBlock) {
+    for (int64_t block = 0; block < blocks; block++, to += part, from += kBlock) {
       of_group[block * kRowsAtOnce] = x.scales[row * blocks + block];
       for (int i = 0; i < 2; i++) {
         const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * i));
-        const __m256i beside = signs ? _mm256_sub_epi8(_mm256_setzero_si256(), v) : v;
-        for (int q = 0; q < 2; q++) put(to + q * blocks * half + 32 * i, of_two_rows(v, beside, q));
+        const __m256i beside = form == kTwice ? v : _mm256_sub_epi8(_mm256_setzero_si256(), v);
+        if (form == kAsItIs) put(to + 32 * i, v);
+        for (int q = 0; form != kAsItIs && q < 2; q++) put(to + q * blocks * part + 32 * i, of_two_rows(v, beside, q));
       }
-      if (signs) continue;
+      if (form != kTwice) continue;
       const int32_t offset = avx2_offset(from);
       put(to + 64, _mm256_setr_epi32(offset, 0, offset, 0, 0, 0, 0, 0));
     }

@@ -42,19 +42,22 @@ void fill_rows(const Header& of, const uint8_t* values, const uint8_t* mask, con
 }
 
 // The places of the kept values of a row of a tile in a panel, group by group.
-using Places = std::array<Place, 2 * kBlock / 4>;
+using Places = std::array<Place, kBlock / 2>;
 
 // A row of kept values of `bytes` bytes, or of int4 with `bytes` 0, where 8 stands for 0 and is there already.
 template <int bytes>
 void fill_panel_row(const Header& of, const Places& places, const uint8_t* values, const uint8_t* mask, uint8_t* panel) {
+  const int64_t width = of.group();
   int64_t index = 0;
   for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes()) {
-    const int64_t groups = std::min(kBlock, of.columns - block * kBlock) / 4;
+    const int64_t end = std::min((block + 1) * kBlock, of.columns);
     const Place* place = places.data();
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t column = block * kBlock + 4 * group;
-      // The n bits of a group of 4, from the lowest: 0b1010 keeps columns 1 and 3.
-      for (unsigned bits = mask[column / 8] >> (column % 8) & 15; bits; bits &= bits - 1, ++place, ++index) {
+    for (int64_t column = block * kBlock; column < end; column += width) {
+      unsigned bits = mask[column / 8] >> (column % 8);
+      if (width == 4) bits &= 15;
+      else if (column + 8 < end) bits |= unsigned(mask[column / 8 + 1]) << 8;
+      // The kept columns of a group, from the lowest: 0b1010 keeps columns 1 and 3.
+      for (; bits; bits &= bits - 1, ++place, ++index) {
         panel[place->mask_byte] |= uint8_t(__builtin_ctz(bits) << place->mask_shift);
         if constexpr (bytes == 0) panel[place->value] ^= uint8_t((nibble(values, index) ^ 8) << place->value_shift);
         else std::memcpy(panel + place->value, values + index * bytes, bytes);
@@ -66,8 +69,9 @@ void fill_panel_row(const Header& of, const Places& places, const uint8_t* value
 void fill_panels(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t first,
                  int64_t last, uint8_t* data) {
   std::vector<Places> places(of.tile_rows());
+  const int kept = int(of.group() / of.m * of.n);  // of a group
   for (int64_t row = 0; row < of.tile_rows(); ++row)
-    for (int i = 0; i < kBlock / 4 * of.n; ++i) places[row][i] = place_in_panel(of, row, i / of.n, i % of.n);
+    for (int i = 0; i < kBlock / of.group() * kept; ++i) places[row][i] = place_in_panel(of, row, i / kept, i % kept);
   const auto fill = of.values == kInt4      ? fill_panel_row<0>
                     : of.values == kInt8    ? fill_panel_row<1>
                     : of.values == kFloat32 ? fill_panel_row<4>
@@ -189,6 +193,21 @@ bool mask_is_nm(const Header& of, const uint8_t* mask) {
       if (mask[k / 8] >> (k % 8) & 1) return false;
   }
   return true;
+}
+
+std::vector<uint8_t> dense_int4(const Header& of, const uint8_t* values, const uint8_t* mask) {
+  const int64_t row_bytes = (of.columns + 1) / 2;
+  std::vector<uint8_t> dense(of.rows * row_bytes);
+  for (int64_t row = 0; row < of.rows; ++row, values += of.kept_row_bytes(), mask += of.mask_row_bytes()) {
+    uint8_t* const to = dense.data() + row * row_bytes;
+    int64_t index = 0;
+    for (int64_t i = 0; i < of.mask_row_bytes(); ++i)
+      for (unsigned bits = mask[i]; bits; bits &= bits - 1, ++index) {
+        const int64_t column = 8 * i + __builtin_ctz(bits);
+        to[column / 2] |= uint8_t((values[index / 2] >> index % 2 * 4 & 15) << column % 2 * 4);
+      }
+  }
+  return dense;
 }
 
 void repack(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data, int threads) {

@@ -34,7 +34,7 @@ from castlm.oneshot.calibration import Draw
 from castlm.oneshot.folder import drop_work
 from castlm.oneshot.options import EFFORTS
 from castlm.progress import note
-from castlm.runtime.native import LONGEST_GROUP, long_groups_are_free
+from castlm.runtime.native import longest_free_group
 from castlm.signals import Interrupt
 from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
@@ -191,7 +191,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         cache.complete = cache.covers(num_sequences)
 
     # start; without a cache, no teacher takes memory yet
-    is_for_cpu = world.device.type == "cpu" and long_groups_are_free()
+    is_for_cpu = world.device.type == "cpu"
     if method_options.row.is_sparse and checkpoint is None and is_for_cpu and world.is_main:
         _note_longer_groups(model, pattern, filter_fn)
     if makes_start:
@@ -298,7 +298,8 @@ def _note_longer_groups(model: PreTrainedModel, pattern: Pattern, filter_fn: Fil
     if groups is None or pattern.cuts:
         return
     layers, _ = sparse_linears(model, pattern, filter_fn)
-    other = groups.with_longest_groups({layer.in_features for layer in layers.values()}, LONGEST_GROUP)
+    longest = longest_free_group(groups.n, groups.m)
+    other = groups.with_longest_groups({layer.in_features for layer in layers.values()}, longest)
     if other != pattern:
         note(
             f"this CPU runs {other} about as fast as {pattern}, and its freer masks lose less quality: "

@@ -93,10 +93,12 @@ def layer_shapes(model: PreTrainedModel) -> Shapes:
 
 def patterns_for(shapes: Shapes) -> tuple[NM, ...]:
     """The patterns that keep half of the weights and are worth timing on a CPU: the longest groups that the kernels and
-    the widths of all layers allow, which lose the least quality, and 2:4.
+    the widths of all layers allow, which lose the least quality, the longest that this processor takes as fast as 2:4,
+    and 2:4.
     """
     widths = {columns for _, columns in shapes.blocks if columns % TWO_OF_FOUR.m == 0}
-    return tuple(dict.fromkeys([TWO_OF_FOUR.with_longest_groups(widths, native.LONGEST_GROUP), TWO_OF_FOUR]))
+    longest = (native.LONGEST_GROUP, native.longest_free_group(TWO_OF_FOUR.n, TWO_OF_FOUR.m))
+    return tuple(dict.fromkeys([*(TWO_OF_FOUR.with_longest_groups(widths, m) for m in longest), TWO_OF_FOUR]))
 
 
 def _shape(layer: nn.Linear) -> Shape:
