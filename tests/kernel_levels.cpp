@@ -113,7 +113,7 @@ void compare(int level, const Case& of) {
 }  // namespace
 
 int main() {
-  const int patterns[][2] = {{2, 4}, {1, 4}, {3, 4}, {5, 16}, {32, 64}, {0, 0}};
+  const int patterns[][2] = {{2, 4}, {1, 4}, {3, 4}, {4, 8}, {7, 8}, {8, 16}, {5, 16}, {20, 32}, {1, 64}, {32, 64}, {63, 64}, {0, 0}};
   for (int level = 0; level < kNumLevels; ++level) {
     if (!castlm_runs(level)) continue;
     for (int values = 0; values <= kInt4; ++values)

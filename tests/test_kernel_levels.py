@@ -34,7 +34,9 @@ def levels_that_agree(*command: str | Path) -> list[str]:
     reason=f"needs {ARM_COMPILER} and {ARM_EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user)",
 )
 def test_neon_kernels_agree_with_the_plain_path_under_emulation(tmp_path):
-    assert levels_that_agree(ARM_EMULATOR, build(ARM_COMPILER, tmp_path / "levels")) == ["plain", "neon"]
+    program = build(ARM_COMPILER, tmp_path / "levels")
+    for processor in ("max", "cortex-a72"):  # with and without products of four bytes
+        assert levels_that_agree(ARM_EMULATOR, "-cpu", processor, program) == ["plain", "neon"]
 
 
 @pytest.mark.skipif(

@@ -81,8 +81,8 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   const bool is_half = values != kInt4 && keeps_half(n, m) && level() >= kAvx2;
   const bool fits_panels = (m == 4 && n <= 2) || is_half;
   if (layout < 0) {
-    const bool by_avx2 = level() == kAvx2 && (m ? !fits_panels : values == kInt4);
-    const bool in_lanes = fits_lanes(m) && (by_avx2 || level() >= kAvx512);
+    const bool by_avx2 = level() == kAvx2 && (m ? !fits_panels : values == kInt4), by_neon = level() == kNeon && m && !fits_panels;
+    const bool in_lanes = fits_lanes(m) && (by_avx2 || by_neon || level() >= kAvx512);
     layout = in_lanes ? kLanes : m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
   }
   // With AVX2 an expansion of int4 takes longer than the multiplication by zeros.
@@ -154,6 +154,7 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 int32_t level_for(const Header& of, int64_t batch) {
   if (of.layout == kRows) return kPlain;
   if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
+  if (level() == kNeon && !of.is_unsigned) return kNeon;
   if (level() < (of.is_unsigned ? kAvx512 : kAvx2)) return kPlain;
   if (of.values == kInt4 && of.m && !of.is_unsigned) return kPlain;  // of a level before AVX2
   if (level() == kAvx2 || (of.values >= kInt8 && !of.is_unsigned)) return kAvx2;
@@ -184,6 +185,7 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
   in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
     if (by_lanes) return avx512_lanes(of)(of, data, x, sums, ldy, first, last);
     if (of.layout == kLanes && level == kAvx2) return avx2_lanes(of)(of, data, x, sums, ldy, first, last);
+    if (of.layout == kLanes && level == kNeon) return neon_lanes(of)(of, data, x, sums, ldy, first, last);
     if (by_prompt) return avx2_prompt(of)(of, data, x, sums, ldy, first, last);
     for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
       const Activations some = rows_from(of, x, b, std::min(kMaxBatch, x.batch - b));

@@ -3,7 +3,8 @@
 // n:m kernels permute x, not the weights (`matrix.h` draws a panel). Two rows of 2:4 share a lane of four floats or of 16
 // bytes. `vpermilps` reads the two low bits of each control, so that one shift of the 32 bytes of columns gives the controls
 // of the next step. A panel of 4 rows by 64 columns, or of 8 rows of 1:4, is one linear stream: 288 bytes of bf16, 160 of
-// int8, 104 of int4 (2:4).
+// int8, 104 of int4 (2:4). 8:16 and its like are the same with places of 4 bits: `vpshufb` picks int8 of 16 columns as before, and
+// two `vpermps` pick floats of 8 columns each.
 //
 // In the names below, b counts rows of x, r rows of weights, i blocks of 64 columns, t and c steps within a block, h and p
 // halves of a panel's rows, j tiles that are read side by side, e independent sums of one output.

@@ -17,6 +17,7 @@
 #include <array>
 
 #include "avx2.h"
+#include "lane_tables.h"
 #include "plain.h"
 
 #if defined(CASTLM_AVX2)
@@ -25,23 +26,13 @@ namespace castlm {
 namespace {
 
 // Made when the library is loaded, by any processor, and so not compiled for AVX2.
-//
-// Controls of `vpshufb` for the mask of 16 columns: the sum of `low` of the first byte and `high` of the second.
-struct Tables {
-  alignas(64) uint8_t low[256][16], high[256][16];
-  alignas(64) uint8_t words[256][16];  // the same for eight columns of 2 bytes
+struct Tables : LaneTables {
   alignas(64) uint32_t first_kept[256];  // places of up to four kept columns of eight, a byte each, filled with 0x80
   Tables() {
     for (int byte = 0; byte < 256; byte++) {
       first_kept[byte] = 0x80808080;
-      for (int column = 0, next = 0; column < 8; column++) {
-        const bool kept = byte >> column & 1;
-        if (kept && next < 4) first_kept[byte] ^= uint32_t(column ^ 0x80) << 8 * next;
-        low[byte][column] = high[byte][8 + column] = kept ? uint8_t(next) : 0x80;
-        low[byte][8 + column] = uint8_t(__builtin_popcount(byte)), high[byte][column] = 0;
-        for (int i = 0; i < 2; i++) words[byte][2 * column + i] = kept ? uint8_t(2 * next + i) : 0x80;
-        next += kept;
-      }
+      for (int column = 0, next = 0; column < 8; column++)
+        if (byte >> column & 1 && next < 4) first_kept[byte] ^= uint32_t(column ^ 0x80) << 8 * next++;
     }
   }
 };

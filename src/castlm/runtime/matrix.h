@@ -242,7 +242,9 @@ extern const bool is_intel;  // whether the processor is Intel's
 bool has_amx();
 Multiply neon_multiply(const Header&, int64_t batch);
 Multiply avx2_multiply(const Header&, int64_t batch);
-// Of kLanes, for any number of rows of x: as `avx2_lanes_rows` lays them out in room of `avx2_lanes_bytes` where these are not 0.
+// Of kLanes, for any number of rows of x.
+Multiply neon_lanes(const Header&);
+// The same for AVX2: x as `avx2_lanes_rows` lays it out in room of `avx2_lanes_bytes` where these are not 0.
 Multiply avx2_lanes(const Header&);
 int64_t avx2_lanes_bytes(const Header&, int64_t batch);
 Activations avx2_lanes_rows(const Header&, const Activations& x, void* room);
