@@ -156,19 +156,15 @@ def test_ranks_share_what_is_sharded_and_nothing_else():
 
 
 @pytest.mark.slow
-def test_start_is_on_the_first_rank():
-    """The start holds the whole model for any number of ranks, and a copy only beside the model itself."""
-    one, eight = (plan_7b(world_size=ranks, calibration_tokens=128 * 4096) for ranks in (1, 8))
-    assert one.phases["start"] - eight.phases["start"] == 4 * eight.num_params
-    states = 4 * 128 * 4096 * 4096
-    not_sparse = 4 * (eight.num_params - eight.num_sparse)
-    assert eight.phases["start"] == pytest.approx(4 * eight.num_params + not_sparse + states, rel=0.15)
-    on_cards = [plan_7b(world_size=ranks, calibration_tokens=128 * 4096, gpu_gib=80) for ranks in (1, 8)]
-    assert {plan.phases["start"] for plan in on_cards} == {eight.phases["start"] - not_sparse}
-    assert eight.peak == plan_7b(world_size=8).peak
-    large = {"seq_len": 4096, "micro_batch": 1, "world_size": 64, "checkpointing": True}
+def test_one_rank_starts_with_the_whole_model_and_several_with_a_block_and_their_share_of_the_text():
+    one, eight, more = (plan_7b(world_size=ranks, calibration_tokens=128 * 4096) for ranks in (1, 8, 64))
+    states, dense = 4 * 128 * 4096 * 4096, 4 * one.num_params
+    assert one.phases["start"] - eight.phases["start"] == pytest.approx(7 / 8 * states + 2 * dense, rel=0.05)
+    assert more.phases["start"] == eight.phases["start"]
+    assert plan_7b(calibration_tokens=128 * 4096, gpu_gib=80).phases["start"] < one.phases["start"] - dense
+    large = {"seq_len": 4096, "micro_batch": 1, "world_size": 32, "checkpointing": True}
     plan = planned(CONFIGS / "llama2-70b.json", **large, calibration_tokens=128 * 4096)
-    assert plan.peak == plan.phases["start"]
+    assert plan.phases["start"] < 30 * 2**30
     assert "start" not in plan_7b().phases
 
 

@@ -170,7 +170,7 @@ def test_overwrite_starts_again_with_other_options_or_a_damaged_record(damage, l
 
 def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_path, text):
     partial = unfinished(llama, tmp_path, text)
-    for name in ("progress.json", "block-00000.safetensors", "hidden-00001.bin"):
+    for name in ("progress.json", "block-00000.safetensors", "hidden-00001-0.bin"):
         content = (partial / name).read_bytes()
         changed = content.replace(b'"results"', b'"other"') if name == "progress.json" else content[:-1] + b"\xff"
         for damaged in (content[:-9], changed):
@@ -178,7 +178,7 @@ def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_pat
             with pytest.raises(InputError, match=rf"{name} is (missing or damaged|damaged|not readable)"):
                 prune(llama, text, tmp_path / "out")
         (partial / name).write_bytes(content)
-    (partial / "hidden-00001.bin").unlink()
+    (partial / "hidden-00001-0.bin").unlink()
     with pytest.raises(InputError, match="missing or damaged"):
         prune(llama, text, tmp_path / "out")
     assert_equal_weights(straight, prune(llama, text, tmp_path / "out", "--overwrite"))

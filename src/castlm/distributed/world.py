@@ -123,6 +123,29 @@ class World:
         dist.broadcast(there, src=0, group=self.control)
         return there
 
+    def add_in_order_(self, total: Tensor, part: Tensor, num_ranks: int) -> None:
+        """On the main rank, adds the `part` of ranks 0, 1, ... `num_ranks` - 1 to `total`, one after another.
+
+        `part` is shaped like `total` on all ranks. The order of an `all_reduce` depends on the number of ranks.
+        """
+        if self.is_main:
+            total += part
+            received = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+            for rank in range(1, num_ranks):
+                dist.recv(received, rank, group=self._group_of(total))
+                total += received
+        elif self.rank < num_ranks:
+            dist.send(part.contiguous(), 0, group=self._group_of(part))
+
+    def share_(self, tensor: Tensor, owner: int) -> None:
+        """Gives `tensor`, which is contiguous, the values that it has on rank `owner`."""
+        if self.mesh is not None:
+            dist.broadcast(tensor, owner, group=self._group_of(tensor))
+
+    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        """The group that carries a tensor: the patient one from host memory, else the one for computation."""
+        return self.patient if tensor.device.type == "cpu" else None
+
     def check_all(self, failure: str | None) -> None:
         """Stops all ranks if one reports a failure: the main rank raises `InputError`, the others `SystemExit`."""
         failures = [text for text in self.gather(failure) if text is not None]

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from castlm.core.nm import LayerPattern
+from castlm.oneshot.ranks import ALONE, MOST_ROWS, ByRows
 from castlm.oneshot.solvers import row_energies
-
-ADMM_ROWS = 1024
-"""Rows whose masks are improved at a time, which bounds the memory to six times theirs."""
 
 FIRST_PENALTY, LAST_PENALTY = 0.1, 1.0
 """Penalty on the squared distance between dense and n:m weights, for a Hessian whose diagonal is scaled to 1; it grows
@@ -17,7 +15,14 @@ geometrically. On layers of SmolLM2-135M, first penalties of 0.05 to 0.3 and las
 in error."""
 
 
-def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: LayerPattern, iterations: int) -> Tensor:
+def improve_masks(
+    weight: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    pattern: LayerPattern,
+    iterations: int,
+    by_rows: ByRows = ALONE,
+) -> Tensor:
     """Weights with new masks that lower |X weight^T - X target^T|^2; a row that does not improve stays as it is.
 
     Least squares over n:m weights is split in two steps that alternate: least squares over dense weights, which an
@@ -29,6 +34,7 @@ def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: Laye
         target: (rows, columns), the dense weights.
         hessian: X^T X, (columns, columns), damped, so that its diagonal is positive.
         iterations: each multiplies the weight twice by a (columns, columns) matrix.
+        by_rows: divides the rows into panels, which bounds the memory to six times that of a panel.
 
     Returns:
         (rows, columns), of `pattern`. The kept weights are near their optimum; a refit reaches it.
@@ -37,18 +43,19 @@ def improve_masks(weight: Tensor, target: Tensor, hessian: Tensor, pattern: Laye
     scale = hessian.diagonal().sqrt()  # (576,)
     values, vectors = torch.linalg.eigh((hessian / scale).div_(scale.unsqueeze(1)))
     penalties = torch.logspace(0, 1, iterations, base=LAST_PENALTY / FIRST_PENALTY).mul_(FIRST_PENALTY).tolist()
-    found = []
-    for sparse_rows, dense_rows in zip(weight.split(ADMM_ROWS), target.split(ADMM_ROWS)):
-        new = _alternate(sparse_rows * scale, dense_rows * scale, values, vectors, pattern, penalties) / scale
-        found.append(_better_rows(new, sparse_rows, dense_rows, hessian))
-    return torch.cat(found)
+
+    def improved(sparse: Tensor, dense: Tensor) -> Tensor:
+        new = _alternate(sparse * scale, dense * scale, values, vectors, pattern, penalties) / scale
+        return _better_rows(new, sparse, dense, hessian)
+
+    return by_rows(improved, weight, target)
 
 
 def improve_masks_holds(rows: int, columns: int) -> int:
     """Elements that `improve_masks` holds at its peak, with its arguments."""
     size, square = rows * columns, columns**2
     find = 3 * size + 5 * square  # start, target and dense weight; H, damped and scaled, in the eigendecomposition
-    alternate = 7 * size + 4 * min(rows, ADMM_ROWS) * columns + 3 * square  # new rows and their dual; H and its vectors
+    alternate = 7 * size + 4 * min(rows, MOST_ROWS) * columns + 3 * square  # new rows and their dual; H and its vectors
     return max(find, alternate)
 
 

@@ -9,6 +9,10 @@ layers solved by SparseGPT and leaves the outputs the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,7 +32,8 @@ from castlm.oneshot.axes import (
 from castlm.oneshot.families import Attention, Block, Mlp, Wiring, describe
 from castlm.oneshot.inputs import Seen, entries_of
 from castlm.oneshot.options import BasisOptions
-from castlm.oneshot.report import BasisReport, Change
+from castlm.oneshot.ranks import ONE_RANK, Ranks, each_by_one
+from castlm.oneshot.report import BasisReport
 from castlm.oneshot.solvers import damped, row_energies, whole_hessian
 from castlm.oneshot.walk import BlockInputs
 
@@ -108,44 +113,83 @@ def statistics_of(seen: Seen) -> Statistics:
 
 
 def change_block_basis_(
-    block: Block, seen: Seen, inputs: BlockInputs, options: BasisOptions, pattern: NM, report: BasisReport
+    block: Block,
+    seen: Seen,
+    inputs: BlockInputs,
+    options: BasisOptions,
+    pattern: NM,
+    report: BasisReport,
+    ranks: Ranks = ONE_RANK,
 ) -> None:
-    """Changes the basis of the values and neurons of the current block of `inputs`, and of the statistics in `seen`."""
+    """Changes the basis of the values and neurons of the current block of `inputs`, and of the statistics in `seen`.
+
+    Each of `ranks` searches in some of the parts, and all make the same changes.
+    """
     statistics = statistics_of(seen)
-    before = inputs.first_outputs(is_unchanged=True)
+    attention, turns_values = block.attention, options.rotates_values or options.permute
+    mlps = [mlp for mlp in block.mlps if mlp.down.layer in statistics] if options.permute else []
+    searches: list[Callable[[], Found | None]] = [
+        partial(find_order, mlp, statistics, pattern, options.permute_iterations) for mlp in mlps
+    ]
+    if turns_values:
+        searches.insert(0, partial(find_turn, attention, statistics, pattern, options))
+    found = each_by_one(ranks, searches)
+    # rank 0 has the first batch
+    before = inputs.first_outputs(is_unchanged=True) if ranks.rank == 0 else None
     undo: Undo = []
-    if options.rotates_values or options.permute:
+    if turns_values:
         change = report.change("values rotated" if options.rotates_values else "values permuted")
-        undo += change_values_(block.attention, statistics, pattern, change, options)
+        of_values = found.pop(0)
+        if of_values is not None and change.decide(of_values.before, of_values.after):
+            undo += turn_values_(attention, statistics, of_values.turn)
     if options.permute:
         change = report.change("MLP neurons permuted")
-        undo += permute_neurons_(block.mlps, statistics, pattern, change, options.permute_iterations)
+        for mlp, of_mlp in zip(mlps, found, strict=True):
+            assert of_mlp is not None
+            if change.decide(of_mlp.before, of_mlp.after):
+                undo += permute_neurons_(mlp, statistics, of_mlp.turn)
     if not undo:
         return
-    moved = distance(before, inputs.first_outputs())
-    if moved > tolerance_of(before.dtype):
+
+    def change_of_outputs() -> tuple[float, bool]:
+        assert before is not None
+        moved = distance(before, inputs.first_outputs())
+        return moved, moved > tolerance_of(before.dtype)
+
+    moved, is_too_far = ranks.on_main(change_of_outputs, patient=True)
+    if is_too_far:
         for weight, old in undo:
             weight.copy_(old)
         report.notes.append(f"block {inputs.index}: basis unchanged, because its outputs would move by {moved:.1g}")
         return
     report.moved = max(report.moved, moved)
     for entry in entries_of(seen):
-        found = statistics[entry.names[0]]
-        entry.statistic, entry.sample = found.hessian, found.sample
+        changed = statistics[entry.names[0]]
+        entry.statistic, entry.sample = changed.hessian, changed.sample
 
 
-def change_values_(
-    attention: Attention, statistics: Statistics, pattern: NM, change: Change, options: BasisOptions
-) -> Undo:
-    """Rotates the values of each KV head (permutes them with rotate off) if that lowers the error of v and o."""
+class Found(NamedTuple):
+    """The result of a search: a change, and the relative error of its layers before and after it."""
+
+    turn: Tensor
+    """Rotations (num_kv_heads, head_dim, head_dim), or the order of neurons, int64 (neurons,); on the CPU."""
+    before: float
+    after: float
+
+
+def find_turn(attention: Attention, statistics: Statistics, pattern: NM, options: BasisOptions) -> Found | None:
+    """A rotation of the values of each KV head (a permutation with rotate off), for a lower error of v and o.
+
+    None if no change applies.
+    """
     value, output = attention.value, attention.output
     if output.layer not in statistics:
-        return []
+        return None
     values, outputs = value.weight.float(), output.weight.float()
     of_output, of_value = statistics[output.layer], statistics.get(value.layer)
     output_factor = of_output.factor()
     value_factor = None if of_value is None else of_value.factor()
-    readers, writers = tuple(attention.kv_head_of), tuple(range(attention.num_kv_heads))
+    readers, writers = _parts_of(attention)
     if options.rotates_values:
         terms = [Term(outputs, inverse_of(output_factor), of_output.energy(outputs), "in", readers)]
         if of_value is not None and value_factor is not None:
@@ -161,7 +205,7 @@ def change_values_(
         score = importance(outputs, output_factor)
         rotations = _value_permutations(attention, score, pattern, options.permute_iterations)
     else:
-        return []
+        return None
     new_value = rotate_columns(values.T, rotations, writers).T
     new_output = rotate_columns(outputs, rotations, readers)
     new_statistic = of_output.rotated(rotations, readers)
@@ -173,13 +217,26 @@ def change_values_(
         energies = sampled_energies(both, of_value.hessian)
         old, new = solved_errors(both, of_value.hessian, value_factor, pattern, energies)
         before, after = (before + old) / 2, (after + new) / 2
-    if not change.decide(before, after):
-        return []
-    replaced = [(value.weight, new_value), (output.weight, new_output)]
+    return Found(rotations.cpu(), before, after)
+
+
+def turn_values_(attention: Attention, statistics: Statistics, rotations: Tensor) -> Undo:
+    """Rotates the values of each KV head, and the statistic of the output layer."""
+    value, output = attention.value, attention.output
+    rotations, (readers, writers) = rotations.to(output.weight.device), _parts_of(attention)
+    replaced = [
+        (value.weight, rotate_columns(value.weight.float().T, rotations, writers).T),
+        (output.weight, rotate_columns(output.weight.float(), rotations, readers)),
+    ]
     if value.bias is not None:
         replaced.append((value.bias, rotate_columns(value.bias.float()[None], rotations, writers)[0]))
-    statistics[output.layer] = new_statistic
+    statistics[output.layer] = statistics[output.layer].rotated(rotations, readers)
     return replace_(replaced)
+
+
+def _parts_of(attention: Attention) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The KV head of each part of the columns of o, and of the rows of v."""
+    return tuple(attention.kv_head_of), tuple(range(attention.num_kv_heads))
 
 
 def _value_permutations(attention: Attention, scores: Tensor, pattern: NM, rounds: int) -> Tensor:
@@ -194,31 +251,32 @@ def _value_permutations(attention: Attention, scores: Tensor, pattern: NM, round
     return torch.stack(found)
 
 
-def permute_neurons_(mlps: list[Mlp], statistics: Statistics, pattern: NM, change: Change, rounds: int) -> Undo:
-    """Permutes the neurons of each MLP if that lowers the error of its down-projection."""
-    undo: Undo = []
-    for mlp in mlps:
-        if mlp.down.layer not in statistics:
-            continue
-        weight, statistic = mlp.down.weight.float(), statistics[mlp.down.layer]
-        factor = statistic.factor()
-        order = find_permutation(importance(weight, factor), pattern, rounds).to(weight.device)
-        energies = sampled_energies([weight], statistic.hessian)
-        [before] = solved_errors([weight], statistic.hessian, factor, pattern, energies)
-        del factor
-        permuted = statistic.permuted(order)
-        [after] = solved_errors([weight[:, order]], permuted.hessian, permuted.factor(), pattern, energies)
-        if change.decide(before, after):
-            statistics[mlp.down.layer] = permuted
-            new = [(mlp.down.weight, mlp.down.weight[:, order])]
-            for matrix in mlp.inner:
-                new += [(part, part[order]) for part in (matrix.weight, matrix.bias) if part is not None]
-            undo += replace_(new)
-    return undo
+def find_order(mlp: Mlp, statistics: Statistics, pattern: NM, rounds: int) -> Found:
+    """An order of the neurons of an MLP for a lower error of its down-projection."""
+    weight, statistic = mlp.down.weight.float(), statistics[mlp.down.layer]
+    factor = statistic.factor()
+    order = find_permutation(importance(weight, factor), pattern, rounds)
+    there = order.to(weight.device)
+    energies = sampled_energies([weight], statistic.hessian)
+    [before] = solved_errors([weight], statistic.hessian, factor, pattern, energies)
+    del factor
+    permuted = statistic.permuted(there)
+    [after] = solved_errors([weight[:, there]], permuted.hessian, permuted.factor(), pattern, energies)
+    return Found(order, before, after)
+
+
+def permute_neurons_(mlp: Mlp, statistics: Statistics, order: Tensor) -> Undo:
+    """Permutes the neurons of an MLP, and the statistic of its down-projection."""
+    order = order.to(mlp.down.weight.device)
+    statistics[mlp.down.layer] = statistics[mlp.down.layer].permuted(order)
+    new = [(mlp.down.weight, mlp.down.weight[:, order])]
+    for matrix in mlp.inner:
+        new += [(part, part[order]) for part in (matrix.weight, matrix.bias) if part is not None]
+    return replace_(new)
 
 
 def permute_neurons_holds(rows: int, columns: int) -> int:
-    """Elements that `permute_neurons_` holds at its peak for a down-projection, beside its weight and statistic."""
+    """Elements that `find_order` holds at its peak for a down-projection, beside its weight and statistic."""
     # the permuted Hessian, the weight in fp32 and permuted; later, old and new values of three matrices are less
     return columns**2 + 2 * rows * columns + solved_errors_holds(columns)
 

@@ -1,7 +1,9 @@
 """The work of a start on disk: a process killed at any moment loses the work of at most one transformer block.
 
 A folder holds a file of weights for each finished block, the hidden states that enter the next one, and a record, which
-is written last. A memory-mapped file would count as the process's own memory, so hidden states are read and written.
+is written last. Of several ranks, each reads and writes the hidden states of its own parts of the text, in a file for
+each part, so that any number of ranks continues; rank 0 writes all else. A memory-mapped file would count as the
+process's own memory, so hidden states are read and written.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from castlm.files.atomic_file import (
 from castlm.files.output import begin_output, output_folder
 from castlm.files.reading import read_json_object
 from castlm.files.record import OUTPUT, command_of
+from castlm.oneshot.ranks import ONE_RANK, Ranks
 
-FORMAT = 2  # of the record; an unfinished start of another one is refused by name
+FORMAT = 3  # of the record; an unfinished start of another one is refused by name
 PROGRESS = "progress.json"
 
 
@@ -75,7 +78,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = 
 
 def remove_work(folder: Path) -> None:
     """Deletes the files of a `StartFolder` once the result is complete; other files in `folder` stay."""
-    for pattern in (PROGRESS, "block-?????.safetensors", "*-?????.bin", OUTPUT):
+    for pattern in (PROGRESS, "block-?????.safetensors", "*-?????-?.bin", OUTPUT):
         for file in folder.glob(pattern):
             file.unlink()
 
@@ -84,29 +87,34 @@ class StartFolder:
     """The folder of one start.
 
     Args:
-        path: an existing folder that only this process writes to.
+        path: an existing folder that only these ranks write to.
         options: all options that the result depends on, for JSON.
         restart: begin again if the earlier start has other options or is damaged; otherwise raises `InputError`.
+        ranks: the ranks that make the start, which all see the folder; rank 0 checks what it holds.
     """
 
-    def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False) -> None:
-        self.path, self.options = path, {"format": FORMAT, **options}
+    def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False, ranks: Ranks = ONE_RANK) -> None:
+        self.path, self.options, self.ranks = path, {"format": FORMAT, **options}, ranks
         self.done = 0
         """The number of finished blocks."""
         self.results: dict[str, Any] = {}
         """Their results, as `record` was given them."""
         self._files: dict[str, Any] = {}  # size and CRC-32 by name: finished blocks, and the next block's inputs
-        try:
-            self._read()
-        except InputError:
-            if not restart:
-                raise
-            self.done, self.results, self._files = 0, {}, {}
 
-    def _read(self) -> None:
+        def found() -> tuple[int, dict[str, Any], dict[str, Any]]:
+            try:
+                return self._read()
+            except InputError:
+                if not restart:
+                    raise
+                return 0, {}, {}
+
+        self.done, self.results, self._files = ranks.on_main(found, patient=True)
+
+    def _read(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
         file, remedy = self.path / PROGRESS, "overwrite it, or delete its folder to start again"
         if not file.exists():
-            return
+            return 0, {}, {}
         record = read_json_object(file, remedy)
         then = record.get("options", {})
         if differs := next(_differences(then, self.options), None):
@@ -122,7 +130,7 @@ class StartFolder:
             damaged = PROGRESS
         if damaged is not None:
             raise InputError(f"{self.path / damaged} is missing or damaged: {remedy}")
-        self.done, self.results, self._files = done, results, files
+        return done, results, files
 
     def block_file(self, index: int) -> Path:
         return block_file(self.path, index)
@@ -142,22 +150,22 @@ class StartFolder:
                 raise InputError(f"{name} has other values in {file} than in memory: the disk or memory is faulty")
 
     def record(self, done: int, results: dict[str, Any], streams: Sequence[HiddenStates], has_next: bool) -> None:
-        """Records that `done` blocks are finished, and moves to the next.
+        """Records that `done` blocks are finished, and moves to the next; all ranks call it.
 
         Args:
             streams: the hidden states; if `has_next`, the inputs of the next block are written already.
         """
-        written = [self.block_file(done - 1)]
+        written = [self.block_file(done - 1)] if self.ranks.rank == 0 else []
         if has_next:
             for states in streams:
-                states.flush()
-                written.append(states.file(done))
-        earlier = {name: known for name, known in self._files.items() if name.startswith("block-")}
-        self._files = earlier | {file.name: size_and_crc(file) for file in written}
+                written += states.flush()
+        self._files = {name: known for name, known in self._files.items() if name.startswith("block-")}
+        for of_rank in self.ranks.gather({file.name: size_and_crc(file) for file in written}, patient=True):
+            self._files |= of_rank
         self.done, self.results = done, results
         record = {"options": self.options, "done": done, "results": results, "files": self._files}
         with self.writing():
-            atomic_write_json(self.path / PROGRESS, record)
+            self.ranks.on_main(lambda: atomic_write_json(self.path / PROGRESS, record), patient=True)
         for states in streams:
             states.move_on(has_next)
 
@@ -167,38 +175,47 @@ class StartFolder:
 
 
 class HiddenStates(MutableSequence[Tensor]):
-    """Batches of one shape and dtype, in one file per block: `folder/NAME-00000.bin` for the first.
+    """Batches of one shape and dtype, in a file for each block and part of the text: `folder/NAME-00000-0.bin` first.
 
-    The last batch can have fewer sequences. Reading returns the inputs of block `index`; writing goes to the file of
-    the next block, and `move_on` makes that the current one. A kill at any moment leaves the file of `index` whole.
-    Writing the first batch empties its file, which may be from an earlier start.
+    The last batch can have fewer sequences. Reading returns the inputs of block `index`; writing goes to the files of
+    the next block, and `move_on` makes these the current ones. A kill at any moment leaves the files of `index` whole.
+    Writing the first batch of a part empties its file, which may be from an earlier start.
 
     Args:
+        lengths: the number of batches in each part of this rank, by the number of the part.
         shape: shape of a batch, (batch, seq, hidden).
-        index: the block whose inputs the file holds already, in `num_batches` batches.
+        index: the block whose inputs the files hold already if `is_full`.
     """
 
     def __init__(
         self,
         folder: Path,
         name: str,
+        lengths: Mapping[int, int],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         index: int = 0,
-        num_batches: int = 0,
+        is_full: bool = False,
     ) -> None:
         self.folder, self.name, self.shape, self.dtype, self.device = folder, name, shape, dtype, device
-        self.index, self.num_batches = index, num_batches
+        self.lengths, self.index = lengths, index
+        # The part of each batch, and its position there.
+        self._places = [(part, position) for part, length in lengths.items() for position in range(length)]
+        self.num_batches = len(self._places) if is_full else 0
         self.batch_bytes = dtype.itemsize * math.prod(shape)
 
-    def file(self, index: int) -> Path:
-        return self.folder / f"{self.name}-{index:05d}.bin"
+    def files(self, index: int) -> list[Path]:
+        """The files of the inputs of a block."""
+        return [self._file(index, part) for part in self.lengths]
+
+    def _file(self, index: int, part: int) -> Path:
+        return self.folder / f"{self.name}-{index:05d}-{part}.bin"
 
     def of_next_block(self) -> HiddenStates:
         """The inputs of the next block, once they are written."""
-        like = self.shape, self.dtype, self.device
-        return HiddenStates(self.folder, self.name, *like, self.index + 1, self.num_batches)
+        like = self.lengths, self.shape, self.dtype, self.device
+        return HiddenStates(self.folder, self.name, *like, self.index + 1, is_full=True)
 
     def __len__(self) -> int:
         return self.num_batches
@@ -206,34 +223,40 @@ class HiddenStates(MutableSequence[Tensor]):
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < self.num_batches:
             raise IndexError(number)
-        stored = np.fromfile(self.file(self.index), np.uint8, self.batch_bytes, offset=number * self.batch_bytes)
+        part, position = self._places[number]
+        file = self._file(self.index, part)
+        stored = np.fromfile(file, np.uint8, self.batch_bytes, offset=position * self.batch_bytes)
         return torch.from_numpy(stored).view(self.dtype).view(-1, *self.shape[1:]).to(self.device)
 
     def __setitem__(self, number: Any, value: Any) -> None:
-        self._write(self.file(self.index + 1), number, value)
+        self._write(self.index + 1, number, value)
 
     def insert(self, index: int, value: Tensor) -> None:
-        """Adds a batch at the end, to the file of `index`."""
+        """Adds a batch at the end, to the files of `index`."""
         assert index == self.num_batches, "batches are added at the end"
-        self._write(self.file(self.index), index, value)
+        self._write(self.index, index, value)
         self.num_batches += 1
 
     def __delitem__(self, number: Any) -> None:
         raise NotImplementedError("batches are not removed")
 
-    def flush(self) -> None:
-        """Waits until the inputs of the next block are on disk."""
-        flush_file(self.file(self.index + 1))
+    def flush(self) -> list[Path]:
+        """Waits until the inputs of the next block are on disk, and returns their files."""
+        written = self.files(self.index + 1)
+        for file in written:
+            flush_file(file)
+        return written
 
     def move_on(self, has_next: bool) -> None:
-        """Deletes the file of this block and moves to the next; deletes that file too if there is no next block."""
-        self.file(self.index).unlink(missing_ok=True)
+        """Deletes the files of this block and moves to the next; deletes these too if there is no next block."""
+        done = self.files(self.index) + ([] if has_next else self.files(self.index + 1))
+        for file in done:
+            file.unlink(missing_ok=True)
         self.index += 1
-        if not has_next:
-            self.file(self.index).unlink(missing_ok=True)
 
-    def _write(self, file: Path, number: int, value: Tensor) -> None:
-        with file.open("r+b" if number else "wb") as opened:
-            opened.seek(number * self.batch_bytes)
+    def _write(self, index: int, number: int, value: Tensor) -> None:
+        part, position = self._places[number]
+        with self._file(index, part).open("r+b" if position else "wb") as opened:
+            opened.seek(position * self.batch_bytes)
             stored = value.to("cpu", self.dtype).contiguous().view(torch.uint8)
             opened.write(memoryview(stored.numpy()).cast("B"))

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -47,12 +48,13 @@ def see_inputs(
     """Runs the current block on all batches, and returns the inputs of `layers` in the order of the calls.
 
     After the first pass, stops each pass once these layers have run: the rest of the block changes no statistic.
-    Experts with few tokens need a second round over all batches.
+    Experts with few tokens need a second round over all batches. Each rank runs its own batches, and all of them return
+    the same statistics.
 
     Args:
         accumulator: a solver, or another object that sums a statistic. None collects none: then the function only
             finds the layers that read the same input, and their order, in as few passes as reach all layers (one,
-            unless experts are linear layers).
+            unless experts are linear layers). Only a rank with batches can do that.
         num_sequences: number of calibration sequences, by which a solver divides its sums.
     """
     watch = _Watch(layers, inputs, accumulator, num_sequences)
@@ -62,8 +64,9 @@ def see_inputs(
         if any(have_few):
             watch.collects_linear = False
             watch.run_batches()
+        watch.end(accumulator)
     check_reached(layers, watch.found)
-    return list(dict.fromkeys(watch.found.values()))
+    return watch.seen
 
 
 class _Watch:
@@ -87,6 +90,11 @@ class _Watch:
         self.last_call = 0
         """The number of calls after which a pass can stop; 0 before the first pass has ended, -1 if none can stop."""
 
+    @property
+    def seen(self) -> Seen:
+        """The inputs that are found, in the order of the calls."""
+        return list(dict.fromkeys(self.found.values()))
+
     def run_batches(self) -> None:
         """Runs the block on all batches, or until all layers are reached if no statistics are collected."""
         self.last_call = 0
@@ -103,20 +111,53 @@ class _Watch:
                         with_kwargs=True,
                     )
                 )
-            for number, hidden in enumerate(self.inputs):
-                self.num_calls = 0
-                with suppress(StopForward):
-                    output = self.inputs.run(hidden, number)
-                    if number == 0:
-                        self.inputs.seen_outputs = output
-                if self.last_call == 0:
-                    all_called = self.num_calls == len(self.found) == num_layers  # not where a pass leaves experts out
-                    self.last_call = self.num_calls if all_called else -1
-                for seen in self.found.values():
-                    if isinstance(seen, LayerInput):
-                        seen.current = None
-                if self.accumulator is None and self.wanted <= self.found.keys():
-                    break
+            for num_ranks, batches in self.inputs.division.turns():
+                for number in batches:
+                    self._run_batch(number, num_layers)
+                    if self.accumulator is None and self.wanted <= self.found.keys():
+                        return
+                if self.accumulator is not None:
+                    self._find_as_main()
+                    for entry in entries_of(self.seen):
+                        entry.end_part(self.inputs.division.ranks, self.accumulator, num_ranks)
+
+    def _run_batch(self, number: int, num_layers: int) -> None:
+        self.num_calls = 0
+        with suppress(StopForward):
+            output = self.inputs.run(self.inputs[number], number)
+            if number == 0:
+                self.inputs.seen_outputs = output
+        if self.last_call == 0:
+            all_called = self.num_calls == len(self.found) == num_layers  # not where a pass leaves experts out
+            self.last_call = self.num_calls if all_called else -1
+        for seen in self.found.values():
+            if isinstance(seen, LayerInput):
+                seen.current = None
+
+    def _find_as_main(self) -> None:
+        """Gives a rank without batches the inputs that rank 0 has found, and every rank samples of the same shape."""
+        ranks, found = self.inputs.division.ranks, self.found
+        if ranks.size == 1:
+            return
+        assert not self.routed, "experts are calibrated by one rank"
+        of_main = ranks.on_main(
+            lambda: [(entry.names, entry.sample.shape) for entry in entries_of(self.seen)], patient=True
+        )
+        self.found = {}
+        for names, shape in of_main:
+            seen = found.get(names[0])
+            if seen is None:
+                seen = LayerInput(torch.zeros(shape, device=self.inputs.device), self.accumulator)
+                seen.names = list(names)
+            assert isinstance(seen, LayerInput)
+            if seen.sample.shape != shape:
+                seen.sample = seen.sample.new_zeros(shape)
+            self.found |= dict.fromkeys(names, seen)
+
+    def end(self, accumulator: Accumulator) -> None:
+        """Ends the last round."""
+        for entry in entries_of(self.seen):
+            entry.end(self.inputs.division.ranks, accumulator)
 
     def _before_routed(self, routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.found |= {seen.names[0]: seen for seen in routed.inputs.values()}

@@ -8,17 +8,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from castlm.oneshot.ranks import Ranks, add_part_, share_sum_
+
 ERROR_TOKENS = 256
 """Calibration tokens on which the reconstruction error of a layer is measured."""
 
 
 class Accumulator(Protocol):
-    """Sums a statistic over the inputs of a layer: a `Solver`, or another object with its `add` and `zeros`."""
+    """Sums a statistic over the inputs of a layer: a `Solver`, or another object with these methods."""
 
     @property
     def add(self) -> Callable[[Any, Tensor, int], None] | None: ...
 
     def zeros(self, x: Tensor) -> Any: ...
+
+    def tensors(self, statistic: Any) -> list[Tensor]:
+        """The tensors of a statistic, which are sums."""
+        ...
 
 
 class LayerInput:
@@ -27,6 +33,7 @@ class LayerInput:
     Attributes:
         names: the names of the layers.
         sample: the first 256 tokens (tokens, in) fp32, on which errors are measured.
+        statistic: the sum over the parts of the text that have ended; see `castlm.oneshot.ranks`.
         num_few: see `castlm.oneshot.routed.RoutedInputs`.
     """
 
@@ -37,12 +44,34 @@ class LayerInput:
         self.current: Tensor | None = None  # in this pass; held, so that no new tensor can have its identity
         self.sample = x.reshape(-1, x.shape[-1])[:ERROR_TOKENS].to(torch.float32, copy=True)
         self.statistic: Any = None if accumulator is None else accumulator.zeros(x)
+        self._part: Any = None  # the statistic over this part of the text
 
     def add(self, x: Tensor, accumulator: Accumulator | None, num_sequences: int) -> None:
-        """Adds x (..., in) to the statistic, in fp32 even if the block runs under autocast."""
+        """Adds x (..., in) to the statistic of this part, in fp32 even if the block runs under autocast."""
         if accumulator is not None and accumulator.add is not None:
+            if self._part is None:
+                self._part = accumulator.zeros(x)
             with torch.autocast(x.device.type, enabled=False):
-                accumulator.add(self.statistic, x.reshape(-1, x.shape[-1]).float(), num_sequences)
+                accumulator.add(self._part, x.reshape(-1, x.shape[-1]).float(), num_sequences)
+
+    def end_part(self, ranks: Ranks, accumulator: Accumulator, num_ranks: int) -> None:
+        """Adds the parts of the first `num_ranks` ranks to the statistic of rank 0, in order."""
+        totals = accumulator.tensors(self.statistic)
+        if self._part is None and ranks.size == 1:  # no token of this part reached the expert
+            return
+        parts = totals if self._part is None else accumulator.tensors(self._part)  # a rank without a part sends none
+        for total, part in zip(totals, parts):
+            add_part_(ranks, total, part, num_ranks)
+        if self._part is not None:
+            for part in parts:
+                part.zero_()
+
+    def end(self, ranks: Ranks, accumulator: Accumulator) -> None:
+        """Gives every rank the statistic and the sample of rank 0."""
+        self._part = None
+        for total in accumulator.tensors(self.statistic):
+            share_sum_(ranks, total)
+        ranks.share_(self.sample, 0)
 
     def entries(self) -> list[LayerInput]:
         """The inputs that have a statistic of their own."""

@@ -5,25 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-REFIT_ROWS = 1024
-"""Rows that are refitted at a time, so that the working set of an iteration stays in the processor's cache."""
+from castlm.oneshot.ranks import ALONE, MOST_ROWS, ByRows
 
 
-def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:
+def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int, by_rows: ByRows = ALONE) -> Tensor:
     """Moves the non-zeros of `weight` (rows, columns) towards the minimum of |X weight^T - X target^T|^2.
 
     SparseGPT compensates a pruned weight only with weights to its right; this uses all kept weights of a row. It runs
-    conjugate gradients on 1,024 rows at a time, which bounds the memory to seven times theirs, preconditioned by the
-    diagonal of `hessian` = X^T X, damped. A row that does not improve stays as it is.
+    conjugate gradients on the panels of `by_rows`, which bounds the memory to seven times theirs and keeps the working
+    set of an iteration in the processor's cache, preconditioned by the diagonal of `hessian` = X^T X, damped. A row
+    that does not improve stays as it is.
     """
-    chunks = zip(weight.split(REFIT_ROWS), target.split(REFIT_ROWS))
-    return torch.cat([_refit_rows(rows, rows_target, hessian, iterations) for rows, rows_target in chunks])
+    return by_rows(lambda rows, target_rows: _refit_rows(rows, target_rows, hessian, iterations), weight, target)
 
 
 def refit_holds(rows: int, columns: int) -> int:
     """Elements that `refit` holds at its peak, with its arguments."""
     # start, target and result; of the rows at work, mask, loss, residual, direction, step and new weight; H, damped
-    return 3 * rows * columns + 7 * min(rows, REFIT_ROWS) * columns + 2 * columns**2
+    return 3 * rows * columns + 7 * min(rows, MOST_ROWS) * columns + 2 * columns**2
 
 
 def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from castlm.core.nm import NM, LayerPattern
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
+from castlm.oneshot.ranks import ALONE, ByRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,8 @@ class Settings(NamedTuple):
 
     pattern: LayerPattern
     refinements: Refinements = NO_REFINEMENTS
+    by_rows: ByRows = ALONE
+    """Solves the rows of a layer in panels: `by_rows(function, *matrices)` is `function(*rows)` for each of them."""
 
 
 class Pruned(NamedTuple):
@@ -78,6 +81,10 @@ class Solver(NamedTuple):
 
         return torch.zeros((x.shape[-1],) * self.axes, device=x.device)
 
+    def tensors(self, statistic: Tensor) -> list[Tensor]:
+        """The tensors of a statistic, which are sums: itself."""
+        return [statistic]
+
 
 def _magnitude(weight: Tensor, statistic: Tensor, settings: Settings) -> Pruned:
     return Pruned(weight.masked_fill(~settings.pattern.mask(weight), 0))
@@ -120,7 +127,8 @@ def _sparsegpt(weight: Tensor, hessian: Tensor, settings: Settings) -> Pruned:
 
     assert isinstance(settings.pattern, NM)
     pattern, damping = settings.pattern, settings.refinements.damping
-    return Pruned(*sparsegpt(weight, whole_hessian(hessian), pattern.n, pattern.m, damping))
+    hessian = whole_hessian(hessian)
+    return Pruned(*sparsegpt(weight, hessian, pattern.n, pattern.m, damping, by_rows=settings.by_rows))
 
 
 def _sparsegpt_holds(rows: int, columns: int) -> int:

@@ -72,12 +72,12 @@ class MemoryModel:
 
     def finished(self, index: int) -> dict[str, Tensor]:
         """The weights of a finished block by their names in the model, and the copies of its dense weights."""
-        dense = {f"{_DENSE}{k}": v for k, v in self.dense.items() if k.startswith(f"{self.stack}.{index}.")}
+        dense = {f"{DENSE}{k}": v for k, v in self.dense.items() if k.startswith(f"{self.stack}.{index}.")}
         return dense | {name: p.detach().cpu().contiguous() for name, p in self._parameters(index).items()}
 
     def restore_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Loads the weights that `finished` returned for a block."""
-        self.dense |= {name.removeprefix(_DENSE): t for name, t in tensors.items() if name.startswith(_DENSE)}
+        self.dense |= {name.removeprefix(DENSE): t for name, t in tensors.items() if name.startswith(DENSE)}
         with torch.no_grad():
             for name, parameter in self._parameters(index).items():
                 parameter.copy_(tensors[name])
@@ -86,7 +86,8 @@ class MemoryModel:
         return {f"{self.stack}.{index}.{name}": p for name, p in self.blocks[index].named_parameters()}
 
 
-_DENSE = "dense:"  # before the names of dense weights in the file of a block
+DENSE = "dense:"
+"""Before the names of layers whose dense weights are in the file of a block."""
 
 
 class StoredWeights(Protocol):
@@ -110,8 +111,9 @@ class StoredModel:
         model: as `castlm.distributed.loading.open_sharded` returns it: parameters on the meta device, buffers real.
         layers: the layers that a start changes, by name; their blocks are the stack that the walk follows.
         device: the device to which weights are read, in fp32.
-        dtype: the dtype of the weights of finished blocks.
-        pattern: as of `MemoryModel`.
+        dtype: the dtype of the weights of finished blocks, which are laid out as in a file of the model. None is for
+            training: they are as `MemoryModel` has them.
+        pattern, keeps_dense: as of `MemoryModel`.
     """
 
     is_whole = False
@@ -122,10 +124,14 @@ class StoredModel:
         checkpoint: StoredWeights,
         layers: Mapping[str, SparseLayer],
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         pattern: Pattern | None = None,
+        keeps_dense: bool = False,
     ) -> None:
         self.model, self.layers, self.pattern = model, layers, pattern
+        self.keeps_dense = keeps_dense
+        self.dense: dict[str, Tensor] = {}
+        """The dense weights of the block at work, on the CPU, by the name of the layer."""
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.stack, self.blocks = block_stack(model, layers)
         for module in model.modules():
@@ -153,16 +159,18 @@ class StoredModel:
             yield
 
     def finished(self, index: int) -> dict[str, Tensor]:
-        """The weights of a block in memory, in `dtype` and laid out as in a file of the model."""
-        tensors = {}
+        """The weights of a block in memory in `dtype`, with the copies of its dense weights."""
+        tensors = {f"{DENSE}{name}": weight for name, weight in self.dense.items()}
         for name, parameter in self.blocks[index].named_parameters(prefix=f"{self.stack}.{index}"):
             value = parameter.detach().to(self.dtype)
-            transposed = StoredLayout(self.model).is_transposed(name)
+            transposed = self.dtype is not None and StoredLayout(self.model).is_transposed(name)
             tensors[name] = (value.mT if transposed else value).contiguous().cpu()
         return tensors
 
     def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:
-        """Does nothing: only training needs dense weights, and it takes a `MemoryModel`."""
+        """As of `MemoryModel`, for the block in memory."""
+        if self.keeps_dense:
+            self.dense = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
 
     def restore_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Does nothing: the walk does not need a finished block again."""

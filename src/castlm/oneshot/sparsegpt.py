@@ -10,13 +10,20 @@ from torch import Tensor
 
 from castlm.core import native
 from castlm.core.cholesky import upper_factor
+from castlm.oneshot.ranks import ALONE, ByRows
 
 _MOST_COMPARED = 16
 """Weights of a group whose pairs are compared; longer groups are sorted."""
 
 
 def sparsegpt(
-    weight: Tensor, hessian: Tensor, n: int = 2, m: int = 4, damping: float = 0.01, block_size: int = 128
+    weight: Tensor,
+    hessian: Tensor,
+    n: int = 2,
+    m: int = 4,
+    damping: float = 0.01,
+    block_size: int = 128,
+    by_rows: ByRows = ALONE,
 ) -> tuple[Tensor, float]:
     """Prunes a layer and updates its kept weights so that they compensate for the pruned ones.
 
@@ -35,6 +42,7 @@ def sparsegpt(
         weight: (rows, columns), fp32.
         hessian: (columns, columns), fp32, symmetric; it is overwritten.
         damping: the share of the mean of H's diagonal that is added to the diagonal.
+        by_rows: divides the rows.
 
     Returns:
         The new weight (rows, columns), and the damping, see `lower_factor`.
@@ -44,12 +52,18 @@ def sparsegpt(
     diagonal[dead] = 1
     weight = weight.masked_fill(dead, 0)
     factor, damping = upper_factor(hessian, damping)
-    return sparsegpt_by_factor(weight, factor, n, m, block_size), damping
+    return sparsegpt_by_factor(weight, factor, n, m, block_size, by_rows), damping
 
 
-def sparsegpt_by_factor(weight: Tensor, factor: Tensor, n: int, m: int, block_size: int = 128) -> Tensor:
-    """`sparsegpt` of a weight (rows, columns) whose dead columns are 0, by the `upper_factor` of the Hessian."""
-    return _prune_groups(weight.T.contiguous(), factor, n, m, max(m, block_size - block_size % m)).T
+def sparsegpt_by_factor(
+    weight: Tensor, factor: Tensor, n: int, m: int, block_size: int = 128, by_rows: ByRows = ALONE
+) -> Tensor:
+    """`sparsegpt` of a weight (rows, columns) whose dead columns are 0, by the `upper_factor` of the Hessian.
+
+    On an accelerator the launches of small groups take most of the time, so that all rows are swept at once.
+    """
+    sweep = _Sweep(factor, n, m, max(m, block_size - block_size % m))
+    return by_rows(sweep, weight) if weight.device.type == "cpu" else sweep(weight)
 
 
 def sparsegpt_holds(rows: int, columns: int) -> int:
@@ -58,26 +72,31 @@ def sparsegpt_holds(rows: int, columns: int) -> int:
     return 3 * rows * columns + 2 * columns**2
 
 
-def _prune_groups(weight: Tensor, factor: Tensor, n: int, m: int, block_size: int) -> Tensor:
-    """`sparsegpt` on a transposed weight (columns, rows), in place, so that a column of the paper is contiguous."""
-    columns = len(weight)
-    # The diagonal blocks R_gg: (576, 576) -> (144, 4, 144, 4) -> (144, 4, 4)
-    blocks = factor.view(columns // m, m, columns // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    identity = torch.eye(m, dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)  # U_gg, (144, 4, 4)
-    inverse = inverse.contiguous()
-    # Row j is column j of R_:g R_gg^-1: the share of each earlier column's loss that column j inherits, (576, 576).
-    pull = (inverse.mT @ factor.T.reshape(-1, m, columns)).view(columns, columns)
-    scale = factor.diagonal().contiguous()  # 1 / U_jj
-    uses_kernel = native.runs_on(weight) and block_size <= native.MOST_GROUPED
-    sweep_ = native.sweep_ if uses_kernel else sweep_by_torch_
+class _Sweep:
+    """`sparsegpt` of some rows, by the factor of the Hessian."""
 
-    lost = weight.clone()  # becomes D, old minus new, group by group
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        weight[start:stop].addmm_(pull[start:stop, :start], lost[:start])
-        sweep_(weight, lost, pull, scale, inverse, range(start, stop), n, m)
-    return weight
+    def __init__(self, factor: Tensor, n: int, m: int, block_size: int) -> None:
+        self.n, self.m, self.block_size = n, m, block_size
+        columns = len(factor)
+        # The diagonal blocks R_gg: (576, 576) -> (144, 4, 144, 4) -> (144, 4, 4)
+        blocks = factor.view(columns // m, m, columns // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        identity = torch.eye(m, dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)  # U_gg, (144, 4, 4)
+        self.inverse = inverse.contiguous()
+        # Row j is column j of R_:g R_gg^-1: the share of each earlier column's loss that column j inherits, (576, 576).
+        self.pull = (self.inverse.mT @ factor.T.reshape(-1, m, columns)).view(columns, columns)
+        self.scale = factor.diagonal().contiguous()  # 1 / U_jj
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        weight = rows.T.contiguous()  # (columns, rows), so that a column of the paper is contiguous
+        uses_kernel = native.runs_on(weight) and self.block_size <= native.MOST_GROUPED
+        sweep_ = native.sweep_ if uses_kernel else sweep_by_torch_
+        lost = weight.clone()  # becomes D, old minus new, group by group
+        for start in range(0, len(weight), self.block_size):
+            stop = min(start + self.block_size, len(weight))
+            weight[start:stop].addmm_(self.pull[start:stop, :start], lost[:start])
+            sweep_(weight, lost, self.pull, self.scale, self.inverse, range(start, stop), self.n, self.m)
+        return weight.T
 
 
 def sweep_by_torch_(

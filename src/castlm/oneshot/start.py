@@ -25,6 +25,7 @@ from castlm.oneshot.calibration import check_calibration
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.inputs import check_plain_weights
 from castlm.oneshot.layer_input import ERROR_TOKENS
+from castlm.oneshot.ranks import ONE_RANK, Ranks
 from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.source import Source
 from castlm.oneshot.steps.base import Step
@@ -49,13 +50,14 @@ def run_start(
     say: Say = lambda line: None,
     progress: Progress = lambda done, total: None,
     time_after: Callable[[float], str] = lambda seconds_per_token: "",
+    ranks: Ranks = ONE_RANK,
 ) -> OneshotReport:
     """Takes the steps in each transformer block of a model, in place; of a `StoredModel`, into `folder`.
 
     Memory beyond the model, or one block of it: the hidden states of the calibration text (on disk if there is a
     `folder`), and what the steps hold for one block (SparseGPT: an fp32 matrix (in, in) for each distinct input). With
     staged statistics, a model in memory also needs the outputs of the attention of one block. The result has the same
-    bits with one block or the whole model in memory.
+    bits with one block or the whole model in memory, and on one rank or several.
 
     Args:
         folder: an existing folder that records each finished block, so that a start that was killed continues.
@@ -65,12 +67,15 @@ def run_start(
             time.
         time_after: words about the time of what follows the start, from the seconds of one token in the forward pass of
             one block.
+        ranks: the ranks that make the start together, each with the same arguments and a source of its own. They
+            divide the text and the rows, and end with the same blocks. Steps that are not `divided` take one rank.
 
     Raises:
         InputError: a step that needs a text without any, a text or a model that does not fit, a weight or an input of a
             layer that is not finite, a model that cannot be followed block by block, or an unfinished start with other
             options in `folder`.
     """
+    assert ranks.size == 1 or all(step.is_divided for step in steps)
     check_plain_weights(source.layers)
     if text is not None:
         check_calibration(source.model, text.sequences)
@@ -85,7 +90,7 @@ def run_start(
         options = {**(facts or {}), **(text.record() if text else {})}
         for step in steps:
             options |= step.options()
-        work = StartFolder(folder, options, restart)
+        work = StartFolder(folder, options, restart, ranks)
     report = OneshotReport()
     started = time.perf_counter()
     with eval_mode(source.model):
@@ -103,12 +108,13 @@ def run_start(
             folder=work,
             results=report.saved,
             progress=progress,
+            ranks=ranks,
         )
         first_started = 0.0
         for number, visit in enumerate(visits):
             if number == 0:  # the text has passed through the embeddings
                 first_started = time.perf_counter()
-            if number == 1 and visit.inputs is not None:  # the first block is done: the others take as long
+            if number == 1 and visit.inputs:  # the first block is done: the others take as long
                 num_left = len(source.blocks) - visit.index
                 seconds = (time.perf_counter() - first_started) * num_left
                 if seconds > _SHORT:

@@ -6,7 +6,7 @@ For each block in turn, the caller changes it in memory, then its outputs become
     dense     inputs of block 0 -> [block 0, dense]  -> outputs to learn  -> [block 1, dense]  -> ...
 
 The second row exists only where blocks are reconstructed. Memory holds the inputs of one block for all sequences, in
-the model's dtype; it does not grow with depth.
+the model's dtype; it does not grow with depth. Of several ranks, each holds those of its own batches.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from castlm.data.calibration import CalibrationText, Extras
 from castlm.hardware import autocast
 from castlm.models.architecture import replaced_forward
 from castlm.oneshot.folder import HiddenStates, StartFolder
+from castlm.oneshot.ranks import ONE_RANK, Division, Ranks
 from castlm.oneshot.routed import Seen
 from castlm.oneshot.source import Source
 
@@ -53,6 +54,8 @@ class Visit:
     """None without calibration text, and after the last block with layers that the start changes."""
     dense_outputs: Sequence[Tensor]
     """The outputs of the block in the dense model for each batch; empty unless `follows_dense`."""
+    ranks: Ranks = ONE_RANK
+    """The ranks that make the start, of which this is one."""
     seen: Seen = field(default_factory=list)
     """The inputs of all layers `inside` with SparseGPT's Hessians, whole, which one step has collected for the next. A
     step that changes what enters a layer empties it."""
@@ -66,6 +69,7 @@ def walk(
     folder: StartFolder | None = None,
     results: Callable[[], dict[str, Any]] = dict,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ONE_RANK,
 ) -> Iterator[Visit]:
     """Yields one transformer block after another, which the caller may change before it asks for the next.
 
@@ -76,6 +80,7 @@ def walk(
         follows_dense: also run the text through the dense blocks, each before it is changed.
         results: returns the results of the finished blocks, for the record.
         progress: called with (finished blocks, all blocks): first with those of an earlier process.
+        ranks: the ranks that walk together; each must change a block in the same way.
     """
     num_blocks = len(source.blocks)
     layers_of = [
@@ -88,18 +93,19 @@ def walk(
     progress(first, num_blocks)
     inputs = None
     if text is not None and first <= last:
-        states = _states(source, text, folder, "hidden")
+        states = _states(source, text, folder, ranks, "hidden")
         with writing(), source.entering():
             inputs = BlockInputs(
-                source.model, source.blocks, text.sequences, states, first, text.extras, text.precision
+                source.model, source.blocks, text.sequences, states, first, text.extras, text.precision, ranks
             )
         if follows_dense:
-            inputs.dense = _states(source, text, folder, "dense")
+            inputs.dense = _states(source, text, folder, ranks, "dense")
             if not len(inputs.dense):  # before the first block, the inputs are the dense model's too
                 inputs.dense.extend(inputs.states)
     for index in range(first):
         assert folder is not None
-        source.restore_(index, folder.read_block(index))
+        if source.is_whole:
+            source.restore_(index, folder.read_block(index))
     for index in range(first, num_blocks):
         if index > last:
             inputs = None
@@ -107,8 +113,8 @@ def walk(
             dense_outputs: Sequence[Tensor] = ()
             if inputs is not None and follows_dense:
                 dense_outputs = inputs.dense_outputs()
-            yield Visit(source, index, layers_of[index], inputs, dense_outputs)
-            if folder is not None:
+            yield Visit(source, index, layers_of[index], inputs, dense_outputs, ranks)
+            if folder is not None and ranks.rank == 0:
                 folder.write_block(index, source.finished(index))
             if inputs is not None and index < last:
                 inputs.advance()
@@ -118,15 +124,18 @@ def walk(
         progress(index + 1, num_blocks)
 
 
-def _states(source: Source, text: CalibrationText, folder: StartFolder | None, name: str) -> MutableSequence[Tensor]:
-    """The container for hidden states: a file in `folder`, with the inputs of the next block, or a list."""
+def _states(
+    source: Source, text: CalibrationText, folder: StartFolder | None, ranks: Ranks, name: str
+) -> MutableSequence[Tensor]:
+    """The container for the hidden states of own batches: files in `folder` with the next block's inputs, or a list."""
     if folder is None:
         return []
     size = 1 if text.extras is not None else batch_size(text.sequences, source.device)
+    division = Division(math.ceil(len(text) / size), ranks)
     shape = size, text.sequences.shape[1], source.model.config.get_text_config().hidden_size
     dtype = source.model.dtype if source.is_whole else torch.float32
-    num_batches = math.ceil(len(text) / size) if folder.done else 0
-    return HiddenStates(folder.path, name, shape, dtype, source.device, folder.done, num_batches)
+    lengths = {part: len(division.parts[part]) for part in division.own}
+    return HiddenStates(folder.path, name, lengths, shape, dtype, source.device, folder.done, is_full=folder.done > 0)
 
 
 class BlockCall(NamedTuple):
@@ -146,6 +155,8 @@ class StopForward(Exception):  # noqa: N818
 class BlockInputs(Sequence[Tensor]):
     """The inputs of the current block, in batches (batch, seq, hidden), and the other arguments of each block.
 
+    Of several ranks, each has its own batches, counted from 0; rank 0 has the first one of the text.
+
     Forward passes of the model itself provide them, so that embeddings, masks (which can differ between blocks, as with
     sliding windows) and rotary tables are right. The first pass runs all blocks, and checks that only hidden states
     pass from block to block; later passes stop at the first block. A sequence with extras, such as images, has a pass
@@ -158,6 +169,10 @@ class BlockInputs(Sequence[Tensor]):
             empty, it holds the inputs of block `index`.
         extras: for each sequence, the further arguments of the model's forward.
         precision: "bf16" runs the blocks under autocast, which multiplies in bf16; hidden states keep their dtype.
+        ranks: the ranks that share the text.
+
+    Attributes:
+        division: the parts of the text, and the batches of this rank.
 
     Raises:
         InputError: a model that passes more than hidden states between its blocks, or does not call each block once, in
@@ -173,8 +188,9 @@ class BlockInputs(Sequence[Tensor]):
         index: int = 0,
         extras: Extras = None,
         precision: str = "fp32",
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self.blocks, self.index, self.precision = blocks, index, precision
+        self.blocks, self.index, self.precision, self.device = blocks, index, precision, model.device
         self.states: MutableSequence[Tensor] = [] if states is None else states
         self.dense: MutableSequence[Tensor] = []
         """The outputs of the block before the current one in the dense model; empty if it is not followed."""
@@ -186,14 +202,16 @@ class BlockInputs(Sequence[Tensor]):
         self._adds: bool | None = None  # whether the model adds to tokens between blocks, known after the first extras
         is_filled = bool(self.states)
         self._batch_size = 1 if extras is not None else batch_size(calibration, model.device)
-        batches = calibration.to(model.device).split(self._batch_size)
-        for ids, beside in zip(batches, extras or [None] * len(batches), strict=True):
+        batches = calibration.split(self._batch_size)
+        self.division = Division(len(batches), ranks)
+        for number in self.division.batches:
+            ids, beside = batches[number].to(self.device), None if extras is None else extras[number]
             if beside is None and is_filled and self._passes and len(ids) == self._batch_size:
                 self._passes.append(self._passes[0])  # the calls of one pass serve all batches of its shape
             elif beside is None:
                 self._enter(model, ids, None, keep=not is_filled)
             else:
-                on_device = {name: tensor.to(model.device) for name, tensor in beside.items()}
+                on_device = {name: tensor.to(self.device) for name, tensor in beside.items()}
                 self._enter(model, ids, on_device, keep=not is_filled)
 
     def __len__(self) -> int:

@@ -46,12 +46,13 @@ class InputStatistic:
     total: Tensor  # the sum of each column, fp64, (in,)
     squares: Tensor
     """The sum of squares of each column, fp64, (in,): with a large mean, the variance is a small difference of sums."""
-    num_tokens: int = 0
+    num_tokens: Tensor
+    """int64, ()."""
 
     @property
     def variance(self) -> Tensor:
         """The variance of each column over the tokens."""
-        num_tokens = max(1, self.num_tokens)
+        num_tokens = self.num_tokens.clamp(min=1)
         return (self.squares / num_tokens - (self.total / num_tokens).square()).clamp(min=0).float()
 
 
@@ -61,7 +62,11 @@ class UnitAccumulator:
     def zeros(self, x: Tensor) -> InputStatistic:
         width = x.shape[-1]
         sums = x.new_zeros(width, dtype=torch.float64)
-        return InputStatistic(x.new_zeros(width, width, dtype=torch.float32), sums, sums.clone())
+        num_tokens = x.new_zeros((), dtype=torch.int64)
+        return InputStatistic(x.new_zeros(width, width, dtype=torch.float32), sums, sums.clone(), num_tokens)
+
+    def tensors(self, statistic: InputStatistic) -> list[Tensor]:
+        return [statistic.gram, statistic.total, statistic.squares, statistic.num_tokens]
 
     def add(self, statistic: InputStatistic, x: Tensor, num_sequences: int) -> None:
         statistic.gram.addmm_(x.T, x)  # (4096, 1536) -> (1536, 1536)

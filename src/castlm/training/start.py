@@ -1,12 +1,15 @@
 """Starts other than magnitude: from a one-shot solver, which runs before step 0, or from a given n:m model.
 
-Their masks depend on text. A refresh by |W| of the dense weights would lose them, so masked weights start at zero. The
-main rank prunes, or reads, the whole model and sends its layers, one at a time, to the other ranks.
+Their masks depend on text. A refresh by |W| of the dense weights would lose them, so masked weights start at zero.
+Several ranks prune the model together, block by block from its files, and then read their rows of the finished blocks.
+Where a model or a step does not allow that, the main rank prunes, or reads, the whole model and sends its layers, one
+at a time, to the other ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,25 +20,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError, check_finite
+from castlm.core.experts import expert_layers
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
-from castlm.core.sparsify import FilterFn, dense_name, scope_of, weight_parameter
-from castlm.distributed.loading import Checkpoint, open_sharded, opened_files
+from castlm.core.sparsify import FilterFn, dense_name, scope_of, transformer_blocks, weight_parameter
+from castlm.distributed.loading import Checkpoint, Place, open_sharded, opened_files
+from castlm.distributed.sharding import may_skip_modules
 from castlm.distributed.world import World
 from castlm.files.output import check_beside
 from castlm.files.reading import read_record, user_path
 from castlm.files.record import RESULT
 from castlm.hardware import available_memory
 from castlm.methods.base import Retraining
+from castlm.models.architecture import is_vision_language
 from castlm.models.io import load_model
 from castlm.models.locate import locate
 from castlm.names import duration
 from castlm.oneshot.calibration import Draw
-from castlm.oneshot.folder import begun_work, partial_folder
+from castlm.oneshot.folder import begun_work, block_file, partial_folder
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.oneshot.ranks import ONE_RANK, Ranks
+from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.residual import basis_between, is_tied
-from castlm.oneshot.source import MemoryModel
+from castlm.oneshot.source import DENSE, MemoryModel, StoredModel
 from castlm.oneshot.start import run_start
+from castlm.oneshot.steps.base import Step
 from castlm.progress import note, shown_progress
 from castlm.starts import all_methods, method_of, methods_of, steps_of, trained_from
 from castlm.training.options import StartOptions
@@ -44,7 +53,7 @@ from castlm.training.source import Source, TrainingText
 
 @dataclass
 class StartWeights:
-    """The weights of a start. Only the main rank has them."""
+    """The weights of a start: on the main rank alone, or in files, from which each rank reads its rows."""
 
     pruned: dict[str, Tensor] = field(default_factory=dict)
     """n:m weights (out, in) of the sparse layers, by layer."""
@@ -52,8 +61,10 @@ class StartWeights:
     """Parameters that differ from the dense model's, by name: dense ones in a new basis or of a given model, and the
     dense values of sparse layers in a new basis, if the run `keeps_dense_values`."""
     given: Checkpoint | None = None
-    """The places of the weights of a given model, on every rank, which reads its rows. `pruned` and `dense` are empty
-    then."""
+    """The places of the weights of a given model, or of the blocks that the ranks have pruned together, on every rank,
+    which reads its rows. `pruned` and `dense` are empty then."""
+    given_dense: dict[str, Place] = field(default_factory=dict)
+    """Beside `given`, the places of the dense values of sparse layers, as in `dense`."""
     stream_basis: Tensor | None = None
     """The new basis of the residual stream; None if it is the dense model's own."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -113,9 +124,10 @@ class TrainingStart:
     """Tokens of all forward passes of the training on one rank; a backward pass counts as two."""
 
     def make(self, output_dir: str | Path, overwrite: bool = False) -> StartWeights:
-        """Makes the start: by a one-shot method on the main rank, or from the model that `init_from` names.
+        """Makes the start: by a one-shot method, or from the model that `init_from` names.
 
-        Of a given model whose files allow it, each rank takes its own part.
+        Ranks share the work where the files of the model allow it: see `_is_divided` for a method, and of a given
+        model, each rank takes its own part.
 
         Finished transformer blocks are in `partial_folder(output_dir)`, from which a start that was killed continues.
         The folder stays until `drop_work`.
@@ -125,7 +137,7 @@ class TrainingStart:
 
         Raises:
             InputError: on the main rank, as `run_start`, or for a given model that is not this one at n:m. The other
-                ranks raise `SystemExit`.
+                ranks raise `SystemExit`, after a line about an error of their own.
         """
         start = StartWeights()
         is_given = trained_from(self.options.name, self.pattern) is None
@@ -133,31 +145,96 @@ class TrainingStart:
             start.record = self._take_places_(start, *opened)
             return start
 
+        output = user_path(output_dir)
+        if not is_given and self._is_divided():
+            with self.world.context_on_main(begun_work(output)) as work:
+                start.record = self._prune_together_(start, work, overwrite)
+            return start
+
         def fill() -> dict[str, Any]:
             if is_given:
                 return self._read_(start)
-            with begun_work(user_path(output_dir)) as work:
-                return self._prune_(start, work, overwrite)
+            with begun_work(output) as work:
+                return self._prune_whole_(start, work, overwrite)
 
         # patient, because loading a large model and each block may take long
         start.record = self.world.on_main(fill, patient=True)
         return start
 
-    def _prune_(self, start: StartWeights, work: Path, overwrite: bool) -> dict[str, Any]:
-        """Prunes a copy of the model, calibrated on the beginning of the training text."""
-        options, pattern, device = self.options, self.pattern, self.world.device
-        method = options.name
-        self._check_memory()
-        model = self.source.whole_model().to(device)
+    def _steps(self) -> list[Step]:
+        """The steps of the start; an instance belongs to one start."""
+        options = self.options
+        basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
+        return steps_of(options.name, self.pattern, basis, refinements, options.start_effort)
+
+    def _is_divided(self) -> bool:
+        """Whether the ranks make the start together: each reads the blocks of a model in safetensors one by one.
+
+        Not for a model with experts, of which a rank may miss some, or with images, nor for a step that is not divided.
+        """
+        source = self.source
+        if self.world.mesh is None or source.stored is None or is_vision_language(source.model.config):
+            return False
+        blocks = transformer_blocks(source.model).values()
+        has_experts = any(may_skip_modules(block) or any(map(expert_layers, block.modules())) for block in blocks)
+        return self.pattern.independent_rows and not has_experts and all(step.is_divided for step in self._steps())
+
+    def _prune_together_(self, start: StartWeights, work: Path, overwrite: bool) -> dict[str, Any]:
+        """Prunes the model block by block; all ranks call it, and find the blocks in the folder `work`."""
+        world, stored, model = self.world, self.source.stored, copy.deepcopy(self.source.model)
+        assert stored is not None
+        scope = scope_of(model, self.pattern, self.filter_fn)
+        blocks = StoredModel(model, stored, scope.layers, world.device, None, scope.pattern, self.keeps_dense_values)
         try:
-            basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
-            steps = steps_of(method, pattern, basis, refinements, options.start_effort)
-            scope = scope_of(model, pattern, self.filter_fn)
-            layers = scope.layers
+            record, _ = self._run(blocks, work, overwrite, world)
+        except InputError as error:
+            if world.is_main:
+                raise
+            note(f"rank {world.rank}: {error}")
+            raise SystemExit(2) from None
+        places: dict[str, Place] = {}
+        for index, block in enumerate(blocks.blocks):
+            file = block_file(work, index)
+            names = [name for name, _ in block.named_parameters(prefix=f"{blocks.stack}.{index}")]
+            places |= {name: Place(file, name) for name in names}
+            if self.keeps_dense_values:
+                inside = [name for name in scope.layers if f"{name}.weight" in names]
+                start.given_dense |= {f"{name}.weight": Place(file, f"{DENSE}{name}") for name in inside}
+        start.given = Checkpoint(str(work), places)
+        return world.on_main(lambda: record)
+
+    def _prune_whole_(self, start: StartWeights, work: Path, overwrite: bool) -> dict[str, Any]:
+        """Prunes a copy of the model in memory, on this rank alone."""
+        self._check_memory()
+        model = self.source.whole_model().to(self.world.device)
+        scope = scope_of(model, self.pattern, self.filter_fn)
+        layers = scope.layers
+        blocks = MemoryModel(model, layers, scope.pattern, self.keeps_dense_values)
+        record, report = self._run(blocks, work, overwrite, ONE_RANK)
+        if self.world.mesh is not None:
+            model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
+        pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
+        start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
+        replaced = set(pruned.values())
+        start.dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
+        if report.basis.changes:
+            start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
+        start.stream_basis = report.basis.stream_basis
+        return record
+
+    def _run(
+        self, blocks: MemoryModel | StoredModel, work: Path, overwrite: bool, ranks: Ranks
+    ) -> tuple[dict[str, Any], OneshotReport]:
+        """Takes the steps in a model, calibrated on the beginning of the training text; returns the record as well."""
+        method, device, model, layers = self.options.name, self.world.device, blocks.model, blocks.layers
+        is_main = ranks.rank == 0
+        say = note if is_main else lambda line: None
+        try:
             text = None
-            if method_of(method, pattern).reads_text:
-                text = self.draw.text(model, layers, self.text.encoder, device, note)
-            blocks = MemoryModel(model, layers, scope.pattern, self.keeps_dense_values)
+            if method_of(method, self.pattern).reads_text:
+                text = ranks.on_main(
+                    lambda: self.draw.text(model, layers, self.text.encoder, device, note), patient=True
+                )
 
             def time_after(seconds_per_token: float) -> str:
                 # The output head is as much work as so many blocks, by its weights: 28.3 M / 3.5 M = 8 (SmolLM2-135M).
@@ -174,34 +251,27 @@ class TrainingStart:
             with shown_progress(f"starting from {method}, transformer blocks", before=None) as progress:
                 report = run_start(
                     blocks,
-                    steps,
+                    self._steps(),
                     text,
                     work,
                     facts=facts,
                     restart=overwrite,
-                    say=note,
-                    progress=progress,
+                    say=say,
+                    progress=progress if is_main else lambda done, total: None,
                     time_after=time_after,
+                    ranks=ranks,
                 )
         except InputError as error:
             raise InputError(f"init_from {method}: {error}; init_from magnitude needs no text") from None
         for line in report.notes():
-            note(line)
-        if self.world.mesh is not None:
-            model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
-        pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
-        start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
-        replaced = set(pruned.values())
-        start.dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
-        if report.basis.changes:
-            start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
-        start.stream_basis = report.basis.stream_basis
-        return {
+            say(line)
+        record = {
             "calibration_tokens": 0 if text is None else text.sequences.numel(),
             **report.record(),
             "layer_errors": {layer.name: layer.error for layer in report.layers},
             "reconstructions": [asdict(block) for block in report.reconstructions],
         }
+        return record, report
 
     def _check_memory(self) -> None:
         """Raises `InputError` if the whole model does not fit into the memory that is free."""
@@ -355,7 +425,7 @@ def start_(model: nn.Module, method: Retraining, start: StartWeights, world: Wor
         InputError: on the main rank, if the files cannot be read. The other ranks raise `SystemExit`.
     """
     if start.given is not None:
-        _start_from_files_(model, method, start.given, world)
+        _start_from_files_(model, method, start, world)
         return
 
     def whole_of(weights: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
@@ -379,8 +449,10 @@ def start_(model: nn.Module, method: Retraining, start: StartWeights, world: Wor
             method.start_layer_(method.layers[name], weight, mask)
 
 
-def _start_from_files_(model: nn.Module, method: Retraining, given: Checkpoint, world: World) -> None:
-    """Starts every parameter that `given` has a place for, from this rank's rows there; see `start_`."""
+def _start_from_files_(model: nn.Module, method: Retraining, start: StartWeights, world: World) -> None:
+    """Starts every parameter that `start` has a place for, from this rank's rows there; see `start_`."""
+    given = start.given
+    assert given is not None
     layer_of = {weight_parameter(layer): layer for layer in method.layers.values()}
     failure = None
     with opened_files() as read:
@@ -391,6 +463,8 @@ def _start_from_files_(model: nn.Module, method: Retraining, given: Checkpoint, 
             try:
                 rows = torch.empty_like(local(parameter), dtype=torch.float32)  # there may be fewer rows than ranks
                 if own.stop > own.start:
+                    if name in start.given_dense:
+                        local(parameter).copy_(start.given_dense[name].read(read, own))
                     rows.copy_(given.places[name].read(read, own))
                 check_finite(f"{name} of {given.source}", rows)
             except Exception as error:  # safetensors' own type

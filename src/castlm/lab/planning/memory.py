@@ -45,6 +45,7 @@ from castlm.hardware import resident_memory
 from castlm.models.architecture import backbone, is_vision_language, linearize_, shape_model
 from castlm.models.io import check_num_layers, open_config
 from castlm.names import aligned
+from castlm.oneshot.ranks import PARTS
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
@@ -278,8 +279,8 @@ class MemoryPlan:
 
     components: dict[str, int]
     phases: dict[str, int]
-    """Peak bytes of each phase, in a run `start` (on the first rank, which prunes one-shot), `evaluate`, `loss`,
-    `backward` and `step`; on a CPU also `save` (a step while a checkpoint is written) and `finish`."""
+    """Peak bytes of each phase, in a run `start` (which prunes one-shot), `evaluate`, `loss`, `backward` and `step`; on
+    a CPU also `save` (a step while a checkpoint is written) and `finish`."""
     num_params: int
     num_sparse: int
     world_size: int = 1
@@ -333,10 +334,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """Memory of each of `world_size` ranks that shard everything (FSDP2), in steps of micro_batch x seq_len tokens.
 
-    `_components` has the formula of each component, `_phases` what is there at once: in the `start` (before step 0, on
-    the first rank), in `evaluate` (with a copy of the masked weights), in the `loss` (all activations, and the loss),
-    `backward` (activations shrink while gradients grow, so the larger of its two ends, plus what flows inside a block)
-    and `step`; on a CPU also in `save` and `finish`.
+    `_components` has the formula of each component, `_phases` what is there at once: in the `start` (before step 0; on
+    several ranks block by block, as of a model in safetensors without experts and images), in `evaluate` (with a copy
+    of the masked weights), in the `loss` (all activations, and the loss), `backward` (activations shrink while
+    gradients grow, so the larger of its two ends, plus what flows inside a block) and `step`; on a CPU also in `save`
+    and `finish`.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
@@ -357,12 +359,14 @@ def plan_memory(
         parts = _components(sizes, tutor, saved[ranks > 1], run, ranks)
         phases = _phases(parts, sizes, saved[ranks > 1], run, ranks)
         if run.calibration_tokens:
-            held = sizes.total
-            if gpu_gib is None:  # what is not sparse, in the new basis; with one rank, also the model itself
-                held += (sizes.total if ranks == 1 else 0) + sizes.total - sizes.sparse
+            # One rank has a copy of the model beside it, and of what is not sparse, in the new basis; of several, each
+            # has one block, and an eighth of the text or more.
+            held, tokens = sizes.block, run.calibration_tokens // min(PARTS, ranks)
+            if ranks == 1:
+                held = sizes.total if gpu_gib is not None else 3 * sizes.total - sizes.sparse
             # A matrix (in, in) for each sparse layer of a block, four of the widest, five copies of the largest weight.
             work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
-            phases["start"] = 4 * (held + run.calibration_tokens * sizes.hidden + work)
+            phases["start"] = 4 * (held + tokens * sizes.hidden + work)
         if run.on_cpu:
             parts["process"] = resident_memory()
             phases = {name: parts["process"] + int(size * (1 + MALLOC)) for name, size in phases.items()}

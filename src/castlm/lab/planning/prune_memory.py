@@ -139,7 +139,9 @@ def plan_prune_memory(
     if memory == "model" and refinements.staged_statistics:
         parts["attention outputs"] = 4 * num_sequences * seq_len * model.hidden
     seen = block + parts["statistics"] + parts.get("attention outputs", 0)
-    phases = {"statistics": max(seen, turned) + parts["activations"], "solve": seen + parts["solver"]}
+    # While a text is read, the statistics of its part stand beside their sums.
+    reading = max(seen + parts["statistics"], turned + parts.get("statistics of the basis", 0))
+    phases = {"statistics": reading + parts["activations"], "solve": seen + parts["solver"]}
     if memory == "block":  # beside the embeddings stands the file, in bf16, that they are read from, or a block
         embeddings = (model.total - model.num_layers * model.block) * torch.bfloat16.itemsize
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])

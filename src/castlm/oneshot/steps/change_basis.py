@@ -30,6 +30,7 @@ class ChangeBasis(Step):
 
     def __init__(self, pattern: NM, basis: BasisOptions) -> None:
         self.pattern, self.basis = pattern, basis
+        self.is_divided = basis.rotate != "residual"
         self.wiring: Wiring | None = None
         """None if the basis stays as it is."""
 
@@ -60,5 +61,5 @@ class ChangeBasis(Step):
         visit.seen = see_inputs(visit.inside, visit.inputs, SOLVERS["sparsegpt"], visit.inputs.num_sequences)
         # described again: its views are of the weights that are in memory now
         block = describe(visit.source.model).blocks[visit.index]
-        change_block_basis_(block, visit.seen, visit.inputs, self.basis, self.pattern, report.basis)
+        change_block_basis_(block, visit.seen, visit.inputs, self.basis, self.pattern, report.basis, visit.ranks)
         report.basis.seconds += time.perf_counter() - began

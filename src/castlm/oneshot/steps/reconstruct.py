@@ -8,7 +8,7 @@ so that more epochs cost time but do no harm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.data.calibration import CalibrationText
+from castlm.oneshot.ranks import ONE_RANK, Division
 from castlm.oneshot.report import OneshotReport, Reconstruction
 from castlm.oneshot.source import Source
 from castlm.oneshot.steps.base import Step
@@ -34,7 +35,7 @@ class Reconstruct(Step):
         epochs: the largest number of epochs over the calibration text.
     """
 
-    follows_dense = True
+    follows_dense = is_divided = True
 
     def __init__(self, epochs: int, learning_rate: float) -> None:
         self.epochs, self.learning_rate = epochs, learning_rate
@@ -62,6 +63,7 @@ class Reconstruct(Step):
             {layer.weight: layer.weight != 0 for layer in visit.inside.values()},
             epochs=self.epochs,
             learning_rate=self.learning_rate,
+            division=inputs.division,
         )
         report.reconstructions.append(result)
 
@@ -75,8 +77,12 @@ def reconstruct_(
     *,
     epochs: int,
     learning_rate: float,
+    division: Division | None = None,
 ) -> Reconstruction:
     """Trains the kept weights of `masks` and the norms of `block`, in place, with Adam and a cosine schedule.
+
+    An optimizer step is on one batch, so several ranks take turns: the rank with the batch gives its gradient to the
+    others. This divides the memory, not the time.
 
     Args:
         run: `run(hidden, batch)` returns the block's output for the batch with this number.
@@ -84,24 +90,46 @@ def reconstruct_(
             single batch of two or more sequences, one sequence in 8, at least one.
         targets: the outputs of the block in the dense model, one for each of `inputs`.
         masks: the mask of each trained weight, True = kept.
+        division: the batches of the text, of which this rank has `inputs` and `targets`; by default, it has all.
     """
-    if len(inputs) > 1:
-        num_held_out = max(1, len(inputs) // _HELD_OUT)
-        held_out, training = range(num_held_out), range(num_held_out, len(inputs))
+    division = division or Division(len(inputs), ONE_RANK)
+    ranks, own = division.ranks, {batch: position for position, batch in enumerate(division.batches)}
+    num_batches = sum(map(len, division.parts))
+    if num_batches > 1:
+        num_held_out = max(1, num_batches // _HELD_OUT)
+        held_out, training = range(num_held_out), range(num_held_out, num_batches)
         held_out_rows = trained_rows = slice(None)
     else:
         held_out = training = range(1)
-        num_held_out = max(1, len(inputs[0]) // _HELD_OUT)
+        num_held_out = max(1, ranks.on_main(lambda: len(inputs[0])) // _HELD_OUT)
         held_out_rows, trained_rows = slice(num_held_out), slice(num_held_out, None)
-    with torch.no_grad():  # the mean energy of the block's contribution to the residual stream
-        scale = sum(float((y - x).square().mean()) for x, y in zip(inputs, targets)) / len(inputs)
-
-    def distance(batch: int, rows: slice) -> Tensor:
-        return (run(inputs[batch], batch)[rows] - targets[batch][rows]).square().mean() / scale
 
     @torch.no_grad()
+    def sum_over(batches: Iterable[int], value: Callable[[int], Tensor]) -> float:
+        found = {batch: float(value(own[batch])) for batch in batches if batch in own}
+        everywhere: dict[int, float] = {}
+        for of_rank in ranks.gather(found, patient=True):
+            everywhere |= of_rank
+        return sum(everywhere[batch] for batch in batches)
+
+    # the mean energy of the block's contribution to the residual stream
+    scale = sum_over(range(num_batches), lambda own: (targets[own] - inputs[own]).square().mean()) / num_batches
+
+    def distance(own: int, rows: slice) -> Tensor:
+        return (run(inputs[own], own)[rows] - targets[own][rows]).square().mean() / scale
+
     def error() -> float:
-        return sum(float(distance(batch, held_out_rows)) for batch in held_out) / len(held_out)
+        return sum_over(held_out, lambda own: distance(own, held_out_rows)) / len(held_out)
+
+    def gradient_of(batch: int) -> None:
+        if batch in own:
+            distance(own[batch], trained_rows).backward()
+        if ranks.size > 1:
+            owner = division.owner(batch)
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                ranks.share_(parameter.grad, owner)
 
     norms = [p for m in block.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)]
     trained = [*masks, *norms]
@@ -117,7 +145,7 @@ def reconstruct_(
                 share = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))  # cosine, 1 to 0.05
                 optimizer.param_groups[0]["lr"] = learning_rate * share
                 optimizer.zero_grad()
-                distance(training[index], trained_rows).backward()
+                gradient_of(training[index])
                 for weight, mask in masks.items():
                     if weight.grad is not None:  # None for experts that no token of the batch reached
                         weight.grad.mul_(mask)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from castlm.oneshot.admm import improve_masks, improve_masks_holds
 from castlm.oneshot.inputs import check_finite_input, entries_of, see_inputs
 from castlm.oneshot.layer_input import LayerInput
 from castlm.oneshot.options import Refinements
+from castlm.oneshot.ranks import ONE_RANK, Ranks, by_rows
 from castlm.oneshot.refit import refit, refit_holds
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.routed import Seen
@@ -45,13 +47,15 @@ class Refinement(NamedTuple):
 REFINEMENTS: dict[str, Refinement] = {
     "masks": Refinement(
         lambda weight, target, hessian, settings: improve_masks(
-            weight, target, hessian, settings.pattern, settings.refinements.mask_iterations
+            weight, target, hessian, settings.pattern, settings.refinements.mask_iterations, settings.by_rows
         ),
         lambda settings: settings.refinements.mask_iterations > 0,
         improve_masks_holds,
     ),
     "refit": Refinement(
-        lambda weight, target, hessian, settings: refit(weight, target, hessian, settings.refinements.num_refits),
+        lambda weight, target, hessian, settings: refit(
+            weight, target, hessian, settings.refinements.num_refits, settings.by_rows
+        ),
         lambda settings: settings.refinements.num_refits > 0,
         refit_holds,
     ),
@@ -65,6 +69,8 @@ class Solve(Step):
     Args:
         refinements: of these, the step reads staged_statistics, the iterations and the damping.
     """
+
+    is_divided = True
 
     def __init__(self, method: str, pattern: LayerPattern, refinements: Refinements) -> None:
         self.method, self.pattern, self.refinements = method, pattern, refinements
@@ -103,16 +109,20 @@ class Solve(Step):
         seen, visit.seen = visit.seen, []
         stages = [list(inside)]
         if self.refinements.staged_statistics:
-            by_stage = stages_of(seen or see_inputs(inside, inputs, None, 0))
-            stages = [[name for entry in stage for name in entry.names] for stage in by_stage]
             # No pruned layer comes before the first stage, so its statistics are still right; the others are freed.
-            seen = by_stage[0] if seen else []
-            del by_stage
+            if seen:
+                by_stage = stages_of(seen)
+                stages, seen = _names_of(by_stage), by_stage[0]
+                del by_stage
+            else:
+                stages = visit.ranks.on_main(
+                    lambda: _names_of(stages_of(see_inputs(inside, inputs, None, 0))), patient=True
+                )
         seen = self._with_statistics(seen)
         for num_done, names in enumerate(stages, 1):
             if not seen:
                 seen = see_inputs({name: inside[name] for name in names}, inputs, self.solver, inputs.num_sequences)
-            report.layers += prune_seen(inside, seen, self.solver, self.settings_of)
+            report.layers += prune_seen(inside, seen, self.solver, self.settings_of, visit.ranks)
             seen = []
             unpruned = [inside[name] for later in stages[num_done:] for name in later]
             # Where one block at a time is in memory, to need little of it counts more than time.
@@ -141,6 +151,10 @@ def stages_of(seen: Seen) -> list[Seen]:
     return list(alike.values())
 
 
+def _names_of(stages: list[Seen]) -> list[list[str]]:
+    return [[name for entry in stage for name in entry.names] for stage in stages]
+
+
 def _finished(
     block: nn.Module, layers: Collection[SparseLayer], unpruned: Collection[SparseLayer]
 ) -> Iterator[nn.Module]:
@@ -152,7 +166,11 @@ def _finished(
 
 
 def prune_seen(
-    layers: Mapping[str, SparseLayer], seen: Seen, solver: Solver, settings_of: Callable[[str], Settings]
+    layers: Mapping[str, SparseLayer],
+    seen: Seen,
+    solver: Solver,
+    settings_of: Callable[[str], Settings],
+    ranks: Ranks = ONE_RANK,
 ) -> list[LayerResult]:
     """Prunes the layers that read the inputs `seen`, in place; each expert by the statistic of its own tokens.
 
@@ -172,7 +190,7 @@ def prune_seen(
             for number, (settings, together) in enumerate(alike.items(), 1):
                 # a solver may overwrite the statistic
                 entry.statistic = whole if number == len(alike) else whole.clone()
-                found += prune_layers(together, entry, solver, settings)
+                found += prune_layers(together, entry, solver, settings, ranks)
         assert len(found) == len(weights)
         if layers[each.names[0]].weight.dim() == 3:
             found = [LayerResult.of_matrices(each.names[0], found, each.num_few)]
@@ -181,17 +199,22 @@ def prune_seen(
 
 
 def prune_layers(
-    weights: Mapping[str, Tensor], seen: LayerInput | None, solver: Solver, settings: Settings
+    weights: Mapping[str, Tensor],
+    seen: LayerInput | None,
+    solver: Solver,
+    settings: Settings,
+    ranks: Ranks = ONE_RANK,
 ) -> list[LayerResult]:
     """Prunes weights (out, in) that read the same input, in place.
 
     Args:
         seen: the input; None for magnitude without calibration text.
+        ranks: the ranks that have the same weights and input, and divide the rows.
 
     Raises:
         InputError: a weight or an input that is not finite, or a Hessian that cannot be factorized.
     """
-    names = ", ".join(weights)
+    names, settings = ", ".join(weights), settings._replace(by_rows=partial(by_rows, ranks))
     dense = torch.cat([w.float() for w in weights.values()])  # q, k, v: (576, 576), 2 x (192, 576) -> (960, 576)
     check_finite(f"the weight of {names}", dense)
     statistic = torch.zeros(()) if seen is None else seen.statistic

@@ -1,0 +1,189 @@
+"""How the work of a start is divided over ranks so that its bits depend on none of them.
+
+Rounding makes a sum depend on its order, and the product of some rows depend on how many there are. So both are cut in
+the same way for any number of ranks, one included:
+
+    the text      into 8 parts of whole batches; a statistic is summed in each part, then over the parts, in order
+    the rows      of a layer into panels, which are solved one by one
+
+Ranks take the parts, and the panels, in turns: with 2 ranks, rank 0 has parts 0, 2, 4 and 6. After each turn the main
+rank adds the parts of this turn, and the next one begins, so a rank holds the sum and one part, never eight.
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+PARTS = 8
+"""Parts of a text; fewer if there are fewer batches."""
+LEAST_ROWS, MOST_ROWS = 64, 512
+"""Rows of a panel. Below the least, the matrix products of a CPU take longer; the most bounds the memory of ADMM."""
+_PANELS = 8  # of a layer with enough rows
+_SENT = 2**24  # elements that are sent at a time
+
+
+class Ranks(Protocol):
+    """The ranks that make a start together, such as `castlm.distributed.world.World`. All of them call each method."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
+        """Runs `action` on rank 0, and returns its result on every rank."""
+        ...
+
+    def gather(self, value: T, *, patient: bool = False) -> list[T]:
+        """The `value` of every rank, in order."""
+        ...
+
+    def add_in_order_(self, total: Tensor, part: Tensor, num_ranks: int) -> None:
+        """On rank 0, adds the `part` of ranks 0, 1, ... `num_ranks` - 1 to `total`, one after another."""
+        ...
+
+    def share_(self, tensor: Tensor, owner: int) -> None:
+        """Gives `tensor`, which is contiguous, the values that it has on rank `owner`."""
+        ...
+
+
+class OneRank:
+    """A process that makes a start alone."""
+
+    rank, size = 0, 1
+
+    def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
+        return action()
+
+    def gather(self, value: T, *, patient: bool = False) -> list[T]:
+        return [value]
+
+    def add_in_order_(self, total: Tensor, part: Tensor, num_ranks: int) -> None:
+        total += part
+
+    def share_(self, tensor: Tensor, owner: int) -> None:
+        pass
+
+
+ONE_RANK = OneRank()
+
+
+class Division:
+    """The batches of a text, and those that a rank runs.
+
+    Attributes:
+        parts: the batches of each part, by number; with two ranks and 32 batches, range(0, 4), range(4, 8), ...
+        own: the numbers of the parts of this rank.
+    """
+
+    def __init__(self, num_batches: int, ranks: Ranks) -> None:
+        self.ranks = ranks
+        num = min(PARTS, num_batches)
+        self.parts = [range(part * num_batches // num, (part + 1) * num_batches // num) for part in range(num)]
+        self.own = list(range(ranks.rank, num, ranks.size))
+
+    @property
+    def batches(self) -> list[int]:
+        """The batches of this rank, by their numbers in the text."""
+        return [batch for part in self.own for batch in self.parts[part]]
+
+    def owner(self, batch: int) -> int:
+        """The rank that has a batch."""
+        (part,) = (number for number, batches in enumerate(self.parts) if batch in batches)
+        return part % self.ranks.size
+
+    def turns(self) -> Iterator[tuple[int, range]]:
+        """For each turn, the number of ranks that have a part in it, and the own batches of it, counted on this rank.
+
+        The range is empty on a rank without a part.
+        """
+        begin = 0
+        for first in range(0, len(self.parts), self.ranks.size):
+            own = first + self.ranks.rank
+            end = begin + (len(self.parts[own]) if own < len(self.parts) else 0)
+            yield min(self.ranks.size, len(self.parts) - first), range(begin, end)
+            begin = end
+
+
+def add_part_(ranks: Ranks, total: Tensor, part: Tensor, num_ranks: int) -> None:
+    """On rank 0, adds to `total` the `part` of the first `num_ranks` ranks. Of square matrices, only the upper half."""
+    if ranks.size == 1:
+        total += part
+        return
+    for of_total, of_part in zip(_pieces(total), _pieces(part)):
+        ranks.add_in_order_(of_total, of_part, num_ranks)
+
+
+def share_sum_(ranks: Ranks, total: Tensor) -> None:
+    """Gives every rank rank 0's `total`. Of square matrices, only the upper half."""
+    if ranks.size == 1:
+        return
+    for piece in _pieces(total):
+        sent = piece.contiguous()
+        ranks.share_(sent, 0)
+        piece.copy_(sent)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of `tensor`; of a square matrix, (some rows, the columns from the diagonal on)."""
+    if tensor.dim() != 2:
+        yield tensor
+        return
+    step = max(1, _SENT // tensor.shape[1])
+    is_square = tensor.shape[0] == tensor.shape[1]
+    for start in range(0, len(tensor), step):
+        yield tensor[start : start + step, start if is_square else 0 :]
+
+
+def panels_of(num_rows: int) -> list[slice]:
+    """The panels of a layer's rows: of about equal size, at most 8 unless they would be too large."""
+    num = max(1, min(_PANELS, num_rows // LEAST_ROWS), math.ceil(num_rows / MOST_ROWS))
+    size = math.ceil(num_rows / num)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def by_rows(ranks: Ranks, function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """`function(*rows)` for the rows of `matrices` (rows, columns), where each row needs itself alone; (rows, columns).
+
+    Each rank does some panels of rows, and gets the others.
+    """
+    first = matrices[0]
+    panels = panels_of(len(first))
+    result = first.new_empty(first.shape)
+    for panel in panels[ranks.rank :: ranks.size]:
+        result[panel] = function(*(matrix[panel] for matrix in matrices))
+    if ranks.size > 1:
+        for number, panel in enumerate(panels):
+            ranks.share_(result[panel], number % ranks.size)
+    return result
+
+
+class ByRows(Protocol):
+    """`by_rows` for some ranks, as solvers get it: they know that rows are independent, and nothing of ranks."""
+
+    def __call__(self, function: Callable[..., Tensor], *matrices: Tensor) -> Tensor: ...
+
+
+ALONE: ByRows = partial(by_rows, ONE_RANK)
+"""`by_rows` of one rank."""
+
+
+def each_by_one(ranks: Ranks, tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of `tasks`, of which each is done by one rank, so that all ranks have the same: small ones, on a CPU.
+
+    Where ranks take a decision, they take it once, because processors of two kinds could round it to two sides.
+    """
+    done: dict[int, Any] = {number: tasks[number]() for number in range(ranks.rank, len(tasks), ranks.size)}
+    for other in ranks.gather(done, patient=True):
+        done |= other
+    return [done[number] for number in range(len(tasks))]
