@@ -1,17 +1,23 @@
 """A start on several ranks has the bits of a start on one."""
 
 import hashlib
+import json
+import os
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from castlm.core.shards import whole
 from castlm.distributed.world import closing, init_world
 from castlm.oneshot import ranks as division
+from castlm.oneshot.steps import solve
 from castlm.training.config import TrainConfig
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_ranks, wait_ranks
 from tests.runs import begin_run, small
+from tests.slow import slow
 
 # 40 sequences of 64 tokens: three passes, so that the fourth rank has no text.
 TEXT = {"seq_len": 64, "calibration_sequences": 40, "per_device_train_batch_size": 1}
@@ -28,14 +34,32 @@ def start(config: TrainConfig) -> None:
             torch.save([weights, masks, run.start["layer_errors"]], Path(config.checkpoint.output_dir) / "start.pt")
 
 
-def started(folder: Path, ranks: int, model: str, text: str, **over) -> tuple[dict[str, str], list]:
-    config = small(model, text, folder / "run", device="cpu", **TEXT, **over)
+def start_killed(config: TrainConfig, victim: int) -> None:
+    """As `start`, but rank `victim` is killed in the second block, before its output layer is solved."""
+    prune_layers, calls = solve.prune_layers, [0]
+
+    def prune_or_die(*args):
+        calls[0] += 1
+        if calls[0] == 6 and os.environ["RANK"] == str(victim):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return prune_layers(*args)
+
+    solve.prune_layers = prune_or_die
+    start(config)
+
+
+def config_of(folder: Path, model: str, text: str, **over) -> TrainConfig:
     folder.mkdir()
-    run_ranks(start, ranks, config, folder=folder)
-    files = sorted((folder / "run.partial").glob("block-*.safetensors"))
-    assert files
-    hashes = {file.name: digest(load_file(file)) for file in files}
-    return hashes, torch.load(folder / "run" / "start.pt")
+    return small(model, text, folder / "run", device="cpu", **TEXT, **over)
+
+
+def started(config: TrainConfig, ranks: int) -> tuple[dict[str, str], list]:
+    """The hashes of the finished blocks, and what `start` saves."""
+    output = Path(config.checkpoint.output_dir)
+    run_ranks(start, ranks, config, folder=output.parent)
+    files = sorted(Path(f"{output}.partial").glob("block-*.safetensors"))
+    assert len(files) == 2
+    return {file.name: digest(load_file(file)) for file in files}, torch.load(output / "start.pt")
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -54,7 +78,30 @@ def assert_same_start(one, other) -> None:
     assert one[1][2] == other[1][2]
 
 
-def test_a_start_has_the_same_bits_on_1_2_and_4_ranks(llama, text, tmp_path):
-    one = started(tmp_path / "1", 1, llama, text)
-    for ranks in (2, 4):
-        assert_same_start(one, started(tmp_path / str(ranks), ranks, llama, text))
+@pytest.mark.parametrize(
+    "over",
+    [
+        {},
+        slow({"decay": "proportional", "ignore_decay_budget": True, "start_effort": "quick"}),
+        slow({"reconstruct_epochs": 2, "rotate": "off"}),
+    ],
+    ids=["default", "dense values, quick", "reconstructed"],
+)
+def test_a_start_has_the_same_bits_on_1_2_and_4_ranks(over, llama, text, tmp_path):
+    one, *others = (started(config_of(tmp_path / str(n), llama, text, **over), n) for n in (1, 2, 4))
+    for other in others:
+        assert_same_start(one, other)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), slow(2, 2), slow(1, 4)])
+def test_a_rank_killed_in_a_block_continues_on_any_number_of_ranks_to_the_same_bits(
+    before, after, llama, text, tmp_path
+):
+    straight = started(config_of(tmp_path / "straight", llama, text), 1)
+    config = config_of(tmp_path / "killed", llama, text)
+    codes = wait_ranks(start_ranks(start_killed, before, config, before - 1, log=tmp_path / "log"))
+    assert codes[-1] == -signal.SIGKILL
+    assert 0 not in codes
+    progress = json.loads((tmp_path / "killed" / "run.partial" / "progress.json").read_text())
+    assert progress["done"] == 1
+    assert_same_start(straight, started(config, after))
