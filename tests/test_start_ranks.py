@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from castlm.cli.main import main
 from castlm.core.shards import whole
 from castlm.distributed.world import closing, init_world
 from castlm.oneshot import ranks as division
 from castlm.oneshot.steps import solve
 from castlm.training.config import TrainConfig
-from tests.ranks import run_ranks, start_ranks, wait_ranks
-from tests.runs import begin_run, small
+from tests.ranks import run_ranks, said, start_ranks, wait_ranks
+from tests.runs import assert_equal_weights, begin_run, flags, small
 from tests.slow import slow
 
 # 40 sequences of 64 tokens: three passes, so that the fourth rank has no text.
@@ -105,3 +106,20 @@ def test_a_rank_killed_in_a_block_continues_on_any_number_of_ranks_to_the_same_b
     progress = json.loads((tmp_path / "killed" / "run.partial" / "progress.json").read_text())
     assert progress["done"] == 1
     assert_same_start(straight, started(config, after))
+
+
+def prune(*options: str) -> int:
+    division.LEAST_ROWS = 4
+    return main(["prune", *options])
+
+
+def test_ranks_prune_a_folder_together_to_the_bits_of_one(llama, text, tmp_path):
+    sizes = {"num_sequences": 40, "seq_len": 64, "rotation_iterations": 4, "memory": "block"}
+    for ranks in (1, 2):
+        options = flags({"model": llama, "calibration": text, "output_dir": tmp_path / str(ranks), **sizes})
+        run_ranks(prune, ranks, *options, folder=tmp_path)
+    assert_equal_weights(tmp_path / "1", tmp_path / "2")
+    assert not list(tmp_path.glob("*.partial"))
+    codes = wait_ranks(start_ranks(prune, 2, *options, "--overwrite", "--memory=model", log=tmp_path / "log"))
+    assert codes == [2, 2]
+    assert "--memory model takes the whole model in one process, not 2 ranks" in said(tmp_path / "log", 1)

@@ -18,6 +18,7 @@ from castlm.starts import Reads, all_methods, default_method, method_of, reads_o
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
 
 if typing.TYPE_CHECKING:  # it imports torch
+    from castlm.distributed.world import World
     from castlm.oneshot.report import OneshotReport
 
 TEXT = Needs("a method that reads a text, such as wanda or sparsegpt", lambda options: options.reads_text)
@@ -146,26 +147,38 @@ def prune(
 
 
 def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:
-    """`prune` with checked options.
+    """`prune` with checked options; under `torchrun` all ranks prune together.
 
     Args:
         source: `COMMAND_LINE` if they are from there; errors then write `--calibration` instead of `calibration`.
     """
-    import torch
+    from castlm.distributed.world import closing, init_world, naming_missing_ranks, reporting_once
 
+    with (
+        closing(init_world(options.device, "full")) as world,
+        naming_missing_ranks(world),
+        reporting_once(world),
+    ):
+        return _prune(options, source, world)
+
+
+def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
     from castlm.data.documents import open_documents
     from castlm.export.pruned import choose_memory, prune_folder
     from castlm.files.output import check_output
-    from castlm.hardware import choose_device
     from castlm.models.locate import local_folder
     from castlm.oneshot.calibration import Draw
 
     pattern, method = options.pattern, options.solver
     if options.memory == "block":
         local_folder(options.model)
-    device = choose_device(options.device)
     basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
     steps = steps_of(method, pattern, basis, refinements, options.start_effort)
+    if world.size > 1:
+        whole = next((str(step) for step in steps if not step.is_divided), None)
+        if options.memory == "model" or whole is not None:
+            why = f"{label('memory', source)} model" if options.memory == "model" else whole
+            raise InputError(f"{why} takes the whole model in one process, not {world.size} ranks: leave out torchrun")
     if method_of(method, pattern).needs_text and options.calibration is None:
         raise InputError(
             f"method {method} needs a calibration text: give {label('calibration', source)} FILE, or "
@@ -182,10 +195,10 @@ def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:
             effort=EFFORTS[options.start_effort],
         )
     inputs = {"model": options.model, "calibration": options.calibration}
-    folder = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
-    memory = options.memory
+    folder = world.on_main(lambda: check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs))
+    memory = "block" if world.size > 1 else options.memory
     if memory == "auto":
-        memory = choose_memory(options.model, options.revision, folder, pattern, device)
+        memory = choose_memory(options.model, options.revision, folder, pattern, world.device.type)
     return prune_folder(
         options.model,
         folder,
@@ -196,9 +209,10 @@ def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:
         text_name=options.calibration,
         options=options,
         memory=memory,
-        device=torch.device(device),
+        device=world.device,
         dtype=options.save_dtype,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         overwrite=options.overwrite,
+        world=world,
     )

@@ -15,11 +15,16 @@ from castlm.oneshot.options import with_effort
 class PruneCommand(PruneOptions):
     """Prune a model one-shot, without training, and verify the result.
 
-    Finished transformer blocks are kept in OUTPUT_DIR.partial, so that the same command continues after a kill.
+    Finished transformer blocks are kept in OUTPUT_DIR.partial, so that the same command continues after a kill. Under
+    torchrun, all ranks prune together, one transformer block at a time.
     """
 
     def run(self) -> int:
+        from castlm.distributed.world import is_main_rank
+
         report = run_prune(self, COMMAND_LINE)
+        if not is_main_rank():
+            return 0
         for line in report.notes():
             to_stdout(line)
         measure = f"castlm eval {shlex.quote(self.output_dir)} --text FILE"

@@ -268,6 +268,24 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
     world.check_all(failure)
 
 
+def check_weights(checkpoint: Checkpoint, world: World) -> None:
+    """Checks that all weights can be read and are finite, each by one rank; all ranks call it, and stop together."""
+    failure = None
+    with opened_files() as read:
+        for name in sorted(checkpoint.places)[world.rank :: world.size]:
+            what = f"{name} of {checkpoint.source}"
+            try:
+                check_finite(what, checkpoint.places[name].read(read, slice(None)))
+            except InputError as error:
+                failure = str(error)
+                break
+            except Exception as error:  # safetensors' own type
+                failure = f"{what} cannot be read: {error}"
+                break
+    world.gather(None, patient=True)  # the others may read longer
+    world.check_all(failure)
+
+
 @contextlib.contextmanager
 def opened_files() -> Iterator[Reader]:
     """Opens safetensors files at their first use, and closes them at the end of the context."""

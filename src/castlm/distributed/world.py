@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from castlm.core.errors import InputError, is_out_of_memory
 from castlm.hardware import choose_device
+from castlm.progress import note
 
 T = TypeVar("T")
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>
@@ -184,6 +185,21 @@ class World:
         missing = self.missing(self.timeout_s)
         if missing:
             raise InputError(f"{missing} did not reach {where} within {self.timeout_s:g} s: it hangs or has ended")
+
+
+@contextlib.contextmanager
+def reporting_once(world: World) -> Iterator[None]:
+    """Turns an `InputError` of another rank than the main one into a line and `SystemExit`.
+
+    For work in which ranks meet the same error together, so that the main rank's report stands alone as an error.
+    """
+    try:
+        yield
+    except InputError as error:
+        if world.is_main:
+            raise
+        note(f"rank {world.rank}: {error}")
+        raise SystemExit(2) from None
 
 
 def is_main_rank() -> bool:

@@ -16,7 +16,8 @@ from castlm.core.sparsify import scope_of, weight_parameter
 from castlm.data.calibration import CalibrationText
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
-from castlm.distributed.loading import Checkpoint, Place, fingerprint, open_sharded
+from castlm.distributed.loading import Checkpoint, Place, check_weights, fingerprint, open_sharded
+from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
 from castlm.export.origin import origin_of
@@ -54,6 +55,7 @@ def prune_folder(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     evaluate: Callable[[Loaded], dict[str, Any]] | None = None,
+    world: World | None = None,
 ) -> OneshotReport:
     """Takes the steps of a start in a dense model, and writes the result to `folder` at the end.
 
@@ -69,15 +71,18 @@ def prune_folder(
         overwrite: begin again if an unfinished prune has other options or is damaged.
         evaluate: measures the model in memory before and after it is pruned: returns its `perplexity`, and further
             entries of castlm.json.
+        world: the ranks that prune together, block by block, and of which the main one writes the result; by default,
+            this process.
 
     Raises:
         InputError: as `run_start`, `load_model` and `export_model`.
     """
-
+    world = world or World(0, 1, device, None)
+    assert world.size == 1 or (memory == "block" and evaluate is None)
     loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     works: AbstractContextManager[Path | None] = nullcontext()
     if draw is not None or memory == "block":
-        works = begun_work(folder)
+        works = world.context_on_main(begun_work(folder))
     with works as work:
         in_fp32 = draw is not None or evaluate is not None
         loaded, checkpoint = _opened(name, pattern, memory, in_fp32, loading)
@@ -91,22 +96,39 @@ def prune_folder(
         else:
             stored = StoredModel(model, checkpoint, layers, device, kept_dtype, scope.pattern)
             weights = _states_of_files(checkpoint)
-            for _ in stored.outside():
-                pass  # a weight that is not finite raises before the work on the blocks begins
-        text: CalibrationText | None = None
-        calibration: dict[str, Any] = {}
-        if draw is not None:
+            world.check_alike({f"other weights of {name}": checkpoint.fingerprint()})
+            if world.size > 1:
+                check_weights(checkpoint, world)  # later, a rank that stops would leave the others waiting
+            else:
+                for _ in stored.outside():
+                    pass  # a weight that is not finite raises before the work on the blocks begins
+
+        def read_text() -> tuple[CalibrationText | None, dict[str, Any]]:
+            if draw is None:
+                return None, {}
             encoder = open_encoder([draw.documents], loaded.tokenizer, name, options, **loading)
             text = draw.text(model, layers, encoder, device, note)
             source_text = {"text": text_name, "text_sha256": draw.documents.text_hash(), "seed": draw.seed}
-            calibration = {**source_text, **text.record()}
             if slow := why_slow(text.precision, device):
                 note(slow)
+            return text, {**source_text, **text.record()}
+
+        text, calibration = world.on_main(read_text, patient=True)
         source: Source = stored or MemoryModel(model.to(device), layers, scope.pattern)
         before = evaluate(loaded) if evaluate else {}
         facts = {"model": loaded.source, "weights": weights, "memory": memory, "dtype": dtype_name(kept_dtype)}
         with shown_progress(f"{method}, transformer blocks", before=None) as progress:
-            report = run_start(source, steps, text, work, facts=facts, restart=overwrite, say=note, progress=progress)
+            report = run_start(
+                source,
+                steps,
+                text,
+                work,
+                facts=facts,
+                restart=overwrite,
+                say=note if world.is_main else lambda line: None,
+                progress=progress if world.is_main else lambda done, total: None,
+                ranks=world,
+            )
         step_options = {key: value for step in steps for key, value in step.options().items()}
         record = {
             **origin_of(name, revision),
@@ -131,18 +153,23 @@ def prune_folder(
             )
         else:
             assert work is not None
-            export_blocks(
-                model,
-                loaded.tokenizer,
-                folder,
-                blocks=[block_file(work, index) for index in range(len(stored.blocks))],
-                outside=stored.outside(),
-                pattern=pattern,
-                left_dense=left_dense,
-                record=record,
-                dtype=kept_dtype,
-            )
-        if work is not None:
+            written = [block_file(work, index) for index in range(len(stored.blocks))]
+
+            def export() -> None:
+                export_blocks(
+                    model,
+                    loaded.tokenizer,
+                    folder,
+                    blocks=written,
+                    outside=stored.outside(),
+                    pattern=pattern,
+                    left_dense=left_dense,
+                    record=record,
+                    dtype=kept_dtype,
+                )
+
+            world.on_main(export, patient=True)
+        if work is not None and world.is_main:
             remove_work(work)
     return report
 

@@ -24,9 +24,9 @@ from castlm.core.experts import expert_layers
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, scope_of, transformer_blocks, weight_parameter
-from castlm.distributed.loading import Checkpoint, Place, open_sharded, opened_files
+from castlm.distributed.loading import Checkpoint, Place, check_weights, open_sharded, opened_files
 from castlm.distributed.sharding import may_skip_modules
-from castlm.distributed.world import World
+from castlm.distributed.world import World, reporting_once
 from castlm.files.output import check_beside
 from castlm.files.reading import read_record, user_path
 from castlm.files.record import RESULT
@@ -183,15 +183,11 @@ class TrainingStart:
         """Prunes the model block by block; all ranks call it, and find the blocks in the folder `work`."""
         world, stored, model = self.world, self.source.stored, copy.deepcopy(self.source.model)
         assert stored is not None
+        check_weights(stored, world)  # later, a rank that stops would leave the others waiting
         scope = scope_of(model, self.pattern, self.filter_fn)
         blocks = StoredModel(model, stored, scope.layers, world.device, None, scope.pattern, self.keeps_dense_values)
-        try:
+        with reporting_once(world):
             record, _ = self._run(blocks, work, overwrite, world)
-        except InputError as error:
-            if world.is_main:
-                raise
-            note(f"rank {world.rank}: {error}")
-            raise SystemExit(2) from None
         places: dict[str, Place] = {}
         for index, block in enumerate(blocks.blocks):
             file = block_file(work, index)
