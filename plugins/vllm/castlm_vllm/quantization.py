@@ -45,11 +45,12 @@ from castlm.core.errors import InputError, naming
 from castlm.core.nm import NM, unpack_mask
 from castlm.files.reading import read_json_object
 from castlm.files.stored import (
+    INDEX,
     PACKED_INDEX,
     PACKED_SINGLE,
     StoredTensor,
     check_weight_files,
-    read_header,
+    read_headers,
     read_weight_map,
 )
 from castlm.formats.packed_file import PackedSpec, read_specs
@@ -446,12 +447,16 @@ def _folder(name: str, revision: str | None) -> Path:
 
 
 def _tensors(folder: Path, weights: str) -> dict[str, StoredTensor]:
-    """The tensors of a packed folder, by name."""
+    """The tensors of a packed folder, by name; it holds no file beside them that vLLM would read."""
     if weights not in (PACKED_SINGLE, PACKED_INDEX):
         raise InputError(
             f"config.json of {folder} names the weights {weights!r:.200}, which castlm does not write: pack it again"
         )
-    names = [PACKED_SINGLE] if weights == PACKED_SINGLE else sorted({*read_weight_map(folder / PACKED_INDEX).values()})
-    files = [folder / name for name in names]
+    weight_map = read_weight_map(folder / PACKED_INDEX) if weights == PACKED_INDEX else {}
+    files = [folder / name for name in sorted({*weight_map.values()} or {PACKED_SINGLE})]
     check_weight_files(files)
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+    # vLLM looks for names by these patterns, whatever config.json says, and an index leaves out some of them.
+    found = [file for pattern in ("*.safetensors", "*.bin", "*.pt", INDEX) for file in folder.glob(pattern)]
+    if others := sorted({*found} - {*files}):
+        raise InputError(f"{others[0]} is beside the packed weights, and vLLM would read it, too: remove it")
+    return read_headers(files, weight_map, folder / weights)

@@ -9,7 +9,8 @@ JSON header, the data (github.com/huggingface/safetensors).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,6 +129,27 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         begin, end = entry["data_offsets"]
         found[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + begin, end - begin)
     return found
+
+
+def read_headers(files: Sequence[Path], weight_map: Mapping[str, str], index: Path) -> dict[str, StoredTensor]:
+    """The tensors of the weight files of a model, by name.
+
+    Args:
+        weight_map: the file name of each tensor, as `index` says; empty of a model in one file.
+
+    Raises:
+        InputError: a file cannot be read, or a tensor is not stored exactly once, where the index says.
+    """
+    headers = {file.name: read_header(file) for file in files}
+    count = Counter(name for header in headers.values() for name in header)
+    wrong = [name for name, file in weight_map.items() if name not in headers[file]]
+    wrong += [name for name, times in count.items() if times > 1]
+    if wrong:
+        raise InputError(
+            f"{index} and its files do not agree on {wrong[0]}: one file must hold it, which the index names; fetch "
+            "them again"
+        )
+    return {name: tensor for header in headers.values() for name, tensor in header.items()}
 
 
 def magnitude_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:

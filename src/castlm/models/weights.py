@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from castlm.files.stored import (
     StoredTensor,
     check_weight_files,
     check_weight_name,
-    read_header,
+    read_headers,
     read_weight_map,
 )
 from castlm.models.layout import QUANT_METHOD
@@ -86,16 +85,7 @@ def stored_weights(
     if missing := [file.name for file in files if not file.exists()]:
         raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
     check_weight_files(files, Path(target) if Path(target).is_dir() else None)
-    headers = {file.name: read_header(file) for file in files}
-    count = Counter(name for header in headers.values() for name in header)
-    wrong = [name for name, file in weight_map.items() if name not in headers[file]]
-    wrong += [name for name, times in count.items() if times > 1]
-    if wrong:
-        raise InputError(
-            f"{index} and its files do not agree on {wrong[0]}: one file must hold it, which the index names; fetch "
-            "them again"
-        )
-    return {name: tensor for header in headers.values() for name, tensor in header.items()}
+    return read_headers(files, weight_map, index)
 
 
 @contextlib.contextmanager
