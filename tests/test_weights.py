@@ -19,10 +19,11 @@ from castlm.export.packed import pack_folder, pattern_of, unpack_folder
 from castlm.export.quantized import quantize_folder
 from castlm.export.verify import verify
 from castlm.files.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, SINGLE, check_weight_files
-from castlm.models.io import load_model
+from castlm.models.io import load_config, load_model
 from castlm.models.locate import find
 from castlm.models.weights import loading_only, stored_weights
 from castlm.runtime.generate import load_to_generate
+from tests.runs import edit_json
 from tests.tiny import save_tiny, sparse_model, tiny_tokenizer
 
 
@@ -71,6 +72,23 @@ def assert_refused(
                 read()
             assert named in str(caught.value), reader
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"attn_implementation": {"": "paged|someone/kernel@main:f"}},
+        {"experts_implementation": "someone/kernel"},
+    ],
+)
+def test_a_config_that_asks_for_code_of_the_hub_is_refused_by_every_reader(fields, whole, packed, tmp_path):
+    for source, others in ((whole, ("pattern", "unpack")), (packed, ("pattern", "pack"))):
+        folder = Path(shutil.copytree(source, tmp_path / source.name))
+        edit_json(folder / "config.json", **fields)
+        assert_refused(folder, tmp_path / "out", "someone/kernel", leave_out=others)
+    trusted = load_config(find(str(folder), None), trust_remote_code=True)
+    assert "someone/kernel" in str(vars(trusted).values())
 
 
 NO_NAMES = [

@@ -239,11 +239,12 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from castlm.models.io import check_loading_info, quiet_transformers
+    from castlm.models.io import check_loading_info, check_no_kernels, quiet_transformers
 
     try:
         with loading_only(tensors.values()), quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            check_no_kernels(config, folder)
             text = config.get_text_config(decoder=True)
             for key in ("transformers_weights", "quantization_config", "model_type"):
                 value = getattr(config, key, None) or getattr(text, key, None) or None

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from castlm.core.errors import InputError, check_finite, one_line
 from castlm.hardware import available_memory
 from castlm.models.architecture import auto_class
-from castlm.models.io import quiet_transformers
+from castlm.models.io import check_no_kernels, quiet_transformers
 from castlm.progress import note
 
 _MEMORY_FACTOR = 1.5  # bytes to load a packed model and to compute with it, of those of its files
@@ -50,6 +50,7 @@ def load_and_compute(folder: Path, device: str = "cpu") -> None:
 
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder)
+        check_no_kernels(config, folder)
         model = auto_class(config).from_pretrained(
             folder, config=config, device_map="meta" if device == "meta" else None
         )

@@ -90,6 +90,8 @@ def load_config(where: Location, trust_remote_code: bool) -> PretrainedConfig:
             where.target, **where.gguf, revision=where.revision, trust_remote_code=trust_remote_code
         )
     check_num_layers(config, where)
+    if not trust_remote_code:
+        check_no_kernels(config, where)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     named = config.architectures or ([causal] if causal else [])
@@ -118,6 +120,25 @@ def check_num_layers(config: PretrainedConfig, where: Location | Path) -> None:
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if type(num_layers) is not int or not 0 < num_layers <= _MAX_LAYERS:
         raise InputError(f"{where} says num_hidden_layers = {num_layers}: a number from 1 to {_MAX_LAYERS} is needed")
+
+
+def check_no_kernels(config: PretrainedConfig, where: Location | Path) -> None:
+    """Raises `InputError` for a config.json that names attention of the hub, whose code transformers would run."""
+    for part in parts_of_config(config):
+        for field in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if "/" in str(getattr(part, field, None)):
+                raise InputError(
+                    f"{where} asks for the code of {getattr(part, field)!r:.200}: take attn_implementation out of its "
+                    "config.json, or pass trust_remote_code if you trust it"
+                )
+
+
+def parts_of_config(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """The config and those that it holds, at any depth."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield from parts_of_config(value)
 
 
 def quantization_method(config: PretrainedConfig) -> str | None:

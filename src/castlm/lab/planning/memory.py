@@ -43,7 +43,7 @@ from castlm.files.reading import read_json_object, user_path
 from castlm.formats.table import FORMATS
 from castlm.hardware import resident_memory
 from castlm.models.architecture import backbone, is_vision_language, linearize_, shape_model
-from castlm.models.io import check_num_layers, open_config
+from castlm.models.io import check_no_kernels, check_num_layers, open_config
 from castlm.names import aligned
 from castlm.oneshot.ranks import PARTS
 
@@ -409,6 +409,7 @@ def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
         return open_config(config)
     made: PretrainedConfig = AutoConfig.for_model(**read_json_object(path))
     check_num_layers(made, path)
+    check_no_kernels(made, path)
     return made
 
 
