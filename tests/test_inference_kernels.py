@@ -60,7 +60,7 @@ def test_products_and_rows_of_every_format(values, n, m, layout, level):
 def test_every_pattern_is_multiplied_exactly(values, m, layout, level):
     """Products of integers are those of whole numbers: x has integers up to 127, 127 in each block."""
     for n in {1, m // 2, m - 1} if m else {0}:
-        for rows, columns, batch in ((19, 2 * m + 64, 3), (33, 3 * (m or 7), 1), (80, 128, 29)):
+        for rows, columns, batch in ((19, 2 * m + 64, 3), (33, 3 * (m or 7), 1), (80, 128, 29), (35, 2 * m + 64, 77)):
             packed = random_packed(values, n, m, rows, columns)
             buffer, out = buffer_of(packed, layout), torch.empty(rows, columns)
             native.unpack(buffer, 0, rows, out)
@@ -132,7 +132,7 @@ def test_integers_at_the_ends_of_their_range_do_not_overflow(n, m, level):
             codes = codes if mask is None else codes * mask
             scales = torch.ones(8, 1) if values == "int8" else torch.ones(8, 4, dtype=torch.bfloat16)
             packed = pack_integers(codes, scales, values, n, m, mask)
-            for x in (torch.ones(16, 256), -torch.ones(8, 256)):  # 127 as int8
+            for x in (torch.ones(16, 256), -torch.ones(8, 256), torch.ones(70, 256)):  # 127 as int8
                 product = packed_linear(x, buffer_of(packed), 8)
                 torch.testing.assert_close(product, x @ codes.float().T, rtol=1e-6, atol=0)
 
@@ -177,7 +177,10 @@ def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, lev
     ("values", "n", "m"), [*itertools.product(("int8", "int4"), (2, 1, 0), (4,)), ("int8", 4, 8), ("int8", 8, 16)]
 )
 def test_a_prompt_of_integers_has_the_bits_of_four_rows(values, n, m, rows, columns, level):
-    """Prompts have kernels of their own with AVX2, for up to 64 rows; 1,104 columns are decoded in two parts."""
+    """Prompts have kernels of their own: with AVX2 for up to 64 rows, with AVX-512 where at most half is kept.
+
+    1,104 columns are decoded in two parts with AVX2.
+    """
     buffer = buffer_of(random_packed(values, n, m if n else 0, rows, columns))
     x = torch.randn(103, columns)
     in_fours = torch.cat([packed_linear(part, buffer, rows) for part in x.split(4)])

@@ -321,6 +321,7 @@ constexpr auto kRowsKernels = std::array{
 
 template <int values, bool is_masked>
 void multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  if (avx512_gathers(of, x.batch)) return avx512_gathered(of)(of, data, x, y, ldy, first, last);
   if (x.batch >= kManyRows) return multiply_many<values, is_masked>(of, data, x, y, ldy, first, last);
   constexpr int64_t kMost = kRowsKernels<values, is_masked>.size();
   for (int64_t b = 0; b < x.batch;) {
@@ -348,11 +349,13 @@ Multiply avx512_lanes(const Header& of) {
 }
 
 int64_t avx512_many_bytes(const Header& of, int64_t batch) {
+  if (avx512_gathers(of, batch)) return avx512_gathered_bytes(of, batch);
   return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce * of.blocks() * (kBlock + 8);
 }
 
 // x in groups of `kRowsAtOnce` rows, block by block, so that one address serves them all.
 Activations avx512_many_rows(const Header& of, const Activations& x, void* room) {
+  if (avx512_gathers(of, x.batch)) return avx512_gathered_rows(of, x, room);
   const int64_t blocks = of.blocks(), rows = (x.batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
   auto* narrow = static_cast<int8_t*>(room);
   auto* scales = reinterpret_cast<float*>(narrow + rows * of.padded());

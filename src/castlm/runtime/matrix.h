@@ -266,6 +266,11 @@ constexpr int64_t kManyRows = 13;
 Multiply avx512_lanes(const Header&);
 int64_t avx512_many_bytes(const Header&, int64_t batch);
 Activations avx512_many_rows(const Header&, const Activations& x, void* room);
+// Whether the kernel that multiplies kept weights alone is faster for `batch` rows of x, that kernel, and x as it takes it.
+bool avx512_gathers(const Header&, int64_t batch);
+Multiply avx512_gathered(const Header&);
+int64_t avx512_gathered_bytes(const Header&, int64_t batch);
+Activations avx512_gathered_rows(const Header&, const Activations& x, void* room);
 // What a block of int8 activations adds to its products with weights that have 128 or 8 added, negative.
 int32_t avx512_offset(const Header&, const int8_t* narrow);
 

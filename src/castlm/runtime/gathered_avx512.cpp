@@ -1,0 +1,205 @@
+// Many rows of x times integers of kLanes of which at most half are kept: only kept weights are multiplied.
+//
+// A tile is rearranged once for all rows of x. Of each row of the matrix, the kept weights of a block of 64 columns come first,
+// and beside them the columns that they meet. A step is four of them for each of the 16 rows, 32:64 has 8 steps:
+//
+//   lane        0                      1              ...   15        of both registers of a step
+//   columns     c0 c1 c2 c3 of row 0   c0 .. of row 1       row 15    one byte each, 0 to 63
+//   weights     w0 w1 w2 w3            w0 ..                          signed bytes
+//
+// `vpermb` brings the 64 columns of a row of x, which are a whole register, to the lanes, and `vpdpbusd` multiplies and adds. Dense
+// weights take 16 steps of one `vpdpbusd`, and a processor that permutes and multiplies in different units, as Zen 4 does, needs
+// less time for 8 steps of both. `vpdpbusd` takes unsigned bytes first, so 128 is added to x, and the sums start at -128 times the
+// sum of the weights. They are exact, and have the bits of `multiply_many` in lanes_avx512.cpp.
+
+#include "avx512.h"
+
+#if defined(CASTLM_AVX512)
+
+#include <algorithm>
+#include <array>
+
+#include "plain.h"
+
+BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")
+
+namespace castlm {
+namespace {
+
+#include "lanes_avx512.h"
+
+constexpr int kRowsAtOnce = 12;          // 12 sums of integers and 12 of fp32, all in registers
+constexpr int64_t kPassBytes = 1 << 19;  // of x, which stay in the second-level cache while the tiles pass
+constexpr int64_t kFewestRows = 48;      // fewer do not pay for the rearrangement
+constexpr int kMostSteps = 8;
+
+int steps_of(const Header& of) { return int((kBlock / of.m * of.n + 3) / 4); }
+int64_t block_bytes(int steps) { return 64 + 128 * steps; }  // the first sums, then columns and weights of each step
+
+// 16 registers of 16 words as a matrix: word i of register j becomes word j of register i.
+INLINE void transpose(__m512i (&of)[16]) {
+  __m512i pairs[16], fours[16], eights[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(of[i], of[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(of[i], of[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+#pragma GCC unroll 2
+  for (int i = 0; i < 16; i += 8)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      eights[i + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + j + 4], 0x88);
+      eights[i + j + 4] = _mm512_shuffle_i32x4(fours[i + j], fours[i + j + 4], 0xdd);
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    of[i] = _mm512_shuffle_i32x4(eights[i], eights[i + 8], 0x88);
+    of[i + 8] = _mm512_shuffle_i32x4(eights[i], eights[i + 8], 0xdd);
+  }
+}
+
+// The blocks of a tile with their kept weights first, `block_bytes` each.
+template <int values>
+void gather(const uint8_t* panel, int64_t bytes, int64_t blocks, int steps, uint8_t* to) {
+  const __m512i added = _mm512_set1_epi8(char(values == kInt4 ? 8 : 128));
+  alignas(64) uint8_t places[kBlock];
+  for (int i = 0; i < kBlock; i++) places[i] = uint8_t(i);
+  const __m512i columns = load(places);
+  for (int64_t i = 0; i < blocks; i++, panel += bytes, to += block_bytes(steps)) {
+    Reader<values, true> reader;
+    reader.start(panel);
+    __m512i rows[16];  // first the steps of `Reader`, four columns of all rows; then the 64 columns of each row
+#pragma GCC unroll 8
+    for (int step = 0; step < 16; step += 2) {
+      rows[step] = reader.next(0), rows[step + 1] = reader.next(Shape<values>::kHalves - 1);
+      if (values == kInt4) {
+        const __m512i halves[2] = {rows[step], rows[step + 1]};
+        rows[step] = half_step<0>(halves[0], halves[1]), rows[step + 1] = half_step<1>(halves[0], halves[1]);
+      }
+    }
+    transpose(rows);
+#pragma GCC unroll 16
+    for (__m512i& row : rows) {  // a kept weight of zero may be passed over
+      const __mmask64 kept = _mm512_cmpneq_epi8_mask(row, added);
+      const __m512i weights = _mm512_maskz_compress_epi8(kept, _mm512_sub_epi8(row, added));
+      row = _mm512_inserti64x4(_mm512_maskz_compress_epi8(kept, columns), _mm512_castsi512_si256(weights), 1);
+    }
+    transpose(rows);  // columns of step s in register s, weights in 8 + s
+    __m512i sums = _mm512_setzero_si512();
+    for (int step = 0; step < steps; step++) {
+      _mm512_store_si512(to + 64 + 128 * step, rows[step]);
+      _mm512_store_si512(to + 128 + 128 * step, rows[8 + step]);
+      sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(char(128)), rows[8 + step]);
+    }
+    _mm512_store_si512(to, _mm512_sub_epi32(_mm512_setzero_si512(), sums));
+  }
+}
+
+// In assembly: GCC 12 copies the sums of the intrinsic, and spills them all.
+INLINE void add_products(__m512i& sums, __m512i x, __m512i w) { asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w)); }
+
+// R rows of x times a gathered tile. x is (blocks, kRowsAtOnce, 64), its scales (blocks, kRowsAtOnce).
+template <int values, int R>
+void multiply_tile(const uint8_t* w, int steps, const uint8_t* panel, int64_t bytes, int64_t blocks, const int8_t* x,
+                   const float* scales, __m512* to) {
+  __m512 sums[R];
+#pragma GCC unroll 12
+  for (__m512& sum : sums) sum = _mm512_setzero_ps();
+  panel += bytes - 32;
+  for (int64_t i = 0; i < blocks; i++, x += kRowsAtOnce * kBlock, scales += kRowsAtOnce, panel += bytes) {
+    __m512i c[R];
+#pragma GCC unroll 12
+    for (__m512i& sum : c) sum = load(w);
+    w += 64;
+    for (int step = 0; step < steps; step++, w += 128) {
+      const __m512i columns = load(w), weights = load(w + 64);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) add_products(c[r], _mm512_permutexvar_epi8(columns, load(x + r * kBlock)), weights);
+    }
+    const __m512 of_rows = values == kInt4 ? short_scales(panel) : _mm512_setzero_ps();
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const __m512 whole = _mm512_cvtepi32_ps(c[r]);
+      sums[r] = _mm512_fmadd_ps(values == kInt4 ? _mm512_mul_ps(whole, of_rows) : whole, _mm512_set1_ps(scales[r]), sums[r]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) to[r] = sums[r];
+}
+
+template <int values>
+constexpr auto kTile =
+    std::array{multiply_tile<values, 1>, multiply_tile<values, 2>, multiply_tile<values, 3>,  multiply_tile<values, 4>,
+               multiply_tile<values, 5>, multiply_tile<values, 6>, multiply_tile<values, 7>,  multiply_tile<values, 8>,
+               multiply_tile<values, 9>, multiply_tile<values, 10>, multiply_tile<values, 11>, multiply_tile<values, 12>};
+
+template <int values>
+void multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes, width = of.padded();
+  const int64_t pass = std::max<int64_t>(96, kPassBytes / width / kRowsAtOnce * kRowsAtOnce);
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * stride);  // of int8
+  const int steps = steps_of(of);
+  auto* room = static_cast<uint8_t*>(scratch<0>(blocks * block_bytes(steps)));
+  for (int64_t b0 = 0; b0 < x.batch; b0 += pass)
+    for (int64_t tile = first; tile < last; tile++) {
+      const uint8_t* panel = data + tile * stride;
+      gather<values>(panel, bytes, blocks, steps, room);
+      const int64_t row = 16 * tile;
+      const __mmask16 here = of.rows - row >= 16 ? 0xffff : __mmask16((1 << (of.rows - row)) - 1);
+      const __m512 factor = values == kInt8 ? _mm512_loadu_ps(row_scales + row) : _mm512_set1_ps(1);
+      for (int64_t b = b0; b < std::min(b0 + pass, x.batch); b += kRowsAtOnce) {
+        const int64_t at = b * blocks, rows = std::min<int64_t>(kRowsAtOnce, x.batch - b);
+        __m512 sums[kRowsAtOnce];
+        kTile<values>[rows - 1](room, steps, panel, bytes, blocks, x.narrow + at * kBlock, x.scales + at, sums);
+        for (int64_t r = 0; r < rows; r++) _mm512_mask_storeu_ps(y + (b + r) * ldy + row, here, _mm512_mul_ps(sums[r], factor));
+      }
+    }
+}
+
+}  // namespace
+
+bool avx512_gathers(const Header& of, int64_t batch) {
+  static const bool permutes = __builtin_cpu_supports("avx512vbmi") && !is_intel;  // Intel's permute where they multiply
+  return permutes && batch >= kFewestRows && of.m && of.values >= kInt8 && steps_of(of) <= kMostSteps;
+}
+
+Multiply avx512_gathered(const Header& of) { return of.values == kInt8 ? multiply<kInt8> : multiply<kInt4>; }
+
+int64_t avx512_gathered_bytes(const Header& of, int64_t batch) {
+  return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce * of.blocks() * (kBlock + 4);
+}
+
+Activations avx512_gathered_rows(const Header& of, const Activations& x, void* room) {
+  const int64_t blocks = of.blocks(), rows = (x.batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+  auto* narrow = static_cast<int8_t*>(room);
+  auto* scales = reinterpret_cast<float*>(narrow + rows * of.padded());
+  for (int64_t b = 0; b < x.batch; b++)
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t at = (b / kRowsAtOnce * blocks + i) * kRowsAtOnce + b % kRowsAtOnce;
+      const __m512i columns = load(x.narrow + b * of.padded() + i * kBlock);
+      _mm512_storeu_si512(narrow + at * kBlock, _mm512_xor_si512(columns, _mm512_set1_epi8(char(128))));
+      scales[at] = x.scales[b * blocks + i];
+    }
+  return {x.wide, narrow, scales, nullptr, x.batch};
+}
+
+}  // namespace castlm
+END_TARGET
+
+#else
+
+namespace castlm {
+bool avx512_gathers(const Header&, int64_t) { return false; }
+Multiply avx512_gathered(const Header&) { return nullptr; }
+int64_t avx512_gathered_bytes(const Header&, int64_t) { return 0; }
+Activations avx512_gathered_rows(const Header&, const Activations& x, void*) { return x; }
+}  // namespace castlm
+
+#endif
