@@ -95,8 +95,8 @@ def lessons() -> Iterator[list[tuple[int, ...]]]:
 @pytest.fixture
 def no_charts(monkeypatch) -> None:
     """Pages and tables as without matplotlib: charts take longer than all the rest of a small run."""
-    for room in ("charts", "run_page"):
-        monkeypatch.setattr(f"castlm.lab.report.{room}.can_draw", lambda: False)
+    for place in ("report.charts", "report.run_page", "compare.report"):
+        monkeypatch.setattr(f"castlm.lab.{place}.can_draw", lambda: False)
 
 
 LONGEST_FIRST = (

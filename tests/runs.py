@@ -165,6 +165,13 @@ def num_rows(folder: str | Path) -> int:
     return file.read_text().count("\n") if file.is_file() else 0
 
 
+PROOF = {
+    **dict.fromkeys(("bad_layers", "left_dense", "uncounted", "violations", "non_finite"), 0),
+    **{"layers": 14, "weights": 900, "groups": 225, "zero_fraction": 0.5},
+}
+"""The entry "proof" of a castlm.json."""
+
+
 def record_of(folder: str | Path) -> dict[str, Any]:
     """The castlm.json of a model folder."""
     return json.loads((Path(folder) / "castlm.json").read_text())

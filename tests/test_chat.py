@@ -439,10 +439,10 @@ def of_chat(chat_llama, chat, folder, **over):
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(chat_llama, chat, tmp_path):
     straight = of_chat(chat_llama, chat, tmp_path / "straight", save_steps=2, max_steps=4, init_from=None)
-    record = train(straight)
-    assert record["measured"]["tokens"] == "assistant"
+    facts = train(straight)
+    assert facts.measured.tokens == "assistant"
     assert "| scored tokens |" in (tmp_path / "straight" / "model" / "README.md").read_text()
-    assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
+    assert facts.perplexity.pruned == pytest.approx(facts.proof.perplexity_from_disk, rel=1e-5)
     last = metrics(stop_and_resume(straight, 3))[-2]
     assert last["tokens"] == 4 * 4 * 96
     assert 0 < last["loss_tokens"] < 4 * 96

@@ -16,14 +16,16 @@ from castlm.cli.compare import show
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.data import documents
+from castlm.facts import Facts, Perplexities, Verdict, to_json
 from castlm.files.output import begin_output, output_folder
 from castlm.lab.compare import runs
 from castlm.lab.compare.plan import CompareConfig, Plan
 from castlm.lab.compare.plan import compare as run_comparison
 from castlm.lab.compare.plots import PLOTS
 from castlm.lab.compare.presets import PRESETS, SPARSEGPT
-from castlm.lab.compare.report import starts_note, summarize, verdict
-from castlm.lab.compare.runs import Result, Run, content_hash, refuse_running, run_key, run_process
+from castlm.lab.compare.report import rates_note, starts_note, verdict
+from castlm.lab.compare.rows import behind, summarize
+from castlm.lab.compare.runs import Failure, Result, Run, content_hash, refuse_running, run_key, run_process
 from castlm.methods.table import METHODS
 from castlm.progress import note
 from castlm.training.config import TrainConfig
@@ -47,19 +49,24 @@ def files(llama, text, tmp_path_factory) -> dict[str, str]:
     return {"model": llama, "dataset": text, "eval_dataset": str(eval_text)}
 
 
-@pytest.fixture
-def in_process(no_charts, monkeypatch) -> list[str]:
-    """Runs a comparison's processes in this one; the names of the configs that were started."""
+def run_here(patch: pytest.MonkeyPatch) -> list[str]:
+    """Runs a comparison's processes in this one; returns the names of the configs that were started."""
     started: list[str] = []
 
-    def run_here(arguments, log):
+    def run(arguments, log):
         started.append(Path(arguments[-1]).stem)
         code = main(arguments[1:]) if arguments[0] == "castlm" else compare_command.one_shot_row(arguments[-1])
         log.write_text("castlm: error: as it said\n" if code else "done\n")
         return code
 
-    monkeypatch.setattr(runs, "run_process", run_here)
+    patch.setattr(runs, "run_process", run)
     return started
+
+
+@pytest.fixture
+def in_process(no_charts, monkeypatch) -> list[str]:
+    """Runs a comparison's processes in this one; the names of the configs that were started."""
+    return run_here(monkeypatch)
 
 
 def command(files, tmp_path, **over) -> CompareConfig:
@@ -82,58 +89,97 @@ def compare(files, tmp_path, **over) -> tuple[int, dict]:
     return code, json.loads((tmp_path / "out" / "table.json").read_text())
 
 
-def test_runs_once_and_says_what_was_measured(files, tmp_path, in_process, monkeypatch):
+@dataclasses.dataclass
+class Compared:
+    """A comparison of three methods and the control, which was started twice, and its runs."""
+
+    out: Path
+    codes: tuple[int, int]
+    tables: tuple[dict, dict]
+    """The content of table.json after each start; the second one has drawn charts."""
+    started: list[str]
+
+    @property
+    def rows(self) -> dict[str, dict]:
+        return {row["variant"]: row for row in self.tables[0]["rows"]}
+
+    @property
+    def facts(self) -> dict[str, Facts]:
+        found = [Facts.read(folder) for folder in self.out.glob("runs/*/model")]
+        return {facts.method: facts for facts in found}
+
+
+@pytest.fixture(scope="module")
+def compared(files, tmp_path_factory) -> Compared:
+    folder = tmp_path_factory.mktemp("compared")
     # At this rate six steps end below the start of this random model, so that no run counts as diverged.
     asked = {"methods": "cast,srste,magnitude", "num_sequences": 2, "config": {**CONFIG, "learning_rate": 3e-3}}
-    code, table = compare(files, tmp_path, **asked)
-    assert code == 0
-    assert len(in_process) == 4  # and the dense control
-    rows = {row["variant"]: row for row in table["rows"]}
-    assert list(rows) == ["cast", "srste", "magnitude", "dense"]
-    records = {}
-    for file in (tmp_path / "out" / "runs").glob("*/model/castlm.json"):
-        record = json.loads(file.read_text())
-        records[record["method"]] = record
-    control = records["dense"]["perplexity"]["trained"]
-    for name in ("cast", "srste", "magnitude"):
-        pruned = records[name]["perplexity"]["pruned"]
-        assert rows[name]["pruned"]["mean"] == pytest.approx(pruned)
-        assert rows[name]["gap"]["mean"] == pytest.approx(math.log(pruned / control))
-    assert rows["dense"]["gap"]["mean"] == 0
-    untouched = records["cast"]["perplexity"]["dense"]
-    assert untouched == pytest.approx(records["magnitude"]["perplexity"]["dense"], rel=1e-5)  # two ways to measure it
-    assert table["untouched"] == pytest.approx(untouched, rel=1e-5)
-    assert rows["cast"]["tokens"] == 6 * 64
-    assert rows["magnitude"]["tokens"] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        started = run_here(patch)
+        patch.setattr("castlm.lab.compare.report.can_draw", lambda: False)
+        first, table = compare(files, folder, **asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "run_process", None)  # nothing is left to run
+        second, again = compare(files, folder, **asked)
+    return Compared(folder / "out", (first, second), (table, again), started)
+
+
+def test_each_variant_and_the_control_run_once(compared):
+    assert compared.codes == (0, 0)
+    assert [name.rpartition("-")[0] for name in compared.started] == ["cast", "srste", "magnitude", "dense"]
+    assert list(compared.rows) == ["cast", "srste", "magnitude", "dense"]
+    assert compared.tables[1]["rows"] == compared.tables[0]["rows"]
+    assert not list(compared.out.glob("runs/*/checkpoints"))
+
+
+def test_a_row_has_the_figures_of_its_run_and_their_distance_to_the_control(compared):
+    rows, facts = compared.rows, compared.facts
+    found = {name: (row["pruned"]["mean"], row["gap"]["mean"], row["tokens"]) for name, row in rows.items()}
+    tokens = {"cast": 6 * 64, "srste": 6 * 64, "magnitude": 0, "dense": 6 * 64}
+    control = facts["dense"].perplexity.final
+    of_runs = {name: facts[name].perplexity.final for name in rows}
+    assert found == {name: pytest.approx((ppl, math.log(ppl / control), tokens[name])) for name, ppl in of_runs.items()}
+    dense = {facts["cast"].perplexity.dense, facts["magnitude"].perplexity.dense}  # measured in two ways
+    assert compared.tables[0]["untouched"] == pytest.approx(min(dense), rel=1e-5) == pytest.approx(max(dense), rel=1e-5)
     assert rows["magnitude"]["train_seconds"]["mean"] >= 0
     assert rows["cast"]["peak_memory_mib"]["mean"] > 100
-    for name in ("seq_len", "stride", "text_sha256", "tokenizer", "precision", "versions", "date", "metric"):
-        assert table["stamp"][name]
+
+
+def test_the_table_has_the_conditions_of_its_figures(compared):
+    table, measured = compared.tables[0], compared.facts["cast"].measured
+    assert table["stamp"].items() >= {"metric": "perplexity", **to_json(measured)}.items()
     assert table["stamp"]["sha256"].keys() == {"model", "dataset", "eval_dataset", "calibration"}
-    assert [record["config"]["num_sequences"] for record in table["one_shot_results"]] == [2]
-    assert all(record["versions"] for record in (*table["results"], *table["one_shot_results"]))
-    assert [rows[name]["start"] for name in rows] == ["sparsegpt", "sparsegpt", "dense", "dense"]
-    assert rows["srste"]["options"] == {"hidden_weight": 15.0, "srste_lam": 5e-3}  # the control has none
-    assert set(rows["cast"]["options"]) == {"decay", "decay_end", "hidden_weight", "mask_interval", "scale_groups"}
-    text = (tmp_path / "out" / "table.md").read_text()
-    assert "| cast | sparsegpt |" in text
+    assert table["stamp"]["date"]
+    results = [*table["results"], *table["one_shot_results"]]
+    assert {result["method"]: result["versions"] for result in results} == {
+        name: facts.versions for name, facts in compared.facts.items()
+    }
+
+
+def test_a_row_names_its_start_and_the_options_that_have_an_effect(compared):
+    refined = "sparsegpt, refined"  # sparsegpt alone would be a row of that name
+    starts = {"cast": refined, "srste": refined, "magnitude": "dense", "dense": "dense"}
+    assert {name: row["start"] for name, row in compared.rows.items()} == starts
+    assert {name: set(row["options"]) for name, row in compared.rows.items()} == {
+        "cast": {"decay", "decay_end", "hidden_weight", "mask_interval", "scale_groups"},
+        "srste": {"hidden_weight", "srste_lam"},
+        "magnitude": set(),
+        "dense": set(),
+    }
+    assert [result["config"]["num_sequences"] for result in compared.tables[0]["one_shot_results"]] == [2]
+
+
+def test_a_terminal_gets_few_columns_and_the_page_all_of_them_with_charts(compared):
+    text, html = ((compared.out / name).read_text() for name in ("table.md", "table.html"))
     assert "| variant | start | tokens | rate | pruned | gap to dense control |" in text
     assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 100
-    assert not list((tmp_path / "out").glob("runs/*/checkpoints"))
-
-    monkeypatch.undo()
-    again, table_again = compare(files, tmp_path, **asked)
-    assert again == 0
-    assert len(in_process) == 4  # nothing was run twice
-    assert table_again["rows"] == table["rows"]
-    html = (tmp_path / "out" / "table.html").read_text()
+    for words in ("peak memory, MiB", "behind the best", compared.tables[1]["verdict"], "were not tuned: all at 0.003"):
+        assert words in html
     assert html.count("<svg") == 2  # gaps and learning curves
-    assert table["verdict"] in html
-    assert "peak memory, MiB" in html  # a column that the table of a terminal leaves out
     for name in ("gaps", "losses"):
-        assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")
-    assert "http-equiv" not in html
-    assert "src=" not in html
+        assert (compared.out / f"{name}.svg").read_text().startswith("<?xml")
+    for loaded_from_elsewhere in ("http-equiv", "src="):
+        assert loaded_from_elsewhere not in html
 
 
 def test_a_failed_run_is_a_line_of_the_table_whatever_its_name(files, tmp_path, in_process, capsys):
@@ -268,8 +314,9 @@ def fake(variant: str, budget: int, seed: int, ppl: float, trial: bool = False, 
         fields = TrainConfig.of("model", "text", "run", **fields).as_dict()
     run = Run(variant, budget, budget if tokens is None else tokens, fields)
     key = "trained" if variant == "dense" else "pruned"
-    record = {"perplexity": {key: ppl, "before_prune": ppl}, "train_seconds": 2.0}
-    return Result(run, record, Path("."), trial)
+    perplexity = Perplexities(**{key: ppl}, before_prune=ppl)
+    facts = Facts(pattern="2:4", left_dense={}, perplexity=perplexity, train_seconds=2.0)
+    return Result(run, facts, Path("."), trial)
 
 
 def fakes(variant: str, *ppls: float, budget: int = 100) -> list[Result]:
@@ -283,23 +330,23 @@ def test_gap_is_paired_by_budget_and_seed():
     results += [fake("cast", 100, 0, 7.0), fake("cast", 100, 1, 7.5), fake("cast", 200, 0, 5.0)]
     results += [fake("cast", 100, 0, 99.0, trial=True), fake("magnitude", 0, 0, 50.0), fake("wanda", 0, 1, 40.0)]
     results += [fake("cast", 200, 1, 0.0)]
-    results[-1].record = {"error": "it crashed"}
-    rows = {(row["variant"], row["tokens"]): row for row in summarize(results)}
+    results[-1].outcome = Failure("it crashed")
+    rows = {(row.variant, row.tokens): row for row in summarize(results)}
     gaps = [math.log(7.0 / 5.0), math.log(7.5 / 6.0)]
-    assert rows["cast", 100]["gap"].mean == pytest.approx(statistics.fmean(gaps))
-    assert rows["cast", 100]["gap"].std == pytest.approx(statistics.stdev(gaps))
-    assert rows["cast", 200]["gap"].values == pytest.approx((math.log(5.0 / 4.0),))
-    assert rows["cast", 200]["gap"].std is None
-    assert rows["cast", 200]["errors"] == ["seed 1: it crashed"]
-    assert rows["magnitude", 0]["gap"].values == pytest.approx((math.log(50.0 / 4.0), math.log(50.0 / 4.5)))
-    assert rows["wanda", 0]["gap"].mean == pytest.approx(math.log(40.0 / 4.5))
+    assert rows["cast", 100].gap.mean == pytest.approx(statistics.fmean(gaps))
+    assert rows["cast", 100].gap.std == pytest.approx(statistics.stdev(gaps))
+    assert rows["cast", 200].gap.values == pytest.approx((math.log(5.0 / 4.0),))
+    assert rows["cast", 200].gap.std is None
+    assert rows["cast", 200].errors == ["seed 1: it crashed"]
+    assert rows["magnitude", 0].gap.values == pytest.approx((math.log(50.0 / 4.0), math.log(50.0 / 4.5)))
+    assert rows["wanda", 0].gap.mean == pytest.approx(math.log(40.0 / 4.5))
 
 
 def test_steps_of_another_size_have_the_control_of_the_same_budget_and_a_note():
     results = [fake("dense", 450, 0, 5.0, tokens=448), fake("cast", 450, 0, 7.0, tokens=448)]
     rows = summarize([*results, fake("ste", 450, 0, 6.0, tokens=384)])
-    assert [row["tokens"] for row in rows] == [448, 448, 384]
-    assert rows[2]["gap"].mean == pytest.approx(math.log(6.0 / 5.0))
+    assert [row.tokens for row in rows] == [448, 448, 384]
+    assert rows[2].gap.mean == pytest.approx(math.log(6.0 / 5.0))
     assert verdict(rows).startswith("At a budget of 450 training tokens, ste has the smallest gap")
 
 
@@ -315,17 +362,31 @@ def test_starts_of_one_solver_with_other_options_are_not_said_to_be_the_same():
     results = [fake("cast", 100, 0, 7.0), fake("srste", 100, 0, 8.0)]
     for result in results:
         result.run.config.update(init_from="sparsegpt")
-    assert starts_note(summarize(results)).endswith("had the same one: sparsegpt.")
+    assert starts_note(summarize(results)).endswith("had the same one: sparsegpt, refined.")
     for result, rotate in zip(results, ("off", "values")):
         result.run.config.update(rotate=rotate)
-    expected = "The starts differ (sparsegpt with rotate off; sparsegpt with rotate values)"
+    expected = "The starts differ (sparsegpt, refined with rotate off; sparsegpt, refined with rotate values)"
     assert starts_note(summarize(results)).startswith(expected)
+    results[0].run.config.update(SPARSEGPT)
+    assert [row.start for row in summarize(results)] == ["sparsegpt", "sparsegpt, refined"]
+
+
+def test_the_report_says_which_rates_were_tuned():
+    results = fakes("cast", 7.0)
+    assert "were not tuned: all at 0.001" in rates_note(results)
+    results[0].run.config.update(learning_rate=1e-4)
+    assert "were not tuned: between 0.0001 and 0.001" in rates_note([*results, *fakes("srste", 7.0)])
+    assert "from the same candidates" in rates_note([fake("cast", 100, 0, 7.0, trial=True), *results])
+    assert rates_note([fake("magnitude", 0, 0, 7.0)]) == ""
 
 
 def test_an_infinite_gap_is_neither_ranked_nor_drawn():
     found = {"dense": 5.0, "cast": 7.0, "ast": 8.0, "ste": math.inf}
     rows = summarize([fake(name, 100, 0, perplexity) for name, perplexity in found.items()])
-    assert "cast has the smallest gap to the dense control, +0.3365 nats per token; ast is" in verdict(rows)
+    assert (
+        "cast has the smallest gap to the dense control, +0.3365 nats per token (40.0 % in perplexity); ast is"
+        in verdict(rows)
+    )
     for chart in ("gaps", "budgets"):
         svg = PLOTS[chart](rows, [])[chart].svg
         assert ">ste<" not in svg
@@ -344,12 +405,29 @@ def test_the_verdict_names_the_best_and_whether_chance_explains_it():
     assert "No result" in verdict(summarize(level))
 
 
+def test_a_row_is_behind_the_best_by_the_interval_of_the_differences_of_its_seeds():
+    """Bands of the gaps overlap here, which says nothing: each seed moves both rows."""
+    cast, ste = summarize(fakes("dense", 5.0, 5.0, 5.0) + fakes("cast", 6.0, 7.0, 8.0) + fakes("ste", 6.1, 7.2, 8.3))[
+        1:
+    ]
+    found = behind(ste, cast)
+    differences = [math.log(6.1 / 6.0), math.log(7.2 / 7.0), math.log(8.3 / 8.0)]
+    half = 4.3027 * statistics.stdev(differences) / math.sqrt(3)  # Student's t of 2 degrees of freedom at 97.5 %
+    assert (found.mean, found.half_width) == pytest.approx((statistics.fmean(differences), half), rel=1e-4)
+    assert found.excludes_zero
+    assert cast.gap.mean + cast.gap.std > ste.gap.mean - ste.gap.std
+    assert behind(cast, ste).mean == pytest.approx(-found.mean)
+
+
 def test_the_verdict_pairs_the_seeds_that_both_have():
     dense, cast = fakes("dense", *[5.0] * 5), fakes("cast", 6.0, 7.0, 8.0)
     # far less apart than the seeds are, and by the same factor with every seed
     ste = fakes("ste", 6.12, 7.14, 8.1601)
     text = verdict(summarize(dense[:3] + cast + ste))
-    assert "ste is 0.0198 ± 0.0000 behind (standard error, paired over 3 seeds)" in text
+    assert (
+        "ste is 0.0198 behind (2.0 % in perplexity), and the 95 % interval, paired over 3 seeds, 0.0198 to 0.0198,"
+        in text
+    )
     assert "excludes zero" in text
     others = fakes("ste", 6.12, *[0.0] * 2, 7.2, 7.2)
     text = verdict(summarize(dense + cast + [others[0], *others[3:]]))
@@ -425,13 +503,14 @@ def test_the_text_that_chooses_rates_is_not_the_evaluation_text(files, tmp_path)
 
 def test_the_control_is_the_dense_variant_of_that_name_and_none_that_diverged():
     results = [fake("ste", 64, 0, 8.0), fake("ste", 64, 1, 8.0), fake("dense", 64, 0, 4.0), fake("dense", 64, 1, 1e9)]
-    results[-1].record["verdict"] = {"ok": False, "reason": "it diverged"}
+    facts = results[-1].facts
+    results[-1].outcome = dataclasses.replace(facts, verdict=Verdict(ok=False, reason="it diverged"))
     for result in (fake("dense", 64, 0, 2.0), fake("dense", 64, 1, 2.0)):
         results.append(dataclasses.replace(result, run=dataclasses.replace(result.run, variant="other")))
-    rows = {row["variant"]: row for row in summarize(results)}
-    assert rows["ste"]["gap"].values == pytest.approx((math.log(2),))
-    assert rows["other"]["gap"].values == pytest.approx((math.log(1 / 2),))
-    assert rows["dense"]["diverged"] == ["seed 1: it diverged"]
+    rows = {row.variant: row for row in summarize(results)}
+    assert rows["ste"].gap.values == pytest.approx((math.log(2),))
+    assert rows["other"].gap.values == pytest.approx((math.log(1 / 2),))
+    assert rows["dense"].diverged == ["seed 1: it diverged"]
 
 
 def test_a_run_that_a_killed_comparison_has_left_at_work_is_refused(tmp_path):

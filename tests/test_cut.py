@@ -48,14 +48,14 @@ CUTS = [("channels", family) for family in sorted(CHANNELS)] + [("heads", family
 @pytest.mark.parametrize(("kind", "family"), [case if case[1] in QUICK else slow(*case) for case in CUTS])
 def test_units_are_cut_out_and_the_folder_loads_as_it_is(kind, family, tmp_path):
     model = linear_model(family)
-    manifest = exported(model, f"{kind}:0.5", tmp_path / "cut")
+    facts = exported(model, f"{kind}:0.5", tmp_path / "cut")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
-    assert manifest["num_params"] == loaded.num_parameters() < model.num_parameters()
+    assert facts.num_params == loaded.num_parameters() < model.num_parameters()
     assert difference(model, loaded) <= TOLERANCE
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
     if kind == "channels":
         field = CHANNELS[family]
-        assert (manifest["cut"]["before"], manifest["cut"]["after"]) == ({field: 64}, {field: 32})
+        assert (facts.cut.before, facts.cut.after) == ({field: 64}, {field: 32})
         assert config[field] == getattr(loaded.config, field) == 32
     else:
         assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 8)

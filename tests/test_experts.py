@@ -171,9 +171,9 @@ def test_an_expert_left_dense_is_recorded_by_its_names_in_the_files(tmp_path):
     model = linear_model("mixtral")
     prune_(model, filter_fn=not_down)
     _, dense = sparse_linears(model, filter_fn=not_down)
-    manifest = export_model(model, tiny_tokenizer(), tmp_path / "m", pattern="2:4", left_dense=dense, record={})
+    facts = export_model(model, tiny_tokenizer(), tmp_path / "m", pattern="2:4", left_dense=dense, record={})
     name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
-    assert manifest["left_dense"][name] == "excluded by the filter"
+    assert facts.left_dense[name] == "excluded by the filter"
     report = verify(tmp_path / "m")
     assert report.ok
     assert report.totals()["left_dense"] == 8

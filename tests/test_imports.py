@@ -23,6 +23,7 @@ TIERS = (
     ("formats",),
     ("data",),
     ("models",),
+    ("facts",),
     ("hardware", "files", "fields", "progress", "signals"),
     ("names", "dtypes", "packages", "devices", "keywords"),
     ("core",),

@@ -104,8 +104,8 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
     fields = {"eval_dataset": tuple(names), "save_steps": 2, "max_steps": 4, "eval_steps": 4}
     mixed = (f"{names[0]}:0.75", f"{names[1]}:0.25", text)
     straight = small(llama, mixed, tmp_path / "straight", **fields)
-    record = train(straight)
-    assert record["dataset"]["name"] == " + ".join([*names, text])
+    facts = train(straight)
+    assert facts.dataset.name == " + ".join([*names, text])
     killed = stop_and_resume(straight, 3)
     assert [str(path) for path in parsed] == names * 2  # each start parses a file once, and the restart none
     rows = metrics(killed)

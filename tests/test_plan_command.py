@@ -38,10 +38,10 @@ def test_calibration_measures_the_momentum_of_the_run_itself(llama, text, tmp_pa
 def test_lam_auto_is_calibrated_recorded_and_kept_on_resume(llama, text, tmp_path):
     over = {"decay": "additive", "lam": "auto", "ignore_decay_budget": True, "init_from": "magnitude"}
     config = small(llama, text, tmp_path / "run", **over, save_steps=6)
-    record = train(config)
-    assert 0 < record["config"]["lam"] < 1
+    facts = train(config)
+    assert 0 < facts.config["lam"] < 1
     saved = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "manifest.json").read_text())
-    assert saved["config"]["lam"] == record["config"]["lam"]
+    assert saved["config"]["lam"] == facts.config["lam"]
 
 
 def test_a_run_takes_the_start_on_which_its_lam_was_calibrated(llama, text, tmp_path, monkeypatch):

@@ -161,11 +161,12 @@ def test_plot_is_written(law, tmp_path):
 def run_record(tokens, ppl, seed=0, **measured):
     measured = {"seq_len": 512, "stride": 512, "text_sha256": "abc", "num_tokens": 1000, **measured}
     return {
+        "schema_version": 1,
         "method": "cast",
         "config": {"seed": seed},
         "perplexity": {"dense": 3.0, "pruned": ppl},
         "figures": [{"name": "dense", "perplexity": 3.0}],
-        "measured": measured,
+        "measured": {"text": "a.txt", "tokenizer": "t", "precision": "fp32", **measured},
         "num_params": 260_000,
         "train_tokens": tokens,
     }

@@ -1,5 +1,6 @@
 """The memory plan against what can be counted: published sizes, a block's closed form, and a real forward pass."""
 
+import copy
 import functools
 import json
 from dataclasses import replace
@@ -46,10 +47,6 @@ def test_shipped_configs_have_the_published_sizes(name, params, sparse):
     plan = planned(CONFIGS / f"{name}.json", seq_len=512, micro_batch=1, scale_groups=0)
     assert plan.num_params == params
     assert plan.num_sparse == sparse
-    assert plan.components["weights"] == plan.components["gradients"] == 4 * params
-    assert plan.components["moments"] == 8 * params
-    assert plan.components["teacher"] == 2 * params
-    assert plan.components["masks"] == sparse // 4
 
 
 def llama(**over):
@@ -128,17 +125,27 @@ def test_scaled_layers_keep_no_weights_for_backward_and_others_the_copies_of_aut
 
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("family", ["llama", slow("gpt2"), slow("mixtral")])
-def test_moments_and_masks_take_what_the_optimizer_holds(family, moments):
+def test_weights_gradients_moments_masks_and_teacher_take_what_a_real_step_holds(family, moments):
     """Widths of 64 and 176 have blocks of 64, 32 and 16, which is too short; scales, norms and small weights none."""
     model = tiny_model(family, hidden_size=64, intermediate_size=176, vocab_size=512)
     plan = planned(model.config, seq_len=32, micro_batch=1, scale_groups=2, moments=moments)
+    teacher = copy.deepcopy(model).bfloat16()
     linearize_(model)
     add_weight_scaling(model, 2)
     optimizer = AdamS(sparse_param_groups(model), total_steps=10, moments=moments)
+    ids = torch.arange(512).view(8, 64)  # every expert gets some
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
     held = [item for state in optimizer.state.values() for item in state.items()]
-    assert plan.components["moments"] == sum(t.nbytes for key, t in held if key in MOMENT_KEYS)
-    assert plan.components["masks"] == 2 * sum(t.nbytes for key, t in held if key == "mask")
     assert {key for key, _ in held} <= {"step", "mask", *MOMENT_KEYS}
+    of_step = {
+        "weights": sum(parameter.nbytes for parameter in model.parameters()),
+        "gradients": sum(parameter.grad.nbytes for parameter in model.parameters()),
+        "moments": sum(t.nbytes for key, t in held if key in MOMENT_KEYS),
+        "masks": 2 * sum(t.nbytes for key, t in held if key == "mask"),  # a run keeps the first ones, too
+        "teacher": sum(parameter.nbytes for parameter in teacher.parameters()),
+    }
+    assert {name: plan.components[name] for name in of_step} == of_step
 
 
 @functools.cache

@@ -72,7 +72,13 @@ class Drawn:
         self.done.append((config["max_steps"], seed))
         folder = Path(config["output_dir"]) / "model"
         folder.mkdir(parents=True)
-        record = {"method": "cast", "config": {"seed": seed}, "train_tokens": tokens, "num_params": 1000}
+        record = {
+            "schema_version": 1,
+            "method": "cast",
+            "config": {"seed": seed},
+            "train_tokens": tokens,
+            "num_params": 1000,
+        }
         record["perplexity"] = {"pruned": self.perplexity(tokens, seed)}
         record |= {} if self.verdict is None else {"verdict": self.verdict}
         (folder / "castlm.json").write_text(json.dumps(record))
@@ -245,7 +251,7 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     (resumed,) = [record["config"] for record in records if record["train_steps"] == 8]
     straight = TrainConfig.from_mapping({**resumed, "output_dir": str(tmp_path / "straight"), "resume": False})
     (perplexity,) = [record["perplexity"]["pruned"] for record in records if record["train_steps"] == 8]
-    assert perplexity == train(straight)["perplexity"]["pruned"]
+    assert perplexity == train(straight).perplexity.pruned
     assert not list(tmp_path.glob("killed/runs/dense*"))
 
 

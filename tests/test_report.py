@@ -14,6 +14,7 @@ import pytest
 from castlm.cli.main import main
 from castlm.cli.report import write_report
 from castlm.core.errors import InputError
+from castlm.facts import Perplexities, to_json
 from castlm.lab.report import charts
 from castlm.lab.report.charts import Picture, Series, dot_chart, heat_map, line_chart
 from castlm.lab.report.run_page import read_run, run_page
@@ -64,7 +65,7 @@ def test_evaluations_hold_the_histogram_of_masked_weights(finished):
     whole = sum(rows[-1])
     assert rows[0][0] == rows[-1][0] == whole  # all are zero at first and at the end
     assert rows[1][0] < whole  # and grow in between
-    assert set(run.evaluations[0]["masked_share"]) == set(run.record["start"]["layer_errors"])
+    assert set(run.evaluations[0]["masked_share"]) == set(run.facts.start.layer_errors)
     assert not any(run.evaluations[0]["masked_share"].values())
 
 
@@ -157,8 +158,9 @@ def test_the_badge_tells_how_the_result_is(one_shot, pruned, badge, running, fin
     shutil.copytree(finished / "model", running / "model")
     file = running / "model" / "castlm.json"
     record = json.loads(file.read_text())
-    record["perplexity"] = {"dense": 2.0, "one_shot": one_shot, "before_prune": pruned, "pruned": pruned}
-    file.write_text(json.dumps(record | {"verdict": verdict(record["perplexity"])}))
+    perplexity = Perplexities(dense=2.0, one_shot=one_shot, before_prune=pruned, pruned=pruned)
+    found = {"perplexity": to_json(perplexity), "verdict": to_json(verdict(perplexity))}
+    file.write_text(json.dumps(record | found))
     page = run_page(read_run(running))
     assert f'<span class="badge {badge}">{"diverged" if badge == "bad" else "done"}</span>' in page
     assert ("ABOVE the one-shot start (5.000)" in page) == (badge == "bad")
@@ -192,7 +194,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_a_record_whose_size_is_no_number_is_refused(finished, tmp_path):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     edit_json(run / "model" / "castlm.json", num_params="x")
-    with pytest.raises(InputError, match=r"castlm\.json: num_params is 'x', not a number"):
+    with pytest.raises(InputError, match=r"castlm\.json: num_params is 'x', not a whole number"):
         write_report(run)
 
 
@@ -246,8 +248,8 @@ POOR = {"dense": 5.0, "before_prune": 75.0, "pruned": 75.0}
     ],
 )
 def test_a_run_has_diverged_only_if_it_ended_above_its_start(figures, earlier, problem):
-    found = verdict(figures, earlier)
-    assert (found["ok"], found.get("problem")) == (problem is None, problem)
+    found = verdict(Perplexities(**figures), earlier)
+    assert (found.ok, found.problem) == (problem is None, problem)
 
 
 @pytest.mark.slow

@@ -122,14 +122,14 @@ def bits_of(run, **over):
 )
 def test_a_run_of_three_bits_is_packed_to_what_it_evaluated(fields, llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", weight_bits=3, **fields)
-    record = train(config)
+    facts = train(config)
     sparse = config.method.row.is_sparse
     last = metrics(tmp_path / "run")[-1]
     measured = last.get("prune_now_ppl", last["perplexity"])
-    assert record["rounded"]["kind"] == "int3"
-    assert record["rounded"]["layers"] > 0
-    assert record["perplexity"]["dense"] != record["perplexity"]["one_shot"]
-    assert record["perplexity"]["pruned" if sparse else "trained"] == measured
+    assert facts.rounded.kind == "int3"
+    assert facts.rounded.layers > 0
+    assert facts.perplexity.dense != facts.perplexity.one_shot
+    assert facts.perplexity.final == measured
     pattern = config.model.pattern if sparse else None
     assert bits_of(tmp_path / "run", pattern=pattern) == {"int3"}
     if sparse:
@@ -148,15 +148,15 @@ def test_a_run_of_three_bits_is_packed_to_what_it_evaluated(fields, llama, text,
 
 
 def test_bits_a_weight_are_those_of_the_packed_file(llama, text, tmp_path):
-    record = train(small(llama, text, tmp_path / "run", weight_bits=3, method="dense", max_steps=1))
+    facts = train(small(llama, text, tmp_path / "run", weight_bits=3, method="dense", max_steps=1))
     pack_folder(tmp_path / "run" / "model", tmp_path / "packed", None)
     stored = read_header(tmp_path / "packed" / FILE)
     stems = {name.removesuffix(".values") for name in stored if name.endswith(".values")}
     bits = 8 * sum(tensor.num_bytes for name, tensor in stored.items() if name.rpartition(".")[0] in stems)
     model = load_model(llama).model
     total = sum(m.weight.numel() for name, m in model.named_modules() if is_sparse_linear(m, name))
-    assert record["rounded"]["bits_per_weight"] == pytest.approx(bits / total)
-    assert record["rounded"]["layers"] == len(stems)
+    assert facts.rounded.bits_per_weight == pytest.approx(bits / total)
+    assert facts.rounded.layers == len(stems)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_folder_that_is_not_of_three_bits_is_refused_where_it_says_so(llama, t
     assert_refused([(again, "castlm pack")], capsys)
     record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
     changed = save_tiny(tmp_path / "changed", "llama")
-    for rounded in ({"kind": "int3"}, {"kind": "int9"}, {"kind": "fp8"}, {"kind": [3]}, {}, "int3", None):
+    for rounded in ({"kind": "int3"}, {"kind": "int9"}, {"kind": "fp8"}, {"kind": [3]}, {}, "int3"):
         (changed / "castlm.json").write_text(json.dumps({**record, "rounded": rounded}))
-        assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], "int3")], capsys)
+        assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], "rounded")], capsys)
     assert main(["pack", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0

@@ -327,17 +327,17 @@ def test_plans_know_the_patterns_or_refuse_them(llama, capsys):
     ],
 )
 def test_a_run_ends_in_a_verified_model(fields, llama, text, tmp_path):
-    record = train(small(llama, text, tmp_path / "run", max_steps=4, eval_steps=4, **fields))
+    facts = train(small(llama, text, tmp_path / "run", max_steps=4, eval_steps=4, **fields))
     folder = tmp_path / "run" / "model"
     assert verify(folder, fields["pattern"]).ok
-    assert record["pattern"] == fields["pattern"]
+    assert facts.pattern == fields["pattern"]
     # measured before the cut, and after it from the disk
-    assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
+    assert facts.perplexity.pruned == pytest.approx(facts.proof.perplexity_from_disk, rel=1e-5)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert record["cut"]["logits_moved"] <= 1e-4
-    assert record["num_params"] == model.num_parameters() < load_model(llama).model.num_parameters()
+    assert facts.cut.logits_moved <= 1e-4
+    assert facts.num_params == model.num_parameters() < load_model(llama).model.num_parameters()
     if "method" not in fields:
-        assert (record["mask"]["largest_masked"] == 0) == (fields.get("decay", "horizon") == "horizon")
+        assert (facts.mask.largest_masked == 0) == (fields.get("decay", "horizon") == "horizon")
 
 
 def test_a_run_may_start_from_a_model_whose_units_are_zero(llama, text, tmp_path):

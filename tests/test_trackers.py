@@ -250,7 +250,7 @@ def test_a_run_uploads_its_verified_model(endpoint, llama, text, tmp_path, capsy
 def test_a_run_that_diverged_does_not_replace_what_is_on_the_hub(endpoint, llama, text, tmp_path, capsys):
     over = {"init_from": "magnitude", "learning_rate": 2.0, "push_to_hub": True, "hub_model_id": "me/run"}
     config = small(llama, text, tmp_path / "run", **over)
-    assert train(config)["verdict"]["problem"] == "DIVERGED"
+    assert train(config).verdict.problem == "DIVERGED"
     result = tmp_path / "run" / "model"
     told = f"not uploaded, because the run diverged; hf upload me/run {result}"
     assert told in capsys.readouterr().err

@@ -17,6 +17,7 @@ from castlm.core.sparsify import weight_parameter
 from castlm.data.calibration import draw_calibration
 from castlm.data.tokens import token_ids
 from castlm.export.verify import verify
+from castlm.facts import Facts
 from castlm.files.output import begin_output
 from castlm.files.record import LOCK
 from castlm.models.io import load_model
@@ -50,12 +51,12 @@ from tests.tiny import FAMILIES, TEXT, save_tiny
 @pytest.mark.parametrize("family", slow_but(("qwen3", "gpt2"), FAMILIES))
 def test_every_family_ends_proved(family, text, tmp_path):
     model = save_tiny(tmp_path / "dense", family)
-    record = train(small(str(model), text, tmp_path / "run", max_steps=4))
+    facts = train(small(str(model), text, tmp_path / "run", max_steps=4))
     folder = tmp_path / "run" / "model"
     assert verify(folder).ok
-    assert record_of(folder)["proof"] == record["proof"]
-    assert record["perplexity"]["pruned"] == pytest.approx(record["proof"]["perplexity_from_disk"], rel=1e-5)
-    assert record["mask"]["largest_masked"] == 0
+    assert Facts.read(folder) == facts
+    assert facts.perplexity.pruned == pytest.approx(facts.proof.perplexity_from_disk, rel=1e-5)
+    assert facts.mask.largest_masked == 0
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 5))
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == family
@@ -195,8 +196,8 @@ def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", decay="proportional", init_from="magnitude")
     with pytest.raises(InputError, match="horizon"):
         train(config)
-    record = train(config.changed(ignore_decay_budget=True, overwrite=True))
-    assert record["mask"]["largest_masked"] > 0.01
+    facts = train(config.changed(ignore_decay_budget=True, overwrite=True))
+    assert facts.mask.largest_masked > 0.01
 
 
 @pytest.mark.parametrize("method", ["finetune", "srste", "cast"])
@@ -233,10 +234,10 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
         assert torch.equal(masks[weight], pruned != 0), name
         assert torch.equal(weight[masks[weight]], pruned[pruned != 0]), name
         assert not weight[~masks[weight]].any(), name
-    record = train(config.changed(overwrite=True))
-    assert 0 <= record["mask"]["initial_flip_rate"] < 0.2  # some may come back for others
-    assert record["mask"]["largest_masked"] == 0
-    assert record["figures"][1]["name"] == f"pruned one-shot by {initial}"
+    facts = train(config.changed(overwrite=True))
+    assert 0 <= facts.mask.initial_flip_rate < 0.2  # some may come back for others
+    assert facts.mask.largest_masked == 0
+    assert facts.figures[1].name == f"pruned one-shot by {initial}"
 
 
 @pytest.mark.parametrize("method", [slow("ste"), "srste", slow("ast")])
@@ -333,7 +334,7 @@ def test_a_text_under_another_name_is_the_same_text(llama, text, tmp_path, monke
     with pytest.raises(InputError, match=r"eval_sha256 \w+ -> \w+"):
         train(config.changed(resume=True, **other))
     shutil.copy(text, held_out)
-    assert train(config.changed(resume=True, **other))["verdict"]["ok"]
+    assert train(config.changed(resume=True, **other)).verdict.ok
 
 
 def test_overwrite_keeps_the_old_result_until_the_new_one_is_whole(llama, text, tmp_path):

@@ -476,7 +476,7 @@ def test_records_and_configs_that_are_no_such_thing_are_refused(tmp_path):
     (folder / "castlm.json").write_text("{")
     refused(folder, "castlm.json is not readable JSON")
     (folder / "castlm.json").write_text('{"left_dense": 3}')
-    refused(folder, "left_dense is a int")
+    refused(folder, "left_dense is 3, not an object")
     (folder / "config.json").write_text("[]")
     refused(folder, "config.json holds a JSON list")
 

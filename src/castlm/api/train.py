@@ -9,6 +9,7 @@ from typing import Any, Unpack, overload
 
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
+from castlm.facts import Facts
 from castlm.fields import choice
 from castlm.keywords import FinetuneKeywords, TrainKeywords
 from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig
@@ -38,21 +39,21 @@ FINETUNE_OPTIONS = _own(FinetuneConfig, "finetune")
 
 
 @overload
-def train(model: TrainConfig) -> dict[str, Any]: ...
+def train(model: TrainConfig) -> Facts: ...
 @overload
 def train(
     model: str | Path,
     dataset: str | Path | Sequence[str],
     output_dir: str | Path,
     **options: Unpack[TrainKeywords],
-) -> dict[str, Any]: ...
+) -> Facts: ...
 @with_keywords_of(*TRAIN_OPTIONS)
 def train(
     model: str | Path | TrainConfig,
     dataset: str | Path | Sequence[str] | None = None,
     output_dir: str | Path | None = None,
     **options: Unpack[TrainKeywords],
-) -> dict[str, Any]:
+) -> Facts:
     """Trains a dense model to an n:m sparse one, which is verified from the disk, in `output_dir/model`.
 
     Args:
@@ -64,8 +65,8 @@ def train(
             `castlm train --help-all` describes them.
 
     Returns:
-        The record of the run, which is also the castlm.json of the result: `record["perplexity"]["pruned"]` is its
-        perplexity, and `record["verdict"]["ok"]` is False if the run diverged or fell short.
+        The facts of the run, which are also the castlm.json of the result: `facts.perplexity.pruned` is its
+        perplexity, and `facts.verdict.ok` is False if the run diverged or fell short.
 
     Raises:
         InputError: any error that the user can correct; no result is half-written.
@@ -73,8 +74,8 @@ def train(
 
     Examples:
         >>> import castlm
-        >>> record = castlm.train("demo", "text.txt", "run", max_steps=60, seq_len=128)  # doctest: +SKIP
-        >>> record["perplexity"]["pruned"]  # doctest: +SKIP
+        >>> facts = castlm.train("demo", "text.txt", "run", max_steps=60, seq_len=128)  # doctest: +SKIP
+        >>> facts.perplexity.pruned  # doctest: +SKIP
         20.31
     """
     from castlm.training import train as loop  # imports torch
@@ -95,7 +96,7 @@ def finetune(
     dataset: str | Path | Sequence[str],
     output_dir: str | Path,
     **options: Unpack[FinetuneKeywords],
-) -> dict[str, Any]:
+) -> Facts:
     """Fine-tunes an n:m sparse model. Every zero stays zero, and the result is verified, in `output_dir/model`.
 
     Args:
@@ -106,14 +107,14 @@ def finetune(
         options: as of `castlm finetune`: `adapter`, `max_steps`, `learning_rate` and others.
 
     Returns:
-        The record of the run, as `train` returns it; `record["perplexity"]["start"]` is that of the model before.
+        The facts of the run, as `train` returns them; `facts.perplexity.start` is that of the model before.
 
     Raises:
         InputError: as `train`, or a model that is dense.
 
     Examples:
         >>> import castlm
-        >>> record = castlm.finetune("run", "chats.jsonl", "tuned", adapter="shira")  # doctest: +SKIP
+        >>> facts = castlm.finetune("run", "chats.jsonl", "tuned", adapter="shira")  # doctest: +SKIP
     """
     from castlm.training import train as loop  # imports torch
 

@@ -112,19 +112,18 @@ class AdviseCommand:
         """The figures of the result in the folder `name`, if it has the pattern that was asked for; n:m by the law if
         there is one.
         """
-        from castlm.export.folder import read_manifest
+        from castlm.export.folder import read_facts, recorded_pattern
+        from castlm.facts import Perplexities
         from castlm.lab.advice.cpu import Quality
         from castlm.lab.planning.law import Law, predict_perplexity
-        from castlm.training.record import final_perplexity
 
-        record = read_manifest(Path(name)) if Path(name).is_dir() else {}
-        found, recorded = record.get("perplexity"), record.get("pattern")
-        is_ours = isinstance(found, dict) and recorded and "rounded" not in record  # else of rounded weights
-        if not is_ours or self.pattern not in (None, parse_pattern(recorded)):
-            found, recorded = {}, None
+        facts = read_facts(Path(name))
+        found, pattern = facts.perplexity, recorded_pattern(facts)
+        is_known = found.known() and pattern is not None and facts.rounded is None  # else of rounded weights
+        if not is_known or self.pattern not in (None, pattern):
+            found, pattern = Perplexities(), None
         if self.law is None:
-            pattern = parse_pattern(recorded) if recorded else None
-            return Quality(found.get("dense"), final_perplexity(found), "measured by its run", pattern)
+            return Quality(found.dense, found.final, "measured by its run", pattern)
         law = Law.from_dict(read_json_object(Path(self.law)))
         of = parse_pattern(law.runs_of.get("pattern", "2:4"))
         if self.pattern not in (None, of):
@@ -134,7 +133,7 @@ class AdviseCommand:
         at = predict_perplexity(law, self.train_tokens)
         interval = f"90 %: {at.low:.2f} to {at.high:.2f}"
         source = f"{of} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"
-        return Quality(found.get("dense"), at.perplexity, source, of)
+        return Quality(found.dense, at.perplexity, source, of)
 
     def _on_gpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
         from castlm.lab.advice.cpu import shapes_of

@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from castlm.cli.demo_payoff import NEW_TOKENS, payoff_table
 from castlm.cli.options import command_line
 from castlm.core.sparsify import prune_
 from castlm.evaluation.answers import Answer, nats_per_token, repetition
+from castlm.facts import Facts
 from castlm.files.output import begin_output, output_folder
 from castlm.hardware import keep_freed_memory
 from castlm.models.io import Loaded, load_model
@@ -97,14 +97,14 @@ def _run_demo(folder: Path, max_steps: int) -> None:
     started = time.monotonic()
     console = Screen(highlight=False, soft_wrap=True)
     write_texts(folder / "text")
-    records: dict[str, dict[str, Any]] = {}
+    facts: dict[str, Facts] = {}
     for number, method in enumerate(("castlm", "dense"), 1):
         what = f"dense to {PATTERN}" if method == "castlm" else "the dense control, with the same training"
         console.print(f"[{number}/3] {what}: {max_steps} steps of 512 tokens", markup=False)
-        records[method] = train(demo_config(folder, max_steps, method))
+        facts[method] = train(demo_config(folder, max_steps, method))
     console.print(f"[3/3] dense to {GPU_PATTERN}, the start alone, for comparison", markup=False)
     of_gpus = one_shot_perplexity(folder, GPU_PATTERN)
-    console.print(results_table(records["castlm"], records["dense"], of_gpus))
+    console.print(results_table(facts["castlm"], facts["dense"], of_gpus))
     result, packed = folder / "castlm" / "model", folder / "packed"
     table, of_control, of_packed = payoff_table(folder / "dense" / "model", result, packed, PROMPT, note)
     console.print(f"\n{PROMPT!r}, answered by", markup=False)
@@ -132,30 +132,32 @@ def one_shot_perplexity(folder: Path, pattern: str) -> float:
     return float(figures["perplexity"])
 
 
-def results_table(sparse: dict[str, Any], control: dict[str, Any], of_gpus: float) -> Table:
+def results_table(sparse: Facts, control: Facts, of_gpus: float) -> Table:
     """A table of the perplexities and their log distance to the dense model.
 
     Args:
         of_gpus: the perplexity of the pattern of GPUs after the start.
     """
-    ppl = sparse["perplexity"]
-    measured = sparse["measured"]
+    ppl, measured = sparse.perplexity, sparse.measured
+    assert ppl.dense is not None
+    assert ppl.one_shot is not None
+    assert measured is not None
     table = Table(
-        title=f"perplexity on {measured['num_tokens']:,} tokens of held-out answers, context {measured['seq_len']}",
+        title=f"perplexity on {measured.num_tokens:,} tokens of held-out answers, context {measured.seq_len}",
         title_justify="left",
     )
     for heading in ("model", "perplexity", "ln(ppl/dense)", "of one-shot gap"):
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
-    one_shot = math.log(ppl["one_shot"] / ppl["dense"])
+    one_shot = math.log(ppl.one_shot / ppl.dense)
     for name, value in (
-        ("dense", ppl["dense"]),
-        ("dense control, same training", control["perplexity"]["trained"]),
+        ("dense", ppl.dense),
+        ("dense control, same training", control.perplexity.trained),
         (f"{GPU_PATTERN} one-shot, a start for GPUs", of_gpus),
-        (f"{PATTERN} one-shot, the start", ppl["one_shot"]),
-        (f"{PATTERN} castlm, before the prune", ppl["before_prune"]),
-        (f"{PATTERN} castlm, pruned", ppl["pruned"]),
+        (f"{PATTERN} one-shot, the start", ppl.one_shot),
+        (f"{PATTERN} castlm, before the prune", ppl.before_prune),
+        (f"{PATTERN} castlm, pruned", ppl.pruned),
     ):
-        distance = math.log(value / ppl["dense"])
+        distance = math.log(value / ppl.dense)
         table.add_row(name, f"{value:,.2f}", f"{distance:+.3f}", f"{distance / one_shot:.0%}")
     return table
 

@@ -54,7 +54,7 @@ def write_report(folder: str | Path, sample: Literal["auto", "yes", "no"] = "aut
 
     run = read_run(folder)
     text = read_sample(run) if run.is_finished and sample != "no" else None
-    is_small = run.record is not None and run.record.get("num_params", 0) <= LARGEST_PARAMS
+    is_small = run.facts is not None and (run.facts.num_params or 0) <= LARGEST_PARAMS
     if text is None and (sample == "yes" or (sample == "auto" and is_small)):
         try:
             text = write_sample(run)

@@ -97,12 +97,11 @@ def run_training(config: TrainConfig, report: bool) -> int:
     from castlm.hardware import keep_freed_memory
     from castlm.progress import note
     from castlm.signals import Interrupted
-    from castlm.training.record import problem
     from castlm.training.train import train
 
     keep_freed_memory()
     try:
-        record = train(config)
+        verdict = train(config).verdict
         if report and is_main_rank():
             folder = config.checkpoint.output_dir
             try:
@@ -112,4 +111,4 @@ def run_training(config: TrainConfig, report: bool) -> int:
     except Interrupted as stop:
         note(str(stop))
         return stop.exit_code
-    return 1 if problem(record.get("verdict", {})) == "diverged" else 0
+    return 1 if verdict is not None and verdict.outcome == "diverged" else 0

@@ -18,7 +18,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,12 +37,8 @@ from castlm.distributed.loading import empty_model, load_rows_, materialize_, op
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
 from castlm.dtypes import equal_in_bits
-from castlm.export.hf import (
-    new_manifest,
-    verification,
-    verify_pattern,
-    write_record,
-)
+from castlm.export.hf import completed, verification, verify_pattern, write_facts
+from castlm.facts import Facts
 from castlm.files.output import atomic_dir
 from castlm.files.stored import INDEX
 from castlm.files.weights import Layout, into_files, layout_of, write_file, write_index_of
@@ -77,7 +73,7 @@ class ShardedResult:
     """Measures the perplexity of the model in a sharded root, in fp32; all ranks call it."""
 
 
-def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, Any]:
+def export_sharded(result: ShardedResult, record: Facts) -> Facts:
     """Writes `output_dir/model` with its record, and verifies it; returns castlm.json. All ranks call it.
 
     Raises:
@@ -86,21 +82,26 @@ def export_sharded(result: ShardedResult, record: dict[str, Any]) -> dict[str, A
     world = result.world
     folder = Path(os.path.realpath(result.folder))
     pattern = result.pattern if result.is_sparse else None
-    manifest = new_manifest(pattern, result.left_dense, record, result.dtype)
+    facts = completed(record, pattern, result.left_dense, result.dtype)
     result.root.reshard()  # type: ignore[operator]  # the root is whole still after the last evaluation
     with world.context_on_main(atomic_dir(folder, overwrite=True)) as temporary:  # at its end it hashes all files
         _write_weights(result, temporary)
         world.on_main(lambda: write_all_but_weights(result.model, result.tokenizer, temporary, result.dtype))
         if result.is_sparse:
             with verification(temporary, folder):
-                manifest["proof"] = world.on_main(
-                    lambda: verify_pattern(temporary, result.model, result.pattern, manifest["left_dense"]),
-                    patient=True,
+                left_dense = facts.left_dense  # is completed on the main rank, which writes it
+                proof = world.on_main(
+                    lambda: verify_pattern(temporary, result.model, result.pattern, left_dense), patient=True
                 )
                 failure, measured = _verify_again(result, temporary)
                 world.check_all(failure)
-            manifest["proof"] |= measured
-        return world.on_main(lambda: write_record(temporary, folder.name, manifest))
+            facts = replace(facts, proof=replace(proof, **measured))
+
+        def write() -> Facts:
+            write_facts(temporary, folder.name, facts)
+            return facts
+
+        return world.on_main(write)
 
 
 class Folded(NamedTuple):

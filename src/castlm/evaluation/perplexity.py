@@ -22,6 +22,7 @@ from castlm.data.documents import Documents, HubDocuments
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
 from castlm.dtypes import dtype_name
+from castlm.facts import Conditions
 from castlm.hardware import library_versions
 from castlm.models.architecture import backbone, context_length, eval_mode, logit_scale, output_head
 from castlm.runtime.layers import PackedLinear
@@ -152,22 +153,22 @@ def measured_on(
     text_sha256: str,
     held_out: ScoredText,
     precision: str,
-) -> dict[str, Any]:
+) -> Conditions:
     """The entry of castlm.json that describes how perplexities were measured, over adjacent sequences of `seq_len`.
 
     Args:
         held_out: the evaluation text. For conversations, the entry also names the scored tokens.
     """
-    return {
-        "seq_len": seq_len,
-        "stride": seq_len,
-        "text": text,
-        "text_sha256": text_sha256,
-        "num_tokens": len(held_out.ids),
-        **({"tokens": held_out.tokens} if held_out.by_document else {}),
-        "tokenizer": str(tokenizer.name_or_path),
-        "precision": precision,
-    }
+    return Conditions(
+        seq_len=seq_len,
+        stride=seq_len,
+        text=text,
+        text_sha256=text_sha256,
+        num_tokens=len(held_out.ids),
+        tokenizer=str(tokenizer.name_or_path),
+        precision=precision,
+        tokens=held_out.tokens if held_out.by_document else None,
+    )
 
 
 def evaluate_text(

@@ -11,17 +11,17 @@ removes the head.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from castlm.core.blocks import in_block
-from castlm.core.errors import InputError
 from castlm.export.folder import recorded_pattern
-from castlm.export.origin import described, origin_of, steps_of
+from castlm.export.origin import described, made_by, origin_of
+from castlm.facts import Cut, Facts, Figure, PastStep
 from castlm.names import markdown, markdown_code
 from castlm.packages import install_line
 
@@ -38,11 +38,12 @@ _COLUMNS = {
 }
 
 
-def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
-    """The README.md of an exported folder, from its name and the content of its castlm.json (see `export_model`)."""
-    pattern = recorded_pattern(manifest)
+def model_card(folder_name: str, facts: Facts) -> str:
+    """The README.md of an exported folder, from its name and its castlm.json (see `export_model`)."""
+    pattern, proof = recorded_pattern(facts), facts.proof
     assert pattern is not None  # a dense model has no card
-    source, license_id = str(manifest.get("base_model") or ""), manifest.get("license")
+    assert proof is not None  # nor has one that was not verified
+    source, license_id = facts.base_model or "", facts.license
     hub_id, _ = _hub_model(source)
     base_name = (hub_id or _public(source)).split("/")[-1]
     front_matter = {
@@ -55,15 +56,13 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
     groups = pattern.nm
     is_nm = groups is not None and groups is pattern
     short = f"{groups.n} of {groups.m}" if groups is not None and is_nm else str(pattern)
-    cut = manifest.get("cut") or {"before": {}, "after": {}}
+    cut = facts.cut or Cut({}, {})
     is_dense = pattern.stored is None
     made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm"
-    verdict = manifest.get("verdict") or {}
-    figures = list(manifest.get("figures") or [])
-    written = manifest["proof"].get("perplexity_from_disk")
-    if written is not None and figures:  # the files may be rounded to a shorter dtype than in training
-        name = f"as written, in {manifest['dtype']}" if manifest.get("dtype") else "as written"
-        figures.append({**figures[-1], "name": name, "perplexity": written})
+    figures = list(facts.figures or [])
+    if proof.perplexity_from_disk is not None and figures:  # files may be rounded to a shorter dtype than in training
+        name = f"as written, in {facts.dtype}" if facts.dtype else "as written"
+        figures.append(replace(figures[-1], name=name, perplexity=proof.perplexity_from_disk))
     templates = Environment(
         loader=PackageLoader("castlm", "export"),
         undefined=StrictUndefined,
@@ -77,22 +76,22 @@ def model_card(folder_name: str, manifest: Mapping[str, Any]) -> str:
         title=markdown(f"{base_name}, {short}" if base_name else folder_name),
         base=_reference(source),
         how=made,
-        steps=[_step(step) for step in steps_of(manifest)],
-        format=_format(manifest),
+        steps=[_step(step) for step in made_by(facts)],
+        format=_format(facts),
         install=install_line(),
-        verdict=None if verdict.get("ok", True) else verdict,
+        verdict=None if facts.verdict is None or facts.verdict.ok else facts.verdict,
         pattern=pattern,
         groups=groups,
         is_nm=is_nm,
         is_dense=is_dense,
-        packed="packed" in manifest,
-        proof=manifest["proof"],
+        packed=facts.packed is not None,
+        proof=proof,
         changed=[  # fields of the config
-            f"`{name}` from {old:,} to {cut['after'][name]:,}"
-            for name, old in cut["before"].items()
-            if cut["after"][name] != old
+            f"`{name}` from {old:,} to {cut.after[name]:,}"
+            for name, old in cut.before.items()
+            if cut.after[name] != old
         ],
-        left_dense={name: reason for name, reason in manifest["left_dense"].items() if in_block(name)},
+        left_dense={name: reason for name, reason in facts.left_dense.items() if in_block(name)},
         table=_table(figures),
         license=license_id,
         derived_from=hub_id or base_name or "its base model",
@@ -119,22 +118,22 @@ def _public(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
 
-def _step(step: Mapping[str, Any]) -> str:
+def _step(step: PastStep) -> str:
     """A step by which the model was made, with the last part of each local path."""
     return markdown(described(step, _public))
 
 
-def _format(manifest: Mapping[str, Any]) -> str:
+def _format(facts: Facts) -> str:
     """The format of the weights in the files, in words."""
-    quantized, dtype = manifest.get("quantized") or {}, str(manifest.get("dtype") or "")
-    if "packed" not in manifest:
-        rounded = f", of values that {quantized['kind']} has" if quantized else ""
-        return f"safetensors in {dtype or 'the dtype of the base model'}{rounded}, with the zeros"
-    kind = quantized.get("kind") or (manifest.get("rounded") or {}).get("kind") or dtype
+    if facts.packed is None:
+        rounded = f", of values that {facts.quantized.kind} has" if facts.quantized else ""
+        return f"safetensors in {facts.dtype or 'the dtype of the base model'}{rounded}, with the zeros"
+    integers = facts.quantized or facts.rounded
+    kind = integers.kind if integers else facts.dtype
     return f"castlm's packed format: {kind or 'the kept values'} without the zeros in the sparse layers"
 
 
-def _table(figures: list[Mapping[str, Any]]) -> list[str]:
+def _table(figures: list[Figure]) -> list[str]:
     def cell(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:.4g}" if value >= 1000 else f"{value:.3f}"
@@ -142,8 +141,8 @@ def _table(figures: list[Mapping[str, Any]]) -> list[str]:
             return f"{value:,}"
         return "" if value is None else markdown(_public(str(value)))
 
-    columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in figures)]
-    cells = [[_COLUMNS[key] for key in columns], *([cell(row.get(key)) for key in columns] for row in figures)]
+    columns = [key for key in _COLUMNS if any(getattr(row, key) is not None for row in figures)]
+    cells = [[_COLUMNS[key] for key in columns], *([cell(getattr(row, key)) for key in columns] for row in figures)]
     head, *rows = [f"| {' | '.join(row)} |" for row in cells]
     return [head, "|" + "---|" * len(columns), *rows] if columns else []
 
@@ -172,14 +171,15 @@ def adapter_card(model: str, kind: str, trained: int) -> str:
         trained: the number of trained weights.
     """
     origin = origin_of(model)
-    hub_id, _ = _hub_model(origin["base_model"])
-    fields = {"base_model": hub_id, "license": origin.get("license"), "library_name": "peft"}
+    source = origin.base_model or ""
+    hub_id, _ = _hub_model(source)
+    fields = {"base_model": hub_id, "license": origin.license, "library_name": "peft"}
     known = {key: value for key, value in fields.items() if value} | {"tags": ["castlm", "sparsity", kind]}
-    steps = [f"{number}. {_step(step)}." for number, step in enumerate(origin.get("earlier", []), 1)]
+    steps = [f"{number}. {_step(step)}." for number, step in enumerate(origin.earlier or [], 1)]
     return _ADAPTER.format(
         front_matter=f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n",
         kind=kind,
-        name=_reference(origin["base_model"]),
+        name=_reference(source),
         trained=trained,
         steps="\n".join(["The sparse model was made in these steps:", "", *steps] if steps else []),
     )
@@ -205,17 +205,17 @@ model = AutoModelForCausalLM.from_pretrained("path of this folder")
 _BELOW = "\n<!-- castlm pack: below is the card of the model before it was packed. -->\n\n"
 
 
-def packed_card(source: Path, manifest: Mapping[str, Any], pattern: str) -> str:
+def packed_card(source: Path, facts: Facts, pattern: str) -> str:
     """The README.md of the folder that the model in `source` is packed to.
 
     Args:
-        manifest: the castlm.json of the packed folder. A damaged record of a result raises `InputError`.
+        facts: the castlm.json of the packed folder.
         pattern: n:m.
     """
-    if card := _result_card(source, manifest):
+    if card := _result_card(source, facts):
         return card
     before = _read_card(source)
-    front_matter = _front_matter(before) or _front_matter_of(manifest)
+    front_matter = _front_matter(before) or _front_matter_of(facts)
     head = _PACKED_HEAD.format(
         front_matter=front_matter,
         name=source.resolve().name,
@@ -227,26 +227,21 @@ def packed_card(source: Path, manifest: Mapping[str, Any], pattern: str) -> str:
     return f"{head}{_BELOW}{body}" if body.strip() else head
 
 
-def unpacked_card(source: Path, manifest: Mapping[str, Any]) -> str:
-    """The README.md of the folder with castlm.json `manifest` that the packed `source` is unpacked to; may be empty."""
+def unpacked_card(source: Path, facts: Facts) -> str:
+    """The README.md of the folder with castlm.json `facts` that the packed `source` is unpacked to; may be empty."""
     packed = _read_card(source)
-    return _result_card(source, manifest) or _front_matter(packed) + packed.partition(_BELOW)[2]
+    return _result_card(source, facts) or _front_matter(packed) + packed.partition(_BELOW)[2]
 
 
-def _result_card(source: Path, manifest: Mapping[str, Any]) -> str:
-    """The card of a result of castlm; empty if `manifest` is not the record of one."""
-    if "proof" not in manifest:
-        return ""
-    try:
-        return model_card(source.resolve().name, manifest)
-    except (AttributeError, KeyError, TypeError, ValueError, UndefinedError):
-        raise InputError(f"{source / 'castlm.json'} is damaged: remove it to continue without it") from None
+def _result_card(source: Path, facts: Facts) -> str:
+    """The card of a result of castlm; empty if `facts` are not of one."""
+    return "" if facts.proof is None else model_card(source.resolve().name, facts)
 
 
-def _front_matter_of(manifest: Mapping[str, Any]) -> str:
+def _front_matter_of(facts: Facts) -> str:
     """A head of the card of a dense model that castlm wrote, which has no card: its base model and licence."""
-    hub_id, _ = _hub_model(str(manifest.get("base_model") or ""))
-    fields = {"base_model": hub_id, "license": manifest.get("license")}
+    hub_id, _ = _hub_model(facts.base_model or "")
+    fields = {"base_model": hub_id, "license": facts.license}
     known = {key: value for key, value in fields.items() if value}
     return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n" if known else ""
 

@@ -20,7 +20,9 @@ from typing import Any
 from castlm.core.blocks import is_block_weight, is_tower
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
+from castlm.facts import Facts
 from castlm.files.reading import read_json_object, user_path
+from castlm.files.record import RESULT
 from castlm.files.stored import (
     INDEX,
     PACKED_INDEX,
@@ -46,27 +48,23 @@ _NOT_OF_THE_MODEL = re.compile(r"(training_args\.bin|(optimizer|scheduler|scaler
 """Files of transformers' Trainer without weights of the model."""
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The castlm.json of a model folder; empty without one. Its `left_dense` is an object, and `rounded`, of a model
-    that was trained with rounded weights, has the name of a format.
+def read_facts(folder: Path) -> Facts:
+    """The facts in the castlm.json of a model folder, without any entry if there is none.
+
+    The kind of `rounded`, for a model that was trained with rounded weights, is the name of a format.
     """
-    file = folder / "castlm.json"
-    manifest = read_json_object(file) if file.is_file() else {}
-    left_dense = manifest.get("left_dense", {})
-    if not isinstance(left_dense, dict):
-        raise InputError(f"{file}: left_dense is a {type(left_dense).__name__}, not an object of names and reasons")
-    trained, kinds = manifest.get("rounded"), [form.name for form in FORMATS.values() if form.group]
-    if "rounded" in manifest and not (isinstance(trained, dict) and trained.get("kind") in kinds):
+    facts = Facts.read(folder)
+    kinds = [form.name for form in FORMATS.values() if form.group]
+    if facts.rounded is not None and facts.rounded.kind not in kinds:
         raise InputError(
-            f"{file}: rounded is {trained!r:.100}, and its kind must be {' or '.join(kinds)}: fetch it again"
+            f"{folder / RESULT}: rounded.kind is {facts.rounded.kind!r:.100}, not {' or '.join(kinds)}: fetch it again"
         )
-    return manifest
+    return facts
 
 
-def recorded_pattern(manifest: Mapping[str, Any]) -> Pattern | None:
+def recorded_pattern(facts: Facts) -> Pattern | None:
     """The pattern in a castlm.json; None for a dense model. Raises `InputError` for a text that is no pattern."""
-    found = manifest.get("pattern")
-    return None if found is None else parse_pattern(str(found))
+    return None if facts.pattern is None else parse_pattern(facts.pattern)
 
 
 def pattern_of_files(path: str | Path) -> Pattern | None:
@@ -75,18 +73,18 @@ def pattern_of_files(path: str | Path) -> Pattern | None:
     Raises `InputError` if the file cannot be read, or names no pattern.
     """
     place = user_path(path)
-    file = (place.parent if place.is_file() else place) / "castlm.json"
-    if not file.is_file():
+    folder = place.parent if place.is_file() else place
+    if not (folder / RESULT).is_file():
         return None
-    found = recorded_pattern(read_json_object(file))
+    found = recorded_pattern(Facts.read(folder))
     if found is None:
-        raise InputError(f"{file} names no pattern, as of a dense model: give pattern 2:4 all the same")
+        raise InputError(f"{folder / RESULT} names no pattern, as of a dense model: give pattern 2:4 all the same")
     return found
 
 
 def read_left_dense(folder: Path) -> dict[str, str]:
     """The reason for each dense module or parameter in the castlm.json of a model folder, by name."""
-    return dict(read_manifest(folder).get("left_dense", {}))
+    return dict(read_facts(folder).left_dense)
 
 
 def left_dense_reason(name: str, left_dense: Mapping[str, str]) -> str | None:

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse
 from castlm.dtypes import STORED_NAMES, dtype_name, equal_in_bits
 from castlm.export.card import model_card
 from castlm.export.verify import check_dense, check_ok, verify
+from castlm.facts import SCHEMA_VERSION, Facts, Proof
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
 from castlm.files.reading import user_path
+from castlm.files.record import RESULT
 from castlm.files.stored import INDEX
 from castlm.files.weights import file_names, write_index, write_safetensors
 from castlm.hardware import model_versions
@@ -40,7 +42,6 @@ from castlm.models.stored_layout import StoredLayout
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import check_cut, cut_model
 
-SCHEMA_VERSION = 1
 _PROBE_TOKENS = 16  # on which the model in memory and the model read back must have the same logits
 
 
@@ -65,11 +66,11 @@ def export_model(
     *,
     pattern: Pattern | str | None = "2:4",
     left_dense: Mapping[str, str] | None = None,
-    record: Mapping[str, Any] | None = None,
+    record: Facts | Mapping[str, Any] | None = None,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     eval_fn: Callable[[PreTrainedModel], float] | None = None,
-) -> dict[str, Any]:
+) -> Facts:
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and verifies it.
 
     Args:
@@ -79,9 +80,9 @@ def export_model(
         pattern: the pattern of the sparse layers, such as 2:4. None for a dense model, whose values are only checked
             to be finite; it gets no model card.
         left_dense: the reason for each dense module or parameter, by name; default: as `sparse_linears` finds them.
-        record: more that castlm.json should say of the model. The model card shows `base_model` (hub id or path),
-            `license`, `method`, and `figures`: rows of `name, perplexity, seq_len, stride, text, num_tokens,
-            tokenizer`.
+        record: further entries of castlm.json, by the names of `castlm.facts.Facts`. The model card shows `base_model`
+            (hub id or path), `license`, `method`, and `figures`: rows of `name, perplexity, seq_len, stride, text,
+            num_tokens, tokenizer`.
         dtype: the dtype of the files; default: the model's. The weights of `model` are rounded to it too, in their own
             dtype, so that verification and evaluation see the written values.
         eval_fn: returns the perplexity of a model; called for the model read back.
@@ -90,8 +91,8 @@ def export_model(
         The content of castlm.json.
 
     Raises:
-        InputError: weight scaling that is not folded, the folder is not empty, the disk is full, or the verification
-            fails.
+        InputError: weight scaling that is not folded, an entry of `record` that castlm.json has not, the folder is not
+            empty, the disk is full, or the verification fails.
 
     Examples:
         >>> castlm.export_model(model, tokenizer, "folder", record={"base_model": "gpt2"})  # doctest: +SKIP
@@ -100,46 +101,45 @@ def export_model(
     pattern = None if pattern is None else parse_pattern(pattern)
     if left_dense is None:
         left_dense = {} if pattern is None else sparse_linears(model, pattern)[1]
-    manifest = new_manifest(pattern, left_dense, record or {}, dtype or model.dtype)
+    if not isinstance(record, Facts):
+        record = Facts.from_json(record or {}, "record")
+    facts = completed(record, pattern, left_dense, dtype or model.dtype)
     if pattern is not None and pattern.cuts:
         model, done = cut_model(model, pattern)
-        manifest["cut"] = asdict(done)
-        manifest["num_params"] = sum(p.numel() for p in model.parameters())
+        facts = replace(facts, cut=done, num_params=sum(p.numel() for p in model.parameters()))
     with eval_mode(model), atomic_dir(folder, overwrite) as temporary:
         with parameters_in(model, dtype):
             save_model(model, tokenizer, temporary)
-        atomic_write_json(temporary / "castlm.json", manifest)
+        atomic_write_json(temporary / RESULT, facts.to_json())
         with verification(temporary, folder):
             if pattern is None:
                 check_dense(temporary)
             else:
-                manifest["proof"] = _verify(temporary, model, pattern, manifest["left_dense"], eval_fn)
-        return write_record(temporary, folder.name, manifest)
+                facts = replace(facts, proof=_verify(temporary, model, pattern, facts.left_dense, eval_fn))
+        write_facts(temporary, folder.name, facts)
+    return facts
 
 
-def new_manifest(
-    pattern: Pattern | None, left_dense: Mapping[str, str], record: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, Any]:
-    """The content of castlm.json, except the key `proof`; `dtype` is that of the files, `pattern` None if dense."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "pattern": None if pattern is None else str(pattern),
-        **record,
-        "dtype": dtype_name(dtype),
-        "left_dense": dict(left_dense),
-        "versions": model_versions(),
-    }
+def completed(facts: Facts, pattern: Pattern | None, left_dense: Mapping[str, str], dtype: torch.dtype) -> Facts:
+    """`facts` with the entries of every model folder, except `proof`; `dtype` is that of the files.
 
-
-def write_record(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Writes castlm.json and the model card of the model `name` into `folder`; returns `manifest`.
-
-    A dense model has no card.
+    The pattern in `facts` stays: it may tell more than `pattern`, the one of the sparse layers, which is None if dense.
     """
-    atomic_write_json(folder / "castlm.json", manifest)
-    if manifest["pattern"] is not None:
-        (folder / "README.md").write_text(model_card(name, manifest), encoding="utf-8")
-    return manifest
+    return replace(
+        facts,
+        schema_version=SCHEMA_VERSION,
+        pattern=facts.pattern or (None if pattern is None else str(pattern)),
+        dtype=dtype_name(dtype),
+        left_dense=dict(left_dense),
+        versions=model_versions(),
+    )
+
+
+def write_facts(folder: Path, name: str, facts: Facts) -> None:
+    """Writes castlm.json and the model card of the model `name` into `folder`. A dense model has no card."""
+    atomic_write_json(folder / RESULT, facts.to_json())
+    if facts.pattern is not None:
+        (folder / "README.md").write_text(model_card(name, facts), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -158,9 +158,9 @@ def _verify(
     pattern: Pattern,
     left_dense: dict[str, str],
     eval_fn: Callable[[PreTrainedModel], float] | None,
-) -> dict[str, Any]:
+) -> Proof:
     """Verifies the files in `folder` against `model`; adds to `left_dense` by the names in the files."""
-    totals = verify_pattern(folder, model, pattern, left_dense)
+    proof = verify_pattern(folder, model, pattern, left_dense)
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # its code runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
     ours, theirs = model.state_dict(), loaded.state_dict()  # with the persistent buffers
@@ -168,13 +168,10 @@ def _verify(
         if name not in ours or name not in theirs or not equal_in_bits(ours[name], theirs[name]):
             raise InputError(f"{name} has other values in the files")
     _check_logits(loaded, model)
-    proof: dict[str, Any] = {**totals, "tensors_equal_in_bits": len(ours)}
-    if eval_fn is not None:
-        perplexity = float(eval_fn(loaded.to(model.device)))
-        if not math.isfinite(perplexity):
-            raise InputError(f"perplexity is {perplexity}")
-        proof["perplexity_from_disk"] = perplexity
-    return proof
+    perplexity = None if eval_fn is None else float(eval_fn(loaded.to(model.device)))
+    if perplexity is not None and not math.isfinite(perplexity):
+        raise InputError(f"perplexity is {perplexity}")
+    return replace(proof, tensors_equal_in_bits=len(ours), perplexity_from_disk=perplexity)
 
 
 @torch.no_grad()
@@ -193,13 +190,11 @@ def _check_logits(loaded: PreTrainedModel, model: PreTrainedModel) -> None:
         )
 
 
-def verify_pattern(
-    folder: Path, model: PreTrainedModel, pattern: Pattern, left_dense: dict[str, str]
-) -> dict[str, int | float]:
+def verify_pattern(folder: Path, model: PreTrainedModel, pattern: Pattern, left_dense: dict[str, str]) -> Proof:
     """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`.
 
     The names of a layer in the files and in memory may differ, as for experts; transformers' conversions map them.
-    Returns the counts, `VerifyReport.totals`.
+    Returns the counts.
     """
     report = verify(folder, pattern, compare=False)  # with `model`, here
     layout, sparse = StoredLayout(model), set[str]()
@@ -222,7 +217,7 @@ def verify_pattern(
     check_ok(report)
     if missing := sparse - {layer.name for layer in report.sparse_layers}:
         raise InputError(f"{len(missing)} of {len(sparse)} sparse layers are not in {report.path}, as {min(missing)}")
-    return report.totals()
+    return Proof(**report.totals())  # type: ignore[arg-type]  # a share among counts
 
 
 # ---- a model that does not fit in memory, from files of its transformer blocks
@@ -237,9 +232,9 @@ def export_blocks(
     outside: Iterator[tuple[str, Tensor]],
     pattern: Pattern,
     left_dense: Mapping[str, str],
-    record: Mapping[str, Any],
+    record: Facts,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> Facts:
     """Writes `folder` with castlm.json and a model card, and verifies it; returns the content of castlm.json.
 
     Args:
@@ -249,7 +244,7 @@ def export_blocks(
         outside: all other weights by name, in the order of `model.named_parameters()`; rounded to `dtype`.
     """
     folder = Path(os.path.realpath(user_path(folder)))
-    manifest = new_manifest(pattern, left_dense, record, dtype)
+    facts = completed(record, pattern, left_dense, dtype)
     with atomic_dir(folder, overwrite=True) as temporary:
         files = file_names(len(blocks) + 1)
         weight_map: dict[str, str] = {}
@@ -269,9 +264,9 @@ def export_blocks(
         write_index(temporary / INDEX, weight_map, total * dtype.itemsize, total)
         write_all_but_weights(model, tokenizer, temporary, dtype)
         with verification(temporary, folder):
-            manifest["proof"] = verify_pattern(temporary, model, pattern, manifest["left_dense"])
-        write_record(temporary, folder.name, manifest)
-    return manifest
+            facts = replace(facts, proof=verify_pattern(temporary, model, pattern, facts.left_dense))
+        write_facts(temporary, folder.name, facts)
+    return facts
 
 
 # ---- the hub

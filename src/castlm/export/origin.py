@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from castlm.export.folder import read_manifest
+from castlm.export.folder import read_facts
+from castlm.facts import Facts, Origin, PastStep, Quantized
 from castlm.methods.table import METHODS
 from castlm.models.locate import DEMO, Location, cached_snapshot, locate
 
@@ -28,48 +30,39 @@ SOLVER_TITLES = {
 _HUB = "https://huggingface.co/"
 _REFINED = {"mask_iterations": "masks by ADMM", "refit_iterations": "refitted kept weights"}
 """The refinements that make other masks or weights than the published SparseGPT, in words."""
-_STEP = (
-    *("method", "pattern", "calibration", "refinements", "rounded"),
-    *("train_steps", "train_tokens", "world_batch", "dataset"),
-)
+_STEP = tuple(entry.name for entry in fields(PastStep) if entry.name not in ("config", "quantized"))
 """The entries of castlm.json that describe the step that made a model."""
 _OF_CONFIG = ("init_from", "model", "seq_len", "eta", "teacher", "adapter", "start_effort", *_REFINED)
 """The options of a run that describe its step."""
 
 
-def origin_of(name: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """The entries of castlm.json that a result takes over from the model `name`: base_model, license and earlier.
+def origin_of(name: str | Path, revision: str | None = None) -> Origin:
+    """The entries of castlm.json that a result takes over from the model `name`.
 
     The base model of a result of castlm is that result's own. The licence is the one in the card of a folder or of a
-    hub model in the cache, or in the header of a GGUF file; there is no entry if none names one.
+    hub model in the cache, or in the header of a GGUF file; None if none names one.
     """
     where = locate(name, needs_weights=False)
     if where.gguf:
-        return _known(*_of_gguf(where))
+        return Origin(*_of_gguf(where))
     folder = cached_snapshot(where.target, revision) if where.is_hub else Path(where.target)
     source = where.source if revision is None else f"{where.source}@{revision}"
     if folder is None:
-        return _known(source, None)
-    manifest, licence = read_manifest(folder), license_of_card(folder)
-    if not manifest.get("base_model"):
-        return _known(source, licence)
-    steps = steps_of(manifest)
-    return _known(manifest["base_model"], manifest.get("license") or licence) | ({"earlier": steps} if steps else {})
+        return Origin(source)
+    facts, licence = read_facts(folder), license_of_card(folder)
+    if not facts.base_model:
+        return Origin(source, licence)
+    return Origin(facts.base_model, facts.license or licence, made_by(facts) or None)
 
 
-def _known(base_model: str, licence: str | None) -> dict[str, Any]:
-    return {"base_model": base_model} | ({"license": licence} if licence else {})
-
-
-def steps_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def made_by(facts: Facts) -> list[PastStep]:
     """The steps that made a model, oldest first, from its castlm.json: `earlier`, and its own."""
-    steps = list(manifest.get("earlier") or [])
-    config = manifest.get("config") or {}
-    if manifest.get("method"):
-        own = {key: manifest[key] for key in _STEP if manifest.get(key)}
-        steps.append(own | {"config": {key: config[key] for key in _OF_CONFIG if key in config}})
-    if quantized := manifest.get("quantized"):
-        steps.append({"quantized": {key: quantized[key] for key in ("kind", "text") if key in quantized}})
+    steps = list(facts.earlier or [])
+    if facts.method:
+        config = {name: value for name, value in (facts.config or {}).items() if name in _OF_CONFIG}
+        steps.append(PastStep(**{name: getattr(facts, name) for name in _STEP}, config=config))
+    if facts.quantized is not None:
+        steps.append(PastStep(quantized=Quantized(kind=facts.quantized.kind, text=facts.quantized.text)))
     return steps
 
 
@@ -97,31 +90,28 @@ def _of_gguf(where: Location) -> tuple[str, str | None]:
     return source, found.get("general.license")
 
 
-def described(step: Mapping[str, Any], shown: Callable[[str], str] = str) -> str:
+def described(step: PastStep, shown: Callable[[str], str] = str) -> str:
     """A step in words, for the card.
 
     Args:
         shown: a name of a text or model in the form in which the card shows it.
     """
-    if quantized := step.get("quantized"):
-        calibrated = f", calibrated on {shown(quantized['text'])}" if quantized.get("text") else ""
-        return f"Rounded to {quantized['kind']}{calibrated}"
-    config, method = step.get("config") or {}, str(step["method"])
-    if step.get("train_steps") is None:
-        text = step.get("calibration")
+    if (quantized := step.quantized) is not None:
+        calibrated = f", calibrated on {shown(quantized.text)}" if quantized.text else ""
+        return f"Rounded to {quantized.kind}{calibrated}"
+    config, method = step.config or {}, str(step.method)
+    if step.train_steps is None:
+        text = step.calibration
         drawn = (
-            f"{text['num_sequences']:,} sequences of {text['seq_len']:,} tokens of {shown(text['text'])}"
-            if text
-            else ""
+            f"{text.num_sequences:,} sequences of {text.seq_len:,} tokens of {shown(text.text or '')}" if text else ""
         )
         calibrated = f", calibrated on {drawn}" if text else ""
-        refined = _refined(step.get("refinements") or {})
+        refined = _refined(step.refinements or {})
         return f"Pruned one-shot by {SOLVER_TITLES.get(method, method)}{refined}{calibrated}, without training"
-    steps, tokens = f"{step['train_steps']:,} steps", f"{step.get('train_tokens', 0):,} tokens"
-    names = str((step.get("dataset") or {}).get("name", "a text")).split(" + ")
-    text = " and ".join(map(shown, names))
-    length = f"{step.get('world_batch', '?')} sequences of {config.get('seq_len', '?')} tokens"
-    amount = f"{steps} of {length}, {tokens} of {text}"
+    steps, tokens = f"{step.train_steps:,} steps", f"{step.train_tokens or 0:,} tokens"
+    names = (step.dataset.name if step.dataset else "a text").split(" + ")
+    length = f"{step.world_batch or '?'} sequences of {config.get('seq_len', '?')} tokens"
+    amount = f"{steps} of {length}, {tokens} of {' and '.join(map(shown, names))}"
     if config.get("init_from") is not None and config.get("init_from") == config.get("model"):
         adapter = config.get("adapter")
         by = f" through an adapter ({adapter})" if adapter not in (None, "none") else ""
@@ -130,8 +120,10 @@ def described(step: Mapping[str, Any], shown: Callable[[str], str] = str) -> str
     start = "" if method in METHODS and METHODS[method].starts_dense else f", from {_start(config, shown)}"
     teacher = shown(config["teacher"]) if config.get("teacher") else "the dense model"
     distilled = f", distilled from {teacher} (weight {config['eta']:.2g})" if config.get("eta") else ""
-    rounded = step.get("rounded")
-    bits = f", with {rounded['kind']} weights ({rounded['bits_per_weight']:.2f} bits each)" if rounded else ""
+    rounded, bits = step.rounded, ""
+    if rounded is not None:
+        size = "" if rounded.bits_per_weight is None else f" ({rounded.bits_per_weight:.2f} bits each)"
+        bits = f", with {rounded.kind} weights{size}"
     return f"Trained by {title}{start}: {amount}{distilled}{bits}"
 
 

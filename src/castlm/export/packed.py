@@ -30,7 +30,7 @@ from castlm.export.folder import (
     is_packed,
     left_dense_reason,
     read_config,
-    read_manifest,
+    read_facts,
     recorded_pattern,
     stored_tensors,
 )
@@ -38,6 +38,7 @@ from castlm.export.hf import export_model
 from castlm.export.loads import check_loads
 from castlm.export.origin import origin_of
 from castlm.export.verify import Packed, check_dense, check_ok, take_packed, verify
+from castlm.facts import SCHEMA_VERSION, Facts, Packing
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
@@ -95,9 +96,9 @@ def pattern_of(name: str | Path, given: Pattern | str | None) -> Pattern | None:
     folder = cached_snapshot(where.target, None) if where.is_hub else Path(where.target)
     if folder is None or where.gguf:
         return None
-    manifest = read_manifest(folder)
-    if "pattern" in manifest:
-        return recorded_pattern(manifest)
+    facts = read_facts(folder)
+    if facts.pattern is not None or facts.schema_version is not None:  # else the record is none of castlm's
+        return recorded_pattern(facts)
     stored = stored_tensors(folder, read_config(folder))
     first = next((tensor for name, tensor in stored.items() if is_block_linear(name, tensor.shape)), None)
     if first is None or first.shape[1] % 4:
@@ -190,7 +191,7 @@ def _dequantize(name: str | Path, folder: str | Path, overwrite: bool = False) -
         folder,
         pattern=None,
         left_dense={},
-        record=origin_of(name),
+        record=Facts(pattern=None, left_dense={}, **vars(origin_of(name))),
         overwrite=overwrite,
         dtype=loaded.dtype,
     )
@@ -281,8 +282,8 @@ def _specs(
     integers: Mapping[str, Rounded],
 ) -> dict[str, PackedSpec]:
     """The specs of the tensors to pack, by name: all linear layers inside the transformer blocks."""
-    manifest = read_manifest(source)
-    left_dense, trained = manifest.get("left_dense", {}), manifest.get("rounded", {}).get("kind")
+    facts = read_facts(source)
+    left_dense, trained = facts.left_dense, facts.rounded.kind if facts.rounded else None
     specs: dict[str, PackedSpec] = {}
     for name, tensor in stored.items():
         is_packed_here = is_block_weight(name, tensor.shape)
@@ -364,16 +365,17 @@ def _write_packed_rest(source: Path, folder: Path, weights: str, pattern: NM | N
     if cast is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype_name(cast)
-    manifest = read_manifest(source)
+    facts = read_facts(source)
     if pattern is None:
-        manifest["pattern"] = None
-        manifest.pop("proof", None)  # the card names a pattern
+        facts = replace(facts, pattern=None, proof=None)  # the card names a pattern
     else:
-        recorded = recorded_pattern(manifest) or pattern
+        recorded = recorded_pattern(facts) or pattern
         is_counted = recorded.nm == pattern  # by `verify`, in a packed folder
-        manifest["pattern"] = str(recorded if is_counted else pattern)
-    manifest["packed"] = {"format": packed_file.VERSION, "castlm": __version__}
-    _write_small_files(source, folder, config, manifest, packed_card(source, manifest, name))
+        facts = replace(facts, pattern=str(recorded if is_counted else pattern))
+    facts = replace(
+        facts, schema_version=SCHEMA_VERSION, packed=Packing(format=packed_file.VERSION, castlm=__version__)
+    )
+    _write_small_files(source, folder, config, facts, packed_card(source, facts, name))
 
 
 # ---- unpacking
@@ -406,11 +408,10 @@ def unpack_folder(
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     integers_as = named if named in FLOATS.values() else torch.float32
     config.pop("quantization_config", None)
-    manifest = read_manifest(source)
-    manifest.pop("packed", None)
+    facts = replace(read_facts(source), packed=None)
     with atomic_dir(folder, overwrite) as temporary:
         _write_weights(temporary, _Unpacking(stored, packed, integers_as), (SINGLE, INDEX), progress)
-        _write_small_files(source, temporary, config, manifest, unpacked_card(source, manifest))
+        _write_small_files(source, temporary, config, facts, unpacked_card(source, facts))
         with naming_instead(temporary, source):  # verifies the plain folder
             if not config.get("auto_map"):  # the layers of a model with its own code are unknown
                 check_layers(temporary, stored_tensors(temporary, config), config)
@@ -486,10 +487,8 @@ def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _write_small_files(
-    source: Path, folder: Path, config: Mapping[str, Any], manifest: Mapping[str, Any], card: str
-) -> None:
-    """Writes config.json, and castlm.json and the card if they have content; copies all other files but weights."""
+def _write_small_files(source: Path, folder: Path, config: Mapping[str, Any], facts: Facts, card: str) -> None:
+    """Writes config.json, castlm.json, and the card if it has content; copies all other files but weights."""
     for path in sorted([*source.iterdir(), *source.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]):
         is_copied = path.name not in (RESULT, OUTPUT, "README.md") and not path.name.endswith(_WEIGHTS)
         if path.is_file() and not path.name.startswith(".") and is_copied:
@@ -498,7 +497,7 @@ def _write_small_files(
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     atomic_write_json(folder / "config.json", config)
-    if manifest:
-        atomic_write_json(folder / "castlm.json", manifest)
+    if facts.packed is not None or (source / RESULT).is_file():
+        atomic_write_json(folder / RESULT, facts.to_json())
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")

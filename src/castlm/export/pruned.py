@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
 from castlm.export.origin import origin_of
+from castlm.facts import DrawnText, Facts, Perplexities
 from castlm.files.reading import read_json_object
 from castlm.files.record import command_of
 from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
@@ -54,7 +55,7 @@ def prune_folder(
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    evaluate: Callable[[Loaded], dict[str, Any]] | None = None,
+    evaluate: Callable[[Loaded], tuple[float, dict[str, Any]]] | None = None,
     world: World | None = None,
 ) -> OneshotReport:
     """Takes the steps of a start in a dense model, and writes the result to `folder` at the end.
@@ -69,8 +70,8 @@ def prune_folder(
         memory: "block" keeps one transformer block at a time in memory.
         dtype: "bf16", "fp16" or "fp32", the dtype of the files; "source" is the dtype of the stored model.
         overwrite: begin again if an unfinished prune has other options or is damaged.
-        evaluate: measures the model in memory before and after it is pruned: returns its `perplexity`, and further
-            entries of castlm.json.
+        evaluate: measures the model in memory before and after it is pruned: returns its perplexity, and further
+            entries of castlm.json, by name.
         world: the ranks that prune together, block by block, and of which the main one writes the result; by default,
             this process.
 
@@ -103,19 +104,19 @@ def prune_folder(
                 for _ in stored.outside():
                     pass  # a weight that is not finite raises before the work on the blocks begins
 
-        def read_text() -> tuple[CalibrationText | None, dict[str, Any]]:
+        def read_text() -> tuple[CalibrationText | None, DrawnText | None]:
             if draw is None:
-                return None, {}
+                return None, None
             encoder = open_encoder([draw.documents], loaded.tokenizer, name, options, **loading)
             text = draw.text(model, layers, encoder, device, note)
-            source_text = {"text": text_name, "text_sha256": draw.documents.text_hash(), "seed": draw.seed}
             if slow := why_slow(text.precision, device):
                 note(slow)
-            return text, {**source_text, **text.record()}
+            sha256 = draw.documents.text_hash()
+            return text, DrawnText(text=text_name, text_sha256=sha256, seed=draw.seed, **text.record())
 
         text, calibration = world.on_main(read_text, patient=True)
         source: Source = stored or MemoryModel(model.to(device), layers, scope.pattern)
-        before = evaluate(loaded) if evaluate else {}
+        before = evaluate(loaded)[0] if evaluate else None
         facts = {"model": loaded.source, "weights": weights, "memory": memory, "dtype": dtype_name(kept_dtype)}
         with shown_progress(f"{method}, transformer blocks", before=None) as progress:
             report = run_start(
@@ -130,16 +131,18 @@ def prune_folder(
                 ranks=world,
             )
         step_options = {key: value for step in steps for key, value in step.options().items()}
-        record = {
-            **origin_of(name, revision),
-            "method": method,
-            "refinements": {f.name: step_options[f.name] for f in fields(Refinements) if f.name in step_options},
-            "calibration": calibration,
-            **report.record(),
-        }
+        record = Facts(
+            pattern=None,  # the export writes it, and which layers are dense
+            left_dense={},
+            **vars(origin_of(name, revision)),
+            **vars(report.solved()),
+            method=method,
+            refinements={f.name: step_options[f.name] for f in fields(Refinements) if f.name in step_options},
+            calibration=calibration,
+        )
         if evaluate:
-            after = evaluate(loaded)
-            record |= {**after, "perplexity": {"dense": before["perplexity"], "pruned": after["perplexity"]}}
+            after, further = evaluate(loaded)
+            record = replace(record, perplexity=Perplexities(dense=before, pruned=after), **further)
         if stored is None:
             export_model(
                 model.to("cpu"),

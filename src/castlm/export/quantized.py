@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,16 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
-from castlm.export.folder import left_dense_reason, read_manifest
+from castlm.export.folder import left_dense_reason, read_facts
 from castlm.export.hf import export_model
 from castlm.export.origin import origin_of
 from castlm.export.packed import groups_of, naming_instead, pack_into
+from castlm.facts import Perplexities
 from castlm.files.output import atomic_dir
 from castlm.formats.table import FORMATS
 from castlm.models.io import load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.steps.round import QuantizeReport, quantize_, stored_layers
-
-_UNTRUE = ("proof", "figures", "perplexity")
-_WRITTEN_AGAIN = ("schema_version", "versions", "left_dense", "dtype", "packed", "quantized")
-"""Entries of castlm.json that are no longer true for the quantized model, and that are written again."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,11 @@ def quantize_folder(
     if calibration is None and form.reads_text:
         say(f"{kind} without a calibration text, to the nearest: --calibration TEXT loses less")
     groups = groups_of(name, pattern)
-    manifest = read_manifest(Path(name))
-    if rounded := manifest.get("rounded"):
-        raise InputError(f"{name} was trained as {rounded['kind']}, which castlm pack stores: quantize another model")
+    facts = read_facts(Path(name))
+    if facts.rounded is not None:
+        raise InputError(
+            f"{name} was trained as {facts.rounded.kind}, which castlm pack stores: quantize another model"
+        )
     documents = None if calibration is None else open_documents(calibration.text, options)
     # GPTQ computes in fp32; rounding to the nearest takes fp32 a layer at a time, and what is written is the same.
     held = None if calibration is None and dtype == "source" else torch.float32
@@ -108,7 +107,7 @@ def quantize_folder(
     left_dense: dict[str, str] = {}
     if groups is not None:
         layers, left_dense = sparse_linears(loaded.model, groups)
-        left_dense |= manifest.get("left_dense", {})
+        left_dense |= facts.left_dense
         for layer, module in layers.items():
             is_sparse = left_dense_reason(f"{layer}.weight", left_dense) is None
             if is_sparse and groups.violations(module.weight):
@@ -122,15 +121,23 @@ def quantize_folder(
     loaded.model.to(device)
     report = quantize_(loaded.model, kind, calibration=tokens, damping=damping, progress=progress)
     loaded.model.to("cpu")
-    passed_on = {key: value for key, value in manifest.items() if key not in (*_UNTRUE, *_WRITTEN_AGAIN)}
-    origin = {key: value for key, value in origin_of(name).items() if key != "earlier"}  # which `passed_on` has
-    record = {**passed_on, **origin, "quantized": {"source": name, **report.record(), **text}}
-    if figures := manifest.get("figures"):
-        before = [
-            {**row, "name": f"{row['name']}, before {kind}"} if row["name"] != "dense" else row for row in figures
+    origin = origin_of(name)
+    record = replace(
+        facts,  # their `earlier` and their own step stay: `quantized` is a step after it
+        base_model=origin.base_model,
+        license=origin.license,
+        quantized=replace(report.facts(), source=name, **text),
+        pattern=None if pattern is None else str(pattern),
+        # no longer true
+        packed=None,
+        proof=None,
+        perplexity=Perplexities(),
+        figures=[
+            row if row.name == "dense" else replace(row, name=f"{row.name}, before {kind}")
+            for row in facts.figures or []
         ]
-        record["figures"] = before
-    record["pattern"] = None if pattern is None else str(pattern)
+        or None,
+    )
     write_plain = functools.partial(
         export_model,
         loaded.model,

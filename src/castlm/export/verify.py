@@ -25,7 +25,7 @@ from castlm.export.folder import (
     is_packed,
     left_dense_reason,
     read_config,
-    read_left_dense,
+    read_facts,
     stored_tensors,
 )
 from castlm.export.report import LayerReport, VerifyReport
@@ -94,7 +94,9 @@ def verify(
     cuts = pattern.cuts
     if base is not None and not cuts:
         raise InputError(f"--base is for patterns that cut channels or heads out, not for {pattern}: leave it out")
-    dense_config, where = base_config(base, config, folder / "castlm.json", pattern) if cuts else ({}, "")
+    facts = read_facts(folder)
+    sizes = facts.cut.before if facts.cut else {}
+    dense_config, where = base_config(base, config, sizes, pattern) if cuts else ({}, "")
     packed = take_packed(tensors, config)
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
@@ -104,7 +106,7 @@ def verify(
     compared_with = _compare_layers(path, tensors, config, excluded) if compare else "the model in memory"
     report = VerifyReport(str(path), pattern, compared_with=compared_with)
     config["model_type"] = config.get("model_type") or guess_model_type({n: t.shape for n, t in tensors.items()})
-    left_dense = read_left_dense(folder)
+    left_dense = facts.left_dense
     dense = why_stored_dense({name: tensor.shape for name, tensor in tensors.items()})
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = dense.get(name, "a causal mask" if _is_causal_mask(tensor) else None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_json, is_whole, remove_stale_inside, size_and_crc
-from castlm.files.reading import read_json_object, read_record
+from castlm.files.reading import read_record
 from castlm.progress import note
 
 OUTPUT = "castlm-output.json"
@@ -74,7 +74,7 @@ def _listed(folder: Path) -> dict[str, list[int]]:
 
 
 def record_output(folder: Path, *, checksums: bool = False, **about: Any) -> None:
-    """Writes the record of `folder`: the entries `about` and its files, with `checksums` for `read_result`.
+    """Writes the record of `folder`: the entries `about` and its files, with `checksums` for `check_result`.
 
     Unchanged files of the entry `foreign` are not listed, because castlm did not write them.
     """
@@ -138,9 +138,8 @@ def unused_name(path: Path) -> Path:
     return free
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """Checks the files of a finished model folder by CRC-32, and returns its castlm.json."""
-    result = read_json_object(folder / RESULT)
+def check_result(folder: Path) -> None:
+    """Compares the files of a finished model folder with their size and CRC-32; `InputError` names one that differs."""
     listed = _listed(folder)
     changed = [name for name, about in listed.items() if not is_whole(folder / name, [*about[:1], *about[2:]])]
     if changed or not listed:
@@ -148,4 +147,3 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder / name} is missing or has changed since castlm wrote it: remove {folder} and run it again"
         )
-    return result

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
+from castlm.facts import Basis, BasisChange, Solved
+from castlm.oneshot.routed import calibrated_on_all_note
 
 _MIN_GAIN = 1e-3  # least relative fall of the error for which a change of basis is kept
 
@@ -175,14 +176,24 @@ class OneshotReport:
             )
         return lines
 
-    def record(self) -> dict[str, Any]:
-        """The content of castlm.json about the start; without damping or experts if method or model has none."""
-        damping = {} if self.damping is None else {"damping": self.damping, "raised_damping": self.raised_damping}
-        zero_inputs = {"masked_by_magnitude": self.zero_inputs} if self.zero_inputs else {}
-        shape = None if self.basis.stream_basis is None else list(self.basis.stream_basis.shape)
-        basis = asdict(replace(self.basis, stream_basis=None)) | {"stream_basis": shape}
-        times = {"basis": basis, "prune_seconds": round(self.seconds, 2)}
-        return times | damping | calibrated_on_all_record(self.calibrated_on_all) | zero_inputs
+    def solved(self) -> Solved:
+        """The entries of castlm.json about the start."""
+        basis = self.basis
+        return Solved(
+            basis=Basis(
+                untied=basis.untied,
+                stream_basis=None if basis.stream_basis is None else list(basis.stream_basis.shape),
+                changes=[BasisChange(**asdict(change)) for change in basis.changes],
+                notes=basis.notes,
+                moved=basis.moved,
+                seconds=basis.seconds,
+            ),
+            prune_seconds=round(self.seconds, 2),
+            damping=self.damping,
+            raised_damping=None if self.damping is None else self.raised_damping,
+            experts_calibrated_on_all_tokens=self.calibrated_on_all or None,
+            masked_by_magnitude=self.zero_inputs or None,
+        )
 
 
 def relative_error(lost: Tensor, whole: Tensor) -> float:

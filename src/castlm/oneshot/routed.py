@@ -162,8 +162,3 @@ def calibrated_on_all_note(few: Mapping[str, int]) -> str:
         f"{sum(of_block.values())} experts had fewer routed tokens than their input has columns, and were calibrated "
         "on all tokens: more calibration text gives them their own"
     )
-
-
-def calibrated_on_all_record(few: Mapping[str, int]) -> dict[str, Any]:
-    """The entry of castlm.json about experts that were calibrated on all tokens; empty if there are none."""
-    return {"experts_calibrated_on_all_tokens": dict(few)} if few else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from castlm.core.errors import InputError
@@ -17,20 +16,18 @@ _SAME = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", 
 
 
 def base_config(
-    base: str | None, config: Mapping[str, Any], record: Path, pattern: Pattern
+    base: str | None, config: Mapping[str, Any], sizes: Mapping[str, int], pattern: Pattern
 ) -> tuple[dict[str, Any], str]:
     """The config.json of the model before the cut, and its source in words.
 
     Args:
-        base: the folder of that model; None takes the sizes in castlm.json, at the path `record`.
+        base: the folder of that model; None takes the `sizes` in castlm.json.
         config: config.json of the model that is verified.
+        sizes: fields of config.json before the cut; empty if castlm.json has none.
 
     Raises:
         InputError: neither names the sizes, or the base is another model.
     """
-    cut = read_json_object(record).get("cut") if record.is_file() else None
-    sizes = cut.get("before") if isinstance(cut, dict) else None
-    sizes = sizes if isinstance(sizes, dict) else {}
     if base is None:
         if not sizes:
             raise InputError(
@@ -41,7 +38,7 @@ def base_config(
     file = user_path(base) / "config.json"
     found = read_json_object(file)
     resolved = {**found, **sizes_of(pattern, found)}
-    for name, size in ({name: config.get(name) for name in _SAME} | sizes).items():
+    for name, size in {**{name: config.get(name) for name in _SAME}, **sizes}.items():
         if resolved.get(name) != size:
             raise InputError(f"--base {base} has {name} {resolved.get(name)}, and the model {size}: it is not its base")
     return found, base

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, is_sparse_linear, scope_of, transformer_blocks
+from castlm.facts import Cut
 from castlm.models.architecture import context_length, eval_mode, linearize_
 from castlm.structured.pattern import Heads, Units, sizes_after, sizes_of, units_of
 
@@ -26,15 +26,6 @@ TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in
 fp32."""
 _PROBE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The record of a cut."""
-
-    before: dict[str, int]  # fields of config.json by name, in the base
-    after: dict[str, int]
-    logits_moved: float  # largest difference of a logit to the masked model, relative to the largest logit
 
 
 def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:

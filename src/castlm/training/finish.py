@@ -9,7 +9,6 @@ import platform
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -25,6 +24,7 @@ from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
 from castlm.export.origin import origin_of
+from castlm.facts import Dataset, Facts, Figure, Histogram, MaskFigures, Perplexities
 from castlm.hardware import collect_garbage, peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_
@@ -33,13 +33,13 @@ from castlm.progress import note
 from castlm.starts import methods_of
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective
-from castlm.training.record import problem, verdict
+from castlm.training.record import verdict
 from castlm.training.run import Run, local_masks
 from castlm.training.source import cut_of_source
 
 
-def finish(run: Run) -> dict[str, Any]:
-    """Prunes, folds, exports and verifies the model of a finished run; returns its record, the same on every rank.
+def finish(run: Run) -> Facts:
+    """Prunes, folds, exports and verifies the model of a finished run; returns its facts, the same on every rank.
 
     Raises:
         DivergedError: the verification fails, and the perplexity of the pruned model is not finite.
@@ -67,16 +67,16 @@ def finish(run: Run) -> dict[str, Any]:
     is_remote_code = type(run.model).__module__.startswith("transformers_modules")  # only `save_pretrained` copies it
     try:
         if run.source.stored is not None and not is_remote_code and not is_cut:
-            record = export_sharded(sharded_result(run), run_record(run, histogram))
+            facts = export_sharded(sharded_result(run), run_facts(run, histogram))
         else:
             model = gathered(run) if is_sharded(objective) else run.model
-            record = run.world.on_main(lambda: write_result(run, model, histogram), patient=True)
+            facts = run.world.on_main(lambda: write_result(run, model, histogram), patient=True)
     except InputError as error:
         if math.isfinite(run.progress.figures[str(run.total_steps)].get("prune_now_ppl", 0.0)):
             raise
         raise DivergedError(f"{error}: the run diverged in its last steps; lower learning_rate") from error
-    say_result(run, record)
-    return record
+    say_result(run, facts)
+    return facts
 
 
 def _save_dtype(run: Run) -> torch.dtype:
@@ -123,7 +123,7 @@ def gathered(run: Run) -> PreTrainedModel | None:
     return model
 
 
-def write_result(run: Run, model: PreTrainedModel | None, histogram: dict[str, Any]) -> dict[str, Any]:
+def write_result(run: Run, model: PreTrainedModel | None, histogram: Histogram | None) -> Facts:
     """Folds the weight scaling, writes the model and verifies it. Only the main rank calls it, with the whole model."""
     assert model is not None
     fold_weight_scaling(model)
@@ -141,7 +141,7 @@ def write_result(run: Run, model: PreTrainedModel | None, histogram: dict[str, A
         run.folder.model,
         pattern=run.config.model.pattern if run.method.layers else None,  # None for the dense control
         left_dense=run.method.left_dense,
-        record=run_record(run, histogram),
+        record=run_facts(run, histogram),
         overwrite=True,
         dtype=_save_dtype(run),
         eval_fn=measure,
@@ -162,20 +162,19 @@ def perplexities_when_sparse(
     return [values["prune_now_ppl"] for step, values in figures.items() if first <= int(step) < max_steps]
 
 
-def say_result(run: Run, record: dict[str, Any]) -> None:
+def say_result(run: Run, facts: Facts) -> None:
     """Prints the folder of the result and, in the last line, whether training improved on the start."""
     if run.method.layers:
         run.telemetry.say(f"{run.folder.model}: {run.config.model.pattern} verified in {len(run.method.layers)} layers")
     else:
-        dense = f"dense, {run.rounding['kind']} for castlm pack" if run.rounding else "the dense control"
+        dense = f"dense, {run.rounding.kind} for castlm pack" if run.rounding else "the dense control"
         run.telemetry.say(f"{run.folder.model}: {dense}")
-    found = record["verdict"]
-    run.telemetry.say(
-        found["reason"] if found["ok"] else f"THIS RUN {found['problem']}: {found['reason']}; {found['remedy']}"
-    )
+    found = facts.verdict
+    assert found is not None  # it is a run's
+    run.telemetry.say(found.reason if found.ok else f"THIS RUN {found.problem}: {found.reason}; {found.remedy}")
 
 
-def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
+def run_facts(run: Run, histogram: Histogram | None) -> Facts:
     """The entries of castlm.json about a run: its figures, its verdict, and the facts that are needed to compare them.
 
     Args:
@@ -192,7 +191,7 @@ def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
         dense = first.get("dense_ppl", first.get("perplexity"))
         measures = {"dense": dense, "one_shot": one_shot, "before_prune": last["perplexity"]}
     measures["pruned"] = last.get("prune_now_ppl")
-    perplexities = {name: value for name, value in measures.items() if value is not None}
+    perplexities = Perplexities(**measures)
     measured = measured_on(
         run.source.tokenizer,
         seq_len=run.config.data.seq_len,
@@ -210,40 +209,44 @@ def run_record(run: Run, histogram: dict[str, Any]) -> dict[str, Any]:
         "before_prune": f"{method}, before the prune",
         "pruned": f"{pattern}, fine-tuned" if config.is_finetuning else f"{method}, pruned",
     }
-    record: dict[str, Any] = cut_of_source(config.model) if config.is_finetuning else {}
-    if run.rounding:
-        record["rounded"] = run.rounding
-    mask_names = ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked")
-    record |= {
-        "run_id": run.folder.run_id,
-        **origin_of(config.model.model, config.model.revision),
-        "method": method,
-        "config": config.as_dict(),
-        "world_batch": config.optimizer.sequences_per_step(run.world.size),
-        "perplexity": perplexities,
-        "figures": [{"name": labels[name], "perplexity": ppl, **measured} for name, ppl in perplexities.items()],
-        "measured": measured,
-        "mask": {name: last[name] for name in mask_names if name in last},
-        "dataset": {"name": " + ".join(config.data.datasets), "sha256": run.text.train_sha256},
-        "num_params": sum(parameter.numel() for parameter in run.method.own_parameters(run.names)),
-        "train_tokens": run.progress.tokens,
-        "train_steps": run.total_steps,
-        "train_seconds": round(run.progress.seconds, 1),
-        "start": run.start,
-        "world_size": run.world.size,
-        "peak_memory_bytes": peak_memory(run.world.device.type),
-        "machine": f"{platform.machine()} {run.world.device.type}",
-        "masked_histogram": histogram,
-    }
+    figures = [
+        Figure(name=labels[name], perplexity=ppl, **vars(measured)) for name, ppl in perplexities.known().items()
+    ]
     if not run.method.layers:
-        perplexities["trained"] = last["perplexity"]
+        perplexities = dataclasses.replace(perplexities, trained=last["perplexity"])
     earlier = perplexities_when_sparse(config.method, run.total_steps, run.progress.figures)
-    return record | {"verdict": verdict(perplexities, earlier)}
+    mask_names = ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked")
+    return Facts(
+        pattern=None,  # the export writes it, and which layers are dense
+        left_dense={},
+        cut=cut_of_source(config.model) if config.is_finetuning else None,
+        rounded=run.rounding,
+        run_id=run.folder.run_id,
+        **vars(origin_of(config.model.model, config.model.revision)),
+        method=method,
+        config=config.as_dict(),
+        world_batch=config.optimizer.sequences_per_step(run.world.size),
+        perplexity=perplexities,
+        figures=figures,
+        measured=measured,
+        mask=MaskFigures(**{name: last[name] for name in mask_names if name in last}),
+        dataset=Dataset(name=" + ".join(config.data.datasets), sha256=run.text.train_sha256),
+        num_params=sum(parameter.numel() for parameter in run.method.own_parameters(run.names)),
+        train_tokens=run.progress.tokens,
+        train_steps=run.total_steps,
+        train_seconds=round(run.progress.seconds, 1),
+        start=run.start,
+        world_size=run.world.size,
+        peak_memory_bytes=peak_memory(run.world.device.type),
+        machine=f"{platform.machine()} {run.world.device.type}",
+        masked_histogram=histogram,
+        verdict=verdict(perplexities, earlier),
+    )
 
 
-def upload(model: Path, repo: str, record: dict[str, Any], world: World, *, private: bool) -> None:
+def upload(model: Path, repo: str, facts: Facts, world: World, *, private: bool) -> None:
     """Uploads the result, unless the run diverged or fell short: the repository may hold a better one."""
-    if wrong := problem(record.get("verdict", {})):
+    if facts.verdict is not None and (wrong := facts.verdict.outcome):
         if world.is_main:
             note(f"not uploaded, because the run {wrong}; hf upload {repo} {model} uploads it anyway")
         return

@@ -17,7 +17,6 @@ from castlm.core.sparsify import weight_parameter
 from castlm.distributed.mask_check import masked_samples
 from castlm.hardware import peak_memory
 from castlm.methods.options import schedule
-from castlm.training.record import start_seconds
 from castlm.training.run import Run
 
 STEPS = 20
@@ -81,5 +80,5 @@ def measure(run: Run, steps: int) -> Calibration:
         tokens_per_step=tokens,
         peak_bytes=peak_memory(world.device.type),
         steps=len(seconds),
-        start_seconds=start_seconds(run.start) or 0.0,
+        start_seconds=run.start.seconds or 0.0,
     )

@@ -19,6 +19,7 @@ from castlm.data.scored import ScoredText
 from castlm.devices import device_of
 from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World
+from castlm.facts import Histogram, TrainedRounding
 from castlm.formats.packed_file import PackedSpec
 from castlm.hardware import autocast
 from castlm.training.objective import Objective
@@ -110,14 +111,13 @@ def mask_figures(
 
 
 @torch.no_grad()
-def masked_histogram(masks: Mapping[Tensor, Tensor], world: World) -> dict[str, Any]:
+def masked_histogram(masks: Mapping[Tensor, Tensor], world: World) -> Histogram | None:
     """Counts of masked weights by magnitude over all ranks, each weight once, in bins of a quarter of a decade.
 
-    Returns `{"edges": ..., "zeros": ..., "counts": ...}`: `zeros` are exact zeros and `counts[i]` the magnitudes in
-    `[edges[i], edges[i + 1])`. The first and the last bin also hold smaller and larger ones. Empty without `masks`.
+    None without `masks`.
     """
     if not masks:
-        return {}
+        return None
     num_bins = len(HISTOGRAM_EDGES) - 1
     counts = torch.zeros(num_bins + 1, dtype=torch.float64, device=world.device)
     lowest = round(4 * math.log10(HISTOGRAM_EDGES[0]))
@@ -128,7 +128,7 @@ def masked_histogram(masks: Mapping[Tensor, Tensor], world: World) -> dict[str, 
         counts[1:] += torch.bincount(bins.long(), minlength=num_bins)
         counts[0] += (masked == 0).sum()
     zeros, *rest = (world.sum(counts).long() // world.num_replicas).tolist()
-    return {"edges": list(HISTOGRAM_EDGES), "zeros": zeros, "counts": rest}
+    return Histogram(edges=list(HISTOGRAM_EDGES), zeros=zeros, counts=rest)
 
 
 @torch.no_grad()
@@ -141,24 +141,24 @@ def masked_shares(masks: Mapping[Tensor, Tensor], world: World) -> list[float]:
     return [masked / whole if whole else 0.0 for masked, whole in found]
 
 
-def rounding_record(model: nn.Module, sparse: Collection[str], pattern: Pattern) -> dict[str, Any]:
+def trained_rounding(model: nn.Module, sparse: Collection[str], pattern: Pattern) -> TrainedRounding | None:
     """The format of the layers with trained rounding, their number, and the bits of a weight with mask and scales.
 
-    Empty without such layers.
+    None without such layers.
 
     Args:
         sparse: the names of the n:m layers.
     """
     layers = list(rounded_layers(model))
     if not layers:
-        return {}
+        return None
     kind, total, stored = f"int{layers[0][2].bits}", 0, 0
     for name, layer, _ in layers:
         n, m = (pattern.nm.n, pattern.nm.m) if name in sparse and pattern.nm else (0, 0)
         size = num_weights(layer)
         total += size
         stored += 8 * PackedSpec(size // layer.in_features, layer.in_features, n, m, kind).num_bytes
-    return {"kind": kind, "layers": len(layers), "bits_per_weight": stored / total}
+    return TrainedRounding(kind=kind, layers=len(layers), bits_per_weight=stored / total)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

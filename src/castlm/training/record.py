@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.facts import Perplexities, Verdict
 from castlm.files.reading import read_text, user_path
 
 HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
@@ -55,13 +56,6 @@ def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
     return [(row["step"], row[key]) for row in read_metrics(run) if key in row]
 
 
-def start_seconds(start: Mapping[str, Any]) -> float | None:
-    """The seconds of a start, by its record: the change of basis and the one-shot solver; None if it took none."""
-    parts = [(start.get("basis") or {}).get("seconds"), start.get("prune_seconds")]
-    known = [float(part) for part in parts if part is not None]
-    return sum(known) if known else None
-
-
 FAR_FACTOR = 10.0
 """A result whose perplexity is more than this many times the dense model's fell short, even if it improved."""
 CLOSE_FACTOR = 2.0
@@ -73,46 +67,35 @@ _DIVERGED = {"problem": "DIVERGED", "remedy": "lower learning_rate"}
 _FELL_SHORT = {"problem": "FELL SHORT", "remedy": "train for more steps"}
 
 MEASURED_ALIKE = ("seq_len", "stride", "text_sha256", "num_tokens", "tokens")
-"""The entries of `record["measured"]` that must agree before two perplexities may be compared."""
+"""The attributes of `Conditions` that must agree before two perplexities may be compared."""
 
 
-def final_perplexity(perplexities: Mapping[str, Any]) -> Any:
-    """The perplexity of a run's result, from `record["perplexity"]`: pruned, or the dense control's; else None."""
-    return perplexities.get("pruned", perplexities.get("trained"))
-
-
-def problem(verdict: Mapping[str, Any]) -> str | None:
-    """The problem of a run, by its `verdict`: "diverged" or "fell short"; None if it has none."""
-    return None if verdict.get("ok", True) else str(verdict.get("problem", "diverged")).lower()
-
-
-def verdict(perplexities: Mapping[str, float], earlier: Iterable[float] = ()) -> dict[str, Any]:
+def verdict(perplexities: Perplexities, earlier: Iterable[float] = ()) -> Verdict:
     """Whether training improved the model, and why.
 
     Args:
-        perplexities: `record["perplexity"]` of a run: `pruned` (`trained` for the dense control), `dense` and
-            `one_shot` if they were measured, and `start` for a fine-tuning run.
+        perplexities: those of a run: `pruned` (`trained` for the dense control), `dense` and `one_shot` if they were
+            measured, and `start` for a fine-tuning run.
         earlier: perplexities since the model became sparse, for a run that becomes sparse during training.
 
     Returns:
-        `{"ok": bool, "reason": str}`. `ok` is False if the run diverged (its perplexity is not finite, or above its
-        start: the one-shot start, or the model before fine-tuning), or if it ended above ten times the perplexity of
-        the dense model. Then "problem" and "remedy" name the problem and the help. A run without a start that ended far
-        from the dense model diverged if it is the dense control, or above twice the lowest of `earlier`; otherwise it
-        fell short.
+        The verdict. `ok` is False if the run diverged (its perplexity is not finite, or above its start: the one-shot
+        start, or the model before fine-tuning), or if it ended above ten times the perplexity of the dense model. Then
+        `problem` and `remedy` name the problem and the help. A run without a start that ended far from the dense model
+        diverged if it is the dense control, or above twice the lowest of `earlier`; otherwise it fell short.
 
     Examples:
-        >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 8.0})["reason"]
+        >>> verdict(Perplexities(dense=6.0, one_shot=14.0, pruned=8.0)).reason
         'perplexity 8.000, below the one-shot start (14.000), 1.33 times the dense model (6.000)'
-        >>> verdict({"dense": 6.0, "one_shot": 14.0, "pruned": 15.0})["ok"]
+        >>> verdict(Perplexities(dense=6.0, one_shot=14.0, pruned=15.0)).ok
         False
     """
-    found = final_perplexity(perplexities)
-    dense, one_shot = perplexities.get("dense"), perplexities.get("one_shot")
+    found = perplexities.final
+    dense, one_shot = perplexities.dense, perplexities.one_shot
     if found is None or not math.isfinite(found):
-        return {"ok": False, "reason": f"the perplexity is {found}", **_DIVERGED}
+        return Verdict(ok=False, reason=f"the perplexity is {found}", **_DIVERGED)
     parts, ok = [f"perplexity {found:,.3f}"], True
-    if (start := perplexities.get("start")) is not None:
+    if (start := perplexities.start) is not None:
         ok = found <= start
         parts.append(f"{'below' if ok else 'ABOVE'} the model before fine-tuning ({start:,.3f})")
     if one_shot is not None:
@@ -123,8 +106,8 @@ def verdict(perplexities: Mapping[str, float], earlier: Iterable[float] = ()) ->
         parts.append(f"{found / dense:.2f} times the dense model ({dense:,.3f})")
         if ok and found > FAR_FACTOR * dense:
             lowest = min(filter(math.isfinite, earlier), default=math.inf)
-            ok, problem = False, _DIVERGED if "trained" in perplexities else _FELL_SHORT
+            ok, problem = False, _FELL_SHORT if perplexities.trained is None else _DIVERGED
             if found > RISE_FACTOR * lowest:
                 parts.append(f"{found / lowest:.2f} times the lowest that it had reached ({lowest:,.3f})")
                 problem = _DIVERGED
-    return {"ok": ok, "reason": ", ".join(parts), **problem}
+    return Verdict(ok=ok, reason=", ".join(parts), **problem)

@@ -23,6 +23,7 @@ from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.sharding import average_gradients_, sum_over_replicas_
 from castlm.distributed.world import World
+from castlm.facts import Start, TrainedRounding, to_json
 from castlm.hardware import autocast, describe, peak_memory, why_slow
 from castlm.methods.base import Retraining
 from castlm.models.architecture import vocab_size
@@ -36,7 +37,7 @@ from castlm.training.metrics import (
     masked_histogram,
     masked_shares,
     peak_flops,
-    rounding_record,
+    trained_rounding,
 )
 from castlm.training.objective import Objective, pruned
 from castlm.training.run_folder import RunFolder, check_shared
@@ -103,16 +104,16 @@ class Run:
     """Name of every trained parameter; collected right after sharding, when each is a DTensor among several ranks."""
     dense_perplexity: float | None
     """Perplexity of the dense model, if step 0 has other weights."""
-    start: dict[str, Any]
-    """The record of the start; empty if it is magnitude."""
+    start: Start
+    """The report of the start."""
     budget: DecayBudget | None = None
     trackers: Sequence[str] = ()
     resumed_from: Path | None = None
     progress: Progress = field(default_factory=Progress)
     initial_masks: dict[str, Tensor] = field(init=False)
     """The masks of step 0 in bits, by parameter name."""
-    rounding: dict[str, Any] = field(init=False)
-    """The record of trained rounding; empty without it."""
+    rounding: TrainedRounding | None = field(init=False)
+    """The format of trained rounding; None without it."""
     telemetry: Telemetry = field(init=False)
     saver: Saver = field(init=False)
     self_check: SelfCheck = field(init=False)
@@ -125,7 +126,7 @@ class Run:
     def __post_init__(self) -> None:
         masks = self.method.masks()
         self.initial_masks = {self.names[p]: like_rows(pack_mask(local(mask)), p) for p, mask in masks.items()}
-        self.rounding = rounding_record(self.model, self.method.layers, self.config.model.pattern)
+        self.rounding = trained_rounding(self.model, self.method.layers, self.config.model.pattern)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -224,8 +225,8 @@ class Run:
         masks += method.trained_part(self.names)
         yield f"{config.method.method}: {sparse:,} of {total:,} weights in {len(method.layers)} layers, {masks}"
         if found := self.rounding:
-            where = f"{found['layers']} layers, {found['bits_per_weight']:.2f} bits a weight"
-            yield f"rounding: {found['kind']} in {where}, with trained scales"
+            where = f"{found.layers} layers, {found.bits_per_weight:.2f} bits a weight"
+            yield f"rounding: {found.kind} in {where}, with trained scales"
         if self.text.is_masked:
             yield self.text.explain()
         if self.teacher_fingerprint:
@@ -368,7 +369,8 @@ class Run:
         details: dict[str, Any] = {"peak_memory_bytes": peak_memory(self.world.device.type)}  # for metrics.jsonl alone
         if masks:
             histogram = masked_histogram(masks, self.world)
-            details["masked_histogram"] = [histogram["zeros"], *histogram["counts"]]
+            assert histogram is not None  # there are masks
+            details["masked_histogram"] = [histogram.zeros, *histogram.counts]
         if masks and self.progress.step == 0:
             names = [dense_name(name).removesuffix(".weight") for name in self.initial_masks]
             details["masked_share"] = dict(zip(names, masked_shares(masks, self.world)))
@@ -399,7 +401,7 @@ class Run:
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
             "figures": self.progress.figures,
-            "start": self.start,
+            "start": to_json(self.start),
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,
         }
         self.saver.save(self.progress.step, self.tensors(), manifest)

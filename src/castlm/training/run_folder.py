@@ -15,9 +15,10 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
+from castlm.facts import Facts
 from castlm.files.output import Inputs, begin_output, output_folder
 from castlm.files.reading import read_record, user_path
-from castlm.files.record import OUTPUT, PROBE, RESULT, read_result
+from castlm.files.record import OUTPUT, PROBE, RESULT
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.progress import note
 from castlm.training.checkpoint import check_same_run, newest
@@ -91,22 +92,22 @@ class RunFolder:
         """Whether the result exists. It gets its name only when it is complete."""
         return (self.model / RESULT).is_file()
 
-    def finish_again(self, options: Mapping[str, Any], config_yaml: str, world_batch: int) -> dict[str, Any]:
-        """The record of a finished run, after checking its options and its files.
+    def finish_again(self, options: Mapping[str, Any], config_yaml: str, world_batch: int) -> Facts:
+        """The facts of a finished run, after checking its options and its files.
 
         The run may have been killed right before its folder was finished.
 
         Raises:
             InputError: `options` describe another run, or a file of the result is missing or has changed.
         """
-        record = read_result(self.model)
-        written = record.get("config", {})
-        facts = {"save_dtype": written.get("save_dtype"), "world_batch": record.get("world_batch")}
+        found = Facts.read_result(self.model)
+        written = found.config or {}
+        facts = {"save_dtype": written.get("save_dtype"), "world_batch": found.world_batch}
         now = {"save_dtype": options["save_dtype"], "world_batch": world_batch}
         check_same_run({"config": written, "facts": facts}, options, now)
         with self.begun(config_yaml, resume=True):
             note(f"{self.model} is finished already")
-        return record
+        return found
 
 
 def _job() -> str | None:

@@ -38,7 +38,8 @@ from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
 from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded, opened_files
 from castlm.distributed.world import World
-from castlm.export.folder import read_left_dense, read_manifest
+from castlm.export.folder import read_left_dense
+from castlm.facts import Cut, Facts
 from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
 from castlm.models.io import Loaded, load_model, open_model
 from castlm.models.locate import cached_snapshot, locate
@@ -200,11 +201,10 @@ def _folder_of(model: ModelOptions) -> Path | None:
     return cached_snapshot(where.target, model.revision) if where.is_hub else Path(where.target)
 
 
-def cut_of_source(model: ModelOptions) -> dict[str, Any]:
-    """The entry "cut" of the model's castlm.json, if channels or heads were cut out of it; else empty."""
+def cut_of_source(model: ModelOptions) -> Cut | None:
+    """The sizes before and after channels or heads were cut out of the model, by its castlm.json; else None."""
     folder = _folder_of(model)
-    cut = None if folder is None else read_manifest(folder).get("cut")
-    return {} if cut is None else {"cut": cut}
+    return None if folder is None else Facts.read(folder).cut
 
 
 def layers_left_dense(model: ModelOptions) -> tuple[str, ...]:

@@ -27,9 +27,9 @@ from castlm.core.sparsify import FilterFn, dense_name, scope_of, transformer_blo
 from castlm.distributed.loading import Checkpoint, Place, check_weights, open_sharded, opened_files
 from castlm.distributed.sharding import may_skip_modules
 from castlm.distributed.world import World, reporting_once
+from castlm.facts import Basis, Facts, Reconstructed, Start
 from castlm.files.output import check_beside
-from castlm.files.reading import read_record, user_path
-from castlm.files.record import RESULT
+from castlm.files.reading import user_path
 from castlm.hardware import available_memory
 from castlm.methods.base import Retraining
 from castlm.models.architecture import is_vision_language
@@ -67,13 +67,8 @@ class StartWeights:
     """Beside `given`, the places of the dense values of sparse layers, as in `dense`."""
     stream_basis: Tensor | None = None
     """The new basis of the residual stream; None if it is the dense model's own."""
-    record: dict[str, Any] = field(default_factory=dict)
+    facts: Start = field(default_factory=Start)
     """The report of the start, with its times, on every rank."""
-
-
-def is_untied(record: dict[str, Any]) -> bool:
-    """Whether the start with this record untied the output head from the embeddings."""
-    return bool(record.get("basis", {}).get("untied", False))
 
 
 def stream_basis(start: StartWeights, world: World) -> Tensor | None:
@@ -81,10 +76,10 @@ def stream_basis(start: StartWeights, world: World) -> Tensor | None:
 
     A rotation (hidden, hidden) fp32, as `castlm.training.objective.Objective` takes it.
     """
-    shape = start.record.get("basis", {}).get("stream_basis")
-    if shape is None:
+    changed = start.facts.basis
+    if changed is None or changed.stream_basis is None:
         return None
-    basis = torch.zeros(shape)
+    basis = torch.zeros(changed.stream_basis)
     if world.on_main(lambda: start.stream_basis is not None):
         basis = world.from_main(start.stream_basis, basis.shape)
     return basis.to(world.device)
@@ -142,23 +137,23 @@ class TrainingStart:
         start = StartWeights()
         is_given = trained_from(self.options.name, self.pattern) is None
         if is_given and (opened := self._open_given()) is not None:
-            start.record = self._take_places_(start, *opened)
+            start.facts = self._take_places_(start, *opened)
             return start
 
         output = user_path(output_dir)
         if not is_given and self._is_divided():
             with self.world.context_on_main(begun_work(output)) as work:
-                start.record = self._prune_together_(start, work, overwrite)
+                start.facts = self._prune_together_(start, work, overwrite)
             return start
 
-        def fill() -> dict[str, Any]:
+        def fill() -> Start:
             if is_given:
                 return self._read_(start)
             with begun_work(output) as work:
                 return self._prune_whole_(start, work, overwrite)
 
         # patient, because loading a large model and each block may take long
-        start.record = self.world.on_main(fill, patient=True)
+        start.facts = self.world.on_main(fill, patient=True)
         return start
 
     def _steps(self) -> list[Step]:
@@ -179,7 +174,7 @@ class TrainingStart:
         has_experts = any(may_skip_modules(block) or any(map(expert_layers, block.modules())) for block in blocks)
         return self.pattern.independent_rows and not has_experts and all(step.is_divided for step in self._steps())
 
-    def _prune_together_(self, start: StartWeights, work: Path, overwrite: bool) -> dict[str, Any]:
+    def _prune_together_(self, start: StartWeights, work: Path, overwrite: bool) -> Start:
         """Prunes the model block by block; all ranks call it, and find the blocks in the folder `work`."""
         world, stored, model = self.world, self.source.stored, copy.deepcopy(self.source.model)
         assert stored is not None
@@ -187,7 +182,7 @@ class TrainingStart:
         scope = scope_of(model, self.pattern, self.filter_fn)
         blocks = StoredModel(model, stored, scope.layers, world.device, None, scope.pattern, self.keeps_dense_values)
         with reporting_once(world):
-            record, _ = self._run(blocks, work, overwrite, world)
+            facts, _ = self._run(blocks, work, overwrite, world)
         places: dict[str, Place] = {}
         for index, block in enumerate(blocks.blocks):
             file = block_file(work, index)
@@ -197,16 +192,16 @@ class TrainingStart:
                 inside = [name for name in scope.layers if f"{name}.weight" in names]
                 start.given_dense |= {f"{name}.weight": Place(file, f"{DENSE}{name}") for name in inside}
         start.given = Checkpoint(str(work), places)
-        return world.on_main(lambda: record)
+        return world.on_main(lambda: facts)
 
-    def _prune_whole_(self, start: StartWeights, work: Path, overwrite: bool) -> dict[str, Any]:
+    def _prune_whole_(self, start: StartWeights, work: Path, overwrite: bool) -> Start:
         """Prunes a copy of the model in memory, on this rank alone."""
         self._check_memory()
         model = self.source.whole_model().to(self.world.device)
         scope = scope_of(model, self.pattern, self.filter_fn)
         layers = scope.layers
         blocks = MemoryModel(model, layers, scope.pattern, self.keeps_dense_values)
-        record, report = self._run(blocks, work, overwrite, ONE_RANK)
+        facts, report = self._run(blocks, work, overwrite, ONE_RANK)
         if self.world.mesh is not None:
             model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
         pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
@@ -216,12 +211,12 @@ class TrainingStart:
         if report.basis.changes:
             start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
         start.stream_basis = report.basis.stream_basis
-        return record
+        return facts
 
     def _run(
         self, blocks: MemoryModel | StoredModel, work: Path, overwrite: bool, ranks: Ranks
-    ) -> tuple[dict[str, Any], OneshotReport]:
-        """Takes the steps in a model, calibrated on the beginning of the training text; returns the record as well."""
+    ) -> tuple[Start, OneshotReport]:
+        """Takes the steps in a model, calibrated on the beginning of the training text; returns two reports of them."""
         method, device, model, layers = self.options.name, self.world.device, blocks.model, blocks.layers
         is_main = ranks.rank == 0
         say = note if is_main else lambda line: None
@@ -261,13 +256,13 @@ class TrainingStart:
             raise InputError(f"init_from {method}: {error}; init_from magnitude needs no text") from None
         for line in report.notes():
             say(line)
-        record = {
-            "calibration_tokens": 0 if text is None else text.sequences.numel(),
-            **report.record(),
-            "layer_errors": {layer.name: layer.error for layer in report.layers},
-            "reconstructions": [asdict(block) for block in report.reconstructions],
-        }
-        return record, report
+        facts = Start(
+            **vars(report.solved()),
+            calibration_tokens=0 if text is None else text.sequences.numel(),
+            layer_errors={layer.name: layer.error for layer in report.layers},
+            reconstructions=[Reconstructed(**asdict(block)) for block in report.reconstructions],
+        )
+        return facts, report
 
     def _check_memory(self) -> None:
         """Raises `InputError` if the whole model does not fit into the memory that is free."""
@@ -280,15 +275,15 @@ class TrainingStart:
                 "free: prune beforehand (castlm prune --memory block), and pass its folder as init_from"
             )
 
-    def _read_(self, start: StartWeights) -> dict[str, Any]:
+    def _read_(self, start: StartWeights) -> Start:
         """Reads the model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""
         pattern, source = self.pattern, self.source
         is_loaded = self.is_finetuning and source.stored is None
         with self._naming_methods():
             model = source.model if is_loaded else load_model(self.options.name, **self._given_options).model
-        record: dict[str, Any] = {}
+        facts = Start()
         if not self.is_finetuning:
-            record = self._compare_(start, model, lambda: model.get_input_embeddings().weight.detach())
+            facts = self._compare_(start, model, lambda: model.get_input_embeddings().weight.detach())
         scope = scope_of(source.model, pattern, self.filter_fn)
         theirs = dict(model.named_parameters())
         start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in scope.layers}
@@ -298,7 +293,7 @@ class TrainingStart:
         if not self.is_finetuning:
             pruned = {f"{layer}.weight" for layer in scope.layers}
             start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
-        return record
+        return facts
 
     def _open_given(self) -> tuple[PreTrainedModel, Checkpoint] | None:
         """The model that `init_from` names, without its weights, and the places of these; all ranks call it.
@@ -322,7 +317,7 @@ class TrainingStart:
         self.world.check_all(failure)
         return opened if all(are_open) else None
 
-    def _take_places_(self, start: StartWeights, model: PreTrainedModel, given: Checkpoint) -> dict[str, Any]:
+    def _take_places_(self, start: StartWeights, model: PreTrainedModel, given: Checkpoint) -> Start:
         """Gives `start` the places of a model, of which each rank reads its rows; all ranks call it.
 
         Each rank counts the pattern of some sparse layers.
@@ -330,7 +325,7 @@ class TrainingStart:
         Args:
             model: the given model, without weights.
         """
-        record: dict[str, Any] = {}
+        facts = Start()
         if not self.is_finetuning:
             (name,) = (n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
 
@@ -338,7 +333,7 @@ class TrainingStart:
                 with opened_files() as read:
                     return given.places[name].read(read, slice(None)).float()
 
-            record = self.world.on_main(lambda: self._compare_(start, model, embeddings), patient=True)
+            facts = self.world.on_main(lambda: self._compare_(start, model, embeddings), patient=True)
         scope = scope_of(self.source.model, self.pattern, self.filter_fn)
         failure = None
         with opened_files() as read:
@@ -350,7 +345,7 @@ class TrainingStart:
         self.world.check_all(failure)
         places = {f"{layer}.weight": given.places[f"{layer}.weight"] for layer in scope.layers}
         start.given = Checkpoint(given.source, places if self.is_finetuning else given.places)
-        return record
+        return facts
 
     @property
     def _given_options(self) -> dict[str, Any]:
@@ -374,10 +369,8 @@ class TrainingStart:
             "the layer in left_dense"
         )
 
-    def _compare_(
-        self, start: StartWeights, model: PreTrainedModel, embeddings: Callable[[], Tensor]
-    ) -> dict[str, Any]:
-        """Checks that a given model is the dense one at n:m, in whatever basis, and returns its record.
+    def _compare_(self, start: StartWeights, model: PreTrainedModel, embeddings: Callable[[], Tensor]) -> Start:
+        """Checks that a given model is the dense one at n:m, in whatever basis, and returns the report of the start.
 
         Args:
             embeddings: reads its input embeddings (vocab, hidden).
@@ -394,9 +387,8 @@ class TrainingStart:
                 raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
         # Its basis may be another than the dense model's.
         if self.keeps_dense_values:
-            changed = read_record(Path(name) / RESULT).get("basis") or {}
-            changes = [change["what"] for change in changed.get("changes", []) if change["num_kept"]]
-            if changes:
+            changed = Facts.read(Path(name)).basis or Basis()
+            if changes := [change.what for change in changed.changes if change.num_kept]:
                 raise InputError(
                     f"init_from {name} is written in another basis ({', '.join(changes)}), in which masked weights "
                     "have no dense values to begin at: prune it with --rotate off --no-permute"
@@ -407,7 +399,7 @@ class TrainingStart:
             except InputError as error:
                 raise InputError(f"init_from {name}: {error}; with hidden_weight 0 they may differ") from None
         shape = None if start.stream_basis is None else list(start.stream_basis.shape)
-        return {"basis": {"untied": untied, "stream_basis": shape}} if untied or shape else {}
+        return Start(basis=Basis(untied=untied, stream_basis=shape)) if untied or shape else Start()
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import World, closing, init_world, naming_missing_ranks
 from castlm.export.hf import check_export, check_login
+from castlm.facts import Facts, Start, from_json
 from castlm.files.reading import user_path
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
@@ -57,7 +58,6 @@ from castlm.training.start import (
     StartWeights,
     TrainingStart,
     check_start,
-    is_untied,
     start_,
     stream_basis,
 )
@@ -65,11 +65,11 @@ from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import chosen_trackers
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig) -> Facts:
     """Runs `config` from its dense model to the verified result in `output_dir/model`.
 
     Returns:
-        The record of the run, which is also the result's castlm.json.
+        The facts of the run, which are also the result's castlm.json.
 
     Raises:
         InputError: any error that the user can correct; no result is half-written.
@@ -90,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             config = resolve(config, world)
             if world.on_main(lambda: output.resume and folder.is_finished()):
                 options, batch = config.as_dict(), config.optimizer.sequences_per_step(world.size)
-                record = world.on_main(lambda: folder.finish_again(options, config.as_yaml(), batch), patient=True)
+                facts = world.on_main(lambda: folder.finish_again(options, config.as_yaml(), batch), patient=True)
             else:
                 run = set_up(config, world)
                 collect_garbage(world.device.type)  # whatever was loaded on the way
@@ -99,11 +99,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 with run.telemetry:
                     take_steps(run, interrupt)
                     interrupt.start_export()
-                    record = finish(run)
+                    facts = finish(run)
                     world.on_main(lambda: drop_work(folder.path))
             if output.push_to_hub:  # also for a finished run, which may have been stopped before the upload
-                upload(folder.model, output.hub_repo, record, world, private=output.hub_private_repo)
-            return record
+                upload(folder.model, output.hub_repo, facts, world, private=output.hub_private_repo)
+            return facts
 
 
 def take_steps(run: Run, interrupt: Interrupt) -> None:
@@ -160,7 +160,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     if config.checkpoint.resume:
         checkpoint = world.on_main(lambda: folder.newest_checkpoint(config.as_dict()))
     if checkpoint is not None:
-        start.record = world.on_main(lambda: read_manifest(checkpoint)["start"])
+        start.facts = world.on_main(lambda: from_json(Start, read_manifest(checkpoint)["start"], str(checkpoint)))
     makes_start = checkpoint is None and config.start.name != "magnitude"
     if makes_start:
         check_start(config.start.name, user_path(start_of.output_dir), world)
@@ -222,7 +222,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     teacher_model = None
     if eta > 0 and not (cache and cache.complete):
         teacher_model = as_teacher_(teacher.take_model(), teacher_dtype(precision))
-    if is_untied(start.record):
+    if start.facts.is_untied:
         source.untie_()
     method = method_class(
         model,
@@ -282,7 +282,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         evaluator=evaluator,
         names=names,
         dense_perplexity=dense_perplexity,
-        start=start.record,
+        start=start.facts,
         budget=_decay_budget(method_options, optimizer_options, method, world),
         trackers=trackers,
         resumed_from=checkpoint,

@@ -53,17 +53,16 @@ def run_oneshot(config: OneshotConfig) -> None:
         )
 
 
-def _measure(config: OneshotConfig, loaded: Loaded, device: str) -> dict[str, Any]:
-    """The entries of castlm.json of one model."""
+def _measure(config: OneshotConfig, loaded: Loaded, device: str) -> tuple[float, dict[str, Any]]:
+    """The perplexity of one model, and the entries of castlm.json about its measurement."""
     precision = choose_precision(config.precision, torch.device(device), loaded.model.config)
     documents = open_documents(config.eval_dataset, config, split=config.eval_split, data_config=config.eval_config)
     encoder = text_encoder(loaded.tokenizer, config)
     held_out = scored_text(documents, encoder, config.eval_tokens or None)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
     found = perplexity(loaded.model, held_out, seq_len=config.seq_len, autocast_dtype=autocast_dtype)
-    return {
+    return found.perplexity, {
         "config": config.as_dict(),
-        "perplexity": found.perplexity,
         "measured": measured_on(
             loaded.tokenizer,
             seq_len=config.seq_len,

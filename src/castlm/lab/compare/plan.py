@@ -13,12 +13,13 @@ from typing import Any, Literal
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.data.options import TextOptions
+from castlm.facts import Facts
 from castlm.fields import build, checked, convert, essential, number
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, Preset, every_method
 from castlm.lab.compare.report import Report
-from castlm.lab.compare.runs import OneshotConfig, Result, Run, content_hash, execute, refuse_running, run_key
+from castlm.lab.compare.runs import Failure, OneshotConfig, Result, Run, content_hash, execute, refuse_running, run_key
 from castlm.methods.table import METHODS, is_control
 from castlm.starts import default_method, methods_of
 from castlm.training.config import TrainConfig, without_sections
@@ -141,7 +142,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
                 results += plan.settle(name, tokens, root)
                 report = Report(plan.preset.question, results, command, plan.hashes)
                 report.write(root, plan.preset)
-    has_failed = any("error" in r.record or (r.problem == "diverged" and not r.trial) for r in results)
+    has_failed = any(r.failure is not None or (r.problem == "diverged" and not r.trial) for r in results)
     return int(has_failed), report
 
 
@@ -281,11 +282,11 @@ class Plan:
         """The result of a run: reads a finished one, otherwise starts or resumes it."""
         self.say(str(run))
         try:
-            record = execute(run, root, self.say)
+            outcome: Facts | Failure = execute(run, root, self.say)
         except InputError as error:
-            record = {"error": str(error)}
-        result = Result(run, record, run.folder(root))
-        self.say(f"  {record.get('error', f'perplexity {result.perplexity:.3f}')}")
+            outcome = Failure(str(error))
+        result = Result(run, outcome, run.folder(root))
+        self.say(f"  {result.failure.reason if result.failure else f'perplexity {result.perplexity:.3f}'}")
         return result
 
     def make(self, name: str, budget: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:

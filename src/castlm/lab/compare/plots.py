@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
+from castlm.lab.compare.rows import Row, Spread, spread
 from castlm.lab.compare.runs import Result
 from castlm.lab.report.charts import WHOLE, Picture, Series, dot_chart, heat_map, line_chart
 from castlm.methods.table import METHODS, is_control
 from castlm.training.record import read_series
 
-Rows = list[dict[str, Any]]
+Rows = list[Row]
 Plot = Callable[[Rows, list[Result]], dict[str, Picture]]
 GAP = "ln(perplexity / dense control)"
 
@@ -38,53 +36,34 @@ MASK_CHARTS = {
 """Title, label and caption by the name of a logged figure."""
 
 
-class Spread(NamedTuple):
-    """A figure over seeds. `std` is the sample standard deviation; None for a single seed."""
-
-    mean: float
-    std: float | None
-    values: tuple[float, ...]
-
-    def show(self, form: str) -> str:
-        return format(self.mean, form) + ("" if self.std is None else f" ± {format(self.std, form.lstrip('+'))}")
-
-
-def spread(values: Iterable[float | None]) -> Spread | None:
-    """Mean and standard deviation of the values that are not None; None if there are none."""
-    found = tuple(float(v) for v in values if v is not None)
-    if not found:
-        return None
-    has_deviation = len(found) > 1 and all(map(math.isfinite, found))
-    return Spread(statistics.fmean(found), statistics.stdev(found) if has_deviation else None, found)
-
-
 def _colours(rows: Rows) -> dict[str, int]:
-    names = dict.fromkeys(row["variant"] for row in rows)
+    names = dict.fromkeys(row.variant for row in rows)
     return {name: number for number, name in enumerate(names)}
 
 
-def has_gap(row: dict[str, Any]) -> bool:
-    """Whether a row is ranked and drawn: it has a finite gap and is not a dense control."""
-    return row["gap"] is not None and math.isfinite(row["gap"].mean) and not is_control(row["method"])
+def _with_gaps(rows: Rows) -> list[tuple[Row, Spread]]:
+    """The rows that are drawn, with their gaps."""
+    return [(row, row.ranked_gap) for row in rows if row.ranked_gap is not None]
 
 
 def gaps(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     """The gap to the dense control: a dot for each seed, a bar at their mean and a band of a standard deviation."""
-    shown = sorted(filter(has_gap, rows), key=lambda row: row["gap"].mean)
+    shown = sorted(_with_gaps(rows), key=lambda each: each[1].mean)
     if not shown:
         return {}
-    means, colours = [row["gap"].mean for row in shown], _colours(rows)
-    several = len({row["tokens"] for row in shown if row["tokens"]}) > 1
+    means, colours = [gap.mean for _, gap in shown], _colours(rows)
+    several = len({row.tokens for row, _ in shown if row.tokens}) > 1
     dots = []
-    for row in shown:
-        label = f"{row['variant']}, {row['tokens']:,} tokens" if several and row["tokens"] else row["variant"]
-        dots.append((label, row["gap"].values, colours[row["variant"]]))
+    for row, gap in shown:
+        label = f"{row.variant}, {row.tokens:,} tokens" if several and row.tokens else row.variant
+        dots.append((label, gap.values, colours[row.variant]))
     svg = dot_chart(dots, x_label=GAP, log_x=min(means) > 0 and max(means) > 10 * min(means))
     picture = Picture(
         "Gap to the dense control",
         svg,
-        "A dot for each seed, a bar at their mean, a band of one standard deviation. Left is better; rows whose bands "
-        "overlap are not told apart by these seeds.",
+        "A dot for each seed, a bar at their mean, a band of one standard deviation over the seeds. Left is better. A "
+        'seed moves all rows together, so bands may overlap where every seed agrees: the column "behind the best" '
+        "compares seed by seed.",
         wide=True,
     )
     return {"gaps": picture}
@@ -164,10 +143,10 @@ def histograms(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     totals: dict[str, list[int]] = {}
     edges: list[float] = []
     for result in results:
-        histogram = result.record.get("masked_histogram")
-        if histogram:
-            edges = histogram["edges"]
-            counts = [histogram["zeros"], *histogram["counts"]]
+        histogram = result.facts.masked_histogram
+        if histogram is not None:
+            edges = histogram.edges
+            counts = [histogram.zeros, *histogram.counts]
             old = totals.get(result.run.variant, [0] * len(counts))
             totals[result.run.variant] = [a + b for a, b in zip(old, counts)]
     if not totals:
@@ -198,16 +177,16 @@ def histograms(rows: Rows, results: list[Result]) -> dict[str, Picture]:
 def budgets(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     """The gap to the control of the same token budget against the budget, a line per variant."""
     colours = _colours(rows)
-    shown = list(filter(has_gap, rows))
-    names = dict.fromkeys(row["variant"] for row in shown if row["tokens"])
+    shown = _with_gaps(rows)
+    names = dict.fromkeys(row.variant for row, _ in shown if row.tokens)
     if not names:
         return {}
     lines = []
     for name in names:
-        of_name = [row for row in shown if row["variant"] == name]
-        points = [(r["tokens"], r["gap"].mean) for r in of_name]
-        lines.append(Series(name, points, colours[name], marks=True, spread=[r["gap"].std or 0.0 for r in of_name]))
-    levels = {row["variant"]: row["gap"].mean for row in shown if not row["tokens"]}
+        of_name = [(row.tokens, gap) for row, gap in shown if row.variant == name]
+        points = [(tokens, gap.mean) for tokens, gap in of_name]
+        lines.append(Series(name, points, colours[name], marks=True, spread=[gap.std or 0.0 for _, gap in of_name]))
+    levels = {row.variant: gap.mean for row, gap in shown if not row.tokens}
     svg = gap_chart(lines, levels)
     caption = (
         "Means over seeds, with a band of one standard deviation. Dotted: one-shot methods, against the control of the "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,16 +22,16 @@ import yaml
 import castlm
 from castlm.core.nm import Pattern
 from castlm.data.options import ScoredTextOptions
+from castlm.facts import Facts
 from castlm.fields import like, without_result
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import refuse_locked
 from castlm.files.reading import sha256_file
-from castlm.files.record import OUTPUT, RESULT, command_of, read_result
+from castlm.files.record import OUTPUT, RESULT, command_of
 from castlm.lab.compare.presets import ONESHOT
 from castlm.models.locate import cached_snapshot, locate
 from castlm.training.config import TrainConfig
 from castlm.training.options import SEQ_LEN, ModelOptions
-from castlm.training.record import final_perplexity, problem
 
 # Fields that always name a model or a text; the key hashes their content.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")
@@ -96,27 +97,45 @@ class Run:
         return f"{self.variant}, seed {self.seed}{rate}"
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no result."""
+
+    reason: str
+    """One line."""
+    exit_code: int | None = None
+    """Of its process; None if none was started."""
+
+
 @dataclass
 class Result:
-    """A run and its record."""
+    """A run and its facts, or its failure."""
 
     run: Run
-    record: dict[str, Any]
-    """The content of its castlm.json, or `{"error": ...}`."""
+    outcome: Facts | Failure
     folder: Path
     trial: bool = False
     """Whether it only tried a learning rate and has no row in the table."""
 
     @property
+    def facts(self) -> Facts:
+        """The content of the run's castlm.json; without any entry if the run failed."""
+        return self.outcome if isinstance(self.outcome, Facts) else Facts(pattern=None, left_dense={})
+
+    @property
+    def failure(self) -> Failure | None:
+        return self.outcome if isinstance(self.outcome, Failure) else None
+
+    @property
     def perplexity(self) -> float:
         """Perplexity of the pruned model, or of the trained dense control; infinite if the run failed."""
-        value = final_perplexity(self.record.get("perplexity", {}))
-        return float("inf") if value is None else float(value)
+        value = self.facts.perplexity.final
+        return math.inf if value is None else value
 
     @property
     def problem(self) -> str | None:
         """The problem in the run's own verdict: "diverged", "fell short" or None."""
-        return problem(self.record.get("verdict", {}))
+        return None if self.facts.verdict is None else self.facts.verdict.outcome
 
 
 # Files without effect on a result: documents, castlm's own record, and formats that castlm does not read.
@@ -171,28 +190,27 @@ def run_key(config: dict[str, Any], hashes: dict[str, str]) -> str:
     return _digest([fields, named, castlm.__version__])[:12]
 
 
-def read_finished(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished run; None if there is none.
+def read_finished(folder: Path) -> Facts | None:
+    """The facts of a finished run; None if there is none.
 
     Raises `InputError` if a file of the result is missing or has changed.
     """
     model = folder / "model"
-    return read_result(model) if (model / RESULT).is_file() else None
+    return Facts.read_result(model) if (model / RESULT).is_file() else None
 
 
-def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Returns the record of a run: reads a finished one, resumes an interrupted one, or starts it.
+def execute(run: Run, root: Path, say: Callable[[str], None]) -> Facts | Failure:
+    """Returns the facts of a run: reads a finished one, resumes an interrupted one, or starts it.
 
-    The record is the content of its castlm.json, or `{"error": one line, "exit_code": ...}` if its process failed.
-    Raises `InputError` as `read_finished`.
+    Returns a `Failure` if its process failed. Raises `InputError` as `read_finished`.
     """
     from castlm.training.checkpoint import remove_checkpoints  # imports torch
 
     folder = run.folder(root)
-    record = read_finished(folder)
-    if record is not None:
+    facts = read_finished(folder)
+    if facts is not None:
         remove_checkpoints(folder / "checkpoints")  # a kill may have come earlier
-        return record
+        return facts
     folder.parent.mkdir(parents=True, exist_ok=True)
     config_file = folder.with_suffix(".yaml")
     fields = {**run.config, "output_dir": str(folder)}
@@ -206,14 +224,14 @@ def execute(run: Run, root: Path, say: Callable[[str], None]) -> dict[str, Any]:
     started = time.monotonic()
     log = folder.with_suffix(".log")
     code = run_process(command, log)
-    record = read_finished(folder)
-    if record is None or (code and record.get("verdict", {}).get("ok", True)):
+    facts = read_finished(folder)
+    if facts is None or (code and (facts.verdict is None or facts.verdict.ok)):
         printed = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
         reason = printed[-1].removeprefix("castlm: error: ")
-        return {"error": f"exit code {code}: {reason} (all of it: {log})", "exit_code": code}
+        return Failure(f"exit code {code}: {reason} (all of it: {log})", code)
     remove_checkpoints(folder / "checkpoints")
     say(f"  done in {time.monotonic() - started:.0f} s")
-    return record
+    return facts
 
 
 def refuse_running(root: Path) -> None:

@@ -351,7 +351,8 @@ def plan_memory(
     """
     config = read_config(config)
     sizes = _sizes(config, run)
-    tutor = sizes if teacher is None else _sizes(read_config(teacher), replace(run, scale_groups=0, weight_bits=None))
+    plain = replace(run, scale_groups=0, weight_bits=None)  # a teacher has neither scales nor rounding
+    tutor = sizes if teacher is None and plain == run else _sizes(read_config(teacher or config), plain)
     sharded_or_not = {world_size > 1} if gpu_gib is None else {False, True}
     saved = {sharded: trace(config, run, sharded, sizes.kinds) for sharded in sharded_or_not}
 

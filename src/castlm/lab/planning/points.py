@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.facts import Facts
 from castlm.fields import build
 from castlm.files.reading import parse_json, read_text, user_path
 from castlm.files.record import command_of
 from castlm.progress import note
-from castlm.training.record import MEASURED_ALIKE, final_perplexity, problem
+from castlm.training.record import MEASURED_ALIKE
 
-_OF_RECORDS = {"train_tokens": "tokens", "num_params": "params", "dense_perplexity": "dense"}
-"""Fields of a point by the names that a run's castlm.json or a CSV has for them."""
+_OF_COLUMNS = {"train_tokens": "tokens", "num_params": "params", "dense_perplexity": "dense"}
+"""Fields of a point by further names that a column may have."""
+OF_TABLE = ("seed", "key")
+"""Entries that a comparison adds to castlm.json of a run in its table.json."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +105,32 @@ def _read_json(path: Path, runs: dict[str, str]) -> Iterator[Point]:
         raise InputError(f"{path}: a run's castlm.json or a list of results was expected")
     for number, record in enumerate(records, 1):
         source = str(path) if len(records) == 1 else f"{path}, result {number}"
-        if (run := record.get("run_id")) is not None and (other := runs.setdefault(str(run), source)) != source:
-            raise InputError(f"{source} is the same run as {other}, and would count as two: name it once")
-        found = record.get("verdict")
-        if isinstance(found, dict) and problem(found) == "diverged":
-            note(f"{source} is left out of the law, because the run diverged: {found.get('reason')}")
+        if "schema_version" not in record:
+            yield _point(record, source)  # the columns of the CSV
             continue
-        flat = dict(record)  # to the names of the CSV
-        if isinstance(config := flat.get("config"), dict):
-            flat.setdefault("seed", config.get("seed", 0))
-        if isinstance(measured := flat.get("measured"), dict):
-            known = {key: str(measured[key])[:12] for key in MEASURED_ALIKE if measured.get(key) is not None}
-            flat["harness"] = ", ".join(f"{key} {value}" for key, value in known.items())
-        if isinstance(ppl := flat.get("perplexity"), dict):  # the dense control is not pruned and has `trained` instead
-            flat |= {"perplexity": final_perplexity(ppl), "dense": ppl.get("dense")}
-        yield _point(flat, source)
+        facts = Facts.from_json({name: value for name, value in record.items() if name not in OF_TABLE}, source)
+        if (run := facts.run_id) is not None and (other := runs.setdefault(run, source)) != source:
+            raise InputError(f"{source} is the same run as {other}, and would count as two: name it once")
+        if facts.verdict is not None and facts.verdict.outcome == "diverged":
+            note(f"{source} is left out of the law, because the run diverged: {facts.verdict.reason}")
+            continue
+        yield _point(_columns_of(facts), source)
+
+
+def _columns_of(facts: Facts) -> dict[str, Any]:
+    """The facts of a run by the names of the CSV."""
+    known = {name: getattr(facts.measured, name, None) for name in MEASURED_ALIKE}
+    return {
+        "tokens": facts.train_tokens,
+        "perplexity": facts.perplexity.final,
+        "params": facts.num_params,
+        "seed": (facts.config or {}).get("seed", 0),
+        "method": facts.method,
+        "harness": ", ".join(f"{name} {str(value)[:12]}" for name, value in known.items() if value is not None),
+        "pattern": facts.pattern,
+        "base_model": facts.base_model,
+        "dense": facts.perplexity.dense,
+    }
 
 
 def _read_csv(path: Path) -> Iterator[Point]:
@@ -134,7 +148,7 @@ def _read_csv(path: Path) -> Iterator[Point]:
 
 
 def _point(record: dict[str, Any], source: str) -> Point:
-    named = {_OF_RECORDS.get(name, name): value for name, value in record.items()}
+    named = {_OF_COLUMNS.get(name, name): value for name, value in record.items()}
     known = {field.name for field in fields(Point)} - {"source"}
     values = {name: value for name, value in named.items() if name in known and value not in (None, "")}
     return build(Point, {**values, "source": source}, source)

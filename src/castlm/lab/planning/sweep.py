@@ -94,13 +94,13 @@ def sweep(config: SweepConfig, command: str, say: Say, progress: Say) -> int:
                     progress(f"{run}: {finished.folder}")
                 found.append(finished or plan.measure(run, root))
             for result in found:
-                if "error" in result.record:
-                    has_diverged = result.record.get("exit_code") == 1
-                    remedy = "" if has_diverged else "; the same command continues"
-                    say(f"stopped: {result.run} failed: {result.record['error']}{remedy}")
+                if result.failure is not None:
+                    remedy = "" if result.failure.exit_code == 1 else "; the same command continues"  # 1: it diverged
+                    say(f"stopped: {result.run} failed: {result.failure.reason}{remedy}")
                     return 1
                 if math.isinf(result.perplexity) or result.problem == "diverged":
-                    reason = result.record.get("verdict", {}).get("reason", "it has no finite perplexity")
+                    verdict = result.facts.verdict
+                    reason = "it has no finite perplexity" if verdict is None else verdict.reason
                     say(f"stopped: {result.run} diverged: {reason}; lower learning_rate")
                     return 1
             results += found
@@ -124,8 +124,8 @@ def _finished_elsewhere(run: Run, folders: Sequence[str]) -> Result | None:
     """The result of a run that is finished in one of the `folders` of comparisons or sweeps."""
     for other in map(user_path, folders):
         for folder in other.glob(f"runs/*-{run.key}"):
-            if (record := read_finished(folder)) is not None:
-                return Result(run, record, folder)
+            if (facts := read_finished(folder)) is not None:
+                return Result(run, facts, folder)
     return None
 
 

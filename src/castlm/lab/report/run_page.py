@@ -17,15 +17,17 @@ from typing import Any
 
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
+from castlm.facts import Facts, Perplexities, Verdict
 from castlm.fields import default_of, is_required
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import record_file
-from castlm.files.reading import read_bytes, read_json_object
+from castlm.files.reading import read_bytes
+from castlm.files.record import RESULT
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.report.charts import WHOLE, Picture, Series, can_draw, heat_map, line_chart, render, short
 from castlm.names import duration
 from castlm.training.config import TrainConfig
-from castlm.training.record import CLOSE_FACTOR, final_perplexity, problem, read_metrics, verdict
+from castlm.training.record import CLOSE_FACTOR, read_metrics, verdict
 
 REFRESH_SECONDS = 10
 _MARK = b'<meta name="generator" content="castlm">'
@@ -40,12 +42,12 @@ class RunData:
     config: TrainConfig
     rows: list[dict[str, Any]]
     """The rows of metrics.jsonl."""
-    record: dict[str, Any] | None
+    facts: Facts | None
     """The content of castlm.json; None while the run is not finished."""
 
     @property
     def is_finished(self) -> bool:
-        return self.record is not None
+        return self.facts is not None
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -63,23 +65,21 @@ class RunData:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     @property
-    def perplexity(self) -> dict[str, float]:
-        """The known perplexities among `dense`, `one_shot`, `before_prune` and `pruned`, as in `castlm.json`."""
-        if self.record is not None:
-            return dict(self.record["perplexity"])
+    def perplexity(self) -> Perplexities:
+        """The perplexities in castlm.json; of a run that is not finished, by its evaluations so far."""
+        if self.facts is not None:
+            return self.facts.perplexity
         if not self.evaluations:
-            return {}
+            return Perplexities()
         first, last = self.evaluations[0], self.evaluations[-1]
         if self.config.is_finetuning:
-            found = {"start": first.get("prune_now_ppl"), "pruned": last.get("prune_now_ppl")}
-        else:
-            found = {
-                "dense": first.get("dense_ppl", first["perplexity"]),
-                "one_shot": first.get("prune_now_ppl"),
-                "before_prune": last["perplexity"],
-                "pruned": last.get("prune_now_ppl"),
-            }
-        return {name: value for name, value in found.items() if value is not None}
+            return Perplexities(start=first.get("prune_now_ppl"), pruned=last.get("prune_now_ppl"))
+        return Perplexities(
+            dense=first.get("dense_ppl", first["perplexity"]),
+            one_shot=first.get("prune_now_ppl"),
+            before_prune=last["perplexity"],
+            pruned=last.get("prune_now_ppl"),
+        )
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(tokens, value) of all rows that have `key`."""
@@ -93,12 +93,10 @@ def read_run(path: str | Path) -> RunData:
         folder = folder.parent
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise InputError(f"{path} holds no run: give the output_dir of castlm train")
-    file = folder / "model" / "castlm.json"
-    record = read_json_object(file) if file.exists() else None
-    if record is not None and type(record.get("num_params", 0)) is not int:
-        raise InputError(f"{file}: num_params is {record['num_params']!r:.100}, not a number: fetch it again")
+    model = folder / "model"
+    facts = Facts.read(model) if (model / RESULT).exists() else None
     config = TrainConfig.from_mapping(read_yaml_mapping(folder / "config.yaml"), str(folder / "config.yaml"))
-    return RunData(folder, config, read_metrics(folder), record)
+    return RunData(folder, config, read_metrics(folder), facts)
 
 
 def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: bool = False) -> str:
@@ -106,11 +104,11 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
 
     With `refresh`, a browser loads the page again every few seconds until the run ends.
     """
-    record, method, pattern = run.record or {}, run.config.method, run.config.model.pattern
+    facts, method, pattern = run.facts, run.config.method, run.config.model.pattern
     eyebrow = ["castlm train", f"method {method.method}"]
     if not method.row.starts_dense:
         eyebrow.append(f"start {_short_name(run.config.start.init_from)}")
-    versions = record.get("versions") or {}
+    versions = (facts.versions if facts else None) or {}
     eyebrow += [f"{name} {version}" for name, version in versions.items() if name in ("castlm", "torch")]
     flips = [value for key in ("flip_rate", "initial_flip_rate") for _, value in run.series(key)]
     never_changed = "The masks did not change during this run." if flips and not any(flips) else ""
@@ -121,10 +119,13 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
             {"title": "Masks", "pictures": _masks(run), "text": never_changed},
             {"title": "Layers", "pictures": _layers(run)},
         ]
-    measured = {**(record.get("measured") or {}), "machine": record.get("machine"), "ranks": record.get("world_size")}
+    measured: dict[str, Any] = {}
+    if facts is not None:
+        measured = vars(facts.measured) if facts.measured else {}
+        measured = measured | {"machine": facts.machine, "ranks": facts.world_size}
+        if proof := facts.proof:
+            measured["groups counted"] = f"{proof.groups:,}, {proof.violations} violations"
     measured |= {f"version of {name}": version for name, version in versions.items()}
-    if proof := record.get("proof"):
-        measured["groups counted"] = f"{proof['groups']:,}, {proof['violations']} violations"
     options = [field for section in run.config.sections().values() for field in dataclasses.fields(section)]
     changed, defaults = _settings(run.config.given, options)
     return render(
@@ -168,43 +169,45 @@ def _short_name(model: Any) -> str:
 
 def _verdict(run: RunData) -> dict[str, str]:
     known = run.perplexity
-    if not known:
+    if not known.known():
         return {"kind": "running", "badge": "running", "sentence": "The first evaluation is not done yet."}
-    found = (run.record or {}).get("verdict") or verdict(known)
+    found = (run.facts.verdict if run.facts else None) or verdict(known)
     if not run.is_finished:
         sentence = f"Step {run.step:,} of {run.config.optimizer.max_steps:,}. So far: {_sentence(run, found)}"
-        return {"kind": "running" if found["ok"] else "bad", "badge": "running", "sentence": sentence}
-    final, dense = final_perplexity(known), known.get("dense")
+        return {"kind": "running" if found.ok else "bad", "badge": "running", "sentence": sentence}
+    final, dense = known.final, known.dense
     is_close = dense is None or (final is not None and final <= CLOSE_FACTOR * dense)
     kind = "bad"
-    if found["ok"]:
+    if found.ok:
         kind = "good" if is_close else "done"
-    return {"kind": kind, "badge": problem(found) or "done", "sentence": _sentence(run, found)}
+    return {"kind": kind, "badge": found.outcome or "done", "sentence": _sentence(run, found)}
 
 
-def _sentence(run: RunData, found: dict[str, Any]) -> str:
+def _sentence(run: RunData, found: Verdict) -> str:
     """The reason of a verdict, and the share of the logarithmic gap to the dense model that training closed."""
-    known, sentence = run.perplexity, found["reason"]
-    final, dense, one_shot = final_perplexity(known), known.get("dense"), known.get("one_shot")
-    if found["ok"] and final and dense and one_shot and one_shot > dense:
+    known, sentence = run.perplexity, found.reason
+    final, dense, one_shot = known.final, known.dense, known.one_shot
+    if found.ok and final and dense and one_shot and one_shot > dense:
         recovered = math.log(one_shot / final) / math.log(one_shot / dense)
         sentence += f"; training recovered {recovered:.0%} of what one-shot pruning lost"
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _headline(run: RunData) -> list[dict[str, str]]:
-    known, record = run.perplexity, run.record or {}
-    final, dense, one_shot = final_perplexity(known), known.get("dense"), known.get("one_shot")
-    tokens = record.get("train_tokens") or (run.rows[-1].get("tokens", 0) if run.rows else 0)
+    known, facts = run.perplexity, run.facts
+    final, dense = known.final, known.dense
+    tokens = (facts.train_tokens if facts else None) or (run.rows[-1].get("tokens", 0) if run.rows else 0)
     speeds = [value for _, value in run.series("tokens_per_s")]
-    memory = record.get("peak_memory_bytes") or max((v for _, v in run.series("peak_memory_bytes")), default=None)
-    seconds = record.get("train_seconds")
+    memory: float | None = max((v for _, v in run.series("peak_memory_bytes")), default=None)
+    if facts is not None and facts.peak_memory_bytes is not None:
+        memory = facts.peak_memory_bytes
+    seconds = None if facts is None else facts.train_seconds
     gap = math.log(final / dense) if final and dense and math.isfinite(final) else None
     figures = [
-        ("perplexity after the prune" if "trained" not in known else "perplexity", final, "{:,.3f}"),
+        ("perplexity after the prune" if known.trained is None else "perplexity", final, "{:,.3f}"),
         ("dense model", dense, "{:,.3f}"),
-        ("one-shot start", one_shot, "{:,.3f}"),
-        ("before fine-tuning", known.get("start"), "{:,.3f}"),
+        ("one-shot start", known.one_shot, "{:,.3f}"),
+        ("before fine-tuning", known.start, "{:,.3f}"),
         ("gap to dense, nats per token", gap, "{:+.3f}"),
         ("training tokens", short(tokens) if tokens else None, "{}"),
         ("tokens per second, median", statistics.median(speeds) if speeds else None, "{:,.0f}"),
@@ -239,7 +242,7 @@ def _perplexity(run: RunData) -> list[Picture]:
     if len(evaluations) < 2:
         return []
     before, pruned = run.series("perplexity"), run.series("prune_now_ppl")
-    levels = {f"dense {known['dense']:.4g}": known["dense"]} if "dense" in known else {}
+    levels = {} if known.dense is None else {f"dense {known.dense:.4g}": known.dense}
     series = [Series("after the prune", pruned, 0, marks=True)] if pruned else []
     if not pruned or any(abs(a - b) > 1e-6 * b for (_, a), (_, b) in zip(before, pruned)):
         series.append(Series("before the prune" if pruned else "trained", before, 1, marks=True))
@@ -322,12 +325,12 @@ def _layers(run: RunData) -> list[Picture]:
         "Squared error of the outputs of each layer after the start, relative to the dense outputs, on the first 256 "
         "calibration tokens."
     )
-    figures: dict[str, float] = ((run.record or {}).get("start") or {}).get("layer_errors") or {}
+    figures: dict[str, float | None] = (run.facts.start.layer_errors if run.facts else None) or {}
     if not figures:
         caption = "The share of the squared weights of each layer that the masks of step 0 remove."
-        shares: dict[str, float] = next((row["masked_share"] for row in run.rows if "masked_share" in row), {})
+        shares: dict[str, float | None] = next((row["masked_share"] for row in run.rows if "masked_share" in row), {})
         figures = shares if any(shares.values()) else {}
-    cells: dict[str, dict[int, float]] = {}
+    cells: dict[str, dict[int, float | None]] = {}
     for name, value in figures.items():
         found = re.search(r"\.(\d+)\.(.+)$", name)
         if found:

@@ -27,7 +27,7 @@ def read_sample(run: RunData) -> dict[str, Any] | None:
     """The sample of an earlier report of this result; None if there is none."""
     file = run.folder / "sample.json"
     found = read_json_object(file) if file.exists() else {}
-    return found if found and found.get("run_id") == (run.record or {}).get("run_id") else None
+    return found if found and found.get("run_id") == (run.facts and run.facts.run_id) else None
 
 
 def write_sample(run: RunData) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
         found = generate_text(loaded.model, loaded.tokenizer, ids[None], max_new_tokens=NEW_TOKENS)
         models.append({"name": title, "completion": found.text})
     sample = {
-        "run_id": (run.record or {}).get("run_id"),
+        "run_id": run.facts and run.facts.run_id,
         "text": Path(text).name,
         "prompt": prompt,
         "prompt_tokens": PROMPT_TOKENS,

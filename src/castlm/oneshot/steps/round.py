@@ -18,12 +18,13 @@ from castlm.core.errors import InputError, naming
 from castlm.core.experts import ExpertLinear
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, matrices
 from castlm.data.calibration import CalibrationText
+from castlm.facts import Quantized
 from castlm.formats.rounding import Rounded, round_in_groups, round_rows
 from castlm.formats.table import FORMATS
 from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.inputs import check_finite_input, see_inputs
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
-from castlm.oneshot.routed import calibrated_on_all_note, calibrated_on_all_record
+from castlm.oneshot.routed import calibrated_on_all_note
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.start import run_start
@@ -118,17 +119,17 @@ class QuantizeReport:
         """Lines for the user."""
         return [calibrated_on_all_note(self.few_experts)] if self.few_experts else []
 
-    def record(self) -> dict[str, Any]:
-        """The entry of castlm.json."""
-        return {
-            "kind": self.kind,
-            "layers": len(self.layers),
-            "mean_relative_error": self.mean_error,
-            "num_sequences": self.num_sequences,
-            "seq_len": self.seq_len,
-            "seconds": round(self.seconds, 2),
-            **calibrated_on_all_record(self.few_experts),
-        }
+    def facts(self) -> Quantized:
+        """The entry of castlm.json, without the model and the calibration text."""
+        return Quantized(
+            kind=self.kind,
+            layers=len(self.layers),
+            mean_relative_error=self.mean_error,
+            num_sequences=self.num_sequences,
+            seq_len=self.seq_len,
+            seconds=round(self.seconds, 2),
+            experts_calibrated_on_all_tokens=self.few_experts or None,
+        )
 
 
 def quantize_(

@@ -1,0 +1,101 @@
+"""The facts of a model: castlm.json is read as it was written, and an entry of another name or type is refused."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from castlm.cli.main import main
+from castlm.core.errors import InputError
+from castlm.facts import Facts, Perplexities, Start, Verdict, from_json, to_json
+from tests.runs import PROOF, edit_json, prune_to, record_of
+from tests.tiny import save_tiny
+
+RUN = {
+    "pattern": "2:4",
+    "left_dense": {},
+    "proof": PROOF,
+    "method": "cast",
+    "config": {"seed": 3},
+    "world_batch": 8,
+    "perplexity": {"dense": 3, "pruned": None},
+    "figures": [{"name": "dense", "perplexity": 3.0}],
+    "measured": {
+        **{"seq_len": 32, "stride": 32, "text": "a.txt", "text_sha256": "ab", "num_tokens": 99},
+        **{"tokenizer": "t", "precision": "fp32"},
+    },
+    "dataset": {"name": "b.txt", "sha256": "cd"},
+    "num_params": 1000,
+    "train_tokens": 512,
+    "train_steps": 2,
+    "train_seconds": 1.5,
+    "start": {"basis": {"untied": True, "changes": [], "notes": ["a"]}, "layer_errors": {"a.b": None, "c": 0.5}},
+    "world_size": 1,
+    "machine": "x86_64 cpu",
+    "verdict": {"ok": False, "reason": "the perplexity is inf", "problem": "DIVERGED", "remedy": "less"},
+}
+
+
+def test_what_is_written_is_read_again_with_null_for_a_figure_that_is_not_finite():
+    facts = Facts.from_json(RUN, "here")
+    assert facts.perplexity == Perplexities(dense=3.0, pruned=math.inf)
+    assert (facts.perplexity.final, facts.verdict.outcome) == (math.inf, "diverged")
+    assert facts.start.layer_errors == {"a.b": None, "c": 0.5}  # in a dict, null is no figure
+    written = facts.to_json()
+    assert Facts.from_json(written, "here") == facts
+    # Entries that the run has not are left out; those with a number or an object of their own stay.
+    assert written.keys() == RUN.keys()
+    assert written["start"]["basis"] == {"untied": True, "changes": [], "notes": ["a"]}
+    assert from_json(Start, to_json(facts.start), "here").is_untied
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"trained_steps": 2}, "trained_steps is no entry"),
+        ({"proof": {**PROOF, "group": 1}}, r"proof\.group is no entry"),
+        ({"proof": {"layers": 1}}, r"proof\.bad_layers is missing"),
+        ({"figures": [{"name": "dense"}]}, r"figures\[0\]\.perplexity is missing|figures\.perplexity"),
+        ({"figures": {}}, "figures is {}, not a list"),
+        ({"perplexity": [3.0]}, r"perplexity is \[3\.0\], not an object"),
+        ({"perplexity": {"dense": "3"}}, r"perplexity\.dense is '3', not a number"),
+        ({"num_params": 1e9}, "num_params is 1000000000.0, not a whole number"),
+        ({"verdict": {"ok": 1, "reason": ""}}, r"verdict\.ok is 1, not true or false"),
+        ({"left_dense": {"a": 1}}, r"left_dense\.a is 1, not a text"),
+    ],
+)
+def test_an_entry_with_another_name_or_type_is_refused_by_name(change, named):
+    with pytest.raises(InputError, match=f"^here: ({named})"):
+        Facts.from_json({**RUN, **change}, "here")
+
+
+def test_every_entry_that_runs_write_is_missed():
+    for name in RUN.keys() - {"pattern", "left_dense", "proof", "start"}:
+        others = {other: value for other, value in RUN.items() if other != name}
+        with pytest.raises(InputError, match=f"here: {name} is missing"):
+            Facts.from_json(others, "here")
+
+
+@pytest.mark.parametrize("command", ["verify", "pack", "quantize", "eval", "advise", "finetune"])
+def test_commands_name_the_file_and_the_entry(command, tmp_path, text, capsys):
+    model = Path(prune_to(tmp_path / "model", save_tiny(tmp_path / "dense", "llama")))
+    assert set(record_of(model)) >= {"schema_version", "pattern", "left_dense", "versions", "proof", "method"}
+    edit_json(model / "castlm.json", perplexities={"dense": 3.0})
+    rest = {
+        "verify": [],
+        "advise": [],
+        "eval": ["--text", text],
+        "finetune": ["--dataset", text, "--output-dir", str(tmp_path / "out")],
+    }
+    arguments = rest.get(command, ["--output-dir", str(tmp_path / "out")])
+    assert main([command, str(model), *arguments]) == 2
+    assert f"{model / 'castlm.json'}: perplexities is no entry" in capsys.readouterr().err
+
+
+def test_a_verdict_without_a_problem_is_of_a_run_that_diverged():
+    assert Verdict(ok=False, reason="").outcome == "diverged"
+    assert Verdict(ok=True, reason="").outcome is None
+    assert dataclasses.replace(Verdict(ok=False, reason=""), problem="FELL SHORT").outcome == "fell short"
+    json.dumps(Facts.from_json(RUN, "here").to_json())
