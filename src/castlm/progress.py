@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from castlm.names import duration, printable
+from castlm.say import Progress
 
 SECONDS_BETWEEN_LINES = 30
 SECONDS_BEFORE_FIRST = 3
@@ -29,8 +31,8 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -> Iterator[Callable[[int, int], None]]:
-    """Yields `told(done, total)`, which the caller calls after each part of the work.
+def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -> Iterator[Progress]:
+    """Yields a `Progress` that shows a bar or lines.
 
     Args:
         what: the work and its unit, such as "perplexity, sequences".
@@ -52,7 +54,7 @@ def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -
     if console.is_terminal:
         columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)]
         columns += [TextColumn("{task.fields[speed]}"), TextColumn("ETA"), TimeRemainingColumn()]
-        with Progress(*columns, console=console, transient=True) as bar:
+        with Bar(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=None, completed=before or 0, speed="")
 
             def show(done: int, total: int) -> None:

@@ -16,6 +16,7 @@ from castlm.core.nm import NM, LayerPattern, Pattern, parse_pattern
 from castlm.fields import Joined, unmet, without_effect
 from castlm.oneshot.options import EFFORTS, NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.solvers import SOLVERS, Solver
+from castlm.say import Progress, Say, silent
 from castlm.structured.pattern import Units
 from castlm.structured.scores import SCORES, Score
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from castlm.core.sparsify import FilterFn
     from castlm.data.calibration import Extras
     from castlm.oneshot.report import BasisReport, OneshotReport
-    from castlm.oneshot.start import Progress, Say
     from castlm.oneshot.steps.base import Step
 
 
@@ -204,8 +204,8 @@ def prune_oneshot_(
     refinements: Refinements = NO_REFINEMENTS,
     filter_fn: FilterFn | None = None,
     precision: str = "fp32",
-    say: Say = lambda line: None,
-    progress: Progress = lambda done, total: None,
+    say: Say = silent,
+    progress: Progress = silent,
 ) -> OneshotReport:
     """Prunes a model to a pattern in place, without training; by default with the method as published.
 
@@ -249,8 +249,8 @@ def change_basis_(
     extras: Extras = None,
     filter_fn: FilterFn | None = None,
     precision: str = "fp32",
-    say: Say = lambda line: None,
-    progress: Progress = lambda done, total: None,
+    say: Say = silent,
+    progress: Progress = silent,
 ) -> BasisReport:
     """Changes the basis of a dense model in place, without pruning it.
 

@@ -5,7 +5,6 @@ Every model runs in its own process, so that each has its own peak of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from castlm.api.pack import pack
 from castlm.hardware import in_own_process, peak_memory
+from castlm.say import Say
 
 REPEATS = 2
 NEW_TOKENS = 48
@@ -35,9 +35,7 @@ class Measured(NamedTuple):
     text: str
 
 
-def payoff_table(
-    dense: Path, sparse: Path, packed: Path, prompt: str, say: Callable[[str], None]
-) -> tuple[Table, str, str]:
+def payoff_table(dense: Path, sparse: Path, packed: Path, prompt: str, say: Say) -> tuple[Table, str, str]:
     """Packs `sparse` to `packed`, and compares the packed model with `dense`.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from castlm.data.columns import Kind
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
 from castlm.data.extra import join_extra
 from castlm.data.tokens import Encoder, parts_up_to, up_to
+from castlm.say import Say, silent
 
 CALIBRATION_POOL = 16
 """Sequences are drawn from this many times their tokens, so that a long text need not be read whole."""
@@ -88,7 +89,7 @@ def calibration_sequences(
     num_sequences: int,
     seq_len: int,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
     """Draws calibration sequences, by `draw_calibration`, from the first `CALIBRATION_POOL` times as many tokens.
 
@@ -135,7 +136,7 @@ def _of_each(
     num_sequences: int,
     seq_len: int,
     seed: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
     """Takes the sequences of the texts in turns, by share, so that the first few sequences cover all texts."""
     turns, used = list[int](), [0] * len(documents.parts)  # the text of each sequence; the sequences of each text

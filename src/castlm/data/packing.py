@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from castlm.data.columns import Document, Kind, Position
 from castlm.data.documents import AnyDocuments, Documents, HubDocuments, Mixture, furthest_behind
 from castlm.data.extra import join_extra
 from castlm.data.tokens import Encoder, Tokens
+from castlm.say import Say, silent
 
 # Tokenized together: enough to keep a fast tokenizer's threads busy, little enough that no step waits long.
 _BATCH_PIECES = 64
@@ -60,7 +61,7 @@ class Resumable:
         seq_len: int,
         seed: int,
         repeat: bool = False,
-        say: Callable[[str], None] = lambda text: None,
+        say: Say = silent,
     ) -> None:
         self.documents, self.seq_len, self.seed, self.repeat = documents, seq_len, seed, repeat
         self._encoder, self._say, self._said = encoder, say, set[str]()
@@ -342,7 +343,7 @@ def open_sequences(
     seq_len: int,
     seed: int,
     repeat: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> Sequences:
     """Opens the training sequences of documents: packed text, or one sequence per conversation with images.
 

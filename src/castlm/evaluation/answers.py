@@ -6,7 +6,7 @@ still repeat itself. The two figures belong together: text that repeats itself b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from castlm.core.errors import InputError
 from castlm.models.architecture import eval_mode
 from castlm.runtime.generate import encode_prompt, generate_text
+from castlm.say import Progress, silent
 
 NGRAM = 4
 """Tokens that must come again, in the same order, to count as repeated."""
@@ -52,7 +53,7 @@ def ask(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> list[Answer]:
     """The answers of a model to prompts, each on its own, decoded as by `castlm generate`."""
     answers = []

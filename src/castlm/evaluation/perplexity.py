@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from castlm.facts import Conditions
 from castlm.hardware import library_versions
 from castlm.models.architecture import backbone, context_length, eval_mode, logit_scale, output_head
 from castlm.runtime.layers import PackedLinear
+from castlm.say import Progress, silent
 
 _HEAD_ROWS = 192  # tokens whose logits are in memory at once
 SEQ_LEN = 1024
@@ -56,7 +56,7 @@ def perplexity(
     stride: int | None = None,
     batch_size: int = 1,
     autocast_dtype: torch.dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> PerplexityResult:
     """Perplexity of a text, over sequences of `seq_len` tokens that begin every `stride` tokens.
 
@@ -121,8 +121,7 @@ def perplexity(
                 )
             total += nll
             done += len(batch)
-            if progress is not None:
-                progress(done, len(sequences))
+            progress(done, len(sequences))
 
     loss = total / scored
     return PerplexityResult(

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,8 @@ from castlm.runtime.packed import (
     read_tensor,
     unpack,
 )
+from castlm.say import Progress, silent
 
-Progress = Callable[[int, int], None]
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
 
 
@@ -134,7 +134,7 @@ def pack_folder(
     dtype: str | None = None,
     head: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> PackReport:
     """Writes the n:m or dense model in `source` to `folder` in the packed format, and verifies what was written.
 
@@ -206,7 +206,7 @@ def pack_into(
     dtype: str | None = None,
     head: str | None = None,
     integers: Mapping[str, Rounded] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> PackReport:
     """`pack_folder` into an existing empty folder.
 
@@ -382,7 +382,7 @@ def _write_packed_rest(source: Path, folder: Path, weights: str, pattern: NM | N
 
 
 def unpack_folder(
-    source: str | Path, folder: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+    source: str | Path, folder: str | Path, *, overwrite: bool = False, progress: Progress = silent
 ) -> int:
     """Writes the packed model in `source` as a plain model folder, with zeros, and verifies it.
 
@@ -467,8 +467,7 @@ def _write_weights(folder: Path, how: _Packing | _Unpacking, names: tuple[str, s
 
     def converted(name: str) -> Iterator[Tensor]:
         yield from how.tensors(name)
-        if progress is not None:
-            progress(next(done), total)
+        progress(next(done), total)
 
     inside: dict[Path, list[str]] = {}
     for name, tensor in how.stored.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from castlm.formats.table import FORMATS
 from castlm.models.io import load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.steps.round import QuantizeReport, quantize_, stored_layers
+from castlm.say import Progress, Say, silent
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def quantize_folder(
     dtype: str = "source",
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
+    say: Say = silent,
 ) -> QuantizeReport:
     """Rounds the linear layers of a model, keeps zeros, and writes the result to `folder`, which is replaced.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from castlm.files.atomic_file import atomic_write_json, flush_folder, reporting_
 from castlm.files.output import locked
 from castlm.files.reading import read_record, read_text, sha256_file, user_path
 from castlm.models.architecture import check_context, context_length
+from castlm.say import Progress, Say, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -398,8 +399,8 @@ def sample(
     file: SampleFile,
     *,
     num_tokens: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
+    say: Say = silent,
 ) -> None:
     """Samples batches into `file` until it holds `num_tokens` tokens, and finishes it.
 

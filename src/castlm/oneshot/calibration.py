@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from castlm.data.tokens import Encoder
 from castlm.hardware import choose_precision
 from castlm.models.architecture import context_length
 from castlm.oneshot.options import EFFORTS, Effort
+from castlm.say import Say, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Draw:
         layers: Mapping[str, SparseLayer],
         encoder: Encoder,
         device: torch.device,
-        say: Callable[[str], None] = lambda line: None,
+        say: Say = silent,
     ) -> CalibrationText:
         """Draws the text for a start on `device` that prunes `layers` of a model."""
         seq_len = self.seq_len or calibration_length(model)

@@ -30,11 +30,10 @@ from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.source import Source
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import walk
+from castlm.say import Progress, Say, silent
 
 _SHORT = 10.0  # seconds; the time that a shorter start will take is not announced
 
-Say = Callable[[str], None]
-Progress = Callable[[int, int], None]
 """Called with (finished blocks, all blocks): first with those of an earlier process, then after each block."""
 
 
@@ -47,8 +46,8 @@ def run_start(
     *,
     facts: Mapping[str, Any] | None = None,
     restart: bool = False,
-    say: Say = lambda line: None,
-    progress: Progress = lambda done, total: None,
+    say: Say = silent,
+    progress: Progress = silent,
     time_after: Callable[[float], str] = lambda seconds_per_token: "",
     ranks: Ranks = ONE_RANK,
 ) -> OneshotReport:

@@ -33,6 +33,7 @@ from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.ranks import ONE_RANK, Division, Ranks
 from castlm.oneshot.routed import Seen
 from castlm.oneshot.source import Source
+from castlm.say import Progress, silent
 
 # Tokens per forward pass: short sequences are batched, because calls of operators have a cost. On a CPU with 1 MiB of
 # L2, 2,048 are a tenth slower than 1,024 (SmolLM2-135M): tensors between operators no longer fit in the cache.
@@ -68,7 +69,7 @@ def walk(
     follows_dense: bool = False,
     folder: StartFolder | None = None,
     results: Callable[[], dict[str, Any]] = dict,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
     ranks: Ranks = ONE_RANK,
 ) -> Iterator[Visit]:
     """Yields one transformer block after another, which the caller may change before it asks for the next.

@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from castlm.core.errors import InputError
 from castlm.runtime import native
 from castlm.runtime.layers import PackedEmbedding, PackedLinear
+from castlm.say import Say, silent
 
 FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "cwm", "seed_oss", "smollm3")
 """Model types of transformers whose layers `decoder.cpp` can compute."""
@@ -50,7 +51,7 @@ ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_gener
 def decoding_method(
     model: PreTrainedModel,
     streamer: BaseStreamer | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
     **options: Any,
 ) -> Callable[..., Tensor] | None:
     """The `custom_generate` of `generate` for one sequence without padding: `decode` if `model` allows it.

@@ -15,6 +15,7 @@ from castlm.hardware import choose_device, has_fast_bf16
 from castlm.models.architecture import check_context
 from castlm.models.io import load_weights, open_model, unpack_on_load_
 from castlm.runtime.decode import ONE_SEQUENCE, FiniteLogits, TokenTimes, decoding_method
+from castlm.say import Say, silent
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def load_to_generate(
     as_stored: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in the dtype of its config, and its tokenizer.
 
@@ -109,8 +110,8 @@ def generate_text(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
-    write: Callable[[str], None] = lambda text: None,
-    say: Callable[[str], None] = lambda line: None,
+    write: Say = silent,
+    say: Say = silent,
 ) -> Generated:
     """Continues `input_ids` (1, num_tokens), calling `write` with text as it comes.
 

@@ -21,6 +21,7 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_st
 from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import FilterFn, is_sparse_linear, sparse_linears
+from castlm.say import Progress, silent
 
 MARGIN = 0.98
 """A sparse layer replaces a dense one if it takes at most this share of its time; closer calls are noise."""
@@ -65,7 +66,7 @@ def to_semi_structured_(
     *,
     filter_fn: FilterFn = is_sparse_linear,
     backend: Backend | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> list[Choice]:
     """Replaces the 2:4 linear layers of a model, in place, wherever a sparse kernel is faster than the dense one.
 
@@ -100,8 +101,7 @@ def to_semi_structured_(
     choices = []
     for done, (name, layer) in enumerate(layers.items(), 1):
         choices.append(_convert(model, name, layer, tokens, backend, raced))
-        if progress is not None:
-            progress(done, len(layers))
+        progress(done, len(layers))
     return choices
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from castlm.core.errors import InputError, is_out_of_memory
 from castlm.models.architecture import context_length
 from castlm.runtime.decode import ONE_SEQUENCE, DecoderState, FiniteLogits, PromptReader, decoding_method, step_together
+from castlm.say import Say, silent
 from castlm.serving.admission import BusyError, Line
 
 MOST_TOGETHER = 8
@@ -74,8 +75,8 @@ class Answer:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    begun: Callable[[], None] = lambda: None
-    heard: Callable[[str], None] = lambda text: None
+    begun: Callable[[], None] = silent
+    heard: Say = silent
     address: str = ""
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
@@ -234,7 +235,7 @@ class Engine:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        say: Callable[[str], None] = lambda line: None,
+        say: Say = silent,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.context = context_length(model.config) or _UNLIMITED

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +42,7 @@ from castlm.files.atomic_file import (
 )
 from castlm.files.reading import read_json_object
 from castlm.hardware import available_memory, trim_memory
+from castlm.say import Say
 from castlm.training.config import TrainConfig
 
 FORMAT = 4
@@ -80,7 +81,7 @@ class Saver:
         say: called with a line for each complete checkpoint.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World, *, background: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, keep: int, world: World, *, background: bool, say: Say) -> None:
         self.folder, self.keep, self.world, self.background, self.say = folder, keep, world, background, say
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._half_removed = _half_removed(folder) if world.is_main else []  # the main rank publishes, and removes

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from castlm.models.io import Loaded, load_model, open_model
 from castlm.models.locate import cached_snapshot, locate
 from castlm.oneshot.residual import untie_
 from castlm.progress import note
+from castlm.say import Say, silent
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
 
 
@@ -283,7 +284,7 @@ def steps_of_epochs(
         raise InputError(f"num_train_epochs: {data.dataset} is streamed or a mixture, without epochs: give max_steps")
     _, _, tokenizer = open_model(model.model, **model.loading)
     encoder = open_encoder([documents], tokenizer, model.model, data, **model.loading)
-    sequences = _sequences(data, documents, encoder, lambda line: None)
+    sequences = _sequences(data, documents, encoder, silent)
     assert not isinstance(sequences, MixedSequences)  # a mixture has no end
     tokens = sequences.tokens_per_epoch()
     return max(1, math.ceil(num_epochs * tokens / (global_batch * data.seq_len)))
@@ -304,7 +305,7 @@ def _open_splits(
     return mixed, held_out
 
 
-def _sequences(data: DataOptions, documents: AnyDocuments, encoder: Encoder, say: Callable[[str], None]) -> Sequences:
+def _sequences(data: DataOptions, documents: AnyDocuments, encoder: Encoder, say: Say) -> Sequences:
     return open_sequences(
         documents, encoder, seq_len=data.seq_len, seed=data.seed, repeat=data.repeat_sequences, say=say
     )
@@ -337,7 +338,7 @@ def open_training_text(
     # All ranks read the same text, but each prepares only the images of its own rows.
     says = world.is_main or documents.kind is Kind.WITH_EXTRA
     loader = BatchLoader(
-        _sequences(data, documents, encoder, note if says else lambda line: None),
+        _sequences(data, documents, encoder, note if says else silent),
         rows_per_rank=rows_per_rank,
         rank=world.rank,
         world_size=world.size,

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -36,6 +34,7 @@ from castlm.oneshot.folder import drop_work
 from castlm.oneshot.options import EFFORTS
 from castlm.progress import note
 from castlm.runtime.native import longest_free_group
+from castlm.say import Progress, silent
 from castlm.signals import Interrupt
 from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
@@ -373,7 +372,7 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibrat
 
 
 @torch.no_grad()
-def fill_teacher_cache(config: TrainConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+def fill_teacher_cache(config: TrainConfig, progress: Progress = silent) -> int:
     """Runs the teacher in this process on the sequences of the first epoch of `config` that its cache lacks.
 
     It reads them in the order, the batches and the precision of the run, so it writes the same bits as the first epoch

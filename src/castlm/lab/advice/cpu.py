@@ -33,6 +33,7 @@ from castlm.names import aligned
 from castlm.runtime import native
 from castlm.runtime.layers import packed_linear
 from castlm.runtime.packed import pack, pack_integers
+from castlm.say import Progress, silent
 from castlm.structured.pattern import sizes_after, sizes_of
 
 Shape = tuple[int, int]
@@ -433,7 +434,7 @@ def rank(
     workloads: Mapping[str, int] = WORKLOADS,
     seconds: float = SECONDS,
     quality: Quality = Quality(),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Ranking:
     """Times all linear layers of a model in every option on this CPU.
 
@@ -468,8 +469,7 @@ def rank(
         for option in compared:
             for name, number in rows.items():
                 totals[option][name] += count * found[number][timed[option]]
-        if progress is not None:
-            progress(done, len(parts))
+        progress(done, len(parts))
     ranked = [
         Ranked(option, totals[option], num_bytes(option, shapes, dtype), quality.of(option, dtype))
         for option in compared

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,10 @@ from castlm.lab.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, 
 from castlm.lab.compare.report import Report
 from castlm.lab.compare.runs import Failure, OneshotConfig, Result, Run, content_hash, execute, refuse_running, run_key
 from castlm.methods.table import METHODS, is_control
+from castlm.say import Say
 from castlm.starts import default_method, methods_of
 from castlm.training.config import TrainConfig, without_sections
 from castlm.training.options import SEQ_LEN, ModelOptions
-
-Say = Callable[[str], None]
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, RESULT, command_of
 from castlm.lab.compare.presets import ONESHOT
 from castlm.models.locate import cached_snapshot, locate
+from castlm.say import Say
 from castlm.training.config import TrainConfig
 from castlm.training.options import SEQ_LEN, ModelOptions
 
@@ -199,7 +200,7 @@ def read_finished(folder: Path) -> Facts | None:
     return Facts.read_result(model) if (model / RESULT).is_file() else None
 
 
-def execute(run: Run, root: Path, say: Callable[[str], None]) -> Facts | Failure:
+def execute(run: Run, root: Path, say: Say) -> Facts | Failure:
     """Returns the facts of a run: reads a finished one, resumes an interrupted one, or starts it.
 
     Returns a `Failure` if its process failed. Raises `InputError` as `read_finished`.

@@ -16,10 +16,11 @@ from castlm.files.output import begin_output, output_folder
 from castlm.files.reading import read_record, user_path
 from castlm.files.record import OUTPUT
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.lab.compare.plan import CompareConfig, Plan, Say, SharedOptions
+from castlm.lab.compare.plan import CompareConfig, Plan, SharedOptions
 from castlm.lab.compare.presets import RETRAINING
 from castlm.lab.compare.runs import Result, Run, read_finished, refuse_running
 from castlm.methods.table import METHODS
+from castlm.say import Say
 from castlm.training.config import without_sections
 
 SMALLEST_SHARE = 1 / 64

@@ -6,7 +6,7 @@ compensates for their errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from castlm.oneshot.source import MemoryModel
 from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import Visit
+from castlm.say import Progress, silent
 
 
 class Round(Step):
@@ -139,7 +140,7 @@ def quantize_(
     calibration: Tensor | None = None,
     damping: float = 0.01,
     filter_fn: FilterFn = is_sparse_linear,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> QuantizeReport:
     """Rounds the linear layers of a model in place; zeros stay exactly zero, so that an n:m model stays one.
 
