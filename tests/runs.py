@@ -170,6 +170,30 @@ PROOF = {
     **{"layers": 14, "weights": 900, "groups": 225, "zero_fraction": 0.5},
 }
 """The entry "proof" of a castlm.json."""
+RUN = {
+    "pattern": "2:4",
+    "left_dense": {},
+    "proof": PROOF,
+    "method": "cast",
+    "config": {"seed": 3},
+    "world_batch": 8,
+    "perplexity": {"dense": 3, "pruned": None},
+    "figures": [{"name": "dense", "perplexity": 3.0}],
+    "measured": {
+        **{"seq_len": 32, "stride": 32, "text": "a.txt", "text_sha256": "ab", "num_tokens": 99},
+        **{"tokenizer": "t", "precision": "fp32"},
+    },
+    "dataset": {"name": "b.txt", "sha256": "cd"},
+    "num_params": 1000,
+    "train_tokens": 512,
+    "train_steps": 2,
+    "train_seconds": 1.5,
+    "start": {"basis": {"untied": True, "changes": [], "notes": ["a"]}, "layer_errors": {"a.b": None, "c": 0.5}},
+    "world_size": 1,
+    "machine": "x86_64 cpu",
+    "verdict": {"ok": False, "reason": "the perplexity is inf", "problem": "DIVERGED", "remedy": "less"},
+}
+"""The castlm.json of a run, without `run_id`, `versions` and other entries that no reader needs."""
 
 
 def record_of(folder: str | Path) -> dict[str, Any]:

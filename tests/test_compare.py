@@ -164,7 +164,7 @@ def test_a_row_names_its_start_and_the_options_that_have_an_effect(compared):
         "cast": {"decay", "decay_end", "hidden_weight", "mask_interval", "scale_groups"},
         "srste": {"hidden_weight", "srste_lam"},
         "magnitude": set(),
-        "dense": set(),
+        "dense": {"hidden_weight"},  # in which the trained variants differ
     }
     assert [result["config"]["num_sequences"] for result in compared.tables[0]["one_shot_results"]] == [2]
 

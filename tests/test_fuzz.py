@@ -34,7 +34,7 @@ from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yam
 from castlm.formats.packed_file import PackedSpec
 from castlm.lab.compare.plan import CompareConfig, Plan
 from castlm.lab.planning.fit import fit_law
-from castlm.lab.planning.memory import Settings, plan_memory
+from castlm.lab.planning.memory import PlannedRun, plan_memory
 from castlm.lab.planning.points import Point, read_points
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
@@ -223,7 +223,7 @@ def test_model_folders(here, tiny, data):
 @given(config=objects(CONFIG), seq_len=st.integers(1, 64), gib=st.none() | st.floats(0.1, 100))
 def test_memory_plan(here, config, seq_len, gib):
     folder = put(new(here), config__json=config)
-    answers(plan_memory, folder, Settings(seq_len, micro_batch=1, scale_groups=0), gpu_gib=gib)
+    answers(plan_memory, folder, PlannedRun(seq_len, micro_batch=1, scale_groups=0), gpu_gib=gib)
 
 
 # ---- data
@@ -420,7 +420,7 @@ def test_pipes_sockets_devices_and_folders_are_refused_at_once(here, monkeypatch
 
 
 def plan(path: str) -> None:
-    plan_memory(path, Settings(seq_len=8, micro_batch=1))
+    plan_memory(path, PlannedRun(seq_len=8, micro_batch=1))
 
 
 def test_a_pipe_in_a_model_folder_is_refused_before_transformers_opens_it(here):

@@ -11,6 +11,7 @@ from castlm.core.errors import InputError
 from castlm.lab.planning.fit import fit_law
 from castlm.lab.planning.law import Law, plot_law, predict_perplexity, tokens_for
 from castlm.lab.planning.points import Point, read_points
+from tests.runs import RUN
 
 L_INF, BETA = 1.6, 0.4
 AMPLITUDE = 0.8 * 1e6**BETA  # 0.8 nats above the floor at a million tokens
@@ -161,8 +162,9 @@ def test_plot_is_written(law, tmp_path):
 def run_record(tokens, ppl, seed=0, **measured):
     measured = {"seq_len": 512, "stride": 512, "text_sha256": "abc", "num_tokens": 1000, **measured}
     return {
+        **RUN,
         "schema_version": 1,
-        "method": "cast",
+        "verdict": {"ok": True, "reason": ""},
         "config": {"seed": seed},
         "perplexity": {"dense": 3.0, "pruned": ppl},
         "figures": [{"name": "dense", "perplexity": 3.0}],

@@ -20,7 +20,7 @@ from castlm.core.sparsify import is_sparse_linear, sparse_param_groups
 from castlm.devices import DEVICES
 from castlm.lab.planning import memory
 from castlm.lab.planning.hours import plan_hours
-from castlm.lab.planning.memory import Settings, plan_memory, saved_bytes, trace
+from castlm.lab.planning.memory import PlannedRun, plan_memory, saved_bytes, trace
 from castlm.models.architecture import backbone, linearize_, shape_model
 from castlm.patterns import parse_pattern
 from tests.refusals import assert_refused
@@ -28,11 +28,11 @@ from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
-RUN = Settings(seq_len=48, micro_batch=2, compute=torch.float32, teacher=torch.float32, chunk_tokens=96)
+RUN = PlannedRun(seq_len=48, micro_batch=2, compute=torch.float32, teacher=torch.float32, chunk_tokens=96)
 
 
 def planned(config, *, world_size=1, gpu_gib=None, **run):
-    return plan_memory(config, Settings(**run), world_size=world_size, gpu_gib=gpu_gib)
+    return plan_memory(config, PlannedRun(**run), world_size=world_size, gpu_gib=gpu_gib)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_worked_cases_of_the_guide_fit():
 
 def test_hours_of_a_published_run():
     """torchtitan's Llama 3.1 8B in bf16 under FSDP, without a teacher: 5,762 and 5,605 tokens per second and GPU."""
-    run = Settings(seq_len=8192, micro_batch=2, scale_groups=0, teacher=None)
+    run = PlannedRun(seq_len=8192, micro_batch=2, scale_groups=0, teacher=None)
     for gpus, measured in ((8, 5762), (128, 5605)):
         found = plan_hours(CONFIGS / "llama3-8b.json", run, DEVICES["h100"], world_size=gpus)
         assert found.tokens_per_s / gpus == pytest.approx(measured, rel=0.05)

@@ -22,7 +22,7 @@ from castlm.oneshot.options import Refinements
 from castlm.patterns import parse_pattern
 from castlm.starts import prune_oneshot_
 from castlm.structured.pattern import Channels
-from castlm.structured.prune import loss_gradients, solve_columns
+from castlm.structured.prune_units import loss_gradients, solve_columns
 from castlm.structured.scores import SCORES
 from castlm.training.config import TrainConfig
 from castlm.training.train import train

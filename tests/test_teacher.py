@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
-from castlm.lab.planning.memory import Settings, plan_memory
+from castlm.lab.planning.memory import PlannedRun, plan_memory
 from castlm.models.io import load_model
 from castlm.training import source, teacher_cache
 from castlm.training.config import FinetuneConfig, TrainConfig
@@ -121,7 +121,7 @@ def test_a_model_that_cannot_teach_is_refused_before_any_weights_are_read(
 
 
 def test_memory_of_a_larger_teacher(llama, wider):
-    run = Settings(seq_len=32, micro_batch=4, hidden_states=False)
+    run = PlannedRun(seq_len=32, micro_batch=4, hidden_states=False)
     own, other = (plan_memory(llama, run, teacher=teacher, world_size=2) for teacher in (None, wider))
     number = sum(parameter.numel() for parameter in load_model(wider).model.parameters())
     assert other.components["teacher"] == number  # bf16, on two ranks

@@ -18,7 +18,7 @@ import torch
 from castlm.core.sparsify import prune_
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder
-from castlm.export.quantized import CalibrationText, quantize_folder
+from castlm.export.quantized import CalibrationOptions, quantize_folder
 from castlm.models.io import load_model
 from castlm.patterns import parse_pattern
 from tests.packed_weights import needs_kernels
@@ -70,7 +70,7 @@ def answers(tmp_path_factory):
         if values == "bf16":
             pack_folder(plain, packed, pattern, dtype=values)
         else:
-            text = CalibrationText(str(root / "text.txt"), 8, 64) if values == "int4" else None
+            text = CalibrationOptions(str(root / "text.txt"), 8, 64) if values == "int4" else None
             nm = parse_pattern(pattern)
             quantize_folder(str(plain), packed, values, pattern=nm, calibration=text, packed=True, head=head)
         add(name_of(case), packed)

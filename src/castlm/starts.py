@@ -74,7 +74,7 @@ def _default_score(pattern: Pattern) -> str:
 
 
 def _steps_by_units(method: str, pattern: Pattern, basis: BasisOptions, refinements: Refinements) -> list[Step]:
-    from castlm.structured.prune import PruneUnits
+    from castlm.structured.prune_units import PruneUnits
 
     assert isinstance(pattern, Units)
     _refuse_rotation(basis, f"is for n:m patterns, not for {pattern}")

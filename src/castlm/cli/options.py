@@ -225,10 +225,10 @@ def _plain(value: Any) -> str:
 def command_line(name: str, options: Any) -> str:
     """The command line that gives a dataclass of options, without options at their defaults."""
     values = {field.name: (field, getattr(options, field.name)) for field in dataclasses.fields(options)}
-    return command_of(name, {n: v for n, (f, v) in values.items() if is_required(f) or v != default_of(f)})
+    return command_with(name, {n: v for n, (f, v) in values.items() if is_required(f) or v != default_of(f)})
 
 
-def command_of(name: str, given: Mapping[str, Any]) -> str:
+def command_with(name: str, given: Mapping[str, Any]) -> str:
     """The command with these options."""
     words = ["castlm", *name.split()]
     for field_name, value in given.items():

@@ -131,7 +131,7 @@ def memory(arguments: list[str]) -> int:
     from castlm.dtypes import FLOATS
     from castlm.hardware import choose_device, choose_precision
     from castlm.lab.planning.hours import plan_hours
-    from castlm.lab.planning.memory import Settings, plan_memory, read_config
+    from castlm.lab.planning.memory import PlannedRun, plan_memory, read_config
     from castlm.lab.planning.prune_memory import plan_prune_memory
 
     model, pattern, start, teacher = config.model.model, config.model.pattern, config.start, config.teacher
@@ -159,7 +159,7 @@ def memory(arguments: list[str]) -> int:
         precision = choose_precision(precision, torch.device("cpu"), read_config(model))
     dtype = FLOATS["fp32" if precision == "fp32" else "bf16"]
     solver = trained_from(start.name, pattern)
-    run = Settings(
+    run = PlannedRun(
         seq_len=seq_len,
         micro_batch=config.optimizer.per_device_train_batch_size,
         pattern=pattern,

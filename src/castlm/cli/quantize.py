@@ -77,7 +77,7 @@ class QuantizeCommand(TextOptions):
 
     def run(self) -> int:
         from castlm.export.packed import pattern_of
-        from castlm.export.quantized import CalibrationText, quantize_folder
+        from castlm.export.quantized import CalibrationOptions, quantize_folder
         from castlm.files.output import check_output
         from castlm.hardware import choose_device, keep_freed_memory
         from castlm.progress import note, shown_progress
@@ -85,7 +85,7 @@ class QuantizeCommand(TextOptions):
         keep_freed_memory()
         calibration = None
         if self.calibration is not None:
-            calibration = CalibrationText(self.calibration, self.num_sequences, self.seq_len, self.seed)
+            calibration = CalibrationOptions(self.calibration, self.num_sequences, self.seq_len, self.seed)
         source = result_folder(self.model)
         pattern = pattern_of(source, self.pattern)
         inputs = {"model": source, "calibration": self.calibration}

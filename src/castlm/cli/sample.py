@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from castlm.cli.options import command_of, result_folder, to_stdout
+from castlm.cli.options import command_with, result_folder, to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.fields import Needs, essential, free_on_resume, given, like, number, positional
@@ -122,7 +122,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
                 f"{self.teacher_cache}: the teacher's top {self.teacher_top_k} tokens for {num_sequences:,} sequences "
                 f"of {self.seq_len} tokens, for {serves} without a teacher"
             )
-        to_stdout(f"train on it with: {command_of('train', config.given)}")
+        to_stdout(f"train on it with: {command_with('train', config.given)}")
         return 0
 
     def _train_config(self) -> TrainConfig:

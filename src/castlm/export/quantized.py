@@ -32,7 +32,7 @@ from castlm.say import Progress, Say, silent
 
 
 @dataclass(frozen=True)
-class CalibrationText:
+class CalibrationOptions:
     """A calibration text for int4 or int3, and the draw of sequences from it."""
 
     text: str
@@ -49,7 +49,7 @@ def quantize_folder(
     kind: str,
     *,
     pattern: Pattern | None,
-    calibration: CalibrationText | None = None,
+    calibration: CalibrationOptions | None = None,
     packed: bool = False,
     head: str | None = None,
     damping: float = 0.01,

@@ -28,7 +28,7 @@ from castlm.export.folder import (
     read_facts,
     stored_tensors,
 )
-from castlm.export.report import LayerReport, VerifyReport
+from castlm.export.verify_report import LayerReport, VerifyReport
 from castlm.files.reading import user_path
 from castlm.files.stored import (
     FLOATS,

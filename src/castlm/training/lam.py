@@ -24,7 +24,7 @@ PLACEHOLDER_LAM = 4e-7  # for the measured steps, in which lam has hardly an eff
 
 
 @dataclass(frozen=True)
-class LayerCalibration:
+class LayerFigures:
     """One sparse layer: the rms of its bias-corrected momentum, and its own decay budget."""
 
     momentum_rms: float
@@ -37,10 +37,10 @@ class LayerCalibration:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class FirstSteps:
     """The figures of the first steps. `lam` is the median momentum rms over the layers: "the order of the gradient"."""
 
-    layers: dict[str, LayerCalibration]
+    layers: dict[str, LayerFigures]
     lam: float
     tokens_per_s: float
     tokens_per_step: int
@@ -50,7 +50,7 @@ class Calibration:
     """Time before step 0, for the start."""
 
 
-def measure(run: Run, steps: int) -> Calibration:
+def measure(run: Run, steps: int) -> FirstSteps:
     """Takes the first `steps` steps of a run that has begun, and measures them."""
     options, method, world = run.config.method, run.method, run.world
     lrs, alphas = schedule(run.config.optimizer, options)
@@ -73,8 +73,8 @@ def measure(run: Run, steps: int) -> Calibration:
     correction = 1 - run.config.optimizer.adam_betas[0] ** run.progress.step
     rms = dict(zip(method.layers, ((squares / counts).sqrt() / correction).tolist()))
     per_step = statistics.median(seconds[1:] or seconds)  # the first compiles
-    return Calibration(
-        {name: LayerCalibration(rms[name], budgets[name]) for name in budgets},
+    return FirstSteps(
+        {name: LayerFigures(rms[name], budgets[name]) for name in budgets},
         lam=statistics.median(rms.values()),
         tokens_per_s=tokens / per_step,
         tokens_per_step=tokens,

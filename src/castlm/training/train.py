@@ -39,7 +39,7 @@ from castlm.signals import Interrupt
 from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
-from castlm.training.lam import PLACEHOLDER_LAM, STEPS, Calibration, measure
+from castlm.training.lam import PLACEHOLDER_LAM, STEPS, FirstSteps, measure
 from castlm.training.metrics import Evaluator
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_, shard_objective_
 from castlm.training.options import CheckpointOptions
@@ -348,7 +348,7 @@ def resolve(config: TrainConfig, world: World) -> TrainConfig:
     return config.changed(lam=0.0 if lam is None else lam)  # 0 if nothing reads it
 
 
-def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> Calibration:
+def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> FirstSteps:
     """Runs the first `steps` steps of `config` in a temporary folder and measures them.
 
     What remains are the sequences that it adds to the `teacher_cache` of `config`, and the finished blocks of a start

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from castlm.core.blocks import in_block
 from castlm.devices import Device
-from castlm.lab.planning.memory import Settings, read_config
+from castlm.lab.planning.memory import PlannedRun, read_config
 from castlm.models.architecture import shape_model
 from castlm.training.metrics import forward_flops
 
@@ -65,7 +65,7 @@ class HoursPlan:
 
 def plan_hours(
     config: PretrainedConfig | str | Path,
-    run: Settings,
+    run: PlannedRun,
     device: Device,
     *,
     teacher: PretrainedConfig | str | Path | None = None,

@@ -80,7 +80,7 @@ def _experts_together(experts: Any, hidden: Tensor, index: Tensor, weights: Tens
 
 
 @dataclass(frozen=True)
-class Settings:
+class PlannedRun:
     """The settings of a training run that its memory depends on, except the number of ranks."""
 
     seq_len: int
@@ -143,7 +143,7 @@ def block_kinds(model: PreTrainedModel, num_layers: int) -> tuple[Hashable, ...]
     return tuple(tuple((key, *p.shape) for key, p in blocks[name].named_parameters()) for name in whole)
 
 
-def trace(config: PretrainedConfig, run: Settings, sharded: bool, kinds: Sequence[Hashable] = ("all",)) -> Saved:
+def trace(config: PretrainedConfig, run: PlannedRun, sharded: bool, kinds: Sequence[Hashable] = ("all",)) -> Saved:
     """Saved bytes, from the differences between some blocks and one more, and between two small numbers of tokens."""
     sizes = [(run.micro_batch, run.seq_len), (1, 16), (1, 32)]
     first = functools.cache(lambda number: saved_bytes(config, number, sizes, run, sharded))
@@ -159,7 +159,7 @@ def trace(config: PretrainedConfig, run: Settings, sharded: bool, kinds: Sequenc
 
 
 def saved_bytes(
-    config: PretrainedConfig, num_layers: int, sizes: Sequence[tuple[int, int]], run: Settings, sharded: bool
+    config: PretrainedConfig, num_layers: int, sizes: Sequence[tuple[int, int]], run: PlannedRun, sharded: bool
 ) -> list[int]:
     """Bytes of the storages that autograd saves in a forward pass of `num_layers` blocks, parameters excluded.
 
@@ -191,7 +191,7 @@ def saved_bytes(
         return [_saved_by_forward(model, micro_batch, seq_len, run.compute) for micro_batch, seq_len in sizes]
 
 
-def _parametrize_(model: PreTrainedModel, run: Settings) -> None:
+def _parametrize_(model: PreTrainedModel, run: PlannedRun) -> None:
     if run.scale_groups:
         add_weight_scaling(model, run.scale_groups, pattern=run.pattern)
     if run.weight_bits:
@@ -326,7 +326,7 @@ class MemoryPlan:
 
 def plan_memory(
     config: PretrainedConfig | str | Path,
-    run: Settings,
+    run: PlannedRun,
     *,
     teacher: PretrainedConfig | str | Path | None = None,
     world_size: int = 1,
@@ -383,7 +383,7 @@ def plan_memory(
     return replace(found, smallest_world_size=least)
 
 
-def _remedy(plan: MemoryPlan, run: Settings) -> str:
+def _remedy(plan: MemoryPlan, run: PlannedRun) -> str:
     """The largest phase of `plan`, and the options that make it smaller."""
     phase = max(plan.phases, key=lambda name: plan.phases[name])
     shorter = "a smaller --per-device-train-batch-size or --seq-len"
@@ -419,7 +419,7 @@ def _masked_share(pattern: Pattern) -> float:
     return 1 - pattern.nm.n / pattern.nm.m if pattern.nm is not None and not pattern.cuts else 1.0
 
 
-def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
+def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: PlannedRun, world_size: int) -> dict[str, int]:
     """Bytes of each component on a rank."""
     sharded, c = world_size > 1, run.compute.itemsize
     t = 0 if run.teacher is None else run.teacher.itemsize
@@ -466,7 +466,7 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: Settings, world
     }
 
 
-def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings, world_size: int) -> dict[str, int]:
+def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: PlannedRun, world_size: int) -> dict[str, int]:
     """Bytes of each phase, without the start; on a CPU without the process."""
     static = sum(parts[name] for name in ("weights", "moments", "masks", "teacher", "gathered weights"))
     earlier = parts["gradients"] if run.accumulates else 0
@@ -493,7 +493,7 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: Settings, w
     return phases
 
 
-def _sizes(config: PretrainedConfig, run: Settings) -> _Sizes:
+def _sizes(config: PretrainedConfig, run: PlannedRun) -> _Sizes:
     if is_vision_language(config):
         raise InputError(
             f"the memory of a {config.model_type} is not planned: give the config of its language model, which is what "

@@ -32,7 +32,7 @@ from castlm.oneshot.steps.reconstruct import reconstruct_holds
 from castlm.oneshot.steps.solve import prune_layers_holds
 from castlm.oneshot.walk import BACKWARD_TOKENS, PASS_TOKENS_CPU
 from castlm.starts import applied, method_of, methods_of
-from castlm.structured.prune import prune_units_holds
+from castlm.structured.prune_units import prune_units_holds
 
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
 
