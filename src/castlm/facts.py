@@ -30,17 +30,17 @@ class Perplexities:
     """The perplexities of a run, on its evaluation text; None where it has none. Infinite if one is not finite."""
 
     dense: float | None = None
-    """Of the dense model."""
+    """The dense model."""
     one_shot: float | None = None
-    """Of the start."""
+    """The start of the run."""
     start: float | None = None
-    """Of the model before fine-tuning."""
+    """The model before fine-tuning."""
     before_prune: float | None = None
-    """At the end of the training, with the masked weights."""
+    """The trained model, with its masked weights."""
     pruned: float | None = None
-    """Of the result."""
+    """The result."""
     trained: float | None = None
-    """Of the dense control, which is not pruned."""
+    """The dense control, which is not pruned."""
 
     @property
     def final(self) -> float | None:
@@ -297,7 +297,7 @@ class PastStep:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a result takes over from the model that it was made of."""
+    """The entries that a result takes over from the model that it was made of."""
 
     base_model: str | None = None
     """Hub id or path of the dense model."""
@@ -385,7 +385,7 @@ _OF_A_RUN = (
 
 
 def to_json(facts: Any) -> dict[str, Any]:
-    """The JSON object of one of the dataclasses above. Left out is what is None by default, or has no entry itself."""
+    """The JSON object of one of the dataclasses above, without optional entries that are None or have no entries."""
     content = {}
     for entry in dataclasses.fields(facts):
         value = _plain(getattr(facts, entry.name))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from castlm.lab.planning.law import Law
 
 FARTHEST = 10
-"""Times the largest run of a law to which `plan predict` goes without --force."""
+"""How far beyond the largest run of a law `plan predict` predicts without --force, as a factor."""
 MOST_SEQUENCES = 128
 """Calibration sequences of a start that names no number; it reads at most as many."""
 

@@ -1,8 +1,8 @@
 """Renders chat templates in a process of its own, with a limit on its memory and on its time.
 
-A chat template is a program by the model's author. It may build any text, or none and never end, and a single operation
-on large integers takes hours inside Python, where no thread can stop it. One process renders for all conversations of
-this one; it starts with the first, and again after a rendering that had to be ended.
+A chat template is a program by the model's author. It may build a text of any length, or never end, and a single
+operation on large integers takes hours inside Python, where no thread can stop it. One process renders for all
+conversations of this one. It starts with the first, and again after a rendering that had to be ended.
 """
 
 from __future__ import annotations

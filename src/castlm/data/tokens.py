@@ -205,7 +205,8 @@ def open_encoder(
     """Opens the encoder of these texts for a model, with an image processor if a text has images.
 
     Args:
-        tokenizer: the model's. It receives the chat template of `options`, or if it has none that of the processor.
+        tokenizer: the model's. It receives the chat template of `options`. If there is none, it keeps its own, or
+            receives the processor's.
         model: name of the model, with the options that it was loaded with.
     """
     with_template(tokenizer, options.chat_template_path)

@@ -1,7 +1,7 @@
 """Checks that a written model folder can be loaded: by loading it, in a fresh process, as its users will.
 
-Counting the files of a packed folder does not show that a class of transformers takes them. The process that wrote
-them is no witness either: it may hold what a reader has to find in the folder.
+Counting the tensors of a packed folder does not show that transformers can load them. Loading them in the process that
+wrote them does not either, because that process may hold parts in memory that a reader must find in the folder.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class PackReport:
 
 
 def pattern_of(name: str | Path, given: Pattern | str | None) -> Pattern | None:
-    """The pattern of a model: the given one, else that of its castlm.json, else 2:4 if its first layer is, else None.
+    """The pattern of a model: the given one, else the one in its castlm.json, else 2:4 if its first layer is 2:4.
 
     Args:
         given: a pattern, or "dense".

@@ -26,7 +26,7 @@ _TEMPORARY = re.compile(r"\..+\.tmp-(?P<pid>[0-9]+)-[0-9a-f]+@(?P<host>.+)")
 
 
 def temporary_name(name: str) -> str:
-    """A temporary name for `name` that tells the files of killed processes from those of live ones."""
+    """A temporary name for `name`, which tells whether the process that made the file still runs."""
     return f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}"
 
 
@@ -171,7 +171,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _has_words(error: BaseException, *words: str) -> bool:
-    """Whether `error` or a cause of it says so; safetensors reports the system's errors as texts, not as OSErrors."""
+    """Whether `error` or a cause of it contains one of the words: safetensors reports the system's errors as texts."""
     cause: BaseException | None = error
     while cause is not None:
         if any(word in str(cause) for word in words):

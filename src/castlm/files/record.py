@@ -1,4 +1,4 @@
-"""The record of an output folder, castlm-output.json: which command wrote it, and what it held at the end.
+"""The record of an output folder, castlm-output.json: its command, and its files at the end.
 
 `--overwrite` renames the earlier output. An output that was renamed before is deleted, but only if all its files have
 the size and time in its record. So no list of the files that each command writes is needed.

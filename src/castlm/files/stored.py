@@ -78,7 +78,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def check_weight_name(name: object, where: object) -> None:
-    """Raises `InputError` unless `name` is that of a safetensors file in a folder, with exactly this suffix.
+    """Raises `InputError` unless `name` is the name of a safetensors file in a folder, with exactly this suffix.
 
     By the suffix alone, transformers decides whether it reads a file as safetensors or unpickles it.
     """

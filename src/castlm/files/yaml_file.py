@@ -62,7 +62,7 @@ def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
 
 
 def to_yaml(content: Mapping[str, Any]) -> str:
-    """`content` as YAML that `parse_yaml_mapping` reads back as it is, in the order of its keys."""
+    """`content` as YAML, in the order of its keys; `parse_yaml_mapping` reads the same content again."""
     import yaml
 
     class Dumper(yaml.SafeDumper):

@@ -1,4 +1,4 @@
-"""Training text that a model writes itself, where there is no other: from nothing, after prompts, or as conversations.
+"""Lets a model write training text, for users without data: from nothing, after prompts, or as conversations.
 
 The work is divided into batches, each with its own prompts and seed. An interrupted run therefore continues with the
 next batch and writes the same text as an uninterrupted one, on the same device and version of torch. Conversations are
@@ -6,7 +6,7 @@ sampled as in Magpie (arXiv 2406.08464): the model continues its chat template a
 
 Rows go into `NAME.part` first. `NAME.castlm.json`, written after each batch, records the settings and the counts, bytes
 and hash of complete batches; after a kill, bytes beyond them are cut off. A finished file gets its name in one rename.
-It is known to be finished by its hash, which is the recorded one, and because no `NAME.part` is left.
+A file is finished if it has the recorded hash and there is no `NAME.part`.
 """
 
 from __future__ import annotations

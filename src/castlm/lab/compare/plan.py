@@ -190,7 +190,7 @@ class Plan:
         return command.max_steps * TrainConfig.from_mapping({**named, **shared}).tokens_per_step
 
     def _texts(self) -> dict[str, tuple[str, str, str | None]]:
-        """The texts of the runs, by option: name, and split and configuration for those of the hub."""
+        """The texts of the runs, by option: name, split and configuration."""
         command, common = self.command, self.common
         dataset = command.dataset, common.get("dataset_split", "train"), common.get("dataset_config")
         held_out = common.get("eval_split", "validation"), common.get("eval_config")

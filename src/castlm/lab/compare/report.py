@@ -125,7 +125,7 @@ def starts_note(rows: list[Row]) -> str:
 
 
 def rates_note(results: list[Result]) -> str:
-    """How the learning rates of the rows were chosen."""
+    """Tells how the learning rates of the rows were chosen."""
     final = [result for result in results if not result.trial]
     rates = sorted({float(r.run.config["learning_rate"]) for r in final if r.run.tokens})
     trials = [r for r in results if r.trial]

@@ -55,7 +55,7 @@ class Row:
     options: dict[str, Any]
     """See `options_of`."""
     seeds: list[int]
-    """Of the finished runs."""
+    """The seeds of the finished runs."""
     pruned: Spread | None
     """Perplexity of the result: after the prune, or of the dense control."""
     gap: Spread | None

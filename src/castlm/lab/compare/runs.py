@@ -105,7 +105,7 @@ class Failure:
     reason: str
     """One line."""
     exit_code: int | None = None
-    """Of its process; None if none was started."""
+    """The exit code of its process; None if none was started."""
 
 
 @dataclass

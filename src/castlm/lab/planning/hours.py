@@ -7,7 +7,7 @@ A step takes the longer of two times, since FSDP gathers the next block while on
 
 The utilization is that of torchtitan's Llama 3.1 8B on 8 H100s under FSDP in bf16, without torch.compile: 5,762 tokens
 per second and GPU with sequences of 8,192 tokens (benchmarks/llama3_h100_202412_torchtitan.md in its repository). The
-same arithmetic gives as many on 128 GPUs, where 5,605 were measured. The start is not in these hours.
+same arithmetic gives the same on 128 GPUs, where 5,605 were measured. The start is not in these hours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LINK = 300.0
 
 @dataclass(frozen=True)
 class HoursPlan:
-    """The time of a step on each rank, and what it consists of."""
+    """The time of a step on each rank, and its parts."""
 
     tokens: int
     """Tokens of a step over all ranks."""

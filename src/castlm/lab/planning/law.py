@@ -69,7 +69,7 @@ class Law:
     holdout_reason: str = ""
     """The reason if `holdout` is None."""
     least_ppl: float | None = None
-    """The perplexity below which nothing is predicted: the dense model's, or that of the best run if it is lower; None
+    """The lowest perplexity that is predicted: the dense model's, or the best run's if it is lower; None
     if the dense model's is not known."""
     runs_of: dict[str, str] = field(default_factory=dict)
     """The `method`, `pattern`, `base_model` and `harness` that the runs share, as far as they are known."""
