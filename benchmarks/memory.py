@@ -146,12 +146,12 @@ def predict(case: dict[str, Any]) -> Any:
     from tests.tiny import tiny_model
 
     from castlm.dtypes import FLOATS
-    from castlm.lab.planning.memory import Settings, plan_memory
+    from castlm.lab.planning.memory import PlannedRun, plan_memory
     from castlm.models.io import load_model
 
     model = tiny_model(case["family"], **case["over"]) if case["family"] else load_model("demo").model
     dtype = FLOATS[case["compute_dtype"]]
-    run = Settings(
+    run = PlannedRun(
         seq_len=case["seq_len"],
         micro_batch=case["micro_batch"],
         scale_groups=case["scale_groups"],

@@ -15,6 +15,7 @@ from castlm import progress
 from castlm.cli.main import COMMANDS, Command, main
 from castlm.cli.options import check_json_path, result_folder, write_json
 from castlm.core.errors import DivergedError, InputError
+from castlm.facts import Facts, Verdict
 from castlm.files.atomic_file import atomic_write_json
 from castlm.progress import shown_progress
 from castlm.signals import resume_command
@@ -150,7 +151,9 @@ def test_memory_that_ran_out_is_said_with_a_remedy(error, remedy, monkeypatch, c
     ("verdict", "code"), [({"ok": True}, 0), ({"problem": "FELL SHORT"}, 0), ({"problem": "DIVERGED"}, 1)]
 )
 def test_a_run_that_saved_a_verified_model_exits_with_0_unless_it_diverged(verdict, code, monkeypatch, tmp_path):
-    monkeypatch.setattr("castlm.training.train.train", lambda config: {"verdict": {"ok": False} | verdict})
+    found = Verdict(**{"ok": False, "reason": ""} | verdict)
+    facts = Facts(pattern="2:4", left_dense={}, verdict=found)
+    monkeypatch.setattr("castlm.training.train.train", lambda config: facts)
     arguments = ["--model", "m", "--dataset", "d", "--output-dir", str(tmp_path / "run"), "--no-report"]
     assert main(["train", *arguments]) == code
 

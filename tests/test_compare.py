@@ -400,7 +400,9 @@ def test_the_verdict_names_the_best_and_whether_chance_explains_it():
     assert "includes zero: these seeds do not tell the two apart" in verdict(summarize(dense + level))
     text = verdict(summarize(dense + ahead))
     assert text.startswith("At a budget of 100 training tokens, cast has the smallest gap")
+    assert "(20.0 % in perplexity)" in text
     assert "excludes zero" in text
+    assert "(2.00 times the perplexity)" in verdict(summarize([*dense, *fakes("cast", 10.0, 10.0)]))
     assert "may be chance" in verdict(summarize([dense[0], level[0], level[2]]))
     assert "No result" in verdict(summarize(level))
 

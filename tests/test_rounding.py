@@ -210,5 +210,6 @@ def test_a_folder_that_is_not_of_three_bits_is_refused_where_it_says_so(llama, t
     changed = save_tiny(tmp_path / "changed", "llama")
     for rounded in ({"kind": "int3"}, {"kind": "int9"}, {"kind": "fp8"}, {"kind": [3]}, {}, "int3"):
         (changed / "castlm.json").write_text(json.dumps({**record, "rounded": rounded}))
-        assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], "rounded")], capsys)
+        named = "int3" if rounded == {"kind": "int3"} else "castlm.json: rounded"
+        assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], named)], capsys)
     assert main(["pack", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0

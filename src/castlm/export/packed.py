@@ -452,7 +452,7 @@ class _Unpacking:
 # ---- the files of both kinds
 
 
-def _write_weights(folder: Path, how: _Packing | _Unpacking, names: tuple[str, str], progress: Progress | None) -> str:
+def _write_weights(folder: Path, how: _Packing | _Unpacking, names: tuple[str, str], progress: Progress) -> str:
     """Writes the converted tensors of a model to as many files as they lie in, one tensor at a time.
 
     Args:

@@ -35,6 +35,7 @@ from castlm.oneshot.source import MemoryModel, Source, StoredModel
 from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.progress import note, shown_progress
+from castlm.say import silent
 
 Memory = Literal["model", "block"]
 
@@ -126,8 +127,8 @@ def prune_folder(
                 work,
                 facts=facts,
                 restart=overwrite,
-                say=note if world.is_main else lambda line: None,
-                progress=progress if world.is_main else lambda done, total: None,
+                say=note if world.is_main else silent,
+                progress=progress if world.is_main else silent,
                 ranks=world,
             )
         step_options = {key: value for step in steps for key, value in step.options().items()}

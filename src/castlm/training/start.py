@@ -46,6 +46,7 @@ from castlm.oneshot.source import DENSE, MemoryModel, StoredModel
 from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.progress import note, shown_progress
+from castlm.say import silent
 from castlm.starts import all_methods, method_of, methods_of, steps_of, trained_from
 from castlm.training.options import StartOptions
 from castlm.training.source import Source, TrainingText
@@ -219,7 +220,7 @@ class TrainingStart:
         """Takes the steps in a model, calibrated on the beginning of the training text; returns two reports of them."""
         method, device, model, layers = self.options.name, self.world.device, blocks.model, blocks.layers
         is_main = ranks.rank == 0
-        say = note if is_main else lambda line: None
+        say = note if is_main else silent
         try:
             text = None
             if method_of(method, self.pattern).reads_text:
@@ -248,7 +249,7 @@ class TrainingStart:
                     facts=facts,
                     restart=overwrite,
                     say=say,
-                    progress=progress if is_main else lambda done, total: None,
+                    progress=progress if is_main else silent,
                     time_after=time_after,
                     ranks=ranks,
                 )
@@ -256,13 +257,13 @@ class TrainingStart:
             raise InputError(f"init_from {method}: {error}; init_from magnitude needs no text") from None
         for line in report.notes():
             say(line)
-        facts = Start(
+        start = Start(
             **vars(report.solved()),
             calibration_tokens=0 if text is None else text.sequences.numel(),
             layer_errors={layer.name: layer.error for layer in report.layers},
             reconstructions=[Reconstructed(**asdict(block)) for block in report.reconstructions],
         )
-        return facts, report
+        return start, report
 
     def _check_memory(self) -> None:
         """Raises `InputError` if the whole model does not fit into the memory that is free."""

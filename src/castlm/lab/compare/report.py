@@ -81,9 +81,10 @@ def options_text(options: Mapping[str, Any]) -> str:
     )
 
 
-def in_percent(nats: float) -> str:
-    """A difference of nats per token as a share of the perplexity: "1.3 % in perplexity" for 0.0125."""
-    return f"{math.expm1(nats):.1%} in perplexity".replace("%", " %", 1)
+def in_perplexity(nats: float) -> str:
+    """A difference of nats per token as one of perplexities: "1.3 % in perplexity" for 0.0125."""
+    factor = math.exp(nats)
+    return f"{factor:.2f} times the perplexity" if factor >= 2 else f"{100 * (factor - 1):.1f} % in perplexity"
 
 
 def verdict(rows: list[Row]) -> str:
@@ -94,7 +95,7 @@ def verdict(rows: list[Row]) -> str:
     assert best.gap is not None
     largest = max(row.budget for row in rows)
     budget = f"At a budget of {largest:,} training tokens, " if largest else ""
-    gap = f"{best.gap.show('+.4f')} nats per token ({in_percent(best.gap.mean)})"
+    gap = f"{best.gap.show('+.4f')} nats per token ({in_perplexity(best.gap.mean)})"
     text = f"{budget}{best.variant} has the smallest gap to the dense control, {gap}"
     return f"{text}; {_lead(best, others[0])}." if others else f"{text}."
 
@@ -102,7 +103,7 @@ def verdict(rows: list[Row]) -> str:
 def _lead(best: Row, second: Row) -> str:
     """A phrase on the distance of `second`, and whether chance between the seeds explains it."""
     found = behind(second, best)
-    text = f"{second.variant} is {found.mean:.4f} behind ({in_percent(found.mean)})"
+    text = f"{second.variant} is {found.mean:.4f} behind ({in_perplexity(found.mean)})"
     if found.half_width is None:
         return f"{text}; without a second seed of both, the difference may be chance"
     low, high = found.mean - found.half_width, found.mean + found.half_width
