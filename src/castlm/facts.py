@@ -409,12 +409,12 @@ def from_json(kind: type[Any], content: Any, where: str) -> Any:
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     """The types of the entries of a dataclass, by name."""
     return typing.get_type_hints(kind)
 
 
-def _object(kind: type[Any], content: Any, where: str, path: str) -> Any:
+def _object(kind: Any, content: Any, where: str, path: str) -> Any:
     """An instance of the dataclass `kind` from a JSON object, at the place `path` in the file `where`."""
     if not isinstance(content, Mapping):
         raise _refusal(where, path, f"is {content!r:.100}, not an object")
@@ -443,7 +443,7 @@ def _value(kind: Any, value: Any, where: str, path: str) -> Any:
     if isinstance(kind, types.UnionType):
         return None if value is None else _value(arguments[0], value, where, path)  # X | None
     if dataclasses.is_dataclass(kind):
-        return _object(typing.cast(type[Any], kind), value, where, path)
+        return _object(kind, value, where, path)
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
             raise _refusal(where, path, f"is {value!r:.100}, not an object")
