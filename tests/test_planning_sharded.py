@@ -20,7 +20,7 @@ from castlm.core.scaling import add_weight_scaling
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World
 from castlm.lab.planning import memory
-from castlm.lab.planning.memory import Settings, plan_memory, read_config
+from castlm.lab.planning.memory import PlannedRun, plan_memory, read_config
 from castlm.models.architecture import linearize_
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_
 
@@ -85,7 +85,7 @@ class Alive(TorchDispatchMode):
 )
 def test_the_plan_of_a_sharded_step_is_at_most_a_tenth_above_what_it_holds(name, ranks, checkpointing, monkeypatch):
     config = read_config(CONFIGS / f"{name}.json")
-    run = Settings(seq_len=4096, micro_batch=1, apart=True, checkpointing=checkpointing)
+    run = PlannedRun(seq_len=4096, micro_batch=1, apart=True, checkpointing=checkpointing)
     plan = plan_memory(config, run, world_size=ranks)
     AttentionInterface.register(memory._APART, memory._documents_apart)  # a CPU's own would read the mask
     monkeypatch.setattr(distill, "default_chunk_tokens", lambda device: run.chunk_tokens)
