@@ -217,7 +217,7 @@ def test_yaml_numbers_mean_what_they_look_like(tmp_path):
         (b"a: [1\n", "is not valid YAML"),
         (b"a: \xff\n", "not UTF-8"),
         (b"a: \x00\n", "is not valid YAML"),
-        (b"#" * (1 << 20) + b"#", "larger than 1 MiB"),
+        (b"#" * (1 << 20) + b"#", "larger than 128 KiB"),
     ],
 )
 def test_yaml_that_is_refused(content, message, tmp_path):
