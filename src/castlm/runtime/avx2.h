@@ -62,8 +62,7 @@ INLINE float sum_of(__m256 v) {
 
 // ---- integers
 //
-// `n` is what `panel_kind` makes of a pattern: 1 and 2 of 4, 4 of 8, or 8 of 16 columns; 0 is dense. Both last kinds have the same
-// panels.
+// `n` is what `panel_kind` makes of a pattern: 1 and 2 of 4, 4 of 8, or 8 of 16 columns. Both last kinds have the same panels.
 
 template <int n>
 constexpr int code_bytes() { return n > 2 ? 64 : 32; }  // of columns, in front of a panel
@@ -100,11 +99,6 @@ INLINE __m256i dot_bytes(__m256i magnitude, __m256i w, __m256i x) {
   return _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
 }
 
-// bf16 in the high half of `bits`, in every lane.
-INLINE __m256 high_halves(uint32_t bits) {
-  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(int(bits)), _mm256_set1_epi32(int(0xffff0000))));
-}
-
 // The bf16 scales of a panel's rows for each half of them, in the lanes that hold their sums.
 template <int n>
 INLINE void row_scales(const uint8_t* at, __m256* scales) {
@@ -118,8 +112,8 @@ INLINE void row_scales(const uint8_t* at, __m256* scales) {
   }
 }
 
-// The outputs of a tile: the sum of the 8 lanes of each of `parts`, which are the four rows of a dense tile, or the two
-// halves of a panel, whose lanes hold four rows of 1:4 or two of others.
+// The outputs of a tile: the sum of the 8 lanes of each of `parts`, which are the two halves of a panel,
+// whose lanes hold four rows of 1:4 or two of others, or with n = 0 four rows.
 template <int n>
 INLINE void tile_outputs(const __m256* parts, __m128* outputs) {
   constexpr int kParts = n ? 2 : 4;

@@ -104,26 +104,7 @@ void expand_integers(const Header& of, const uint8_t* panel, const float* row_sc
 }
 
 template <int values>
-void expand_dense(const Header& of, const uint8_t* from, const float* row_scales, float* to, int64_t ld) {
-  for (int64_t block = 0; block < of.blocks(); block++, to += kBlock)
-    for (int row = 0; row < 4; row++, from += of.dense_block_bytes())
-      for (int half = 0; half < 2; half++) {
-        float* at = to + row * ld + 32 * half;
-        if constexpr (values == kInt8 || values == kInt4) {
-          const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + (values == kInt8 ? 32 * half : 0)));
-          const __m256i nibbles = _mm256_and_si256(half ? _mm256_srli_epi16(w, 4) : w, _mm256_set1_epi8(15));
-          const float scale = values == kInt8 ? row_scales[row] : bfloat16_to_float(load16(from + 32));
-          store_integers(values == kInt8 ? w : _mm256_sub_epi8(nibbles, _mm256_set1_epi8(8)), _mm256_set1_ps(scale), at);
-        } else {
-          for (int i = 0; i < 4; i++)
-            _mm256_storeu_ps(at + 8 * i, load_contiguous<values>(from + (32 * half + 8 * i) * of.value_bytes()));
-        }
-      }
-}
-
-template <int values>
 void expand_of(const Header& of, const uint8_t* tile, const float* row_scales, float* to, int64_t ld) {
-  if (of.n == 0) return expand_dense<values>(of, tile, row_scales, to, ld);
   if constexpr (values < kInt8) {
     if (of.group() == 16) return expand_halves<values>(of, tile, to, ld);
     return of.n == 1 ? expand_floats<1, values>(of, tile, to, ld) : expand_floats<2, values>(of, tile, to, ld);

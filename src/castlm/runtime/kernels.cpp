@@ -35,15 +35,6 @@ EACH_CPU void widen_bfloat16(const uint16_t* from, int64_t count, float* to) {
 EACH_CPU void narrow_bfloat16(const float* from, int64_t count, uint16_t* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = float_to_bfloat16(from[k]);
 }
-void split_pairs(float* row, int64_t count) {
-  constexpr int kTogether = 16;
-  for (int64_t k = 0; k < count; k += kTogether) {
-    float split[kTogether];
-    for (int i = 0; i < kTogether / 2; ++i) split[i] = row[k + 2 * i], split[kTogether / 2 + i] = row[k + 2 * i + 1];
-    std::memcpy(row + k, split, sizeof split);
-  }
-}
-
 int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }  // the next multiple
 int64_t padded_batch(const Header& of, int64_t batch) {
   return batch <= 2 || of.layout == kLanes ? batch : whole(batch, 4);
@@ -81,7 +72,7 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   const bool is_half = values != kInt4 && keeps_half(n, m) && level() >= kAvx2;
   const bool fits_panels = (m == 4 && n <= 2) || is_half;
   if (layout < 0) {
-    const bool by_avx2 = level() == kAvx2 && (m ? !fits_panels : values == kInt4), by_neon = level() == kNeon && m && !fits_panels;
+    const bool by_avx2 = level() == kAvx2 && !fits_panels, by_neon = level() == kNeon && m && !fits_panels;
     const bool in_lanes = fits_lanes(m) && (by_avx2 || by_neon || level() >= kAvx512);
     layout = in_lanes ? kLanes : m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
   }
@@ -103,11 +94,10 @@ bool checked(const uint8_t* packed, int64_t bytes, Header& of) {
   return found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
 }
 
-// x (batch, columns) as fp32 (rows, padded columns), in the order that the kernels of a level take. x itself where it is so.
-const float* widen(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
+// x (batch, columns) as fp32 (rows, padded columns): x itself where it is so.
+const float* widen(const Header& of, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
   const int64_t width = of.padded();
-  const bool splits = of.layout == kDense && of.values == kBFloat16 && level == kAvx2;
-  if (!is_bfloat16 && !splits && rows == batch && width == of.columns) return reinterpret_cast<const float*>(x);
+  if (!is_bfloat16 && rows == batch && width == of.columns) return reinterpret_cast<const float*>(x);
   float* wide = static_cast<float*>(scratch<1>(rows * width * 4));
   for (int64_t b = 0; b < rows; ++b) {
     float* to = wide + b * width;
@@ -115,7 +105,6 @@ const float* widen(const Header& of, int32_t level, const uint8_t* x, bool is_bf
     if (filled && is_bfloat16) widen_bfloat16(reinterpret_cast<const uint16_t*>(x) + b * of.columns, filled, to);
     if (filled && !is_bfloat16) std::memcpy(to, reinterpret_cast<const float*>(x) + b * of.columns, filled * 4);
     std::fill(to + filled, to + width, 0.0f);
-    if (splits) split_pairs(to, width);
   }
   return wide;
 }
@@ -124,7 +113,7 @@ const float* widen(const Header& of, int32_t level, const uint8_t* x, bool is_bf
 Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
   const int64_t width = of.padded();
   if (batch == 1) release_large_scratch();
-  const float* wide = widen(of, level, x, is_bfloat16, batch, rows);
+  const float* wide = widen(of, x, is_bfloat16, batch, rows);
   if (level == kPlain || of.values < kInt8) return {wide, nullptr, nullptr, nullptr, rows};
   auto* narrow = static_cast<int8_t*>(scratch<2>(rows * (width + of.blocks() * 8)));
   float* scales = reinterpret_cast<float*>(narrow + rows * width);
@@ -134,7 +123,7 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
     return avx2_prompt_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_prompt_bytes(of, rows)));
   if (level == kAvx2 && avx2_lanes_bytes(of, rows))
     return avx2_lanes_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_lanes_bytes(of, rows)));
-  const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.values == kInt8 || (of.n && of.layout != kLanes)));
+  const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.values == kInt8 || of.layout != kLanes));
   if (as_they_are) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
   for (int64_t i = 0; i < rows * of.blocks(); ++i)
@@ -153,6 +142,7 @@ Activations rows_from(const Header& of, const Activations& x, int64_t first, int
 // The level whose kernels multiply `batch` rows of x the fastest.
 int32_t level_for(const Header& of, int64_t batch) {
   if (of.layout == kRows) return kPlain;
+  if (of.layout == kDense) return level() == kNeon ? kNeon : kPlain;
   if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
   if (level() == kNeon && !of.is_unsigned) return kNeon;
   if (level() < (of.is_unsigned ? kAvx512 : kAvx2)) return kPlain;
@@ -279,7 +269,7 @@ int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
   if (count != (last - first) * of.columns) return kBadSize;
   const uint8_t* data = packed + kHeaderBytes;
   const int64_t tile_rows = of.tile_rows(), first_tile = first / tile_rows;
-  const bool by_tile = of.layout == kLanes || (of.layout != kRows && (of.group() == 4 || of.values < kInt8) && level() >= kAvx2);
+  const bool by_tile = of.layout == kLanes || (of.layout == kPanels && (of.group() == 4 || of.values < kInt8) && level() >= kAvx2);
   return guarded([&] {
     in_parallel((last + tile_rows - 1) / tile_rows - first_tile, 8, threads, [&](int64_t begin, int64_t end) {
       float* rows = static_cast<float*>(scratch<0>(tile_rows * of.padded() * 4));

@@ -156,81 +156,9 @@ INLINE void panels_of_integers(const uint8_t* panel, int64_t blocks, const int8_
     for (int b = 0; b < BT; b++) sums[p * BT + b] = a[p][b];
 }
 
-// ---- dense rows, four at a time in blocks of 64 columns
-
-// R rows from `row` on, of each of T tiles `stride` bytes apart, by BT rows of x, which is in pairs for bf16.
-template <int values, int R, int BT, int T, bool in_parts>
-INLINE void dense_floats(const uint8_t* row, int64_t stride, int64_t blocks, const float* x, int64_t ldx, __m256* sums) {
-  constexpr int kStep = values == kFloat32 ? 64 : 32;  // bytes of 16 weights
-  constexpr int E = BT == 1 && !in_parts ? 2 : 1;
-  __m256 a[E][T * R][BT];
-  for (int e = 0; e < E; e++)
-    for (int r = 0; r < T * R; r++)
-      for (int b = 0; b < BT; b++) a[e][r][b] = e ? _mm256_setzero_ps() : sums[r * BT + b];
-  for (int64_t i = 0; i < blocks; i++, row += 16 * kStep, x += kBlock) {
-    for (int j = 0; j < T; j++) prefetch<16 * kStep>(row + j * stride);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; k++)
-#pragma GCC unroll 8
-      for (int r = 0; r < T * R; r++)
-#pragma GCC unroll 2
-        for (int e = 0; e < 2; e++) {
-          const uint8_t* at = row + r / R * stride + kStep * (4 * (r % R) + k);
-          const __m256 w = values == kBFloat16 ? every_second(at, e) : load_contiguous<values>(at + kStep / 2 * e);
-#pragma GCC unroll 4
-          for (int b = 0; b < BT; b++)
-            a[e % E][r][b] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + b * ldx + 16 * k + 8 * e), a[e % E][r][b]);
-        }
-  }
-  for (int r = 0; r < T * R; r++)
-    for (int b = 0; b < BT; b++) sums[r * BT + b] = E == 2 ? _mm256_add_ps(a[0][r][b], a[E - 1][r][b]) : a[0][r][b];
-}
-
-// `offsets` cancels the 8 that int4 have added, which makes them unsigned as `vpmaddubsw` takes them; int8 have none.
-template <bool is_int4, int R, int BT>
-INLINE void dense_integers(const uint8_t* row, int64_t blocks, const int8_t* x, int64_t ldx, const float* scales,
-                           const int32_t* offsets, int64_t ld_scales, __m256* sums) {
-  constexpr int kBytes = is_int4 ? 34 : 64;
-  const __m256i ones = _mm256_set1_epi16(1), low_four = _mm256_set1_epi8(15);
-  __m256 a[R][BT];
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < BT; b++) a[r][b] = sums[r * BT + b];
-  for (int64_t i = 0; i < blocks; i++, row += 4 * kBytes, x += kBlock, scales++) {
-    prefetch<4 * kBytes>(row);
-    __m256i offset[BT];
-    for (int b = 0; b < BT && is_int4; b++) offset[b] = _mm256_set_epi32(0, 0, 0, 0, 0, 0, 0, offsets[i + b * ld_scales]);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      __m256i s[BT];
-      const uint8_t* at = row + r * kBytes;
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; c++) {
-        __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + (is_int4 ? 0 : 32 * c)));
-        if (is_int4) w = _mm256_and_si256(c ? _mm256_srli_epi16(w, 4) : w, low_four);
-        const __m256i magnitude = _mm256_abs_epi8(w);
-#pragma GCC unroll 4
-        for (int b = 0; b < BT; b++) {
-          const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + b * ldx + 32 * c));
-          const __m256i pairs = is_int4 ? _mm256_maddubs_epi16(w, v) : dot_bytes(magnitude, w, v);
-          s[b] = add_pairs<is_int4>(c ? &s[b] : nullptr, pairs, ones);
-        }
-      }
-      const __m256 scale = is_int4 ? high_halves(load32(at + 30)) : _mm256_set1_ps(1.0f);
-#pragma GCC unroll 4
-      for (int b = 0; b < BT; b++) {
-        if (is_int4) s[b] = _mm256_add_epi32(_mm256_madd_epi16(s[b], ones), offset[b]);
-        const __m256 x_scale = _mm256_broadcast_ss(scales + b * ld_scales);
-        a[r][b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[b]), is_int4 ? _mm256_mul_ps(scale, x_scale) : x_scale, a[r][b]);
-      }
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < BT; b++) sums[r * BT + b] = a[r][b];
-}
-
 // ---- tiles
 
-// `count` blocks from block `k` of a tile times rows [at, at + BT) of x, added to `sums`. n = 0 is dense.
+// `count` blocks from block `k` of a tile times rows [at, at + BT) of x, added to `sums`.
 template <int n, int values, int BT, int T, bool in_parts>
 INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x,
                        int64_t at, int64_t k, __m256* sums) {
@@ -242,18 +170,10 @@ INLINE void add_blocks(const Header& of, const uint8_t* panel, int64_t stride, i
   if constexpr (n == 8 && values < kInt8) {
     constexpr int R = BT == 4 ? 2 : 4;  // as many sums as the registers hold
     for (int r = 0; r < 4; r += R) halves_of_floats<values, R, BT, T>(panel, r, stride, count, wide, width, sums + r * BT);
-  } else if constexpr (n > 0 && values < kInt8) {
+  } else if constexpr (values < kInt8) {
     panels_of_floats<values, BT, T, in_parts>(panel, stride, count, wide, width, sums);
-  } else if constexpr (n > 0) {
-    panels_of_integers<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
   } else {
-    constexpr int R = BT == 4 ? 2 : 4;  // as many sums as the registers hold
-    for (int r = 0; r < 4; r += R) {
-      const uint8_t* row = panel + of.dense_block_bytes() * r;
-      if constexpr (values < kInt8) dense_floats<values, R, BT, T, in_parts>(row, stride, count, wide, width, sums + r * BT);
-      else dense_integers<is_int4, R, BT>(row, count, narrow, width, scales,
-                                          is_int4 ? x.offsets + at * blocks + k : nullptr, blocks, sums + r * BT);
-    }
+    panels_of_integers<n, is_int4, BT>(panel, count, narrow, width, scales, blocks, sums);
   }
 }
 
@@ -263,10 +183,10 @@ struct Avx2 {
   using Vector = __m256;
   static constexpr int kMostRows = 4;
   static constexpr int kParts = 2;
-  static constexpr bool kHasHalves = true;
+  static constexpr bool kHasHalves = true, kHasDense = false;
   static INLINE Vector zero() { return _mm256_setzero_ps(); }
   template <int n, int values>
-  static constexpr int num_sums() { return n == 0 || (n == 8 && values < kInt8) ? 4 : 2; }
+  static constexpr int num_sums() { return n == 8 && values < kInt8 ? 4 : 2; }
   template <int n, int values, int BT, int T, bool in_parts>
   static INLINE void add(const Header& of, const uint8_t* panel, int64_t stride, int64_t count, const Activations& x,
                          int64_t at, int64_t k, Vector* sums) {

@@ -141,7 +141,7 @@ struct Neon {
   using Vector = float32x4_t;
   static constexpr int kMostRows = 4;
   static constexpr int kParts = 1;
-  static constexpr bool kHasHalves = false;
+  static constexpr bool kHasHalves = false, kHasDense = true;
   static INLINE Vector zero() { return vdupq_n_f32(0.0f); }
 
   template <int n, int values>

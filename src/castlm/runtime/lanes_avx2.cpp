@@ -3,7 +3,8 @@
 //
 // Kept values go to their columns by a table: a byte of the mask has the shuffle of eight columns, and the mask's population
 // count moves the pointer to the next kept values. One row of x, and few, are multiplied as the weights are expanded. More rows
-// meet a panel that is expanded once, in the first-level cache, four rows by 16 outputs at a time. Its steps:
+// meet a panel that is expanded once, in the first-level cache: floats to fp32, six rows by 16 outputs at a time, and integers four
+// rows by 16 outputs. Steps of these:
 //
 //   int8: | controls of 8 outputs | of 8 more | magnitudes | of 8 more |     128 bytes: 4 columns, or 4 of 8
 //   int4: | codes + 8 of 8 outputs by 4 columns | of 8 more |                64 bytes
@@ -51,6 +52,9 @@ constexpr int kMaskBytes = 128;         // of a panel
 constexpr int kFew = 4;                 // rows of x that are multiplied while weights are expanded, and at once after that
 constexpr int64_t kExpandedBytes = 18 << 10;  // of the blocks of a tile that are expanded at a time: 9 of int8
 constexpr int64_t kPrefetchAhead = 1536;
+
+// The most rows of x of int8 that are multiplied four by four while weights are expanded, which costs a dense weight nothing.
+INLINE int64_t most_few(const Header& of) { return of.m ? kFew : 3 * kFew; }
 
 INLINE __m128i half_of(const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); }
 INLINE __m256i halves_of(const uint8_t* first, const uint8_t* second) {
@@ -225,46 +229,50 @@ INLINE void few_of_int4(const Header& of, const uint8_t* panel, const Activation
   }
 }
 
+// Two columns, from `column` on, of a panel of floats: 16 outputs of each in two halves. Moves `kept` behind them.
+template <int values, bool is_dense>
+INLINE void two_columns(const uint8_t* panel, int column, const uint8_t*& kept, __m256 (*w)[2]) {
+  const uint32_t mask = is_dense ? 0 : load32(panel + 2 * column);  // of bf16, 16 rows by 2 columns
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < 4; quarter++) {
+    if constexpr (values == kBFloat16) {
+      if (quarter >= 2) continue;
+      const __m256i pairs = is_dense ? load_bytes(kept) : expand_words(mask >> 16 * quarter & 0xffff, kept);
+      if (is_dense) kept += 32;
+      w[0][quarter] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+      w[1][quarter] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+    } else {
+      const uint32_t byte = mask >> 8 * quarter & 255;
+      __m256& eight = w[quarter / 2][quarter % 2];
+      if constexpr (is_dense) {
+        eight = load_contiguous<values>(kept), kept += (values == kFloat32 ? 4 : 2) * 8;
+      } else if constexpr (values == kFloat16) {
+        eight = _mm256_cvtph_ps(_mm_shuffle_epi8(half_of(kept), half_of(kTables.words[byte])));
+        kept += 2 * __builtin_popcount(byte);
+      } else {
+        eight = expand_singles(byte, kept);
+      }
+    }
+  }
+}
+
 template <int values, bool is_dense, int B>
 INLINE void few_of_floats(const Header& of, const uint8_t* panel, const Activations& x, __m256 (*sums)[2]) {
   const int64_t blocks = of.blocks(), width = of.padded(), bytes = of.panel_bytes();
-  constexpr int kBytes = values == kFloat32 ? 4 : 2;
   __m256 more[B][2];  // sums of every second column: an FMA does not wait for the one before
   for (int b = 0; b < B; b++) more[b][0] = more[b][1] = _mm256_setzero_ps();
   for (int64_t block = 0; block < blocks; block++, panel += bytes) {
     prefetch(panel, bytes);
     const uint8_t* kept = panel + (is_dense ? 0 : kMaskBytes);
     const float* at = x.wide + block * kBlock;
-    const auto add = [&](__m256 w, int column, int half) {
+    for (int column = 0; column < kBlock; column += 2) {
+      __m256 w[2][2];
+      two_columns<values, is_dense>(panel, column, kept, w);
 #pragma GCC unroll 4
       for (int b = 0; b < B; b++) {
-        __m256& sum = column % 2 ? more[b][half] : sums[b][half];
-        sum = _mm256_fmadd_ps(w, _mm256_broadcast_ss(at + b * width + column), sum);
-      }
-    };
-    for (int column = 0; column < kBlock; column += 2) {  // 32 bits of the mask: of bf16, 16 rows by 2 columns
-      const uint32_t mask = is_dense ? 0 : load32(panel + 2 * column);
-#pragma GCC unroll 4
-      for (int quarter = 0; quarter < 4; quarter++) {
-        if constexpr (values == kBFloat16) {
-          if (quarter >= 2) continue;
-          const __m256i pairs = is_dense ? load_bytes(kept) : expand_words(mask >> 16 * quarter & 0xffff, kept);
-          if (is_dense) kept += 32;
-          add(_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), column, quarter);
-          add(_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000)))), column + 1, quarter);
-        } else {
-          const uint32_t byte = mask >> 8 * quarter & 255;
-          __m256 w;
-          if constexpr (is_dense) {
-            w = load_contiguous<values>(kept), kept += 8 * kBytes;
-          } else if constexpr (values == kFloat16) {
-            w = _mm256_cvtph_ps(_mm_shuffle_epi8(half_of(kept), half_of(kTables.words[byte])));
-            kept += 2 * __builtin_popcount(byte);
-          } else {
-            w = expand_singles(byte, kept);
-          }
-          add(w, column + quarter / 2, quarter % 2);
-        }
+        const __m256 first = _mm256_broadcast_ss(at + b * width + column), second = _mm256_broadcast_ss(at + b * width + column + 1);
+        sums[b][0] = _mm256_fmadd_ps(w[0][0], first, sums[b][0]), sums[b][1] = _mm256_fmadd_ps(w[0][1], first, sums[b][1]);
+        more[b][0] = _mm256_fmadd_ps(w[1][0], second, more[b][0]), more[b][1] = _mm256_fmadd_ps(w[1][1], second, more[b][1]);
       }
     }
   }
@@ -450,6 +458,61 @@ void multiply_many(const Header& of, const uint8_t* data, const Activations& x, 
   }
 }
 
+// B rows of x by `columns` columns of 16 outputs in fp32, added to `sums` (B, 16).
+template <int B>
+void multiply_columns(const float* w, int64_t columns, const float* x, int64_t width, float* sums) {
+  __m256 total[B][2];
+#pragma GCC unroll 6
+  for (int b = 0; b < B; b++) total[b][0] = _mm256_load_ps(sums + 16 * b), total[b][1] = _mm256_load_ps(sums + 16 * b + 8);
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < columns; k++, w += 16) {
+    const __m256 first = _mm256_load_ps(w), second = _mm256_load_ps(w + 8);
+#pragma GCC unroll 6
+    for (int b = 0; b < B; b++) {
+      const __m256 one = _mm256_broadcast_ss(x + b * width + k);
+      total[b][0] = _mm256_fmadd_ps(first, one, total[b][0]), total[b][1] = _mm256_fmadd_ps(second, one, total[b][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int b = 0; b < B; b++) _mm256_store_ps(sums + 16 * b, total[b][0]), _mm256_store_ps(sums + 16 * b + 8, total[b][1]);
+}
+
+// Floats: a part of a tile as fp32, (columns, 16), in the first-level cache, times six rows of x at a time, in passes over rows of x
+// that stay in the second-level cache.
+template <int values, bool is_dense>
+void multiply_many_floats(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  constexpr int kRows = 6;  // 12 sums in registers
+  constexpr int64_t kPart = 4, kPassBytes = 1 << 19;
+  constexpr auto kKernels = std::array{multiply_columns<1>, multiply_columns<2>, multiply_columns<3>,
+                                       multiply_columns<4>, multiply_columns<5>, multiply_columns<6>};
+  alignas(64) float expanded[kPart * kBlock * 16];
+  const int64_t blocks = of.blocks(), width = of.padded(), bytes = of.panel_bytes();
+  const int64_t pass = std::max<int64_t>(8 * kRows, kPassBytes / (4 * width) / kRows * kRows);
+  float* const sums = static_cast<float*>(scratch<0>(std::min(pass, x.batch) * 16 * 4));
+  for (int64_t start = 0; start < x.batch; start += pass)
+    for (int64_t tile = first; tile < last; tile++) {
+      const int64_t rows = std::min(pass, x.batch - start);
+      std::fill_n(sums, rows * 16, 0.0f);
+      for (int64_t k = 0; k < blocks; k += kPart) {
+        const int64_t count = std::min(kPart, blocks - k);
+        for (int64_t i = 0; i < count; i++) {
+          const uint8_t *panel = data + (tile * blocks + k + i) * bytes, *kept = panel + (is_dense ? 0 : kMaskBytes);
+          for (int column = 0; column < kBlock; column += 2) {
+            __m256 w[2][2];
+            two_columns<values, is_dense>(panel, column, kept, w);
+            for (int j = 0; j < 4; j++) _mm256_store_ps(expanded + (i * kBlock + column) * 16 + 8 * j, w[j / 2][j % 2]);
+          }
+        }
+        for (int64_t b = 0; b < rows; b += kRows)
+          kKernels[std::min<int64_t>(kRows, rows - b) - 1](expanded, count * kBlock, x.wide + (start + b) * width + k * kBlock, width,
+                                                           sums + 16 * b);
+      }
+      const Outputs outputs(of, data, tile);
+      for (int64_t b = 0; b < rows; b++)
+        outputs.write(_mm256_load_ps(sums + 16 * b), _mm256_load_ps(sums + 16 * b + 8), y + (start + b) * ldy);
+    }
+}
+
 // ----
 
 template <int values, bool is_dense>
@@ -457,10 +520,12 @@ void multiply_any(const Header& of, const uint8_t* data, const Activations& x, f
   if constexpr (values == kInt4)
     if (x.batch > kFew) return multiply_many<kCodes, true>(of, data, x, y, ldy, first, last);
   if constexpr (values == kInt8)
-    if (x.batch > kFew) {
+    if (x.batch > most_few(of)) {
       if (!is_dense && of.m <= 8 && 2 * of.n <= of.m) return multiply_many<kFourOfEight, is_dense>(of, data, x, y, ldy, first, last);
       return multiply_many<kAll, is_dense>(of, data, x, y, ldy, first, last);
     }
+  if constexpr (values < kInt8)
+    if (x.batch > kFew) return multiply_many_floats<values, is_dense>(of, data, x, y, ldy, first, last);
   for (int64_t b = 0; b < x.batch; b += kFew, y += kFew * ldy) {
     const int64_t at = b * of.blocks();
     const Activations some{x.wide + b * of.padded(), x.narrow ? x.narrow + b * of.padded() : nullptr, x.scales ? x.scales + at : nullptr,
@@ -479,7 +544,7 @@ Multiply of_pattern(const Header& of) { return of.m ? multiply_any<values, false
 }  // namespace
 
 int64_t avx2_lanes_bytes(const Header& of, int64_t batch) {
-  return of.layout == kLanes && of.values == kInt8 && batch > kFew ? 2 * batch * of.padded() : 0;
+  return of.layout == kLanes && of.values == kInt8 && batch > most_few(of) ? 2 * batch * of.padded() : 0;
 }
 
 Activations avx2_lanes_rows(const Header& of, const Activations& x, void* room) {

@@ -31,7 +31,7 @@ enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kI
 // kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
 // kPanels: 1:4 and 2:4, and with AVX2 patterns that keep 8 of every 16 columns (8:16, 4:8, 1:2), of all values but int4: a few rows
 // by 64 columns at a time in the order in which vector kernels read them.
-// kDense: all values, four rows by 64 columns at a time.
+// kDense: all values, four rows by 64 columns at a time; for NEON and the plain path.
 // kLanes: every n:m whose m divides 64, and dense weights: 16 rows by 64 columns at a time, a bit mask before the kept values. With
 // AVX2 int4 is dense there, whatever its pattern.
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2, kLanes = 3 };
@@ -69,9 +69,8 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header");
 
-// The form of x in which kernels multiply it. Floats: fp32, padded; for dense bf16 in kDense, the even columns of each 16 before
-// the odd ones. Integers: int8 with a scale for each block of 64 columns. `offsets` cancels the constants that are added to
-// weights: 8 to dense int4, and with AVX-512 8 to all int4 and 128 to int8. Many rows of x have another form
+// The form of x in which kernels multiply it. Floats: fp32, padded. Integers: int8 with a scale for each block of 64 columns. `offsets` cancels the constants that are added to
+// weights: 8 to int4 in kLanes, and with AVX-512 128 to int8. Many rows of x have another form
 // (`avx2_prompt_rows`, `avx512_many_rows`).
 struct Activations {
   const float* wide;
@@ -234,7 +233,7 @@ using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&
 enum Level : int32_t { kPlain = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3, kAmx = 4 };
 int32_t level();  // the one in use
 
-// The kernel of a matrix in panels or dense rows for `batch` rows of x (1, 2, or a multiple of 4).
+// The kernel of a matrix in panels, or for NEON in dense rows too, for `batch` rows of x (1, 2, or a multiple of 4).
 bool has_neon();
 bool has_avx2();
 bool has_avx512();
@@ -255,7 +254,7 @@ bool avx2_prompt_gains(const Header&, int64_t batch);
 int64_t avx2_prompt_bytes(const Header&, int64_t batch);
 Activations avx2_prompt_rows(const Header&, const Activations& x, void* room);
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
-// A tile of panels or of dense rows as fp32, all of its rows, `padded()` columns of each, `ld` apart.
+// A tile of panels as fp32, all of its rows, `padded()` columns of each, `ld` apart.
 void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
 void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
 // What a block of int8 activations adds to its products with int4 that have 8 added, negative.

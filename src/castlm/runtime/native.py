@@ -233,14 +233,15 @@ def dense_table(
 def rows_at_a_time(packed: Tensor) -> int:
     """The number of rows of x that `multiply` should take at once, if x has many; 0 if the library's GEMM is faster.
 
-    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding, and floats with AVX-512.
+    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding, and floats with AVX-512, or with
+    AVX2 in the layout "lanes".
     docs/performance.md has the speeds, measured by `benchmarks.levels`.
     """
     _check_plain("a packed weight", packed, torch.uint8)
     if packed.numel() < _HEADER.size:
         return 0  # both ways refuse it
     _, layout, values, _, _, _ = _HEADER.unpack(ctypes.string_at(packed.data_ptr(), _HEADER.size))
-    if layout == LAYOUTS["lanes"] and level() in ("avx512", "amx"):
+    if layout == LAYOUTS["lanes"] and level() in ("avx2", "avx512", "amx"):
         return 512
     return 512 if layout != LAYOUTS["rows"] and level() == "avx2" and values in _INTEGERS else 0
 

@@ -3,19 +3,18 @@
 // A single row of x is bound by the bytes of the weights, and `kernels_avx2.cpp` decodes them again for every four rows.
 // Many rows are bound by instructions, and most of all by those that multiply. `vpmaddubsw` takes one unsigned factor, |w|, so
 // that x needs the sign of w. x therefore lies beside its negative, and the shuffle that picks the columns of the kept weights
-// picks the signs with them; dense int8 is shuffled for the signs alone.
+// picks the signs with them.
 //
-//   a lane of 16 bytes of x:         | columns c .. c + 7 | the same, negative |     for dense int4 the same again
+//   a lane of 16 bytes of x:         | columns c .. c + 7 | the same, negative |
 //   a vector, i = 0, 1, q = 0, 1:    | lane of c = 32 i + 8 q | lane of c = 32 i + 8 q + 16 |
 //   eight rows by 64 columns:        | row 0: i = 0, 1 | row 1: i = 0, 1 | ... |     those of all blocks for q = 0, then q = 1
 //
 // The weights of four tiles are decoded once per `kPromptRows` rows of x into the operands of the instructions, in a buffer
-// that stays in the first-level cache. A record is half of the columns (q) of a block of 64, for four rows of 2:4 or two
-// dense ones, whose weights for its columns a lane holds side by side:
+// that stays in the first-level cache. A record is half of the columns (q) of a block of 64, for four rows of 2:4,
+// whose weights for its columns a lane holds side by side:
 //
-//   2:4:     | 4 of row 0 | 4 of row 1 | 4 of row 2 | 4 of row 3 |     dense:    | 8 of row 0 | 8 of row 1 |
+//   2:4:     | 4 of row 0 | 4 of row 1 | 4 of row 2 | 4 of row 3 |
 //   record:  | control 0 | magnitude 0 | control 1 | magnitude 1 |     32 bytes each, for i = 0, 1; of int4 | scales | too
-//   dense int4, whose unsigned codes `kernels_avx2.cpp` multiplies:    | codes 0 | codes 1 | scales |
 //   1:4:     | 2 of row 0 | ... | 2 of row 7 |                         one record for both q
 //   4:8:     as 2:4: eight columns and their negatives hold what four kept weights of a row meet
 //
@@ -42,7 +41,7 @@ namespace {
 
 constexpr int kRowsAtOnce = 8;          // rows of x that share a record while it is in registers
 constexpr int kTilesAtOnce = 4;         // tiles that share rows of x, and complete a cache line of each row of y
-constexpr int64_t kDecodedBlocks = 12;  // blocks of 64 columns of these tiles that are decoded at once: 24 KiB of dense int8
+constexpr int64_t kDecodedBlocks = 12;  // blocks of 64 columns of these tiles that are decoded at once: 12 KiB of 2:4 int8
 constexpr int64_t kPromptRows = 128;    // rows of x that these meet
 
 INLINE __m256i load(const void* at) { return _mm256_load_si256(static_cast<const __m256i*>(at)); }
@@ -55,12 +54,11 @@ INLINE __m256i load_once(const void* at) {
   return bytes;
 }
 
-// How x meets the weights, and the bytes of a row of x by a record's columns of a block; dense int4 ends with `offset`.
-enum Form { kBesideNegative, kAsItIs, kTwice };
-template <int n, bool is_int4>
-constexpr Form form_of() { return n == 8 ? kAsItIs : n == 0 && is_int4 ? kTwice : kBesideNegative; }
-constexpr int64_t row_bytes(Form form) { return form == kTwice ? 96 : 64; }
-constexpr int64_t num_parts_of_x(Form form) { return form == kAsItIs ? 1 : 2; }  // q = 0 and 1, or all columns
+// Whether x has its negative beside it, in two parts: q = 0 and 1.
+template <int n>
+constexpr bool has_negative() { return n != 8; }
+constexpr int64_t kRowBytes = 64;  // of a row of x by a record's columns of a block
+constexpr int64_t num_parts_of_x(bool negative) { return negative ? 2 : 1; }
 
 // Where weights `w` find their x: `columns`, or the same place of the negative.
 INLINE void store_signed(uint8_t*& to, __m256i columns, __m256i w) {
@@ -74,14 +72,12 @@ INLINE void store_signed(uint8_t*& to, __m256i columns, __m256i w) {
 template <int n, bool is_int4>
 constexpr int64_t record_bytes() {
   if (n == 1) return 8 * 32 + (is_int4 ? 2 * 32 : 0);
-  constexpr int kVectors[] = {4, 6, 2};
-  return kVectors[form_of<n, is_int4>()] * 32 + (is_int4 ? 32 : 0);
+  return (has_negative<n>() ? 4 : 6) * 32 + (is_int4 ? 32 : 0);
 }
 
-// Records of a tile: 2:4 has those of q = 0, then of q = 1; dense has these of rows 0 and 1, then of rows 2 and 3; 8:16 has those
-// of rows 0 and 1, then of rows 2 and 3.
+// Records of a tile: 2:4 has those of q = 0, then of q = 1; 8:16 has those of rows 0 and 1, then of rows 2 and 3.
 template <int n>
-constexpr int num_records() { return n == 0 ? 4 : n == 1 ? 1 : 2; }
+constexpr int num_records() { return n == 1 ? 1 : 2; }
 
 // The weights of both halves of a panel's rows at one step, in the order of the records of `q`.
 template <int n>
@@ -142,56 +138,30 @@ INLINE __m256i of_two_rows(__m256i first, __m256i second, int q) {
   return q ? _mm256_unpackhi_epi64(first, second) : _mm256_unpacklo_epi64(first, second);
 }
 
-template <bool is_int4>
-INLINE void decode_rows(const uint8_t* row, int64_t blocks, uint8_t* decoded) {
-  constexpr int kBytes = is_int4 ? 34 : 64;
-  const __m256i columns = _mm256_set1_epi64x(0x0706050403020100), low_four = _mm256_set1_epi8(15);
-  for (int64_t block = 0; block < blocks; block++)
-    for (int pair = 0; pair < 2; pair++, row += 2 * kBytes)
-      for (int q = 0; q < 2; q++) {
-        uint8_t* to = decoded + ((2 * pair + q) * blocks + block) * record_bytes<0, is_int4>();
-        for (int i = 0; i < 2; i++) {
-          __m256i rows[2];
-          for (int r = 0; r < 2; r++) {
-            rows[r] = load_bytes(row + r * kBytes + (is_int4 ? 0 : 32 * i));
-            if (is_int4) rows[r] = _mm256_and_si256(i ? _mm256_srli_epi16(rows[r], 4) : rows[r], low_four);
-          }
-          const __m256i w = of_two_rows(rows[0], rows[1], q);
-          if (is_int4) store(to, w);
-          else store_signed(to, columns, w);
-        }
-        if (is_int4)  // rows 0, 0, 1, 1
-          store(to, _mm256_castps_si256(_mm256_blend_ps(high_halves(load32(row + 30)), high_halves(load32(row + kBytes + 30)), 0xcc)));
-      }
-}
-
 // ---- products
 
-// The records of half of the columns times eight rows of x, added to `sums`: 8 floats for each row of x. The offset takes off
-// the 8 that dense int4 have added, in the first lane of each row of the weight, where q = 0.
-template <Form form, bool is_int4, bool has_offset>
+// The records of half of the columns, or of two rows, times eight rows of x, added to `sums`: 8 floats for each row of x.
+template <bool negative, bool is_int4>
 INLINE void multiply_half(const uint8_t* record, int64_t blocks, const int8_t* x, const float* scales, bool starts, float* sums) {
-  constexpr int kStep = form == kTwice ? 32 : form == kAsItIs ? 96 : 64, kMagnitude = form == kTwice ? 0 : 32;
-  constexpr int64_t kRow = row_bytes(form);
+  constexpr int kStep = negative ? 64 : 96;
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 sum[kRowsAtOnce];
   for (int b = 0; b < kRowsAtOnce; b++) sum[b] = starts ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * b);
-  for (int64_t block = 0; block < blocks; block++, record += 2 * kStep + (is_int4 ? 32 : 0), x += kRowsAtOnce * kRow, scales += kRowsAtOnce) {
+  for (int64_t block = 0; block < blocks; block++, record += 2 * kStep + (is_int4 ? 32 : 0), x += kRowsAtOnce * kRowBytes, scales += kRowsAtOnce) {
     __m256i control[2], w[2];
     for (int i = 0; i < 2; i++) {
-      if (form != kTwice) control[i] = load_once(record + kStep * i);
-      w[i] = load_once(record + kStep * i + kMagnitude);
+      control[i] = load_once(record + kStep * i);
+      w[i] = load_once(record + kStep * i + 32);
     }
     const __m256 w_scale = is_int4 ? _mm256_castsi256_ps(load_once(record + 2 * kStep)) : _mm256_setzero_ps();
 #pragma GCC unroll 8
     for (int b = 0; b < kRowsAtOnce; b++) {
-      const int8_t* row = x + b * kRow;
+      const int8_t* row = x + b * kRowBytes;
       __m256i pairs[2];
 #pragma GCC unroll 2
       for (int i = 0; i < 2; i++) {
-        __m256i v = load(row + 32 * i);
-        if (form != kTwice) v = _mm256_shuffle_epi8(v, control[i]);
-        if (form == kAsItIs) v = _mm256_sign_epi8(v, load(record + kStep * i + 64));
+        __m256i v = _mm256_shuffle_epi8(load(row + 32 * i), control[i]);
+        if (!negative) v = _mm256_sign_epi8(v, load(record + kStep * i + 64));
         pairs[i] = _mm256_maddubs_epi16(w[i], v);
       }
       __m256 scale = _mm256_broadcast_ss(scales + b);
@@ -202,7 +172,6 @@ INLINE void multiply_half(const uint8_t* record, int64_t blocks, const int8_t* x
       } else {
         total = _mm256_add_epi32(_mm256_madd_epi16(pairs[0], ones), _mm256_madd_epi16(pairs[1], ones));
       }
-      if (has_offset) total = _mm256_add_epi32(total, load(row + 64));
       sum[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, sum[b]);
     }
   }
@@ -213,7 +182,7 @@ INLINE void multiply_half(const uint8_t* record, int64_t blocks, const int8_t* x
 template <bool is_int4>
 INLINE void multiply_eight(const uint8_t* record, int64_t blocks, const int8_t* x, const int8_t* second,
                            const float* scales, bool starts, float* sums, float* more) {
-  constexpr int64_t kStep = kRowsAtOnce * row_bytes(kBesideNegative);
+  constexpr int64_t kStep = kRowsAtOnce * kRowBytes;
   const __m256i ones = _mm256_set1_epi16(1);
   const auto low = [&](__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), ones); };
   const auto high = [&](__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), ones); };
@@ -262,8 +231,7 @@ INLINE void multiply_eight(const uint8_t* record, int64_t blocks, const int8_t* 
 
 constexpr int kSums = kRowsAtOnce * 8;  // of a record, or of half of the rows of 1:4, by eight rows of x
 
-template <int n>
-constexpr int num_parts() { return n ? 2 : 4; }
+constexpr int kParts = 2;  // sums of a tile: of its records, or of halves of the rows of 1:4
 
 // All records of `count` blocks of a tile times eight rows of x. `second`: x of q = 1.
 template <int n, bool is_int4>
@@ -273,12 +241,8 @@ INLINE void multiply_tile(const uint8_t* records, int64_t count, const int8_t* x
     for (int b = 0; b < kRowsAtOnce; b += 2)
       multiply_eight<is_int4>(records, count, x + 64 * b, second + 64 * b, scales + b, starts, sums[0] + 8 * b, sums[1] + 8 * b);
   } else {
-    constexpr Form form = form_of<n, is_int4>();
-    for (int part = 0; part < num_parts<n>(); part += 2) {
-      const uint8_t* first = records + part * count * record_bytes<n, is_int4>();
-      multiply_half<form, is_int4, form == kTwice>(first, count, x, scales, starts, sums[part]);
-      multiply_half<form, is_int4, false>(first + count * record_bytes<n, is_int4>(), count, second, scales, starts, sums[part + 1]);
-    }
+    multiply_half<has_negative<n>(), is_int4>(records, count, x, scales, starts, sums[0]);
+    multiply_half<has_negative<n>(), is_int4>(records + count * record_bytes<n, is_int4>(), count, second, scales, starts, sums[1]);
   }
 }
 
@@ -286,7 +250,7 @@ INLINE void multiply_tile(const uint8_t* records, int64_t count, const int8_t* x
 template <int n, int values>
 INLINE void write_tile(const float (*sums)[kSums], const float* row_scales, int64_t num_rows, int64_t batch, float* y,
                        int64_t ldy) {
-  constexpr int kParts = num_parts<n>(), kTileRows = n == 1 ? 8 : 4;
+  constexpr int kTileRows = n == 1 ? 8 : 4;
   for (int64_t b = 0; b < batch; b++, y += ldy) {
     __m128 four[kParts];
     for (int part = 0; part < kParts; part++)
@@ -296,11 +260,8 @@ INLINE void write_tile(const float (*sums)[kSums], const float* row_scales, int6
       outputs[0] = four[0], outputs[1] = four[1];
     } else if constexpr (n == 8) {
       outputs[0] = _mm_hadd_ps(four[0], four[1]);
-    } else if constexpr (n > 0) {
-      outputs[0] = _mm_add_ps(four[0], four[1]);
     } else {
-      const __m128 first = _mm_hadd_ps(four[0], four[1]), last = _mm_hadd_ps(four[2], four[3]);
-      outputs[0] = _mm_add_ps(_mm_movelh_ps(first, last), _mm_movehl_ps(last, first));
+      outputs[0] = _mm_add_ps(four[0], four[1]);
     }
     for (int half = 0; half < kTileRows / 4; half++) {
       if (values == kInt8) outputs[half] = _mm_mul_ps(outputs[half], _mm_loadu_ps(row_scales + 4 * half));
@@ -310,16 +271,15 @@ INLINE void write_tile(const float (*sums)[kSums], const float* row_scales, int6
   }
 }
 
-// As `Multiply`, for x as `avx2_prompt_rows` lays it out. n = 0 is dense.
+// As `Multiply`, for x as `avx2_prompt_rows` lays it out.
 template <int n, int values>
 void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                      int64_t last) {
   constexpr bool is_int4 = values == kInt4;
   constexpr int kTileRows = n == 1 ? 8 : 4;
-  constexpr Form form = form_of<n, is_int4>();
-  constexpr int64_t kParts = num_parts_of_x(form), kPart = kRowsAtOnce * row_bytes(form);  // bytes of rows of x by a part of a block
+  constexpr int64_t kPartsOfX = num_parts_of_x(has_negative<n>()), kPart = kRowsAtOnce * kRowBytes;
   alignas(64) uint8_t decoded[kTilesAtOnce][num_records<n>() * kDecodedBlocks * record_bytes<n, is_int4>()];
-  alignas(64) float sums[kPromptRows / kRowsAtOnce][kTilesAtOnce][num_parts<n>()][kSums];
+  alignas(64) float sums[kPromptRows / kRowsAtOnce][kTilesAtOnce][kParts][kSums];
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
   const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);  // of int8 alone
@@ -331,15 +291,14 @@ void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x
         for (int64_t t = 0; t < tiles; t++) {
           const uint8_t* weights = data + ((tile + t) * blocks + k) * bytes;
           if constexpr (n == 8) decode_halves(weights, count, decoded[t]);
-          else if constexpr (n > 0) decode_panels<n, is_int4>(weights, count, decoded[t]);
-          else decode_rows<is_int4>(weights, count, decoded[t]);
+          else decode_panels<n, is_int4>(weights, count, decoded[t]);
         }
         for (int64_t b = start; b < smaller(start + kPromptRows, x.batch); b += kRowsAtOnce) {
-          const int8_t* narrow = x.narrow + (kParts * b / kRowsAtOnce * blocks + k) * kPart;
+          const int8_t* narrow = x.narrow + (kPartsOfX * b / kRowsAtOnce * blocks + k) * kPart;
           const float* scales = x.scales + b * blocks + k * kRowsAtOnce;
           for (int64_t t = 0; t < tiles; t++) {
             float(*to)[kSums] = sums[blocks > kDecodedBlocks ? (b - start) / kRowsAtOnce : 0][t];
-            multiply_tile<n, is_int4>(decoded[t], count, narrow, narrow + (kParts - 1) * blocks * kPart, scales, k == 0, to);
+            multiply_tile<n, is_int4>(decoded[t], count, narrow, narrow + (kPartsOfX - 1) * blocks * kPart, scales, k == 0, to);
             if (k + count < blocks) continue;
             const int64_t row = (tile + t) * kTileRows, rows = smaller(kTileRows, of.rows - row);
             write_tile<n, values>(to, row_scales + row, rows, smaller(kRowsAtOnce, x.batch - b), y + b * ldy + row, ldy);
@@ -353,12 +312,12 @@ template <int values>
 Multiply prompt_kernel(const Header& of) {
   if constexpr (values == kInt8)
     if (panel_kind(of) > 2) return panel_kind(of) == 4 ? multiply_prompt<4, values> : multiply_prompt<8, values>;
-  return of.n == 0 ? multiply_prompt<0, values> : of.n == 1 ? multiply_prompt<1, values> : multiply_prompt<2, values>;
+  return of.n == 1 ? multiply_prompt<1, values> : multiply_prompt<2, values>;
 }
 
 }  // namespace
 
-bool avx2_prompt_gains(const Header& of, int64_t batch) { return of.layout != kLanes && of.values >= kInt8 && batch > kMaxBatch; }
+bool avx2_prompt_gains(const Header& of, int64_t batch) { return of.layout == kPanels && of.values >= kInt8 && batch > kMaxBatch; }
 
 Multiply avx2_prompt(const Header& of) {
   return of.values == kInt4 ? prompt_kernel<kInt4>(of) : prompt_kernel<kInt8>(of);
@@ -367,19 +326,15 @@ Multiply avx2_prompt(const Header& of) {
 // Rows of x in whole groups.
 static int64_t whole_groups(int64_t batch) { return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce; }
 
-static Form form_for(const Header& of) {
-  return panel_kind(of) == 8 ? kAsItIs : of.n == 0 && of.values == kInt4 ? kTwice : kBesideNegative;
-}
-
 int64_t avx2_prompt_bytes(const Header& of, int64_t batch) {
-  return whole_groups(batch) * of.blocks() * (num_parts_of_x(form_for(of)) * row_bytes(form_for(of)) + 4);
+  return whole_groups(batch) * of.blocks() * (num_parts_of_x(panel_kind(of) != 8) * kRowBytes + 4);
 }
 
 Activations avx2_prompt_rows(const Header& of, const Activations& x, void* room) {
-  const Form form = form_for(of);
-  const int64_t blocks = of.blocks(), rows = whole_groups(x.batch), part = kRowsAtOnce * row_bytes(form), parts = num_parts_of_x(form);
+  const bool negative = panel_kind(of) != 8;
+  const int64_t blocks = of.blocks(), rows = whole_groups(x.batch), part = kRowsAtOnce * kRowBytes, parts = num_parts_of_x(negative);
   auto* narrow = static_cast<int8_t*>(room);
-  auto* scales = reinterpret_cast<float*>(narrow + rows * blocks * parts * row_bytes(form));
+  auto* scales = reinterpret_cast<float*>(narrow + rows * blocks * parts * kRowBytes);
   const auto put = [](int8_t* to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); };
   for (int64_t row = 0; row < rows; row++) {
     const int64_t group = row / kRowsAtOnce, in_group = row % kRowsAtOnce;
@@ -388,19 +343,16 @@ Activations avx2_prompt_rows(const Header& of, const Activations& x, void* room)
       for (int64_t block = 0; block < blocks; block++) of_group[block * kRowsAtOnce] = 0;
       continue;
     }
-    int8_t* to = narrow + group * parts * blocks * part + in_group * row_bytes(form);
+    int8_t* to = narrow + group * parts * blocks * part + in_group * kRowBytes;
     const int8_t* from = x.narrow + row * of.padded();
     for (int64_t block = 0; block < blocks; block++, to += part, from += kBlock) {
       of_group[block * kRowsAtOnce] = x.scales[row * blocks + block];
       for (int i = 0; i < 2; i++) {
         const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * i));
-        const __m256i beside = form == kTwice ? v : _mm256_sub_epi8(_mm256_setzero_si256(), v);
-        if (form == kAsItIs) put(to + 32 * i, v);
-        for (int q = 0; form != kAsItIs && q < 2; q++) put(to + q * blocks * part + 32 * i, of_two_rows(v, beside, q));
+        const __m256i beside = _mm256_sub_epi8(_mm256_setzero_si256(), v);
+        if (!negative) put(to + 32 * i, v);
+        for (int q = 0; negative && q < 2; q++) put(to + q * blocks * part + 32 * i, of_two_rows(v, beside, q));
       }
-      if (form != kTwice) continue;
-      const int32_t offset = avx2_offset(from);
-      put(to + 64, _mm256_setr_epi32(offset, 0, offset, 0, 0, 0, 0, 0));
     }
   }
   return {x.wide, narrow, scales, nullptr, x.batch};

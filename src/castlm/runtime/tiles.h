@@ -1,7 +1,7 @@
 // The walk over the tiles of a matrix, which is the same for every instruction set. Included by each file of kernels inside
 // its target pragma and its unnamed namespace. A set of kernels `Set` has a `Vector`, `zero()`, the number of sums that
 // one row of x takes in a tile, `add` (blocks of a tile times rows of x, added to sums), `rows` (sums to outputs), whether it
-// has kernels of 8 of 16 columns, and the number of parts of a wide matrix of floats that it reads side by side.
+// has kernels of 8 of 16 columns and of dense rows, and the number of parts of a wide matrix of floats that it reads side by side.
 
 // `share` tiles of each of T parts of the matrix, the first of them from tile `first` on. The T parts are read side by side,
 // so that each load of x serves T tiles while every part is one stream. `in_parts` is true for what is left over, too: it
@@ -65,7 +65,8 @@ template <class Set, int values>
 Multiply for_pattern(const Header& of, int64_t batch) {
   if constexpr (values != kInt4 && Set::kHasHalves)
     if (panel_kind(of) > 2) return for_batch<Set, 8, values>(batch);
-  if (of.n == 0) return for_batch<Set, 0, values>(batch);
+  if constexpr (Set::kHasDense)
+    if (of.n == 0) return for_batch<Set, 0, values>(batch);
   return of.n == 1 ? for_batch<Set, 1, values>(batch) : for_batch<Set, 2, values>(batch);
 }
 
