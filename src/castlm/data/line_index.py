@@ -1,8 +1,8 @@
 """The places of the documents in a .jsonl file, kept beside the output of a run.
 
 To find the documents of a file, each line is parsed and checked, and the file is hashed, on every rank of a run. The
-first start of a run leaves what it found. A restart reads that, unless the file has another size or time of change, or
-the options that decide what a document is have changed.
+first start of a run leaves what it found. A restart reads that, unless the file has another size or another time of a
+change (also of its name or rights), or the options that decide what a document is have changed.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def key_of(file: Path, options: TextOptions) -> dict[str, Any]:
         "path": os.path.realpath(file),
         "size": about.st_size,
         "mtime_ns": about.st_mtime_ns,
+        "ctime_ns": about.st_ctime_ns,  # also of a file that was changed and got its old time again
         "column": options.column,
         "document_limit": options.document_limit,
     }
