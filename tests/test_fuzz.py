@@ -3,20 +3,24 @@
 `make fuzz` tries many more inputs, for an hour.
 """
 
+import copy
 import dataclasses
 import gzip
 import io
 import json
 import math
 import os
+import re
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -25,7 +29,7 @@ from castlm.cli.main import COMMANDS, main
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents, split_documents
 from castlm.data.images import read_image
-from castlm.export.card import model_card
+from castlm.export.card import model_card, packed_card
 from castlm.export.verify import verify
 from castlm.facts import Facts
 from castlm.fields import choices_of, hints_of
@@ -398,6 +402,60 @@ def test_model_card(base, reason, name):
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert len(rows) == 3
     assert len({row.replace("\\\\", "").replace("\\|", "").count("|") for row in rows}) == 1
+
+
+CALIBRATION = {
+    "text": "c",
+    "text_sha256": "0",
+    "tokens_sha256": "0",
+    "seed": 0,
+    "num_sequences": 3,
+    "seq_len": 8,
+    "precision": "fp32",
+}
+CARD = {
+    "pattern": "32:64",
+    "method": "cast",
+    "base_model": "org/model",
+    "license": "mit",
+    "dtype": "bfloat16",
+    "packed": {"format": 1, "castlm": "0"},
+    "proof": {**PROOF, "cut": 1},
+    "verdict": {"ok": False, "problem": "diverged", "reason": "why"},
+    "left_dense": {"model.layers.0.mlp.up_proj": "reason"},
+    "quantized": {"kind": "int8", "text": "a.txt"},
+    "cut": {"before": {"intermediate_size": 100}, "after": {"intermediate_size": 50}},
+    "figures": [{"name": "dense", "perplexity": 3.0, "seq_len": 8, "text": "t", "num_tokens": 9, "tokenizer": "t"}],
+    "earlier": [{"method": "wanda", "pattern": "2:4", "calibration": CALIBRATION}],
+}
+
+
+def places_of(tree: object) -> Iterator[tuple[dict | list, object]]:
+    """The boxes and keys of all values in nested JSON."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield tree, key
+        yield from places_of(value)
+
+
+def card_of(source: Path, record: dict[str, object]) -> str:
+    return packed_card(source, Facts.from_json(record, "here"), "32:64")
+
+
+def test_no_entry_of_a_record_writes_markup_into_a_card(here):
+    text, count = "x\n---\nlicense: mine\n---\n\n# Free\n</b><script>[a](http://b) `a` ![a](b)\x1b", 0
+    for number in range(len(list(places_of(CARD)))):
+        record = copy.deepcopy(CARD)
+        box, key = list(places_of(record))[number]
+        box[key] = text
+        card = answers(card_of, here / text.replace("/", "_"), record)
+        if isinstance(card, InputError):
+            continue
+        count += 1
+        head, body = card.split("\n---\n", 1)
+        fields = {"base_model", "license", "library_name", "pipeline_tag", "tags"}
+        assert yaml.safe_load(head).keys() <= fields, key
+        assert not re.search(r"^# Free|(?<!\\)<script|(?<!\\)\]\(http:|^license: mine|\x1b", body, re.M), (key, body)
+    assert count > 15
 
 
 # ---- what is not a file

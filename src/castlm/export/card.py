@@ -77,7 +77,7 @@ def model_card(folder_name: str, facts: Facts) -> str:
         base=_reference(source),
         how=made,
         steps=[_step(step) for step in made_by(facts)],
-        format=_format(facts),
+        format=markdown(_format(facts)),
         install=install_line(),
         verdict=None if facts.verdict is None or facts.verdict.ok else facts.verdict,
         pattern=pattern,
@@ -87,7 +87,7 @@ def model_card(folder_name: str, facts: Facts) -> str:
         packed=facts.packed is not None,
         proof=proof,
         changed=[  # fields of the config
-            f"`{name}` from {old:,} to {cut.after[name]:,}"
+            f"{markdown_code(name)} from {old:,} to {cut.after[name]:,}"
             for name, old in cut.before.items()
             if cut.after[name] != old
         ],
@@ -218,7 +218,7 @@ def packed_card(source: Path, facts: Facts, pattern: str) -> str:
     front_matter = _front_matter(before) or _front_matter_of(facts)
     head = _PACKED_HEAD.format(
         front_matter=front_matter,
-        name=source.resolve().name,
+        name=markdown(source.resolve().name),
         pattern=pattern,
         install=install_line(),
         zeros="" if pattern == "dense" else ", without their zeros",
