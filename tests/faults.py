@@ -116,7 +116,7 @@ def check_kill(ground: Ground, seed: int, victims: list[int], during_save: bool)
 
 
 def check_kill_in_start(ground: Ground, victims: list[int]) -> str:
-    """SIGKILL while rank 0 makes the start: the next start of the ranks continues after the last finished block."""
+    """SIGKILL while the ranks make the start: the next start of the ranks continues after the last finished block."""
     config = ground.new_run()
     progress = Path(f"{config.checkpoint.output_dir}.partial") / "progress.json"
     ranks, log = ground.start(config)

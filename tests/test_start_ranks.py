@@ -32,7 +32,7 @@ def start(config: TrainConfig) -> None:
         weights = {name: whole(p.detach()).clone() for name, p in run.model.named_parameters()}
         masks = {run.names[p]: whole(mask).clone() for p, mask in run.method.masks().items()}
         if world.is_main:
-            torch.save([weights, masks, run.start["layer_errors"]], Path(config.checkpoint.output_dir) / "start.pt")
+            torch.save([weights, masks, run.start.layer_errors], Path(config.checkpoint.output_dir) / "start.pt")
 
 
 def start_killed(config: TrainConfig, victim: int) -> None:

@@ -361,7 +361,7 @@ def plan_memory(
         phases = _phases(parts, sizes, saved[ranks > 1], run, ranks)
         if run.calibration_tokens:
             # One rank has a copy of the model beside it, and of what is not sparse, in the new basis; of several, each
-            # has one block, and an eighth of the text or more.
+            # has one block, and the outputs of its attention for an eighth of the text or more.
             held, tokens = sizes.block, run.calibration_tokens // min(PARTS, ranks)
             if ranks == 1:
                 held = sizes.total if gpu_gib is not None else 3 * sizes.total - sizes.sparse

@@ -125,8 +125,8 @@ class Solve(Step):
             report.layers += prune_seen(inside, seen, self.solver, self.settings_of, visit.ranks)
             seen = []
             unpruned = [inside[name] for later in stages[num_done:] for name in later]
-            # Where one block at a time is in memory, to need little of it counts more than time.
-            if visit.source.is_whole and unpruned:
+            # Where one rank has one block at a time in memory, to need little of it counts more than time.
+            if (visit.source.is_whole or visit.ranks.size > 1) and unpruned:
                 inputs.keep_outputs(_finished(inputs.blocks[inputs.index], inside.values(), unpruned))
 
     def _with_statistics(self, seen: Seen) -> Seen:
