@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ from castlm.core.shards import local, whole
 from castlm.core.sparsify import sparse_linears, sparse_param_groups, weight_parameter
 from castlm.data.packing import BatchLoader
 from castlm.distributed import export
+from castlm.distributed import sharding as fsdp
 from castlm.distributed.loading import fingerprint, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World, close_world, closing, init_world, interface_to
@@ -653,21 +654,35 @@ def test_what_is_read_row_by_row_is_the_loaded_model_and_has_its_fingerprint(fam
     assert len(dict(model.named_parameters())) == len(dict(expected.named_parameters()))  # tied weights stay tied
 
 
+def train_with_wide_ends(config: TrainConfig) -> None:
+    fsdp._NARROW_END = MixedPrecisionPolicy(cast_forward_inputs=False)
+    train(config)
+
+
 @pytest.mark.parametrize(
     ("family", "more", "bound", "ranks"), [slow("llama", AS_PUBLISHED, 3e-3, 2), ("gpt2", {}, 1e-2, 3)]
 )
 def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path):
-    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, untied
-    embeddings before they are looked up, the distance of hidden states, in which that shows most, counts 15 times,
-    and a mask may flip elsewhere."""
-    model = str(save_tiny(tmp_path / "model", family))
-    for count in (1, ranks):
+    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, and a mask
+    may flip elsewhere. Untied embeddings are rounded before they are looked up, which is 6 % of the first gradient,
+    where student and teacher hardly differ; gathered in fp32, they leave that gradient as it is on one rank."""
+    model, is_untied = str(save_tiny(tmp_path / "model", family)), family == "llama"
+
+    def rows(count: int, function: Callable[[TrainConfig], Any] = train) -> list[dict[str, Any]]:
         fields = {"precision": "bf16", "max_steps": 6, "eval_steps": 3, "gradient_checkpointing": count == 3, **more}
-        run_ranks(train, count, small(model, text, tmp_path / str(count), count, **fields), folder=tmp_path)
-    for expected, row in zip(metrics(tmp_path / "1"), metrics(tmp_path / str(ranks)), strict=True):
-        for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", 1e-1), ("perplexity", 5e-3)):
+        folder = tmp_path / f"{function.__name__}-{count}"
+        run_ranks(function, count, small(model, text, folder, count, **fields), folder=tmp_path)
+        return metrics(folder)
+
+    one, several = rows(1), rows(ranks)
+    for expected, row in zip(one, several, strict=True):
+        of_gradient = 1e-1 if is_untied and row["step"] == 1 else 5e-2
+        for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", of_gradient), ("perplexity", 5e-3)):
             if key in expected:
                 assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-4), key
+    if is_untied:
+        first = [next(row for row in found if row["step"] == 1) for found in (one, rows(2, train_with_wide_ends))]
+        assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-5)
 
 
 def see_what_is_gathered(folder: str) -> None:
