@@ -187,18 +187,22 @@ def test_documents_are_laid_end_to_end_only_if_the_models_compute_the_same_that_
 
 
 def test_the_arguments_are_those_of_torchs_operator(monkeypatch):
-    documents = document_offsets(torch.tensor([[*range(11)], [*range(5), *range(6)]]))
+    positions = torch.tensor([[*range(11)], [*range(5), *range(6)]])
+    documents = document_offsets(positions)
 
-    def attended(device: str) -> torch.Tensor:
-        query, key, value = (torch.empty(2, heads, 11, 8, device=device) for heads in (4, 2, 2))
-        options = attention.of_documents(documents, query.device)
-        return attend(module(2), query, key, value, options.pop("attention_mask"), **options)[0]
+    def attended(device: str, *inputs: torch.Tensor, **scaling: float) -> torch.Tensor:
+        inputs = inputs or tuple(torch.empty(2, heads, 11, 8, device=device) for heads in (4, 2, 2))
+        options = attention.of_documents(documents, inputs[0].device)
+        return attend(module(2), *inputs, options.pop("attention_mask"), **scaling, **options)[0]
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert attended("cuda").shape == (2, 11, 4, 8)
     monkeypatch.setattr(attention, "varlen_attn", varlen_reference([]))
     with torch.autocast("cpu", torch.bfloat16):
         assert attended("cpu").dtype == torch.bfloat16
+    *inputs, _ = tensors(2, tokens=11)
+    expected, _ = sdpa_attention_forward(module(2), *inputs, document_mask(positions), scaling=0.3)
+    torch.testing.assert_close(attended("cpu", *inputs, scaling=0.3), expected)
 
 
 def test_a_model_whose_code_asks_for_the_name_of_its_attention_keeps_it():

@@ -143,7 +143,9 @@ class Objective(nn.Module):
         The offsets of its documents are counted before it leaves the CPU, so that nothing waits for a GPU to answer.
         """
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-        return moved | ({"documents": document_offsets(batch["position_ids"])} if self.end_to_end else {})
+        if self.end_to_end and "position_ids" in batch:
+            moved["documents"] = document_offsets(batch["position_ids"])
+        return moved
 
     def _models(self) -> list[PreTrainedModel]:
         return [model for model in (self.student, self.teacher) if model is not None]
