@@ -43,7 +43,7 @@ from vllm.platforms import current_platform
 from castlm.core.blocks import why_dense
 from castlm.core.errors import InputError, naming
 from castlm.core.nm import NM, unpack_mask
-from castlm.files.reading import read_json_object
+from castlm.facts import Facts
 from castlm.files.stored import (
     INDEX,
     PACKED_INDEX,
@@ -130,16 +130,15 @@ class CastlmConfig(QuantizationConfig):
         folder = _folder(model_name, revision)
         self.is_tied = bool(getattr(hf_config.get_text_config(), "tie_word_embeddings", False))
         if self.weights is None:
-            manifest = read_json_object(folder / "castlm.json") if (folder / "castlm.json").is_file() else {}
-            recorded = manifest.get("pattern")
-            self.pattern = self.pattern or (str(recorded).rpartition("+")[2] if recorded else None)
+            facts = Facts.read(folder)
+            self.pattern = self.pattern or (facts.pattern.rpartition("+")[2] if facts.pattern else None)
             if self.pattern is None:
                 raise InputError(
                     f"{model_name} has no castlm.json with a pattern: pass --hf-overrides "
                     """'{"quantization_config": {"quant_method": "castlm", "pattern": "2:4"}}'"""
                 )
             NM.parse(self.pattern)
-            self.left_dense = dict(manifest.get("left_dense", {}))
+            self.left_dense = facts.left_dense
             return
         tensors = _tensors(folder, self.weights)
         for stem, spec in read_specs(tensors).items():

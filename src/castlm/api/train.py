@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import Any, Unpack, overload
 
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
+from castlm.facts import Facts
 from castlm.fields import choice
 from castlm.keywords import FinetuneKeywords, TrainKeywords
 from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from castlm.facts import Facts  # imports rich
 
 
 @dataclass

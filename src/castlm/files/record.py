@@ -14,7 +14,6 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_json, is_whole, remove_stale_inside, size_and_crc
 from castlm.files.reading import read_record
-from castlm.progress import note
 
 OUTPUT = "castlm-output.json"
 """The record: `command`, `complete`, `files`, and what the command adds, as `run_id` and the `job` of torchrun."""
@@ -106,6 +105,8 @@ def set_aside(folder: Path) -> Path:
         if not aside.is_symlink() and read_record(aside / OUTPUT) and not unrecorded(aside):
             _delete(aside)
         if os.path.lexists(aside):
+            from castlm.progress import note  # imports rich, which a program that only reads facts may lack
+
             kept = unused_name(aside)
             os.rename(aside, kept)
             note(f"{aside} holds files that castlm did not write, or that have changed: it is now {kept}")
