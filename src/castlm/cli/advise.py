@@ -29,8 +29,8 @@ class AdviseCommand:
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read."""
 
     tokens: int = number(0, at_least=0)
-    """Rows of a layer's input: the batch size when decoding, or all prompt tokens in prefill. 0 takes 1, 8 and 512 on a
-    CPU, and 1 on a GPU.
+    """Tokens that a layer computes at once: the batch size in decoding, or all tokens of a prompt. 0 times 1, 8 and 512
+    on a CPU, and 1 on a GPU.
     """
 
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -40,10 +40,10 @@ class AdviseCommand:
     """Device to time; auto takes the GPU if there is one."""
 
     pattern: Pattern | None = parsed(None, parse_pattern)
-    """n:m, or a structured pattern such as channels:0.5, for which the advice is about the smaller, cut model, beside
-    the speed of the whole one. The default is the pattern of MODEL, if it is a result. For a dense model it is 2:4, and
-    on a CPU also the pattern that keeps as much in the longest groups that all layers allow, such as 32:64, and in the
-    longest that this processor takes as fast as 2:4, which is 8:16 with AVX2.
+    """n:m, or a structured pattern such as channels:0.5: then the cut model is timed, and compared with the whole one.
+    The default is the pattern of MODEL, if castlm made it. For a dense model it is 2:4, and on a CPU also two patterns
+    that keep half in longer groups: the longest that all layers allow, such as 32:64, and the longest that this
+    processor takes as fast as 2:4, which is 8:16 with AVX2.
     """
 
     law: str | None = option(
@@ -109,8 +109,9 @@ class AdviseCommand:
         return report, "\n".join(lines)
 
     def _quality(self, name: str) -> Quality:
-        """The figures of the result in the folder `name`, if it has the pattern that was asked for; n:m by the law if
-        there is one.
+        """The perplexities of the result in the folder `name`, if it has the pattern that was asked for.
+
+        With a law, the perplexity of the sparse model is the law's prediction.
         """
         from castlm.export.folder import read_facts, recorded_pattern
         from castlm.facts import Perplexities

@@ -108,11 +108,11 @@ class MemoryOptions:
     """GPU that the run should fit on: h100, a100, ..., or a number of GiB."""
 
     link: float = number(300.0, above=0)
-    """With the name of a GPU, which adds the time of a step: GB per second at which a rank receives weights of others,
-    about 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots."""
+    """GB per second at which a rank receives weights from other ranks; adds the time of a step, if a GPU is named.
+    About 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots."""
 
     price_per_hour: float | None = number(None, above=0)
-    """With the name of a GPU: price of one GPU per hour; adds the cost of the steps."""
+    """Price of one GPU per hour; adds the cost of the steps, if a GPU is named."""
 
     prune: bool = essential(False)
     """Predict `castlm prune` on a CPU instead of a training run."""

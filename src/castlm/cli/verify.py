@@ -21,7 +21,7 @@ class VerifyCommand:
     """Folder in Hugging Face format, run of `castlm train`, or one .safetensors file."""
 
     pattern: Pattern | None = parsed(None, parse_pattern)
-    """n:m, at most n non-zeros in every m along the input axis, or a structured pattern as channels:0.5. The default is
+    """n:m, at most n non-zeros in every m along the input axis, or a structured pattern such as channels:0.5. Default:
     the pattern in the folder's castlm.json, or 2:4 without one."""
 
     base: str | None = None

@@ -38,8 +38,8 @@ MAX_LINE_BYTES = 64 << 20  # of a line, with the images in it, times `document_l
 MAX_ROWS = 1 << 30  # of a parquet file
 
 _INK = re.compile(rb"\S")
-# Tokenizers split at these places themselves, so the tokens are those of the whole text, as `castlm.data.tokens` shows
-# them what stands on the other side. The start of a line behind a blank one is the last choice.
+# Tokenizers split at these places too, so the pieces have the tokens of the whole text: `castlm.data.tokens` tokenizes
+# each with the character beyond its end. The start of a line behind a blank one is the last choice.
 _LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
 _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
 _ANY_START = re.compile(rb"(?<=\n)(?=\S)|(?<=\S)(?= \S)")

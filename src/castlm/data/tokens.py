@@ -111,10 +111,11 @@ class Encoder:
         return found
 
     def _ids_of(self, pieces: list[Document]) -> list[list[int]]:
-        """Tokenizes pieces of plain text to the same tokens as the whole text would give. A piece from the middle of a
-        text is tokenized after a line break, because some tokenizers put a space before the first word of their input.
-        A piece that ends with a line break is tokenized before a letter, because GPT-2 joins line breaks at the end of
-        its input, while before a word the last one is its own token.
+        """Tokenizes pieces of plain text to the tokens that the whole text would give.
+
+        A piece from the middle of a text gets a line break before it, because some tokenizers put a space before the
+        first word of their input. A piece that ends with a line break gets a letter behind it, because GPT-2 joins the
+        line breaks at the end of its input, and keeps the last one apart before a word.
         """
         before = ["" if piece.first else "\n" for piece in pieces]
         after = ["a" if piece.text.endswith("\n") and not piece.last else "" for piece in pieces]

@@ -91,8 +91,8 @@ def export_model(
         The content of castlm.json.
 
     Raises:
-        InputError: weight scaling that is not folded, an entry of `record` that castlm.json has not, the folder is not
-            empty, the disk is full, or the verification fails.
+        InputError: weight scaling that is not folded, an entry of `record` that is none of castlm.json's, a folder
+            that is not empty, a full disk, or a verification that fails.
 
     Examples:
         >>> castlm.export_model(model, tokenizer, "folder", record={"base_model": "gpt2"})  # doctest: +SKIP

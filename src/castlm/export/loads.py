@@ -19,13 +19,13 @@ from castlm.models.architecture import auto_class
 from castlm.models.io import check_no_kernels, quiet_transformers
 from castlm.progress import note
 
-_MEMORY_FACTOR = 1.5  # bytes to load a packed model and to compute with it, of those of its files
+_MEMORY_FACTOR = 1.5  # bytes to load a packed model and to compute with it, in bytes of its files
 
 
 def check_loads(folder: Path) -> None:
     """Loads the packed folder in a fresh process, and computes the logits of two tokens.
 
-    Where the memory is not enough, it is loaded without its values, and a line reports this.
+    If memory is short, the model is loaded without its values, and a line reports this.
 
     Raises:
         InputError: it cannot be loaded, or its logits are not finite.

@@ -97,7 +97,7 @@ def pattern_of(name: str | Path, given: Pattern | str | None) -> Pattern | None:
     if folder is None or where.gguf:
         return None
     facts = read_facts(folder)
-    if facts.pattern is not None or facts.schema_version is not None:  # else the record is none of castlm's
+    if facts.pattern is not None or facts.schema_version is not None:  # else castlm did not write the file
         return recorded_pattern(facts)
     stored = stored_tensors(folder, read_config(folder))
     first = next((tensor for name, tensor in stored.items() if is_block_linear(name, tensor.shape)), None)

@@ -155,7 +155,7 @@ class Sampler:
     def _continue(self, begins: list[list[int]]) -> list[tuple[list[int], bool]]:
         """Samples after each of `begins`, in one batch, padded on the left.
 
-        Returns the generated tokens without the one that ended them, and whether one did.
+        Returns the generated tokens without the end token, and whether there was one.
         """
         if not begins:
             return []

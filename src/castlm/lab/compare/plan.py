@@ -89,8 +89,8 @@ class CompareConfig(SharedOptions):
     """
 
     variants: str | None = None
-    """YAML file that maps the name of each variant to its own options of `castlm train`. Its method is the option
-    `method`, otherwise its name if that is a method, otherwise cast.
+    """YAML file that maps the name of each variant to its own options of `castlm train`. Without the option
+    `method`, its method is its name if that is a method, otherwise cast.
     """
 
     seeds: int = essential(3, at_least=1)

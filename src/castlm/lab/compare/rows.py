@@ -178,7 +178,7 @@ def start_of(config: Mapping[str, Any]) -> str:
 
 
 def options_of(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The options by variant: the ones that its method reads, and all in which the trained variants differ.
+    """The options of each variant: those that its method reads, and those in which the trained variants differ.
 
     Args:
         variants: all fields of one run of each variant, except the output folder.

@@ -104,7 +104,7 @@ def _as_data(points: Sequence[Point]) -> Data:
 
 
 def _named(points: Sequence[Point], field: str) -> list[str]:
-    """The values of a field of `points`, of those that have one."""
+    """The values of a field, of the `points` that have one."""
     return sorted({str(value) for point in points if (value := getattr(point, field))})
 
 

@@ -46,7 +46,7 @@ class Point:
     base_model: str = ""
     """Name or folder of the dense model that the run started from, if known; a law holds for one."""
     dense: float | None = None
-    """Perplexity of that model on the same text, if known: it tells models of one name apart."""
+    """Perplexity of that model on the same text, if known: it distinguishes models of the same name."""
     source: str = ""
     """File (and line) it was read from; errors name it."""
 

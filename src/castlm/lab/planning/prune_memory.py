@@ -150,7 +150,7 @@ def plan_prune_memory(
     if method == "taylor":
         backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
         parts["gradients"] = 4 * model.num_layers * layers
-        # For each token, what enters each block, what one block saves and as much of gradients, and four of logits.
+        # For each token: the input of every block, what one block saves, as many gradients, four times the logits.
         of_token = model.num_layers * model.hidden + 2 * model.kept + 4 * model.vocab
         parts["kept for backward"] = 4 * backward * of_token
         phases["gradients"] = block + parts["gradients"] + parts["kept for backward"]
