@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.machine import machine, write_json
 from benchmarks.short_run import add_run_options
 from castlm.cli.main import main as castlm
+from castlm.facts import Facts
 from castlm.formats.packed_file import PackedSpec
 
 CELLS = ("dense/4", "dense/3", "2:4/4", "3:4/4", "3:4/3", "2:4/3")
@@ -58,10 +59,10 @@ def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str)
             _run("quantize", run, "--output-dir", packed, "--packed", "--kind", f"int{bits}", *calibration)
         measured = ["--seq-len", args.seq_len, "--eval-tokens", 0, "--json", figures]
         _run("eval", packed, "--text", args.eval_text, *measured)
-        record = json.loads((Path(run) / "model" / "castlm.json").read_text())["perplexity"]
+        as_trained = Facts.read(Path(run) / "model").perplexity.final
         found = json.loads(Path(figures).read_text())["perplexity"]
     row = {"pattern": pattern, "bits": bits, "seed": seed, "way": way, "learning_rate": rate}
-    return {**row, "as_trained": record.get("pruned", record.get("trained")), "perplexity": found}
+    return {**row, "as_trained": as_trained, "perplexity": found}
 
 
 def _run(*arguments: object) -> None:

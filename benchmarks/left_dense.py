@@ -103,8 +103,8 @@ def trained(
             learning_rate=args.rate,
             **left_dense,
         )
-        record = train(config)
-    return {"one_shot": record["perplexity"]["one_shot"], "perplexity": record["perplexity"]["pruned"]}
+        found = train(config).perplexity
+    return {"one_shot": found.one_shot, "perplexity": found.pruned}
 
 
 def table(models: Mapping[str, dict[str, Any]], rows: list[dict[str, Any]]) -> str:
