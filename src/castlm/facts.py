@@ -308,7 +308,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts(Origin, Solved):
-    """The content of castlm.json. The entries of a run are None for models that no run has made, and so on."""
+    """The content of castlm.json. An entry is None if the command that made the model does not write it."""
 
     pattern: str | None
     """The pattern of the sparse layers; None for a dense model."""
