@@ -234,8 +234,9 @@ def unpacked_card(source: Path, facts: Facts) -> str:
 
 
 def _result_card(source: Path, facts: Facts) -> str:
-    """The card of a result of castlm; empty if `facts` are not of one."""
-    return "" if facts.proof is None else model_card(source.resolve().name, facts)
+    """The card of a result of castlm; empty if `facts` are not of a verified one."""
+    is_verified = facts.proof is not None and facts.pattern is not None
+    return model_card(source.resolve().name, facts) if is_verified else ""
 
 
 def _front_matter_of(facts: Facts) -> str:
