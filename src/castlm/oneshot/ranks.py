@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 PARTS = 8
 """Parts of a text; fewer if there are fewer batches."""
-LEAST_ROWS, MOST_ROWS = 64, 512
+LEAST_ROWS, MOST_ROWS = 128, 512
 """Rows of a panel. Below the least, the matrix products of a CPU take longer; the most bounds the memory of ADMM."""
 _PANELS = 8  # of a layer with enough rows
 _SENT = 2**24  # elements that are sent at a time
