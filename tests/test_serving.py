@@ -144,6 +144,21 @@ def test_chat_and_models(engine):
     assert health.status_code == 200
 
 
+def test_top_k_and_repetition_penalty_are_those_of_generate(loaded, engine):
+    model, tokenizer = loaded
+    hot = {"max_tokens": 20, "temperature": 2, "seed": 3}
+    plain = complete(engine, max_tokens=20, temperature=0).json()["choices"][0]["text"]
+    assert complete(engine, **hot, top_k=1).json()["choices"][0]["text"] == plain
+    assert complete(engine, **hot, top_k=-1).json() != complete(engine, **hot, top_k=2).json()
+    prompt = tokenizer("Story", return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=20, do_sample=False, repetition_penalty=3.0)[0]
+    expected = tokenizer.decode(tokens[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert expected != plain
+    for name in ("repetition_penalty", "repeat_penalty"):
+        assert complete(engine, max_tokens=20, temperature=0, **{name: 3}).json()["choices"][0]["text"] == expected
+    assert complete(engine, repetition_penalty=2, repeat_penalty=2).status_code == 400
+
+
 def test_stop_texts_end_an_answer_and_are_no_part_of_it(engine):
     text = complete(engine, max_tokens=20).json()["choices"][0]["text"]
     stop = text[5:8]
@@ -160,6 +175,9 @@ REFUSED = {
     "max_tokens": (0, -1, 1.5, "9", 10**9, 1 << 70, True, [1], float("nan")),
     "temperature": (-1, 3, "hot", float("nan"), float("inf"), [0], True),
     "top_p": (-1, 1.1, "a", float("nan")),
+    "top_k": (-2, 1.5, "a", 1 << 40, True),
+    "repetition_penalty": (0, -1, 11, "a", float("nan"), True),
+    "repeat_penalty": (0,),
     "seed": (-1, 1.5, "a", 1 << 70),
     "stop": ("", [""], [1], 3, ["a"] * 9, ["a" * 2000], {}),
     "stream": (1, "yes", []),

@@ -68,7 +68,8 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 """Fields of the API that are not supported, and the values that ask for nothing."""
-_READ = {"model", "temperature", "top_p", "seed", "stop", "stream", "max_tokens"}
+_PENALTIES = ("repetition_penalty", "repeat_penalty")  # vLLM's name and llama.cpp's
+_READ = {"model", "temperature", "top_p", "top_k", *_PENALTIES, "seed", "stop", "stream", "max_tokens"}
 
 Result = TypeVar("Result")
 
@@ -436,13 +437,15 @@ def _check_text(text: str, field: str) -> None:
         raise RefusedError(400, f"{field} holds half of a surrogate pair, which is no text", field) from None
 
 
-def _number(body: Mapping[str, Any], name: str, default: Any, most: float, *, whole: bool = False) -> Any:
-    """The field `name`, from 0 to `most`; `default` where it is null or missing."""
+def _number(
+    body: Mapping[str, Any], name: str, default: Any, most: float, *, least: float = 0, whole: bool = False
+) -> Any:
+    """The field `name`, from `least` to `most`; `default` where it is null or missing."""
     value = body.get(name)
     if value is None:
         return default
-    if not (type(value) is int or (type(value) is float and not whole)) or not 0 <= value <= most:  # NaN is not
-        raise RefusedError(400, f"{name} must be a {'whole ' if whole else ''}number from 0 to {most}", name)
+    if not (type(value) is int or (type(value) is float and not whole)) or not least <= value <= most:  # NaN is not
+        raise RefusedError(400, f"{name} must be a {'whole ' if whole else ''}number from {least} to {most}", name)
     return value
 
 
@@ -465,6 +468,13 @@ def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
             name,
         )
     temperature = float(_number(body, "temperature", 1.0, 2))
+    top_k = _number(body, "top_k", None, 1 << 31, least=-1, whole=True)  # -1 is vLLM's word for all tokens
+    first, second = (_number(body, name, None, 10, least=0.1) for name in _PENALTIES)
+    if first is not None and second is not None:
+        raise RefusedError(
+            400, f"give one of {' and '.join(_PENALTIES)}: they are two names of one field", _PENALTIES[1]
+        )
+    penalty = first if first is not None else second
     stops = body.get("stop")
     if stops is None or isinstance(stops, str):
         stops = [] if stops is None else [stops]
@@ -479,4 +489,6 @@ def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
         max(float(_number(body, "top_p", 1.0, 1)), math.ulp(1.0)),
         _number(body, "seed", None, (1 << 63) - 1, whole=True),
         tuple(stops),
+        None if top_k is None else max(top_k, 0),
+        None if penalty is None else float(penalty),
     )

@@ -59,6 +59,9 @@ class Answer:
         max_new_tokens: at least 1; prompt and answer fit the model's context.
         temperature: 0 takes the most probable token each time.
         top_p: the share of probability that is sampled from.
+        top_k: the number of tokens that are sampled from, 0 for all; None leaves it to the model's generation config.
+        repetition_penalty: the logit of a token of prompt or answer is divided by it, or multiplied where it is
+            negative; None leaves it to the model's generation config.
         seed: of the samples; None draws one.
         stop: texts that end the answer; they are no part of it.
         begun: called when the request has been taken from the line, and when it ends.
@@ -75,6 +78,8 @@ class Answer:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int | None = None
+    repetition_penalty: float | None = None
     begun: Callable[[], None] = silent
     heard: Say = silent
     address: str = ""
@@ -333,6 +338,10 @@ class Engine:
         sampling: dict[str, Any] = {"do_sample": False}
         if answer.temperature > 0:
             sampling = {"do_sample": True, "temperature": answer.temperature, "top_p": answer.top_p}
+            if answer.top_k is not None:
+                sampling["top_k"] = answer.top_k
+        if answer.repetition_penalty is not None:
+            sampling["repetition_penalty"] = answer.repetition_penalty
         options = {
             "input_ids": answer.ids,
             "attention_mask": torch.ones_like(answer.ids),
