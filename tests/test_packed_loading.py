@@ -15,7 +15,8 @@ from transformers.integrations import accelerate
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.sparsify import is_sparse_linear, prune_
-from castlm.export.packed import pack_folder
+from castlm.export.packed import pack_folder, unpack_folder
+from castlm.export.verify import verify
 from castlm.models.io import load_model
 from castlm.runtime import decode, generate, native
 from castlm.runtime.decode import greedy
@@ -69,14 +70,21 @@ def test_a_tied_table_is_held_once(folders, tmp_path):
 
 
 @needs_kernels
-def test_an_untied_embedding_beside_a_rounded_head_stays_in_its_dtype_and_decodes(tmp_path):
+def test_an_untied_embedding_is_rounded_beside_its_head_and_decodes(tmp_path):
     source = pruned_folder(tmp_path / "source", tie_word_embeddings=False)
     pack_folder(source, tmp_path / "int8", head="int8")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
-    assert (model.lm_head.spec.values, model.model.embed_tokens.spec.values) == ("int8", "bf16")
+    assert (model.lm_head.spec.values, model.model.embed_tokens.spec.values) == ("int8", "int8")
+    assert model.lm_head.packed.data_ptr() != model.model.embed_tokens.packed.data_ptr()
     assert decode.decoding_method(model) is not None
     exact = load_model(tmp_path / "int8").model
     torch.testing.assert_close(model(IDS).logits, exact(IDS).logits, rtol=0.05, atol=0.05)
+    verified = verify(tmp_path / "int8")
+    assert verified.ok, verified.summary()
+    unpack_folder(tmp_path / "int8", tmp_path / "plain")
+    table, before = (load_model(folder).model.model.embed_tokens.weight for folder in (tmp_path / "plain", source))
+    half_step = float(before.detach().abs().max()) / 254
+    assert 0 < float((table - before).detach().abs().max()) <= 2 * half_step  # the plain folder is bf16
 
 
 @needs_kernels
@@ -151,7 +159,7 @@ def test_a_model_without_its_head_leaves_the_packed_head_out(folders, tmp_path):
     pack_folder(folders[0], tmp_path / "packed", head="int8")
     packed, plain = AutoModel.from_pretrained(tmp_path / "packed"), AutoModel.from_pretrained(folders[0])
     states = plain.float()(IDS).last_hidden_state
-    torch.testing.assert_close(packed(IDS).last_hidden_state, states, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed(IDS).last_hidden_state, states, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ class CastlmConfig(QuantizationConfig):
 
     def _table_method(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
         if self.weights is None:
-            return RoundedTableMethod(prefix) if self.head and (is_head or self.is_tied) else None
+            return RoundedTableMethod(prefix) if self.head else None
         tables = [name for name in self.packed if name.rpartition(".")[2].startswith(_EMBEDDINGS)]
         if not prefix and not is_head and len(tables) == 1:  # some models do not tell their embedding its name
             prefix = tables[0]

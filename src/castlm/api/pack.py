@@ -43,7 +43,7 @@ class PackOptions:
     """Cast all weights to this dtype first. By default they keep their bits, except that -0.0 may become 0.0."""
 
     head: str | None = choice(None, head_formats)
-    """int8 rounds the output head, and an embedding tied to it, with one scale per row."""
+    """int8 rounds the output head and the embedding, tied or not, with one scale per row."""
 
     overwrite: bool = False
     """Replace an earlier result in output_dir."""

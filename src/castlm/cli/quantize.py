@@ -38,7 +38,7 @@ class QuantizeCommand(TextOptions):
     """
 
     head: str | None = choice(None, head_formats)
-    """With --packed, int8 also rounds the output head, and an embedding tied to it, with one scale per row."""
+    """With --packed, int8 also rounds the output head and the embedding, tied or not, with one scale per row."""
 
     calibration: str | None = None
     """Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train. int3 needs one; int4 without

@@ -147,8 +147,8 @@ def pack_folder(
         folder: the output.
         pattern: n:m, or a structured pattern with n:m; None for a dense model.
         dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps their dtype.
-        head: "int8" rounds the output head to int8 with a scale for each row, together with the embedding where the two
-            are tied. None keeps it.
+        head: "int8" rounds the output head and the embedding, tied or not, to int8 with a scale for each row. None
+            keeps them.
         overwrite: replace an earlier result in `folder`.
         progress: called with (tensors done, tensors in all).
 
@@ -222,8 +222,7 @@ def pack_into(
         check_layers(source, stored, config)
     specs = _specs(source, stored, config, pattern, dtype, rounded)
     if head is not None:
-        table = _table(source, stored)
-        specs[table] = PackedSpec(*stored[table].shape, 0, 0, head)
+        specs |= {table: PackedSpec(*stored[table].shape, 0, 0, head) for table in _tables(source, stored)}
     cast = None if dtype is None else FLOATS[dtype]
     how = _Packing(stored, specs, rounded, cast)
     weights = _write_weights(folder, how, (PACKED_SINGLE, PACKED_INDEX), progress)
@@ -311,8 +310,8 @@ def _float_name(tensor: StoredTensor) -> str | None:
     return next((name for name in FLOATS if FORMATS[name].stored == tensor.dtype), None)
 
 
-def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
-    """The name of the weight of the output head, or of the embedding that it is tied to, which are plain tables."""
+def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> set[str]:
+    """The names of the weights of output head and embedding, which are plain tables; one name where they are tied."""
     opened = open_config(source)
     model = shape_model(opened)
     tables = [module for module in (model.get_output_embeddings(), model.get_input_embeddings()) if module is not None]
@@ -329,7 +328,7 @@ def _table(source: Path, stored: Mapping[str, StoredTensor]) -> str:
             f"{source} stores {' and '.join(found) or 'no plain head'}, and --head is for a head and an embedding that "
             "look up and multiply alone, and are one table without a bias where config.json ties them: leave --head out"
         )
-    return found[0]
+    return set(found)
 
 
 def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> PackedTensor:
@@ -340,7 +339,7 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
         return packed
     if rounded is None and FORMATS[spec.values].group:
         rounded = on_grid(weight, spec.values)
-    if rounded is None:  # the head
+    if rounded is None:  # a table
         rounded = round_rows(weight, spec.values)
     # Of the codes, because integers cannot keep the sign of a zero: so packing again gives the same mask.
     mask = kept_mask(rounded.codes, spec.n, spec.m) if spec.m else None

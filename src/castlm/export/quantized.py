@@ -69,7 +69,7 @@ def quantize_folder(
         pattern: the model's pattern, verified before and after; None for a dense model.
         calibration: int3 needs it; without it int4 is rounded to the nearest.
         packed: store the integers and scales in castlm's packed format.
-        head: with `packed`, "int8" also rounds the output head and an embedding tied to it.
+        head: with `packed`, "int8" also rounds the output head and the embedding.
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         options: how the calibration text is read; a chat template is also saved.
         dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.

@@ -223,7 +223,7 @@ class PackedLinear(PackedModule):
 
 
 class PackedEmbedding(PackedModule):
-    """`nn.Embedding` over the packed table of an output head: rows are looked up in the buffer that the head reads."""
+    """`nn.Embedding` over a packed table: rows are looked up in the buffer, which a tied head multiplies by."""
 
     def __init__(self, spec: PackedSpec, dtype: torch.dtype):
         super().__init__(spec)
@@ -290,7 +290,7 @@ def pack_model_(
         n: kept weights of each group; 0, with m 0, uses the kernels for dense weights.
         m: weights of a group.
         dtype: bf16, fp16 or fp32, which weights are cast to.
-        head: "int8" rounds the output head, and an embedding tied to it, to int8 with a scale for each row.
+        head: "int8" rounds the output head and the embedding, tied or not, to int8 with a scale for each row.
         filter_fn: `filter_fn(module, fqn)` selects the layers to pack.
         left_dense: names of those layers that are not n:m; they use the kernels for dense weights.
 
@@ -338,16 +338,16 @@ def onto_kernels_(
 
     Args:
         dtype: dtype of activations.
-        head_as: the format that the head, and an embedding tied to it, are rounded to; None rounds neither.
+        head_as: the format that head and embedding are rounded to; None rounds neither.
         table_dtype: casts embedding and head first; None keeps their dtypes.
     """
 
-    def packed_table(weight: torch.Tensor, values: str | None) -> PackedTensor:
+    def packed_table(weight: torch.Tensor) -> PackedTensor:
         weight = weight.detach() if table_dtype is None else cast_weight(weight.detach(), table_dtype)
-        if values is None:
+        if head_as is None:
             return pack(weight, 0, 0)
-        rounded = round_rows(weight, values)
-        return pack_integers(rounded.codes, rounded.scales, values, 0, 0)
+        rounded = round_rows(weight, head_as)
+        return pack_integers(rounded.codes, rounded.scales, head_as, 0, 0)
 
     model.requires_grad_(False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -355,7 +355,7 @@ def onto_kernels_(
     plain = can_pack_tables(model)
     if plain:
         tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
-        packed = packed_table(embedding.weight, head_as if tied else None)
+        packed = packed_table(embedding.weight)
         if tied:
             shared = PackedLinear(packed.spec, head.bias)
         model.set_input_embeddings(PackedEmbedding(packed.spec, dtype).hold_(packed))
@@ -366,7 +366,7 @@ def onto_kernels_(
         model.all_tied_weights_keys = {}  # they share a buffer from here on, not a parameter
         model.set_output_embeddings(nn.Identity())
     elif plain and isinstance(head, nn.Linear):
-        packed = packed_table(head.weight, head_as)
+        packed = packed_table(head.weight)
         model.set_output_embeddings(PackedLinear(packed.spec, head.bias).hold_(packed))
         del packed
     del embedding, head  # so that a table is freed when its layer is prepared
