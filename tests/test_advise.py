@@ -34,6 +34,7 @@ from tests.packed_weights import needs_kernels
 from tests.refusals import assert_refused
 from tests.runs import edit_json
 from tests.stub_backend import StubBackend
+from tests.test_models import write_gguf
 from tests.tiny import save_tiny, tiny_model
 
 LLAMA_7B = Shapes({(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}, (32000, 4096))
@@ -147,6 +148,14 @@ def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick
     assert ("torch's dynamic int8" in names) == advise_module.has_dynamic_int8()
     assert "a perplexity of 14.25 before rounding, against 12.50 of the dense model" in report["verdict"]
     assert "measured by its run" in printed.out
+
+
+@needs_kernels
+def test_a_gguf_file_has_a_row_with_its_bytes(quick, tmp_path, capsys):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", hidden_size=64, intermediate_size=128, head_dim=16))
+    assert main(["advise", str(tmp_path / "tiny.gguf"), "--device", "cpu", "--tokens", "1"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("your file"))
+    assert row.split()[-1] == f"{(tmp_path / 'tiny.gguf').stat().st_size / 1e6:,.1f}"
 
 
 @needs_kernels

@@ -80,6 +80,7 @@ class AdviseCommand:
 
     def _on_cpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
         from castlm.lab.advice.cpu import SECONDS, WORKLOADS, check_can_time, patterns_for, rank, shapes_of
+        from castlm.models.locate import gguf_bytes
         from castlm.progress import note, shown_progress
 
         check_can_time(self.dtype)
@@ -97,6 +98,7 @@ class AdviseCommand:
                 shapes,
                 patterns=patterns,
                 quality=quality,
+                file_bytes=gguf_bytes(name),
                 **options,
             )
             report, lines = found.as_dict(), [found.text()]

@@ -183,6 +183,12 @@ def check_hub(where: Location) -> None:
     raise InputError(f"{where} is neither a local folder nor available on the Hugging Face Hub: {why}")
 
 
+def gguf_bytes(name: str) -> int | None:
+    """The bytes of the GGUF file that a model lies in; None for a folder or a hub id."""
+    where = locate(name, needs_weights=False)
+    return (Path(where.target) / where.gguf["gguf_file"]).stat().st_size if where.gguf else None
+
+
 def _gguf_file(name: str, file: Path, source: str) -> Location:
     require(f"reading {file.name} needs", "gguf", "accelerate")
     return Location(name, source, str(file.parent), {"gguf_file": file.name})

@@ -138,7 +138,7 @@ class Option:
     m: int = 0
     """The pattern; both 0 of dense layers."""
     head: str = "bf16"
-    """Format of the output head and of an embedding tied to it."""
+    """Format of the output head and of the embedding."""
     by_torch: bool = False
     """Whether torch multiplies instead of castlm's kernels: a plain folder in transformers, or torch's dynamic int8."""
 
@@ -190,8 +190,11 @@ def num_bytes(option: Option, shapes: Shapes, dtype: str) -> int:
     head = 0 if shapes.head is None else option.spec(shapes.head, is_head=True).num_bytes
     is_dynamic = option.by_torch and FORMATS[option.values].rounds  # of linear layers alone: the embedding stays fp32
     width = 4 if is_dynamic else FORMATS[option.values if option.by_torch else dtype].bits // 8
-    has_own = shapes.head is not None and (is_dynamic or not shapes.is_tied)
-    embedding = math.prod(shapes.head) * width if has_own else 0
+    embedding = 0  # which has the shape of the head
+    if shapes.head is not None and is_dynamic:
+        embedding = math.prod(shapes.head) * width
+    elif shapes.head is not None and not shapes.is_tied:
+        embedding = head
     return blocks + head + embedding + shapes.num_others * width
 
 
@@ -317,6 +320,8 @@ class Ranking:
     rows: Sequence[Ranked]
     notes: Sequence[str] = field(default_factory=tuple)
     quality: Quality = Quality()
+    file_bytes: int | None = None
+    """Bytes of the GGUF file that the model comes from, whose speed is llama.cpp's and not timed; None without one."""
 
     @property
     def workloads(self) -> list[str]:
@@ -409,6 +414,7 @@ class Ranking:
             "verdict": self.verdict,
             "peers": self.peers,
             "rows": rows,
+            "file_bytes": self.file_bytes,
             "notes": list(self.notes),
         }
 
@@ -422,6 +428,9 @@ class Ranking:
             if known:
                 line.append("" if row.perplexity is None else f"{row.perplexity:.2f}")
             table.append(line)
+        if self.file_bytes is not None:
+            empty = ["" for _ in table[0][2:]]
+            table.append(["your file, by llama.cpp (not timed)", f"{self.file_bytes / 1e6:,.1f}", *empty])
         source = [f"Perplexity before rounding: {self.quality.source}."] if known else []
         return "\n".join([*aligned(table), "", self.verdict, "", self.peers, "", *self.notes, *source])
 
@@ -434,6 +443,7 @@ def rank(
     workloads: Mapping[str, int] = WORKLOADS,
     seconds: float = SECONDS,
     quality: Quality = Quality(),
+    file_bytes: int | None = None,
     progress: Progress = silent,
 ) -> Ranking:
     """Times all linear layers of a model in every option on this CPU.
@@ -445,6 +455,7 @@ def rank(
         workloads: rows of a layer's input by name.
         seconds: total time for all shapes; each is timed in at least three rounds.
         quality: the perplexities that are known.
+        file_bytes: as of `Ranking`.
         progress: called with (shapes done, in all).
 
     Raises:
@@ -484,7 +495,7 @@ def rank(
         "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
     ]
-    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), notes, quality)
+    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), notes, quality, file_bytes)
 
 
 def check_can_time(dtype: str) -> None:
