@@ -52,7 +52,11 @@ def test_train_writes_a_page_that_fetches_nothing(finished):
 
 def test_the_page_has_a_sample_of_both_models(finished):
     sample = json.loads((finished / "sample.json").read_text())
-    assert [model["name"] for model in sample["models"]] == ["Dense model", "After cast"]
+    figures = record_of(finished / "model")["perplexity"]
+    named = [f"Dense model, perplexity {figures['dense']:.2f}", f"After cast, perplexity {figures['pruned']:.2f}"]
+    assert [model["name"] for model in sample["models"]] == named
+    assert all(model["answer"] != model["completion"] for model in sample["models"])
+    assert f"{sample['question']} </span>" in (finished / "report.html").read_text()
     assert sample["prompt"] == TEXT[: len(sample["prompt"])]
     assert sample["prompt"].split("\n")[0] in (finished / "report.html").read_text()
 

@@ -147,10 +147,11 @@ def _table(figures: list[Figure]) -> list[str]:
     return [head, "|" + "---|" * len(columns), *rows] if columns else []
 
 
-_ADAPTER = """{front_matter}# Adapter {kind} of {name}
+_ADAPTER = """{front_matter}# Adapter for a sparse {title}
 
-It trains {trained:,} single weights of a sparse {name}, at positions that its n:m pattern keeps (SHiRA, arXiv
-2406.13175), so that the merge keeps every zero. It belongs to the sparse model, not to the dense one before it.
+It was made with castlm for an n:m sparse {name}, and trains {trained:,} of its single weights, at positions that the
+pattern keeps (SHiRA, arXiv 2406.13175), so that the merge keeps every zero. It belongs to the sparse model, not to the
+dense one before it.
 
 ```python
 from peft import PeftModel
@@ -178,7 +179,7 @@ def adapter_card(model: str, kind: str, trained: int) -> str:
     steps = [f"{number}. {_step(step)}." for number, step in enumerate(origin.earlier or [], 1)]
     return _ADAPTER.format(
         front_matter=f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n",
-        kind=kind,
+        title=markdown((hub_id or _public(source)).split("/")[-1]),
         name=_reference(source),
         trained=trained,
         steps="\n".join(["The sparse model was made in these steps:", "", *steps] if steps else []),

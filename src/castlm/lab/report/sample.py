@@ -1,4 +1,8 @@
-"""A short text from the dense and from the sparse model, side by side for the page of a run."""
+"""Two short texts from the dense and from the sparse model, side by side for the page of a run.
+
+A perplexity does not show a model that fits the training text and has lost the rest. So beside the beginning of the
+evaluation text both models get a question that is no part of it, and a chat model gets it without a system message.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,12 @@ from castlm.files.output import record_file
 from castlm.files.reading import read_json_object
 from castlm.lab.report.run_page import RunData
 from castlm.models.io import load_model
-from castlm.runtime.generate import generate_text
+from castlm.runtime.generate import encode_prompt, generate_text
+from castlm.training.record import final_perplexity
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
+QUESTION = "What is the capital of France?"
+"""Asked of every model: as a user of a chat model, otherwise as a text to continue."""
 LARGEST_PARAMS = 1_000_000_000
 """A model with more parameters is only sampled on request."""
 
@@ -33,8 +40,8 @@ def read_sample(run: RunData) -> dict[str, Any] | None:
 def write_sample(run: RunData) -> dict[str, Any]:
     """Generates a sample from a finished run and writes it to sample.json in its folder.
 
-    Both models greedily continue the beginning of the evaluation text, or else of the training text. Raises
-    `InputError` if a model or the text cannot be read.
+    Both models greedily continue the beginning of the evaluation text, or else of the training text, and answer
+    `QUESTION`. Raises `InputError` if a model or the text cannot be read.
     """
     config, data, evaluation = run.config, run.config.data, run.config.evaluation
     if evaluation.eval_datasets:
@@ -45,22 +52,28 @@ def write_sample(run: RunData) -> dict[str, Any]:
     if documents.kind is Kind.WITH_EXTRA:
         raise InputError(f"{text} has images, and the sample continues text alone")
     models: list[dict[str, str]] = []
+    perplexity = (run.record or {}).get("perplexity") or {}
     prompt = ""
     dense, result = config.model.loading, {**config.model.loading, "revision": None}
-    for title, name, loading in (
-        ("Dense model", config.model.model, dense),
-        (f"After {config.method.method}", run.folder / "model", result),
+    for title, figure, name, loading in (
+        ("Dense model", perplexity.get("dense"), config.model.model, dense),
+        (f"After {config.method.method}", final_perplexity(perplexity), run.folder / "model", result),
     ):
         loaded = load_model(name, **loading)
         tokens = first_tokens(documents, text_encoder(loaded.tokenizer, data), PROMPT_TOKENS)
         ids = torch.from_numpy(tokens.ids).long()
         prompt = str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
-        found = generate_text(loaded.model, loaded.tokenizer, ids[None], max_new_tokens=NEW_TOKENS)
-        models.append({"name": title, "completion": found.text})
+        found, answer = (
+            generate_text(loaded.model, loaded.tokenizer, each, max_new_tokens=NEW_TOKENS).text
+            for each in (ids[None], encode_prompt(loaded.tokenizer, QUESTION, raw=False))
+        )
+        named = title if figure is None else f"{title}, perplexity {figure:.2f}"
+        models.append({"name": named, "completion": found, "answer": answer})
     sample = {
         "run_id": run.facts and run.facts.run_id,
         "text": Path(text).name,
         "prompt": prompt,
+        "question": QUESTION,
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "models": models,
