@@ -21,7 +21,6 @@ from castlm.files.reading import read_json_object
 from castlm.lab.report.run_page import RunData
 from castlm.models.io import load_model
 from castlm.runtime.generate import encode_prompt, generate_text
-from castlm.training.record import final_perplexity
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 QUESTION = "What is the capital of France?"
@@ -52,12 +51,12 @@ def write_sample(run: RunData) -> dict[str, Any]:
     if documents.kind is Kind.WITH_EXTRA:
         raise InputError(f"{text} has images, and the sample continues text alone")
     models: list[dict[str, str]] = []
-    perplexity = (run.record or {}).get("perplexity") or {}
+    figures = run.facts.perplexity if run.facts else None
     prompt = ""
     dense, result = config.model.loading, {**config.model.loading, "revision": None}
     for title, figure, name, loading in (
-        ("Dense model", perplexity.get("dense"), config.model.model, dense),
-        (f"After {config.method.method}", final_perplexity(perplexity), run.folder / "model", result),
+        ("Dense model", figures and figures.dense, config.model.model, dense),
+        (f"After {config.method.method}", figures and figures.final, run.folder / "model", result),
     ):
         loaded = load_model(name, **loading)
         tokens = first_tokens(documents, text_encoder(loaded.tokenizer, data), PROMPT_TOKENS)
