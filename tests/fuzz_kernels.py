@@ -96,7 +96,7 @@ def overrun_inference(library: Path) -> None:
 
 
 def search_inference(library: Path, seconds: float) -> None:
-    """Tries random weights, shapes, batches and damaged headers until the time is over, and prints how many.
+    """Tries random levels, weights, shapes, batches and damaged headers until the time is over, and prints how many.
 
     A buffer with random bytes in its header must be refused or multiplied within its bounds.
     """
@@ -110,6 +110,7 @@ def search_inference(library: Path, seconds: float) -> None:
     native.kernels = lambda: loaded  # type: ignore[assignment]
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
+        native.use_level(random.choice(native.levels()))
         n, m = random.choice(PATTERNS)
         groups = random.randint(1, 40) if random.randrange(5) else random.randint(500, 900)  # wide ones too
         rows, columns = random.randint(1, 40), groups * (m or 5)

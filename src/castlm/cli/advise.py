@@ -43,7 +43,7 @@ class AdviseCommand:
     """n:m, or a structured pattern such as channels:0.5: then the cut model is timed, and compared with the whole one.
     The default is the pattern of MODEL, if castlm made it. For a dense model it is 2:4, and on a CPU also two patterns
     that keep half in longer groups: the longest that all layers allow, such as 32:64, and the longest that this
-    processor takes as fast as 2:4, which is 8:16 with AVX2.
+    processor takes nearly as fast as 2:4, which is 8:16 with AVX2.
     """
 
     law: str | None = option(

@@ -301,7 +301,7 @@ def _note_longer_groups(model: PreTrainedModel, pattern: Pattern, filter_fn: Fil
     other = groups.with_longest_groups({layer.in_features for layer in layers.values()}, longest)
     if other != pattern:
         note(
-            f"this CPU runs {other} about as fast as {pattern}, and its freer masks lose less quality: "
+            f"this CPU runs {other} nearly as fast as {pattern}, and its freer masks lose less quality: "
             f"--pattern {other} (GPUs have hardware for 2:4 alone)"
         )
 

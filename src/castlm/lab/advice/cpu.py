@@ -94,7 +94,7 @@ def layer_shapes(model: PreTrainedModel) -> Shapes:
 
 def patterns_for(shapes: Shapes) -> tuple[NM, ...]:
     """The patterns that keep half of the weights and are worth timing on a CPU: the longest groups that the kernels and
-    the widths of all layers allow, which lose the least quality, the longest that this processor takes as fast as 2:4,
+    the widths of all layers allow, which lose the least quality, the longest that it takes nearly as fast as 2:4,
     and 2:4.
     """
     widths = {columns for _, columns in shapes.blocks if columns % TWO_OF_FOUR.m == 0}
