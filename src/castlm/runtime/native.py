@@ -80,11 +80,11 @@ def level() -> str:
 
 
 def longest_free_group(n: int, m: int) -> int:
-    """The longest group in which this processor's kernels take the share n / m of weights nearly as fast as in groups of
-    four: `m` itself where no longer one is known to be.
+    """The longest group in which this processor's kernels take the share n / m of weights nearly as fast as in groups
+    of four: `m` itself where no longer one is known to be.
 
-    With AVX2 alone this is 16 for half of the weights: 8:16 decodes at 0.8 to 1.0 of the speed of 2:4, 32:64 at 0.6 to 0.9
-    (docs/performance.md).
+    With AVX2 alone this is 16 for half of the weights: 8:16 decodes at 0.8 to 1.0 of the speed of 2:4, 32:64 at 0.6 to
+    0.9 (docs/performance.md).
     """
     if kernels() is None:
         return m
