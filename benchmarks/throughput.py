@@ -34,6 +34,7 @@ from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.options import TeacherOptions
 from castlm.training.run import Run
+from castlm.training.stepper import Stepper
 from castlm.training.train import set_up
 
 
@@ -82,7 +83,7 @@ def castlm_side(args: argparse.Namespace, scratch: Path) -> Run:
         device=args.device,
         report_to=("none",),
     )
-    return set_up(config, init_world(args.device, "full")).begin()
+    return set_up(config, init_world(args.device, "full"))
 
 
 def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.Module, nn.Module, torch.optim.AdamW]:
@@ -97,11 +98,11 @@ def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.
 def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     keep_freed_memory()  # as castlm train does; it serves both sides
     run = castlm_side(args, scratch)
-    bare = bare_side(args, next(run.objective.teacher.parameters()).dtype)
+    stepper, bare = Stepper(run), bare_side(args, next(run.objective.teacher.parameters()).dtype)
     seconds: dict[str, list[float]] = {"castlm": [], "bare": []}
     position = run.text.loader.state_dict()
     for step in range(args.steps + 1):
-        seconds["castlm"].append(timed(run.train_step))
+        seconds["castlm"].append(timed(stepper.step))
         run.text.loader.load_state_dict(position)  # the same batch for both
         batch = next(run.text.loader)
         position = run.text.loader.state_dict()
@@ -143,7 +144,7 @@ def show_peak(args: argparse.Namespace, scratch: Path) -> None:
         keep_freed_memory()
         run = castlm_side(args, scratch)
         precision, teacher_dtype = run.evaluator.precision, next(run.objective.teacher.parameters()).dtype
-        step = run.train_step
+        step = Stepper(run).step
     else:
         precision, teacher_dtype = args.precision, getattr(torch, args.teacher_dtype)
         bare = bare_side(args, teacher_dtype)

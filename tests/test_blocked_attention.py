@@ -10,8 +10,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.data.packing import document_mask, document_offsets
 from castlm.training import attention
-from castlm.training.attention import attend
-from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_
+from castlm.training.apart import agree_end_to_end
+from castlm.training.attention import attend, use_attention_
+from castlm.training.objective import Objective, checkpoint_activations_
+from castlm.training.teacher import Teacher, as_teacher_
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 TOKENS = 200
@@ -127,8 +129,9 @@ def loss_and_gradients(own_attention: bool, end_to_end: bool = False, saves: boo
     student, teacher = tiny_model("llama").train(), as_teacher_(tiny_model("llama", seed=1), torch.float32)
     if saves:
         checkpoint_activations_(student)
-    objective = Objective(student, teacher, 0.5, 1.0, apart=True, own_attention=own_attention)
-    objective.end_to_end = end_to_end
+    objective = Objective(student, Teacher(teacher, 1.0), 0.5, apart=True, own_attention=own_attention)
+    if end_to_end:
+        objective.way = "offsets"
     ids = torch.randint(0, VOCAB_SIZE, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([packed(90, 60, 50), packed(10, 190)])
     batch = {"input_ids": ids, "labels": ids.roll(-1), "position_ids": positions}
@@ -173,7 +176,8 @@ def test_the_loss_and_its_gradients_are_those_of_whole_attention(monkeypatch):
 def test_documents_are_laid_end_to_end_only_if_the_models_compute_the_same_that_way(monkeypatch):
     def agrees(model, kernel) -> bool:
         monkeypatch.setattr(attention, "varlen_attn", kernel)
-        return Objective(model, None, 0.0, 1.0, apart=True).agrees_end_to_end()
+        use_attention_(model)
+        return agree_end_to_end([model])
 
     def whole(query, *rest, **options):
         return reference(query, *rest, **options) * 1.5

@@ -29,7 +29,7 @@ from castlm.lab.compare.runs import Failure, Result, Run, content_hash, refuse_r
 from castlm.methods.table import METHODS
 from castlm.progress import note
 from castlm.training.config import TrainConfig
-from castlm.training.run import Run as TrainingRun
+from castlm.training.stepper import Stepper
 from tests.refusals import refusal
 from tests.runs import before_each_step, killed_in
 from tests.tiny import TEXT, save_tiny
@@ -215,10 +215,10 @@ def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process):
 
 def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
     asked = {"methods": "cast", "config": {**CONFIG, "init_from": "magnitude"}}
-    with killed_in(TrainingRun, "train_step", call=5):
+    with killed_in(Stepper, "step", call=5):
         compare(files, tmp_path, **asked)
     steps: list[int] = []
-    before_each_step(monkeypatch, lambda run: steps.append(run.progress.step))
+    before_each_step(monkeypatch, lambda recorder: steps.append(recorder.run.progress.step))
     compare(files, tmp_path, **asked)
     first = steps[0]
     assert first in (3, 4)  # it saves every step of six here; the newest save may not have been whole

@@ -12,7 +12,7 @@ from castlm.cli import demo, demo_payoff
 from castlm.cli.demo_payoff import Case, measure
 from castlm.cli.main import main
 from castlm.runtime import generate
-from castlm.training.run import Run
+from castlm.training.stepper import Stepper
 from tests.chats import save_chat_model
 from tests.refusals import refused
 from tests.runs import prune_to
@@ -28,15 +28,16 @@ def tiny_demo(no_charts, tmp_path, monkeypatch) -> str:
 
 
 def test_a_demo_that_was_stopped_says_how_to_go_on_and_does(tiny_demo, capsys, monkeypatch):
-    steps, original = [], Run.train_step
+    steps, original = [], Stepper.step
 
-    def train_step(self):
-        steps.append((self.config.method.method, self.progress.step))
-        original(self)
+    def step(self):
+        steps.append((self.run.config.method.method, self.run.progress.step))
+        figures = original(self)
         if steps == [("cast", 0), ("cast", 1), ("dense", 0)]:
             os.kill(os.getpid(), signal.SIGINT)
+        return figures
 
-    monkeypatch.setattr(Run, "train_step", train_step)
+    monkeypatch.setattr(Stepper, "step", step)
     assert main(["demo", "--output-dir", tiny_demo, "--max-steps", "2"]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     again = f"castlm demo --output-dir {tiny_demo} --max-steps 2 --resume"

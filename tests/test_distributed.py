@@ -41,8 +41,10 @@ from castlm.signals import Interrupt, stopped_by_sigterm
 from castlm.training import checkpoint, finish, source
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.objective import Objective, as_teacher_, pruned
+from castlm.training.objective import Objective, pruned
+from castlm.training.recorder import Recorder
 from castlm.training.run import Run
+from castlm.training.teacher import Teacher, as_teacher_
 from castlm.training.train import calibrate, resolve, train
 from tests.faults import (
     Ground,
@@ -77,11 +79,11 @@ def train_uneven(config: TrainConfig) -> None:
         labels[batch["input_ids"][:, 0] % 3 == 0, 8:] = -100
         return batch | {"labels": labels}
 
-    def keep_masks(run: Run) -> dict[str, Any]:
+    def keep_masks(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
         masks = {run.names[p]: whole(mask) for p, mask in run.method.masks().items()}
         if run.world.is_main:
             torch.save(masks, run.folder.path / "masks.pt")
-        return original_finish(run)
+        return original_finish(run, say)
 
     BatchLoader.__next__, training.finish = next_with_ignored_labels, keep_masks
     train(config)
@@ -315,14 +317,14 @@ def test_a_failure_of_the_main_rank_alone_is_one_line(gemma, text, tmp_path):
 
 
 def train_with_a_defect_on_the_main_rank(config: TrainConfig) -> int:
-    begin = Run.begin
+    make = Recorder.__init__
 
-    def broken(self: Run) -> Run:
-        if self.world.is_main:
+    def broken(self: Recorder, run: Run) -> None:
+        if run.world.is_main:
             raise RuntimeError("two shapes that do not fit")
-        return begin(self)
+        make(self, run)
 
-    Run.begin = broken
+    Recorder.__init__ = broken
     return train_as_a_command(config)
 
 
@@ -476,7 +478,7 @@ def write_weights_alone(dense: str, folder: str, sharding: str) -> None:
         if parameter.shape[-1] == 2:
             parameter.data = torch.rand(parameter.shape, generator=generator)
     if world.size > 1:
-        shard_(Objective(model, None, 0.0, 1.0), world)
+        shard_(Objective(model, None, 0.0), world)
     write_file, written = export.write_file, []
     export.write_file = lambda file, *rest: (written.append(file.name), write_file(file, *rest))
     Path(folder).mkdir(exist_ok=True)
@@ -691,7 +693,7 @@ def see_what_is_gathered(folder: str) -> None:
     model = load_model(folder).model
     teacher = as_teacher_(copy.deepcopy(model), torch.bfloat16)
     add_weight_scaling(model)
-    objective = Objective(model, teacher, 0.5, 1.0)
+    objective = Objective(model, Teacher(teacher, 1.0), 0.5)
     shard_(objective, world, "bf16")
     held = sum(local(parameter).numel() for parameter in objective.parameters())
     assert held <= 0.51 * sum(parameter.numel() for parameter in objective.parameters())
@@ -730,7 +732,7 @@ def compare_gradients_of_ends(folder: str) -> None:
     ids, gradients = torch.arange(32).view(2, 16), []
     for is_sharded in (False, True):
         student, teacher = copy.deepcopy(model), as_teacher_(copy.deepcopy(model), torch.float32)
-        objective = Objective(student, teacher, 0.5, 1.0)
+        objective = Objective(student, Teacher(teacher, 1.0), 0.5)
         if is_sharded:
             shard_(objective, world)
         objective(ids, ids.roll(-1), 32).loss.backward()

@@ -12,6 +12,8 @@ from castlm.evaluation.perplexity import perplexity
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.steps.round import quantize_
 from castlm.starts import change_basis_, prune_oneshot_
+from castlm.training.recorder import Recorder
+from castlm.training.stepper import Stepper
 from tests.pretend_gpu import PretendTensor, pretend_gpu
 from tests.runs import begin_run, small
 from tests.tiny import tiny_model
@@ -40,10 +42,11 @@ def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(gpu, llama, text, tmp_pa
     run = begin_run(small(llama, text, tmp_path / "run", **options), init_world("auto", "full"))
     assert run.model.device.type == "cuda"
     assert run.evaluator.precision == "bf16"
-    run.train_step()
-    run.evaluate()
-    run.save()
-    run.saver.finish()
+    recorder = Recorder(run)
+    recorder.log(Stepper(run).step())
+    recorder.evaluate()
+    recorder.save()
+    recorder.saver.finish()
     assert all(isinstance(p, PretendTensor) for p in run.optimizer.sparse_params())
     assert all(isinstance(mask, PretendTensor) for mask in run.method.masks().values())
 

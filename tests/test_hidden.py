@@ -8,8 +8,9 @@ import torch
 from castlm.core.hidden import hidden_distance
 from castlm.oneshot.options import BasisOptions
 from castlm.starts import change_basis_
-from castlm.training.objective import Objective, as_teacher_
-from tests.runs import begin_run, small
+from castlm.training.objective import Objective
+from castlm.training.teacher import Teacher, as_teacher_
+from tests.runs import begin_run, small, take_steps
 from tests.slow import slow
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -45,7 +46,8 @@ def test_the_distance_is_relative_for_each_token_and_averaged_over_those_that_co
 def test_the_same_function_in_another_basis_is_at_no_distance(rotate):
     model = tiny_model("llama")
     ids = torch.randint(0, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
-    objective = Objective(model, as_teacher_(copy.deepcopy(model), torch.float32), 0.5, 1.0, hidden_weight=1.0)
+    teacher = Teacher(as_teacher_(copy.deepcopy(model), torch.float32), 1.0, keeps_stream=True)
+    objective = Objective(model, teacher, 0.5, hidden_weight=1.0)
     objective.stream_basis = change_basis_(model, ids, BasisOptions(rotate=rotate, rotation_iterations=5)).stream_basis
     loss = objective(ids, ids, ids.numel())
     assert loss.hidden < 1e-10
@@ -62,6 +64,6 @@ def test_gradient_checkpointing_changes_nothing(llama, text, tmp_path):
         for saves in (False, True)
     ]
     for run in runs:
-        run.train_step()
+        take_steps(run)
     for (name, one), (_, other) in zip(*(run.model.named_parameters() for run in runs)):
         assert torch.equal(one, other), name

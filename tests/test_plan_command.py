@@ -14,7 +14,7 @@ from castlm.oneshot.folder import StartFolder
 from castlm.training import start
 from castlm.training.train import calibrate, train
 from tests.refusals import assert_refused
-from tests.runs import begin_run, small
+from tests.runs import begin_run, small, take_steps
 
 CHECK = ["plan", "check", "--model", "m", "--dataset", "d", "--output-dir", "o"]
 
@@ -24,8 +24,7 @@ def test_calibration_measures_the_momentum_of_the_run_itself(llama, text, tmp_pa
     config = small(llama, text, tmp_path / "run", **over)
     found = calibrate(config, init_world("cpu", "full"), steps=4)
     run = begin_run(config)
-    for _ in range(4):
-        run.train_step()
+    take_steps(run, 4)
     name, layer = next(iter(run.method.layers.items()))
     momentum = run.optimizer.state[layer.parametrizations.weight.original]["exp_avg"]
     expected = math.sqrt(momentum.square().mean()) / (1 - config.optimizer.adam_betas[0] ** 4)

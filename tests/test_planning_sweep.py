@@ -14,7 +14,7 @@ from castlm.lab.compare import runs
 from castlm.lab.planning import fit
 from castlm.lab.planning.law import Law
 from castlm.training.config import TrainConfig
-from castlm.training.run import Run as TrainingRun
+from castlm.training.stepper import Stepper
 from castlm.training.train import train
 from tests.refusals import assert_refused
 from tests.runs import Killed, before_each_step, killed_in
@@ -239,10 +239,10 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     config.write_text(yaml.safe_dump({**fields, "calibration_sequences": 4, "rotation_iterations": 4}))
     base = ["plan", "sweep", *files, "--config", str(config), "--seeds", "1"]
     base += ["--tokens", ",".join(str(STEP * n) for n in (2, 4, 8, 16))]
-    with killed_in(TrainingRun, "train_step", call=2 + 4 + 6):  # in the third run
+    with killed_in(Stepper, "step", call=2 + 4 + 6):  # in the third run
         main([*base, "--output-dir", str(tmp_path / "killed")])
     steps: list[int] = []
-    before_each_step(monkeypatch, lambda run: steps.append(run.progress.step))
+    before_each_step(monkeypatch, lambda recorder: steps.append(recorder.run.progress.step))
     assert main([*base, "--output-dir", str(tmp_path / "killed")]) == 0
     first = steps[0]
     assert 2 <= first <= 5  # it saves at every fourth of its steps; the newest save may not have been whole

@@ -7,6 +7,7 @@ from castlm.core.errors import InputError
 from castlm.data.packing import document_positions
 from castlm.distributed.world import init_world
 from castlm.training.objective import Objective
+from castlm.training.teacher import Teacher
 from castlm.training.train import set_up
 from tests.runs import small
 from tests.slow import slow_but
@@ -31,12 +32,12 @@ def test_a_packed_document_is_trained_like_one_alone(family):
     labels = torch.full_like(packed, -100)
     labels[:, 8:-1] = packed[:, 9:]
     positions = torch.tensor([[*range(8), *range(9)]])
-    objective = Objective(model, model, 0.5, 1.0, apart=True)
+    objective = Objective(model, Teacher(model, 1.0), 0.5, apart=True)
     objective.check_documents_apart()
     together = objective(packed, labels, 8, positions)
     alone = objective(second, labels[:, 8:], 8)
     assert together.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
-    crossing = Objective(model, model, 0.5, 1.0)(packed, labels, 8)
+    crossing = Objective(model, Teacher(model, 1.0), 0.5)(packed, labels, 8)
     assert crossing.loss.item() != pytest.approx(alone.loss.item(), rel=1e-5)
     evaluated = objective(packed, labels, 8, positions, ce_only=True)
     assert evaluated.ce.item() == pytest.approx(crossing.ce.item(), rel=1e-5)  # the usual protocol
@@ -49,8 +50,8 @@ def test_a_family_that_cannot_keep_documents_apart_is_refused_by_name(kind):
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "n_layer": 1, "n_head": 2, "state_size": 4}
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
     with pytest.raises(InputError, match=f"{kind}ForCausalLM .*cross_document_attention"):
-        Objective(model, None, 0.0, 1.0, apart=True).check_documents_apart()
-    Objective(model, None, 0.0, 1.0).check_documents_apart()
+        Objective(model, None, 0.0, apart=True).check_documents_apart()
+    Objective(model, None, 0.0).check_documents_apart()
 
 
 def test_a_teacher_cache_of_crossing_documents_is_refused_by_a_run_that_keeps_them_apart(llama, text, tmp_path):

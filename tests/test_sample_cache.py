@@ -12,7 +12,7 @@ from castlm.data.documents import open_documents
 from castlm.training.config import TrainConfig
 from castlm.training.train import fill_teacher_cache, train
 from tests.refusals import assert_refused
-from tests.runs import assert_equal_weights, begin_run, small
+from tests.runs import assert_equal_weights, begin_run, small, take_steps
 from tests.slow import slow
 
 
@@ -77,14 +77,13 @@ def test_repeated_sequences_serve_more_than_one_epoch(chat_llama, own, tmp_path,
     num_sequences = fill_teacher_cache(config)
     assert 2 * num_sequences < 300 * 4
     run = begin_run(config)
-    assert run.objective.teacher is None
+    assert run.objective.teacher_model is None
     read = len(lessons)
-    for _ in range(2 * num_sequences // 4):
-        run.train_step()
+    take_steps(run, 2 * num_sequences // 4)
     assert len(lessons) == read
     once = config.changed(output_dir=str(tmp_path / "once"), repeat_sequences=False)
     fill_teacher_cache(once)
-    assert begin_run(once).objective.teacher is not None
+    assert begin_run(once).objective.teacher_model is not None
 
 
 def test_a_stopped_pass_goes_on_with_what_is_missing(chat_llama, tmp_path, lessons, capsys, monkeypatch):

@@ -61,8 +61,8 @@ class AdamS(Optimizer):
     with `"sparse": False` get plain Adam.
 
     With `"mix"`, `v` averages squares of the momentum, which are smaller than squares of single gradients, so all steps
-    are larger than Adam's at the same rate, the first `lr / (1 - b1)`. With `"gradient"`, a learning rate has the same
-    meaning as in Adam, but a `lam` would vanish beside the gradient.
+    are larger than Adam's at the same rate; the first one is `lr / (1 - b1)`. With `"gradient"`, a learning rate has
+    the same meaning as in Adam, but a `lam` would vanish beside the gradient.
 
     Args:
         params: parameter groups; at least one has the key `"sparse"`. A group with `"sparse": True` has masks of its
@@ -224,7 +224,7 @@ class AdamS(Optimizer):
         state = self.state[param]
         if "exp_avg_scale" not in state:
             return flat(state["exp_avg"]).float()
-        scale = flat(state["exp_avg_scale"])
+        scale = flat(state["exp_avg_scale"])  # (1536, 9) -> (13824,), one for each 64 codes of (1536, 576)
         return from_codes(flat(state["exp_avg"]).view(len(scale), -1), scale, signed=True).view(-1)
 
     def sparse_params(self) -> Iterable[Tensor]:
@@ -291,7 +291,9 @@ class AdamS(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        alike: dict[Any, list[Tensor]] = {}  # one entry unless a parameter joined later or is placed elsewhere
+        # The numbers of the update depend on the step, and its kernels on device, dtype and kind of moments. All
+        # parameters agree in these unless one joined later or is placed elsewhere.
+        alike: dict[Any, list[Tensor]] = {}
         for param in group["params"]:
             if param.grad is not None:
                 state = self.state[param]
@@ -299,6 +301,7 @@ class AdamS(Optimizer):
                 alike.setdefault(key, []).append(param)
         for (step, *_), params in alike.items():
             here = [p for p in params if local(p).numel()]  # a rank may hold no rows of a parameter
+            # AdamW: W <- (1 - lr wd) W, before the update
             if group["weight_decay"] and not group["sparse"]:
                 torch._foreach_mul_([flat(p) for p in here], 1 - float(group["lr"]) * group["weight_decay"])
             if here:

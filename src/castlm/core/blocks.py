@@ -134,7 +134,7 @@ def is_block_weight(name: str, shape: Sequence[int]) -> bool:
 
 
 def why_stored_dense(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Why tensors of two or more dimensions in a checkpoint stay dense, by name; those that may become sparse lack.
+    """Why tensors of two or more dimensions in a checkpoint stay dense, by name; leaves out those that may be sparse.
 
     Args:
         shapes: of all tensors of the checkpoint. A layer with a router's name routes only where experts are beside it.

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 class InputError(ValueError):
     """The given input cannot be used. The message is one line that names the offending value and the remedy."""
 
+    on_all_ranks = False
+    """Whether every rank raises it at the same place, so that they may still act together before they end."""
+
 
 def check_finite(what: str, value: Tensor, remedy: str = "the model is damaged") -> None:
     """Raises `InputError` if the tensor `value` holds NaN or infinity."""

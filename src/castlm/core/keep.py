@@ -75,7 +75,7 @@ class KeptPattern:
         for layer, weight in zip(layers.values(), self.weights.values()):
             _GUARDS.setdefault(layer, []).append(self)
             if weight.parameter.requires_grad:
-                hook = weight.parameter.register_post_accumulate_grad_hook(weight.mask_gradient_)  # type: ignore[no-untyped-call]
+                hook = weight.parameter.register_post_accumulate_grad_hook(weight.mask_gradient_)
                 hooks.callback(hook.remove)
         this = weakref.ref(self)  # the hook below, which torch keeps, must not keep the guard alive
 

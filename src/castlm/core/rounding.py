@@ -37,19 +37,20 @@ def best_scale(
     Args:
         groups: weights whose axis `dim` runs over the members of a group.
         ends: the smallest and the largest code.
-        at: those of `ends` at which the candidates put the largest magnitude of a group, or beyond which they clip it.
+        at: the codes among `ends` that the largest magnitude of a group may get; smaller scales clip it there.
         importance: factors of the squared errors, broadcast to `groups`.
 
     Returns:
-        Like `groups` without the axis `dim`. A scale may be negative; that of a group of zeros is 1.
+        Like `groups` without the axis `dim`. A scale may be negative. A group of zeros has the scale 1.
     """
-    index = groups.abs().argmax(dim, keepdim=True)
+    index = groups.abs().argmax(dim, keepdim=True)  # (1536, 9, 64) -> (1536, 9, 1)
     extreme = groups.gather(dim, index)
     best, least = torch.ones_like(extreme), torch.full_like(extreme, float("inf"))
     for end in at:
         for shrink in _SHRINK:
             scale = (extreme * (shrink / end)).bfloat16().float()  # (1536, 9, 1), negative where extreme / end is
             scale = torch.where(scale == 0, 1.0, scale)
+            # (s clamp(round(w / s)) - w)^2, in place, as a weight of 8B models is large: (1536, 9, 64)
             error = (groups / scale).round_().clamp_(*ends).mul_(scale).sub_(groups).square_()
             lost = (error if importance is None else error.mul_(importance)).sum(dim, keepdim=True)
             better = lost < least
@@ -155,7 +156,7 @@ def fit_rounding_(model: nn.Module, *, keep_scales: bool = False) -> None:
     """Switches the rounding on, with the scales of least squared error for the rows that this rank holds.
 
     Args:
-        keep_scales: leave the scales as they are, for those of a checkpoint.
+        keep_scales: leave the scales as they are, because a checkpoint holds trained ones.
     """
     for _, layer, rounding in rounded_layers(model):
         if not keep_scales:

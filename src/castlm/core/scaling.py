@@ -36,7 +36,7 @@ def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
 class _ScaledLinear(torch.autograd.Function):
     """`F.linear(x, W * A, bias)`, which keeps x, W and A for the backward pass.
 
-    Output and gradients are equal in bits to those of autograd, whose operations are repeated here in their order.
+    It repeats the operations of autograd in their order, so output and gradients have the same bits.
     """
 
     @staticmethod
@@ -52,11 +52,14 @@ class _ScaledLinear(torch.autograd.Function):
         of_x, of_weight, of_scale, of_bias = (None,) * 4
         rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         if ctx.needs_input_grad[0]:
+            # dL/dx = dL/dy (W * A): (4096, 1536) @ (1536, 576)
             of_x = (rows @ scale_weight(weight, scale).to(x.dtype)).view(x.shape)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             blocks = weight.view(*scale.shape, weight.shape[-1] // scale.shape[-1])  # (1536, 576) -> (1536, 2, 288)
             product = torch.promote_types(weight.dtype, scale.dtype)
-            of_blocks = (rows.T @ x.reshape(-1, x.shape[-1])).to(product).view(blocks.shape)  # of W * A
+            # dL/d(W * A) = dL/dy^T x: (1536, 4096) @ (4096, 576) -> (1536, 2, 288)
+            of_blocks = (rows.T @ x.reshape(-1, x.shape[-1])).to(product).view(blocks.shape)
+            # the product rule: dL/dW = dL/d(W * A) A, and dL/dA = dL/d(W * A) W, summed over the block of a factor
             if ctx.needs_input_grad[1]:
                 of_weight = (of_blocks * scale.unsqueeze(-1)).flatten(-2).to(weight.dtype)
             if ctx.needs_input_grad[2]:
@@ -70,7 +73,7 @@ class WeightScaling(nn.Module):
     """`forward(W) = W * A`, with `scale` = `A` (out, groups), (experts, out, groups) of an `ExpertLinear`.
 
     `forward(W, x, bias)` is the output of the linear layer with these weights. It runs in this module and not in the
-    layer, so that hooks which gather `A`, such as those of FSDP, run around it.
+    layer, so that hooks which gather `A`, such as FSDP's, run around it.
     """
 
     def __init__(self, weight: Tensor, groups: int) -> None:
@@ -132,7 +135,7 @@ def add_weight_scaling(
         parametrize.register_parametrization(layer, "weight", WeightScaling(layer.weight, groups))
         if is_plain:
             type(layer).forward = _forward  # type: ignore  # a class of this layer alone
-    model.register_state_dict_post_hook(_warn_before_fold)  # type: ignore[no-untyped-call]
+    model.register_state_dict_post_hook(_warn_before_fold)
     return list(layers)
 
 

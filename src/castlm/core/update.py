@@ -127,17 +127,14 @@ def _update_by_torch_(batch: Batch, hyper: Sequence[float], second_moment: str, 
     most = _CALL if compile and not in_8bit else 1
     for some in _of_one_size(large, weights, most):
         packed = [(weights[i], mask) for i in some if (mask := masks[i]) is not None]
-        if compile and packed and all(_fills_words(weight) for weight, _ in packed):
+        # A packed mask can be read by words of 32 bits if it consists of whole ones: each row ends with a byte.
+        fills_words = all(weight.shape[-1] % 8 == 0 and weight.numel() % 32 == 0 for weight, _ in packed)
+        if compile and packed and fills_words:
             words = [mask.view(-1).view(torch.int32).detach() for _, mask in packed]  # (1536, 72) uint8 -> (27648,)
             compiled(update_rows_by_words_)([rows[i] for i in some], words, bits_of_a_word(device), *settings)
         else:
             unpacked = [unpack_mask(mask, weight.shape[-1]).view(-1) for weight, mask in packed]
             update_rows([rows[i] for i in some], unpacked or [None] * len(some), *settings)
-
-
-def _fills_words(weight: Tensor) -> bool:
-    """Whether the packed mask of `weight` consists of whole words of 32 bits: each of its rows ends with a byte."""
-    return weight.shape[-1] % 8 == 0 and weight.numel() % 32 == 0
 
 
 def _in_blocks(row: Row) -> Row:

@@ -72,7 +72,9 @@ class Place:
         """Reads some rows of the parameter; some experts of a 3-D one."""
         stored = read(self.file).get_slice(self.key)
         if not self.transposed:
-            return stored[rows]
+            return stored[rows]  # rows 768 to 1536 of (1536, 576): only their bytes are read
+        # Conv1D's (in, out): our rows are columns of the file, (96, 32) <- (32, 96). Experts, (experts, in, out), are
+        # sharded by their first axis.
         return stored[:, rows].T if len(stored.get_shape()) == 2 else stored[rows].mT
 
     def first(self, read: Reader, count: int) -> Tensor:
@@ -98,6 +100,7 @@ class ExpertPlaces:
     def read(self, read: Reader, rows: slice) -> Tensor:
         """Reads the weights of some experts."""
         whole = slice(None)
+        # gate and up of each of 4 experts, (48, 32) each, one below the other: (4, 96, 32)
         return torch.stack([torch.cat([place.read(read, whole) for place in of]) for of in self.matrices[rows]])
 
     def first(self, read: Reader, count: int) -> Tensor:
@@ -147,6 +150,7 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
 
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model with fp32 parameters on the meta device and real buffers; Conv1D and experts are layers."""
+    # `torch.device("meta")` would leave buffers without values too, and they cannot be read from the files.
     with _WeightsOnMeta():
         model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     made = {p: nn.Parameter(p.to("meta")) for p in model.parameters() if not p.is_meta}  # norms, of `torch.ones`
@@ -174,30 +178,27 @@ def _places(model: PreTrainedModel, stored: Stored) -> dict[str, Place | ExpertP
             place = _expert_places(parts, model.get_submodule(fqn), stored)
             possible = [part.name for part in parts]
         else:
-            shape = torch.empty(parameter.shape, device="meta")
-            renamed = list(layout.to_stored({names[0]: shape}))  # the family may have another name for it on disk
+            empty = torch.empty(parameter.shape, device="meta")
+            renamed = list(layout.to_stored({names[0]: empty}))  # the family may have another name for it on disk
             keys = [layout.key(name) for name in names]
             if len(renamed) != 1 or (parts and parameter.dim() == 3 and renamed != keys):
                 return None  # several stored tensors, or experts that transformers converts
             possible = [*(found for key in keys for found in layout.possible_names(key)), *renamed]
             found = next((name for name in possible if name in stored), None)
             if found is not None:
-                is_transposed = any(map(layout.is_transposed, names))
-                place = _place(stored[found], found, tuple(parameter.shape), is_transposed)
+                tensor, is_transposed = stored[found], any(map(layout.is_transposed, names))
+                expected = empty.mT.shape if is_transposed else empty.shape
+                place = Place(tensor.file, found, is_transposed) if expected == tensor.shape else None
         if place is None:
             return None
         places[names[0]] = place
         known |= set(possible)
+    # A stored tensor that no parameter has, or a buffer that is stored, means that transformers would load something
+    # else than we read: the whole model is loaded by transformers then.
     unknown = [key for key in stored if key not in known and not OLD_BUFFERS.search(f".{key}")]
     buffers = dict(model.named_buffers())
     has_stored_buffers = any(name in buffers for name in model.state_dict())
     return None if unknown or has_stored_buffers else places
-
-
-def _place(tensor: StoredTensor, key: str, shape: tuple[int, ...], is_transposed: bool) -> Place | None:
-    """The place of a parameter that is stored as `key`; None if it has another shape there."""
-    found = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]) if is_transposed else tensor.shape
-    return Place(tensor.file, key, is_transposed) if found == shape else None
 
 
 def _names_of_parameters(module: nn.Module) -> dict[Tensor, list[str]]:
@@ -229,7 +230,7 @@ def materialize_(module: nn.Module, device: torch.device) -> None:
     held = {name: local(tensor).detach() for name, tensor in parameters.items() if not local(tensor).is_meta}
     held |= dict(module.named_buffers(remove_duplicate=False))
     names = _names_of_parameters(module)
-    module.to_empty(device=device)
+    module.to_empty(device=device)  # also of what has values, which is why `held` refers to them
     for first, *others in names.values():  # `to_empty` makes one parameter for each name
         for name in others:
             parent, _, leaf = name.rpartition(".")
@@ -252,7 +253,7 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
                 local(parameter).fill_(1.0)  # a weight scale
                 continue
             rows = own_rows(parameter)
-            if rows.stop == rows.start:
+            if rows.stop == rows.start:  # fewer rows than ranks
                 continue
             what = f"{stored_name} of {checkpoint.source}"
             try:
@@ -264,8 +265,8 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
             except Exception as error:  # safetensors' own type
                 failure = f"{what} cannot be read: {error}"
                 break
-            local(parameter).copy_(value)
-    world.check_all(failure)
+            local(parameter).copy_(value)  # casts to the parameter's dtype
+    world.check_all(failure)  # of any rank: all ranks call this, and all stop
 
 
 def check_weights(checkpoint: Checkpoint, world: World) -> None:

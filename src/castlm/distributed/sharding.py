@@ -120,7 +120,7 @@ def sum_over_replicas_(module: nn.Module, now: bool) -> None:
 
 
 def average_gradients_(module: nn.Module, parameters: Iterable[Tensor], world: World) -> None:
-    """Averages the gradients over ranks that each hold all of `module`; FSDP averages those of a sharded module.
+    """Averages the gradients over ranks that each hold all of `module`. FSDP does it for a sharded module.
 
     Args:
         parameters: the parameters, in the same order on all ranks; frozen ones are skipped.

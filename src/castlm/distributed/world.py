@@ -254,7 +254,7 @@ _ELSEWHERE = "192.0.2.1"  # an address of documentation (RFC 5737): the way ther
 def interface_to(address: str) -> str | None:
     """The network interface by which other machines and `address` are reached; None if the system does not tell.
 
-    For an address of this machine that no other reaches, such as 127.0.1.1, it is that of the default route.
+    An address that only this machine reaches, such as 127.0.1.1, gives the interface of the default route.
     """
     for target in (address, _ELSEWHERE):
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:

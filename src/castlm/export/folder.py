@@ -189,12 +189,11 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
             raise InputError(f"config.json of {path} says {name} = {value}, and it holds {len(tensors)} tensors")
     if config.get("auto_map"):
         import transformers
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
         named = config.get("architectures")
         is_native = all(hasattr(transformers, str(name)) for name in (named if isinstance(named, list) else []))
-        if not is_native or config.get("model_type") not in CONFIG_MAPPING_NAMES:  # its own code makes its layers
-            check_uniform(path, tensors)
+        if not is_native or config.get("model_type") not in transformers.CONFIG_MAPPING:
+            check_uniform(path, tensors)  # its own code makes its layers
             return "each other"
     from castlm.models.io import some_of
 
@@ -252,13 +251,16 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
                     )
             named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
             kind = getattr(transformers, str(named[0]), None)
-            is_class = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-            if not is_class or kind.config_class is not type(config):
+            if not (
+                isinstance(kind, type)
+                and issubclass(kind, transformers.PreTrainedModel)
+                and kind.config_class is type(config)
+            ):
                 raise InputError(
                     f"{folder}: transformers has no architecture {named[0]!r} of a {config.model_type}: which layers "
                     "it holds is unknown"
                 )
-            _, info = kind.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 folder,
                 config=config,
                 device_map="meta",
@@ -267,6 +269,7 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
                 local_files_only=True,
                 use_safetensors=True,
             )
+            _, info = loaded  # as `output_loading_info` asks
     except InputError:
         raise
     except Exception as error:  # configs fail with errors of any type

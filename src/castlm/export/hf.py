@@ -275,7 +275,7 @@ def export_blocks(
 def check_login(repo_id: str) -> None:
     """Makes sure before a run that its result can be uploaded to the repository `repo_id`."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not re-exported
 
     try:
         validate_repo_id(repo_id)

@@ -117,7 +117,7 @@ def described(step: PastStep, shown: Callable[[str], str] = str) -> str:
         by = f" through an adapter ({adapter})" if adapter not in (None, "none") else ""
         return f"Fine-tuned with its zeros kept{by}: {amount}"
     title = METHODS[method].title if method in METHODS else method
-    start = "" if method in METHODS and METHODS[method].starts_dense else f", from {_start(config, shown)}"
+    start = "" if method in METHODS and METHODS[method].step0 == "dense" else f", from {_start(config, shown)}"
     teacher = shown(config["teacher"]) if config.get("teacher") else "the dense model"
     distilled = f", distilled from {teacher} (weight {config['eta']:.2g})" if config.get("eta") else ""
     rounded, bits = step.rounded, ""

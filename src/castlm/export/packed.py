@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from castlm import __version__
 from castlm.core.blocks import is_block_linear, is_block_weight
@@ -222,10 +222,13 @@ def pack_into(
         check_layers(source, stored, config)
     specs = _specs(source, stored, config, pattern, dtype, rounded)
     if head is not None:
-        specs |= {table: PackedSpec(*stored[table].shape, 0, 0, head) for table in _tables(source, stored)}
+        for table in _tables(source, stored):
+            rows, columns = stored[table].shape  # (49152, 576)
+            specs[table] = PackedSpec(rows, columns, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
     how = _Packing(stored, specs, rounded, cast)
     weights = _write_weights(folder, how, (PACKED_SINGLE, PACKED_INDEX), progress)
+    # config.json comes after the weights that it names, and the checks read what has been written
     _write_packed_rest(source, folder, weights, pattern, cast)
     if pattern is None:
         check_dense(folder)
@@ -236,7 +239,8 @@ def pack_into(
     else:
         check_loads(folder)
     before = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
-    return PackReport(len(specs), before, _bytes_in(folder), pattern)
+    after = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return PackReport(len(specs), before, after, pattern)
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,7 @@ class _Packing:
     def tensors(self, name: str) -> Iterable[Tensor]:
         tensor, spec = read_tensor(self.stored[name]), self.specs.get(name)
         with naming(name):
+            # cast first, so that the mask is made of the values that are stored
             if self.cast is not None and tensor.is_floating_point():
                 tensor = cast_weight(tensor, self.cast)
             if spec is None:
@@ -319,7 +324,7 @@ def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> set[str]:
     paths = {module: path for path, module in model.named_modules() if module in tables}
     found, layout = [], StoredLayout(model)
     for module in tables if is_plain else ():
-        names = layout.to_stored({f"{paths[module]}.weight": module.weight})
+        names = layout.to_stored({f"{paths[module]}.weight": module.get_parameter("weight")})
         possible = itertools.chain(*map(layout.possible_names, names))
         found += [name for name in possible if name in stored][:1]
     has_own = len(set(found)) > 1 or getattr(tables[0], "bias", None) is not None
@@ -332,6 +337,7 @@ def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> set[str]:
 
 
 def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> PackedTensor:
+    # (in, out) -> (out, in), and the matrices of 4 experts one below the other: (4, 96, 32) -> (384, 32)
     weight = (tensor.mT if spec.transposed else tensor).reshape(spec.rows, spec.columns).contiguous()
     if not spec.rounded:
         packed = replace(pack(weight, spec.n, spec.m), spec=spec)
@@ -404,8 +410,8 @@ def unpack_folder(
     stored = dict(sorted(stored.items()))
     if not packed:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    integers_as = named if named in FLOATS.values() else torch.float32
+    named = str(config.get("dtype") or config.get("torch_dtype"))
+    integers_as = next((dtype for dtype in FLOATS.values() if str(dtype) == f"torch.{named}"), torch.float32)
     config.pop("quantization_config", None)
     facts = replace(read_facts(source), packed=None)
     with atomic_dir(folder, overwrite) as temporary:
@@ -441,7 +447,7 @@ class _Unpacking:
         spec, parts = self.packed[name]
         with naming(name):
             weight = unpack(read_packed(spec, parts), self.integers_as if spec.rounded else None)
-        weight = weight.view(*spec.unpacked_shape[:-2], -1, spec.columns)  # (out, in), or (experts, out, in)
+        weight = weight.view(*spec.unpacked_shape[:-2], -1, spec.columns)  # (384, 32) -> (4, 96, 32) of experts
         return [weight.mT if spec.transposed else weight]
 
     def metadata(self, names: Iterable[str]) -> dict[str, str]:
@@ -479,10 +485,6 @@ def _write_weights(folder: Path, how: _Packing | _Unpacking, names: tuple[str, s
     files = file_names(len(batches), single)
     write_weights(folder, dict(zip(files, batches)), dict(zip(files, metadata)), index=index)
     return single if len(files) == 1 else index
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _write_small_files(source: Path, folder: Path, config: Mapping[str, Any], facts: Facts, card: str) -> None:

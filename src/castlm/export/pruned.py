@@ -25,7 +25,7 @@ from castlm.facts import DrawnText, Facts, Perplexities
 from castlm.files.reading import read_json_object
 from castlm.files.record import command_of
 from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
-from castlm.models.architecture import is_vision_language
+from castlm.models.architecture import is_vision_language, move_
 from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
 from castlm.oneshot.calibration import Draw
 from castlm.oneshot.folder import PROGRESS, begun_work, block_file, partial_folder, remove_work
@@ -116,7 +116,9 @@ def prune_folder(
             return text, DrawnText(text=text_name, text_sha256=sha256, seed=draw.seed, **text.record())
 
         text, calibration = world.on_main(read_text, patient=True)
-        source: Source = stored or MemoryModel(model.to(device), layers, scope.pattern)
+        if stored is None:
+            move_(model, device)
+        source: Source = stored or MemoryModel(model, layers, scope.pattern)
         before = evaluate(loaded)[0] if evaluate else None
         facts = {"model": loaded.source, "weights": weights, "memory": memory, "dtype": dtype_name(kept_dtype)}
         with shown_progress(f"{method}, transformer blocks", before=None) as progress:
@@ -145,8 +147,9 @@ def prune_folder(
             after, further = evaluate(loaded)
             record = replace(record, perplexity=Perplexities(dense=before, pruned=after), **further)
         if stored is None:
+            move_(model, "cpu")
             export_model(
-                model.to("cpu"),
+                model,
                 loaded.tokenizer,
                 folder,
                 pattern=pattern,

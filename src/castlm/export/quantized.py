@@ -25,6 +25,7 @@ from castlm.export.packed import groups_of, naming_instead, pack_into
 from castlm.facts import Perplexities
 from castlm.files.output import atomic_dir
 from castlm.formats.table import FORMATS
+from castlm.models.architecture import move_
 from castlm.models.io import load_model, save_dtype
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.steps.round import QuantizeReport, quantize_, stored_layers
@@ -118,9 +119,9 @@ def quantize_folder(
         seq_len, seed = min(calibration.seq_len, calibration_length(loaded.model)), calibration.seed
         tokens, _ = calibration_sequences(documents, encoder, calibration.num_sequences, seq_len, seed, say)
         text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": seed}
-    loaded.model.to(device)
+    move_(loaded.model, device)
     report = quantize_(loaded.model, kind, calibration=tokens, damping=damping, progress=progress)
-    loaded.model.to("cpu")
+    move_(loaded.model, "cpu")
     origin = origin_of(name)
     record = replace(
         facts,  # their `earlier` and their own step stay: `quantized` is a step after it

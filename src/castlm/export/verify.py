@@ -261,14 +261,17 @@ def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None) 
 def _group_counts(ones: np.ndarray, m: int, columns: int | None = None) -> np.ndarray:
     """The sum of each group of `m` in whole groups of zeros and ones, uint8, along rows, or down `columns` if given."""
     dtype = np.uint8 if m < 256 else np.uint32
-    if columns is not None:
-        return np.add.reduce(ones.reshape(-1, m, columns), axis=1, dtype=dtype)
-    if m in (2, 4, 8):
+    counts: np.ndarray
+    if columns is not None:  # stored (in, out)
+        counts = np.add.reduce(ones.reshape(-1, m, columns), axis=1, dtype=dtype)  # (144, 4, 1536) -> (144, 1536)
+    elif m in (2, 4, 8):
         # The bytes of a group, read as one integer and multiplied by 0x01..01, have their sum in the top byte. This is
         # faster than a reduce.
         word = np.dtype(f"<u{m}").type
-        return (ones.view(word) * word(int("01" * m, 16))) >> word(8 * (m - 1))
-    return np.add.reduce(ones.reshape(-1, m), axis=1, dtype=dtype)
+        counts = (ones.view(word) * word(int("01" * m, 16))) >> word(8 * (m - 1))
+    else:
+        counts = np.add.reduce(ones.reshape(-1, m), axis=1, dtype=dtype)  # (221184, 4) -> (221184,)
+    return counts
 
 
 # ---- packed tensors, counted by their stored masks

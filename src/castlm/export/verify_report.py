@@ -154,7 +154,7 @@ class VerifyReport:
         """
         bad = [layer for layer in self.layers if not layer.ok]
         good = [layer for layer in self.layers if layer.ok]
-        rows = [("layer", "shape", "groups", "violating", "max", "zeros", "not finite", "")]
+        rows: list[tuple[str, ...]] = [("layer", "shape", "groups", "violating", "max", "zeros", "not finite", "")]
         rows += [_row(layer) for layer in bad + good[:max_good]]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [

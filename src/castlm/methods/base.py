@@ -29,7 +29,7 @@ from castlm.core.sparsify import (
 )
 from castlm.formats.table import FORMATS
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
-from castlm.methods.table import METHODS
+from castlm.methods.table import METHODS, Step0
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -81,7 +81,6 @@ class Retraining:
     whole_copies = False  # whether each rank holds a whole copy of the model
     masks_forward = True  # whether the forward pass multiplies by the mask
     passes_gradient = True  # whether the gradient then reaches masked weights
-    starts_sparse = False  # whether step 0 computes with a pruned model, whatever the start is
     mask_every: int | None = None  # steps between refreshes of the forward mask
     mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
 
@@ -109,6 +108,11 @@ class Retraining:
     def decays(self) -> bool:
         """Whether AdamS decays the masked weights."""
         return self.options.row.decays
+
+    @property
+    def step0(self) -> Step0:
+        """The model at step 0: dense, sparse or sparse with masked weights that are trained on from zero."""
+        return self.options.step0(self.start, self.pattern)
 
     @classmethod
     def check(cls, method: MethodOptions, optimizer: OptimizerOptions) -> None:

@@ -18,7 +18,9 @@ class Cast(Retraining):
 
     @property
     def mask_interval(self) -> int:  # type: ignore[override]
-        refreshes = self.start == "magnitude" or self.options.starts_at_zero(self.start, self.pattern)
+        # A mask by magnitude is that of the weights, and one "from zero" still is at first: its masked weights are the
+        # smallest. Dense values under a given mask are not: a refresh would lose it.
+        refreshes = self.start == "magnitude" or self.step0 == "from zero"
         return self.options.mask_interval if refreshes else 0
 
     def prepare(self, model: nn.Module) -> None:
@@ -29,8 +31,7 @@ class Cast(Retraining):
         """Sets the mask and the kept weights. Masked weights start at zero, or keep their dense values and decay."""
         parameter = weight_parameter(layer)
         self.optimizer.set_mask(parameter, mask)
-        keeps_dense = self.options.keeps_dense_values(self.start, self.pattern)
-        masked = local(parameter) if keeps_dense else torch.zeros_like(weight)
+        masked = local(parameter) if self.step0 == "dense" else torch.zeros_like(weight)
         local(parameter).copy_(torch.where(mask, weight, masked))
 
     def masks(self) -> dict[Tensor, Tensor]:

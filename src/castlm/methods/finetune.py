@@ -20,7 +20,6 @@ class Finetune(Retraining):
     """
 
     masks_forward = False
-    starts_sparse = True
 
     def prepare(self, model: nn.Module) -> None:
         """Does nothing: masked weights are zero, so the forward pass needs no mask."""
@@ -30,7 +29,7 @@ class Finetune(Retraining):
         for layer, mask in self.magnitude_masks().items():
             parameter = weight_parameter(layer)
             self._masks[parameter] = mask
-            parameter.register_post_accumulate_grad_hook(self._mask_gradient_)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._mask_gradient_)
         return super().build_optimizer(model, fused)
 
     def _mask_gradient_(self, parameter: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 from castlm.core.decay import DECAYS, decay_alpha
 from castlm.core.nm import Pattern
 from castlm.fields import Bounded, Needs, choice, essential, number, option
-from castlm.methods.table import METHODS, Method
+from castlm.methods.table import METHODS, Method, Step0
 
 STABLE = 0.8
 """Fraction of the run after which `warmup_stable_decay` falls."""
@@ -75,14 +75,15 @@ class MethodOptions(Bounded):
             Needs(
                 "init_from magnitude, or an n:m pattern whose decay is horizon",
                 lambda run: (
-                    not run.row.decays or run.init_from == "magnitude" or run.starts_at_zero(run.init_from, run.pattern)
+                    not run.row.decays
+                    or run.init_from == "magnitude"
+                    or run.step0(run.init_from, run.pattern) == "from zero"
                 ),
             ),
         ),
     )
-    """Steps between mask refreshes (T1), as long as masked weights decay. With a given n:m mask, masked weights start
-    at zero; a refresh keeps one again if it has grown larger than a kept weight of its group. Structured patterns do
-    not change a given mask."""
+    """Steps between mask refreshes (T1). With a given n:m mask, masked weights start at zero, and a refresh keeps one
+    again if it has grown larger than a kept weight of its group. Structured patterns do not change a given mask."""
 
     srste_lam: float = number(5e-3, at_least=0, needs=of_methods("srste_lam"))
     """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight
@@ -93,7 +94,7 @@ class MethodOptions(Bounded):
     """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
 
     weight_bits: Literal[3] | None = None
-    """3 trains with weights of 3 bits and a trained scale for each row and 64 columns; castlm pack stores them as int3.
+    """3 trains weights of 3 bits, with a trained scale for each 64 columns of a row; castlm pack stores them as int3.
     By default, weights are not rounded."""
 
     ignore_decay_budget: bool = option(
@@ -118,19 +119,18 @@ class MethodOptions(Bounded):
         """Whether `decay_end` has an effect."""
         return self.row.decays and DECAYS[self.decay].uses_decay_end
 
-    def starts_at_zero(self, start: str, pattern: Pattern) -> bool:
-        """Whether masked weights start at zero: from a given n:m mask (`start` is `init_from`), with a decay to zero.
+    def step0(self, start: str, pattern: Pattern) -> Step0:
+        """The model at step 0, from `start`, the option `init_from`.
 
-        A refresh by magnitude then keeps the mask of the start at first, and keeps a masked weight again once training
-        has made it larger than a kept one. A unit that is zero as a whole has no gradient and could never return, so
-        the units of structured patterns decay from their dense values under a fixed mask.
+        A method that decays masked weights trains on "from zero" with a given n:m mask and a decay that ends at zero:
+        a refresh by magnitude then keeps the mask of the start at first, and keeps a masked weight again once training
+        has made it larger than a kept one. Otherwise its masked weights decay from their dense values. A unit that is
+        zero as a whole has no gradient and could never return, so structured patterns decay under a fixed mask.
         """
-        is_given = self.row.decays and start != "magnitude" and pattern.zeros_can_return
-        return is_given and DECAYS[self.decay].exact_zero
-
-    def keeps_dense_values(self, start: str, pattern: Pattern) -> bool:
-        """Whether masked weights begin at their dense values and decay."""
-        return self.row.decays and not self.starts_at_zero(start, pattern)
+        if not self.row.decays:
+            return self.row.step0
+        from_zero = start != "magnitude" and pattern.zeros_can_return and DECAYS[self.decay].exact_zero
+        return "from zero" if from_zero else "dense"
 
     def alpha(self, step: int, max_steps: int) -> float:
         """The ramp of the decay before the 0-based `step`."""
@@ -187,8 +187,8 @@ class OptimizerOptions(Bounded):
     """The learning rate ends at this fraction of its peak."""
 
     weight_decay: float = number(0.0, at_least=0)
-    """Decoupled weight decay (as AdamW) of the dense weight matrices: embeddings, head and layers left dense; in the
-    dense control all of them. Norms, biases, scale factors and sparse weights are not decayed."""
+    """Decoupled weight decay, as in AdamW, of embeddings, head and layers left dense; in the dense control, of all
+    weight matrices. Norms, biases, scale factors and sparse weights are not decayed."""
 
     adam_betas: tuple[float, float] = number((0.5, 0.99), at_least=0, below=1)
     """Decay rates of Adam's moments."""

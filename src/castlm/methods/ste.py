@@ -10,7 +10,6 @@ from castlm.methods.base import Retraining
 class STE(Retraining):
     """Straight-through estimator: a new mask by magnitude at every step (Bengio et al. 2013, arXiv 1308.3432)."""
 
-    starts_sparse = True
     mask_every = 1
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from castlm.core.nm import NM, Pattern
+
+Step0 = Literal["dense", "sparse", "from zero"]
+"""The model at step 0. "dense": it computes as the dense model, and masked weights, if there are any, have their dense
+values. "sparse": it computes as the pruned model. "from zero": it is the pruned model, whose masked weights are trained
+on from zero, so that a refresh may keep them again."""
 
 
 class Method(NamedTuple):
@@ -17,20 +22,24 @@ class Method(NamedTuple):
     """The method in a few words, for reports."""
     options: tuple[str, ...] = ()
     """Options that this method reads and others may not."""
-    starts_dense: bool = False
-    """Whether the method has no start other than the dense model."""
+    step0: Step0 = "sparse"
+    """The model at step 0. With "dense", the method has no other start. With "from zero", it depends on start, pattern
+    and decay, see `MethodOptions.step0`."""
     published_start: str = "magnitude"
     """The start of the paper that the method comes from."""
     starts_solved: bool = False
     """Whether `castlm train` starts it from a one-shot solver where `init_from` is not given."""
     is_sparse: bool = True
     """Whether its result has the pattern."""
-    decays: bool = False
-    """Whether AdamS decays masked weights, so that `decay` and its options have an effect."""
     patterns: type[Pattern] = Pattern  # type: ignore[type-abstract]  # of isinstance alone
     """The patterns that it trains to, such as `NM`."""
     keeps_mask: bool = False
     """Whether it keeps the mask of the start, so that it can fine-tune a model that is sparse already."""
+
+    @property
+    def decays(self) -> bool:
+        """Whether AdamS decays masked weights."""
+        return "decay" in self.options
 
 
 METHODS: dict[str, Method] = {
@@ -39,8 +48,8 @@ METHODS: dict[str, Method] = {
         "Cast",
         "CAST: dense forward pass, AdamS decays the masked weights (arXiv 2509.25996)",
         ("decay", "decay_end", "lam", "mask_interval", "scale_groups", "second_moment"),
+        step0="from zero",
         starts_solved=True,
-        decays=True,
     ),
     "finetune": Method(
         "castlm.methods.finetune",
@@ -69,14 +78,14 @@ METHODS: dict[str, Method] = {
         "GradualMagnitude",
         "gradual magnitude pruning, group by group (arXiv 1710.01878)",
         ("mask_interval",),
-        starts_dense=True,
+        step0="dense",
         patterns=NM,
     ),
     "dense": Method(
         "castlm.methods.dense",
         "Dense",
         "the dense control: the same training without sparsity",
-        starts_dense=True,
+        step0="dense",
         is_sparse=False,
     ),
 }

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -33,6 +33,18 @@ def is_vision_language(config: PretrainedConfig) -> bool:
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
     """The auto class of transformers that loads the model of a config."""
     return AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
+
+
+def move_(model: nn.Module, device: torch.device | str) -> None:
+    """Moves a model to a device, as `model.to` does, whose type a decorator of transformers hides."""
+    model.to(device)
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The weight (vocab, hidden) of the input embeddings, (49152, 576) in SmolLM2-135M."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def shape_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -156,7 +168,7 @@ def check_head(model: PreTrainedModel, whole: AbstractContextManager[OutputHead]
         whole: a context with the head, for one whose weight is sharded outside of its forward pass.
 
     Raises:
-        InputError: the architecture computes something else, so the loss would be that of another model.
+        InputError: the architecture computes something else, so castlm would compute the loss of another model.
     """
     name, vocab = type(model).__name__, len(output_head(model).weight)
     generator = torch.Generator().manual_seed(0)

@@ -279,7 +279,7 @@ def load_model(
 
 
 def unpack_on_load_(config: PretrainedConfig) -> bool:
-    """If the config is that of a packed folder, makes loading unpack it to dense layers; returns whether it is."""
+    """Makes loading unpack a packed folder to dense layers; returns whether the config describes one."""
     is_packed = quantization_method(config) == QUANT_METHOD
     if is_packed:
         config.quantization_config = {**config.quantization_config, "dequantize": True}
@@ -287,7 +287,7 @@ def unpack_on_load_(config: PretrainedConfig) -> bool:
 
 
 def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model of an opened location, from safetensors or GGUF alone; `options` are those of `from_pretrained`."""
+    """The model of an opened location, from safetensors or GGUF alone; `options` go to `from_pretrained`."""
     weights: dict[str, Any] = {"use_safetensors": True}
     only: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if where.gguf:

@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """The name without `.weight`, as that of a packed tensor; the whole name of all experts in one tensor."""
+        """Its name in a packed file: without `.weight`, or the whole name of a tensor that holds all experts."""
         return self.name if len(self.shape) == 3 else self.name.removesuffix(".weight")
 
     @property

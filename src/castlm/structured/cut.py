@@ -103,7 +103,7 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
     assert isinstance(pattern, Units)
     before = sizes_of(pattern, model.config.to_dict())
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced
-        small = AutoModelForCausalLM.from_config(_config_after(model, pattern), dtype=model.dtype)  # type: ignore[no-untyped-call]
+        small = AutoModelForCausalLM.from_config(_config_after(model, pattern), dtype=model.dtype)
     linearize_(small)
     layers = scope.layers
     state = model.state_dict()

@@ -212,7 +212,7 @@ def loss_gradients(
         parameter.grad = None
     weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
     size = 1 if extras is not None else max(1, BACKWARD_TOKENS // sequences.shape[1])
-    batches: Any = sequences.to(model.device).split(size)  # type: ignore[no-untyped-call]
+    batches: Any = sequences.to(model.device).split(size)
     image_token = getattr(model.config, "image_token_id", -1)
     _, blocks = block_stack(model, layers)
     try:

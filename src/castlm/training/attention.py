@@ -52,7 +52,7 @@ def use_attention_(model: PreTrainedModel) -> bool:
     if text._attn_implementation == NAME:
         return True
     if text._attn_implementation != "sdpa" or any(
-        _asks_for_sdpa(type(module)) for module in model.modules() if isinstance(module, PreTrainedModel)
+        _asks_for_sdpa(type(module).__module__) for module in model.modules() if isinstance(module, PreTrainedModel)
     ):
         return False
     AttentionInterface.register(NAME, attend)
@@ -64,10 +64,10 @@ def use_attention_(model: PreTrainedModel) -> bool:
 
 
 @functools.cache
-def _asks_for_sdpa(kind: type[PreTrainedModel]) -> bool:
+def _asks_for_sdpa(module: str) -> bool:
     try:
-        return _ASKS_FOR_SDPA.search(inspect.getsource(sys.modules[kind.__module__])) is not None
-    except (KeyError, OSError, TypeError):  # a class without a file
+        return _ASKS_FOR_SDPA.search(inspect.getsource(sys.modules[module])) is not None
+    except (KeyError, OSError, TypeError):  # a module without a file
         return True
 
 
@@ -127,19 +127,18 @@ def attend(
     if not in_blocks or not _is_whole(mask, query, key) or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
     assert mask is not None
-    shared, group = {}, getattr(module, "num_key_value_groups", 1)
-    if group > 1:
-        if use_gqa_in_sdpa(attention_mask, key, value):
-            shared = {"enable_gqa": True}
-        else:
-            key, value = repeat_kv(key, group), repeat_kv(value, group)
+    group = getattr(module, "num_key_value_groups", 1)
+    shares = group > 1 and use_gqa_in_sdpa(attention_mask, key, value)
+    if group > 1 and not shares:
+        key, value = repeat_kv(key, group), repeat_kv(value, group)
     rows = []
     for row, blocks in enumerate(_blocks_of(mask)):
         of = slice(row, row + 1) if len(mask) > 1 else slice(None)  # one mask can serve all rows
         found = []
         for queries, keys in blocks:
             inputs = query[of, :, queries], key[of, :, keys], value[of, :, keys]
-            found.append(scaled_dot_product_attention(*inputs, mask[of, :, queries, keys], scale=scaling, **shared))
+            part = mask[of, :, queries, keys]
+            found.append(scaled_dot_product_attention(*inputs, part, scale=scaling, enable_gqa=shares))
         rows.append(torch.cat(found, dim=-2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
@@ -151,11 +150,14 @@ def _attend_end_to_end(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     # (2, 9, 512, 64) -> (1024, 9, 64); rotary embeddings leave queries and keys in fp32 where autocast is on
-    inputs = [part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value)]
-    groups = {"enable_gqa": key.shape[1] != query.shape[1]}
-    states = varlen_attn(*inputs, offsets, offsets, longest, longest, scale=scaling, window_size=(-1, 0), **groups)
+    q, k, v = (part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value))
+    shares, only_earlier = key.shape[1] != query.shape[1], (-1, 0)
+    states = varlen_attn(
+        q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=only_earlier, enable_gqa=shares
+    )
     assert isinstance(states, Tensor)
-    return states.unflatten(0, (query.shape[0], query.shape[2]))
+    rows: Tensor = states.unflatten(0, (query.shape[0], query.shape[2]))  # (1024, 9, 64) -> (2, 512, 9, 64)
+    return rows
 
 
 @functools.lru_cache(maxsize=1)

@@ -91,11 +91,11 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Publishes the checkpoint that is being written, also after an error, if this process is the only rank."""
+        """Publishes the checkpoint that is being written, also after an error of all ranks."""
         if kind is None:
             self.finish()
-        elif issubclass(kind, Exception):
-            self.finish_despite_error()
+        elif isinstance(error, Exception):
+            self.finish_despite_error(on_all_ranks=isinstance(error, InputError) and error.on_all_ranks)
 
     def save(self, step: int, tensors: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Saves the state of `step`, after finishing the save before it.
@@ -322,7 +322,8 @@ _BY_CONTENT = {
 def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Checks that a checkpoint belongs to a run with these options and facts; `InputError` lists every difference.
 
-    All options but those of `free_on_resume` must match; a file may be renamed if its hash, one of the facts, matches.
+    All options must match, except for `free_on_resume`. A file may have another name if its hash, one of the facts, is
+    the same.
     """
     before = manifest["facts"]
     free = free_on_resume(TrainConfig.sections().values())

@@ -7,6 +7,7 @@ in Python; a default that depends on other options is filled in when a config is
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from castlm.fields import (
     checked,
     convert,
     essential,
-    hints_of,
     label,
     number,
     parsed,
@@ -115,7 +115,7 @@ class TrainConfig:
     @classmethod
     def sections(cls) -> dict[str, type[Any]]:
         """The sections of a config by their titles, in the order of the help."""
-        hints = hints_of(cls)
+        hints = typing.get_type_hints(cls)
         return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "given"}
 
     @classmethod
@@ -175,7 +175,7 @@ class TrainConfig:
         if self.start.init_from is None:  # magnitude is the start in the papers of the other methods
             self._set("start", init_from=default_method(pattern) if method.row.starts_solved else "magnitude")
         if method.decay_end is None:
-            self._set("method", decay_end=0.3 if method.starts_at_zero(self.start.name, pattern) else 0.1)
+            self._set("method", decay_end=0.3 if method.step0(self.start.name, pattern) == "from zero" else 0.1)
         if self.teacher.hidden_weight is None:
             reads_dense = self.teacher.teacher is None and self.teacher.teacher_cache is None
             changes = method.row.is_sparse or method.weight_bits is not None
@@ -189,7 +189,7 @@ class TrainConfig:
             applied(part_of(self.start, Refinements), start, pattern, self.start.start_effort)
         if self.method.row.is_sparse and not isinstance(pattern, self.method.row.patterns):
             raise InputError(f"method {self.method.method} does not train to {pattern}: use another method, or 2:4")
-        if start != "magnitude" and self.method.row.starts_dense:
+        if start != "magnitude" and self.method.row.step0 == "dense":
             raise InputError(f"init_from {start}: method {self.method.method} starts dense; omit init_from")
         if self.adapter.adapter != "none" and not self.is_finetuning:
             raise InputError(

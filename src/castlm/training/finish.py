@@ -27,9 +27,10 @@ from castlm.export.origin import origin_of
 from castlm.facts import Dataset, Facts, Figure, Histogram, MaskFigures, Perplexities
 from castlm.hardware import collect_garbage, peak_memory
 from castlm.methods.options import MethodOptions
-from castlm.models.architecture import auto_class, linearize_
+from castlm.models.architecture import auto_class, linearize_, move_
 from castlm.models.io import save_dtype
 from castlm.progress import note
+from castlm.say import Say
 from castlm.starts import methods_of
 from castlm.training.metrics import masked_histogram
 from castlm.training.objective import Objective
@@ -38,8 +39,11 @@ from castlm.training.run import Run, local_masks
 from castlm.training.source import cut_of_source
 
 
-def finish(run: Run) -> Facts:
+def finish(run: Run, say: Say) -> Facts:
     """Prunes, folds, exports and verifies the model of a finished run; returns its facts, the same on every rank.
+
+    Args:
+        say: called with the lines that name the result and the verdict.
 
     Raises:
         DivergedError: the verification fails, and the perplexity of the pruned model is not finite.
@@ -75,7 +79,7 @@ def finish(run: Run) -> Facts:
         if math.isfinite(run.progress.figures[str(run.total_steps)].get("prune_now_ppl", 0.0)):
             raise
         raise DivergedError(f"{error}: the run diverged in its last steps; lower learning_rate") from error
-    say_result(run, facts)
+    say_result(run, facts, say)
     return facts
 
 
@@ -101,7 +105,7 @@ def sharded_result(run: Run) -> ShardedResult:
         is_sparse=bool(run.method.layers),
         root=run.objective,
         precision=run.evaluator.precision,
-        wrap=lambda model: Objective(model, None, 0.0, 1.0),
+        wrap=lambda model: Objective(model, None, 0.0),
         measure=measure,
     )
 
@@ -114,7 +118,8 @@ def gathered(run: Run) -> PreTrainedModel | None:
         state = get_model_state_dict(run.model, options=options)
     if not run.world.is_main:
         return None
-    model = auto_class(run.model.config).from_config(run.model.config, dtype=torch.float32)
+    kind = auto_class(run.model.config)
+    model: PreTrainedModel = kind.from_config(run.model.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     linearize_(model)
     run.method.parametrize_(model)
     model.load_state_dict(state)
@@ -130,7 +135,7 @@ def write_result(run: Run, model: PreTrainedModel | None, histogram: Histogram |
     model.cpu()
 
     def measure(m: PreTrainedModel) -> float:
-        m.to(run.world.device)
+        move_(m, run.world.device)
         measured = perplexity(m, run.text.held_out, seq_len=run.config.data.seq_len).perplexity
         m.cpu()
         return measured
@@ -156,22 +161,22 @@ def perplexities_when_sparse(
     Every group is n:m from the first mask refresh in the second half of the run. Empty for runs that start sparse, and
     for the dense control.
     """
-    if not (method.row.is_sparse and method.row.starts_dense):
+    if not (method.row.is_sparse and method.row.step0 == "dense"):
         return []
     first = max_steps / 2 + method.mask_interval
     return [values["prune_now_ppl"] for step, values in figures.items() if first <= int(step) < max_steps]
 
 
-def say_result(run: Run, facts: Facts) -> None:
-    """Prints the folder of the result and, in the last line, whether training improved on the start."""
+def say_result(run: Run, facts: Facts, say: Say) -> None:
+    """Says the folder of the result and, in the last line, whether training improved on the start."""
     if run.method.layers:
-        run.telemetry.say(f"{run.folder.model}: {run.config.model.pattern} verified in {len(run.method.layers)} layers")
+        say(f"{run.folder.model}: {run.config.model.pattern} verified in {len(run.method.layers)} layers")
     else:
         dense = f"dense, {run.rounding.kind} for castlm pack" if run.rounding else "the dense control"
-        run.telemetry.say(f"{run.folder.model}: {dense}")
+        say(f"{run.folder.model}: {dense}")
     found = facts.verdict
     assert found is not None  # it is a run's
-    run.telemetry.say(found.reason if found.ok else f"THIS RUN {found.problem}: {found.reason}; {found.remedy}")
+    say(found.reason if found.ok else f"THIS RUN {found.problem}: {found.reason}; {found.remedy}")
 
 
 def run_facts(run: Run, histogram: Histogram | None) -> Facts:
@@ -180,7 +185,7 @@ def run_facts(run: Run, histogram: Histogram | None) -> Facts:
     Args:
         histogram: of the masked weights before the prune.
     """
-    config, starts_dense = run.config, run.config.method.row.starts_dense
+    config, starts_dense = run.config, run.config.method.row.step0 == "dense"
     first, last = run.progress.figures.get("0", {}), run.progress.figures[str(run.total_steps)]
     if config.is_finetuning:
         measures = {"start": first.get("prune_now_ppl")}

@@ -17,7 +17,9 @@ from castlm.core.sparsify import weight_parameter
 from castlm.distributed.mask_check import masked_samples
 from castlm.hardware import peak_memory
 from castlm.methods.options import schedule
+from castlm.training.recorder import Recorder
 from castlm.training.run import Run
+from castlm.training.stepper import Stepper
 
 STEPS = 20
 PLACEHOLDER_LAM = 4e-7  # for the measured steps, in which lam has hardly an effect: the ramp is near 0
@@ -50,8 +52,8 @@ class FirstSteps:
     """Time before step 0, for the start."""
 
 
-def measure(run: Run, steps: int) -> FirstSteps:
-    """Takes the first `steps` steps of a run that has begun, and measures them."""
+def measure(run: Run, recorder: Recorder, steps: int) -> FirstSteps:
+    """Takes the first `steps` steps of a run, and measures them."""
     options, method, world = run.config.method, run.method, run.world
     lrs, alphas = schedule(run.config.optimizer, options)
     masks, budgets = method.masks(), {}
@@ -59,13 +61,12 @@ def measure(run: Run, steps: int) -> FirstSteps:
         weight = weight_parameter(layer)
         sample = masked_samples({local(weight.data): local(masks[weight])}, world)
         budgets[name] = decay_budget(sample, lrs, alphas, options.decay)
-    seconds, tokens = [], 0
-    with run.telemetry:
-        for _ in range(min(steps, run.config.optimizer.max_steps)):
-            before, before_tokens = run.progress.seconds, run.progress.tokens
-            run.train_step()
-            seconds.append(run.progress.seconds - before)
-            tokens = run.progress.tokens - before_tokens
+    stepper, seconds, tokens = Stepper(run), [], 0
+    for _ in range(min(steps, run.total_steps)):
+        before, before_tokens = run.progress.seconds, run.progress.tokens
+        recorder.log(stepper.step())
+        seconds.append(run.progress.seconds - before)
+        tokens = run.progress.tokens - before_tokens
     momenta = [run.optimizer.momentum(weight_parameter(layer)) for layer in method.layers.values()]
     sums = [[float(momentum.square().sum()), momentum.numel()] for momentum in momenta]
     squares, counts = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device)).unbind(1)

@@ -182,11 +182,12 @@ def forward_flops(parameters: Iterable[tuple[Tensor, str]], model_config: Any, s
         parameters: all parameters with their names. Sharded ones count in full.
     """
     config = model_config.get_text_config()
-    embedding = 0 if model_config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    embedding: int = 0 if model_config.tie_word_embeddings else config.vocab_size * config.hidden_size
     active = getattr(config, "num_experts_per_tok", 1)
-    matrices = sum(
+    matrices: float = sum(
         p.numel() * (min(1.0, active / len(p)) if p.dim() == 3 else 1)
         for p, name in parameters
         if p.dim() > 1 and name.endswith(("weight", "weight.original")) and not is_tower(name)
     )
-    return 2 * (matrices - embedding) + 4 * config.num_hidden_layers * config.hidden_size * seq_len
+    attention: int = 4 * config.num_hidden_layers * config.hidden_size * seq_len
+    return 2 * (matrices - embedding) + attention

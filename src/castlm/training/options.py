@@ -121,13 +121,13 @@ class StartOptions(Refinements, BasisOptions, EffortOptions):
 
     init_from: str | None = essential(None)
     """Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and weights are
-    taken. Structured patterns: magnitude, flap or taylor. The default for cast and finetune is
-    sparsegpt, flap for channels and taylor for heads; for the other methods it is magnitude."""
+    taken. Structured patterns: magnitude, flap or taylor. The default of the methods cast and finetune is sparsegpt for
+    n:m, flap for channels and taylor for heads; that of the other methods is magnitude."""
 
     calibration_sequences: int | None = number(None, at_least=1, needs=CALIBRATED)
-    """Training sequences that the start is calibrated on, except for magnitude. The default is enough for
-    32,768 tokens (16 for each input of the widest layer if that is more), at most 128, and a quarter for a quick start.
-    """
+    """Training sequences for the calibration of the start; magnitude reads none. By default as many as hold 32,768
+    tokens, or 16 tokens for each input of the widest layer if that is more, but at most 128; with start_effort quick,
+    a quarter of that."""
 
     @property
     def solver(self) -> str:
@@ -298,7 +298,8 @@ class RuntimeOptions(Bounded):
     """Compile the transformer blocks of student and teacher with torch.compile, on a GPU."""
 
     sharding: Literal["full", "replicate", "hybrid"] = option("full", may_change=True)
-    """Under torchrun: FSDP2 over all ranks, one copy per rank, or FSDP2 within a node and copies across nodes."""
+    """Under torchrun: full shards the model over all ranks (FSDP2), replicate keeps a copy on each rank, and hybrid
+    shards it within a node and keeps a copy on each node."""
 
     timeout_s: float = number(600.0, above=0, at_most=10**9, changes_result=False)
     """Under torchrun: seconds that a rank waits for the others before the run stops and names the missing ones."""

@@ -40,7 +40,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             row = None
-        figures = [None]
+        figures: list[Any] = [None]
         if isinstance(row, dict):
             figures = [row.get("step"), *(row[name] for name in _FIGURES if row.get(name) is not None)]
         if not all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in figures):

@@ -40,7 +40,7 @@ from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded, op
 from castlm.distributed.world import World
 from castlm.export.folder import read_left_dense
 from castlm.facts import Cut, Facts
-from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
+from castlm.models.architecture import check_head, context_length, embedding_weight, is_vision_language, vocab_size
 from castlm.models.io import Loaded, load_model, open_model
 from castlm.models.locate import cached_snapshot, locate
 from castlm.oneshot.residual import untie_
@@ -83,7 +83,7 @@ class Source:
 
     def embeddings(self) -> Tensor:
         """The weight (vocab, hidden) of the input embeddings, on the CPU."""
-        weight = self.model.get_input_embeddings().weight
+        weight = embedding_weight(self.model)
         if self.stored is None:
             return weight.detach().cpu()
         (name,) = (name for name, parameter in self.model.named_parameters() if parameter is weight)
@@ -133,13 +133,13 @@ _PROBE = "Once upon a time, 1,234 x-rays:\n\tdef naïve(x): return x**2  # 世�
 
 
 def model_options_of_teacher(teacher: TeacherOptions, model: ModelOptions) -> ModelOptions:
-    """The options that open the teacher; those of the dense model if it is the teacher."""
+    """The options that open the teacher, which is the dense model unless another one is named."""
     if teacher.teacher is None:
         return model
     return ModelOptions(teacher.teacher, trust_remote_code=model.trust_remote_code)
 
 
-class Teacher:
+class TeacherSource:
     """The teacher of a run: the dense model itself, or another one, which is opened when it is first needed."""
 
     def __init__(
@@ -294,10 +294,14 @@ def _open_splits(
     data: DataOptions, evaluation: EvaluationOptions, indexes: LineIndexes | None = None
 ) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
-    hub = {"split": data.dataset_split, "data_config": data.dataset_config}
-    parts = [open_documents(text, data, **hub, indexes=indexes) for text in data.datasets]
-    hub = {"split": evaluation.eval_split, "data_config": evaluation.eval_config}
-    held_out = [open_documents(text, data, **hub, indexes=indexes) for text in evaluation.eval_datasets]
+    parts = [
+        open_documents(text, data, split=data.dataset_split, data_config=data.dataset_config, indexes=indexes)
+        for text in data.datasets
+    ]
+    held_out = [
+        open_documents(text, data, split=evaluation.eval_split, data_config=evaluation.eval_config, indexes=indexes)
+        for text in evaluation.eval_datasets
+    ]
     if not held_out:
         splits = [split_documents(part, evaluation.eval_fraction, data.seed) for part in parts]
         parts, held_out = [part for part, _ in splits], [part for _, part in splits]

@@ -32,7 +32,7 @@ from castlm.files.output import check_beside
 from castlm.files.reading import user_path
 from castlm.hardware import available_memory
 from castlm.methods.base import Retraining
-from castlm.models.architecture import is_vision_language
+from castlm.models.architecture import embedding_weight, is_vision_language, move_
 from castlm.models.io import load_model
 from castlm.models.locate import locate
 from castlm.names import duration
@@ -198,13 +198,14 @@ class TrainingStart:
     def _prune_whole_(self, start: StartWeights, work: Path, overwrite: bool) -> Start:
         """Prunes a copy of the model in memory, on this rank alone."""
         self._check_memory()
-        model = self.source.whole_model().to(self.world.device)
+        model = self.source.whole_model()
+        move_(model, self.world.device)
         scope = scope_of(model, self.pattern, self.filter_fn)
         layers = scope.layers
         blocks = MemoryModel(model, layers, scope.pattern, self.keeps_dense_values)
         facts, report = self._run(blocks, work, overwrite, ONE_RANK)
         if self.world.mesh is not None:
-            model.to("cpu")  # weights are sent to the other ranks from there, and the device is free for training
+            move_(model, "cpu")  # weights are sent to the other ranks from there, and the device is free for training
         pruned = {name: weight_parameter(layer) for name, layer in layers.items()}
         start.pruned = {name: parameter.detach() for name, parameter in pruned.items()}
         replaced = set(pruned.values())
@@ -284,7 +285,7 @@ class TrainingStart:
             model = source.model if is_loaded else load_model(self.options.name, **self._given_options).model
         facts = Start()
         if not self.is_finetuning:
-            facts = self._compare_(start, model, lambda: model.get_input_embeddings().weight.detach())
+            facts = self._compare_(start, model, lambda: embedding_weight(model).detach())
         scope = scope_of(source.model, pattern, self.filter_fn)
         theirs = dict(model.named_parameters())
         start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in scope.layers}
@@ -328,7 +329,7 @@ class TrainingStart:
         """
         facts = Start()
         if not self.is_finetuning:
-            (name,) = (n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+            (name,) = (n for n, p in model.named_parameters() if p is embedding_weight(model))
 
             def embeddings() -> Tensor:
                 with opened_files() as read:

@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from castlm.core.errors import InputError
@@ -76,7 +76,9 @@ class Telemetry:
         self.is_main, self.hidden = is_main, hidden
         self.console = Screen(stderr=True, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
-        self._file = self._task = None
+        self._file: TextIO | None = None
+        self._task: TaskID | None = None
+        """None, as the file, on all ranks but the main one."""
         self._trackers = list(trackers)
         bar = [BarColumn(bar_width=20)] if self.console.width >= WIDE else []
         self._progress = Progress(
@@ -113,7 +115,7 @@ class Telemetry:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Shows and writes the figures of the optimizer step that just ended, counted from 1."""
-        if not self.is_main:
+        if self._task is None:
             return
         figures = [form.format(values[key]) for key, form in SHOWN.items() if key in values]
         shown = "  ".join(figures)

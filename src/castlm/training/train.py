@@ -14,10 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from castlm.core.decay import DECAYS, DecayBudget, decay_budget
-from castlm.core.errors import InputError
-from castlm.core.nm import Pattern
+from castlm.core.errors import DivergedError, InputError
+from castlm.core.nm import Pattern, pack_mask
 from castlm.core.rounding import fit_rounding_
+from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, sparse_linears
+from castlm.data.packing import MixedSequences, document_offsets
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_
@@ -28,7 +30,7 @@ from castlm.files.reading import user_path
 from castlm.hardware import autocast, check_compile, choose_fused, choose_precision, collect_garbage
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import MethodOptions, OptimizerOptions, schedule
-from castlm.models.architecture import vocab_size
+from castlm.models.architecture import move_, vocab_size
 from castlm.oneshot.calibration import Draw
 from castlm.oneshot.folder import drop_work
 from castlm.oneshot.options import EFFORTS
@@ -36,17 +38,20 @@ from castlm.progress import note
 from castlm.runtime.native import longest_free_group
 from castlm.say import Progress, silent
 from castlm.signals import Interrupt
+from castlm.training.apart import Way, inputs_of, way_to_keep_apart
+from castlm.training.attention import use_attention_
 from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
 from castlm.training.lam import PLACEHOLDER_LAM, STEPS, FirstSteps, measure
-from castlm.training.metrics import Evaluator
-from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_, shard_objective_
+from castlm.training.metrics import Evaluator, trained_rounding
+from castlm.training.objective import Objective, checkpoint_activations_, shard_objective_
 from castlm.training.options import CheckpointOptions
+from castlm.training.recorder import Recorder
 from castlm.training.run import Run, local_masks
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.source import (
-    Teacher,
+    TeacherSource,
     check_teacher,
     filter_of,
     layers_left_dense,
@@ -60,6 +65,8 @@ from castlm.training.start import (
     start_,
     stream_basis,
 )
+from castlm.training.stepper import Stepper
+from castlm.training.teacher import Teacher, as_teacher_
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import chosen_trackers
 
@@ -94,42 +101,45 @@ def train(config: TrainConfig) -> Facts:
                 run = set_up(config, world)
                 collect_garbage(world.device.type)  # whatever was loaded on the way
                 interrupt.start_training()
-                run.begin()
-                with run.telemetry:
-                    take_steps(run, interrupt)
+                with Recorder(run) as recorder:
+                    take_steps(run, recorder, interrupt)
                     interrupt.start_export()
-                    facts = finish(run)
+                    facts = finish(run, recorder.say)
                     world.on_main(lambda: drop_work(folder.path))
             if output.push_to_hub:  # also for a finished run, which may have been stopped before the upload
                 upload(folder.model, output.hub_repo, facts, world, private=output.hub_private_repo)
             return facts
 
 
-def take_steps(run: Run, interrupt: Interrupt) -> None:
+def take_steps(run: Run, recorder: Recorder, interrupt: Interrupt) -> None:
     """Takes the steps of a run that are left, with its evaluations and checkpoints.
 
     Raises:
         Interrupted: after a signal to any rank, once the state after the current step is saved.
     """
-    last, progress = run.total_steps, run.progress
+    stepper, last, progress = Stepper(run), run.total_steps, run.progress
     eval_steps, save_steps = run.config.evaluation.steps_between(last), run.config.checkpoint.save_steps
-    with run.saver:
+    with recorder.saver:
         if progress.step == 0:
-            run.evaluate()
+            recorder.evaluate()
         while progress.step < last:
             run.world.meet(f"step {progress.step + 1}")
-            run.saver.finish_if_written()
-            run.train_step()
+            recorder.saver.finish_if_written()
+            try:
+                figures = stepper.step()
+            except DivergedError as error:
+                raise recorder.diverged(error) from error
+            recorder.log(figures)
             is_last = progress.step == last
             if progress.step % eval_steps == 0 or is_last:
-                run.evaluate()
+                recorder.evaluate()
             is_stopped = run.world.any(interrupt.requested)
             if is_stopped or (save_steps and (progress.step % save_steps == 0 or is_last)):
-                run.save()
+                recorder.save()
             if is_stopped:
-                run.saver.finish()
+                recorder.saver.finish()
                 raise interrupt.stopped(progress.step, run.folder.path)
-    run.cover_teacher_cache()
+    recorder.cover_teacher_cache()
 
 
 def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None = None) -> Run:
@@ -183,7 +193,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     if method_options.row.is_sparse:
         check_export(model, pattern, filter_fn)
     num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
-    teacher = Teacher(config.teacher, config.model, source, world, whole_copies=whole_copies)
+    teacher = TeacherSource(config.teacher, config.model, source, world, whole_copies=whole_copies)
     cache = None
     if config.teacher.teacher_cache is not None:  # one that cannot serve is refused before the start
         cache = open_teacher_cache(config.teacher, data, text, teacher.source, precision, world)
@@ -210,7 +220,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
                 precision=runtime.precision,
                 effort=EFFORTS[config.start.start_effort],
             ),
-            keeps_dense_values=method_options.keeps_dense_values(config.start.name, pattern),
+            keeps_dense_values=method_options.step0(config.start.name, pattern) == "dense",
             is_finetuning=config.is_finetuning,
             compares_hidden=bool(config.teacher.hidden_weight),
             training_tokens=passes * num_sequences * data.seq_len / world.size,
@@ -235,15 +245,13 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     )
     if runtime.gradient_checkpointing:
         checkpoint_activations_(model)
+    hidden_weight, temperature = float(config.teacher.hidden_weight or 0.0), config.teacher.temperature
     objective = Objective(
         model,
-        teacher_model,
+        Teacher(teacher_model, temperature, top_k, cache, keeps_stream=hidden_weight > 0) if eta > 0 else None,
         eta,
-        config.teacher.temperature,
-        top_k,
-        cache,
         apart=not data.cross_document_attention,
-        hidden_weight=float(config.teacher.hidden_weight or 0.0),
+        hidden_weight=hidden_weight,
         own_attention=not runtime.torch_compile,
     )
     if runtime.torch_compile:
@@ -257,7 +265,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     evaluator = Evaluator(objective, text.held_out, data.seq_len, rows, precision, world)
     dense_perplexity = None
     if checkpoint is None:
-        changes_weights = makes_start or method.starts_sparse or method_options.weight_bits
+        changes_weights = makes_start or method.step0 != "dense" or method_options.weight_bits
         if changes_weights and not config.is_finetuning:
             with method.unmasked():
                 dense_perplexity = evaluator.perplexity()
@@ -280,8 +288,10 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         optimizer_text=optimizer_text,
         evaluator=evaluator,
         names=names,
+        initial_masks={names[p]: like_rows(pack_mask(local(mask)), p) for p, mask in method.masks().items()},
         dense_perplexity=dense_perplexity,
         start=start.facts,
+        rounding=trained_rounding(model, method.layers, pattern),
         budget=_decay_budget(method_options, optimizer_options, method, world),
         trackers=trackers,
         resumed_from=checkpoint,
@@ -364,9 +374,10 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> FirstSte
             resume=False,
             overwrite=False,
         )
-        run = set_up(scratch_config, world, config.checkpoint).begin(announce=False)
-        found = measure(run, steps)
-        del run
+        run = set_up(scratch_config, world, config.checkpoint)
+        with Recorder(run, announce=False) as recorder:
+            found = measure(run, recorder, steps)
+        del run, recorder
         collect_garbage(world.device.type)
     return found
 
@@ -395,19 +406,25 @@ def fill_teacher_cache(config: TrainConfig, progress: Progress = silent) -> int:
     source, text = open_inputs(config.model, data, config.evaluation, world, rows_per_rank=rows, teacher_top_k=top_k)
     precision = choose_precision(runtime.precision, world.device, source.model.config)
     cache = open_teacher_cache(options, data, text, source, precision, world)
-    teacher, apart = as_teacher_(source.model, teacher_dtype(precision)), not data.cross_document_attention
-    objective = Objective(teacher, teacher, options.eta, options.temperature, top_k, cache, apart)
-    objective.to(world.device).eval()
-    with autocast(world.device, precision):
-        objective.check_documents_apart()
-    total, vocab = math.ceil(text.loader.sequences.tokens_per_epoch() / data.seq_len), vocab_size(teacher.config)
+    model = as_teacher_(source.model, teacher_dtype(precision))
+    move_(model, world.device)
+    use_attention_(model)
+    teacher = Teacher(model, options.temperature, top_k, cache)
+    way: Way = "together"
+    if not data.cross_document_attention:
+        with autocast(world.device, precision):
+            way = way_to_keep_apart(model)
+    sequences, vocab = text.loader.sequences, vocab_size(model.config)
+    assert not isinstance(sequences, MixedSequences)  # a mixture has no end
+    total = math.ceil(sequences.tokens_per_epoch() / data.seq_len)
     done, is_whole = 0, False
     while not is_whole:
         batch = next(text.loader)
         check_vocabulary(batch["input_ids"], vocab)
         with autocast(world.device, precision):
             ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
-            objective.fill_cache(ids, positions)
+            documents = document_offsets(batch["position_ids"]) if way == "offsets" else None
+            teacher.top_tokens(inputs_of(ids, positions, way, documents), vocab, stream=False)
         done, is_whole = done + len(ids), text.loader.state_dict()["epoch"] > 0
         cache.cover(0, done, every_epoch=is_whole and data.repeat_sequences)
         progress(min(done, total), total)

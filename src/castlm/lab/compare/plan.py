@@ -327,7 +327,7 @@ class Plan:
         """The options of a variant that trains, with its start."""
         fields = {**self.common, **self.variants[name]}
         method = METHODS[fields["method"]]
-        if method.starts_dense:
+        if method.step0 == "dense":
             if "init_from" not in self.variants[name]:
                 fields.pop("init_from", None)  # the start of all runs is for the methods that have one
         elif "init_from" not in fields and self.command.published_starts:

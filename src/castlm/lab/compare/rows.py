@@ -170,7 +170,7 @@ def start_of(config: Mapping[str, Any]) -> str:
     basis, or improves the masks or the kept weights.
     """
     method = str(config["method"])
-    if method in ONESHOT or METHODS[method].starts_dense:
+    if method in ONESHOT or METHODS[method].step0 == "dense":
         return "dense"
     name = Path(str(config.get("init_from") or "")).name
     is_refined = name == "sparsegpt" and any(config.get(option, value) != value for option, value in SPARSEGPT.items())

@@ -175,7 +175,7 @@ def saved_bytes(
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         sdpa = _APART if run.apart else _ATTENTION
         attention = sdpa if kind is None or kind._supports_sdpa else "eager"
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention
         )
         model.config._experts_implementation = _EXPERTS

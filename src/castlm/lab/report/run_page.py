@@ -106,7 +106,7 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
     """
     facts, method, pattern = run.facts, run.config.method, run.config.model.pattern
     eyebrow = ["castlm train", f"method {method.method}"]
-    if not method.row.starts_dense:
+    if method.row.step0 != "dense":
         eyebrow.append(f"start {_short_name(run.config.start.init_from)}")
     versions = (facts.versions if facts else None) or {}
     eyebrow += [f"{name} {version}" for name, version in versions.items() if name in ("castlm", "torch")]

@@ -1,0 +1,123 @@
+"""One optimizer step of a run: batches in, an update out. It reads and writes no files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from castlm.core.errors import DivergedError, InputError
+from castlm.data.tokens import check_vocabulary
+from castlm.distributed.mask_check import SelfCheck
+from castlm.distributed.sharding import average_gradients_, sum_over_replicas_
+from castlm.hardware import autocast
+from castlm.models.architecture import vocab_size
+from castlm.training.run import Run
+
+_MOST_UNCOUNTED = 100
+"""A run ends after this many consecutive steps in which no token counts."""
+
+
+class Stepper:
+    """Takes the steps of a run, one at a time; all ranks call it together."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        watched = run.method.layers if run.method.decays else {}
+        self._self_check = SelfCheck(run.optimizer, watched, run.config.model.pattern, run.world)
+        self._uncounted = 0
+        """Consecutive steps in which no token counted."""
+
+    def step(self) -> dict[str, float]:
+        """Takes the next step and counts it in `run.progress`; returns its figures, for the logs.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite, or a weight is NaN.
+            InputError: a token outside the vocabulary; or no token has counted for many steps.
+        """
+        run, config, step, started = self.run, self.run.config, self.run.progress.step, time.perf_counter()
+        optimizer, world = config.optimizer, run.world
+        seed = np.random.SeedSequence([config.data.seed, step, world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))  # a function of the step, so that checkpoints need no generator's state
+        lr = optimizer.learning_rate_at(step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        micro_batches = [next(run.text.loader) for _ in range(optimizer.gradient_accumulation_steps)]
+        check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(run.model.config))
+        counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
+        # Tokens that count differ between micro-batches and ranks, so the loss is normalised by their number in the
+        # whole global batch: a mean of means would weigh the tokens of a short micro-batch more.
+        read, num_tokens = world.sum(torch.tensor(counts).sum(dim=0).to(world.device))  # (micro-batches, 2) -> (2,)
+        total, ce, kl, hidden = world.sum(self._accumulate(micro_batches, num_tokens)).tolist()
+        self._uncounted = 0 if num_tokens else self._uncounted + 1
+        if self._uncounted >= min(_MOST_UNCOUNTED, run.total_steps - run.progress.first_step):
+            error = InputError(
+                f"step {step + 1}: no token has counted in the loss of {self._uncounted} steps: raise seq_len, look at "
+                "the data, or set assistant_only_loss to false"
+            )
+            error.on_all_ranks = True
+            raise error
+        # The norm is taken of the gradients of the whole global batch, before the method changes them.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in run.names if p.grad is not None])
+        if optimizer.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(run.names, optimizer.max_grad_norm, norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not np.isfinite([total, grad_norm]).all():
+            raise self._diverged(f"the loss is {total} and the gradient norm {grad_norm}", on_all_ranks=True)
+        run.method.before_update(step)
+        with self._self_check.around_step(step, run.method.mask_interval):  # AdamS refreshes its masks in `step`
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+
+        values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm}
+        if config.teacher.hidden_weight:
+            values["hidden"] = hidden
+        if run.method.decays:
+            values["alpha"] = config.method.alpha(step, run.total_steps)
+        if run.text.is_masked:
+            values["loss_tokens"] = int(num_tokens)
+        seconds, progress = time.perf_counter() - started, run.progress
+        progress.step += 1
+        progress.tokens += int(read)
+        progress.seconds += seconds
+        return values | {"tokens": progress.tokens, "tokens_per_s": int(read) / seconds}
+
+    def _accumulate(self, micro_batches: Sequence[dict[str, Tensor]], num_tokens: Tensor) -> Tensor:
+        """Adds up the gradients of a step; returns this rank's sums of the loss and its parts, float32, (4,).
+
+        Args:
+            num_tokens: the number of tokens that count in the loss, over all micro-batches and ranks.
+        """
+        run, world = self.run, self.run.world
+        objective, device, step = run.objective, run.world.device, run.progress.step
+        try:
+            run.method.before_forward(step)
+        except InputError as error:  # NaN has no rank among the weights of a group
+            raise self._diverged(str(error)) from error
+        objective.hidden_weight = run.config.teacher.hidden_weight_at(step, run.total_steps)
+        objective.train()
+        if objective.teacher is not None:
+            objective.teacher.eval()
+        sums = torch.zeros(4, device=device)
+        last = len(micro_batches) - 1
+        for number, batch in enumerate(micro_batches):
+            if world.num_replicas > 1 and number in (0, last):
+                sum_over_replicas_(objective, now=number == last)
+            with autocast(device, run.evaluator.precision):
+                loss = objective(num_tokens=num_tokens, **objective.on_device(batch, device))
+            # FSDP averages gradients over ranks. The loss is already divided by the tokens of all ranks, so only a sum
+            # is wanted: multiplying by the number of ranks undoes the average.
+            (loss.loss * world.size).backward()
+            sums += torch.stack(loss).detach().float()
+        average_gradients_(objective, run.names, world)
+        return sums
+
+    def _diverged(self, what: str, on_all_ranks: bool = False) -> DivergedError:
+        step = self.run.progress.step + 1
+        error = DivergedError(f"step {step}: {what}; lower learning_rate or look at the data")
+        error.on_all_ranks = on_all_ranks
+        return error
