@@ -39,6 +39,8 @@ from castlm.distributed import export
 from castlm.distributed.world import World
 from castlm.training.config import TrainConfig
 from castlm.training.finish import sharded_result
+from castlm.training.recorder import Recorder
+from castlm.training.stepper import Stepper
 from castlm.training.train import set_up
 
 KIB = 2**10
@@ -125,15 +127,16 @@ def count_here(ranks: int, hidden: int, layers: int, folder: Path) -> Counted:
     world = World(0, ranks, torch.device("cpu"), mesh, dist.group.WORLD, dist.group.WORLD)
     counted = Counted(ranks)
     with counted.objects(), counted, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        run = set_up(config, world).begin()
-        with run.telemetry:
+        run = set_up(config, world)
+        with Recorder(run) as recorder:
+            stepper = Stepper(run)
             counted.phase = "step"  # as in `take_steps`
             world.meet("step 1")
-            run.train_step()
+            recorder.log(stepper.step())
             world.any(False)
             counted.phase = "checkpoint"
-            run.save()
-            run.saver.finish()
+            recorder.save()
+            recorder.saver.finish()
             counted.phase = "result"
             run.method.fold_()
             (folder / "result").mkdir()
