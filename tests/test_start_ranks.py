@@ -19,6 +19,7 @@ from castlm.training.config import TrainConfig
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.runs import assert_equal_weights, begin_run, flags, small
 from tests.slow import slow
+from tests.tiny import save_tiny
 
 # 40 sequences of 64 tokens: three passes, so that the fourth rank has no text.
 TEXT = {"seq_len": 64, "calibration_sequences": 40, "per_device_train_batch_size": 1}
@@ -59,7 +60,7 @@ def started(config: TrainConfig, ranks: int) -> tuple[dict[str, str], list]:
     output = Path(config.checkpoint.output_dir)
     run_ranks(start, ranks, config, folder=output.parent)
     files = sorted(Path(f"{output}.partial").glob("block-*.safetensors"))
-    assert len(files) == 2
+    assert len(files) > 1
     return {file.name: digest(load_file(file)) for file in files}, torch.load(output / "start.pt")
 
 
@@ -80,16 +81,17 @@ def assert_same_start(one, other) -> None:
 
 
 @pytest.mark.parametrize(
-    "over",
+    ("family", "over"),
     [
-        {},
-        slow({"decay": "proportional", "ignore_decay_budget": True, "start_effort": "quick"}),
-        slow({"reconstruct_epochs": 2, "rotate": "off"}),
+        ("llama", {}),
+        slow("gemma", {"decay": "proportional", "ignore_decay_budget": True, "start_effort": "quick"}),
+        slow("gpt2", {"reconstruct_epochs": 2, "rotate": "off"}),
     ],
-    ids=["default", "dense values, quick", "reconstructed"],
+    ids=["default", "dense values, quick", "reconstructed, transposed in its file"],
 )
-def test_a_start_has_the_same_bits_on_1_2_and_4_ranks(over, llama, text, tmp_path):
-    one, *others = (started(config_of(tmp_path / str(n), llama, text, **over), n) for n in (1, 2, 4))
+def test_a_start_has_the_same_bits_on_1_2_and_4_ranks(family, over, text, tmp_path):
+    model = str(save_tiny(tmp_path / "dense", family))
+    one, *others = (started(config_of(tmp_path / str(n), model, text, **over), n) for n in (1, 2, 4))
     for other in others:
         assert_same_start(one, other)
 
@@ -113,10 +115,13 @@ def prune(*options: str) -> int:
     return main(["prune", *options])
 
 
-def test_ranks_prune_a_folder_together_to_the_bits_of_one(llama, text, tmp_path):
-    sizes = {"num_sequences": 40, "seq_len": 64, "rotation_iterations": 4, "memory": "block"}
+@pytest.mark.parametrize(
+    "over", [["--rotation-iterations=4"], slow(["--rotate=off", "--no-permute"]), slow(["--method=wanda"])]
+)
+def test_ranks_prune_a_folder_together_to_the_bits_of_one(over, llama, text, tmp_path):
+    sizes = {"num_sequences": 40, "seq_len": 64, "memory": "block"}
     for ranks in (1, 2):
-        options = flags({"model": llama, "calibration": text, "output_dir": tmp_path / str(ranks), **sizes})
+        options = [*flags({"model": llama, "calibration": text, "output_dir": tmp_path / str(ranks), **sizes}), *over]
         run_ranks(prune, ranks, *options, folder=tmp_path)
     assert_equal_weights(tmp_path / "1", tmp_path / "2")
     assert not list(tmp_path.glob("*.partial"))
