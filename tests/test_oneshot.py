@@ -337,3 +337,23 @@ def test_a_model_whose_blocks_are_not_called_one_after_the_other_is_refused(chan
     change(model)
     with pytest.raises(InputError, match=reason):
         prune_oneshot_(model, "wanda", calibration=tokens(200))
+
+
+@pytest.mark.parametrize(
+    ("named", "over"),
+    [
+        ("a list", {"calibration": [[1, 2]]}),
+        ("torch.float32", {"calibration": torch.zeros(2, 8)}),
+        (r"\(8,\)", {"calibration": torch.zeros(8, dtype=torch.int64)}),
+        (r"\(0, 8\)", {"calibration": torch.zeros(0, 8, dtype=torch.int64)}),
+        ("the token 100000, ", {"calibration": torch.full((2, 8), 100_000)}),
+        ("the token -1, ", {"calibration": torch.full((2, 8), -1)}),
+        ("'fp8'", {"precision": "fp8"}),
+    ],
+)
+def test_a_calibration_that_is_none_is_refused_before_anything_changes(named, over):
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=named):
+        prune_oneshot_(model, "sparsegpt", **{"calibration": tokens(), **over})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

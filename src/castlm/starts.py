@@ -295,6 +295,8 @@ def _run(
 
     scope = scope_of(model, pattern, filter_fn or is_sparse_linear)
     read = None if text is None else CalibrationText(*text)
+    if read is not None:
+        read.check(len(model.get_input_embeddings().get_parameter("weight")))
     report = run_start(MemoryModel(model, scope.layers, scope.pattern), steps, read, say=say, progress=progress)
     report.left_dense = scope.left_dense
     return report

@@ -38,6 +38,21 @@ class CalibrationText:
     """Precision of the passes over the text: "fp32" runs them in the dtype of the weights, "bf16" under autocast, which
     multiplies in bf16. Statistics and solvers are fp32."""
 
+    def check(self, num_tokens: int) -> None:
+        """Raises `InputError` unless these are token ids of a vocabulary of `num_tokens`, in a known precision."""
+        ids, types = self.sequences, (torch.int32, torch.int64)
+        if not isinstance(ids, Tensor) or ids.dtype not in types or ids.dim() != 2 or 0 in ids.shape:
+            found = f"{ids.dtype}, {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+            raise InputError(
+                f"calibration is {found}: give token ids, int64, (num_sequences, seq_len), as draw_calibration does"
+            )
+        least, most = (int(bound) for bound in ids.aminmax())
+        if least < 0 or (most >= num_tokens and self.extras is None):  # tokens of images may have no embedding
+            wrong = least if least < 0 else most
+            raise InputError(f"calibration holds the token {wrong}, the model 0 to {num_tokens - 1}: tokenize it anew")
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"precision = {self.precision!r:.200}: choose fp32 or bf16")
+
     def __len__(self) -> int:
         return len(self.sequences)
 
