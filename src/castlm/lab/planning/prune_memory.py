@@ -34,6 +34,10 @@ from castlm.oneshot.walk import BACKWARD_TOKENS, PASS_TOKENS_CPU
 from castlm.starts import applied, method_of, methods_of
 from castlm.structured.prune_units import prune_units_holds
 
+LIBRARIES = 40 * 2**20
+"""Bytes of buffers that tokenizer, BLAS, LAPACK and oneDNN keep from their first call on."""
+MALLOC = 0.05
+"""The share that malloc loses: less than in training, as most tensors are large and have pages of their own."""
 _BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
 
 
@@ -122,7 +126,7 @@ def plan_prune_memory(
         assert isinstance(pattern, LayerPattern)
         solver = max(prune_layers_holds(*read, SOLVERS[method], Settings(pattern, refinements)) for read in reads)
     parts = {
-        "process": resident_memory(),
+        "process": resident_memory() + LIBRARIES,
         "weights": 4 * (model.block if memory == "block" else model.total),
         "statistics": 4 * (max(of_reads) if refinements.staged_statistics else sum(of_reads)),
         "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * widest // 2 + 4 * model.hidden),
@@ -159,6 +163,8 @@ def plan_prune_memory(
     if refinements.reconstruct_epochs:
         parts["reconstruction"] = reconstruct_holds(model.block, tokens * model.kept)
         phases["reconstruction"] = block + parts["reconstruction"]
+    process = parts["process"]
+    phases = {name: process + int((size - process) * (1 + MALLOC)) for name, size in phases.items()}
     # The inputs and outputs of a block, also of the dense model if that runs beside it.
     on_disk = 4 * num_sequences * seq_len * model.hidden * (4 if refinements.reconstruct_epochs else 2)
     return MemoryPlan(parts, phases, model.total, model.num_layers * layers, disk=on_disk)
