@@ -148,7 +148,7 @@ def learn_rotations(
         upper = skew.triu(1)
         antisymmetric = upper - upper.mT
         # R = (I + S)^-1 (I - S) is orthogonal for any skew-symmetric S, so Adam needs no constraint.
-        rotations = torch.linalg.solve(identity + antisymmetric, identity - antisymmetric)
+        rotations: Tensor = torch.linalg.solve(identity + antisymmetric, identity - antisymmetric)
         if keep_mean:
             # F R F^T rotates the vectors whose entries sum to 0; 1 1^T / size keeps the vector of ones.
             rotations = frame @ rotations @ frame.T + torch.full((size, size), 1 / size, device=device)

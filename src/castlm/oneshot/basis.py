@@ -30,10 +30,11 @@ from castlm.oneshot.axes import (
     solved_errors_holds,
 )
 from castlm.oneshot.families import Attention, Block, Mlp, Wiring, describe
-from castlm.oneshot.inputs import Seen, entries_of
+from castlm.oneshot.inputs import entries_of
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.ranks import ONE_RANK, Ranks, each_by_one
 from castlm.oneshot.report import BasisReport
+from castlm.oneshot.routed import Seen
 from castlm.oneshot.solvers import damped, row_energies, whole_hessian
 from castlm.oneshot.walk import BlockInputs
 
@@ -92,7 +93,8 @@ def inverse_of(factor: Tensor) -> Tensor:
 def inverse_diagonal(factor: Tensor) -> Tensor:
     """The diagonal of H^-1 = R^-T R^-1, (in,): column sums of squares of R^-1, which costs less than `inverse_of`."""
     identity = torch.eye(len(factor), device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=True).square_().sum(0)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=True)
+    return inverse.square_().sum(0)
 
 
 def importance(weight: Tensor, factor: Tensor) -> Tensor:
@@ -160,7 +162,9 @@ def change_block_basis_(
     if is_too_far:
         for weight, old in undo:
             weight.copy_(old)
-        report.notes.append(f"block {inputs.index}: basis unchanged, because its outputs would move by {moved:.1g}")
+        report.notes.append(
+            f"block {inputs.block_index}: basis unchanged, because its outputs would move by {moved:.1g}"
+        )
         return
     report.moved = max(report.moved, moved)
     for entry in entries_of(seen):

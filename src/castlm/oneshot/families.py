@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.models.architecture import is_vision_language
+from castlm.models.architecture import embedding_weight, is_vision_language
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def describe(model: PreTrainedModel) -> Wiring:
     num_blocks = len(model.get_submodule(stack)._modules)
     return Wiring(
         family,
-        hidden=int(model.get_input_embeddings().weight.shape[1]),
+        hidden=embedding_weight(model).shape[1],
         final=_norm(model, final, layout),
         blocks=[_block(model, f"{stack}.{index}", layout) for index in range(num_blocks)],
         embeddings=[model.get_submodule(name).get_parameter("weight").data for name in embeddings],
@@ -201,8 +201,10 @@ def _block(model: nn.Module, name: str, layout: Layout) -> Block:
     reads: list[Read]
     if len(norms) == 1:
         reads = [(norms[0], [*qkv, *readers])]
+    elif norms:
+        reads = list(zip(norms, (qkv, readers), strict=True))
     else:
-        reads = list(zip(norms or [None, None], (qkv, readers), strict=True))
+        reads = [(None, qkv), (None, readers)]
     return Block(Attention(value, output, attention.head_dim), mlps, reads)
 
 

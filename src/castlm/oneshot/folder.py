@@ -199,7 +199,7 @@ class HiddenStates(MutableSequence[Tensor]):
         is_full: bool = False,
     ) -> None:
         self.folder, self.name, self.shape, self.dtype, self.device = folder, name, shape, dtype, device
-        self.lengths, self.index = lengths, index
+        self.lengths, self.block_index = lengths, index
         # The part of each batch, and its position there.
         self._places = [(part, position) for part, length in lengths.items() for position in range(length)]
         self.num_batches = len(self._places) if is_full else 0
@@ -215,7 +215,7 @@ class HiddenStates(MutableSequence[Tensor]):
     def of_next_block(self) -> HiddenStates:
         """The inputs of the next block, once they are written."""
         like = self.lengths, self.shape, self.dtype, self.device
-        return HiddenStates(self.folder, self.name, *like, self.index + 1, is_full=True)
+        return HiddenStates(self.folder, self.name, *like, self.block_index + 1, is_full=True)
 
     def __len__(self) -> int:
         return self.num_batches
@@ -224,17 +224,17 @@ class HiddenStates(MutableSequence[Tensor]):
         if not 0 <= number < self.num_batches:
             raise IndexError(number)
         part, position = self._places[number]
-        file = self._file(self.index, part)
+        file = self._file(self.block_index, part)
         stored = np.fromfile(file, np.uint8, self.batch_bytes, offset=position * self.batch_bytes)
         return torch.from_numpy(stored).view(self.dtype).view(-1, *self.shape[1:]).to(self.device)
 
     def __setitem__(self, number: Any, value: Any) -> None:
-        self._write(self.index + 1, number, value)
+        self._write(self.block_index + 1, number, value)
 
     def insert(self, index: int, value: Tensor) -> None:
         """Adds a batch at the end, to the files of `index`."""
         assert index == self.num_batches, "batches are added at the end"
-        self._write(self.index, index, value)
+        self._write(self.block_index, index, value)
         self.num_batches += 1
 
     def __delitem__(self, number: Any) -> None:
@@ -242,21 +242,21 @@ class HiddenStates(MutableSequence[Tensor]):
 
     def flush(self) -> list[Path]:
         """Waits until the inputs of the next block are on disk, and returns their files."""
-        written = self.files(self.index + 1)
+        written = self.files(self.block_index + 1)
         for file in written:
             flush_file(file)
         return written
 
     def move_on(self, has_next: bool) -> None:
         """Deletes the files of this block and moves to the next; deletes these too if there is no next block."""
-        done = self.files(self.index) + ([] if has_next else self.files(self.index + 1))
+        done = self.files(self.block_index) + ([] if has_next else self.files(self.block_index + 1))
         for file in done:
             file.unlink(missing_ok=True)
-        self.index += 1
+        self.block_index += 1
 
     def _write(self, index: int, number: int, value: Tensor) -> None:
         part, position = self._places[number]
         with self._file(index, part).open("r+b" if position else "wb") as opened:
             opened.seek(position * self.batch_bytes)
             stored = value.to("cpu", self.dtype).contiguous().view(torch.uint8)
-            opened.write(memoryview(stored.numpy()).cast("B"))
+            opened.write(stored.numpy().data.cast("B"))

@@ -82,7 +82,7 @@ class _Watch:
         self.inputs, self.accumulator, self.num_sequences = inputs, accumulator, num_sequences
         self.wanted = layers.keys()
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-        self.routed = routed_in(inputs.blocks[inputs.index], layers, accumulator, num_sequences)
+        self.routed = routed_in(inputs.blocks[inputs.block_index], layers, accumulator, num_sequences)
         self.collects_linear = True  # whether inputs of linear layers are collected
         self.found: dict[str, LayerInput | RoutedInputs] = {}
         self.num_calls = 0

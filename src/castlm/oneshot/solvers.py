@@ -51,7 +51,7 @@ class Solver(NamedTuple):
     holds: Callable[[int, int], int] = lambda rows, columns: 2 * rows * columns
     """`holds(rows, columns)`: the elements that `prune` holds at its peak, beside its arguments. `castlm plan memory`
     reads it; by default, magnitudes and the new weight."""
-    patterns: type[LayerPattern] = LayerPattern
+    patterns: type[LayerPattern] = LayerPattern  # type: ignore[type-abstract]  # of isinstance alone
     """The patterns that it prunes to: all that mask one weight at a time, or only those of a class, such as `NM`."""
     refined: bool = False
     """Whether the refinements of SparseGPT follow it. They need its Hessian."""

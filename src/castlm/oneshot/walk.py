@@ -191,7 +191,7 @@ class BlockInputs(Sequence[Tensor]):
         precision: str = "fp32",
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        self.blocks, self.index, self.precision, self.device = blocks, index, precision, model.device
+        self.blocks, self.block_index, self.precision, self.device = blocks, index, precision, model.device
         self.states: MutableSequence[Tensor] = [] if states is None else states
         self.dense: MutableSequence[Tensor] = []
         """The outputs of the block before the current one in the dense model; empty if it is not followed."""
@@ -225,7 +225,7 @@ class BlockInputs(Sequence[Tensor]):
 
     def call(self, batch: int) -> BlockCall:
         """The further arguments of the current block for a batch, counted from 0."""
-        return self._passes[batch].calls[self.index]
+        return self._passes[batch].calls[self.block_index]
 
     def first_outputs(self, *, is_unchanged: bool = False) -> Tensor:
         """The outputs of the current block for the first batch, without autocast.
@@ -235,7 +235,7 @@ class BlockInputs(Sequence[Tensor]):
         """
         if is_unchanged and self.seen_outputs is not None and self.precision == "fp32":
             return self.seen_outputs
-        return self.call(0).run(self.blocks[self.index], self[0])
+        return self.call(0).run(self.blocks[self.block_index], self[0])
 
     def seconds_per_token(self) -> float:
         """The time of a forward pass of the current block, for each token of the first batch."""
@@ -249,7 +249,7 @@ class BlockInputs(Sequence[Tensor]):
         with autocast(hidden.device, self.precision), ExitStack() as replaced:
             for module, outputs in self._outputs.items():
                 replaced.enter_context(_replayed(module, outputs[batch]))
-            output = self.call(batch).run(self.blocks[self.index], hidden)
+            output = self.call(batch).run(self.blocks[self.block_index], hidden)
         return output.to(hidden.dtype)
 
     def keep_outputs(self, modules: Iterable[nn.Module]) -> None:
@@ -276,7 +276,7 @@ class BlockInputs(Sequence[Tensor]):
             self.states[batch] = self.run(hidden, batch)
         self.forget_outputs()
         self.seen_outputs = None
-        self.index += 1
+        self.block_index += 1
 
     @property
     def streams(self) -> list[HiddenStates]:
@@ -285,9 +285,9 @@ class BlockInputs(Sequence[Tensor]):
 
     def _entering(self, output: Tensor, batch: int) -> Tensor:
         """The input of the current block, given the `output` of the block before it."""
-        if self.index not in self._passes[batch].added:
+        if self.block_index not in self._passes[batch].added:
             return output
-        tokens, values = self._passes[batch].added[self.index]
+        tokens, values = self._passes[batch].added[self.block_index]
         entering = output.clone()
         entering[0, tokens] += values
         return entering

@@ -56,11 +56,11 @@ class Reconstruct(Step):
             return
         inputs.forget_outputs()  # every module of the block changes in training
         result = reconstruct_(
-            inputs.blocks[inputs.index],
+            inputs.blocks[inputs.block_index],
             inputs.run,
             inputs,
             visit.dense_outputs,
-            {layer.weight: layer.weight != 0 for layer in visit.inside.values()},
+            {layer.get_parameter("weight"): layer.weight != 0 for layer in visit.inside.values()},
             epochs=self.epochs,
             learning_rate=self.learning_rate,
             division=inputs.division,

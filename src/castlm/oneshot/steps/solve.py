@@ -127,7 +127,7 @@ class Solve(Step):
             unpruned = [inside[name] for later in stages[num_done:] for name in later]
             # Where one rank has one block at a time in memory, to need little of it counts more than time.
             if (visit.source.is_whole or visit.ranks.size > 1) and unpruned:
-                inputs.keep_outputs(_finished(inputs.blocks[inputs.index], inside.values(), unpruned))
+                inputs.keep_outputs(_finished(inputs.blocks[inputs.block_index], inside.values(), unpruned))
 
     def _with_statistics(self, seen: Seen) -> Seen:
         """Turns the Hessians in `seen` into the statistics of the solver; drops them if it has others."""
