@@ -1,4 +1,4 @@
-"""The calls of `castlm.api`: their options are those of the commands, and the examples of README and tutorial run."""
+"""The calls of `castlm.api`: their options are those of the commands."""
 
 import inspect
 import re
@@ -11,13 +11,8 @@ import pytest
 import castlm
 from castlm.core.errors import InputError
 from tests import keywords
-from tests.tiny import TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON = {
-    name: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
-    for name in ("README.md", "docs/tutorial.md")
-}
 
 
 def test_the_typed_keywords_are_the_fields_of_the_options():
@@ -36,23 +31,6 @@ def test_every_public_name_is_there():
         assert getattr(castlm, name).__name__ == name
     with pytest.raises(AttributeError, match="no_such_name"):
         castlm.no_such_name  # noqa: B018
-
-
-def test_the_python_of_readme_and_tutorial_runs(llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in ("text.txt", "held_out.txt"):
-        Path(name).write_text(TEXT)
-    (block,) = PYTHON["README.md"]
-    loading, same = PYTHON["docs/tutorial.md"]
-    assert same == block
-    small = (
-        block.replace('"demo"', repr(llama)).replace("seq_len=128", "seq_len=32").replace("seq_len=1024", "seq_len=64")
-    )
-    exec(compile(small, "README.md", "exec"), {})
-    exec(compile(loading, "docs/tutorial.md", "exec"), {})  # it loads the run
-    printed = capsys.readouterr().out.split()
-    assert 0 < float(printed[-2]) < 300  # the perplexity
-    assert printed[-1] == "True"
 
 
 @pytest.mark.parametrize(
