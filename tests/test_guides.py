@@ -32,6 +32,7 @@ from castlm.lab.advice import cpu
 from tests.chats import save_chat_model, talks, write_talks
 from tests.ranks import free_port, start_command, wait_ranks
 from tests.slow import slow_but
+from tests.test_compare import run_here
 from tests.test_zeroshot import ROWS as TASKS
 from tests.texts import write_rows, write_texts
 from tests.tiny import TEXT, save_tiny, save_tiny_with_images, sparse_model, tiny_model, tiny_tokenizer
@@ -62,7 +63,7 @@ READ_AS: dict[str, str] = {
     **dict.fromkeys(("demo", "MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"), "dense"),  # a tiny LLaMA that chats
     "Qwen/Qwen3-30B-A3B": "experts",  # a tiny Mixtral
     "llava-hf/llava-1.5-7b-hf": "vision",  # a tiny LLaVA
-    "path/to/model": "sparse",
+    "path/to/model": "run",
     "FOLDER": "tasks",
 }
 """The words of commands and of Python that are read as others."""
@@ -89,7 +90,7 @@ SMALLER = [
 
 BEFORE = {
     "cpu.md": ["castlm train --model MODEL --dataset text.txt --output-dir my-run"],
-    "deploy.md": ["castlm prune --model MODEL --calibration text.txt --output-dir sparse"],
+    "deploy.md": ["castlm train --model MODEL --dataset text.txt --output-dir run"],
     "fell-short.md": ["castlm train --model MODEL --dataset text.txt --output-dir run"],
     "report.md": ["castlm train --model MODEL --dataset text.txt --output-dir run"],
 }
@@ -116,6 +117,20 @@ def test_every_block_that_is_not_run_says_why():
     for page, blocks in found.items():
         assert PAGES[page].count("\n```") == 2 * len(blocks), f"{page}: a block that the test does not see"
     assert Counter(block.why for blocks in found.values() for block in blocks if block.why) == NOT_RUN
+
+
+def commands_of(block: Block) -> list[str]:
+    return block.code.replace("\\\n", " ").splitlines() if block.language in ("", "bash", "sh") else []
+
+
+def test_a_guide_begins_with_a_command_for_minutes():
+    others = {"README.md", "tutorial.md", "experts.md", "vision.md"}  # there is no small model of the last two kinds
+    for page in PAGES.keys() - others:
+        commands = [line for block in blocks_of(page) for line in commands_of(block)]
+        first = shlex.split(commands[0], comments=True) if commands else []
+        steps = int(first[first.index("--max-steps") + 1]) if "--max-steps" in first else 0
+        assert 0 < steps <= 10 or not {"train", "compare"} & {*first}, page
+        assert "MODEL" not in first, page
 
 
 def names_of(page: str) -> dict[str, Any]:
@@ -238,8 +253,9 @@ QUICK = ("README.md", "own-loop.md", "deploy.md", "how-long.md", "extend.md", "p
 
 
 @pytest.mark.parametrize("page", slow_but(QUICK, PAGES))
-def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, no_charts):
     monkeypatch.chdir(tmp_path)
+    run_here(monkeypatch)
     for name, value in {"_COLD_BYTES": 1 << 16, "SECONDS": 0.0}.items():  # of advise, which times formats for a minute
         monkeypatch.setattr(cpu, name, value)
     monkeypatch.setattr(cpu.rank, "__kwdefaults__", cpu.rank.__kwdefaults__ | {"seconds": 0.0})
@@ -253,8 +269,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
                 continue
             if block.language == "python":
                 reader.writes(page, block.code)
-            elif block.language != "json":  # which is the dataset of its page
-                for line in block.code.replace("\\\n", " ").splitlines():
-                    reader.types(line)
+            for line in commands_of(block):  # a block of JSON is the dataset of its page
+                reader.types(line)
     finally:
         reader.leaves()
