@@ -26,14 +26,14 @@ from castlm.data.readers import (
     GzipJsonLines,
     JsonLines,
     ParquetRows,
+    Pieces,
     Pool,
-    Source,
     open_text,
     texts_in_memory,
 )
 from castlm.files.reading import check_regular, user_path
 
-_OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Source]] = {
+_OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Pieces]] = {
     ".txt": lambda file, options, pool, indexes: open_text(file),
     ".jsonl": lambda file, options, pool, indexes: JsonLines(file, options, indexes),
     ".jsonl.gz": lambda file, options, pool, indexes: GzipJsonLines(file, options, pool),
@@ -55,7 +55,7 @@ class Documents:
         name: the dataset as the user wrote it, for messages.
     """
 
-    def __init__(self, sources: Sequence[Source], pool: Pool, name: str) -> None:
+    def __init__(self, sources: Sequence[Pieces], pool: Pool, name: str) -> None:
         self.name = name
         self.kind = max(source.kind for source in sources)
         self._sources, self._pool = list(sources), pool

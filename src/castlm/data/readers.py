@@ -45,7 +45,7 @@ _WORD_START = re.compile(rb"(?<=\S)(?= \S)")
 _ANY_START = re.compile(rb"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
 
 
-class Source:
+class Pieces:
     """The pieces of one file, numbered from 0. A document is one piece or a few consecutive ones.
 
     Attributes:
@@ -79,7 +79,7 @@ class Pool:
         self._bytes = 0
         self._lock = threading.Lock()  # evaluation may read while the loader reads ahead
 
-    def get(self, source: Source, unit: int, load: Callable[[int], Any]) -> Any:
+    def get(self, source: Pieces, unit: int, load: Callable[[int], Any]) -> Any:
         """A unit of a source; `load` reads it if it is not held."""
         key, num_bytes = (source.path, unit), int(source.unit_bytes[unit])
         with self._lock:
@@ -97,7 +97,7 @@ class Pool:
 # ------------------------------------------------------------------------------------------------------- plain text
 
 
-class Spans(Source):
+class Spans(Pieces):
     """Pieces that are byte ranges of a buffer: a mapped file, or bytes in memory.
 
     Args:
@@ -274,7 +274,7 @@ class JsonLines(Spans):
         return self._index.sha256
 
 
-class GzipJsonLines(Source):
+class GzipJsonLines(Pieces):
     """Gzipped JSON lines with random access: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
 
     def __init__(self, path: Path, options: TextOptions, pool: Pool) -> None:
@@ -364,7 +364,7 @@ def split_lines(chunks: Iterable[bytes], path: Path, document_limit: float = 1.0
 # ---------------------------------------------------------------------------------------------------------- parquet
 
 
-class ParquetRows(Source):
+class ParquetRows(Pieces):
     """The documents of a parquet file; a row group is decoded as a whole, and blank rows are empty pieces.
 
     Opening reads all conversations once, without images, so that a bad one is found before the run, as in JSON lines.
