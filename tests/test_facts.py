@@ -27,6 +27,14 @@ def test_what_is_written_is_read_again_with_null_for_a_figure_that_is_not_finite
     assert from_json(Start, to_json(facts.start), "here").is_untied
 
 
+def test_an_empty_object_stands_for_none_and_a_quantized_run_has_lost_its_perplexity():
+    quantized = {**RUN, "masked_histogram": {}, "calibration": {}, "quantized": {"kind": "int8"}}
+    del quantized["perplexity"]
+    facts = Facts.from_json(quantized, "here")
+    assert (facts.masked_histogram, facts.calibration, facts.perplexity) == (None, None, Perplexities())
+    assert Facts.from_json(facts.to_json(), "here") == facts
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -388,7 +388,7 @@ def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
     unpack_folder(packed, back)
     assert (back / "README.md").read_text() == (plain / "README.md").read_text()
     assert "packed" not in record_of(back)
-    edit_json(plain / "castlm.json", proof={})
+    edit_json(plain / "castlm.json", proof={"weights": 1})
     with pytest.raises(InputError, match=r"castlm\.json: proof\.layers is missing"):
         pack_folder(plain, tmp_path / "again")
 

@@ -208,7 +208,7 @@ def test_a_folder_that_is_not_of_three_bits_is_refused_where_it_says_so(llama, t
     assert_refused([(again, "castlm pack")], capsys)
     record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
     changed = save_tiny(tmp_path / "changed", "llama")
-    for rounded in ({"kind": "int3"}, {"kind": "int9"}, {"kind": "fp8"}, {"kind": [3]}, {}, "int3"):
+    for rounded in ({"kind": "int3"}, {"kind": "int9"}, {"kind": "fp8"}, {"kind": [3]}, {"bits": 3}, "int3"):
         (changed / "castlm.json").write_text(json.dumps({**record, "rounded": rounded}))
         named = "int3" if rounded == {"kind": "int3"} else "castlm.json: rounded"
         assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], named)], capsys)

@@ -441,8 +441,9 @@ def _value(kind: Any, value: Any, where: str, path: str) -> Any:
     if kind is Any:
         return value
     arguments = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _value(arguments[0], value, where, path)  # X | None
+    if isinstance(kind, types.UnionType):  # X | None
+        is_none = value is None or (value == {} and dataclasses.is_dataclass(arguments[0]))
+        return None if is_none else _value(arguments[0], value, where, path)
     if dataclasses.is_dataclass(kind):
         return _object(kind, value, where, path)
     if typing.get_origin(kind) is dict:
