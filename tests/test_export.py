@@ -109,8 +109,11 @@ def card_of(**manifest) -> tuple[dict, str]:
 
 
 def test_card_names_no_local_path(tmp_path):
+    text = f"held out of {tmp_path}/a.txt, {tmp_path}/b.txt"
     front_matter, card = card_of(base_model=str(tmp_path / "my-base"))
-    assert str(tmp_path) not in card
+    _, measured = card_of(figures=[{"name": "dense", "perplexity": 3.0, "text": text}])
+    assert str(tmp_path) not in card + measured
+    assert "| held out of a.txt, b.txt |" in measured
     assert "# my-base, 2 of 4" in card
     assert "base_model" not in front_matter
     assert "None was measured" in card

@@ -23,6 +23,8 @@ from castlm.files.record import RESULT, check_result
 
 SCHEMA_VERSION = 1
 """The version of the entries of castlm.json."""
+HELD_OUT_OF = "held out of "
+"""Before the names of the training texts, the name of an evaluation text that was taken from them."""
 
 
 @dataclass(frozen=True)

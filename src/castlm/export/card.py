@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from castlm.core.blocks import in_block
 from castlm.export.folder import recorded_pattern
 from castlm.export.origin import described, made_by, origin_of
-from castlm.facts import Cut, Facts, Figure, PastStep
+from castlm.facts import HELD_OUT_OF, Cut, Facts, Figure, PastStep
 from castlm.names import markdown, markdown_code
 from castlm.packages import install_line
 
@@ -113,7 +113,12 @@ def _reference(source: str) -> str:
 
 
 def _public(name: str) -> str:
-    """`name`, or the last part of it if it is a local path."""
+    """`name`, or the last part of it if it is a local path; the same for each of several texts."""
+    prefix = HELD_OUT_OF if name.startswith(HELD_OUT_OF) else ""
+    return prefix + ", ".join(map(_last_part, name.removeprefix(prefix).split(", ")))
+
+
+def _last_part(name: str) -> str:
     is_path = name.startswith(("/", "~", ".")) or "\\" in name or ("/" in name and Path(name).exists())
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 

@@ -24,7 +24,7 @@ from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
 from castlm.export.origin import origin_of
-from castlm.facts import Dataset, Facts, Figure, Histogram, MaskFigures, Perplexities
+from castlm.facts import HELD_OUT_OF, Dataset, Facts, Figure, Histogram, MaskFigures, Perplexities
 from castlm.hardware import collect_garbage, peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_, move_
@@ -200,7 +200,7 @@ def run_facts(run: Run, histogram: Histogram | None) -> Facts:
     measured = measured_on(
         run.source.tokenizer,
         seq_len=run.config.data.seq_len,
-        text=", ".join(config.evaluation.eval_datasets) or f"held out of {', '.join(config.data.datasets)}",
+        text=", ".join(config.evaluation.eval_datasets) or HELD_OUT_OF + ", ".join(config.data.datasets),
         text_sha256=run.text.eval_sha256,
         held_out=run.text.held_out,
         precision=run.evaluator.precision,
