@@ -33,7 +33,7 @@ def start(config: TrainConfig) -> None:
         weights = {name: whole(p.detach()).clone() for name, p in run.model.named_parameters()}
         masks = {run.names[p]: whole(mask).clone() for p, mask in run.method.masks().items()}
         if world.is_main:
-            torch.save([weights, masks, run.start.layer_errors], Path(config.checkpoint.output_dir) / "start.pt")
+            torch.save([weights, masks, run.start.layer_errors], Path(config.checkpoint.output_dir).parent / "start.pt")
 
 
 def start_killed(config: TrainConfig, victim: int) -> None:
@@ -61,7 +61,7 @@ def started(config: TrainConfig, ranks: int) -> tuple[dict[str, str], list]:
     run_ranks(start, ranks, config, folder=output.parent)
     files = sorted(Path(f"{output}.partial").glob("block-*.safetensors"))
     assert len(files) > 1
-    return {file.name: digest(load_file(file)) for file in files}, torch.load(output / "start.pt")
+    return {file.name: digest(load_file(file)) for file in files}, torch.load(output.parent / "start.pt")
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
