@@ -110,7 +110,8 @@ def plan_prune_memory(
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
     if basis.rotate == "residual":
         raise InputError("the memory of rotate residual is not known: plan for rotate values")
-    model = _model(read_config(config), pattern)
+    config = read_config(config)
+    model = _model(config, pattern)
     seq_len = seq_len or model.calibration_length
     num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
     reads, layers = model.reads, sum(read.size for read in model.reads)
@@ -150,7 +151,8 @@ def plan_prune_memory(
         embeddings = (model.total - model.num_layers * model.block) * torch.bfloat16.itemsize
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
     else:
-        phases["verify"] = block + parts["weights"]
+        # the model that is read back and runs, and the pages of its files, which stay mapped
+        phases["verify"] = block + parts["weights"] + _stored_bytes(config) * model.total + parts["activations"]
     if method == "taylor":
         backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
         parts["gradients"] = 4 * model.num_layers * layers
@@ -168,6 +170,13 @@ def plan_prune_memory(
     # The inputs and outputs of a block, also of the dense model if that runs beside it.
     on_disk = 4 * num_sequences * seq_len * model.hidden * (4 if refinements.reconstruct_epochs else 2)
     return MemoryPlan(parts, phases, model.total, model.num_layers * layers, disk=on_disk)
+
+
+def _stored_bytes(config: PretrainedConfig) -> int:
+    """Bytes of a weight in the files of the result, in the dtype of its source; fp32 where the config names none."""
+    named = getattr(config, "dtype", None)
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
 
 
 def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
