@@ -143,8 +143,8 @@ def test_a_prompt_of_several_blocks_has_the_logits_of_transformers(level, group,
 
 
 def test_prompts_of_integers_are_read_by_the_kernels_and_those_of_floats_by_the_gemm():
-    model = packed_model("llama")
     with kernels_of("avx2"):
+        model = packed_model("llama")
         assert not prompt_rows(model)
         for layer in [m for m in model.model.layers.modules() if isinstance(m, PackedLinear)]:
             layer.share_(buffer_of(random_packed("int8", 2, 4, layer.out_features, layer.in_features)))

@@ -22,7 +22,8 @@ from castlm.distributed.world import World
 from castlm.lab.planning import memory
 from castlm.lab.planning.memory import PlannedRun, plan_memory, read_config
 from castlm.models.architecture import linearize_
-from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_
+from castlm.training.objective import Objective, checkpoint_activations_
+from castlm.training.teacher import Teacher, as_teacher_
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
@@ -105,7 +106,8 @@ def test_the_plan_of_a_sharded_step_is_at_most_a_tenth_above_what_it_holds(name,
             student.train()
             if checkpointing:
                 checkpoint_activations_(student)
-            objective = Objective(student, teacher, 1 / 3, 1.0, hidden_weight=1.0, own_attention=False)
+            distilled = Teacher(teacher, 1.0, keeps_stream=True)
+            objective = Objective(student, distilled, 1 / 3, hidden_weight=1.0, own_attention=False)
             shard_(objective, World(0, ranks, torch.device("cpu"), mesh), "bf16")
             ids = torch.zeros(1, run.seq_len, dtype=torch.int64)
             with Alive([*objective.parameters(), *objective.buffers()]) as alive:
