@@ -204,7 +204,7 @@ RUN = {
     "train_tokens": 512,
     "train_steps": 2,
     "train_seconds": 1.5,
-    "start": {"basis": {"untied": True, "changes": [], "notes": ["a"]}, "layer_errors": {"a.b": None, "c": 0.5}},
+    "start": {"basis": {"changes": [], "notes": ["a"]}, "layer_errors": {"a.b": None, "c": 0.5}},
     "world_size": 1,
     "machine": "x86_64 cpu",
     "verdict": {"ok": False, "reason": "the perplexity is inf", "problem": "DIVERGED", "remedy": "less"},

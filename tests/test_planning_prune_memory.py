@@ -105,5 +105,3 @@ def test_the_command_prints_the_phases_and_the_peak(llama, capsys):
     assert "phase: reconstruction" in capsys.readouterr().out
     with pytest.raises(InputError, match="reconstruct-epochs = -1"):
         command.memory([*arguments, "--reconstruct-epochs", "-1"])
-    with pytest.raises(InputError, match="rotate residual"):
-        command.memory([*arguments, "--rotate", "residual"])

@@ -187,7 +187,6 @@ def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rotate", "residual"], "needs the whole model in memory"),
         (["--damping", "2"], "damping = 2.0 is out of range"),
         (["--seq-len", "300"], "300"),
         (["--method", "flap"], "flap"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,13 +12,21 @@ import torch
 from castlm.core.errors import InputError
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
-from castlm.oneshot.residual import basis_between
 from castlm.training import start
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.faults import train_as_a_command
 from tests.ranks import said, start_ranks, wait_ranks
-from tests.runs import assert_equal_weights, begin_run, killed_in, metrics, prune_to, small, stop_and_resume
+from tests.runs import (
+    assert_equal_weights,
+    begin_run,
+    edit_weights,
+    killed_in,
+    metrics,
+    prune_to,
+    small,
+    stop_and_resume,
+)
 from tests.slow import slow
 from tests.tiny import save_tiny
 
@@ -29,31 +38,36 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def rotated(llama, text, tmp_path_factory) -> str:
-    """`llama` at 2:4, its stream rotated."""
-    return prune_to(tmp_path_factory.mktemp("rotated") / "pruned", llama, text, rotate="residual")
+    """`llama` at 2:4, its values rotated."""
+    return prune_to(tmp_path_factory.mktemp("rotated") / "pruned", llama, text, rotate="values")
 
 
-def assert_starts_from(given: str, model: str, text: str, folder: Path, is_turned: bool) -> None:
+def assert_starts_from(given: str, model: str, text: str, folder: Path) -> None:
     run = begin_run(small(model, text, folder, init_from=given))
     torch.testing.assert_close(logits(run.model), logits(load_model(given).model))
     assert all(torch.equal(weight != 0, mask) for weight, mask in run.method.masks().items())
-    if is_turned:
-        dense, turned = (load_model(name).model.get_input_embeddings().weight for name in (model, given))
-        torch.testing.assert_close(dense @ run.objective.stream_basis, turned)
 
 
 def test_a_pruned_model_in_this_or_another_basis_is_where_the_run_starts(sparse, rotated, llama, text, tmp_path):
-    assert_starts_from(sparse, llama, text, tmp_path / "plain", is_turned=False)
-    assert_starts_from(rotated, llama, text, tmp_path / "turned", is_turned=True)
+    assert_starts_from(sparse, llama, text, tmp_path / "plain")
+    assert_starts_from(rotated, llama, text, tmp_path / "turned")
 
 
-@pytest.mark.parametrize(
-    ("family", "options"), [("gemma", {"rotate": "residual"}), slow("qwen2", {})], ids=["tied embeddings", "biases"]
-)
-def test_a_model_with_tied_embeddings_or_biases_is_where_the_run_starts_too(family, options, text, tmp_path):
+@pytest.mark.parametrize("family", ["gemma", slow("qwen2")], ids=["tied embeddings", "biases"])
+def test_a_model_with_tied_embeddings_or_biases_is_where_the_run_starts_too(family, text, tmp_path):
     model = str(save_tiny(tmp_path / "dense", family))
-    given = prune_to(tmp_path / "pruned", model, text, **options)
-    assert_starts_from(given, model, text, tmp_path / "run", is_turned=bool(options))
+    given = prune_to(tmp_path / "pruned", model, text)
+    assert_starts_from(given, model, text, tmp_path / "run")
+
+
+def test_a_model_far_from_the_dense_one_is_no_start_where_hidden_states_are_compared(rotated, llama, text, tmp_path):
+    """Such as one whose residual stream another program has rotated."""
+    given = tmp_path / "far"
+    shutil.copytree(rotated, given)
+    edit_weights(given, lambda weights: weights["model.embed_tokens.weight"].neg_())
+    with pytest.raises(InputError, match=r"far: its embeddings .*hidden_weight 0"):
+        begin_run(small(llama, text, tmp_path / "run", init_from=str(given)))
+    begin_run(small(llama, text, tmp_path / "run", init_from=str(given), hidden_weight=0.0))
 
 
 def test_the_result_of_a_run_is_where_the_next_one_starts(llama, text, tmp_path):
@@ -62,7 +76,6 @@ def test_the_result_of_a_run_is_where_the_next_one_starts(llama, text, tmp_path)
     given = str(tmp_path / "first" / "model")
     run = begin_run(small(llama, text, tmp_path / "second", init_from=given))
     torch.testing.assert_close(logits(run.model), logits(load_model(given).model))
-    assert run.objective.stream_basis is None
 
 
 def test_a_run_from_a_folder_in_another_basis_resumes_exactly(rotated, llama, text, tmp_path):
@@ -91,23 +104,8 @@ def test_two_ranks_start_from_a_folder_in_another_basis_and_read_their_own_rows(
 
 def test_masked_weights_without_dense_values_in_the_given_basis_are_refused(rotated, llama, text, tmp_path):
     config = small(llama, text, tmp_path / "run", init_from=rotated, decay="proportional")
-    with pytest.raises(InputError, match=r"another basis .*residual stream rotated"):
+    with pytest.raises(InputError, match=r"another basis .*values rotated"):
         begin_run(config)
-
-
-def test_the_basis_of_a_stream_is_read_off_the_embeddings():
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(400, 24, generator=generator)
-    noise = 0.05 * torch.randn(400, 24, generator=generator)
-    permutation = torch.randperm(24, generator=generator)
-    rotation = torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q
-    assert basis_between(dense, dense) is None
-    assert basis_between(dense, dense + noise) is None
-    turned = torch.eye(24)[:, permutation]
-    torch.testing.assert_close(basis_between(dense, dense[:, permutation] + noise), turned, atol=0.05, rtol=0)
-    torch.testing.assert_close(basis_between(dense, dense @ rotation), rotation)
-    with pytest.raises(InputError, match="embeddings"):
-        basis_between(dense, torch.randn(400, 24, generator=generator))
 
 
 @pytest.mark.parametrize(

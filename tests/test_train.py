@@ -97,7 +97,7 @@ def test_accumulation_is_one_large_batch(llama, text, tmp_path):
     [
         {},
         {"init_from": "magnitude", "async_save": False, "moments": "8bit"},
-        slow({"rotate": "residual", "reconstruct_epochs": 1}),
+        slow({"rotate": "values", "reconstruct_epochs": 1}),
         slow({"method": "ast"}),
         slow({"method": "finetune"}),
         slow({"method": "gradual_magnitude"}),

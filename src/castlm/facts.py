@@ -159,10 +159,6 @@ class BasisChange:
 class Basis:
     """The changes of basis of a start; see `castlm.oneshot.report.BasisReport`."""
 
-    untied: bool = False
-    """Whether the output head was untied from the embeddings."""
-    stream_basis: list[int] | None = None
-    """The shape of the rotation of the residual stream; None if it was not rotated."""
     changes: list[BasisChange] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     moved: float | None = None
@@ -210,11 +206,6 @@ class Start(Solved):
     layer_errors: dict[str, float | None] | None = None
     """The relative error of the outputs of each layer."""
     reconstructions: list[Reconstructed] | None = None
-
-    @property
-    def is_untied(self) -> bool:
-        """Whether the start untied the output head from the embeddings."""
-        return self.basis is not None and self.basis.untied
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class PruneKeywords(TypedDict, total=False):
     chat_template_path: str | None
     document_limit: float
     start_effort: Literal["best", "quick"]
-    rotate: Literal["auto", "off", "values", "residual"]
+    rotate: Literal["auto", "off", "values"]
     permute: bool
     rotation_iterations: int
     permute_iterations: int
@@ -69,7 +69,7 @@ class TrainKeywords(TypedDict, total=False):
     weight_bits: Literal[3] | None
     ignore_decay_budget: bool
     start_effort: Literal["best", "quick"]
-    rotate: Literal["auto", "off", "values", "residual"]
+    rotate: Literal["auto", "off", "values"]
     permute: bool
     rotation_iterations: int
     permute_iterations: int

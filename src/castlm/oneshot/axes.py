@@ -124,34 +124,21 @@ def learn_rotations(
     pattern: NM,
     *,
     iterations: int,
-    keep_mean: bool = False,
 ) -> Tensor:
     """Rotations (num, size, size) that lower the predicted loss of `terms`, starting from the identity.
 
     Each iteration rotates, forward and backward, at most 512 rows of every term with axis "in" and the whole weight of
     every term with axis "out", and solves `num` systems (size, size).
-
-    Args:
-        keep_mean: allow only rotations that keep the vector of ones, and with it the mean that LayerNorm subtracts.
     """
     device = terms[0].weight.device
-    if keep_mean:
-        # The columns but the first of an orthonormal basis that begins with the vector of ones: F (576, 575)
-        ones = torch.ones(size, 1, dtype=torch.float64)
-        whole = torch.linalg.qr(torch.cat([ones, torch.eye(size, dtype=torch.float64)[:, 1:]], dim=1)).Q
-        frame = whole[:, 1:].float().to(device)
-    free = size - 1 if keep_mean else size
-    skew = torch.zeros(num, free, free, device=device, requires_grad=True)
-    identity = torch.eye(free, device=device)
+    skew = torch.zeros(num, size, size, device=device, requires_grad=True)
+    identity = torch.eye(size, device=device)
 
     def rotations_of(skew: Tensor) -> Tensor:
         upper = skew.triu(1)
         antisymmetric = upper - upper.mT
         # R = (I + S)^-1 (I - S) is orthogonal for any skew-symmetric S, so Adam needs no constraint.
         rotations: Tensor = torch.linalg.solve(identity + antisymmetric, identity - antisymmetric)
-        if keep_mean:
-            # F R F^T rotates the vectors whose entries sum to 0; 1 1^T / size keeps the vector of ones.
-            rotations = frame @ rotations @ frame.T + torch.full((size, size), 1 / size, device=device)
         return rotations
 
     optimizer = torch.optim.Adam([skew], lr=_RATE, betas=(0.9, 0.99))
@@ -160,10 +147,9 @@ def learn_rotations(
         for step in range(iterations):
             optimizer.param_groups[0]["lr"] = _RATE * (0.51 + 0.49 * math.cos(math.pi * step / iterations))
             rotations = rotations_of(skew)
-            diagonals: dict[int, Tensor] = {}
             loss = torch.zeros((), device=device)
             for term in terms:
-                loss = loss + _predicted_loss(term, rotations, diagonals, pattern, generator)
+                loss = loss + _predicted_loss(term, rotations, pattern, generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -173,29 +159,22 @@ def learn_rotations(
 def _predicted_loss(
     term: Term,
     rotations: Tensor,
-    diagonals: dict[int, Tensor],
     pattern: NM,
     generator: torch.Generator,
 ) -> Tensor:
-    """The share of the term's energy that pruning would cost, estimated on a random choice of its rows.
-
-    Args:
-        diagonals: a cache of the rotated inverses' diagonals by id(term.inverse), which terms with one input share.
-    """
+    """The share of the term's energy that pruning would cost, estimated on a random choice of its rows."""
     rows = _some_rows(len(term.weight), generator)
     if term.axis == "out":
         weight = rotate_columns(term.weight.T, rotations, term.parts).T[rows]
         diagonal = term.inverse
     else:
         weight = rotate_columns(term.weight[rows], rotations, term.parts)
-        if id(term.inverse) not in diagonals:
-            # The diagonal of R^T A R, for a block-diagonal R, needs only the diagonal blocks of A:
-            # (576, 576) -> (9, 64, 9, 64) -> the 9 diagonal blocks (64, 64, 9) -> (9, 64, 64)
-            number, size = len(term.parts), rotations.shape[-1]
-            blocks = term.inverse.view(number, size, number, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            chosen = _of_parts(rotations, term.parts)
-            diagonals[id(term.inverse)] = ((blocks @ chosen) * chosen).sum(1).reshape(-1)
-        diagonal = diagonals[id(term.inverse)]
+        # The diagonal of R^T A R, for a block-diagonal R, needs only the diagonal blocks of A:
+        # (576, 576) -> (9, 64, 9, 64) -> the 9 diagonal blocks (64, 64, 9) -> (9, 64, 64)
+        number, size = len(term.parts), rotations.shape[-1]
+        blocks = term.inverse.view(number, size, number, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        chosen = _of_parts(rotations, term.parts)
+        diagonal = ((blocks @ chosen) * chosen).sum(1).reshape(-1)
     root = weight * diagonal.rsqrt()  # its square is w_j^2 / [H^-1]_jj, (512, 576)
     lost = root * ~pattern.mask(root.detach())  # the m - n lowest of each group, several times faster than topk
     return lost.square().sum() * (len(term.weight) / len(weight) / term.energy)

@@ -29,7 +29,7 @@ from castlm.oneshot.axes import (
     solved_errors,
     solved_errors_holds,
 )
-from castlm.oneshot.families import Attention, Block, Mlp, Wiring, describe
+from castlm.oneshot.families import Attention, Block, Mlp, describe
 from castlm.oneshot.inputs import entries_of
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.ranks import ONE_RANK, Ranks, each_by_one
@@ -47,18 +47,19 @@ Undo = list[tuple[Tensor, Tensor]]
 """Weights that were changed, each with its old value."""
 
 
-def wiring_or_note(model: PreTrainedModel, options: BasisOptions) -> tuple[Wiring | None, str | None]:
-    """The wiring for changes of basis; None if the model's family does not allow them, with the reason.
+def why_unchanged(model: PreTrainedModel, options: BasisOptions) -> str | None:
+    """The reason why the model's family does not allow changes of basis; None if it does.
 
     Raises:
         InputError: a family whose basis cannot change. "auto" keeps the basis instead.
     """
     try:
-        return describe(model), None
+        describe(model)
+        return None
     except InputError as error:
         if options.rotate != "auto":
             raise
-        return None, str(error)
+        return str(error)
 
 
 class Statistic:

@@ -82,10 +82,9 @@ class EffortOptions:
 class BasisOptions(Bounded):
     """Changes of basis before the dense model is pruned; its function stays the same."""
 
-    rotate: Literal["auto", "off", "values", "residual"] = option("auto", needs=TURNED._replace(off="off"))
-    """Rotations before wanda or sparsegpt. values: the values of each attention head. residual: also the residual
-    stream; this folds the norms' gains, unties tied embeddings, and reads the text once more. auto: values if the
-    model's family is known."""
+    rotate: Literal["auto", "off", "values"] = option("auto", needs=TURNED._replace(off="off"))
+    """Rotations before wanda or sparsegpt. values: the values of each attention head. auto: values if the model's
+    family is known."""
 
     permute: bool = option(True, needs=TURNED._replace(off=False))
     """Permute the MLP neurons before the prune, and the values of attention heads if they are not rotated."""

@@ -89,13 +89,9 @@ class BasisReport:
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """A line for each change that was omitted or undone, with the reason."""
-    untied: bool = False
-    """Whether the output head was untied from the embeddings."""
     moved: float = 0.0
-    """Largest difference of a block's output, or of a logit, relative to the largest."""
+    """Largest difference of a block's output, relative to the largest."""
     seconds: float = 0.0
-    stream_basis: Tensor | None = None
-    """The rotation (hidden, hidden) of the residual stream; None if it was not rotated."""
 
     def change(self, what: str) -> Change:
         """The change with this name; a new one if no earlier block has tried it."""
@@ -181,8 +177,6 @@ class OneshotReport:
         basis = self.basis
         return Solved(
             basis=Basis(
-                untied=basis.untied,
-                stream_basis=None if basis.stream_basis is None else list(basis.stream_basis.shape),
                 changes=[BasisChange(**asdict(change)) for change in basis.changes],
                 notes=basis.notes,
                 moved=basis.moved,

@@ -52,12 +52,8 @@ class Objective(nn.Module):
         hidden_weight: weight of the distance between the hidden states of student and teacher; 0 compares none.
         own_attention: let the models attend by castlm's attention function where they can (`use_attention_`). It is for
             models without compiled blocks.
-
-    The buffer `stream_basis` is the rotation (hidden, hidden) that brings the teacher's residual stream into the basis
-    of the student's, multiplied from the right; None if both have the same basis.
     """
 
-    stream_basis: Tensor | None
     teacher: Teacher | None
 
     def __init__(
@@ -74,7 +70,6 @@ class Objective(nn.Module):
         self.student, self.teacher, self.eta, self.hidden_weight = student, teacher, eta, hidden_weight
         self.way: Way = "positions" if apart else "together"
         """How documents are kept apart; `check_documents_apart` finds out whether it must be another way."""
-        self.register_buffer("stream_basis", None, persistent=False)
         self._reader = Reader(student, keeps_stream=hidden_weight > 0)
         if own_attention:
             for model in (student, self.teacher_model):
@@ -134,9 +129,7 @@ class Objective(nn.Module):
         if not compares_hidden:
             return TrainingLoss(*loss, torch.zeros_like(loss.ce))
         assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
-        basis = self.stream_basis
-        targets = [states if basis is None else states @ basis.to(states.dtype) for states in theirs.stream]
-        hidden = hidden_distance(ours.stream, targets, labels, num_tokens=num_tokens)
+        hidden = hidden_distance(ours.stream, theirs.stream, labels, num_tokens=num_tokens)
         # Eq. 13, plus the distance of hidden states (ours)
         return TrainingLoss(loss.loss + self.hidden_weight * hidden, loss.ce, loss.kl, hidden.detach())
 

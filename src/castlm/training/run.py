@@ -176,8 +176,6 @@ class Run:
                 found[f"model.{name}"] = param.detach()
                 found |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[param].items()}
         found |= {f"initial_masks.{name}": mask for name, mask in self.initial_masks.items()}
-        if self.objective.stream_basis is not None:
-            found["stream_basis"] = self.objective.stream_basis
         return found
 
     def manifest(self) -> dict[str, Any]:

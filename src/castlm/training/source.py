@@ -7,7 +7,6 @@ A model is whole in a single process; on several ranks it is without weights unt
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 from collections import Counter
@@ -43,7 +42,6 @@ from castlm.facts import Cut, Facts
 from castlm.models.architecture import check_head, context_length, embedding_weight, is_vision_language, vocab_size
 from castlm.models.io import Loaded, load_model, open_model
 from castlm.models.locate import cached_snapshot, locate
-from castlm.oneshot.residual import untie_
 from castlm.progress import note
 from castlm.say import Say, silent
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
@@ -70,16 +68,6 @@ class Source:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.loaded.tokenizer
-
-    def untie_(self) -> None:
-        """Gives the output head its own weight, which is read from the place of the embeddings."""
-        names = dict(self.model.named_parameters(remove_duplicate=False))
-        head = self.model.get_output_embeddings().weight
-        tied = [name for name, parameter in names.items() if parameter is head]
-        untie_(self.model)
-        if self.stored is not None:
-            places = {**self.stored.places, **dict.fromkeys(tied, self.stored.places[tied[0]])}
-            self.stored = dataclasses.replace(self.stored, places=places)
 
     def embeddings(self) -> Tensor:
         """The weight (vocab, hidden) of the input embeddings, on the CPU."""

@@ -41,7 +41,6 @@ from castlm.oneshot.folder import begun_work, block_file, partial_folder
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.ranks import ONE_RANK, Ranks
 from castlm.oneshot.report import OneshotReport
-from castlm.oneshot.residual import basis_between, is_tied
 from castlm.oneshot.source import DENSE, MemoryModel, StoredModel
 from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
@@ -50,6 +49,8 @@ from castlm.say import silent
 from castlm.starts import all_methods, method_of, methods_of, steps_of, trained_from
 from castlm.training.options import StartOptions
 from castlm.training.source import Source, TrainingText
+
+_FARTHEST = 0.5  # largest relative distance by which training may have moved the embeddings
 
 
 @dataclass
@@ -66,24 +67,8 @@ class StartWeights:
     which reads its rows. `pruned` and `dense` are empty then."""
     given_dense: dict[str, Place] = field(default_factory=dict)
     """Beside `given`, the places of the dense values of sparse layers, as in `dense`."""
-    stream_basis: Tensor | None = None
-    """The new basis of the residual stream; None if it is the dense model's own."""
     facts: Start = field(default_factory=Start)
     """The report of the start, with its times, on every rank."""
-
-
-def stream_basis(start: StartWeights, world: World) -> Tensor | None:
-    """The basis of the student's residual stream, on every rank; zeros for a resumed run, whose checkpoint holds it.
-
-    A rotation (hidden, hidden) fp32, as `castlm.training.objective.Objective` takes it.
-    """
-    changed = start.facts.basis
-    if changed is None or changed.stream_basis is None:
-        return None
-    basis = torch.zeros(changed.stream_basis)
-    if world.on_main(lambda: start.stream_basis is not None):
-        basis = world.from_main(start.stream_basis, basis.shape)
-    return basis.to(world.device)
 
 
 def check_start(name: str, output_dir: Path, world: World) -> None:
@@ -115,7 +100,7 @@ class TrainingStart:
     is_finetuning: bool
     """Whether the model of the run is its own start."""
     compares_hidden: bool
-    """Whether the run compares hidden states with the teacher's, which needs the basis of the stream."""
+    """Whether the run compares hidden states with the teacher's, for which both must be in one basis."""
     training_tokens: float
     """Tokens of all forward passes of the training on one rank; a backward pass counts as two."""
 
@@ -138,7 +123,7 @@ class TrainingStart:
         start = StartWeights()
         is_given = trained_from(self.options.name, self.pattern) is None
         if is_given and (opened := self._open_given()) is not None:
-            start.facts = self._take_places_(start, *opened)
+            self._take_places_(start, *opened)
             return start
 
         output = user_path(output_dir)
@@ -149,7 +134,8 @@ class TrainingStart:
 
         def fill() -> Start:
             if is_given:
-                return self._read_(start)
+                self._read_(start)
+                return Start()
             with begun_work(output) as work:
                 return self._prune_whole_(start, work, overwrite)
 
@@ -212,7 +198,6 @@ class TrainingStart:
         start.dense = {name: p.detach() for name, p in model.named_parameters() if p not in replaced}
         if report.basis.changes:
             start.dense |= {f"{name}.weight": weight for name, weight in blocks.dense.items()}
-        start.stream_basis = report.basis.stream_basis
         return facts
 
     def _run(
@@ -277,15 +262,14 @@ class TrainingStart:
                 "free: prune beforehand (castlm prune --memory block), and pass its folder as init_from"
             )
 
-    def _read_(self, start: StartWeights) -> Start:
+    def _read_(self, start: StartWeights) -> None:
         """Reads the model that `init_from` names: its sparse layers and, unless fine-tuning, all other parameters."""
         pattern, source = self.pattern, self.source
         is_loaded = self.is_finetuning and source.stored is None
         with self._naming_methods():
             model = source.model if is_loaded else load_model(self.options.name, **self._given_options).model
-        facts = Start()
         if not self.is_finetuning:
-            facts = self._compare_(start, model, lambda: embedding_weight(model).detach())
+            self._check_given(model, lambda: embedding_weight(model).detach())
         scope = scope_of(source.model, pattern, self.filter_fn)
         theirs = dict(model.named_parameters())
         start.pruned = {layer: theirs[f"{layer}.weight"].detach() for layer in scope.layers}
@@ -295,7 +279,6 @@ class TrainingStart:
         if not self.is_finetuning:
             pruned = {f"{layer}.weight" for layer in scope.layers}
             start.dense = {each: parameter.detach() for each, parameter in theirs.items() if each not in pruned}
-        return facts
 
     def _open_given(self) -> tuple[PreTrainedModel, Checkpoint] | None:
         """The model that `init_from` names, without its weights, and the places of these; all ranks call it.
@@ -319,7 +302,7 @@ class TrainingStart:
         self.world.check_all(failure)
         return opened if all(are_open) else None
 
-    def _take_places_(self, start: StartWeights, model: PreTrainedModel, given: Checkpoint) -> Start:
+    def _take_places_(self, start: StartWeights, model: PreTrainedModel, given: Checkpoint) -> None:
         """Gives `start` the places of a model, of which each rank reads its rows; all ranks call it.
 
         Each rank counts the pattern of some sparse layers.
@@ -327,7 +310,6 @@ class TrainingStart:
         Args:
             model: the given model, without weights.
         """
-        facts = Start()
         if not self.is_finetuning:
             (name,) = (n for n, p in model.named_parameters() if p is embedding_weight(model))
 
@@ -335,7 +317,7 @@ class TrainingStart:
                 with opened_files() as read:
                     return given.places[name].read(read, slice(None)).float()
 
-            facts = self.world.on_main(lambda: self._compare_(start, model, embeddings), patient=True)
+            self.world.on_main(lambda: self._check_given(model, embeddings), patient=True)
         scope = scope_of(self.source.model, self.pattern, self.filter_fn)
         failure = None
         with opened_files() as read:
@@ -347,7 +329,6 @@ class TrainingStart:
         self.world.check_all(failure)
         places = {f"{layer}.weight": given.places[f"{layer}.weight"] for layer in scope.layers}
         start.given = Checkpoint(given.source, places if self.is_finetuning else given.places)
-        return facts
 
     @property
     def _given_options(self) -> dict[str, Any]:
@@ -371,23 +352,18 @@ class TrainingStart:
             "the layer in left_dense"
         )
 
-    def _compare_(self, start: StartWeights, model: PreTrainedModel, embeddings: Callable[[], Tensor]) -> Start:
-        """Checks that a given model is the dense one at n:m, in whatever basis, and returns the report of the start.
+    def _check_given(self, model: PreTrainedModel, embeddings: Callable[[], Tensor]) -> None:
+        """Checks that a given model may be the dense one at n:m; the basis inside its blocks may be another.
 
         Args:
             embeddings: reads its input embeddings (vocab, hidden).
         """
         name, source = self.options.name, self.source
-        untied = is_tied(source.model) and not is_tied(model)
         theirs = {each: parameter.shape for each, parameter in model.named_parameters()}
         ours = {each: parameter.shape for each, parameter in source.model.named_parameters()}
-        if untied:
-            head = model.get_output_embeddings().weight
-            ours |= {each: head.shape for each, parameter in model.named_parameters() if parameter is head}
         for each in sorted(ours.keys() | theirs.keys()):
             if each not in ours or each not in theirs or ours[each] != theirs[each]:
                 raise InputError(f"init_from {name} and {source.name} differ in the shape of {each}: another model")
-        # Its basis may be another than the dense model's.
         if self.keeps_dense_values:
             changed = Facts.read(Path(name)).basis or Basis()
             if changes := [change.what for change in changed.changes if change.num_kept]:
@@ -396,12 +372,12 @@ class TrainingStart:
                     "have no dense values to begin at: prune it with --rotate off --no-permute"
                 )
         if self.compares_hidden:
-            try:
-                start.stream_basis = basis_between(source.embeddings(), embeddings())
-            except InputError as error:
-                raise InputError(f"init_from {name}: {error}; with hidden_weight 0 they may differ") from None
-        shape = None if start.stream_basis is None else list(start.stream_basis.shape)
-        return Start(basis=Basis(untied=untied, stream_basis=shape)) if untied or shape else Start()
+            dense, given = source.embeddings().float(), embeddings()
+            if not (dense - given).norm() <= _FARTHEST * given.norm():
+                raise InputError(
+                    f"init_from {name}: its embeddings are far from the dense model's, so that their hidden states "
+                    "cannot be compared: use hidden_weight 0"
+                )
 
 
 @torch.no_grad()

@@ -63,7 +63,6 @@ from castlm.training.start import (
     TrainingStart,
     check_start,
     start_,
-    stream_basis,
 )
 from castlm.training.stepper import Stepper
 from castlm.training.teacher import Teacher, as_teacher_
@@ -231,8 +230,6 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     teacher_model = None
     if eta > 0 and not (cache and cache.complete):
         teacher_model = as_teacher_(teacher.take_model(), teacher_dtype(precision))
-    if start.facts.is_untied:
-        source.untie_()
     method = method_class(
         model,
         pattern,
@@ -274,8 +271,6 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         else:
             method.start_from_magnitude_()
     fit_rounding_(model, keep_scales=checkpoint is not None)
-    if config.teacher.hidden_weight:
-        objective.stream_basis = stream_basis(start, world)
     run = Run(
         config=config,
         world=world,

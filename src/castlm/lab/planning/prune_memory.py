@@ -97,19 +97,16 @@ def plan_prune_memory(
         method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
             structured patterns.
         num_sequences, seq_len: of the calibration text; by default as in `castlm prune`.
-        basis: not with the residual stream rotated, whose statistics are not counted.
         effort: the `start_effort` that has set options of `refinements` which are not given.
 
     Raises:
-        InputError: an unreadable config, not a causal LM, nothing to prune, or a method, a memory or a rotation that
-            there is no plan for.
+        InputError: an unreadable config, not a causal LM, nothing to prune, or a method or a memory that there is no
+            plan for.
     """
     basis, refinements = basis or BasisOptions(), applied(refinements or Refinements(), method, pattern, effort)
     if not method_of(method, pattern).needs_text:
         known = ", ".join(name for name, row in methods_of(pattern).items() if row.needs_text)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
-    if basis.rotate == "residual":
-        raise InputError("the memory of rotate residual is not known: plan for rotate values")
     config = read_config(config)
     model = _model(config, pattern)
     seq_len = seq_len or model.calibration_length
