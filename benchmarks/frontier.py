@@ -68,7 +68,7 @@ class Format(NamedTuple):
     values: str
     """Format of the layers: fp32, bf16, int8, int4 or int3."""
     head: str | None = None
-    """int8: of the head, with the embedding tied to it, as in llama.cpp's formats. None: fp32 with fp32, else bf16."""
+    """int8: of head and embedding, as in llama.cpp's formats. None: fp32 with fp32, else bf16."""
 
     def __str__(self) -> str:
         return f"{self.values}, {self.head} head" if self.head else self.values
@@ -112,14 +112,20 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_sparse_linear(m, n)}
 
 
+def tables(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of head and embedding: one where they are tied."""
+    return list(
+        {id(of.weight): of.weight for of in (model.get_output_embeddings(), model.get_input_embeddings())}.values()
+    )
+
+
 def stored_bytes(model: nn.Module, form: Format, pattern: NM | None) -> int:
     """Bytes of all tensors in a file: layers in the format, the rest in bf16, or in fp32."""
     layers = linears(model)
     inside = {id(layer.weight) for layer in layers.values()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside) * (4 if form.values == "fp32" else 2)
     if form.head:
-        table = model.get_output_embeddings().weight
-        rest -= table.numel() - 4 * len(table)
+        rest -= sum(table.numel() - 4 * len(table) for table in tables(model))
     n, m = (pattern.n, pattern.m) if pattern else (0, 0)
     return rest + sum(PackedSpec(*layer.weight.shape, n, m, form.values).num_bytes for layer in layers.values())
 
@@ -150,9 +156,9 @@ def rounded(model: PreTrainedModel, values: str, calibration: Tensor | None) -> 
 
 
 def round_head_(model: PreTrainedModel) -> None:
-    """Rounds the head, and the embedding tied to it, to int8, in fp32."""
-    table = model.get_output_embeddings().weight
-    table.data = round_rows(table.data, "int8").dequantized()
+    """Rounds head and embedding to int8, in fp32."""
+    for table in tables(model):
+        table.data = round_rows(table.data, "int8").dequantized()
 
 
 def onto_kernels(model: PreTrainedModel, form: Format, pattern: NM | None, codes: Codes | None) -> None:
