@@ -117,7 +117,7 @@ def search_inference(library: Path, seconds: float) -> None:
         packed = random_packed(random.choice([*native.VALUES]), n, m, rows, columns, seed=count)
         layouts = ["best", *(["rows"] if m else []), *(["lanes"] if m == 0 or 64 % m == 0 else [])]
         buffer = buffer_of(packed, random.choice(layouts)).clone()  # without room after it
-        x = torch.randn(random.choice([1, random.randint(1, 40)]), columns)
+        x = torch.randn(random.choice([1, random.randint(1, 40), random.randint(41, 100)]), columns)  # prompts too
         check_product(packed, buffer, x)
         out = torch.empty(rows, columns)
         native.unpack(buffer, 0, rows, out)
