@@ -161,8 +161,7 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
             except Exception as error:
                 failure = str(error) if isinstance(error, InputError) else f"{name} cannot be written: {error!r}"
         deque(tensors, maxlen=0)  # sends what others write, also after a failure, so that none waits in vain
-    failures = [found for found in world.gather(failure, patient=True) if found]
-    world.check_all(failures[0] if failures else None)
+    world.check_all(failure, patient=True)
     num_parameters = sum(parameter.numel() for parameter in first_of)
     world.on_main(lambda: write_index_of(folder / INDEX, files, num_parameters))
 

@@ -255,15 +255,10 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
             rows = own_rows(parameter)
             if rows.stop == rows.start:  # fewer rows than ranks
                 continue
-            what = f"{stored_name} of {checkpoint.source}"
             try:
-                value = checkpoint.places[stored_name].read(read, rows)
-                check_finite(what, value)
+                value = _read_finite(checkpoint, stored_name, read, rows)
             except InputError as error:
                 failure = str(error)
-                break
-            except Exception as error:  # safetensors' own type
-                failure = f"{what} cannot be read: {error}"
                 break
             local(parameter).copy_(value)  # casts to the parameter's dtype
     world.check_all(failure)  # of any rank: all ranks call this, and all stop
@@ -274,17 +269,23 @@ def check_weights(checkpoint: Checkpoint, world: World) -> None:
     failure = None
     with opened_files() as read:
         for name in sorted(checkpoint.places)[world.rank :: world.size]:
-            what = f"{name} of {checkpoint.source}"
             try:
-                check_finite(what, checkpoint.places[name].read(read, slice(None)))
+                _read_finite(checkpoint, name, read, slice(None))
             except InputError as error:
                 failure = str(error)
                 break
-            except Exception as error:  # safetensors' own type
-                failure = f"{what} cannot be read: {error}"
-                break
-    world.gather(None, patient=True)  # the others may read longer
-    world.check_all(failure)
+    world.check_all(failure, patient=True)  # the others may read longer
+
+
+def _read_finite(checkpoint: Checkpoint, name: str, read: Reader, rows: slice) -> Tensor:
+    """Some rows of a weight. Raises `InputError` if they cannot be read or are not finite."""
+    what = f"{name} of {checkpoint.source}"
+    try:
+        value = checkpoint.places[name].read(read, rows)
+    except Exception as error:  # safetensors' own type
+        raise InputError(f"{what} cannot be read: {error}") from error
+    check_finite(what, value)
+    return value
 
 
 @contextlib.contextmanager

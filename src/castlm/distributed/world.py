@@ -147,9 +147,13 @@ class World:
         """The group that carries a tensor: the patient one from host memory, else the one for computation."""
         return self.patient if tensor.device.type == "cpu" else None
 
-    def check_all(self, failure: str | None) -> None:
-        """Stops all ranks if one reports a failure: the main rank raises `InputError`, the others `SystemExit`."""
-        failures = [text for text in self.gather(failure) if text is not None]
+    def check_all(self, failure: str | None, *, patient: bool = False) -> None:
+        """Stops all ranks if one reports a failure: the main rank raises `InputError`, the others `SystemExit`.
+
+        Args:
+            patient: see `gather`.
+        """
+        failures = [text for text in self.gather(failure, patient=patient) if text is not None]
         if failures:
             raise InputError(failures[0]) if self.is_main else SystemExit(2)
 

@@ -77,13 +77,7 @@ void gather(const uint8_t* panel, int64_t bytes, int64_t blocks, int steps, uint
     reader.start(panel);
     __m512i rows[16];  // first the steps of `Reader`, four columns of all rows; then the 64 columns of each row
 #pragma GCC unroll 8
-    for (int step = 0; step < 16; step += 2) {
-      rows[step] = reader.next(0), rows[step + 1] = reader.next(Shape<values>::kHalves - 1);
-      if (values == kInt4) {
-        const __m512i halves[2] = {rows[step], rows[step + 1]};
-        rows[step] = half_step<0>(halves[0], halves[1]), rows[step + 1] = half_step<1>(halves[0], halves[1]);
-      }
-    }
+    for (int step = 0; step < 16; step += 2) next_steps(reader, rows[step], rows[step + 1]);
     transpose(rows);
 #pragma GCC unroll 16
     for (__m512i& row : rows) {  // a kept weight of zero may be passed over
@@ -101,9 +95,6 @@ void gather(const uint8_t* panel, int64_t bytes, int64_t blocks, int steps, uint
     _mm512_store_si512(to, _mm512_sub_epi32(_mm512_setzero_si512(), sums));
   }
 }
-
-// In assembly: GCC 12 copies the sums of the intrinsic, and spills them all.
-INLINE void add_products(__m512i& sums, __m512i x, __m512i w) { asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w)); }
 
 // R rows of x times a gathered tile. x is (blocks, kRowsAtOnce, 64), its scales (blocks, kRowsAtOnce).
 template <int values, int R>
@@ -152,7 +143,7 @@ void multiply(const Header& of, const uint8_t* data, const Activations& x, float
       const uint8_t* panel = data + tile * stride;
       gather<values>(panel, bytes, blocks, steps, room);
       const int64_t row = 16 * tile;
-      const __mmask16 here = of.rows - row >= 16 ? 0xffff : __mmask16((1 << (of.rows - row)) - 1);
+      const __mmask16 here = rows_here(of, row);
       const __m512 factor = values == kInt8 ? _mm512_loadu_ps(row_scales + row) : _mm512_set1_ps(1);
       for (int64_t b = b0; b < std::min(b0 + pass, x.batch); b += kRowsAtOnce) {
         const int64_t at = b * blocks, rows = std::min<int64_t>(kRowsAtOnce, x.batch - b);

@@ -123,6 +123,8 @@ Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_b
     return avx2_prompt_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_prompt_bytes(of, rows)));
   if (level == kAvx2 && avx2_lanes_bytes(of, rows))
     return avx2_lanes_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_lanes_bytes(of, rows)));
+  if (level == kAvx512 && avx512_gathers(of, rows))
+    return avx512_gathered_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx512_gathered_bytes(of, rows)));
   const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.values == kInt8 || of.layout != kLanes));
   if (as_they_are) return {wide, narrow, scales, nullptr, rows};
   auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
@@ -173,7 +175,7 @@ void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, c
   if (by_prompt) part = whole(part, 4);  // tiles that it takes together
   if (threads == 1 && batch <= kMaxBatch) part = tiles;
   in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
-    if (by_lanes) return avx512_lanes(of)(of, data, x, sums, ldy, first, last);
+    if (by_lanes) return (avx512_gathers(of, x.batch) ? avx512_gathered(of) : avx512_lanes(of))(of, data, x, sums, ldy, first, last);
     if (of.layout == kLanes && level == kAvx2) return avx2_lanes(of)(of, data, x, sums, ldy, first, last);
     if (of.layout == kLanes && level == kNeon) return neon_lanes(of)(of, data, x, sums, ldy, first, last);
     if (by_prompt) return avx2_prompt(of)(of, data, x, sums, ldy, first, last);

@@ -22,9 +22,6 @@ BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,a
 namespace castlm {
 namespace {
 
-// In assembly: GCC 12 copies the sums of the intrinsic, and spills them all.
-INLINE void add_products(__m512i& sums, __m512i w, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x)); }
-
 #include "lanes_avx512.h"
 
 template <int columns>
@@ -49,10 +46,6 @@ INLINE __m512 whole_sums(const __m512i* of) {  // of both halves
 INLINE void prefetch(const uint8_t* panel, int64_t bytes) {
   constexpr int64_t kAhead = 4096;
   for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + line), _MM_HINT_T0);
-}
-
-INLINE __mmask16 rows_here(const Header& of, int64_t row) {  // of the 16 from `row` on
-  return of.rows - row >= 16 ? 0xffff : __mmask16((1 << (of.rows - row)) - 1);
 }
 
 // R rows of x times a tile of the matrix. Tiles are read one after the other: of several streams, Zen 4 fetches none ahead.
@@ -173,11 +166,8 @@ void expand(const uint8_t* panel, int64_t bytes, int64_t blocks, uint8_t* to) {
   for (int64_t i = 0; i < blocks; i++, panel += bytes) {
     reader.start(panel);
     for (int step = 0; step < 16; step += 2, to += 128) {
-      __m512i first = reader.next(0), second = reader.next(Shape<values>::kHalves - 1);
-      if (values == kInt4) {
-        const __m512i halves[2] = {first, second};
-        first = half_step<0>(halves[0], halves[1]), second = half_step<1>(halves[0], halves[1]);
-      }
+      __m512i first, second;
+      next_steps(reader, first, second);
       _mm512_store_si512(to, first);
       _mm512_store_si512(to + 64, second);
     }
@@ -321,7 +311,6 @@ constexpr auto kRowsKernels = std::array{
 
 template <int values, bool is_masked>
 void multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  if (avx512_gathers(of, x.batch)) return avx512_gathered(of)(of, data, x, y, ldy, first, last);
   if (x.batch >= kManyRows) return multiply_many<values, is_masked>(of, data, x, y, ldy, first, last);
   constexpr int64_t kMost = kRowsKernels<values, is_masked>.size();
   for (int64_t b = 0; b < x.batch;) {
@@ -349,13 +338,11 @@ Multiply avx512_lanes(const Header& of) {
 }
 
 int64_t avx512_many_bytes(const Header& of, int64_t batch) {
-  if (avx512_gathers(of, batch)) return avx512_gathered_bytes(of, batch);
   return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce * of.blocks() * (kBlock + 8);
 }
 
 // x in groups of `kRowsAtOnce` rows, block by block, so that one address serves them all.
 Activations avx512_many_rows(const Header& of, const Activations& x, void* room) {
-  if (avx512_gathers(of, x.batch)) return avx512_gathered_rows(of, x, room);
   const int64_t blocks = of.blocks(), rows = (x.batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
   auto* narrow = static_cast<int8_t*>(room);
   auto* scales = reinterpret_cast<float*>(narrow + rows * of.padded());

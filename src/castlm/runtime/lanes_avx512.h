@@ -46,6 +46,25 @@ INLINE __m512i half_step(__m512i half0, __m512i half1) {
   return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(half0), _mm512_castsi512_ps(half1), kTake));
 }
 
+// The next two steps of 16 outputs by 4 columns of integers, a byte each.
+template <int values, bool is_masked>
+INLINE void next_steps(Reader<values, is_masked>& reader, __m512i& first, __m512i& second) {
+  first = reader.next(0), second = reader.next(Shape<values>::kHalves - 1);
+  if constexpr (values == kInt4) {
+    const __m512i halves[2] = {first, second};
+    first = half_step<0>(halves[0], halves[1]), second = half_step<1>(halves[0], halves[1]);
+  }
+}
+
+// Adds products of unsigned and signed bytes. In assembly: GCC 12 copies the sums of the intrinsic, and spills them all.
+INLINE void add_products(__m512i& sums, __m512i of_unsigned, __m512i of_signed) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(of_unsigned), "v"(of_signed));
+}
+
+INLINE __mmask16 rows_here(const Header& of, int64_t row) {  // of the 16 from `row` on
+  return of.rows - row >= 16 ? 0xffff : __mmask16((1 << (of.rows - row)) - 1);
+}
+
 INLINE __m512 short_scales(const uint8_t* at) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

@@ -13,11 +13,8 @@ INLINE void expand_panel(const uint8_t* panel, uint8_t* to) {
     Reader<values, is_masked> reader;
     reader.start(panel);
     for (int step = 0; step < 16; step += 2, to += 128) {
-      __m512i first = reader.next(0), second = reader.next(Shape<values>::kHalves - 1);
-      if constexpr (values == kInt4) {
-        const __m512i halves[2] = {first, second};
-        first = half_step<0>(halves[0], halves[1]), second = half_step<1>(halves[0], halves[1]);
-      }
+      __m512i first, second;
+      next_steps(reader, first, second);
       const __m512i added = _mm512_set1_epi8(values == kInt4 ? 8 : char(128));
       _mm512_storeu_si512(to, _mm512_sub_epi8(first, added));
       _mm512_storeu_si512(to + 64, _mm512_sub_epi8(second, added));
