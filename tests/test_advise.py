@@ -212,7 +212,7 @@ def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_co
     assert "2.75 for batch of 8 (2:4 int8, int8 head against" in found.peers
     assert found.verdict.startswith("For one token, use dense int4, int8 head: it is 2.10 times as fast as dense bf16")
     assert "for a prompt of 512, 2:4 int8, int8 head is 1.30 times as fast as dense" in found.verdict
-    assert "at equal bytes dense int4" in found.verdict
+    assert "dense int4, int8 head has the lower perplexity after a short recovery" in found.verdict
     known = replace(found, quality=Quality(sparse=19.5, pattern=NM(2, 4)))
     assert "with a perplexity of 19.50 before rounding" in known.verdict
     assert "a perplexity of 19.50 is good enough" in known.verdict
@@ -222,6 +222,16 @@ def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_co
     assert wide.best(True, "batch of 8").option.name == "32:64 int8"  # as fast as 2:4, and loses less
     slow = made_up(**{"2of4_int8_int8_head": (0.5, 0.5, 0.5)})
     assert "it does not pay" in slow.verdict
+
+
+def test_speeds_of_a_busy_machine_are_not_trusted():
+    found = made_up(dense_int4_int8_head=(2.1, 1, 0.9))
+    found.load.add(wall=10.0, ran=9.5)
+    assert "Other programs" not in found.text()
+    found.load.add(wall=10.0, ran=1.5)
+    warning, verdict = found.text().index("the timed thread ran 55% of the time"), found.text().index(found.verdict)
+    assert warning < verdict
+    assert "Other programs" in found.as_dict()["notes"][0]
 
 
 @needs_kernels

@@ -54,6 +54,7 @@ SECONDS = 30.0
 _COLD_BYTES = 48 << 20  # more than most last-level caches: each call reads its weight from memory, as in a model
 _MOST_WEIGHTS = 4 << 20  # of a timed layer; of a larger one, only some rows are timed
 _LEAST_ROUNDS = 3
+_IDLE = 0.8  # of the time of a thread that nobody disturbs: what the others of its pool take longer, it waits
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,34 @@ Stored = PackedSpec | torch.dtype
 """A weight in the packed format for castlm's kernels, or a dtype for torch: int8 is its dynamic int8."""
 
 
+@dataclass
+class Load:
+    """Tells from the timed thread whether other programs took the processor meanwhile."""
+
+    wall: float = 0.0
+    """Seconds of all measurements."""
+    ran: float = 0.0
+    """Seconds of them in which the thread ran: it takes part in every product, and waits only for other threads."""
+
+    def add(self, wall: float, ran: float) -> None:
+        """Adds a measurement."""
+        self.wall, self.ran = self.wall + wall, self.ran + ran
+
+    @property
+    def note(self) -> list[str]:
+        """What the figures are worth if other programs were running."""
+        share = self.ran / self.wall if self.wall else 1.0
+        if share >= _IDLE:
+            return []
+        return [
+            f"Other programs used this processor: the timed thread ran {share:.0%} of the time. The speeds, above all "
+            "those of torch, can be far off: run castlm advise again when the machine is idle."
+        ]
+
+
 @torch.no_grad()
 def time_layer(
-    stored: Collection[Stored], shape: Shape, rows: Sequence[int], seconds: float
+    stored: Collection[Stored], shape: Shape, rows: Sequence[int], seconds: float, load: Load
 ) -> dict[int, dict[Stored, float]]:
     """Times one layer in several formats, in turns A B A B; every call uses another copy of the weight.
 
@@ -215,6 +241,7 @@ def time_layer(
         shape: of the weight.
         rows: numbers of input rows, each a separate measurement.
         seconds: time for each measurement, of at least three rounds.
+        load: takes in the measurements.
 
     Returns:
         The least seconds of one multiplication, by number of rows and format.
@@ -225,7 +252,7 @@ def time_layer(
     least: dict[int, dict[Stored, float]] = {}
     for num_rows in rows:
         x, times = torch.randn(num_rows, shape[1]), {form: list[float]() for form in weights}
-        began, number = time.perf_counter(), 0
+        began, ran, number = time.perf_counter(), time.thread_time(), 0
         while number < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
             for form, copies in weights.items():
                 count = max(1, math.ceil(len(copies) / num_rows / 2))  # fewer where the multiplications take longer
@@ -235,6 +262,7 @@ def time_layer(
                     multiply(x)
                 times[form].append((time.perf_counter() - started) / count)
             number += 1
+        load.add(time.perf_counter() - began, time.thread_time() - ran)
         # the first round warms up
         least[num_rows] = {form: min(found[1:]) * shape[0] / out for form, found in times.items()}
     return least
@@ -322,6 +350,7 @@ class Ranking:
     quality: Quality = Quality()
     file_bytes: int | None = None
     """Bytes of the GGUF file that the model comes from, whose speed is llama.cpp's and not timed; None without one."""
+    load: Load = field(default_factory=Load)
 
     @property
     def workloads(self) -> list[str]:
@@ -359,7 +388,7 @@ class Ranking:
             return f"{text}."
         sparse = self.best(True, first)
         known = self.quality.before_rounding(sparse.option)
-        quality = "but at equal bytes dense int4 has the lower perplexity after a short recovery"
+        quality = f"but {dense.option.name} has the lower perplexity after a short recovery"
         if known is not None:
             dense_one = self.quality.dense
             against = "" if dense_one is None else f", against {dense_one:.2f} of the dense model"
@@ -415,7 +444,7 @@ class Ranking:
             "peers": self.peers,
             "rows": rows,
             "file_bytes": self.file_bytes,
-            "notes": list(self.notes),
+            "notes": [*self.load.note, *self.notes],
         }
 
     def text(self) -> str:
@@ -432,7 +461,8 @@ class Ranking:
             empty = ["" for _ in table[0][2:]]
             table.append(["your file, by llama.cpp (not timed)", f"{self.file_bytes / 1e6:,.1f}", *empty])
         source = [f"Perplexity before rounding: {self.quality.source}."] if known else []
-        return "\n".join([*aligned(table), "", self.verdict, "", self.peers, "", *self.notes, *source])
+        parts = [aligned(table), self.load.note, [self.verdict], [self.peers], [*self.notes, *source]]
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def rank(
@@ -463,7 +493,7 @@ def rank(
     """
     check_can_time(dtype)
     assert min(workloads.values()) >= 1
-    compared = options(dtype, patterns)
+    compared, load = options(dtype, patterns), Load()
     totals = {option: dict.fromkeys(workloads, 0.0) for option in compared}
     parts = [(shape, count, False) for shape, count in shapes.blocks.items()]
     parts += [(shapes.head, 1, True)] if shapes.head else []
@@ -476,7 +506,7 @@ def rank(
             for o, spec in specs.items()
         }
         distinct = sorted(set(rows.values()))
-        found = time_layer(set(timed.values()), shape, distinct, seconds / len(parts) / len(distinct))
+        found = time_layer(set(timed.values()), shape, distinct, seconds / len(parts) / len(distinct), load)
         for option in compared:
             for name, number in rows.items():
                 totals[option][name] += count * found[number][timed[option]]
@@ -495,7 +525,9 @@ def rank(
         "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
     ]
-    return Ranking(cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), notes, quality, file_bytes)
+    return Ranking(
+        cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), notes, quality, file_bytes, load
+    )
 
 
 def check_can_time(dtype: str) -> None:
