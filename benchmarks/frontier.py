@@ -2,7 +2,8 @@
 
     python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER ...] [--json O]
                                   [--plot O] [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]]
-    python -m benchmarks.frontier --text TEXT --speeds-only [--pattern 2:4 32:64] ...
+    python -m benchmarks.frontier --text TEXT --calibration TEXT --quality-only --json QUALITY ...
+    python -m benchmarks.frontier --text TEXT --speeds-only [--pattern 2:4 32:64] [--quality QUALITY ...] ...
 
 Without `--sparse` the sparse models are the dense one pruned to each `--pattern` by SparseGPT, without training; with
 it, folders or runs of castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot
@@ -10,7 +11,8 @@ accuracy are of the rounded weights in fp32. Bytes count the tensors in a file: 
 bf16 (fp32 for fp32), norms. Speeds are measured in turns, A B A B, by castlm's kernels, fp32 by transformers alone:
 greedy decoding of one sequence, a prompt of 512 tokens with the logits of the last one, and one token of each of 8
 sequences, as `castlm generate` and `castlm serve` compute them. They depend on the formats alone: `--speeds-only`
-prunes by magnitude, rounds to the nearest, and leaves quality out.
+prunes by magnitude, rounds to the nearest, and leaves quality out, or takes it from files of `--quality-only`, which
+may run for long on a busy machine.
 
 The peers are the dense model in OpenVINO, in llama.cpp and in torch's dynamic int8; those that are not installed are
 named and left out.
@@ -25,6 +27,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import math
 import os
 import statistics
@@ -100,7 +103,9 @@ class Point:
     """Rows of `castlm.evaluation.zero_shot`, of `acc` alone."""
 
     def per_second(self, work: str) -> float:
-        """Tokens per second, the median of the rounds."""
+        """Tokens per second, the median of the rounds; NaN if no speed was measured."""
+        if work not in self.seconds:
+            return math.nan
         tokens = {"decode": NEW_TOKENS, "read": LONG_PROMPT, "batch": BATCH}[work]
         return tokens / statistics.median(self.seconds[work])
 
@@ -369,6 +374,8 @@ def frontier(options: argparse.Namespace) -> list[Point]:
         points, runners = points + more_points, runners | more_runners
     more_points, more_runners = castlm_points(options, loaded, text)
     points, runners = more_points + points, runners | more_runners
+    if options.quality_only:
+        return points
     inputs = {"decode": text[None, :PROMPT], "read": text[None, :LONG_PROMPT], "batch": text[:BATCH, None]}
     for work, ids in inputs.items():
         contestants = {name: functools.partial(getattr(runner, work), ids) for name, runner in runners.items()}
@@ -388,7 +395,8 @@ def table(points: list[Point]) -> str:
     for p in points:
         shown = "".join(f" {100 * row['value']:.1f} ± {100 * row['stderr']:.1f} % |" for row in p.zero_shot)
         quality = "" if math.isnan(p.perplexity) else f"{p.perplexity:.2f}"
-        speeds = "".join(f" {p.per_second(work):,.{1 if work == 'decode' else 0}f} |" for work in WORK)
+        digits = {work: 1 if work == "decode" else 0 for work in WORK}
+        speeds = "".join(f" {p.per_second(work):,.{digits[work]}f} |".replace("nan", "") for work in WORK)
         lines.append(f"| {p.name} | {quality} |{shown} {p.num_bytes / 1e6:.1f} |{speeds}")
     return "\n".join(lines)
 
@@ -413,28 +421,38 @@ def ratio_text(theirs: list[float], mine: list[float]) -> str:
 
 
 def plot(points: list[Point], file: str) -> None:
-    """Perplexity over bytes and over the speed of decoding, a line for each kind of model, head and program."""
+    """Perplexity over bytes and over the speeds of decoding and of a prompt, a line for each kind of model, head and
+    program. Points of more than three times the least perplexity are named and left out.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    by_bytes, by_speed = figure.subplots(1, 2, sharey=True)
+    known = [point for point in points if not math.isnan(point.perplexity)]
+    least = min(point.perplexity for point in known)
+    shown = [point for point in known if point.perplexity <= 3 * least]
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    by_bytes, by_decoding, by_prompt = figure.subplots(1, 3, sharey=True)
     lines: dict[str, list[Point]] = {}
-    for point in points:
+    for point in shown:
         label, _, end = point.name.rpartition(", ")
         lines.setdefault(f"{point.name.split()[0]}{f', {end}' if label else ''}", []).append(point)
     for label, chosen in lines.items():
         quality = [point.perplexity for point in chosen]
         for axes, x in (
             (by_bytes, [point.num_bytes / 1e6 for point in chosen]),
-            (by_speed, [point.per_second("decode") for point in chosen]),
+            (by_decoding, [point.per_second("decode") for point in chosen]),
+            (by_prompt, [point.per_second("read") for point in chosen]),
         ):
-            axes.plot(x, quality, "o-", label=label)
+            style = ("s" if label.startswith("dense") else "o", "--" if chosen[0].name.startswith("dense") else "-")
+            axes.plot(x, quality, marker=style[0], linestyle=style[1], label=label)
             for place, point in zip(zip(x, quality), chosen):
                 text = point.name.split()[1].rstrip(",")
-                axes.annotate(text, place, xytext=(4, 4), textcoords="offset points")
+                axes.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     by_bytes.set(xlabel="MB", ylabel="perplexity", xscale="log")
-    by_speed.set(xlabel="tokens per second, decoding", xscale="log")
-    by_speed.legend()
+    by_decoding.set(xlabel="tokens per second, decoding", xscale="log")
+    by_prompt.set(xlabel=f"tokens per second, prompt of {LONG_PROMPT}", xscale="log")
+    left_out = [f"{point.name} ({point.perplexity:.0f})" for point in known if point not in shown]
+    by_bytes.set_title(f"not shown: {', '.join(left_out)}" if left_out else "", fontsize=8)
+    by_prompt.legend(fontsize=7, loc="upper left")
     figure.savefig(file)
 
 
@@ -447,6 +465,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", help="text that int4 and int3 are rounded by; needed unless --speeds-only")
     parser.add_argument("--speeds-only", action="store_true")
+    parser.add_argument("--quality-only", action="store_true")
+    parser.add_argument(
+        "--quality", nargs="+", default=[], metavar="JSON", help="of --quality-only, with --speeds-only"
+    )
     parser.add_argument("--sequences", type=int, default=32, help="of calibration tokens")
     parser.add_argument("--calibration-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=16_384)
@@ -465,10 +487,23 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (options.calibration or options.speeds_only):
         parser.error("name a text with --calibration, or measure with --speeds-only")
+    if options.quality_only and options.speeds_only:
+        parser.error("--quality-only and --speeds-only exclude each other")
+    if options.quality and not options.speeds_only:
+        parser.error("--quality is for --speeds-only: without it the perplexities are measured")
+    known = [point for file in options.quality for point in json.loads(Path(file).read_text())["points"]]
+    quality = {point["name"]: point for point in known}
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = options.scratch or scratch
         points = frontier(options)
-    print(table(points), against_dense(points), sep="\n\n")
+    for point in points:
+        if found := quality.get(point.name):
+            point.perplexity, point.zero_shot = found["perplexity"], found["zero_shot"]
+            if point.num_bytes != found["num_bytes"]:
+                parser.error(f"{point.name} has other bytes than in --quality: it is another model")
+    print(table(points))
+    if not options.quality_only:
+        print("", against_dense(points), sep="\n")
     write_json(options.json, {"machine": machine(), "options": vars(options), "points": [asdict(p) for p in points]})
     if options.plot:
         plot(points, options.plot)

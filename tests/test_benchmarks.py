@@ -60,6 +60,15 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
     assert re.search(r"\| 8:16 int4 \| \d.* to ", shown)  # in units of the fastest dense one
     assert "in units of the fastest dense" in shown
 
+    quality, figure = str(tmp_path / "quality.json"), tmp_path / "figure.svg"
+    base = ["--model", str(folder), "--text", text, *sizes, "--peers", "--pattern", "2:4", "--formats", "bf16", "int8"]
+    frontier.main([*base, "--calibration", text, "--quality-only", "--json", quality])
+    frontier.main([*base, "--speeds-only", "--quality", quality, "--json", out, "--plot", str(figure)])
+    for point in json.loads(Path(out).read_text())["points"]:  # both in one table
+        assert point["perplexity"] == points[point["name"]]["perplexity"]
+        assert point["seconds"].keys() == {"decode", "read", "batch"}
+    assert figure.stat().st_size > 0
+
     prune_to(tmp_path / "s", folder)
     for head, name in (([], "2:4 int8"), (["--head", "int8"], "2:4 int8, int8 head")):
         command = ["quantize", str(tmp_path / "s"), "--output-dir", str(tmp_path / "q"), "--save-dtype", "bf16"]
