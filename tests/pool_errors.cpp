@@ -3,7 +3,7 @@
 
 #include <new>
 
-#include "../src/castlm/runtime/pool.h"
+#include "../src/castlm/core/pool.h"
 
 int main() {
   const std::thread::id caller = std::this_thread::get_id();

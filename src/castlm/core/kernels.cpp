@@ -1,8 +1,7 @@
-// The AdamS step and the refresh of its masks on a CPU, each in one pass over memory, and the sweep of SparseGPT. These
-// are plain loops that a compiler vectorizes. torch.compile does the same on a GPU, but on a CPU it neither reads every
-// m-th weight in vectors nor tests the bits of a mask in registers. `update.py`, `nm.py`, `moments.py` and
-// `oneshot/sparsegpt.py` hold the same arithmetic in torch, and the tests compare the two. Pointers are not checked here:
-// `native.py` checks every tensor before it calls.
+// The AdamS step and the refresh of its masks on a CPU, each in one pass over memory. These are plain loops that a
+// compiler vectorizes. torch.compile does the same on a GPU, but on a CPU it neither reads every m-th weight in vectors
+// nor tests the bits of a mask in registers. `update.py`, `nm.py` and `moments.py` hold the same arithmetic in torch, and
+// the tests compare the two. Pointers are not checked here: `native.py` checks every tensor before it calls.
 //
 // Memory of one parameter, (rows, width), and what one turn of the innermost loops takes of it, at 2:4:
 //
@@ -25,19 +24,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <exception>
-#include <thread>
 #include <vector>
 
-// A function that is compiled for each level of x86-64 and picked when the library is loaded. With clang, it is compiled
-// once, for the baseline: before version 18, clang takes these levels and never selects them (llvm-project issue 55830),
-// and later versions are untested.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_CPU
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "each_cpu.h"
+#include "pool.h"
 
 extern "C" {
 
@@ -72,16 +62,6 @@ struct Codes {
   Piece pieces[8];
   int32_t zero;
 };
-
-// A weight that SparseGPT prunes, transposed; the names are as in `castlm.oneshot.sparsegpt`.
-struct Sweep {
-  float* weight;         // (columns, rows)
-  float* lost;           // (columns, rows): old minus new weights of the columns that are done, old ones of the others
-  const float* pull;     // (columns, columns)
-  const float* scale;    // (columns,): 1 / U_jj
-  const float* inverse;  // (columns / m, m, m): U_gg
-  int64_t rows, columns;
-};
 }
 
 namespace {
@@ -106,18 +86,6 @@ struct Chunk {
   int64_t first_row, last_row, begin, end;
 };
 
-// Runs `take` here and on up to `helpers` other threads, and waits for all. `take` shares out the work.
-template <class Take>
-void on_threads(int64_t helpers, Take take) {
-  std::vector<std::thread> others;
-  try {
-    while (int64_t(others.size()) < helpers) others.emplace_back(take);
-  } catch (const std::exception&) {  // no more threads, or no memory for one: those that run share the work
-  }
-  take();
-  for (std::thread& other : others) other.join();
-}
-
 // Calls `work` for all rows of the parameters, in runs of at most `size` weights. Uses one thread for every `size`
 // weights, but at most `num_threads`.
 template <class Work>
@@ -132,13 +100,10 @@ void for_each_run(const Parameter* parameters, int64_t count, int64_t size, int 
       for (int64_t begin = 0; begin < p->width; begin += size)
         chunks.push_back({p, row, std::min(row + rows, p->rows), begin, std::min(begin + size, p->width)});
   }
-  std::atomic<size_t> next{0};
-  auto take = [&] {
-    for (size_t i = next++; i < chunks.size(); i = next++)
-      for (int64_t row = chunks[i].first_row; row < chunks[i].last_row; ++row)
-        work(Run{*chunks[i].of, row, chunks[i].begin, chunks[i].end});
-  };
-  on_threads(std::min<int64_t>(num_threads, total / size) - 1, [&] { take(); });
+  castlm::in_parallel(chunks.size(), 1, std::min<int64_t>(num_threads, total / size), [&](int64_t i, int64_t) {
+    for (int64_t row = chunks[i].first_row; row < chunks[i].last_row; ++row)
+      work(Run{*chunks[i].of, row, chunks[i].begin, chunks[i].end});
+  });
 }
 
 // Updates `count` weights, at most 32, with their bits of the mask:
@@ -365,80 +330,6 @@ INLINE Refreshed refresh_groups(const float* weight, uint8_t* mask, int64_t coun
   return result;
 }
 
-// Eight rows of a weight as one value, which is a vector of AVX2. A comparison gives -1 where it is true.
-constexpr int kLanes = 8;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-// The columns `start` to `stop` of the rows `begin` to `end`, at most 8 V, in whole groups of m. All columns before `start`
-// have acted on them already. `M` is m, or 0 if it is not known when this is compiled.
-//
-//   weight     | row 0  row 1 ... row 15 |  column first        V = 2: a group of m columns, in registers
-//              | row 0  row 1 ... row 15 |  column first + 1
-//   lost       | row 0  row 1 ... row 15 |  columns start to first, in the first-level cache: each adds `pull` times itself
-//              ...                          to each column of the group
-template <int M, int V>
-INLINE void sweep_rows(const Sweep& of, int64_t begin, int64_t end, int64_t start, int64_t stop, int n, int any_m) {
-  const int m = M ? M : any_m;
-  const size_t num_bytes = 4 * (end - begin);
-  Floats lost[kGroup][V], group[M ? M : kGroup][V], score[M ? M : kGroup];
-  Ints rank[M ? M : kGroup];
-  for (int64_t first = start; first < stop; first += m) {
-    float* weight = of.weight + first * of.rows + begin;
-    float* old = of.lost + first * of.rows + begin;
-#pragma GCC unroll 8
-    for (int j = 0; j < m; ++j) {
-      std::memset(group[j], 0, sizeof group[j]);
-      std::memcpy(group[j], weight + j * of.rows, num_bytes);
-    }
-    const float* pull = of.pull + first * of.columns;
-    for (int64_t column = start; column < first; ++column) {
-      const Floats* lost_here = lost[column - start];
-#pragma GCC unroll 8
-      for (int j = 0; j < m; ++j) {
-        const float share = pull[j * of.columns + column];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) group[j][v] += share * lost_here[v];
-      }
-    }
-    const float* inverse = of.inverse + first * m;
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-#pragma GCC unroll 8
-      for (int j = 0; j < m; ++j) {
-        const Floats scaled = group[j][v] * of.scale[first + j];
-        score[j] = Floats(Ints(scaled) & 0x7fffffff);  // without the sign bit
-        rank[j] = Ints{} + j;                          // as in `keep_codes`: the earlier of two equal weights wins
-      }
-#pragma GCC unroll 8
-      for (int later = 1; later < m; ++later)
-#pragma GCC unroll 8
-        for (int earlier = 0; earlier < later; ++earlier) {
-          const Ints later_wins = score[later] > score[earlier];
-          rank[earlier] -= later_wins;
-          rank[later] += later_wins;
-        }
-#pragma GCC unroll 8
-      for (int k = 0; k < m; ++k) {  // a zeroed weight passes its error to the later ones of its group
-        const Ints pruned = rank[k] >= n;
-        const Floats scaled = group[k][v] * of.scale[first + k], error = Floats(Ints(scaled) & pruned);
-#pragma GCC unroll 8
-        for (int j = k + 1; j < m; ++j) group[j][v] -= inverse[k * m + j] * error;
-        group[k][v] = Floats(Ints(group[k][v]) & ~pruned);
-      }
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < m; ++j) {
-      Floats* lost_here = lost[first + j - start];
-      std::memset(lost_here, 0, sizeof lost[0]);
-      std::memcpy(lost_here, old + j * of.rows, num_bytes);
-      for (int v = 0; v < V; ++v) lost_here[v] -= group[j][v];
-      std::memcpy(old + j * of.rows, lost_here, num_bytes);
-      std::memcpy(weight + j * of.rows, group[j], num_bytes);
-    }
-  }
-}
-
 }  // namespace
 
 // Each handles one run. They are not templates, because GCC does not clone templates for several processors.
@@ -479,19 +370,9 @@ EACH_CPU static Refreshed refresh_any(const float* weight, uint8_t* mask, int64_
   return refresh_groups(weight, mask, count, n, m);
 }
 
-// Each handles the rows `begin` to `end` of a weight.
-EACH_CPU static void sweep_4(const Sweep& of, int64_t begin, int64_t end, int64_t start, int64_t stop, int n) {
-  constexpr int64_t rows = 2 * kLanes;
-  for (; begin + rows <= end; begin += rows) sweep_rows<4, 2>(of, begin, begin + rows, start, stop, n, 4);
-  if (begin < end) sweep_rows<4, 2>(of, begin, end, start, stop, n, 4);
-}
-EACH_CPU static void sweep_any(const Sweep& of, int64_t begin, int64_t end, int64_t start, int64_t stop, int n, int m) {
-  for (; begin < end; begin += kLanes) sweep_rows<0, 1>(of, begin, std::min(begin + kLanes, end), start, stop, n, m);
-}
-
 extern "C" {
 
-int32_t castlm_kernels_version = 3;  // of these structures and signatures; `native.py` expects its own number
+int32_t castlm_kernels_version = 4;  // of these structures and signatures; `native.py` expects its own number
 
 // `castlm.core.update.adams_update` of all parameters, in place. `maps` holds the codes of the first moment and of the
 // second.
@@ -520,21 +401,5 @@ int64_t castlm_refresh(const Parameter* parameters, int64_t count, int n, int m,
     if (result.largest > 0x7f800000) has_nan = true;
   });
   return has_nan ? -1 : flips.load();
-}
-
-// Prunes the columns `start` to `stop` of a weight, at most kGroup, and updates those to their right within them.
-void castlm_sweep(const Sweep* of, int64_t start, int64_t stop, int n, int m, int num_threads) {
-  constexpr int64_t part = 8 * kLanes;  // rows that a thread takes at a time
-  std::atomic<int64_t> next{0};
-  auto take = [&] {
-    for (int64_t begin = next.fetch_add(part); begin < of->rows; begin = next.fetch_add(part)) {
-      const int64_t end = std::min(begin + part, of->rows);
-      if (m == 4)
-        sweep_4(*of, begin, end, start, stop, n);
-      else
-        sweep_any(*of, begin, end, start, stop, n, m);
-    }
-  };
-  on_threads(std::min<int64_t>(num_threads, of->rows / part) - 1, [&] { take(); });
 }
 }

@@ -1,7 +1,7 @@
 """The C++ kernels of `kernels.cpp`, called through ctypes on fp32 tensors of a CPU.
 
 They are compiled when castlm is installed, if there is a C++ compiler; `kernels()` is None otherwise. The structures
-and signatures here mirror the C++ file. C++ trusts its pointers, so every tensor passes `_pointer` on its way there.
+and signatures here mirror the C++ file. C++ trusts its pointers, so every tensor passes `pointer` on its way there.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from castlm.core.moments import LONGEST_BLOCK, code_pieces, code_values, zero_co
 
 NOT_BUILT = "the C++ kernels were not compiled: reinstall castlm on a machine with a C++ compiler"
 MOST_GROUPED = 256
-"""The largest m of an n:m pattern for which the kernels make masks, and the most columns of one `sweep_`."""
+"""The largest m of an n:m pattern for which the kernels make masks."""
 
-_VERSION = 3  # of kernels.cpp
+_VERSION = 4  # of kernels.cpp
 _POINTERS = ("weight", "grad", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "mask")
 _NUM_HYPER = 7
 
@@ -52,13 +52,6 @@ class _Parameter(ctypes.Structure):
     ]
 
 
-class _Sweep(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "lost", "pull", "scale", "inverse")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns")),
-    ]
-
-
 class _Piece(ctypes.Structure):
     _fields_ = [(name, ctypes.c_float) for name in ("last", "per_value", "offset", "least")]
 
@@ -70,36 +63,49 @@ class _Codes(ctypes.Structure):
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
     """The compiled library, or None if it was not built. Raises `InputError` if its version is not this module's."""
-    spec = importlib.util.find_spec(f"{__package__}._kernels")
-    if spec is None or spec.origin is None:
-        return None
-    return load_kernels(spec.origin)
+    path = library_of(__package__)
+    return load_kernels(path) if path else None
+
+
+def library_of(package: str) -> str | None:
+    """The path of the compiled kernels of a package, or None if they were not built."""
+    spec = importlib.util.find_spec(f"{package}._kernels")
+    return spec.origin if spec else None
+
+
+def load_library(path: str, version_name: str, version: int) -> ctypes.CDLL:
+    """Loads a library. Raises `InputError` if the number that it exports as `version_name` is not `version`."""
+    library = ctypes.CDLL(path)
+    if ctypes.c_int32.in_dll(library, version_name).value != version:
+        raise InputError(f"{path} belongs to another version of castlm: reinstall castlm")
+    return library
 
 
 def load_kernels(path: str) -> ctypes.CDLL:
     """The library at `path`, with its signatures. Raises `InputError` if its version is not this module's."""
-    library = ctypes.CDLL(path)
-    if ctypes.c_int32.in_dll(library, "castlm_kernels_version").value != _VERSION:
-        raise InputError(f"{path} belongs to another version of castlm: reinstall castlm")
+    library = load_library(path, "castlm_kernels_version", _VERSION)
     parameters, number = ctypes.POINTER(_Parameter), ctypes.c_int
     hyper, maps = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(_Codes)
     library.castlm_update.argtypes = [parameters, ctypes.c_int64, hyper, number, maps, number]
     library.castlm_update.restype = None
     library.castlm_refresh.argtypes = [parameters, ctypes.c_int64, number, number, number]
     library.castlm_refresh.restype = ctypes.c_int64
-    library.castlm_sweep.argtypes = [ctypes.POINTER(_Sweep), ctypes.c_int64, ctypes.c_int64, number, number, number]
-    library.castlm_sweep.restype = None
     return library
 
 
 def runs_on(tensor: Tensor) -> bool:
-    """Whether the kernels exist and take a tensor of this type, device and dtype.
+    """Whether the kernels exist and take a tensor of this type, device and dtype."""
+    return in_reach(tensor) and kernels() is not None
 
-    They take no DTensor or other subclass, whose memory may be elsewhere, and nothing while `torch.compile` traces.
+
+def in_reach(tensor: Tensor) -> bool:
+    """Whether a C++ kernel may read a tensor: float32 in the memory of this process.
+
+    A DTensor or another subclass may have its memory elsewhere, and while `torch.compile` traces there is none.
     """
     if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and kernels() is not None
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def update_(batch: Batch, hyper: Sequence[float], second_moment: str) -> None:
@@ -124,9 +130,9 @@ def update_(batch: Batch, hyper: Sequence[float], second_moment: str) -> None:
                 assert weight.shape[-1] % block == 0
                 assert parameter.block in (0, block)  # the same for both moments
                 parameter.block = block
-                setattr(parameter, name, _pointer(name, tensor, torch.float32, tensor.numel()))
+                setattr(parameter, name, pointer(name, tensor, torch.float32, tensor.numel()))
             else:
-                setattr(parameter, name, _pointer(name, tensor, dtypes[name], weight.numel()))
+                setattr(parameter, name, pointer(name, tensor, dtypes[name], weight.numel()))
     library.castlm_update(
         parameters,
         len(parameters),
@@ -151,49 +157,21 @@ def refresh_(weights: Sequence[Tensor], masks: Sequence[Tensor], n: int, m: int)
     return flips, flips < 0
 
 
-def sweep_(
-    weight: Tensor, lost: Tensor, pull: Tensor, scale: Tensor, inverse: Tensor, columns: range, n: int, m: int
-) -> None:
-    """Prunes some columns of a weight in the loop of `castlm.oneshot.sparsegpt`, group by group, in place.
-
-    Args:
-        weight: (columns, rows), on which the columns before these have acted.
-        lost: (columns, rows), old minus new weights; for these columns and later ones, the old weights.
-        pull: (columns, columns).
-        scale: (columns,), the diagonal of the factor.
-        inverse: (columns / m, m, m).
-        columns: the columns, in whole groups of m, at most 256.
-    """
-    library = kernels()
-    assert library is not None
-    assert 1 <= n < m <= MOST_GROUPED
-    num_columns, num_rows = weight.shape
-    assert 0 <= columns.start <= columns.stop <= num_columns
-    assert columns.start % m == columns.stop % m == num_columns % m == 0
-    assert columns.stop - columns.start <= MOST_GROUPED
-    sweep = _Sweep(rows=num_rows, columns=num_columns)
-    parts = {"weight": weight, "lost": lost, "pull": pull, "scale": scale, "inverse": inverse}
-    sizes = (weight.numel(), weight.numel(), num_columns**2, num_columns, num_columns * m)
-    for (name, tensor), size in zip(parts.items(), sizes):
-        setattr(sweep, name, _pointer(name, tensor, torch.float32, size))
-    library.castlm_sweep(sweep, columns.start, columns.stop, n, m, torch.get_num_threads())
-
-
 def _parameters(weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> ctypes.Array[_Parameter]:
     parameters = (_Parameter * len(weights))()
     for parameter, weight, mask in zip(parameters, weights, masks, strict=True):
-        parameter.weight = _pointer("weight", weight, torch.float32, weight.numel())
+        parameter.weight = pointer("weight", weight, torch.float32, weight.numel())
         parameter.rows, parameter.width = 1, weight.numel()
         if mask is not None:
             width = weight.shape[-1]
             rows = weight.numel() // width if width else 0
-            parameter.mask = _pointer("mask", mask, torch.uint8, rows * -(-width // 8))
+            parameter.mask = pointer("mask", mask, torch.uint8, rows * -(-width // 8))
             if width % 8:  # each row of bits ends within a byte
                 parameter.rows, parameter.width = rows, width
     return parameters
 
 
-def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
+def pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
     """The address of `tensor`, after checking its dtype, size, device and layout."""
     is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     fits = is_plain and tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.numel() == numel

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from castlm.core import native
 from castlm.core.cholesky import upper_factor
+from castlm.oneshot import native
 from castlm.oneshot.ranks import ALONE, ByRows
 
 _MOST_COMPARED = 16
@@ -89,8 +89,7 @@ class _Sweep:
 
     def __call__(self, rows: Tensor) -> Tensor:
         weight = rows.T.contiguous()  # (columns, rows), so that a column of the paper is contiguous
-        uses_kernel = native.runs_on(weight) and self.block_size <= native.MOST_GROUPED
-        sweep_ = native.sweep_ if uses_kernel else sweep_by_torch_
+        sweep_ = native.sweep_ if native.runs_on(weight, self.block_size) else sweep_by_torch_
         lost = weight.clone()  # becomes D, old minus new, group by group
         for start in range(0, len(weight), self.block_size):
             stop = min(start + self.block_size, len(weight))

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "pool.h"
+#include "../core/pool.h"
 
 namespace castlm {
 namespace {

@@ -7,7 +7,7 @@
 #include <atomic>
 
 #include "plain.h"
-#include "pool.h"
+#include "../core/pool.h"
 
 namespace castlm {
 namespace {

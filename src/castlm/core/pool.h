@@ -1,4 +1,4 @@
-// Threads that help with a multiplication if they come in time. The caller waits for parts that are being worked on, and
+// Threads that help with a loop if they come in time. The caller waits for parts that are being worked on, and
 // never for a thread that has not started: on a machine that others use too, an OpenMP region waits until the last of
 // its threads has been scheduled, which takes longer than a token.
 
@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -76,7 +75,7 @@ class Pool {
   void start(int64_t helpers) {
     try {
       for (; threads_ < helpers && threads_ < kMostHelpers; ++threads_) std::thread([this] { help(); }).detach();
-    } catch (const std::system_error&) {  // no more threads are available: those that run share the work
+    } catch (const std::exception&) {  // no more threads, or no memory for one: those that run share the work
     }
   }
 
