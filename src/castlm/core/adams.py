@@ -167,7 +167,7 @@ class AdamS(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._start(group)
+            self._start(group)  # may raise: then the group must not stay half-made
         except BaseException:
             self.param_groups.pop()
             for param in group["params"]:
@@ -193,6 +193,7 @@ class AdamS(Optimizer):
                 only = f"the kernels take plain float32 tensors, not {type(local(param)).__name__} of {param.dtype}"
                 raise InputError(f"fused=True is not possible: {only if is_built else native.NOT_BUILT}; or fused=None")
             self.state[param] |= {"step": torch.tensor(0.0), **new_moments(param, group["moments"])}
+        # Weights that are masked together, as the gate, up and down of a channel, get their masks in one call.
         for params in _joint_params(group) if group["sparse"] else ():
             for param, mask in zip(params, group["pattern"].own_masks(params)):
                 self.state[param]["mask"] = like_rows(pack_mask(mask), param)
@@ -281,7 +282,7 @@ class AdamS(Optimizer):
                     )
             if group["sparse"] and group["params"] and group["mask_interval"]:
                 step = int(self.state[group["params"][0]]["step"])
-                if step % int(group["mask_interval"]) == 0:
+                if step % int(group["mask_interval"]) == 0:  # T1 of the paper; at step 0 too
                     due.append(group)
         # Alg. 1: every T1 steps the mask is made again at the top of the step, so that step 0 has a true mask.
         if due:
@@ -330,6 +331,7 @@ class AdamS(Optimizer):
         """
         saved_state = self._checked(state_dict)
         own_groups = self.param_groups
+        # Shapes, dtypes and devices of the own state, before torch replaces it.
         states = {param: dict(state) for param, state in self.state.items()}
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, own_groups, strict=True):
@@ -434,6 +436,7 @@ def _check_values(number: int, state: Mapping[str, Any]) -> None:
         value = local(torch.as_tensor(saved))
         if value.dtype == torch.uint8 or not value.numel():  # any code and any bit is one
             continue
+        # A negative second moment would be a NaN after the root, thousands of steps later: refused when it is loaded.
         least, most = (float(bound) for bound in value.aminmax())  # NaN if any value is
         is_signed = name == "exp_avg"
         if not (math.isfinite(least) and math.isfinite(most) and (is_signed or least >= 0)):
@@ -466,6 +469,7 @@ def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
     """Raises `InputError` if a parameter was converted or moved since AdamS was built: it would train wrongly."""
     grad, moment = param.grad, state["exp_avg"]
     assert grad is not None
+    # `model.half()` or `model.to(device)` after AdamS was built leaves moments of the old dtype or device behind.
     is_dtype = moment.dtype in (param.dtype, torch.uint8) and param.dtype in _TRAINED and grad.dtype.is_floating_point
     is_placed = param.shape == moment.shape == grad.shape and param.device == moment.device == grad.device
     is_placed &= getattr(grad, "placements", None) == getattr(param, "placements", None)

@@ -22,9 +22,11 @@ def lower_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     not suffice.
     """
     diagonal = hessian.diagonal()
+    # The mean of the undamped diagonal: raising the damping must not compound.
     undamped, mean = diagonal.clone(), diagonal.mean()
     while True:
         diagonal.copy_(undamped + damping * mean)
+        # cholesky_ex reports a failure as a number; `cholesky` would raise, after a synchronization with the device.
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
             return lower, damping

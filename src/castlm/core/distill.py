@@ -37,6 +37,8 @@ class Side(NamedTuple):
 
     @staticmethod
     def of(hidden: Tensor, head: OutputHead, dtype: torch.dtype) -> Side:
+        # z / softcap is wanted, for c tanh(z / c): both factors go into the (tokens, hidden) side, 85 times smaller
+        # than the logits.
         factor = head.scale / (head.softcap or 1.0)
         hidden = hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype)
         bias = None if head.bias is None else head.bias.detach().to(dtype) * factor
@@ -133,8 +135,10 @@ def top_tokens(
     wide = torch.promote_types(dtype, torch.float32)
     side = Side.of(hidden, head, dtype)
     num_tokens = len(side.hidden)
+    # Logits of a chunk: (192, 49152) fp32 are 36 MiB; of a whole batch (4096, 49152) 768 MiB.
     chunk = max(1, min(chunk_tokens or default_chunk_tokens(hidden.device), num_tokens))
     logits = torch.empty(chunk, vocab, dtype=wide, device=hidden.device)
+    # Matmuls in bf16 write bf16 logits, widened before the softmax: with 8 bits, logits of 20 are 0.125 apart.
     narrow = torch.empty(chunk if dtype != wide else 0, vocab, dtype=dtype, device=hidden.device)
     tokens = torch.empty(num_tokens, k, dtype=torch.int32, device=hidden.device)
     log_probs = torch.empty(num_tokens, k, device=hidden.device)
@@ -155,6 +159,7 @@ def spread_(teacher_top: TopTokens, student: Tensor, out: Tensor) -> Tensor:
     (tokens, vocab), so that only its sum contributes to the KL.
     """
     tokens = teacher_top.tokens.to(torch.int64)
+    # The clamp keeps the bucket of the rest above the rounding of 1 - sum, which may come out negative.
     rest = (1 - teacher_top.log_probs.exp().sum(-1, keepdim=True)).clamp_(min=_LEAST).log_()  # (tokens, 1)
     # The student's probability of all other tokens is a sum over them and not 1 minus the sum over `tokens`: where a
     # student is sure, that difference is rounding noise, which would make the KL negative and its gradient zero. It is
@@ -251,6 +256,7 @@ def distillation_loss(
         raise InputError("the distillation loss has no fp16 gradient (1/num_tokens underflows): use bf16 or fp32")
 
     real = labels != ignore_index
+    # a tensor: reading it would wait for the device
     count = real.sum() if num_tokens is None else torch.as_tensor(num_tokens)
     # Selecting rows would synchronize on an accelerator: there, ignored rows get the weight 0 instead.
     if device == "cpu" and not bool(real.all()):
@@ -259,7 +265,7 @@ def distillation_loss(
             teacher = teacher.rows(real)
         elif teacher is not None:
             teacher = teacher[0][real], teacher[1]
-        real = real[real]
+        real = real[real]  # all True, and as long as the rows that are left
     side: Side | TopTokens | None = None
     if isinstance(teacher, TopTokens):
         side = TopTokens(teacher.tokens.flatten(0, -2), teacher.log_probs.flatten(0, -2))
@@ -268,6 +274,7 @@ def distillation_loss(
 
     plan = _Plan(
         labels=labels.masked_fill(~real, 0).reshape(-1),
+        # At least fp32: in bf16, 1/num_tokens would be off by up to 0.4 %, alike for all tokens of a run.
         token_weights=real.to(torch.promote_types(dtype, torch.float32)).reshape(-1) / count.clamp(min=1),
         teacher=side,
         eta=eta,
@@ -330,6 +337,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = OutputHead(weight, bias, softcap, scale)
         losses, ctx.grads = _chunked_loss(hidden, head, plan, ctx.needs_input_grad[:3])
+        # Both are reported alone; a gradient through them would be silently zero.
         ctx.mark_non_differentiable(losses.ce, losses.kl)
         return losses
 
@@ -354,6 +362,7 @@ def _chunked_loss(
     chunk = max(1, min(plan.chunk_tokens, len(hidden)))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         student = Side.of(hidden, head, plan.dtype)
+        # All chunks write into the same buffers; the last one, which may be shorter, into their first rows.
         all_buffers = _Buffers.of(plan, student, chunk, any(needs))
         ce = plan.token_weights.new_zeros(())
         kl = torch.zeros_like(ce)
@@ -362,7 +371,7 @@ def _chunked_loss(
             rows = slice(start, min(start + chunk, len(hidden)))
             buffers = all_buffers.first(rows.stop - start)
             chunk_ce, chunk_kl = _chunk_(student, plan, rows, buffers, any(needs))
-            ce += chunk_ce @ plan.token_weights[rows]
+            ce += chunk_ce @ plan.token_weights[rows]  # a weighted sum over tokens: (192,) @ (192,)
             kl += chunk_kl @ plan.token_weights[rows]
             if any(needs):
                 grads.add_(student, plan.token_weights[rows], rows, buffers)
@@ -378,6 +387,7 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
     labels = plan.labels[rows, None]  # (192, 1)
     p = p_T = logits_(student, rows, buffers.student, buffers.narrow, buffers.tanh if needs_grad else None)
     if plan.teacher is not None and T != 1:
+        # Before the next line overwrites the logits, which both softmaxes read.
         p_T = log_softmax_(torch.div(p, T, out=buffers.tempered))
     log_softmax_(p)  # (192, 49152), in place of the logits, as all that follows: nothing of this size is allocated
     ce = -p.gather(1, labels)[:, 0]
@@ -387,7 +397,7 @@ def _chunk_(student: Side, plan: _Plan, rows: slice, buffers: _Buffers, needs_gr
             q_T = spread_(plan.teacher.rows(rows), p_T, buffers.teacher)
         else:
             q_T = log_probs_(plan.teacher, rows, buffers.teacher, buffers.narrow, T)
-        torch.sub(q_T, p_T, out=buffers.scratch)
+        torch.sub(q_T, p_T, out=buffers.scratch)  # log q - log p, (192, 49152)
         q_T.exp_()
         kl = buffers.scratch.mul_(q_T).sum(-1) * T**2  # Eq. 13: sum of q (log q - log p)
     if needs_grad:
@@ -406,6 +416,7 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, head: OutputHead, needs: tuple[bool, bool, bool], wide: torch.dtype) -> None:
         self.head = head
+        # The rows of a chunk are written once; weight and bias get a share of every chunk, and begin at zero.
         self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
         self.bias = torch.zeros_like(head.bias, dtype=wide) if head.bias is not None and needs[2] else None

@@ -28,6 +28,8 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, weight: Tensor, transposed: bool = False) -> None:
         super().__init__()
+        # gpt-oss stores (experts, in, out): (32, 2880, 5760) becomes (32, 5760, 2880), with groups of m along the last
+        # axis.
         data = weight.detach().mT.contiguous() if transposed else weight.detach()
         self.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
         self.transposed = transposed
@@ -103,6 +105,7 @@ def _hide_weights(experts: nn.Module, args: Any, output: Any) -> None:
 
 def _to_stored_names(experts: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     for name, layer in expert_layers(experts).items():
+        # The names of a checkpoint stay those of the dense model, whichever module holds the weight meanwhile.
         weight = state_dict.pop(f"{prefix}{name}.weight", None)  # None under weight scaling
         if weight is not None:
             state_dict[f"{prefix}{name}"] = weight.mT.contiguous() if layer.transposed else weight

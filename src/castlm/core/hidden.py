@@ -48,7 +48,7 @@ def hidden_distance(
     """
     real = labels != ignore_index
     count = real.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=labels.device)
-    weights = real / count.clamp(min=1) / len(student)
+    weights = real / count.clamp(min=1) / len(student)  # (8, 512): the mean over tokens, then over blocks
     pairs = zip(student, teacher, strict=True)
     distances = [_Distance.apply(ours, theirs.detach(), weights) for ours, theirs in pairs]  # type: ignore[no-untyped-call]
     return torch.stack(distances).sum()
@@ -81,6 +81,6 @@ def _compare(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The difference (..., hidden), and by token `|s - t|^2 / |t|^2` and `|t|^2` (...), in at least fp32."""
     wide = torch.promote_types(ours.dtype, torch.promote_types(theirs.dtype, torch.float32))
     target = theirs.to(wide)
-    power = target.square().sum(-1).clamp(min=torch.finfo(wide).tiny)
+    power = target.square().sum(-1).clamp(min=torch.finfo(wide).tiny)  # a stream of zeros divides by 1e-38, not by 0
     difference = ours.to(wide) - target
     return difference, difference.square().sum(-1) / power, power

@@ -69,6 +69,7 @@ class KeptPattern:
         for name, layer in layers.items():
             parameter = weight_parameter(layer)
             check_matrix(f"the weight of {name}", parameter)
+            # One bit a weight: the masks of an 8B model are 1 GB, as bools they would be 8.
             packed = pack_mask(local(parameter).detach() != 0)
             self.weights[name] = _Weight(parameter, weakref.ref(layer), packed)
         hooks = ExitStack()
@@ -100,6 +101,7 @@ class KeptPattern:
         self.num_checks += 1
         values = self.weights.values()
         found = [(local(weight.parameter) != 0).logical_and_(weight.masked()).sum() for weight in values]
+        # All counts in one collective; each rank then raises or none does.
         counts = sum_over_shards([weight.parameter for weight in values], found)
         broken = [f"{count:,} masked weights of {name}" for name, count in zip(self.weights, counts) if count]
         if broken:

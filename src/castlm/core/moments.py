@@ -46,6 +46,7 @@ def block_size(param: Tensor) -> int:
     """The number of weights that share a scale: the largest power of 2, 32 to 256, that divides the width, or 0."""
     if param.dim() not in (2, 3) or param.numel() < _LEAST:
         return 0
+    # A block must not cross a row, as ranks share out rows: 576 = 9 x 64 has blocks of 64, 1536 of 256.
     block = min(LONGEST_BLOCK, param.shape[-1] & -param.shape[-1])  # the lowest bit that is set: 576 -> 64
     return block if block >= _SHORTEST else 0
 
@@ -61,9 +62,11 @@ def code_pieces(signed: bool) -> list[tuple[float, float, float, float, float]]:
     first = 1
     below = 0.0  # the value of the code before
     for decade in range(7):
+        # Signed codes spend half of the 256 on each sign: 1, 2, 4, ... 64 codes a decade, 127 in all, and one for the
+        # value 1.
         count = 2**decade if signed else 2 ** (decade + 1)
-        slope = 0.9 * 10.0 ** (decade - 6) / count
-        intercept = 10.0 ** (decade - 7) + slope * (0.5 - first)
+        slope = 0.9 * 10.0 ** (decade - 6) / count  # a decade 10^k to 10^(k+1), in `count` equal steps
+        intercept = 10.0 ** (decade - 7) + slope * (0.5 - first)  # codes stand for the middles of their steps
         pieces.append((first, first + count - 1, slope, intercept, (below + slope * first + intercept) / 2))
         below = slope * (first + count - 1) + intercept
         first += count
@@ -87,6 +90,7 @@ def from_codes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     index = offset.abs()
     value = torch.zeros_like(index)
     for first, _, slope, intercept, _ in code_pieces(signed):
+        # Later pieces overwrite earlier ones, so that the last piece whose first index is reached wins.
         value = torch.where(index >= first, index * slope + intercept, value)
     value = value * offset.sign() if signed else value
     return value * scale[:, None]
@@ -97,7 +101,7 @@ def to_codes_(new: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
 
     The scale of a block is its largest magnitude, and each value gets the nearest code.
     """
-    largest = new.abs().amax(dim=1).clamp(min=1e-30)
+    largest = new.abs().amax(dim=1).clamp(min=1e-30)  # (blocks,); a block of zeros divides by 1e-30, not by 0
     value = new / largest[:, None]
     magnitude = value.abs()
     index = torch.zeros_like(value)

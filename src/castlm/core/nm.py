@@ -296,9 +296,10 @@ class NM(LayerPattern):
             mask = unpack_mask(packed, weight.shape[-1])
         else:
             # torch does not compare fp8, and abs(-128) overflows in int8
+            # fp16 and wider
             is_wide_float = weight.is_complex() or (weight.is_floating_point() and weight.dtype.itemsize > 1)
             magnitude = (weight if is_wide_float else weight.double()).abs()
-            has_nan = bool(magnitude.sum().isnan())
+            has_nan = bool(magnitude.sum().isnan())  # a NaN anywhere makes the sum NaN
             mask = rank_mask(magnitude, self.n, self.m)
         if has_nan:
             raise InputError(
@@ -316,6 +317,7 @@ class NM(LayerPattern):
             (NM(n=32, m=64), NM(n=2, m=4))
         """
         group = math.gcd(longest, *widths)
+        # gcd(64, 576, 1536) = 64: 2:4 becomes 32:64. gcd(64, 64, 172) = 4: it stays 2:4.
         return NM(self.n * (group // self.m), group) if group % self.m == 0 else self
 
     def violations(self, weight: Tensor) -> int:
@@ -398,6 +400,8 @@ def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
     import torch
 
     groups = score.reshape(*score.shape[:-1], score.shape[-1] // m, m)  # (4096, 11008) -> (4096, 2752, 4)
+    # The pairs of a group of 64 are 2,016, which a stable sort of 64 scores beats. Stable: the earlier of equals is
+    # kept.
     if m > _MOST_COMPARED:
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(-2)
@@ -405,6 +409,7 @@ def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
     if (n, m) == (2, 4):
         return torch.stack(_two_of_four(*scores), dim=-1).flatten(-2)
     rank = [torch.zeros_like(scores[0], dtype=torch.uint8) for _ in range(m)]
+    # Each pair (i < j) is compared once, and its loser's rank grows by 1: at 2:4 six comparisons, ranks 0 to 3.
     for j in range(1, m):
         for i in range(j):
             later_wins = scores[j] > scores[i]
@@ -446,6 +451,8 @@ def pack_mask(mask: Tensor) -> Tensor:
 
     if mask.shape[-1] == 0:
         return mask.to(torch.uint8)
+    # contiguous_format, because the mask of a transposed weight may not be, and `view` reads eight bools as one number
+    # memory_format: a mask that was transposed would be read in the order of its memory by `view`.
     whole = F.pad(mask.to(torch.uint8, memory_format=torch.contiguous_format), (0, -mask.shape[-1] % 8))
     eights = whole.view(torch.int64)  # (1536, 576) uint8 -> (1536, 72)
     return ((eights * _GATHER) >> 56).to(torch.uint8)  # the highest byte of the product holds the eight bits
@@ -499,8 +506,8 @@ def replace_(packed: Tensor, new: Tensor) -> Tensor:
     packed.copy_(new)
     # torch has no operator that counts bits. Neighbours are added up: bits to sums of 2, to sums of 4, to sums of 8
     # ("Bit Twiddling Hacks").
-    pairs = flipped - ((flipped >> 1) & 0x55)
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    pairs = flipped - ((flipped >> 1) & 0x55)  # 0b1101_0110 -> sums of two bits 10 01 01 01
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)  # -> sums of four bits 0011 0010
     return ((fours + (fours >> 4)) & 0xF).sum()
 
 
@@ -529,6 +536,7 @@ def refresh_masks_(
         return native.refresh_(weights, packed, n, m)
     refresh = compiled(refresh_mask_) if compile else refresh_mask_
     results = [refresh(weight.detach(), mask.detach(), n, m) for weight, mask in zip(weights, packed)]
+    # One transfer from the device for all weights in place of two for each.
     flips, has_nan = (torch.stack(column) for column in zip(*results))
     return flips.sum(), bool(has_nan.any())
 

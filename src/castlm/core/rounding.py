@@ -45,10 +45,14 @@ def best_scale(
     """
     index = groups.abs().argmax(dim, keepdim=True)  # (1536, 9, 64) -> (1536, 9, 1)
     extreme = groups.gather(dim, index)
+    # Six candidates a group for each of `at`, each tried on the whole weight at once: (1536, 9, 1) are 13,824 choices.
+    # Six candidates a group, of which each is tried on the whole weight at once: (1536, 9, 1) scales, 13,824 choices a
+    # pass.
     best, least = torch.ones_like(extreme), torch.full_like(extreme, float("inf"))
     for end in at:
         for shrink in _SHRINK:
             scale = (extreme * (shrink / end)).bfloat16().float()  # (1536, 9, 1), negative where extreme / end is
+            # A group of zeros, or one so small that bf16 has no scale for it: its codes are 0 with any scale.
             scale = torch.where(scale == 0, 1.0, scale)
             # (s clamp(round(w / s)) - w)^2, in place, as a weight of 8B models is large: (1536, 9, 64)
             error = (groups / scale).round_().clamp_(*ends).mul_(scale).sub_(groups).square_()
@@ -80,6 +84,7 @@ class _Round(torch.autograd.Function):
         weight, log_scale = ctx.saved_tensors
         scale, steps, low, high = _steps(weight, log_scale, ctx.bits, ctx.group)
         codes = torch.minimum(torch.maximum(steps.round(), low), high)
+        # Within half a step of the ends nothing is clipped: the rounding itself would land on the last code.
         inside = (steps >= low - 0.5) & (steps <= high + 0.5)
         grads = in_groups(grad, ctx.group)
         # LSQ, Eq. 3: dw'/ds = code - w/s inside the range, and the code where w is clipped; dw'/d log s = s dw'/ds
@@ -90,8 +95,11 @@ class _Round(torch.autograd.Function):
 def _steps(weight: Tensor, log_scale: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The scales (..., groups, 1), the weights in units of them (..., groups, group), and the ends of each group."""
     groups = in_groups(weight, group)
+    # Rounded as it will be stored, so that training sees the error of the scale too.
     scale = log_scale.exp().bfloat16().to(weight.dtype).unsqueeze(-1)
     low, high = groups.aminmax(dim=-1, keepdim=True)  # (1536, 9, 1)
+    # int4 has codes -8 to 7. The side with the larger weight gets the longer end: -7 to 8 where that is the positive
+    # one.
     is_above = high >= -low  # the largest magnitude is positive
     end = 2 ** (bits - 1)
     return scale, groups / scale, torch.where(is_above, 1.0 - end, -end), torch.where(is_above, end, end - 1.0)

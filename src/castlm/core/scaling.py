@@ -131,6 +131,8 @@ def add_weight_scaling(
         if groups < 1 or layer.in_features % groups:
             raise InputError(f"the width {layer.in_features} of {name} does not divide into {groups} scale groups")
     for layer in layers.values():
+        # `register_parametrization` gives the layer a class of its own, so that its forward can be replaced for it
+        # alone. A subclass with another forward keeps its own, through the parametrized weight.
         is_plain = type(layer).forward is nn.Linear.forward
         parametrize.register_parametrization(layer, "weight", WeightScaling(layer.weight, groups))
         if is_plain:

@@ -36,9 +36,12 @@ def like_rows(local: Tensor, param: Tensor) -> Tensor:
     """
     if not isinstance(param, DTensor):
         return local
+    # Rows of the whole parameter, width of the part: bits of a mask, (768, 72) on each of 2 ranks -> (1536, 72).
     shape = torch.Size((param.shape[0], *local.shape[1:]))
     stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     mesh, placements = param.device_mesh, param.placements
+    # The shape is passed because a rank cannot know it from its own rows where they do not divide evenly: 193 rows on 2
+    # ranks are 97 and 96. run_check would broadcast.
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
@@ -52,7 +55,7 @@ def own_rows(tensor: Tensor) -> slice:
     if not isinstance(tensor, DTensor):
         return slice(0, len(tensor))
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return slice(offset[0], offset[0] + shape[0])
+    return slice(offset[0], offset[0] + shape[0])  # rank 1 of 2, (1536, 576): slice(768, 1536)
 
 
 def check_matrix(what: str, weight: Tensor) -> None:
@@ -72,6 +75,7 @@ def sum_over_shards(parameters: Iterable[Tensor], counts: Iterable[Tensor]) -> l
         alike.setdefault(place, []).append((position, count))
     total: dict[int, int] = {}
     for place, members in alike.items():
+        # One all-reduce for all parameters that are placed alike, not one for each.
         stacked = torch.stack([count.to(members[0][1].device) for _, count in members])
         if place is not None:
             mesh, placements = place

@@ -119,6 +119,7 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
     sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}
     for fqn, module in model.named_modules(remove_duplicate=True):
+        # The inside of a parametrized layer, such as its scales; the layer itself is met under its own name.
         if "parametrizations" in fqn.split("."):
             continue
         if isinstance(module, SparseLayer) and filter_fn(module, fqn):
@@ -135,6 +136,7 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
             reason = _why_dense(module, fqn, name, param)
             if reason:
                 dense[f"{fqn}.{name}".lstrip(".")] = reason
+    # A pattern of channels needs gate, up and down together: where one of them stays dense, the others do too.
     inside = {name for names in pattern.joint_layers(sparse) for name in names}
     dense |= {name: pattern.outside for name in sparse if name not in inside}
     sparse = {name: layer for name, layer in sparse.items() if name in inside}
@@ -212,6 +214,7 @@ def sparse_param_groups(
         [(['layers.0.weight'], True), (['layers.0.bias'], False)]
     """
     scope = scope_of(model, pattern, filter_fn)
+    # By identity, because a tensor compares element by element.
     name_of = {id(weight): name for name, weight in scope.weights.items()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     together: dict[Pattern, list[tuple[str, ...]]] = {}  # one entry unless the pattern differs from layer to layer
@@ -223,6 +226,7 @@ def sparse_param_groups(
         chosen = [(name, p) for name, p in named if name_of.get(id(p)) in inside]
         position = {name_of[id(p)]: i for i, (_, p) in enumerate(chosen)}  # of each layer in the group
         # frozen weights are in no group
+        # Positions and not tensors, so that the group can be saved in a state dict.
         joint = [[position[name] for name in names if name in position] for names in units]
         joint = [positions for positions in joint if positions]
         are_alone = all(len(positions) == 1 for positions in joint)
@@ -278,6 +282,7 @@ def prune_(
     if masks is not None:
         for part, names in scope.parts:
             params = [weights[name] for name in names]
+            # All masks are checked before the first weight changes: an error leaves the model as it was.
             part.check_masks([local(masks[param]) for param in params], params)
     chosen: Iterable[tuple[str, Tensor]] = magnitude_masks(weights, scope.pattern)
     if masks is not None:

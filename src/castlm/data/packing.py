@@ -118,12 +118,14 @@ class PackedSequences(Resumable):
     def take(self, num_sequences: int) -> list[Tokens]:
         """The next sequences, each with the token after it: `seq_len` + 1 tokens."""
         first, end = self._token, self._token + num_sequences * self.seq_len
-        self._fill(end + 1)
+        self._fill(end + 1)  # one more: the label of the last token
         found = Tokens.joined([piece.tokens for piece in self._pending])
         self._token = end
+        # The position names the document that the next sequence begins in: used-up documents leave the queue.
         while self._token >= len(self._pending[0].tokens.ids):
             self._token -= len(self._pending.popleft().tokens.ids)
         self.num_taken += num_sequences
+        # seq_len 512: tokens 0 to 512, 512 to 1,024, ... Token 512 is the last label here and the first input there.
         return [found.part(slice(start, start + self.seq_len + 1)) for start in range(first, end, self.seq_len)]
 
     def batch(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
@@ -200,6 +202,7 @@ class PackedSequences(Resumable):
             held.append(piece)
             num_tokens += len(piece.tokens.ids)
             num_held += len(piece.tokens.ids)
+            # Less than one sequence is dropped at the end: a piece with a whole sequence behind it is safe.
             while num_held - len(held[0].tokens.ids) >= self.seq_len:
                 num_held -= len(held[0].tokens.ids)
                 yield held.popleft()
@@ -456,6 +459,7 @@ def document_offsets(positions: Tensor) -> DocumentOffsets:
         tensor([0, 3, 4, 6, 8], dtype=torch.int32)
     """
     begins = (positions.flatten() == 0).nonzero().flatten()
+    # the begin of each document, and the end of the last
     offsets = torch.cat([begins, begins.new_tensor([positions.numel()])]).to(torch.int32)
     return DocumentOffsets(offsets, int(offsets.diff().max()))
 
@@ -466,6 +470,6 @@ def document_mask(positions: Tensor) -> Tensor:
     Returns:
         bool, (batch, 1, seq, seq), True = attends; `positions` are (batch, seq), from `document_positions`.
     """
-    document = (positions == 0).cumsum(dim=1)
+    document = (positions == 0).cumsum(dim=1)  # 0 1 2 0 1 0 1 2 -> 1 1 1 2 2 3 3 3
     same = document[:, :, None] == document[:, None, :]  # (8, 512, 512)
     return torch.tril(same)[:, None]

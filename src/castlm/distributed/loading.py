@@ -183,6 +183,7 @@ def _places(model: PreTrainedModel, stored: Stored) -> dict[str, Place | ExpertP
             keys = [layout.key(name) for name in names]
             if len(renamed) != 1 or (parts and parameter.dim() == 3 and renamed != keys):
                 return None  # several stored tensors, or experts that transformers converts
+            # Every name of a tied weight, each with and without the backbone's prefix `model.`, which older files lack.
             possible = [*(found for key in keys for found in layout.possible_names(key)), *renamed]
             found = next((name for name in possible if name in stored), None)
             if found is not None:
@@ -227,6 +228,7 @@ def materialize_(module: nn.Module, device: torch.device) -> None:
     Tied weights stay tied.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    # `to_empty` gives every tensor new memory: what has values, such as rotary frequencies (32,), is copied back.
     held = {name: local(tensor).detach() for name, tensor in parameters.items() if not local(tensor).is_meta}
     held |= dict(module.named_buffers(remove_duplicate=False))
     names = _names_of_parameters(module)
@@ -268,7 +270,7 @@ def check_weights(checkpoint: Checkpoint, world: World) -> None:
     """Checks that all weights can be read and are finite, each by one rank; all ranks call it, and stop together."""
     failure = None
     with opened_files() as read:
-        for name in sorted(checkpoint.places)[world.rank :: world.size]:
+        for name in sorted(checkpoint.places)[world.rank :: world.size]:  # each weight is read by one rank
             try:
                 _read_finite(checkpoint, name, read, slice(None))
             except InputError as error:

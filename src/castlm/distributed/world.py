@@ -60,7 +60,7 @@ class World:
     @property
     def shard_index(self) -> int:
         """Index of the shard of every parameter that this rank holds."""
-        return self.rank % (self.size // self.num_replicas)
+        return self.rank % (self.size // self.num_replicas)  # 2 replicas of 4 shards: rank 6 holds shard 2
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums `values` over all ranks, in place, and returns them."""
@@ -131,6 +131,7 @@ class World:
         """
         if self.is_main:
             total += part
+            # One buffer for all parts, so that the memory of rank 0 does not grow with the number of ranks.
             received = torch.empty(total.shape, dtype=total.dtype, device=total.device)
             for rank in range(1, num_ranks):
                 dist.recv(received, rank, group=self._group_of(total))

@@ -187,7 +187,8 @@ def shira_config(
     def mask_fn(base_layer: nn.Module, r: int, **_: Any) -> Tensor:
         """The trained positions of a layer: r * (out + in) of the kept ones."""
         weight = base_layer.get_parameter("weight")
-        kept = weight.detach().flatten().nonzero().squeeze(1).cpu()
+        kept = weight.detach().flatten().nonzero().squeeze(1).cpu()  # (442368,) positions in (1536, 576) at 2:4
+        # r = 16: 16 x (1536 + 576) = 33,792 of them
         chosen = kept[torch.randperm(len(kept), generator=generator)[: r * sum(weight.shape)]]
         mask = torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
         return mask.view(weight.shape).to(weight.device)

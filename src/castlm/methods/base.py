@@ -152,6 +152,7 @@ class Retraining:
         decayed: list[tuple[Tensor, str]] = []
         others: list[tuple[Tensor, str]] = []
         for p, name in zip(group["params"], group["param_names"]):
+            # AdamW's habit: norms, biases and scales are not pulled to zero. Sparse weights have the decay of AdamS.
             is_matrix = p.dim() > 1 and "parametrizations" not in dense_name(name) and not name.endswith("bias")
             part = decayed if is_matrix and p not in sparse else others
             part.append((p, name))
@@ -182,6 +183,7 @@ class Retraining:
     def unmasked(self) -> Iterator[None]:
         """Inside the context, every mask of the forward pass is True, so that it computes the dense model."""
         layers = list(self.layers.values()) if self.masks_forward else []
+        # bool, one byte a weight while the dense model is measured
         masks = [forward_mask(layer).clone() for layer in layers]
         for layer in layers:
             forward_mask(layer).fill_(True)
@@ -206,6 +208,7 @@ class Retraining:
 
     @torch.no_grad()
     def _set_masks(self, new: dict[SparseLayer, Tensor]) -> None:
+        # Counted on the device; `flips` reads the number when the logs need it.
         flips = [(mask != forward_mask(layer)).sum() for layer, mask in new.items()]
         self._flips = torch.stack(flips).sum() if flips else 0
         for layer, mask in new.items():

@@ -29,6 +29,7 @@ class Finetune(Retraining):
         for layer, mask in self.magnitude_masks().items():
             parameter = weight_parameter(layer)
             self._masks[parameter] = mask
+            # It runs after each micro-batch; under FSDP2 after the reduction, on this rank's rows.
             parameter.register_post_accumulate_grad_hook(self._mask_gradient_)
         return super().build_optimizer(model, fused)
 

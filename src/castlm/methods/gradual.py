@@ -55,8 +55,9 @@ class GradualMagnitude(Retraining):
         new = {}
         for layer in self.layers.values():
             weight = weight_parameter(layer)
-            mask = self.pattern.mask(weight)
+            mask = self.pattern.mask(weight)  # (1536, 576), n:m in every group
             lost = (weight.abs() * ~mask).view(-1, m).sum(dim=1)  # (1536, 576) -> (221184, 4) -> (221184,)
+            # the groups that lose most, of all (221184,)
             still_dense = lost.argsort(stable=True)[round(share * len(lost)) :]
             mask.view(-1, m)[still_dense] = True
             new[layer] = mask

@@ -45,6 +45,7 @@ def improve_masks(
     penalties = torch.logspace(0, 1, iterations, base=LAST_PENALTY / FIRST_PENALTY).mul_(FIRST_PENALTY).tolist()
 
     def improved(sparse: Tensor, dense: Tensor) -> Tensor:
+        # The mask of W S is chosen by |w_j| * |X_j|, Wanda's score, where that of W would ignore the inputs.
         new = _alternate(sparse * scale, dense * scale, values, vectors, pattern, penalties) / scale
         return _better_rows(new, sparse, dense, hessian)
 
@@ -72,6 +73,7 @@ def _alternate(
     """
     pull = (target @ vectors).mul_(values)  # target H V, (1024, 576)
     dual = torch.zeros_like(sparse)
+    # Two products of (512, 576) with (576, 576) an iteration: into the basis V, where the system is diagonal, and back.
     for penalty, next_penalty in zip(penalties, [*penalties[1:], penalties[-1]]):
         dense = sparse.sub_(dual).matmul(vectors).mul_(penalty).add_(pull).div_(values + penalty) @ vectors.T
         dense += dual

@@ -78,10 +78,11 @@ class Statistic:
         return float(row_energies(weight, self.hessian).sum().clamp(min=1e-30))
 
     def permuted(self, order: Tensor) -> Statistic:
+        # P^T H P: rows and columns, (1536, 1536)
         return Statistic(self.hessian[order][:, order], self.sample[:, order])
 
     def rotated(self, rotations: Tensor, parts: tuple[int, ...]) -> Statistic:
-        halfway = rotate_columns(self.hessian, rotations, parts)
+        halfway = rotate_columns(self.hessian, rotations, parts)  # H R; then (R^T H R)^T = R^T (H R), as H is symmetric
         return Statistic(rotate_columns(halfway.T, rotations, parts), rotate_columns(self.sample, rotations, parts))
 
 
@@ -136,6 +137,7 @@ def change_block_basis_(
     ]
     if turns_values:
         searches.insert(0, partial(find_turn, attention, statistics, pattern, options))
+    # A search is a decision: two processors could round it to different orders, so that one rank takes it for all.
     found = each_by_one(ranks, searches)
     # rank 0 has the first batch
     before = inputs.first_outputs(is_unchanged=True) if ranks.rank == 0 else None
@@ -144,6 +146,7 @@ def change_block_basis_(
         change = report.change("values rotated" if options.rotates_values else "values permuted")
         of_values = found.pop(0)
         if of_values is not None and change.decide(of_values.before, of_values.after):
+            # The order of the changes does not matter: the neurons' search reads other weights and another statistic.
             undo += turn_values_(attention, statistics, of_values.turn)
     if options.permute:
         change = report.change("MLP neurons permuted")
@@ -159,6 +162,7 @@ def change_block_basis_(
         moved = distance(before, inputs.first_outputs())
         return moved, moved > tolerance_of(before.dtype)
 
+    # The one test of the algebra: rotated and permuted, the block must give the same outputs up to rounding.
     moved, is_too_far = ranks.on_main(change_of_outputs, patient=True)
     if is_too_far:
         for weight, old in undo:
@@ -214,6 +218,7 @@ def find_turn(attention: Attention, statistics: Statistics, pattern: NM, options
     new_value = rotate_columns(values.T, rotations, writers).T
     new_output = rotate_columns(outputs, rotations, readers)
     new_statistic = of_output.rotated(rotations, readers)
+    # Both errors are relative to one energy, tr(W H W^T), which a rotation of W and H leaves as it is.
     energies = sampled_energies([outputs], of_output.hessian)
     [before] = solved_errors([outputs], of_output.hessian, output_factor, pattern, energies)
     [after] = solved_errors([new_output], new_statistic.hessian, new_statistic.factor(), pattern, energies)
@@ -221,7 +226,7 @@ def find_turn(attention: Attention, statistics: Statistics, pattern: NM, options
         both = [values, new_value]
         energies = sampled_energies(both, of_value.hessian)
         old, new = solved_errors(both, of_value.hessian, value_factor, pattern, energies)
-        before, after = (before + old) / 2, (after + new) / 2
+        before, after = (before + old) / 2, (after + new) / 2  # v and o count alike, whatever their sizes
     return Found(rotations.cpu(), before, after)
 
 
@@ -230,7 +235,8 @@ def turn_values_(attention: Attention, statistics: Statistics, rotations: Tensor
     value, output = attention.value, attention.output
     rotations, (readers, writers) = rotations.to(output.weight.device), _parts_of(attention)
     replaced = [
-        (value.weight, rotate_columns(value.weight.float().T, rotations, writers).T),
+        (value.weight, rotate_columns(value.weight.float().T, rotations, writers).T),  # R^T W, (192, 576)
+        # (576, 576): each of 9 heads reads one of 3 KV heads
         (output.weight, rotate_columns(output.weight.float(), rotations, readers)),
     ]
     if value.bias is not None:
@@ -252,6 +258,7 @@ def _value_permutations(attention: Attention, scores: Tensor, pattern: NM, round
     for kv_head in range(attention.num_kv_heads):
         readers = [head for head, read in enumerate(attention.kv_head_of) if read == kv_head]
         score = by_head[:, readers].transpose(0, 1).reshape(-1, attention.head_dim)  # (576, 3, 64) -> (1728, 64)
+        # Columns of the identity in the new order: x @ P has x's channels in that order.
         found.append(identity[:, find_permutation(score, pattern, rounds)])
     return torch.stack(found)
 
@@ -276,6 +283,7 @@ def permute_neurons_(mlp: Mlp, statistics: Statistics, order: Tensor) -> Undo:
     statistics[mlp.down.layer] = statistics[mlp.down.layer].permuted(order)
     new = [(mlp.down.weight, mlp.down.weight[:, order])]
     for matrix in mlp.inner:
+        # gate and up, (1536, 576)
         new += [(part, part[order]) for part in (matrix.weight, matrix.bias) if part is not None]
     return replace_(new)
 

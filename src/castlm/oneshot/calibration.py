@@ -62,6 +62,7 @@ def default_sequences(layers: Mapping[str, SparseLayer], seq_len: int, effort: E
     twice the tokens bring nothing after 100 steps, and half of them cost 2.7 % (docs/results/stories260k-start.md).
     """
     widest = max(layer.weight.shape[-1] for layer in layers.values())
+    # SmolLM2-135M: max(32768, 16 x 1536) = 32,768, 64 sequences of 512
     tokens = max(32_768, 16 * widest) * effort.calibration
     return min(128, math.ceil(tokens / seq_len))
 

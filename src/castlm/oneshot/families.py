@@ -49,6 +49,7 @@ class Attention:
     def kv_head_of(self) -> list[int]:
         """The KV head that each head of `output` reads."""
         num_heads = self.output.weight.shape[1] // self.head_dim
+        # 9 heads, 3 KV heads: 0 0 0 1 1 1 2 2 2
         return [head * self.num_kv_heads // num_heads for head in range(num_heads)]
 
 
@@ -133,6 +134,7 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> list[Mlp]:
     mlps = []
     stored = {projection.removesuffix(".weight"): p.data for projection, p in module.experts.named_parameters()}
     for expert, (gate_up, down) in enumerate(zip(stored["gate_up_proj"], stored["down_proj"])):
+        # gate and up of one expert: (2816, 2048) -> 2 x (1408, 2048)
         inner = Matrix(f"{name}.experts.gate_up_proj.{expert}", gate_up).parts(down.shape[1])
         mlps.append(Mlp(tuple(inner), Matrix(f"{name}.experts.down_proj.{expert}", down)))
     for shared in ("shared_expert", "shared_experts"):

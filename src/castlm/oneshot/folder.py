@@ -78,6 +78,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = 
 
 def remove_work(folder: Path) -> None:
     """Deletes the files of a `StartFolder` once the result is complete; other files in `folder` stay."""
+    # The record goes first: without it the rest is no start, whenever this is killed.
     for pattern in (PROGRESS, "block-?????.safetensors", "*-?????-?.bin", OUTPUT):
         for file in folder.glob(pattern):
             file.unlink()
@@ -159,6 +160,7 @@ class StartFolder:
         if has_next:
             for states in streams:
                 written += states.flush()
+        # The hidden states of the block before are deleted below, so that their sizes leave the record; blocks stay.
         self._files = {name: known for name, known in self._files.items() if name.startswith("block-")}
         for of_rank in self.ranks.gather({file.name: size_and_crc(file) for file in written}, patient=True):
             self._files |= of_rank
@@ -225,6 +227,7 @@ class HiddenStates(MutableSequence[Tensor]):
             raise IndexError(number)
         part, position = self._places[number]
         file = self._file(self.block_index, part)
+        # As bytes, because numpy has no bf16. One batch, (2, 512, 576) bf16, is 1.1 MiB.
         stored = np.fromfile(file, np.uint8, self.batch_bytes, offset=position * self.batch_bytes)
         return torch.from_numpy(stored).view(self.dtype).view(-1, *self.shape[1:]).to(self.device)
 
@@ -256,6 +259,7 @@ class HiddenStates(MutableSequence[Tensor]):
 
     def _write(self, index: int, number: int, value: Tensor) -> None:
         part, position = self._places[number]
+        # wb empties what an earlier start left there
         with self._file(index, part).open("r+b" if position else "wb") as opened:
             opened.seek(position * self.batch_bytes)
             stored = value.to("cpu", self.dtype).contiguous().view(torch.uint8)

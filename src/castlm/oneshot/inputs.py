@@ -60,9 +60,10 @@ def see_inputs(
     watch = _Watch(layers, inputs, accumulator, num_sequences)
     watch.run_batches()
     if accumulator is not None:
+        # An expert that got 1 % of 32,768 tokens has seen 328, fewer than its input has columns: now it sees all.
         have_few = [routed.see_all() for routed in watch.routed]
         if any(have_few):
-            watch.collects_linear = False
+            watch.collects_linear = False  # their sums are complete; a second round would add them twice
             watch.run_batches()
         watch.end(accumulator)
     check_reached(layers, watch.found)
@@ -132,7 +133,7 @@ class _Watch:
             self.last_call = self.num_calls if all_called else -1
         for seen in self.found.values():
             if isinstance(seen, LayerInput):
-                seen.current = None
+                seen.current = None  # the tensors of this pass can be freed
 
     def _find_as_main(self) -> None:
         """Gives a rank without batches the inputs that rank 0 has found, and every rank samples of the same shape."""
@@ -150,6 +151,7 @@ class _Watch:
                 seen = LayerInput(torch.zeros(shape, device=self.inputs.device), self.accumulator)
                 seen.names = list(names)
             assert isinstance(seen, LayerInput)
+            # A part with few tokens gives a shorter sample; `share_` needs the length of rank 0's.
             if seen.sample.shape != shape:
                 seen.sample = seen.sample.new_zeros(shape)
             self.found |= dict.fromkeys(names, seen)
@@ -168,6 +170,7 @@ class _Watch:
         if self.collects_linear:
             seen = self.found.get(name)
             if seen is None:
+                # q, k and v are called with one and the same tensor: they share one Hessian, and are solved together.
                 others = [entry for entry in self.found.values() if isinstance(entry, LayerInput)]
                 shared = next((entry for entry in others if entry.current is x), None)
                 seen = shared or LayerInput(x, self.accumulator)

@@ -89,6 +89,7 @@ class Division:
     def __init__(self, num_batches: int, ranks: Ranks) -> None:
         self.ranks = ranks
         num = min(PARTS, num_batches)
+        # 13 batches in 8 parts: 1, 2, 1, 2, 2, 1, 2, 2. The cuts depend on the text alone, and so do all sums.
         self.parts = [range(part * num_batches // num, (part + 1) * num_batches // num) for part in range(num)]
         self.own = list(range(ranks.rank, num, ranks.size))
 
@@ -108,6 +109,7 @@ class Division:
         The range is empty on a rank without a part.
         """
         begin = 0
+        # 8 parts on 3 ranks are three turns, of 3, 3 and 2 parts. Rank 2 has no part in the last, and sends none.
         for first in range(0, len(self.parts), self.ranks.size):
             own = first + self.ranks.rank
             end = begin + (len(self.parts[own]) if own < len(self.parts) else 0)
@@ -139,7 +141,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.dim() != 2:
         yield tensor
         return
-    step = max(1, _SENT // tensor.shape[1])
+    step = max(1, _SENT // tensor.shape[1])  # rows of about 64 MiB in fp32
     is_square = tensor.shape[0] == tensor.shape[1]
     for start in range(0, len(tensor), step):
         yield tensor[start : start + step, start if is_square else 0 :]
@@ -147,6 +149,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 def panels_of(num_rows: int) -> list[slice]:
     """The panels of a layer's rows: of about equal size, at most 8 unless they would be too large."""
+    # 960 rows (q, k, v): min(8, 960 // 128) = 7 panels of 138. 14,336 rows: 28 panels of 512.
     num = max(1, min(_PANELS, num_rows // LEAST_ROWS), math.ceil(num_rows / MOST_ROWS))
     size = math.ceil(num_rows / num)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
@@ -163,7 +166,7 @@ def by_rows(ranks: Ranks, function: Callable[..., Tensor], *matrices: Tensor) ->
     for panel in panels[ranks.rank :: ranks.size]:
         result[panel] = function(*(matrix[panel] for matrix in matrices))
     if ranks.size > 1:
-        for number, panel in enumerate(panels):
+        for number, panel in enumerate(panels):  # rows of a panel are contiguous in `result`
             ranks.share_(result[panel], number % ranks.size)
     return result
 
@@ -183,6 +186,7 @@ def each_by_one(ranks: Ranks, tasks: Sequence[Callable[[], T]]) -> list[T]:
 
     Where ranks take a decision, they take it once, because processors of two kinds could round it to two sides.
     """
+    # rank 1 of 2 does tasks 1, 3, 5
     done: dict[int, Any] = {number: tasks[number]() for number in range(ranks.rank, len(tasks), ranks.size)}
     for other in ranks.gather(done, patient=True):
         done |= other

@@ -35,12 +35,14 @@ def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int
     direction = residual * inverse
     energy = torch.linalg.vecdot(residual, direction).unsqueeze(1)  # r^T P r of each row, (1024, 1)
     for _ in range(iterations):
-        step = (direction @ hessian).mul_(mask)
+        step = (direction @ hessian).mul_(mask)  # A d with A = M H M, (1024, 576)
+        # r^T P r / d^T A d of each row; a row that has arrived divides 0 by 1e-30
         length = energy / torch.linalg.vecdot(direction, step).unsqueeze(1).clamp_(min=1e-30)
         weight.addcmul_(length, direction)
         residual.addcmul_(length, step, value=-1)
         preconditioned = torch.mul(residual, inverse, out=step)
         new = torch.linalg.vecdot(residual, preconditioned).unsqueeze(1)
+        # the next direction, conjugate to those before
         torch.addcmul(preconditioned, new / energy.clamp_(min=1e-30), direction, out=direction)
         energy = new
     # The error is quadratic in w, so it has fallen by the step times the sum of the gradients at both of its ends.

@@ -91,7 +91,7 @@ class Routed:
         for expert in experts:
             tokens = hidden
             if self._seeing_all is None:
-                tokens = hidden[(chosen == expert).any(dim=-1)]
+                tokens = hidden[(chosen == expert).any(dim=-1)]  # (tokens, top_k) -> (tokens,) -> this expert's tokens
             if not len(tokens):
                 continue
             self.num_tokens[expert] += len(tokens)
@@ -108,6 +108,7 @@ class Routed:
         Returns:
             Whether there are such experts. Their statistics are empty again.
         """
+        # X^T X of fewer tokens than columns has no inverse: (2048, 2048) of 300 tokens has rank 300.
         least = max(self.layers[projection].in_features for projection in self.inputs)
         few = [expert for expert, num_tokens in enumerate(self.num_tokens) if num_tokens < least]
         for seen in self.inputs.values():
@@ -135,6 +136,7 @@ class Routed:
         theirs = experts(x, torch.zeros_like(one, dtype=torch.long), one.to(like.dtype))
         bias = experts.get_parameter("down_proj_bias")[0] if self.has_bias else None
         ours = F.linear(self._neurons(0, x), self.layers["down_proj"].weight[0], bias)
+        # An activation that this file does not know, such as a clamp, shows in one token. The tolerance is bf16's.
         if not torch.allclose(ours, theirs, rtol=0, atol=2e-2 * float(theirs.abs().max())):
             raise InputError(f"castlm does not know how {type(experts).__name__} computes its neurons: {_REMEDY}")
 

@@ -117,7 +117,7 @@ def add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
 
 def whole_hessian(hessian: Tensor) -> Tensor:
     """Mirrors the upper triangle of a Hessian (columns, columns) into the lower one, in place."""
-    hessian.triu_()
+    hessian.triu_()  # below the diagonal blocks `add_hessian` has left parts of products
     hessian += hessian.triu(1).T
     return hessian
 
@@ -156,11 +156,11 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     """A copy that can be inverted: its diagonal gets a 1 for dead inputs, then `damping` times its mean."""
     result = hessian.clone()
     diagonal = result.diagonal()
-    diagonal[diagonal == 0] = 1
+    diagonal[diagonal == 0] = 1  # a dead input: any positive number gives the factor a row of its own
     diagonal += damping * diagonal.mean()
     return result
 
 
 def row_energies(weight: Tensor, gram: Tensor) -> Tensor:
     """|X w|^2 (rows,) of each row w of `weight` (rows, columns), where `gram` is X^T X."""
-    return ((weight @ gram) * weight).sum(1)
+    return ((weight @ gram) * weight).sum(1)  # the diagonal of W G W^T, without its (rows, rows)

@@ -154,6 +154,7 @@ class StoredModel:
         """
         with ExitStack() as stack:
             self._read_outside_(stack)
+            # The model's own forward runs its blocks; each of them is read before its call, and freed after it.
             for index, block in enumerate(self.blocks):
                 stack.enter_context(replaced_forward(block, partial(self._forward, index, block.forward)))
             yield
@@ -163,6 +164,7 @@ class StoredModel:
         tensors = {f"{DENSE}{name}": weight for name, weight in self.dense.items()}
         for name, parameter in self.blocks[index].named_parameters(prefix=f"{self.stack}.{index}"):
             value = parameter.detach().to(self.dtype)
+            # in a file of GPT-2, Conv1D's (in, out)
             transposed = self.dtype is not None and StoredLayout(self.model).is_transposed(name)
             tensors[name] = (value.mT if transposed else value).contiguous().cpu()
         return tensors
@@ -194,6 +196,7 @@ class StoredModel:
             prefix = f"{names[module]}.".removeprefix(".")
             self._read_(module, prefix, stack, recurse=False, widen=not plain_embedding)
             if plain_embedding:
+                # Rows are widened after they are looked up: a table (49152, 576) in bf16 stays 54 MiB.
                 stack.callback(module.register_forward_hook(lambda _, __, output: output.float()).remove)
             pending += [child for child in module.children() if child not in inside]
 

@@ -48,7 +48,7 @@ def sparsegpt(
         The new weight (rows, columns), and the damping, see `lower_factor`.
     """
     diagonal = hessian.diagonal()
-    dead = diagonal == 0
+    dead = diagonal == 0  # inputs that are 0 in the whole text
     diagonal[dead] = 1
     weight = weight.masked_fill(dead, 0)
     factor, damping = upper_factor(hessian, damping)
@@ -93,6 +93,7 @@ class _Sweep:
         lost = weight.clone()  # becomes D, old minus new, group by group
         for start in range(0, len(weight), self.block_size):
             stop = min(start + self.block_size, len(weight))
+            # All columns before this block act on it in one matmul: (128, start) @ (start, 1536).
             weight[start:stop].addmm_(self.pull[start:stop, :start], lost[:start])
             sweep_(weight, lost, self.pull, self.scale, self.inverse, range(start, stop), self.n, self.m)
         return weight.T
@@ -107,15 +108,16 @@ def sweep_by_torch_(
         here = slice(first, first + m)
         group = weight[here]  # (4, 1536)
         if first > columns.start:
+            # Those inside the block, group by group: (4, first - start) @ (first - start, 1536).
             group.addmm_(pull[here, columns.start : first], lost[columns.start : first])
         scale_here, inverse_here = scale[here].unsqueeze(1), inverse[first // m]
-        pruned = lowest((group * scale_here).abs_())
+        pruned = lowest((group * scale_here).abs_())  # |w_j| / U_jj, whose square Alg. 1 compares; (4, 1536)
         scale_lost = pruned * scale_here  # 0 where kept
         for k in range(m - 1):  # a zeroed weight passes its error to the later ones of its group
             error = scale_lost[k].mul_(group[k])  # w_k / U_kk, (1536,)
             group[k + 1 :].addr_(inverse_here[k, k + 1 :], error, alpha=-1)
         group.masked_fill_(pruned, 0)
-        lost[here] -= group
+        lost[here] -= group  # D of these columns is final: old minus new
 
 
 class _LowestOfGroup:
@@ -133,6 +135,7 @@ class _LowestOfGroup:
         self.earlier, self.later = torch.triu_indices(m, m, 1, device=like.device)
         pairs = torch.arange(len(self.earlier), device=like.device)
         self.table = like.new_zeros(m, len(pairs))
+        # Ranks begin as 0, 1, 2, 3. A later weight that wins moves the earlier one back (+1) and itself forward (-1).
         self.table[self.earlier, pairs] = 1
         self.table[self.later, pairs] = -1
         self.num_earlier = torch.arange(m, device=like.device, dtype=like.dtype).unsqueeze(1)

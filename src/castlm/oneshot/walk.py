@@ -88,7 +88,7 @@ def walk(
         {name: layer for name, layer in source.layers.items() if name.startswith(f"{source.stack}.{index}.")}
         for index in range(num_blocks)
     ]
-    last = max(index for index, inside in enumerate(layers_of) if inside)
+    last = max(index for index, inside in enumerate(layers_of) if inside)  # behind it nothing reads text
     first = 0 if folder is None else folder.done
     writing = nullcontext if folder is None else folder.writing
     progress(first, num_blocks)
@@ -101,26 +101,32 @@ def walk(
             )
         if follows_dense:
             inputs.dense = _states(source, text, folder, ranks, "dense")
+            # Nothing is pruned before block 0, so that both rows of the drawing above begin with the same states.
             if not len(inputs.dense):  # before the first block, the inputs are the dense model's too
                 inputs.dense.extend(inputs.states)
     for index in range(first):
         assert folder is not None
         if source.is_whole:
+            # A model in memory gets the weights back; of one on disk, the block's file is already their place.
             source.restore_(index, folder.read_block(index))
     for index in range(first, num_blocks):
         if index > last:
             inputs = None
         with source.block(index), writing():
             dense_outputs: Sequence[Tensor] = ()
+            # Before the yield, as the steps change the block that these outputs come from.
             if inputs is not None and follows_dense:
                 dense_outputs = inputs.dense_outputs()
             yield Visit(source, index, layers_of[index], inputs, dense_outputs, ranks)
+            # every rank has the same block
             if folder is not None and ranks.rank == 0:
                 folder.write_block(index, source.finished(index))
             if inputs is not None and index < last:
                 inputs.advance()
         if folder is not None:
             streams = [] if inputs is None else inputs.streams
+            # The block is finished only with this record. After a kill before it, the block is made again from its
+            # inputs, which are deleted last.
             folder.record(index + 1, results(), streams, has_next=index < last)
         progress(index + 1, num_blocks)
 
@@ -131,6 +137,7 @@ def _states(
     """The container for the hidden states of own batches: files in `folder` with the next block's inputs, or a list."""
     if folder is None:
         return []
+    # images differ in size from sequence to sequence
     size = 1 if text.extras is not None else batch_size(text.sequences, source.device)
     division = Division(math.ceil(len(text) / size), ranks)
     shape = size, text.sequences.shape[1], source.model.config.get_text_config().hidden_size
@@ -207,6 +214,7 @@ class BlockInputs(Sequence[Tensor]):
         self.division = Division(len(batches), ranks)
         for number in self.division.batches:
             ids, beside = batches[number].to(self.device), None if extras is None else extras[number]
+            # A start that continues has its inputs on disk: the calls of one pass are all that it needs.
             if beside is None and is_filled and self._passes and len(ids) == self._batch_size:
                 self._passes.append(self._passes[0])  # the calls of one pass serve all batches of its shape
             elif beside is None:
@@ -289,6 +297,7 @@ class BlockInputs(Sequence[Tensor]):
             return output
         tokens, values = self._passes[batch].added[self.block_index]
         entering = output.clone()
+        # the only sequence of its batch; Qwen3-VL adds image features to (num_image_tokens, hidden)
         entering[0, tokens] += values
         return entering
 
@@ -301,6 +310,7 @@ class BlockInputs(Sequence[Tensor]):
             states=self.states if keep else None,
             may_add=extras is not None,
             is_like_others=extras is None and len(ids) == self._batch_size,
+            # A pass with images runs to its end until it is known whether the model adds features between blocks.
             may_stop=not extras or self._adds is False,
         )
         with ExitStack() as hooks:
@@ -323,7 +333,7 @@ def _replayed(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
     def replay(*args: Any, **kwargs: Any) -> Any:
         number = next(numbers)
         if number == len(outputs):
-            outputs.append(forward(*args, **kwargs))
+            outputs.append(forward(*args, **kwargs))  # the first pass over the batch
         return outputs[number]
 
     with replaced_forward(module, replay):
@@ -365,7 +375,8 @@ class _Watch:
     def before(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs before block `index`."""
         rest = dict(kwargs)
-        hidden = args[0] if args else rest.pop("hidden_states")
+        hidden = args[0] if args else rest.pop("hidden_states")  # families differ in how they pass it
+        # Block 3 must be the fourth call of a pass; weights shared between blocks, or a loop over them, break the walk.
         if index != len(self.calls):
             raise self.refusal("calls a block twice, or goes back between its blocks")
         self.calls.append(BlockCall(args[1:], rest))
@@ -373,6 +384,7 @@ class _Watch:
             if self.states is not None:
                 self.states.append(hidden)
             self._compare_with_first()
+        # What enters block 3 must be what left block 2, because the walk hands on nothing else.
         elif not _same(hidden, self.output):
             self._note_addition(index, hidden)
 
@@ -416,6 +428,7 @@ def batch_size(calibration: Tensor, device: torch.device) -> int:
     """Sequences per forward pass, for the fewest passes of about equal size; the last may have fewer."""
     num_sequences, seq_len = calibration.shape
     pass_tokens = PASS_TOKENS_CPU if device.type == "cpu" else _PASS_TOKENS_ACCELERATOR
+    # 64 sequences of 512 tokens on a CPU: 1024 // 512 = 2 a pass, 32 passes. 63 would be 32 passes of 2, the last of 1.
     num_passes = math.ceil(num_sequences / max(1, pass_tokens // seq_len))
     return math.ceil(num_sequences / num_passes)
 
@@ -427,7 +440,7 @@ def _hidden_of(output: Tensor | tuple[Any, ...]) -> Tensor:
 def _same(a: Any, b: Any) -> bool:
     """Equal in every tensor they hold; objects of other types are not looked into."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or torch.equal(a, b)
+        return a is b or torch.equal(a, b)  # the rotary tables are one tensor in most models
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):

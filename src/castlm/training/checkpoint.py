@@ -109,6 +109,7 @@ class Saver:
         self.world.check_all(self.world.on_main(lambda: self._start(step)))
         content = json.dumps({**manifest, "format": FORMAT, "step": step})  # now, because its values change later
         # Sharded tensors are written by the first of the replicas, plain ones by the main rank.
+        # ranks 0 to shards - 1; replicas hold the same rows
         is_first_replica = self.world.rank == self.world.shard_index
         rows = {
             name: _rows(tensor)
@@ -116,6 +117,7 @@ class Saver:
             if is_first_replica and (self.world.is_main or isinstance(tensor, DTensor))
         }
         background = self.background and self._has_memory(step, sum(part.nbytes for part in rows.values()))
+        # The next step changes weights and moments in place, so that a write in the background needs a copy.
         rows = {name: part.to("cpu", copy=background).contiguous() for name, part in rows.items()}
         file = self._temporary(step) / f"shard-{self.world.shard_index:05d}.safetensors"
         self._pending = step, content, self._thread.submit(_write, rows, file)
@@ -156,6 +158,7 @@ class Saver:
                 trim_memory()  # the copy
         except (OSError, SafetensorError) as error:
             failure = self._explain(step, error)
+        # Every rank learns of a failure before rank 0 publishes: a checkpoint that lacks a shard must not get its name.
         gathered = self.world.gather((files, failure))
         failure = next((f for _, f in gathered if f is not None), None)
         if failure is None:
@@ -200,6 +203,7 @@ class Saver:
             flush_folder(temporary)
             if final.exists():
                 _remove(final)
+            # The rename makes it a checkpoint, at once and whole; what was killed before it is a hidden folder.
             os.rename(temporary, final)
             flush_folder(self.folder)
             for old in [*list(checkpoint_steps(self.folder).values())[: -self.keep], *self._half_removed]:
@@ -255,6 +259,7 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], world: World) -> 
     """
     manifest = read_manifest(path)
     files = sorted(manifest["files"].items())
+    # Each rank checks the CRC-32 of some files, so that a large checkpoint is read once in all.
     broken = [path / name for name, about in files[world.rank :: world.size] if not is_whole(path / name, about)]
     remedy = f"remove {path} to resume from an older one"
     world.check_all(f"{broken[0]} is missing or corrupt: {remedy}" if broken else None)
@@ -276,6 +281,8 @@ def _read_rows(files: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
         opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
         held = [(file, set(file.keys())) for file in opened]
         for name, tensor in tensors.items():
+            # A file holds the rows of one rank of the run that saved. Of (1536, 576), saved by 4 ranks, 384 rows each,
+            # a rank of 2 reads 768 rows from two files.
             mine, first, done = _rows(tensor), own_rows(tensor).start if tensor.dim() else 0, 0
             for part in (file.get_slice(name) for file, names in held if name in names):
                 size, *width = part.get_shape()
@@ -328,6 +335,7 @@ def check_same_run(manifest: Mapping[str, Any], config: Mapping[str, Any], facts
     before = manifest["facts"]
     free = free_on_resume(TrainConfig.sections().values())
     free |= {k for k, fact in _BY_CONTENT.items() if fact in before and before[fact] == facts.get(fact)}
+    # Through JSON, as the saved one went: tuples become lists.
     then, given = manifest["config"], json.loads(json.dumps(config))
     saved = {k: v for k, v in then.items() if k not in free} | before
     now = {k: v for k, v in given.items() if k not in free} | dict(facts)

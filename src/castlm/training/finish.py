@@ -64,7 +64,7 @@ def finish(run: Run, say: Say) -> Facts:
     if objective.teacher is not None and is_sharded(objective):
         free_blocks_(objective.teacher)
     objective.teacher = None
-    run.optimizer.state.clear()
+    run.optimizer.state.clear()  # 8 bytes a weight
     uncompile_blocks_(objective)
     collect_garbage(run.world.device.type)
     is_cut = bool(run.method.layers) and pattern.cuts  # the cut needs the whole model
@@ -120,7 +120,7 @@ def gathered(run: Run) -> PreTrainedModel | None:
         return None
     kind = auto_class(run.model.config)
     model: PreTrainedModel = kind.from_config(run.model.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    linearize_(model)
+    linearize_(model)  # the same modules as the trained one, so that the names of the state fit
     run.method.parametrize_(model)
     model.load_state_dict(state)
     fit_rounding_(model, keep_scales=True)

@@ -68,6 +68,7 @@ def measure(run: Run, recorder: Recorder, steps: int) -> FirstSteps:
         seconds.append(run.progress.seconds - before)
         tokens = run.progress.tokens - before_tokens
     momenta = [run.optimizer.momentum(weight_parameter(layer)) for layer in method.layers.values()]
+    # A rank holds some rows of each layer: squares and counts are added up, and the root is taken of the quotient.
     sums = [[float(momentum.square().sum()), momentum.numel()] for momentum in momenta]
     squares, counts = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device)).unbind(1)
     # mu_t / (1 - b1^t): Adam's moment starts at zero, and is too small in the first steps

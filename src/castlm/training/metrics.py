@@ -69,11 +69,12 @@ def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Itera
     """
     found = text.sequences(seq_len, seq_len)
     if text.by_document:
+        # the longest first: a batch wastes little on filler
         found.sort(key=lambda sequence: sequence.begin - sequence.end)
     per_step = batch * world.size
     for step in range(0, len(found), per_step):
         width = found[step].end - found[step].begin if text.by_document else seq_len
-        start = step + world.rank * batch
+        start = step + world.rank * batch  # 2 ranks with batches of 8: rank 1 takes 8 to 15 of 16
         yield text.batch(found[start : start + batch], width, rows=batch)
 
 
@@ -98,7 +99,7 @@ def mask_figures(
         sums[:4] += torch.stack([kept, total, flipped, entries.double()])  # |W * M|_1, |W|_1, |M xor M_0|, |M|
         if magnitude.numel():
             largest = torch.maximum(largest, (magnitude * ~mask).amax())
-    sums[4] = flips
+    sums[4] = flips  # counted by the refresh itself, on this rank
     kept_sum, total_sum, flipped_sum, entries_sum, flips_sum = world.sum(sums).tolist()
     if world.mesh is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -127,7 +128,7 @@ def masked_histogram(masks: Mapping[Tensor, Tensor], world: World) -> Histogram 
         bins = ((masked[masked > 0].log10() * 4).floor() - lowest).clamp(0, num_bins - 1)
         counts[1:] += torch.bincount(bins.long(), minlength=num_bins)
         counts[0] += (masked == 0).sum()
-    zeros, *rest = (world.sum(counts).long() // world.num_replicas).tolist()
+    zeros, *rest = (world.sum(counts).long() // world.num_replicas).tolist()  # fp64 counts exactly to 2^53
     return Histogram(edges=list(HISTOGRAM_EDGES), zeros=zeros, counts=rest)
 
 
@@ -185,6 +186,7 @@ def forward_flops(parameters: Iterable[tuple[Tensor, str]], model_config: Any, s
     embedding: int = 0 if model_config.tie_word_embeddings else config.vocab_size * config.hidden_size
     active = getattr(config, "num_experts_per_tok", 1)
     matrices: float = sum(
+        # (64, 2816, 2048) with 8 active experts counts an eighth.
         p.numel() * (min(1.0, active / len(p)) if p.dim() == 3 else 1)
         for p, name in parameters
         if p.dim() > 1 and name.endswith(("weight", "weight.original")) and not is_tower(name)

@@ -182,6 +182,7 @@ def shard_objective_(
         stored: the place of the student's weights, of which each rank reads its rows; None if they are in memory.
         teacher_stored: the same of the teacher.
     """
+    # Of models on the meta device there is nothing to move: `materialize_` below allocates this rank's rows.
     if stored is None and teacher_stored is None:
         objective.to(world.device)
     if not whole_copies:
@@ -220,7 +221,7 @@ def pruned(masks: dict[Tensor, Tensor]) -> Iterator[None]:
     with torch.no_grad():
         held = []
         for weight, mask in masks.items():
-            held.append((weight, ~mask, weight[~mask]))
+            held.append((weight, ~mask, weight[~mask]))  # the masked half alone, (442368,) of (1536, 576)
             weight[~mask] = 0.0
         try:
             yield

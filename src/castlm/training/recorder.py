@@ -109,7 +109,7 @@ class Recorder:
             values["dense_ppl"] = run.dense_perplexity
         for name, part in run.text.eval_parts.items():
             values[f"perplexity/{name}"] = run.evaluator.perplexity(part)
-        run.progress.figures[str(run.progress.step)] = values
+        run.progress.figures[str(run.progress.step)] = values  # text, as the keys of JSON are
         details: dict[str, Any] = {"peak_memory_bytes": peak_memory(run.world.device.type)}  # for metrics.jsonl alone
         if masks:
             histogram = masked_histogram(masks, run.world)

@@ -189,7 +189,7 @@ class Run:
             "seconds": self.progress.seconds,
             "figures": self.progress.figures,
             "start": to_json(self.start),
-            "flips": int(self.world.sum(flips)) // self.world.num_replicas,
+            "flips": int(self.world.sum(flips)) // self.world.num_replicas,  # replicas hold the same masks
         }
 
     def restore(self, path: Path) -> None:

@@ -48,6 +48,7 @@ class Stepper:
             group["lr"] = lr
         micro_batches = [next(run.text.loader) for _ in range(optimizer.gradient_accumulation_steps)]
         check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(run.model.config))
+        # tokens read, and tokens that count, of each micro-batch
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
         # Tokens that count differ between micro-batches and ranks, so the loss is normalised by their number in the
         # whole global batch: a mean of means would weigh the tokens of a short micro-batch more.
@@ -68,10 +69,11 @@ class Stepper:
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not np.isfinite([total, grad_norm]).all():
             raise self._diverged(f"the loss is {total} and the gradient norm {grad_norm}", on_all_ranks=True)
+        # After the clipping, so that SR-STE's decay is not clipped with the gradient of the loss.
         run.method.before_update(step)
         with self._self_check.around_step(step, run.method.mask_interval):  # AdamS refreshes its masks in `step`
             run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)  # frees the gradients, as large as the weights, before the evaluation
 
         values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm}
         if config.teacher.hidden_weight:
@@ -105,6 +107,7 @@ class Stepper:
         sums = torch.zeros(4, device=device)
         last = len(micro_batches) - 1
         for number, batch in enumerate(micro_batches):
+            # Replicas add their gradients once a step, in the backward pass of the last micro-batch, not in each.
             if world.num_replicas > 1 and number in (0, last):
                 sum_over_replicas_(objective, now=number == last)
             with autocast(device, run.evaluator.precision):
@@ -112,7 +115,7 @@ class Stepper:
             # FSDP averages gradients over ranks. The loss is already divided by the tokens of all ranks, so only a sum
             # is wanted: multiplying by the number of ranks undoes the average.
             (loss.loss * world.size).backward()
-            sums += torch.stack(loss).detach().float()
+            sums += torch.stack(loss).detach().float()  # (4,): loss, ce, kl, hidden; each already divided by num_tokens
         average_gradients_(objective, run.names, world)
         return sums
 

@@ -73,6 +73,7 @@ def as_teacher_(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     Buffers such as rotary frequencies keep their dtype, because bf16 has too few bits for them.
     """
     for parameter in model.parameters():
+        # `model.to(dtype)` would cast the buffers too.
         parameter.data = parameter.data.to(dtype)
     model.eval()
     model.requires_grad_(False)

@@ -132,6 +132,7 @@ def take_steps(run: Run, recorder: Recorder, interrupt: Interrupt) -> None:
             is_last = progress.step == last
             if progress.step % eval_steps == 0 or is_last:
                 recorder.evaluate()
+            # A signal may reach one rank alone: all agree to stop, or the others would wait in their next collective.
             is_stopped = run.world.any(interrupt.requested)
             if is_stopped or (save_steps and (progress.step % save_steps == 0 or is_last)):
                 recorder.save()
@@ -168,6 +169,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     if config.checkpoint.resume:
         checkpoint = world.on_main(lambda: folder.newest_checkpoint(config.as_dict()))
     if checkpoint is not None:
+        # The facts of the start are made once, at step 0; a resumed run takes them from the checkpoint.
         start.facts = world.on_main(lambda: from_json(Start, read_manifest(checkpoint)["start"], str(checkpoint)))
     makes_start = checkpoint is None and config.start.name != "magnitude"
     if makes_start:
@@ -191,6 +193,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     filter_fn = filter_of(config.model.left_dense)
     if method_options.row.is_sparse:
         check_export(model, pattern, filter_fn)
+    # in the whole run, on all ranks
     num_sequences = optimizer_options.max_steps * optimizer_options.sequences_per_step(world.size)
     teacher = TeacherSource(config.teacher, config.model, source, world, whole_copies=whole_copies)
     cache = None
@@ -229,6 +232,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     # student and teacher
     teacher_model = None
     if eta > 0 and not (cache and cache.complete):
+        # Before the method parametrizes the student: the teacher of a run without another is a copy of the dense model.
         teacher_model = as_teacher_(teacher.take_model(), teacher_dtype(precision))
     method = method_class(
         model,
@@ -264,12 +268,13 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     if checkpoint is None:
         changes_weights = makes_start or method.step0 != "dense" or method_options.weight_bits
         if changes_weights and not config.is_finetuning:
-            with method.unmasked():
+            with method.unmasked():  # the dense model, before the start replaces its weights
                 dense_perplexity = evaluator.perplexity()
         if makes_start:
             start_(model, method, start, world)
         else:
             method.start_from_magnitude_()
+    # After the start, whose weights the scales must fit; on resume they are read with the checkpoint below.
     fit_rounding_(model, keep_scales=checkpoint is not None)
     run = Run(
         config=config,

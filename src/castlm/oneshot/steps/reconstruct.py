@@ -109,10 +109,11 @@ def reconstruct_(
         found = {batch: float(value(own[batch])) for batch in batches if batch in own}
         everywhere: dict[int, float] = {}
         for of_rank in ranks.gather(found, patient=True):
-            everywhere |= of_rank
+            everywhere |= of_rank  # summed below in the order of the batches, whichever rank has them
         return sum(everywhere[batch] for batch in batches)
 
     # the mean energy of the block's contribution to the residual stream
+    # an error of 1 is that of a block that adds nothing
     scale = sum_over(range(num_batches), lambda own: (targets[own] - inputs[own]).square().mean()) / num_batches
 
     def distance(own: int, rows: slice) -> Tensor:
@@ -131,6 +132,7 @@ def reconstruct_(
                     parameter.grad = torch.zeros_like(parameter)
                 ranks.share_(parameter.grad, owner)
 
+    # By the name of the class, as families have norms of their own: LlamaRMSNorm, Gemma2RMSNorm, LayerNorm.
     norms = [p for m in block.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)]
     trained = [*masks, *norms]
     best = [p.detach().clone() for p in trained]
@@ -151,7 +153,7 @@ def reconstruct_(
                         weight.grad.mul_(mask)
                 optimizer.step()
             now, done = error(), epoch + 1
-            if not now < lowest:
+            if not now < lowest:  # NaN ends it too
                 break
             lowest, best = now, [p.detach().clone() for p in trained]
     with torch.no_grad():

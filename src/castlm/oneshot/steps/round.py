@@ -74,7 +74,7 @@ class Round(Step):
                 names = ", ".join(entry.names)
                 check_finite_input(names, entry.statistic)
                 whole_hessian(entry.statistic)  # only its upper half was filled
-                together = torch.cat([weights[name].float() for name in entry.names])
+                together = torch.cat([weights[name].float() for name in entry.names])  # q, k, v: (960, 576)
                 with naming(names):
                     rounded = round_in_groups(together, entry.statistic, self.damping, kind=self.kind)
                 for name, part in zip(entry.names, rounded.split([len(weights[name]) for name in entry.names])):
@@ -200,6 +200,7 @@ def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict
             experts = [layers[f"{name}.{expert}"] for expert in range(layer.num_experts)]
             for part in layout.parts(name):
                 if part.expert is None:  # all experts in one tensor: their rows follow each other
+                    # 8 experts, (1408, 2048) codes each -> (11264, 2048)
                     codes, scales = (torch.cat([getattr(each, of) for each in experts]) for of in ("codes", "scales"))
                     found[part.stem] = Rounded(experts[0].kind, codes, scales)
                 else:

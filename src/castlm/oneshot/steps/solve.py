@@ -124,6 +124,7 @@ class Solve(Step):
                 seen = see_inputs({name: inside[name] for name in names}, inputs, self.solver, inputs.num_sequences)
             report.layers += prune_seen(inside, seen, self.solver, self.settings_of, visit.ranks)
             seen = []
+            # Once q, k, v and o are pruned, the outputs of the attention are final, and later passes need not run it.
             unpruned = [inside[name] for later in stages[num_done:] for name in later]
             # Where one rank has one block at a time in memory, to need little of it counts more than time.
             if (visit.source.is_whole or visit.ranks.size > 1) and unpruned:
@@ -146,6 +147,7 @@ def stages_of(seen: Seen) -> list[Seen]:
     """
     alike: dict[tuple[str, ...], Seen] = {}
     for entry in seen:
+        # experts.0.up_proj, experts.1.up_proj -> experts.#.up_proj
         names = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in entry.names)
         alike.setdefault(names, []).append(entry)
     return list(alike.values())
@@ -233,6 +235,7 @@ def prune_layers(
         weight.copy_(new)
         error = None
         if seen is not None:
+            # Of the weight as stored, so that rounding to bf16 counts: (256, 576) @ (576, 192).
             error = relative_error(seen.sample @ (old - weight.float()).T, seen.sample @ old.T)
         result = LayerResult(
             name,
@@ -265,6 +268,7 @@ def _solve_refined(
     dense: Tensor, statistic: Tensor, solver: Solver, settings: Settings, refinements: list[Refinement]
 ) -> Pruned:
     """Solves for masks and weights, then improves them by one refinement after another."""
+    # The solver overwrites its statistic; the refinements need it whole.
     hessian = whole_hessian(statistic).clone()
     pruned = solver.prune(dense.clone(), statistic, settings)
     weight = pruned.weight
