@@ -117,6 +117,20 @@ def test_card_names_no_local_path(tmp_path):
     assert "# my-base, 2 of 4" in card
     assert "base_model" not in front_matter
     assert "None was measured" in card
+    assert "rounded model was not measured" not in measured
+    rounded = card_of(figures=[{"name": "dense", "perplexity": 3.0}], quantized={"kind": "int8"})[1]
+    assert "The rounded model was not measured" in rounded
+
+
+def test_a_local_base_is_not_taken_for_a_hub_id_in_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    (tmp_path / "runs" / "base" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    source = origin_of("runs/base").base_model
+    monkeypatch.chdir("/")
+    front_matter, card = card_of(base_model=source)
+    assert "base_model" not in front_matter
+    assert "huggingface.co" not in card
 
 
 def test_card_of_a_diverged_run_says_so():

@@ -85,6 +85,9 @@ def test_every_zero_stays_and_every_layer_is_trained(sparse, text, tmp_path, fam
     assert json.loads(json.dumps(again.as_dict())) == {**record_of(folder)["config"], "output_dir": "again"}
     if adapter == "none":
         return
+    assert (
+        "Fine-tuned with its zeros kept through an adapter" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    )
     base = castlm.load_model(sparse).model
     merged = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").merge_and_unload()
     with torch.no_grad():

@@ -379,9 +379,16 @@ def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
     record = {"base_model": "owner/base", "license": "mit", "verdict": {"ok": False, "reason": "it is bad"}}
     plain, packed, back = (tmp_path / name for name in ("plain", "packed", "back"))
     export_model(model, tiny_tokenizer(), plain, pattern=pattern, left_dense={}, record=record)
-    assert main(["pack", str(plain), "--output-dir", str(packed)]) == 0
+    assert main(["pack", str(plain), "--output-dir", str(packed), "--head", "int8"]) == 0
     card = (packed / "README.md").read_text()
-    for text in ("license: mit", "Do not use this model", "channels:0.75+2:4", "import castlm", "castlm unpack"):
+    named = (
+        "license: mit",
+        "Do not use this model",
+        "channels:0.75+2:4",
+        "import castlm",
+        "output head are dense, in int8",
+    )
+    for text in (*named, "castlm unpack"):
         assert text in card
     assert main(["verify", str(packed)]) == 0
     assert "channels:0.75+2:4" in capsys.readouterr().out

@@ -240,6 +240,8 @@ class Packing:
 
     format: int
     castlm: str
+    head: str | None = None
+    """The format of output head and embedding; None if they have the dtype of the files."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Writes the model card: the content of a model folder, its measured perplexity, and how to load and verify it.
 
-The text is `card.md.jinja`. A perplexity means nothing without its text, sequence length and tokenizer, so the table
-has a column for each. Names come from users and other people's files, so they are escaped, and only the last part of a
-local path is shown.
+The texts are `card.md.jinja`, `packed.md.jinja` and `adapter.md.jinja`. A perplexity means nothing without its text,
+sequence length and tokenizer, so the table has a column for each. Names come from users and other people's files, so
+they are escaped, and only the last part of a local path is shown.
 
 A packed model of others keeps its own card, below a head that names the programs that read the folder; `castlm unpack`
 removes the head.
@@ -11,6 +11,7 @@ removes the head.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from castlm.core.blocks import in_block
 from castlm.export.folder import recorded_pattern
-from castlm.export.origin import described, made_by, origin_of
+from castlm.export.origin import described, made_by
 from castlm.facts import HELD_OUT_OF, Cut, Facts, Figure, PastStep
 from castlm.names import markdown, markdown_code
 from castlm.packages import install_line
@@ -47,8 +48,8 @@ def model_card(folder_name: str, facts: Facts) -> str:
     hub_id, _ = _hub_model(source)
     base_name = (hub_id or _public(source)).split("/")[-1]
     front_matter = {
-        **({"base_model": hub_id} if hub_id else {}),
-        **({"license": license_id} if license_id else {}),
+        "base_model": hub_id,
+        "license": license_id,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["castlm", "sparsity", *pattern.tags],
@@ -63,16 +64,9 @@ def model_card(folder_name: str, facts: Facts) -> str:
     if proof.perplexity_from_disk is not None and figures:  # files may be rounded to a shorter dtype than in training
         name = f"as written, in {facts.dtype}" if facts.dtype else "as written"
         figures.append(replace(figures[-1], name=name, perplexity=proof.perplexity_from_disk))
-    templates = Environment(
-        loader=PackageLoader("castlm", "export"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters.update(md=markdown, code=markdown_code)
-    return templates.get_template("card.md.jinja").render(
-        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+    return _render(
+        "card.md.jinja",
+        front_matter=_fenced(front_matter),
         title=markdown(f"{base_name}, {short}" if base_name else folder_name),
         base=_reference(source),
         how=made,
@@ -85,6 +79,7 @@ def model_card(folder_name: str, facts: Facts) -> str:
         is_nm=is_nm,
         is_dense=is_dense,
         packed=facts.packed is not None,
+        head=facts.packed and facts.packed.head,
         proof=proof,
         changed=[  # fields of the config
             f"{markdown_code(name)} from {old:,} to {cut.after[name]:,}"
@@ -93,9 +88,28 @@ def model_card(folder_name: str, facts: Facts) -> str:
         ],
         left_dense={name: reason for name, reason in facts.left_dense.items() if in_block(name)},
         table=_table(figures),
+        measured=proof.perplexity_from_disk is not None or facts.quantized is None,
         license=license_id,
         derived_from=hub_id or base_name or "its base model",
     )
+
+
+def _render(template: str, **content: Any) -> str:
+    templates = Environment(
+        loader=PackageLoader("castlm", "export"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters.update(md=markdown, code=markdown_code)
+    return templates.get_template(template).render(**content)
+
+
+def _fenced(fields: Mapping[str, Any]) -> str:
+    """The head of a card for the hub, without the fields that are not known; empty if none is."""
+    known = {name: value for name, value in fields.items() if value}
+    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n" if known else ""
 
 
 def _hub_model(source: str) -> tuple[str, str]:
@@ -152,62 +166,31 @@ def _table(figures: list[Figure]) -> list[str]:
     return [head, "|" + "---|" * len(columns), *rows] if columns else []
 
 
-_ADAPTER = """{front_matter}# Adapter for a sparse {title}
-
-It was made with castlm for an n:m sparse {name}, and trains {trained:,} of its single weights, at positions that the
-pattern keeps (SHiRA, arXiv 2406.13175), so that the merge keeps every zero. It belongs to the sparse model, not to the
-dense one before it.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path or hub id of the sparse model")
-model = PeftModel.from_pretrained(model, "path or hub id of this folder").merge_and_unload()
-```
-
-{steps}
-"""
-
-
-def adapter_card(model: str, kind: str, trained: int) -> str:
-    """The README.md of an adapter of the sparse model `model`, in place of PEFT's template.
+def adapter_card(facts: Facts, kind: str, trained: int) -> str:
+    """The README.md of an adapter, in place of PEFT's template.
 
     Args:
+        facts: of the run that trained it.
         trained: the number of trained weights.
     """
-    origin = origin_of(model)
-    source = origin.base_model or ""
+    source = facts.base_model or ""
     hub_id, _ = _hub_model(source)
-    fields = {"base_model": hub_id, "license": origin.license, "library_name": "peft"}
-    known = {key: value for key, value in fields.items() if value} | {"tags": ["castlm", "sparsity", kind]}
-    steps = [f"{number}. {_step(step)}." for number, step in enumerate(origin.earlier or [], 1)]
-    return _ADAPTER.format(
-        front_matter=f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n",
-        title=markdown((hub_id or _public(source)).split("/")[-1]),
-        name=_reference(source),
+    tags = ["castlm", "sparsity", kind]
+    return _render(
+        "adapter.md.jinja",
+        front_matter=_fenced({"base_model": hub_id, "license": facts.license, "library_name": "peft", "tags": tags}),
+        title=(hub_id or _public(source)).split("/")[-1],
+        base=_reference(source),
         trained=trained,
-        steps="\n".join(["The sparse model was made in these steps:", "", *steps] if steps else []),
+        steps=[_step(step) for step in made_by(facts)],
+        table=_table(list(facts.figures or [])),
+        license=facts.license,
     )
 
 
 # ---- packed folders
 
 
-_PACKED_HEAD = """{front_matter}# {name}, packed {pattern}
-
-The weights of this model are stored in castlm's packed format{zeros}. Without castlm ({install}),
-transformers finds no weights here. Python:
-
-```python
-import castlm  # registers the format with transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path of this folder")
-```
-
-`castlm unpack PATH --output-dir OUT` writes the plain model folder again, which loads anywhere.
-"""
 _BELOW = "\n<!-- castlm pack: below is the card of the model before it was packed. -->\n\n"
 
 
@@ -221,13 +204,17 @@ def packed_card(source: Path, facts: Facts, pattern: str) -> str:
     if card := _result_card(source, facts):
         return card
     before = _read_card(source)
-    front_matter = _front_matter(before) or _front_matter_of(facts)
-    head = _PACKED_HEAD.format(
+    hub_id, _ = _hub_model(facts.base_model or "")
+    front_matter = _front_matter(before) or _fenced({"base_model": hub_id, "license": facts.license})
+    head = _render(
+        "packed.md.jinja",
         front_matter=front_matter,
-        name=markdown(source.resolve().name),
+        name=source.resolve().name,
         pattern=pattern,
         install=install_line(),
-        zeros="" if pattern == "dense" else ", without their zeros",
+        steps=[_step(step) for step in made_by(facts)],
+        base=_reference(facts.base_model or ""),
+        license=facts.license,
     )
     body = before.removeprefix(front_matter)
     return f"{head}{_BELOW}{body}" if body.strip() else head
@@ -243,14 +230,6 @@ def _result_card(source: Path, facts: Facts) -> str:
     """The card of a result of castlm; empty if `facts` are not of a verified one."""
     is_verified = facts.proof is not None and facts.pattern is not None
     return model_card(source.resolve().name, facts) if is_verified else ""
-
-
-def _front_matter_of(facts: Facts) -> str:
-    """A head of the card of a dense model that castlm wrote, which has no card: its base model and licence."""
-    hub_id, _ = _hub_model(facts.base_model or "")
-    fields = {"base_model": hub_id, "license": facts.license}
-    known = {key: value for key, value in fields.items() if value}
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n" if known else ""
 
 
 def _read_card(folder: Path) -> str:

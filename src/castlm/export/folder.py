@@ -34,7 +34,7 @@ from castlm.files.stored import (
     read_weight_map,
 )
 from castlm.formats.table import FORMATS
-from castlm.models.layout import QUANT_METHOD
+from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD
 from castlm.models.locate import check_holds_model
 from castlm.models.weights import loading_only, packed_weights, stored_weights
 from castlm.patterns import parse_pattern
@@ -217,7 +217,8 @@ def check_redirections(folder: Path, config: Config) -> None:
     fields other names, at any depth.
     """
     for depth, key, value in _fields(config):
-        if (key in _REDIRECTIONS and value is not None) or (key == "quantization_config" and depth > 0):
+        is_redirection = key in _REDIRECTIONS and value not in (None, PACKED_NOTICE)
+        if is_redirection or (key == "quantization_config" and depth > 0):
             raise InputError(f"{folder / 'config.json'} names other weights or fields in {key}: remove that entry")
     if parts := [file.name for file in folder.iterdir() if _DISTRIBUTED.match(file.name)]:
         raise InputError(f"{folder} holds {parts[0]}, a part of a distributed checkpoint: save the whole model")

@@ -51,8 +51,13 @@ def origin_of(name: str | Path, revision: str | None = None) -> Origin:
         return Origin(source)
     facts, licence = read_facts(folder), license_of_card(folder)
     if not facts.base_model:
-        return Origin(source, licence)
+        return Origin(source if where.is_hub else _as_path(source), licence)
     return Origin(facts.base_model, facts.license or licence, made_by(facts) or None)
+
+
+def _as_path(source: str) -> str:
+    """A local path that nobody takes for a hub id, which `runs/base` could be in another folder."""
+    return source if source.startswith(("/", "~", ".")) else f"./{source}"
 
 
 def made_by(facts: Facts) -> list[PastStep]:
@@ -86,7 +91,9 @@ def _of_gguf(where: Location) -> tuple[str, str | None]:
     found = read_fields(Path(where.target) / where.gguf["gguf_file"], "general.license", *places)
     forget_gguf()
     hub_ids = [found[name].removeprefix(_HUB) for name in places if found.get(name, "").startswith(_HUB)]
-    source = f"{hub_ids[0]} ({where.gguf['gguf_file']})" if hub_ids and where.name != DEMO else where.source
+    source = where.source if where.name == DEMO else _as_path(where.source)
+    if hub_ids and where.name != DEMO:
+        source = f"{hub_ids[0]} ({where.gguf['gguf_file']})"
     return source, found.get("general.license")
 
 
@@ -110,7 +117,8 @@ def described(step: PastStep, shown: Callable[[str], str] = str) -> str:
         return f"Pruned one-shot by {SOLVER_TITLES.get(method, method)}{refined}{calibrated}, without training"
     steps, tokens = f"{step.train_steps:,} steps", f"{step.train_tokens or 0:,} tokens"
     names = (step.dataset.name if step.dataset else "a text").split(" + ")
-    length = f"{step.world_batch or '?'} sequences of {config.get('seq_len', '?')} tokens"
+    batch = "1 sequence" if step.world_batch == 1 else f"{step.world_batch or '?'} sequences"
+    length = f"{batch} of {config.get('seq_len', '?')} tokens"
     amount = f"{steps} of {length}, {tokens} of {' and '.join(map(shown, names))}"
     if config.get("init_from") is not None and config.get("init_from") == config.get("model"):
         adapter = config.get("adapter")

@@ -27,6 +27,7 @@ from castlm.dtypes import FLOATS, STORED, STORED_NAMES, dtype_name
 from castlm.export.card import packed_card, unpacked_card
 from castlm.export.folder import (
     check_layers,
+    check_redirections,
     is_packed,
     left_dense_reason,
     read_config,
@@ -50,7 +51,7 @@ from castlm.formats.rounding import Rounded, on_grid, round_rows
 from castlm.formats.table import FORMATS
 from castlm.models.architecture import shape_model
 from castlm.models.io import load_model, open_config
-from castlm.models.layout import QUANT_METHOD, input_axis
+from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, input_axis
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.models.stored_layout import StoredLayout
 from castlm.patterns import DENSE, parse_pattern
@@ -217,6 +218,7 @@ def pack_into(
     config, rounded = read_config(source), integers or {}
     if config.get("quantization_config"):
         raise InputError(f"{source} is packed or quantized already: give the model that was")
+    check_redirections(source, config)
     stored = dict(sorted(stored_tensors(source, config).items()))
     if not config.get("auto_map"):  # the layers of a model with its own code are unknown
         check_layers(source, stored, config)
@@ -229,7 +231,7 @@ def pack_into(
     how = _Packing(stored, specs, rounded, cast)
     weights = _write_weights(folder, how, (PACKED_SINGLE, PACKED_INDEX), progress)
     # config.json comes after the weights that it names, and the checks read what has been written
-    _write_packed_rest(source, folder, weights, pattern, cast)
+    _write_packed_rest(source, folder, weights, pattern, cast, head)
     if pattern is None:
         check_dense(folder)
     else:
@@ -352,12 +354,15 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
     return replace(pack_integers(rounded.codes, rounded.scales, spec.values, spec.n, spec.m, mask), spec=spec)
 
 
-def _write_packed_rest(source: Path, folder: Path, weights: str, pattern: NM | None, cast: torch.dtype | None) -> None:
+def _write_packed_rest(
+    source: Path, folder: Path, weights: str, pattern: NM | None, cast: torch.dtype | None, head: str | None
+) -> None:
     """Writes all files of a packed folder except the weights, with the packing in config.json and castlm.json.
 
     Args:
         weights: name of the weight file, or of the index of several.
         cast: the dtype that all weights were cast to.
+        head: the format of output head and embedding.
     """
     name = DENSE if pattern is None else str(pattern)
     config = read_config(source)
@@ -367,6 +372,7 @@ def _write_packed_rest(source: Path, folder: Path, weights: str, pattern: NM | N
         "pattern": name,
         "weights": weights,
     }
+    config["transformers_weights"] = PACKED_NOTICE
     if cast is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype_name(cast)
@@ -377,9 +383,8 @@ def _write_packed_rest(source: Path, folder: Path, weights: str, pattern: NM | N
         recorded = recorded_pattern(facts) or pattern
         is_counted = recorded.nm == pattern  # by `verify`, in a packed folder
         facts = replace(facts, pattern=str(recorded if is_counted else pattern))
-    facts = replace(
-        facts, schema_version=SCHEMA_VERSION, packed=Packing(format=packed_file.VERSION, castlm=__version__)
-    )
+    packing = Packing(format=packed_file.VERSION, castlm=__version__, head=head)
+    facts = replace(facts, schema_version=SCHEMA_VERSION, packed=packing)
     _write_small_files(source, folder, config, facts, packed_card(source, facts, name))
 
 
@@ -413,6 +418,8 @@ def unpack_folder(
     named = str(config.get("dtype") or config.get("torch_dtype"))
     integers_as = next((dtype for dtype in FLOATS.values() if str(dtype) == f"torch.{named}"), torch.float32)
     config.pop("quantization_config", None)
+    if config.get("transformers_weights") == PACKED_NOTICE:
+        del config["transformers_weights"]
     facts = replace(read_facts(source), packed=None)
     with atomic_dir(folder, overwrite) as temporary:
         _write_weights(temporary, _Unpacking(stored, packed, integers_as), (SINGLE, INDEX), progress)

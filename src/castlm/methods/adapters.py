@@ -27,6 +27,7 @@ from castlm.core.shards import local, sum_over_shards
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, scope_of, weight_parameter
 from castlm.export.card import adapter_card
 from castlm.export.folder import left_dense_reason, read_left_dense
+from castlm.facts import Facts
 from castlm.files.output import atomic_dir
 from castlm.methods.finetune import Finetune
 from castlm.packages import require
@@ -261,12 +262,11 @@ class FinetuneAdapter(Finetune):
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         return f", adapter {self.adapter.adapter} of {trained:,} weights"
 
-    def save_parts(self, folder: Path) -> None:
+    def save_parts(self, folder: Path, facts: Facts) -> None:
         with atomic_dir(folder / "adapter", overwrite=True) as temporary:
             self.peft_model.save_pretrained(temporary)
             trained = sum(p.numel() for p in self.peft_model.parameters() if p.requires_grad)
-            model = self.peft_model.peft_config["default"].base_model_name_or_path
-            card = adapter_card(model, self.adapter.adapter, trained)
+            card = adapter_card(facts, self.adapter.adapter, trained)
             (temporary / "README.md").write_text(card, encoding="utf-8")
 
     def fold_(self) -> None:

@@ -27,6 +27,7 @@ from castlm.core.sparsify import (
     sparse_param_groups,
     weight_parameter,
 )
+from castlm.facts import Facts
 from castlm.formats.table import FORMATS
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS, Step0
@@ -239,8 +240,12 @@ class Retraining:
         """A clause for the first lines of a run if only a part of `parameters` is trained; by default empty."""
         return ""
 
-    def save_parts(self, folder: Path) -> None:
-        """Writes further results of the method, such as an adapter, into the output folder. The main rank calls it."""
+    def save_parts(self, folder: Path, facts: Facts) -> None:
+        """Writes further results of the method, such as an adapter, into the output folder. The main rank calls it.
+
+        Args:
+            facts: of the run, for their card.
+        """
 
     def fold_(self) -> None:
         """Merges further trained parameters, such as an adapter, into the weights after training."""

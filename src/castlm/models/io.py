@@ -40,7 +40,7 @@ from castlm.files.stored import StoredTensor, read_header
 from castlm.files.weights import Batch, into_files, layout_of, write_weights
 from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
 from castlm.models.gguf import fast_gguf, forget_gguf
-from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD
+from castlm.models.layout import OLD_BUFFERS, PACKED_NOTICE, QUANT_METHOD
 from castlm.models.locate import Location, find
 from castlm.models.stored_layout import StoredLayout, by_block
 from castlm.models.weights import loading_only, packed_weights, stored_weights
@@ -319,7 +319,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
 
 def weights_of(where: Location, config: PretrainedConfig) -> dict[str, StoredTensor]:
     """The stored tensors that transformers loads of an opened location, plain or packed, by name; not of GGUF."""
-    if named := getattr(config, "transformers_weights", None):
+    if (named := getattr(config, "transformers_weights", None)) not in (None, PACKED_NOTICE):
         raise InputError(f"config.json of {where} names other weights ({named!r:.200}): remove transformers_weights")
     packed = packed_weights(getattr(config, "quantization_config", None))
     with quiet(where):

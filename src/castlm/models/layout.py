@@ -12,6 +12,11 @@ from typing import Any
 QUANT_METHOD = "castlm"
 """`quant_method` of a packed folder, in the `quantization_config` of its config.json."""
 
+PACKED_NOTICE = (
+    "castlm's packed format: install castlm and write import castlm before from_pretrained, or castlm unpack it"
+)
+"""`transformers_weights` of a packed folder. It names no file: transformers without castlm quotes it in its error."""
+
 EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"})
 """`config.json` model types whose 3-D experts are stored (experts, in, out); all others have (experts, out, in)."""
 

@@ -93,8 +93,8 @@ class CastlmQuantizer(HfQuantizer):
         return self.quantization_config.dequantize
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        # The last hook before transformers looks for the weights. Their name is not in config.json on purpose, so that
-        # a transformers without castlm finds none, and fails, instead of filling the layers with random numbers.
+        # The last hook before transformers looks for the weights. config.json has PACKED_NOTICE in place of their name,
+        # so that a transformers without castlm fails with it, instead of filling the layers with random numbers.
         config.transformers_weights = self.quantization_config.weights
         return config
 

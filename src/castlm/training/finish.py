@@ -50,7 +50,7 @@ def finish(run: Run, say: Say) -> Facts:
         InputError: the disk is full, or the verification fails; the checkpoints are untouched.
     """
     pattern = run.config.model.pattern
-    run.world.on_main(lambda: run.method.save_parts(run.folder.path))
+    run.world.on_main(lambda: run.method.save_parts(run.folder.path, run_facts(run, None)))
     # The order matters: an adapter is merged before the prune, and weight scaling is folded after it (in the export),
     # because the masks belong to the weights beneath the scales.
     run.method.fold_()

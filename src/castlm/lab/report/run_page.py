@@ -24,7 +24,7 @@ from castlm.files.output import record_file
 from castlm.files.reading import read_bytes
 from castlm.files.record import RESULT
 from castlm.files.yaml_file import read_yaml_mapping
-from castlm.lab.report.charts import WHOLE, Picture, Series, can_draw, heat_map, line_chart, render, short
+from castlm.lab.report.charts import HALF, WHOLE, Picture, Series, can_draw, heat_map, line_chart, render, short
 from castlm.names import duration
 from castlm.training.config import TrainConfig
 from castlm.training.record import CLOSE_FACTOR, read_metrics, verdict
@@ -285,33 +285,38 @@ def _loss(run: RunData) -> list[Picture]:
         rows = [found[at : at + size] for at in range(0, len(found), size)]
         points = [(row[-1][0], statistics.fmean(value for _, value in row)) for row in rows]
         smooth.append(Series(names[key], points, number))
-    svg = line_chart([*raw, *smooth], x_label="training tokens", y_label="loss")
-    caption = (
-        "On the training text, averaged over consecutive steps; the pale line is the loss of every step. Cross-entropy "
-        "and KL are in nats per token; the distance of hidden states is relative, and weighted in the loss."
-    )
-    return [Picture("Training loss", svg, caption)]
+    svg = line_chart([*raw, *smooth], x_label="training tokens", y_label="loss", width=WHOLE)
+    caption = "On the training text, averaged over consecutive steps; the pale line is the loss of every step."
+    if "kl" in keys:
+        caption += " Cross-entropy and KL are in nats per token."
+    if "hidden" in keys:
+        caption += " The distance of hidden states is relative, and weighted in the loss."
+    return [Picture("Training loss", svg, caption, wide=True)]
 
 
 def _masks(run: RunData) -> list[Picture]:
-    """Flips of the masks and the share of kept weight."""
-    pictures = []
+    """Flips of the masks and the share of kept weight: side by side, or one over the whole page."""
     flips, initial = run.series("flip_rate"), run.series("initial_flip_rate")
-    if any(value for _, value in (*flips, *initial)):
+    share = run.series("sparse_weight_ratio")
+    has_flips = any(value for _, value in (*flips, *initial))
+    has_share = any(value < 1 for _, value in share)
+    is_alone = not (has_flips and has_share)
+    width = WHOLE if is_alone else HALF
+    pictures = []
+    if has_flips:
         lines = [
             Series("since step 0", initial, 0, marks=True),
             Series("at the last refresh", flips[1:], 1, marks=True),
         ]
-        svg = line_chart(lines, x_label="training tokens", y_label="share of all mask entries", from_zero=True)
+        label = "share of all mask entries"
+        svg = line_chart(lines, x_label="training tokens", y_label=label, from_zero=True, width=width)
         caption = "Mask entries that differ from the masks of step 0, and those that the last refresh changed."
-        pictures.append(Picture("Mask flips", svg, caption))
-    share = run.series("sparse_weight_ratio")
-    if any(value < 1 for _, value in share):
-        svg = line_chart(
-            [Series("share", share, 0, marks=True)], x_label="training tokens", y_label="sum |kept| / sum |all|"
-        )
+        pictures.append(Picture("Mask flips", svg, caption, wide=is_alone))
+    if has_share:
+        lines = [Series("share", share, 0, marks=True)]
+        svg = line_chart(lines, x_label="training tokens", y_label="sum |kept| / sum |all|", width=width)
         caption = "The share of the weight of the sparse layers that is kept. At 1 every masked weight is zero."
-        pictures.append(Picture("Share of kept weight", svg, caption))
+        pictures.append(Picture("Share of kept weight", svg, caption, wide=is_alone))
     return pictures
 
 
@@ -321,12 +326,14 @@ def _layers(run: RunData) -> list[Picture]:
     Its figures are the errors of the layer outputs after the start if recorded, otherwise the shares of the squared
     weights that the first masks remove.
     """
+    label = "relative error"
     caption = (
         "Squared error of the outputs of each layer after the start, relative to the dense outputs, on the first 256 "
         "calibration tokens."
     )
     figures: dict[str, float | None] = (run.facts.start.layer_errors if run.facts else None) or {}
     if not figures:
+        label = "share removed"
         caption = "The share of the squared weights of each layer that the masks of step 0 remove."
         shares: dict[str, float | None] = next((row["masked_share"] for row in run.rows if "masked_share" in row), {})
         figures = shares if any(shares.values()) else {}
@@ -343,7 +350,7 @@ def _layers(run: RunData) -> list[Picture]:
         list(cells),
         [str(block) for block in blocks],
         x_label="transformer block",
-        y_label="relative error",
+        y_label=label,
         from_zero=False,
         cell_height=30 if len(cells) < 10 else 20,
         width=WHOLE,
