@@ -44,7 +44,9 @@ class Hostile:
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[Stream]:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", self.port), 20)
+        # A stream of 300 tokens that has come whole before it is read is longer than asyncio's limit.
+        opening = asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
+        reader, writer = await asyncio.wait_for(opening, 20)
         try:
             yield reader, writer
         finally:

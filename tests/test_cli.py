@@ -45,6 +45,8 @@ def test_a_run_is_found_where_the_shell_does_not_expand_its_home(tmp_path, monke
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     assert result_folder("~/run") == str(tmp_path / "run" / "model")
     assert result_folder("hub/name") == "hub/name"
+    with pytest.raises(InputError, match="too long"):
+        result_folder("x" * 5000)
 
 
 def test_no_answer_holds_the_control_characters_of_a_name(tmp_path, capsys):

@@ -123,6 +123,8 @@ def test_autocast_and_progress():
         (some_ids(1), {}, "1 tokens.*at least 2"),
         (some_ids(0), {}, "0 tokens.*at least 2"),
         (some_ids(9) + 260, {}, "outside the model's vocabulary of 264"),
+        (some_ids(9) - 260, {}, "id -[0-9]+ is outside the model's vocabulary"),
+        (some_ids(9).float(), {}, "torch.float32"),
         (some_ids(9), {"seq_len": 257}, "seq_len is 257 .* 256"),
         (some_ids(9), {"seq_len": 1}, "seq_len is 1"),
         (some_ids(9), {"seq_len": 8, "stride": 9}, "stride is 9"),

@@ -60,6 +60,12 @@ def test_nan_raises_in_every_dtype_that_has_one(dtype):
         nm_mask(weight)
 
 
+@pytest.mark.parametrize("function", [nm_mask, count_nm_violations])
+def test_a_weight_without_values_is_refused(function):
+    with pytest.raises(InputError, match="meta device"):
+        function(torch.empty(4, 8, device="meta"))
+
+
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (0, 4), (4, 4), (2, 0), (-1, 4), (2.0, 4), (True, 4)])
 def test_bad_pattern_raises(n, m):
     with pytest.raises(InputError, match=f"{n}:{m}"):

@@ -139,6 +139,8 @@ def test_layers_that_are_not_sparse_are_packed_dense_and_others_are_refused_befo
     plain = model(IDS).logits
     with pytest.raises(InputError, match=rf"{q} is not 2:4 in \d+ of its groups"):
         pack_model_(model)
+    with pytest.raises(InputError, match=r"dtype is bf16: give torch\.bfloat16"):
+        pack_model_(model, dtype="bf16")
     assert not any(isinstance(module, PackedModule) for module in model.modules())
     assert len(pack_model_(model, dtype=torch.float32, left_dense=[q])) == 14
     assert {name: model.get_submodule(name).spec.m for name in (*down, q)} == {**dict.fromkeys(down, 0), q: 0}

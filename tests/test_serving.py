@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from multiprocessing.process import BaseProcess
@@ -19,9 +20,11 @@ import torch
 
 from castlm.cli.main import main
 from castlm.cli.serve import default_name
+from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
 from castlm.runtime.generate import generate_text
 from castlm.runtime.layers import pack_model_
+from castlm.serving import app as app_module
 from castlm.serving import connections
 from castlm.serving import engine as engine_module
 from castlm.serving.app import make_app
@@ -88,9 +91,13 @@ def complete(engine: Engine, **body: object) -> httpx.Response:
     return ask(engine, ("POST", "/v1/completions", {"model": "tiny", "prompt": "Story", "temperature": 0} | body))[0]
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_answers_are_those_of_generate(packed):
-    model, tokenizer = model_and_tokenizer(packed)
+@pytest.mark.parametrize("family", ["packed", "llama", "gpt2", "gemma", "mamba", "qwen2_moe"])
+def test_answers_are_those_of_generate(family):
+    """Of castlm's decoder, and of transformers' forward for models that it does not take."""
+    if family == "packed":
+        model, tokenizer = model_and_tokenizer()
+    else:
+        model, tokenizer = tiny_model(family, max_position_embeddings=256).eval(), tiny_tokenizer()
     prompts = ["Story 1", "a", "Once upon a time " * 3, "xyz" * 20, "Story", "b" * 90]
     expected = [
         generate_text(model, tokenizer, tokenizer(prompt, return_tensors="pt")["input_ids"], max_new_tokens=20 + i)
@@ -159,6 +166,19 @@ def test_top_k_and_repetition_penalty_are_those_of_generate(loaded, engine):
     assert complete(engine, repetition_penalty=2, repeat_penalty=2).status_code == 400
 
 
+def test_a_seed_decides_in_a_plain_model_as_in_generate():
+    model, tokenizer = model_and_tokenizer(packed=False)
+    prompt = tokenizer("Story", return_tensors="pt")
+    torch.manual_seed(5)
+    tokens = model.generate(**prompt, max_new_tokens=20, do_sample=True, temperature=1.5)[0]
+    expected = tokenizer.decode(tokens[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    body = {"prompt": "Story", "max_tokens": 20, "temperature": 1.5, "seed": 5}
+    with closing(Engine(model, tokenizer)) as engine:
+        found = ask(engine, *(("POST", "/v1/completions", body | {"seed": seed}) for seed in (5, 6, 5)))
+    texts = [response.json()["choices"][0]["text"] for response in found]
+    assert texts[0] == texts[2] == expected != texts[1]  # whatever is decoded between
+
+
 def test_stop_texts_end_an_answer_and_are_no_part_of_it(engine):
     text = complete(engine, max_tokens=20).json()["choices"][0]["text"]
     stop = text[5:8]
@@ -182,6 +202,7 @@ REFUSED = {
     "stop": ("", [""], [1], 3, ["a"] * 9, ["a" * 2000], {}),
     "stream": (1, "yes", []),
     **dict.fromkeys(("n", "best_of", "logprobs", "frequency_penalty", "presence_penalty"), (2,)),
+    "stream_options": ([], {"include_usage": "yes"}, {"other": True}),
     "echo": (True,),
     "suffix": ("b",),
     "logit_bias": ({"5": 100},),
@@ -228,6 +249,7 @@ def test_bad_requests_are_answered_with_a_sentence_before_the_model_runs(engine,
         assert response.status_code == status, (request, response.text)
         assert len(response.json()["error"]["message"].split()) > 3
         assert "Traceback" not in response.text
+        assert (status == 405) == ("Allow" in response.headers)
 
 
 def test_what_fails_in_the_model_ends_one_request_and_not_the_engine(engine, monkeypatch):
@@ -235,7 +257,7 @@ def test_what_fails_in_the_model_ends_one_request_and_not_the_engine(engine, mon
         raise RuntimeError("secret of the machine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module._Sequence, "read_part", fail)
+        patch.setattr(engine_module._Packed, "read_part", fail)
         response = complete(engine)
         assert response.status_code == 500
         assert "secret" not in response.text
@@ -243,7 +265,73 @@ def test_what_fails_in_the_model_ends_one_request_and_not_the_engine(engine, mon
     with monkeypatch.context() as patch:
         patch.setattr(engine_module, "step_together", fail)
         assert complete(engine).status_code == 500
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module.FiniteLogits, "__call__", lambda *_: fail_by_its_weights())
+        assert complete(engine).status_code == 500  # and not 400: the request was good
+    with monkeypatch.context() as patch:
+        patch.setattr(Answer, "take", panic)
+        assert complete(engine).status_code == 500
     assert complete(engine).status_code == 200
+
+
+def fail_by_its_weights() -> None:
+    raise InputError("the weights are damaged")
+
+
+def panic(*arguments: object) -> None:
+    """As a tokenizer does in Rust."""
+    raise type("PanicException", (BaseException,), {})("index out of bounds")
+
+
+def test_an_engine_that_breaks_answers_every_request(engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_next", panic)
+        patch.setattr("threading.excepthook", lambda _: None)
+        assert complete(engine).status_code == 503
+        engine._thread.join(20)
+    later, health = ask(engine, ("POST", "/v1/completions", GOOD), ("GET", "/health", {}))
+    assert (later.status_code, health.status_code) == (503, 503)
+
+
+def test_a_context_that_memory_cannot_hold_is_cut(monkeypatch):
+    model, tokenizer = model_and_tokenizer(packed=False)
+    config = model.config
+    token_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    said: list[str] = []
+    for tokens, expected in ((1000, 256), (100, 100)):
+        monkeypatch.setattr(engine_module, "available_memory", lambda _, n=tokens: 2.5 * n * token_bytes / 0.8 + 1)
+        with closing(Engine(model, tokenizer, say=said.append)) as engine:
+            assert engine.context == expected
+            assert complete(engine, max_tokens=150).status_code == (200 if expected > 150 else 400)
+    assert len(said) == 1
+    assert "100 of the model's 256 tokens" in said[0]
+
+
+def test_what_a_request_holds_beside_its_text_is_freed_before_the_answer(engine, monkeypatch):
+    """Parsed JSON may take 30 times the memory of its text, and many requests wait."""
+    held: list[list[object]] = []
+    parse = app_module.parse_json
+
+    class Watched(list):  # a list cannot be referenced weakly
+        pass
+
+    references: list[weakref.ref[Watched]] = []
+
+    def parsed(content: bytes, name: str) -> dict[str, object]:
+        body = parse(content, name)
+        more = Watched()
+        references.append(weakref.ref(more))
+        for place in (body, *body.get("messages", [])):
+            place["metadata"] = more
+        return body
+
+    monkeypatch.setattr(app_module, "parse_json", parsed)
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda a: (held.append([r() for r in references]), submit(a)))
+    for path, text in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [USER]})):
+        (response,) = ask(engine, ("POST", f"/v1/{path}", text | {"max_tokens": 2}))
+        assert response.status_code == 200
+    assert held == [[None], [None, None]]
 
 
 def test_the_queue_and_the_caches_are_bounded(engine, monkeypatch):
@@ -286,14 +374,14 @@ def test_a_short_request_is_answered_before_the_long_ones_that_fill_the_machine(
             answer.heard = lambda text: None if text else ended.append(name)
             engine.submit(answer)
 
-        number_long, tokens = (12, 250) if packed else (3, 60)
+        number_long, tokens = (12, 250) if packed else (12, 60)
         for number in range(number_long):
             submit(f"long {number}", tokens)
         submit("short", 5)
         deadline = time.monotonic() + 60
         while len(ended) <= number_long and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert ended.index("short") <= (0 if packed else 1)  # transformers' generate answers one after the other
+        assert ended.index("short") == 0
         assert len(ended) == number_long + 1
         assert engine._line.served() == engine._line.waiting() == []
 
@@ -348,7 +436,7 @@ def test_sigterm_ends_open_streams_with_an_error_and_leaves_no_traceback(tmp_pat
     url, process = start_serving(tmp_path)
     body = json.dumps({"prompt": "a", "max_tokens": 250, "stream": True}).encode()
     streams = []
-    for _ in range(40):  # one is answered after the other, so that some are open whenever the signal comes
+    for _ in range(40):  # eight are answered at a time, so that some are open whenever the signal comes
         streams.append(socket.create_connection(("localhost", int(url.rsplit(":", 1)[1]))))
         streams[-1].sendall(head_of(len(body), "Connection: close") + body)
     assert streams[0].recv(12) == b"HTTP/1.1 200"
@@ -528,6 +616,25 @@ def test_a_client_that_does_not_read_is_cut(listening):
         other_end.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             connection.sendall(b"GET /no HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1_000_000)
+
+
+@pytest.mark.parametrize("path", ["v1/completions", "no"])
+def test_a_body_that_is_no_http_ends_its_connection_and_leaves_no_traceback(path, listening, caplog):
+    """A chunk without a length, before the answer (400) and after it (404)."""
+    port, server = listening
+    with socket.create_connection(("localhost", port)) as connection:
+        head = f"POST /{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.settimeout(20)
+        status = b"" if path != "no" else connection.recv(1 << 16)
+        connection.sendall(b"zz\r\n")
+        assert (status or connection.recv(1 << 16))[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 404")
+        deadline = time.monotonic() + 10
+        while server.server_state.connections and time.monotonic() < deadline:
+            time.sleep(0.01)  # the client keeps its end open
+        assert not server.server_state.connections
+        assert not server.server_state.tasks
+    assert caplog.records == []
 
 
 def test_requests_before_the_answer_to_the_first_one_are_not_read(listening):

@@ -49,6 +49,7 @@ class ServeCommand:
                 f"cannot listen on {self.host}, port {self.port} ({reason}): choose another host or port"
             ) from error
         use_threads(self.threads)
+        from castlm.data.chat import Chat
         from castlm.progress import note
         from castlm.runtime.generate import load_to_generate
         from castlm.serving.app import make_app
@@ -57,14 +58,15 @@ class ServeCommand:
 
         code = {"trust_remote_code": self.trust_remote_code}
         model, tokenizer = load_to_generate(self.path, as_stored=False, say=note, **code)
-        if not tokenizer.chat_template:
+        if not Chat(tokenizer).has_template:
             note("the model has no chat template: /v1/chat/completions answers 400, use /v1/completions")
         engine = Engine(model, tokenizer, say=note)
         name = self.served_model_name or default_name(self.path)
         app = make_app(engine, name, (self.host, *self.allowed_hosts))
         # A thread that waits for Python's lock, as the engine does several times a token, has it after 0.5 ms.
         sys.setswitchinterval(5e-4)
-        to_stdout(f"castlm: model {name} at http://{self.host}:{self.port}/v1, until Ctrl-C")
+        host = f"[{self.host}]" if ":" in self.host else self.host  # IPv6
+        to_stdout(f"castlm: model {name} at http://{host}:{self.port}/v1, until Ctrl-C")
         try:
             Server(app, engine, self.host, self.port).run()
         finally:

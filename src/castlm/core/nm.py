@@ -288,7 +288,7 @@ class NM(LayerPattern):
 
         from castlm.core import native
 
-        self.check_shape(weight.shape)
+        self._check(weight)
         weight = weight.detach()
         if weight.numel() and self.m <= native.MOST_GROUPED and native.runs_on(weight):
             packed = pack_mask(torch.zeros_like(weight, dtype=torch.bool))
@@ -307,6 +307,11 @@ class NM(LayerPattern):
             )
         return mask
 
+    def _check(self, weight: Tensor) -> None:
+        self.check_shape(weight.shape)
+        if weight.is_meta:
+            raise InputError(f"the weight of shape {tuple(weight.shape)} is on the meta device: load its values first")
+
     def with_longest_groups(self, widths: Iterable[int], longest: int) -> NM:
         """The pattern that keeps the same share of weights in groups of up to `longest` which divide all `widths`.
 
@@ -322,7 +327,7 @@ class NM(LayerPattern):
 
     def violations(self, weight: Tensor) -> int:
         """The number of groups of `weight` (..., width) that hold more than `n` non-zeros. NaN is a non-zero."""
-        self.check_shape(weight.shape)
+        self._check(weight)
         # (576, 1536) -> (576, 384, 4)
         groups = weight.reshape(*weight.shape[:-1], weight.shape[-1] // self.m, self.m)
         return int((groups.count_nonzero(dim=-1) > self.n).sum())

@@ -11,6 +11,7 @@ others follow (Qwen3 drops its reasoning) is refused, because the shorter texts 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -197,6 +198,13 @@ class Chat:
             return self._apply(self._as_read(messages), tools, reply=reply, marks=marks)
         except Exception as error:
             raise self._refused(messages, error) from error
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a template for conversations without tools."""
+        with contextlib.suppress(InputError):
+            return bool(self._template())
+        return False
 
     def _template(self, tools: Any = None) -> str:
         try:

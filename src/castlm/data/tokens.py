@@ -285,7 +285,10 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
     """Raises `InputError` for a token id that the model has no embedding for."""
-    if input_ids.numel() and (largest := int(input_ids.max())) >= vocab_size:
-        raise InputError(
-            f"token id {largest} is outside the model's vocabulary of {vocab_size}: use the model's own tokenizer"
-        )
+    if input_ids.dtype not in (torch.int64, torch.int32):  # as torch's embedding takes them
+        raise InputError(f"token ids are {input_ids.dtype}: give a tensor of torch.int64")
+    for token in map(int, input_ids.aminmax()) if input_ids.numel() else ():
+        if not 0 <= token < vocab_size:
+            raise InputError(
+                f"token id {token} is outside the model's vocabulary of {vocab_size}: use the model's own tokenizer"
+            )

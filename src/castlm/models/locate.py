@@ -81,7 +81,7 @@ def model_in(folder: Path) -> Path:
 
 def result_folder(name: str) -> str:
     """The `model` folder if `name` is a run of `castlm train`, otherwise `name`."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     return str(model_in(folder)) if folder.is_dir() else name
 
 

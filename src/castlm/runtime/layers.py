@@ -298,13 +298,14 @@ def pack_model_(
         The names of the replaced layers.
 
     Raises:
-        InputError: a layer that is not n:m, no layer to replace, or kernels that were not built; nothing
-            is replaced then. Also weights that are not finite; some layers may then have been replaced.
+        InputError: a layer that is not n:m, no layer to replace, another dtype, or kernels that were not built;
+            nothing is replaced then. Also weights that are not finite; some layers may then have been replaced.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, name)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
-    assert dtype in FLOAT_NAMES, dtype
+    if dtype not in FLOAT_NAMES:
+        raise InputError(f"dtype is {dtype}: give torch.bfloat16, torch.float16 or torch.float32")
     native.built()
     names: list[str] = []
     sparse = [name for name, layer in layers.items() if m and name not in left_dense and layer.in_features % m == 0]

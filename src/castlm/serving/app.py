@@ -49,7 +49,7 @@ _SHORT_TEXT = 4096  # bytes of a body that is tokenized at once, in a millisecon
 _READ_COST = 4096  # of any of them, in bytes
 _LEAST_BODIES = 64 << 20  # bytes of all bodies that have not come whole; more for a long context
 
-_IGNORED = {"user", "metadata", "store", "service_tier", "stream_options", "prompt_cache_key", "safety_identifier"}
+_IGNORED = {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier"}
 """Fields that say nothing about the text."""
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -68,8 +68,20 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 """Fields of the API that are not supported, and the values that ask for nothing."""
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second adds text that hides lengths: nothing here
 _PENALTIES = ("repetition_penalty", "repeat_penalty")  # vLLM's name and llama.cpp's
-_READ = {"model", "temperature", "top_p", "top_k", *_PENALTIES, "seed", "stop", "stream", "max_tokens"}
+_READ = {
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    *_PENALTIES,
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "max_tokens",
+}
 
 Result = TypeVar("Result")
 
@@ -98,10 +110,13 @@ def make_app(engine: Engine, name: str, hosts: Collection[str] = ()) -> Starlett
 
     async def answer_refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        if not isinstance(error, RefusedError):  # of Starlette, for a path or a method
-            hint = "see /v1/models, /v1/completions, /health"
-            error = RefusedError(error.status_code, f"{error.detail}: {hint}")
-        return error.response()
+        if isinstance(error, RefusedError):
+            return error.response()
+        # of Starlette, for a path or a method
+        hint = "see /v1/models, /v1/completions, /health"
+        response = RefusedError(error.status_code, f"{error.detail}: {hint}").response()
+        response.headers.update(error.headers or {})  # the methods that are allowed
+        return response
 
     return Starlette(
         routes=[
@@ -166,6 +181,8 @@ class _Api:
         self.bodies = Bodies(max(_LEAST_BODIES, 4 * self.most_bytes))
 
     async def health(self, request: Request) -> Response:
+        if not self.engine.is_running:
+            raise RefusedError(503, "the server ends")
         return JSONResponse({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
@@ -176,28 +193,33 @@ class _Api:
         return JSONResponse(self._described())
 
     async def completions(self, request: Request) -> Response:
-        body, length = await self._body(request)
-        _check_fields(body, {"prompt"})
-        if length <= _SHORT_TEXT:
-            ids = self._prompt_ids(body.get("prompt"))
+        settings, prompt, length = await self._body(request, "prompt")
+        text = self._checked_prompt(prompt)
+        del prompt  # parsed JSON may take 30 times the memory of its text, and the answer may wait for minutes
+        if isinstance(text, list):
+            ids = text
+        elif length <= _SHORT_TEXT:
+            ids = self._prompt_ids(text)
         else:
-            ids = await self._read(self.prompts, self._prompt_ids, body.get("prompt"), _address(request), length)
-        return await self._answer(request, body, ids, is_chat=False)
+            ids = await self._read(request, self.prompts, self._prompt_ids, text, length)
+        return await self._answer(request, settings, ids, is_chat=False)
 
     async def chat_completions(self, request: Request) -> Response:
-        body, length = await self._body(request)
-        _check_fields(body, {"messages", "max_completion_tokens"})
-        if not self.tokenizer.chat_template:
+        settings, given, length = await self._body(request, "messages", "max_completion_tokens")
+        if not self.chat.has_template:
             raise RefusedError(400, "the model has no chat template: use /v1/completions")
-        ids = await self._read(self.chats, self._chat_ids, body.get("messages"), _address(request), length)
-        return await self._answer(request, body, ids, is_chat=True)
+        messages = _checked_messages(given)
+        del given
+        ids = await self._read(request, self.chats, self._chat_ids, messages, length)
+        return await self._answer(request, settings, ids, is_chat=True)
 
     async def _read(
-        self, worker: Worker, read: Callable[[Any], list[int]], text: Any, address: str, length: int
+        self, request: Request, worker: Worker, read: Callable[[Any], list[int]], text: Any, length: int
     ) -> list[int]:
         """The tokens of a prompt or of messages, of a body of `length` bytes."""
         try:
-            return await worker.run(read, text, address=address, cost=_READ_COST + length)
+            run = worker.run(read, text, address=_address(request), cost=_READ_COST + length)
+            return await _unless_gone(request, run)
         except BusyError as error:
             raise RefusedError(429, str(error)) from None
 
@@ -208,8 +230,16 @@ class _Api:
         if name != self.name:
             raise RefusedError(404, f"there is no model {name!r:.200}: this server has {self.name!r}", "model")
 
-    async def _body(self, request: Request) -> tuple[dict[str, Any], int]:
-        """The JSON object of a request, and its bytes, which are no more than `most_bytes`."""
+    async def _body(self, request: Request, text: str, *more: str) -> tuple[dict[str, Any], Any, int]:
+        """The body of a request, a JSON object of no more than `most_bytes`.
+
+        Args:
+            text: the field that holds the prompt.
+            more: fields that this kind of request has.
+
+        Returns:
+            The fields that say how to answer; the field `text`; the number of bytes.
+        """
         what = f"{self.most_bytes:,} bytes, more than the context of {self.engine.context:,} tokens"
         too_long = RefusedError(413, f"the body exceeds {what}")
         if int(request.headers.get("content-length", 0)) > self.most_bytes:
@@ -236,29 +266,32 @@ class _Api:
             raise RefusedError(400, f"the body is a JSON {type(body).__name__}: an object is needed")
         if body.get("model") is not None:
             self._check_model(body["model"])
-        return body, len(content)
+        _check_fields(body, {text, *more})
+        return {name: body[name] for name in body if name in _READ | set(more)}, body.get(text), len(content)
 
-    def _prompt_ids(self, prompt: Any) -> list[int]:
+    def _checked_prompt(self, prompt: Any) -> str | list[int]:
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
             prompt = prompt[0]
         if isinstance(prompt, str):
-            return self._tokenize(prompt, "prompt", add_special_tokens=True)
+            _check_text(prompt, "prompt")
+            return prompt
         size = vocab_size(self.engine.model.config)
         if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < size for token in prompt):
             raise RefusedError(400, f"prompt must be one text, or a list of token ids from 0 to {size - 1}", "prompt")
+        _check_room(len(prompt), self.engine.context)  # before a long one waits in the memory
         return prompt
 
-    def _chat_ids(self, messages: Any) -> list[int]:
-        if not isinstance(messages, list) or not 1 <= len(messages) <= _MOST_MESSAGES:
-            raise RefusedError(400, f"messages must be a list of 1 to {_MOST_MESSAGES} messages", "messages")
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        return self._tokenize(prompt, "prompt", add_special_tokens=True)
+
+    def _chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         try:
-            text = self.chat.render([_checked_message(message) for message in messages], reply=True)
+            text = self.chat.render(messages, reply=True)
         except InputError as error:
             raise RefusedError(400, str(error), "messages") from None
         return self._tokenize(text, "messages", add_special_tokens=False)
 
     def _tokenize(self, text: str, field: str, add_special_tokens: bool) -> list[int]:
-        _check_text(text, field)
         try:
             return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
         except BaseException as error:
@@ -268,10 +301,20 @@ class _Api:
                 400, f"the tokenizer of the model cannot read {field}: {one_line(error)}", field
             ) from None
 
-    async def _answer(self, request: Request, body: Mapping[str, Any], ids: list[int], *, is_chat: bool) -> Response:
-        stream = body.get("stream")
+    async def _answer(
+        self, request: Request, settings: Mapping[str, Any], ids: list[int], *, is_chat: bool
+    ) -> Response:
+        stream = settings.get("stream")
         if not isinstance(stream, bool | None):
             raise RefusedError(400, "stream must be true or false", "stream")
+        options = {} if settings.get("stream_options") is None else settings["stream_options"]
+        if not isinstance(options, dict) or not all(
+            name in _STREAM_OPTIONS and isinstance(value, bool) for name, value in options.items()
+        ):
+            raise RefusedError(
+                400, f"stream_options takes {' and '.join(_STREAM_OPTIONS)}, true or false", "stream_options"
+            )
+        include_usage = options.get("include_usage", False)
         pieces: asyncio.Queue[str] = asyncio.Queue()
         has_begun = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -280,7 +323,7 @@ class _Api:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
                 loop.call_soon_threadsafe(function, *arguments)
 
-        answer = _request(body, ids, self.engine.context)
+        answer = _request(settings, ids, self.engine.context)
         answer.address = _address(request)
         answer.begun = lambda: later(has_begun.set)
         answer.heard = lambda text: later(pieces.put_nowait, text)
@@ -297,9 +340,7 @@ class _Api:
         except BaseException:
             self.engine.cancel(answer)
             raise
-        options = body.get("stream_options")
-        usage = isinstance(options, dict) and options.get("include_usage") is True
-        return _Events(self.engine, answer, reply.events(usage))
+        return _Events(self.engine, answer, reply.events(include_usage))
 
 
 def _address(request: Request) -> str:
@@ -345,8 +386,8 @@ class _Reply:
             error = self.answer.error
             if error is not None and is_out_of_memory(error):
                 raise RefusedError(503, "there is not enough memory for this request: try a shorter one")
-            if isinstance(error, InputError):
-                raise RefusedError(400, str(error))
+            if isinstance(error, InputError):  # of the model's files: the request has been checked
+                raise RefusedError(500, str(error))
             raise RefusedError(500, f"the model failed ({type(error).__name__}): the server's log says more")
         if self.answer.reason == "cancelled":
             raise RefusedError(503, "the server ends")
@@ -414,6 +455,12 @@ def _check_fields(body: Mapping[str, Any], more: set[str]) -> None:
             raise RefusedError(400, f"{name} is not supported: leave it out", name)
 
 
+def _checked_messages(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not 1 <= len(messages) <= _MOST_MESSAGES:
+        raise RefusedError(400, f"messages must be a list of 1 to {_MOST_MESSAGES} messages", "messages")
+    return [_checked_message(message) for message in messages]
+
+
 def _checked_message(message: Any) -> dict[str, Any]:
     """A message with its text as a string; parts of text are joined."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -449,15 +496,20 @@ def _number(
     return value
 
 
+def _check_room(num_prompt: int, context: int) -> int:
+    """The tokens that an answer may have after a prompt."""
+    if not num_prompt:
+        raise RefusedError(400, "the prompt is empty: give some text")
+    if num_prompt >= context:
+        raise RefusedError(
+            400, f"the prompt of {num_prompt:,} tokens leaves no room in the context of {context:,}: shorten it"
+        )
+    return context - num_prompt
+
+
 def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
     """The request for the engine, with every number in its range."""
-    if not ids:
-        raise RefusedError(400, "the prompt is empty: give some text")
-    room = context - len(ids)
-    if room < 1:
-        raise RefusedError(
-            400, f"the prompt of {len(ids):,} tokens leaves no room in the context of {context:,}: shorten it"
-        )
+    room = _check_room(len(ids), context)
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     wanted = _number(body, name, min(_MAX_TOKENS, room), 1 << 53, whole=True)
     if not 1 <= wanted <= room:

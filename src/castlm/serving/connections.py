@@ -15,6 +15,7 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -104,11 +105,22 @@ class Connection(H11Protocol):
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
-        if self.cycle is not before and not self.cycle.response_complete:
+        if self.cycle is not before and not self.cycle.response_complete and not self.transport.is_closing():
             self._cancel_request_timer()
         if self.conn.trailing_data[0] and self.cycle is not None and not self.cycle.more_body:
             # Requests before the answer to the first one would be read without end: it is the last one.
             self.cycle.keep_alive = False
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP, unless an answer has begun; the application hears that the client has gone away."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        super().send_400_response(msg)
+        self._await_request()
 
     def on_response_complete(self) -> None:
         self._await_request()  # before the next request, which may be there already
@@ -143,7 +155,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 backlog=_AT_ONCE,
                 proxy_headers=False,  # a client could give any address as its own
-                log_level="warning",
+                log_level="error",  # a line for each bad request would fill a disk
                 timeout_graceful_shutdown=30,
             )
         )

@@ -2,9 +2,11 @@
 
 One thread owns the model. In each round it takes in a request if there is room, reads the next part of one prompt,
 and decodes one token of up to eight sequences whose prompts have been read; `castlm.serving.admission` says whose. So
-a long prompt delays the others by one part of it, and a sequence that ends makes room at once. A quarter of the
-memory for keys and values is kept for short requests, because a long one keeps its part until it ends. Models that
-castlm's decoder does not take are run by transformers' `generate`, one request at a time.
+a long prompt delays the others by one part of it, and a sequence that ends makes room at once. A fifth of the memory
+for keys and values is kept for short requests, because a long one keeps its part until it ends.
+
+Models that castlm's decoder does not take run in transformers' forward, in the same rounds: each of the sequences in a
+call of its own, and a prompt in one call.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +25,11 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
 
-from castlm.core.errors import InputError, is_out_of_memory
+from castlm.core.errors import InputError, is_out_of_memory, is_panic
+from castlm.hardware import available_memory
 from castlm.models.architecture import context_length
 from castlm.runtime.decode import ONE_SEQUENCE, DecoderState, FiniteLogits, PromptReader, decoding_method, step_together
 from castlm.say import Say, silent
@@ -43,6 +44,9 @@ MOST_WORK = 32_768.0
 _REQUEST_COST = 32.0  # of any request, in tokens to decode: its HTTP, its text, the first run of the model
 _PROMPT_COST = 1 / 8  # of a token that is read
 _SHORT = 1 / 8  # of the context, at most, is a short request
+_LONG = 2.0  # contexts in the caches of all requests
+_SHORT_PART = 0.5  # and more for short ones
+_MEMORY_SHARE = 0.8  # of the memory that is free once the model is loaded, for all caches
 _PROMPT_PART = 512  # tokens of a prompt between two tokens of the other sequences
 _UNLIMITED = 32_768  # tokens of a sequence where the model sets no limit
 
@@ -85,7 +89,7 @@ class Answer:
     address: str = ""
     tokens: list[int] = field(default_factory=list)
     reason: str | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
     is_cancelled: bool = False
     _held: str = ""
     _first: int = 0
@@ -138,7 +142,7 @@ class Answer:
         is_full = len(self.tokens) + 1 == self.max_new_tokens
         return "length" if is_full and token not in ends else "stop"
 
-    def finish(self, reason: str, error: Exception | None = None) -> None:
+    def finish(self, reason: str, error: BaseException | None = None) -> None:
         if self.reason is None:
             self.reason, self.error = reason, error
             self.begun()
@@ -151,10 +155,8 @@ class _Sequence:
     def __init__(self, model: PreTrainedModel, answer: Answer, options: dict[str, Any], is_short: bool):
         self.answer, self.is_short = answer, is_short
         self.ids, self.unread = answer.ids, answer.ids
-        self.prompt: PromptReader | None = PromptReader(model, answer.num_cached)
         self.logits: Tensor | None = None
-        self.state: DecoderState | None = None
-        self.random = torch.Generator()
+        self.random = torch.Generator(answer.ids.device)
         if answer.seed is None:
             self.random.seed()
         else:
@@ -162,15 +164,17 @@ class _Sequence:
         self.processor: LogitsProcessorList
         self.criteria: StoppingCriteriaList
         self.config: GenerationConfig
-        self.processor, self.criteria, self.config = model.generate(custom_generate=_settings, **options)
+        self.inputs: dict[str, Any]
+        self.processor, self.criteria, self.config, self.inputs = model.generate(custom_generate=_settings, **options)
 
     def read_part(self) -> None:
         """Runs the next part of the prompt, and with the last one prepares decoding."""
-        part, self.unread = self.unread[:, :_PROMPT_PART], self.unread[:, _PROMPT_PART:]
-        assert self.prompt is not None
-        logits = self.prompt.read(part)
-        if self.unread.numel() == 0:
-            self.state, self.logits, self.prompt = self.prompt.finish(), logits, None
+        raise NotImplementedError
+
+    @staticmethod
+    def step(sequences: Sequence[Any], tokens: Tensor) -> None:
+        """Runs the model on the last of the `tokens` (count,) of sequences of this class."""
+        raise NotImplementedError
 
     def choose(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> Tensor:
         """The next token (1,), which joins the answer; `ends` are the tokens that end a text."""
@@ -187,45 +191,66 @@ class _Sequence:
         return token
 
 
+class _Packed(_Sequence):
+    """A sequence of castlm's decoder."""
+
+    def __init__(self, model: PreTrainedModel, answer: Answer, options: dict[str, Any], is_short: bool):
+        super().__init__(model, answer, options, is_short)
+        self.prompt: PromptReader | None = PromptReader(model, answer.num_cached)
+        self.state: DecoderState | None = None
+
+    def read_part(self) -> None:
+        part, self.unread = self.unread[:, :_PROMPT_PART], self.unread[:, _PROMPT_PART:]
+        assert self.prompt is not None
+        logits = self.prompt.read(part)
+        if self.unread.numel() == 0:
+            self.state, self.logits, self.prompt = self.prompt.finish(), logits, None
+
+    @staticmethod
+    def step(sequences: Sequence[_Packed], tokens: Tensor) -> None:
+        with _failing(*(sequence.answer for sequence in sequences)):
+            states = [sequence.state for sequence in sequences if sequence.state is not None]
+            logits = step_together(states, tokens)
+            for row, sequence in enumerate(sequences):
+                sequence.logits = logits[row : row + 1]
+
+
+class _Plain(_Sequence):
+    """A sequence of transformers' forward, whose inputs are prepared as `generate` prepares them."""
+
+    def __init__(self, model: PreTrainedModel, answer: Answer, options: dict[str, Any], is_short: bool):
+        super().__init__(model, answer, options, is_short)
+        self.model = model
+
+    def read_part(self) -> None:
+        self.logits = self._forward(None, is_first_iteration=True)
+        self.unread = self.unread[:, :0]
+
+    @staticmethod
+    def step(sequences: Sequence[_Plain], tokens: Tensor) -> None:
+        for sequence in sequences:
+            with _failing(sequence.answer):
+                sequence.logits = sequence._forward(1 if sequence.inputs.get("use_cache") else None)
+
+    def _forward(self, num_new: int | None, **more: bool) -> Tensor:
+        """Logits (1, vocabulary) in fp32 after `ids`, of which the last `num_new` are in no cache yet; None: all."""
+        inputs = self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=num_new, **more, **self.inputs)
+        output = self.model(**inputs, return_dict=True)
+        self.inputs = self.model._update_model_kwargs_for_generation(output, self.inputs)
+        logits: Tensor = output.logits[:, -1].to(torch.float32, copy=True)  # a view would keep those of the prompt
+        return logits
+
+
 def _settings(
     model: PreTrainedModel,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    **_: Any,
-) -> tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig]:
-    """The generation config and stopping rules that `generate` would use for a request."""
-    return logits_processor, stopping_criteria, generation_config
-
-
-class _Listener(BaseStreamer, StoppingCriteria):
-    """Hands the tokens of `generate` to an answer one token late, when it is known whether another one follows.
-
-    As a stopping criterion it ends `generate` where the answer ends.
-    """
-
-    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]):
-        self.answer, self.tokenizer, self.ends = answer, tokenizer, ends
-        self.is_prompt = True
-        self.last: int | None = None
-
-    def put(self, value: Tensor) -> None:
-        if not self.is_prompt:
-            self._take(None)
-            self.last = int(value)
-        self.is_prompt = False
-
-    def end(self) -> None:
-        self._take(self.answer.reason_after(self.last, self.ends))
-
-    def _take(self, reason: str | None) -> None:
-        if self.last is not None and self.answer.reason is None and not self.answer.is_cancelled:
-            self.answer.take(self.last, self.tokenizer, reason)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        is_over = self.answer.reason is not None or self.answer.is_cancelled
-        return torch.full((input_ids.shape[0],), is_over, device=input_ids.device, dtype=torch.bool)
+    **inputs: Any,
+) -> tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig, dict[str, Any]]:
+    """The stopping rules, the generation config and the inputs of the model that `generate` would use for a request."""
+    return logits_processor, stopping_criteria, generation_config, inputs
 
 
 class Engine:
@@ -243,13 +268,15 @@ class Engine:
         say: Say = silent,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.context = context_length(model.config) or _UNLIMITED
+        is_packed = decoding_method(model, say=say, **ONE_SEQUENCE) is not None
+        self.context = _fitting_context(model, is_packed, say)
         eos = model.generation_config.eos_token_id
         self._ends = frozenset([eos] if isinstance(eos, int) else eos or ())
-        self._is_together = decoding_method(model, say=say, **ONE_SEQUENCE) is not None
+        self._kind: type[_Packed | _Plain] = _Packed if is_packed else _Plain
+        if not is_packed:
+            say("requests take turns, a token each: castlm pack makes a model that decodes eight of them together")
         self._line: Line[Answer] = Line(MOST_WAITING, MOST_WORK)
-        self._sequences: list[_Sequence] = []
-        self._generated: Answer | None = None  # by transformers' generate
+        self._sequences: list[_Packed | _Plain] = []
         self._is_closed = False
         self._changed = threading.Condition()
         self._num_threads = torch.get_num_threads()  # each thread of Python's has a number of its own
@@ -283,43 +310,56 @@ class Engine:
         """Ends the thread after the token that it computes, and every request."""
         with self._changed:
             self._is_closed = True
-            if self._generated is not None:
-                self._generated.is_cancelled = True
             self._changed.notify()
         self._thread.join()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are answered: not after `close`."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
-        while True:
-            with self._changed:
-                while not (self._line.waiting() or self._sequences or self._is_closed):
-                    self._changed.wait()
-                if self._is_closed:
-                    break
-                admitted, is_short = self._next()
-                if admitted is not None:
-                    self._line.begin(admitted)
-            work = 0.0
+        try:
             with torch.inference_mode():
-                if admitted is not None:
-                    admitted.begun()
-                    with _failing(admitted):
-                        self._admit(admitted, is_short)
-                    work = _REQUEST_COST + _PROMPT_COST * admitted.num_prompt + len(admitted.tokens)
-                work += self._advance()
+                while self._round():
+                    pass
+        finally:
             with self._changed:
-                self._line.work(work)
-                for answer in self._line.served():
-                    if answer.reason is not None:
-                        self._line.leave(answer)
-        for answer in [*self._line.waiting(), *self._line.served()]:
-            answer.finish("cancelled")
+                self._is_closed = True
+                left = [*self._line.waiting(), *self._line.served()]
+            for answer in left:
+                answer.finish("cancelled")
+
+    def _round(self) -> bool:
+        """Waits for something to do, takes in a request if there is room, and advances the others; False at the end."""
+        with self._changed:
+            while not (self._line.waiting() or self._sequences or self._is_closed):
+                self._changed.wait()
+            if self._is_closed:
+                return False
+            admitted, is_short = self._next()
+            if admitted is not None:
+                self._line.begin(admitted)
+        work = 0.0
+        if admitted is not None:
+            admitted.begun()
+            with _failing(admitted):
+                self._admit(admitted, is_short)
+            work = _REQUEST_COST + _PROMPT_COST * admitted.num_prompt
+        work += self._advance()
+        with self._changed:
+            self._line.work(work)
+            for answer in self._line.served():
+                if answer.reason is not None:
+                    self._line.leave(answer)
+        return True
 
     def _next(self) -> tuple[Answer | None, bool]:
         """The request that is taken in next, and whether into the part that is kept for short ones.
 
-        All caches together hold two contexts, and half of one more for short requests. The request that is due first
-        waits until it fits, whatever comes after it.
+        The caches together hold `_LONG` contexts, and `_SHORT_PART` of one for short requests. The request that is due
+        first waits until it fits, whatever comes after it.
         """
         waiting = self._line.waiting()
         if waiting and self._has_room(waiting[0], is_short=False):
@@ -329,7 +369,7 @@ class Engine:
 
     def _has_room(self, answer: Answer, is_short: bool) -> bool:
         held = [sequence.answer.num_cached for sequence in self._sequences if sequence.is_short == is_short]
-        most = (0.5 if is_short else 2) * self.context
+        most = (_SHORT_PART if is_short else _LONG) * self.context
         return len(held) < MOST_TOGETHER and sum(held) + answer.num_cached <= most
 
     def _admit(self, answer: Answer, is_short: bool) -> None:
@@ -352,20 +392,7 @@ class Engine:
             **ONE_SEQUENCE,
             **sampling,
         }
-        if self._is_together:
-            self._sequences.append(_Sequence(self.model, answer, options, is_short))
-            return
-        listener = _Listener(answer, tokenizer, self._ends)
-        with self._changed:
-            self._generated = answer
-            answer.is_cancelled |= self._is_closed
-        with torch.random.fork_rng(devices=[answer.ids.device] if answer.ids.is_cuda else []):
-            if answer.seed is None:
-                torch.seed()
-            else:
-                torch.manual_seed(answer.seed)
-            self.model.generate(streamer=listener, stopping_criteria=StoppingCriteriaList([listener]), **options)
-        answer.finish("cancelled")  # if it has not ended otherwise
+        self._sequences.append(self._kind(self.model, answer, options, is_short))
 
     def _advance(self) -> int:
         """Reads a part of the prompt that is due first, and decodes a token of each sequence that is due first.
@@ -384,17 +411,13 @@ class Engine:
         if first_unread is not None:
             with _failing(first_unread.answer):
                 first_unread.read_part()
-        tokens: dict[_Sequence, Tensor] = {}
+        tokens: dict[_Packed | _Plain, Tensor] = {}
         for sequence in [sequence for sequence in in_order if sequence.logits is not None][:MOST_TOGETHER]:
             with _failing(sequence.answer):
                 tokens[sequence] = sequence.choose(self.tokenizer, self._ends)
         live = [sequence for sequence in tokens if sequence.answer.reason is None]
         if live:
-            with _failing(*(sequence.answer for sequence in live)):
-                states = [sequence.state for sequence in live if sequence.state is not None]
-                logits = step_together(states, torch.cat([tokens[sequence] for sequence in live]))
-                for row, sequence in enumerate(live):
-                    sequence.logits = logits[row : row + 1]
+            self._kind.step(live, torch.cat([tokens[sequence] for sequence in live]))
         self._keep_unfinished()
         return len(tokens)
 
@@ -402,12 +425,29 @@ class Engine:
         self._sequences = [sequence for sequence in self._sequences if sequence.answer.reason is None]
 
 
+def _fitting_context(model: PreTrainedModel, is_packed: bool, say: Say) -> int:
+    """The tokens that a sequence may have: the model's context, or less where memory cannot hold two and a half."""
+    config = model.config.get_text_config()
+    context = context_length(config) or _UNLIMITED
+    num_heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    token_bytes = 2 * config.num_hidden_layers * num_kv_heads * head_dim * (4 if is_packed else model.dtype.itemsize)
+    room = _MEMORY_SHARE * available_memory(model.device.type) / ((_LONG + _SHORT_PART) * token_bytes)
+    if room >= context:
+        return context
+    say(f"requests have at most {int(room):,} of the model's {context:,} tokens: no more keys and values fit in memory")
+    return int(room)
+
+
 @contextlib.contextmanager
 def _failing(*answers: Answer) -> Iterator[None]:
     """An error in the block ends these answers, and not the engine."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):  # a panic of a tokenizer is a BaseException
+            raise
         if not isinstance(error, InputError) and not is_out_of_memory(error):
             _log.error("a request failed", exc_info=error)
         for answer in answers:
