@@ -142,6 +142,27 @@ def test_a_prompt_of_several_blocks_has_the_logits_of_transformers(level, group,
             torch.testing.assert_close(found, exact[state.length - 1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif("avx512" not in native.levels(), reason="needs AVX-512")
+@pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, None), (1, 6, 70), (4, 20, 70)])
+def test_prompts_of_integers_have_the_logits_of_transformers_within_their_rounding(group, head_dim, window):
+    """Also where attention multiplies bf16, whatever is masked, and however keys divide into pairs and blocks."""
+    over = {"num_attention_heads": 2 * group, "num_key_value_heads": 2, "head_dim": head_dim, "hidden_size": 16 * group}
+    ids = torch.randint(256, (1, 201), generator=torch.Generator().manual_seed(0))
+    with kernels_of("avx512"), torch.inference_mode():
+        model = packed_model("mistral", num_hidden_layers=2, max_position_embeddings=256, sliding_window=window, **over)
+        for layer in [m for m in model.model.layers.modules() if isinstance(m, PackedLinear)]:
+            packed = random_packed("int8", 0, 0, layer.out_features, layer.in_features)
+            packed.scales.mul_(2e-3)
+            layer.share_(buffer_of(packed))
+        exact = model(ids).logits[0]
+        state = DecoderState(model, None, 201)
+        for part in ids.split([7, 64, 129, 1], 1):
+            with threads(2):
+                found = state.read(part)[0]
+            worst = (found - exact[state.length - 1]).abs().max() / exact.abs().max()
+            assert worst < 2e-2
+
+
 def test_prompts_of_integers_are_read_by_the_kernels_and_those_of_floats_by_the_gemm():
     with kernels_of("avx2"):
         model = packed_model("llama")

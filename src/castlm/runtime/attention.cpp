@@ -88,6 +88,7 @@ Attend attend_of(int64_t group) {
 
 void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
 #if defined(CASTLM_AVX2)
+  if (level() >= kAvx512 && of.by_bf16 && has_bf16_attention()) return attend_to_prompt_by_bf16(of, first, count);
   if (level() >= kAvx512) return widest::attend_to_prompt(of, first, count);
   if (level() >= kAvx2) return wide::attend_to_prompt(of, first, count);
 #endif

@@ -1,4 +1,4 @@
-// What the files for AVX-512 share: whether they can be compiled, and how bytes are read.
+// What the files for AVX-512 share: whether they can be compiled, and how registers are read and transposed.
 
 #pragma once
 
@@ -14,6 +14,35 @@ BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 namespace castlm {
 
 INLINE __m512i load(const void* at) { return _mm512_loadu_si512(at); }
+
+// 16 registers of 16 words as a matrix: word i of register j becomes word j of register i.
+INLINE void transpose(__m512i (&of)[16]) {
+  __m512i pairs[16], fours[16], eights[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(of[i], of[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(of[i], of[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+#pragma GCC unroll 2
+  for (int i = 0; i < 16; i += 8)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      eights[i + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + j + 4], 0x88);
+      eights[i + j + 4] = _mm512_shuffle_i32x4(fours[i + j], fours[i + j + 4], 0xdd);
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    of[i] = _mm512_shuffle_i32x4(eights[i], eights[i + 8], 0x88);
+    of[i + 8] = _mm512_shuffle_i32x4(eights[i], eights[i + 8], 0xdd);
+  }
+}
 
 }  // namespace castlm
 END_TARGET

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <vector>
 
 #include "../core/pool.h"
@@ -72,22 +73,35 @@ class Step {
     for (int64_t i = 0; i < of_.num_layers; ++i)
       if (!attention(i) || !mlp(of_.layers[i])) return false;
     norm_all(of_.norm);
-    if (!is_prompt_) return multiply(of_.head, normed_.data(), count_, int64_t(normed_.size()), logits);
-    return multiply(of_.head, &normed_[(count_ - 1) * of_.hidden], 1, of_.hidden, logits);
+    const int64_t asked = is_prompt_ ? 1 : count_;
+    const float* last = normed_.data() + (count_ - asked) * of_.hidden;
+    return multiply({{of_.head, logits, asked * of_.head.rows}}, last, asked * of_.hidden, asked);
   }
 
  private:
-  // y (count, by.rows) of x, which has `size` floats.
-  bool multiply(const Weight& by, const float* x, int64_t count, int64_t size, float* y) {
+  struct Output {
+    const Weight& by;
+    float* y;
+    int64_t size;  // of y
+  };
+  static Output in(std::vector<float>& y, const Weight& by) { return {by, y.data(), int64_t(y.size())}; }
+
+  // The outputs y (count, by.rows) of x, which has `size` floats. x is prepared once for weights that are stored alike.
+  bool multiply(std::initializer_list<Output> outputs, const float* x, int64_t size, int64_t count) {
+    products_.clear();
+    const int64_t columns = outputs.begin()->by.columns;
+    for (const Output& of : outputs) {
+      if (of.by.columns != columns || size != count * columns || of.size != count * of.by.rows) return false;
+      products_.push_back({of.by.packed, of.by.bytes, reinterpret_cast<uint8_t*>(of.y), of.by.rows});
+    }
     const auto* from = reinterpret_cast<const uint8_t*>(x);
-    if (size != count * by.columns) return false;
-    auto* to = reinterpret_cast<uint8_t*>(y);
-    if (castlm::multiply(by.packed, by.bytes, from, 0, count, by.columns, to, by.rows, threads_)) return false;
-    for (int64_t s = 0; by.bias && s < count; ++s) add_to(y + s * by.rows, by.bias, by.rows);
+    if (castlm::multiply(products_.data(), int64_t(products_.size()), from, 0, count, columns, threads_)) return false;
+    for (const Output& of : outputs)
+      for (int64_t s = 0; of.by.bias && s < count; ++s) add_to(of.y + s * of.by.rows, of.by.bias, of.by.rows);
     return true;
   }
-  bool multiply(const Weight& by, const std::vector<float>& x, std::vector<float>& y) {
-    return count_ * by.rows == int64_t(y.size()) && multiply(by, x.data(), count_, int64_t(x.size()), y.data());
+  bool multiply(std::initializer_list<Output> outputs, const std::vector<float>& x) {
+    return multiply(outputs, x.data(), int64_t(x.size()), count_);
   }
 
   // Calls work(first, last) for parts of the tokens.
@@ -124,15 +138,13 @@ class Step {
   bool attention(int64_t index) {
     const DecoderLayer& shared = of_.layers[index];
     norm_all(shared.attention_norm);
-    if (!multiply(shared.q, normed_, query_) || !multiply(shared.k, normed_, key_) ||
-        !multiply(shared.v, normed_, value_))
-      return false;
+    if (!multiply({in(query_, shared.q), in(key_, shared.k), in(value_, shared.v)}, normed_)) return false;
     place_heads(index, of_.heads, false, query_);
     place_heads(index, of_.kv_heads, true, key_);
     for (int64_t s = 0; s < count_; ++s) remember(index, s);
     if (is_prompt_) attend_all(shared);
     else for (int64_t s = 0; s < count_; ++s) attend(index, s);
-    if (!multiply(shared.o, mixed_, added_)) return false;
+    if (!multiply({in(added_, shared.o)}, mixed_)) return false;
     add_to(x_.data(), added_.data(), int64_t(x_.size()));
     return true;
   }
@@ -151,12 +163,13 @@ class Step {
   void attend_all(const DecoderLayer& layer) {
     const int64_t width = of_.head_dim, group = of_.heads / of_.kv_heads;
     const int64_t parts = (count_ + kPromptTokens - 1) / kPromptTokens;
+    const bool by_bf16 = has_integers(layer.q.packed);
     in_parallel(of_.kv_heads * parts, 1, threads_, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t head = i / parts, token = i % parts * kPromptTokens, from = head * of_.capacity * width;
         const int64_t at = head * group * width;
         attend_to_prompt({&query_[at], layer.keys + from, layer.values + from, &mixed_[at], of_.heads * width, group, width,
-                          positions_[0], layer.window, of_.scale},
+                          positions_[0], layer.window, of_.scale, by_bf16},
                          token, std::min(kPromptTokens, count_ - token));
       }
     });
@@ -181,11 +194,11 @@ class Step {
 
   bool mlp(const DecoderLayer& layer) {
     norm_all(layer.mlp_norm);
-    if (!multiply(layer.gate, normed_, gate_) || !multiply(layer.up, normed_, up_)) return false;
+    if (!multiply({in(gate_, layer.gate), in(up_, layer.up)}, normed_)) return false;
     for_tokens([&](int64_t first, int64_t last) {
       silu_times(&gate_[first * of_.intermediate], &up_[first * of_.intermediate], (last - first) * of_.intermediate);
     });
-    if (!multiply(layer.down, gate_, added_)) return false;
+    if (!multiply({in(added_, layer.down)}, gate_)) return false;
     add_to(x_.data(), added_.data(), int64_t(x_.size()));
     return true;
   }
@@ -196,6 +209,7 @@ class Step {
   const int64_t count_;
   const bool is_prompt_;
   const int threads_;
+  std::vector<Product> products_;
   std::vector<float> x_, normed_, added_, query_, key_, value_, mixed_, gate_, up_;
 };
 

@@ -62,9 +62,13 @@ struct Prompt {
   float* to;
   int64_t stride, group, width, start, window;  // `start` tokens came before; `window` as in DecoderLayer
   float scale;
+  bool by_bf16;  // whether products may be of bf16: where the layers round their inputs to int8, which is coarser
 };
 constexpr int64_t kPromptTokens = 64;  // tokens that `attend_to_prompt` takes at most
 // Attention of the tokens [first, first + count) of the prompt.
 void attend_to_prompt(const Prompt&, int64_t first, int64_t count);
+// The same by products of bf16, and whether this processor has them.
+bool has_bf16_attention();
+void attend_to_prompt_by_bf16(const Prompt&, int64_t first, int64_t count);
 
 }  // namespace castlm

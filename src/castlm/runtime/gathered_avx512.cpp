@@ -36,35 +36,6 @@ constexpr int kMostSteps = 8;
 int steps_of(const Header& of) { return int((kBlock / of.m * of.n + 3) / 4); }
 int64_t block_bytes(int steps) { return 64 + 128 * steps; }  // the first sums, then columns and weights of each step
 
-// 16 registers of 16 words as a matrix: word i of register j becomes word j of register i.
-INLINE void transpose(__m512i (&of)[16]) {
-  __m512i pairs[16], fours[16], eights[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(of[i], of[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(of[i], of[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
-      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
-    }
-#pragma GCC unroll 2
-  for (int i = 0; i < 16; i += 8)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      eights[i + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + j + 4], 0x88);
-      eights[i + j + 4] = _mm512_shuffle_i32x4(fours[i + j], fours[i + j + 4], 0xdd);
-    }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    of[i] = _mm512_shuffle_i32x4(eights[i], eights[i + 8], 0x88);
-    of[i + 8] = _mm512_shuffle_i32x4(eights[i], eights[i + 8], 0xdd);
-  }
-}
-
 // The blocks of a tile with their kept weights first, `block_bytes` each.
 template <int values>
 void gather(const uint8_t* panel, int64_t bytes, int64_t blocks, int steps, uint8_t* to) {
@@ -161,36 +132,9 @@ bool avx512_gathers(const Header& of, int64_t batch) {
   return permutes && batch >= kFewestRows && of.m && of.values >= kInt8 && steps_of(of) <= kMostSteps;
 }
 
-Multiply avx512_gathered(const Header& of) { return of.values == kInt8 ? multiply<kInt8> : multiply<kInt4>; }
-
-int64_t avx512_gathered_bytes(const Header& of, int64_t batch) {
-  return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce * of.blocks() * (kBlock + 4);
-}
-
-Activations avx512_gathered_rows(const Header& of, const Activations& x, void* room) {
-  const int64_t blocks = of.blocks(), rows = (x.batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
-  auto* narrow = static_cast<int8_t*>(room);
-  auto* scales = reinterpret_cast<float*>(narrow + rows * of.padded());
-  for (int64_t b = 0; b < x.batch; b++)
-    for (int64_t i = 0; i < blocks; i++) {
-      const int64_t at = (b / kRowsAtOnce * blocks + i) * kRowsAtOnce + b % kRowsAtOnce;
-      const __m512i columns = load(x.narrow + b * of.padded() + i * kBlock);
-      _mm512_storeu_si512(narrow + at * kBlock, _mm512_xor_si512(columns, _mm512_set1_epi8(char(128))));
-      scales[at] = x.scales[b * blocks + i];
-    }
-  return {x.wide, narrow, scales, nullptr, x.batch};
-}
+Kernel avx512_gathered(const Header& of) { return {in_groups<kRowsAtOnce, true>, of.values == kInt8 ? multiply<kInt8> : multiply<kInt4>, 1, 2}; }
 
 }  // namespace castlm
 END_TARGET
-
-#else
-
-namespace castlm {
-bool avx512_gathers(const Header&, int64_t) { return false; }
-Multiply avx512_gathered(const Header&) { return nullptr; }
-int64_t avx512_gathered_bytes(const Header&, int64_t) { return 0; }
-Activations avx512_gathered_rows(const Header&, const Activations& x, void*) { return x; }
-}  // namespace castlm
 
 #endif

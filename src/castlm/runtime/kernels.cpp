@@ -12,22 +12,18 @@
 namespace castlm {
 namespace {
 
-bool runs(int32_t level) {
-  return level == kPlain || (level == kNeon && has_neon()) || (level == kAvx2 && has_avx2()) ||
-         (level == kAvx512 && has_avx512() && has_avx2()) || (level == kAmx && has_amx() && runs(kAvx512));
-}
+bool runs(int32_t level) { return level >= 0 && level < kNumLevels && kLevels[level].is_here(); }
 
 std::atomic<int32_t>& level_in_use() {
   static std::atomic<int32_t> used{[] {
-    for (const int32_t level : {kAmx, kAvx512, kAvx2, kNeon})
-      if (runs(level)) return level;
-    return int32_t(kPlain);
+    int32_t best = kNumLevels - 1;
+    while (!runs(best)) --best;
+    return best;
   }()};
   return used;
 }
 
 constexpr int64_t kWeightsPerThread = 1 << 16;  // fewer are multiplied sooner than a thread wakes
-constexpr int64_t kChunkBytes = 1 << 16;        // of weights that are multiplied by several batches of x in turn
 
 EACH_CPU void widen_bfloat16(const uint16_t* from, int64_t count, float* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = bfloat16_to_float(from[k]);
@@ -36,9 +32,6 @@ EACH_CPU void narrow_bfloat16(const float* from, int64_t count, uint16_t* to) {
   for (int64_t k = 0; k < count; ++k) to[k] = float_to_bfloat16(from[k]);
 }
 int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }  // the next multiple
-int64_t padded_batch(const Header& of, int64_t batch) {
-  return batch <= 2 || of.layout == kLanes ? batch : whole(batch, 4);
-}
 
 }  // namespace
 
@@ -109,105 +102,54 @@ const float* widen(const Header& of, const uint8_t* x, bool is_bfloat16, int64_t
   return wide;
 }
 
-// x of (batch, columns) as the kernels of a level need it, `rows` of them with those past `batch` zero.
-Activations prepare(const Header& of, int32_t level, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
-  const int64_t width = of.padded();
-  if (batch == 1) release_large_scratch();
-  const float* wide = widen(of, x, is_bfloat16, batch, rows);
-  if (level == kPlain || of.values < kInt8) return {wide, nullptr, nullptr, nullptr, rows};
-  auto* narrow = static_cast<int8_t*>(scratch<2>(rows * (width + of.blocks() * 8)));
-  float* scales = reinterpret_cast<float*>(narrow + rows * width);
-  const auto quantize = level == kNeon ? plain_quantize : avx2_quantize;
-  for (int64_t b = 0; b < rows; ++b) quantize(wide + b * width, width, narrow + b * width, scales + b * of.blocks());
-  if (level == kAvx2 && avx2_prompt_gains(of, batch))
-    return avx2_prompt_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_prompt_bytes(of, rows)));
-  if (level == kAvx2 && avx2_lanes_bytes(of, rows))
-    return avx2_lanes_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx2_lanes_bytes(of, rows)));
-  if (level == kAvx512 && avx512_gathers(of, rows))
-    return avx512_gathered_rows(of, {wide, narrow, scales, nullptr, rows}, scratch<4>(avx512_gathered_bytes(of, rows)));
-  const bool as_they_are = level < kAvx2 || level == kAmx || (level == kAvx2 && (of.values == kInt8 || of.layout != kLanes));
-  if (as_they_are) return {wide, narrow, scales, nullptr, rows};
-  auto* offsets = reinterpret_cast<int32_t*>(scales + rows * of.blocks());
-  for (int64_t i = 0; i < rows * of.blocks(); ++i)
-    offsets[i] = level == kAvx2 ? avx2_offset(narrow + i * kBlock) : avx512_offset(of, narrow + i * kBlock);
-  if (level == kAvx512 && batch >= kManyRows)
-    return avx512_many_rows(of, {wide, narrow, scales, offsets, rows}, scratch<4>(avx512_many_bytes(of, rows)));
-  return {wide, narrow, scales, offsets, rows};
-}
-
-Activations rows_from(const Header& of, const Activations& x, int64_t first, int64_t count) {
-  return {x.wide + first * of.padded(), x.narrow ? x.narrow + first * of.padded() : nullptr,
-          x.scales ? x.scales + first * of.blocks() : nullptr, x.offsets ? x.offsets + first * of.blocks() : nullptr,
-          count};
-}
-
-// The level whose kernels multiply `batch` rows of x the fastest.
-int32_t level_for(const Header& of, int64_t batch) {
+// The level whose kernels take a matrix.
+int32_t level_for(const Header& of) {
   if (of.layout == kRows) return kPlain;
   if (of.layout == kDense) return level() == kNeon ? kNeon : kPlain;
   if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
   if (level() == kNeon && !of.is_unsigned) return kNeon;
   if (level() < (of.is_unsigned ? kAvx512 : kAvx2)) return kPlain;
   if (of.values == kInt4 && of.m && !of.is_unsigned) return kPlain;  // of a level before AVX2
-  if (level() == kAvx2 || (of.values >= kInt8 && !of.is_unsigned)) return kAvx2;
-  return level() == kAmx && amx_gains(of, batch) ? kAmx : kAvx512;
+  if (of.values >= kInt8 && !of.is_unsigned) return kAvx2;
+  return level();
 }
 
-void multiply_by_amx(const Header& of, const uint8_t* data, const Activations& x, bool is_bfloat16, float* sums,
-                     int64_t ldy, int threads) {
-  auto* tiles = static_cast<uint8_t*>(scratch<4>(amx_tile_bytes(of, is_bfloat16, x.batch)));
-  amx_tiles(of, x, is_bfloat16, tiles);
-  const Tiles all{tiles, x.scales, is_bfloat16, x.batch};
-  const int64_t strips = ldy / kAmxRows, part = threads == 1 ? strips : std::max<int64_t>(1, strips / (threads * 4));
-  in_parallel(strips, part, threads, [&](int64_t first, int64_t last) {
-    amx_multiply(of, data, all, sums, ldy, first * kAmxRows, last * kAmxRows);
-  });
-}
-
-void multiply_in_batches(const Header& of, int32_t level, const uint8_t* data, const Activations& x, int64_t batch,
-                         float* sums, int64_t ldy, int threads) {
-  const int64_t tiles = of.tiles(), tile_bytes = std::max<int64_t>(1, of.data_bytes / tiles);
-  int64_t part = std::max<int64_t>(1, tiles / (threads * 4));
-  const bool by_prompt = level == kAvx2 && avx2_prompt_gains(of, batch);
-  if (batch > kMaxBatch) part = std::min(part, std::max<int64_t>(1, kChunkBytes / tile_bytes));
-  const bool by_lanes = level == kAvx512;
-  if (by_lanes) part = threads == 1 ? tiles : whole(part, 2);  // tiles that it takes together, and x from the first to the last row
-  if (by_prompt) part = whole(part, 4);  // tiles that it takes together
-  if (threads == 1 && batch <= kMaxBatch) part = tiles;
-  in_parallel(tiles, part, threads, [&](int64_t first, int64_t last) {
-    if (by_lanes) return (avx512_gathers(of, x.batch) ? avx512_gathered(of) : avx512_lanes(of))(of, data, x, sums, ldy, first, last);
-    if (of.layout == kLanes && level == kAvx2) return avx2_lanes(of)(of, data, x, sums, ldy, first, last);
-    if (of.layout == kLanes && level == kNeon) return neon_lanes(of)(of, data, x, sums, ldy, first, last);
-    if (by_prompt) return avx2_prompt(of)(of, data, x, sums, ldy, first, last);
-    for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
-      const Activations some = rows_from(of, x, b, std::min(kMaxBatch, x.batch - b));
-      const Multiply kernel = level == kAvx2   ? avx2_multiply(of, some.batch)
-                              : level == kNeon ? neon_multiply(of, some.batch)
-                                               : plain_multiply;
-      kernel(of, data, some, sums + b * ldy, ldy, first, last);
-    }
-  });
+// Whether kernels take the same form of x for two matrices.
+bool same_form(const Header& a, const Header& b) {
+  return a.layout == b.layout && a.values == b.values && a.n == b.n && a.m == b.m && a.is_unsigned == b.is_unsigned;
 }
 
 }  // namespace
 
-int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
-                     int64_t columns, uint8_t* y, int64_t rows, int threads) {
+bool castlm::has_integers(const uint8_t* packed) {
   Header of;
-  if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns || batch < 1) return kBadSize;
-  const int32_t used = level_for(of, batch);
-  const bool by_amx = used == kAmx;
-  const Activations all = prepare(of, used, x, is_bfloat16, batch, by_amx ? whole(batch, kAmxBatch) : padded_batch(of, batch));
-  const int64_t ldy = by_amx ? whole(rows, kAmxRows) : rows;
-  const bool in_place = !is_bfloat16 && all.batch == batch && ldy == rows;
-  float* sums = in_place ? reinterpret_cast<float*>(y) : static_cast<float*>(scratch<3>(all.batch * ldy * 4));
-  const int64_t most = rows * columns * batch / kWeightsPerThread;
-  threads = int(std::min<int64_t>(threads, std::max<int64_t>(1, most)));
-  if (by_amx) multiply_by_amx(of, packed + kHeaderBytes, all, is_bfloat16, sums, ldy, threads);
-  else multiply_in_batches(of, used, packed + kHeaderBytes, all, batch, sums, ldy, threads);
-  for (int64_t b = 0; b < batch && !in_place; ++b) {
-    if (is_bfloat16) narrow_bfloat16(sums + b * ldy, rows, reinterpret_cast<uint16_t*>(y) + b * rows);
-    else std::memcpy(y + b * rows * 4, sums + b * ldy, rows * 4);
+  std::memcpy(&of, packed, sizeof of);
+  return of.values >= kInt8;
+}
+
+int castlm::multiply(const Product* products, int64_t count, const uint8_t* x, int is_bfloat16, int64_t batch, int64_t columns,
+                     int threads) {
+  if (batch < 1) return kBadSize;
+  if (batch == 1) release_large_scratch();
+  Header of{}, before{};
+  Activations all{};
+  for (int64_t i = 0; i < count; ++i, before = of) {
+    const auto [packed, bytes, y, rows] = products[i];
+    if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns) return kBadSize;
+    const Kernel kernel = kLevels[level_for(of)].kernel(of, batch, is_bfloat16);
+    const int64_t filled = whole(batch, kernel.multiple_of_rows), ldy = whole(rows, kernel.multiple_of_outputs);
+    if (i == 0 || !same_form(of, before)) all = kernel.form(of, widen(of, x, is_bfloat16, batch, filled), filled);
+    const bool in_place = !is_bfloat16 && filled == batch && ldy == rows;
+    float* sums = in_place ? reinterpret_cast<float*>(y) : static_cast<float*>(scratch<3>(filled * ldy * 4));
+    const int64_t helped = std::min<int64_t>(threads, std::max<int64_t>(1, rows * columns * batch / kWeightsPerThread));
+    const int64_t part = helped == 1 ? of.tiles() : whole(std::max<int64_t>(1, of.tiles() / (helped * 4)), kernel.multiple_of_tiles);
+    in_parallel(of.tiles(), part, helped, [&](int64_t first, int64_t last) {
+      kernel.multiply(of, packed + kHeaderBytes, all, sums, ldy, first, last);
+    });
+    for (int64_t b = 0; b < batch && !in_place; ++b) {
+      if (is_bfloat16) narrow_bfloat16(sums + b * ldy, rows, reinterpret_cast<uint16_t*>(y) + b * rows);
+      else std::memcpy(y + b * rows * 4, sums + b * ldy, rows * 4);
+    }
   }
   return kOk;
 }
@@ -215,10 +157,13 @@ int castlm::multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 8;
+const int32_t castlm_inference_version = 9;
 
 // The level in use.
 int castlm_level() { return level(); }
+
+// The name of a level; null after the last one.
+const char* castlm_level_name(int level) { return level >= 0 && level < kNumLevels ? kLevels[level].name : nullptr; }
 
 // Whether this processor has a level.
 int castlm_runs(int level) { return runs(level); }
@@ -260,7 +205,8 @@ int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t co
 // y (batch, rows) = x (batch, columns) times the transposed matrix; both are fp32, or both bf16.
 int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
                     int64_t columns, uint8_t* y, int64_t rows, int threads) {
-  return guarded([&] { return multiply(packed, bytes, x, is_bfloat16, batch, columns, y, rows, threads); });
+  const Product product{packed, bytes, y, rows};
+  return guarded([&] { return multiply(&product, 1, x, is_bfloat16, batch, columns, threads); });
 }
 
 // Rows [first, last) of the matrix as fp32, (last - first, columns).

@@ -13,7 +13,9 @@
 
 #include <algorithm>
 
-BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi2,amx-tile,amx-bf16,amx-int8")
+#include "plain.h"
+
+BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi2,amx-tile,amx-bf16,amx-int8")
 
 namespace castlm {
 namespace {
@@ -118,11 +120,11 @@ INLINE void add_integers(const uint8_t* x, const float* scales, int64_t ld_scale
 }
 
 template <int values, int parts>
-INLINE void multiply_rows(const Header& of, const Tiles& x, const uint8_t* w, const float* w_scales, int64_t block,
+INLINE void multiply_rows(const Header& of, const Activations& x, const uint8_t* w, const float* w_scales, int64_t block,
                           int64_t blocks, float* y, int64_t ldy) {
   constexpr int kTiles = values == kBFloat16 ? 2 : 1;  // in a block
   const int64_t x_stride = of.blocks() * kTiles * parts * kTileBytes;
-  const uint8_t* at = x.tiles + block * kTiles * parts * kTileBytes;
+  const uint8_t* at = reinterpret_cast<const uint8_t*>(x.narrow) + block * kTiles * parts * kTileBytes;
   if constexpr (values == kBFloat16) {
     int64_t b = 0;
     for (; b + 32 <= x.batch; b += 32)
@@ -138,7 +140,7 @@ INLINE void multiply_rows(const Header& of, const Tiles& x, const uint8_t* w, co
 }
 
 template <bool is_masked, int values, int parts>
-void multiply_tiles(const Header& of, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
   alignas(64) uint8_t w[2 * kMostBlocks * (values == kBFloat16 ? 2 : 1) * kTileBytes];
   alignas(64) float w_scales[kMostBlocks * 32];
   _tile_loadconfig(&kShapes);
@@ -147,7 +149,7 @@ void multiply_tiles(const Header& of, const uint8_t* data, const Tiles& x, float
   const int64_t passes = (of.blocks() + fit - 1) / fit, most = (of.blocks() + passes - 1) / passes;
   for (int64_t block = 0; block < of.blocks(); block += most) {
     const int64_t blocks = std::min(most, of.blocks() - block);
-    for (int64_t row = first; row < last; row += 32) {
+    for (int64_t row = 16 * first; row < 16 * last; row += 32) {
       expand<values, is_masked>(of, data, row, block, blocks, w, w_scales);
       all_stored();
       multiply_rows<values, parts>(of, x, w, w_scales, block, blocks, y + row, ldy);
@@ -157,11 +159,11 @@ void multiply_tiles(const Header& of, const uint8_t* data, const Tiles& x, float
   if (values != kInt8) return;
   const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * of.blocks() * of.panel_bytes());
   for (int64_t b = 0; b < x.batch; b++)
-    for (int64_t row = first; row < last && row < of.rows; row++) y[b * ldy + row] *= row_scales[row];
+    for (int64_t row = 16 * first; row < std::min(16 * last, of.rows); row++) y[b * ldy + row] *= row_scales[row];
 }
 
 template <int values, int parts>
-void multiply_pattern(const Header& of, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+void multiply_pattern(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
   if (of.m) return multiply_tiles<true, values, parts>(of, data, x, y, ldy, first, last);
   return multiply_tiles<false, values, parts>(of, data, x, y, ldy, first, last);
 }
@@ -182,7 +184,7 @@ bool may_use_tiles() {
 }  // namespace
 
 bool has_amx() {
-  static const bool has = [] {
+  static const bool has = has_avx512() && [] {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt = 1u << 25, kAvx512Bf16 = 1u << 5;
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (~edx & (kBf16 | kTile | kInt))) return false;
@@ -192,45 +194,53 @@ bool has_amx() {
   return has;
 }
 
-// Against AVX-512 on an Emerald Rapids: 0.6 to 1.2 times its speed with 8 rows of x, 1.3 to 2.4 with 16.
-bool amx_gains(const Header& of, int64_t batch) {
-  return (of.values == kBFloat16 || of.values == kInt8 || of.values == kInt4) && batch > 12;
-}
+namespace {
 
-int64_t amx_tile_bytes(const Header& of, bool is_bfloat16, int64_t batch) {
-  return batch * of.padded() * (of.values != kBFloat16 ? 1 : is_bfloat16 ? 2 : 4);
-}
-
-void amx_tiles(const Header& of, const Activations& x, bool is_bfloat16, uint8_t* to) {
-  for (int64_t first = 0; first < x.batch; first += 16)
-    for (int64_t column = 0; column < of.padded(); column += of.values == kBFloat16 ? 32 : 64)
-      if (of.values == kBFloat16) {
-        for (int64_t b = 0; b < 16; b++) {
-          const float* from = x.wide + (first + b) * of.padded() + column;
-          const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
-          const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-          _mm512_storeu_si512(to + 64 * b, bits);
-          if (is_bfloat16) continue;
-          const __m512 low_rest = rest(low, _mm512_castsi512_si256(bits));
-          const __m512 high_rest = rest(high, _mm512_extracti64x4_epi64(bits, 1));
-          _mm512_storeu_si512(to + kTileBytes + 64 * b, (__m512i)_mm512_cvtne2ps_pbh(high_rest, low_rest));
-        }
-        to += is_bfloat16 ? kTileBytes : 2 * kTileBytes;
-      } else {
-        for (int64_t b = 0; b < 16; b++)
-          _mm512_storeu_si512(to + 64 * b, load(x.narrow + (first + b) * of.padded() + column));
-        to += kTileBytes;
+// Many rows of x as tiles of 16 rows by 64 bytes, a row of tiles after the other: 32 bf16 or 64 int8. fp32 takes `parts` = 2
+// tiles: its bf16, and the rest that bf16 leaves of it.
+template <int parts>
+Activations floats_in_tiles(const Header& of, const float* x, int64_t rows) {
+  auto* const tiles = static_cast<uint8_t*>(scratch<4>(rows * of.padded() * 2 * parts));
+  uint8_t* to = tiles;
+  for (int64_t first = 0; first < rows; first += 16)
+    for (int64_t column = 0; column < of.padded(); column += 32, to += parts * kTileBytes)
+      for (int64_t b = 0; b < 16; b++) {
+        const float* from = x + (first + b) * of.padded() + column;
+        const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+        const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        _mm512_storeu_si512(to + 64 * b, bits);
+        if (parts == 1) continue;
+        const __m512 low_rest = rest(low, _mm512_castsi512_si256(bits));
+        const __m512 high_rest = rest(high, _mm512_extracti64x4_epi64(bits, 1));
+        _mm512_storeu_si512(to + kTileBytes + 64 * b, (__m512i)_mm512_cvtne2ps_pbh(high_rest, low_rest));
       }
+  return {x, reinterpret_cast<int8_t*>(tiles), nullptr, nullptr, rows};
 }
 
-void amx_multiply(const Header& of, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  switch (of.values) {
-    case kInt8: return multiply_pattern<kInt8, 1>(of, data, x, y, ldy, first, last);
-    case kInt4: return multiply_pattern<kInt4, 1>(of, data, x, y, ldy, first, last);
-    default:
-      return x.is_bfloat16 ? multiply_pattern<kBFloat16, 1>(of, data, x, y, ldy, first, last)
-                           : multiply_pattern<kBFloat16, 2>(of, data, x, y, ldy, first, last);
+Activations integers_in_tiles(const Header& of, const float* x, int64_t rows) {
+  const int64_t blocks = of.blocks();
+  auto* const tiles = static_cast<int8_t*>(scratch<4>(rows * blocks * (kBlock + 4)));
+  auto* const scales = reinterpret_cast<float*>(tiles + rows * blocks * kBlock);
+  int8_t* to = tiles;
+  for (int64_t first = 0; first < rows; first += 16)
+    for (int64_t i = 0; i < blocks; i++)
+      for (int64_t b = first; b < first + 16; b++, to += kBlock)
+        _mm512_store_si512(to, rounded(x + b * of.padded() + i * kBlock, scales + b * blocks + i));
+  return {x, tiles, scales, nullptr, rows};
+}
+
+}  // namespace
+
+Kernel amx_kernel(const Header& of, int64_t batch, bool is_bfloat16) {
+  // Against AVX-512 on an Emerald Rapids: 0.6 to 1.2 times its speed with 8 rows of x, 1.3 to 2.4 with 16.
+  if (batch <= 12 || of.values == kFloat16 || of.values == kFloat32) return avx512_kernel(of, batch, is_bfloat16);
+  Kernel kernel{integers_in_tiles, multiply_pattern<kInt8, 1>, 16, 2, 32};
+  if (of.values == kInt4) kernel.multiply = multiply_pattern<kInt4, 1>;
+  if (of.values == kBFloat16) {
+    kernel.form = is_bfloat16 ? floats_in_tiles<1> : floats_in_tiles<2>;
+    kernel.multiply = is_bfloat16 ? multiply_pattern<kBFloat16, 1> : multiply_pattern<kBFloat16, 2>;
   }
+  return kernel;
 }
 
 }  // namespace castlm
@@ -240,10 +250,7 @@ END_TARGET
 
 namespace castlm {
 bool has_amx() { return false; }
-bool amx_gains(const Header&, int64_t) { return false; }
-int64_t amx_tile_bytes(const Header&, bool, int64_t) { return 0; }
-void amx_tiles(const Header&, const Activations&, bool, uint8_t*) {}
-void amx_multiply(const Header&, const uint8_t*, const Tiles&, float*, int64_t, int64_t, int64_t) {}
+Kernel amx_kernel(const Header&, int64_t, bool) { return {}; }
 }  // namespace castlm
 
 #endif

@@ -10,6 +10,7 @@
 // halves of a panel's rows, j tiles that are read side by side, e independent sums of one output.
 
 #include "avx2.h"
+#include "plain.h"
 
 #if defined(CASTLM_AVX2)
 
@@ -215,10 +216,13 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c();
 }
 
-Multiply avx2_multiply(const Header& of, int64_t batch) { return kernel_of<Avx2>(of, batch); }
+Kernel avx2_kernel(const Header& of, int64_t batch, bool) {
+  if (of.layout == kLanes) return avx2_lanes(of, batch);
+  return of.values >= kInt8 && batch > kMaxBatch ? avx2_prompt(of) : kernel_of<Avx2>(of, batch, avx2_integers);
+}
 
 // Blocks of x as int8 with the largest magnitude at 127. NaN and infinity make the scale NaN, and so the outputs.
-void avx2_quantize(const float* x, int64_t width, int8_t* narrow, float* scales) {
+static void quantize(const float* x, int64_t width, int8_t* narrow, float* scales) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (int64_t k = 0; k < width; k += kBlock) {
@@ -243,6 +247,8 @@ void avx2_quantize(const float* x, int64_t width, int8_t* narrow, float* scales)
   }
 }
 
+Activations avx2_integers(const Header& of, const float* x, int64_t rows) { return as_integers(of, x, rows, quantize); }
+
 int32_t avx2_offset(const int8_t* narrow) {
   const __m256i* x = reinterpret_cast<const __m256i*>(narrow);
   const __m256i eights = _mm256_set1_epi8(8);
@@ -261,8 +267,7 @@ END_TARGET
 
 namespace castlm {
 bool has_avx2() { return false; }
-Multiply avx2_multiply(const Header&, int64_t) { return nullptr; }
-void avx2_quantize(const float*, int64_t, int8_t*, float*) {}
+Kernel avx2_kernel(const Header&, int64_t, bool) { return {}; }
 int32_t avx2_offset(const int8_t*) { return 0; }
 }  // namespace castlm
 

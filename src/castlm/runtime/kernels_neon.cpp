@@ -1,7 +1,7 @@
 // The kernels for 64-bit ARM, over the same panels and dense blocks as the AVX2 ones: a table look-up of 16 bytes permutes x
 // as `vpermilps` and `vpshufb` do. They were compared with the plain path under emulation, and never timed.
 
-#include "matrix.h"
+#include "plain.h"
 
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -178,7 +178,9 @@ struct Neon {
 }  // namespace
 
 bool has_neon() { return true; }
-Multiply neon_multiply(const Header& of, int64_t batch) { return kernel_of<Neon>(of, batch); }
+Kernel neon_kernel(const Header& of, int64_t batch, bool) {
+  return of.layout == kLanes ? neon_lanes(of) : kernel_of<Neon>(of, batch, plain_integers);
+}
 
 }  // namespace castlm
 
@@ -186,7 +188,7 @@ Multiply neon_multiply(const Header& of, int64_t batch) { return kernel_of<Neon>
 
 namespace castlm {
 bool has_neon() { return false; }
-Multiply neon_multiply(const Header&, int64_t) { return nullptr; }
+Kernel neon_kernel(const Header&, int64_t, bool) { return {}; }
 }  // namespace castlm
 
 #endif

@@ -543,40 +543,40 @@ Multiply of_pattern(const Header& of) { return of.m ? multiply_any<values, false
 
 }  // namespace
 
-int64_t avx2_lanes_bytes(const Header& of, int64_t batch) {
-  return of.layout == kLanes && of.values == kInt8 && batch > most_few(of) ? 2 * batch * of.padded() : 0;
-}
-
-Activations avx2_lanes_rows(const Header& of, const Activations& x, void* room) {
+// x of int8 beside its negative, eight columns of each in turns.
+static Activations with_negative(const Header& of, const float* wide, int64_t rows) {
+  const Activations x = avx2_integers(of, wide, rows);
   const int8_t* from = x.narrow;
-  auto* to = static_cast<uint8_t*>(room);
-  for (int64_t i = 0; i < x.batch * of.padded(); i += 32, from += 32, to += 64) {
+  auto* const twice = static_cast<uint8_t*>(scratch<4>(2 * rows * of.padded()));
+  uint8_t* to = twice;
+  for (int64_t i = 0; i < rows * of.padded(); i += 32, from += 32, to += 64) {
     const __m256i v = load_bytes(reinterpret_cast<const uint8_t*>(from)), negative = _mm256_sub_epi8(_mm256_setzero_si256(), v);
     const __m256i low = _mm256_unpacklo_epi64(v, negative), high = _mm256_unpackhi_epi64(v, negative);  // eights 0, 2 and 1, 3
     put(to, _mm256_permute2x128_si256(low, high, 0x20)), put(to + 32, _mm256_permute2x128_si256(low, high, 0x31));
   }
-  return {x.wide, static_cast<int8_t*>(room), x.scales, x.offsets, x.batch};
+  return {wide, reinterpret_cast<int8_t*>(twice), x.scales, nullptr, rows};
 }
 
-Multiply avx2_lanes(const Header& of) {
+// x with the offsets of int4.
+static Activations with_offsets(const Header& of, const float* wide, int64_t rows) {
+  Activations x = avx2_integers(of, wide, rows);
+  auto* const offsets = static_cast<int32_t*>(scratch<4>(4 * rows * of.blocks()));
+  for (int64_t i = 0; i < rows * of.blocks(); i++) offsets[i] = avx2_offset(x.narrow + i * kBlock);
+  x.offsets = offsets;
+  return x;
+}
+
+Kernel avx2_lanes(const Header& of, int64_t batch) {
   switch (of.values) {
-    case kBFloat16: return of_pattern<kBFloat16>(of);
-    case kFloat16: return of_pattern<kFloat16>(of);
-    case kFloat32: return of_pattern<kFloat32>(of);
-    case kInt8: return of_pattern<kInt8>(of);
-    default: return multiply_any<kInt4, true>;
+    case kBFloat16: return {as_floats, of_pattern<kBFloat16>(of)};
+    case kFloat16: return {as_floats, of_pattern<kFloat16>(of)};
+    case kFloat32: return {as_floats, of_pattern<kFloat32>(of)};
+    case kInt8: return {batch > most_few(of) ? with_negative : avx2_integers, of_pattern<kInt8>(of)};
+    default: return {with_offsets, multiply_any<kInt4, true>};
   }
 }
 
 }  // namespace castlm
 END_TARGET
-
-#else
-
-namespace castlm {
-int64_t avx2_lanes_bytes(const Header&, int64_t) { return 0; }
-Activations avx2_lanes_rows(const Header&, const Activations& x, void*) { return x; }
-Multiply avx2_lanes(const Header&) { return nullptr; }
-}  // namespace castlm
 
 #endif

@@ -156,6 +156,7 @@ void multiply_floats(const Header& of, const uint8_t* data, const Activations& x
 
 // ---- many rows of x
 
+constexpr int64_t kManyRows = 13;  // from here on tiles are expanded
 constexpr int kRowsAtOnce = 6, kTilesAtOnce = 2;  // 12 sums of integers and 12 of fp32, all in registers
 constexpr int64_t kPassBytes = 1 << 19;           // of x, which stay in the second-level cache while the tiles pass
 
@@ -321,48 +322,27 @@ void multiply(const Header& of, const uint8_t* data, const Activations& x, float
 }
 
 template <int values>
-Multiply of_values(const Header& of) {
-  return of.m ? multiply<values, true> : multiply<values, false>;
+Kernel of_values(const Header& of, int64_t batch) {
+  const Multiply kernel = of.m ? multiply<values, true> : multiply<values, false>;
+  if (values < kInt8) return {as_floats, kernel, 1, kTilesAtOnce};
+  return {batch >= kManyRows ? in_groups<kRowsAtOnce, false> : in_groups<1, false>, kernel, 1, kTilesAtOnce};
 }
 
 }  // namespace
 
-Multiply avx512_lanes(const Header& of) {
+Kernel avx512_kernel(const Header& of, int64_t batch, bool) {
+  if (avx512_gathers(of, batch)) return avx512_gathered(of);
   switch (of.values) {
-    case kBFloat16: return of_values<kBFloat16>(of);
-    case kFloat16: return of_values<kFloat16>(of);
-    case kFloat32: return of_values<kFloat32>(of);
-    case kInt8: return of_values<kInt8>(of);
-    default: return of_values<kInt4>(of);
+    case kBFloat16: return of_values<kBFloat16>(of, batch);
+    case kFloat16: return of_values<kFloat16>(of, batch);
+    case kFloat32: return of_values<kFloat32>(of, batch);
+    case kInt8: return of_values<kInt8>(of, batch);
+    default: return of_values<kInt4>(of, batch);
   }
 }
 
-int64_t avx512_many_bytes(const Header& of, int64_t batch) {
-  return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce * of.blocks() * (kBlock + 8);
-}
-
-// x in groups of `kRowsAtOnce` rows, block by block, so that one address serves them all.
-Activations avx512_many_rows(const Header& of, const Activations& x, void* room) {
-  const int64_t blocks = of.blocks(), rows = (x.batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
-  auto* narrow = static_cast<int8_t*>(room);
-  auto* scales = reinterpret_cast<float*>(narrow + rows * of.padded());
-  auto* offsets = reinterpret_cast<int32_t*>(scales + rows * blocks);
-  for (int64_t b = 0; b < x.batch; b++)
-    for (int64_t i = 0; i < blocks; i++) {
-      const int64_t at = (b / kRowsAtOnce * blocks + i) * kRowsAtOnce + b % kRowsAtOnce;
-      _mm512_storeu_si512(narrow + at * kBlock, load(x.narrow + b * of.padded() + i * kBlock));
-      scales[at] = x.scales[b * blocks + i], offsets[at] = x.offsets[b * blocks + i];
-    }
-  return {x.wide, narrow, scales, offsets, x.batch};
-}
-
-int32_t avx512_offset(const Header& of, const int8_t* narrow) {
-  const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), load(narrow));
-  return -(of.values == kInt4 ? 8 : 128) * _mm512_reduce_add_epi32(sums);
-}
-
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
 }
 
@@ -373,10 +353,7 @@ END_TARGET
 
 namespace castlm {
 bool has_avx512() { return false; }
-Multiply avx512_lanes(const Header&) { return nullptr; }
-int64_t avx512_many_bytes(const Header&, int64_t) { return 0; }
-Activations avx512_many_rows(const Header&, const Activations& x, void*) { return x; }
-int32_t avx512_offset(const Header&, const int8_t*) { return 0; }
+Kernel avx512_kernel(const Header&, int64_t, bool) { return {}; }
 }  // namespace castlm
 
 #endif

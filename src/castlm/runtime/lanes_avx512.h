@@ -1,5 +1,5 @@
-// Readers of kLanes for AVX-512: the registers of a panel in turn, with masked weights in their places. Included by the files of
-// kernels inside their target pragma and their unnamed namespace.
+// Readers of kLanes for AVX-512 (the registers of a panel in turn, with masked weights in their places) and the form of x. Included
+// by the files of kernels inside their target pragma and their unnamed namespace.
 
 // What a block holds of `values`: registers, and columns of each.
 template <int values>
@@ -114,3 +114,48 @@ struct FloatReader {
     }
   }
 };
+
+// 64 columns of x as int8 with the largest magnitude at 127, as `avx2_integers` rounds. NaN and infinity make the scale NaN, and so
+// the outputs.
+INLINE __m512i rounded(const float* x, float* scale) {
+  __m512 v[4];
+  __m512i largest = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    v[i] = _mm512_loadu_ps(x + 16 * i);
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(v[i]), _mm512_set1_epi32(0x7fffffff)));
+  }
+  const float most = from_bits(uint32_t(_mm512_reduce_max_epi32(largest)));  // numbers without a sign are in the order of their bits
+  *scale = most / 127.0f + most * 0.0f;
+  const __m512 factor = _mm512_set1_ps(most > 1e-30f ? 127.0f / most : 0.0f);
+  __m512i q[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], factor));
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));  // fours of columns
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+}
+
+// The form of x for integers: groups of `group` rows, block by block, so that one address serves all rows of a group. With `added`,
+// 128 is added to x; otherwise there are offsets, which cancel what is added to weights.
+template <int64_t group, bool added>
+Activations in_groups(const Header& of, const float* x, int64_t rows) {
+  const int64_t blocks = of.blocks(), whole = (rows + group - 1) / group * group;
+  auto* narrow = static_cast<int8_t*>(scratch<4>(whole * blocks * (kBlock + 8)));
+  auto* scales = reinterpret_cast<float*>(narrow + whole * blocks * kBlock);
+  auto* offsets = reinterpret_cast<int32_t*>(scales + whole * blocks);
+  const int32_t excess = of.values == kInt4 ? 8 : 128;
+  const float* from = x;
+  for (int64_t b = 0; b < rows; b++)
+    for (int64_t i = 0; i < blocks; i++, from += kBlock) {
+      const int64_t at = (b / group * blocks + i) * group + b % group;
+      const __m512i columns = rounded(from, scales + at);
+      if (added) {
+        _mm512_store_si512(narrow + at * kBlock, _mm512_xor_si512(columns, _mm512_set1_epi8(char(128))));
+      } else {
+        _mm512_store_si512(narrow + at * kBlock, columns);
+        const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), columns);
+        offsets[at] = -excess * _mm512_reduce_add_epi32(sums);
+      }
+    }
+  return {x, narrow, scales, added ? nullptr : offsets, rows};
+}

@@ -260,13 +260,13 @@ Multiply of_pattern(const Header& of) {
 
 }  // namespace
 
-Multiply neon_lanes(const Header& of) {
+Kernel neon_lanes(const Header& of) {
   switch (of.values) {
-    case kBFloat16: return of_pattern<kBFloat16>(of);
-    case kFloat16: return of_pattern<kFloat16>(of);
-    case kFloat32: return of_pattern<kFloat32>(of);
-    case kInt8: return of_pattern<kInt8>(of);
-    default: return of_pattern<kInt4>(of);
+    case kBFloat16: return {as_floats, of_pattern<kBFloat16>(of)};
+    case kFloat16: return {as_floats, of_pattern<kFloat16>(of)};
+    case kFloat32: return {as_floats, of_pattern<kFloat32>(of)};
+    case kInt8: return {plain_integers, of_pattern<kInt8>(of)};
+    default: return {plain_integers, of_pattern<kInt4>(of)};
   }
 }
 
@@ -275,7 +275,7 @@ Multiply neon_lanes(const Header& of) {
 #else
 
 namespace castlm {
-Multiply neon_lanes(const Header&) { return nullptr; }
+Kernel neon_lanes(const Header&) { return {}; }
 }  // namespace castlm
 
 #endif

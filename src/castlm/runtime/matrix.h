@@ -60,24 +60,15 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header");
 
-// The form of x in which kernels multiply it. Floats: fp32, padded. Integers: int8 with a scale for each block of 64 columns. `offsets` cancels the constants that are added to
-// weights: 8 to int4 in kLanes, and with AVX-512 128 to int8. Many rows of x have another form
-// (`avx2_prompt_rows`, `avx512_many_rows`).
+// Rows of x as a kernel takes them; what of this is there, and in which order, is the kernel's own matter (`Kernel::form`). Rows are
+// padded to whole blocks. Integers are int8 with a scale for each block of 64 columns. `offsets` cancels the constants that are
+// added to weights: 8 to int4 in kLanes, and with AVX-512 128 to int8.
 struct Activations {
   const float* wide;
   const int8_t* narrow;
-  const float* scales;  // (batch, blocks)
+  const float* scales;     // (batch, blocks)
   const int32_t* offsets;  // (batch, blocks), or null
-  int64_t batch;        // a multiple of 4, or 1 or 2
-};
-
-// Many rows of x for AMX: tiles of 16 rows by 64 bytes, which are 32 bf16 or 64 int8. fp32 activations take two tiles: their
-// bf16, and the rest that bf16 leaves of them.
-struct Tiles {
-  const uint8_t* tiles;  // (batch / 16, columns), a row of tiles after the other
-  const float* scales;   // of int8, (batch, blocks)
-  bool is_bfloat16;      // one tile in place of two
-  int64_t batch;         // a multiple of 16
+  int64_t batch;
 };
 
 INLINE float from_bits(uint32_t bits) {
@@ -212,63 +203,80 @@ bool mask_is_nm(const Header&, const uint8_t* mask);
 std::vector<uint8_t> dense_int4(const Header&, const uint8_t* values, const uint8_t* mask);
 // Writes the tensors of a file to `data`, which is zero, in the layout of the header.
 void repack(const Header&, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data, int threads);
-// `castlm_multiply`, with exceptions.
-int multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch, int64_t columns,
-             uint8_t* y, int64_t rows, int threads);
+
+// Whether a packed weight has integers, by which x is multiplied as int8.
+bool has_integers(const uint8_t* packed);
+
+// A packed weight, and where its product with x goes.
+struct Product {
+  const uint8_t* packed;
+  int64_t bytes;
+  uint8_t* y;  // (batch, rows)
+  int64_t rows;
+};
+// `castlm_multiply` of x by several weights, with exceptions. x takes the form of a kernel once for weights in a row that are stored
+// alike.
+int multiply(const Product* products, int64_t count, const uint8_t* x, int is_bfloat16, int64_t batch, int64_t columns, int threads);
 
 // Rows of tiles [first, last) times x: y[b * ldy + row].
 using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&, float* y, int64_t ldy, int64_t first,
                           int64_t last);
 
+// How a level multiplies rows of x by a matrix.
+struct Kernel {
+  // The form of x for `multiply`, from fp32 (rows, padded columns), in `scratch` 2 and 4 of this thread.
+  Activations (*form)(const Header&, const float* x, int64_t rows);
+  Multiply multiply;
+  int64_t multiple_of_rows = 1;     // rows of x that it takes; more are filled up with zeros
+  int64_t multiple_of_tiles = 1;    // tiles of the matrix that a thread should take
+  int64_t multiple_of_outputs = 1;  // outputs that it writes: y has room for those that the matrix lacks
+};
+
 // The instruction sets that there are kernels for, the faster ones later.
 enum Level : int32_t { kPlain = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3, kAmx = 4 };
 int32_t level();  // the one in use
+extern const bool is_intel;  // whether the processor is Intel's
 
-// The kernel of a matrix in panels, or for NEON in dense rows too, for `batch` rows of x (1, 2, or a multiple of 4).
+// Of each level whether this processor has it, and its kernel for `batch` rows of x, which are bf16 or fp32. The plain path takes all
+// layouts, NEON and AVX2 all but kRows, AVX-512 and AMX kLanes alone.
+bool has_plain();
 bool has_neon();
 bool has_avx2();
 bool has_avx512();
-extern const bool is_intel;  // whether the processor is Intel's
 bool has_amx();
-Multiply neon_multiply(const Header&, int64_t batch);
-Multiply avx2_multiply(const Header&, int64_t batch);
-// Of kLanes, for any number of rows of x.
-Multiply neon_lanes(const Header&);
-// The same for AVX2: x as `avx2_lanes_rows` lays it out in room of `avx2_lanes_bytes` where these are not 0.
-Multiply avx2_lanes(const Header&);
-int64_t avx2_lanes_bytes(const Header&, int64_t batch);
-Activations avx2_lanes_rows(const Header&, const Activations& x, void* room);
-// The AVX2 kernel of integers for many rows of x, a multiple of 4, and whether it is faster.
-Multiply avx2_prompt(const Header&);
-bool avx2_prompt_gains(const Header&, int64_t batch);
-// Rows of x as that kernel takes them, in `room` of `avx2_prompt_bytes`, aligned to 32 bytes.
-int64_t avx2_prompt_bytes(const Header&, int64_t batch);
-Activations avx2_prompt_rows(const Header&, const Activations& x, void* room);
+Kernel plain_kernel(const Header&, int64_t batch, bool is_bfloat16);
+Kernel neon_kernel(const Header&, int64_t batch, bool is_bfloat16);
+Kernel avx2_kernel(const Header&, int64_t batch, bool is_bfloat16);
+Kernel avx512_kernel(const Header&, int64_t batch, bool is_bfloat16);
+Kernel amx_kernel(const Header&, int64_t batch, bool is_bfloat16);
+
+struct LevelKernels {
+  const char* name;
+  bool (*is_here)();
+  Kernel (*kernel)(const Header&, int64_t batch, bool is_bfloat16);
+};
+constexpr LevelKernels kLevels[] = {  // by `Level`
+    {"plain", has_plain, plain_kernel},    {"neon", has_neon, neon_kernel}, {"avx2", has_avx2, avx2_kernel},
+    {"avx512", has_avx512, avx512_kernel}, {"amx", has_amx, amx_kernel},
+};
+constexpr int32_t kNumLevels = sizeof kLevels / sizeof kLevels[0];
+
+// ---- what the files of a level share
+
+// Kernels of kLanes, for any number of rows of x.
+Kernel neon_lanes(const Header&);
+Kernel avx2_lanes(const Header&, int64_t batch);
+// The AVX2 kernel of panels of integers for many rows of x, a multiple of 4.
+Kernel avx2_prompt(const Header&);
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
 // A tile of panels as fp32, all of its rows, `padded()` columns of each, `ld` apart.
 void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
-void avx2_quantize(const float* x, int64_t columns, int8_t* narrow, float* scales);
+// x (rows, padded columns) as int8 with a scale for each block, row by row.
+Activations avx2_integers(const Header&, const float* x, int64_t rows);
 // What a block of int8 activations adds to its products with int4 that have 8 added, negative.
 int32_t avx2_offset(const int8_t* narrow);
-// The kernel of kLanes for AVX-512, for any number of rows of x. From `kManyRows` on, integers take x in another order, in `room`
-// of `avx512_many_bytes`, aligned to 64 bytes.
-constexpr int64_t kManyRows = 13;
-Multiply avx512_lanes(const Header&);
-int64_t avx512_many_bytes(const Header&, int64_t batch);
-Activations avx512_many_rows(const Header&, const Activations& x, void* room);
-// Whether the kernel that multiplies kept weights alone is faster for `batch` rows of x, that kernel, and x as it takes it.
+// Whether the kernel that multiplies kept weights alone is faster for `batch` rows of x, and that kernel.
 bool avx512_gathers(const Header&, int64_t batch);
-Multiply avx512_gathered(const Header&);
-int64_t avx512_gathered_bytes(const Header&, int64_t batch);
-Activations avx512_gathered_rows(const Header&, const Activations& x, void* room);
-// What a block of int8 activations adds to its products with weights that have 128 or 8 added, negative.
-int32_t avx512_offset(const Header&, const int8_t* narrow);
-
-constexpr int64_t kAmxRows = 32, kAmxBatch = 16;  // rows of a matrix and of x, whose multiples the AMX kernels take
-bool amx_gains(const Header&, int64_t batch);  // whether AMX is faster than the others
-int64_t amx_tile_bytes(const Header&, bool is_bfloat16, int64_t batch);
-void amx_tiles(const Header&, const Activations& x, bool is_bfloat16, uint8_t* to);
-// Rows [first, last) times x; both are multiples of `kAmxRows`, and y has room for the rows that the matrix lacks.
-void amx_multiply(const Header&, const uint8_t* data, const Tiles& x, float* y, int64_t ldy, int64_t first, int64_t last);
+Kernel avx512_gathered(const Header&);
 
 }  // namespace castlm

@@ -31,16 +31,13 @@ VALUES = {form.name: form.kernel for form in FORMATS.values() if form.kernel is 
 LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2, "lanes": 3}
 """Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
 
-LEVELS = ("plain", "neon", "avx2", "avx512", "amx")
-"""Instruction sets with kernels, as in `Level` of matrix.h."""
-
 LONGEST_GROUP = 64
 """Columns of a mask that the kernels read at a time: they take every n:m whose m divides it."""
 
 _DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
 _INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 8  # of kernels.cpp
+_VERSION = 9  # of kernels.cpp
 _HEADER = struct.Struct("6i")  # a buffer begins with its magic number, layout, values, n, m, and whether it is unsigned
 _HEADER_BYTES, _BLOCK = 64, 64  # as in matrix.h
 _LANE_COLUMNS = {"int8": 4, "bf16": 2}  # columns in a lane of the layout "lanes", of others than int4; 1 of the rest
@@ -63,6 +60,7 @@ def load_kernels(file: str) -> ctypes.CDLL:
         raise InputError(f"{file} belongs to another version of castlm: install castlm again")
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     matrix = [number, number, number, number, size, size]
+    library.castlm_level_name.restype = ctypes.c_char_p
     library.castlm_packed_bytes.argtypes, library.castlm_packed_bytes.restype = matrix, size
     library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
     library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
@@ -75,8 +73,17 @@ def load_kernels(file: str) -> ctypes.CDLL:
 
 
 def level() -> str:
-    """The name in `LEVELS` of the kernels in use: the fastest for this processor, unless `use_level` set another."""
-    return LEVELS[built().castlm_level()]
+    """The name of the kernels in use: the fastest for this processor, unless `use_level` set another."""
+    return _level_names(built())[built().castlm_level()]
+
+
+@functools.cache
+def _level_names(library: ctypes.CDLL) -> tuple[str, ...]:
+    """The instruction sets that there are kernels for, the faster ones later: `kLevels` of matrix.h."""
+    found: list[str] = []
+    while name := library.castlm_level_name(len(found)):
+        found.append(name.decode())
+    return tuple(found)
 
 
 def longest_free_group(n: int, m: int) -> int:
@@ -96,7 +103,9 @@ def longest_free_group(n: int, m: int) -> int:
 def levels(library: ctypes.CDLL | None = None) -> tuple[str, ...]:
     """The levels that this processor supports, the fastest last; empty if the kernels were not built."""
     library = library or kernels()
-    return tuple(level for number, level in enumerate(LEVELS) if library is not None and library.castlm_runs(number))
+    if library is None:
+        return ()
+    return tuple(level for number, level in enumerate(_level_names(library)) if library.castlm_runs(number))
 
 
 def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
@@ -108,7 +117,8 @@ def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
         InputError: an unknown name, or an instruction set that this processor lacks.
     """
     library = library or built()
-    if name not in LEVELS or library.castlm_set_level(LEVELS.index(name)):
+    names = _level_names(library)
+    if name not in names or library.castlm_set_level(names.index(name)):
         raise InputError(f"there are no kernels of {name!r} here: choose one of {', '.join(levels(library))}")
 
 

@@ -144,6 +144,9 @@ void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to
   }
 }
 
+namespace {
+
+// Weights become fp32, a row or the rows of a tile at a time, in any layout.
 void plain_multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                     int64_t last) {
   const int64_t tile_rows = of.tile_rows(), width = of.padded();
@@ -157,7 +160,8 @@ void plain_multiply(const Header& of, const uint8_t* data, const Activations& x,
   }
 }
 
-EACH_CPU void plain_quantize(const float* x, int64_t width, int8_t* narrow, float* scales) {
+// Blocks of x as int8 with the largest magnitude at 127.
+EACH_CPU void quantize(const float* x, int64_t width, int8_t* narrow, float* scales) {
   for (int64_t k = 0; k < width; k += kBlock) {
     float most = 0, finite = 0;
     for (int64_t i = k; i < k + kBlock; ++i) {
@@ -172,5 +176,12 @@ EACH_CPU void plain_quantize(const float* x, int64_t width, int8_t* narrow, floa
     }
   }
 }
+
+}  // namespace
+
+Activations plain_integers(const Header& of, const float* x, int64_t rows) { return as_integers(of, x, rows, quantize); }
+
+bool has_plain() { return true; }
+Kernel plain_kernel(const Header&, int64_t, bool) { return {as_floats, plain_multiply}; }
 
 }  // namespace castlm

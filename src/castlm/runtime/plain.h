@@ -40,10 +40,19 @@ float load_value(const uint8_t* row, int32_t values, int64_t index);
 void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to);
 // The 16 rows of a tile of kLanes as fp32, `ld` apart and `padded()` long each.
 void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
-// As `Multiply`: weights become fp32, a row or the rows of a tile at a time, in any layout.
-void plain_multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
-                    int64_t last);
-// As `avx2_quantize`.
-void plain_quantize(const float* x, int64_t width, int8_t* narrow, float* scales);
+// x as it is, for kernels of floats.
+inline Activations as_floats(const Header&, const float* x, int64_t rows) { return {x, nullptr, nullptr, nullptr, rows}; }
+// As `avx2_integers`.
+Activations plain_integers(const Header&, const float* x, int64_t rows);
+
+// x as int8 with a scale for each block, row by row. `quantize(x, columns, narrow, scales)` rounds a row.
+template <class Quantize>
+Activations as_integers(const Header& of, const float* x, int64_t rows, Quantize quantize) {
+  const int64_t width = of.padded(), blocks = of.blocks();
+  auto* narrow = static_cast<int8_t*>(scratch<2>(rows * (width + blocks * 4)));
+  auto* scales = reinterpret_cast<float*>(narrow + rows * width);
+  for (int64_t b = 0; b < rows; ++b) quantize(x + b * width, width, narrow + b * width, scales + b * blocks);
+  return {x, narrow, scales, nullptr, rows};
+}
 
 }  // namespace castlm

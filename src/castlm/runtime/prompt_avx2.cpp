@@ -31,6 +31,7 @@
 #include <algorithm>
 
 #include "avx2.h"
+#include "plain.h"
 
 #if defined(CASTLM_AVX2)
 
@@ -271,7 +272,7 @@ INLINE void write_tile(const float (*sums)[kSums], const float* row_scales, int6
   }
 }
 
-// As `Multiply`, for x as `avx2_prompt_rows` lays it out.
+// As `Multiply`, for x as `in_groups` lays it out.
 template <int n, int values>
 void multiply_prompt(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                      int64_t last) {
@@ -317,23 +318,13 @@ Multiply prompt_kernel(const Header& of) {
 
 }  // namespace
 
-bool avx2_prompt_gains(const Header& of, int64_t batch) { return of.layout == kPanels && of.values >= kInt8 && batch > kMaxBatch; }
-
-Multiply avx2_prompt(const Header& of) {
-  return of.values == kInt4 ? prompt_kernel<kInt4>(of) : prompt_kernel<kInt8>(of);
-}
-
-// Rows of x in whole groups.
-static int64_t whole_groups(int64_t batch) { return (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce; }
-
-int64_t avx2_prompt_bytes(const Header& of, int64_t batch) {
-  return whole_groups(batch) * of.blocks() * (num_parts_of_x(panel_kind(of) != 8) * kRowBytes + 4);
-}
-
-Activations avx2_prompt_rows(const Header& of, const Activations& x, void* room) {
+// Rows of x as `multiply_prompt` takes them, in whole groups.
+static Activations in_groups(const Header& of, const float* wide, int64_t batch) {
+  const Activations x = avx2_integers(of, wide, batch);
   const bool negative = panel_kind(of) != 8;
-  const int64_t blocks = of.blocks(), rows = whole_groups(x.batch), part = kRowsAtOnce * kRowBytes, parts = num_parts_of_x(negative);
-  auto* narrow = static_cast<int8_t*>(room);
+  const int64_t blocks = of.blocks(), rows = (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+  const int64_t part = kRowsAtOnce * kRowBytes, parts = num_parts_of_x(negative);
+  auto* narrow = static_cast<int8_t*>(scratch<4>(rows * blocks * (parts * kRowBytes + 4)));
   auto* scales = reinterpret_cast<float*>(narrow + rows * blocks * parts * kRowBytes);
   const auto put = [](int8_t* to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); };
   for (int64_t row = 0; row < rows; row++) {
@@ -355,19 +346,14 @@ Activations avx2_prompt_rows(const Header& of, const Activations& x, void* room)
       }
     }
   }
-  return {x.wide, narrow, scales, nullptr, x.batch};
+  return {wide, narrow, scales, nullptr, batch};
+}
+
+Kernel avx2_prompt(const Header& of) {
+  return {in_groups, of.values == kInt4 ? prompt_kernel<kInt4>(of) : prompt_kernel<kInt8>(of), 4, 4};
 }
 
 }  // namespace castlm
 END_TARGET
-
-#else
-
-namespace castlm {
-bool avx2_prompt_gains(const Header&, int64_t) { return false; }
-Multiply avx2_prompt(const Header&) { return nullptr; }
-int64_t avx2_prompt_bytes(const Header&, int64_t) { return 0; }
-Activations avx2_prompt_rows(const Header&, const Activations& x, void*) { return x; }
-}  // namespace castlm
 
 #endif

@@ -70,9 +70,8 @@ Multiply for_pattern(const Header& of, int64_t batch) {
   return of.n == 1 ? for_batch<Set, 1, values>(batch) : for_batch<Set, 2, values>(batch);
 }
 
-// The kernel of a matrix for `batch` rows of x: 1, 2, or a multiple of 4.
 template <class Set>
-Multiply kernel_of(const Header& of, int64_t batch) {
+Multiply for_values(const Header& of, int64_t batch) {
   switch (of.values) {
     case kBFloat16: return for_pattern<Set, kBFloat16>(of, batch);
     case kFloat16: return for_pattern<Set, kFloat16>(of, batch);
@@ -80,4 +79,27 @@ Multiply kernel_of(const Header& of, int64_t batch) {
     case kInt8: return for_pattern<Set, kInt8>(of, batch);
     default: return for_pattern<Set, kInt4>(of, batch);
   }
+}
+
+constexpr int64_t kChunkBytes = 1 << 16;  // of weights that are multiplied by several batches of x in turn
+
+template <class Set>
+void multiply_in_batches(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
+                         int64_t last) {
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t width = of.padded(), blocks = of.blocks(), fit = kChunkBytes / (blocks * of.panel_bytes());
+  const int64_t chunk = x.batch <= kMaxBatch ? last - first : fit < 1 ? 1 : fit;
+  for (; first < last; first += chunk)
+    for (int64_t b = 0; b < x.batch; b += kMaxBatch) {
+      const int64_t at = b * blocks;
+      const Activations some{x.wide + b * width, x.narrow ? x.narrow + b * width : nullptr, x.scales ? x.scales + at : nullptr, nullptr,
+                             smaller(kMaxBatch, x.batch - b)};
+      for_values<Set>(of, some.batch)(of, data, some, y + b * ldy, ldy, first, smaller(first + chunk, last));
+    }
+}
+
+// The kernel of a matrix for `batch` rows of x.
+template <class Set>
+Kernel kernel_of(const Header& of, int64_t batch, Activations (*integers)(const Header&, const float*, int64_t)) {
+  return {of.values < kInt8 ? as_floats : integers, multiply_in_batches<Set>, batch <= 2 ? 1 : 4};
 }
