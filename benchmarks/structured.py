@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
+from castlm.facts import Facts
 from castlm.models.io import load_model
 from castlm.oneshot.options import Refinements
 from castlm.patterns import parse_pattern
@@ -63,29 +64,48 @@ class Key(NamedTuple):
         return names.get(self.method, self.method)
 
 
-def read_runs(folders: list[str]) -> dict[Key, list[dict[str, Any]]]:
-    """The records of all finished runs by row."""
-    found: dict[Key, list[dict[str, Any]]] = {}
+class Finished(NamedTuple):
+    """A finished run, and the size of its model."""
+
+    facts: Facts
+    bytes: int
+    stored: int
+    """Weights in the files."""
+    nonzero: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options of the run."""
+        return self.facts.config or {}
+
+
+def read_runs(folders: list[str]) -> dict[Key, list[Finished]]:
+    """All finished runs by row."""
+    found: dict[Key, list[Finished]] = {}
     for file in sorted(file for folder in folders for file in Path(folder).glob("runs/*/model/castlm.json")):
-        record = json.loads(file.read_text())
-        config = record["config"]
-        start = "" if config["method"] == "dense" else config["init_from"]
-        share = config["decay_end"] if config["method"] == "cast" else 0.0
-        key = Key(record["pattern"] or "dense", start, config["method"], share, config["max_steps"])
-        files = list(file.parent.glob("*.safetensors"))
+        facts, files = Facts.read(file.parent), list(file.parent.glob("*.safetensors"))
         tensors = [tensor for weights in files for tensor in load_file(weights).values()]
-        record["bytes"] = sum(weights.stat().st_size for weights in files)
-        record["stored"] = sum(tensor.numel() for tensor in tensors)
-        record["nonzero"] = sum(int(tensor.count_nonzero()) for tensor in tensors)
-        found.setdefault(key, []).append(record)
+        run = Finished(
+            facts,
+            bytes=sum(weights.stat().st_size for weights in files),
+            stored=sum(tensor.numel() for tensor in tensors),
+            nonzero=sum(int(tensor.count_nonzero()) for tensor in tensors),
+        )
+        method = run.config["method"]
+        start = "" if method == "dense" else run.config["init_from"]
+        share = run.config["decay_end"] if method == "cast" else 0.0
+        found.setdefault(Key(facts.pattern or "dense", start, method, share, run.config["max_steps"]), []).append(run)
     return found
 
 
-def perplexities(records: list[dict[str, Any]], figure: str) -> list[float]:
-    """A figure of each run; the dense control has `trained` instead of `pruned`."""
-    names = (figure, "trained") if figure == "pruned" else (figure,)
-    values = ([record["perplexity"][name] for name in names if name in record["perplexity"]] for record in records)
-    return [found[0] for found in values if found]
+def trained(runs: list[Finished]) -> list[float]:
+    """The last perplexity of each run that has one."""
+    return [ppl for run in runs if (ppl := run.facts.perplexity.final) is not None]
+
+
+def one_shot(runs: list[Finished]) -> list[float]:
+    """The perplexity of the start of each run that has one."""
+    return [ppl for run in runs if (ppl := run.facts.perplexity.one_shot) is not None]
 
 
 def shown(values: list[float]) -> str:
@@ -95,7 +115,7 @@ def shown(values: list[float]) -> str:
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def table(runs: dict[Key, list[dict[str, Any]]]) -> str:
+def table(runs: dict[Key, list[Finished]]) -> str:
     """The runs as a Markdown table: mean and standard deviation over seeds, and the ratio decay / cut seed by seed."""
     lines = [
         "| pattern | score | training | steps | seeds | one-shot | trained | ln(decay / cut) | weights | non-zero "
@@ -103,31 +123,29 @@ def table(runs: dict[Key, list[dict[str, Any]]]) -> str:
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key in sorted(runs, key=lambda key: (key.steps, key.pattern, key.start, key.method)):
-        records = runs[key]
+        finished = runs[key]
         ratio = (
-            _log_ratios(records, runs.get(key._replace(method="finetune", decay_end=0.0), []))
+            _log_ratios(finished, runs.get(key._replace(method="finetune", decay_end=0.0), []))
             if key.method == "cast"
             else []
         )
         gap = f"{statistics.fmean(ratio):+.4f} ({', '.join(f'{r:+.4f}' for r in ratio)})" if ratio else ""
-        cells = [key.pattern, key.start, key.way, f"{key.steps:,}", str(len(records))]
-        cells += [shown(perplexities(records, "one_shot")), shown(perplexities(records, "pruned")), gap]
-        cells += [f"{records[0][name]:,}" for name in ("stored", "nonzero", "bytes")]
+        cells = [key.pattern, key.start, key.way, f"{key.steps:,}", str(len(finished))]
+        cells += [shown(one_shot(finished)), shown(trained(finished)), gap]
+        cells += [f"{size:,}" for size in (finished[0].stored, finished[0].nonzero, finished[0].bytes)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _log_ratios(decayed: list[dict[str, Any]], cut: list[dict[str, Any]]) -> list[float]:
+def _log_ratios(decayed: list[Finished], cut: list[Finished]) -> list[float]:
     """ln of the perplexity after decay over that after the cut, of the seeds that both have."""
-    other = {record["config"]["seed"]: record for record in cut}
-    in_order = sorted(decayed, key=lambda record: record["config"]["seed"])
-    pairs = [(record, other[record["config"]["seed"]]) for record in in_order if record["config"]["seed"] in other]
-    return [
-        float(torch.tensor(perplexities([a], "pruned")[0] / perplexities([b], "pruned")[0]).log()) for a, b in pairs
-    ]
+    other = {run.config["seed"]: run for run in cut}
+    in_order = sorted(decayed, key=lambda run: run.config["seed"])
+    pairs = [(run, other[run.config["seed"]]) for run in in_order if run.config["seed"] in other]
+    return [math.log(trained([a])[0] / trained([b])[0]) for a, b in pairs]
 
 
-def plot(runs: dict[Key, list[dict[str, Any]]], file: str) -> None:
+def plot(runs: dict[Key, list[Finished]], file: str) -> None:
     """Perplexity over weights that are not zero: a colour for each pattern, a mark for each way to train."""
     from matplotlib.figure import Figure
 
@@ -136,9 +154,9 @@ def plot(runs: dict[Key, list[dict[str, Any]]], file: str) -> None:
     colours = {pattern: f"C{i}" for i, pattern in enumerate(sorted({key.pattern for key in runs}))}
     marks = {"cast": "o", "finetune": "x", "dense": "s"}
     seen: set[str] = set()
-    for key, records in sorted(runs.items()):
+    for key, finished in sorted(runs.items()):
         label = f"{key.pattern}, {key.way.split()[0]}"
-        x, y = records[0]["nonzero"] / 1e3, statistics.fmean(perplexities(records, "pruned"))
+        x, y = finished[0].nonzero / 1e3, statistics.fmean(trained(finished))
         shown_label = None if label in seen else label
         axes.plot(x, y, marks.get(key.method, "d"), color=colours[key.pattern], label=shown_label)
         seen.add(label)
@@ -233,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(runs))
         if options.plot:
             plot(runs, options.plot)
-        report["runs"] = [{**key._asdict(), "perplexity": perplexities(found, "pruned")} for key, found in runs.items()]
+        report["runs"] = [{**key._asdict(), "perplexity": trained(found)} for key, found in runs.items()]
     if options.shape:
         report["speed"] = speeds(AutoConfig.from_pretrained(options.shape), options.patterns, options.repeats)
         print("| pattern | parameters | prefill | decode |\n|---|---:|---:|---:|")

@@ -186,6 +186,11 @@ PROOF = {
     **{"layers": 14, "weights": 900, "groups": 225, "zero_fraction": 0.5},
 }
 """The entry "proof" of a castlm.json."""
+CONDITIONS = {
+    **{"seq_len": 32, "stride": 32, "text": "a.txt", "text_sha256": "ab", "num_tokens": 99},
+    **{"tokenizer": "t", "precision": "fp32"},
+}
+"""The entry "measured" of a castlm.json, and the conditions of each of its "figures"."""
 RUN = {
     "pattern": "2:4",
     "left_dense": {},
@@ -194,11 +199,8 @@ RUN = {
     "config": {"seed": 3},
     "world_batch": 8,
     "perplexity": {"dense": 3, "pruned": None},
-    "figures": [{"name": "dense", "perplexity": 3.0}],
-    "measured": {
-        **{"seq_len": 32, "stride": 32, "text": "a.txt", "text_sha256": "ab", "num_tokens": 99},
-        **{"tokenizer": "t", "precision": "fp32"},
-    },
+    "figures": [{**CONDITIONS, "name": "dense", "perplexity": 3.0}],
+    "measured": CONDITIONS,
     "dataset": {"name": "b.txt", "sha256": "cd"},
     "num_params": 1000,
     "train_tokens": 512,

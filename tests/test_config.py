@@ -1,5 +1,7 @@
 """TrainConfig and the command line: what is accepted, what is refused in one line, and what the help shows."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from typing import Literal
 import pytest
 import yaml
 
+import castlm.methods
 from castlm.cli.options import command_line, parse
 from castlm.cli.train import parse_train
 from castlm.core.decay import DECAYS
@@ -16,6 +19,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.fields import docs_of, positional
 from castlm.files.yaml_file import read_yaml_mapping
+from castlm.methods.base import Retraining, class_of
 from castlm.methods.table import METHODS
 from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig, names_of
 from tests.refusals import assert_refused, refusal
@@ -49,6 +53,17 @@ def test_the_conditions_of_every_option_can_be_asked():
     for config in (TrainConfig.of(**REQUIRED), FinetuneConfig.of("m", "d", "o")):
         assert {name: config.needs(name) for name in OPTIONS}["hub_model_id"] == "push_to_hub"
     assert {option for row in METHODS.values() for option in row.options} <= set(OPTIONS)
+
+
+def test_every_method_of_the_package_has_a_row():
+    for module in pkgutil.iter_modules(castlm.methods.__path__, "castlm.methods."):
+        importlib.import_module(module.name)
+
+    def below(kind: type) -> set[type]:
+        return {kind, *(found for sub in kind.__subclasses__() for found in below(sub))}
+
+    own = {kind for kind in below(Retraining) if kind.__module__.startswith("castlm.methods.")}
+    assert own - {Retraining, class_of("finetune", "shira")} == {class_of(name, "none") for name in METHODS}
 
 
 def test_every_option_is_in_one_section_and_has_help():

@@ -15,11 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import castlm
+from castlm.cli.main import COMMANDS as CASTLM_COMMANDS
+from castlm.cli.main import main
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import PARSERS
+from castlm.data.documents import OPENERS
 from castlm.export.verify import verify
+from castlm.formats.table import FORMATS
 from castlm.methods.table import METHODS
+from castlm.oneshot.families import LAYOUTS
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.steps.solve import REFINEMENTS
 from tests.chats import save_chat_model
@@ -181,13 +186,14 @@ COMMANDS = re.findall(r"^python (.*)$", PAGE, re.M)
 
 SMALL = "--max-steps 4 --seq-len 32 --per-device-train-batch-size 4 --eval-tokens 128 --save-steps 0 --report-to none"
 SMALL += " --calibration-sequences 4 --rotation-iterations 4 --no-report"
-SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32 --rotation-iterations 4", "verify": ""}
+SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32 --rotation-iterations 4"}
+TABLES = (DECAYS, METHODS, SOLVERS, PARSERS, REFINEMENTS, CASTLM_COMMANDS, OPENERS, LAYOUTS, FORMATS)
 
 
 @pytest.fixture
 def tables(monkeypatch):
     """Gives the tables back as they were."""
-    before = [(table, dict(table)) for table in (DECAYS, METHODS, SOLVERS, PARSERS, REFINEMENTS)]
+    before = [(table, dict(table)) for table in TABLES]
     yield
     for table, rows in before:
         table.clear()
@@ -196,7 +202,7 @@ def tables(monkeypatch):
 
 def test_the_page_has_a_file_for_each_row_of_its_table():
     assert set(FILES) == {command.split()[0] for command in COMMANDS}
-    assert len(FILES) == 5
+    assert len(FILES) == 9
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -204,11 +210,16 @@ def test_a_file_of_ones_own_extends_the_command(name, tables, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(FILES[name])
     Path("text.txt").write_text(TEXT)
-    save_tiny(tmp_path / "dense")
+    Path("texts.csv").write_text("\n".join(["text", *(f'"{story}"' for story in TEXT.split("\n\n"))]))
+    if name == "gptj.py":
+        of_gptj = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 64, "rotary_dim": 4}
+        save_tiny(tmp_path / "dense", "gptj", **of_gptj)
+    else:
+        save_tiny(tmp_path / "dense")
 
     def code_of(command: str) -> object:
-        file, verb, *options = shlex.split(command.replace("--model demo", "--model dense"))
-        monkeypatch.setattr(sys, "argv", [file, verb, *options, *SIZES[verb].split()])
+        file, verb, *options = shlex.split(re.sub(r" demo| EleutherAI/\S+", " dense", command))
+        monkeypatch.setattr(sys, "argv", [file, verb, *options, *SIZES.get(verb, "").split()])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(file, run_name="__main__")
         return ended.value.code
@@ -218,3 +229,20 @@ def test_a_file_of_ones_own_extends_the_command(name, tables, tmp_path, monkeypa
             assert code_of(command) == 0, command
     if name == "rows.py":
         assert code_of("rows.py verify dense --pattern rows:0.5") == 1  # the count is of this pattern
+    if name == "gptj.py":
+        assert "values rotated" in (tmp_path / "pruned" / "castlm.json").read_text()
+
+
+def test_a_zero_shot_task_of_ones_own_is_a_file_beside_its_data(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for language, file in (("yaml", "capitals.yaml"), ("json", "capitals.jsonl")):
+        (block,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
+        (tmp_path / file).write_text(block)
+    (command,) = re.findall(r"^castlm (eval .*)$", PAGE, re.M)
+    save_tiny(tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command.replace("demo", "dense"))) == 0
+    assert re.search(r"capitals .*acc", capsys.readouterr().out)
+    (tmp_path / "capitals.yaml").rename("piqa.yaml")
+    assert main(["eval", "dense", "--tasks", "piqa", "--tasks-from", "."]) == 2  # castlm's own has this name

@@ -21,7 +21,7 @@ from castlm.facts import Facts, to_json
 from castlm.models.io import load_model
 from castlm.packages import install_line
 from tests.refusals import refusal
-from tests.runs import PROOF, RUN, prune_to, record_of, small_command, weights
+from tests.runs import CONDITIONS, PROOF, RUN, prune_to, record_of, small_command, weights
 from tests.slow import slow_but
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
@@ -31,8 +31,8 @@ RECORD = {
     "license": "apache-2.0",
     "config": {"lr": 1e-3, "max_steps": 60},
     "figures": [
-        {"name": "dense", "perplexity": 12.3456, "seq_len": 1024, "text": "a|b.txt", "num_tokens": 12345},
-        {"name": "castlm", "perplexity": 3412.8, "seq_len": 1024, "text": "a|b.txt", "num_tokens": 12345},
+        {**CONDITIONS, "name": "dense", "perplexity": 12.3456, "seq_len": 1024, "text": "a|b.txt", "num_tokens": 12345},
+        {**CONDITIONS, "name": "castlm", "perplexity": 3412.8, "seq_len": 1024, "text": "a|b.txt", "num_tokens": 12345},
     ],
 }
 

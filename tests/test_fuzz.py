@@ -44,7 +44,7 @@ from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.training.config import TrainConfig
 from castlm.training.record import read_metrics
-from tests.runs import PROOF
+from tests.runs import CONDITIONS, PROOF
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json
 from .test_verify import LLAMA, llama
@@ -396,7 +396,7 @@ def test_names(name):
 @fuzz
 @given(base=st.text(max_size=20), reason=st.text(max_size=20), name=st.text(max_size=20))
 def test_model_card(base, reason, name):
-    figures = [{"name": name, "perplexity": 3.0, "seq_len": 8, "text": name, "num_tokens": 9, "tokenizer": base}]
+    figures = [{**CONDITIONS, "name": name, "perplexity": 3.0, "text": name, "tokenizer": base}]
     record = {"pattern": "2:4", "proof": PROOF, "left_dense": {f"layers.0.{name}": reason}, "figures": figures}
     card = model_card("model", Facts.from_json({**record, "base_model": base}, "here"))
     rows = [line for line in card.splitlines() if line.startswith("|")]
@@ -425,7 +425,7 @@ CARD = {
     "left_dense": {"model.layers.0.mlp.up_proj": "reason"},
     "quantized": {"kind": "int8", "text": "a.txt"},
     "cut": {"before": {"intermediate_size": 100}, "after": {"intermediate_size": 50}},
-    "figures": [{"name": "dense", "perplexity": 3.0, "seq_len": 8, "text": "t", "num_tokens": 9, "tokenizer": "t"}],
+    "figures": [{**CONDITIONS, "name": "dense", "perplexity": 3.0}],
     "earlier": [{"method": "wanda", "pattern": "2:4", "calibration": CALIBRATION}],
 }
 

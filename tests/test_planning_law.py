@@ -167,7 +167,6 @@ def run_record(tokens, ppl, seed=0, **measured):
         "verdict": {"ok": True, "reason": ""},
         "config": {"seed": seed},
         "perplexity": {"dense": 3.0, "pruned": ppl},
-        "figures": [{"name": "dense", "perplexity": 3.0}],
         "measured": {"text": "a.txt", "tokenizer": "t", "precision": "fp32", **measured},
         "num_params": 260_000,
         "train_tokens": tokens,

@@ -69,20 +69,12 @@ class Conditions:
     """The scored tokens of conversations, such as "assistant"."""
 
 
-@dataclass(frozen=True)
-class Figure:
+@dataclass(frozen=True, kw_only=True)
+class Figure(Conditions):
     """A perplexity with its conditions: a row of the table in a model card."""
 
     name: str
     perplexity: float
-    seq_len: int | None = None
-    stride: int | None = None
-    text: str | None = None
-    text_sha256: str | None = None
-    num_tokens: int | None = None
-    tokenizer: str | None = None
-    precision: str | None = None
-    tokens: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import NamedTuple, TextIO
 
 from castlm.core.errors import DivergedError, InputError, is_out_of_memory, is_panic
@@ -20,15 +21,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class Command(NamedTuple):
     """A row of `COMMANDS`."""
 
-    place: str
-    """A module in `castlm.cli`, and in it the dataclass of options that runs itself, or a function of the arguments."""
+    place: str | type | Callable[[list[str]], int]
+    """The dataclass of options that runs itself, or a function of the arguments. As a text, its module in `castlm.cli`
+    and its name there, so that it is imported only when it runs."""
     what: str
     """The line of help."""
 
     def run(self, name: str, arguments: list[str]) -> int:
         """Runs the command of this name, and returns its exit code."""
-        module, _, member = self.place.partition(".")
-        found = getattr(importlib.import_module(f"castlm.cli.{module}"), member)
+        found = self.place
+        if isinstance(found, str):
+            module, _, member = found.partition(".")
+            found = getattr(importlib.import_module(f"castlm.cli.{module}"), member)
         if isinstance(found, type):
             from castlm.cli.options import parse
 

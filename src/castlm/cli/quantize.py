@@ -11,7 +11,7 @@ from castlm.cli.options import result_folder, to_stdout
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.fields import Needs, choice, like, number, option, parsed, positional
-from castlm.formats.table import ROUNDED
+from castlm.formats.table import rounded_formats
 from castlm.patterns import parse_pattern_or_dense
 from castlm.training.options import ModelOptions, RuntimeOptions
 
@@ -28,7 +28,7 @@ class QuantizeCommand(TextOptions):
     output_dir: str
     """Folder for the quantized model."""
 
-    kind: str = choice("int8", ROUNDED)
+    kind: str = choice("int8", rounded_formats)
     """int8 and fp8 round to the nearest, with one scale per row. int4 and int3 have a scale for every 64 columns of a
     row and round by GPTQ with a calibration text. castlm train --weight-bits 3 loses far less than int3 here.
     """

@@ -96,7 +96,7 @@ def default_chunk_tokens(device: torch.device) -> int:
     return 192 if device.type == "cpu" else 1024
 
 
-_LEAST = 1e-7  # the smallest probability of the teacher's bucket: log-probabilities in fp32 do not tell less from 0
+_LEAST = 1e-7  # the smallest probability of the teacher's bucket: in fp32, 1 - sum cannot be told from 0 below it
 
 
 class TopTokens(NamedTuple):
@@ -122,7 +122,7 @@ def top_tokens(
         hidden: (..., hidden), after the final norm.
         k: number of tokens, at most the size of the vocabulary.
         temperature: the same as in the loss, above 0.
-        chunk_tokens: as in `distillation_loss`, as is the dtype of the matmuls.
+        chunk_tokens: as in `distillation_loss`. Matmuls have the same dtype as there.
 
     Examples:
         >>> head = OutputHead(torch.eye(4))

@@ -2,8 +2,8 @@
 
 An optimizer that updates each weight by its own gradient leaves a zero weight alone if its gradient has always been
 zero: its moments are zero then, and weight decay does nothing. So gradients are masked as they are accumulated. Two
-things can still move a masked weight: 8-bit moments whose code for zero is not zero (bitsandbytes on a CPU), which are
-set right after each step, and an optimizer that mixes weights, which is found by counting the zeros after each step.
+things can still move a masked weight. 8-bit moments may have a code for zero that is not zero (bitsandbytes on a CPU):
+they are corrected after each step. An optimizer may mix weights: counting the zeros after each step finds it.
 """
 
 from __future__ import annotations

@@ -33,13 +33,14 @@ from castlm.data.readers import (
 )
 from castlm.files.reading import check_regular, user_path
 
-_OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Pieces]] = {
+OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Pieces]] = {
     ".txt": lambda file, options, pool, indexes: open_text(file),
     ".jsonl": lambda file, options, pool, indexes: JsonLines(file, options, indexes),
     ".jsonl.gz": lambda file, options, pool, indexes: GzipJsonLines(file, options, pool),
     ".parquet": lambda file, options, pool, indexes: ParquetRows(file, options, pool),
 }
-"""The reader of a file by its suffix."""
+"""The reader of a file by its suffix: a function of the file, the options, the cache of decompressed units, and the
+places of lines that an earlier start of the run has found."""
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
 HUB_HELD_OUT = 200  # documents of a stream
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
@@ -271,7 +272,7 @@ def open_documents(
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     pool = Pool(SHUFFLE_BYTES)
-    sources = [_OPENERS[_suffix(file)](file, options, pool, indexes) for file in files]
+    sources = [OPENERS[_suffix(file)](file, options, pool, indexes) for file in files]
     documents = Documents(sources, pool, str(dataset))
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT and len(source.last)]
     if plain and documents.kind is not Kind.TEXT:
@@ -284,12 +285,12 @@ def open_documents(
 
 def _suffix(path: Path) -> str:
     """The suffix of a file that castlm reads; empty for another file."""
-    return next((suffix for suffix in _OPENERS if path.name.lower().endswith(suffix)), "")
+    return next((suffix for suffix in OPENERS if path.name.lower().endswith(suffix)), "")
 
 
 def find_files(dataset: str | Path) -> list[Path] | None:
     """The local files that `dataset` names, sorted; None if it can only be the name of a hub dataset."""
-    path, known = user_path(dataset), ", ".join(_OPENERS)
+    path, known = user_path(dataset), ", ".join(OPENERS)
     if path.is_dir():
         found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
     elif path.exists():

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError, one_line
 from castlm.dtypes import dtype_name
-from castlm.files.reading import read_text, sha256_file, user_path
+from castlm.files.reading import sha256_file, user_path
+from castlm.files.yaml_file import read_yaml_mapping
 from castlm.hardware import library_versions
 from castlm.packages import require
 
@@ -31,15 +31,22 @@ def local_task_names() -> list[str]:
 
 
 def local_task(name: str, folder: str | Path) -> dict[str, Any]:
-    """lm-eval's configuration of a task of `local_task_names`, whose data is in `folder`."""
-    if name not in local_task_names():
-        raise InputError(f"there is no local task {name!r}: use {', '.join(local_task_names())}")
-    config: dict[str, Any] = yaml.safe_load(read_text(SHIPPED / f"{name}.yaml"))
+    """lm-eval's configuration of a task whose data is in `folder`: of `NAME.yaml` there, or of `local_task_names`."""
+    own, is_shipped = user_path(folder) / f"{name}.yaml", name in local_task_names()
+    if own.is_file() and is_shipped:
+        raise InputError(f"{own} has the name of a task of castlm: rename it")
+    if not own.is_file() and not is_shipped:
+        raise InputError(f"there is no local task {name!r}: use {', '.join(local_task_names())}, or write {own}")
+    config = read_yaml_mapping(SHIPPED / own.name if is_shipped else own)
     if name == "hellaswag":
         from castlm.evaluation.tasks.hellaswag import process_docs  # imports `datasets`, which is slow
 
         config["process_docs"] = process_docs
-    files: dict[str, str] = config["dataset_kwargs"]["data_files"]
+    try:
+        files: dict[str, str] = config["dataset_kwargs"]["data_files"]
+        config["task"] = name
+    except (KeyError, TypeError):
+        raise InputError(f"{own} names no files under dataset_kwargs, data_files: see docs/how-to/extend.md") from None
     for split, data in files.items():
         files[split] = data.replace("{folder}", str(user_path(folder)))
         if not Path(files[split]).is_file():

@@ -18,6 +18,7 @@ from torch import Tensor
 from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError, check_finite
 from castlm.core.rounding import best_scale, in_groups
+from castlm.dtypes import STORED
 from castlm.formats.table import FORMATS
 
 
@@ -26,7 +27,7 @@ class Rounded:
     """A weight (rows, columns) on a grid: `codes * scales`."""
 
     kind: str
-    """A format of `ROUNDED`."""
+    """A format of `rounded_formats()`."""
     codes: Tensor
     """(rows, columns): int8 holds int8, int4 (-8 to 7) and int3 (-4 to 3), float8_e4m3fn holds fp8."""
     scales: Tensor
@@ -49,22 +50,25 @@ class Rounded:
 
 
 def round_rows(weight: Tensor, kind: str) -> Rounded:
-    """Rounds each row to the nearest int8 or float8 (e4m3), scaled so that its largest magnitude is the end of the
-    range.
+    """Rounds each row to the nearest values of a format, scaled so that its largest magnitude is the end of the range.
 
     Args:
         weight: (rows, columns), any float dtype.
+        kind: a format with one scale for each row, such as "int8" or "fp8".
 
     Raises:
         InputError: NaN or infinity in the weight.
     """
-    assert kind in ("int8", "fp8"), kind
+    form = FORMATS[kind]
+    assert form.rounds
+    assert not form.group
     check_finite(f"a weight of shape {tuple(weight.shape)}", weight)
     weight = weight.float()
-    largest = FORMATS[kind].largest
+    stored, largest = STORED[form.stored], form.largest
     scales = (weight.abs().amax(1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = weight / scales
-    codes = scaled.round().to(torch.int8) if kind == "int8" else scaled.clamp(-largest, largest).to(torch.float8_e4m3fn)
+    # float8 rounds in `to`, which would make infinity of what lies beyond the end by a rounding of the division
+    codes = scaled.clamp(-largest, largest).to(stored) if stored.is_floating_point else scaled.round().to(stored)
     return Rounded(kind, codes, scales)
 
 
@@ -109,7 +113,7 @@ def round_in_groups(
         inner = upper[block, block]
         importance = inner.diagonal().square().reciprocal().unsqueeze(1)  # 1 / U_jj^2, the cost in the output
         weights = updated[block] * kept[block]
-        if hessian is None and kind == "int4":
+        if hessian is None and not FORMATS[kind].needs_training:
             importance = weights.abs()
         scales[group] = best_scale(weights, ends, ends[::-1], importance, dim=0)
         errors = _round_block(updated[block], kept[block], scales[group], inner, codes[block], ends)

@@ -1,6 +1,7 @@
 """The numeric formats of weights.
 
-`FORMATS` is the table: a new format is a record here, its rounding (`rounding.py`) and its kernels (`Values` in
+`FORMATS` is the table. A new format whose rows share a scale is a record here: `rounding.round_rows` follows from it. A
+format with other scales has a rounding of its own there, and one to multiply by has kernels (`Values` in
 castlm/runtime/matrix.h).
 """
 
@@ -70,9 +71,12 @@ FORMATS = {
 }
 ITEM_BYTES = {form.stored: max(8, form.bits) // 8 for form in FORMATS.values()}
 """Bytes of a stored item, by safetensors' name of its dtype."""
-ROUNDED = tuple(form.name for form in FORMATS.values() if form.rounds)
-"""The formats that `castlm quantize` rounds to."""
 PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
 """The formats that a packed file can hold."""
 HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].reads_text)
 """The formats that an output head can be rounded to."""
+
+
+def rounded_formats() -> tuple[str, ...]:
+    """The formats that `castlm quantize` rounds to."""
+    return tuple(form.name for form in FORMATS.values() if form.rounds)

@@ -18,8 +18,8 @@ class Cast(Retraining):
 
     @property
     def mask_interval(self) -> int:  # type: ignore[override]
-        # A mask by magnitude is that of the weights, and one "from zero" still is at first: its masked weights are the
-        # smallest. Dense values under a given mask are not: a refresh would lose it.
+        # A refresh keeps a mask by magnitude, and a given mask whose masked weights are zero. It would lose a given
+        # mask over dense values, which rank otherwise.
         refreshes = self.start == "magnitude" or self.step0 == "from zero"
         return self.options.mask_interval if refreshes else 0
 

@@ -122,10 +122,10 @@ class MethodOptions(Bounded):
     def step0(self, start: str, pattern: Pattern) -> Step0:
         """The model at step 0, from `start`, the option `init_from`.
 
-        A method that decays masked weights trains on "from zero" with a given n:m mask and a decay that ends at zero:
-        a refresh by magnitude then keeps the mask of the start at first, and keeps a masked weight again once training
-        has made it larger than a kept one. Otherwise its masked weights decay from their dense values. A unit that is
-        zero as a whole has no gradient and could never return, so structured patterns decay under a fixed mask.
+        A method that decays masked weights begins "from zero" if it is given an n:m mask and its decay ends at zero. A
+        refresh by magnitude then begins with the mask of the start, and a masked weight comes back once training has
+        made it larger than a kept one. In all other cases masked weights decay from their dense values. Structured
+        patterns decay under a fixed mask: a unit that is zero as a whole has no gradient and could never return.
         """
         if not self.row.decays:
             return self.row.step0

@@ -1,4 +1,9 @@
-"""The table of training methods: the facts that need no torch. `base.class_of` imports the class."""
+"""The table of training methods: what is known of each without its class.
+
+Options, their help and their checks read these facts. Importing a class imports torch, so that `--help` would take 2
+seconds of processor time in place of 0.1. What a method does in a run stands on its class alone (`base.py`), and no
+fact is in both places. `base.class_of` imports the class.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +28,8 @@ class Method(NamedTuple):
     options: tuple[str, ...] = ()
     """Options that this method reads and others may not."""
     step0: Step0 = "sparse"
-    """The model at step 0. With "dense", the method has no other start. With "from zero", it depends on start, pattern
-    and decay, see `MethodOptions.step0`."""
+    """The model at step 0. A method with "dense" has no other start. For one with "from zero", start, pattern and decay
+    decide; see `MethodOptions.step0`."""
     published_start: str = "magnitude"
     """The start of the paper that the method comes from."""
     starts_solved: bool = False

@@ -137,7 +137,6 @@ def change_block_basis_(
     ]
     if turns_values:
         searches.insert(0, partial(find_turn, attention, statistics, pattern, options))
-    # A search is a decision: two processors could round it to different orders, so that one rank takes it for all.
     found = each_by_one(ranks, searches)
     # rank 0 has the first batch
     before = inputs.first_outputs(is_unchanged=True) if ranks.rank == 0 else None

@@ -1,7 +1,7 @@
-"""How the work of a start is divided over ranks so that its bits depend on none of them.
+"""Divides the work of a start over ranks, so that its result has the same bits on any number of them.
 
-Rounding makes a sum depend on its order, and the product of some rows depend on how many there are. So both are cut in
-the same way for any number of ranks, one included:
+A rounded sum depends on its order, and a rounded product of matrices on how many rows are multiplied at once. So both
+are cut in the same way for any number of ranks, one included:
 
     the text      into 8 parts of whole batches; a statistic is summed in each part, then over the parts, in order
     the rows      of a layer into panels, which are solved one by one
@@ -119,9 +119,6 @@ class Division:
 
 def add_part_(ranks: Ranks, total: Tensor, part: Tensor, num_ranks: int) -> None:
     """On rank 0, adds to `total` the `part` of the first `num_ranks` ranks. Of square matrices, only the upper half."""
-    if ranks.size == 1:
-        total += part
-        return
     for of_total, of_part in zip(_pieces(total), _pieces(part)):
         ranks.add_in_order_(of_total, of_part, num_ranks)
 
@@ -182,9 +179,9 @@ ALONE: ByRows = partial(by_rows, ONE_RANK)
 
 
 def each_by_one(ranks: Ranks, tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of `tasks`, of which each is done by one rank, so that all ranks have the same: small ones, on a CPU.
+    """Runs each of `tasks` on one rank, and returns the results of all on every rank; they are small, and on a CPU.
 
-    Where ranks take a decision, they take it once, because processors of two kinds could round it to two sides.
+    One rank decides for all, because processors of two kinds may round to two different decisions.
     """
     # rank 1 of 2 does tasks 1, 3, 5
     done: dict[int, Any] = {number: tasks[number]() for number in range(ranks.rank, len(tasks), ranks.size)}

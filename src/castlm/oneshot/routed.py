@@ -1,8 +1,8 @@
 """The inputs of the experts of a transformer block: each reads the tokens that the router gives it.
 
-With fewer tokens than input columns, the statistic of an expert is singular. Such an expert is calibrated on all tokens
-of the text, as if each were routed to it. Its down-projection then has statistics of its own neurons, which statistics
-of other experts could not replace.
+The statistic of an expert that gets fewer tokens than its input has columns is singular. Such an expert is calibrated
+on all tokens of the text, as if each were routed to it. The statistics of other experts could not replace its own: its
+down-projection reads its own neurons.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Solver(NamedTuple):
 
     @property
     def reads_text(self) -> bool:
-        """Whether it reads a calibration text, and cannot do without."""
+        """Whether it reads a calibration text, which it then requires."""
         return self.add is not None
 
     @property

@@ -1,8 +1,8 @@
 """Keeps the documents of a training sequence apart: the arguments of a forward pass, and which of them a model obeys.
 
-There are three ways. Position ids that begin again at 0 are enough for models whose masks transformers makes of them.
-Others need the mask (batch, 1, seq, seq) itself. On a GPU, the offsets of the documents let a kernel skip what such a
-mask forbids.
+There are three ways. Position ids that begin again at 0 are enough where transformers makes the mask of a model from
+them. Other models need the mask (batch, 1, seq, seq) itself. On a GPU, a kernel that gets the offsets of the documents
+skips what such a mask forbids.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Student and teacher as one module whose forward pass returns the loss.
 
-They are one module because FSDP gathers tied embeddings, which are the output head too, only during its root's forward
-pass, and the loss needs the head.
+They are one module because the loss needs the output head. Tied embeddings are the head too, and FSDP gathers them
+only during the forward pass of its root module.
 """
 
 from __future__ import annotations

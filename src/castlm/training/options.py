@@ -86,7 +86,7 @@ class DataOptions(ScoredTextOptions):
     """Tokens per sequence."""
 
     cross_document_attention: bool = option(False)
-    """Let the documents that share a training sequence attend to each other, as if they were one text."""
+    """Let the documents that are packed into one training sequence attend to each other."""
 
     repeat_sequences: bool = option(False)
     """Cut every epoch into the same sequences, in the same order, so that teacher_cache serves all epochs after the

@@ -61,7 +61,8 @@ FAR_FACTOR = 10.0
 CLOSE_FACTOR = 2.0
 """A result within this many times the dense model's perplexity is shown as good, in green."""
 RISE_FACTOR = 2.0
-"""Such a run without a sparse start diverged if it ended above this many times its own lowest perplexity."""
+"""A result that fell short without having had a sparse start diverged if it is above this many times the run's own
+lowest perplexity."""
 
 _DIVERGED = {"problem": "DIVERGED", "remedy": "lower learning_rate"}
 _FELL_SHORT = {"problem": "FELL SHORT", "remedy": "train for more steps"}

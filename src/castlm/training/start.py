@@ -1,9 +1,9 @@
 """Starts other than magnitude: from a one-shot solver, which runs before step 0, or from a given n:m model.
 
 Their masks depend on text. A refresh by |W| of the dense weights would lose them, so masked weights start at zero.
-Several ranks prune the model together, block by block from its files, and then read their rows of the finished blocks.
-Where a model or a step does not allow that, the main rank prunes, or reads, the whole model and sends its layers, one
-at a time, to the other ranks.
+Several ranks prune the model together, block by block from its files, and each then reads its rows of the finished
+blocks. If the model or a step does not allow that, the main rank prunes or reads the whole model, and sends it to the
+other ranks layer by layer.
 """
 
 from __future__ import annotations

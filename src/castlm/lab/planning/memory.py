@@ -54,7 +54,7 @@ _APART = "castlm_documents_apart"
 
 
 def _documents_apart(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-    """Attention with a mask (1, 1, T, T), which transformers makes for documents that do not attend to each other.
+    """Attention with the mask (1, 1, T, T) that transformers makes for documents that do not attend to each other.
 
     torch keeps it in the compute type for each block, and transformers copies shared keys and values for each head.
     """

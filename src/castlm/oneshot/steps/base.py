@@ -19,10 +19,10 @@ class Step:
     reads_text: bool = True
     """Whether it reads all of a calibration text. Other steps only measure errors, on its first tokens."""
     needs_text: bool = True
-    """Whether it cannot do without one."""
+    """Whether it requires one."""
     is_divided: bool = False
-    """Whether several ranks take it together, with the same bits as one. They divide its work if it calls `see_inputs`
-    and `by_rows`; what each of them does alone must follow from statistics and weights, which are the same on all."""
+    """Whether several ranks take it together, with the same bits as one. `see_inputs` and `by_rows` divide its work.
+    Each rank does all else, which may depend only on statistics and weights, as these are the same on all ranks."""
     follows_dense: bool = False
     """Whether it reads `Visit.dense_outputs`, for which the text also runs through the dense model."""
 
