@@ -41,7 +41,7 @@ class _ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, scale)
+        ctx.save_for_backward(x, weight, scale)  # not the product: (14336, 4096) bf16 is 112 MiB a layer
         ctx.bias_dtype = None if bias is None else bias.dtype
         scaled = scale_weight(weight, scale).to(x.dtype)
         return F.linear(x, scaled, None if bias is None else bias.to(x.dtype))

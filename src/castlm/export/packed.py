@@ -229,6 +229,7 @@ def pack_into(
             specs[table] = PackedSpec(rows, columns, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
     how = _Packing(stored, specs, rounded, cast)
+    # one tensor of the model in memory at a time
     weights = _write_weights(folder, how, (PACKED_SINGLE, PACKED_INDEX), progress)
     # config.json comes after the weights that it names, and the checks read what has been written
     _write_packed_rest(source, folder, weights, pattern, cast, head)
@@ -259,6 +260,7 @@ class _Packing:
 
     def layout(self, name: str) -> Layout:
         if (spec := self.specs.get(name)) is not None:
+            # up_proj.values (1536, 288), up_proj.mask (1536, 54) at 2:4
             return {f"{spec.stem(name)}.{suffix}": entry for suffix, entry in spec.tensors().items()}
         of = self.stored[name]
         is_cast = self.cast is not None and STORED[of.dtype].is_floating_point
@@ -298,6 +300,8 @@ def _specs(
         if not is_packed_here:
             continue
         groups = pattern if left_dense_reason(name, left_dense) is None else None
+        # Groups run along the input: the last axis of a Linear, the first of GPT-2's Conv1D, the second of gpt-oss's
+        # experts.
         axis = input_axis(config, name, tensor.shape)
         if axis is None and groups is None:
             continue  # is copied
@@ -306,10 +310,11 @@ def _specs(
         n, m = (groups.n, groups.m) if groups else (0, 0)
         spec = PackedSpec.of_stored(tensor.shape, axis, n, m, values="")
         rounded = integers.get(spec.stem(name))
+        # Codes that `quantize` hands over, then the rounding that the model was trained with, then the dtype.
         specs[name] = replace(spec, values=rounded.kind if rounded else trained or dtype or str(_float_name(tensor)))
     if not specs:
         raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
-    assert integers.keys() <= {spec.stem(name) for name, spec in specs.items()}
+    assert integers.keys() <= {spec.stem(name) for name, spec in specs.items()}  # every code has found its tensor
     return specs
 
 
@@ -343,6 +348,7 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
     weight = (tensor.mT if spec.transposed else tensor).reshape(spec.rows, spec.columns).contiguous()
     if not spec.rounded:
         packed = replace(pack(weight, spec.n, spec.m), spec=spec)
+        # The proof for each tensor, before it is written; 0.0 and -0.0 are equal here.
         assert not spec.m or torch.equal(unpack(packed), weight), "it does not come back from its packed form"
         return packed
     if rounded is None and FORMATS[spec.values].group:
@@ -412,7 +418,7 @@ def unpack_folder(
     config = read_config(source)
     stored = stored_tensors(source, config) if is_packed(config) else {}
     packed = take_packed(stored, config)  # `stored` has the tensors of the plain folder now
-    stored = dict(sorted(stored.items()))
+    stored = dict(sorted(stored.items()))  # so that packing again writes the same file
     if not packed:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
     named = str(config.get("dtype") or config.get("torch_dtype"))
@@ -484,6 +490,8 @@ def _write_weights(folder: Path, how: _Packing | _Unpacking, names: tuple[str, s
     inside: dict[Path, list[str]] = {}
     for name, tensor in how.stored.items():
         inside.setdefault(tensor.file, []).append(name)
+    # Offsets in a safetensors file follow from the layouts alone, so that the header is written before any tensor is
+    # read.
     batches = [
         [Batch(how.layout(name), functools.partial(converted, name)) for name in of_file]
         for _, of_file in sorted(inside.items())

@@ -104,6 +104,7 @@ class PackedSpec:
         width = -(-self.kept * form.bits // 8) if form.bits < 8 else self.kept
         stored = {"values": (form.stored, (self.rows, width))}
         if self.m:
+            # 2:4 has 6 masks, 3 bits a group, 6 for 8 columns: a quarter less than the 8 bits of a plain mask.
             bits = mask_bits(self.n, self.m)
             stored["mask"] = ("U8", (self.rows, -(-self._mask_bytes * bits // 8)))
         if form.rounds:
@@ -155,6 +156,7 @@ def join_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """
     rows, width = codes.shape
     eights = np.pad(codes, ((0, 0), (0, -width % 8))).reshape(rows, -1, 8)  # eight codes fill `bits` bytes
+    # Eight codes of 6 bits are one number of 48 bits, of which the lowest six bytes are stored.
     words = np.zeros(eights.shape[:2], "<u8")
     for k in range(8):
         words |= eights[:, :, k].astype(np.uint64) << np.uint64(k * bits)

@@ -97,7 +97,7 @@ def round_in_groups(
     columns = weight.shape[1]
     target = weight.float().T.contiguous()  # (columns, rows): a column lies contiguous
     updated = target.clone()  # the columns still to be rounded compensate for those that are
-    kept = target != 0
+    kept = target != 0  # a masked weight has the single code 0
     upper = torch.eye(columns, device=updated.device)
     if hessian is not None:  # U, upper triangular, with U^T U = H^-1 of the damped H
         diagonal = hessian.diagonal()
@@ -106,7 +106,7 @@ def round_in_groups(
         diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1
         factor, damping = upper_factor(hessian, damping)
         diagonal += damping * diagonal.mean()
-        upper = torch.linalg.solve_triangular(factor, upper, upper=True)
+        upper = torch.linalg.solve_triangular(factor, upper, upper=True)  # U = R^-1 of H = R R^T, (576, 576)
     blocks, ends = FORMATS[kind].groups(columns), _range(kind)
     codes, scales = torch.empty_like(updated), updated.new_empty(len(blocks), updated.shape[1])
     for group, block in enumerate(blocks):
@@ -117,6 +117,7 @@ def round_in_groups(
             importance = weights.abs()
         scales[group] = best_scale(weights, ends, ends[::-1], importance, dim=0)
         errors = _round_block(updated[block], kept[block], scales[group], inner, codes[block], ends)
+        # The columns behind this group inherit its errors at once: (512, 64) @ (64, rows).
         updated[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
     if hessian is not None:
         _descend(codes, scales, target, kept, hessian, passes, kind)

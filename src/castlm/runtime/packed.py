@@ -114,6 +114,7 @@ def pack(weight: Tensor, n: int, m: int) -> PackedTensor:
     if m == 0:
         return PackedTensor(spec, weight, None, None)
     mask = kept_mask(weight, n, m)
+    # (1536, 576) at 2:4 -> (1536, 288)
     return PackedTensor(spec, weight[mask].view(rows, spec.kept), _stored_mask(mask, spec), None)
 
 

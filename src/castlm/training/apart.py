@@ -72,7 +72,7 @@ def _two_documents(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     first = torch.stack([words[:1].expand(5), words[1:6]])
     second = words[6:12].expand(2, -1)
     starts = [torch.arange(part.shape[1], device=weight.device) for part in (first, second)]
-    return torch.cat([first, second], dim=1), torch.cat(starts).expand(2, -1)
+    return torch.cat([first, second], dim=1), torch.cat(starts).expand(2, -1)  # positions 0 1 2 3 4 0 1 2 3 4 5
 
 
 def _keeps_apart(model: PreTrainedModel, way: Way) -> bool:
@@ -107,7 +107,7 @@ def agree_end_to_end(models: Sequence[PreTrainedModel]) -> bool:
                     inputs_of(input_ids, positions, "offsets", documents),
                 )
             )
-            if not (found - expected).abs().max() <= 0.05 * expected.abs().max():
+            if not (found - expected).abs().max() <= 0.05 * expected.abs().max():  # NaN is not, either
                 return False
     except (TypeError, ValueError, RuntimeError):  # no such arguments, or no kernel for the dtype or the head's size
         return False

@@ -56,7 +56,7 @@ def use_attention_(model: PreTrainedModel) -> bool:
     ):
         return False
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # else transformers would make no mask for this name
     parts = {key: NAME for key in model.config.sub_configs if getattr(model.config, key) is text}
     with quiet_transformers():  # it warns of a model that cannot be changed
         model.set_attn_implementation(NAME if text is model.config else parts)
@@ -129,6 +129,7 @@ def attend(
     assert mask is not None
     group = getattr(module, "num_key_value_groups", 1)
     shares = group > 1 and use_gqa_in_sdpa(attention_mask, key, value)
+    # 9 heads of queries, 3 of keys: repeated to 9 where torch's kernel does not share them.
     if group > 1 and not shares:
         key, value = repeat_kv(key, group), repeat_kv(value, group)
     rows = []
@@ -177,6 +178,7 @@ def _blocks_of(mask: Tensor) -> list[list[tuple[slice, slice]]]:
             blocks = []
             for start in range(0, len(allowed), _QUERIES):
                 queries = slice(start, start + _QUERIES)
+                # From the first to the last key that any of the 64 queries sees; the mask forbids what lies between.
                 seen = allowed[queries].any(dim=0).nonzero().flatten().tolist()
                 blocks.append((queries, slice(seen[0], seen[-1] + 1) if seen else slice(None)))
             rows.append(blocks)

@@ -167,6 +167,7 @@ def check_teacher(teacher: TeacherOptions, model: ModelOptions, *, seq_len: int)
     _, theirs, their_tokenizer = open_model(options.model, **options.loading)
     remedy = "give a teacher with the tokenizer of the model, or use eta 0"
     known = their_tokenizer.get_vocab()
+    # The KL compares logit i with logit i: every token must have the same id, and text must be cut alike.
     differing = [token for token, number in our_tokenizer.get_vocab().items() if known.get(token) != number]
     if differing or our_tokenizer(_PROBE)["input_ids"] != their_tokenizer(_PROBE)["input_ids"]:
         first = f", first {differing[0]!r}" if differing else ""
@@ -350,6 +351,7 @@ def open_training_text(
     short = {name: Path(name).name if num_named[Path(name).name] == 1 else name for name in parts}
     train_sha256 = documents.text_hash()
     eval_sha256 = joined_digest([text.text_hash() for text in held_out])
+    # Nodes read their own copies: ranks that train on different texts would go unnoticed.
     world.check_alike({"another training text": train_sha256, "another evaluation text": eval_sha256})
     return TrainingText(
         documents=documents,

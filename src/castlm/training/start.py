@@ -178,6 +178,7 @@ class TrainingStart:
             if self.keeps_dense_values:
                 inside = [name for name in scope.layers if f"{name}.weight" in names]
                 start.given_dense |= {f"{name}.weight": Place(file, f"{DENSE}{name}") for name in inside}
+        # The finished blocks are the start: each rank reads its rows there, and rank 0 sends nothing.
         start.given = Checkpoint(str(work), places)
         return world.on_main(lambda: facts)
 
@@ -253,6 +254,7 @@ class TrainingStart:
 
     def _check_memory(self) -> None:
         """Raises `InputError` if the whole model does not fit into the memory that is free."""
+        # fp32; the copy that is pruned comes beside the model
         needed = 4 * sum(parameter.numel() for parameter in self.source.model.parameters())
         free = available_memory(self.world.device.type)
         if needed > free:
@@ -407,6 +409,7 @@ def start_(model: nn.Module, method: Retraining, start: StartWeights, world: Wor
         own = [own_rows(parameter) for parameter in parameters]
         rows = [weight[part].to(p.device) for weight, part, p in zip(weights, own, parameters)]
         if pattern.gathers(parameters):
+            # A channel's mask needs all rows of three weights, which every rank has been sent: no second gather.
             whole_masks = pattern.joint_masks(weights)
             masks = [mask[part].to(p.device) for mask, part, p in zip(whole_masks, own, parameters)]
         else:
@@ -429,6 +432,8 @@ def _start_from_files_(model: nn.Module, method: Retraining, start: StartWeights
             try:
                 rows = torch.empty_like(local(parameter), dtype=torch.float32)  # there may be fewer rows than ranks
                 if own.stop > own.start:
+                    # Masked weights that decay from their dense values: these come first, and `start_layer_` sets the
+                    # kept ones.
                     if name in start.given_dense:
                         local(parameter).copy_(start.given_dense[name].read(read, own))
                     rows.copy_(given.places[name].read(read, own))

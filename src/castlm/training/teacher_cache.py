@@ -110,6 +110,7 @@ class TeacherCache:
         None if any rank lacks a sequence, because the teacher then runs on all ranks. Raises `InputError` if there is
         no teacher to do so, or a rank could not write a sequence.
         """
+        # A batch is served whole or not at all: on all ranks, since a teacher that runs gathers its weights from all.
         found = [self._read(row) for row in _rows(input_ids, position_ids)]
         missing = any(top is None for top in found)
         if missing and self.complete:
@@ -139,6 +140,7 @@ class TeacherCache:
                 return
 
     def _path(self, row: Tensor) -> Path:
+        # The key is the content, so that another order, batch size or number of ranks finds the same file.
         name = hashlib.sha256(row.to(torch.int64).numpy().tobytes()).hexdigest()[:32]
         return self.folder / "blocks" / name[:2] / f"{name}.safetensors"
 

@@ -47,6 +47,7 @@ class ChangeBasis(Step):
         if not self.is_known or visit.inputs is None or not visit.inside:
             return
         began = time.perf_counter()
+        # Left for the solver, in the new basis: it saves `Solve` its first pass over the text.
         visit.seen = see_inputs(visit.inside, visit.inputs, SOLVERS["sparsegpt"], visit.inputs.num_sequences)
         # described again: its views are of the weights that are in memory now
         block = describe(visit.source.model)[visit.index]
