@@ -90,10 +90,10 @@ def test_castlm_json_and_model_card(tmp_path):
         "pipeline_tag": "text-generation",
         "tags": ["castlm", "sparsity", "2of4-sparse"],
     }
-    assert "| model | perplexity | sequence length | text | tokens |" in body
-    assert "| dense | 12.346 | 1,024 | a\\|b.txt | 12,345 |" in body
+    assert "| model | perplexity | sequence length | stride | text | tokens | tokenizer |" in body
+    assert "| dense | 12.346 | 1,024 | 32 | a\\|b.txt | 12,345 | t |" in body
     from_disk = facts.proof.perplexity_from_disk
-    assert f"| as written, in bfloat16 | {from_disk:.3f} | 1,024 | a\\|b.txt | 12,345 |" in body
+    assert f"| as written, in bfloat16 | {from_disk:.3f} | 1,024 | 32 | a\\|b.txt | 12,345 | t |" in body
     assert "- `model.layers.1.mlp.down_proj`: its width 90 does not divide by m = 4" in body
     assert "lm_head" not in body
 
@@ -111,14 +111,14 @@ def card_of(**manifest) -> tuple[dict, str]:
 def test_card_names_no_local_path(tmp_path):
     text = f"held out of {tmp_path}/a.txt, {tmp_path}/b.txt"
     front_matter, card = card_of(base_model=str(tmp_path / "my-base"))
-    _, measured = card_of(figures=[{"name": "dense", "perplexity": 3.0, "text": text}])
+    _, measured = card_of(figures=[{**CONDITIONS, "name": "dense", "perplexity": 3.0, "text": text}])
     assert str(tmp_path) not in card + measured
     assert "| held out of a.txt, b.txt |" in measured
     assert "# my-base, 2 of 4" in card
     assert "base_model" not in front_matter
     assert "None was measured" in card
     assert "rounded model was not measured" not in measured
-    rounded = card_of(figures=[{"name": "dense", "perplexity": 3.0}], quantized={"kind": "int8"})[1]
+    rounded = card_of(figures=[{**CONDITIONS, "name": "dense", "perplexity": 3.0}], quantized={"kind": "int8"})[1]
     assert "The rounded model was not measured" in rounded
 
 

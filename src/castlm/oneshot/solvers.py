@@ -100,14 +100,6 @@ def _wanda(weight: Tensor, squared_norms: Tensor, settings: Settings) -> Pruned:
     return Pruned(weight.masked_fill(~mask, 0))
 
 
-def _wanda_holds(rows: int, columns: int) -> int:
-    return 3 * rows * columns  # scores, their magnitudes, and the new weight
-
-
-def _squared_norms_of(hessian: Tensor) -> Tensor:
-    return hessian.diagonal() / 2  # H = 2 X^T X / num_sequences, and Wanda reads the mean of |X_j|^2
-
-
 def add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
     """Adds 2/num_sequences X^T X to the upper triangle of H, by blocks of rows: half of the work of a full product."""
     for start in range(0, x.shape[1], _GRAM_COLUMNS):
@@ -139,7 +131,13 @@ def _sparsegpt_holds(rows: int, columns: int) -> int:
 
 SOLVERS: dict[str, Solver] = {
     "magnitude": Solver(_magnitude),
-    "wanda": Solver(_wanda, _add_squared_norms, axes=1, holds=_wanda_holds, from_hessian=_squared_norms_of),
+    "wanda": Solver(
+        _wanda,
+        _add_squared_norms,
+        axes=1,
+        holds=lambda rows, columns: 3 * rows * columns,  # scores, their magnitudes, and the new weight
+        from_hessian=lambda hessian: hessian.diagonal() / 2,  # H = 2 X^T X / num_sequences; Wanda has the mean |X_j|^2
+    ),
     "sparsegpt": Solver(
         _sparsegpt,
         add_hessian,
