@@ -91,21 +91,21 @@ def overrun_start(library: Path) -> None:
     """Passes a weight with fewer rows than the call says: the sanitizer has to end the process."""
     import torch
 
-    from castlm.oneshot import native
+    from castlm.oneshot import sweep
 
     weight = torch.randn(8, 8)
     address = weight.data_ptr()
-    sweep = native._Sweep(*[address] * 5, rows=512, columns=8)
-    native.load_kernels(str(library)).castlm_sweep(sweep, 0, 8, 2, 4, 1)
+    call = sweep._Call(*[address] * 5, rows=512, columns=8)
+    sweep.load_kernels(str(library)).castlm_sweep(call, 0, 8, 2, 4, 1)
 
 
 def search_start(library: Path, seconds: float) -> None:
     """Runs the check of SparseGPT's sweep on random input until the time is over."""
-    from castlm.oneshot import native
+    from castlm.oneshot import sweep
     from tests import kernel_cases as cases
 
-    loaded = native.load_kernels(str(library))
-    native.kernels = lambda: loaded  # type: ignore[assignment]
+    loaded = sweep.load_kernels(str(library))
+    sweep.kernels = lambda: loaded  # type: ignore[assignment]
     run_checks({"sweep": (cases.sweeps(), cases.check_sweep)}, seconds)
 
 

@@ -11,8 +11,8 @@ from castlm.core.errors import InputError
 from castlm.core.moments import MOMENT_KEYS, new_moments
 from castlm.core.nm import NM, nm_mask, pack_mask, refresh_mask_
 from castlm.core.update import adams_update
-from castlm.oneshot.native import sweep_
 from castlm.oneshot.sparsegpt import sweep_by_torch_
+from castlm.oneshot.sweep import sweep_
 
 VALUES = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-38, 3.4e38, math.inf, -math.inf, math.nan]
 

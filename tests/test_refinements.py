@@ -9,7 +9,7 @@ import torch
 from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, nm_mask
-from castlm.oneshot import native
+from castlm.oneshot import sweep
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
 from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
@@ -47,7 +47,7 @@ def test_the_kernel_of_sparsegpt_prunes_like_torch_on_any_number_of_threads(n, m
             found.append(sparsegpt_by_factor(weight[:, :few], factor[:few, :few], n, m))
     assert torch.equal(*found)
     by_kernel = sparsegpt_by_factor(weight, factor, n, m)
-    monkeypatch.setattr(native, "runs_on", lambda weight, columns: False)
+    monkeypatch.setattr(sweep, "runs_on", lambda weight, columns: False)
     by_torch = sparsegpt_by_factor(weight, factor, n, m)
     assert torch.equal(by_kernel != 0, by_torch != 0)
     torch.testing.assert_close(by_kernel, by_torch, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.cholesky import upper_factor
-from castlm.oneshot import native
+from castlm.oneshot import sweep
 from castlm.oneshot.ranks import ALONE, ByRows
 
 _MOST_COMPARED = 16
@@ -62,8 +62,8 @@ def sparsegpt_by_factor(
 
     On an accelerator the launches of small groups take most of the time, so that all rows are swept at once.
     """
-    sweep = _Sweep(factor, n, m, max(m, block_size - block_size % m))
-    return by_rows(sweep, weight) if weight.device.type == "cpu" else sweep(weight)
+    solve = _Sweep(factor, n, m, max(m, block_size - block_size % m))
+    return by_rows(solve, weight) if weight.device.type == "cpu" else solve(weight)
 
 
 def sparsegpt_holds(rows: int, columns: int) -> int:
@@ -89,7 +89,7 @@ class _Sweep:
 
     def __call__(self, rows: Tensor) -> Tensor:
         weight = rows.T.contiguous()  # (columns, rows), so that a column of the paper is contiguous
-        sweep_ = native.sweep_ if native.runs_on(weight, self.block_size) else sweep_by_torch_
+        sweep_ = sweep.sweep_ if sweep.runs_on(weight, self.block_size) else sweep_by_torch_
         lost = weight.clone()  # becomes D, old minus new, group by group
         for start in range(0, len(weight), self.block_size):
             stop = min(start + self.block_size, len(weight))
@@ -102,7 +102,7 @@ class _Sweep:
 def sweep_by_torch_(
     weight: Tensor, lost: Tensor, pull: Tensor, scale: Tensor, inverse: Tensor, columns: range, n: int, m: int
 ) -> None:
-    """`native.sweep_` by torch's operators, for other dtypes and devices."""
+    """`sweep.sweep_` by torch's operators, for other dtypes and devices."""
     lowest = _LowestOfGroup(n, m, weight.shape[1], weight)
     for first in columns[::m]:
         here = slice(first, first + m)

@@ -19,7 +19,7 @@ MOST_COLUMNS = 256
 _VERSION = 1  # of sweep.cpp
 
 
-class _Sweep(ctypes.Structure):
+class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "lost", "pull", "scale", "inverse")),
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
@@ -37,7 +37,7 @@ def load_kernels(path: str) -> ctypes.CDLL:
     """The library at `path`, with its signature. Raises `InputError` if its version is not this module's."""
     library = load_library(path, "castlm_sweep_version", _VERSION)
     number = ctypes.c_int
-    library.castlm_sweep.argtypes = [ctypes.POINTER(_Sweep), ctypes.c_int64, ctypes.c_int64, number, number, number]
+    library.castlm_sweep.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64, ctypes.c_int64, number, number, number]
     library.castlm_sweep.restype = None
     return library
 
@@ -67,7 +67,7 @@ def sweep_(
     assert 0 <= columns.start <= columns.stop <= num_columns
     assert columns.start % m == columns.stop % m == num_columns % m == 0
     assert columns.stop - columns.start <= MOST_COLUMNS
-    sweep = _Sweep(rows=num_rows, columns=num_columns)
+    sweep = _Call(rows=num_rows, columns=num_columns)
     parts = {"weight": weight, "lost": lost, "pull": pull, "scale": scale, "inverse": inverse}
     sizes = (weight.numel(), weight.numel(), num_columns**2, num_columns, num_columns * m)
     for (name, tensor), size in zip(parts.items(), sizes):
