@@ -394,6 +394,7 @@ class BatchLoader:
         return self
 
     def __next__(self) -> dict[str, Any]:
+        # The position travels with its batch: the thread is a batch ahead, and a checkpoint must not skip it.
         item = self._ahead.result() if self._ahead is not None else self._next()
         if self._thread is not None:
             self._ahead = self._thread.submit(self._next)
@@ -439,7 +440,7 @@ def document_positions(begins: Tensor) -> Tensor:
         tensor([[0, 1, 2, 0, 1, 0, 0]])
     """
     index = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)  # (8, 512)
-    return index - torch.where(begins, index, 0).cummax(dim=1).values
+    return index - torch.where(begins, index, 0).cummax(dim=1).values  # 0 1 2 3 4 minus 0 0 0 3 3 = 0 1 2 0 1
 
 
 class DocumentOffsets(NamedTuple):

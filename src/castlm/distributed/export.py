@@ -174,6 +174,7 @@ def _own_tensors(
     Args:
         files: the content of the file that each rank writes.
     """
+    # All ranks pass the same tensors in the same order, as a gather is a collective; files are of unequal length.
     for turn in range(max(map(len, files.values()))):
         own: Tensor | None = None
         for writer, content in files.items():
@@ -196,6 +197,7 @@ def _rows_to(writer: int, folded: Folded, result: ShardedResult) -> Tensor | Non
     rows = folded.rows().to(result.dtype)
     most = math.ceil(len(parameter) / num_shards)  # rows of a rank; the last ones have fewer, or none
     sent = rows.new_zeros(most, *parameter.shape[1:])
+    # A gather wants parts of one size: 193 rows on 2 ranks are sent as 97 and 97, and the last row is cut off below.
     sent[: len(rows)] = rows
     whole = rows.new_empty(num_shards, *sent.shape) if world.rank == writer else None
     parts = None if whole is None else [part.view(torch.uint8) for part in whole]  # gloo does not know all dtypes

@@ -46,9 +46,9 @@ def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[T
     if world.mesh is None:
         return list(masks.items())
     parts = [weight[~mask] for weight, mask in masks.items()]
-    masked = torch.cat([part[:: len(part) // 4096 + 1] for part in parts]).abs()
+    masked = torch.cat([part[:: len(part) // 4096 + 1] for part in parts]).abs()  # at most 4,096 of each layer
     largest = torch.stack([part.abs().max() for part in parts if len(part)] or [masked.new_zeros(())]).max()
-    sample = torch.cat([masked[:: len(masked) // 4096 + 1], largest[None]]).cpu()
+    sample = torch.cat([masked[:: len(masked) // 4096 + 1], largest[None]]).cpu()  # 16 KiB a rank, with its maximum
     return [(values, torch.zeros_like(values, dtype=torch.bool)) for values in world.gather(sample)]
 
 
@@ -86,6 +86,7 @@ class SelfCheck:
             RuntimeError: a sparse weight was not stepped, or a mask does not match its weight.
         """
         is_refresh = mask_interval > 0 and step % mask_interval == 0 and bool(self._blocks)
+        # One block at a refresh, in turns: gathering every block each time would cost as much as a forward pass.
         watched = self._blocks[step // mask_interval % len(self._blocks)] if is_refresh else []
         expected = {}
         for weight in watched:
@@ -99,7 +100,7 @@ class SelfCheck:
         if before:
             stepped = {p for p, old in before.items() if int(self.optimizer.state[p]["step"]) == old + 1}
             counts = self.world.gather(sum(local(p).numel() for p in self.optimizer.sparse_params() if p in stepped))
-            total = sum(counts) // self.world.num_replicas
+            total = sum(counts) // self.world.num_replicas  # replicas step the same rows
             if total != self.num_sparse:
                 raise RuntimeError(f"{total:,} sparse weights were stepped, the model has {self.num_sparse:,}")
             self.covered = True

@@ -38,6 +38,7 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
         if precision == "bf16" and is_gathered_narrow(block):
             wide = beside_linears(block)
             if wide:
+                # A group of their own for norms and scales, gathered in fp32; the matrices of the block follow in bf16.
                 fully_shard(wide, mesh=world.mesh)
             fully_shard(block, mesh=world.mesh, mp_policy=_NARROW)
         else:
@@ -47,7 +48,7 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
     for end in separate_ends(module):
         narrow = precision == "bf16" and any(p.dtype == torch.float32 for p in end.parameters())
         fully_shard(end, mesh=world.mesh, **({"mp_policy": _NARROW_END} if narrow else {}))
-    fully_shard(module, mesh=world.mesh)
+    fully_shard(module, mesh=world.mesh)  # the root: what is left, such as the last norm and tied ends
     assert isinstance(module, FSDPModule)
 
 

@@ -167,11 +167,13 @@ class Retraining:
         """Prepares the model before it is sharded, and adds trained rounding where the run has it."""
         self.prepare(model)
         if bits := self.options.weight_bits:
+            # Last, so that it rounds W * A, the weight that will be stored.
             add_weight_rounding(model, bits, FORMATS[f"int{bits}"].group)
 
     def prepare(self, model: nn.Module) -> None:
         """Parametrizes the model before it is sharded: with weight scaling, or with a mask in the forward pass."""
         for layer, mask in self.magnitude_masks().items():
+            # unsafe: torch would run the module once to compare shape and dtype, which are the weight's own.
             parametrize.register_parametrization(layer, "weight", ForwardMask(mask, self.passes_gradient), unsafe=True)
 
     def magnitude_masks(self) -> dict[SparseLayer, Tensor]:
@@ -256,6 +258,7 @@ class Retraining:
 
     def tensors(self) -> dict[str, Tensor]:
         """State that a checkpoint holds beside the parameters and the optimizer's state."""
+        # a mask is up to `mask_every` steps old: the weights do not tell it
         return {f"mask.{name}": forward_mask(layer) for name, layer in self.layers.items()}
 
 

@@ -37,7 +37,7 @@ class GradualMagnitude(Retraining):
 
     def prepare(self, model: nn.Module) -> None:
         super().prepare(model)
-        self._set_share(0.0)
+        self._set_share(0.0)  # all groups dense, though masks are there
 
     def before_forward(self, step: int) -> None:
         if step % self.options.mask_interval:

@@ -115,6 +115,7 @@ class PruneUnits(Step):
             for names in self.pattern.unit_layers(scored):
                 weights = [scored[name].weight.float() for name in names]
                 values = self.row.values(weights, None, [gradients[name] for name in names])
+                # (units,): 4 bytes a unit, so that the gradients can be freed
                 self.gradient_scores[names] = self.pattern.sums(values)
 
     def __call__(self, visit: Visit, report: OneshotReport) -> None:
@@ -160,6 +161,7 @@ class PruneUnits(Step):
         for name, weight, mask in zip(names, weights, self.pattern.expand(kept, weights)):
             new = weight.masked_fill(~mask, 0)
             if self.refit_iterations and name in inputs and name == names[-1]:
+                # Of the output layer alone: all rows of its mask are equal, (1536,) kept channels.
                 new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
             solved[name] = self._groups_in(new, mask, inputs.get(name)) if self.pattern.inner else (new, self.damping)
         return solved
@@ -182,6 +184,7 @@ class PruneUnits(Step):
             new, damping = sparsegpt(small, gram.clone(), inner.n, inner.m, damping)
             if self.refit_iterations:
                 new = refit(new, small, damped(gram, max(self.damping, MIN_DAMPING)), self.refit_iterations)
+        # back in its place: (576, 768) -> (576, 1536)
         return torch.zeros_like(weight).masked_scatter_(mask, new), damping
 
 
@@ -222,7 +225,7 @@ def loss_gradients(
                 given = {name: tensor.to(model.device) for name, tensor in beside.items()}
                 with autocast(model.device, text.precision):
                     output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
-                (output.loss * (len(ids) / len(sequences))).backward()
+                (output.loss * (len(ids) / len(sequences))).backward()  # batches add up to the mean over sequences
         found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
     finally:
         for parameter, (flag, gradient) in before.items():

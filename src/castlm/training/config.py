@@ -148,6 +148,7 @@ class TrainConfig:
 
     def changed(self, **options: Any) -> Self:
         """A copy with other values of these options."""
+        # again from what was given, so that defaults follow the change
         values = checked(list(self.sections().values()), options)
         return self._made({**self.given, **values})
 
@@ -175,6 +176,7 @@ class TrainConfig:
         if self.start.init_from is None:  # magnitude is the start in the papers of the other methods
             self._set("start", init_from=default_method(pattern) if method.row.starts_solved else "magnitude")
         if method.decay_end is None:
+            # From zero, a masked weight needs some steps to outgrow a kept one: the mask stays open longer.
             self._set("method", decay_end=0.3 if method.step0(self.start.name, pattern) == "from zero" else 0.1)
         if self.teacher.hidden_weight is None:
             reads_dense = self.teacher.teacher is None and self.teacher.teacher_cache is None

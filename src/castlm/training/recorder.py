@@ -126,7 +126,7 @@ class Recorder:
         run, started = self.run, time.perf_counter()
         self.saver.finish()
         self.cover_teacher_cache()  # before the save, so that a resumed run continues no later than the cache ends
-        manifest = run.manifest()
+        manifest = run.manifest()  # a collective: all ranks, before any of them writes
         self.saver.save(run.progress.step, run.tensors(), manifest)
         run.progress.save_seconds = time.perf_counter() - started
 

@@ -180,6 +180,7 @@ class Run:
 
     def manifest(self) -> dict[str, Any]:
         """The part of a checkpoint that is no tensor; all ranks call it."""
+        # a sum over ranks, in fp64: exact up to 2^53 entries
         flips = torch.tensor(float(self.method.flips()), device=self.world.device, dtype=torch.float64)
         return {
             "config": self.config.as_dict(),

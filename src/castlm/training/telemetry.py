@@ -122,9 +122,10 @@ class Telemetry:
         minutes, seconds = divmod(round(values["eta_s"]), 60)
         eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
         room = self.console.width - len(f"step {self.total_steps}/{self.total_steps} ETA {eta} ") - 1
-        room -= 21 if self.console.width >= WIDE else 0
+        room -= 21 if self.console.width >= WIDE else 0  # the bar and a space
         fitting = fitted(figures, room)
         self._progress.update(self._task, completed=step, shown=fitting, eta=eta)
+        # A log file gets a line every 15 s in place of a line that moves.
         if not self.console.is_terminal and (time.monotonic() - self._last_print > 15 or step == self.total_steps):
             self._last_print = time.monotonic()
             self.say(f"step {step}/{self.total_steps}  {shown}  ETA {eta}")
@@ -184,7 +185,7 @@ def cut_back(path: Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row: Any = json.loads(line)
-            if row["step"] > step:
+            if row["step"] > step:  # of the steps that the resumed run takes again
                 break
         except (ValueError, TypeError, KeyError, RecursionError):
             break

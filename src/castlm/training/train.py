@@ -86,6 +86,7 @@ def train(config: TrainConfig) -> Facts:
         closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world,
         naming_missing_ranks(world),
     ):
+        # `torchrun --max-restarts` repeats the command as it was: `overwrite` would delete what the run has saved.
         if world.on_main(lambda: is_restart(config.checkpoint)):
             config = config.changed(resume=True, overwrite=False)
         output = config.checkpoint
@@ -350,7 +351,7 @@ def resolve(config: TrainConfig, world: World) -> TrainConfig:
         if found is None:
             return None
         lam = read_manifest(found)["config"].get("lam")
-        return float(lam) if isinstance(lam, (int, float)) else 0.0
+        return float(lam) if isinstance(lam, (int, float)) else 0.0  # 0.0 of a run that read none
 
     lam = world.on_main(saved_lam)
     if lam is None and config.method.reads_lam:
@@ -374,6 +375,7 @@ def calibrate(config: TrainConfig, world: World, steps: int = STEPS) -> FirstSte
             resume=False,
             overwrite=False,
         )
+        # The start is made beside the real output folder, where the run itself finds its finished blocks.
         run = set_up(scratch_config, world, config.checkpoint)
         with Recorder(run, announce=False) as recorder:
             found = measure(run, recorder, steps)
@@ -425,6 +427,7 @@ def fill_teacher_cache(config: TrainConfig, progress: Progress = silent) -> int:
             ids, positions = (batch[name].to(world.device) for name in ("input_ids", "position_ids"))
             documents = document_offsets(batch["position_ids"]) if way == "offsets" else None
             teacher.top_tokens(inputs_of(ids, positions, way, documents), vocab, stream=False)
+        # The loader's position is that of the next sequence: in the second epoch, the first one is covered.
         done, is_whole = done + len(ids), text.loader.state_dict()["epoch"] > 0
         cache.cover(0, done, every_epoch=is_whole and data.repeat_sequences)
         progress(min(done, total), total)
