@@ -71,7 +71,11 @@ def served(command: Command, env: Mapping[str, str] | None = None) -> Iterator[t
         yield port, process.pid
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:  # what was measured is not lost for a server that does not end
+            process.kill()
+            process.wait()
 
 
 def post(port: int, body: bytes) -> tuple[int, dict[str, Any]]:

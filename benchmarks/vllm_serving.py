@@ -80,6 +80,7 @@ def all_served(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, 
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONWARNINGS": "ignore",
     }
     models = {"vLLM, dense bf16": options.dense, "vLLM, dense int8 of its own": str(folder)}
     models |= {f"vLLM, castlm {Path(packed).name}": packed for packed in options.packed}
@@ -113,7 +114,8 @@ def main() -> None:
                 for clients in CLIENTS:
                     speed = serving_speed(port, pid, clients, options.new_tokens)
                     found.setdefault(name, {}).setdefault(clients, []).append(speed)
-    print("| tokens a second (of processor time) |" + "".join(f" {clients} users |" for clients in CLIENTS))
+    heads = [f"{clients} user{'s' if clients > 1 else ''}" for clients in CLIENTS]
+    print(f"| tokens a second (of processor time) | {' | '.join(heads)} |")
     print("|---|" + "---:|" * len(CLIENTS))
     for name, by_clients in found.items():
         medians = [[statistics.median(column) for column in zip(*rounds)] for rounds in by_clients.values()]

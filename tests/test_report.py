@@ -51,6 +51,17 @@ def test_train_writes_a_page_that_fetches_nothing(finished):
         ElementTree.fromstring(svg)
 
 
+def test_a_finished_run_names_the_size_of_its_checkpoints(finished, capsys, monkeypatch):
+    (finished / "checkpoints").mkdir(exist_ok=True)
+    (finished / "checkpoints" / "one").write_bytes(b"0")
+    again = ["train", "--config", str(finished / "config.yaml"), "--resume", "--no-report"]
+    main(again)
+    assert "rm -r" not in capsys.readouterr().err  # they are small
+    monkeypatch.setattr("castlm.cli.train._LARGE_CHECKPOINTS", 1)
+    main(again)
+    assert f"rm -r {finished / 'checkpoints'}" in capsys.readouterr().err
+
+
 def test_the_page_has_a_sample_of_both_models(finished):
     sample = json.loads((finished / "sample.json").read_text())
     figures = record_of(finished / "model")["perplexity"]

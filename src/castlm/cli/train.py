@@ -6,6 +6,7 @@ import shlex
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from castlm.api.train import FOREIGN, RecipeOptions, of_recorded_pattern
@@ -14,6 +15,9 @@ from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, essential, label
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.training.config import FinetuneConfig, TrainConfig, names_of
+
+_LARGE_CHECKPOINTS = 2**28
+"""Bytes of checkpoints from which on a finished run tells their size."""
 
 
 @dataclass
@@ -90,6 +94,18 @@ def finetune(arguments: list[str]) -> int:
     return run_training(*parse_finetune(arguments))
 
 
+def _tell_of_checkpoints(folder: Path) -> None:
+    """Tells the size of the checkpoints that a finished run leaves, if it is one that a disk feels."""
+    from castlm.progress import note
+    from castlm.training.run_folder import RunFolder
+
+    checkpoints = RunFolder(folder).checkpoints
+    size = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+    if size >= _LARGE_CHECKPOINTS:
+        remedy = f"rm -r {shlex.quote(str(checkpoints))}"
+        note(f"{checkpoints} takes {size / 2**30:.1f} GiB, which the finished model does not need: {remedy}")
+
+
 def run_training(config: TrainConfig, report: bool) -> int:
     """Runs `config` and writes its page if `report` asks for it; returns the exit code."""
     from castlm.cli.report import write_report
@@ -108,6 +124,8 @@ def run_training(config: TrainConfig, report: bool) -> int:
                 note(f"report: {write_report(folder)}")
             except (InputError, OSError) as error:  # the run itself is finished
                 note(f"no report: {error}; try castlm report {shlex.quote(str(folder))}")
+        if is_main_rank():
+            _tell_of_checkpoints(config.checkpoint.output_dir)
     except Interrupted as stop:
         note(str(stop))
         return stop.exit_code
