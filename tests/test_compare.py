@@ -25,7 +25,7 @@ from castlm.lab.compare.plots import PLOTS
 from castlm.lab.compare.presets import PRESETS, SPARSEGPT
 from castlm.lab.compare.report import rates_note, starts_note, verdict
 from castlm.lab.compare.rows import behind, summarize
-from castlm.lab.compare.runs import Failure, Result, Run, content_hash, refuse_running, run_key, run_process
+from castlm.lab.compare.runs import ComparedRun, Failure, Result, content_hash, refuse_running, run_key, run_process
 from castlm.methods.table import METHODS
 from castlm.progress import note
 from castlm.training.config import TrainConfig
@@ -312,7 +312,7 @@ def fake(variant: str, budget: int, seed: int, ppl: float, trial: bool = False, 
     fields = {"method": variant, "seed": seed, "learning_rate": 1e-3}
     if variant in METHODS:
         fields = TrainConfig.of("model", "text", "run", **fields).as_dict()
-    run = Run(variant, budget, budget if tokens is None else tokens, fields)
+    run = ComparedRun(variant, budget, budget if tokens is None else tokens, fields)
     key = "trained" if variant == "dense" else "pruned"
     perplexity = Perplexities(**{key: ppl}, before_prune=ppl)
     facts = Facts(pattern="2:4", left_dense={}, perplexity=perplexity, train_seconds=2.0)

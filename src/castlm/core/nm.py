@@ -120,7 +120,7 @@ class Pattern(ABC):
         flips: Tensor | int = 0
         for params in together:
             for param, mask in zip(params, self.own_masks(params)):
-                flips += replace_(packed[param], pack_mask(mask))
+                flips += replace_mask_(packed[param], pack_mask(mask))
         return flips, False
 
     def gathers(self, params: Sequence[Tensor]) -> bool:
@@ -503,7 +503,7 @@ def _eight_bools(device: torch.device) -> Tensor:
     return unpack_words(every_byte, bits_of_a_word(device)[:8]).view(torch.int64).view(-1)
 
 
-def replace_(packed: Tensor, new: Tensor) -> Tensor:
+def replace_mask_(packed: Tensor, new: Tensor) -> Tensor:
     """Overwrites a packed mask and returns how many entries changed, 0-dimensional."""
     import torch
 
@@ -522,7 +522,7 @@ def refresh_mask_(weight: Tensor, packed: Tensor, n: int, m: int) -> tuple[Tenso
     Returns the number of entries that changed, and whether `weight` contains NaN; both 0-dimensional.
     """
     magnitude = weight.abs()
-    flips = replace_(packed, pack_mask(rank_mask(magnitude, n, m)))
+    flips = replace_mask_(packed, pack_mask(rank_mask(magnitude, n, m)))
     return flips, magnitude.sum().isnan()
 
 

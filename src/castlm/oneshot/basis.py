@@ -241,7 +241,7 @@ def turn_values_(attention: Attention, statistics: Statistics, rotations: Tensor
     if value.bias is not None:
         replaced.append((value.bias, rotate_columns(value.bias.float()[None], rotations, writers)[0]))
     statistics[output.layer] = statistics[output.layer].rotated(rotations, readers)
-    return replace_(replaced)
+    return set_weights_(replaced)
 
 
 def _parts_of(attention: Attention) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -284,7 +284,7 @@ def permute_neurons_(mlp: Mlp, statistics: Statistics, order: Tensor) -> Undo:
     for matrix in mlp.inner:
         # gate and up, (1536, 576)
         new += [(part, part[order]) for part in (matrix.weight, matrix.bias) if part is not None]
-    return replace_(new)
+    return set_weights_(new)
 
 
 def permute_neurons_holds(rows: int, columns: int) -> int:
@@ -293,7 +293,7 @@ def permute_neurons_holds(rows: int, columns: int) -> int:
     return columns**2 + 2 * rows * columns + solved_errors_holds(columns)
 
 
-def replace_(new: list[tuple[Tensor, Tensor]]) -> Undo:
+def set_weights_(new: list[tuple[Tensor, Tensor]]) -> Undo:
     """Gives weights new values, in place, and returns the old ones."""
     undo = [(weight, weight.clone()) for weight, _ in new]
     for weight, value in new:

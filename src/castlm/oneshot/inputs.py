@@ -57,7 +57,7 @@ def see_inputs(
             unless experts are linear layers). Only a rank with batches can do that.
         num_sequences: number of calibration sequences, by which a solver divides its sums.
     """
-    watch = _Watch(layers, inputs, accumulator, num_sequences)
+    watch = _LayerHooks(layers, inputs, accumulator, num_sequences)
     watch.run_batches()
     if accumulator is not None:
         # An expert that got 1 % of 32,768 tokens has seen 328, fewer than its input has columns: now it sees all.
@@ -70,7 +70,7 @@ def see_inputs(
     return watch.seen
 
 
-class _Watch:
+class _LayerHooks:
     """Hooks on the layers of the current block, for a round over all batches."""
 
     def __init__(

@@ -304,7 +304,7 @@ class BlockInputs(Sequence[Tensor]):
     def _enter(self, model: PreTrainedModel, ids: Tensor, extras: dict[str, Tensor] | None, keep: bool) -> None:
         """Runs the model on a batch, and adds its pass; with `keep`, also what enters the first block."""
         first = self._passes[0].calls if self._passes else None
-        watch = _Watch(
+        watch = _BlockHooks(
             type(model).__name__,
             first,
             states=self.states if keep else None,
@@ -350,7 +350,7 @@ class _Pass(NamedTuple):
 
 
 @dataclass
-class _Watch:
+class _BlockHooks:
     """Hooks on the blocks of a model during one forward pass, which record the calls of the blocks."""
 
     model: str

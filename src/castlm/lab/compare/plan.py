@@ -19,7 +19,16 @@ from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, Preset, every_method
 from castlm.lab.compare.report import Report
-from castlm.lab.compare.runs import Failure, OneshotConfig, Result, Run, content_hash, execute, refuse_running, run_key
+from castlm.lab.compare.runs import (
+    ComparedRun,
+    Failure,
+    OneshotConfig,
+    Result,
+    content_hash,
+    execute,
+    refuse_running,
+    run_key,
+)
 from castlm.methods.table import METHODS, is_control
 from castlm.say import Say
 from castlm.starts import default_method, methods_of
@@ -277,7 +286,7 @@ class Plan:
         seeds = range(0 if tuned else 1, self._num_seeds(name))
         return candidates + [self.measure(self.make(name, tokens, s, rate), root) for s in seeds]
 
-    def measure(self, run: Run, root: Path) -> Result:
+    def measure(self, run: ComparedRun, root: Path) -> Result:
         """The result of a run: reads a finished one, otherwise starts or resumes it."""
         self.say(str(run))
         try:
@@ -288,7 +297,7 @@ class Plan:
         self.say(f"  {result.failure.reason if result.failure else f'perplexity {result.perplexity:.3f}'}")
         return result
 
-    def make(self, name: str, budget: int, seed: int, rate: float | None, *, tuning: bool = False) -> Run:
+    def make(self, name: str, budget: int, seed: int, rate: float | None, *, tuning: bool = False) -> ComparedRun:
         """The run of a variant.
 
         Args:
@@ -321,7 +330,7 @@ class Plan:
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
         if config.start.name not in ONESHOT:
             hashes = {**hashes, "init_from": content_hash(config.start.name, None, trust_remote_code=self._trusts)}
-        return Run(name, budget, steps * batch, content, run_key(content, hashes))
+        return ComparedRun(name, budget, steps * batch, content, run_key(content, hashes))
 
     def _with_start(self, name: str) -> dict[str, Any]:
         """The options of a variant that trains, with its start."""
@@ -338,7 +347,7 @@ class Plan:
             fields["init_from"] = default_method(_pattern_of(fields))
         return fields
 
-    def _make_oneshot(self, name: str, named: dict[str, Any]) -> Run:
+    def _make_oneshot(self, name: str, named: dict[str, Any]) -> ComparedRun:
         variant = self.variants[name]
         fields = {**self.common, **variant}
         calibration = ("calibration", "calibration_split", "calibration_config")
@@ -355,7 +364,7 @@ class Plan:
         given |= dict(zip(calibration, self.texts["calibration"]))
         content = build(OneshotConfig, given, f"variant {name}").as_dict()
         del content["output_dir"]
-        return Run(name, 0, 0, content, run_key(content, self.hashes))
+        return ComparedRun(name, 0, 0, content, run_key(content, self.hashes))
 
 
 def _variants(command: CompareConfig, preset: Preset) -> dict[str, dict[str, Any]]:

@@ -69,7 +69,7 @@ class OneshotConfig(ScoredTextOptions):
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """A run of a comparison. `config` is a whole TrainConfig, or OneshotConfig, as a dict without its output_dir."""
 
     variant: str
@@ -112,7 +112,7 @@ class Failure:
 class Result:
     """A run and its facts, or its failure."""
 
-    run: Run
+    run: ComparedRun
     outcome: Facts | Failure
     folder: Path
     trial: bool = False
@@ -200,7 +200,7 @@ def read_finished(folder: Path) -> Facts | None:
     return Facts.read_result(model) if (model / RESULT).is_file() else None
 
 
-def execute(run: Run, root: Path, say: Say) -> Facts | Failure:
+def execute(run: ComparedRun, root: Path, say: Say) -> Facts | Failure:
     """Returns the facts of a run: reads a finished one, resumes an interrupted one, or starts it.
 
     Returns a `Failure` if its process failed. Raises `InputError` as `read_finished`.

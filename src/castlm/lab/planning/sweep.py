@@ -18,7 +18,7 @@ from castlm.files.record import OUTPUT
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.compare.plan import CompareConfig, Plan, SharedOptions
 from castlm.lab.compare.presets import RETRAINING
-from castlm.lab.compare.runs import Result, Run, read_finished, refuse_running
+from castlm.lab.compare.runs import ComparedRun, Result, read_finished, refuse_running
 from castlm.methods.table import METHODS
 from castlm.say import Say
 from castlm.training.config import without_sections
@@ -121,7 +121,7 @@ def _claim(root: Path, names: list[str], command: str) -> None:
     begin_output(root, "sweep", resume=True, runs=names, repeated_by=command)
 
 
-def _finished_elsewhere(run: Run, folders: Sequence[str]) -> Result | None:
+def _finished_elsewhere(run: ComparedRun, folders: Sequence[str]) -> Result | None:
     """The result of a run that is finished in one of the `folders` of comparisons or sweeps."""
     for other in map(user_path, folders):
         for folder in other.glob(f"runs/*-{run.key}"):
