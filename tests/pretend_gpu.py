@@ -126,6 +126,8 @@ _OF_TENSOR = {
     Tensor.cpu: lambda tensor: _to(tensor, "cpu"),
     Tensor.cuda: lambda tensor: _to(tensor, "cuda"),
     Tensor.__deepcopy__: _deepcopy,
+    Tensor.pin_memory: lambda tensor: tensor,
+    Tensor.record_stream: lambda tensor, stream: None,
 }
 
 
@@ -165,6 +167,9 @@ _CUDA = {
     "max_memory_allocated": lambda device=None: 1 << 30,
     "empty_cache": lambda: None,
     "manual_seed_all": lambda seed: None,
+    "Stream": lambda device=None: mock.MagicMock(),
+    "stream": lambda stream: contextlib.nullcontext(),
+    "current_stream": lambda device=None: mock.MagicMock(),
 }
 
 

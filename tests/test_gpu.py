@@ -37,8 +37,11 @@ def test_devices_do_not_mix(gpu):
         there.numpy()
 
 
-def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(gpu, llama, text, tmp_path):
-    options = {"init_from": "magnitude", "max_steps": 2, "mask_interval": 1, "eval_tokens": 128}
+@pytest.mark.parametrize(
+    "more", [{}, {"step_in_backward": True, "moments_on_host": True, "gradient_checkpointing": True}]
+)
+def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(more, gpu, llama, text, tmp_path):
+    options = more | {"init_from": "magnitude", "max_steps": 2, "mask_interval": 1, "eval_tokens": 128}
     run = begin_run(small(llama, text, tmp_path / "run", **options), init_world("auto", "full"))
     assert run.model.device.type == "cuda"
     assert run.evaluator.precision == "bf16"
@@ -51,20 +54,22 @@ def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(gpu, llama, text, tmp_pa
     assert all(isinstance(mask, PretendTensor) for mask in run.method.masks().values())
 
 
-@pytest.mark.parametrize("moments", ["fp32", "8bit"])
-def test_optimizer_and_masks_are_those_of_a_cpu(moments):
+@pytest.mark.parametrize(("moments", "on_host"), [("fp32", False), ("8bit", False), ("fp32", True), ("8bit", True)])
+def test_optimizer_and_masks_are_those_of_a_cpu(moments, on_host):
     generator = torch.Generator().manual_seed(0)
     plain = torch.nn.ParameterList([torch.randn(64, 64, generator=generator), torch.randn(64, generator=generator)])
     gradients = [[torch.randn(p.shape, generator=generator) for p in plain] for _ in range(3)]
 
     def stepped(model):
         groups = [{"params": [model[0]], "sparse": True}, {"params": [model[1]]}]
-        optimizer = AdamS(groups, total_steps=4, moments=moments, fused=False)
+        optimizer = AdamS(groups, total_steps=4, moments=moments, moments_on_host=on_host, fused=False)
         optimizer.load_state_dict(optimizer.state_dict())
         for of_step in gradients:
             for parameter, gradient in zip(model, of_step):
                 parameter.grad = gradient.to(parameter.device)
+            optimizer.fetch_moments(model)
             optimizer.step()
+        assert isinstance(optimizer.state[model[0]]["exp_avg"], PretendTensor) == (model[0].is_cuda and not on_host)
         return [*(p.detach().cpu() for p in model), optimizer.mask(model[0]).cpu()]
 
     expected = stepped(copy.deepcopy(plain))

@@ -240,6 +240,18 @@ def test_a_plan_for_a_cpu_counts_the_process_the_copy_of_a_checkpoint_and_the_re
     assert plan.phases["step"] > plan.components["process"] > 100 * 2**20
 
 
+def test_a_plan_of_steps_in_the_backward_pass_counts_the_gradients_of_one_part_and_the_moments_under_way():
+    plain = planned(llama(), seq_len=32, micro_batch=1)
+    part = {"steps_in_backward": True, "moments_on_host": True}
+    plan = planned(llama(), seq_len=32, micro_batch=1, **part)
+    assert plan.components["gradients"] < plain.components["gradients"] / 2
+    assert plan.host == plain.components["moments"] > 2 * plan.components["moments"]
+    assert "step" not in plan.phases
+    assert plan.phases["loss"] == plain.phases["loss"] - plain.components["moments"]
+    with pytest.raises(InputError, match="world_size 2"):
+        planned(llama(), seq_len=32, micro_batch=1, world_size=2, **part)
+
+
 @pytest.mark.slow
 def test_published_recipes_fit_their_machines():
     assert plan_7b(world_size=8, gpu_gib=79.1).fits

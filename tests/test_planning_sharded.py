@@ -1,7 +1,8 @@
-"""The memory plan of a sharded step against every storage that the real step has alive, on tensors without values."""
+"""The memory plan of a step, on ranks or one card, against the storages that a real step has alive on fake tensors."""
 
 import weakref
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from castlm.distributed.world import World
 from castlm.lab.planning import memory
 from castlm.lab.planning.memory import PlannedRun, plan_memory, read_config
 from castlm.models.architecture import linearize_
+from castlm.training.in_backward import StepInBackward
 from castlm.training.objective import Objective, checkpoint_activations_
 from castlm.training.teacher import Teacher, as_teacher_
 
@@ -118,3 +120,32 @@ def test_the_plan_of_a_sharded_step_is_at_most_a_tenth_above_what_it_holds(name,
         dist.destroy_process_group()
     held = alive.peak + plan.components["moments"] + plan.components["masks"]  # which the optimizer makes before
     assert held <= plan.peak <= 1.1 * held
+
+
+@pytest.mark.slow
+def test_the_plan_of_one_card_that_steps_in_the_backward_pass(monkeypatch):
+    config = read_config(CONFIGS / "llama3-3b.json")
+    options = {"apart": True, "checkpointing": True, "steps_in_backward": True, "moments_on_host": True}
+    run = PlannedRun(seq_len=2048, micro_batch=1, teacher=None, **options)
+    plan = plan_memory(config, run, gpu_gib=23.5)
+    AttentionInterface.register(memory._APART, memory._documents_apart)
+    monkeypatch.setattr(distill, "default_chunk_tokens", lambda device: run.chunk_tokens)
+    monkeypatch.setattr(Tensor, "__bool__", lambda tensor: True)
+    with FakeTensorMode():
+        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=memory._APART)
+        linearize_(student)
+        add_weight_scaling(student, run.scale_groups)
+        student.train()
+        checkpoint_activations_(student)
+        objective = Objective(student, None, 0.0, own_attention=False)
+        parts = StepInBackward(MagicMock(), objective.trained_parameters(), 0.0)
+        ids = torch.zeros(1, run.seq_len, dtype=torch.int64)
+        with Alive([*objective.parameters(), *objective.buffers()]) as alive:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = objective(ids, ids, torch.tensor(run.seq_len)).loss
+            with parts.stepping(0, None):
+                loss.backward()
+    held = alive.peak + plan.components["moments"] + plan.components["masks"]
+    print(alive.peak / 2**30, held / 2**30, {k: v / 2**30 for k, v in plan.phases.items()})
+    assert held <= plan.phases["backward"] <= 1.1 * held
+    assert plan.fits

@@ -101,6 +101,8 @@ class TrainKeywords(TypedDict, total=False):
     max_grad_norm: float
     second_moment: Literal["gradient", "mix"] | None
     moments: Literal["fp32", "8bit"]
+    step_in_backward: bool
+    moments_on_host: bool
     eval_dataset: str | Sequence[str] | None
     eval_split: str
     eval_config: str | None
@@ -164,6 +166,8 @@ class FinetuneKeywords(TypedDict, total=False):
     max_grad_norm: float
     second_moment: Literal["gradient", "mix"] | None
     moments: Literal["fp32", "8bit"]
+    step_in_backward: bool
+    moments_on_host: bool
     eval_dataset: str | Sequence[str] | None
     eval_split: str
     eval_config: str | None

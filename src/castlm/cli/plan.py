@@ -97,8 +97,8 @@ def check(arguments: list[str]) -> int:
 class MemoryOptions:
     """Predict the memory of each rank of a run, from the model's config alone, without weights. The options are those
     of `castlm train`, so that a run's config.yaml fits. Without --gpu and without a GPU here, it is the plan of a run
-    on this CPU; otherwise precision auto is planned as bf16. With --prune, predict `castlm prune`; its --method is
-    --init-from here.
+    on this CPU; otherwise precision auto is planned as bf16. A teacher_cache is planned as full. With --prune, predict
+    `castlm prune`; its --method is --init-from here.
     """
 
     world_size: int = essential(1, at_least=1)
@@ -109,7 +109,8 @@ class MemoryOptions:
 
     link: float = number(300.0, above=0)
     """GB per second at which a rank receives weights from other ranks; adds the time of a step, if a GPU is named.
-    About 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots."""
+    About 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots and moments on the
+    host."""
 
     price_per_hour: float | None = number(None, above=0)
     """Price of one GPU per hour; adds the cost of the steps, if a GPU is named."""
@@ -167,9 +168,13 @@ def memory(arguments: list[str]) -> int:
         weight_bits=config.method.weight_bits,
         apart=not config.data.cross_document_attention,
         accumulates=config.optimizer.gradient_accumulation_steps > 1,
+        steps_in_backward=config.optimizer.step_in_backward,
+        measures_first=config.optimizer.step_in_backward and config.optimizer.max_grad_norm > 0,
+        moments_on_host=config.optimizer.moments_on_host,
         checkpointing=config.runtime.gradient_checkpointing,
         compute=dtype,
         teacher=dtype if teacher.eta > 0 else None,
+        cached=teacher.teacher_cache is not None,
         hidden_states=bool(teacher.hidden_weight),
         moments=config.optimizer.moments,
         calibration_tokens=num_sequences * seq_len if solver and solver.reads_text else 0,

@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 from castlm.core import native
 from castlm.core.decay import DECAYS
 from castlm.core.errors import DivergedError, InputError, one_line
+from castlm.core.host_moments import HostMoments
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
 from castlm.core.native import Batch
 from castlm.core.nm import NM, Pattern, check_mask_form, pack_mask, parse_pattern, unpack_mask
@@ -78,6 +79,8 @@ class AdamS(Optimizer):
         decay_end: share of `T` after which `"horizon"` has every masked weight at zero, 0 < decay_end <= 1.
         second_moment: `"gradient"` (not with a decay that needs `lam`) or `"mix"`. None uses `"gradient"` if it can.
         moments: `"fp32"`, or `"8bit"`, which needs 6 bytes less for each weight; see `castlm.core.moments`.
+        moments_on_host: keep the moments in host memory, and copy those of a parameter to its device while it is
+            updated. Parameters must not be sharded.
         weight_decay: decoupled weight decay, as in AdamW, of groups with `"sparse": False`; unused by sparse groups.
         fused: run the update in one pass over memory. None uses the C++ kernels for float32 parameters on a CPU if they
             are compiled. True requires them on a CPU, and uses `torch.compile` on other devices, for the refresh of the
@@ -123,6 +126,7 @@ class AdamS(Optimizer):
         decay_end: float = 0.1,
         second_moment: str | None = None,
         moments: str = "fp32",
+        moments_on_host: bool = False,
         weight_decay: float = 0.0,
         fused: bool | None = None,
     ) -> None:
@@ -133,6 +137,7 @@ class AdamS(Optimizer):
                 "castlm.sparse_param_groups(model), or 'sparse': False for plain Adam"
             )
         self._fused = fused
+        self._host = HostMoments() if moments_on_host else None
         self._flips: Tensor | int = 0
         defaults = {
             "lr": lr,
@@ -192,7 +197,10 @@ class AdamS(Optimizer):
                 is_built = native.kernels() is not None
                 only = f"the kernels take plain float32 tensors, not {type(local(param)).__name__} of {param.dtype}"
                 raise InputError(f"fused=True is not possible: {only if is_built else native.NOT_BUILT}; or fused=None")
-            self.state[param] |= {"step": torch.tensor(0.0), **new_moments(param, group["moments"])}
+            moments = new_moments(param, group["moments"])
+            if self._host:
+                moments = self._host.on_host(moments)
+            self.state[param] |= {"step": torch.tensor(0.0), **moments}
         # Weights that are masked together, as the gate, up and down of a channel, get their masks in one call.
         for params in _joint_params(group) if group["sparse"] else ():
             for param, mask in zip(params, group["pattern"].own_masks(params)):
@@ -270,32 +278,67 @@ class AdamS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        due = []
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    _check_gradient(param, self.state[param])
-                elif group["sparse"]:
-                    raise InputError(
-                        f"a sparse parameter of shape {tuple(param.shape)} has no gradient, so its masked weights "
-                        "would never decay: leave it out of the sparse group"
-                    )
+                _check_gradient(param, self.state[param], group, self._host is not None)
+        self.begin_step()
+        for group in self.param_groups:
+            # one by one, as only the moments of those that are updated together leave the host together
+            parts = [[param] for param in group["params"]] if self._host else [group["params"]]
+            for params in parts:
+                self._step_group(group, params)
+        self.wait_for_moments()
+        return loss
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Refreshes the masks that are due: the first half of `step`, which `update` follows.
+
+        Alg. 1: every T1 steps the mask is made again at the top of the step, so that step 0 has a true mask.
+        """
+        due = []
+        for group in self.param_groups:
             if group["sparse"] and group["params"] and group["mask_interval"]:
                 step = int(self.state[group["params"][0]]["step"])
                 if step % int(group["mask_interval"]) == 0:  # T1 of the paper; at step 0 too
                     due.append(group)
-        # Alg. 1: every T1 steps the mask is made again at the top of the step, so that step 0 has a true mask.
         if due:
             self._flips = sum(map(self.refresh_masks, due))
-        for group in self.param_groups:
-            self._step_group(group)
-        return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    @torch.no_grad()
+    def update(self, params: Iterable[Tensor]) -> None:
+        """Updates some parameters: a part of the second half of `step`.
+
+        After `begin_step`, each parameter is updated once, as soon as its gradient is whole; in any order and any parts
+        the weights are those of `step`. No pass may use the old weights any more.
+
+        Raises:
+            InputError: as `step`. None of these parameters has been changed then.
+        """
+        params = set(params)
+        chosen = [[param for param in group["params"] if param in params] for group in self.param_groups]
+        for group, some in zip(self.param_groups, chosen):
+            for param in some:
+                _check_gradient(param, self.state[param], group, self._host is not None)
+        for group, some in zip(self.param_groups, chosen):
+            self._step_group(group, some)
+
+    def fetch_moments(self, params: Iterable[Tensor]) -> None:
+        """Begins to copy the moments of parameters that are updated next from the host, if they are kept there."""
+        if self._host:
+            for param in params:
+                self._host.fetch(param, self.state[param])
+
+    def wait_for_moments(self) -> None:
+        """Waits until all moments are on the host again, if they are kept there: before they are saved or compared."""
+        if self._host:
+            self._host.wait()
+
+    def _step_group(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
         # The numbers of the update depend on the step, and its kernels on device, dtype and kind of moments. All
         # parameters agree in these unless one joined later or is placed elsewhere.
         alike: dict[Any, list[Tensor]] = {}
-        for param in group["params"]:
+        for param in params:
             if param.grad is not None:
                 state = self.state[param]
                 key = int(state["step"]), param.device, param.dtype, "exp_avg_scale" in state
@@ -307,14 +350,18 @@ class AdamS(Optimizer):
                 torch._foreach_mul_([flat(p) for p in here], 1 - float(group["lr"]) * group["weight_decay"])
             if here:
                 states = [self.state[param] for param in here]
+                moments = [self._host.take(p, s) if self._host else s for p, s in zip(here, states)]
                 batch = Batch(
                     [local(param).detach() for param in here],
                     [local(param.grad).to(param.dtype).contiguous() for param in here if param.grad is not None],
-                    {key: [local(state[key]) for state in states] for key in MOMENT_KEYS if key in states[0]},
+                    {key: [local(each[key]) for each in moments] for key in MOMENT_KEYS if key in states[0]},
                     [local(state["mask"]) if group["sparse"] else None for state in states],
                 )
                 second_moment = group["second_moment"] if group["sparse"] else "gradient"
                 update_(batch, hyperparameters(group, step), second_moment, self._fused)
+                if self._host:
+                    for param, state in zip(here, states):
+                        self._host.give_back(param, state)
             torch._foreach_add_([self.state[param]["step"] for param in params], 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -340,8 +387,8 @@ class AdamS(Optimizer):
         # tensor is taken again from the saved state.
         for param, saved in saved_state.items():
             for key, tensor in states[param].items():
-                value = torch.as_tensor(saved[key])
-                self.state[param][key] = value.to(device=tensor.device, dtype=tensor.dtype)
+                value = torch.as_tensor(saved[key]).to(device=tensor.device, dtype=tensor.dtype)
+                self.state[param][key] = value.pin_memory() if tensor.is_pinned() else value
 
     def _checked(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
         """The saved state of each parameter, after checking that all of it fits this optimizer."""
@@ -373,7 +420,7 @@ class AdamS(Optimizer):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_fused": self._fused, "_flips": self._flips}
+        return {**super().__getstate__(), "_fused": self._fused, "_host": self._host, "_flips": self._flips}
 
 
 def _joint_params(group: dict[str, Any]) -> list[list[Tensor]]:
@@ -465,13 +512,23 @@ def _check_parameter(param: Tensor, group: Mapping[str, Any]) -> None:
     group["pattern"].check_placement(param)
 
 
-def _check_gradient(param: Tensor, state: Mapping[str, Tensor]) -> None:
-    """Raises `InputError` if a parameter was converted or moved since AdamS was built: it would train wrongly."""
+def _check_gradient(
+    param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], is_on_host: bool = False
+) -> None:
+    """Raises `InputError` for a sparse parameter without a gradient, or one that was converted or moved since AdamS was
+    built: it would train wrongly."""
     grad, moment = param.grad, state["exp_avg"]
-    assert grad is not None
+    if grad is None and group["sparse"]:
+        raise InputError(
+            f"a sparse parameter of shape {tuple(param.shape)} has no gradient, so its masked weights would never "
+            "decay: leave it out of the sparse group"
+        )
+    if grad is None:
+        return
     # `model.half()` or `model.to(device)` after AdamS was built leaves moments of the old dtype or device behind.
     is_dtype = moment.dtype in (param.dtype, torch.uint8) and param.dtype in _TRAINED and grad.dtype.is_floating_point
-    is_placed = param.shape == moment.shape == grad.shape and param.device == moment.device == grad.device
+    is_placed = param.shape == moment.shape == grad.shape and param.device == grad.device
+    is_placed &= moment.device == (torch.device("cpu") if is_on_host else param.device)
     is_placed &= getattr(grad, "placements", None) == getattr(param, "placements", None)
     if not (is_dtype and is_placed and grad.layout == torch.strided and local(param).is_contiguous()):
         raise InputError(

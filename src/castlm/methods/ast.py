@@ -7,6 +7,10 @@ rank. After 12 steps at 1e-3 its masks differ in 12 % of their entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import Tensor
+
 from castlm.methods.ste import SRSTE
 
 
@@ -21,6 +25,6 @@ class AST(SRSTE):
     def mask_every(self) -> int:  # type: ignore[override]
         return self.options.mask_interval
 
-    def before_update(self, step: int) -> None:
+    def before_update(self, step: int, parameters: Iterable[Tensor]) -> None:
         ramp = min(1.0, step / (0.25 * self.optimizer_options.max_steps))  # t / T0 with T0 = T / 4, then 1
-        self.add_decay_(self.options.srste_lam * ramp)
+        self.add_decay_(parameters, self.options.srste_lam * ramp)

@@ -143,6 +143,7 @@ class Retraining:
             decay_end=options.decay_end,  # type: ignore[arg-type]  # a config has filled it in
             second_moment=optimizer.second_moment,
             moments=optimizer.moments,
+            moments_on_host=optimizer.moments_on_host,
             fused=fused,
         )
         return self.optimizer
@@ -231,8 +232,11 @@ class Retraining:
         """Sets what `flips` returns until the next refresh, after a resume."""
         self._flips = flips
 
-    def before_update(self, step: int) -> None:
-        """Changes the gradients after the backward pass and the clipping."""
+    def before_update(self, step: int, parameters: Iterable[Tensor]) -> None:
+        """Changes the gradients of `parameters`, which are whole and clipped.
+
+        It is called once in a step for all parameters, or part by part, see `castlm.training.in_backward`.
+        """
 
     def own_parameters(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Returns the parameters of the model itself, without those that the method has added; by default all."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from castlm.core.decay import DECAYS, decay_alpha
+from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.fields import Bounded, Needs, choice, essential, number, option
 from castlm.methods.table import METHODS, Method, Step0
@@ -205,6 +206,25 @@ class OptimizerOptions(Bounded):
 
     moments: Literal["fp32", "8bit"] = "fp32"
     """Storage of Adam's moments. 8bit stores each moment in one byte: about 6 bytes less per weight."""
+
+    step_in_backward: bool = option(False, may_change=True)
+    """Update each transformer block as soon as the backward pass has its gradients, and drop these: some 4 bytes less
+    per weight, with the same bits on a CPU. For one rank and gradient_accumulation_steps 1. With max_grad_norm above 0,
+    each step runs its passes twice, first for the norm of all gradients."""
+
+    moments_on_host: bool = option(
+        False, needs=Needs("step_in_backward", lambda run: run.step_in_backward), changes_result=False
+    )
+    """Keep Adam's moments in the memory of the host, and copy those of a block to the GPU while it is stepped. For a
+    GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.step_in_backward and self.gradient_accumulation_steps > 1:
+            raise InputError(
+                f"step_in_backward: gradient_accumulation_steps {self.gradient_accumulation_steps} keeps the gradients "
+                "of all blocks: set it to 1 and raise per_device_train_batch_size, or omit step_in_backward"
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the 0-based `step`: linear from 0 over the warm-up, then as `lr_scheduler_type` says."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from castlm.methods.base import Retraining
 
@@ -16,12 +19,13 @@ class STE(Retraining):
 class SRSTE(STE):
     """STE whose gradient also decays the masked weights (Zhou et al. 2021, arXiv 2102.04010, Eq. 9)."""
 
-    def before_update(self, step: int) -> None:
-        self.add_decay_(self.options.srste_lam)
+    def before_update(self, step: int, parameters: Iterable[Tensor]) -> None:
+        self.add_decay_(parameters, self.options.srste_lam)
 
     @torch.no_grad()
-    def add_decay_(self, coefficient: float) -> None:
-        """Adds `coefficient * weight` to the gradient of every masked weight."""
-        for weight, mask in self.masks().items():
-            if weight.grad is not None:
-                weight.grad.add_(weight * ~mask, alpha=coefficient)  # g + lam (~M * W), Eq. 9; (1536, 576)
+    def add_decay_(self, parameters: Iterable[Tensor], coefficient: float) -> None:
+        """Adds `coefficient * weight` to the gradient of every masked weight of `parameters`."""
+        masks = self.masks()
+        for weight in parameters:
+            if weight in masks and weight.grad is not None:
+                weight.grad.add_(weight * ~masks[weight], alpha=coefficient)  # g + lam (~M * W), Eq. 9; (1536, 576)

@@ -212,19 +212,21 @@ def checkpoint_activations_(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def pruned(masks: dict[Tensor, Tensor]) -> Iterator[None]:
+def pruned(masks: dict[Tensor, Tensor], on_host: bool = False) -> Iterator[None]:
     """Sets masked weights to zero inside the context, and restores them bit for bit; holds a copy of them.
 
     Args:
         masks: this rank's part of each sparse weight with its mask, True = kept.
+        on_host: hold the copy in host memory.
     """
     with torch.no_grad():
         held = []
         for weight, mask in masks.items():
-            held.append((weight, ~mask, weight[~mask]))  # the masked half alone, (442368,) of (1536, 576)
+            values = weight[~mask]  # the masked half alone, (442368,) of (1536, 576)
+            held.append((weight, mask, values.cpu() if on_host else values))
             weight[~mask] = 0.0
         try:
             yield
         finally:
-            for weight, out, values in held:
-                weight[out] = values
+            for weight, mask, values in held:
+                weight[~mask] = values.to(weight.device)

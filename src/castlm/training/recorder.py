@@ -102,7 +102,7 @@ class Recorder:
             state = mask_figures(masks, initial, run.method.flips(), run.world)
             values["prune_now_ppl"] = values["perplexity"]
             if state["largest_masked"] != 0 and not run.method.masks_forward:  # otherwise the prune changes nothing
-                with pruned(masks):
+                with pruned(masks, on_host=run.config.optimizer.moments_on_host):
                     values["prune_now_ppl"] = run.evaluator.perplexity()
             values |= state
         if run.progress.step == 0 and run.dense_perplexity is not None:

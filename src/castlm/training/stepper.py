@@ -16,6 +16,7 @@ from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.sharding import average_gradients_, sum_over_replicas_
 from castlm.hardware import autocast
 from castlm.models.architecture import vocab_size
+from castlm.training.in_backward import StepInBackward
 from castlm.training.run import Run
 
 _MOST_UNCOUNTED = 100
@@ -29,6 +30,9 @@ class Stepper:
         self.run = run
         watched = run.method.layers if run.method.decays else {}
         self._self_check = SelfCheck(run.optimizer, watched, run.config.model.pattern, run.world)
+        self._in_backward = None
+        if run.config.optimizer.step_in_backward:
+            self._in_backward = StepInBackward(run.method, run.names, run.config.optimizer.max_grad_norm)
         self._uncounted = 0
         """Consecutive steps in which no token counted."""
 
@@ -41,8 +45,6 @@ class Stepper:
         """
         run, config, step, started = self.run, self.run.config, self.run.progress.step, time.perf_counter()
         optimizer, world = config.optimizer, run.world
-        seed = np.random.SeedSequence([config.data.seed, step, world.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(seed[0]))  # a function of the step, so that checkpoints need no generator's state
         lr = optimizer.learning_rate_at(step)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -53,7 +55,6 @@ class Stepper:
         # Tokens that count differ between micro-batches and ranks, so the loss is normalised by their number in the
         # whole global batch: a mean of means would weigh the tokens of a short micro-batch more.
         read, num_tokens = world.sum(torch.tensor(counts).sum(dim=0).to(world.device))  # (micro-batches, 2) -> (2,)
-        total, ce, kl, hidden = world.sum(self._accumulate(micro_batches, num_tokens)).tolist()
         self._uncounted = 0 if num_tokens else self._uncounted + 1
         if self._uncounted >= min(_MOST_UNCOUNTED, run.total_steps - run.progress.first_step):
             error = InputError(
@@ -62,18 +63,17 @@ class Stepper:
             )
             error.on_all_ranks = True
             raise error
-        # The norm is taken of the gradients of the whole global batch, before the method changes them.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in run.names if p.grad is not None])
-        if optimizer.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(run.names, optimizer.max_grad_norm, norm)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not np.isfinite([total, grad_norm]).all():
-            raise self._diverged(f"the loss is {total} and the gradient norm {grad_norm}", on_all_ranks=True)
-        # After the clipping, so that SR-STE's decay is not clipped with the gradient of the loss.
-        run.method.before_update(step)
-        with self._self_check.around_step(step, run.method.mask_interval):  # AdamS refreshes its masks in `step`
-            run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)  # frees the gradients, as large as the weights, before the evaluation
+        try:
+            run.method.before_forward(step)
+        except InputError as error:  # NaN has no rank among the weights of a group
+            raise self._diverged(str(error)) from error
+        objective = run.objective
+        objective.hidden_weight = config.teacher.hidden_weight_at(step, run.total_steps)
+        objective.train()
+        if objective.teacher is not None:
+            objective.teacher.eval()
+        take = self._step_after_backward if self._in_backward is None else self._step_in_backward
+        (total, ce, kl, hidden), grad_norm = take(micro_batches, num_tokens)
 
         values = {"loss": total, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm}
         if config.teacher.hidden_weight:
@@ -88,22 +88,58 @@ class Stepper:
         progress.seconds += seconds
         return values | {"tokens": progress.tokens, "tokens_per_s": int(read) / seconds}
 
-    def _accumulate(self, micro_batches: Sequence[dict[str, Tensor]], num_tokens: Tensor) -> Tensor:
-        """Adds up the gradients of a step; returns this rank's sums of the loss and its parts, float32, (4,).
+    def _step_after_backward(
+        self, micro_batches: Sequence[dict[str, Tensor]], num_tokens: Tensor
+    ) -> tuple[list[float], float]:
+        """Takes a step when all gradients are there; returns the loss with its parts, and the norm."""
+        run, step, max_norm = self.run, self.run.progress.step, self.run.config.optimizer.max_grad_norm
+        losses = self._accumulate(micro_batches, num_tokens)
+        # The norm is taken of the gradients of the whole global batch, before the method changes them.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in run.names if p.grad is not None])
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_(run.names, max_norm, norm)
+        grad_norm = self._finite(losses, norm)
+        # After the clipping, so that SR-STE's decay is not clipped with the gradient of the loss.
+        run.method.before_update(step, run.names)
+        with self._self_check.around_step(step, run.method.mask_interval):  # AdamS refreshes its masks in `step`
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)  # frees the gradients, as large as the weights, before the evaluation
+        return losses, grad_norm
+
+    def _step_in_backward(
+        self, micro_batches: Sequence[dict[str, Tensor]], num_tokens: Tensor
+    ) -> tuple[list[float], float]:
+        """Takes a step in the backward pass, see `StepInBackward`; returns the loss with its parts, and the norm."""
+        run, step, parts = self.run, self.run.progress.step, self._in_backward
+        assert parts is not None
+        norm = None
+        if parts.clips:  # a pass of its own, whose gradients are only measured
+            with parts.measuring():
+                losses = self._accumulate(micro_batches, num_tokens)
+            self._finite(losses, norm := parts.norm())
+        with self._self_check.around_step(step, run.method.mask_interval):
+            run.optimizer.begin_step()
+            with parts.stepping(step, norm):
+                losses = self._accumulate(micro_batches, num_tokens)
+        return losses, self._finite(losses, parts.norm())
+
+    def _finite(self, losses: Sequence[float], norm: Tensor) -> float:
+        """The gradient norm as a number. Raises `DivergedError` unless it and the loss are finite."""
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not np.isfinite([losses[0], grad_norm]).all():
+            raise self._diverged(f"the loss is {losses[0]} and the gradient norm {grad_norm}", on_all_ranks=True)
+        return grad_norm
+
+    def _accumulate(self, micro_batches: Sequence[dict[str, Tensor]], num_tokens: Tensor) -> list[float]:
+        """Adds up the gradients of a step; returns the loss and its parts, summed over all ranks.
 
         Args:
             num_tokens: the number of tokens that count in the loss, over all micro-batches and ranks.
         """
         run, world = self.run, self.run.world
-        objective, device, step = run.objective, run.world.device, run.progress.step
-        try:
-            run.method.before_forward(step)
-        except InputError as error:  # NaN has no rank among the weights of a group
-            raise self._diverged(str(error)) from error
-        objective.hidden_weight = run.config.teacher.hidden_weight_at(step, run.total_steps)
-        objective.train()
-        if objective.teacher is not None:
-            objective.teacher.eval()
+        objective, device, step = run.objective, world.device, run.progress.step
+        seed = np.random.SeedSequence([run.config.data.seed, step, world.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))  # a function of the step, so that checkpoints need no generator's state
         sums = torch.zeros(4, device=device)
         last = len(micro_batches) - 1
         for number, batch in enumerate(micro_batches):
@@ -117,7 +153,8 @@ class Stepper:
             (loss.loss * world.size).backward()
             sums += torch.stack(loss).detach().float()  # (4,): loss, ce, kl, hidden; each already divided by num_tokens
         average_gradients_(objective, run.names, world)
-        return sums
+        losses: list[float] = world.sum(sums).tolist()
+        return losses
 
     def _diverged(self, what: str, on_all_ranks: bool = False) -> DivergedError:
         step = self.run.progress.step + 1

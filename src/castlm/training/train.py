@@ -163,8 +163,10 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
     # what can be refused in the first second
     method_class.check(method_options, optimizer_options)
     check_compile(runtime.torch_compile, world.device)
+    if optimizer_options.moments_on_host and world.device.type == "cpu":
+        raise InputError("moments_on_host: this run is on a CPU, where all memory is the host's: omit it")
     if world.size > 1:
-        world.check_all(_obstacle_on_ranks(method_options, config.adapter.adapter, runtime.sharding))
+        world.check_all(_obstacle_on_ranks(config))
     trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
     checkpoint, start = None, StartWeights()
     if config.checkpoint.resume:
@@ -317,16 +319,19 @@ def _note_longer_groups(model: PreTrainedModel, pattern: Pattern, filter_fn: Fil
         )
 
 
-def _obstacle_on_ranks(method: MethodOptions, adapter: str, sharding: str) -> str | None:
-    """The reason why several ranks cannot run a method, or not with this sharding; None if they can."""
-    method_class = class_of(method.method, adapter)
+def _obstacle_on_ranks(config: TrainConfig) -> str | None:
+    """The reason why several ranks cannot take this run, or not with this sharding; None if they can."""
+    method, adapter, sharding = config.method.method, config.adapter.adapter, config.runtime.sharding
+    method_class = class_of(method, adapter)
     if method_class.masks_forward:
-        return f"method {method.method} masks whole weights in the forward pass: run it in one process"
+        return f"method {method} masks whole weights in the forward pass: run it in one process"
     if method_class.whole_copies and sharding != "replicate":
         return (
             f"sharding {sharding}: adapter {adapter} needs the whole model on each rank: set sharding replicate, or "
             "adapter none"
         )
+    if config.optimizer.step_in_backward:
+        return "step_in_backward is for one rank: several ranks add up their gradients first; omit it"
     return None
 
 

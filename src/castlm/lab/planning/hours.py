@@ -38,7 +38,7 @@ class HoursPlan:
     flops: float
     """Operations of a step on each rank."""
     gathered: float
-    """Bytes of weights and gradients that a rank receives in a step."""
+    """Bytes that a rank receives in a step: weights and gradients of other ranks, or moments from the host."""
     compute_s: float
     gather_s: float
 
@@ -59,7 +59,7 @@ class HoursPlan:
         compute = f"{self.flops / 1e12:,.0f} TFLOP on each rank in {self.compute_s:.2f} s"
         return (
             f"a step takes about {self.step_s:.2f} s: {compute} at {UTILIZATION:.0%} of the peak, and meanwhile "
-            f"{self.gathered / 1e9:,.0f} GB gathered in {self.gather_s:.2f} s; {self.tokens_per_s:,.0f} tokens/s"
+            f"{self.gathered / 1e9:,.0f} GB received in {self.gather_s:.2f} s; {self.tokens_per_s:,.0f} tokens/s"
         )
 
 
@@ -77,7 +77,7 @@ def plan_hours(
 
     Args:
         config, teacher: as for `plan_memory`.
-        link: GB per second that a rank receives; about 20 for cards in PCIe slots.
+        link: GB per second that a rank receives; about 20 for cards in PCIe slots, and for moments on the host.
 
     Raises:
         InputError: as `plan_memory`.
@@ -88,12 +88,16 @@ def plan_hours(
         passes += student.flops
     # Weights for the forward and the backward pass in the compute type, and fp32 gradients.
     num_bytes = 2 * run.compute.itemsize * student.parameters + 4 * student.parameters
-    if run.teacher is not None:
+    if run.measures_first:
+        passes *= 2
+    if run.teacher is not None and not run.cached:
         tutor = student if teacher is None else _Work.of(read_config(teacher), run.seq_len)
         passes += tutor.flops
         num_bytes += run.teacher.itemsize * tutor.parameters
     flops = passes * run.tokens * accumulation
     gathered = num_bytes * accumulation * (world_size - 1) / world_size
+    if run.moments_on_host:  # both moments come from the host while others go back
+        gathered = 2 * (1 if run.moments == "8bit" else 4) * student.total
     return HoursPlan(
         tokens=run.tokens * accumulation * world_size,
         flops=flops,
@@ -111,6 +115,7 @@ class _Work:
     """Operations of one token."""
     parameters: int
     """Those that are gathered for each micro-batch."""
+    total: int
 
     @staticmethod
     def of(config: PretrainedConfig, seq_len: int) -> _Work:
@@ -119,4 +124,5 @@ class _Work:
         gathered = [
             p for p, name in named.items() if in_block(name) or not config.get_text_config().tie_word_embeddings
         ]
-        return _Work(forward_flops(named.items(), config, seq_len), sum(p.numel() for p in gathered))
+        sizes = (sum(p.numel() for p in some) for some in (gathered, named))
+        return _Work(forward_flops(named.items(), config, seq_len), *sizes)

@@ -93,11 +93,19 @@ class PlannedRun:
     """Whether the documents of a sequence do not attend to each other, which takes a mask for each of its tokens."""
     accumulates: bool = False
     """Whether a step has several micro-steps, so that gradients are there throughout."""
+    steps_in_backward: bool = False
+    """Whether each transformer block is stepped in the backward pass, so that one block's gradients are there."""
+    measures_first: bool = False
+    """Whether such a step is clipped, so that its passes run twice."""
+    moments_on_host: bool = False
+    """Whether moments are on the card only while their parameters are stepped."""
     checkpointing: bool = False
     compute: torch.dtype = torch.bfloat16
     """Type of the forward and backward pass; master weights are fp32."""
     teacher: torch.dtype | None = torch.bfloat16
     """Type of the teacher; None without one."""
+    cached: bool = False
+    """Whether a full cache stands for the teacher."""
     hidden_states: bool = True
     """Whether the teacher's hidden states are distilled; no effect without a teacher."""
     chunk_tokens: int = 1024
@@ -241,6 +249,10 @@ MALLOC = 0.1
 """The share of the peak that malloc loses on a CPU, since it keeps freed memory (docs/how-to/plan.md has figures)."""
 
 
+_STEPS = ("evaluate", "loss", "backward", "step")
+"""The phases between the start and the finish."""
+
+
 class _Sizes(NamedTuple):
     """Numbers of elements of a model's parameters, counted on the meta device."""
 
@@ -279,18 +291,23 @@ class MemoryPlan:
 
     components: dict[str, int]
     phases: dict[str, int]
-    """Peak bytes of each phase, in a run `start` (which prunes one-shot), `evaluate`, `loss`, `backward` and `step`; on
-    a CPU also `save` (a step while a checkpoint is written) and `finish`."""
+    """Peak bytes of each phase, in a run `start` (which prunes one-shot), `evaluate`, `loss`, `backward` and `step`
+    (with `--step-in-backward` a part of `backward`); on a CPU also `save` (a step while a checkpoint is written) and
+    `finish`."""
     num_params: int
     num_sparse: int
     world_size: int = 1
     gpu_gib: float | None = None
     smallest_world_size: int | None = None
     """The smallest power of two of ranks that fits `gpu_gib`; None if 4,096 do not fit, or without `gpu_gib`."""
+    most_ranks: int = WORLD_SIZES[-1]
+    """The number of ranks up to which a smallest one was looked for."""
     remedy: str = ""
     """The largest phase of a plan that does not fit, and what makes it smaller; on the most ranks, if none fit."""
     disk: int = 0
     """Bytes of the hidden states on disk, of `castlm prune`."""
+    host: int = 0
+    """Bytes of moments in host memory, with `--moments-on-host`."""
 
     @property
     def peak(self) -> int:
@@ -310,12 +327,13 @@ class MemoryPlan:
         """Components, phases and peak as text, with the answer for `gpu_gib` in the last line."""
         rows = [*self.components.items(), *((f"phase: {name}", size) for name, size in self.phases.items())]
         rows += [("peak", self.peak)] + ([("hidden states on disk", self.disk)] if self.disk else [])
+        rows += [("moments on the host", self.host)] if self.host else []
         lines = aligned([(name, f"{size / GIB:.3f} GiB") for name, size in rows])
         if self.gpu_gib is not None:
             verdict = "fits" if self.fits else "does not fit"
             least = f"the smallest number of ranks that fits is {self.smallest_world_size}"
             if self.smallest_world_size is None:
-                least = f"it fits on no number of ranks up to {WORLD_SIZES[-1]}"
+                least = f"it fits on no number of ranks up to {self.most_ranks}"
             least += f"; {self.remedy}" if self.remedy else ""
             lines.append(
                 f"{verdict} {self.gpu_gib:g} GiB on {self.world_size} rank(s): {self.needed_gib:.1f} GiB with "
@@ -350,6 +368,8 @@ def plan_memory(
         InputError: an unreadable config, not a causal LM, or no layer that can be n:m sparse.
     """
     config = read_config(config)
+    if run.steps_in_backward and world_size > 1:
+        raise InputError(f"step_in_backward is for one rank, not for world_size {world_size}: omit one of them")
     sizes = _sizes(config, run)
     plain = replace(run, scale_groups=0, weight_bits=None)  # a teacher has neither scales nor rounding
     tutor = sizes if teacher is None and plain == run else _sizes(read_config(teacher or config), plain)
@@ -373,13 +393,17 @@ def plan_memory(
             phases = {name: parts["process"] + int(size * (1 + MALLOC)) for name, size in phases.items()}
             if run.saves_in_background:
                 written = parts["weights"] + parts["moments"] + parts["masks"]
-                phases["save"] = max(phases[name] for name in ("evaluate", "loss", "backward", "step")) + written
-        return MemoryPlan(parts, phases, sizes.total, sizes.sparse, ranks, gpu_gib)
+                phases["save"] = max(phases[name] for name in _STEPS if name in phases) + written
+        host = sizes.moments if run.moments_on_host else 0
+        return MemoryPlan(
+            parts, phases, sizes.total, sizes.sparse, ranks, gpu_gib, most_ranks=sizes_of_world[-1], host=host
+        )
 
-    least = None if gpu_gib is None else next((ranks for ranks in WORLD_SIZES if plan(ranks).fits), None)
+    sizes_of_world = WORLD_SIZES[: 1 if run.steps_in_backward else None]
+    least = None if gpu_gib is None else next((ranks for ranks in sizes_of_world if plan(ranks).fits), None)
     found = plan(world_size)
     if found.fits is False:
-        found = replace(found, remedy=_remedy(plan(WORLD_SIZES[-1]) if least is None else found, run))
+        found = replace(found, remedy=_remedy(plan(sizes_of_world[-1]) if least is None else found, run))
     return replace(found, smallest_world_size=least)
 
 
@@ -394,6 +418,10 @@ def _remedy(plan: MemoryPlan, run: PlannedRun) -> str:
         "step": "use more ranks" if run.moments == "8bit" else "use --moments 8bit, or more ranks",
     }
     remedies["backward"] = remedies["loss"]
+    if plan.world_size == 1 and not run.accumulates and not run.moments_on_host:
+        more = "--moments-on-host" if run.steps_in_backward else "--step-in-backward"
+        for name in ("evaluate", "backward", "step"):
+            remedies[name] += f", or {more}"
     ranks = f"{plan.world_size} rank(s)"
     return f"its largest phase is {phase}, {plan.phases[phase] / GIB:.1f} GiB on {ranks}: {remedies[phase]}"
 
@@ -422,13 +450,17 @@ def _masked_share(pattern: Pattern) -> float:
 def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: PlannedRun, world_size: int) -> dict[str, int]:
     """Bytes of each component on a rank."""
     sharded, c = world_size > 1, run.compute.itemsize
-    t = 0 if run.teacher is None else run.teacher.itemsize
+    t = 0 if run.teacher is None or run.cached else run.teacher.itemsize
     residual = 4  # in autocast too: only the inputs of linear layers are cast
     narrow = c if c < 4 else 0  # of a copy that is not made in fp32
     head, states = sizes.vocab * sizes.hidden, run.tokens * sizes.hidden
 
     def shard(size: int) -> int:
         return -(-size // world_size)
+
+    # the embeddings, or a block, beside which the moments of the next one are fetched
+    with_gradient = max(sizes.block, sizes.largest) if run.steps_in_backward else sizes.total
+    with_moments = max(2 * sizes.block, sizes.largest) if run.moments_on_host else sizes.total
 
     # Two blocks in the compute type, and the same of the teacher, in its own. What is outside the blocks, but of heads
     # that are not the embeddings only the heads, which are whole in the loss and as large.
@@ -440,11 +472,13 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: PlannedRun, wor
     layers_kept = 1 if run.checkpointing and run.makes_weights else sizes.num_layers
     return {
         "weights": shard(4 * sizes.total),
-        "gradients": shard(4 * sizes.total),
-        "moments": shard(sizes.moments),
+        "gradients": shard(4 * with_gradient),
+        "moments": shard(int(sizes.moments * with_moments / sizes.total)),
         "masks": shard(sizes.sparse // 4),  # the current and the first, in bits
         # while the model is evaluated as if it were pruned now: a copy of them, and the masks as bytes
-        "masked weights": shard(sizes.sparse + int(4 * sizes.sparse * _masked_share(run.pattern))),
+        "masked weights": shard(
+            sizes.sparse + (0 if run.moments_on_host else int(4 * sizes.sparse * _masked_share(run.pattern)))
+        ),
         "teacher": shard(t * tutor.total),
         # In fp32 a LLaMA block of inner size I, with as many key as query heads, saves 4T (10H + 4I): input, normalised
         # input and output of both norms; q, k, v and the attention's output; gate, its silu, up and their product.
@@ -458,7 +492,7 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: PlannedRun, wor
         "gathered weights": sharded * gathered,
         "gathered gradients": sharded * sizes.block * (c + 4),  # of one block, and its copy in which it is summed
         # 3 buffers in fp32 (1 without a teacher), and one in the compute type
-        "logits": min(run.chunk_tokens, run.tokens) * sizes.vocab * ((12 if t else 4) + narrow),
+        "logits": min(run.chunk_tokens, run.tokens) * sizes.vocab * ((12 if run.teacher else 4) + narrow),
         # the gradients of the head and of the hidden states, and copies of both in the compute type
         "head's gradient and copies": head * (4 + 2 * narrow) + states * (residual + (c if t else 0) + 2 * narrow),
         # The step is fused; with 8-bit moments torch.compile makes two fp32 copies of the largest parameter (C++ none).
@@ -468,7 +502,8 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: PlannedRun, wor
 
 def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: PlannedRun, world_size: int) -> dict[str, int]:
     """Bytes of each phase, without the start; on a CPU without the process."""
-    static = sum(parts[name] for name in ("weights", "moments", "masks", "teacher", "gathered weights"))
+    static = sum(parts[name] for name in ("weights", "masks", "teacher", "gathered weights"))
+    static += 0 if run.moments_on_host else parts["moments"]
     earlier = parts["gradients"] if run.accumulates else 0
     block = saved.block + saved.block_weights
     activations = parts["activations, checkpointed" if run.checkpointing else "activations"]
@@ -480,6 +515,8 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: PlannedRun,
     head_gradient = 4 * sizes.vocab * sizes.hidden
     if sizes.is_tied:  # the gradient of the embeddings is there twice, as that of the head too, and then their sum
         last += 2 * head_gradient
+    if run.steps_in_backward:  # of a block at work, or of the embeddings at the end
+        first += 4 * sizes.block
     flowing = 4 * run.tokens * sizes.widest * run.compute.itemsize + 8 * sizes.largest_sparse
     phases = {
         "evaluate": static + parts["masked weights"] + 2 * saved.block + parts["logits"] + head_gradient // 2,
@@ -487,6 +524,9 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: PlannedRun,
         "backward": static + earlier + max(first + head_gradient, last) + flowing + parts["gathered gradients"],
         "step": static - parts["gathered weights"] + parts["gradients"] + parts["optimizer step"],
     }
+    if run.steps_in_backward:
+        phases["backward"] += parts["optimizer step"] + (parts["moments"] if run.moments_on_host else 0)
+        del phases["step"]
     if run.on_cpu:  # the result, and the same read back: a file in the page cache, and the model of it
         result = 4 * sizes.total // world_size
         phases["finish"] = 3 * result + parts["gathered weights"] + parts["logits"] + head_gradient // 2
