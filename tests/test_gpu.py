@@ -37,9 +37,7 @@ def test_devices_do_not_mix(gpu):
         there.numpy()
 
 
-@pytest.mark.parametrize(
-    "more", [{}, {"step_in_backward": True, "moments_on_host": True, "gradient_checkpointing": True}]
-)
+@pytest.mark.parametrize("more", [{}, {"step_in_backward": True, "moments_on_host": True}])
 def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(more, gpu, llama, text, tmp_path):
     options = more | {"init_from": "magnitude", "max_steps": 2, "mask_interval": 1, "eval_tokens": 128}
     run = begin_run(small(llama, text, tmp_path / "run", **options), init_world("auto", "full"))

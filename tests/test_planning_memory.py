@@ -175,12 +175,16 @@ def test_one_rank_starts_with_the_whole_model_and_several_with_a_block_and_their
     assert "start" not in plan_7b().phases
 
 
-def test_documents_apart_take_a_mask_for_each_block_and_keys_for_each_head():
+def test_documents_apart_take_a_mask_for_each_block_and_keys_for_each_head_on_a_cpu_and_nothing_on_a_gpu():
     config = llama()
     config.num_key_value_heads = 2
-    together, apart = (planned(config, seq_len=64, micro_batch=1, apart=apart) for apart in (False, True))
-    more = apart.components["activations"] - together.components["activations"]
-    assert more == 3 * (2 * 64**2 + 2 * 2 * 64 * (64 - 32))  # the mask, and keys and values of 64 for those of 32
+    for on_cpu in (False, True):
+        together, apart = (
+            planned(config, seq_len=64, micro_batch=1, apart=apart, on_cpu=on_cpu).components["activations"]
+            for apart in (False, True)
+        )
+        # the mask, and keys and values of 64 for those of 32
+        assert apart - together == on_cpu * 3 * (2 * 64**2 + 2 * 2 * 64 * (64 - 32))
 
 
 @pytest.mark.slow
@@ -245,7 +249,7 @@ def test_a_plan_of_steps_in_the_backward_pass_counts_the_gradients_of_one_part_a
     part = {"steps_in_backward": True, "moments_on_host": True}
     plan = planned(llama(), seq_len=32, micro_batch=1, **part)
     assert plan.components["gradients"] < plain.components["gradients"] / 2
-    assert plan.host == plain.components["moments"] > 2 * plan.components["moments"]
+    assert plan.host == plain.components["moments"] > plan.components["moments"]
     assert "step" not in plan.phases
     assert plan.phases["loss"] == plain.phases["loss"] - plain.components["moments"]
     with pytest.raises(InputError, match="world_size 2"):

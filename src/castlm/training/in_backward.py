@@ -11,10 +11,10 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from castlm.core.blocks import block_name
+from castlm.distributed.gradients import clip_, norm_of, squares_of
 from castlm.methods.base import Retraining
 
 
@@ -30,7 +30,7 @@ class StepInBackward:
     def __init__(self, method: Retraining, names: Mapping[Tensor, str], max_grad_norm: float) -> None:
         self._method, self._max_norm = method, max_grad_norm
         self._parts: dict[str, list[Tensor]] = {}
-        self._norms: dict[Tensor, Tensor] = {}
+        self._squares: dict[Tensor, Tensor] = {}
         self._waiting: dict[str, set[Tensor]] = {}
         self._at_gradient: Callable[[Tensor], None] | None = None
         self._trained = {parameter: name for parameter, name in names.items() if parameter.requires_grad}
@@ -51,6 +51,7 @@ class StepInBackward:
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Inside the context, a backward pass measures each gradient and drops it; see `norm`."""
+        self._squares.clear()
         with self._at(self._measure):
             yield
 
@@ -65,11 +66,13 @@ class StepInBackward:
         Raises:
             InputError: a sparse parameter has no gradient; all others are updated by then.
         """
+        if norm is None:
+            self._squares.clear()
         self._waiting = {part: set(parameters) for part, parameters in self._parts.items()}
 
         def collect(parameter: Tensor) -> None:
             if norm is None:
-                self._norms[parameter] = _norm_of(parameter)
+                self._squares[parameter] = squares_of(parameter)
             part = self._part_of[parameter]
             self._waiting[part].discard(parameter)
             if not self._waiting[part]:
@@ -82,10 +85,8 @@ class StepInBackward:
         self._method.optimizer.wait_for_moments()
 
     def norm(self) -> Tensor:
-        """The norm of the gradients that were measured in the last pass, (), as `get_total_norm` has it."""
-        norms = [self._norms[parameter] for parameter in self._trained if parameter in self._norms]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return total
+        """The norm of the gradients that were measured in the last pass, ()."""
+        return norm_of(self._squares.values(), next(iter(self._part_of)))
 
     @contextlib.contextmanager
     def _at(self, action: Callable[[Tensor], None]) -> Iterator[None]:
@@ -101,21 +102,16 @@ class StepInBackward:
             self._at_gradient(parameter)
 
     def _measure(self, parameter: Tensor) -> None:
-        self._norms[parameter] = _norm_of(parameter)
+        self._squares[parameter] = squares_of(parameter)
         parameter.grad = None
 
     def _update(self, part: str, step: int, norm: Tensor | None) -> None:
         """Clips the gradients of a part, updates its parameters and drops the gradients."""
         parameters = self._parts[part]
         if norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+            clip_(parameters, self._max_norm, norm)
         self._method.before_update(step, parameters)
         self._method.optimizer.update(parameters)
         for parameter in parameters:
             parameter.grad = None
         self._method.optimizer.fetch_moments(self._parts.get(self._next.get(part, ""), ()))
-
-
-def _norm_of(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return torch.nn.utils.get_total_norm([parameter.grad])

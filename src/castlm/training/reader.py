@@ -38,6 +38,7 @@ class Reader:
         if keeps_stream:
             for name, block in transformer_blocks(backbone(model)).items():
                 if not is_tower(name):
+                    block.register_forward_pre_hook(_as_sharded)
                     block.register_forward_hook(self._keep)
 
     def read(self, inputs: dict[str, Any], stream: bool) -> Reading:
@@ -57,3 +58,12 @@ class Reader:
         """The head of the model, with its whole weight if it is sharded by itself."""
         with gathered(self.model.get_output_embeddings()):
             yield output_head(self.model)
+
+
+def _as_sharded(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of a block, of which the residual stream is a tensor of its own.
+
+    Its gradients, from the branches of the block, are added up before the one of the stream that is kept, as FSDP has
+    them: three sums in one place would come in another order, and with other bits, in one process.
+    """
+    return tuple(x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from castlm.core.errors import DivergedError, InputError
 from castlm.data.tokens import check_vocabulary
+from castlm.distributed.gradients import SumsInOrder, clip_, norm_of, squares_of
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.sharding import average_gradients_, sum_over_replicas_
 from castlm.hardware import autocast
@@ -30,6 +30,7 @@ class Stepper:
         self.run = run
         watched = run.method.layers if run.method.decays else {}
         self._self_check = SelfCheck(run.optimizer, watched, run.config.model.pattern, run.world)
+        self._sums = SumsInOrder(run.objective, run.names, run.world)
         self._in_backward = None
         if run.config.optimizer.step_in_backward:
             self._in_backward = StepInBackward(run.method, run.names, run.config.optimizer.max_grad_norm)
@@ -95,9 +96,9 @@ class Stepper:
         run, step, max_norm = self.run, self.run.progress.step, self.run.config.optimizer.max_grad_norm
         losses = self._accumulate(micro_batches, num_tokens)
         # The norm is taken of the gradients of the whole global batch, before the method changes them.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in run.names if p.grad is not None])
+        norm = norm_of((squares_of(p) for p in run.names if p.grad is not None), next(iter(run.names)))
         if max_norm:
-            torch.nn.utils.clip_grads_with_norm_(run.names, max_norm, norm)
+            clip_(run.names, max_norm, norm)
         grad_norm = self._finite(losses, norm)
         # After the clipping, so that SR-STE's decay is not clipped with the gradient of the loss.
         run.method.before_update(step, run.names)
@@ -125,7 +126,7 @@ class Stepper:
 
     def _finite(self, losses: Sequence[float], norm: Tensor) -> float:
         """The gradient norm as a number. Raises `DivergedError` unless it and the loss are finite."""
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        grad_norm = float(norm)
         if not np.isfinite([losses[0], grad_norm]).all():
             raise self._diverged(f"the loss is {losses[0]} and the gradient norm {grad_norm}", on_all_ranks=True)
         return grad_norm
@@ -143,6 +144,7 @@ class Stepper:
         sums = torch.zeros(4, device=device)
         last = len(micro_batches) - 1
         for number, batch in enumerate(micro_batches):
+            self._sums.before(number)
             # Replicas add their gradients once a step, in the backward pass of the last micro-batch, not in each.
             if world.num_replicas > 1 and number in (0, last):
                 sum_over_replicas_(objective, now=number == last)
@@ -152,6 +154,7 @@ class Stepper:
             # is wanted: multiplying by the number of ranks undoes the average.
             (loss.loss * world.size).backward()
             sums += torch.stack(loss).detach().float()  # (4,): loss, ce, kl, hidden; each already divided by num_tokens
+        self._sums.finish()
         average_gradients_(objective, run.names, world)
         losses: list[float] = world.sum(sums).tolist()
         return losses

@@ -46,6 +46,7 @@ from castlm.models.architecture import backbone, is_vision_language, linearize_,
 from castlm.models.io import check_no_kernels, check_num_layers, open_config
 from castlm.names import aligned
 from castlm.oneshot.ranks import PARTS
+from castlm.training.attention import can_lay_end_to_end, use_attention_
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"
@@ -60,6 +61,27 @@ def _documents_apart(module: Any, query: Tensor, key: Tensor, value: Tensor, mas
     """
     mask = torch.ones(1, 1, query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
     return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+_END_TO_END = "castlm_documents_end_to_end"
+
+
+class _Varlen(torch.autograd.Function):
+    """What torch's attention over sequences of any length keeps: its inputs, its output and the sums of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        states = torch.empty_like(query)  # (tokens, heads, head_dim)
+        ctx.save_for_backward(query, key, value, states, query.new_empty(query.shape[:2], dtype=torch.float32))
+        return states
+
+
+def _documents_end_to_end(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    """Attention without a mask, as `castlm.training.attention` has it on a GPU."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    parts = (part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value))
+    states: Tensor = _Varlen.apply(*parts)  # type: ignore[no-untyped-call]
+    return states.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 # Fake tensors do not show how many tokens each expert gets; together the experts get `top_k` per token.
@@ -90,7 +112,8 @@ class PlannedRun:
     scale_groups: int = 2
     weight_bits: int | None = None
     apart: bool = False
-    """Whether the documents of a sequence do not attend to each other, which takes a mask for each of its tokens."""
+    """Whether the documents of a sequence do not attend to each other. On a CPU, and in families whose attention does
+    not take their offsets, a mask for each token of a sequence tells them apart."""
     accumulates: bool = False
     """Whether a step has several micro-steps, so that gradients are there throughout."""
     steps_in_backward: bool = False
@@ -176,16 +199,20 @@ def saved_bytes(
     """
     AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     AttentionInterface.register(_APART, _documents_apart)
+    AttentionInterface.register(_END_TO_END, _documents_end_to_end)
     ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_together)
     config = copy.deepcopy(config)
     config.get_text_config().num_hidden_layers = num_layers
     with FakeTensorMode(), as_config_error(config):
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        sdpa = _APART if run.apart else _ATTENTION
+        sdpa = ("sdpa" if not run.on_cpu else _APART) if run.apart else _ATTENTION  # "sdpa" is replaced below
         attention = sdpa if kind is None or kind._supports_sdpa else "eager"
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention
         )
+        if attention == "sdpa":
+            ends = use_attention_(model) and can_lay_end_to_end(model)
+            model.set_attn_implementation(_END_TO_END if ends else _APART)
         model.config._experts_implementation = _EXPERTS
         linearize_(model)
         _parametrize_(model, run)
