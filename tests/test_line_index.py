@@ -13,6 +13,8 @@ from castlm.data.line_index import LineIndexes
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import JsonRows
 from castlm.files.weights import layout_of, write_safetensors
+from castlm.training.source import steps_of_epochs
+from tests.runs import small
 
 TURNS = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": f"{i} it is"}] for i in range(9)]
 ROWS = [{"messages": None}, {"messages": []}, *({"messages": turns} for turns in TURNS)]
@@ -46,6 +48,20 @@ def test_a_restart_sees_the_same_documents_without_parsing_the_file(left, parses
     assert look(file, LineIndexes(folder)) == seen
     assert not parses
     assert len(seen[2]) == 9
+
+
+def test_the_steps_of_epochs_are_counted_at_a_restart_without_parsing_the_file(llama, tmp_path, parses):
+    file, folder = tmp_path / "text.jsonl", tmp_path / "index"
+    file.write_text("\n".join(json.dumps({"text": f"{i} is a number. " * 9}) for i in range(40)))
+    config = small(llama, str(file), tmp_path / "run", max_steps=300)
+    sections = config.model, config.data, config.evaluation
+    indexes = LineIndexes()
+    open_documents(file, config.data, indexes=indexes)
+    indexes.save(folder)
+    expected = steps_of_epochs(*sections, 2.0, 4)
+    assert parses == [1, 1]
+    assert steps_of_epochs(*sections, 2.0, 4, folder) == expected
+    assert parses == [1, 1]
 
 
 CHANGES = ["longer", "newer", "other words at the old time", "options", "cut short", "outside", "no index"]

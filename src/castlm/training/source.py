@@ -262,13 +262,20 @@ class TrainingText:
 
 
 def steps_of_epochs(
-    model: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, num_epochs: float, global_batch: int
+    model: ModelOptions,
+    data: DataOptions,
+    evaluation: EvaluationOptions,
+    num_epochs: float,
+    global_batch: int,
+    indexes: Path | None = None,
 ) -> int:
     """The number of optimizer steps of `global_batch` sequences in `num_epochs` of the training documents.
 
+    For `indexes` see `open_training_text`.
+
     Raises `InputError` for a stream of the hub, whose length is not known, or a mixture, which has no end.
     """
-    documents, _ = _open_splits(data, evaluation)
+    documents, _ = _open_splits(data, evaluation, LineIndexes(indexes))
     if not isinstance(documents, Documents):
         raise InputError(f"num_train_epochs: {data.dataset} is streamed or a mixture, without epochs: give max_steps")
     _, _, tokenizer = open_model(model.model, **model.loading)

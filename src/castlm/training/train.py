@@ -342,8 +342,9 @@ def resolve(config: TrainConfig, world: World) -> TrainConfig:
     epochs = config.optimizer.num_train_epochs
     if epochs is not None:
         batch = config.optimizer.sequences_per_step(world.size)
+        indexes = RunFolder(config.checkpoint.output_dir).text_index if config.checkpoint.resume else None
         steps = world.on_main(
-            lambda: steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch), patient=True
+            lambda: steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch, indexes), patient=True
         )
         config = config.changed(max_steps=steps, num_train_epochs=None)
     if config.method.lam != "auto":
