@@ -78,7 +78,13 @@ def check_compile(wanted: bool, device: torch.device) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    """The context of forward passes in `precision`, which keeps no copy of a weight after its layer.
+
+    torch would keep copies of all weights in bf16 to the end of the pass, for layers that share one.
+    """
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def choose_fused(device: torch.device, num_params: int) -> tuple[bool, str]:

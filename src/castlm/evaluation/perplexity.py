@@ -107,7 +107,7 @@ def perplexity(
             scored += int((tensors["labels"] != IGNORED).sum())
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             labels = tensors.pop("labels")[:, :-1]  # nothing follows the last token
-            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False):
                 hidden = backbone(model)(**tensors, use_cache=False).last_hidden_state  # (1, 1024, 576)
                 if head is None:
                     nll = _packed_nll(model, hidden[:, :-1], labels)

@@ -67,13 +67,18 @@ _END_TO_END = "castlm_documents_end_to_end"
 
 
 class _Varlen(torch.autograd.Function):
-    """What torch's attention over sequences of any length keeps: its inputs, its output and the sums of each row."""
+    """The tensors of torch's attention over sequences of any length, without values: it keeps its inputs, its output and
+    the sum of each row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         states = torch.empty_like(query)  # (tokens, heads, head_dim)
         ctx.save_for_backward(query, key, value, states, query.new_empty(query.shape[:2], dtype=torch.float32))
         return states
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
 def _documents_end_to_end(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
@@ -146,11 +151,6 @@ class PlannedRun:
     @property
     def tokens(self) -> int:
         return self.seq_len * self.micro_batch
-
-    @property
-    def makes_weights(self) -> bool:
-        """Whether the forward pass computes with other tensors than the parameters."""
-        return self.scale_groups > 0 or self.weight_bits is not None
 
 
 class Saved(NamedTuple):
@@ -495,8 +495,8 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: PlannedRun, wor
     for each, size, of_head in ((sizes, 4, c), (tutor, t, t)):
         matrix = each.vocab * each.hidden
         gathered += size * each.outside if each.is_tied else size * (each.outside - 2 * matrix) + of_head * matrix
-    # A checkpoint drops the products W * A and rounded weights with the activations, but not autocast's copies.
-    layers_kept = 1 if run.checkpointing and run.makes_weights else sizes.num_layers
+    # a checkpoint drops products W * A, rounded weights and autocast's copies with the activations
+    layers_kept = 1 if run.checkpointing else sizes.num_layers
     return {
         "weights": shard(4 * sizes.total),
         "gradients": shard(4 * with_gradient),
@@ -536,7 +536,7 @@ def _phases(parts: dict[str, int], sizes: _Sizes, saved: Saved, run: PlannedRun,
     activations = parts["activations, checkpointed" if run.checkpointing else "activations"]
     activations += parts["teacher's hidden states"]
     first = activations + parts["weights kept for backward"]  # the last block's backward pass, with all activations
-    at_work = saved.block + (saved.block_weights if run.makes_weights else 0)  # freed after a checkpointed block
+    at_work = saved.block + saved.block_weights  # freed after a checkpointed block
     forward = first - at_work if run.checkpointing else first
     last = saved.rest + block + parts["gradients"] - earlier  # the backward pass of the first block, with all gradients
     head_gradient = 4 * sizes.vocab * sizes.hidden
