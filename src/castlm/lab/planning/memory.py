@@ -67,8 +67,8 @@ _END_TO_END = "castlm_documents_end_to_end"
 
 
 class _Varlen(torch.autograd.Function):
-    """The tensors of torch's attention over sequences of any length, without values: it keeps its inputs, its output and
-    the sum of each row."""
+    """The tensors of torch's attention over sequences of any length, without values: it keeps its inputs, its output
+    and the sum of each row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
