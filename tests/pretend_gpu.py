@@ -127,7 +127,6 @@ _OF_TENSOR = {
     Tensor.cuda: lambda tensor: _to(tensor, "cuda"),
     Tensor.__deepcopy__: _deepcopy,
     Tensor.pin_memory: lambda tensor: tensor,
-    Tensor.record_stream: lambda tensor, stream: None,
 }
 
 
@@ -184,6 +183,7 @@ def pretend_gpu() -> Iterator[None]:
             (nn.Module, "to", _module_to),
             (nn.Module, "cpu", lambda module: _module_to(module, "cpu")),
             (torch.accelerator, "current_accelerator", lambda check_available=False: None),  # whose stream Adam reads
+            (Tensor, "record_stream", lambda tensor, stream: None),
             (torch, "autocast", _Autocast),
             (torch, "is_autocast_enabled", lambda device="cuda": is_enabled("cpu")),
             (torch, "get_autocast_dtype", lambda device: dtype_of("cpu")),

@@ -103,7 +103,8 @@ def norm_of(squares: Iterable[Tensor], sharded_like: Tensor) -> Tensor:
     Args:
         sharded_like: a parameter that is sharded as all are.
     """
-    mine = torch.cat([*squares, torch.zeros(1, dtype=torch.float64, device=sharded_like.device)])
+    parts = list(squares)
+    mine = torch.cat([*parts, parts[0].new_zeros(1)])  # a rank may hold no rows
     groups = []
     if isinstance(sharded_like, DTensor):
         mesh, placements = sharded_like.device_mesh, sharded_like.placements
