@@ -368,7 +368,7 @@ def test_a_mask_that_is_not_its_weights_stops_the_run(gemma, text, tmp_path, mon
 def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monkeypatch):
     step_group = AdamS._step_group
     monkeypatch.setattr(
-        AdamS, "_step_group", lambda self, group, params: None if group["sparse"] else step_group(self, group)
+        AdamS, "_step_group", lambda self, group, params: None if group["sparse"] else step_group(self, group, params)
     )
     with pytest.raises(RuntimeError, match=r"0 .*18,432"):
         train(small(gemma, text, tmp_path / "run", 1))
