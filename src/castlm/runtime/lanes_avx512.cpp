@@ -286,6 +286,8 @@ void multiply_many(const Header& of, const uint8_t* data, const Activations& x, 
       for (int64_t b = b0; b < std::min(b0 + pass, x.batch); b += kRowsAtOnce) {
         const int64_t at = b * blocks, rows = std::min<int64_t>(kRowsAtOnce, x.batch - b);
         __m512 sums[kRowsAtOnce][kTilesAtOnce];
+        for (int64_t r = 0; r < rows; r++)  // lines far apart, before they are written
+          for (int t = 0; t < tiles; t++) __builtin_prefetch(y + (b + r) * ldy + 16 * (tile + t), 1);
         if constexpr (kIsFloat)
           kFloatTile[rows - 1](reinterpret_cast<const float*>(w), next / 4, width, x.wide + b * width, width, sums);
         else kTile<values>[rows - 1](of, w, next, panel, next_panel, x.narrow + at * kBlock, x.scales + at, x.offsets + at, sums);
