@@ -154,7 +154,6 @@ def _why_stored_dense(name: str, shape: Sequence[int], owners: Collection[str]) 
         if not is_router(".".join(parts)):
             return "a norm or an embedding"
         # `mlp.gate` is the router where `mlp` has experts, as in Mixtral; in a model without any it is a layer.
-        # `mlp.gate` of a dense Llama-like model is a layer; of Mixtral, whose `mlp` has experts, it is the router.
         routes = any(".".join(parts[:length]) in owners for length in range(len(parts)))
         return "a router of experts" if routes else None
     if len(shape) == 2 and _BIAS_OF_EXPERTS.search(name):

@@ -26,7 +26,6 @@ def lower_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     undamped, mean = diagonal.clone(), diagonal.mean()
     while True:
         diagonal.copy_(undamped + damping * mean)
-        # cholesky_ex reports a failure as a number; `cholesky` would raise, after a synchronization with the device.
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
             return lower, damping

@@ -457,7 +457,6 @@ def pack_mask(mask: Tensor) -> Tensor:
     if mask.shape[-1] == 0:
         return mask.to(torch.uint8)
     # contiguous_format, because the mask of a transposed weight may not be, and `view` reads eight bools as one number
-    # memory_format: a mask that was transposed would be read in the order of its memory by `view`.
     whole = F.pad(mask.to(torch.uint8, memory_format=torch.contiguous_format), (0, -mask.shape[-1] % 8))
     eights = whole.view(torch.int64)  # (1536, 576) uint8 -> (1536, 72)
     return ((eights * _GATHER) >> 56).to(torch.uint8)  # the highest byte of the product holds the eight bits

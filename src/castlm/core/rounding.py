@@ -46,8 +46,6 @@ def best_scale(
     index = groups.abs().argmax(dim, keepdim=True)  # (1536, 9, 64) -> (1536, 9, 1)
     extreme = groups.gather(dim, index)
     # Six candidates a group for each of `at`, each tried on the whole weight at once: (1536, 9, 1) are 13,824 choices.
-    # Six candidates a group, of which each is tried on the whole weight at once: (1536, 9, 1) scales, 13,824 choices a
-    # pass.
     best, least = torch.ones_like(extreme), torch.full_like(extreme, float("inf"))
     for end in at:
         for shrink in _SHRINK:

@@ -114,7 +114,6 @@ def _update_by_torch_(batch: Batch, hyper: Sequence[float], second_moment: str, 
     settings: Any = in_8bit, torch.tensor(hyper, dtype=wide, device=device), second_moment
 
     # The 61 norms of SmolLM2-135M, (576,) each, are one tensor of 35,136 numbers: one call in place of 61.
-    # Norms and biases of all blocks, (576,) each, are one tensor of some 35,000 numbers: a call in place of 61.
     can_join = masks[0] is None and not in_8bit  # blocks of codes may differ in size
     small: list[int] = []
     large: list[int] = []
