@@ -228,7 +228,8 @@ def attack(model: str, seconds: float, folder: Path) -> dict[str, Any]:
         port = free.getsockname()[1]
     arguments = [sys.executable, "-m", "castlm", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen([*arguments, "--threads", "1"], stdout=log, stderr=log)
+        environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+        server = subprocess.Popen([*arguments, "--threads", "1"], stdout=log, stderr=log, env=environment)
     try:
         while True:
             with contextlib.suppress(OSError):
@@ -258,8 +259,14 @@ def attack(model: str, seconds: float, folder: Path) -> dict[str, Any]:
             after.ask()
     finally:
         server.send_signal(signal.SIGTERM)
-        code = server.wait(60)
+        began = time.monotonic()
+        try:
+            code = server.wait(120)
+        except subprocess.TimeoutExpired:
+            server.send_signal(signal.SIGABRT)  # the log has the stack of each thread then
+            code = server.wait(60)
     return {
+        "seconds_to_end": time.monotonic() - began,
         "alone": alone,
         "among": among,
         "after": after,
@@ -280,9 +287,11 @@ def main() -> None:
     for when in ("alone", "among", "after"):
         good = found[when]
         print(f"{when}: {dict(good.outcomes)}, {good.quantiles()}, {len(good.texts)} different texts")
-    for name in ("counts", "memory_mib", "exit_code"):
+    for name in ("counts", "memory_mib", "exit_code", "seconds_to_end"):
         print(f"{name}: {found[name]}")
     print(f"log: {len(found['log'].splitlines())} lines, {found['log'].count('Traceback')} tracebacks")
+    if found["exit_code"] != 128 + signal.SIGTERM:
+        print(found["log"][-5000:])
 
 
 if __name__ == "__main__":
