@@ -5,7 +5,7 @@ torch's fake process group, which sends nothing, and goes through castlm's loop 
 it hands to the collectives is counted. So figures say what a rank sends, and nothing about time. A start is not
 counted: this run begins from magnitude, which needs none.
 
-Bytes are those that arrive at the rank (all-gather, objects) or leave it (reduce-scatter), in a ring: of a tensor of B
+Bytes are those that arrive at the rank (all-gather, objects) or leave it (gradients), in a ring: of a tensor of B
 bytes on N ranks, B (N - 1) / N; a sum over ranks both ways. Rank 0 writes the only file of the result, so it receives
 all gathered rows. Messages are collectives, of tensors and of Python objects.
 """
@@ -45,7 +45,8 @@ from castlm.training.train import set_up
 
 KIB = 2**10
 PHASES = ("opening", "step", "checkpoint", "result")
-COLLECTIVES = {"allgather", "reduce_scatter", "allreduce", "gather", "broadcast", "objects"}
+COLLECTIVES = {"allgather", "reduce_scatter", "alltoall", "allreduce", "gather", "broadcast", "objects"}
+"""On CPUs gradients are exchanged by an all-to-all, with as many bytes as the reduce-scatter of GPUs."""
 
 
 class Counted(TorchDispatchMode):
@@ -79,6 +80,9 @@ class Counted(TorchDispatchMode):
             if kind == "reduce_scatter":  # the fake group leaves the result as it was allocated
                 output, source = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
                 output.copy_(source.view(-1)[: output.numel()].view_as(output))
+            elif kind == "alltoall":
+                output, source = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+                output.copy_(source)
         return made
 
     @contextmanager
