@@ -75,11 +75,14 @@ class _InOrder(ReduceScatter):
         ranks = group.size()
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
+        first, *others = received.view(ranks, -1)
         if self.so_far is None:
-            output_tensor.zero_()
+            output_tensor.copy_(first)
         else:
+            assert len(self.so_far) == len(output_tensor), "some parameter has a gradient in some micro-batches alone"
             torch.mul(self.so_far, ranks, out=output_tensor)
-        for part in received.view(ranks, -1):
+            output_tensor += first
+        for part in others:
             output_tensor += part
         output_tensor /= ranks
         self.so_far = output_tensor

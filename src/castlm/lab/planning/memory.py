@@ -517,7 +517,8 @@ def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: PlannedRun, wor
         "weights kept for backward": layers_kept * saved.block_weights,
         "teacher's hidden states": run.hidden_states * sizes.num_layers * states * t,
         "gathered weights": sharded * gathered,
-        "gathered gradients": sharded * sizes.block * (c + 4),  # of one block, and its copy in which it is summed
+        # of one block, and its copy in which it is summed; on CPUs also as the other ranks have it
+        "gathered gradients": sharded * sizes.block * (c + 4 + 4 * run.on_cpu),
         # 3 buffers in fp32 (1 without a teacher), and one in the compute type
         "logits": min(run.chunk_tokens, run.tokens) * sizes.vocab * ((12 if run.teacher else 4) + narrow),
         # the gradients of the head and of the hidden states, and copies of both in the compute type
