@@ -115,11 +115,15 @@ def test_card_names_no_local_path(tmp_path):
     assert str(tmp_path) not in card + measured
     assert "| held out of a.txt, b.txt |" in measured
     assert "# my-base, 2 of 4" in card
+    assert "# my-run, 2 of 4" in card_of(base_model=str(tmp_path / "my-run" / "model"))[1]
     assert "base_model" not in front_matter
     assert "None was measured" in card
     assert "rounded model was not measured" not in measured
     rounded = card_of(figures=[{**CONDITIONS, "name": "dense", "perplexity": 3.0}], quantized={"kind": "int8"})[1]
     assert "The rounded model was not measured" in rounded
+    packing, proof = {"format": 2, "castlm": "0.1.0", "head": "int8"}, {**PROOF, "perplexity_from_disk": 3.1}
+    packed = card_of(figures=[{**CONDITIONS, "name": "dense", "perplexity": 3.0}], packed=packing, proof=proof)[1]
+    assert "before embedding and head in int8 | 3.100" in packed
 
 
 def test_a_local_base_is_not_taken_for_a_hub_id_in_another_folder(tmp_path, monkeypatch):

@@ -63,6 +63,8 @@ def model_card(folder_name: str, facts: Facts) -> str:
     figures = list(facts.figures or [])
     if proof.perplexity_from_disk is not None and figures:  # files may be rounded to a shorter dtype than in training
         name = f"as written, in {facts.dtype}" if facts.dtype else "as written"
+        if facts.packed is not None and facts.packed.head is not None:
+            name += f", before embedding and head in {facts.packed.head}"
         figures.append(replace(figures[-1], name=name, perplexity=proof.perplexity_from_disk))
     return _render(
         "card.md.jinja",
@@ -133,8 +135,12 @@ def _public(name: str) -> str:
 
 
 def _last_part(name: str) -> str:
+    """The last part of a path; of a run's `run/model` the name of the run."""
     is_path = name.startswith(("/", "~", ".")) or "\\" in name or ("/" in name and Path(name).exists())
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
+    if not is_path:
+        return name
+    *owners, last = re.split(r"[/\\]", name.rstrip("/\\"))
+    return owners[-1] if last == "model" and owners and owners[-1] not in ("", ".", "..", "~") else last
 
 
 def _step(step: PastStep) -> str:
