@@ -26,7 +26,7 @@ class EvaluateOptions(ScoredTextOptions):
     """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
 
     text: str | None = None
-    """Text to evaluate on: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset."""
+    """Text to evaluate on: a file, folder, glob or hub dataset, as --dataset of castlm train."""
 
     eval_split: str = option("validation", needs=TEXT)
     """Split of a hub dataset."""
@@ -95,7 +95,7 @@ def evaluate(
 
     Args:
         model: a Hugging Face folder, plain or packed, a run of `train`, a hub id, a GGUF file, or "demo".
-        text: a file, folder or glob of .txt, .jsonl or .parquet, or a hub dataset.
+        text: a file, folder, glob or hub dataset, as `dataset` of `castlm.train`.
         tasks: names of lm-eval, separated by commas, such as "piqa,arc_easy".
         options: as of `castlm eval`: `prompts`, `teacher`, `seq_len`, `stride`, `eval_tokens`, `limit` and others.
 

@@ -126,7 +126,7 @@ def prune(
 
     Args:
         model: a Hugging Face folder, hub id, GGUF file, or "demo".
-        calibration: a file, folder or glob of .txt, .jsonl or .parquet, or a hub dataset; not for method "magnitude".
+        calibration: a text, as `dataset` of `castlm.train`: a file, folder, glob or hub dataset; not for "magnitude".
         pattern: n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern.
         output_dir: the folder of the pruned model.
         options: as of `castlm prune`: `method`, `num_sequences`, `seq_len`, `start_effort`, `overwrite` and others.

@@ -58,8 +58,8 @@ def train(
 
     Args:
         model: a Hugging Face folder, hub id, GGUF file, or "demo"; or a `TrainConfig` or `FinetuneConfig`, alone.
-        dataset: the training text: .txt, .jsonl or .parquet, a folder or glob of these, or a hub name. Several are
-            mixed by weights, as in `["a.txt:0.7", "b.jsonl:0.3"]`.
+        dataset: the training text: a file, folder, glob or hub dataset; `castlm train --help` names the types of files.
+            Several are mixed by weights, as in `["a.txt:0.7", "b.jsonl:0.3"]`.
         output_dir: a new folder for the run.
         options: as of `castlm train`: `pattern`, `max_steps`, `learning_rate`, `seq_len`, `resume` and about 90 others;
             `castlm train --help-all` describes them.

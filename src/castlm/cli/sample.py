@@ -32,7 +32,7 @@ class SampleOptions:
     """Write conversations, a user's turn and an answer, in the chat template instead of plain text."""
 
     prompts: str | None = essential(None)
-    """Texts to continue, or with --chat to answer: a .txt file with one per line, .jsonl, .parquet or a hub dataset."""
+    """Texts to continue, or with --chat to answer: a .txt file with one per line, or any other text of castlm train."""
 
     dedup_prefix: int = number(200, at_least=0)
     """Number of leading characters to compare: texts that share them are duplicates. 0 compares whole texts."""
