@@ -427,6 +427,8 @@ def test_resumed_on_other_numbers_of_ranks(straight, over, stops, gemma, text, t
         saved = checkpoint_steps(tmp_path / "run" / "checkpoints")
         assert max(saved) == stop
         assert len(list(saved[stop].glob("shard-*"))) == (2 if sharding == "hybrid" else ranks)
+    if all(sharding == "full" for *_, sharding in stops):
+        assert_equal_weights(straight / "model", tmp_path / "run" / "model")
     assert_same_runs_but_for_sums(straight / "model", tmp_path / "run" / "model")
     one, other = metrics(straight), metrics(tmp_path / "run")
     assert [row["step"] for row in one] == [row["step"] for row in other]
