@@ -118,7 +118,6 @@ def test_the_plan_of_a_sharded_step_is_at_most_a_tenth_above_what_it_holds(name,
                 loss.backward()
     finally:
         dist.destroy_process_group()
-    print(name, alive.peak / 2**30, plan.peak / 2**30, (plan.components["moments"] + plan.components["masks"]) / 2**30)
     held = alive.peak + plan.components["moments"] + plan.components["masks"]  # which the optimizer makes before
     assert held <= plan.peak <= 1.1 * held
 
@@ -147,6 +146,5 @@ def test_the_plan_of_one_card_that_steps_in_the_backward_pass(monkeypatch):
             with parts.stepping(0, None):
                 loss.backward()
     held = alive.peak + plan.components["moments"] + plan.components["masks"]
-    print(alive.peak / 2**30, held / 2**30, {k: v / 2**30 for k, v in plan.phases.items()})
     assert held <= plan.phases["backward"] <= 1.1 * held
     assert plan.fits
