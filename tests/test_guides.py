@@ -47,7 +47,8 @@ BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\
 NOT_RUN = {
     "installs castlm": 2,
     "installs vLLM": 1,
-    "needs a GPU": 2,
+    "needs a GPU": 3,
+    "needs a model of 3B": 1,
     "needs several GPUs": 1,
     "needs several machines": 1,
     "needs slurm": 1,
