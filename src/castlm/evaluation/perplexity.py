@@ -91,7 +91,7 @@ def perplexity(
     text = text if isinstance(text, ScoredText) else ScoredText.of(text)
     longest = context_length(model.config) or seq_len
     if not 2 <= seq_len <= longest:
-        raise InputError(f"seq_len is {seq_len}, and the model takes 2 to {longest} tokens")
+        raise InputError(f"seq_len is {seq_len} where the model takes 2 to {longest} tokens")
     if not 1 <= stride <= seq_len:
         raise InputError(f"stride is {stride}: from 1 to the seq_len of {seq_len} it skips no token")
     check_vocabulary(text.ids, packed_head.out_features if head is None else head.weight.shape[0])
