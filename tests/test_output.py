@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.files.output import begin_output, check_output, output_folder, record_file, refuse_inputs_inside
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
 from tests.ranks import start_process, wait_for
 from tests.refusals import disk_full, refuse_mkdir
 from tests.replaced import killed_at
+from tests.runs import prune_to
 from tests.slow import slow_but
+from tests.tiny import save_tiny
 
 
 def write(file: Path, text: str = "x") -> Path:
@@ -302,6 +305,31 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(earlier, tmp_path, ca
             return
         time.sleep(0.01)
     pytest.fail("the lock of a dead process blocks")
+
+
+@pytest.mark.parametrize("command", ["prune", "pack", "unpack", "quantize", "quantize --packed"])
+def test_a_result_that_another_process_wrote_meanwhile_is_refused(command, tmp_path, monkeypatch, capsys):
+    model = save_tiny(tmp_path / "m", "llama", hidden_size=64, head_dim=16)
+    prune_to(tmp_path / "s", model)
+    assert main(["pack", str(tmp_path / "s"), "--output-dir", str(tmp_path / "p")]) == 0
+    arguments = {
+        "prune": ["prune", str(model), "--method", "magnitude"],
+        "pack": ["pack", str(tmp_path / "s")],
+        "unpack": ["unpack", str(tmp_path / "p")],
+        "quantize": ["quantize", str(tmp_path / "s")],
+        "quantize --packed": ["quantize", str(tmp_path / "s"), "--packed"],
+    }[command]
+
+    def check_then_lose(path: str, **options: object) -> Path:
+        folder = check_output(path, **options)
+        write(folder / "theirs.txt")
+        return folder
+
+    monkeypatch.setattr("castlm.files.output.check_output", check_then_lose)
+    assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "already holds something" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == ["theirs.txt"]
+    assert not (tmp_path / "out.previous").exists()
 
 
 def test_a_lock_that_cannot_be_opened_is_named_with_a_remedy(tmp_path):

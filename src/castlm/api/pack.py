@@ -94,6 +94,6 @@ def run_pack(options: PackOptions) -> PackReport:
             groups,
             dtype=options.dtype,
             head=options.head,
-            overwrite=True,
+            overwrite=options.overwrite,
             progress=progress,
         )

@@ -49,6 +49,6 @@ class UnpackCommand:
 
         folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": self.path})
         with shown_progress("unpack, tensors") as progress:
-            count = unpack_folder(self.path, folder, overwrite=True, progress=progress)
+            count = unpack_folder(self.path, folder, overwrite=self.overwrite, progress=progress)
         to_stdout(f"{folder}: {count} tensors unpacked")
         return 0

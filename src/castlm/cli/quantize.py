@@ -105,6 +105,7 @@ class QuantizeCommand(TextOptions):
                 dtype=self.save_dtype,
                 device=choose_device(self.device),
                 trust_remote_code=self.trust_remote_code,
+                overwrite=self.overwrite,
                 progress=progress,
                 say=note,
             )

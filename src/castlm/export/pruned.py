@@ -70,7 +70,8 @@ def prune_folder(
         draw: the calibration text; `text_name` is its name in castlm.json, and `options` say how it is read.
         memory: "block" keeps one transformer block at a time in memory.
         dtype: "bf16", "fp16" or "fp32", the dtype of the files; "source" is the dtype of the stored model.
-        overwrite: begin again if an unfinished prune has other options or is damaged.
+        overwrite: replace an earlier result in `folder`, and begin again if an unfinished prune has other options or is
+            damaged.
         evaluate: measures the model in memory before and after it is pruned: returns its perplexity, and further
             entries of castlm.json, by name.
         world: the ranks that prune together, block by block, and of which the main one writes the result; by default,
@@ -156,7 +157,7 @@ def prune_folder(
                 left_dense=left_dense,
                 record=record,
                 dtype=kept_dtype,
-                overwrite=True,
+                overwrite=overwrite,
             )
         else:
             assert work is not None

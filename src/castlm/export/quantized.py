@@ -58,10 +58,11 @@ def quantize_folder(
     dtype: str = "source",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    overwrite: bool = False,
     progress: Progress = silent,
     say: Say = silent,
 ) -> QuantizeReport:
-    """Rounds the linear layers of a model, keeps zeros, and writes the result to `folder`, which is replaced.
+    """Rounds the linear layers of a model, keeps zeros, and writes the result to `folder`.
 
     Args:
         name: a model folder, hub id, GGUF file or "demo".
@@ -74,6 +75,7 @@ def quantize_folder(
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         options: how the calibration text is read; a chat template is also saved.
         dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.
+        overwrite: replace an earlier result in `folder`.
         progress: called with (finished blocks, all blocks).
 
     Returns:
@@ -81,7 +83,7 @@ def quantize_folder(
 
     Raises:
         InputError: a model without the pattern, a kind that cannot be packed, or a missing or superfluous calibration
-            text. `folder` stays unchanged after any error.
+            text, or `folder` holds something (without `overwrite`). `folder` stays unchanged after any error.
     """
     if packed and FORMATS[kind].kernel is None:
         raise InputError(f"the packed format does not hold {kind}: leave --packed out")
@@ -146,13 +148,13 @@ def quantize_folder(
         pattern=None if pattern is None else pattern.stored,  # what is cut out is gone already
         left_dense=left_dense,
         record=record,
-        overwrite=True,
+        overwrite=overwrite,
         dtype=save_dtype(dtype, loaded.dtype),
     )
     if not packed:
         write_plain(folder)
         return report
-    with atomic_dir(folder, overwrite=True) as temporary:
+    with atomic_dir(folder, overwrite) as temporary:
         plain = temporary / ".plain" / folder.name
         with naming_instead(temporary, folder), naming_instead(plain, name):
             write_plain(plain)
