@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -60,6 +61,7 @@ class Reader:
             yield output_head(self.model)
 
 
+@torch.compiler.disable  # a view, which compiled would be a graph beside each block's
 def _as_sharded(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The inputs of a block, of which the residual stream is a tensor of its own.
 
