@@ -429,7 +429,7 @@ def plot(points: list[Point], file: str) -> None:
     known = [point for point in points if not math.isnan(point.perplexity)]
     least = min(point.perplexity for point in known)
     shown = [point for point in known if point.perplexity <= 3 * least]
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(16, 5), layout="constrained")
     by_bytes, by_decoding, by_prompt = figure.subplots(1, 3, sharey=True)
     lines: dict[str, list[Point]] = {}
     for point in shown:
@@ -452,7 +452,7 @@ def plot(points: list[Point], file: str) -> None:
     by_prompt.set(xlabel=f"tokens per second, prompt of {LONG_PROMPT}", xscale="log")
     left_out = [f"{point.name} ({point.perplexity:.0f})" for point in known if point not in shown]
     by_bytes.set_title(f"not shown: {', '.join(left_out)}" if left_out else "", fontsize=8)
-    by_prompt.legend(fontsize=7, loc="upper left")
+    figure.legend(*by_bytes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.savefig(file)
 
 
