@@ -61,7 +61,8 @@ class Reader:
             yield output_head(self.model)
 
 
-@torch.compiler.disable  # a view, which compiled would be a graph beside each block's
+# A view: compiled, it would be a graph of its own beside each block's.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _as_sharded(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The inputs of a block, of which the residual stream is a tensor of its own.
 
