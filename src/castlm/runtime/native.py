@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import mmap
 import os
 import struct
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
+from castlm.core.native import library_of, load_library
 from castlm.dtypes import STORED
 from castlm.formats.table import FORMATS
 
@@ -49,15 +49,13 @@ _BAD_MASK, _NO_MEMORY = 2, 3
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
     """The library, or None if it was not built. Raises `InputError` if it belongs to another version of castlm."""
-    spec = importlib.util.find_spec(f"{__package__}._kernels")
-    return None if spec is None or spec.origin is None else load_kernels(spec.origin)
+    file = library_of(__package__)
+    return load_kernels(file) if file else None
 
 
 def load_kernels(file: str) -> ctypes.CDLL:
     """Loads the library in `file`. Raises `InputError` if it belongs to another version of castlm."""
-    library = ctypes.CDLL(file)
-    if ctypes.c_int32.in_dll(library, "castlm_inference_version").value != _VERSION:
-        raise InputError(f"{file} belongs to another version of castlm: install castlm again")
+    library = load_library(file, "castlm_inference_version", _VERSION)
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     matrix = [number, number, number, number, size, size]
     library.castlm_level_name.restype = ctypes.c_char_p
