@@ -376,6 +376,7 @@ def frontier(options: argparse.Namespace) -> list[Point]:
     points, runners = more_points + points, runners | more_runners
     if options.quality_only:
         return points
+    take_quality(points, options.quality)
     inputs = {"decode": text[None, :PROMPT], "read": text[None, :LONG_PROMPT], "batch": text[:BATCH, None]}
     for work, ids in inputs.items():
         contestants = {name: functools.partial(getattr(runner, work), ids) for name, runner in runners.items()}
@@ -383,6 +384,16 @@ def frontier(options: argparse.Namespace) -> list[Point]:
         for point in points:
             point.seconds[work] = found[point.name]
     return points
+
+
+def take_quality(points: list[Point], files: list[str]) -> None:
+    """Gives points the quality that runs with `--quality-only` have measured, by name."""
+    known = {found["name"]: found for file in files for found in json.loads(Path(file).read_text())["points"]}
+    for point in points:
+        if found := known.get(point.name):
+            if point.num_bytes != found["num_bytes"]:
+                raise SystemExit(f"{point.name} has other bytes than in --quality: it is another model")
+            point.perplexity, point.zero_shot = found["perplexity"], found["zero_shot"]
 
 
 def table(points: list[Point]) -> str:
@@ -395,8 +406,8 @@ def table(points: list[Point]) -> str:
     for p in points:
         shown = "".join(f" {100 * row['value']:.1f} ± {100 * row['stderr']:.1f} % |" for row in p.zero_shot)
         quality = "" if math.isnan(p.perplexity) else f"{p.perplexity:.2f}"
-        digits = {work: 1 if work == "decode" else 0 for work in WORK}
-        speeds = "".join(f" {p.per_second(work):,.{digits[work]}f} |".replace("nan", "") for work in WORK)
+        speeds = "".join(f" {p.per_second(work):,.{1 if work == 'decode' else 0}f} |" for work in WORK)
+        speeds = speeds.replace("nan", "")
         lines.append(f"| {p.name} | {quality} |{shown} {p.num_bytes / 1e6:.1f} |{speeds}")
     return "\n".join(lines)
 
@@ -437,13 +448,13 @@ def plot(points: list[Point], file: str) -> None:
         lines.setdefault(f"{point.name.split()[0]}{f', {end}' if label else ''}", []).append(point)
     for label, chosen in lines.items():
         quality = [point.perplexity for point in chosen]
+        marker, line = ("s", "--") if label.startswith("dense") else ("o", "-")
         for axes, x in (
             (by_bytes, [point.num_bytes / 1e6 for point in chosen]),
             (by_decoding, [point.per_second("decode") for point in chosen]),
             (by_prompt, [point.per_second("read") for point in chosen]),
         ):
-            style = ("s" if label.startswith("dense") else "o", "--" if chosen[0].name.startswith("dense") else "-")
-            axes.plot(x, quality, marker=style[0], linestyle=style[1], label=label)
+            axes.plot(x, quality, marker=marker, linestyle=line, label=label)
             for place, point in zip(zip(x, quality), chosen):
                 text = point.name.split()[1].rstrip(",")
                 axes.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
@@ -491,16 +502,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--quality-only and --speeds-only exclude each other")
     if options.quality and not options.speeds_only:
         parser.error("--quality is for --speeds-only: without it the perplexities are measured")
-    known = [point for file in options.quality for point in json.loads(Path(file).read_text())["points"]]
-    quality = {point["name"]: point for point in known}
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = options.scratch or scratch
         points = frontier(options)
-    for point in points:
-        if found := quality.get(point.name):
-            point.perplexity, point.zero_shot = found["perplexity"], found["zero_shot"]
-            if point.num_bytes != found["num_bytes"]:
-                parser.error(f"{point.name} has other bytes than in --quality: it is another model")
     print(table(points))
     if not options.quality_only:
         print("", against_dense(points), sep="\n")
