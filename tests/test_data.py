@@ -324,6 +324,24 @@ def test_blank_documents_are_skipped_and_counted(tmp_path):
     assert len(Documents.from_texts(["", "one", " "])) == 1
 
 
+def test_blank_lines_are_skipped_all_at_once_and_counted(monkeypatch):
+    """A gzip file of 3 MB may hold 3,000 million of them."""
+    draw = random.Random(0)
+    for _ in range(300):
+        text = bytes(draw.choices(b"a \n\n\r\tb", k=draw.randrange(60)))
+        expected, at = [], 0
+        for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+$", text), 1):
+            expected += [(number, at, line)] if line.strip() else []
+            at += len(line)
+        cuts = [0, *sorted(draw.choices(range(len(text) + 1), k=3)), len(text)]
+        chunks = [text[begin:end] for begin, end in pairwise(cuts)]
+        assert list(readers.split_lines(chunks, "a")) == expected
+    skips = []
+    monkeypatch.setattr(readers, "_BLANK", SimpleNamespace(match=lambda *a: skips.append(a) or re.match(rb"\s*", a[0])))
+    assert list(readers.split_lines([b" \n\n" * 10_000] * 3, "a")) == []
+    assert len(skips) == 3
+
+
 def test_text_hash_is_of_the_contents(tmp_path):
     path = write_texts(tmp_path / "a.jsonl", ["one", "two"])
     assert open_documents(path).text_hash() == hashlib.sha256(path.read_bytes()).hexdigest()

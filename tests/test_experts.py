@@ -10,7 +10,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    conversion_mapping,
+)
 
 from castlm.cli.main import main
 from castlm.core.adams import AdamS
@@ -18,7 +28,7 @@ from castlm.core.blocks import is_block_linear, is_router, is_stacked_experts, o
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.experts import linearize_experts_
-from castlm.core.nm import is_nm_sparse
+from castlm.core.nm import is_nm_sparse, nm_mask
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears, sparse_param_groups, weight_parameter
 from castlm.export.hf import export_model
@@ -27,7 +37,8 @@ from castlm.export.verify import verify
 from castlm.files.stored import PACKED_SINGLE as FILE
 from castlm.files.stored import read_header
 from castlm.formats.packed_file import read_specs, to_metadata
-from castlm.models.io import load_model
+from castlm.models import layout
+from castlm.models.io import load_model, save_model
 from castlm.models.layout import EXPERTS_EITHER_WAY, EXPERTS_IN_OUT, input_axis
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
@@ -196,6 +207,57 @@ def test_the_families_that_store_experts_the_other_way_are_those_of_transformers
     assert input_axis(config, "x.experts.down_proj", (4, 48, 32)) == 1
     assert input_axis(config, "x.experts.down_proj", (4, 32, 48)) == 2
     assert input_axis(config, "x.experts.down_proj", (4, 32, 32)) is None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("other", ["gate", "3.router", "shared_expert_gate"])
+def test_an_expert_that_is_named_like_a_router_is_refused(family, other, tmp_path):
+    """transformers stacks whatever lies between `experts.` and `.w1.weight`, or the family's name for it."""
+    model = linear_model(family)
+    prune_(model)
+    save_model(model, tiny_tokenizer(), tmp_path)
+    assert verify(tmp_path).ok
+    tensors = load_file(tmp_path / "model.safetensors")
+    dense = [name for name in tensors if ".experts.3." in name]
+    assert len(dense) == 6
+    hidden = {name.replace(".experts.3.", f".experts.{other}."): tensors.pop(name) + 1 for name in dense} | tensors
+    save_file(hidden, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=rf"experts\.{re.escape(other)}\."):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
+def test_an_order_that_castlm_does_not_know_is_refused(family, tmp_path, monkeypatch):
+    save_model(linear_model(family), tiny_tokenizer(), tmp_path)
+    for families in ("CONV1D_FAMILIES", "EXPERTS_IN_OUT"):
+        monkeypatch.setattr(layout, families, frozenset())
+    with pytest.raises(InputError, match=r"stored as \(in, out\)"):
+        verify(tmp_path)
+
+
+def test_a_family_inside_another_is_counted_along_its_own_axis(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 264}
+    bert = BertConfig(**sizes, intermediate_size=64)
+    gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=264, add_cross_attention=True)
+    text = tiny_model("gpt_oss").config.to_dict()
+    models = {
+        "gpt2": EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(bert, gpt2)),
+        "gpt_oss": LlavaForConditionalGeneration(
+            LlavaConfig(vision_config=tiny_model("llava").config.vision_config, text_config=text)
+        ),
+    }
+    for family, model in models.items():
+        for is_right in (True, False):
+            folder = tmp_path / f"{family} {is_right}"
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.normal_()
+                    is_turned = is_right and ("c_" in name or "q_attn" in name or "experts" in name)
+                    if name.count(".") > 2 and parameter.dim() > 1:
+                        weight = parameter.mT if is_turned else parameter
+                        weight.mul_(nm_mask(weight.reshape(-1, weight.shape[-1]), 2, 4).view_as(weight))
+            model.save_pretrained(folder)
+            assert verify(folder).ok is is_right, family
 
 
 def test_a_config_with_more_experts_than_it_can_hold_is_refused(tmp_path):

@@ -185,6 +185,22 @@ def test_a_killed_command_is_resumed_to_the_same_file(chat_llama, tmp_path):
     assert killed.read_bytes() == straight.read_bytes()
 
 
+def test_a_small_context_needs_no_option_and_a_start_without_a_text_leaves_no_trace(chat_llama, tmp_path, monkeypatch):
+    """The tiny model has a context of 256 tokens."""
+    sizes, path = [], tmp_path / "a.jsonl"
+    run = ["sample", chat_llama, "--output-file", str(path), "--num-tokens", "1", "--batch-size", "1"]
+
+    def stopped(self, number):
+        sizes.append(self._num_new)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(Sampler, "batch", stopped)
+    for more in ([], ["--chat"], ["--max-new-tokens", "7"], ["--max-new-tokens", "256"]):
+        assert main([*run, *more]) == 2
+        assert list(tmp_path.iterdir()) == []
+    assert sizes == [255, 125, 7]
+
+
 def test_ctrl_c_says_what_is_saved_and_how_to_go_on(chat_llama, tmp_path, capsys, monkeypatch):
     batch = Sampler.batch
 

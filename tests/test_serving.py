@@ -469,6 +469,25 @@ def test_the_openai_client_is_answered(server):
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "a"}])
 
 
+def test_pieces_that_wait_leave_the_loop_a_turn_each():
+    """Without one, a connection that has broken is not closed before all pieces are written, with a warning each."""
+
+    async def read() -> list[str]:
+        pieces: asyncio.Queue[str] = asyncio.Queue()
+        for piece in ("a", "b", "c", ""):
+            pieces.put_nowait(piece)
+        found: list[str] = []
+        asyncio.get_running_loop().call_soon(found.append, "closed")
+        answer = Answer(torch.tensor([[1]]), 3)
+        answer.reason = "length"
+        reply = app_module._Reply(answer, pieces, False, "m")
+        async for text in reply._texts():
+            found.append(text)
+        return found
+
+    assert asyncio.run(read()) == ["a", "closed", "b", "c"]
+
+
 def test_a_client_that_goes_away_ends_its_request(server):
     """Sixty long answers that nobody waits for, then one that somebody does: it comes at once."""
     port = int(server[0].rsplit(":", 1)[1])

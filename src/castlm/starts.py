@@ -290,9 +290,11 @@ def _run(
     """Takes steps in a model in memory."""
     from castlm.core.sparsify import is_sparse_linear, scope_of
     from castlm.data.calibration import CalibrationText
+    from castlm.models.architecture import check_of_transformers
     from castlm.oneshot.source import MemoryModel
     from castlm.oneshot.start import run_start
 
+    check_of_transformers(model)
     scope = scope_of(model, pattern, filter_fn or is_sparse_linear)
     read = None if text is None else CalibrationText(*text)
     if read is not None:

@@ -25,6 +25,16 @@ def check_finite(what: str, value: Tensor, remedy: str = "the model is damaged")
         raise InputError(f"{what} holds NaN or infinity: {remedy}")
 
 
+def check_type(value: object, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
+    """Raises `InputError` unless `value` is a `kind`.
+
+    Args:
+        what: the argument and what it must be, such as "model must be an nn.Module".
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{what}, not the {type(value).__name__} {' '.join(repr(value).split()):.100}: {remedy}")
+
+
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
     """Puts `what`, such as the name of a layer, before the message of an `InputError` in the block."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_type
 
 if TYPE_CHECKING:
     import torch
@@ -214,6 +214,12 @@ def check_mask_form(mask: Tensor, param: Tensor) -> None:
         )
 
 
+def _check_tensor(value: object, name: str) -> None:
+    import torch
+
+    check_type(value, torch.Tensor, f"{name} must be a tensor", "pass the weight of a layer, or its mask")
+
+
 @dataclass(frozen=True)
 class NM(LayerPattern):
     """At most `n` of every `m` consecutive weights along the input axis are kept, 1 <= n < m, as in 2:4.
@@ -308,6 +314,7 @@ class NM(LayerPattern):
         return mask
 
     def _check(self, weight: Tensor) -> None:
+        _check_tensor(weight, "weight")
         self.check_shape(weight.shape)
         if weight.is_meta:
             raise InputError(f"the weight of shape {tuple(weight.shape)} is on the meta device: load its values first")
@@ -561,6 +568,10 @@ def flip_rate(old_mask: Tensor, new_mask: Tensor) -> float:
         >>> flip_rate(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False]))
         0.5
     """
+    _check_tensor(old_mask, "old_mask")
+    _check_tensor(new_mask, "new_mask")
+    if old_mask.shape != new_mask.shape:
+        raise InputError(f"masks of shapes {tuple(old_mask.shape)} and {tuple(new_mask.shape)} are not of one weight")
     return float((old_mask != new_mask).count_nonzero() / max(1, old_mask.numel()))
 
 
@@ -576,6 +587,10 @@ def sparse_weight_ratio(weight: Tensor, mask: Tensor) -> float:
     """
     import torch
 
+    _check_tensor(weight, "weight")
+    _check_tensor(mask, "mask")
+    if weight.shape != mask.shape:
+        raise InputError(f"a mask of shape {tuple(mask.shape)} is none of a weight of shape {tuple(weight.shape)}")
     magnitude = weight.detach().abs()
     total = magnitude.sum(dtype=torch.float64)
     kept = (magnitude * mask).sum(dtype=torch.float64)

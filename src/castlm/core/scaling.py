@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from castlm.core.distill import matmul_dtype
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
+from castlm.core.sparsify import FilterFn, SparseLayer, check_model, is_sparse_linear, sparse_linears
 
 
 def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
@@ -171,6 +171,7 @@ def fold_weight_scaling(model: nn.Module) -> list[str]:
 
     The folded model computes the same up to fp32 rounding. Zeros stay zeros, so prune first and fold afterwards.
     """
+    check_model(model)
     scaled = _scaled(model)
     for module in scaled.values():
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from castlm.core.blocks import block_name, in_block, is_tower, why_dense
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_type
 from castlm.core.experts import ExpertLinear
 from castlm.core.nm import Pattern, pack_mask, parse_pattern, unpack_mask
 from castlm.core.shards import local
@@ -26,6 +26,11 @@ SparseLayer = nn.Linear | ExpertLinear
 """A layer that may become sparse: a module with `weight` (..., out, in), `in_features` and `out_features`."""
 
 FilterFn = Callable[[nn.Module, str], bool]
+
+
+def check_model(model: object) -> None:
+    """Raises `InputError` for anything but a model in memory, such as the name of one, or what `load_model` returns."""
+    check_type(model, nn.Module, "model must be an nn.Module", "pass castlm.load_model(NAME).model")
 
 
 def num_weights(layer: SparseLayer) -> int:
@@ -115,6 +120,7 @@ def sparse_linears(
 
 def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear) -> Scope:
     """The layers of `model` that become sparse, as `sparse_linears` finds them, with the bound pattern."""
+    check_model(model)
     pattern = parse_pattern(pattern).for_model(model)
     sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}

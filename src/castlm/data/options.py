@@ -73,8 +73,9 @@ class ScoredTextOptions(TextOptions):
 class SamplingOptions(Bounded):
     """Options of drawing a batch of texts, as `castlm sample` does."""
 
-    max_new_tokens: int = number(256, at_least=1)
-    """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped."""
+    max_new_tokens: int | None = number(None, at_least=1)
+    """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped. The default is 256, or
+    as many as the model's context leaves beside the longest prompt."""
 
     temperature: float = number(1.0, at_least=1e-6)
     """Sampling temperature: above 1, rare tokens become more likely; below 1, less likely."""

@@ -38,6 +38,7 @@ MAX_LINE_BYTES = 64 << 20  # of a line, with the images in it, times `document_l
 MAX_ROWS = 1 << 30  # of a parquet file
 
 _INK = re.compile(rb"\S")
+_BLANK = re.compile(rb"\s*")
 # Tokenizers split at these places too, so the pieces have the tokens of the whole text: `castlm.data.tokens` tokenizes
 # each with the character beyond its end. The start of a line behind a blank one is the last choice.
 _LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
@@ -217,12 +218,11 @@ class JsonRows:
 
         Raises `InputError` for the first line that is wrong.
         """
-        starts, stops, at = array("q"), array("q"), 0
-        for number, line in enumerate(split_lines(chunks, self._path, self._options.document_limit), 1):
-            if not line.isspace() and self._read(line, f"{self._path}, line {number}").text.strip():
+        starts, stops = array("q"), array("q")
+        for number, at, line in split_lines(chunks, self._path, self._options.document_limit):
+            if self._read(line, f"{self._path}, line {number}").text.strip():
                 starts.append(at)
                 stops.append(at + len(line))
-            at += len(line)
         return np.asarray(starts, dtype=np.int64), np.asarray(stops, dtype=np.int64)
 
     def read(self, line: bytes) -> Document:
@@ -342,23 +342,41 @@ def _inflate(path: Path, offset: int = 0, inflater: Any = None) -> Iterator[tupl
         raise EOFError("it ends too early")
 
 
-def split_lines(chunks: Iterable[bytes], path: Path, document_limit: float = 1.0) -> Iterator[bytes]:
-    """The lines of a file, with their ends; refuses one longer than `document_limit` times `MAX_LINE_BYTES`."""
-    most, begun, number, num_begun = MAX_LINE_BYTES * document_limit, list[bytes](), 1, 0
+def split_lines(chunks: Iterable[bytes], path: Path, document_limit: float = 1.0) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file that are not blank, with their ends; refuses one longer than `document_limit` times
+    `MAX_LINE_BYTES`.
+
+    Yields:
+        The number of the line, from 1, its first byte in the file, and its content.
+    """
+    most, begun, num_begun, number, at = MAX_LINE_BYTES * document_limit, list[bytes](), 0, 1, 0
     for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        for line in whole:
-            yield b"".join([*begun, line, b"\n"])
-            begun, num_begun, number = [], 0, number + 1
-        begun.append(rest)
-        num_begun += len(rest)
+        here = 0
+        while end := chunk.find(b"\n", here) + 1:
+            piece = chunk[here:end]
+            if not begun and piece.isspace():  # 3 MB of gzip may hold 3,000 million of them: skip all at once
+                blank = _BLANK.match(chunk, here)
+                assert blank is not None
+                end = chunk.rfind(b"\n", here, blank.end()) + 1
+                number += chunk.count(b"\n", here, end)
+                at += end - here
+            else:
+                line = b"".join([*begun, piece])
+                if not line.isspace():
+                    yield number, at, line
+                begun, num_begun, number, at = [], 0, number + 1, at + len(line)
+            here = end
+        if here < len(chunk):
+            begun.append(chunk[here:])
+            num_begun += len(chunk) - here
         if num_begun > most:
             raise InputError(
                 f"{path}, line {number} is longer than {most:,.0f} bytes: divide it, put a long text into a .txt file, "
                 "which is read in pieces, or raise document_limit"
             )
-    if line := b"".join(begun):
-        yield line
+    line = b"".join(begun)
+    if line and not line.isspace():
+        yield number, at, line
 
 
 # ---------------------------------------------------------------------------------------------------------- parquet

@@ -16,14 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.distill import distillation_loss
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_type
 from castlm.data.documents import Documents, HubDocuments
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
 from castlm.dtypes import dtype_name
 from castlm.facts import Conditions
 from castlm.hardware import library_versions
-from castlm.models.architecture import backbone, context_length, eval_mode, logit_scale, output_head
+from castlm.models.architecture import (
+    backbone,
+    check_of_transformers,
+    context_length,
+    eval_mode,
+    logit_scale,
+    output_head,
+)
 from castlm.runtime.layers import PackedLinear
 from castlm.say import Progress, silent
 
@@ -82,6 +89,8 @@ def perplexity(
         InputError: fewer than 2 tokens, ids outside the vocabulary, a `seq_len` above the model's limit, a stride
             outside 1..seq_len, or a loss that is not finite (the message names the sequence).
     """
+    check_of_transformers(model)
+    check_type(text, (Tensor, ScoredText), "text must be a tensor of token ids", "tokenize it, or use castlm.evaluate")
     if seq_len is None:
         seq_len = min(SEQ_LEN, context_length(model.config) or SEQ_LEN)
     stride = seq_len if stride is None else stride

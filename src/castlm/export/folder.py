@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from castlm.core.blocks import is_block_weight, is_tower
+from castlm.core.blocks import is_block_weight, is_tower, why_stored_dense
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.facts import Facts
@@ -34,9 +34,9 @@ from castlm.files.stored import (
     read_weight_map,
 )
 from castlm.formats.table import FORMATS
-from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD
+from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, input_axis
 from castlm.models.locate import check_holds_model
-from castlm.models.weights import loading_only, packed_weights, stored_weights
+from castlm.models.weights import Place, loading_only, packed_weights, recording_places, stored_weights
 from castlm.patterns import parse_pattern
 
 _WEIGHTS = re.compile(
@@ -176,7 +176,7 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
 
     Raises:
         InputError: config.json sends transformers to other weights, or a layer is missing, has no place in the model,
-            or has another shape.
+            has another shape, or is made of a tensor that would be counted as something else.
     """
     check_redirections(path, config)
     for _, name, value in _fields(config):  # before anything loops over so many blocks or experts
@@ -240,7 +240,12 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
     from castlm.models.io import check_loading_info, check_no_kernels, quiet_transformers
 
     try:
-        with loading_only(tensors.values()), quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            loading_only(tensors.values()),
+            recording_places() as places,
+            quiet_transformers(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             check_no_kernels(config, folder)
             text = config.get_text_config(decoder=True)
@@ -270,13 +275,48 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
                 local_files_only=True,
                 use_safetensors=True,
             )
-            _, info = loaded  # as `output_loading_info` asks
+            model, info = loaded  # as `output_loading_info` asks
     except InputError:
         raise
     except Exception as error:  # configs fail with errors of any type
         raise InputError(f"transformers cannot say which layers {folder} should hold: {one_line(error)}") from error
     check_loading_info(folder, info)
+    _check_places(folder, described, tensors, model, places)
     return set(info["unexpected_keys"])
+
+
+def _check_places(
+    folder: Path, described: Config, tensors: Mapping[str, StoredTensor], model: Any, places: Mapping[str, Place]
+) -> None:
+    """Refuses a stored tensor whose name hides the layer that it becomes, or the axis of the layer's inputs.
+
+    By its name, a tensor is counted or stays dense; in the model, it may have another one. The tensors of a packed
+    folder have no place in `places`, because castlm's own loader reads them and compares them with their layers.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    dense, dense_there = (why_stored_dense(of) for of in ({name: t.shape for name, t in tensors.items()}, shapes))
+    for name, place in places.items():
+        if name not in tensors or place.name not in shapes:
+            continue
+        shape, loaded = tensors[name].shape, shapes[place.name]
+        if name in dense and place.name not in dense_there and len(loaded) >= 2:
+            raise InputError(
+                f"{folder} holds {name}, by its name {dense[name]}, which transformers loads into {place.name}: write "
+                "the model again"
+            )
+        axis = input_axis(described, name, shape) if is_block_weight(name, shape) else None
+        if axis is None or len(shape) != len(loaded):
+            continue
+        module = model.get_submodule(place.name.rpartition(".")[0])
+        is_transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False) is True
+        is_transposed ^= place.is_turned and not (place.by_shape and shape == loaded)
+        if is_transposed != (axis == len(shape) - 2):
+            order = "in, out" if is_transposed else "out, in"
+            raise InputError(
+                f"{name} of {folder} is stored as ({order}), which castlm does not know of a {described['model_type']}"
+            )
 
 
 def _fields(config: Config, depth: int = 0) -> Iterator[tuple[int, str, Any]]:

@@ -36,8 +36,8 @@ from castlm.files.record import RESULT
 from castlm.files.stored import INDEX
 from castlm.files.weights import file_names, write_index, write_safetensors
 from castlm.hardware import model_versions
-from castlm.models.architecture import eval_mode
-from castlm.models.io import load_model, parameters_in, save_model, write_all_but_weights
+from castlm.models.architecture import check_of_transformers, eval_mode
+from castlm.models.io import check_tokenizer, load_model, parameters_in, save_model, write_all_but_weights
 from castlm.models.stored_layout import StoredLayout
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import check_cut, cut_model
@@ -97,6 +97,8 @@ def export_model(
     Examples:
         >>> castlm.export_model(model, tokenizer, "folder", record={"base_model": "gpt2"})  # doctest: +SKIP
     """
+    check_of_transformers(model)
+    check_tokenizer(tokenizer)
     folder = Path(os.path.realpath(user_path(folder)))
     pattern = None if pattern is None else parse_pattern(pattern)
     if left_dense is None:

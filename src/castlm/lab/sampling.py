@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _SENTINEL = "castlm-user-turn"
 FEW_SAMPLES = 32
 """Number of texts after which a line may report that most of them are left out."""
+_NUM_NEW = 256
+"""Most tokens of a text, where neither the user nor the model's context says otherwise."""
 PATIENCE = 20
 """Consecutive batches without a new text after which sampling stops."""
 
@@ -96,7 +98,11 @@ class Sampler:
             self._user, self._ends = self._encode(before), sorted({*self._ends, following[0]})
         self._longest = context_length(model.config)
         longest = max(len(self._begin(prompt)) for prompt in self.prompts or [""])
-        check_context(model.config, longest, options.max_new_tokens)
+        self._num_new = options.max_new_tokens or _NUM_NEW
+        if options.max_new_tokens is None and self._longest is not None:
+            turns = 2 if chat and prompts is None else 1  # the user's turn is sampled too
+            self._num_new = max(1, min(_NUM_NEW, (self._longest - longest) // turns))
+        check_context(model.config, longest, self._num_new)
 
     def batch(self, number: int) -> Sequence[Sample | None]:
         """Samples a batch, in order; the same number and options give the same samples.
@@ -129,7 +135,7 @@ class Sampler:
             asked = [is_whole and bool(prompt) for prompt, (_, is_whole) in zip(prompts, users)]
         begins = {row: self._begin(prompts[row]) for row, ok in enumerate(asked) if ok}
         if self._longest is not None:  # a long question leaves no room for an answer
-            most = self._longest - self.options.max_new_tokens
+            most = self._longest - self._num_new
             begins = {row: begin for row, begin in begins.items() if len(begin) <= most}
         samples: list[Sample | None] = [None] * len(prompts)
         for (row, begin), (ids, is_whole) in zip(begins.items(), self._continue([*begins.values()])):
@@ -170,7 +176,7 @@ class Sampler:
             temperature=self.options.temperature,
             top_p=self.options.top_p,
             top_k=0,
-            max_new_tokens=self.options.max_new_tokens,
+            max_new_tokens=self._num_new,
             eos_token_id=self._ends,
             pad_token_id=self._ends[0],
         )
@@ -386,10 +392,15 @@ def open_samples(
         raise InputError(f"output_file {path} cannot be made: name a file that ends in .jsonl in an existing folder")
     lock = path.with_name(f".{path.name}.lock")
     with locked(lock, "sample", path):
+        file = SampleFile(path, settings, prompts, dedup_prefix)
+        was_recorded = os.path.lexists(file.record_file)
         try:
-            file = SampleFile(path, settings, prompts, dedup_prefix)
             file.begin(overwrite, resume)
             yield file
+        except BaseException:
+            if not (was_recorded or file.batches or os.path.lexists(file.part)):  # nothing written leaves no trace
+                file.record_file.unlink(missing_ok=True)
+            raise
         finally:
             lock.unlink(missing_ok=True)
 

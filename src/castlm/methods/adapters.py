@@ -24,7 +24,7 @@ from castlm.core.errors import InputError
 from castlm.core.keep import KeptPattern
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, sum_over_shards
-from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, scope_of, weight_parameter
+from castlm.core.sparsify import FilterFn, SparseLayer, check_model, is_sparse_linear, scope_of, weight_parameter
 from castlm.export.card import adapter_card
 from castlm.export.folder import left_dense_reason, read_left_dense
 from castlm.facts import Facts
@@ -72,6 +72,7 @@ def pattern_layers(
     model: nn.Module, pattern: Pattern | str, filter_fn: FilterFn | None = None
 ) -> dict[str, SparseLayer]:
     """The layers of a model that have the pattern, by their names in the base model; see `keep_pattern_`."""
+    check_model(model)
     adapters: set[str] = set()  # the modules that belong to adapters and not to the base model
     for name, adapted in _adapted_layers(model).items():
         inside = {inner for inner, _ in adapted.named_modules(prefix=name)} - {name}

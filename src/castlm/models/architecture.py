@@ -18,9 +18,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.pytorch_utils import Conv1D
 
 from castlm.core.distill import OutputHead
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_type
 from castlm.core.experts import linearize_experts_
+from castlm.core.sparsify import check_model
 from castlm.models.layout import stored_transposed
+
+
+def check_of_transformers(model: object) -> None:
+    """Raises `InputError` for anything but a model of transformers in memory, which may be wrapped, as by PEFT."""
+    check_model(model)
+    config = getattr(model, "config", None)
+    check_type(
+        config,
+        PretrainedConfig,
+        f"model must be of transformers; the config of this {type(model).__name__} must be a PretrainedConfig",
+        "pass castlm.load_model(NAME).model",
+    )
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:

@@ -34,11 +34,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from castlm.core.errors import InputError, check_finite, is_panic
+from castlm.core.errors import InputError, check_finite, check_type, is_panic
 from castlm.dtypes import FLOATS, STORED, dtype_name
 from castlm.files.stored import StoredTensor, read_header
 from castlm.files.weights import Batch, into_files, layout_of, write_weights
-from castlm.models.architecture import auto_class, is_vision_language, linearize_, vocab_size
+from castlm.models.architecture import auto_class, check_of_transformers, is_vision_language, linearize_, vocab_size
 from castlm.models.gguf import fast_gguf, forget_gguf
 from castlm.models.layout import OLD_BUFFERS, PACKED_NOTICE, QUANT_METHOD
 from castlm.models.locate import Location, find
@@ -388,6 +388,8 @@ def save_model(
     Raises:
         InputError: weight scaling that is not folded.
     """
+    check_of_transformers(model)
+    check_tokenizer(tokenizer)
     hidden = next((name for name, _ in model.named_parameters() if "parametrizations" in name.split(".")), None)
     if hidden:
         raise InputError(f"{hidden} cannot be saved under that name: fold_weight_scaling(model) first")
@@ -397,6 +399,12 @@ def save_model(
         batches = [_batch_of(model, group) for group in by_block(_stored_values(model))]
         write_weights(folder, into_files(batches, max_shard_bytes), num_parameters=model.num_parameters())
     write_all_but_weights(model, tokenizer, folder, model.dtype)
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises `InputError` for anything but a tokenizer of transformers, which is saved after all weights."""
+    what = "tokenizer must be one of transformers"
+    check_type(tokenizer, PreTrainedTokenizerBase, what, "pass castlm.load_model(NAME).tokenizer")
 
 
 def _stored_values(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Neither torch nor transformers is imported: their import takes longer than most 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 QUANT_METHOD = "castlm"
@@ -42,23 +42,34 @@ def stored_transposed(model_type: str | None, name: str) -> bool:
     return model_type in CONV1D_FAMILIES and _CONV1D_LAYER.search(name) is not None
 
 
+def parts_of_config(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The content of a config.json and of all configs in it, such as `text_config`, at any depth."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from parts_of_config(value)
+
+
 def input_axis(config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> int | None:
     """The axis of a stored weight that n:m groups run along; None for experts whose order config.json leaves open.
+
+    A model may hold another family's, as a LLaVA over a gpt-oss does, whose weights are stored as that family's.
 
     Args:
         config: the content of config.json.
         name: of the tensor, ending in `.weight` if it is 2-D; 3-D as `model.layers.3.mlp.experts.gate_up_proj`.
         shape: (out, in) or (in, out); or of all experts of a block, with their number first.
     """
-    model_type = config.get("model_type")
+    typed = {kind: part for part in parts_of_config(config) if isinstance(kind := part.get("model_type"), str)}
     if len(shape) == 2:
-        return 0 if stored_transposed(model_type, name) else 1
-    if model_type in EXPERTS_IN_OUT:
+        return 0 if any(stored_transposed(kind, name) for kind in typed) else 1
+    if not EXPERTS_IN_OUT.isdisjoint(typed):
         return 1
-    if model_type not in EXPERTS_EITHER_WAY:
-        return 2 if model_type is not None else None
-    text = config.get("text_config")
-    hidden = (text if isinstance(text, dict) else config).get("hidden_size")
+    either = next((part for kind, part in typed.items() if kind in EXPERTS_EITHER_WAY), None)
+    if either is None:
+        return 2 if typed else None
+    text = either.get("text_config")
+    hidden = (text if isinstance(text, dict) else either).get("hidden_size")
     if (shape[1] == hidden) == (shape[2] == hidden):
         return None
     hidden_axis = 1 if shape[1] == hidden else 2

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from castlm.core.errors import InputError, one_line
 from castlm.files.stored import (
@@ -86,6 +86,48 @@ def stored_weights(
         raise InputError(f"{index} names {len(missing)} missing files, first {missing[0]}: the folder is not complete")
     check_weight_files(files, Path(target) if Path(target).is_dir() else None)
     return read_headers(files, weight_map, index)
+
+
+class Place(NamedTuple):
+    """The place of a stored tensor in a model."""
+
+    name: str
+    """In the model's state dict; a tensor for which the model has no place keeps its own name, or gets one."""
+    is_turned: bool
+    """Whether two of its axes are swapped while it is loaded."""
+    by_shape: bool
+    """Whether they are only if its shape asks for it."""
+
+
+@contextlib.contextmanager
+def recording_places() -> Iterator[dict[str, Place]]:
+    """Yields a record of where `from_pretrained`, in this thread and inside the context, loads each stored tensor.
+
+    transformers renames tensors by patterns, of which many match more names than those that a family writes. So the
+    record is taken from its own function while it loads.
+
+    Yields:
+        The place of each stored tensor by its name, complete once the model is loaded.
+    """
+    from transformers import core_model_loading
+
+    rename, thread = core_model_loading.rename_source_key, threading.get_ident()
+    places: dict[str, Place] = {}
+
+    def rename_recorded(source_key: str, renamings: Any, converters: Any, *rest: Any, **named: Any) -> Any:
+        place, pattern = found = rename(source_key, renamings, converters, *rest, **named)
+        if threading.get_ident() == thread:
+            steps = [step for each in converters if pattern in each.source_patterns for step in each.operations]
+            turns = [step for step in steps if isinstance(step, core_model_loading.Transpose)]
+            places[source_key] = Place(place, bool(turns), all(step.check_dims for step in turns))
+        return found
+
+    with _LOADING:
+        core_model_loading.rename_source_key = rename_recorded
+        try:
+            yield places
+        finally:
+            core_model_loading.rename_source_key = rename
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from castlm.data.calibration import CalibrationText, calibration_sequences
 from castlm.data.documents import AnyDocuments
 from castlm.data.tokens import Encoder
 from castlm.hardware import choose_precision
-from castlm.models.architecture import context_length
+from castlm.models.architecture import check_of_transformers, context_length
 from castlm.oneshot.options import EFFORTS, Effort
 from castlm.say import Say, silent
 
@@ -52,6 +52,7 @@ class Draw:
 
 def calibration_length(model: PreTrainedModel) -> int:
     """The sequence length of the published figures: the context of the model, at most 2,048 tokens."""
+    check_of_transformers(model)
     return min(2048, context_length(model.config) or 2048)
 
 

@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 
 from castlm.core.errors import InputError, check_finite, naming
 from castlm.core.nm import NM
-from castlm.core.sparsify import is_sparse_linear
+from castlm.core.sparsify import check_model, is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES, STORED
 from castlm.files.stored import StoredTensor
 from castlm.formats.packed_file import PackedSpec
@@ -301,6 +301,7 @@ def pack_model_(
         InputError: a layer that is not n:m, no layer to replace, another dtype, or kernels that were not built;
             nothing is replaced then. Also weights that are not finite; some layers may then have been replaced.
     """
+    check_model(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, name)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")

@@ -376,6 +376,9 @@ class _Reply:
     async def _texts(self) -> AsyncIterator[str]:
         while text := await self.pieces.get():
             yield text
+            # Where pieces wait, as for a client that reads slowly, nothing above suspends. The loop must have a turn to
+            # close a connection whose client has gone; otherwise asyncio warns of each further piece.
+            await asyncio.sleep(0)
         self.check()
 
     def check(self) -> None:
