@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import castlm
 from castlm.core.errors import InputError
 from tests import keywords
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,3 +65,36 @@ def test_a_type_checker_sees_every_option(tmp_path):
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "calls.py")]
     done = subprocess.run(command, text=True, capture_output=True)
     assert set(re.findall(r"calls\.py:(\d+): error", done.stdout)) == {"4", "5"}, done.stdout
+
+
+@pytest.mark.parametrize("given", ["demo", None, 3, torch.ones(4, 4)], ids=["name", "None", "int", "tensor"])
+def test_functions_of_a_model_in_memory_name_what_they_were_given(given, tmp_path):
+    ids, tokenizer = torch.zeros(1, 8, dtype=torch.long), tiny_tokenizer()
+    calls = {
+        "sparse_linears": lambda: castlm.sparse_linears(given),
+        "sparse_param_groups": lambda: castlm.sparse_param_groups(given),
+        "prune_": lambda: castlm.prune_(given),
+        "prune_oneshot_": lambda: castlm.prune_oneshot_(given, "wanda", calibration=ids),
+        "add_weight_scaling": lambda: castlm.add_weight_scaling(given),
+        "fold_weight_scaling": lambda: castlm.fold_weight_scaling(given),
+        "linearize_experts_": lambda: castlm.linearize_experts_(given),
+        "keep_pattern_": lambda: castlm.keep_pattern_(given),
+        "pack_model_": lambda: castlm.pack_model_(given),
+        "to_semi_structured_": lambda: castlm.to_semi_structured_(given, 4),
+        "calibration_length": lambda: castlm.calibration_length(given),
+        "perplexity": lambda: castlm.perplexity(given, ids[0]),
+        "export_model": lambda: castlm.export_model(given, tokenizer, tmp_path / "out"),
+        "save_model": lambda: castlm.save_model(given, tokenizer, tmp_path / "out"),
+        "nm_mask": lambda: castlm.nm_mask(given if given is None else str(given)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            castlm.InputError, match=r"must be .*, not the (str|NoneType|int|Tensor) .*: pass"
+        ) as caught:
+            call()
+        assert "\n" not in str(caught.value), name
+    with pytest.raises(castlm.InputError, match="tokenizer"):
+        castlm.save_model(tiny_model("llama"), given, tmp_path / "out")
+    with pytest.raises(castlm.InputError, match="text must be"):
+        castlm.perplexity(tiny_model("llama"), "a text")
+    assert not any(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.blocks import in_block
+from castlm.core.errors import check_type
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 """The names that transformers gives the 3-D weights of a module of experts."""
@@ -68,6 +69,7 @@ def linearize_experts_(model: nn.Module) -> list[str]:
         >>> list(model.state_dict())
         ['layers.0.up_proj']
     """
+    check_type(model, nn.Module, "model must be an nn.Module", "pass castlm.load_model(NAME).model")
     made = []
     for fqn, module in list(model.named_modules()):
         transposed = getattr(module, "is_transposed", None)
