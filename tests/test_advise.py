@@ -211,7 +211,7 @@ def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_co
     assert "Times as fast as the fastest of torch: 2.10 for one token (dense int4, int8 head against" in found.peers
     assert "2.75 for batch of 8 (2:4 int8, int8 head against" in found.peers
     assert found.verdict.startswith("For one token, use dense int4, int8 head: it is 2.10 times as fast as dense bf16")
-    assert "for a prompt of 512, 2:4 int8, int8 head is 1.30 times as fast as dense" in found.verdict
+    assert "and for a prompt of 512, 2:4 int8, int8 head is 1.30 times as fast as dense" in found.verdict
     assert "dense int4, int8 head has the lower perplexity after a short recovery" in found.verdict
     known = replace(found, quality=Quality(sparse=19.5, pattern=NM(2, 4)))
     assert "with a perplexity of 19.50 before rounding" in known.verdict
@@ -222,6 +222,12 @@ def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_co
     assert wide.best(True, "batch of 8").option.name == "32:64 int8"  # as fast as 2:4, and loses less
     slow = made_up(**{"2of4_int8_int8_head": (0.5, 0.5, 0.5)})
     assert "it does not pay" in slow.verdict
+    prompts = made_up(dense_int4_int8_head=(2, 3, 1), **{"2of4_int8_int8_head": (1.5, 2, 1.3)})
+    assert (
+        "a batch of 8, 2:4 int8, int8 head is 0.67 times as fast as dense int4, int8 head: it does"
+        in prompts.verdict.lower()
+    )
+    assert ". For a prompt of 512, 2:4 int8, int8 head is 1.30 times as fast as dense" in prompts.verdict
 
 
 def test_speeds_of_a_busy_machine_are_not_trusted():

@@ -397,19 +397,22 @@ class Ranking:
             f"; {sparse.option.name} is {self.speedup(sparse, first):.2f} times as fast and takes "
             f"{sparse.num_bytes / 1e6:,.0f} MB, {quality}."
         )
-        gains = []
+        enough = "its perplexity" if known is None else f"a perplexity of {known:.2f}"
+        won: list[str] = []  # workloads for which n:m is noticeably faster than dense
+        lost: list[str] = []
         for workload in many:
             one, other = self.best(True, workload), self.best(False, workload)
             ratio = other.seconds[workload] / one.seconds[workload]
             words = f"for a {workload}, {one.option.name} is {ratio:.2f} times as fast as {other.option.name}"
-            gains.append((ratio, words))
-        if not gains:
-            return text
-        pays = any(ratio >= NOTICEABLE for ratio, _ in gains)
-        enough = "its perplexity" if known is None else f"a perplexity of {known:.2f}"
-        use = f"use it if they dominate the cost and {enough} is good enough" if pays else "it does not pay for them"
-        found = " and ".join(words for _, words in gains)
-        return f"{text} {found[0].upper()}{found[1:]}: {use}."
+            (won if ratio >= NOTICEABLE else lost).append(words)
+        for found, use in (
+            (lost, "it does not pay there"),
+            (won, f"use it if that dominates the cost and {enough} is good enough"),
+        ):
+            if found:
+                words = " and ".join(found)
+                text += f" {words[0].upper()}{words[1:]}: {use}."
+        return text
 
     @property
     def peers(self) -> str:
@@ -521,7 +524,7 @@ def rank(
         "int3 runs on the kernels of int4 and takes its memory, and needs training: castlm train --weight-bits 3.",
         "torch's dynamic int8 is a reference for speed: activations have one scale a tensor. SmolLM2-135M then has a "
         "perplexity of 127, where the unrounded model has 36.",
-        f"Speed of the linear layers and the head, timed on {cpu_name()}, {torch.get_num_threads()} threads; "
+        f"Speed of the linear layers and the head, timed on {cpu_name()} (threads: {torch.get_num_threads()}), "
         "without attention, norms and caches.",
         "MB of the weights in a file. Perplexity against bytes and speed: docs/results/frontier.md.",
     ]
