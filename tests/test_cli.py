@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,6 +248,22 @@ def test_lines_where_there_is_no_terminal_and_none_of_short_work(capsys, monkeyp
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == num_lines
         assert all(line.startswith("castlm: perplexity, sequences 1/4, ") for line in lines)
+
+
+def test_a_bar_of_80_columns_keeps_count_and_eta_of_slow_parts(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with shown_progress("starting from sparsegpt, transformer blocks", before=None) as told:
+        for done in range(3):
+            now[0] = 3600.0 * done
+            told(done, 126)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    last = [line for line in re.split(r"[\r\n]+", shown) if "transformer blocks" in line][-1]
+    assert "2/126" in last
+    assert "ETA 124:00:00" in last
+    assert len(last) <= 80
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(capsys, monkeypatch):

@@ -87,6 +87,7 @@ def test_holds_and_reports_each_layer(tmp_path):
     assert report.dense == {"model.embed_tokens.weight": outside, "lm_head.weight": outside}
     assert report.totals()["zero_fraction"] == 0.5
     assert "2:4 holds" in report.text()
+    assert max(map(len, report.text().splitlines()[:-1])) <= 80
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ def test_one_weight_too_many_is_found_where_it_is(tmp_path):
     assert not report.ok
     assert {layer.name: layer.num_violations for layer in report.layers if layer.num_violations} == {Q1: 1}
     assert report.text().splitlines()[1].startswith(Q1)  # violations first
+    assert "max" in report.text().splitlines()[0]
     assert "DOES NOT HOLD" in report.summary()
 
 

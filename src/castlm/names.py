@@ -67,6 +67,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.3g} hours"
 
 
+def clock(seconds: float) -> str:
+    """A time in seconds as hours, minutes and seconds, for a line that is refreshed.
+
+    >>> clock(50_000)
+    '13:53:20'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table; the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*table)]

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from castlm.names import duration, printable
+from castlm.names import clock, duration, printable
 from castlm.say import Progress
 
 SECONDS_BETWEEN_LINES = 30
@@ -53,14 +53,18 @@ def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -
 
     if console.is_terminal:
         columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)]
-        columns += [TextColumn("{task.fields[speed]}"), TextColumn("ETA"), TimeRemainingColumn()]
+        columns += [TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[eta]}")]
         with Bar(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=None, completed=before or 0, speed="")
+            task = bar.add_task(what, total=None, completed=before or 0, speed="", eta="")
 
             def show(done: int, total: int) -> None:
+                nonlocal first
                 done_in_second = per_second(done)
                 speed = f"{done_in_second:,.0f} {rate}" if rate else ""
-                bar.update(task, completed=done, total=total, speed=speed)
+                # rich's own time would forget the speed where a part, as a transformer block, takes over 30 seconds.
+                eta = f"ETA {clock((total - done) / done_in_second)}" if done_in_second > 0 else ""
+                bar.update(task, completed=done, total=total, speed=speed, eta=eta)
+                first = first or (done, time.monotonic())
 
             yield show
         return

@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.table import Column
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text, plain_json, reporting_full_disk
-from castlm.names import printable
+from castlm.names import clock, printable
 from castlm.packages import missing
 from castlm.progress import Screen
 
@@ -119,8 +120,7 @@ class Telemetry:
             return
         figures = [form.format(values[key]) for key, form in SHOWN.items() if key in values]
         shown = "  ".join(figures)
-        minutes, seconds = divmod(round(values["eta_s"]), 60)
-        eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        eta = clock(values["eta_s"])
         room = self.console.width - len(f"step {self.total_steps}/{self.total_steps} ETA {eta} ") - 1
         room -= 21 if self.console.width >= WIDE else 0  # the bar and a space
         fitting = fitted(figures, room)
@@ -142,7 +142,9 @@ class Telemetry:
             keys = [key for key in EVALUATION if key in values and key not in self.hidden]
             shown = [EVALUATION[key].format(values[key]) for key in keys]
             shown += [f"{key} {value:.3f}" for key, value in values.items() if key.startswith("perplexity/")]
-            self.say(f"step {step}: " + "  ".join(shown))
+            head = f"step {step}: "
+            room = self.console.width - len(head) - 1 if self.console.is_terminal else sys.maxsize
+            self.say(head + f"\n{' ' * len(head)}".join(folded(shown, room)))
 
     def _write(self, step: int, values: dict[str, float], details: dict[str, Any] | None = None) -> None:
         assert self._file is not None
@@ -175,6 +177,22 @@ def fitted(figures: Sequence[str], room: int) -> str:
             break
         shown = longer
     return shown
+
+
+def folded(figures: Sequence[str], room: int) -> list[str]:
+    """All of `figures`, two spaces apart, in lines of at most `room` columns; a longer figure has a line of its own.
+
+    >>> folded(["perplexity 2.000", "flips 1e-3", "largest masked 0"], 30)
+    ['perplexity 2.000  flips 1e-3', 'largest masked 0']
+    """
+    lines: list[str] = []
+    for figure in figures:
+        longer = f"{lines[-1]}  {figure}" if lines else figure
+        if lines and len(longer) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(figure)
+    return lines
 
 
 def cut_back(path: Path, step: int) -> None:
