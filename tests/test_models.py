@@ -198,6 +198,7 @@ def test_gguf_is_a_plain_model_after_load(tmp_path, capfd):
     assert all(param.requires_grad and param.dtype == torch.float32 for param in loaded.model.parameters())
     assert "quant" not in json.dumps(loaded.model.config.to_dict())
     assert loaded.tokenizer.encode(TEXT) == tiny_tokenizer().encode(TEXT)
+    assert loaded.tokenizer.name_or_path == str(file)  # in records and cards; the folder would be no name
     save_model(loaded.model, loaded.tokenizer, out)
     again = load_model(out)
     assert torch.equal(logits(again.model), logits(loaded.model))

@@ -91,6 +91,8 @@ def model_card(folder_name: str, facts: Facts) -> str:
         left_dense={name: reason for name, reason in facts.left_dense.items() if in_block(name)},
         table=_table(figures),
         measured=proof.perplexity_from_disk is not None or facts.quantized is None,
+        has_options=facts.config is not None,
+        has_texts=any(text is not None for text in (facts.dataset, facts.calibration, facts.measured)),
         license=license_id,
         derived_from=hub_id or base_name or "its base model",
     )

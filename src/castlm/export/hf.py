@@ -27,6 +27,7 @@ from castlm.core.nm import Pattern
 from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
 from castlm.dtypes import STORED_NAMES, dtype_name, equal_in_bits
 from castlm.export.card import model_card
+from castlm.export.origin import origin_in_memory
 from castlm.export.verify import check_dense, check_ok, verify
 from castlm.facts import SCHEMA_VERSION, Facts, Proof
 from castlm.files.atomic_file import atomic_write_json
@@ -81,7 +82,8 @@ def export_model(
             to be finite; it gets no model card.
         left_dense: the reason for each dense module or parameter, by name; default: as `sparse_linears` finds them.
         record: further entries of castlm.json, by the names of `castlm.facts.Facts`. The model card shows `base_model`
-            (hub id or path), `license`, `method`, and `figures`: rows of `name, perplexity, seq_len, stride, text,
+            (hub id or path; default: what the model was loaded from, as its config names it, with its licence and the
+            steps that made it), `license`, `method`, and `figures`: rows of `name, perplexity, seq_len, stride, text,
             num_tokens, tokenizer`.
         dtype: the dtype of the files; default: the model's. The weights of `model` are rounded to it too, in their own
             dtype, so that verification and evaluation see the written values.
@@ -105,6 +107,9 @@ def export_model(
         left_dense = {} if pattern is None else sparse_linears(model, pattern)[1]
     if not isinstance(record, Facts):
         record = Facts.from_json(record or {}, "record")
+    if record.base_model is None:
+        found = vars(origin_in_memory(model)).items()
+        record = replace(record, **{name: value for name, value in found if getattr(record, name) is None})
     facts = completed(record, pattern, left_dense, dtype or model.dtype)
     if pattern is not None and pattern.cuts:
         model, done = cut_model(model, pattern)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedModel
 
+from castlm.core.errors import InputError
 from castlm.export.folder import read_facts
 from castlm.facts import Facts, Origin, PastStep, Quantized
 from castlm.methods.table import METHODS
@@ -53,6 +55,20 @@ def origin_of(name: str | Path, revision: str | None = None) -> Origin:
     if not facts.base_model:
         return Origin(source if where.is_hub else _as_path(source), licence)
     return Origin(facts.base_model, facts.license or licence, made_by(facts) or None)
+
+
+def origin_in_memory(model: PreTrainedModel) -> Origin:
+    """`origin_of` the folder or hub model that `model` was loaded from, by the name in its config; without any entry if
+    that is neither a folder nor in the cache of the hub."""
+    name = model.config.name_or_path
+    if not name:
+        return Origin()
+    try:
+        where = locate(name, needs_weights=False)
+    except InputError:  # a folder that is gone
+        return Origin()
+    is_known = not where.is_hub or cached_snapshot(where.target, None) is not None
+    return origin_of(name) if is_known else Origin()
 
 
 def _as_path(source: str) -> str:

@@ -70,8 +70,7 @@ def open_model(
             where.target, **where.gguf, revision=where.revision, trust_remote_code=trust_remote_code
         )
         token_ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    if not where.gguf:
-        tokenizer.name_or_path = where.source  # which a record names; the folder of a cached model is no name
+    tokenizer.name_or_path = where.source  # which a record names; the folder of a cached model or a GGUF is no name
     # Without its files, some classes still load, with an empty vocabulary or special tokens alone.
     if not set(token_ids) - set(tokenizer.all_special_ids):
         raise InputError(_NO_TOKENIZER.format(where))
