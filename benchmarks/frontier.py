@@ -14,10 +14,11 @@ sequences, as `castlm generate` and `castlm serve` compute them. They depend on 
 prunes by magnitude, rounds to the nearest, and leaves quality out, or takes it from files of `--quality-only`, which
 may run for long on a busy machine.
 
-The peers are the dense model in OpenVINO, in llama.cpp and in torch's dynamic int8; those that are not installed are
-named and left out.
+The peers are the dense model in OpenVINO, in llama.cpp, in ik_llama.cpp and in torch's dynamic int8; those that are
+not installed are named and left out.
 - `--openvino PYTHON` (or OPENVINO_PYTHON): an environment with openvino, nncf, optimum-intel; see `openvino_peer.py`.
 - `--llama-cpp SOURCES` (or LLAMA_CPP): its sources, beside llama-cpp-python in this environment; see `llamacpp.py`.
+- `--ik-llama PYTHON` (or IK_LLAMA_PYTHON): an environment with it; see `ik_llama_peer.py`. Needs `--llama-cpp`, too.
 Their perplexity and speed are measured in their own program, with activations as it takes them. The last table holds
 every sparse format against the fastest dense one of all, castlm's and the peers', in each kind of work.
 """
@@ -43,7 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks import gguf_files
 from benchmarks.machine import machine, write_json
+from benchmarks.peer_process import MissingPeerError, PeerProcess, has_packages
 from benchmarks.rows import CLOCKS, Times, interleaved
 from castlm.cli.options import result_folder
 from castlm.core.nm import NM
@@ -265,28 +268,29 @@ def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> 
 # ---- the peers, each with the dense model
 
 
-class MissingPeerError(Exception):
-    """A peer that is not installed, and the remedy."""
+def bf16_gguf(options: argparse.Namespace, loaded: Loaded) -> Path:
+    """The model as a GGUF file, made by the converter of llama.cpp's sources unless it is there."""
+    sources, folder = options.llama_cpp or os.environ.get("LLAMA_CPP"), Path(options.scratch)
+    if not sources:
+        raise MissingPeerError("name the sources of llama.cpp by --llama-cpp or LLAMA_CPP")
+    if not (folder / "bf16.gguf").exists():
+        save_model(loaded.model, loaded.tokenizer, folder / "model")
+        gguf_files.convert(folder / "model", sources, folder / "bf16.gguf")
+    return folder / "bf16.gguf"
 
 
 def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
-    sources = options.llama_cpp or os.environ.get("LLAMA_CPP")
     try:
         from benchmarks import llamacpp
     except ImportError as error:
         raise MissingPeerError(
             "pip install --no-binary llama-cpp-python llama-cpp-python sentencepiece gguf"
         ) from error
-    if not sources:
-        raise MissingPeerError("name its sources by --llama-cpp or LLAMA_CPP")
-    points, runners, folder = [], {}, Path(options.scratch)
-    if not (folder / "bf16.gguf").exists():
-        save_model(loaded.model, loaded.tokenizer, folder / "model")
-        llamacpp.convert(folder / "model", sources, folder / "bf16.gguf")
+    source, points, runners = bf16_gguf(options, loaded), [], {}
     for form in llamacpp.FORMATS:
-        file = llamacpp.quantize(folder / "bf16.gguf", form, folder / f"{form}.gguf")
+        file = llamacpp.quantize(source, form, source.with_name(f"{form}.gguf"))
         runner = llamacpp.LlamaCpp(file, options.seq_len, torch.get_num_threads(), BATCH)
-        point = Point(f"dense {form}, llama.cpp", math.nan, llamacpp.tensor_bytes(file))
+        point = Point(f"dense {form}, llama.cpp", math.nan, gguf_files.tensor_bytes(file))
         if not options.speeds_only:
             point.perplexity = runner.perplexity(text)
         if options.tasks_from:
@@ -300,18 +304,13 @@ def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) 
     return points, runners
 
 
-def openvino_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
-    from benchmarks import openvino_process
-
-    python = options.openvino or os.environ.get("OPENVINO_PYTHON") or sys.executable
-    if not openvino_process.is_installed(python):
-        raise MissingPeerError(
-            "pip install openvino nncf optimum-intel in another environment, and name its Python by --openvino"
-        )
+def process_points(
+    options: argparse.Namespace, text: Tensor, peer: PeerProcess, name: str
+) -> tuple[list[Point], Runners]:
+    """The formats of a peer in a process of its own."""
     points, runners = [], {}
-    peer = openvino_process.OpenVino(python, loaded, torch.get_num_threads(), Path(options.scratch))
     for form, num_bytes in peer.sizes.items():
-        point = Point(f"dense {form}, OpenVINO", math.nan, num_bytes)
+        point = Point(f"dense {form}, {name}", math.nan, num_bytes)
         if not options.speeds_only:
             point.perplexity = peer.ask(form, "perplexity", text, seq_len=options.seq_len)["perplexity"]
         points.append(point)
@@ -321,6 +320,29 @@ def openvino_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -
             lambda ids, form=form: peer.time(form, "batch", ids),
         )
     return points, runners
+
+
+def ik_llama_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
+    python = options.ik_llama or os.environ.get("IK_LLAMA_PYTHON") or sys.executable
+    if not has_packages(python, "ik_llama_cpp, gguf, numpy"):
+        raise MissingPeerError(
+            "pip install --no-binary :all: ik-llama-cpp-python, and gguf, and name their Python by --ik-llama"
+        )
+    source = bf16_gguf(options, loaded)
+    peer = PeerProcess("ik_llama_peer", python, torch.get_num_threads(), source, source.with_name("ik_llama"))
+    return process_points(options, text, peer, "ik_llama.cpp")
+
+
+def openvino_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
+    python, folder = options.openvino or os.environ.get("OPENVINO_PYTHON") or sys.executable, Path(options.scratch)
+    if not has_packages(python, "openvino, nncf, optimum.intel"):
+        raise MissingPeerError(
+            "pip install openvino nncf optimum-intel in another environment, and name its Python by --openvino"
+        )
+    if not (folder / "openvino").exists():
+        save_model(loaded.model, loaded.tokenizer, folder / "model")
+    peer = PeerProcess("openvino_peer", python, torch.get_num_threads(), folder / "model", folder / "openvino")
+    return process_points(options, text, peer, "OpenVINO")
 
 
 def torch_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
@@ -347,7 +369,12 @@ def torch_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> t
     return [point], {point.name: runner_of(made)}
 
 
-PEERS = {"openvino": openvino_points, "llama.cpp": llama_cpp_points, "torch": torch_points}
+PEERS = {
+    "openvino": openvino_points,
+    "llama.cpp": llama_cpp_points,
+    "ik_llama.cpp": ik_llama_points,
+    "torch": torch_points,
+}
 
 
 def accuracy(options: argparse.Namespace, model: PreTrainedModel, loaded: Loaded) -> list[dict[str, Any]]:
@@ -489,6 +516,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=200, help="questions of each task")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="none: --peers alone")
     parser.add_argument("--llama-cpp", metavar="SOURCES", help="a checkout of llama.cpp (needs llama-cpp-python)")
+    parser.add_argument("--ik-llama", metavar="PYTHON", help="of an environment with ik-llama-cpp-python")
     parser.add_argument("--openvino", metavar="PYTHON", help="of an environment with OpenVINO")
     parser.add_argument("--scratch", metavar="FOLDER", help="keeps the peers' models for another run with this --model")
     parser.add_argument("--rounds", type=int, default=5)

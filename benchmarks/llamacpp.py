@@ -1,48 +1,26 @@
-"""Runs a model in llama.cpp: converts it by its script, rounds it by its quantizer, runs it by llama-cpp-python.
+"""Runs a model in llama.cpp: rounds a GGUF file by its quantizer, runs it by llama-cpp-python.
 
-The frontier's rows of llama.cpp come from here. The Python package has no converter; it lies in a checkout of the
-sources (https://github.com/ggml-org/llama.cpp), or below `vendor/` in the source archive of llama-cpp-python, and needs
-sentencepiece. `pip install llama-cpp-python` compiles llama.cpp for the processor at hand.
+The frontier's rows of llama.cpp come from here. `pip install llama-cpp-python` compiles llama.cpp for the processor at
+hand.
 """
 
 from __future__ import annotations
 
 import atexit
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import torch
-from gguf import GGUFReader
 from torch import Tensor
 from torch.nn import functional as F
-
-from castlm.core.errors import InputError
 
 FORMATS = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 """Name of the format, and of llama_cpp's constant of it."""
 LEAST_CONTEXT = 512
 """Tokens that a runner takes at least, whatever its `seq_len`."""
-
-
-def convert(model_folder: str | Path, sources: str | Path, file: Path, dtype: str = "bf16") -> Path:
-    """Writes the model as a GGUF file with matrices in `dtype`, as `convert_hf_to_gguf.py` in `sources` does.
-
-    Raises:
-        InputError: no converter in `sources`, or the converter failed; the message ends with its last line.
-    """
-    script = Path(sources) / "convert_hf_to_gguf.py"
-    if not script.is_file():
-        raise InputError(f"{sources} has no convert_hf_to_gguf.py: name a checkout of llama.cpp")
-    command = [sys.executable, str(script), str(model_folder), "--outfile", str(file), "--outtype", dtype]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{script} could not convert {model_folder}: {done.stderr.strip().splitlines()[-1]}")
-    return file
 
 
 def quantize(source: Path, form: str, file: Path) -> Path:
@@ -52,11 +30,6 @@ def quantize(source: Path, form: str, file: Path) -> Path:
     if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), params):
         raise RuntimeError(f"llama.cpp could not quantize {source} to {form}")
     return file
-
-
-def tensor_bytes(file: Path) -> int:
-    """Bytes of all tensors of a GGUF file, without its vocabulary."""
-    return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
 
 
 @dataclass

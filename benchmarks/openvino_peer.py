@@ -1,25 +1,20 @@
-"""OpenVINO, for the frontier's rows of it: makes a model of a Hugging Face folder and answers requests, one a line.
+"""OpenVINO, for the frontier's rows of it: see `peer.py`.
 
     pip install openvino nncf optimum-intel                     # in an environment of its own, whose Python runs this
-    python benchmarks/openvino_peer.py make FOLDER OUT          # writes OUT/sizes.json, bytes of the weights by format
-    python benchmarks/openvino_peer.py answer FOLDER THREADS    # reads requests, prints answers, both JSON
 
-`benchmarks.frontier` runs it. optimum-intel wants another transformers than castlm, so this file imports nothing of
-castlm. A request is {"format": a name of FORMATS, "what": "decode", "read", "batch" or "perplexity", "ids": lists of
-tokens} and for some "new_tokens" or "seq_len". The answer has seconds by clock, or the perplexity. Activations are
-fp32, and OpenVINO rounds them to int8 in groups before a product with integers ("dynamic quantization").
+optimum-intel wants another transformers than castlm. Activations are fp32, and OpenVINO rounds them to int8 in groups
+before a product with integers ("dynamic quantization").
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import sys
-import time
 
 import numpy as np
 import openvino as ov
+
+from benchmarks.peer import main
 
 FORMATS = {
     "int8": ("int8_asym", {}, 32),
@@ -67,7 +62,7 @@ def with_last_logits(model: ov.Model) -> ov.Model:
 class Runner:
     """One format of the model, ready to run."""
 
-    def __init__(self, folder: str, name: str, threads: int, all_logits: bool = False):
+    def __init__(self, folder: str, name: str, threads: int, all_logits: bool):
         mode, _, group = FORMATS[name]
         core = ov.Core()
         model = core.read_model(f"{folder}/{mode}/openvino_model.xml")
@@ -101,47 +96,6 @@ class Runner:
         self.length = until
         return self.request.get_tensor("logits").data
 
-    def decode(self, ids: np.ndarray, new_tokens: int) -> None:
-        logits = self.step(ids)
-        for _ in range(new_tokens - 1):
-            logits = self.step(np.array([[logits[0, -1].argmax()]]))
-
-    def perplexity(self, ids: np.ndarray, seq_len: int) -> float:
-        """As `LlamaCpp.perplexity`: sequences side by side, all tokens but the first of each scored."""
-        total, count = 0.0, 0
-        for start in range(0, len(ids) - 1, seq_len):
-            sequence = ids[start : start + seq_len]
-            self.reset()
-            logits = self.step(sequence[None])[0, :-1].astype(np.float64)
-            logits -= logits.max(-1, keepdims=True)
-            scores = logits[np.arange(len(logits)), sequence[1:]] - np.log(np.exp(logits).sum(-1))
-            total, count = total - scores.sum(), count + len(scores)
-        return math.exp(total / count)
-
-
-def answer(folder: str, threads: int) -> None:
-    runners: dict[str, Runner] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        name, what, ids = request["format"], request["what"], np.array(request["ids"], np.int64)
-        if what == "perplexity":
-            found = {"perplexity": Runner(folder, name, threads, all_logits=True).perplexity(ids, request["seq_len"])}
-        else:
-            if name not in runners:
-                runners[name] = Runner(folder, name, threads)
-            runner = runners[name]
-            runner.reset()
-            wall, cpu = time.perf_counter(), time.process_time()
-            if what == "decode":
-                runner.decode(ids, request["new_tokens"])
-            else:
-                runner.step(ids)
-            found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        print(json.dumps(found), flush=True)
-
 
 if __name__ == "__main__":
-    if sys.argv[1] == "make":
-        make(*sys.argv[2:4])
-    else:
-        answer(sys.argv[2], int(sys.argv[3]))
+    main(make, Runner)

@@ -6,23 +6,56 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import frontier, gap_figure, gpu
+from benchmarks import frontier, gap_figure, gpu, peer
 from benchmarks.masks import apex_mask, topk_mask
 from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core import native
 from castlm.core.nm import nm_mask
+from castlm.evaluation.perplexity import perplexity
 from castlm.runtime import native as inference_native
 from tests.ranks import start_command, wait_ranks
 from tests.runs import prune_to
-from tests.tiny import TEXT, save_tiny
+from tests.tiny import TEXT, save_tiny, tiny_model
 
 
 def test_rivals_make_the_same_masks():
     weight = torch.randn(8, 16)
     assert torch.equal(topk_mask(weight), nm_mask(weight))
     assert torch.equal(apex_mask(weight).bool(), nm_mask(weight))
+
+
+class _Runner:
+    """A tiny model in transformers, as a peer."""
+
+    def __init__(self, folder, name, threads, all_logits):
+        self.model, self.all_logits = tiny_model("llama"), all_logits
+        self.reset()
+
+    def reset(self):
+        self.ids = torch.empty(0, 0, dtype=torch.int64)
+
+    def step(self, ids):
+        self.ids = torch.cat([self.ids.reshape(len(ids), -1), torch.from_numpy(ids)], 1)
+        with torch.no_grad():
+            logits = self.model(self.ids).logits.numpy()
+        return logits if self.all_logits else logits[:, -1:]
+
+
+def test_a_peer_answers_with_the_perplexity_of_castlm_and_seconds(monkeypatch, capsys):
+    ids = torch.randint(64, (40,))
+    requests = [
+        {"format": "x", "what": "perplexity", "ids": ids.tolist(), "seq_len": 16},
+        {"format": "x", "what": "decode", "ids": [ids[:4].tolist()], "new_tokens": 3},
+        {"format": "x", "what": "batch", "ids": ids[:8, None].tolist()},
+    ]
+    monkeypatch.setattr("sys.stdin", map(json.dumps, requests))
+    monkeypatch.setattr("sys.argv", ["peer", "answer", "folder", "1"])
+    peer.main(lambda source, folder: None, _Runner)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers[0]["perplexity"] == pytest.approx(perplexity(tiny_model("llama"), ids, seq_len=16).perplexity)
+    assert [answer.keys() for answer in answers[1:]] == [{"wall", "cpu"}] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

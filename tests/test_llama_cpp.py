@@ -14,7 +14,7 @@ from castlm.evaluation.perplexity import perplexity
 from castlm.models.io import load_model
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-from benchmarks import llamacpp
+from benchmarks import gguf_files, llamacpp
 
 IDS = torch.tensor([1, 403, 407, 261, 378, 383, 269, 413, 286, 261, 265, 267, 408, 419, 270, 299])
 
@@ -32,7 +32,7 @@ def test_a_cut_model_is_converted_and_computes_the_same_logits(stories260k, sour
     folder = tmp_path / "cut"
     command = ["prune", "--model", str(stories260k), "--method", "magnitude", "--pattern", pattern]
     assert main([*command, "--output-dir", str(folder)]) == 0
-    file = llamacpp.convert(folder, sources, tmp_path / "cut.gguf", dtype="f32")
+    file = gguf_files.convert(folder, sources, tmp_path / "cut.gguf", dtype="f32")
     runner, model = llamacpp.LlamaCpp(file, 32, 1, sequences=8), load_model(str(folder)).model
     with torch.no_grad():
         expected = model(IDS[None]).logits[0]
@@ -47,4 +47,4 @@ def test_a_cut_model_is_converted_and_computes_the_same_logits(stories260k, sour
 
 def test_a_folder_without_the_converter_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"convert_hf_to_gguf\.py"):
-        llamacpp.convert("model", tmp_path, tmp_path / "x.gguf")
+        gguf_files.convert("model", tmp_path, tmp_path / "x.gguf")

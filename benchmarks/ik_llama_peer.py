@@ -1,0 +1,90 @@
+"""ik_llama.cpp, the fork of llama.cpp with the fastest kernels for CPUs, for the frontier's rows of it: see `peer.py`.
+
+    pip install ./ik-llama-cpp-python gguf                      # a checkout with submodules; its Python runs this
+
+The wheel of the package index is not compiled for this processor, and its source archive lacks a file. Compiled so,
+`LD_LIBRARY_PATH` names the folder `ik_llama_cpp/lib` of the environment. A process of its own, since its libraries have
+the names of llama.cpp's. The source of `make` is a GGUF file. Weights are repacked into interleaved rows while they
+are loaded (its option -rtr). Attention is its flash attention, as by default, but not in a batch of first tokens,
+where it ends with "GGML_ASSERT(S > 0) failed".
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import ik_llama_cpp
+import numpy as np
+from gguf import GGUFReader
+from ik_llama_cpp import _ctypes_api as ik
+
+from benchmarks.peer import main
+
+FORMATS = ("Q8_0", "Q4_0")
+"""Formats with groups of 256 weights do not divide the rows of SmolLM2-135M; IQ4_NL has NaN on an AMD EPYC (Zen 4)."""
+CONTEXT = 2048
+"""Tokens that a runner takes, in all sequences together."""
+SEQUENCES = 8
+"""The most sequences of one step."""
+
+
+def make(source: str, folder: str) -> None:
+    """Rounds a GGUF file to every format, and writes the bytes: of the files, less what `source` has beside tensors."""
+    out, sizes = Path(folder), {}
+    out.mkdir(parents=True, exist_ok=True)
+    beside = Path(source).stat().st_size - sum(int(tensor.n_bytes) for tensor in GGUFReader(source).tensors)
+    for form in FORMATS:
+        file = out / f"{form}.gguf"
+        command = [Path(ik_llama_cpp.__file__).parent / "bin" / "llama-quantize", source, file, form]
+        subprocess.run(command, check=True, capture_output=True)
+        sizes[form] = file.stat().st_size - beside  # gguf does not read the fork's own types
+    (out / "sizes.json").write_text(json.dumps(sizes))
+
+
+class Runner:
+    """One format of the model, ready to run."""
+
+    def __init__(self, folder: str, name: str, threads: int, all_logits: bool):
+        params = ik.llama_model_default_params()
+        params.use_mmap, params.repack_tensors = False, True
+        self.model = ik.llama_model_load_from_file(f"{folder}/{name}.gguf".encode(), params)
+        self.vocabulary = ik.llama_vocab_n_tokens(ik.llama_model_get_vocab(self.model))
+        self.all_logits, self.length = all_logits, 0
+        options = ik.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
+        options.n_threads = options.n_threads_batch = threads
+        options.logits_all = all_logits
+        self.alone = ik.llama_init_from_model(self.model, options)
+        options.n_seq_max, options.flash_attn = SEQUENCES, False
+        self.together = ik.llama_init_from_model(self.model, options)
+
+    def reset(self) -> None:
+        ik.llama_kv_cache_clear(self.alone)
+        ik.llama_kv_cache_clear(self.together)
+        self.length = 0
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        """The logits of new tokens (sequences, tokens), after those since `reset`."""
+        rows, tokens = ids.shape
+        context = self.alone if rows == 1 else self.together
+        shown = range(tokens) if self.all_logits else (tokens - 1,)
+        batch = ik.llama_batch_init(ids.size, 0, 1)
+        batch.n_tokens = ids.size
+        for at, (row, column) in enumerate(np.ndindex(rows, tokens)):
+            batch.token[at], batch.pos[at] = int(ids[row, column]), self.length + column
+            batch.n_seq_id[at], batch.seq_id[at][0] = 1, row
+            batch.logits[at] = column in shown
+        code = ik.llama_decode(context, batch)
+        ik.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"ik_llama.cpp took no batch of {ids.shape}: code {code}")
+        self.length += tokens
+        found = [ik.llama_get_logits_ith(context, row * tokens + column) for row in range(rows) for column in shown]
+        logits = np.stack([np.ctypeslib.as_array(pointer, (self.vocabulary,)) for pointer in found])
+        return logits.reshape(rows, len(shown), self.vocabulary)
+
+
+if __name__ == "__main__":
+    main(make, Runner)
