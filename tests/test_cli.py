@@ -250,6 +250,14 @@ def test_lines_where_there_is_no_terminal_and_none_of_short_work(capsys, monkeyp
         assert all(line.startswith("castlm: perplexity, sequences 1/4, ") for line in lines)
 
 
+def test_without_a_terminal_long_work_has_its_first_line_at_once(capsys):
+    with shown_progress("sparsegpt, transformer blocks", before=None) as told:
+        told(3, 30)
+        assert capsys.readouterr().err == "castlm: sparsegpt, transformer blocks 3/30\n"
+        told(4, 30)
+        assert capsys.readouterr().err == ""
+
+
 def test_a_bar_of_80_columns_keeps_count_and_eta_of_slow_parts(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -187,6 +187,8 @@ def test_a_card_tells_each_step_by_which_the_model_was_made_and_names_base_and_l
     calibration |= {"tokens_sha256": "b", "precision": "fp32"}
     _, card = card_of(method="wanda", calibration=calibration, base_model="a/b")
     assert "CAST" not in card
+    assert "to_sparse_semi_structured" in card
+    assert "to_sparse_semi_structured" not in card_of(pattern="32:64")[1]  # GPUs have hardware for 2:4 alone
     assert (
         "1. Pruned one-shot by Wanda (arXiv 2306.11695), calibrated on 128 sequences of 2,048 tokens of c.txt" in card
     )

@@ -144,7 +144,8 @@ def describe(device: torch.device, num_ranks: int, precision: str, optimizer: st
     if device.type == "cuda":
         where = f"{num_ranks} x {torch.cuda.get_device_name(device)}"
     else:
-        where = f"{num_ranks} x {platform.machine()} CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        where = f"{num_ranks} x {platform.machine()} CPU, {threads} thread{'' if threads == 1 else 's'}"
     return f"{where}, {precision} compute on fp32 weights, optimizer {optimizer}"
 
 

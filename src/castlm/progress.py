@@ -71,6 +71,8 @@ def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -
 
     def line(done: int, total: int) -> None:
         nonlocal next_line, first
+        if before is None:  # long work, of which the first part may take minutes
+            note(f"{what} {done:,}/{total:,}")
         now, done_in_second = time.monotonic(), per_second(done)
         if now >= next_line and done_in_second > 0 and done < total:
             next_line = now + SECONDS_BETWEEN_LINES
