@@ -93,8 +93,19 @@ def test_functions_of_a_model_in_memory_name_what_they_were_given(given, tmp_pat
         ) as caught:
             call()
         assert "\n" not in str(caught.value), name
+    sections = dict.fromkeys(castlm.TrainConfig.sections(), given)
+    with pytest.raises(castlm.InputError, match=r"section model must be ModelOptions.*TrainConfig\.of"):
+        castlm.TrainConfig(**sections)
     with pytest.raises(castlm.InputError, match="tokenizer"):
         castlm.save_model(tiny_model("llama"), given, tmp_path / "out")
+    model = tiny_model("llama")
     with pytest.raises(castlm.InputError, match="text must be"):
-        castlm.perplexity(tiny_model("llama"), "a text")
+        castlm.perplexity(model, "a text")
+    with pytest.raises(castlm.InputError, match=r"shape \(1, 8\)"):
+        castlm.perplexity(model, ids)
+    with pytest.raises(castlm.InputError, match="masks must"):
+        castlm.prune_(model, masks=[ids])
+    for name in ("basis", "refinements"):
+        with pytest.raises(castlm.InputError, match=f"{name} must be"):
+            castlm.prune_oneshot_(model, "wanda", calibration=ids, **{name: given})
     assert not any(tmp_path.iterdir())

@@ -4,6 +4,8 @@ import base64
 import contextlib
 import io
 import json
+import os
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -431,6 +433,10 @@ def test_an_image_that_is_small_as_a_file_and_large_in_memory_is_refused(dataset
     with pytest.raises(InputError, match=r"large.png.*65,610,000.*64,000,000"):
         read_image(str(tmp_path / "large.png"))
     assert read_image(str(tmp_path / "large.png"), document_limit=1.1).size == (8_100, 8_100)
+    Image.new("L", (64, 64)).save(tmp_path / "a.jp2")
+    monkeypatch.setattr(image_reader, "MOST_PIXELS_OF_ONE", 4 * 64 * 64 - 1)
+    with pytest.raises(InputError, match=r"4,096 pixels, more than 4,096"):  # its decoder takes the fourfold
+        read_image(str(tmp_path / "a.jp2"))
     monkeypatch.setattr(image_reader, "MOST_PIXELS", 2 * 32 * 32 - 1)
     row = json.loads(dataset.read_text().splitlines()[0])
     with pytest.raises(InputError, match=r"'which\? and'.*2,048 pixels"):
@@ -451,6 +457,49 @@ def test_no_decoder_but_those_of_pixels_sees_a_file_and_none_ends_in_more_than_a
     (tmp_path / "a.png").write_bytes(content)
     with refusal(r"^cannot read the image .*a\.png: .+$"):
         read_image(str(tmp_path / "a.png"))
+
+
+def many_scans(count: int) -> bytes:
+    """A JPEG whose last scan, of some 30 bytes, comes `count` times more."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    return whole[:-2] + whole[whole.rindex(b"\xff\xda") : -2] * count + whole[-2:]
+
+
+def many_strips(count: int) -> bytes:
+    """A TIFF of 64 x 64 pixels with `count` strips, all of the same bytes."""
+    fields = [
+        (256, 4, 1, 64),
+        (257, 4, 1, 64),
+        (258, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+    ]  # tag, type, number, value
+    behind = 8 + 2 + 12 * 9 + 4
+    fields += [(273, 4, count, behind), (277, 3, 1, 1), (278, 4, 1, 1), (279, 4, count, behind + 4 * count)]
+    directory = b"".join(struct.pack("<HHII", *field) for field in fields)
+    head = struct.pack("<4sIH", b"II*\0", 8, len(fields)) + directory + bytes(4)
+    return head + struct.pack("<I", 8) * count + struct.pack("<I", 64) * count
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (many_scans(100), "10[0-9] scans"),
+        (many_strips(600), "600 strips"),
+        (b"RIFF\0\0\0\xffWEBPVP8X" + bytes(10), "10,000,000,000 bytes"),
+    ],
+    ids=["scans", "strips", "a sparse file"],
+)
+def test_an_image_that_takes_more_time_or_memory_than_its_file_tells_is_refused(content, reason, tmp_path):
+    (tmp_path / "a.png").write_bytes(content)
+    if "bytes" in reason:
+        os.truncate(tmp_path / "a.png", 10**10)
+    with pytest.raises(InputError, match=reason):
+        read_image(str(tmp_path / "a.png"))
+    assert read_image(BYTES + base64.b64encode(many_scans(3)).decode()).size == (64, 64)
+    assert read_image(BYTES + base64.b64encode(many_strips(64)).decode()).size == (64, 64)
 
 
 def test_a_bad_image_does_not_end_a_run(llava, dataset, tmp_path, capsys):

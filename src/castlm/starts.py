@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_type
 from castlm.core.nm import NM, LayerPattern, Pattern, parse_pattern
 from castlm.fields import Joined, unmet, without_effect
 from castlm.oneshot.options import EFFORTS, NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements
@@ -234,6 +234,8 @@ def prune_oneshot_(
         >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
         >>> report = prune_oneshot_(model, "sparsegpt", calibration=tokens)  # doctest: +SKIP
     """
+    check_type(basis, BasisOptions, "basis must be BasisOptions", "leave it out for none")
+    check_type(refinements, Refinements, "refinements must be Refinements", "leave it out for none")
     pattern = parse_pattern(pattern)
     steps = steps_of(method, pattern, basis, refinements)
     text = None if calibration is None else (calibration, extras, precision)

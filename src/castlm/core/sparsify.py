@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -280,6 +281,7 @@ def prune_(
         [[0.0, -3.0, 2.0, 0.0]]
     """
     scope = scope_of(model, pattern, filter_fn)
+    check_type(masks, (Mapping, NoneType), "masks must map each weight to its mask", "pass AdamS.masks()")
     weights = scope.weights
     for name, weight in weights.items():
         scope.pattern.check_placement(weight)

@@ -18,7 +18,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
@@ -33,6 +33,7 @@ from castlm.models.locate import find
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 IMAGE_COLUMNS = ("images", "image")
 BYTES = "data:image;base64,"
@@ -47,6 +48,9 @@ MOST_PIXELS_OF_ONE = 64_000_000
 """Most pixels of one image (its file may be 10,000 times smaller). Processors scale images down to a few million."""
 MOST_PIXELS = 256_000_000
 """Most pixels of all images of a conversation, which are in memory together."""
+_MOST_BYTES_OF_PIXEL = 8  # of a file, on average: four channels of 16 bits
+_MOST_SCANS = 100  # of a JPEG, as in libtiff: each takes a pass over all pixels, and may have 31 bytes
+_MEMORY_OF_JPEG2000 = 4  # its decoder takes some 24 bytes for each pixel and channel
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
@@ -343,13 +347,41 @@ def read_image(source: str, document_limit: float = 1.0) -> Image:
         data = io.BytesIO(base64.b64decode(source.removeprefix(BYTES))) if is_inline else open_regular(source)
         Image.init()
         known = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack AVIF
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-        with data as file, Image.open(file, formats=known) as image:
-            pixels = image.width * image.height
-            most = MOST_PIXELS_OF_ONE * document_limit
-            if pixels > most:  # checked before any image is decoded
-                raise ValueError(f"it has {pixels:,} pixels, more than {most:,.0f}: scale it down; see document_limit")
-            return ImageOps.exif_transpose(image).convert("RGB")
+        warnings.filterwarnings("ignore", module="PIL")  # of its limit, which is higher, and of damaged EXIF data
+        with data as file:
+            _check_bytes(file, document_limit)  # some decoders begin by reading the whole file
+            with Image.open(file, formats=known) as image:
+                _check_cost(image, file, document_limit)  # before it is decoded
+                return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a decoder is a program, with errors of many types
         reason = re.sub(r" <_io.*?>", " it", one_line(error))
         raise InputError(f"cannot read the image {where}: {reason}; correct or remove it") from error
+
+
+def _check_bytes(file: BinaryIO, document_limit: float) -> None:
+    """Raises `ValueError` for a file larger than the largest image, which may be sparse on the disk."""
+    size, most = file.seek(0, io.SEEK_END), _MOST_BYTES_OF_PIXEL * MOST_PIXELS_OF_ONE * document_limit
+    file.seek(0)
+    if size > most:
+        raise ValueError(f"its file has {size:,} bytes, more than {most:,.0f}: scale it down; see document_limit")
+
+
+def _check_cost(image: ImageFile, file: BinaryIO, document_limit: float) -> None:
+    """Raises `ValueError` for an image whose decoding would take much more memory or time than its file tells."""
+    pixels, most = image.width * image.height, MOST_PIXELS_OF_ONE * document_limit
+    if image.format == "JPEG2000":
+        most /= _MEMORY_OF_JPEG2000
+    if pixels > most:
+        raise ValueError(f"it has {pixels:,} pixels, more than {most:,.0f}: scale it down; see document_limit")
+    strips = 8 * image.height + pixels // 256 + 8  # a row of each channel, or a tile of 16 x 16
+    if len(image.tile) > strips:
+        raise ValueError(f"it has {len(image.tile):,} strips, more than {strips:,}: save it again")
+    if image.format in ("JPEG", "MPO"):
+        scans, last, position = 0, b"", file.tell()
+        file.seek(0)
+        while chunk := file.read(1 << 20):
+            scans += (last + chunk).count(b"\xff\xda")
+            last = chunk[-1:]
+        file.seek(position)
+        if scans > _MOST_SCANS:
+            raise ValueError(f"it has {scans:,} scans, more than {_MOST_SCANS}: save it again")

@@ -91,6 +91,10 @@ def perplexity(
     """
     check_of_transformers(model)
     check_type(text, (Tensor, ScoredText), "text must be a tensor of token ids", "tokenize it, or use castlm.evaluate")
+    if isinstance(text, Tensor) and (text.dim() != 1 or text.is_floating_point()):
+        raise InputError(
+            f"text is a tensor of shape {tuple(text.shape)} and {text.dtype}: give (num_tokens,) token ids"
+        )
     if seq_len is None:
         seq_len = min(SEQ_LEN, context_length(model.config) or SEQ_LEN)
     stride = seq_len if stride is None else stride

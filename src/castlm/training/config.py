@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, Unpack
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, check_type
 from castlm.core.nm import NM, Pattern
 from castlm.fields import (
     Joined,
@@ -163,6 +163,9 @@ class TrainConfig:
         return cls(**sections, given=values)
 
     def __post_init__(self) -> None:
+        for title, kind in self.sections().items():
+            remedy = f"{type(self).__name__}.of(model, dataset, output_dir, ...) makes the sections of options"
+            check_type(getattr(self, title), kind, f"the section {title} must be {kind.__name__}", remedy)
         self._fill_in()
         self._check()
 
