@@ -1,9 +1,11 @@
 """Steps inside the backward pass: the bits of a step after it, and the gradients of one block at a time."""
 
 import pytest
+import torch
 
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
+from castlm.distributed.gradients import gradient_norm, torch_norm_of
 from castlm.training.train import _obstacle_on_ranks, train
 from tests.runs import begin_run, metrics, small, stop_and_resume, take_steps
 from tests.slow import slow
@@ -32,6 +34,16 @@ def test_a_run_that_steps_in_the_backward_pass_and_is_resumed_has_the_bits_of_a_
         for folder in (tmp_path / "plain", killed)
     )
     assert one == other
+
+
+def test_torchs_norm_which_gpus_take_is_the_exact_one_up_to_rounding():
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((300, 40), (40,), (7,))]
+    for number, parameter in enumerate(parameters[:2]):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    exact = gradient_norm(parameters)
+    whole = torch.cat([p.grad.double().flatten() for p in parameters[:2]]).norm()
+    torch.testing.assert_close(exact.double(), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch_norm_of(parameters), exact, rtol=1e-6, atol=0)
 
 
 def test_the_gradients_of_one_block_are_there_at_a_time(llama, text, tmp_path, monkeypatch):

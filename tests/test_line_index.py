@@ -14,6 +14,7 @@ from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import JsonRows
 from castlm.files.weights import layout_of, write_safetensors
 from castlm.training.source import steps_of_epochs
+from castlm.training.train import train
 from tests.runs import small
 
 TURNS = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": f"{i} it is"}] for i in range(9)]
@@ -60,8 +61,16 @@ def test_the_steps_of_epochs_are_counted_at_a_restart_without_parsing_the_file(l
     indexes.save(folder)
     expected = steps_of_epochs(*sections, 2.0, 4)
     assert parses == [1, 1]
-    assert steps_of_epochs(*sections, 2.0, 4, folder) == expected
+    assert steps_of_epochs(*sections, 2.0, 4, LineIndexes(folder)) == expected
     assert parses == [1, 1]
+
+
+def test_a_run_of_epochs_parses_its_text_once(llama, tmp_path, parses):
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"{i} is a number. " * 9}) for i in range(40)))
+    over = {"max_steps": 300, "num_train_epochs": 0.04, "init_from": "magnitude", "eta": 0.0}
+    train(small(llama, str(file), tmp_path / "run", **over))
+    assert parses == [1]
 
 
 CHANGES = ["longer", "newer", "other words at the old time", "options", "cut short", "outside", "no index"]

@@ -8,7 +8,7 @@ rank's rows, and it adds them to the sum so far. NCCL and gloo would add them in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,24 @@ def norm_of(squares: Iterable[Tensor], sharded_like: Tensor) -> Tensor:
     for group in groups:
         dist.all_reduce(total, group=group)
     return torch.tensor(math.sqrt(math.ldexp(int(total), -shift)), dtype=torch.float32, device=mine.device)
+
+
+def gradient_norm(parameters: Collection[Tensor]) -> Tensor:
+    """The norm of the gradients of `parameters`, () float32: on a CPU that of `norm_of`.
+
+    On other devices gradients themselves depend on the number of ranks, so torch's norm does, with fewer kernels and no
+    wait for the device.
+    """
+    first = next(iter(parameters))
+    if first.device.type == "cpu":
+        return norm_of((squares_of(p) for p in parameters if p.grad is not None), first)
+    return torch_norm_of(parameters)
+
+
+def torch_norm_of(parameters: Iterable[Tensor]) -> Tensor:
+    """The norm of the gradients of `parameters`, () float32, in torch's order of sums."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()

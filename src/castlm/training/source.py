@@ -267,7 +267,7 @@ def steps_of_epochs(
     evaluation: EvaluationOptions,
     num_epochs: float,
     global_batch: int,
-    indexes: Path | None = None,
+    indexes: LineIndexes | None = None,
 ) -> int:
     """The number of optimizer steps of `global_batch` sequences in `num_epochs` of the training documents.
 
@@ -275,7 +275,7 @@ def steps_of_epochs(
 
     Raises `InputError` for a stream of the hub, whose length is not known, or a mixture, which has no end.
     """
-    documents, _ = _open_splits(data, evaluation, LineIndexes(indexes))
+    documents, _ = _open_splits(data, evaluation, indexes)
     if not isinstance(documents, Documents):
         raise InputError(f"num_train_epochs: {data.dataset} is streamed or a mixture, without epochs: give max_steps")
     _, _, tokenizer = open_model(model.model, **model.loading)
@@ -320,20 +320,20 @@ def open_training_text(
     world: World,
     *,
     rows_per_rank: int,
-    indexes: Path | None = None,
+    indexes: LineIndexes | None = None,
 ) -> TrainingText:
     """Opens the texts of a run and tokenizes the held-out text.
 
     Args:
         tokenizer: receives the chat template of `data`, if there is one.
         rows_per_rank: sequences of a batch on one rank.
-        indexes: the folder in which an earlier start of the run left the places of its documents.
+        indexes: the places of the documents in .jsonl files, of which those that are opened here are kept.
 
     Raises:
         InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
     """
-    line_indexes = LineIndexes(indexes)
-    documents, held_out = _open_splits(data, evaluation, line_indexes)
+    indexes = indexes or LineIndexes()
+    documents, held_out = _open_splits(data, evaluation, indexes)
     encoder = open_encoder([documents, *held_out], tokenizer, model.model, data, **model.loading)
     # All ranks read the same text, but each prepares only the images of its own rows.
     says = world.is_main or documents.kind is Kind.WITH_EXTRA
@@ -365,7 +365,7 @@ def open_training_text(
         loader=loader,
         held_out=ScoredText.joined(list(parts.values())),
         eval_parts={short[name]: part for name, part in parts.items()} if len(parts) > 1 else {},
-        indexes=line_indexes,
+        indexes=indexes,
         is_plain=all(text.kind is Kind.TEXT for text in (documents, *held_out)),
         encoder=encoder,
         train_sha256=train_sha256,
@@ -383,7 +383,7 @@ def open_inputs(
     rows_per_rank: int,
     teacher_top_k: int,
     whole_copies: bool = False,
-    indexes: Path | None = None,
+    indexes: LineIndexes | None = None,
 ) -> tuple[Source, TrainingText]:
     """Opens the dense model and the texts of a run, and checks that they fit; see `open_source`.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from castlm.core.errors import DivergedError, InputError
 from castlm.data.tokens import check_vocabulary
-from castlm.distributed.gradients import SumsInOrder, clip_, norm_of, squares_of
+from castlm.distributed.gradients import SumsInOrder, clip_, gradient_norm
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.sharding import average_gradients_, sum_over_replicas_
 from castlm.hardware import autocast
@@ -96,7 +96,7 @@ class Stepper:
         run, step, max_norm = self.run, self.run.progress.step, self.run.config.optimizer.max_grad_norm
         losses = self._accumulate(micro_batches, num_tokens)
         # The norm is taken of the gradients of the whole global batch, before the method changes them.
-        norm = norm_of((squares_of(p) for p in run.names if p.grad is not None), next(iter(run.names)))
+        norm = gradient_norm(run.names)
         if max_norm:
             clip_(run.names, max_norm, norm)
         grad_norm = self._finite(losses, norm)

@@ -19,6 +19,7 @@ from castlm.core.nm import Pattern, pack_mask
 from castlm.core.rounding import fit_rounding_
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import FilterFn, sparse_linears
+from castlm.data.line_index import LineIndexes
 from castlm.data.packing import MixedSequences, document_offsets
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.mask_check import masked_samples
@@ -93,12 +94,13 @@ def train(config: TrainConfig) -> Facts:
         with claimed(output, config.inputs, world) as folder:
             if output.push_to_hub:
                 world.on_main(lambda: check_login(output.hub_repo))
-            config = resolve(config, world)
+            indexes = LineIndexes(folder.text_index if output.resume else None)  # so that each text is parsed once
+            config = resolve(config, world, indexes)
             if world.on_main(lambda: output.resume and folder.is_finished()):
                 options, batch = config.as_dict(), config.optimizer.sequences_per_step(world.size)
                 facts = world.on_main(lambda: folder.finish_again(options, config.as_yaml(), batch), patient=True)
             else:
-                run = set_up(config, world)
+                run = set_up(config, world, indexes=indexes)
                 collect_garbage(world.device.type)  # whatever was loaded on the way
                 interrupt.start_training()
                 with Recorder(run) as recorder:
@@ -143,7 +145,12 @@ def take_steps(run: Run, recorder: Recorder, interrupt: Interrupt) -> None:
     recorder.cover_teacher_cache()
 
 
-def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None = None) -> Run:
+def set_up(
+    config: TrainConfig,
+    world: World,
+    start_of: CheckpointOptions | None = None,
+    indexes: LineIndexes | None = None,
+) -> Run:
     """Builds the parts of a run, and loads its checkpoint if it is resumed. Checks that can fail come first.
 
     Nothing in the output folder changes. The order of the last part is fixed: the teacher copies the dense weights, the
@@ -153,6 +160,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         config: a config whose `lam` is a number.
         start_of: the options of the output folder beside which the start leaves its finished blocks; by default those
             of `config`.
+        indexes: the places of the documents in .jsonl files that have been opened; by default, no file has.
     """
     start_of = start_of or config.checkpoint
     data, method_options, optimizer_options, runtime = config.data, config.method, config.optimizer, config.runtime
@@ -189,7 +197,7 @@ def set_up(config: TrainConfig, world: World, start_of: CheckpointOptions | None
         rows_per_rank=rows,
         teacher_top_k=top_k,
         whole_copies=whole_copies,
-        indexes=folder.text_index if config.checkpoint.resume else None,
+        indexes=indexes,
     )
     model = source.model
     precision = choose_precision(runtime.precision, world.device, model.config)
@@ -335,14 +343,16 @@ def _obstacle_on_ranks(config: TrainConfig) -> str | None:
     return None
 
 
-def resolve(config: TrainConfig, world: World) -> TrainConfig:
-    """`config` with the values that depend on files: `left_dense`, `max_steps` of the epochs, `lam`."""
+def resolve(config: TrainConfig, world: World, indexes: LineIndexes | None = None) -> TrainConfig:
+    """`config` with the values that depend on files: `left_dense`, `max_steps` of the epochs, `lam`.
+
+    For `indexes` see `set_up`.
+    """
     if config.is_finetuning:
         config = config.changed(left_dense=world.on_main(lambda: layers_left_dense(config.model)))
     epochs = config.optimizer.num_train_epochs
     if epochs is not None:
         batch = config.optimizer.sequences_per_step(world.size)
-        indexes = RunFolder(config.checkpoint.output_dir).text_index if config.checkpoint.resume else None
         steps = world.on_main(
             lambda: steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch, indexes), patient=True
         )
