@@ -1,4 +1,4 @@
-"""Compares `plan memory --prune` with the peak of resident memory of `castlm prune`, of one block and of the model.
+"""Compares `plan memory --prune` and `--quantize` with the peak of resident memory of `castlm prune` and `quantize`.
 
 Run: `python -m benchmarks.prune_memory [--shape NAME] [--layers N] [--case NAME ...] [--json OUT]` (Linux: the peak is
 read from /proc). The model has random bf16 weights in the shape of a Llama, one file a transformer block. Each case is
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,12 @@ from benchmarks.machine import machine, proc_status, write_json
 from castlm.cli.main import main as castlm
 from castlm.cli.options import command_line
 from castlm.cli.prune import PruneCommand
+from castlm.cli.quantize import QuantizeCommand
 from castlm.core.blocks import in_block
+from castlm.formats.table import FORMATS
 from castlm.lab.compare.presets import SPARSEGPT
 from castlm.lab.planning.prune_memory import plan_prune_memory
+from castlm.lab.planning.quantize_memory import plan_quantize_memory
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 
 GIB = 2**30
@@ -63,7 +66,10 @@ CASES: dict[str, dict[str, Any]] = {
     "reconstruction": {**AS_PUBLISHED, "reconstruct_epochs": 2, "reconstruct_rate": 1e-5},
     "SparseGPT as published, the model in memory": {**AS_PUBLISHED, "memory": "model"},
     "the default, the model in memory": {"memory": "model"},
+    "int4, packed": {"kind": "int4", "packed": True},
+    "int8": {"kind": "int8"},
 }
+"""Options of `castlm prune`, or with a `kind` of `castlm quantize`."""
 
 
 def write_model(folder: Path, shape: Shape, num_layers: int) -> None:
@@ -101,7 +107,18 @@ def random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.empty(shape).normal_(std=0.02, generator=generator).bfloat16()
 
 
-def predicted_peak(command: PruneCommand) -> int:
+def command_of(case: Mapping[str, Any], model: Path, text: Path, output: Path) -> PruneCommand | QuantizeCommand:
+    """The command of a case."""
+    own: dict[str, Any] = {"model": str(model), "output_dir": str(output), "device": "cpu"}
+    reads = {"calibration": str(text), "num_sequences": SEQUENCES, "seq_len": SEQ_LEN}
+    if "kind" in case:
+        return QuantizeCommand(**own, **(reads if FORMATS[case["kind"]].reads_text else {}), **case)
+    return PruneCommand(**own, **reads, **({"memory": "block"} | case))
+
+
+def predicted_peak(command: PruneCommand | QuantizeCommand) -> int:
+    if isinstance(command, QuantizeCommand):
+        return plan_quantize_memory(command.model, command.kind, num_sequences=SEQUENCES, seq_len=SEQ_LEN).peak
     return plan_prune_memory(
         command.model,
         memory=command.memory or "model",
@@ -113,9 +130,9 @@ def predicted_peak(command: PruneCommand) -> int:
     ).peak
 
 
-def measured_peak(command: PruneCommand) -> tuple[int, float]:
+def measured_peak(command: PruneCommand | QuantizeCommand) -> tuple[int, float]:
     """Bytes and seconds of the command. Exits where it fails."""
-    line = command_line("prune", command)
+    line = command_line("quantize" if isinstance(command, QuantizeCommand) else "prune", command)
     arguments = shlex.split(line)[1:]  # behind "castlm"
     started = time.perf_counter()
     module = [sys.executable, "-m", "benchmarks.prune_memory", "--child"]
@@ -154,15 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_model(model, SHAPES[args.shape], args.layers)
         print(f"{'case':<46}{'predicted':>12}{'measured':>12}{'ratio':>8}{'seconds':>10}")
         for number, name in enumerate(args.case):
-            command = PruneCommand(
-                model=str(model),
-                calibration=str(text),
-                output_dir=str(folder / str(number)),
-                num_sequences=SEQUENCES,
-                seq_len=SEQ_LEN,
-                device="cpu",
-                **({"memory": "block"} | CASES[name]),
-            )
+            command = command_of(CASES[name], model, text, folder / str(number))
             predicted = predicted_peak(command)
             measured, seconds = measured_peak(command)
             ratio = predicted / measured

@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
-from castlm.distributed.loading import open_sharded
+from castlm.distributed.loading import fingerprint, open_sharded
 from castlm.models.architecture import backbone, check_head, output_head
 from castlm.models.gguf import fast_gguf
 from castlm.models.io import load_model, save_model
@@ -34,7 +33,7 @@ from castlm.models.locate import find
 from tests.ranks import start_process, wait_ranks
 from tests.runs import assert_equal_weights, edit_json, edit_weights, weights
 from tests.slow import slow_but
-from tests.tiny import EOS_ID, FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer, write_gguf
 
 IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))
 TEXT = "Hé llo\n\tx 🙂"
@@ -136,55 +135,6 @@ def test_check_head_refuses_what_is_more_than_a_head(family, over, reason):
         check_head(tiny_model(family, **over))
 
 
-def write_gguf(file: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """`model`, a tiny LLaMA, as llama.cpp stores it, matrices in Q8_0; returns the weights that must come out again."""
-    gguf = pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCAB_SIZE)
-    vocab = tiny_tokenizer().get_vocab()
-    tokens = [*sorted(vocab, key=vocab.__getitem__), "zz", *(f"<unused{i}>" for i in range(EOS_ID + 2, VOCAB_SIZE))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if i == EOS_ID else 1 for i in range(VOCAB_SIZE)])
-    writer.add_token_merges(["z z"])
-    writer.add_bos_token_id(EOS_ID)
-    writer.add_eos_token_id(EOS_ID)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    q8 = gguf.GGMLQuantizationType.Q8_0
-    expected = {}
-    for name, tensor in model.state_dict().items():
-        weight, kind = tensor.numpy(), name.split(".")[-2]
-        if kind in heads:  # llama.cpp's rotary pairs are neighbours
-            weight = weight.reshape(heads[kind], 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        target = names.get_name(name, try_suffixes=(".weight",))
-        if weight.ndim == 1:
-            writer.add_tensor(target, weight)
-            expected[name] = tensor
-            continue
-        quantized = gguf.quants.quantize(np.ascontiguousarray(weight), q8)
-        writer.add_tensor(target, quantized, raw_dtype=q8)
-        weight = gguf.quants.dequantize(quantized, q8)
-        if kind in heads:
-            weight = weight.reshape(heads[kind], -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        expected[name] = torch.tensor(weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
-
-
 def test_gguf_is_a_plain_model_after_load(tmp_path, capfd):
     file, out = tmp_path / "tiny.gguf", tmp_path / "out"
     expected = write_gguf(file, tiny_model("llama"))
@@ -204,8 +154,17 @@ def test_gguf_is_a_plain_model_after_load(tmp_path, capfd):
     assert torch.equal(logits(again.model), logits(loaded.model))
     assert again.tokenizer.encode(TEXT) == loaded.tokenizer.encode(TEXT)
 
+    sharded, places = open_sharded(str(file), trust_remote_code=False, revision=None)
+    assert sharded.model.config.to_dict() == loaded.model.config.to_dict()
+    assert {*places.places} == {name for name, _ in loaded.model.named_parameters()}
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(places.read(name), parameter), name  # one weight at a time
+    assert places.fingerprint() == fingerprint(loaded.model)
+
     file.write_bytes(file.read_bytes()[:-5000])
     assert "cannot load" in refusal(file)
+    with pytest.raises(InputError, match="cannot load"):
+        open_sharded(str(file), trust_remote_code=False, revision=None)
     file.write_bytes(b"GGUF")
     assert "cannot load" in refusal(file)
 

@@ -6,6 +6,7 @@ from transformers import AutoConfig
 from castlm.cli import plan as command
 from castlm.core.errors import InputError
 from castlm.lab.planning.prune_memory import MALLOC, plan_prune_memory
+from castlm.lab.planning.quantize_memory import plan_quantize_memory
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.patterns import parse_pattern
 from tests.tiny import save_tiny
@@ -86,6 +87,25 @@ def test_wanda_needs_vectors_only_where_the_basis_stays_and_magnitude_has_no_pla
         plan_prune_memory(CONFIG, memory="model", pattern=parse_pattern("channels:0.5"))
 
 
+def test_quantizing_holds_a_block_its_statistics_and_the_layers_that_read_one_input():
+    total = LAYERS * BLOCK + 2 * VOCAB * HIDDEN + HIDDEN
+    plan = plan_quantize_memory(CONFIG, "int4", num_sequences=4, seq_len=32)
+    assert plan.components["weights"] == 4 * BLOCK
+    assert plan.components["statistics"] == 4 * (3 * HIDDEN**2 + NEURONS**2)
+    # gate and up together, and target, updated, codes and errors of them; the mask in bytes; R and U
+    gate_up = 5 * 2 * HIDDEN * NEURONS + 2 * HIDDEN * NEURONS // 4 + 2 * HIDDEN**2
+    down = 3 * HIDDEN * NEURONS + HIDDEN * NEURONS // 4 + 3 * NEURONS**2
+    assert plan.components["rounding"] == 4 * max(gate_up, down)
+    assert plan.disk == 2 * 4 * 4 * 32 * HIDDEN
+    whole = plan_quantize_memory(CONFIG, "int4", memory="model", seq_len=32)
+    assert whole.components["weights"] == 4 * total
+    of_round = [each.phases["round"] - each.components["process"] for each in (whole, plan)]  # processes differ
+    assert of_round[0] - of_round[1] == pytest.approx(4 * (total - BLOCK) * (1 + MALLOC), abs=2)
+    nearest = plan_quantize_memory(CONFIG, "int8")
+    assert nearest.phases.keys() == {"round", "finish"}
+    assert nearest.components["weights"] == 4 * BLOCK
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma"])
 def test_families_with_other_names_are_planned(tmp_path, family):
     folder = save_tiny(tmp_path, family)
@@ -103,5 +123,9 @@ def test_the_command_prints_the_phases_and_the_peak(llama, capsys):
     assert "phase: gradients" in capsys.readouterr().out
     assert command.memory([*arguments, "--reconstruct-epochs", "2"]) == 0
     assert "phase: reconstruction" in capsys.readouterr().out
+    assert command.memory([*arguments[:2], "--quantize", "int4"]) == 0
+    assert "phase: round" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--quantize int4"):
+        command.memory([*arguments, "--quantize", "int4"])
     with pytest.raises(InputError, match="reconstruct-epochs = -1"):
         command.memory([*arguments, "--reconstruct-epochs", "-1"])

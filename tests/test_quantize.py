@@ -25,11 +25,12 @@ from castlm.formats.packed_file import read_specs
 from castlm.formats.rounding import round_in_groups, round_rows
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
+from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.steps.round import quantize_
 from castlm.runtime.packed import pack_integers, unpack
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.refusals import assert_refused
-from tests.runs import assert_equal_weights, prune_to, record_of, weights
+from tests.runs import assert_equal_weights, killed_in, prune_to, record_of, weights
 from tests.slow import slow
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -155,26 +156,50 @@ def test_a_layer_whose_width_does_not_divide_is_packed_as_it_is(tmp_path):
     assert_equal_weights(tmp_path / "plain", tmp_path / "unpacked")
 
 
-@pytest.mark.parametrize("kind", ["int8", slow("fp8")])
-def test_rounding_by_rows_holds_a_bf16_model_as_it_is_stored_and_writes_the_bytes_of_fp32(kind, tmp_path, monkeypatch):
-    dense, out = save_tiny(tmp_path / "dense"), tmp_path / "sparse"
-    tiny_model("llama").bfloat16().save_pretrained(dense)
-    prune_to(out, dense)
+def quantize(model, folder, text, kind, *options) -> None:
+    """Quantizes with the command; int4 with a calibration text."""
+    read = ["--calibration", text, "--seq-len", "64", "--num-sequences", "19"] if kind in GPTQ else []
+    assert main(["quantize", str(model), "--kind", kind, *read, "--output-dir", str(folder), *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "options"),
+    [
+        ("int4", "llama", ["--packed"]),
+        ("int8", "gpt2", []),
+        slow("fp8", "llama", []),
+        slow("int3", "gpt2", ["--packed"]),
+    ],
+)
+def test_one_block_in_memory_gives_what_the_whole_model_gives(kind, family, options, text, tmp_path, monkeypatch):
+    """Also after a kill; a model in bf16 that is rounded to the nearest is held as it is stored."""
+    dense, sparse = save_tiny(tmp_path / "dense", family), tmp_path / "sparse"
+    tiny_model(family).bfloat16().save_pretrained(dense)
+    prune_to(sparse, dense)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized, "load_model", None)
+        with killed_in(StartFolder, "record"):
+            quantize(sparse, tmp_path / "block", text, kind, *options)
+        quantize(sparse, tmp_path / "block", text, kind, *options)
     asked = []
 
-    def loaded_in(dtype):
-        def load(*arguments, **options):
-            asked.append(options["dtype"])
-            return load_model(*arguments, **{**options, "dtype": dtype})
+    def load(*arguments, **keywords):
+        asked.append(keywords["dtype"])
+        return load_model(*arguments, **keywords)
 
-        return load
-
-    for name, dtype in (("stored", None), ("fp32", torch.float32)):
-        monkeypatch.setattr(quantized, "load_model", loaded_in(dtype))
-        assert main(["quantize", str(out), "--kind", kind, "--output-dir", str(tmp_path / name)]) == 0
-    assert asked == [None, None]
-    assert_equal_weights(tmp_path / "stored", tmp_path / "fp32")
-    assert {tensor.dtype for tensor in weights(tmp_path / "stored").values()} == {torch.bfloat16}
+    monkeypatch.setattr(quantized, "open_sharded", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(quantized, "load_model", load)
+    quantize(sparse, tmp_path / "whole", text, kind, *options)
+    assert asked == [torch.float32 if kind in GPTQ else None]
+    assert not list(tmp_path.glob("*.partial"))
+    found, expected = weights(tmp_path / "block"), weights(tmp_path / "whole")
+    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in expected.items()}
+    assert_equal_weights(tmp_path / "block", tmp_path / "whole")
+    records = [record_of(tmp_path / name)["quantized"] for name in ("block", "whole")]
+    assert records[0]["layers"] == records[1]["layers"]
+    errors = [record["mean_relative_error"] for record in records]
+    # a model that is held in bf16 also counts the rounding of its values
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6 if kind in GPTQ else 0.3)
 
 
 def test_int4_without_a_calibration_text_says_that_one_would_lose_less(sparse, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -208,3 +209,54 @@ def save_tiny_with_images(folder: str | Path, family: str = "llava", seed: int =
     processor.save_pretrained(folder)
     tiny_model(family, seed, **over).save_pretrained(folder)
     return Path(folder)
+
+
+def write_gguf(file: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """`model`, a tiny LLaMA, as llama.cpp stores it, matrices in Q8_0; returns the weights that must come out again."""
+    import pytest
+
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(VOCAB_SIZE)
+    vocab = tiny_tokenizer().get_vocab()
+    tokens = [*sorted(vocab, key=vocab.__getitem__), "zz", *(f"<unused{i}>" for i in range(EOS_ID + 2, VOCAB_SIZE))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i == EOS_ID else 1 for i in range(VOCAB_SIZE)])
+    writer.add_token_merges(["z z"])
+    writer.add_bos_token_id(EOS_ID)
+    writer.add_eos_token_id(EOS_ID)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        weight, kind = tensor.numpy(), name.split(".")[-2]
+        if kind in heads:  # llama.cpp's rotary pairs are neighbours
+            weight = weight.reshape(heads[kind], 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if weight.ndim == 1:
+            writer.add_tensor(target, weight)
+            expected[name] = tensor
+            continue
+        quantized = gguf.quants.quantize(np.ascontiguousarray(weight), q8)
+        writer.add_tensor(target, quantized, raw_dtype=q8)
+        weight = gguf.quants.dequantize(quantized, q8)
+        if kind in heads:
+            weight = weight.reshape(heads[kind], -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        expected[name] = torch.tensor(weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected

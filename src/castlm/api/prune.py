@@ -166,11 +166,11 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
     from castlm.data.documents import open_documents
     from castlm.export.pruned import choose_memory, prune_folder
     from castlm.files.output import check_output
-    from castlm.models.locate import local_folder
+    from castlm.models.locate import local_folder, locate
     from castlm.oneshot.calibration import Draw
 
     pattern, method = options.pattern, options.solver
-    if options.memory == "block":
+    if options.memory == "block" and not locate(options.model).gguf:
         local_folder(options.model)
     basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
     steps = steps_of(method, pattern, basis, refinements, options.start_effort)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from castlm.cli.options import check_json_path, command_line, parse, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
-from castlm.fields import essential, number, positional
+from castlm.fields import choice, essential, number, positional
 from castlm.files.reading import read_json
+from castlm.formats.table import rounded_formats
 from castlm.names import aligned, duration
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.starts import methods_of, trained_from
@@ -98,7 +99,7 @@ class MemoryOptions:
     """Predict the memory of each rank of a run, from the model's config alone, without weights. The options are those
     of `castlm train`, so that a run's config.yaml fits. Without --gpu and without a GPU here, it is the plan of a run
     on this CPU; otherwise precision auto is planned as bf16. A teacher_cache is planned as full. With --prune, predict
-    `castlm prune`; its --method is --init-from here.
+    `castlm prune`; its --method is --init-from here. With --quantize, predict `castlm quantize`.
     """
 
     world_size: int = essential(1, at_least=1)
@@ -118,8 +119,13 @@ class MemoryOptions:
     prune: bool = essential(False)
     """Predict `castlm prune` on a CPU instead of a training run."""
 
+    quantize: str | None = choice(None, rounded_formats, essential=True)
+    """Predict `castlm quantize` to this format on a CPU instead of a training run, with a calibration text for int4 and
+    int3."""
+
     memory: Literal["model", "block"] = essential("block")
-    """With --prune: keep the whole model in memory, or one transformer block. Structured patterns need the whole model.
+    """With --prune and --quantize: keep the whole model in memory, or one transformer block. Structured patterns,
+    experts and images need the whole model.
     """
 
 
@@ -134,12 +140,25 @@ def memory(arguments: list[str]) -> int:
     from castlm.lab.planning.hours import plan_hours
     from castlm.lab.planning.memory import PlannedRun, plan_memory, read_config
     from castlm.lab.planning.prune_memory import plan_prune_memory
+    from castlm.lab.planning.quantize_memory import plan_quantize_memory
 
+    if options.prune and options.quantize is not None:
+        raise InputError(f"--prune and --quantize {options.quantize} are two commands: give one of them")
     model, pattern, start, teacher = config.model.model, config.model.pattern, config.start, config.teacher
     if start.name not in methods_of(pattern) and not Path(start.name).expanduser().is_dir():
         solvers = ", ".join(methods_of(pattern))
         raise InputError(f"init_from {start.name} is neither {solvers} nor the folder of a model of {pattern}")
     num_sequences, seq_len = start.calibration_sequences or MOST_SEQUENCES, config.data.seq_len
+    if options.quantize is not None:
+        plan_of_quantize = plan_quantize_memory(
+            model,
+            options.quantize,
+            memory=options.memory,
+            num_sequences=start.calibration_sequences or 64,
+            seq_len=seq_len if "seq_len" in config.given else None,
+        )
+        print(plan_of_quantize.table())
+        return 0
     if options.prune:
         plan_of_prune = plan_prune_memory(
             model,

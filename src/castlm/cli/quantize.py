@@ -20,7 +20,11 @@ CALIBRATION = Needs("--calibration, which int4 and int3 read", lambda command: c
 
 @dataclass(frozen=True)
 class QuantizeCommand(TextOptions):
-    """Round the linear layers of a model to int8, fp8, int4 or int3, and verify the result. Zeros stay."""
+    """Round the linear layers of a model to int8, fp8, int4 or int3, and verify the result. Zeros stay.
+
+    One transformer block at a time is in memory, and finished ones are kept in OUTPUT_DIR.partial, so that the same
+    command continues after a kill. A model with experts, images, or other tensor names in its files is loaded whole.
+    """
 
     model: str = positional()
     """Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense."""
@@ -80,10 +84,9 @@ class QuantizeCommand(TextOptions):
         from castlm.export.packed import pattern_of
         from castlm.export.quantized import CalibrationOptions, quantize_folder
         from castlm.files.output import check_output
-        from castlm.hardware import choose_device, keep_freed_memory
+        from castlm.hardware import choose_device
         from castlm.progress import note, shown_progress
 
-        keep_freed_memory()
         calibration = None
         if self.calibration is not None:
             calibration = CalibrationOptions(self.calibration, self.num_sequences, self.seq_len, self.seed)
@@ -112,7 +115,7 @@ class QuantizeCommand(TextOptions):
         for line in report.notes:
             note(line)
         to_stdout(
-            f"{folder}: {self.kind} in {len(report.layers)} layers, mean relative error {report.mean_error:.2e}, "
+            f"{folder}: {self.kind} in {len(report.errors)} layers, mean relative error {report.mean_error:.2e}, "
             f"{'dense' if pattern is None else f'{pattern} verified'}; "
             f"measure it with: castlm eval {shlex.quote(str(folder))} --text FILE"
         )

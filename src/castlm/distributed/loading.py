@@ -27,7 +27,8 @@ from castlm.core.sparsify import SparseLayer, dense_name
 from castlm.distributed.world import World
 from castlm.files.stored import StoredTensor
 from castlm.models.architecture import auto_class, linearize_
-from castlm.models.io import Loaded, open_model, quiet, stored_dtype, weights_of
+from castlm.models.gguf import GgufWeights, forget_gguf, gguf_weights
+from castlm.models.io import Loaded, as_input_error, open_model, quiet, stored_dtype, weights_of
 from castlm.models.layout import OLD_BUFFERS
 from castlm.models.stored_layout import Part, StoredLayout
 
@@ -109,16 +110,47 @@ class ExpertPlaces:
 
 
 @dataclass(frozen=True)
+class GgufPlace:
+    """The place of a parameter in a GGUF file. A read dequantizes all of it."""
+
+    weights: GgufWeights
+    name: str
+    """As transformers names it."""
+    transposed: bool = False
+
+    @property
+    def file(self) -> Path:
+        return self.weights.file
+
+    def read(self, read: Reader, rows: slice) -> Tensor:
+        """Reads some rows of the parameter, in fp32."""
+        whole = self.weights.read(self.name)
+        return (whole.mT if self.transposed else whole)[rows]
+
+    def first(self, read: Reader, count: int) -> Tensor:
+        """The first `count` numbers (up to count,) of the parameter's first row."""
+        return self.read(read, slice(0, 1)).flatten()[:count]
+
+
+AnyPlace = Place | ExpertPlaces | GgufPlace
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The place of each parameter of a model, by its name without weight scaling."""
 
     source: str
-    places: Mapping[str, Place | ExpertPlaces]
+    places: Mapping[str, AnyPlace]
 
     def read(self, name: str) -> Tensor:
         """Reads a whole parameter, in its stored dtype."""
         with opened_files() as read:
             return self.places[name].read(read, slice(None))
+
+    def states(self) -> list[list[Any]]:
+        """Name, size and time of each weight file; hashing their content would take a pass over the disk."""
+        files = sorted({place.file for place in self.places.values() if not isinstance(place, ExpertPlaces)})
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
     def fingerprint(self) -> str:
         """The `castlm.distributed.loading.fingerprint` of the model with these weights."""
@@ -129,20 +161,23 @@ class Checkpoint:
 def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) -> tuple[Loaded, Checkpoint] | None:
     """The model that `load_model` would load, without its weights: parameters on the meta device, buffers real.
 
-    Returns None if a rank cannot read only its rows: for GGUF, for weights that transformers converts while loading,
+    Returns None if a rank cannot read its weights one by one: for weights that transformers converts while loading,
     and for damaged weights, for which `load_model` then raises.
     """
     where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
-    if where.gguf:
-        return None
     dtype = stored_dtype(where, config)
     model = empty_model(config, trust_remote_code=trust_remote_code)
     if any(buffer.is_meta for buffer in model.buffers()):
         return None
-    places = _places(model, weights_of(where, config))
+    if where.gguf:
+        with quiet(where), as_input_error(where):
+            places = _gguf_places(model, Path(where.target) / where.gguf["gguf_file"])
+        forget_gguf()  # the header, with the vocabulary
+    else:
+        places = _places(model, weights_of(where, config))
     if places is None:
         return None
-    if model.can_generate():
+    if model.can_generate() and not where.gguf:
         with quiet(where), contextlib.suppress(OSError):  # the model may have no generation config
             model.generation_config = GenerationConfig.from_pretrained(where.target, revision=where.revision)
     return Loaded(model.eval(), tokenizer, where.source, dtype), Checkpoint(where.source, places)
@@ -162,16 +197,30 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     return model
 
 
+def _gguf_places(model: PreTrainedModel, file: Path) -> dict[str, AnyPlace] | None:
+    """The place of each parameter in a GGUF file; None if it holds one in another shape, or not alone."""
+    weights, layout = gguf_weights(file, model), StoredLayout(model)
+    places: dict[str, AnyPlace] = {}
+    for parameter, names in _names_of_parameters(model).items():
+        is_transposed = any(map(layout.is_transposed, names))
+        shape = tuple(parameter.mT.shape if is_transposed else parameter.shape)
+        found = None if weights is None else next((name for name in names if weights.shape(name) == shape), None)
+        if weights is None or found is None:
+            return None
+        places[names[0]] = GgufPlace(weights, found, is_transposed)
+    return places
+
+
 Stored = Mapping[str, StoredTensor]
 
 
-def _places(model: PreTrainedModel, stored: Stored) -> dict[str, Place | ExpertPlaces] | None:
+def _places(model: PreTrainedModel, stored: Stored) -> dict[str, AnyPlace] | None:
     """The place of each parameter; None if the names and shapes in the files are not the model's own."""
     layout = StoredLayout(model)
-    places: dict[str, Place | ExpertPlaces] = {}
+    places: dict[str, AnyPlace] = {}
     known: set[str] = set()
     for parameter, names in _names_of_parameters(model).items():
-        place: Place | ExpertPlaces | None = None
+        place: AnyPlace | None = None
         fqn, _, leaf = names[0].rpartition(".")
         parts = layout.parts(fqn) if leaf == "weight" and isinstance(model.get_submodule(fqn), SparseLayer) else []
         if parts and parts[0].expert is not None:  # a stored matrix for each expert

@@ -34,11 +34,18 @@ from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
 from castlm.files.reading import user_path
 from castlm.files.record import RESULT
-from castlm.files.stored import INDEX
-from castlm.files.weights import file_names, write_index, write_safetensors
+from castlm.files.stored import INDEX, StoredTensor, read_header
+from castlm.files.weights import Batch, file_names, into_files, write_file, write_index_of, write_weights
 from castlm.hardware import model_versions
 from castlm.models.architecture import check_of_transformers, eval_mode
-from castlm.models.io import check_tokenizer, load_model, parameters_in, save_model, write_all_but_weights
+from castlm.models.io import (
+    MAX_SHARD_BYTES,
+    check_tokenizer,
+    load_model,
+    parameters_in,
+    save_model,
+    write_all_but_weights,
+)
 from castlm.models.stored_layout import StoredLayout
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import check_cut, cut_model
@@ -237,43 +244,64 @@ def export_blocks(
     *,
     blocks: Sequence[Path],
     outside: Iterator[tuple[str, Tensor]],
-    pattern: Pattern,
+    pattern: Pattern | None,
     left_dense: Mapping[str, str],
     record: Facts,
     dtype: torch.dtype,
+    linked: bool = True,
+    overwrite: bool = True,
 ) -> Facts:
     """Writes `folder` with castlm.json and a model card, and verifies it; returns the content of castlm.json.
 
     Args:
         model: the model on the meta device, for names and shapes.
-        blocks: a safetensors file of each block, in `dtype`, each tensor under its name in `model`. They are linked
-            where the file system allows it, and copied otherwise.
+        blocks: a safetensors file of each block, in `dtype`, each tensor under its name in `model`.
+        linked: the files of the blocks become those of the model: by links where the file system allows it, otherwise
+            as copies. Else the tensors of the model are copied to as few files as `export_model` writes.
         outside: all other weights by name, in the order of `model.named_parameters()`; rounded to `dtype`.
+        pattern, overwrite: as of `export_model`.
     """
     folder = Path(os.path.realpath(user_path(folder)))
     facts = completed(record, pattern, left_dense, dtype)
-    with atomic_dir(folder, overwrite=True) as temporary:
-        files = file_names(len(blocks) + 1)
-        weight_map: dict[str, str] = {}
-        for block, name in zip(blocks, files[1:]):
-            try:
-                os.link(block, temporary / name)
-            except OSError:  # a file system without links
-                shutil.copyfile(block, temporary / name)
-            with safe_open(block, "pt") as opened:
-                weight_map |= dict.fromkeys(opened.keys(), name)
-        others = {name: p for name, p in model.named_parameters() if name not in weight_map}
-        layout = {name: (STORED_NAMES[dtype], tuple(parameter.shape)) for name, parameter in others.items()}
-        rounded = ((name, tensor.to(dtype)) for name, tensor in outside)
-        write_safetensors(temporary / files[0], layout, rounded, {"format": "pt"})
-        weight_map |= dict.fromkeys(layout, files[0])
-        total = sum(p.numel() for p in model.parameters())
-        write_index(temporary / INDEX, weight_map, total * dtype.itemsize, total)
+    with atomic_dir(folder, overwrite) as temporary:
+        parameters = dict(model.named_parameters())
+        inside = {block: {n: t for n, t in read_header(block).items() if n in parameters} for block in blocks}
+        rest = parameters.keys() - {name for stored in inside.values() for name in stored}
+        layout = {n: (STORED_NAMES[dtype], tuple(p.shape)) for n, p in parameters.items() if n in rest}
+        others = Batch(layout, lambda: (tensor.to(dtype) for _, tensor in outside))
+        batches = [others, *(_batch_of_block(block, stored) for block, stored in inside.items())]
+        total = sum(p.numel() for p in parameters.values())
+        if linked:
+            files = {name: [batch] for name, batch in zip(file_names(len(batches)), batches)}
+            first, *names = files
+            write_file(temporary / first, [others], zip(layout, others.tensors()))
+            for block, name in zip(blocks, names):
+                try:
+                    os.link(block, temporary / name)
+                except OSError:  # a file system without links
+                    shutil.copyfile(block, temporary / name)
+            write_index_of(temporary / INDEX, files, total)
+        else:
+            write_weights(temporary, into_files(batches, MAX_SHARD_BYTES), num_parameters=total)
         write_all_but_weights(model, tokenizer, temporary, dtype)
         with verification(temporary, folder):
-            facts = replace(facts, proof=verify_pattern(temporary, model, pattern, facts.left_dense))
+            if pattern is None:
+                check_dense(temporary)
+            else:
+                facts = replace(facts, proof=verify_pattern(temporary, model, pattern, facts.left_dense))
         write_facts(temporary, folder.name, facts)
     return facts
+
+
+def _batch_of_block(file: Path, stored: Mapping[str, StoredTensor]) -> Batch:
+    """Some tensors in the file of a block, which are read when they are written."""
+
+    def tensors() -> Iterator[Tensor]:
+        with safe_open(file, "pt") as opened:
+            for name in stored:
+                yield opened.get_tensor(name)
+
+    return Batch({name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}, tensors)
 
 
 # ---- the hub

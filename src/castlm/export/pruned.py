@@ -16,7 +16,7 @@ from castlm.core.sparsify import scope_of, weight_parameter
 from castlm.data.calibration import CalibrationText
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
-from castlm.distributed.loading import Checkpoint, Place, check_weights, fingerprint, open_sharded
+from castlm.distributed.loading import Checkpoint, check_weights, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
@@ -97,14 +97,10 @@ def prune_folder(
             check_export(model, pattern)
             weights: Any = fingerprint(model)
         else:
-            stored = StoredModel(model, checkpoint, layers, device, kept_dtype, scope.pattern)
-            weights = _states_of_files(checkpoint)
+            stored = StoredModel(model, checkpoint, layers, device, kept_dtype, scope.pattern, ranks=world)
+            weights = checkpoint.states()
             world.check_alike({f"other weights of {name}": checkpoint.fingerprint()})
-            if world.size > 1:
-                check_weights(checkpoint, world)  # later, a rank that stops would leave the others waiting
-            else:
-                for _ in stored.outside():
-                    pass  # a weight that is not finite raises before the work on the blocks begins
+            check_weights(checkpoint, world)  # later, a rank that stops would leave the others waiting
 
         def read_text() -> tuple[CalibrationText | None, DrawnText | None]:
             if draw is None:
@@ -203,16 +199,10 @@ def _opened(
     is_stacked = any(weight_parameter(layer).dim() == 3 for layer in layers.values())
     if opened is None or is_stacked or is_vision_language(opened[0].model.config):
         raise InputError(
-            f"memory block is not for {name} with pattern {pattern}: it takes n:m, and safetensors with the tensor "
-            "names of a model without experts and images; use memory model"
+            f"memory block is not for {name} with pattern {pattern}: it takes n:m, and weights that are read one by "
+            "one, without experts and images; use memory model"
         )
     return opened
-
-
-def _states_of_files(checkpoint: Checkpoint) -> list[list[Any]]:
-    """Name, size and time of each weight file; hashing their content would take a pass over the disk."""
-    files = sorted({place.file for place in checkpoint.places.values() if isinstance(place, Place)})
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def choose_memory(model: str, revision: str | None, folder: Path, pattern: Pattern, device: str) -> Memory:

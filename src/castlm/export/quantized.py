@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
+from castlm.core.experts import ExpertLinear
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import sparse_linears
 from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
+from castlm.distributed.loading import Checkpoint, check_weights, open_sharded, opened_files
+from castlm.distributed.world import World
+from castlm.dtypes import dtype_name
 from castlm.export.folder import left_dense_reason, read_facts
-from castlm.export.hf import export_model
+from castlm.export.hf import export_blocks, export_model
 from castlm.export.origin import origin_of
 from castlm.export.packed import groups_of, naming_instead, pack_into
-from castlm.facts import Perplexities
+from castlm.facts import Facts, Perplexities
 from castlm.files.output import atomic_dir
+from castlm.formats.rounding import Rounded
 from castlm.formats.table import FORMATS
-from castlm.models.architecture import move_
-from castlm.models.io import load_model, save_dtype
+from castlm.hardware import keep_freed_memory, return_freed_memory
+from castlm.models.architecture import is_vision_language, move_
+from castlm.models.io import Loaded, load_model, save_dtype
+from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.calibration import calibration_length
-from castlm.oneshot.steps.round import QuantizeReport, quantize_, stored_layers
+from castlm.oneshot.folder import begun_work, block_file, remove_work
+from castlm.oneshot.source import MemoryModel, StoredModel
+from castlm.oneshot.steps.round import (
+    CODES,
+    SCALES,
+    QuantizeReport,
+    Round,
+    layers_to_round,
+    round_blocks,
+    stored_layers,
+)
 from castlm.say import Progress, Say, silent
 
 
@@ -64,6 +85,9 @@ def quantize_folder(
 ) -> QuantizeReport:
     """Rounds the linear layers of a model, keeps zeros, and writes the result to `folder`.
 
+    A model whose weights are read one by one has one block at a time in memory. Its finished blocks are in
+    `partial_folder(folder)` until the result is written, so that the same call continues after a kill.
+
     Args:
         name: a model folder, hub id, GGUF file or "demo".
         folder: the output, a plain model folder with the rounded values, or a packed one.
@@ -75,7 +99,8 @@ def quantize_folder(
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         options: how the calibration text is read; a chat template is also saved.
         dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.
-        overwrite: replace an earlier result in `folder`.
+        overwrite: replace an earlier result in `folder`, and begin again if an unfinished one has other options or is
+            damaged.
         progress: called with (finished blocks, all blocks).
 
     Returns:
@@ -103,61 +128,171 @@ def quantize_folder(
             f"{name} was trained as {facts.rounded.kind}, which castlm pack stores: quantize another model"
         )
     documents = None if calibration is None else open_documents(calibration.text, options)
-    # GPTQ computes in fp32; rounding to the nearest takes fp32 a layer at a time, and what is written is the same.
-    held = None if calibration is None and dtype == "source" else torch.float32
-    loaded = load_model(name, dtype=held, trust_remote_code=trust_remote_code)
+    sharded = open_sharded(name, trust_remote_code=trust_remote_code, revision=None)
+    if sharded is not None and not _goes_by_block(sharded[0].model):
+        sharded = None
+    if sharded is None:
+        keep_freed_memory()
+        # GPTQ computes in fp32; rounding to the nearest takes fp32 a layer at a time, and what is written is the same.
+        held = None if calibration is None and dtype == "source" else torch.float32
+        loaded, checkpoint = load_model(name, dtype=held, trust_remote_code=trust_remote_code), None
+    else:
+        return_freed_memory()
+        loaded, checkpoint = sharded
+    model, kept_dtype = loaded.model, save_dtype(dtype, loaded.dtype)
     encoder = text_encoder(loaded.tokenizer, options)
     left_dense: dict[str, str] = {}
     if groups is not None:
-        layers, left_dense = sparse_linears(loaded.model, groups)
+        layers, left_dense = sparse_linears(model, groups)
         left_dense |= facts.left_dense
-        for layer, module in layers.items():
-            is_sparse = left_dense_reason(f"{layer}.weight", left_dense) is None
-            if is_sparse and groups.violations(module.weight):
-                raise InputError(f"{name} is not {groups} in {layer}: pass its own pattern, or prune it first")
+        with opened_files() as read:
+            for layer, module in layers.items():
+                weight, key = module.weight, f"{layer}.weight"
+                if checkpoint is not None and left_dense_reason(key, left_dense) is None:
+                    weight = checkpoint.places[key].read(read, slice(None))
+                if left_dense_reason(key, left_dense) is None and groups.violations(weight):
+                    raise InputError(f"{name} is not {groups} in {layer}: pass its own pattern, or prune it first")
     tokens: Tensor | None = None
     text: dict[str, Any] = {}
     if documents is not None and calibration is not None:
-        seq_len, seed = min(calibration.seq_len, calibration_length(loaded.model)), calibration.seed
+        seq_len, seed = min(calibration.seq_len, calibration_length(model)), calibration.seed
         tokens, _ = calibration_sequences(documents, encoder, calibration.num_sequences, seq_len, seed, say)
         text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": seed}
-    move_(loaded.model, device)
-    report = quantize_(loaded.model, kind, calibration=tokens, damping=damping, progress=progress)
-    move_(loaded.model, "cpu")
+    if checkpoint is None:
+        step = Round(kind, damping, "memory" if packed else "none")
+        rounded = _rounded_whole(loaded, step, tokens, device, progress)
+    else:
+        step = Round(kind, damping, "blocks" if packed else "none")
+        known = {"model": loaded.source, "weights": checkpoint.states(), **text}
+        rounded = _rounded_by_block(
+            loaded, checkpoint, kept_dtype, step, tokens, device, progress, folder, known, overwrite
+        )
     origin = origin_of(name)
-    record = replace(
-        facts,  # their `earlier` and their own step stay: `quantized` is a step after it
-        base_model=origin.base_model,
-        license=origin.license,
-        quantized=replace(report.facts(), source=name, **text),
-        pattern=None if pattern is None else str(pattern),
-        # no longer true
-        packed=None,
-        proof=None,
-        perplexity=Perplexities(),
-        figures=[
-            row if row.name == "dense" else replace(row, name=f"{row.name}, before {kind}")
-            for row in facts.figures or []
-        ]
-        or None,
-    )
-    write_plain = functools.partial(
-        export_model,
-        loaded.model,
-        loaded.tokenizer,
-        pattern=None if pattern is None else pattern.stored,  # what is cut out is gone already
-        left_dense=left_dense,
-        record=record,
-        overwrite=overwrite,
-        dtype=save_dtype(dtype, loaded.dtype),
-    )
-    if not packed:
-        write_plain(folder)
-        return report
-    with atomic_dir(folder, overwrite) as temporary:
-        plain = temporary / ".plain" / folder.name
-        with naming_instead(temporary, folder), naming_instead(plain, name):
-            write_plain(plain)
-            pack_into(temporary, plain, groups, head=head, integers=stored_layers(loaded.model, report.layers))
-        shutil.rmtree(plain.parent)
+    with rounded as (report, write, integers):
+        record = replace(
+            facts,  # their `earlier` and their own step stay: `quantized` is a step after it
+            base_model=origin.base_model,
+            license=origin.license,
+            quantized=replace(report.facts(), source=name, **text),
+            pattern=None if pattern is None else str(pattern),
+            # no longer true
+            packed=None,
+            proof=None,
+            perplexity=Perplexities(),
+            figures=[
+                row if row.name == "dense" else replace(row, name=f"{row.name}, before {kind}")
+                for row in facts.figures or []
+            ]
+            or None,
+        )
+        write_plain = functools.partial(
+            write,
+            pattern=None if pattern is None else pattern.stored,  # what is cut out is gone already
+            left_dense=left_dense,
+            record=record,
+            overwrite=overwrite,
+            dtype=kept_dtype,
+        )
+        if not packed:
+            write_plain(folder)
+            return report
+        with atomic_dir(folder, overwrite) as temporary:
+            plain = temporary / ".plain" / folder.name
+            with naming_instead(temporary, folder), naming_instead(plain, name):
+                write_plain(plain)
+                pack_into(temporary, plain, groups, head=head, integers=integers())
+            shutil.rmtree(plain.parent)
     return report
+
+
+class _Result(NamedTuple):
+    """A model whose layers are rounded."""
+
+    report: QuantizeReport
+    write: Callable[..., Facts]
+    """Writes it as a plain folder: `export_model` or `export_blocks`, with the model."""
+    integers: Callable[[], Mapping[str, Rounded]]
+    """Codes and scales by the name of the layer in the files."""
+
+
+@contextlib.contextmanager
+def _rounded_whole(
+    loaded: Loaded, step: Round, tokens: Tensor | None, device: str, progress: Progress
+) -> Iterator[_Result]:
+    """Rounds the layers of a model in memory."""
+    model = loaded.model
+    move_(model, device)
+    report = round_blocks(MemoryModel(model, layers_to_round(model)), step, tokens, progress=progress)
+    move_(model, "cpu")
+    write = functools.partial(export_model, model, loaded.tokenizer)
+    yield _Result(report, write, lambda: stored_layers(model, report.layers))
+
+
+@contextlib.contextmanager
+def _rounded_by_block(
+    loaded: Loaded,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    step: Round,
+    tokens: Tensor | None,
+    device: str,
+    progress: Progress,
+    folder: Path,
+    facts: Mapping[str, Any],
+    restart: bool,
+) -> Iterator[_Result]:
+    """Rounds the layers of a model one block at a time; the finished blocks stay until the context ends without error.
+
+    Args:
+        dtype: of the files of the blocks.
+        folder: the output.
+        facts: everything else on which the result depends.
+    """
+    model, here = loaded.model, torch.device(device)
+    source = StoredModel(model, checkpoint, layers_to_round(model), here, dtype)
+    check_weights(checkpoint, World(0, 1, here, None))  # before the work begins
+    with begun_work(folder) as work:
+        known = {**facts, "dtype": dtype_name(dtype)}
+        report = round_blocks(source, step, tokens, work, facts=known, restart=restart, progress=progress)
+        blocks = [block_file(work, index) for index in range(len(source.blocks))]
+        write = functools.partial(
+            export_blocks, model, loaded.tokenizer, blocks=blocks, outside=source.outside(), linked=False
+        )
+        yield _Result(report, write, lambda: _codes_of(model, step.kind, blocks))
+        remove_work(work)
+
+
+def _goes_by_block(model: PreTrainedModel) -> bool:
+    """Whether the blocks of a model whose weights are read one by one can be rounded alone: not experts or images."""
+    has_experts = any(isinstance(layer, ExpertLinear) for layer in model.modules())
+    return not has_experts and not is_vision_language(model.config)
+
+
+class _CodesOfBlocks(Mapping[str, Rounded]):
+    """Codes and scales in the files of blocks, read when they are asked for; by the name of the layer in the files."""
+
+    def __init__(self, kind: str, places: Mapping[str, tuple[Path, str]]) -> None:
+        self.kind, self.places = kind, places
+
+    def __getitem__(self, stem: str) -> Rounded:
+        file, layer = self.places[stem]
+        with safe_open(file, "pt") as opened:
+            return Rounded(self.kind, opened.get_tensor(f"{CODES}{layer}"), opened.get_tensor(f"{SCALES}{layer}"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def _codes_of(model: PreTrainedModel, kind: str, blocks: Sequence[Path]) -> _CodesOfBlocks:
+    layout = StoredLayout(model)
+    places: dict[str, tuple[Path, str]] = {}
+    for file in blocks:
+        with safe_open(file, "pt") as opened:
+            layers = [key.removeprefix(CODES) for key in opened.keys() if key.startswith(CODES)]  # noqa: SIM118
+        for layer in layers:
+            (part,) = layout.parts(layer)
+            places[part.stem] = file, layer
+    return _CodesOfBlocks(kind, places)

@@ -124,6 +124,16 @@ def round_in_groups(
     return Rounded(kind, codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
 
 
+def round_in_groups_holds(rows: int, columns: int) -> int:
+    """Elements that `round_in_groups` with a Hessian holds at its peak beside its arguments, of a weight that is a
+    copy."""
+    weight, square = rows * columns, columns**2
+    # target and updated, and the mask in bytes; the Hessian reversed, its factor L, and R
+    factorized = 2 * weight + weight // 4 + 3 * square
+    # also codes and errors; R and U
+    return max(factorized, 4 * weight + weight // 4 + 2 * square)
+
+
 def on_grid(weight: Tensor, kind: str) -> Rounded:
     """The codes and scales of a weight that was trained with rounding to `kind`; see `castlm.core.rounding`.
 

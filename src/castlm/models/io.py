@@ -39,7 +39,7 @@ from castlm.dtypes import FLOATS, STORED, dtype_name
 from castlm.files.stored import StoredTensor, read_header
 from castlm.files.weights import Batch, into_files, layout_of, write_weights
 from castlm.models.architecture import auto_class, check_of_transformers, is_vision_language, linearize_, vocab_size
-from castlm.models.gguf import fast_gguf, forget_gguf
+from castlm.models.gguf import fast_gguf, forget_gguf, num_elements
 from castlm.models.layout import OLD_BUFFERS, PACKED_NOTICE, QUANT_METHOD
 from castlm.models.locate import Location, find
 from castlm.models.stored_layout import StoredLayout, by_block
@@ -50,6 +50,8 @@ PROCESSOR_FILES = (
     *("chat_template.json", "chat_template.jinja"),
 )
 """Files beside the tokenizer's that the processor of a vision-language model is loaded from."""
+MAX_SHARD_BYTES = 50 * 10**9
+"""The largest weight file of a model."""
 _MAX_LAYERS = 10_000
 _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it"
 
@@ -326,9 +328,11 @@ def weights_of(where: Location, config: PretrainedConfig) -> dict[str, StoredTen
 
 
 def fp32_bytes(name: str, revision: str | None = None) -> int:
-    """Bytes of a model in fp32; 0 if it is not in safetensors on this machine."""
+    """Bytes of a model in fp32; 0 if it is not on this machine."""
     where = find(name, revision)
-    files = [] if where.is_hub or where.gguf else sorted(Path(where.target).glob("*.safetensors"))
+    if where.gguf:
+        return 4 * num_elements(Path(where.target) / where.gguf["gguf_file"])
+    files = [] if where.is_hub else sorted(Path(where.target).glob("*.safetensors"))
     return 4 * sum(math.prod(tensor.shape) for file in files for tensor in read_header(file).values())
 
 
@@ -374,7 +378,7 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    max_shard_bytes: int = 50 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes safetensors, config, generation config and tokenizer, from which `from_pretrained` loads the same model.
 

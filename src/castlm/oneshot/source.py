@@ -20,6 +20,7 @@ from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer
 from castlm.models.architecture import replaced_forward
 from castlm.models.stored_layout import StoredLayout
+from castlm.oneshot.ranks import ONE_RANK, Ranks
 
 
 def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
@@ -114,6 +115,7 @@ class StoredModel:
         dtype: the dtype of the weights of finished blocks, which are laid out as in a file of the model. None is for
             training: they are as `MemoryModel` has them.
         pattern, keeps_dense: as of `MemoryModel`.
+        ranks: the ranks that make the start, which read each block together: a weight is read by one of them.
     """
 
     is_whole = False
@@ -127,8 +129,9 @@ class StoredModel:
         dtype: torch.dtype | None,
         pattern: Pattern | None = None,
         keeps_dense: bool = False,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self.model, self.layers, self.pattern = model, layers, pattern
+        self.model, self.layers, self.pattern, self.ranks = model, layers, pattern, ranks
         self.keeps_dense = keeps_dense
         self.dense: dict[str, Tensor] = {}
         """The dense weights of the block at work, on the CPU, by the name of the layer."""
@@ -140,23 +143,38 @@ class StoredModel:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Holds one transformer block in memory. Raises `InputError` for a weight that is not finite."""
+        """Holds one transformer block in memory; all ranks call it. Raises `InputError` for a weight that is not
+        finite."""
         with ExitStack() as stack:
-            self._read_(self.blocks[index], f"{self.stack}.{index}.", stack)
+            self._read_(self.blocks[index], f"{self.stack}.{index}.", stack, ranks=self.ranks)
             yield self.blocks[index]
 
     @contextmanager
     def entering(self) -> Iterator[None]:
-        """Inside the context, `model.base_model` can be called: each block is in memory only while it runs.
+        """Inside the context, `model.base_model` can be called, for what enters each block beside hidden states.
 
         Weights outside the blocks are in memory all the time; plain embeddings, the largest of them, in their stored
-        dtype.
+        dtype. The first block is read for its call. The others return what enters them, in the form of the first
+        block's output: masks and rotary tables do not depend on it, and no weight of theirs is read.
         """
+        outputs: list[Any] = []  # of the first block, in its first call
+
+        def first(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as of_call:
+                self._read_(self.blocks[0], f"{self.stack}.0.", of_call)
+                outputs.append(forward(*args, **kwargs))
+            return outputs[0]
+
+        def other(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *outputs[0][1:]) if isinstance(outputs[0], tuple) else hidden
+
         with ExitStack() as stack:
             self._read_outside_(stack)
-            # The model's own forward runs its blocks; each of them is read before its call, and freed after it.
+            # The model's own forward runs its blocks.
             for index, block in enumerate(self.blocks):
-                stack.enter_context(replaced_forward(block, partial(self._forward, index, block.forward)))
+                forward = other if index else partial(first, block.forward)
+                stack.enter_context(replaced_forward(block, forward))
             yield
 
     def finished(self, index: int) -> dict[str, Tensor]:
@@ -176,10 +194,6 @@ class StoredModel:
 
     def restore_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Does nothing: the walk does not need a finished block again."""
-
-    def _forward(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.block(index):
-            return forward(*args, **kwargs)
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """The stored weights outside the blocks by name, one at a time, as the files hold them."""
@@ -201,13 +215,28 @@ class StoredModel:
             pending += [child for child in module.children() if child not in inside]
 
     def _read_(
-        self, module: nn.Module, prefix: str, stack: ExitStack, recurse: bool = True, widen: bool = True
+        self,
+        module: nn.Module,
+        prefix: str,
+        stack: ExitStack,
+        recurse: bool = True,
+        widen: bool = True,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        """Reads the parameters of a module, whose names in the model begin with `prefix`, until `stack` is closed."""
-        for name, parameter in list(module.named_parameters(recurse=recurse)):
+        """Reads the parameters of a module, whose names in the model begin with `prefix`, until `stack` is closed.
+
+        With several `ranks`, each reads some of them and gets the others.
+        """
+        for number, (name, parameter) in enumerate(list(module.named_parameters(recurse=recurse))):
             parent, _, leaf = name.rpartition(".")
-            parameters = module.get_submodule(parent)._parameters
-            value = self._stored(prefix + name).to(self.device, torch.float32 if widen else None).contiguous()
+            parameters, owner = module.get_submodule(parent)._parameters, number % ranks.size
+            if ranks.rank == owner:
+                value = self._stored(prefix + name).to(self.device, torch.float32 if widen else None).contiguous()
+            else:
+                value = torch.empty(parameter.shape, device=self.device)
+            if ranks.size > 1:
+                assert widen
+                ranks.share_(value, owner)
             stack.callback(parameters.__setitem__, leaf, parameter)  # back to the one on the meta device
             parameters[leaf] = nn.Parameter(value, requires_grad=False)
 

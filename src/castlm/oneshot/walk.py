@@ -57,6 +57,8 @@ class Visit:
     """The outputs of the block in the dense model for each batch; empty unless `follows_dense`."""
     ranks: Ranks = ONE_RANK
     """The ranks that make the start, of which this is one."""
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that steps leave in the file of the block beside its weights, by names that no weight has."""
     seen: Seen = field(default_factory=list)
     """The inputs of all layers `inside` with SparseGPT's Hessians, whole, which one step has collected for the next. A
     step that changes what enters a layer empties it."""
@@ -117,10 +119,11 @@ def walk(
             # Before the yield, as the steps change the block that these outputs come from.
             if inputs is not None and follows_dense:
                 dense_outputs = inputs.dense_outputs()
-            yield Visit(source, index, layers_of[index], inputs, dense_outputs, ranks)
+            visit = Visit(source, index, layers_of[index], inputs, dense_outputs, ranks)
+            yield visit
             # every rank has the same block
             if folder is not None and ranks.rank == 0:
-                folder.write_block(index, source.finished(index))
+                folder.write_block(index, source.finished(index) | visit.beside)
             if inputs is not None and index < last:
                 inputs.advance()
         if folder is not None:

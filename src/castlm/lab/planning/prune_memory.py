@@ -38,10 +38,11 @@ LIBRARIES = 40 * 2**20
 """Bytes of buffers that tokenizer, BLAS, LAPACK and oneDNN keep from their first call on."""
 MALLOC = 0.05
 """The share that malloc loses: less than in training, as most tensors are large and have pages of their own."""
-_BLOCKS_OF_WIDTHS = 4  # activations of the widest layer that a block holds at once: gate, up, and their products
+BLOCK_WIDTHS = 4
+"""Activations of the widest layer that a block holds at once: gate, up, and their products."""
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """Layers that read one input."""
 
     rows: int
@@ -53,10 +54,10 @@ class _Read(NamedTuple):
         return self.rows * self.columns
 
 
-class _Model(NamedTuple):
+class Model(NamedTuple):
     """The sizes of a model that the plan needs."""
 
-    reads: list[_Read]
+    reads: list[Read]
     """The layers of one block."""
     hidden: int
     num_layers: int
@@ -108,7 +109,7 @@ def plan_prune_memory(
         known = ", ".join(name for name, row in methods_of(pattern).items() if row.needs_text)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
     config = read_config(config)
-    model = _model(config, pattern)
+    model = sizes_of(config, pattern)
     seq_len = seq_len or model.calibration_length
     num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
     reads, layers = model.reads, sum(read.size for read in model.reads)
@@ -127,7 +128,7 @@ def plan_prune_memory(
         "process": resident_memory() + LIBRARIES,
         "weights": 4 * (model.block if memory == "block" else model.total),
         "statistics": 4 * (max(of_reads) if refinements.staged_statistics else sum(of_reads)),
-        "activations": 4 * tokens * (_BLOCKS_OF_WIDTHS * widest // 2 + 4 * model.hidden),
+        "activations": 4 * tokens * (BLOCK_WIDTHS * widest // 2 + 4 * model.hidden),
         "solver": 4 * solver,
         "basis": 0,
     }
@@ -149,7 +150,7 @@ def plan_prune_memory(
         phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
     else:
         # the model that is read back and runs, and the pages of its files, which stay mapped
-        phases["verify"] = block + parts["weights"] + _stored_bytes(config) * model.total + parts["activations"]
+        phases["verify"] = block + parts["weights"] + stored_bytes(config) * model.total + parts["activations"]
     if method == "taylor":
         backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
         parts["gradients"] = 4 * model.num_layers * layers
@@ -169,14 +170,15 @@ def plan_prune_memory(
     return MemoryPlan(parts, phases, model.total, model.num_layers * layers, disk=on_disk)
 
 
-def _stored_bytes(config: PretrainedConfig) -> int:
+def stored_bytes(config: PretrainedConfig) -> int:
     """Bytes of a weight in the files of the result, in the dtype of its source; fp32 where the config names none."""
     named = getattr(config, "dtype", None)
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
     return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
 
 
-def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
+def sizes_of(config: PretrainedConfig, pattern: Pattern) -> Model:
+    """The sizes of a model. Raises `InputError` for one with experts, whose tokens are not known, or without layers."""
     num_layers = config.get_text_config().num_hidden_layers
 
     def fake(num: int) -> PreTrainedModel:
@@ -190,7 +192,7 @@ def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
     whole, one = fake(num_layers), fake(1)
     layers, _ = sparse_linears(one, pattern)
     if any(weight_parameter(layer).dim() == 3 for layer in layers.values()):
-        raise InputError(f"the memory of pruning experts is not known: measure {config.model_type} by running it")
+        raise InputError(f"the memory of experts is not known: measure {config.model_type} by running it")
     readers_of: list[tuple[Tensor, list[nn.Linear]]] = []
 
     def before(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
@@ -209,13 +211,13 @@ def _model(config: PretrainedConfig, pattern: Pattern) -> _Model:
     _, (block,) = block_stack(one, layers)
     vocab, hidden = map(int, embeddings.shape)
     widest = max(max(p.shape) for name, p in one.named_parameters() if in_block(name))
-    return _Model(
-        [_Read(sum(layer.out_features for layer in each), each[0].in_features) for _, each in readers_of],
+    return Model(
+        [Read(sum(layer.out_features for layer in each), each[0].in_features) for _, each in readers_of],
         hidden,
         num_layers,
         block=sum(p.numel() for p in block.parameters()),
         total=sum(p.numel() for p in whole.parameters()),
-        kept=_BLOCKS_OF_WIDTHS * widest + 10 * hidden,
+        kept=BLOCK_WIDTHS * widest + 10 * hidden,
         vocab=vocab,
         layers=layers,
         calibration_length=calibration_length(whole),

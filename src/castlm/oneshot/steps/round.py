@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,27 +27,32 @@ from castlm.oneshot.inputs import check_finite_input, see_inputs
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.routed import calibrated_on_all_note
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
-from castlm.oneshot.source import MemoryModel
+from castlm.oneshot.source import MemoryModel, Source
 from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import Visit
 from castlm.say import Progress, silent
 
+Codes = Literal["memory", "blocks", "none"]
+"""Where codes and scales of rounded layers are kept: in memory, in the files of the blocks, or nowhere."""
+
 
 class Round(Step):
-    """Rounds the layers of each block, and keeps every zero. Its result is in memory alone, so it cannot be resumed.
+    """Rounds the layers of each block, and keeps every zero. With codes in memory it cannot be resumed.
 
     Args:
         kind: see `quantize_`.
         damping: of GPTQ.
+        codes: where codes and scales are kept.
 
     Attributes:
-        layers: codes and scales by layer, on the CPU; for experts, by the layer's name and the expert's number.
+        layers: codes and scales in memory by layer, on the CPU; for experts, by the layer's name and the expert's
+            number.
         few_experts: by layer, the number of experts that saw all tokens because too few were routed to them.
     """
 
-    def __init__(self, kind: str, damping: float = 0.01) -> None:
-        self.kind, self.damping = kind, damping
+    def __init__(self, kind: str, damping: float = 0.01, codes: Codes = "memory") -> None:
+        self.kind, self.damping, self.codes = kind, damping, codes
         self.reads_text, self.needs_text = FORMATS[kind].reads_text, False
         self.layers: dict[str, Rounded] = {}
         self.few_experts: dict[str, int] = {}
@@ -55,7 +61,7 @@ class Round(Step):
         return self.kind
 
     def options(self) -> dict[str, Any]:
-        return {"kind": self.kind, "damping": self.damping}
+        return {"kind": self.kind, "damping": self.damping, "codes": self.codes}
 
     def __call__(self, visit: Visit, report: OneshotReport) -> None:
         if not visit.inside:
@@ -65,7 +71,7 @@ class Round(Step):
             for name, weight in matrices(visit.inside).items():
                 with naming(name):
                     rounded = to_nearest(weight, kind=self.kind)
-                old, new = self._write(name, weight, rounded)
+                old, new = self._write(visit, name, weight, rounded)
                 report.layers.append(_result(name, new, relative_error(new - old, old)))
             return
         for seen in see_inputs(visit.inside, visit.inputs, SOLVERS["sparsegpt"], visit.inputs.num_sequences):
@@ -78,18 +84,26 @@ class Round(Step):
                 with naming(names):
                     rounded = round_in_groups(together, entry.statistic, self.damping, kind=self.kind)
                 for name, part in zip(entry.names, rounded.split([len(weights[name]) for name in entry.names])):
-                    old, new = self._write(name, weights[name], part)
+                    old, new = self._write(visit, name, weights[name], part)
                     error = relative_error(entry.sample @ (new - old).T, entry.sample @ old.T)
                     report.layers.append(_result(name, new, error))
             if seen.num_few:
                 self.few_experts |= dict.fromkeys(seen.names, seen.num_few)
 
-    def _write(self, name: str, weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:
+    def _write(self, visit: Visit, name: str, weight: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor]:
         """Writes the dequantized values into a weight; returns the old and the new values in fp32."""
         old = weight.to(torch.float32, copy=True)
         weight.copy_(rounded.dequantized())
-        self.layers[name] = rounded.cpu()
+        if self.codes == "memory":
+            self.layers[name] = rounded.cpu()
+        elif self.codes == "blocks":
+            of_layer = rounded.cpu()
+            visit.beside |= {f"{CODES}{name}": of_layer.codes, f"{SCALES}{name}": of_layer.scales}
         return old, weight.float()
+
+
+CODES, SCALES = "codes:", "scales:"
+"""Before the name of a layer whose codes or scales are in the file of a block."""
 
 
 def _result(name: str, weight: Tensor, error: float) -> LayerResult:
@@ -102,7 +116,8 @@ class QuantizeReport:
 
     kind: str
     layers: dict[str, Rounded] = field(default_factory=dict)
-    """Codes and scales by layer, on the CPU; for experts, by the layer's name and the expert's number."""
+    """Codes and scales by layer, on the CPU; for experts, by the layer's name and the expert's number. Empty where
+    `castlm quantize` keeps them on disk, or does not need them."""
     errors: dict[str, float] = field(default_factory=dict)
     """|X W^T - X W'^T|^2 / |X W^T|^2 on calibration text by layer; without text, |W - W'|^2 / |W|^2."""
     num_sequences: int = 0
@@ -124,7 +139,7 @@ class QuantizeReport:
         """The entry of castlm.json, without the model and the calibration text."""
         return Quantized(
             kind=self.kind,
-            layers=len(self.layers),
+            layers=len(self.errors),
             mean_relative_error=self.mean_error,
             num_sequences=self.num_sequences,
             seq_len=self.seq_len,
@@ -167,18 +182,40 @@ def quantize_(
         >>> report.layers["model.layers.0.mlp.up_proj"].codes.dtype  # doctest: +SKIP
         torch.int8
     """
-    assert calibration is None or FORMATS[kind].reads_text
+    source = MemoryModel(model, layers_to_round(model, filter_fn))
+    return round_blocks(source, Round(kind, damping), calibration, progress=progress)
+
+
+def layers_to_round(model: PreTrainedModel, filter_fn: FilterFn = is_sparse_linear) -> dict[str, SparseLayer]:
+    """The linear layers of a model that `filter_fn` selects, by name. Raises `InputError` if there are none."""
     layers: dict[str, SparseLayer] = {
         n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)
     }
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
-    step = Round(kind, damping)
+    return layers
+
+
+def round_blocks(
+    source: Source,
+    step: Round,
+    calibration: Tensor | None,
+    folder: Path | None = None,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    restart: bool = False,
+    progress: Progress = silent,
+) -> QuantizeReport:
+    """Rounds the layers of `source` block by block: a `MemoryModel` in place, a `StoredModel` into `folder`.
+
+    See `quantize_` for `calibration`, and `run_start` for the others.
+    """
+    assert calibration is None or FORMATS[step.kind].reads_text
     text = None if calibration is None else CalibrationText(calibration)
-    done = run_start(MemoryModel(model, layers), [step], text, progress=progress)
+    done = run_start(source, [step], text, folder, facts=facts, restart=restart, progress=progress)
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     return QuantizeReport(
-        kind,
+        step.kind,
         step.layers,
         {layer.name: layer.error or 0.0 for layer in done.layers},
         num_sequences,
