@@ -13,6 +13,7 @@ from castlm.cli.pack import PackCommand
 from castlm.cli.prune import PruneCommand
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
+from castlm.export import pruned
 from castlm.export.packed import pack_folder
 from castlm.lab.planning.memory import read_config
 from castlm.models.io import load_model
@@ -69,21 +70,31 @@ def test_a_model_is_given_with_an_option_or_without():
         read_arguments(options, ["y", "--model", "x"], "pack", PackCommand)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["verify", "MODEL"],
-        ["prune", "--model", "MODEL", "--method", "magnitude", "--memory", "block", "--output-dir", "OUT"],
-    ],
-)
-def test_what_needs_a_folder_says_in_the_first_second_how_to_make_one(names, command, tmp_path, capsys):
-    for name, remedy in ((names["gguf"], f"castlm unpack {names['gguf']}"), ("some/model", "hf download some/model")):
+PRUNE_BY_BLOCK = ["prune", "--model", "MODEL", "--method", "magnitude", "--memory", "block", "--output-dir", "OUT"]
+
+
+def test_what_needs_a_folder_says_in_the_first_second_how_to_make_one(names, tmp_path, capsys):
+    for command, name, remedy in (
+        (["verify", "MODEL"], names["gguf"], f"castlm unpack {names['gguf']}"),
+        (["verify", "MODEL"], "some/model", "hf download some/model"),
+        (PRUNE_BY_BLOCK, "some/model", "hf download some/model"),
+    ):
         started = time.monotonic()
         values = {"MODEL": name, "OUT": str(tmp_path / "out")}
         assert main([values.get(word, word) for word in command]) == 2
         assert remedy in capsys.readouterr().err
         assert time.monotonic() - started < 5  # without a model in memory; the machine of a test may be busy
         assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_is_pruned_one_block_at_a_time(names, tmp_path, monkeypatch):
+    monkeypatch.setattr(pruned, "load_model", None)
+    values = {"MODEL": names["gguf"], "OUT": str(tmp_path / "out")}
+    assert main([values.get(word, word) for word in PRUNE_BY_BLOCK]) == 0
+    found = load_model(tmp_path / "out").model.state_dict()
+    for name, dense in load_model(names["gguf"]).model.state_dict().items():
+        kept = found[name] != 0
+        assert torch.equal(found[name][kept], dense.bfloat16().float()[kept]), name
 
 
 def test_unpack_writes_a_gguf_file_as_a_folder(names, tmp_path, capsys):

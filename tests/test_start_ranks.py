@@ -12,14 +12,17 @@ from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core.shards import whole
+from castlm.distributed.loading import Place
 from castlm.distributed.world import closing, init_world
 from castlm.oneshot import ranks as division
+from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.steps import solve
 from castlm.training.config import TrainConfig
+from castlm.training.start import TrainingStart
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
-from tests.runs import assert_equal_weights, begin_run, flags, small
+from tests.runs import assert_equal_weights, begin_run, flags, small, weights
 from tests.slow import slow
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model, write_gguf
 
 # 40 sequences of 64 tokens: three passes, so that the fourth rank has no text.
 TEXT = {"seq_len": 64, "calibration_sequences": 40, "per_device_train_batch_size": 1}
@@ -86,14 +89,59 @@ def assert_same_start(one, other) -> None:
         ("llama", {}),
         slow("gemma", {"decay": "proportional", "ignore_decay_budget": True, "start_effort": "quick"}),
         slow("gpt2", {"reconstruct_epochs": 2, "rotate": "off"}),
+        slow("qwen3_moe", {}),
+        slow("gpt_oss", {"start_effort": "quick", "cross_document_attention": True}),
     ],
-    ids=["default", "dense values, quick", "reconstructed, transposed in its file"],
+    ids=["default", "dense values, quick", "reconstructed, transposed in its file", "experts", "experts, transposed"],
 )
 def test_a_start_has_the_same_bits_on_1_2_and_4_ranks(family, over, text, tmp_path):
     model = str(save_tiny(tmp_path / "dense", family))
     one, *others = (started(config_of(tmp_path / str(n), model, text, **over), n) for n in (1, 2, 4))
     for other in others:
         assert_same_start(one, other)
+
+
+@pytest.mark.slow
+def test_a_start_from_a_gguf_file_has_the_same_bits_on_1_and_2_ranks(text, tmp_path):
+    model = tmp_path / "tiny.gguf"
+    write_gguf(model, tiny_model("llama"))
+    assert_same_start(*(started(config_of(tmp_path / str(n), str(model), text), n) for n in (1, 2)))
+
+
+def start_counted(config: TrainConfig) -> None:
+    """As `start`; saves the bytes that this rank reads for it: of the model by weight, and of hidden states."""
+    read: dict[str, int] = {}
+    prune, read_place, read_states = TrainingStart._prune_together_, Place.read, HiddenStates.__getitem__
+
+    def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        read[name] = read.get(name, 0) + tensor.nbytes
+        return tensor
+
+    def counted(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Place, "read", lambda place, *which: add(place.key, read_place(place, *which)))
+            patch.setattr(HiddenStates, "__getitem__", lambda states, n: add("states", read_states(states, n)))
+            facts = prune(*args)
+        torch.save(read, Path(config.checkpoint.output_dir).parent / f"read-{os.environ['RANK']}.pt")
+        return facts
+
+    TrainingStart._prune_together_ = counted
+    start(config)
+
+
+def test_ranks_share_what_a_start_reads(llama, text, tmp_path):
+    """A weight of a block is read by one rank to check it, and by one for the block; the first one also by all."""
+    run_ranks(start_counted, 2, config_of(tmp_path / "run", llama, text), folder=tmp_path)
+    of_ranks = [torch.load(tmp_path / "run" / f"read-{rank}.pt") for rank in range(2)]
+    stored = {name: tensor.nbytes for name, tensor in weights(llama).items()}
+    for name, size in stored.items():
+        times = sum(read.get(name, 0) for read in of_ranks) / size
+        assert times == {".0.": 4, ".1.": 2}.get(name[12:15], 3 - 2 * name.startswith("lm_head")), name
+    in_block = sum(size for name, size in stored.items() if ".1." in name)
+    assert all(sum(n for name, n in read.items() if ".1." in name) < 1.4 * in_block for read in of_ranks)
+    # batches of 14, 14 and 12 sequences: rank 0 has the first and the last
+    states = [read["states"] for read in of_ranks]
+    assert 26 / 14 * states[1] <= states[0] < 2.2 * states[1]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), slow(2, 2), slow(1, 4)])

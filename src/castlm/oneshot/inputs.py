@@ -61,7 +61,7 @@ def see_inputs(
     watch.run_batches()
     if accumulator is not None:
         # An expert that got 1 % of 32,768 tokens has seen 328, fewer than its input has columns: now it sees all.
-        have_few = [routed.see_all() for routed in watch.routed]
+        have_few = [routed.see_all(inputs.division.ranks) for routed in watch.routed]
         if any(have_few):
             watch.collects_linear = False  # their sums are complete; a second round would add them twice
             watch.run_batches()
@@ -140,21 +140,22 @@ class _LayerHooks:
         ranks, found = self.inputs.division.ranks, self.found
         if ranks.size == 1:
             return
-        assert not self.routed, "experts are calibrated by one rank"
-        of_main = ranks.on_main(
-            lambda: [(entry.names, entry.sample.shape) for entry in entries_of(self.seen)], patient=True
-        )
+        own = [(seen.names, seen.sample.shape if isinstance(seen, LayerInput) else None) for seen in self.seen]
+        routed = {seen.names[0]: seen for each in self.routed for seen in each.inputs.values()}
         self.found = {}
-        for names, shape in of_main:
-            seen = found.get(names[0])
-            if seen is None:
-                seen = LayerInput(torch.zeros(shape, device=self.inputs.device), self.accumulator)
-                seen.names = list(names)
-            assert isinstance(seen, LayerInput)
-            # A part with few tokens gives a shorter sample; `share_` needs the length of rank 0's.
-            if seen.sample.shape != shape:
-                seen.sample = seen.sample.new_zeros(shape)
-            self.found |= dict.fromkeys(names, seen)
+        for names, shape in ranks.on_main(lambda: own, patient=True):
+            if shape is None:
+                self.found[names[0]] = routed[names[0]]
+                continue
+            entry = found.get(names[0])
+            if entry is None:
+                entry = LayerInput(torch.zeros(shape, device=self.inputs.device), self.accumulator)
+                entry.names = list(names)
+            assert isinstance(entry, LayerInput)
+            entry.fit_sample(shape)
+            self.found |= dict.fromkeys(names, entry)
+        for each in self.routed:
+            each.share(ranks, self.inputs.device)
 
     def end(self, accumulator: Accumulator) -> None:
         """Ends the last round."""

@@ -58,14 +58,23 @@ class LayerInput:
     def end_part(self, ranks: Ranks, accumulator: Accumulator, num_ranks: int) -> None:
         """Adds the parts of the first `num_ranks` ranks to the statistic of rank 0, in order."""
         totals = accumulator.tensors(self.statistic)
-        if self._part is None and ranks.size == 1:  # no token of this part reached the expert
+        if self._part is not None:
+            parts = accumulator.tensors(self._part)
+        elif ranks.size == 1:  # no token of this part reached the expert
             return
-        parts = totals if self._part is None else accumulator.tensors(self._part)  # a rank without a part sends none
+        else:  # no token on this rank; a rank without a part sends none
+            parts = [torch.zeros_like(total) for total in totals] if ranks.rank < num_ranks else totals
         for total, part in zip(totals, parts):
             add_part_(ranks, total, part, num_ranks)
         if self._part is not None:
             for part in parts:
                 part.zero_()  # one buffer for all parts: (1536, 1536) fp32 are 9 MiB
+
+    def fit_sample(self, shape: torch.Size) -> None:
+        """Gives the sample the shape of another rank's, which `Ranks.share_` will send; its values are lost then."""
+        # a part with few tokens gives a shorter sample
+        if self.sample.shape != shape:
+            self.sample = self.sample.new_zeros(shape)
 
     def end(self, ranks: Ranks, accumulator: Accumulator) -> None:
         """Gives every rank the statistic and the sample of rank 0."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, expert_layers
 from castlm.oneshot.layer_input import Accumulator, LayerInput
+from castlm.oneshot.ranks import Ranks
 
 _REMEDY = "use magnitude without calibration, or leave its experts dense"
 
@@ -98,11 +99,37 @@ class Routed:
             for projection, seen in self.inputs.items():
                 x = tokens if projection == self.up else self._neurons(expert, tokens)
                 if expert not in seen.experts:
-                    seen.experts[expert] = LayerInput(x, self.accumulator)
-                    seen.experts[expert].names.append(f"{seen.names[0]}.{expert}")
+                    self._add(seen, expert, x)
                 seen.experts[expert].add(x, self.accumulator, self.num_sequences)
 
-    def see_all(self) -> bool:
+    def share(self, ranks: Ranks, device: torch.device) -> None:
+        """Gives every rank an input of each expert that has got tokens on any rank; all ranks call it after a turn.
+
+        Its sample is that of the first rank in the turn, which has the first of its tokens in the order of the text.
+        """
+        own = {
+            projection: {expert: entry.sample.shape for expert, entry in seen.experts.items()}
+            for projection, seen in self.inputs.items()
+        }
+        everywhere = ranks.gather(own, patient=True)
+        for projection, seen in self.inputs.items():
+            first: dict[int, tuple[int, torch.Size]] = {}
+            for rank, of_rank in enumerate(everywhere):
+                for expert, shape in of_rank[projection].items():
+                    first.setdefault(expert, (rank, shape))
+            for expert, (owner, shape) in sorted(first.items()):
+                if expert not in seen.experts:
+                    self._add(seen, expert, torch.zeros(shape, device=device))
+                entry = seen.experts[expert]
+                entry.fit_sample(shape)
+                if owner:  # in the end, all ranks get the samples of rank 0
+                    ranks.share_(entry.sample, owner)
+
+    def _add(self, seen: RoutedInputs, expert: int, x: Tensor) -> None:
+        seen.experts[expert] = LayerInput(x, self.accumulator)
+        seen.experts[expert].names.append(f"{seen.names[0]}.{expert}")
+
+    def see_all(self, ranks: Ranks) -> bool:
         """From now on, all tokens are seen by the experts that have seen fewer than their widest input has columns.
 
         Returns:
@@ -110,7 +137,8 @@ class Routed:
         """
         # X^T X of fewer tokens than columns has no inverse: (2048, 2048) of 300 tokens has rank 300.
         least = max(self.layers[projection].in_features for projection in self.inputs)
-        few = [expert for expert, num_tokens in enumerate(self.num_tokens) if num_tokens < least]
+        num_tokens = [sum(of_ranks) for of_ranks in zip(*ranks.gather(self.num_tokens, patient=True))]
+        few = [expert for expert, number in enumerate(num_tokens) if number < least]
         for seen in self.inputs.values():
             seen.few = few
             seen.experts = {expert: entry for expert, entry in seen.experts.items() if expert not in few}

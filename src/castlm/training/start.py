@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError, check_finite
-from castlm.core.experts import expert_layers
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, scope_of, transformer_blocks, weight_parameter
@@ -107,7 +106,7 @@ class TrainingStart:
     def make(self, output_dir: str | Path, overwrite: bool = False) -> StartWeights:
         """Makes the start: by a one-shot method, or from the model that `init_from` names.
 
-        Ranks share the work where the files of the model allow it: see `_is_divided` for a method, and of a given
+        Ranks share the work where the files of the model allow it: see `_why_whole` for a method, and of a given
         model, each rank takes its own part.
 
         Finished transformer blocks are in `partial_folder(output_dir)`, from which a start that was killed continues.
@@ -127,7 +126,8 @@ class TrainingStart:
             return start
 
         output = user_path(output_dir)
-        if not is_given and self._is_divided():
+        why_whole = None if is_given else self._why_whole()
+        if not is_given and why_whole is None:
             with self.world.context_on_main(begun_work(output)) as work:
                 start.facts = self._prune_together_(start, work, overwrite)
             return start
@@ -136,6 +136,8 @@ class TrainingStart:
             if is_given:
                 self._read_(start)
                 return Start()
+            if self.world.mesh is not None:
+                note(f"the start is made by the main rank alone: {why_whole}")
             with begun_work(output) as work:
                 return self._prune_whole_(start, work, overwrite)
 
@@ -149,17 +151,25 @@ class TrainingStart:
         basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
         return steps_of(options.name, self.pattern, basis, refinements, options.start_effort)
 
-    def _is_divided(self) -> bool:
-        """Whether the ranks make the start together: each reads the blocks of a model in safetensors one by one.
+    def _why_whole(self) -> str | None:
+        """Why one rank makes the start of the whole model; None if the ranks make it together, block by block.
 
-        Not for a model with experts, of which a rank may miss some, or with images, nor for a step that is not divided.
+        Experts that are modules of a list divide their tokens unseen by `castlm.oneshot.inputs`, so a rank could miss
+        the input of one.
         """
         source = self.source
-        if self.world.mesh is None or source.stored is None or is_vision_language(source.model.config):
-            return False
-        blocks = transformer_blocks(source.model).values()
-        has_experts = any(may_skip_modules(block) or any(map(expert_layers, block.modules())) for block in blocks)
-        return self.pattern.independent_rows and not has_experts and all(step.is_divided for step in self._steps())
+        if self.world.mesh is None:
+            return "there is one process"
+        if is_vision_language(source.model.config):
+            return "the model reads images"
+        if source.stored is None:
+            return "transformers converts the weights of this model while it loads them"
+        if any(map(may_skip_modules, transformer_blocks(source.model).values())):
+            return "its experts are modules of their own"
+        whole = next((str(step) for step in self._steps() if not step.is_divided), None)
+        if whole is not None or not self.pattern.independent_rows:
+            return f"{whole or self.pattern} takes the whole model"
+        return None
 
     def _prune_together_(self, start: StartWeights, work: Path, overwrite: bool) -> Start:
         """Prunes the model block by block; all ranks call it, and find the blocks in the folder `work`."""
@@ -167,7 +177,8 @@ class TrainingStart:
         assert stored is not None
         check_weights(stored, world)  # later, a rank that stops would leave the others waiting
         scope = scope_of(model, self.pattern, self.filter_fn)
-        blocks = StoredModel(model, stored, scope.layers, world.device, None, scope.pattern, self.keeps_dense_values)
+        keeps_dense = self.keeps_dense_values
+        blocks = StoredModel(model, stored, scope.layers, world.device, None, scope.pattern, keeps_dense, ranks=world)
         with reporting_once(world):
             facts, _ = self._run(blocks, work, overwrite, world)
         places: dict[str, Place] = {}
