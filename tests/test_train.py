@@ -140,6 +140,18 @@ def test_a_run_is_not_resumed_with_other_options_data_or_weights(tmp_path):
         train(again)
 
 
+def test_a_run_that_is_resumed_with_other_threads_says_that_its_last_bits_may_differ(llama, text, tmp_path, capsys):
+    config, threads = small(llama, text, tmp_path / "run", save_steps=2, init_from="magnitude"), torch.get_num_threads()
+    train_until(config, 2)
+    assert "order" not in capsys.readouterr().err
+    torch.set_num_threads(threads + 1)
+    try:
+        train_until(config.changed(resume=True), 4)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"in another order (threads {threads} -> {threads + 1})" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("pattern", ["2:4", slow("channels:0.5+2:4")])
 def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, text, tmp_path):
     """SIGKILL at random moments of a run that saves every step; it continues each time and ends as the straight run."""

@@ -149,6 +149,14 @@ def describe(device: torch.device, num_ranks: int, precision: str, optimizer: st
     return f"{where}, {precision} compute on fp32 weights, optimizer {optimizer}"
 
 
+def arithmetic(device: torch.device) -> dict[str, str | int]:
+    """What decides the order in which torch adds, and with it the last bits of a result, by name."""
+    found: dict[str, str | int] = {"torch": torch.__version__}
+    if device.type == "cuda":
+        return found | {"GPU": torch.cuda.get_device_name(device)}
+    return found | {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
 def in_own_process(function: Callable[..., T], *args: Any) -> T:
     """Runs `function(*args)` in a new process, with its own peak of memory and nothing of earlier work in it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

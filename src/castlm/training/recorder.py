@@ -71,6 +71,8 @@ class Recorder:
                 self.say(f"metrics: metrics.jsonl, {', '.join(run.trackers)}")
         if run.resumed_from is not None:
             self.say(f"resuming {run.resumed_from}")
+            if changed := run.progress.new_arithmetic:
+                self.say(f"sums run in another order ({', '.join(changed)}): the last bits may differ")
         elif options.resume:
             self.say(f"{folder.path} holds no checkpoint yet: starting at step 0")
 

@@ -17,7 +17,7 @@ from castlm.core.shards import local
 from castlm.core.sparsify import num_weights
 from castlm.distributed.world import World
 from castlm.facts import Start, TrainedRounding, to_json
-from castlm.hardware import describe, why_slow
+from castlm.hardware import arithmetic, describe, why_slow
 from castlm.methods.base import Retraining
 from castlm.training.checkpoint import check_same_run, load_checkpoint, read_manifest
 from castlm.training.config import TrainConfig
@@ -51,6 +51,8 @@ class Progress:
     """The figures of each evaluation, by step."""
     first_step: int = 0
     """The step from which this process started."""
+    new_arithmetic: list[str] = field(default_factory=list)
+    """The changes since the checkpoint that it continues, which change the last bits of a result; see `arithmetic`."""
     eval_seconds: float = 0.0
     save_seconds: float = 0.0
     """The duration of the last evaluation, and of the last save, in this process."""
@@ -189,6 +191,7 @@ class Run:
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
             "figures": self.progress.figures,
+            "arithmetic": arithmetic(self.world.device),
             "start": to_json(self.start),
             "flips": int(self.world.sum(flips)) // self.world.num_replicas,  # replicas hold the same masks
         }
@@ -200,6 +203,8 @@ class Run:
         self.text.loader.load_state_dict(manifest["data"])
         progress.step = progress.first_step = manifest["step"]
         progress.tokens, progress.seconds, progress.figures = (manifest[k] for k in ("tokens", "seconds", "figures"))
+        before, now = manifest.get("arithmetic", {}), arithmetic(self.world.device)
+        progress.new_arithmetic = [f"{k} {before[k]} -> {now[k]}" for k in now if before.get(k, now[k]) != now[k]]
         first_shard = self.world.shard_index == 0  # the total, on one rank of each replica; 0 on the others
         self.method.restore_flips(manifest["flips"] if first_shard else 0)
 
