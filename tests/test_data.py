@@ -324,6 +324,30 @@ def test_blank_documents_are_skipped_and_counted(tmp_path):
     assert len(Documents.from_texts(["", "one", " "])) == 1
 
 
+def test_a_parquet_file_that_repeats_a_text_without_end_is_refused(tmp_path, monkeypatch):
+    """A row group of equal texts takes some bytes in the file, and all of them in memory."""
+    once = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array(["word " * 200]))
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": once}), path, row_group_size=2500, store_schema=False)
+    assert path.stat().st_size < 10_000
+    documents = open_documents(path)
+    assert len(texts_of(documents, 0)) == 5000
+    (source,), pool = documents._sources, documents._pool
+    assert source.memory_of(0) > 2_500_000 > source.unit_bytes[0]
+    assert len(pool._held) == 2
+    documents = open_documents(path)
+    documents._pool.limit = 4_000_000
+    assert len(texts_of(documents, 0)) == 5000
+    assert len(documents._pool._held) == 1
+    monkeypatch.setattr(readers, "MAX_GROUP_BYTES", 1_000_000)
+    with pytest.raises(InputError, match=r"row group [01] takes more than 1,000,000 bytes"):
+        texts_of(open_documents(path))
+    assert len(texts_of(open_documents(path, LARGER))) == 5000
+    monkeypatch.setattr(readers, "MAX_ROWS", 4999)
+    with pytest.raises(InputError, match="5,000 rows, more than 4,999"):
+        open_documents(path)
+
+
 def test_blank_lines_are_skipped_all_at_once_and_counted(monkeypatch):
     """A gzip file of 3 MB may hold 3,000 million of them."""
     draw = random.Random(0)

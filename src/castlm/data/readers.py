@@ -35,7 +35,11 @@ READ_BYTES = 1 << 20
 SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
 CHUNK_BYTES = 16 << 20  # decompressed at a time, as a file may be 1,000 times smaller than its text
 MAX_LINE_BYTES = 64 << 20  # of a line, with the images in it, times `document_limit`
-MAX_ROWS = 1 << 30  # of a parquet file
+MAX_ROWS = (
+    1 << 26
+)  # of a parquet file, which says a thousand million equal ones in a few bytes; 25 bytes of memory each
+MAX_GROUP_BYTES = 4 << 30  # of a decoded row group of a parquet file, times `document_limit`
+_ROWS_AT_ONCE = 64  # of a row group, decoded between two looks at its size
 
 _INK = re.compile(rb"\S")
 _BLANK = re.compile(rb"\s*")
@@ -66,6 +70,10 @@ class Pieces:
         """The content of a piece; only `Documents` knows whether it begins and ends its document."""
         raise NotImplementedError
 
+    def memory_of(self, unit: int) -> int:
+        """The memory of a unit that has been read."""
+        return int(self.unit_bytes[unit])
+
     def sha256(self) -> str:
         """The hash of the file, in hexadecimal."""
         return sha256_file(self.path)
@@ -87,12 +95,17 @@ class Pool:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key][0]
-            while self._held and self._bytes + num_bytes > self.limit:
-                self._bytes -= self._held.popitem(last=False)[1][1]
+            self._make_room(num_bytes)
             value = load(unit)
+            num_bytes = source.memory_of(unit)
+            self._make_room(num_bytes)
             self._held[key] = (value, num_bytes)
             self._bytes += num_bytes
             return value
+
+    def _make_room(self, num_bytes: int) -> None:
+        while self._held and self._bytes + num_bytes > self.limit:
+            self._bytes -= self._held.popitem(last=False)[1][1]
 
 
 # ------------------------------------------------------------------------------------------------------- plain text
@@ -400,8 +413,10 @@ class ParquetRows(Pieces):
             holding = [field.name for field in file.schema_arrow if not pa.types.is_null(field.type)]
             groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
             rows = np.asarray([group.num_rows for group in groups], dtype=np.int64)
-            if rows.size and (rows.min() < 0 or rows.sum() > MAX_ROWS):
-                raise ValueError(f"{rows.sum():,} rows")
+            if rows.size and rows.min() < 0:
+                raise ValueError(f"{rows.min():,} rows")
+        if rows.sum() > MAX_ROWS:
+            raise InputError(f"{path} has {rows.sum():,} rows, more than {MAX_ROWS:,}: divide it into several files")
         if twice := [name for name, count in names.items() if count > 1]:
             raise InputError(f"{path} has two columns {twice[0]!r}: rename or remove one of them")
         columns = None
@@ -413,7 +428,8 @@ class ParquetRows(Pieces):
                     break
         if columns is None:  # no row holds anything
             rows, columns = rows * 0, Columns("text", is_chat=False)
-        self._columns = columns
+        self._columns, self._most = columns, MAX_GROUP_BYTES * options.document_limit
+        self._decoded: dict[int, int] = {}  # apart from `unit_bytes`, which decide the order of documents
         text_names = [name for name in columns.text_columns if name in holding]
         self._names = [*text_names, *(name for name in columns.extra if name in holding)]
         self._first = np.cumsum(rows) - rows
@@ -449,12 +465,29 @@ class ParquetRows(Pieces):
             yield dict.fromkeys(file.schema_arrow.names)
 
     def _group(self, unit: int, names: list[str]) -> Any:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         with _parquet_errors(self.path):
-            table = pq.ParquetFile(self.path).read_row_group(unit, columns=names)
-            table.validate(full=True)  # otherwise a corrupt offset would read out of bounds; checks UTF-8, too
-            return table
+            file = pq.ParquetFile(self.path)
+            batches, num_bytes = [], 0
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[unit], columns=names):
+                batch.validate(full=True)  # otherwise a corrupt offset would read out of bounds; checks UTF-8, too
+                batches.append(batch)
+                num_bytes += batch.nbytes
+                if num_bytes > self._most:  # its size in the file may be 10,000 times smaller
+                    break
+            table = pa.Table.from_batches(batches, schema=None if batches else file.schema_arrow)
+        if num_bytes > self._most:
+            raise InputError(
+                f"{self.path}: row group {unit} takes more than {self._most:,.0f} bytes of memory: write it with "
+                "smaller row groups, or raise document_limit"
+            )
+        self._decoded[unit] = num_bytes
+        return table
+
+    def memory_of(self, unit: int) -> int:
+        return max(self._decoded.get(unit, 0), super().memory_of(unit))
 
 
 @contextlib.contextmanager
