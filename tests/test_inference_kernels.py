@@ -176,15 +176,16 @@ def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, lev
 @pytest.mark.parametrize(
     ("values", "n", "m"), [*itertools.product(("int8", "int4"), (2, 1, 0), (4,)), ("int8", 4, 8), ("int8", 8, 16)]
 )
-def test_a_prompt_of_integers_has_the_bits_of_four_rows(values, n, m, rows, columns, level):
-    """Prompts have kernels of their own: with AVX2 for up to 64 rows, with AVX-512 where at most half is kept.
+def test_any_number_of_rows_of_integers_has_the_bits_of_four(values, n, m, rows, columns, level):
+    """AVX-512 has kernels for groups of 1 to 12 rows. Prompts have kernels of their own: with AVX2 for up to 64 rows,
+    with AVX-512 where at most half is kept.
 
     1,104 columns are decoded in two parts with AVX2.
     """
     buffer = buffer_of(random_packed(values, n, m if n else 0, rows, columns))
     x = torch.randn(103, columns)
     in_fours = torch.cat([packed_linear(part, buffer, rows) for part in x.split(4)])
-    for many in (17, 64, 65, 103):
+    for many in (*range(1, 13), 17, 25, 36, 37, 64, 65, 96, 103):
         assert torch.equal(packed_linear(x[:many], buffer, rows), in_fours[:many])
 
 

@@ -5,8 +5,8 @@
 // bytes further as there are bits. `vpdpbusd` multiplies unsigned by signed bytes: 128 is added to weights of int8, 8 to those
 // of int4, and masked places hold that much, too. The sums start at -128 (or -8) times the sum of x, which makes them exact.
 //
-// Few rows of x: weights are expanded in registers (`multiply_rows`). Many: two tiles are expanded to the cache, and all rows of x
-// pass them, six at a time (`multiply_many`).
+// Few rows of x: weights are expanded in registers, for up to 12 rows at a time (`multiply_groups`). Many: two tiles are expanded to
+// the cache, and all rows of x pass them, six at a time (`multiply_many`).
 
 #include "avx512.h"
 
@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "plain.h"
 
@@ -36,127 +37,174 @@ INLINE __m512i spread(const int8_t* x) {  // 4 or 8 columns of x to all lanes
   return _mm512_set1_epi32(bits);
 }
 
-template <int values>
-INLINE __m512 whole_sums(const __m512i* of) {  // of both halves
-  if (values == kInt8) return _mm512_cvtepi32_ps(of[0]);
+template <bool by_halves>
+INLINE __m512 whole_sums(const __m512i* of) {
+  if (!by_halves) return _mm512_cvtepi32_ps(of[0]);
   return _mm512_cvtepi32_ps(_mm512_add_epi32(half_step<0>(of[0], of[1]), half_step<1>(of[0], of[1])));
 }
 
-// Weights that will be read soon. On Zen 4 it costs up to a third of the speed.
-INLINE void prefetch(const uint8_t* panel, int64_t bytes) {
-  constexpr int64_t kAhead = 4096;
-  for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + line), _MM_HINT_T0);
+// How many bytes before they are read weights are asked for, for R rows of x; -1 for never. Zen 4 fetches a stream of weights by itself
+// and loses up to a third of its speed where it is asked to, with two exceptions: where there are many products for each weight, and
+// with masked int8, of which a panel is asked for at its start, as the processor would wait for its mask to learn where values begin.
+template <int values, bool is_masked, int R>
+INLINE int64_t fetched_ahead() {
+  return is_intel ? 4096 : R > 8 ? 2560 : values == kInt8 && is_masked ? 0 : -1;
+}
+INLINE void prefetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(from + line), _MM_HINT_T0);
 }
 
-// R rows of x times a tile of the matrix. Tiles are read one after the other: of several streams, Zen 4 fetches none ahead.
+constexpr int kMostTogether = 12;  // rows of x, whose sums of integers and of fp32 are all in registers
+
+// R rows of x times a tile of the matrix, whose panels are asked for `ahead` bytes before, or never for -1. x is (blocks, R, 64), its
+// scales and offsets (blocks, R).
 template <int values, bool is_masked, int R>
-void multiply_rows(const Header& of, const uint8_t* data, const Activations& x, int64_t b, float* y, int64_t ldy, int64_t first,
-                   int64_t last) {
-  using Of = Shape<values>;
-  constexpr int kHalves = Of::kHalves, E = R * kHalves >= 4 ? 1 : 4 / (R * kHalves);  // sums of an output: `vpdpbusd` takes 4 cycles
-  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), width = of.padded();
-  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * blocks * bytes);  // of int8
-  const uint8_t* panel = data + first * blocks * bytes;
-  for (int64_t tile = first; tile < last; tile++) {
-    const int8_t* narrow = x.narrow + b * width;
-    const float* scales = x.scales + b * blocks;
-    const int32_t* offsets = x.offsets + b * blocks;
-    __m512 sums[R];
-#pragma GCC unroll 8
-    for (__m512& sum : sums) sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < blocks; i++, panel += bytes, narrow += kBlock, scales++, offsets++) {
-      Reader<values, is_masked> reader;
-      reader.start(panel);
-      if (is_intel) prefetch(panel, bytes);
-      __m512i c[E][R][kHalves];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const uint32_t offset = uint32_t(offsets[r * blocks]);
+INLINE void multiply_rows(const uint8_t* panel, int64_t bytes, int64_t blocks, int64_t ahead, const int8_t* x, const float* scales,
+                          const int32_t* offsets, __m512* to) {
+  constexpr bool by_halves = values == kInt4 && R <= 6;  // sums of eight columns, whose halves come together after a block
+  constexpr int kParts = by_halves ? 2 : 1, kColumns = 4 * kParts, kSteps = kBlock / kColumns;
+  constexpr int E = R * kParts >= 4 ? 1 : 4 / (R * kParts);  // sums of an output: `vpdpbusd` takes 4 cycles
+  constexpr int kTogether = E < 2 ? 2 : E;                     // steps
+  __m512 sums[R];
+#pragma GCC unroll 12
+  for (__m512& sum : sums) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < blocks; i++, panel += bytes, x += R * kBlock, scales += R, offsets += R) {
+    Reader<values, is_masked> reader;
+    reader.start(panel);
+    if (ahead >= 0) prefetch(panel + ahead, bytes);
+    __m512i c[E][R][kParts];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int e = 0; e < E; e++)
+      for (int e = 0; e < E; e++)
 #pragma GCC unroll 2
-          for (__m512i& half : c[e][r]) {
-            half = _mm512_setzero_si512();
-            if (e == 0) half = values == kInt4 ? _mm512_set1_epi64(offset) : _mm512_set1_epi32(int(offset));
-          }
+        for (__m512i& half : c[e][r]) {
+          half = _mm512_setzero_si512();
+          if (e == 0) half = by_halves ? _mm512_set1_epi64(uint32_t(offsets[r])) : _mm512_set1_epi32(offsets[r]);
+        }
+#pragma GCC unroll 2
+    for (int step = 0; step < kSteps; step += kTogether) {
+      __m512i w[kTogether][kParts];
+#pragma GCC unroll 4
+      for (int e = 0; e < kTogether; e += by_halves ? 1 : 2) {
+        if constexpr (by_halves) w[e][0] = reader.next(0), w[e][1] = reader.next(1);
+        else next_steps(reader, w[e][0], w[e + 1][0]);
       }
-#pragma GCC unroll 2
-      for (int step = 0; step < Of::kSteps; step += E)
 #pragma GCC unroll 4
-        for (int e = 0; e < E; e++) {
-          __m512i w[kHalves];
+      for (int e = 0; e < kTogether; e++)
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          const int8_t* at = x + r * kBlock + kColumns * (step + e);
+          if constexpr (by_halves || R == 1) {
+            const __m512i v = spread<kColumns>(at);
 #pragma GCC unroll 2
-          for (int half = 0; half < kHalves; half++) w[half] = reader.next(half);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; r++) {
-            const __m512i v = spread<Of::kColumns>(narrow + r * width + Of::kColumns * (step + e));
-#pragma GCC unroll 2
-            for (int half = 0; half < kHalves; half++) add_products(c[e][r][half], w[half], v);
+            for (int half = 0; half < kParts; half++) add_products(c[e % E][r][half], w[e][half], v);
+          } else {
+            add_products_of_all(c[e % E][r][0], w[e][0], at);
           }
         }
-      const __m512 of_rows = values == kInt4 ? short_scales(panel + bytes - 32) : _mm512_setzero_ps();
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-#pragma GCC unroll 4
-        for (int e = 1; e < E; e++)
-#pragma GCC unroll 2
-          for (int half = 0; half < kHalves; half++) c[0][r][half] = _mm512_add_epi32(c[0][r][half], c[e][r][half]);
-        const __m512 whole = whole_sums<values>(c[0][r]), scale = _mm512_set1_ps(scales[r * blocks]);
-        sums[r] = _mm512_fmadd_ps(values == kInt4 ? _mm512_mul_ps(whole, of_rows) : whole, scale, sums[r]);
-      }
     }
+    const __m512 of_rows = values == kInt4 ? short_scales(panel + bytes - 32) : _mm512_setzero_ps();
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+      for (int e = 1; e < E; e++)
+#pragma GCC unroll 2
+        for (int half = 0; half < kParts; half++) c[0][r][half] = _mm512_add_epi32(c[0][r][half], c[e][r][half]);
+      const __m512 whole = whole_sums<by_halves>(c[0][r]), scale = _mm512_set1_ps(scales[r]);
+      sums[r] = _mm512_fmadd_ps(values == kInt4 ? _mm512_mul_ps(whole, of_rows) : whole, scale, sums[r]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) to[r] = sums[r];
+}
+
+// Groups of R rows of x times some tiles of the matrix. Tiles are read one after the other: of several streams, Zen 4 fetches none ahead.
+template <int values, bool is_masked, int R>
+void multiply_groups(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes, ahead = fetched_ahead<values, is_masked, R>();
+  const float* row_scales = reinterpret_cast<const float*>(data + of.tiles() * stride);  // of int8
+  for (int64_t tile = first; tile < last; tile++) {
     const int64_t row = 16 * tile;
     const __mmask16 here = rows_here(of, row);
     const __m512 factor = values == kInt8 ? _mm512_loadu_ps(row_scales + row) : _mm512_set1_ps(1);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) _mm512_mask_storeu_ps(y + (b + r) * ldy + row, here, _mm512_mul_ps(sums[r], factor));
+    for (int64_t b = 0; b < x.batch; b += R) {
+      const int64_t at = b * blocks, rows = std::min<int64_t>(R, x.batch - b);
+      __m512 sums[R];
+      multiply_rows<values, is_masked, R>(data + tile * stride, bytes, blocks, b ? -1 : ahead, x.narrow + at * kBlock, x.scales + at,
+                                          x.offsets + at, sums);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++)
+        if (r < rows) _mm512_mask_storeu_ps(y + (b + r) * ldy + row, here, _mm512_mul_ps(sums[r], factor));
+    }
   }
 }
 
+// The same of floats.
 template <int values, bool is_masked, int R>
-void multiply_floats(const Header& of, const uint8_t* data, const Activations& x, int64_t b, float* y, int64_t ldy, int64_t first,
-                     int64_t last) {
-  constexpr int E = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums of an output: an FMA takes 4 cycles
-  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), width = of.padded();
-  const uint8_t* panel = data + first * blocks * bytes;
-  for (int64_t tile = first; tile < last; tile++) {
-    const float* wide = x.wide + b * width;
-    __m512 sums[R][E];
-#pragma GCC unroll 8
-    for (auto& of_row : sums)
+INLINE void multiply_float_rows(const uint8_t* panel, int64_t bytes, int64_t blocks, const float* x, __m512* to) {
+  constexpr int E = R >= 6 ? 1 : R >= 3 ? 2 : 4;  // sums of an output: an FMA takes 4 cycles
+  __m512 sums[R][E];
+#pragma GCC unroll 12
+  for (auto& of_row : sums)
 #pragma GCC unroll 4
-      for (__m512& sum : of_row) sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < blocks; i++, panel += bytes, wide += kBlock) {
-      FloatReader<values, is_masked> reader;
-      reader.start(panel);
-      if (is_intel) prefetch(panel, bytes);
+    for (__m512& sum : of_row) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < blocks; i++, panel += bytes, x += R * kBlock) {
+    FloatReader<values, is_masked> reader;
+    reader.start(panel);
+    if (is_intel) prefetch(panel + 4096, bytes);
 #pragma GCC unroll 2
-      for (int k = 0; k < kBlock; k += 4)
+    for (int k = 0; k < kBlock; k += 4)
 #pragma GCC unroll 2
-        for (int pair = 0; pair < 2; pair++) {
-          __m512 w[2];
-          reader.next(w);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; r++)
+      for (int pair = 0; pair < 4; pair += 2) {
+        __m512 w[2];
+        reader.next(w);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) {
-              __m512& sum = sums[r][(2 * pair + j) % E];
-              sum = _mm512_fmadd_ps(w[j], _mm512_set1_ps(wide[r * width + k + 2 * pair + j]), sum);
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      __m512 sum = E == 4 ? _mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][2 % E]), _mm512_add_ps(sums[r][1 % E], sums[r][3 % E]))
-                   : E == 2 ? _mm512_add_ps(sums[r][0], sums[r][1 % E]) : sums[r][0];
-      _mm512_mask_storeu_ps(y + (b + r) * ldy + 16 * tile, rows_here(of, 16 * tile), sum);
-    }
+          for (int j = 0; j < 2; j++) {
+            const float* at = x + r * kBlock + k + pair + j;
+            __m512& sum = sums[r][(pair + j) % E];
+            sum = _mm512_fmadd_ps(w[j], _mm512_set1_ps(*at), sum);
+          }
+      }
   }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
+    to[r] = E == 4 ? _mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][2 % E]), _mm512_add_ps(sums[r][1 % E], sums[r][3 % E]))
+            : E == 2 ? _mm512_add_ps(sums[r][0], sums[r][1 % E]) : sums[r][0];
+}
+
+template <int values, bool is_masked, int R>
+void multiply_float_groups(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
+  for (int64_t tile = first; tile < last; tile++)
+    for (int64_t b = 0; b < x.batch; b += R) {
+      const int64_t rows = std::min<int64_t>(R, x.batch - b);
+      __m512 sums[R];
+      multiply_float_rows<values, is_masked, R>(data + tile * blocks * bytes, bytes, blocks, x.wide + b * of.padded(), sums);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++)
+        if (r < rows) _mm512_mask_storeu_ps(y + (b + r) * ldy + 16 * tile, rows_here(of, 16 * tile), sums[r]);
+    }
+}
+
+// The form of x for floats: groups of R rows, block by block.
+template <int R>
+Activations floats_in_groups(const Header& of, const float* x, int64_t rows) {
+  if (R == 1) return as_floats(of, x, rows);
+  const int64_t blocks = of.blocks();
+  auto* wide = static_cast<float*>(scratch<2>((rows + R - 1) / R * R * of.padded() * 4));
+  for (int64_t b = 0; b < rows; b++)
+    for (int64_t i = 0; i < blocks; i++, x += kBlock) std::memcpy(wide + ((b / R * blocks + i) * R + b % R) * kBlock, x, kBlock * 4);
+  return {wide, nullptr, nullptr, nullptr, rows};
 }
 
 // ---- many rows of x
 
-constexpr int64_t kManyRows = 13;  // from here on tiles are expanded
+template <bool is_masked>
+constexpr int64_t kManyRows = is_masked ? 37 : 96;  // of integers, from which on tiles are expanded; dense ones are as fast until then
+constexpr int64_t kManyFloats = 13;                 // the same of floats
 constexpr int kRowsAtOnce = 6, kTilesAtOnce = 2;  // 12 sums of integers and 12 of fp32, all in registers
 constexpr int64_t kPassBytes = 1 << 19;           // of x, which stay in the second-level cache while the tiles pass
 
@@ -302,32 +350,29 @@ void multiply_many(const Header& of, const uint8_t* data, const Activations& x, 
 }
 
 template <int values, bool is_masked, int R>
-constexpr auto rows_kernel() {
-  if constexpr (values < kInt8) return multiply_floats<values, is_masked, R>;
-  else return multiply_rows<values, is_masked, R>;
+constexpr Kernel group_kernel() {
+  if constexpr (values < kInt8) return {floats_in_groups<R>, multiply_float_groups<values, is_masked, R>, 1, kTilesAtOnce};
+  else return {in_groups<R, false>, multiply_groups<values, is_masked, R>, 1, kTilesAtOnce};
+}
+// The kernels for groups of 1 to 12 rows of x.
+template <int values, bool is_masked, int... more>
+constexpr auto group_kernels(std::integer_sequence<int, more...>) {
+  return std::array{group_kernel<values, is_masked, 1 + more>()...};
 }
 template <int values, bool is_masked>
-constexpr auto kRowsKernels = std::array{
-    rows_kernel<values, is_masked, 1>(), rows_kernel<values, is_masked, 2>(), rows_kernel<values, is_masked, 3>(),
-    rows_kernel<values, is_masked, 4>(), rows_kernel<values, is_masked, 5>(), rows_kernel<values, is_masked, 6>(),
-    rows_kernel<values, is_masked, 7>(), rows_kernel<values, is_masked, 8>()};
+constexpr auto kGroupKernels = group_kernels<values, is_masked>(std::make_integer_sequence<int, kMostTogether>{});
 
 template <int values, bool is_masked>
-void multiply(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  if (x.batch >= kManyRows) return multiply_many<values, is_masked>(of, data, x, y, ldy, first, last);
-  constexpr int64_t kMost = kRowsKernels<values, is_masked>.size();
-  for (int64_t b = 0; b < x.batch;) {
-    const int64_t rest = x.batch - b, passes = (rest + kMost - 1) / kMost, rows = (rest + passes - 1) / passes;
-    kRowsKernels<values, is_masked>[rows - 1](of, data, x, b, y, ldy, first, last);
-    b += rows;
-  }
+Kernel kernel_of(int64_t batch) {
+  if (batch >= (values < kInt8 ? kManyFloats : kManyRows<is_masked>))
+    return {values < kInt8 ? as_floats : in_groups<kRowsAtOnce, false>, multiply_many<values, is_masked>, 1, kTilesAtOnce};
+  const int64_t groups = (batch + kMostTogether - 1) / kMostTogether;
+  return kGroupKernels<values, is_masked>[(batch + groups - 1) / groups - 1];
 }
 
 template <int values>
 Kernel of_values(const Header& of, int64_t batch) {
-  const Multiply kernel = of.m ? multiply<values, true> : multiply<values, false>;
-  if (values < kInt8) return {as_floats, kernel, 1, kTilesAtOnce};
-  return {batch >= kManyRows ? in_groups<kRowsAtOnce, false> : in_groups<1, false>, kernel, 1, kTilesAtOnce};
+  return of.m ? kernel_of<values, true>(batch) : kernel_of<values, false>(batch);
 }
 
 }  // namespace

@@ -1,16 +1,13 @@
 // Readers of kLanes for AVX-512 (the registers of a panel in turn, with masked weights in their places) and the form of x. Included
 // by the files of kernels inside their target pragma and their unnamed namespace.
 
-// What a block holds of `values`: registers, and columns of each.
 template <int values>
-struct Shape {
-  static constexpr int kHalves = values == kInt4 ? 2 : 1, kSteps = values == kInt4 ? 8 : 16, kColumns = kBlock / kSteps;
-};
+constexpr int kHalves = values == kInt4 ? 2 : 1;  // registers of a step
 
 // Reads the registers of a panel in turn, half by half of each step.
 template <int values, bool is_masked>
 struct Reader {
-  const uint8_t *mask, *at[Shape<values>::kHalves];
+  const uint8_t *mask, *at[kHalves<values>];
 
   INLINE void start(const uint8_t* panel) {
     mask = panel;
@@ -49,7 +46,7 @@ INLINE __m512i half_step(__m512i half0, __m512i half1) {
 // The next two steps of 16 outputs by 4 columns of integers, a byte each.
 template <int values, bool is_masked>
 INLINE void next_steps(Reader<values, is_masked>& reader, __m512i& first, __m512i& second) {
-  first = reader.next(0), second = reader.next(Shape<values>::kHalves - 1);
+  first = reader.next(0), second = reader.next(kHalves<values> - 1);
   if constexpr (values == kInt4) {
     const __m512i halves[2] = {first, second};
     first = half_step<0>(halves[0], halves[1]), second = half_step<1>(halves[0], halves[1]);
@@ -59,6 +56,11 @@ INLINE void next_steps(Reader<values, is_masked>& reader, __m512i& first, __m512
 // Adds products of unsigned and signed bytes. In assembly: GCC 12 copies the sums of the intrinsic, and spills them all.
 INLINE void add_products(__m512i& sums, __m512i of_unsigned, __m512i of_signed) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(of_unsigned), "v"(of_signed));
+}
+
+// The same of four signed bytes for all lanes.
+INLINE void add_products_of_all(__m512i& sums, __m512i of_unsigned, const int8_t* of_signed) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(of_unsigned), "m"(*reinterpret_cast<const int32_t*>(of_signed)));
 }
 
 INLINE __mmask16 rows_here(const Header& of, int64_t row) {  // of the 16 from `row` on
