@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from castlm import progress
 from castlm.cli.main import COMMANDS, Command, main
 from castlm.cli.options import check_json_path, result_folder, write_json
+from castlm.cli.train import run_training
 from castlm.core.errors import DivergedError, InputError
 from castlm.facts import Facts, Verdict
 from castlm.files.atomic_file import atomic_write_json
 from castlm.progress import shown_progress
-from castlm.signals import resume_command
+from castlm.signals import Interrupted, resume_command
 from tests.slow import slow
 from tests.tiny import save_tiny
 
@@ -250,12 +251,27 @@ def test_lines_where_there_is_no_terminal_and_none_of_short_work(capsys, monkeyp
         assert all(line.startswith("castlm: perplexity, sequences 1/4, ") for line in lines)
 
 
-def test_without_a_terminal_long_work_has_its_first_line_at_once(capsys):
+def test_without_a_terminal_long_work_has_its_first_line_at_once(capsys, monkeypatch):
     with shown_progress("sparsegpt, transformer blocks", before=None) as told:
         told(3, 30)
         assert capsys.readouterr().err == "castlm: sparsegpt, transformer blocks 3/30\n"
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 1e9))
         told(4, 30)
-        assert capsys.readouterr().err == ""
+        assert capsys.readouterr().err == ""  # its time holds more than a part's
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 1e9 + 60))
+        told(5, 30)
+        assert capsys.readouterr().err == "castlm: sparsegpt, transformer blocks 5/30, 25 minutes left\n"
+
+
+def test_one_rank_tells_how_a_stopped_run_goes_on(capsys, monkeypatch):
+    def stop(config):
+        raise Interrupted("stopped after step 2, saved", "continue with: torchrun", 130)
+
+    monkeypatch.setattr("castlm.training.train.train", stop)
+    for rank, told in (("0", "castlm: stopped after step 2, saved; continue with: torchrun\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert run_training(None, report=False) == 130
+        assert capsys.readouterr().err == told
 
 
 def test_a_bar_of_80_columns_keeps_count_and_eta_of_slow_parts(capsys, monkeypatch):
@@ -282,3 +298,6 @@ def test_a_terminal_gets_a_bar_that_goes_away(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "perplexity, sequences" in shown
     assert "\x1b[" in shown
+    with shown_progress("perplexity, sequences", is_main=False) as told:  # two ranks would write over each other
+        told(1, 2)
+    assert capsys.readouterr().err == ""

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from castlm.names import clock, duration, printable
-from castlm.say import Progress
+from castlm.say import Progress, silent
 
 SECONDS_BETWEEN_LINES = 30
 SECONDS_BEFORE_FIRST = 3
@@ -31,25 +31,39 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -> Iterator[Progress]:
+def shown_progress(
+    what: str, rate: str | None = None, before: int | None = 0, is_main: bool = True
+) -> Iterator[Progress]:
     """Yields a `Progress` that shows a bar or lines.
 
     Args:
         what: the work and its unit, such as "perplexity, sequences".
         rate: also show the speed, with this unit, such as "tokens/s".
         before: parts that an earlier start has done; None if the first call, before any work, gives their number.
+        is_main: whether this rank shows them; two ranks would write over each other's bars.
     """
+    if not is_main:
+        yield silent
+        return
     console = Screen(stderr=True, highlight=False)
     started = time.monotonic()
     next_line = started + SECONDS_BEFORE_FIRST
-    first: tuple[int, float] | None = None  # the first report: the work before it, as of a text, has another speed
+    is_long = before is None
+    first: tuple[int, float] | None = None
+    """Parts done and time of the first report of any, before which other work, as of a text, was done too."""
 
     def per_second(done: int) -> float:
-        nonlocal before
+        """The speed since the first report; of long work 0 until then, of other work the speed since the beginning."""
+        nonlocal before, first
+        now = time.monotonic()
         if before is None:
             before = done
-        parts, since = (before, started) if first is None or done <= first[0] else first
-        return (done - parts) / max(time.monotonic() - since, 1e-9)
+        if first is None and done > before:
+            first = (done, now)
+        parts, since = first or (before, started)
+        if done <= parts and not is_long:
+            parts, since = before, started
+        return (done - parts) / max(now - since, 1e-9)
 
     if console.is_terminal:
         columns = [TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=20)]
@@ -58,19 +72,17 @@ def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -
             task = bar.add_task(what, total=None, completed=before or 0, speed="", eta="")
 
             def show(done: int, total: int) -> None:
-                nonlocal first
                 done_in_second = per_second(done)
                 speed = f"{done_in_second:,.0f} {rate}" if rate else ""
                 # rich's own time would forget the speed where a part, as a transformer block, takes over 30 seconds.
                 eta = f"ETA {clock((total - done) / done_in_second)}" if done_in_second > 0 else ""
                 bar.update(task, completed=done, total=total, speed=speed, eta=eta)
-                first = first or (done, time.monotonic())
 
             yield show
         return
 
     def line(done: int, total: int) -> None:
-        nonlocal next_line, first
+        nonlocal next_line
         if before is None:  # long work, of which the first part may take minutes
             note(f"{what} {done:,}/{total:,}")
         now, done_in_second = time.monotonic(), per_second(done)
@@ -78,6 +90,5 @@ def shown_progress(what: str, rate: str | None = None, before: int | None = 0) -
             next_line = now + SECONDS_BETWEEN_LINES
             speed = f", {done_in_second:,.0f} {rate}" if rate else ""
             note(f"{what} {done:,}/{total:,}{speed}, {duration((total - done) / done_in_second)} left")
-        first = first or (done, now)
 
     yield line

@@ -126,7 +126,8 @@ def run_training(config: TrainConfig, report: bool) -> int:
                 note(f"no report: {error}; try castlm report {shlex.quote(str(folder))}")
         if is_main_rank():
             _tell_of_checkpoints(config.checkpoint.output_dir)
-    except Interrupted as stop:
-        note(str(stop))
+    except Interrupted as stop:  # on all ranks, after the same step
+        if is_main_rank():
+            note(str(stop))
         return stop.exit_code
     return 1 if verdict is not None and verdict.outcome == "diverged" else 0

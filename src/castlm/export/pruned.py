@@ -118,7 +118,7 @@ def prune_folder(
         source: Source = stored or MemoryModel(model, layers, scope.pattern)
         before = evaluate(loaded)[0] if evaluate else None
         facts = {"model": loaded.source, "weights": weights, "memory": memory, "dtype": dtype_name(kept_dtype)}
-        with shown_progress(f"{method}, transformer blocks", before=None) as progress:
+        with shown_progress(f"{method}, transformer blocks", before=None, is_main=world.is_main) as progress:
             report = run_start(
                 source,
                 steps,
@@ -127,7 +127,7 @@ def prune_folder(
                 facts=facts,
                 restart=overwrite,
                 say=note if world.is_main else silent,
-                progress=progress if world.is_main else silent,
+                progress=progress,
                 ranks=world,
             )
         step_options = {key: value for step in steps for key, value in step.options().items()}

@@ -238,7 +238,9 @@ class TrainingStart:
                 "layers": sorted(layers),
                 "seed": self.draw.seed,
             }
-            with shown_progress(f"starting from {method}, transformer blocks", before=None) as progress:
+            with shown_progress(
+                f"starting from {method}, transformer blocks", before=None, is_main=is_main
+            ) as progress:
                 report = run_start(
                     blocks,
                     self._steps(),
@@ -247,7 +249,7 @@ class TrainingStart:
                     facts=facts,
                     restart=overwrite,
                     say=say,
-                    progress=progress if is_main else silent,
+                    progress=progress,
                     time_after=time_after,
                     ranks=ranks,
                 )
