@@ -133,6 +133,9 @@ def test_card_names_no_local_path(tmp_path):
     assert str(tmp_path) not in card + measured
     assert "| held out of a.txt, b.txt |" in measured
     assert "# my-base, 2 of 4" in card
+    run = {**CONDITIONS, "name": "tuned", "perplexity": 3.0, "tokenizer": str(tmp_path / "my-run" / "model")}
+    assert "| some-org/Base |" in card_of(base_model="some-org/Base", figures=[run])[1]  # whose tokenizer it is
+    assert "| my-run |" in card_of(base_model=str(tmp_path), figures=[run])[1]
     assert "# my-run, 2 of 4" in card_of(base_model=str(tmp_path / "my-run" / "model"))[1]
     assert "base_model" not in front_matter
     assert "None was measured" in card

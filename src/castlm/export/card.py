@@ -66,6 +66,7 @@ def model_card(folder_name: str, facts: Facts) -> str:
         if facts.packed is not None and facts.packed.head is not None:
             name += f", before embedding and head in {facts.packed.head}"
         figures.append(replace(figures[-1], name=name, perplexity=proof.perplexity_from_disk))
+    figures = _of_base(figures, hub_id)
     return _render(
         "card.md.jinja",
         front_matter=_fenced(front_matter),
@@ -160,6 +161,15 @@ def _format(facts: Facts) -> str:
     return f"castlm's packed format: {kind or 'the kept values'} without the zeros in the sparse layers"
 
 
+def _of_base(figures: list[Figure], hub_id: str) -> list[Figure]:
+    """`figures` with the base model on the hub in place of a local folder as the tokenizer: castlm keeps the base's."""
+
+    def is_local(name: str | None) -> bool:
+        return name is not None and (_public(name) != name or Path(name).exists())
+
+    return [replace(row, tokenizer=hub_id) if hub_id and is_local(row.tokenizer) else row for row in figures]
+
+
 def _table(figures: list[Figure]) -> list[str]:
     def cell(value: Any) -> str:
         if isinstance(value, float):
@@ -191,7 +201,7 @@ def adapter_card(facts: Facts, kind: str, trained: int) -> str:
         base=_reference(source),
         trained=trained,
         steps=[_step(step) for step in made_by(facts)],
-        table=_table(list(facts.figures or [])),
+        table=_table(_of_base(list(facts.figures or []), hub_id)),
         license=facts.license,
     )
 

@@ -131,7 +131,8 @@ def described(step: PastStep, shown: Callable[[str], str] = str) -> str:
         calibrated = f", calibrated on {drawn}" if text else ""
         refined = _refined(step.refinements or {})
         return f"Pruned one-shot by {SOLVER_TITLES.get(method, method)}{refined}{calibrated}, without training"
-    steps, tokens = f"{step.train_steps:,} steps", f"{step.train_tokens or 0:,} tokens"
+    steps = "1 step" if step.train_steps == 1 else f"{step.train_steps:,} steps"
+    tokens = f"{step.train_tokens or 0:,} tokens"
     names = (step.dataset.name if step.dataset else "a text").split(" + ")
     batch = "1 sequence" if step.world_batch == 1 else f"{step.world_batch or '?'} sequences"
     length = f"{batch} of {config.get('seq_len', '?')} tokens"

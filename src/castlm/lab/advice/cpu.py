@@ -377,7 +377,7 @@ class Ranking:
 
     @property
     def verdict(self) -> str:
-        """Two sentences: what to use for one sequence, and for prompts and batches."""
+        """Up to three sentences: what to use for one sequence, where n:m does not pay, and where it does."""
         first, *many = self.workloads
         dense = self.best(False, first)
         text = (
