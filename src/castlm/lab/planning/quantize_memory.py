@@ -16,6 +16,7 @@ from castlm.lab.planning.memory import MemoryPlan, read_config
 from castlm.lab.planning.prune_memory import BLOCK_WIDTHS, LIBRARIES, MALLOC, sizes_of, stored_bytes
 from castlm.oneshot.walk import PASS_TOKENS_CPU
 
+_PACKING = 20 * 2**20  # bytes of code and buffers beyond those of a prune
 _EVERY_LAYER = NM(1, 2)  # leaves out layers of odd widths alone
 
 
@@ -53,7 +54,7 @@ def plan_quantize_memory(
     held = model.block if memory == "block" else model.total
     # Rounding to the nearest holds a whole model as it is stored, and blocks in fp32.
     itemsize = 4 if has_text or memory == "block" else stored_bytes(config)
-    parts = {"process": resident_memory() + LIBRARIES, "weights": itemsize * held}
+    parts = {"process": resident_memory() + LIBRARIES + _PACKING, "weights": itemsize * held}
     block = parts["process"] + parts["weights"]
     phases: dict[str, int] = {}
     if has_text:
