@@ -129,7 +129,7 @@ class GgufPlace:
 
     def first(self, read: Reader, count: int) -> Tensor:
         """The first `count` numbers (up to count,) of the parameter's first row."""
-        return self.read(read, slice(0, 1)).flatten()[:count]
+        return self.read(read, slice(0, 1)).flatten()[:count].clone()  # not a view that holds all of it
 
 
 AnyPlace = Place | ExpertPlaces | GgufPlace

@@ -42,6 +42,9 @@ def forget_gguf() -> None:
     _reader_of_version.cache_clear()
 
 
+_ROWS = 1024  # dequantized at a time: gguf holds several times their size
+
+
 class GgufWeights:
     """The weights of a model in a GGUF file, which are dequantized when they are read; see `gguf_weights`."""
 
@@ -58,11 +61,18 @@ class GgufWeights:
         import gguf
 
         tensor = self._tensors[name]
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        data, kind = tensor.data, tensor.tensor_type
+        if data.ndim == 1:
+            weight = np.copy(gguf.dequantize(data, kind))  # a part of the file's map, where that is in fp32
+        else:
+            weight = np.empty(self.shape(name), np.float32)
+            for start in range(0, len(data), _ROWS):
+                rows = slice(start, start + _ROWS)
+                weight[rows] = gguf.dequantize(data[rows], kind)
         laid_out = self._processor.process(
             weights=weight, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}
         )
-        return torch.from_numpy(np.copy(laid_out.weights))  # a weight of a file in fp32 is a part of its map
+        return torch.from_numpy(np.ascontiguousarray(laid_out.weights))
 
 
 def gguf_weights(file: Path, model: PreTrainedModel) -> GgufWeights | None:
