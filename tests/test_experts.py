@@ -235,6 +235,13 @@ def test_an_order_that_castlm_does_not_know_is_refused(family, tmp_path, monkeyp
         verify(tmp_path)
 
 
+def test_experts_that_do_not_state_their_order_are_counted_as_castlm_knows_it(tmp_path):
+    tiny_model("llama4_text", num_local_experts=4, intermediate_size_mlp=48).save_pretrained(tmp_path)
+    axes = {layer.name: layer.axis for layer in verify(tmp_path).layers if "experts." in layer.name}
+    assert set(axes.values()) == {1}
+    assert len(axes) == 4
+
+
 def test_a_family_inside_another_is_counted_along_its_own_axis(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 264}
     bert = BertConfig(**sizes, intermediate_size=64)

@@ -310,7 +310,9 @@ def _check_places(
         if axis is None or len(shape) != len(loaded):
             continue
         module = model.get_submodule(place.name.rpartition(".")[0])
-        is_transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False) is True
+        is_transposed = getattr(module, "is_transposed", None) if len(shape) == 3 else isinstance(module, Conv1D)
+        if not isinstance(is_transposed, bool):
+            continue  # as in Llama 4, whose experts do not state their order
         is_transposed ^= place.is_turned and not (place.by_shape and shape == loaded)
         if is_transposed != (axis == len(shape) - 2):
             order = "in, out" if is_transposed else "out, in"
