@@ -6,7 +6,9 @@ import math
 import re
 import shutil
 import statistics
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,6 +20,7 @@ from castlm.core.errors import InputError
 from castlm.data import documents
 from castlm.facts import Facts, Perplexities, Verdict, to_json
 from castlm.files.output import begin_output, output_folder
+from castlm.lab.compare import report as reports
 from castlm.lab.compare import runs
 from castlm.lab.compare.plan import CompareConfig, Plan
 from castlm.lab.compare.plan import compare as run_comparison
@@ -180,6 +183,23 @@ def test_a_terminal_gets_few_columns_and_the_page_all_of_them_with_charts(compar
         assert (compared.out / f"{name}.svg").read_text().startswith("<?xml")
     for loaded_from_elsewhere in ("http-equiv", "src="):
         assert loaded_from_elsewhere not in html
+
+
+def test_the_table_fits_a_terminal_of_80_columns(capsys, monkeypatch):
+    cells = ["gradual_magnitude", "sparsegpt, refined", "1,280,000", "0.0003", "42.354 ± 3.596", "+2.1884 ± 0.0840"]
+    row = dict(zip(reports.SHORT, cells))
+    table = SimpleNamespace(
+        **{"headings": reports.SHORT, "table": lambda headings: [[row[name] for name in headings]]},
+        **{"question": "?", "warnings": [], "notes": [], "verdict": "."},
+    )
+    show(table, "out")
+    assert "sparsegpt, refined" in capsys.readouterr().out  # a file or a pipe has all columns
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    show(table, "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [cell in lines[2] for cell in cells] == [True, False, True, True, True, True]
 
 
 def test_a_failed_run_is_a_line_of_the_table_whatever_its_name(files, tmp_path, in_process, capsys):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,10 +22,21 @@ from castlm.progress import note
 
 def show(report: Report, folder: str) -> None:
     """Prints the table, the verdict and the path of the page."""
-    table = aligned([report.headings, *report.table(report.headings)])
+    table = _fitting(report, shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize)
     page = f"report: {Path(folder, 'table.html')}"
     for line in (report.question, *table, *report.warnings, *report.notes, report.verdict, page):
         to_stdout(line)
+
+
+def _fitting(report: Report, room: int) -> list[str]:
+    """The lines of the table in `room` columns, if need be without starts, which a note names, and tokens."""
+    headings = list(report.headings)
+    for left_out in ("", "start", "tokens"):
+        headings = [heading for heading in headings if heading != left_out]
+        lines = aligned([headings, *report.table(headings)])
+        if max(map(len, lines)) <= room:
+            break
+    return lines
 
 
 def main(arguments: list[str]) -> int:
