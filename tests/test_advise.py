@@ -2,7 +2,10 @@
 
 import json
 import math
+import time
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from castlm.files.stored import read_header
 from castlm.formats.table import FORMATS
 from castlm.lab.advice import cpu as advise_module
 from castlm.lab.advice.cpu import (
+    Load,
     Option,
     Quality,
     Ranked,
@@ -26,6 +30,7 @@ from castlm.lab.advice.cpu import (
     options,
     rank,
     shapes_of,
+    time_layer,
 )
 from castlm.lab.advice.gpu import advise_on_gpu
 from castlm.lab.planning.fit import fit_law
@@ -245,3 +250,18 @@ def test_layers_that_the_pattern_does_not_fit_count_as_dense(quick):
     ranking = rank(Shapes({(64, 30): 2}), dtype="fp32", workloads={"one token": 1}, seconds=0.0)
     seconds = {row.option.name: row.seconds["one token"] for row in ranking.rows}
     assert seconds["2:4 fp32"] == seconds["dense fp32"]
+
+
+@needs_kernels
+def test_what_other_programs_take_of_a_thread_does_not_count(monkeypatch):
+    """On one thread, the time is that in which it ran: others here take ten seconds at each look at the clock."""
+    clock = SimpleNamespace(perf_counter=count(0, 10).__next__, thread_time=time.thread_time)
+    monkeypatch.setattr(advise_module, "time", clock)
+    threads, load = torch.get_num_threads(), Load()
+    torch.set_num_threads(1)
+    try:
+        found = time_layer([torch.float32], (8, 8), [1], 0.0, load)
+    finally:
+        torch.set_num_threads(threads)
+    assert found[1][torch.float32] < 0.1
+    assert "other programs" in load.note[0].lower()
