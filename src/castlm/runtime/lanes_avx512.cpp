@@ -203,8 +203,7 @@ Activations floats_in_groups(const Header& of, const float* x, int64_t rows) {
 // ---- many rows of x
 
 template <bool is_masked>
-constexpr int64_t kManyRows = is_masked ? 37 : 96;  // of integers, from which on tiles are expanded; dense ones are as fast until then
-constexpr int64_t kManyFloats = 13;                 // the same of floats
+constexpr int64_t kManyRows = is_masked ? 37 : 96;  // from which on tiles are expanded; dense ones are as fast until then
 constexpr int kRowsAtOnce = 6, kTilesAtOnce = 2;  // 12 sums of integers and 12 of fp32, all in registers
 constexpr int64_t kPassBytes = 1 << 19;           // of x, which stay in the second-level cache while the tiles pass
 
@@ -364,7 +363,7 @@ constexpr auto kGroupKernels = group_kernels<values, is_masked>(std::make_intege
 
 template <int values, bool is_masked>
 Kernel kernel_of(int64_t batch) {
-  if (batch >= (values < kInt8 ? kManyFloats : kManyRows<is_masked>))
+  if (batch >= kManyRows<is_masked>)
     return {values < kInt8 ? as_floats : in_groups<kRowsAtOnce, false>, multiply_many<values, is_masked>, 1, kTilesAtOnce};
   const int64_t groups = (batch + kMostTogether - 1) / kMostTogether;
   return kGroupKernels<values, is_masked>[(batch + groups - 1) / groups - 1];
