@@ -384,8 +384,8 @@ def plan_memory(
     """Memory of each of `world_size` ranks that shard everything (FSDP2), in steps of micro_batch x seq_len tokens.
 
     `_components` has the formula of each component, `_phases` what is there at once: in the `start` (before step 0; on
-    several ranks block by block, as of a model in safetensors without experts and images), in `evaluate` (with a copy
-    of the masked weights), in the `loss` (all activations, and the loss), `backward` (activations shrink while
+    several ranks block by block, as of a model without images whose weights are read one by one), in `evaluate` (with a
+    copy of the masked weights), in the `loss` (all activations, and the loss), `backward` (activations shrink while
     gradients grow, so the larger of its two ends, plus what flows inside a block) and `step`; on a CPU also in `save`
     and `finish`.
 
