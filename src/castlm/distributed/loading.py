@@ -318,13 +318,14 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
 def check_weights(checkpoint: Checkpoint, world: World) -> None:
     """Checks that all weights can be read and are finite, each by one rank; all ranks call it, and stop together."""
     failure = None
-    with opened_files() as read:
-        for name in sorted(checkpoint.places)[world.rank :: world.size]:  # each weight is read by one rank
-            try:
+    for name in sorted(checkpoint.places)[world.rank :: world.size]:  # each weight is read by one rank
+        try:
+            # The pages of a file count as memory of this process while the file is open.
+            with opened_files() as read:
                 _read_finite(checkpoint, name, read, slice(None))
-            except InputError as error:
-                failure = str(error)
-                break
+        except InputError as error:
+            failure = str(error)
+            break
     world.check_all(failure, patient=True)  # the others may read longer
 
 

@@ -23,7 +23,7 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
-from castlm.distributed.loading import Checkpoint, check_weights, open_sharded, opened_files
+from castlm.distributed.loading import Checkpoint, check_weights, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.folder import left_dense_reason, read_facts
@@ -145,13 +145,14 @@ def quantize_folder(
     if groups is not None:
         layers, left_dense = sparse_linears(model, groups)
         left_dense |= facts.left_dense
-        with opened_files() as read:
-            for layer, module in layers.items():
-                weight, key = module.weight, f"{layer}.weight"
-                if checkpoint is not None and left_dense_reason(key, left_dense) is None:
-                    weight = checkpoint.places[key].read(read, slice(None))
-                if left_dense_reason(key, left_dense) is None and groups.violations(weight):
-                    raise InputError(f"{name} is not {groups} in {layer}: pass its own pattern, or prune it first")
+        for layer, module in layers.items():
+            weight, key = module.weight, f"{layer}.weight"
+            if left_dense_reason(key, left_dense) is not None:
+                continue
+            if checkpoint is not None:
+                weight = checkpoint.read(key)
+            if groups.violations(weight):
+                raise InputError(f"{name} is not {groups} in {layer}: pass its own pattern, or prune it first")
     tokens: Tensor | None = None
     text: dict[str, Any] = {}
     if documents is not None and calibration is not None:
