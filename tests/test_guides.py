@@ -153,7 +153,7 @@ def names_of(page: str) -> dict[str, Any]:
                 "torch": torch,
                 "Trainer": Trainer,
                 "SFTTrainer": partial(trl.SFTTrainer, processing_class=tiny_tokenizer()),
-                "SFTConfig": partial(trl.SFTConfig, max_steps=2, max_length=32, use_cpu=True, report_to=[]),
+                "SFTConfig": partial(trl.SFTConfig, max_steps=2, max_length=32, report_to=[]),
                 "args": TrainingArguments("trained", max_steps=2, use_cpu=True, report_to=[]),
                 "data": Dataset.from_dict({"input_ids": ids, "labels": ids}),
                 "model": sparse_model(**WIDE),
