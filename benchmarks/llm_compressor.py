@@ -1,11 +1,11 @@
-"""One-shot pruning in castlm and by llm-compressor's one call: perplexity, processor time and peak of memory.
+"""One-shot pruning in castlm and by llm-compressor's one call: perplexity and processor time.
 
     python -m benchmarks.llm_compressor --text TEXT --calibration TEXT --llm-compressor PYTHON [--model demo]
                                         [--pattern 2:4 32:64] [--num-sequences 64] [--seq-len 512] [--json O]
 
 Every contestant is a process of its own, one after the other, from the same folder, with the same calibration tokens
-(checked by their hash), on the threads that OMP_NUM_THREADS gives. Time and memory are of the whole process, with
-loading and saving. `castlm verify` then counts every result, and `castlm.evaluate` measures it on TEXT. PYTHON is of
+(checked by their hash), on the threads that OMP_NUM_THREADS gives. Time is of the whole process, with loading and
+saving. `castlm verify` then counts every result, and `castlm.evaluate` measures it on TEXT. PYTHON is of
 an environment with llm-compressor; see `llm_compressor_peer.py`.
 """
 
@@ -54,12 +54,10 @@ class Result:
     """Whether every group of every pruned layer is of the pattern, counted by `castlm verify`."""
     seconds: float
     """Of processor time."""
-    mib: float
-    """The peak of resident memory."""
 
 
-def run(command: Sequence[str]) -> tuple[float, float]:
-    """Processor seconds and peak in MiB of a process.
+def run(command: Sequence[str]) -> float:
+    """The seconds of processor time of a process.
 
     Raises:
         SystemExit: it failed; with the last line that it wrote.
@@ -70,7 +68,7 @@ def run(command: Sequence[str]) -> tuple[float, float]:
         if status:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)}: {output.read().strip().splitlines()[-1]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Result]:
@@ -93,7 +91,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Result]:
                 sizes = {"num_sequences": options.num_sequences, "seq_len": options.seq_len, "precision": "fp32"}
                 prune = PruneCommand(**inputs, **sizes, **CASTLM[name], output_dir=str(out))
                 command = [sys.executable, "-m", *shlex.split(command_line("prune", prune))]
-            seconds, mib = run(command)
+            seconds = run(command)
             if name in CASTLM:
                 used = read_facts(out).calibration
                 tokens = CalibrationText(sequences).record()["tokens_sha256"]
@@ -103,17 +101,17 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Result]:
                 str(out), options.text, eval_tokens=options.eval_tokens, seq_len=options.seq_len, precision="fp32"
             )
             holds = castlm.verify(str(out), pattern=pattern).ok
-            results.append(Result(name, pattern, found["perplexity"], holds, seconds, mib))
+            results.append(Result(name, pattern, found["perplexity"], holds, seconds))
             print(results[-1], flush=True)
     return results
 
 
 def table(results: Sequence[Result]) -> str:
     """Markdown: a row for each contestant and pattern."""
-    lines = ["| | pattern | perplexity | seconds | MiB | every group holds |", "|---|---|---:|---:|---:|---|"]
+    lines = ["| | pattern | perplexity | seconds | every group holds |", "|---|---|---:|---:|---|"]
     for r in results:
         holds = "yes" if r.holds else "no"
-        lines.append(f"| {r.name} | {r.pattern} | {r.perplexity:.2f} | {r.seconds:,.0f} | {r.mib:,.0f} | {holds} |")
+        lines.append(f"| {r.name} | {r.pattern} | {r.perplexity:.2f} | {r.seconds:,.0f} | {holds} |")
     return "\n".join(lines)
 
 

@@ -118,7 +118,9 @@ def command_of(case: Mapping[str, Any], model: Path, text: Path, output: Path) -
 
 def predicted_peak(command: PruneCommand | QuantizeCommand) -> int:
     if isinstance(command, QuantizeCommand):
-        return plan_quantize_memory(command.model, command.kind, num_sequences=SEQUENCES, seq_len=SEQ_LEN).peak
+        return plan_quantize_memory(
+            command.model, command.kind, packed=command.packed, num_sequences=SEQUENCES, seq_len=SEQ_LEN
+        ).peak
     return plan_prune_memory(
         command.model,
         memory=command.memory or "model",

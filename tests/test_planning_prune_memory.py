@@ -103,6 +103,9 @@ def test_quantizing_holds_a_block_its_statistics_and_the_layers_that_read_one_in
     assert of_round[0] - of_round[1] == pytest.approx(4 * (total - BLOCK) * (1 + MALLOC), abs=2)
     nearest = plan_quantize_memory(CONFIG, "int8")
     assert nearest.phases.keys() == {"round", "finish"}
+    packed = plan_quantize_memory(CONFIG, "int8", packed=True)
+    of_finish = [each.phases["finish"] - each.components["process"] for each in (packed, nearest)]
+    assert of_finish[0] == pytest.approx(2 * of_finish[1], abs=2)  # the table of embeddings as it is written
     assert nearest.components["weights"] == 4 * BLOCK
 
 
@@ -127,5 +130,7 @@ def test_the_command_prints_the_phases_and_the_peak(llama, capsys):
     assert "phase: round" in capsys.readouterr().out
     with pytest.raises(InputError, match="--quantize int4"):
         command.memory([*arguments, "--quantize", "int4"])
+    with pytest.raises(InputError, match="--quantize FORMAT"):
+        command.memory([*arguments, "--packed"])
     with pytest.raises(InputError, match="reconstruct-epochs = -1"):
         command.memory([*arguments, "--reconstruct-epochs", "-1"])

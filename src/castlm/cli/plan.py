@@ -123,6 +123,9 @@ class MemoryOptions:
     """Predict `castlm quantize` to this format on a CPU instead of a training run, with a calibration text for int4 and
     int3."""
 
+    packed: bool = essential(False)
+    """With --quantize: the result is packed."""
+
     memory: Literal["model", "block"] = essential("block")
     """With --prune and --quantize: keep the whole model in memory, or one transformer block. Structured patterns,
     experts and images need the whole model.
@@ -142,6 +145,8 @@ def memory(arguments: list[str]) -> int:
     from castlm.lab.planning.prune_memory import plan_prune_memory
     from castlm.lab.planning.quantize_memory import plan_quantize_memory
 
+    if options.packed and options.quantize is None:
+        raise InputError("--packed is of a quantization: give --quantize FORMAT too")
     if options.prune and options.quantize is not None:
         raise InputError(f"--prune and --quantize {options.quantize} are two commands: give one of them")
     model, pattern, start, teacher = config.model.model, config.model.pattern, config.start, config.teacher
@@ -154,6 +159,7 @@ def memory(arguments: list[str]) -> int:
             model,
             options.quantize,
             memory=options.memory,
+            packed=options.packed,
             num_sequences=start.calibration_sequences or 64,
             seq_len=seq_len if "seq_len" in config.given else None,
         )

@@ -25,6 +25,7 @@ def plan_quantize_memory(
     kind: str,
     *,
     memory: Literal["model", "block"] = "block",
+    packed: bool = False,
     has_text: bool = True,
     num_sequences: int = 64,
     seq_len: int | None = None,
@@ -40,6 +41,7 @@ def plan_quantize_memory(
         config: a HF config, the path of a `config.json` or of a folder with one.
         kind: the format.
         memory: "block" for a model whose weights are read one by one, "model" for others.
+        packed: whether the result is packed.
         has_text: whether int4 or int3 reads a calibration text.
         num_sequences, seq_len: of the calibration text; `seq_len` is 512 by default, or the model's context.
 
@@ -79,8 +81,8 @@ def plan_quantize_memory(
             embeddings = outside * torch.bfloat16.itemsize
             blocks = parts["weights"] + parts["activations"]
             phases["enter"] = parts["process"] + embeddings + max(embeddings, blocks)
-        # a table of embeddings as it is stored, and as it is written or packed
-        phases["finish"] = parts["process"] + 2 * table * stored_bytes(config)
+        # a table of embeddings as it is stored, and where it is packed also as it is written
+        phases["finish"] = parts["process"] + (2 if packed else 1) * table * stored_bytes(config)
     else:
         # the model that is read back, and the pages of its files, which stay mapped
         phases["finish"] = block + parts["weights"] + stored_bytes(config) * model.total
