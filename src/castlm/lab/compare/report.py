@@ -180,7 +180,7 @@ def explain(facts: dict[str, Any], results: list[Result]) -> list[str]:
         f"tokenizer {facts.get('tokenizer')}, {facts.get('precision')}. {facts.get('base_model')} before any training: "
         + (f"{untouched:.3f}." if untouched else "not measured."),
         f"{', '.join(f'{k} {v}' for k, v in facts['versions'].items())}; {facts['cpu']}, {facts['cpus']} CPUs, "
-        f"{facts['threads']} threads per run, {', '.join(facts['devices'])}; {facts['date']}.",
+        f"threads per run: {facts['threads']}; {', '.join(facts['devices'])}; {facts['date']}.",
     ]
     if any(r.run.config.get("teacher_cache") for r in final):
         lines.append("The runs share a teacher cache, which the first of them fills: their times do not compare.")
