@@ -268,15 +268,22 @@ def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> 
 # ---- the peers, each with the dense model
 
 
+def dense_folder(options: argparse.Namespace, loaded: Loaded) -> Path:
+    """The folder of the dense model that peers convert, saved once for all of them."""
+    folder = Path(options.scratch) / "model"
+    if not (folder / "config.json").exists():  # which is written after the weights
+        save_model(loaded.model, loaded.tokenizer, folder)
+    return folder
+
+
 def bf16_gguf(options: argparse.Namespace, loaded: Loaded) -> Path:
     """The model as a GGUF file, made by the converter of llama.cpp's sources unless it is there."""
-    sources, folder = options.llama_cpp or os.environ.get("LLAMA_CPP"), Path(options.scratch)
+    sources, file = options.llama_cpp or os.environ.get("LLAMA_CPP"), Path(options.scratch) / "bf16.gguf"
     if not sources:
         raise MissingPeerError("name the sources of llama.cpp by --llama-cpp or LLAMA_CPP")
-    if not (folder / "bf16.gguf").exists():
-        save_model(loaded.model, loaded.tokenizer, folder / "model")
-        gguf_files.convert(folder / "model", sources, folder / "bf16.gguf")
-    return folder / "bf16.gguf"
+    if not file.exists():
+        gguf_files.convert(dense_folder(options, loaded), sources, file)
+    return file
 
 
 def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
@@ -325,23 +332,20 @@ def process_points(
 def ik_llama_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
     python = options.ik_llama or os.environ.get("IK_LLAMA_PYTHON") or sys.executable
     if not has_packages(python, "ik_llama_cpp, gguf, numpy"):
-        raise MissingPeerError(
-            "pip install --no-binary :all: ik-llama-cpp-python, and gguf, and name their Python by --ik-llama"
-        )
+        raise MissingPeerError("install it as ik_llama_peer.py says, and name its Python by --ik-llama")
     source = bf16_gguf(options, loaded)
     peer = PeerProcess("ik_llama_peer", python, torch.get_num_threads(), source, source.with_name("ik_llama"))
     return process_points(options, text, peer, "ik_llama.cpp")
 
 
 def openvino_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> tuple[list[Point], Runners]:
-    python, folder = options.openvino or os.environ.get("OPENVINO_PYTHON") or sys.executable, Path(options.scratch)
+    python = options.openvino or os.environ.get("OPENVINO_PYTHON") or sys.executable
     if not has_packages(python, "openvino, nncf, optimum.intel"):
         raise MissingPeerError(
             "pip install openvino nncf optimum-intel in another environment, and name its Python by --openvino"
         )
-    if not (folder / "openvino").exists():
-        save_model(loaded.model, loaded.tokenizer, folder / "model")
-    peer = PeerProcess("openvino_peer", python, torch.get_num_threads(), folder / "model", folder / "openvino")
+    source = dense_folder(options, loaded)
+    peer = PeerProcess("openvino_peer", python, torch.get_num_threads(), source, source.with_name("openvino"))
     return process_points(options, text, peer, "OpenVINO")
 
 

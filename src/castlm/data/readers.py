@@ -35,9 +35,8 @@ READ_BYTES = 1 << 20
 SEGMENT_BYTES = 8 << 20  # between two seek points of a gzip file
 CHUNK_BYTES = 16 << 20  # decompressed at a time, as a file may be 1,000 times smaller than its text
 MAX_LINE_BYTES = 64 << 20  # of a line, with the images in it, times `document_limit`
-MAX_ROWS = (
-    1 << 26
-)  # of a parquet file, which says a thousand million equal ones in a few bytes; 25 bytes of memory each
+# Of a parquet file, which says a thousand million equal ones in a few bytes. Each takes 25 bytes of memory.
+MAX_ROWS = 1 << 26
 MAX_GROUP_BYTES = 4 << 30  # of a decoded row group of a parquet file, times `document_limit`
 _ROWS_AT_ONCE = 64  # of a row group, decoded between two looks at its size
 

@@ -13,7 +13,7 @@ import io
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from castlm.files.stored import (
     read_weight_map,
 )
 from castlm.formats.table import FORMATS
-from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, input_axis
+from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, input_axis, parts_of_config
 from castlm.models.locate import check_holds_model
 from castlm.models.weights import Place, loading_only, packed_weights, recording_places, stored_weights
 from castlm.patterns import parse_pattern
@@ -179,7 +179,8 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
             has another shape, or is made of a tensor that would be counted as something else.
     """
     check_redirections(path, config)
-    for _, name, value in _fields(config):  # before anything loops over so many blocks or experts
+    fields = (field for part in parts_of_config(config) for field in part.items())
+    for name, value in fields:  # before anything loops over so many blocks or experts
         count = re.search(
             r"(?:^|_)n(?:um)?_(?:\w+_)?(layer|block|expert)s?(?:_per_\w+)?$|^(?:en|de)coder_(layer)s$", name
         )
@@ -216,10 +217,11 @@ def check_redirections(folder: Path, config: Config) -> None:
     `configuration_files` names another config.json, `transformers_weights` other weights. An `attribute_map` gives
     fields other names, at any depth.
     """
-    for depth, key, value in _fields(config):
-        is_redirection = key in _REDIRECTIONS and value not in (None, PACKED_NOTICE)
-        if is_redirection or (key == "quantization_config" and depth > 0):
-            raise InputError(f"{folder / 'config.json'} names other weights or fields in {key}: remove that entry")
+    for part in parts_of_config(config):
+        for key, value in part.items():
+            is_redirection = key in _REDIRECTIONS and value not in (None, PACKED_NOTICE)
+            if is_redirection or (key == "quantization_config" and part is not config):
+                raise InputError(f"{folder / 'config.json'} names other weights or fields in {key}: remove that entry")
     if parts := [file.name for file in folder.iterdir() if _DISTRIBUTED.match(file.name)]:
         raise InputError(f"{folder} holds {parts[0]}, a part of a distributed checkpoint: save the whole model")
 
@@ -319,14 +321,6 @@ def _check_places(
             raise InputError(
                 f"{name} of {folder} is stored as ({order}), which castlm does not know of a {described['model_type']}"
             )
-
-
-def _fields(config: Config, depth: int = 0) -> Iterator[tuple[int, str, Any]]:
-    """The fields of a config and of all configs in it, such as `text_config`: depth, name and value."""
-    for key, value in config.items():
-        yield depth, key, value
-        if isinstance(value, dict):
-            yield from _fields(value, depth + 1)
 
 
 def check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
