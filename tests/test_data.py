@@ -1,5 +1,6 @@
 """Blocks against a packing written out plainly, positions against the undisturbed run, files against their texts."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -306,6 +307,32 @@ def test_long_text_is_cut_at_lines_else_at_words(tmp_path, monkeypatch):
             assert len(pieces) >= 5
             assert all(one[-1] == before and two[0] == after for one, two in pairwise(pieces))
     assert len(open_documents(path)) == 1
+
+
+def test_opening_a_large_file_tells_how_far_it_is(tmp_path, monkeypatch):
+    told: list[tuple[int, int]] = []
+    shown: list[str] = []
+
+    @contextlib.contextmanager
+    def show(what, rate):
+        shown.append(what)
+        yield lambda done, total: told.append((done, total))
+
+    texts = [f"{number} {random.Random(number).randbytes(700).hex()}" for number in range(2500)]  # 3.4 MB
+    for name in ("a.jsonl", "a.jsonl.gz", "a.txt"):
+        path = write_texts(tmp_path / name, texts)
+        open_documents(path, shown=show)
+        assert not told  # seconds are too short for a bar
+        monkeypatch.setattr(documents_module, "LARGE_BYTES", 1 << 20)
+        open_documents(path, shown=show)
+        monkeypatch.undo()
+        size = path.stat().st_size >> 20
+        assert told == sorted(told)
+        assert told[-1] == (size, size)
+        assert len(told) > size  # a call for each MiB of the file, and one for the rest
+        assert [path.name in what for what in shown] == [True]
+        shown.clear()
+        told.clear()
 
 
 def test_gzip_of_several_members_and_padding(tmp_path):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
@@ -193,6 +194,7 @@ def test_what_is_taken_is_refused(tmp_path):
         (tmp_path / "file" / "below", False, "cannot write"),
         (tmp_path, False, "already holds something"),
         (tmp_path, True, "no record"),
+        (tmp_path, torch.ones(2), "overwrite = tensor"),
         (Path("/proc/castlm"), False, "cannot write /proc"),
     ):
         with pytest.raises(InputError, match=reason), output_folder(path, "train", overwrite=overwrite):

@@ -125,6 +125,6 @@ def test_what_can_be_resumed_says_so(tmp_path):
     with output_folder(tmp_path / "run", "train", resume=True):
         facts = RunFolder(tmp_path / "run").finish_again(config.as_dict(), config.as_yaml(), 8)
     assert facts.config["seed"] == config.data.seed
-    with pytest.raises(InputError, match="pass resume, overwrite or"), output_folder(tmp_path / "run", "train"):
+    with pytest.raises(InputError, match="give --resume, --overwrite"), output_folder(tmp_path / "run", "train"):
         pass
     assert json.loads((tmp_path / "run" / OUTPUT).read_text())["complete"]

@@ -5,12 +5,16 @@ A terminal escape in a tensor's name can rewrite what a report says above it; a 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from typing import TextIO
 
 LAYOUT = "\n\t\u00a0\u3000\u200c\u200d"
 """Characters that stay in text of a language model: line breaks, spaces, and joiners of letters and emoji."""
 
+_WORDS = re.compile(r"( *)((?<!\S)'[^']*'|[^ ]+)")
+"""A word of a line and the spaces before it; a quoted argument of a command is one word."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$!&])")
 
 
@@ -54,6 +58,43 @@ def markdown_code(text: object) -> str:
     fence = "`" * (longest + 1)
     edge = " " if not text or text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{edge}{text}{edge}{fence}"
+
+
+def filled(text: str, columns: int) -> str:
+    """`text` with spaces at the end of each row of a terminal, so that the next one begins with a whole word.
+
+    Spaces take the place of line breaks so that a command of several rows is still one line when it is copied. The
+    words of two rows have at least one between them, and the terminal breaks a word that is longer than a row.
+
+    >>> filled("resume with castlm train", 14)
+    'resume with   castlm train'
+    """
+    rows = []
+    for line in text.split("\n"):
+        row, place = "", 0
+        words = _WORDS.findall(line)
+        for number, (spaces, word) in enumerate(words, 1):
+            room = columns - (number < len(words))  # the last word of a line needs no space behind it
+            if place and len(word) <= room < place + len(spaces) + len(word):
+                row += " " * (columns - place)
+                place = 0
+            else:
+                row += spaces
+                place += len(spaces)
+            row += word
+            place = (place + len(word)) % columns
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def for_stream(text: str, stream: TextIO) -> str:
+    """`text` as `filled` for a terminal, and unchanged for a file or a pipe, where a line stays one line."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):  # closed, or a stream without a file
+        return text
+    columns = int(found) if (found := os.environ.get("COLUMNS", "")).isdigit() and columns else columns
+    return filled(text, columns) if columns > 1 else text
 
 
 def duration(seconds: float) -> str:

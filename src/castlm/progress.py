@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from castlm.names import clock, duration, printable
+from castlm.names import clock, duration, for_stream, printable
 from castlm.say import Progress, silent
 
 SECONDS_BETWEEN_LINES = 30
@@ -26,8 +26,8 @@ class Screen(Console):
 
 
 def note(text: str) -> None:
-    """Prints one line."""
-    print(f"castlm: {printable(text)}", file=sys.stderr, flush=True)
+    """Prints one line; a terminal breaks it at words."""
+    print(for_stream(f"castlm: {printable(text)}", sys.stderr), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -146,7 +146,9 @@ def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]
 
     prompts = [] if options.prompts is None else read_prompts(options.prompts, options)
     if options.text is not None:
-        documents = open_documents(options.text, options, split=options.eval_split, data_config=options.eval_config)
+        documents = open_documents(
+            options.text, options, split=options.eval_split, data_config=options.eval_config, shown=shown_progress
+        )
     device = choose_device(options.device)
     code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
     loaded = load_model(options.model, unpack=device != "cpu", **code)  # measures the computation of castlm generate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,7 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
     from castlm.files.output import check_output
     from castlm.models.locate import local_folder, locate
     from castlm.oneshot.calibration import Draw
+    from castlm.progress import shown_progress
 
     pattern, method = options.pattern, options.solver
     if options.memory == "block" and not locate(options.model).gguf:
@@ -187,7 +189,9 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
     draw = None
     if options.calibration is not None:
         draw = Draw(
-            documents=open_documents(options.calibration, options),
+            documents=open_documents(
+                options.calibration, options, shown=functools.partial(shown_progress, is_main=world.is_main)
+            ),
             num_sequences=options.num_sequences,
             seq_len=options.seq_len,
             seed=options.seed,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TextIO
 
 from castlm.core.errors import DivergedError, InputError, is_out_of_memory, is_panic
-from castlm.names import printable
+from castlm.names import for_stream, printable
 from castlm.signals import TERMINATED, ending_on_sigterm, stopped_by_sigterm
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -139,7 +139,8 @@ def _describe(error: BaseException) -> str:
 
 def _complain(reason: str) -> None:
     try:
-        print(f"castlm: error: {printable(' '.join(reason.split()))}", file=sys.stderr, flush=True)
+        text = f"castlm: error: {printable(' '.join(reason.split()))}"
+        print(for_stream(text, sys.stderr), file=sys.stderr, flush=True)
     except OSError:  # both go to the same full disk
         _discard(sys.stderr)
 
@@ -168,7 +169,7 @@ def _main(arguments: list[str]) -> int:
             return COMMANDS[name].run(name, arguments[words:])
     except SystemExit as stop:
         if stop.code == TERMINATED:
-            print(f"castlm: {stopped_by_sigterm()}", file=sys.stderr)
+            print(for_stream(f"castlm: {stopped_by_sigterm()}", sys.stderr), file=sys.stderr)
         raise
     except Exception as error:
         # The standard output is full: the error of a file would have its name, or be an InputError.

@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
+import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,11 +34,12 @@ from castlm.fields import (
     unknown,
 )
 from castlm.files.reading import read_json_object, user_path
-from castlm.names import printable
+from castlm.names import for_stream, printable
 
 T = TypeVar("T")
 
 WIDTH = 100
+"""The most columns of a help text."""
 _INDENT = 30
 
 Sections = Sequence[tuple[str, type[Any]]]
@@ -168,8 +171,13 @@ def help_text(sections: Sections, name: str, everything: bool, about: type[Any],
     return "\n".join([*lines, "", f"castlm {name} --help-all describes every option."])
 
 
-def _wrap(text: str, width: int = WIDTH, **indents: str) -> list[str]:
-    return textwrap.wrap(text, width, break_on_hyphens=False, **indents)
+def _width() -> int:
+    """Columns of a help text: those of a terminal, at most `WIDTH`."""
+    return min(WIDTH, max(60, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else WIDTH
+
+
+def _wrap(text: str, width: int | None = None, **indents: str) -> list[str]:
+    return textwrap.wrap(text, width or _width(), break_on_hyphens=False, **indents)
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> str:
@@ -190,7 +198,7 @@ def _described(kind: type[Any], field: dataclasses.Field[Any]) -> list[str]:
     text = f"{docs_of(kind).get(field.name, '')} {default}".strip()
     if hint is bool and default_of(field):
         text = f"Turn this off: {text[:1].lower()}{text[1:]}"
-    wrapped = _wrap(text, WIDTH - _INDENT)
+    wrapped = _wrap(text, _width() - _INDENT)
     if len(head) >= _INDENT:
         return [head, *(" " * _INDENT + line for line in wrapped)]
     first, *rest = wrapped or [""]
@@ -245,8 +253,11 @@ def command_with(name: str, given: Mapping[str, Any]) -> str:
 
 
 def to_stdout(text: object, keep: str = "") -> None:
-    """Prints an answer of a command, in which names of files cannot move the cursor or begin a line."""
-    print(printable(text, keep), flush=True)
+    """Prints an answer of a command, in which names of files cannot move the cursor or begin a line.
+
+    A terminal breaks it at words.
+    """
+    print(for_stream(printable(text, keep), sys.stdout), flush=True)
 
 
 def use_threads(number: int) -> None:

@@ -60,34 +60,34 @@ def check(arguments: list[str]) -> int:
     for name, layer in by_headroom[:10]:
         headroom = [f"{layer.headroom:.2f}x"] if has_headroom else []
         table.append([name, f"{layer.momentum_rms:.2e}", f"{layer.budget.quantiles[2]:.3f}", *headroom])
-    print("\n".join(aligned(table)))
+    to_stdout("\n".join(aligned(table)), keep="\n")
     if len(by_headroom) > 10:
-        print(f"... and {len(by_headroom) - 10} layers{' with more headroom' if has_headroom else ''}")
+        to_stdout(f"... and {len(by_headroom) - 10} layers{' with more headroom' if has_headroom else ''}")
     max_steps = config.optimizer.max_steps
     hours = max_steps * found.tokens_per_step / found.tokens_per_s / 3600
-    print(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
-    print(f"{found.tokens_per_s:,.0f} tokens/s: {duration(3600 * hours)} for {max_steps} steps of training alone")
+    to_stdout(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
+    to_stdout(f"{found.tokens_per_s:,.0f} tokens/s: {duration(3600 * hours)} for {max_steps} steps of training alone")
     if found.start_seconds:
         steps = found.start_seconds * found.tokens_per_s / found.tokens_per_step
-        print(f"start: {found.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")
+        to_stdout(f"start: {found.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")
         kept = partial_folder(config.checkpoint.output_dir)
-        print(f"its transformer blocks are in {kept}: castlm train with the same options takes them from there")
+        to_stdout(f"its transformer blocks are in {kept}: castlm train with the same options takes them from there")
         hours += found.start_seconds / 3600
     if options.price_per_hour is not None:
         devices = options.devices or world.size
         cost = hours * devices * options.price_per_hour
-        print(
+        to_stdout(
             f"cost without evaluations: {cost:,.2f}, at {options.price_per_hour:g} an hour of each of {devices} devices"
         )
-    print(f"peak memory of this process: {found.peak_bytes / 2**30:.2f} GiB")
+    to_stdout(f"peak memory of this process: {found.peak_bytes / 2**30:.2f} GiB")
     worst = by_headroom[0][1].budget
     floor = f"; masked weights end near {worst.floor:.1e}, the last rate" if worst.floor else ""
     late = [name for name, layer in by_headroom if not layer.budget.reaches_zero]
     if not late:
-        print(f"verdict: all {len(by_headroom)} layers reach zero{floor}")
+        to_stdout(f"verdict: all {len(by_headroom)} layers reach zero{floor}")
         return 0
     factor = max(found.layers[name].budget.factor for name in late)
-    print(
+    to_stdout(
         f"verdict: {len(late)} of {len(by_headroom)} layers cannot reach zero; use decay='horizon', or "
         f"{factor:.1f}x the learning rate, or {factor:.1f}x the steps{floor}"
     )
@@ -163,7 +163,7 @@ def memory(arguments: list[str]) -> int:
             num_sequences=start.calibration_sequences or 64,
             seq_len=seq_len if "seq_len" in config.given else None,
         )
-        print(plan_of_quantize.table())
+        to_stdout(plan_of_quantize.table(), keep="\n")
         return 0
     if options.prune:
         plan_of_prune = plan_prune_memory(
@@ -177,7 +177,7 @@ def memory(arguments: list[str]) -> int:
             refinements=part_of(start, Refinements),
             effort=start.start_effort,
         )
-        print(plan_of_prune.table())
+        to_stdout(plan_of_prune.table(), keep="\n")
         return 0
     on_cpu = options.gpu is None and choose_device(config.runtime.device) == "cpu"
     precision = config.runtime.precision
@@ -214,7 +214,7 @@ def memory(arguments: list[str]) -> int:
             raise InputError(f"there is no card {gib!r}: use one of {', '.join(known)}, or a number of GiB")
         gib = known[gib]
     plan = plan_memory(model, run, teacher=teacher.teacher, world_size=options.world_size, gpu_gib=gib)
-    print(plan.table())
+    to_stdout(plan.table(), keep="\n")
     if isinstance(options.gpu, str):
         hours = plan_hours(
             model,
@@ -226,11 +226,11 @@ def memory(arguments: list[str]) -> int:
             link=options.link,
         )
         steps = config.optimizer.max_steps
-        print(hours.explain())
-        print(f"{steps:,} steps take {duration(3600 * hours.hours(steps))}, without start and evaluations")
+        to_stdout(hours.explain(), keep="\n")
+        to_stdout(f"{steps:,} steps take {duration(3600 * hours.hours(steps))}, without start and evaluations")
         if options.price_per_hour is not None:
             price = hours.hours(steps) * options.world_size * options.price_per_hour
-            print(f"cost: {price:,.2f}, at {options.price_per_hour:g} an hour of each of {options.world_size} GPUs")
+            to_stdout(f"cost: {price:,.2f}, at {options.price_per_hour:g} an hour of each of {options.world_size} GPUs")
     return 0 if plan.fits in (True, None) else 1
 
 
@@ -268,9 +268,9 @@ class FitCommand:
         if self.json == "-":
             return 0
         for name, (low, high) in law.intervals.items():
-            print(f"{name:<6} {getattr(law, name):.5g}  (90 %: {low:.5g} to {high:.5g})")
-        print(f"{law.num_points} runs at {law.num_budgets} budgets")
-        print(law.tested())
+            to_stdout(f"{name:<6} {getattr(law, name):.5g}  (90 %: {low:.5g} to {high:.5g})")
+        to_stdout(f"{law.num_points} runs at {law.num_budgets} budgets")
+        to_stdout(law.tested(), keep="\n")
         return 0
 
 
@@ -327,7 +327,7 @@ class PredictCommand:
             beyond = f", {found.below:.1f}x below the fitted budgets" if found.below > 1 else beyond
             ppl, low, high = (readable(value) for value in (found.perplexity, found.low, found.high))
             least = ", the least that is predicted, since the law itself falls below the dense model" * found.is_least
-            print(f"{self.tokens:.3g} tokens: perplexity {ppl} (90 %: {low} to {high}){beyond}{least}")
+            to_stdout(f"{self.tokens:.3g} tokens: perplexity {ppl} (90 %: {low} to {high}){beyond}{least}")
             tokens: float | None = self.tokens
         else:
             assert self.target_ppl is not None
@@ -335,12 +335,12 @@ class PredictCommand:
             tokens = needed.tokens
             if tokens is not None:
                 self._check_reach(law, tokens, f"--target-ppl {self.target_ppl:g} needs {tokens:.3g} tokens, which")
-            print(needed)
+            to_stdout(needed, keep="\n")
         if tokens is not None and self.tokens_per_s is not None:
             hours = tokens / self.tokens_per_s / 3600
-            print(f"{duration(3600 * hours)} at {self.tokens_per_s:,.0f} tokens/s")
+            to_stdout(f"{duration(3600 * hours)} at {self.tokens_per_s:,.0f} tokens/s")
             if self.price_per_hour is not None:
-                print(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
+                to_stdout(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
         return 0 if tokens is not None else 1
 
     def _check_reach(self, law: Law, tokens: float, what: str) -> None:

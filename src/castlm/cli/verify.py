@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from castlm.cli.options import check_json_path, write_json
+from castlm.cli.options import check_json_path, to_stdout, write_json
 from castlm.core.nm import NM, Pattern
 from castlm.fields import parsed, positional
 from castlm.files.reading import user_path
@@ -43,7 +43,7 @@ class VerifyCommand:
         )
         write_json(self.json, report.as_dict())
         if self.json != "-":
-            print(report.text())
+            to_stdout(report.text(), keep="\n")
         return 0 if report.ok else 1
 
 

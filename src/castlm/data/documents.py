@@ -6,6 +6,7 @@ hub dataset is streamed: only the rows that are read are downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import glob
 import hashlib
@@ -32,16 +33,18 @@ from castlm.data.readers import (
     texts_in_memory,
 )
 from castlm.files.reading import check_regular, user_path
+from castlm.say import Progress, silent
 
 OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Pieces]] = {
-    ".txt": lambda file, options, pool, indexes: open_text(file),
-    ".jsonl": lambda file, options, pool, indexes: JsonLines(file, options, indexes),
+    ".txt": lambda file, options, pool, indexes: open_text(file, pool.told),
+    ".jsonl": lambda file, options, pool, indexes: JsonLines(file, options, indexes, pool.told),
     ".jsonl.gz": lambda file, options, pool, indexes: GzipJsonLines(file, options, pool),
     ".parquet": lambda file, options, pool, indexes: ParquetRows(file, options, pool),
 }
 """The reader of a file by its suffix: a function of the file, the options, the cache of decompressed units, and the
 places of lines that an earlier start of the run has found."""
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
+LARGE_BYTES = 64 << 20  # of files, from which on opening them takes seconds
 HUB_HELD_OUT = 200  # documents of a stream
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
 _SMALL_BUFFER = 64  # for documents with images
@@ -238,6 +241,8 @@ def furthest_behind(used: Sequence[float], weights: Sequence[float]) -> int:
     return min(range(len(used)), key=lambda number: (used[number] + 0.5) / weights[number])
 
 
+Shown = Callable[..., contextlib.AbstractContextManager[Progress]]
+"""`castlm.progress.shown_progress`, or a function with its parameters `what`, `rate` and `is_main`."""
 AnyDocuments = Documents | HubDocuments | Mixture
 
 
@@ -248,6 +253,7 @@ def open_documents(
     split: str = "train",
     data_config: str | None = None,
     indexes: LineIndexes | None = None,
+    shown: Shown | None = None,
 ) -> Documents | HubDocuments:
     """Opens a file, a folder, a glob, or a dataset of the Hugging Face Hub.
 
@@ -260,6 +266,7 @@ def open_documents(
     Args:
         split, data_config: of a hub dataset.
         indexes: of .jsonl files, from an earlier start of a run; takes those of the files that are opened.
+        shown: shows the progress of opening files of `LARGE_BYTES` and more.
 
     Raises:
         InputError: the dataset does not exist, its type is not supported, it has no such column or several that could
@@ -271,8 +278,19 @@ def open_documents(
         return open_hub(str(dataset), options, split, data_config)
     if data_config is not None:
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
-    pool = Pool(SHUFFLE_BYTES)
-    sources = [OPENERS[_suffix(file)](file, options, pool, indexes) for file in files]
+    total, read = sum(file.stat().st_size for file in files), 0
+    with contextlib.ExitStack() as stack:
+        progress = silent
+        if shown is not None and total >= LARGE_BYTES:
+            progress = stack.enter_context(shown(f"reading {dataset}, MiB", rate="MiB/s"))
+
+        def told(num_bytes: int) -> None:
+            nonlocal read
+            read = min(read + num_bytes, total)
+            progress(read >> 20, total >> 20)
+
+        pool = Pool(SHUFFLE_BYTES, told)
+        sources = [OPENERS[_suffix(file)](file, options, pool, indexes) for file in files]
     documents = Documents(sources, pool, str(dataset))
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT and len(source.last)]
     if plain and documents.kind is not Kind.TEXT:

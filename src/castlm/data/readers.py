@@ -28,6 +28,7 @@ from castlm.data.columns import Columns, Document, Kind, find_columns
 from castlm.data.line_index import LineIndex, LineIndexes, key_of
 from castlm.data.options import TextOptions
 from castlm.files.reading import check_regular, open_regular, parse_json, sha256_file
+from castlm.say import silent
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size
@@ -79,10 +80,15 @@ class Pieces:
 
 
 class Pool:
-    """Keeps the most recently read units, at most `limit` bytes of them (but always the last one)."""
+    """Keeps the most recently read units, at most `limit` bytes of them (but always the last one).
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    Args:
+        told: called by the readers that share the pool, while they open their files, with the bytes that they have read
+            since the last call.
+    """
+
+    def __init__(self, limit: int, told: Callable[[int], object] = silent) -> None:
+        self.limit, self.told = limit, told
         self._held: OrderedDict[tuple[Path, int], tuple[Any, int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()  # evaluation may read while the loader reads ahead
@@ -143,10 +149,10 @@ class Spans(Pieces):
         return hashlib.sha256(ends + self._buffer).hexdigest()
 
 
-def open_text(path: Path) -> Spans:
+def open_text(path: Path, told: Callable[[int], object] = silent) -> Spans:
     """A UTF-8 text file: one document, byte for byte, or several where it contains `<|endoftext|>`.
 
-    The line breaks around that separator are dropped.
+    The line breaks around that separator are dropped. For `told` see `Pool`.
     """
     buffer = map_file(path)
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -157,6 +163,7 @@ def open_text(path: Path) -> Spans:
             raise InputError(
                 f"{path}: not UTF-8 near byte {at + error.start} ({error.reason}): convert the file to UTF-8"
             ) from error
+        told(READ_BYTES)
     begin = len(codecs.BOM_UTF8) if buffer[:3] == codecs.BOM_UTF8 else 0
     cuts = [match.span() for match in re.finditer(re.escape(SEPARATOR.encode()), buffer)]
     starts, stops = [begin, *(stop for _, stop in cuts)], [*(start for start, _ in cuts), len(buffer)]
@@ -256,20 +263,34 @@ class JsonRows:
         return document
 
 
+def _telling(chunks: Iterable[bytes], told: Callable[[int], object]) -> Iterator[bytes]:
+    """The chunks of a file; calls `told` with the bytes of each when the next one is asked for."""
+    for chunk in chunks:
+        yield chunk
+        told(len(chunk))
+
+
 class JsonLines(Spans):
     """A file with one JSON object per line.
 
     Args:
         indexes: of an earlier start, from which the places of the documents are taken; otherwise every line is parsed.
+        told: see `Pool`.
     """
 
-    def __init__(self, path: Path, options: TextOptions, indexes: LineIndexes | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: TextOptions,
+        indexes: LineIndexes | None = None,
+        told: Callable[[int], object] = silent,
+    ) -> None:
         rows, key = JsonRows(path, options), key_of(path, options)
         buffer = map_file(path)
         index = None if indexes is None else indexes.find(key)
         if index is None:
             with open_regular(path) as file:
-                start, stop = rows.index(iter(partial(file.read, READ_BYTES), b""))
+                start, stop = rows.index(_telling(iter(partial(file.read, READ_BYTES), b""), told))
             at = buffer.find(rows.columns_row)  # the first equal line has the same columns
             columns_row = (at, at + len(rows.columns_row)) if at >= 0 else (0, 0)
             index = LineIndex(key, np.stack([start, stop], axis=1), columns_row, rows.kind)
@@ -295,10 +316,13 @@ class GzipJsonLines(Pieces):
         self._points: list[tuple[int, int, Any]] = [(0, 0, None)]
 
         def scan() -> Iterator[bytes]:
-            total = 0
+            total = read = 0
             for chunk, offset, inflater in _inflate(path):
                 yield chunk
                 total += len(chunk)
+                if offset is not None:
+                    pool.told(offset - read)
+                    read = offset
                 if offset is not None and total - self._points[-1][0] >= SEGMENT_BYTES:
                     self._points.append((total, offset, inflater.copy()))
 
@@ -444,6 +468,7 @@ class ParquetRows(Pieces):
                 table = self._group(unit, text_names)
                 for row in range(len(table)):
                     self.kind = max(self.kind, self._document(table, row, first + row, text_alone=True).kind)
+                pool.told(groups[unit].total_byte_size)
 
     def read(self, piece: int) -> Document:
         unit = int(self.unit[piece])

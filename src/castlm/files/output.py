@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.fields import convert
 from castlm.files.atomic_file import (
     atomic_write_text,
     flush_file,
@@ -358,12 +359,16 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _refuse_taken(final: Path, overwrite: bool) -> None:
-    """Raises `InputError` if `final` is a file, or holds something without `overwrite`."""
+    """Raises `InputError` if `final` is a file, or holds something without `overwrite`, or that is no bool."""
+    overwrite = convert("overwrite", overwrite, bool)  # a library call may give anything, such as a tensor
     if os.path.lexists(final) and not final.is_dir():
         raise InputError(f"{final} is a file: name a folder for the output")
     if not overwrite and not is_empty(final):
-        resumes = "resume, " if "begun" in read_record(final / OUTPUT) else ""
-        raise InputError(f"{final} already holds something: pass {resumes}overwrite or another output folder")
+        resumes = "--resume, " if "begun" in read_record(final / OUTPUT) else ""
+        raise InputError(
+            f"{final} already holds something: give {resumes}--overwrite (in Python overwrite=True) or another output "
+            "folder"
+        )
 
 
 def _publish(new: Path, final: Path) -> Path | None:

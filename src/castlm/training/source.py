@@ -36,13 +36,13 @@ from castlm.data.packing import BatchLoader, MixedSequences, Sequences, open_seq
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
 from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded, opened_files
-from castlm.distributed.world import World
+from castlm.distributed.world import World, is_main_rank
 from castlm.export.folder import read_left_dense
 from castlm.facts import Cut, Facts
 from castlm.models.architecture import check_head, context_length, embedding_weight, is_vision_language, vocab_size
 from castlm.models.io import Loaded, load_model, open_model
 from castlm.models.locate import cached_snapshot, locate
-from castlm.progress import note
+from castlm.progress import note, shown_progress
 from castlm.say import Say, silent
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
 
@@ -290,12 +290,11 @@ def _open_splits(
     data: DataOptions, evaluation: EvaluationOptions, indexes: LineIndexes | None = None
 ) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
-    parts = [
-        open_documents(text, data, split=data.dataset_split, data_config=data.dataset_config, indexes=indexes)
-        for text in data.datasets
-    ]
+    shown = functools.partial(shown_progress, is_main=is_main_rank())
+    opened = functools.partial(open_documents, options=data, indexes=indexes, shown=shown)
+    parts = [opened(text, split=data.dataset_split, data_config=data.dataset_config) for text in data.datasets]
     held_out = [
-        open_documents(text, data, split=evaluation.eval_split, data_config=evaluation.eval_config, indexes=indexes)
+        opened(text, split=evaluation.eval_split, data_config=evaluation.eval_config)
         for text in evaluation.eval_datasets
     ]
     if not held_out:

@@ -25,7 +25,7 @@ from rich.table import Column
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text, plain_json, reporting_full_disk
-from castlm.names import clock, printable
+from castlm.names import clock, filled, printable
 from castlm.packages import missing
 from castlm.progress import Screen
 
@@ -112,7 +112,8 @@ class Telemetry:
 
     def say(self, text: str) -> None:
         if self.is_main:
-            self.console.print(printable(text, keep="\n"), markup=False)
+            text = printable(text, keep="\n")
+            self.console.print(filled(text, self.console.width) if self.console.is_terminal else text, markup=False)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Shows and writes the figures of the optimizer step that just ended, counted from 1."""

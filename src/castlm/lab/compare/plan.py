@@ -30,6 +30,7 @@ from castlm.lab.compare.runs import (
     run_key,
 )
 from castlm.methods.table import METHODS, is_control
+from castlm.progress import shown_progress
 from castlm.say import Say
 from castlm.starts import default_method, methods_of
 from castlm.training.config import TrainConfig, without_sections
@@ -141,6 +142,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
     plan.check_model()
     root = Path(config.output_dir)
     say(f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}")
+    say(f"the progress of each run is in its .log in {root / 'runs'}")
     results: list[Result] = []
     with output_folder(root, "compare", resume=True):
         begin_output(root, "compare", resume=True)
@@ -161,6 +163,8 @@ class Plan:
 
     def __init__(self, command: CompareConfig, say: Say) -> None:
         self.command, self.say = command, say
+        self.num_begun = 0
+        """Runs that `measure` has begun."""
         rates = command.learning_rates.split(",") if command.learning_rates else []
         self.rates: list[float] = [convert("learning_rates", rate.strip(), float) for rate in rates]
         if command.tuning_dataset and not self.rates:
@@ -234,7 +238,7 @@ class Plan:
 
         command, options = self.command, TextOptions.of(self.common)
         digests = {
-            name: open_documents(text, options, split=split, data_config=data_config).text_hash()
+            name: open_documents(text, options, split=split, data_config=data_config, shown=shown_progress).text_hash()
             for name, (text, split, data_config) in self.texts.items()
         }
         if digests.get("tuning_dataset") == digests["eval_dataset"]:
@@ -288,7 +292,8 @@ class Plan:
 
     def measure(self, run: ComparedRun, root: Path) -> Result:
         """The result of a run: reads a finished one, otherwise starts or resumes it."""
-        self.say(str(run))
+        self.num_begun += 1
+        self.say(f"{self.num_begun}/{self.num_runs}  {run}")
         try:
             outcome: Facts | Failure = execute(run, root, self.say)
         except InputError as error:
@@ -324,7 +329,8 @@ class Plan:
         config = config.changed(
             max_steps=steps,
             eval_steps=config.evaluation.eval_steps or max(1, steps // self.preset.evaluations),
-            save_steps=config.checkpoint.save_steps if "save_steps" in fields else max(1, steps // 4),
+            # a short run saves at its end alone: a checkpoint of SmolLM2-135M is 1.5 GiB
+            save_steps=config.checkpoint.save_steps if "save_steps" in fields else max(10, steps // 4),
             save_total_limit=1,
         )
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}

@@ -86,10 +86,11 @@ def losses(rows: Rows, results: list[Result]) -> dict[str, Picture]:
     if not lines:
         return {}
     values = [y for line in lines for _, y in line.points]
+    are_controls = all(is_control(r.run.config["method"]) for r in runs)
     svg = line_chart(
         lines,
         x_label="training tokens",
-        y_label="perplexity after the prune",
+        y_label="perplexity" if are_controls else "perplexity after the prune",
         log_y=max(values) > 4 * min(values),
         width=WHOLE,
         height=340,
@@ -98,7 +99,8 @@ def losses(rows: Rows, results: list[Result]) -> dict[str, Picture]:
         "Perplexity of the evaluation text at the largest token budget: mean over seeds, with a band of one standard "
         "deviation."
     )
-    return {"losses": Picture("Learning curves", svg, caption, wide=True)}
+    title = f"Learning curve of {lines[0].name}" if len(lines) == 1 else "Learning curves"  # one line has no legend
+    return {"losses": Picture(title, svg, caption, wide=True)}
 
 
 def _over_seeds(results: list[Result], key: str) -> list[tuple[float, float, float]]:

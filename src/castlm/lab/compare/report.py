@@ -32,7 +32,7 @@ COLUMNS = {
     "flip_rate": ("flip rate", ".1e"),
     "initial_flip_rate": ("flips since step 0", ".2%"),
     "sparse_weight_ratio": ("kept share", ".4f"),
-    "start_tokens": ("start, tokens", ",.0f"),
+    "calibration_tokens": ("calibration, tokens", ",.0f"),
     "train_seconds": ("time, s", ".0f"),
     "start_seconds": ("start, s", ".0f"),
     "peak_memory_mib": ("peak memory, MiB", ".0f"),
@@ -65,7 +65,8 @@ MEANINGS = {
     "flips since step 0": "Share of the mask entries that differ from the masks of step 0.",
     "kept share": "sum |kept weights| / sum |all weights| of the sparse layers before the prune; 1: nothing left to "
     "prune.",
-    "start, tokens": "Tokens that the start read before step 0; empty for one-shot methods.",
+    "calibration, tokens": "Tokens by which the start before step 0, or the one-shot method, chose masks and weights. "
+    "A sequence of a one-shot method has the model's context, of at most 2,048 tokens.",
     "time, s": "Seconds of the optimizer steps; of one-shot methods, of the pruning.",
     "start, s": "Seconds that the start took before step 0.",
     "peak memory, MiB": "The most memory that the process of the run held.",

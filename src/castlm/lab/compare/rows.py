@@ -67,7 +67,8 @@ class Row:
     flip_rate: Spread | None
     initial_flip_rate: Spread | None
     sparse_weight_ratio: Spread | None
-    start_tokens: Spread | None
+    calibration_tokens: Spread | None
+    """Tokens that the start, or the one-shot method, read."""
     train_seconds: Spread | None
     start_seconds: Spread | None
     peak_memory_mib: Spread | None
@@ -153,7 +154,7 @@ def _row(
         flip_rate=over_seeds(lambda facts: facts.mask.flip_rate),
         initial_flip_rate=over_seeds(lambda facts: facts.mask.initial_flip_rate),
         sparse_weight_ratio=over_seeds(lambda facts: facts.mask.sparse_weight_ratio),
-        start_tokens=over_seeds(lambda facts: facts.start.calibration_tokens),
+        calibration_tokens=over_seeds(_calibration_tokens),
         train_seconds=over_seeds(lambda f: f.prune_seconds if f.train_seconds is None else f.train_seconds),
         start_seconds=over_seeds(lambda facts: facts.start.seconds),
         peak_memory_mib=memory,
@@ -161,6 +162,12 @@ def _row(
         fell_short=reasons("fell short"),
         errors=[f"seed {r.run.seed}: {r.failure.reason}" for r in group if r.failure is not None],
     )
+
+
+def _calibration_tokens(facts: Facts) -> float | None:
+    """The tokens that a start, or a one-shot method, read; None if neither reads a text."""
+    drawn = facts.calibration
+    return facts.start.calibration_tokens if drawn is None else drawn.num_sequences * drawn.seq_len
 
 
 def start_of(config: Mapping[str, Any]) -> str:
