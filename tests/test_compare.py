@@ -407,6 +407,9 @@ def test_the_report_says_which_rates_were_tuned():
     assert "were not tuned: between 0.0001 and 0.001" in rates_note([*results, *fakes("srste", 7.0)])
     assert "from the same candidates" in rates_note([fake("cast", 100, 0, 7.0, trial=True), *results])
     assert rates_note([fake("magnitude", 0, 0, 7.0)]) == ""
+    one_shot = [fake("magnitude", 0, 0, 7.0), *fakes("dense", 5.0)]  # no row that a rate could put before another
+    assert rates_note(one_shot).startswith("The learning rate of the dense control, 0.001, was not tuned")
+    assert verdict(summarize(one_shot)).startswith("Beside a dense control of 100 training tokens, magnitude has")
 
 
 def test_an_infinite_gap_is_neither_ranked_nor_drawn():

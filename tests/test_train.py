@@ -214,6 +214,16 @@ def test_budget_stops_a_run_that_cannot_reach_zero(llama, text, tmp_path):
     assert facts.mask.largest_masked > 0.01
 
 
+def test_a_resumed_run_tells_no_budget_of_the_dense_weights_that_it_has_before_its_checkpoint(
+    llama, text, tmp_path, capsys
+):
+    config = small(llama, text, tmp_path / "run", start_effort="quick", max_steps=4, save_steps=2)
+    train_until(config, 2)
+    assert "against masked weights of median 0, 99 % 0, largest 0: enough" in capsys.readouterr().err
+    train(config.changed(resume=True))
+    assert "masked weights of" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["finetune", "srste", "cast"])
 def test_an_evaluation_measures_twice_only_what_a_prune_would_change_and_changes_no_weight(
     method, llama, text, tmp_path, monkeypatch

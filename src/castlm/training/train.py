@@ -303,7 +303,8 @@ def set_up(
         dense_perplexity=dense_perplexity,
         start=start.facts,
         rounding=trained_rounding(model, method.layers, pattern),
-        budget=_decay_budget(method_options, optimizer_options, method, world),
+        # A resumed run was judged at its step 0, and has the weights of the dense model until they are restored.
+        budget=None if checkpoint else _decay_budget(method_options, optimizer_options, method, world),
         trackers=trackers,
         resumed_from=checkpoint,
     )

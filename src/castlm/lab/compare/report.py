@@ -21,7 +21,7 @@ from castlm.lab.compare.presets import Preset
 from castlm.lab.compare.rows import Row, behind, ranked, summarize, untouched_perplexity
 from castlm.lab.compare.runs import Result
 from castlm.lab.report.charts import Picture, can_draw, render
-from castlm.methods.table import METHODS
+from castlm.methods.table import METHODS, is_control
 from castlm.training.options import StartOptions
 
 COLUMNS = {
@@ -95,7 +95,9 @@ def verdict(rows: list[Row]) -> str:
     best, *others = (rows[number] for number in order)
     assert best.gap is not None
     largest = max(row.budget for row in rows)
-    budget = f"At a budget of {largest:,} training tokens, " if largest else ""
+    has_trained = any(row.tokens for row in (best, *others))  # one-shot rows have no budget
+    against = "At a budget of" if has_trained else "Beside a dense control of"
+    budget = f"{against} {largest:,} training tokens, " if largest else ""
     gap = f"{best.gap.show('+.4f')} nats per token ({in_perplexity(best.gap.mean)})"
     text = f"{budget}{best.variant} has the smallest gap to the dense control, {gap}"
     return f"{text}; {_lead(best, others[0])}." if others else f"{text}."
@@ -133,6 +135,8 @@ def rates_note(results: list[Result]) -> str:
     trials = [r for r in results if r.trial]
     if not rates:
         return ""
+    if not trials and all(is_control(r.run.config["method"]) for r in final if r.run.tokens):
+        return f"The learning rate of the dense control, {rates[0]:g}, was not tuned: --learning-rates tries several."
     if not trials:
         which = f"all at {rates[0]:g}" if len(rates) == 1 else f"between {rates[0]:g} and {rates[-1]:g}"
         return (
