@@ -227,6 +227,13 @@ def test_text_in_charts_is_escaped():
         ElementTree.fromstring(Picture("", chart, "").inline)
 
 
+def test_an_axis_tells_its_ticks_apart():
+    svg = line_chart([Series("a", [(1990, 0.99931), (2010, 1.0)])], x_label="x", y_label="y")
+    texts = [text for text in ElementTree.fromstring(svg).itertext() if re.fullmatch(r"[0-9.]+k?", text.strip())]
+    assert len(texts) > 6
+    assert len(set(texts)) == len(texts)
+
+
 @pytest.mark.parametrize(("log_x", "log_y"), [(False, False), (True, True)])
 def test_points_that_are_not_finite_are_left_out(log_x, log_y):
     points = [(1.0, 5.0), (10.0, 500.0), (100.0, math.inf), (1000.0, math.nan)]

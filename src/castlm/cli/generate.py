@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 
 from castlm.cli.options import use_threads
@@ -69,9 +68,8 @@ class GenerateCommand:
             say=note,
         )
         print(flush=True)
-        print(
-            f"castlm: {done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
-            f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second",
-            file=sys.stderr,
+        note(
+            f"{done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
+            f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second"
         )
         return 0

@@ -106,15 +106,28 @@ def can_draw() -> bool:
     return not missing("matplotlib")
 
 
-def short(value: float) -> str:
-    """A number as an axis shows it: 0.05, 12, 3.5k, 1.2M, 1e-06."""
+def short(value: float, digits: int = 3) -> str:
+    """A number of at most `digits` digits as an axis shows it: 0.05, 12, 3.5k, 1.2M, 1e-06."""
     size = abs(value)
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= limit:
-            return f"{value / limit:.3g}{unit}"
+            return f"{value / limit:.{digits}g}{unit}"
     if value == 0:
         return "0"
-    return f"{value:.3g}" if size >= 1e-3 else f"{value:.0e}"
+    return f"{value:.{digits}g}" if size >= 1e-3 else f"{value:.{digits - 3}e}"
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """The numbers as `short`, with as many digits as it takes to tell them apart.
+
+    >>> tick_labels([0.9995, 0.9998, 1.0])
+    ['0.9995', '0.9998', '1']
+    """
+    for digits in range(3, 10):
+        labels = [short(value, digits) for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def clipped(name: str) -> str:
@@ -278,7 +291,11 @@ def heat_map(
 
 def _scale(axes: Axes, which: str, log: bool) -> None:
     """Gives an axis its scale and round numbers as ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
+
+    class Labels(Formatter):
+        def format_ticks(self, values: Any) -> list[str]:
+            return tick_labels([float(value) for value in values])
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     if log:
@@ -286,7 +303,7 @@ def _scale(axes: Axes, which: str, log: bool) -> None:
         low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
         axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.set_major_formatter(Labels())
 
 
 def _svg(draw: Any, width: float, height: float) -> str:
