@@ -405,7 +405,11 @@ def test_the_report_says_which_rates_were_tuned():
     assert "were not tuned: all at 0.001" in rates_note(results)
     results[0].run.config.update(learning_rate=1e-4)
     assert "were not tuned: between 0.0001 and 0.001" in rates_note([*results, *fakes("srste", 7.0)])
-    assert "from the same candidates" in rates_note([fake("cast", 100, 0, 7.0, trial=True), *results])
+    tried = [fake("cast", 100, 0, 7.0, trial=True), *results]
+    assert rates_note(tried).endswith("The best rate is the smallest candidate for cast: one beyond it may be better.")
+    tried.append(fake("cast", 100, 0, 8.0, trial=True))
+    tried[-1].run.config.update(learning_rate=1e-5)
+    assert rates_note(tried).endswith("for every variant without a rate of its own.")
     assert rates_note([fake("magnitude", 0, 0, 7.0)]) == ""
     one_shot = [fake("magnitude", 0, 0, 7.0), *fakes("dense", 5.0)]  # no row that a rate could put before another
     assert rates_note(one_shot).startswith("The learning rate of the dense control, 0.001, was not tuned")

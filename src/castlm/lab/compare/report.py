@@ -148,8 +148,22 @@ def rates_note(results: list[Result]) -> str:
     by = "the perplexity in the table" if shown else f"the perplexity on {text}"
     return (
         f"Learning rates were chosen with seed 0 by {by}, from the same candidates for every variant without a rate of "
-        "its own."
+        f"its own.{_at_the_edge(final, trials)}"
     )
+
+
+def _at_the_edge(final: list[Result], trials: list[Result]) -> str:
+    """Names the variants whose rate is the smallest or the largest of the candidates, so that none beyond was tried."""
+    ends = {"smallest": min, "largest": max}
+    found: dict[str, dict[str, None]] = {end: {} for end in ends}
+    for result in final:
+        variant, rate = result.run.variant, result.run.config.get("learning_rate")
+        tried = [each.run.config["learning_rate"] for each in trials if each.run.variant == variant]
+        for end, of in ends.items():
+            if tried and rate == of([rate, *tried]):
+                found[end][variant] = None
+    parts = [f"the {end} candidate for {', '.join(variants)}" for end, variants in found.items() if variants]
+    return f" The best rate is {' and '.join(parts)}: one beyond it may be better." if parts else ""
 
 
 def stamp(results: list[Result]) -> dict[str, Any]:
