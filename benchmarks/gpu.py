@@ -3,10 +3,11 @@
     python -m benchmarks.gpu [--json OUT] [--minutes 8] [--dry-run]
 
 In this order: checks that AdamS and the masks on this device, compiled and sharded over NCCL, are those of plain
-tensors; layers of 7B and 70B models, dense against 2:4, decode and prefill apart; a 7B model's blocks end to end as
-CUDA graphs; the optimizer, the mask refresh and a whole training step against their rivals. `--dry-run` walks through
-everything that runs without a GPU on a CPU, with tiny shapes and a stub for the sparse kernels; it names the rows, and
-neither shows nor writes a ratio.
+tensors, and that the start's parts for a GPU compute what a CPU's do; these parts against what they replace; layers of
+7B and 70B models, dense against 2:4, decode and prefill apart; a 7B model's blocks end to end as CUDA graphs; the
+optimizer, the mask refresh and a whole training step against their rivals. `--dry-run` walks through everything that
+runs without a GPU on a CPU, with tiny shapes and a stub for the sparse kernels; it names the rows, and neither
+shows nor writes a ratio.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import copy
 import dataclasses
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -37,8 +40,15 @@ from benchmarks.machine import machine, write_json
 from benchmarks.masks import refresh_rows, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
 from castlm.core.adams import AdamS
-from castlm.core.nm import nm_mask, pack_mask, refresh_masks_, unpack_mask
+from castlm.core.cholesky import upper_factor
+from castlm.core.nm import NM, nm_mask, pack_mask, refresh_masks_, unpack_mask
 from castlm.core.sparsify import prune_
+from castlm.hardware import captured
+from castlm.oneshot import admm, sparsegpt
+from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks
+from castlm.oneshot.folder import HiddenStates
+from castlm.oneshot.solvers import add_hessian, row_energies
+from castlm.oneshot.sparsegpt import sparsegpt_by_factor
 from castlm.runtime.decode import cache_keyword
 from castlm.runtime.semi_structured import Backend, Cusparselt, to_semi_structured_
 
@@ -114,6 +124,122 @@ def check_masks(device: str) -> None:
     assert torch.equal(found.sum(1), topk_mask(weight.to(device)).sum(1))
 
 
+def check_sweep(device: str) -> None:
+    """SparseGPT's sweep as a CUDA graph selects the masks of a CPU's, also where the last columns are fewer."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2000, 1056, generator=generator), torch.randn(768, 1056, generator=generator)
+    factor, _ = upper_factor(x.T @ x, 0.01)
+    for n, m in ((2, 4), (8, 16), (16, 32)):
+        expected = sparsegpt_by_factor(weight, factor, n, m)
+        found = sparsegpt_by_factor(weight.to(device), factor.to(device), n, m).cpu()
+        # Rounding decides between weights that cost nearly the same.
+        assert ((found != 0) != (expected != 0)).float().mean() < 1e-3
+        assert NM(n, m).violations(found) == 0
+        assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def check_inverses(device: str) -> None:
+    """ADMM's systems by Cholesky inverses have the solutions of those by eigenvectors."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 512, generator=generator) @ torch.randn(512, 512, generator=generator)
+    weight, target = (torch.randn(64, 512, generator=generator) for _ in range(2))
+    by_vectors, by_inverses = Eigenvectors(_scaled(x.T @ x)), Inverses(_scaled(x.T @ x).to(device))
+    for penalty in (FIRST_PENALTY, LAST_PENALTY):
+        solutions = []
+        for system in (by_vectors, by_inverses):
+            here = device if system is by_inverses else "cpu"
+            system.begin(penalty)
+            solutions.append(system.solve(weight.to(here, copy=True), system.pull(target.to(here))).cpu())
+        torch.testing.assert_close(*solutions, rtol=1e-3, atol=1e-3)
+
+
+def _scaled(gram: Tensor) -> Tensor:
+    """A Gram matrix in units in which its diagonal is 1, as ADMM has it."""
+    scale = gram.diagonal().sqrt()
+    return gram / scale / scale.unsqueeze(1)
+
+
+def check_gram(device: str) -> None:
+    """Gram matrices of bf16 inputs are exact up to sums in fp32."""
+    x = torch.randn(3000, 1100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hessian = torch.zeros(1100, 1100, device=device)
+    add_hessian(hessian, x.to(device), 2)
+    expected = (x.double().T @ x.double()).triu()
+    torch.testing.assert_close(hessian.cpu().double().triu(), expected, rtol=1e-4, atol=1e-2)
+
+
+def check_states(device: str) -> None:
+    """Hidden states in pinned memory come back as they were written, while the GPU still reads the old ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        states = _states(Path(folder), device, (4, 128, 64), 6)
+        for turn in range(4):
+            for number, hidden in enumerate(states):
+                assert torch.equal(hidden.cpu(), torch.full(states.shape, float(6 * turn + number)))
+                states[number] = hidden + 6
+            states.flush()
+            states.move_on(True)
+
+
+def _states(folder: Path, device: str, shape: tuple[int, int, int], count: int) -> HiddenStates:
+    """Batches full of 0, 1, ...; in pinned memory on a GPU."""
+    pinned: dict[int, tuple[int, Tensor]] | None = {} if device == "cuda" else None
+    states = HiddenStates(folder, "states", {0: count}, shape, torch.float32, torch.device(device), pinned=pinned)
+    states.extend(torch.full(shape, float(number), device=device) for number in range(count))
+    return states
+
+
+@torch.no_grad()
+def start_rows(scale: int, device: str) -> Iterator[Row]:
+    """Parts of the start for a GPU against what they replace, at the sizes of an 8B model."""
+    hidden, inner, tokens = 4096 // scale, 14336 // scale, 8192 // scale
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x, weight = normal(2 * hidden, hidden), normal(inner, hidden)
+    gram = x.T @ x
+    factor, _ = upper_factor(gram.clone(), 0.01)
+
+    def one_by_one() -> Tensor:
+        with mock.patch.object(sparsegpt, "captured", lambda step, device: step):
+            return sparsegpt_by_factor(weight, factor, 2, 4)
+
+    times = interleaved({"graph": lambda: sparsegpt_by_factor(weight, factor, 2, 4), "launches": one_by_one}, repeats=3)
+    part = f"SparseGPT's sweep, {inner} x {hidden}"
+    yield ratio_row(part, "a launch for each operator", times["graph"], times["launches"], ">= 2")
+
+    def masks(system: type[Eigenvectors] | type[Inverses]) -> Tensor:
+        with mock.patch.object(admm, "system_of", system):
+            return improve_masks(sparse, weight, gram, NM(2, 4), 16)
+
+    sparse = sparsegpt_by_factor(weight, factor, 2, 4)
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    errors = [float(row_energies(weight - masks(system), gram).sum()) for system in (Inverses, Eigenvectors)]
+    assert abs(errors[0] / errors[1] - 1) < 1e-2, errors
+    times = interleaved({"inverses": lambda: masks(Inverses), "vectors": lambda: masks(Eigenvectors)}, repeats=3)
+    part = f"16 iterations of ADMM, {inner} x {hidden}"
+    yield ratio_row(part, "by eigenvectors", times["inverses"], times["vectors"], ">= 2")
+
+    narrow, statistic = normal(tokens, inner).bfloat16(), torch.zeros(inner, inner, device=device)
+    times = interleaved(
+        {
+            "bf16": lambda: add_hessian(statistic, narrow, 1),
+            "fp32": lambda: add_hessian(statistic, narrow.float(), 1),
+        },
+        repeats=5,
+    )
+    yield ratio_row(f"Gram matrix, {tokens} x {inner} bf16", "in fp32", times["bf16"], times["fp32"], ">= 4")
+
+    with tempfile.TemporaryDirectory() as folder:
+        states = _states(Path(folder), device, (1, tokens, hidden), 2)
+        from_file = states.of_next_block()
+        from_file.pinned, from_file.block_index = None, states.block_index
+        times = interleaved({"pinned": lambda: states[1], "file": lambda: from_file[1]}, repeats=5)
+    part = f"hidden states to the GPU, {tokens} x {hidden}"
+    yield ratio_row(part, "from a file in the page cache", times["pinned"], times["file"], ">= 2")
+
+
 def layer_rows(size: str, scale: int, device: str, backend: Backend) -> Iterator[Row]:
     """The layers of one block, dense against what `to_semi_structured_` makes of them, and against 2:4 in all."""
     shapes = {(out // scale, into // scale): count for (out, into), count in SHAPES[size].items()}
@@ -178,22 +304,6 @@ def forward_step(model: PreTrainedModel, batch: int, tokens: int, context: int, 
     return lambda: model(input_ids=ids, position_ids=position, use_cache=True, **{cache_keyword(model): cache}).logits
 
 
-def as_graph(step: Callable[[], Tensor], device: str) -> Callable[[], object]:
-    """`step` as a CUDA graph; itself on a CPU."""
-    if device != "cuda":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 @torch.no_grad()
 def end_to_end_rows(scale: int, device: str, backend: Backend) -> Iterator[Row]:
     """Whole forward passes, attention and head included: a decode step after 512 tokens, and a prefill."""
@@ -209,7 +319,7 @@ def end_to_end_rows(scale: int, device: str, backend: Backend) -> Iterator[Row]:
         steps = [forward_step(model, batch, tokens, context, device) for model in (dense, sparse)]
         expected, found = (step().float() for step in steps)
         assert (found - expected).norm() <= 0.02 * expected.norm(), "the sparse model computes something else"
-        runs = dict(zip(("dense", "sparse"), (as_graph(step, device) for step in steps)))
+        runs = dict(zip(("dense", "sparse"), (captured(step, torch.device(device)) for step in steps)))
         times = interleaved(runs, repeats=10)
         converted = sum(choice.variant != "dense" for choice in choices)
         detail = {"converted_layers": converted, "layers": len(choices)}
@@ -227,6 +337,9 @@ def training_rows(device: str, quick: bool) -> Iterator[Row]:
 
     whole = ["--device", "cuda", "--precision", "bf16", "--gradient-checkpointing", "--steps", "10"]
     yield throughput_row(run_module("benchmarks.throughput", [*whole, "--batch", "8", "--seq-len", "512"]))
+
+
+CHECKS = (check_adams, check_masks, check_sweep, check_inverses, check_gram, check_states)
 
 
 @contextlib.contextmanager
@@ -254,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     started, device, scale = time.perf_counter(), "cpu" if options.dry_run else "cuda", 32 if options.dry_run else 1
     failed: dict[str, str] = {}
-    checks: list[Callable[[], None]] = [partial(check_adams, device), partial(check_masks, device)]
+    checks: list[Callable[[], None]] = [partial(check, device) for check in CHECKS]
     backend: Backend | None = None
     if options.dry_run:
         backend = StubBackend(lambda variant, shape, tokens: 2.0 if variant == "dense" else 1.0)
@@ -268,9 +381,9 @@ def main(arguments: list[str] | None = None) -> None:
         with recorded(what, failed):
             check()
             print(f"passed: {what}", flush=True)
-    parts: dict[str, Callable[[], Iterator[Row]]] = {}
+    parts: dict[str, Callable[[], Iterator[Row]]] = {"start": partial(start_rows, scale, device)}
     if backend is not None:
-        parts = {f"{size} layers": partial(layer_rows, size, scale, device, backend) for size in SHAPES}
+        parts |= {f"{size} layers": partial(layer_rows, size, scale, device, backend) for size in SHAPES}
         parts |= {"end to end": partial(end_to_end_rows, scale, device, backend)}
     parts |= {"training": partial(training_rows, device, options.dry_run)}
     rows: list[Row] = []

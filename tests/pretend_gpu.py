@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from castlm.oneshot import sparsegpt
+
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 _TAKES_BOTH = {"__getitem__", "__setitem__", "__set__", "copy_", "_foreach_copy_"}
 """Operations that CUDA allows on tensors of two devices."""
@@ -58,7 +60,9 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if _is_gpu(device):
         kwargs["device"] = "cpu"
-    result = function(*args, **kwargs)
+    kwargs.pop("pin_memory", None)
+    wide = kwargs.pop("out_dtype", None)  # a product of narrow matrices, which a CPU's `mm` does not widen
+    result = function(*(args if wide is None else [tensor.to(wide) for tensor in args]), **kwargs)
     if not (_is_gpu(device) or (is_on_gpu and device is None)):
         return result
     known = {id(tensor) for tensor in inputs}
@@ -185,6 +189,7 @@ def pretend_gpu() -> Iterator[None]:
             (torch.accelerator, "current_accelerator", lambda check_available=False: None),  # whose stream Adam reads
             (Tensor, "record_stream", lambda tensor, stream: None),
             (torch, "autocast", _Autocast),
+            (sparsegpt, "captured", lambda step, device: step),
             (torch, "is_autocast_enabled", lambda device="cuda": is_enabled("cpu")),
             (torch, "get_autocast_dtype", lambda device: dtype_of("cpu")),
         ):

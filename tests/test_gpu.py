@@ -1,21 +1,34 @@
 """Work on a pretended GPU: no operation mixes devices, and the results are those of a CPU."""
 
 import copy
+import math
+from contextlib import nullcontext
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from castlm import prune
 from castlm.core.adams import AdamS
+from castlm.core.cholesky import upper_factor
 from castlm.core.distill import OutputHead, distillation_loss, top_tokens
 from castlm.distributed.world import init_world
 from castlm.evaluation.perplexity import perplexity
+from castlm.oneshot import sparsegpt, walk
+from castlm.oneshot.folder import HiddenStates
+from castlm.oneshot.layer_input import LayerInput
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
+from castlm.oneshot.solvers import SOLVERS
+from castlm.oneshot.sparsegpt import sparsegpt_by_factor
 from castlm.oneshot.steps.round import quantize_
 from castlm.starts import change_basis_, prune_oneshot_
 from castlm.training.recorder import Recorder
 from castlm.training.stepper import Stepper
 from tests.pretend_gpu import PretendTensor, pretend_gpu
-from tests.runs import begin_run, small
+from tests.runs import assert_equal_weights, begin_run, killed_in, small
 from tests.tiny import tiny_model
 
 IDS = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
@@ -99,6 +112,50 @@ def test_tokens_that_do_not_count_have_the_weight_0_in_the_loss_of_a_gpu(top_k):
     torch.testing.assert_close(found, expected)
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operators that are called one by one, and in `captured` steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.single, self.in_steps, self.steps, self.is_in_step = 0, 0, 0, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "view" not in str(function):
+            if self.is_in_step:
+                self.in_steps += 1
+            else:
+                self.single += 1
+        return function(*args, **(kwargs or {}))
+
+    def captured(self, step, device):
+        def replay():
+            self.steps, self.is_in_step = self.steps + 1, True
+            step()
+            self.is_in_step = False
+
+        return replay
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (5, 32)])
+def test_a_gpu_prunes_by_sparsegpt_with_the_masks_of_a_cpu_and_few_launches_for_each_block_of_columns(
+    n, m, monkeypatch
+):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(900, 416, generator=generator), torch.randn(40, 416, generator=generator)
+    factor, _ = upper_factor(x.T @ x, 0.01)
+    expected = sparsegpt_by_factor(weight, factor, n, m)
+    with pretend_gpu(), Launches() as launches:
+        monkeypatch.setattr(sparsegpt, "captured", launches.captured)
+        found = sparsegpt_by_factor(weight.to("cuda"), factor.to("cuda"), n, m).cpu()
+    assert torch.equal(found != 0, expected != 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # Three blocks of 128 columns, and 32 columns that are swept group by group. Each group took 18 launches of 2:4.
+    of_group = launches.in_steps / (3 * 128 / m)
+    assert launches.steps == 3
+    assert of_group <= 13 + 2 * (m - n - 1)
+    assert launches.single <= 3 * 9 + 32 / m * (of_group + 1) + 30
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_a_pruned_model_is_that_of_a_cpu(method):
     refinements = Refinements() if method == "sparsegpt" else NO_REFINEMENTS
@@ -111,6 +168,43 @@ def test_a_pruned_model_is_that_of_a_cpu(method):
         found.to("cpu")
     for ours, theirs in zip(found.parameters(), expected.parameters()):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("free", [math.inf, 0])
+def test_hidden_states_stay_in_the_memory_of_the_host_where_they_fit(free, gpu, llama, text, tmp_path, monkeypatch):
+    read: list[Path] = []
+    fromfile = np.fromfile
+    monkeypatch.setattr(walk, "available_memory", lambda: free)
+    monkeypatch.setattr(np, "fromfile", lambda file, *args, **more: read.append(file) or fromfile(file, *args, **more))
+    sizes = {"num_sequences": 20, "seq_len": 64, "reconstruct_epochs": 1, "memory": "block", "device": "cuda"}
+    with killed_in(HiddenStates, "move_on", 2):
+        prune(model=llama, calibration=text, output_dir=tmp_path / "killed", **sizes)
+    assert bool(read) == (free == 0)
+    read.clear()
+    prune(model=llama, calibration=text, output_dir=tmp_path / "killed", **sizes)
+    assert free == 0 or len(read) == len(set(read)) == 2  # what enters the second block, also of the dense model
+    monkeypatch.undo()
+    prune(model=llama, calibration=text, output_dir=tmp_path / "straight", **sizes)
+    assert_equal_weights(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_bf16_inputs_are_multiplied_as_they_are_on_a_gpu(tokens, monkeypatch):
+    x = torch.randn(tokens, 1100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = (x.double().T @ x.double()).triu() * 2 / 3
+    products: list[torch.dtype] = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **more: products.append(a.dtype) or mm(a, b, **more))
+    for place, dtypes in ((nullcontext(), []), (pretend_gpu(), 3 * [torch.bfloat16])):
+        with place:
+            seen = LayerInput(x.to("cuda" if dtypes else "cpu"), SOLVERS["sparsegpt"])
+            seen.add(x.to("cuda" if dtypes else "cpu"), SOLVERS["sparsegpt"], 3)
+            found = seen._part.cpu()
+        assert products == dtypes
+        torch.testing.assert_close(found.double().triu(), expected, rtol=1e-5, atol=1e-4)
+    with FakeTensorMode():  # what torch itself says of such a product on a GPU
+        narrow = torch.empty(300, 64, dtype=torch.bfloat16, device="cuda")
+        assert torch.mm(narrow.T, narrow, out_dtype=torch.float32).dtype == torch.float32
 
 
 def test_a_change_of_basis_int4_and_perplexity(gpu):

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import torch
 from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, nm_mask
-from castlm.oneshot import sweep
-from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, improve_masks
+from castlm.oneshot import admm, sweep
+from castlm.oneshot import ranks as division
+from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks
 from castlm.oneshot.calibration import default_sequences
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
+from castlm.oneshot.ranks import OneRank, by_rows
 from castlm.oneshot.refit import refit
 from castlm.oneshot.solvers import damped, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor
@@ -87,7 +90,10 @@ def by_the_letter(weight, target, hessian, iterations):
     return sparse / scale
 
 
-def test_masks_are_those_of_admm_by_the_letter_where_that_is_better():
+@pytest.mark.parametrize("system", [Eigenvectors, Inverses])  # a CPU's, and a GPU's
+def test_masks_are_those_of_admm_by_the_letter_where_that_is_better(system, monkeypatch):
+    monkeypatch.setattr(admm, "system_of", system)
+    monkeypatch.setattr(division, "LEAST_ROWS", 4)  # three panels
     improved = 0
     for seed in range(6):
         x, weight = (tensor.double() for tensor in layer(seed))
@@ -100,7 +106,16 @@ def test_masks_are_those_of_admm_by_the_letter_where_that_is_better():
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         assert NM(2, 4).violations(found) == 0
         improved += int((errors[1] < errors[0]).sum())
+        second = partial(by_rows, SecondOfTwo())
+        of_second = improve_masks(start, weight, hessian, NM(2, 4), 12, second)[4:8]  # its only panel
+        assert torch.equal(of_second, found[4:8])
     assert improved > 6 * 12 / 2
+
+
+class SecondOfTwo(OneRank):
+    """Rank 1 of two ranks that send nothing."""
+
+    rank, size = 1, 2
 
 
 def test_an_input_that_is_always_zero_gets_no_place_in_a_better_mask():

@@ -87,6 +87,27 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
+def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`step` on a GPU as a CUDA graph: a call launches all of its kernels at once; on other devices `step` itself.
+
+    Args:
+        step: works in place on tensors that stay where they are, and does not wait for the GPU. It is called once more,
+            before it is recorded.
+    """
+    if device.type != "cuda":
+        return step
+    beside = torch.cuda.Stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):  # libraries allocate their workspace in a first call
+        step()
+    torch.cuda.current_stream(device).wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: other threads, such as NCCL's, may talk to the GPU meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
 def choose_fused(device: torch.device, num_params: int) -> tuple[bool, str]:
     """Whether AdamS runs fused, by C++ kernels on a CPU and torch.compile on a GPU, and a description of the choice."""
     if device.type != "cuda":

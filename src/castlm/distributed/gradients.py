@@ -136,6 +136,36 @@ def gradient_norm(parameters: Collection[Tensor]) -> Tensor:
     return torch_norm_of(parameters)
 
 
+class NormInParts:
+    """The `gradient_norm` of parameters whose gradients are not there at the same time, on one rank.
+
+    Args:
+        parameters: in the order in which `gradient_norm` would take them.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._is_exact = self._parameters[0].device.type == "cpu"
+        self._measures: dict[Tensor, Tensor] = {}
+
+    def clear(self) -> None:
+        self._measures.clear()
+
+    def add(self, parameter: Tensor) -> None:
+        """Measures the gradient of a parameter."""
+        assert parameter.grad is not None
+        # torch's own kernel of `torch_norm_of`, whose result for one tensor does not depend on the others
+        exact = self._is_exact
+        self._measures[parameter] = squares_of(parameter) if exact else torch._foreach_norm([parameter.grad])[0]
+
+    def norm(self) -> Tensor:
+        """The norm of the gradients that were measured since `clear`, () float32."""
+        found = [self._measures[parameter] for parameter in self._parameters if parameter in self._measures]
+        if self._is_exact:
+            return norm_of(found, self._parameters[0])
+        return torch.linalg.vector_norm(torch.stack(found))
+
+
 def torch_norm_of(parameters: Iterable[Tensor]) -> Tensor:
     """The norm of the gradients of `parameters`, () float32, in torch's order of sums."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -183,10 +183,14 @@ class HiddenStates(MutableSequence[Tensor]):
     the next block, and `move_on` makes these the current ones. A kill at any moment leaves the files of `index` whole.
     Writing the first batch of a part empties its file, which may be from an earlier start.
 
+    For a GPU, batches can also stay in pinned memory of the host, from which it copies them while it works: then the
+    files serve a start that continues, and a batch is read from its file at most once.
+
     Args:
         lengths: the number of batches in each part of this rank, by the number of the part.
         shape: shape of a batch, (batch, seq, hidden).
         index: the block whose inputs the files hold already if `is_full`.
+        pinned: the batches in pinned memory, by number: the block that each enters, and its values; None to keep none.
     """
 
     def __init__(
@@ -199,7 +203,9 @@ class HiddenStates(MutableSequence[Tensor]):
         device: torch.device,
         index: int = 0,
         is_full: bool = False,
+        pinned: dict[int, tuple[int, Tensor]] | None = None,
     ) -> None:
+        self.pinned = pinned
         self.folder, self.name, self.shape, self.dtype, self.device = folder, name, shape, dtype, device
         self.lengths, self.block_index = lengths, index
         # The part of each batch, and its position there.
@@ -217,7 +223,7 @@ class HiddenStates(MutableSequence[Tensor]):
     def of_next_block(self) -> HiddenStates:
         """The inputs of the next block, once they are written."""
         like = self.lengths, self.shape, self.dtype, self.device
-        return HiddenStates(self.folder, self.name, *like, self.block_index + 1, is_full=True)
+        return HiddenStates(self.folder, self.name, *like, self.block_index + 1, is_full=True, pinned=self.pinned)
 
     def __len__(self) -> int:
         return self.num_batches
@@ -225,11 +231,17 @@ class HiddenStates(MutableSequence[Tensor]):
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < self.num_batches:
             raise IndexError(number)
+        pinned = (self.pinned or {}).get(number)
+        if pinned is not None and pinned[0] == self.block_index:
+            return pinned[1].to(self.device, non_blocking=True)
         part, position = self._places[number]
         file = self._file(self.block_index, part)
         # As bytes, because numpy has no bf16. One batch, (2, 512, 576) bf16, is 1.1 MiB.
         stored = np.fromfile(file, np.uint8, self.batch_bytes, offset=position * self.batch_bytes)
-        return torch.from_numpy(stored).view(self.dtype).view(-1, *self.shape[1:]).to(self.device)
+        batch = torch.from_numpy(stored).view(self.dtype).view(-1, *self.shape[1:])
+        if pinned is None:
+            batch = self._on_host(self.block_index, number, batch)
+        return batch.to(self.device)
 
     def __setitem__(self, number: Any, value: Any) -> None:
         self._write(self.block_index + 1, number, value)
@@ -262,5 +274,17 @@ class HiddenStates(MutableSequence[Tensor]):
         # wb empties what an earlier start left there
         with self._file(index, part).open("r+b" if position else "wb") as opened:
             opened.seek(position * self.batch_bytes)
-            stored = value.to("cpu", self.dtype).contiguous().view(torch.uint8)
+            stored = self._on_host(index, number, value).view(torch.uint8)
             opened.write(stored.numpy().data.cast("B"))
+
+    def _on_host(self, index: int, number: int, value: Tensor) -> Tensor:
+        """A batch that enters block `index`, in memory of the host; kept there if `pinned`."""
+        if self.pinned is None:
+            return value.to("cpu", self.dtype).contiguous()
+        if number in self.pinned:
+            _, batch = self.pinned[number]
+        else:
+            batch = torch.empty(value.shape, dtype=self.dtype, pin_memory=True)
+        batch.copy_(value)  # behind the copies of its old values that the GPU has been asked for; waits for the GPU
+        self.pinned[number] = index, batch
+        return batch

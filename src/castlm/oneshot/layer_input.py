@@ -20,6 +20,11 @@ class Accumulator(Protocol):
     @property
     def add(self) -> Callable[[Any, Tensor, int], None] | None: ...
 
+    @property
+    def takes_bf16(self) -> bool:
+        """Whether `add` also takes x in bf16."""
+        ...
+
     def zeros(self, x: Tensor) -> Any: ...
 
     def tensors(self, statistic: Any) -> list[Tensor]:
@@ -48,12 +53,14 @@ class LayerInput:
         self._part: Any = None  # the statistic over this part of the text
 
     def add(self, x: Tensor, accumulator: Accumulator | None, num_sequences: int) -> None:
-        """Adds x (..., in) to the statistic of this part, in fp32 even if the block runs under autocast."""
+        """Adds x (..., in) to the statistic of this part, which is fp32 even if the block runs under autocast."""
         if accumulator is not None and accumulator.add is not None:
             if self._part is None:
                 self._part = accumulator.zeros(x)
+            rows = x.reshape(-1, x.shape[-1])
             with torch.autocast(x.device.type, enabled=False):
-                accumulator.add(self._part, x.reshape(-1, x.shape[-1]).float(), num_sequences)
+                is_taken = rows.dtype == torch.bfloat16 and accumulator.takes_bf16
+                accumulator.add(self._part, rows if is_taken else rows.float(), num_sequences)
 
     def end_part(self, ranks: Ranks, accumulator: Accumulator, num_ranks: int) -> None:
         """Adds the parts of the first `num_ranks` ranks to the statistic of rank 0, in order."""

@@ -122,7 +122,8 @@ class Refinements(Bounded):
         16, at_least=0, at_most=10_000, needs=(CALIBRATED, _read("mask_iterations", _REFINED, off=0))
     )
     """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs two refit
-    iterations, plus one eigendecomposition per layer. 0 keeps SparseGPT's masks."""
+    iterations, plus one eigendecomposition per layer; on a GPU, one refit iteration and one inverse. 0 keeps
+    SparseGPT's masks."""
 
     refit_iterations: int | None = number(
         None,

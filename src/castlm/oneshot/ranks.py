@@ -152,16 +152,23 @@ def panels_of(num_rows: int) -> list[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def by_rows(ranks: Ranks, function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+def by_rows(ranks: Ranks, function: Callable[..., Any], *matrices: Tensor, at_once: bool = False) -> Tensor:
     """`function(*rows)` for the rows of `matrices` (rows, columns), where each row needs itself alone; (rows, columns).
 
     Each rank does some panels of rows, and gets the others.
+
+    Args:
+        function: returns new rows; called for one panel after another. With `at_once`, called with a list of the rows
+            of all panels of this rank, and yields new rows for each.
     """
     first = matrices[0]
     panels = panels_of(len(first))
     result = first.new_empty(first.shape)
-    for panel in panels[ranks.rank :: ranks.size]:
-        result[panel] = function(*(matrix[panel] for matrix in matrices))
+    own = panels[ranks.rank :: ranks.size]
+    of_panels = [tuple(matrix[panel] for matrix in matrices) for panel in own]  # views
+    found = function(of_panels) if at_once else (function(*rows) for rows in of_panels)
+    for panel, rows in zip(own, found, strict=True):
+        result[panel] = rows
     if ranks.size > 1:
         for number, panel in enumerate(panels):  # rows of a panel are contiguous in `result`
             ranks.share_(result[panel], number % ranks.size)
@@ -171,7 +178,7 @@ def by_rows(ranks: Ranks, function: Callable[..., Tensor], *matrices: Tensor) ->
 class ByRows(Protocol):
     """`by_rows` for some ranks, as solvers get it: they know that rows are independent, and nothing of ranks."""
 
-    def __call__(self, function: Callable[..., Tensor], *matrices: Tensor) -> Tensor: ...
+    def __call__(self, function: Callable[..., Any], *matrices: Tensor, at_once: bool = False) -> Tensor: ...
 
 
 ALONE: ByRows = partial(by_rows, ONE_RANK)

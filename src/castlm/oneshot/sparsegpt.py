@@ -5,10 +5,13 @@ The published code inverts the Hessian, factorizes it twice, and goes through th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from castlm.core.cholesky import upper_factor
+from castlm.hardware import captured
 from castlm.oneshot import sweep
 from castlm.oneshot.ranks import ALONE, ByRows
 
@@ -60,7 +63,7 @@ def sparsegpt_by_factor(
 ) -> Tensor:
     """`sparsegpt` of a weight (rows, columns) whose dead columns are 0, by the `upper_factor` of the Hessian.
 
-    On an accelerator the launches of small groups take most of the time, so that all rows are swept at once.
+    On an accelerator the launches take most of the time, so that all rows are swept at once.
     """
     solve = _Sweep(factor, n, m, max(m, block_size - block_size % m))
     return by_rows(solve, weight) if weight.device.type == "cpu" else solve(weight)
@@ -89,7 +92,7 @@ class _Sweep:
 
     def __call__(self, rows: Tensor) -> Tensor:
         weight = rows.T.contiguous()  # (columns, rows), so that a column of the paper is contiguous
-        sweep_ = sweep.sweep_ if sweep.runs_on(weight, self.block_size) else sweep_by_torch_
+        sweep_ = self._sweep_for(weight)
         lost = weight.clone()  # becomes D, old minus new, group by group
         for start in range(0, len(weight), self.block_size):
             stop = min(start + self.block_size, len(weight))
@@ -98,25 +101,84 @@ class _Sweep:
             sweep_(weight, lost, self.pull, self.scale, self.inverse, range(start, stop), self.n, self.m)
         return weight.T
 
+    def _sweep_for(self, weight: Tensor) -> Callable[..., None]:
+        if sweep.runs_on(weight, self.block_size):
+            return sweep.sweep_
+        if weight.device.type == "cuda" and len(weight) > self.block_size:
+            return _CapturedSweep(self.block_size, weight, self.n, self.m)
+        return sweep_by_torch_
+
+
+class _CapturedSweep:
+    """`sweep_by_torch_` on a GPU, which gets the kernels of a whole block of columns by one launch, as a CUDA graph.
+
+    One by one, the 15 kernels of each group would take more time to launch than to run. No GPU has run it yet.
+    """
+
+    def __init__(self, block_size: int, like: Tensor, n: int, m: int) -> None:
+        self.block_size = block_size
+        rows = like.shape[1]
+        shapes = (
+            (block_size, rows),
+            (block_size, rows),
+            (block_size, block_size),
+            (block_size,),
+            (block_size // m, m, m),
+        )
+        self.buffers = [like.new_zeros(shape) for shape in shapes]  # weight, lost, pull, scale and inverse of a block
+        lowest = _LowestOfGroup(n, m, rows, like)
+        self.sweep_block = captured(
+            lambda: sweep_by_torch_(*self.buffers, range(block_size), n, m, lowest), like.device
+        )
+
+    def __call__(
+        self, weight: Tensor, lost: Tensor, pull: Tensor, scale: Tensor, inverse: Tensor, columns: range, n: int, m: int
+    ) -> None:
+        if len(columns) < self.block_size:  # the last columns
+            sweep_by_torch_(weight, lost, pull, scale, inverse, columns, n, m)
+            return
+        here = slice(columns.start, columns.stop)
+        groups = slice(columns.start // m, columns.stop // m)
+        for buffer, part in zip(
+            self.buffers, (weight[here], lost[here], pull[here, here], scale[here], inverse[groups])
+        ):
+            buffer.copy_(part)
+        self.sweep_block()
+        weight[here], lost[here] = self.buffers[:2]
+
 
 def sweep_by_torch_(
-    weight: Tensor, lost: Tensor, pull: Tensor, scale: Tensor, inverse: Tensor, columns: range, n: int, m: int
+    weight: Tensor,
+    lost: Tensor,
+    pull: Tensor,
+    scale: Tensor,
+    inverse: Tensor,
+    columns: range,
+    n: int,
+    m: int,
+    lowest: _LowestOfGroup | None = None,
 ) -> None:
-    """`sweep.sweep_` by torch's operators, for other dtypes and devices."""
-    lowest = _LowestOfGroup(n, m, weight.shape[1], weight)
+    """`sweep.sweep_` by torch's operators, for other dtypes and devices.
+
+    The weights w of a group pass errors e = P (w - N e) / U_kk on, where P is diagonal with 1 for each zeroed weight,
+    and N is the transposed part of U_gg above its diagonal. e begins at 0; each turn gets one more zeroed weight right,
+    in order, so that m - n turns are exact, whatever the mask of a row.
+    """
+    lowest = lowest or _LowestOfGroup(n, m, weight.shape[1], weight)
+    passed_on = inverse.triu(1).mT  # N of each group, (144, 4, 4)
     for first in columns[::m]:
         here = slice(first, first + m)
         group = weight[here]  # (4, 1536)
         if first > columns.start:
             # Those inside the block, group by group: (4, first - start) @ (first - start, 1536).
             group.addmm_(pull[here, columns.start : first], lost[columns.start : first])
-        scale_here, inverse_here = scale[here].unsqueeze(1), inverse[first // m]
+        scale_here, onward = scale[here].unsqueeze(1), passed_on[first // m]
         pruned = lowest((group * scale_here).abs_())  # |w_j| / U_jj, whose square Alg. 1 compares; (4, 1536)
         scale_lost = pruned * scale_here  # 0 where kept
-        for k in range(m - 1):  # a zeroed weight passes its error to the later ones of its group
-            error = scale_lost[k].mul_(group[k])  # w_k / U_kk, (1536,)
-            group[k + 1 :].addr_(inverse_here[k, k + 1 :], error, alpha=-1)
-        group.masked_fill_(pruned, 0)
+        error = scale_lost * group
+        for _ in range(m - n - 1):
+            error = torch.addmm(group, onward, error, alpha=-1).mul_(scale_lost)
+        group.addmm_(onward, error, alpha=-1).masked_fill_(pruned, 0)
         lost[here] -= group  # D of these columns is final: old minus new
 
 
@@ -132,12 +194,13 @@ class _LowestOfGroup:
         self.n, self.is_sorted = n, m > _MOST_COMPARED
         if self.is_sorted:
             return
-        self.earlier, self.later = torch.triu_indices(m, m, 1, device=like.device)
-        pairs = torch.arange(len(self.earlier), device=like.device)
+        earlier, later = torch.triu_indices(m, m, 1, device=like.device)
+        self.both = torch.cat([later, earlier])
+        pairs = torch.arange(len(earlier), device=like.device)
         self.table = like.new_zeros(m, len(pairs))
         # Ranks begin as 0, 1, 2, 3. A later weight that wins moves the earlier one back (+1) and itself forward (-1).
-        self.table[self.earlier, pairs] = 1
-        self.table[self.later, pairs] = -1
+        self.table[earlier, pairs] = 1
+        self.table[later, pairs] = -1
         self.num_earlier = torch.arange(m, device=like.device, dtype=like.dtype).unsqueeze(1)
         self.later_wins = like.new_empty(len(pairs), rows)
 
@@ -145,6 +208,5 @@ class _LowestOfGroup:
         if self.is_sorted:
             order = score.argsort(dim=0, descending=True, stable=True)
             return torch.ones_like(score, dtype=torch.bool).scatter_(0, order[: self.n], False)
-        later, earlier = score.index_select(0, self.later), score.index_select(0, self.earlier)
-        torch.gt(later, earlier, out=self.later_wins)
+        torch.gt(*score.index_select(0, self.both).view(2, *self.later_wins.shape), out=self.later_wins)
         return torch.addmm(self.num_earlier, self.table, self.later_wins) >= self.n

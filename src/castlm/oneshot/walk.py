@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
 from castlm.data.calibration import CalibrationText, Extras
-from castlm.hardware import autocast
+from castlm.hardware import autocast, available_memory
 from castlm.models.architecture import replaced_forward
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.ranks import ONE_RANK, Division, Ranks
@@ -137,7 +137,11 @@ def walk(
 def _states(
     source: Source, text: CalibrationText, folder: StartFolder | None, ranks: Ranks, name: str
 ) -> MutableSequence[Tensor]:
-    """The container for the hidden states of own batches: files in `folder` with the next block's inputs, or a list."""
+    """The container for the hidden states of own batches: files in `folder` with the next block's inputs, or a list.
+
+    For a GPU, the batches also stay in the host's memory if the whole text, which the ranks of a machine may share,
+    takes at most half of what is free.
+    """
     if folder is None:
         return []
     # images differ in size from sequence to sequence
@@ -146,7 +150,11 @@ def _states(
     shape = size, text.sequences.shape[1], source.model.config.get_text_config().hidden_size
     dtype = source.model.dtype if source.is_whole else torch.float32
     lengths = {part: len(division.parts[part]) for part in division.own}
-    return HiddenStates(folder.path, name, lengths, shape, dtype, source.device, folder.done, is_full=folder.done > 0)
+    of_text = dtype.itemsize * text.sequences.numel() * shape[-1]
+    fits = source.device.type == "cuda" and 2 * of_text <= available_memory()
+    pinned: dict[int, tuple[int, Tensor]] | None = {} if fits else None
+    of_folder = folder.path, name, lengths, shape, dtype, source.device, folder.done
+    return HiddenStates(*of_folder, is_full=folder.done > 0, pinned=pinned)
 
 
 class BlockCall(NamedTuple):

@@ -59,6 +59,8 @@ class InputStatistic:
 class UnitAccumulator:
     """Sums up an `InputStatistic`, for `see_inputs`."""
 
+    takes_bf16 = False
+
     def zeros(self, x: Tensor) -> InputStatistic:
         width = x.shape[-1]
         sums = x.new_zeros(width, dtype=torch.float64)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor
 
 from castlm.core.blocks import block_name
-from castlm.distributed.gradients import clip_, norm_of, squares_of
+from castlm.distributed.gradients import NormInParts, clip_
 from castlm.methods.base import Retraining
 
 
@@ -30,10 +30,10 @@ class StepInBackward:
     def __init__(self, method: Retraining, names: Mapping[Tensor, str], max_grad_norm: float) -> None:
         self._method, self._max_norm = method, max_grad_norm
         self._parts: dict[str, list[Tensor]] = {}
-        self._squares: dict[Tensor, Tensor] = {}
         self._waiting: dict[str, set[Tensor]] = {}
         self._at_gradient: Callable[[Tensor], None] | None = None
         self._trained = {parameter: name for parameter, name in names.items() if parameter.requires_grad}
+        self._norm = NormInParts(self._trained)
         self._part_of = {p: block_name(name) or name for p, name in self._trained.items()}
         for parameter, part in self._part_of.items():
             self._parts.setdefault(part, []).append(parameter)
@@ -51,7 +51,7 @@ class StepInBackward:
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Inside the context, a backward pass measures each gradient and drops it; see `norm`."""
-        self._squares.clear()
+        self._norm.clear()
         with self._at(self._measure):
             yield
 
@@ -67,12 +67,12 @@ class StepInBackward:
             InputError: a sparse parameter has no gradient; all others are updated by then.
         """
         if norm is None:
-            self._squares.clear()
+            self._norm.clear()
         self._waiting = {part: set(parameters) for part, parameters in self._parts.items()}
 
         def collect(parameter: Tensor) -> None:
             if norm is None:
-                self._squares[parameter] = squares_of(parameter)
+                self._norm.add(parameter)
             part = self._part_of[parameter]
             self._waiting[part].discard(parameter)
             if not self._waiting[part]:
@@ -86,7 +86,7 @@ class StepInBackward:
 
     def norm(self) -> Tensor:
         """The norm of the gradients that were measured in the last pass, ()."""
-        return norm_of(self._squares.values(), next(iter(self._part_of)))
+        return self._norm.norm()
 
     @contextlib.contextmanager
     def _at(self, action: Callable[[Tensor], None]) -> Iterator[None]:
@@ -102,7 +102,7 @@ class StepInBackward:
             self._at_gradient(parameter)
 
     def _measure(self, parameter: Tensor) -> None:
-        self._squares[parameter] = squares_of(parameter)
+        self._norm.add(parameter)
         parameter.grad = None
 
     def _update(self, part: str, step: int, norm: Tensor | None) -> None:
