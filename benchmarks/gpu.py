@@ -143,8 +143,10 @@ def check_inverses(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, 512, generator=generator) @ torch.randn(512, 512, generator=generator)
     weight, target = (torch.randn(64, 512, generator=generator) for _ in range(2))
-    by_vectors, by_inverses = Eigenvectors(_scaled(x.T @ x)), Inverses(_scaled(x.T @ x).to(device))
-    for penalty in (FIRST_PENALTY, LAST_PENALTY):
+    penalties = (FIRST_PENALTY, LAST_PENALTY)
+    by_vectors = Eigenvectors(_scaled(x.T @ x), penalties)
+    by_inverses = Inverses(_scaled(x.T @ x).to(device), penalties)
+    for penalty in penalties:
         solutions = []
         for system in (by_vectors, by_inverses):
             here = device if system is by_inverses else "cpu"

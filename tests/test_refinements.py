@@ -105,6 +105,7 @@ def test_masks_are_those_of_admm_by_the_letter_where_that_is_better(system, monk
         expected = torch.where((errors[1] < errors[0])[:, None], letter, start)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         assert NM(2, 4).violations(found) == 0
+        assert not found[found == 0].signbit().any()
         improved += int((errors[1] < errors[0]).sum())
         second = partial(by_rows, SecondOfTwo())
         of_second = improve_masks(start, weight, hessian, NM(2, 4), 12, second)[4:8]  # its only panel

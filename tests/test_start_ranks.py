@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core.shards import whole
+from castlm.distributed import loading
 from castlm.distributed.loading import Place
 from castlm.distributed.world import closing, init_world
+from castlm.files.stored import StoredTensor
+from castlm.oneshot import admm
 from castlm.oneshot import ranks as division
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.steps import solve
@@ -40,6 +43,12 @@ def start(config: TrainConfig) -> None:
             torch.save([weights, masks, run.start.layer_errors], Path(config.checkpoint.output_dir).parent / "start.pt")
 
 
+def start_by_inverses(config: TrainConfig) -> None:
+    """As `start`, with the systems that ADMM solves on a GPU."""
+    admm.system_of = admm.Inverses
+    start(config)
+
+
 def start_killed(config: TrainConfig, victim: int) -> None:
     """As `start`, but rank `victim` is killed in the second block, before its output layer is solved."""
     prune_layers, calls = solve.prune_layers, [0]
@@ -59,7 +68,7 @@ def config_of(folder: Path, model: str, text: str, **over) -> TrainConfig:
     return small(model, text, folder / "run", device="cpu", **TEXT, **over)
 
 
-def started(config: TrainConfig, ranks: int) -> tuple[dict[str, str], list]:
+def started(config: TrainConfig, ranks: int, start=start) -> tuple[dict[str, str], list]:
     """The hashes of the finished blocks, and what `start` saves."""
     output = Path(config.checkpoint.output_dir)
     run_ranks(start, ranks, config, folder=output.parent)
@@ -103,6 +112,15 @@ def test_a_start_has_the_same_bits_on_1_2_and_4_ranks(family, over, text, tmp_pa
 
 
 @pytest.mark.slow
+def test_ranks_that_share_inverses_as_on_gpus_have_the_bits_of_one(llama, text, tmp_path):
+    one, *others = (started(config_of(tmp_path / str(n), llama, text), n, start_by_inverses) for n in (1, 2, 4))
+    for other in others:
+        assert_same_start(one, other)
+    by_eigenvectors = started(config_of(tmp_path / "vectors", llama, text), 1)
+    assert by_eigenvectors[0] != one[0]
+
+
+@pytest.mark.slow
 def test_a_run_from_a_gguf_file_has_the_same_bits_on_1_and_2_ranks(text, tmp_path):
     model = tmp_path / "tiny.gguf"
     write_gguf(model, tiny_model("llama"))
@@ -114,16 +132,23 @@ def test_a_run_from_a_gguf_file_has_the_same_bits_on_1_and_2_ranks(text, tmp_pat
 
 
 def start_counted(config: TrainConfig) -> None:
-    """As `start`; saves the bytes that this rank reads for it: of the model by weight, and of hidden states."""
+    """As `start`; saves the bytes that this rank reads for it: of the model by weight, in the check also by "check" and
+    the weight, and of hidden states."""
     read: dict[str, int] = {}
+    count = loading.count_non_finite
     prune, read_place, read_states = TrainingStart._prune_together_, Place.read, HiddenStates.__getitem__
 
     def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
         read[name] = read.get(name, 0) + tensor.nbytes
         return tensor
 
+    def checked(tensor: StoredTensor) -> int:
+        read[f"check {tensor.name}"] = tensor.num_bytes
+        return count(tensor)
+
     def counted(*args):
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loading, "count_non_finite", checked)
             patch.setattr(Place, "read", lambda place, *which: add(place.key, read_place(place, *which)))
             patch.setattr(HiddenStates, "__getitem__", lambda states, n: add("states", read_states(states, n)))
             facts = prune(*args)
@@ -140,10 +165,13 @@ def test_ranks_share_what_a_start_reads(llama, text, tmp_path):
     of_ranks = [torch.load(tmp_path / "run" / f"read-{rank}.pt") for rank in range(2)]
     stored = {name: tensor.nbytes for name, tensor in weights(llama).items()}
     for name, size in stored.items():
+        assert sum(f"check {name}" in read for read in of_ranks) == 1, name
         times = sum(read.get(name, 0) for read in of_ranks) / size
-        assert times == {".0.": 4, ".1.": 2}.get(name[12:15], 3 - 2 * name.startswith("lm_head")), name
-    in_block = sum(size for name, size in stored.items() if ".1." in name)
-    assert all(sum(n for name, n in read.items() if ".1." in name) < 1.4 * in_block for read in of_ranks)
+        assert times == {".0.": 3, ".1.": 1}.get(name[12:15], 2 - 2 * name.startswith("lm_head")), name
+    for check in ("", "check "):
+        in_block = [name for name in stored if ".1." in name]
+        shares = [sum(read.get(check + name, 0) for name in in_block) for read in of_ranks]
+        assert max(shares) < 0.7 * sum(stored[name] for name in in_block)
     # batches of 14, 14 and 12 sequences: rank 0 has the first and the last
     states = [read["states"] for read in of_ranks]
     assert 26 / 14 * states[1] <= states[0] < 2.2 * states[1]
@@ -169,14 +197,21 @@ def prune(*options: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "over", [["--rotation-iterations=4"], slow(["--rotate=off", "--no-permute"]), slow(["--method=wanda"])]
+    ("family", "over"),
+    [
+        ("llama", ["--rotation-iterations=4"]),
+        slow("llama", ["--rotate=off", "--no-permute"]),
+        slow("llama", ["--method=wanda"]),
+        slow("qwen3_moe", ["--rotation-iterations=4"]),
+    ],
 )
-def test_ranks_prune_a_folder_together_to_the_bits_of_one(over, llama, text, tmp_path):
+def test_ranks_prune_a_folder_together_to_the_bits_of_one(family, over, text, tmp_path):
+    model = str(save_tiny(tmp_path / "dense", family))
     sizes = {"num_sequences": 40, "seq_len": 64, "memory": "block"}
-    for ranks in (1, 2):
-        options = [*flags({"model": llama, "calibration": text, "output_dir": tmp_path / str(ranks), **sizes}), *over]
+    for ranks in (1, 2, 4) if family == "qwen3_moe" else (1, 2):
+        options = [*flags({"model": model, "calibration": text, "output_dir": tmp_path / str(ranks), **sizes}), *over]
         run_ranks(prune, ranks, *options, folder=tmp_path)
-    assert_equal_weights(tmp_path / "1", tmp_path / "2")
+        assert_equal_weights(tmp_path / "1", tmp_path / str(ranks))
     assert not list(tmp_path.glob("*.partial"))
     codes = wait_ranks(start_ranks(prune, 2, *options, "--overwrite", "--memory=model", log=tmp_path / "log"))
     assert codes == [2, 2]

@@ -46,7 +46,7 @@ from castlm.models.io import (
     save_model,
     write_all_but_weights,
 )
-from castlm.models.stored_layout import StoredLayout
+from castlm.models.stored_layout import StoredLayout, by_block
 from castlm.patterns import parse_pattern
 from castlm.structured.cut import check_cut, cut_model
 
@@ -255,19 +255,28 @@ def export_blocks(
 
     Args:
         model: the model on the meta device, for names and shapes.
-        blocks: a safetensors file of each block, in `dtype`, each tensor under its name in `model`.
+        blocks: a safetensors file of each block, in `dtype`, with its tensors as `StoredLayout.to_stored` gives them.
         linked: the files of the blocks become those of the model: by links where the file system allows it, otherwise
             as copies. Else the tensors of the model are copied to as few files as `export_model` writes.
-        outside: all other weights by name, in the order of `model.named_parameters()`; rounded to `dtype`.
+        outside: all other weights, which no transformer block has, by name, in the order of
+            `model.named_parameters()`; rounded to `dtype`.
         pattern, overwrite: as of `export_model`.
     """
     folder = Path(os.path.realpath(user_path(folder)))
     facts = completed(record, pattern, left_dense, dtype)
     with atomic_dir(folder, overwrite) as temporary:
-        parameters = dict(model.named_parameters())
-        inside = {block: {n: t for n, t in read_header(block).items() if n in parameters} for block in blocks}
-        rest = parameters.keys() - {name for stored in inside.values() for name in stored}
-        layout = {n: (STORED_NAMES[dtype], tuple(p.shape)) for n, p in parameters.items() if n in rest}
+        parameters, stored_layout = dict(model.named_parameters()), StoredLayout(model)
+        headers = {block: read_header(block) for block in blocks}
+        known = {name for header in headers.values() for name in header}
+        rest, of_blocks = dict(parameters), set[str]()
+        for group in by_block(parameters):
+            stored_names = stored_layout.to_stored(group).keys()
+            if stored_names <= known:
+                of_blocks |= stored_names
+                rest = {name: parameter for name, parameter in rest.items() if name not in group}
+        # steps leave other tensors there, too
+        inside = {file: {n: t for n, t in header.items() if n in of_blocks} for file, header in headers.items()}
+        layout = {name: (STORED_NAMES[dtype], tuple(parameter.shape)) for name, parameter in rest.items()}
         others = Batch(layout, lambda: (tensor.to(dtype) for _, tensor in outside))
         batches = [others, *(_batch_of_block(block, stored) for block, stored in inside.items())]
         total = sum(p.numel() for p in parameters.values())

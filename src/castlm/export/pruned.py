@@ -12,7 +12,7 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import scope_of, weight_parameter
+from castlm.core.sparsify import scope_of
 from castlm.data.calibration import CalibrationText
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
@@ -195,12 +195,10 @@ def _opened(
         return load_model(name, dtype=torch.float32 if in_fp32 else None, **loading), None
     return_freed_memory()
     opened = None if pattern.cuts else open_sharded(name, **loading)
-    layers = scope_of(opened[0].model, pattern).layers if opened else {}
-    is_stacked = any(weight_parameter(layer).dim() == 3 for layer in layers.values())
-    if opened is None or is_stacked or is_vision_language(opened[0].model.config):
+    if opened is None or is_vision_language(opened[0].model.config):
         raise InputError(
             f"memory block is not for {name} with pattern {pattern}: it takes n:m, and weights that are read one by "
-            "one, without experts and images; use memory model"
+            "one, without images; use memory model"
         )
     return opened
 

@@ -4,6 +4,11 @@ A folder holds a file of weights for each finished block, the hidden states that
 is written last. Of several ranks, each reads and writes the hidden states of its own parts of the text, in a file for
 each part, so that any number of ranks continues; rank 0 writes all else. A memory-mapped file would count as the
 process's own memory, so hidden states are read and written.
+
+Every rank has the whole block, to pass its text on, but one rank writes it. A block has one file, which `castlm prune`
+links into the result as a file of the model: ranks that wrote parts of it would share a file over the network, or leave
+as many files as there are ranks. A block of a 70B model is 3.4 GB in fp32, which takes a disk of 1.5 GB/s some 2 s to
+write and 2 s to read back: about 6 minutes for 80 blocks, however many ranks there are.
 """
 
 from __future__ import annotations

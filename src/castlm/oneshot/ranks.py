@@ -167,7 +167,8 @@ def by_rows(ranks: Ranks, function: Callable[..., Any], *matrices: Tensor, at_on
     own = panels[ranks.rank :: ranks.size]
     of_panels = [tuple(matrix[panel] for matrix in matrices) for panel in own]  # views
     found = function(of_panels) if at_once else (function(*rows) for rows in of_panels)
-    for panel, rows in zip(own, found, strict=True):
+    # `found` comes first: a rank without panels takes part in what a generator shares with the others.
+    for rows, panel in zip(found, own, strict=True):
         result[panel] = rows
     if ranks.size > 1:
         for number, panel in enumerate(panels):  # rows of a panel are contiguous in `result`
@@ -183,6 +184,30 @@ class ByRows(Protocol):
 
 ALONE: ByRows = partial(by_rows, ONE_RANK)
 """`by_rows` of one rank."""
+
+
+def share_each(ranks: Ranks, makers: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterator[Tensor]:
+    """Yields the tensors of `makers` in order on every rank; each is contiguous, shaped like `like`, and made by one.
+
+    The ranks make as many at a time as there are ranks. A rank holds its own beside the one that it gets.
+    """
+    for first in range(0, len(makers), ranks.size):
+        numbers = range(first, min(first + ranks.size, len(makers)))
+        own = makers[first + ranks.rank]() if first + ranks.rank in numbers else None
+        for owner in range(len(numbers)):
+            made = own if own is not None and owner == ranks.rank else like.new_empty(like.shape)
+            ranks.share_(made, owner)
+            yield made
+
+
+class ShareEach(Protocol):
+    """`share_each` for some ranks, as solvers get it."""
+
+    def __call__(self, makers: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterator[Tensor]: ...
+
+
+ALONE_EACH: ShareEach = partial(share_each, ONE_RANK)
+"""`share_each` of one rank."""
 
 
 def each_by_one(ranks: Ranks, tasks: Sequence[Callable[[], T]]) -> list[T]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from castlm.core.nm import NM, LayerPattern
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
-from castlm.oneshot.ranks import ALONE, ByRows
+from castlm.oneshot.ranks import ALONE, ALONE_EACH, ByRows, ShareEach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ class Settings(NamedTuple):
     refinements: Refinements = NO_REFINEMENTS
     by_rows: ByRows = ALONE
     """Solves the rows of a layer in panels: `by_rows(function, *matrices)` is `function(*rows)` for each of them."""
+    share_each: ShareEach = ALONE_EACH
+    """Makes tensors that all ranks need, each on one of them: see `castlm.oneshot.ranks.share_each`."""
 
 
 class Pruned(NamedTuple):

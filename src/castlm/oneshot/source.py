@@ -179,13 +179,12 @@ class StoredModel:
 
     def finished(self, index: int) -> dict[str, Tensor]:
         """The weights of a block in memory in `dtype`, with the copies of its dense weights."""
-        tensors = {f"{DENSE}{name}": weight for name, weight in self.dense.items()}
-        for name, parameter in self.blocks[index].named_parameters(prefix=f"{self.stack}.{index}"):
-            value = parameter.detach().to(self.dtype)
-            # in a file of GPT-2, Conv1D's (in, out)
-            transposed = self.dtype is not None and StoredLayout(self.model).is_transposed(name)
-            tensors[name] = (value.mT if transposed else value).contiguous().cpu()
-        return tensors
+        block = self.blocks[index].named_parameters(prefix=f"{self.stack}.{index}")
+        tensors = {name: parameter.detach().to(self.dtype) for name, parameter in block}
+        if self.dtype is not None:  # Conv1D as (in, out), and experts one by one where a file has them so
+            tensors = StoredLayout(self.model).to_stored(tensors)
+        dense = {f"{DENSE}{name}": weight for name, weight in self.dense.items()}
+        return dense | {name: value.contiguous().cpu() for name, value in tensors.items()}
 
     def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:
         """As of `MemoryModel`, for the block in memory."""

@@ -125,11 +125,13 @@ class _CapturedSweep:
             (block_size,),
             (block_size // m, m, m),
         )
-        self.buffers = [like.new_zeros(shape) for shape in shapes]  # weight, lost, pull, scale and inverse of a block
+        weight, lost, pull, scale, inverse = self.buffers = [like.new_zeros(shape) for shape in shapes]
         lowest = _LowestOfGroup(n, m, rows, like)
-        self.sweep_block = captured(
-            lambda: sweep_by_torch_(*self.buffers, range(block_size), n, m, lowest), like.device
-        )
+
+        def sweep_block() -> None:
+            sweep_by_torch_(weight, lost, pull, scale, inverse, range(block_size), n, m, lowest)
+
+        self.sweep_block = captured(sweep_block, like.device)
 
     def __call__(
         self, weight: Tensor, lost: Tensor, pull: Tensor, scale: Tensor, inverse: Tensor, columns: range, n: int, m: int
@@ -139,9 +141,8 @@ class _CapturedSweep:
             return
         here = slice(columns.start, columns.stop)
         groups = slice(columns.start // m, columns.stop // m)
-        for buffer, part in zip(
-            self.buffers, (weight[here], lost[here], pull[here, here], scale[here], inverse[groups])
-        ):
+        of_block = weight[here], lost[here], pull[here, here], scale[here], inverse[groups]
+        for buffer, part in zip(self.buffers, of_block):
             buffer.copy_(part)
         self.sweep_block()
         weight[here], lost[here] = self.buffers[:2]

@@ -22,7 +22,7 @@ from castlm.oneshot.admm import improve_masks, improve_masks_holds
 from castlm.oneshot.inputs import check_finite_input, entries_of, see_inputs
 from castlm.oneshot.layer_input import LayerInput
 from castlm.oneshot.options import Refinements
-from castlm.oneshot.ranks import ONE_RANK, Ranks, by_rows
+from castlm.oneshot.ranks import ONE_RANK, Ranks, by_rows, share_each
 from castlm.oneshot.refit import refit, refit_holds
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.routed import Seen
@@ -47,7 +47,13 @@ class Refinement(NamedTuple):
 REFINEMENTS: dict[str, Refinement] = {
     "masks": Refinement(
         lambda weight, target, hessian, settings: improve_masks(
-            weight, target, hessian, settings.pattern, settings.refinements.mask_iterations, settings.by_rows
+            weight,
+            target,
+            hessian,
+            settings.pattern,
+            settings.refinements.mask_iterations,
+            settings.by_rows,
+            settings.share_each,
         ),
         lambda settings: settings.refinements.mask_iterations > 0,
         improve_masks_holds,
@@ -216,7 +222,8 @@ def prune_layers(
     Raises:
         InputError: a weight or an input that is not finite, or a Hessian that cannot be factorized.
     """
-    names, settings = ", ".join(weights), settings._replace(by_rows=partial(by_rows, ranks))
+    names = ", ".join(weights)
+    settings = settings._replace(by_rows=partial(by_rows, ranks), share_each=partial(share_each, ranks))
     dense = torch.cat([w.float() for w in weights.values()])  # q, k, v: (576, 576), 2 x (192, 576) -> (960, 576)
     check_finite(f"the weight of {names}", dense)
     statistic = torch.zeros(()) if seen is None else seen.statistic
