@@ -46,6 +46,7 @@ from castlm.core.sparsify import prune_
 from castlm.hardware import captured
 from castlm.oneshot import admm, sparsegpt
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks
+from castlm.oneshot.axes import find_permutation
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.solvers import add_hessian, row_energies
 from castlm.oneshot.sparsegpt import sparsegpt_by_factor
@@ -170,6 +171,16 @@ def check_gram(device: str) -> None:
     torch.testing.assert_close(hessian.cpu().double().triu(), expected, rtol=1e-4, atol=1e-2)
 
 
+def check_order(device: str) -> None:
+    """An order of columns that is found with costs of this device keeps as much as a CPU's."""
+    score, pattern = torch.rand(256, 768, generator=torch.Generator().manual_seed(0)), NM(2, 4)
+    kept = []
+    for here in ("cpu", device):
+        ordered = score[:, find_permutation(score.to(here), pattern, 6)]
+        kept.append(float((ordered * pattern.mask(ordered)).sum()))
+    assert abs(kept[1] / kept[0] - 1) < 1e-3, kept
+
+
 def check_states(device: str) -> None:
     """Hidden states in pinned memory come back as they were written, while the GPU still reads the old ones."""
     with tempfile.TemporaryDirectory() as folder:
@@ -232,6 +243,18 @@ def start_rows(scale: int, device: str) -> Iterator[Row]:
         repeats=5,
     )
     yield ratio_row(f"Gram matrix, {tokens} x {inner} bf16", "in fp32", times["bf16"], times["fp32"], ">= 4")
+
+    score = normal(1024, inner).abs()
+    on_cpu = score.cpu()
+    times = interleaved(
+        {
+            "device": lambda: find_permutation(score, NM(2, 4), 2),
+            "cpu": lambda: find_permutation(on_cpu, NM(2, 4), 2),
+        },
+        repeats=3,
+    )
+    part = f"two rounds of the order of {inner} neurons"
+    yield ratio_row(part, "with the costs of a CPU", times["device"], times["cpu"], ">= 2")
 
     with tempfile.TemporaryDirectory() as folder:
         states = _states(Path(folder), device, (1, tokens, hidden), 2)
@@ -341,7 +364,7 @@ def training_rows(device: str, quick: bool) -> Iterator[Row]:
     yield throughput_row(run_module("benchmarks.throughput", [*whole, "--batch", "8", "--seq-len", "512"]))
 
 
-CHECKS = (check_adams, check_masks, check_sweep, check_inverses, check_gram, check_states)
+CHECKS = (check_adams, check_masks, check_sweep, check_inverses, check_gram, check_order, check_states)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ from castlm import prune
 from castlm.core.adams import AdamS
 from castlm.core.cholesky import upper_factor
 from castlm.core.distill import OutputHead, distillation_loss, top_tokens
+from castlm.core.nm import NM
 from castlm.distributed.world import init_world
 from castlm.evaluation.perplexity import perplexity
 from castlm.oneshot import sparsegpt, walk
+from castlm.oneshot.axes import find_permutation
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.layer_input import LayerInput
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
@@ -154,6 +156,16 @@ def test_a_gpu_prunes_by_sparsegpt_with_the_masks_of_a_cpu_and_few_launches_for_
     assert launches.steps == 3
     assert of_group <= 13 + 2 * (m - n - 1)
     assert launches.single <= 3 * 9 + 32 / m * (of_group + 1) + 30
+
+
+def test_an_order_of_columns_is_that_of_a_cpu():
+    score = torch.rand(40, 96, generator=torch.Generator().manual_seed(0))
+    expected = find_permutation(score, NM(2, 4), 6)
+    assert not torch.equal(expected, find_permutation(score, NM(2, 4), 0))
+    with pretend_gpu():
+        found = find_permutation(score.to("cuda"), NM(2, 4), 6)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])

@@ -37,14 +37,17 @@ search finds 95 % of the gain in a twelfth of the time (random scores, one threa
 
 
 def find_permutation(score: Tensor, pattern: NM, rounds: int) -> Tensor:
-    """The order of columns, int64 (columns,), in which n:m keeps most of `score` (rows, columns), which is >= 0."""
-    score = score.float().cpu()
+    """The order of columns, int64 (columns,) on the CPU, in which n:m keeps most of `score` (rows, columns), all >= 0.
+
+    A GPU computes the costs of the assignments of its scores, and a CPU solves them. No GPU has run it yet.
+    """
+    score = score.float()
     # The same rows in each process: an order must not depend on who finds it.
     if len(score) > _SCORE_ROWS:
         score = score[torch.randperm(len(score), generator=torch.Generator().manual_seed(0))[:_SCORE_ROWS]]
     # From the most to the least important, the columns are dealt out to the groups one after another, so that each
     # group has one of every quarter: (1536,) -> (4, 384) -> (384, 4)
-    ranked = score.sum(0).argsort(descending=True, stable=True)
+    ranked = score.sum(0).argsort(descending=True, stable=True).cpu()
     order = ranked.view(pattern.m, -1).T.reshape(-1)
     columns = score.T.contiguous()
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +62,7 @@ def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, genera
     More than `_MOST_GROUPS` groups are divided at random into parts of that size, with one assignment each. In each
     row, a candidate replaces the n-th best of the rest of a group if it is larger, so a group keeps their maximum.
     """
-    m = pattern.m
+    m, device = pattern.m, columns.device
     groups = order.view(-1, m)  # (384, 4)
     num_groups = len(groups)
     all_groups = torch.arange(num_groups)
@@ -77,12 +80,12 @@ def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, genera
     new = groups.clone()
     for part in parts:
         # The n-th best of the rest: (384, 3, 256) -> (384, 256)
-        cut = columns[rest[part]].topk(pattern.n, dim=1).values[:, pattern.n - 1]
-        candidates = columns[leavers[part]]  # (384, 256)
+        cut = columns[rest[part].to(device)].topk(pattern.n, dim=1).values[:, pattern.n - 1]
+        candidates = columns[leavers[part].to(device)]  # (384, 256)
         cost = -torch.stack([torch.maximum(threshold, candidates).sum(1) for threshold in cut])  # (384, 384)
         cost -= cost.amin(1, keepdim=True)  # leaves the solution as it is, and finds it two to four times as fast
         cost -= cost.amin(0)
-        _, chosen = linear_sum_assignment(cost.numpy())  # chosen[i]: the leaver that group i takes
+        _, chosen = linear_sum_assignment(cost.cpu().numpy())  # chosen[i]: the leaver that group i takes
         new[part, leaving[part]] = leavers[part][torch.as_tensor(chosen)]
     return new.reshape(-1)
 
