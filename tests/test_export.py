@@ -135,7 +135,8 @@ def test_card_names_no_local_path(tmp_path):
     assert "# my-base, 2 of 4" in card
     run = {**CONDITIONS, "name": "tuned", "perplexity": 3.0, "tokenizer": str(tmp_path / "my-run" / "model")}
     assert "| some-org/Base |" in card_of(base_model="some-org/Base", figures=[run])[1]  # whose tokenizer it is
-    assert "| my-run |" in card_of(base_model=str(tmp_path), figures=[run])[1]
+    assert "| my-base |" in card_of(base_model=str(tmp_path / "my-base"), figures=[run])[1]
+    assert "| my-run |" in card_of(figures=[run])[1]
     assert "# my-run, 2 of 4" in card_of(base_model=str(tmp_path / "my-run" / "model"))[1]
     assert "base_model" not in front_matter
     assert "None was measured" in card
@@ -195,6 +196,12 @@ def test_a_card_tells_each_step_by_which_the_model_was_made_and_names_base_and_l
     assert (
         "1. Pruned one-shot by Wanda (arXiv 2306.11695), calibrated on 128 sequences of 2,048 tokens of c.txt" in card
     )
+    change = {"what": "values rotated", "before": 2.0, "after": 1.0, "num_tried": 5}
+    basis = {"changes": [{**change, "num_kept": 5}, {**change, "what": "MLP neurons permuted", "num_kept": 0}]}
+    words = " in a basis that keeps the function of the model (values rotated)"
+    assert f"by Wanda (arXiv 2306.11695){words}" in card_of(method="wanda", basis=basis)[1]
+    (tmp_path / "castlm.json").write_text(json.dumps({**trained, "start": {"basis": basis}}))
+    assert f"with masks by ADMM{words}: 300 steps" in card_of(**{**tuned, **to_json(origin_of(tmp_path))})[1]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +237,7 @@ def test_card_of_the_demo_model_and_of_a_cut_one():
     assert "`width` from 64 to 48" in card
     assert "300 of the 1,200 weights" in card
     assert "All that is left is dense." in card
+    assert "with the zeros" not in card
 
 
 # ---- what does not pass

@@ -272,6 +272,8 @@ class PastStep:
     pattern: str | None = None
     calibration: DrawnText | None = None
     refinements: dict[str, Any] | None = None
+    changes_of_basis: list[str] | None = None
+    """The kinds of change before the solver, such as "values rotated"."""
     rounded: TrainedRounding | None = None
     train_steps: int | None = None
     train_tokens: int | None = None

@@ -66,7 +66,7 @@ def model_card(folder_name: str, facts: Facts) -> str:
         if facts.packed is not None and facts.packed.head is not None:
             name += f", before embedding and head in {facts.packed.head}"
         figures.append(replace(figures[-1], name=name, perplexity=proof.perplexity_from_disk))
-    figures = _of_base(figures, hub_id)
+    figures = _of_base(figures, hub_id or base_name)
     return _render(
         "card.md.jinja",
         front_matter=_fenced(front_matter),
@@ -155,19 +155,21 @@ def _format(facts: Facts) -> str:
     """The format of the weights in the files, in words."""
     if facts.packed is None:
         rounded = f", of values that {facts.quantized.kind} has" if facts.quantized else ""
-        return f"safetensors in {facts.dtype or 'the dtype of the base model'}{rounded}, with the zeros"
+        pattern = recorded_pattern(facts)
+        zeros = ", with the zeros" if pattern is not None and pattern.stored is not None else ""  # none of a cut model
+        return f"safetensors in {facts.dtype or 'the dtype of the base model'}{rounded}{zeros}"
     integers = facts.quantized or facts.rounded
     kind = integers.kind if integers else facts.dtype
     return f"castlm's packed format: {kind or 'the kept values'} without the zeros in the sparse layers"
 
 
-def _of_base(figures: list[Figure], hub_id: str) -> list[Figure]:
-    """`figures` with the base model on the hub in place of a local folder as the tokenizer: castlm keeps the base's."""
+def _of_base(figures: list[Figure], base: str) -> list[Figure]:
+    """`figures` with the base model in place of a local folder as the tokenizer: castlm keeps the base's."""
 
     def is_local(name: str | None) -> bool:
         return name is not None and (_public(name) != name or Path(name).exists())
 
-    return [replace(row, tokenizer=hub_id) if hub_id and is_local(row.tokenizer) else row for row in figures]
+    return [replace(row, tokenizer=base) if base and is_local(row.tokenizer) else row for row in figures]
 
 
 def _table(figures: list[Figure]) -> list[str]:
@@ -201,7 +203,7 @@ def adapter_card(facts: Facts, kind: str, trained: int) -> str:
         base=_reference(source),
         trained=trained,
         steps=[_step(step) for step in made_by(facts)],
-        table=_table(_of_base(list(facts.figures or []), hub_id)),
+        table=_table(_of_base(list(facts.figures or []), hub_id or _public(source).split("/")[-1])),
         license=facts.license,
     )
 

@@ -32,7 +32,7 @@ SOLVER_TITLES = {
 _HUB = "https://huggingface.co/"
 _REFINED = {"mask_iterations": "masks by ADMM", "refit_iterations": "refitted kept weights"}
 """The refinements that make other masks or weights than the published SparseGPT, in words."""
-_STEP = tuple(entry.name for entry in fields(PastStep) if entry.name not in ("config", "quantized"))
+_STEP = tuple(entry.name for entry in fields(PastStep) if entry.name not in ("config", "quantized", "changes_of_basis"))
 """The entries of castlm.json that describe the step that made a model."""
 _OF_CONFIG = ("init_from", "model", "seq_len", "eta", "teacher", "adapter", "start_effort", *_REFINED)
 """The options of a run that describe its step."""
@@ -81,7 +81,10 @@ def made_by(facts: Facts) -> list[PastStep]:
     steps = list(facts.earlier or [])
     if facts.method:
         config = {name: value for name, value in (facts.config or {}).items() if name in _OF_CONFIG}
-        steps.append(PastStep(**{name: getattr(facts, name) for name in _STEP}, config=config))
+        basis = facts.basis or facts.start.basis
+        changes = [change.what for change in basis.changes if change.num_kept] if basis else None
+        own = {name: getattr(facts, name) for name in _STEP}
+        steps.append(PastStep(**own, config=config, changes_of_basis=changes or None))
     if facts.quantized is not None:
         steps.append(PastStep(quantized=Quantized(kind=facts.quantized.kind, text=facts.quantized.text)))
     return steps
@@ -130,6 +133,7 @@ def described(step: PastStep, shown: Callable[[str], str] = str) -> str:
         )
         calibrated = f", calibrated on {drawn}" if text else ""
         refined = _refined(step.refinements or {})
+        refined += _in_basis(step)
         return f"Pruned one-shot by {SOLVER_TITLES.get(method, method)}{refined}{calibrated}, without training"
     steps = "1 step" if step.train_steps == 1 else f"{step.train_steps:,} steps"
     tokens = f"{step.train_tokens or 0:,} tokens"
@@ -142,7 +146,9 @@ def described(step: PastStep, shown: Callable[[str], str] = str) -> str:
         by = f" through an adapter ({adapter})" if adapter not in (None, "none") else ""
         return f"Fine-tuned with its zeros kept{by}: {amount}"
     title = METHODS[method].title if method in METHODS else method
-    start = "" if method in METHODS and METHODS[method].step0 == "dense" else f", from {_start(config, shown)}"
+    start = f", from {_start(config, shown)}{_in_basis(step)}"
+    if method in METHODS and METHODS[method].step0 == "dense":
+        start = ""
     teacher = shown(config["teacher"]) if config.get("teacher") else "the dense model"
     distilled = f", distilled from {teacher} (weight {config['eta']:.2g})" if config.get("eta") else ""
     rounded, bits = step.rounded, ""
@@ -158,6 +164,12 @@ def _start(config: Mapping[str, Any], shown: Callable[[str], str]) -> str:
         return f"the masks of {shown(start)}"
     refined = _refined(config) if start == "sparsegpt" else ""
     return f"a start by {SOLVER_TITLES[start]}{refined}"
+
+
+def _in_basis(step: PastStep) -> str:
+    """The change of basis before a prune or a start, in words."""
+    changes = step.changes_of_basis
+    return f" in a basis that keeps the function of the model ({', '.join(changes)})" if changes else ""
 
 
 def _refined(options: Mapping[str, Any]) -> str:
