@@ -284,6 +284,7 @@ def test_a_terminal_breaks_lines_at_words_and_a_copied_command_stays_one_line(tm
     text = "castlm: stopped after step 2, saved; continue with: castlm train --config 'my run/config.yaml' --resume"
     with (tmp_path / "log").open("w") as log:
         assert for_stream(text, log) == text  # a line of a log stays as it is
+    assert for_stream(text, log) == for_stream(text, None) == text  # closed, as by 2>&-
     master, slave = os.openpty()
     with os.fdopen(master), os.fdopen(slave, "w") as terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))

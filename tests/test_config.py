@@ -99,8 +99,10 @@ def test_a_config_survives_its_own_yaml(tmp_path):
     assert again.given["init_from"] == "sparsegpt"  # the file holds what the run used
 
 
-@pytest.mark.parametrize(("max_steps", "num_evaluations"), [(1, 1), (9, 9), (10, 10), (11, 6), (19, 10), (1000, 10)])
-def test_a_run_is_evaluated_at_most_ten_times(max_steps, num_evaluations):
+@pytest.mark.parametrize(
+    ("max_steps", "num_evaluations"), [(1, 1), (5, 1), (10, 2), (11, 3), (50, 10), (51, 9), (1000, 10)]
+)
+def test_a_run_is_evaluated_at_most_ten_times_and_every_five_steps(max_steps, num_evaluations):
     every = TrainConfig.of(**REQUIRED).evaluation.steps_between(max_steps)
     assert len({max_steps, *range(every, max_steps + 1, every)}) == num_evaluations
 

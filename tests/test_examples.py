@@ -182,7 +182,7 @@ def test_the_notebooks_run(tmp_path):
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "how-to" / "extend.md").read_text()
 FILES = {code.splitlines()[0].removeprefix("# "): code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S)}
-COMMANDS = re.findall(r"^python (.*)$", PAGE, re.M)
+COMMANDS = re.findall(r"^python (.*)$", PAGE.replace("\\\n", " "), re.M)
 
 SMALL = "--max-steps 4 --seq-len 32 --per-device-train-batch-size 4 --eval-tokens 128 --save-steps 0 --report-to none"
 SMALL += " --calibration-sequences 4 --rotation-iterations 4 --no-report"

@@ -87,14 +87,22 @@ def filled(text: str, columns: int) -> str:
     return "\n".join(rows)
 
 
-def for_stream(text: str, stream: TextIO) -> str:
-    """`text` as `filled` for a terminal, and unchanged for a file or a pipe, where a line stays one line."""
+def columns_of(stream: TextIO | None) -> int | None:
+    """The columns of a terminal, or `COLUMNS`; None for a file, a pipe or a stream that is closed."""
     try:
-        columns = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
-    except (OSError, ValueError):  # closed, or a stream without a file
-        return text
-    columns = int(found) if (found := os.environ.get("COLUMNS", "")).isdigit() and columns else columns
-    return filled(text, columns) if columns > 1 else text
+        if stream is None or not stream.isatty():
+            return None
+        asked = os.environ.get("COLUMNS", "")
+        columns = int(asked) if asked.isdigit() else os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return None
+    return columns if columns > 1 else None
+
+
+def for_stream(text: str, stream: TextIO | None) -> str:
+    """`text` as `filled` for a terminal, and unchanged for a file or a pipe, where a line stays one line."""
+    columns = columns_of(stream)
+    return text if columns is None else filled(text, columns)
 
 
 def duration(seconds: float) -> str:

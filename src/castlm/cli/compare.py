@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.compare.plan import CompareConfig, compare
 from castlm.lab.compare.report import Report
 from castlm.lab.compare.runs import OneshotConfig
-from castlm.names import aligned
+from castlm.names import aligned, columns_of
 from castlm.progress import note
 
 
 def show(report: Report, folder: str) -> None:
     """Prints the table, the verdict and the path of the page."""
-    table = _fitting(report, shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize)
+    table = _fitting(report, columns_of(sys.stdout) or sys.maxsize)
     page = f"report: {Path(folder, 'table.html')}"
     for line in (report.question, *table, *report.warnings, *report.notes, report.verdict, page):
         to_stdout(line)

@@ -8,11 +8,12 @@ import io
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import NamedTuple, TextIO
 
 from castlm.core.errors import DivergedError, InputError, is_out_of_memory, is_panic
-from castlm.names import for_stream, printable
+from castlm.names import columns_of, for_stream, printable
 from castlm.signals import TERMINATED, ending_on_sigterm, stopped_by_sigterm
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -68,7 +69,11 @@ COMMANDS: dict[str, Command] = {
 
 def usage(first: str = "") -> str:
     """The commands whose names begin with `first`."""
-    lines = [f"  {name:14}{command.what}" for name, command in COMMANDS.items() if name.startswith(first)]
+    columns = columns_of(sys.stdout) or sys.maxsize
+    lines = []
+    for name, command in COMMANDS.items():
+        if name.startswith(first):
+            lines += textwrap.wrap(f"  {name:14}{command.what}", columns, subsequent_indent=" " * 16)
     return "\n".join(["usage: castlm COMMAND [OPTIONS]   (castlm COMMAND --help lists the options)", "", *lines])
 
 

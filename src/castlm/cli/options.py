@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import sys
 import textwrap
 import typing
@@ -34,7 +33,7 @@ from castlm.fields import (
     unknown,
 )
 from castlm.files.reading import read_json_object, user_path
-from castlm.names import for_stream, printable
+from castlm.names import columns_of, for_stream, printable
 
 T = TypeVar("T")
 
@@ -173,7 +172,7 @@ def help_text(sections: Sections, name: str, everything: bool, about: type[Any],
 
 def _width() -> int:
     """Columns of a help text: those of a terminal, at most `WIDTH`."""
-    return min(WIDTH, max(60, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else WIDTH
+    return min(WIDTH, max(60, columns_of(sys.stdout) or WIDTH))
 
 
 def _wrap(text: str, width: int | None = None, **indents: str) -> list[str]:

@@ -208,7 +208,7 @@ class EvaluationOptions(Bounded):
     """Maximum number of evaluated tokens of each text. 0 evaluates all of them."""
 
     eval_steps: int = number(0, at_least=0, may_change=True)
-    """Steps between evaluations. 0 is a tenth of the run, rounded up."""
+    """Steps between evaluations. 0 is a tenth of the run, rounded up, but at least 5 steps."""
 
     def __post_init__(self) -> None:
         if self.eval_dataset == ():
@@ -227,7 +227,8 @@ class EvaluationOptions(Bounded):
 
     def steps_between(self, max_steps: int) -> int:
         """`eval_steps`, or its default for a run of `max_steps`."""
-        return self.eval_steps or -(-max_steps // 10)
+        # On a CPU the default of 32,768 evaluated tokens takes as long as tens of steps of a few hundred tokens.
+        return self.eval_steps or max(5, -(-max_steps // 10))
 
 
 @dataclass(frozen=True)
