@@ -147,13 +147,17 @@ class Inverses:
         return target @ self.hessian
 
     def begin(self, penalty: float) -> None:
-        self.penalty, self.inverse = penalty, next(self._inverses)
+        self.penalty = penalty
+        self.inverse = self.hessian[:0]  # frees the last one before the next is made
+        self.inverse = next(self._inverses)
 
     def _inverse(self, penalty: float) -> Tensor:
         system = self.hessian.clone()
         system.diagonal().add_(penalty)
         # `cholesky_ex` does not wait for the GPU to say whether it failed: rows from a wrong inverse are not better.
-        return torch.cholesky_inverse(torch.linalg.cholesky_ex(system).L).contiguous()
+        factor = torch.linalg.cholesky_ex(system).L
+        del system  # (28672, 28672) of a 70B model is 3 GiB
+        return torch.cholesky_inverse(factor).contiguous()
 
     def solve(self, weight: Tensor, pull: Tensor) -> Tensor:
         return weight.mul_(self.penalty).add_(pull) @ self.inverse

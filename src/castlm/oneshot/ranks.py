@@ -195,9 +195,13 @@ def share_each(ranks: Ranks, makers: Sequence[Callable[[], Tensor]], like: Tenso
         numbers = range(first, min(first + ranks.size, len(makers)))
         own = makers[first + ranks.rank]() if first + ranks.rank in numbers else None
         for owner in range(len(numbers)):
-            made = own if own is not None and owner == ranks.rank else like.new_empty(like.shape)
+            if own is not None and owner == ranks.rank:
+                made, own = own, None
+            else:
+                made = like.new_empty(like.shape)
             ranks.share_(made, owner)
             yield made
+            del made  # before the next one is made
 
 
 class ShareEach(Protocol):
