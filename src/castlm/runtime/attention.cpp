@@ -25,6 +25,7 @@ INLINE void four_sums(const Vector* sums, float* to) {
   for (int k = 0; k < 4; ++k) to[k] = (sums[k][0] + sums[k][2]) + (sums[k][1] + sums[k][3]);
 }
 
+#include "prompt_floats.h"
 #include "prompt_attention.h"
 #include "attention.h"
 
@@ -49,6 +50,7 @@ INLINE void four_sums(const Vector* sums, float* to) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
+#include "prompt_floats.h"
 #include "prompt_attention.h"
 #include "attention.h"
 
@@ -69,6 +71,7 @@ constexpr int kLanes = 16, kTileRows = 8, kVectors = 2;
 
 INLINE Vector all(float value) { return _mm512_set1_ps(value); }
 
+#include "prompt_floats.h"
 #include "prompt_attention.h"
 
 }  // namespace

@@ -107,8 +107,8 @@ int32_t level_for(const Header& of) {
   if (of.layout == kRows) return kPlain;
   if (of.layout == kDense) return level() == kNeon ? kNeon : kPlain;
   if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
-  if (level() == kNeon && !of.is_unsigned) return kNeon;
-  if (level() < (of.is_unsigned ? kAvx512 : kAvx2)) return kPlain;
+  if (level() == kNeon && !of.is_unsigned && !of.in_pairs()) return kNeon;
+  if (level() < (of.is_unsigned || of.in_pairs() ? kAvx512 : kAvx2)) return kPlain;
   if (of.values == kInt4 && of.m && !of.is_unsigned) return kPlain;  // of a level before AVX2
   if (of.values >= kInt8 && !of.is_unsigned) return kAvx2;
   return level();

@@ -139,7 +139,7 @@ INLINE void multiply_rows(const Header& of, const Activations& x, const uint8_t*
   }
 }
 
-template <bool is_masked, int values, int parts>
+template <Kept kept, int values, int parts>
 void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
   alignas(64) uint8_t w[2 * kMostBlocks * (values == kBFloat16 ? 2 : 1) * kTileBytes];
   alignas(64) float w_scales[kMostBlocks * 32];
@@ -150,7 +150,7 @@ void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x,
   for (int64_t block = 0; block < of.blocks(); block += most) {
     const int64_t blocks = std::min(most, of.blocks() - block);
     for (int64_t row = 16 * first; row < 16 * last; row += 32) {
-      expand<values, is_masked>(of, data, row, block, blocks, w, w_scales);
+      expand<values, kept>(of, data, row, block, blocks, w, w_scales);
       all_stored();
       multiply_rows<values, parts>(of, x, w, w_scales, block, blocks, y + row, ldy);
     }
@@ -164,8 +164,10 @@ void multiply_tiles(const Header& of, const uint8_t* data, const Activations& x,
 
 template <int values, int parts>
 void multiply_pattern(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  if (of.m) return multiply_tiles<true, values, parts>(of, data, x, y, ldy, first, last);
-  return multiply_tiles<false, values, parts>(of, data, x, y, ldy, first, last);
+  if constexpr (values == kBFloat16)
+    if (of.in_pairs()) return multiply_tiles<kPairs, values, parts>(of, data, x, y, ldy, first, last);
+  if (of.m) return multiply_tiles<kMasked, values, parts>(of, data, x, y, ldy, first, last);
+  return multiply_tiles<kWhole, values, parts>(of, data, x, y, ldy, first, last);
 }
 
 // What 16 floats have beyond themselves as bf16; nothing where they became infinite.

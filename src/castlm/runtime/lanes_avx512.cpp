@@ -7,6 +7,9 @@
 //
 // Few rows of x: weights are expanded in registers, for up to 12 rows at a time (`multiply_groups`). Many: two tiles are expanded to
 // the cache, and all rows of x pass them, six at a time (`multiply_many`).
+//
+// Floats of which every four columns keep two lie in pairs (matrix.h) and are never expanded: `vpermilps` moves to each lane the column
+// that its weight meets, so that there are half as many products, and mostly in other units than those that multiply.
 
 #include "avx512.h"
 
@@ -140,53 +143,115 @@ void multiply_groups(const Header& of, const uint8_t* data, const Activations& x
   }
 }
 
-// The same of floats.
-template <int values, bool is_masked, int R>
-INLINE void multiply_float_rows(const uint8_t* panel, int64_t bytes, int64_t blocks, const float* x, __m512* to) {
+constexpr int64_t kPassBytes = 1 << 19;  // of x, which stay in the second-level cache while the tiles pass
+constexpr int64_t kWideBlocks = 32;      // a row of x with more does not stay in the first-level cache beside the weights
+
+// The same of floats, of T tiles `stride` bytes apart.
+template <int values, Kept kept, int R, int T>
+INLINE void multiply_float_rows(const uint8_t* panel, int64_t stride, int64_t bytes, int64_t blocks, const float* x, __m512 (*to)[R]) {
   constexpr int E = R >= 6 ? 1 : R >= 3 ? 2 : 4;  // sums of an output: an FMA takes 4 cycles
-  __m512 sums[R][E];
+  __m512 sums[T][R][E];
+#pragma GCC unroll 2
+  for (auto& of_tile : sums)
 #pragma GCC unroll 12
-  for (auto& of_row : sums)
+    for (auto& of_row : of_tile)
 #pragma GCC unroll 4
-    for (__m512& sum : of_row) sum = _mm512_setzero_ps();
+      for (__m512& sum : of_row) sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < blocks; i++, panel += bytes, x += R * kBlock) {
-    FloatReader<values, is_masked> reader;
-    reader.start(panel);
-    if (is_intel) prefetch(panel + 4096, bytes);
+    FloatReader<values, kept> reader[T];
 #pragma GCC unroll 2
-    for (int k = 0; k < kBlock; k += 4)
+    for (int t = 0; t < T; t++) {
+      reader[t].start(panel + t * stride);
+      if (is_intel) prefetch(panel + t * stride + 4096, bytes);
+    }
 #pragma GCC unroll 2
-      for (int pair = 0; pair < 4; pair += 2) {
-        __m512 w[2];
-        reader.next(w);
+    for (int k = 0; k < kBlock; k += 2 * reader->kColumns)
+#pragma GCC unroll 2
+      for (int step = 0; step < 2; step++)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; t++) {
+          __m512 w[2];
+          reader[t].next(w);
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++)
+          for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-          for (int j = 0; j < 2; j++) {
-            const float* at = x + r * kBlock + k + pair + j;
-            __m512& sum = sums[r][(pair + j) % E];
-            sum = _mm512_fmadd_ps(w[j], _mm512_set1_ps(*at), sum);
-          }
-      }
+            for (int j = 0; j < 2; j++) {
+              __m512& sum = sums[t][r][(2 * step + j) % E];
+              sum = _mm512_fmadd_ps(w[j], reader[t].meets(x + r * kBlock + k + step * reader->kColumns, j), sum);
+            }
+        }
   }
+#pragma GCC unroll 2
+  for (int t = 0; t < T; t++)
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++)
-    to[r] = E == 4 ? _mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][2 % E]), _mm512_add_ps(sums[r][1 % E], sums[r][3 % E]))
-            : E == 2 ? _mm512_add_ps(sums[r][0], sums[r][1 % E]) : sums[r][0];
+    for (int r = 0; r < R; r++) {
+      __m512* of = sums[t][r];
+      to[t][r] = E == 4 ? _mm512_add_ps(_mm512_add_ps(of[0], of[2 % E]), _mm512_add_ps(of[1 % E], of[3 % E]))
+                 : E == 2 ? _mm512_add_ps(of[0], of[1 % E]) : of[0];
+    }
 }
 
-template <int values, bool is_masked, int R>
+// The same of one row of x and pairs of fp16, by registers of 256 bits: Zen 4 widens 8 fp16 in 0.5 cycles and 16 in 1.3.
+INLINE void multiply_half_row(const uint8_t* panel, int64_t bytes, int64_t blocks, const float* x, __m512* to) {
+  __m256 sums[2][2][2];  // by group, slot and half of the outputs
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) sums[i / 4][i / 2 % 2][i % 2] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < blocks; i++, panel += bytes) {
+    __m256i columns[2][2];
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; h++) columns[h / 2][h % 2] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 * h));
+    const uint8_t* at = panel + 128;
+    if (is_intel) prefetch(panel + 4096, bytes);
+    for (int k = 0; k < kBlock; k += 8)
+#pragma GCC unroll 2
+      for (int group = 0; group < 2; group++, x += 4, at += 64) {
+        const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x));
+#pragma GCC unroll 4
+        for (int h = 0; h < 4; h++) {
+          __m256i& which = columns[h / 2][h % 2];
+          __m256& sum = sums[group][h / 2][h % 2];
+          const __m256 w = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 16 * h)));
+          sum = _mm256_fmadd_ps(w, _mm256_permutevar_ps(four, which), sum);
+          which = _mm256_srli_epi32(which, 2);
+        }
+      }
+  }
+  __m256 half[2];
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++)
+    half[h] = _mm256_add_ps(_mm256_add_ps(sums[0][0][h], sums[1][0][h]), _mm256_add_ps(sums[0][1][h], sums[1][1][h]));
+  *to = _mm512_insertf32x8(_mm512_castps256_ps512(half[0]), half[1], 1);
+}
+
+// Tiles are read one after the other, but for one wide row of x in turns with those half of all tiles further, which share each load of x.
+template <int values, Kept kept, int R>
 void multiply_float_groups(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  const int64_t blocks = of.blocks(), bytes = of.panel_bytes();
-  for (int64_t tile = first; tile < last; tile++)
-    for (int64_t b = 0; b < x.batch; b += R) {
-      const int64_t rows = std::min<int64_t>(R, x.batch - b);
-      __m512 sums[R];
-      multiply_float_rows<values, is_masked, R>(data + tile * blocks * bytes, bytes, blocks, x.wide + b * of.padded(), sums);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++)
-        if (r < rows) _mm512_mask_storeu_ps(y + (b + r) * ldy + 16 * tile, rows_here(of, 16 * tile), sums[r]);
+  constexpr bool kIsHalfRow = values == kFloat16 && kept == kPairs && R == 1;
+  const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes;
+  if constexpr (R == 1 && !kIsHalfRow) {
+    const int64_t half = blocks > kWideBlocks ? (last - first) / 2 : 0;
+    for (int64_t tile = first; tile < first + half; tile++) {
+      __m512 sums[2][R];
+      multiply_float_rows<values, kept, R, 2>(data + tile * stride, half * stride, bytes, blocks, x.wide, sums);
+      for (int t = 0; t < 2; t++) {
+        const int64_t row = 16 * (tile + t * half);
+        _mm512_mask_storeu_ps(y + row, rows_here(of, row), sums[t][0]);
+      }
     }
+    first += 2 * half;
+  }
+  const int64_t pass = std::max<int64_t>(96, kPassBytes / (of.padded() * 4)) / R * R;
+  for (int64_t b0 = 0; b0 < x.batch; b0 += pass)
+    for (int64_t tile = first; tile < last; tile++)
+      for (int64_t b = b0; b < std::min(b0 + pass, x.batch); b += R) {
+        const int64_t row = 16 * tile, rows = std::min<int64_t>(R, x.batch - b);
+        __m512 sums[1][R];
+        if constexpr (kIsHalfRow) multiply_half_row(data + tile * stride, bytes, blocks, x.wide, sums[0]);
+        else multiply_float_rows<values, kept, R, 1>(data + tile * stride, 0, bytes, blocks, x.wide + b * of.padded(), sums);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+          if (r < rows) _mm512_mask_storeu_ps(y + (b + r) * ldy + row, rows_here(of, row), sums[0][r]);
+      }
 }
 
 // The form of x for floats: groups of R rows, block by block.
@@ -202,10 +267,9 @@ Activations floats_in_groups(const Header& of, const float* x, int64_t rows) {
 
 // ---- many rows of x
 
-template <bool is_masked>
-constexpr int64_t kManyRows = is_masked ? 37 : 96;  // from which on tiles are expanded; dense ones are as fast until then
+template <Kept kept>
+constexpr int64_t kManyRows = kept == kWhole ? 96 : 37;  // from which on tiles are expanded; dense ones are as fast until then
 constexpr int kRowsAtOnce = 6, kTilesAtOnce = 2;  // 12 sums of integers and 12 of fp32, all in registers
-constexpr int64_t kPassBytes = 1 << 19;           // of x, which stay in the second-level cache while the tiles pass
 
 // A tile as steps of 16 outputs by 4 columns, one byte each: (blocks, 16, 64).
 template <int values, bool is_masked>
@@ -271,9 +335,9 @@ constexpr auto kTile = std::array{multiply_tile<values, 1>, multiply_tile<values
                                   multiply_tile<values, 4>, multiply_tile<values, 5>, multiply_tile<values, 6>};
 
 // A tile of floats as fp32, (columns, 16).
-template <int values, bool is_masked>
+template <int values, Kept kept>
 void expand_floats(const uint8_t* panel, int64_t bytes, int64_t blocks, float* to) {
-  FloatReader<values, is_masked> reader;
+  FloatReader<values, kept> reader;
   for (int64_t i = 0; i < blocks; i++, panel += bytes) {
     reader.start(panel);
     for (int k = 0; k < kBlock; k += 2, to += 32) {
@@ -311,10 +375,10 @@ void multiply_float_tile(const float* w, int64_t w_stride, int64_t columns, cons
 constexpr auto kFloatTile = std::array{multiply_float_tile<1>, multiply_float_tile<2>, multiply_float_tile<3>,
                                        multiply_float_tile<4>, multiply_float_tile<5>, multiply_float_tile<6>};
 
-template <int values, bool is_masked>
+template <int values, Kept kept>
 void multiply_many(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                    int64_t last) {
-  constexpr bool kIsFloat = values < kInt8, kExpands = kIsFloat || values == kInt4 || is_masked;
+  constexpr bool kIsFloat = values < kInt8, kExpands = kIsFloat || values == kInt4 || kept == kMasked;
   const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes, width = of.padded();
   const int64_t pass = std::max<int64_t>(96, kPassBytes / (width * (kIsFloat ? 4 : 1)) / kRowsAtOnce * kRowsAtOnce);
   const int64_t step_bytes = blocks * 1024 * (kIsFloat ? 4 : 1);  // of a tile, expanded
@@ -326,8 +390,8 @@ void multiply_many(const Header& of, const uint8_t* data, const Activations& x, 
       const uint8_t *panel = data + tile * stride, *w = kExpands ? room : panel;
       for (int t = 0; kExpands && t < tiles; t++) {
         if constexpr (kIsFloat)
-          expand_floats<values, is_masked>(panel + t * stride, bytes, blocks, reinterpret_cast<float*>(room + t * step_bytes));
-        else expand<values, is_masked>(panel + t * stride, bytes, blocks, room + t * step_bytes);
+          expand_floats<values, kept>(panel + t * stride, bytes, blocks, reinterpret_cast<float*>(room + t * step_bytes));
+        else expand<values, kept == kMasked>(panel + t * stride, bytes, blocks, room + t * step_bytes);
       }
       const int64_t next = tiles > 1 ? step_bytes : 0, next_panel = tiles > 1 ? stride : 0;  // one tile alone stands for both
       for (int64_t b = b0; b < std::min(b0 + pass, x.batch); b += kRowsAtOnce) {
@@ -348,30 +412,33 @@ void multiply_many(const Header& of, const uint8_t* data, const Activations& x, 
     }
 }
 
-template <int values, bool is_masked, int R>
+template <int values, Kept kept, int R>
 constexpr Kernel group_kernel() {
-  if constexpr (values < kInt8) return {floats_in_groups<R>, multiply_float_groups<values, is_masked, R>, 1, kTilesAtOnce};
-  else return {in_groups<R, false>, multiply_groups<values, is_masked, R>, 1, kTilesAtOnce};
+  if constexpr (values < kInt8) return {floats_in_groups<R>, multiply_float_groups<values, kept, R>, 1, kTilesAtOnce};
+  else return {in_groups<R, false>, multiply_groups<values, kept == kMasked, R>, 1, kTilesAtOnce};
 }
 // The kernels for groups of 1 to 12 rows of x.
-template <int values, bool is_masked, int... more>
+template <int values, Kept kept, int... more>
 constexpr auto group_kernels(std::integer_sequence<int, more...>) {
-  return std::array{group_kernel<values, is_masked, 1 + more>()...};
+  return std::array{group_kernel<values, kept, 1 + more>()...};
 }
-template <int values, bool is_masked>
-constexpr auto kGroupKernels = group_kernels<values, is_masked>(std::make_integer_sequence<int, kMostTogether>{});
+template <int values, Kept kept>
+constexpr auto kGroupKernels = group_kernels<values, kept>(std::make_integer_sequence<int, kMostTogether>{});
 
-template <int values, bool is_masked>
+template <int values, Kept kept>
 Kernel kernel_of(int64_t batch) {
-  if (batch >= kManyRows<is_masked>)
-    return {values < kInt8 ? as_floats : in_groups<kRowsAtOnce, false>, multiply_many<values, is_masked>, 1, kTilesAtOnce};
+  if constexpr (kept != kPairs)
+    if (batch >= kManyRows<kept>)
+      return {values < kInt8 ? as_floats : in_groups<kRowsAtOnce, false>, multiply_many<values, kept>, 1, kTilesAtOnce};
   const int64_t groups = (batch + kMostTogether - 1) / kMostTogether;
-  return kGroupKernels<values, is_masked>[(batch + groups - 1) / groups - 1];
+  return kGroupKernels<values, kept>[(batch + groups - 1) / groups - 1];
 }
 
 template <int values>
 Kernel of_values(const Header& of, int64_t batch) {
-  return of.m ? kernel_of<values, true>(batch) : kernel_of<values, false>(batch);
+  if constexpr (values < kInt8)
+    if (of.in_pairs()) return kernel_of<values, kPairs>(batch);
+  return of.m ? kernel_of<values, kMasked>(batch) : kernel_of<values, kWhole>(batch);
 }
 
 }  // namespace

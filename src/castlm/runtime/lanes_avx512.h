@@ -72,9 +72,31 @@ INLINE __m512 short_scales(const uint8_t* at) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+// How a weight of floats lies in its panels: whole, the kept values by a bit mask, or in pairs (`Header::in_pairs`).
+enum Kept : int { kWhole, kMasked, kPairs };
+
+// 32 bf16 as fp32: the first ones of all lanes, then the second ones.
+INLINE void widen_bfloat16(__m512i both, __m512* to) {
+  to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  to[1] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+}
+// 32 weights that lie at `at` without gaps, in the order of a step.
+template <int values>
+INLINE void load_floats(const uint8_t* at, __m512* to) {
+  if (values == kBFloat16) return widen_bfloat16(load(at), to);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)
+    to[i] = values == kFloat32 ? _mm512_loadu_ps(at + 64 * i)
+                               : _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * i)));
+}
+template <int values>
+constexpr int kStepBytes = values == kFloat32 ? 128 : 64;  // of those
+
 // The same of floats: two columns at a time, each 16 outputs in fp32.
-template <int values, bool is_masked>
+template <int values, Kept kept>
 struct FloatReader {
+  static constexpr bool is_masked = kept == kMasked;
+  static constexpr int kColumns = 2;  // that `next` passes
   const uint8_t *mask, *at;
   __m512i zero;
 
@@ -97,23 +119,48 @@ struct FloatReader {
     return both;
   }
   INLINE void next(__m512* columns) {
-    if (values == kFloat32) {
+    if (!is_masked) {
+      load_floats<values>(at, columns), at += kStepBytes<values>;
+    } else if (values == kFloat32) {
 #pragma GCC unroll 2
       for (int i = 0; i < 2; i++) {
-        uint16_t bits = 0xffff;
-        if (is_masked) std::memcpy(&bits, mask, 2);
-        columns[i] = is_masked ? _mm512_mask_expandloadu_ps(_mm512_castsi512_ps(zero), bits, at) : _mm512_loadu_ps(at);
-        mask += 2, at += 4 * (is_masked ? __builtin_popcount(bits) : 16);
+        uint16_t bits;
+        std::memcpy(&bits, mask, 2);
+        columns[i] = _mm512_mask_expandloadu_ps(_mm512_castsi512_ps(zero), bits, at);
+        mask += 2, at += 4 * __builtin_popcount(bits);
       }
-      return;
-    }
-    const __m512i both = next_short();
-    if (values == kFloat16) {
+    } else if (values == kFloat16) {
+      const __m512i both = next_short();
       columns[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(both)), columns[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
     } else {
-      columns[0] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-      columns[1] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+      widen_bfloat16(next_short(), columns);
     }
+  }
+  // What weight `i` of the last two meets of the columns at `x`.
+  INLINE __m512 meets(const float* x, int i) const { return _mm512_set1_ps(x[i]); }
+};
+
+// The same of pairs: `next` has the two kept values of four columns.
+template <int values>
+struct FloatReader<values, kPairs> {
+  static constexpr int kColumns = 4;
+  const uint8_t* at;
+  __m512i columns[2], following[2];  // of the last two weights and of the next ones, in the lowest bits
+
+  INLINE void start(const uint8_t* panel) {
+    at = panel + 128;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) following[i] = load(panel + 64 * i);
+  }
+  INLINE const uint8_t* pass() {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) columns[i] = following[i], following[i] = _mm512_srli_epi32(following[i], 2);
+    return at += kStepBytes<values>, at - kStepBytes<values>;
+  }
+  INLINE __m512i next_short() { return load(pass()); }
+  INLINE void next(__m512* weights) { load_floats<values>(pass(), weights); }
+  INLINE __m512 meets(const float* x, int i) const {
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(x)), columns[i]);
   }
 };
 

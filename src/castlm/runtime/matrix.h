@@ -24,8 +24,11 @@ enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kI
 // by 64 columns at a time in the order in which vector kernels read them.
 // kDense: all values, four rows by 64 columns at a time; for NEON and the plain path.
 // kLanes: every n:m whose m divides 64, and dense weights: 16 rows by 64 columns at a time, a bit mask before the kept values. With
-// AVX2 int4 is dense there, whatever its pattern.
+// AVX2 int4 is dense there, whatever its pattern. Floats in 2:4 have columns in place of the mask (`in_pairs`).
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2, kLanes = 3 };
+
+// Whether every four columns of a weight keep two: 2:4 and 1:2.
+INLINE bool keeps_two_of_four(int n, int m) { return m && 4 % m == 0 && 2 * n == m; }
 
 // m = 0 is a dense weight. `columns` may be any number; a row is padded with zeros to `padded()` columns.
 struct Header {
@@ -39,6 +42,7 @@ struct Header {
   int64_t padded() const { return blocks() * kBlock; }
   int64_t kept() const { return m ? columns / m * n : columns; }  // values in a row
   int64_t group() const { return m == 0 || m == 4 ? 4 : 16; }  // of kPanels: columns whose kept weights share a code of columns
+  bool in_pairs() const { return layout == kLanes && values < kInt8 && keeps_two_of_four(n, m); }
   int64_t tile_rows() const { return layout == kLanes ? 16 : layout == kPanels && n == 1 && m == 4 ? 8 : 4; }
   int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows(); }
   int64_t panel_bytes() const {  // of a tile of rows by 64 columns
@@ -168,12 +172,20 @@ INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) 
 // The mask has the 64 bits of half 0 of step 0, then those of half 1, then step 1. Kept values of a half follow each other in
 // its bits of the bytes, and 16 bf16 scales end the panel. So even columns of four, as 32-bit words of both halves, make the
 // same 16 lanes as a step of int8. Of int8, fp32 scales of the rows follow all panels.
+//
+// Floats of which every four columns keep two need no mask. The first 64 bytes are a word for each row, with 2 bits for each group of
+// four columns, the lowest ones for the first group: the column of its first kept value. The next 64 bytes are those of its
+// second kept value. The values follow like those of a dense weight of 32 columns, of which a group takes two (`index_of_pair`).
 struct Lane {
   int row, column;
 };
 INLINE Lane lane_of_bit(const Header& of, int bit) {  // of the mask of a panel
   const int columns = int(of.lane_columns()), lane = bit / columns % 16, column = bit / columns / 16 * columns + bit % columns;
   return {of.values == kInt4 ? lane % 8 / 2 * 4 + lane / 8 * 2 + lane % 2 : lane, column};
+}
+INLINE int64_t index_of_pair(const Header& of, int row, int slot) {  // of kept value `slot` of 32 among the values of a panel of pairs
+  const int64_t columns = of.lane_columns();
+  return (slot / columns * 16 + row) * columns + slot % columns;
 }
 constexpr int64_t kLanesSlack = 64;  // bytes after the data, which a load of the last values may reach
 

@@ -104,6 +104,18 @@ void expand_lanes_panel(const Header& of, const uint8_t* panel, float* to, int64
   }
 }
 
+// The same of a panel of pairs.
+void expand_pairs_panel(const Header& of, const uint8_t* panel, float* to, int64_t ld) {
+  for (int row = 0; row < 16; ++row) std::fill(to + row * ld, to + row * ld + kBlock, 0.0f);
+  for (int slot = 0; slot < kBlock / 2; ++slot)
+    for (int row = 0; row < 16; ++row) {
+      uint32_t columns;
+      std::memcpy(&columns, panel + slot % 2 * 64 + 4 * row, 4);
+      const int column = slot / 2 * 4 + int(columns >> slot / 2 * 2 & 3);
+      to[row * ld + column] = load_value(panel + of.lane_mask_bytes(), of.values, index_of_pair(of, row, slot));
+    }
+}
+
 // Sixteen sums that do not depend on each other, so that the compiler may use vectors without changing a sum's order.
 EACH_CPU float dot(const float* a, const float* b, int64_t count) {
   float sums[16] = {};
@@ -131,6 +143,10 @@ void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
 void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld) {
   const uint8_t *panel = data + tile * of.blocks() * of.panel_bytes(), *of_rows = row_scales(of, data) + 64 * tile;
   for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes(), to += kBlock) {
+    if (of.in_pairs()) {
+      expand_pairs_panel(of, panel, to, ld);
+      continue;
+    }
     switch (of.values) {
       case kBFloat16: expand_lanes_panel<kBFloat16>(of, panel, to, ld); break;
       case kFloat16: expand_lanes_panel<kFloat16>(of, panel, to, ld); break;

@@ -1,16 +1,22 @@
-// Attention of tokens of a prompt. Included by attention.cpp once for each instruction set, inside its target pragma and a
-// namespace of its own that has a `Vector` of `kLanes` floats with the arithmetic operators, an `Integers` of as many int32,
-// `all` (a number in every lane), and the size of a tile of sums in registers: `kTileRows` by `kVectors` vectors.
+// Attention of tokens of a prompt. Included once for each instruction set, inside its target pragma and a namespace of its own that has
+//
+//   Vector, Integers, kLanes   `kLanes` floats with the arithmetic operators, as many int32
+//   all                        a number in every lane
+//   kTileRows, kVectors        the size of a tile of sums in registers, in vectors
+//
+// and says what a `Factor` is (prompt_floats.h, attention_bf16.cpp): the four bytes of `kNumbers` numbers that follow each other in the
+// direction of a sum, whose products with those of another factor are added at once.
 //
 // The lanes are queries: token by token, and of a token the heads that share keys and values. So scores, their maxima, their
-// exponentials and the sums of values need no operation across lanes, and a key or a value is a number for all lanes:
+// exponentials and the sums of values need no operation across lanes, and a key or a value is a number for all lanes. With f factors
+// in a row of `width` numbers:
 //
-//   queries transposed:  (width, lanes)   once
-//   scores:  (64 keys, lanes) = keys (64, width) times queries (width, lanes)
-//   sums:    (width, lanes)  += values transposed (width, 64) times weights (64, lanes)
+//   queries transposed:  (f, lanes)   once
+//   scores:  (64 keys, lanes) = keys (64, f) times queries (f, lanes)
+//   sums:    (width, lanes)  += values transposed (width, 64 / kNumbers) times weights (64 / kNumbers, lanes)
 //
 // 64 keys and their values pass by all lanes of a call, a strip of `kStrip` lanes at a time: the scores of a strip, its queries
-// and its sums stay in the first-level cache.
+// and its sums stay in the first-level cache. Scores, their exponentials, sums and totals are fp32.
 
 constexpr int64_t kStrip = kVectors * kLanes;
 constexpr int64_t kKeys = 64;  // whose scores are computed before they become weights
@@ -21,55 +27,36 @@ INLINE V load(const float* at) {
   std::memcpy(&v, at, sizeof v);
   return v;
 }
-template <class V>
-INLINE void store(float* at, V v) { std::memcpy(at, &v, sizeof v); }
+template <class V, class To>
+INLINE void store(To* at, V v) { std::memcpy(at, &v, sizeof v); }
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-
-// 2^x to within 2e-7 of its value for x <= 0, and 0 below -126.
-INLINE Vector power_of_two(Vector x) {
-  const Vector shifted = x + all(12582912.0f);  // 1.5 * 2^23: the low bits are the nearest integer
-  const Vector r = x - (shifted - all(12582912.0f));
-  Vector p = all(1.535336188e-4f);
-  p = p * r + all(1.339887440e-3f);
-  p = p * r + all(9.618437357e-3f);
-  p = p * r + all(5.550332471e-2f);
-  p = p * r + all(2.402264791e-1f);
-  p = p * r + all(6.931472028e-1f);
-  p = p * r + all(1.0f);
-  Integers bits, exponent;
-  std::memcpy(&bits, &p, sizeof p);
-  std::memcpy(&exponent, &shifted, sizeof p);
-  bits += exponent << 23;
-  std::memcpy(&p, &bits, sizeof p);
-  return x < all(-126.0f) ? all(0.0f) : p;
-}
 
 // R rows by `kVectors` vectors of sums, which begin as `sums`: row r and step k of the first factor are at
 // a[r * row_step + k * step], step k of the second at b[k * kStrip].
 template <int R>
-INLINE void multiply(const float* a, int64_t row_step, int64_t step, const float* b, int64_t depth, Vector (*sums)[kVectors]) {
+INLINE void multiply(const Factor* a, int64_t row_step, int64_t step, const Factor* b, int64_t depth, Vector (*sums)[kVectors]) {
   for (int64_t k = 0; k < depth; ++k) {
-    Vector of_step[kVectors];
+    Factors of_step[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) of_step[v] = load(b + k * kStrip + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) of_step[v] = load_factors(b + k * kStrip + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vector factor = all(a[r * row_step + k * step]);
+      const Factors factor = all_of(a[r * row_step + k * step]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * of_step[v];
+      for (int v = 0; v < kVectors; ++v) add_products(sums[r][v], factor, of_step[v]);
     }
   }
 }
 
 // Scores of R keys in `to` (R, kStrip); `largest` takes part in their maxima and becomes these.
 template <int R>
-INLINE void scores_of(const float* keys, int64_t width, const float* queries, float* to, Vector* largest) {
+INLINE void scores_of(const Factor* keys, int64_t depth, const Factor* queries, float* to, Vector* largest) {
   Vector sums[R][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = all(0.0f);
-  multiply<R>(keys, width, 1, queries, width, sums);
+  multiply<R>(keys, depth, 1, queries, depth, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -81,13 +68,13 @@ INLINE void scores_of(const float* keys, int64_t width, const float* queries, fl
 
 // Adds the weighted sums of R columns of the values to `factor` times what `to` (R, kStrip) has.
 template <int R>
-INLINE void add_columns(const float* values, int64_t width, const float* weights, int64_t count, const Vector* factor, float* to) {
+INLINE void add_columns(const Factor* values, int64_t width, const Factor* weights, int64_t depth, const Vector* factor, float* to) {
   Vector sums[R][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = load(to + r * kStrip + v * kLanes) * factor[v];
-  multiply<R>(values, 1, width, weights, count, sums);
+  multiply<R>(values, 1, width, weights, depth, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -96,25 +83,28 @@ INLINE void add_columns(const float* values, int64_t width, const float* weights
 
 // A strip of lanes while keys pass.
 struct Strip {
-  const float* queries;  // (width, kStrip), times `scale` and log2(e)
-  float* sums;           // (width, kStrip)
-  float* largest;        // (kStrip,) of the scores so far
-  float* totals;         // (kStrip,) of the weights so far
+  const Factor* queries;     // (width / kNumbers, kStrip), times `scale` and log2(e)
+  float* sums;               // (width, kStrip)
+  float* largest;            // (kStrip,) of the scores so far
+  float* totals;             // (kStrip,) of the weights so far
   const int32_t* positions;  // (kStrip,) of the lanes' tokens
 };
 
 // `count` keys from position `t` on, and their values.
-void attend_to_keys(const Strip& strip, const float* keys, const float* values, int64_t t, int64_t count, int64_t width,
+void attend_to_keys(const Strip& strip, const Factor* keys, const Factor* values, int64_t t, int64_t count, int64_t width,
                     int64_t window) {
-  alignas(64) float weights[kKeys * kStrip];
+  alignas(64) float scores[kKeys * kStrip];  // and in their place the weights
+  auto* const weights = reinterpret_cast<Factor*>(scores);
   Vector before[kVectors], largest[kVectors], factor[kVectors], total[kVectors];
   for (int v = 0; v < kVectors; ++v) largest[v] = before[v] = load(strip.largest + v * kLanes);
+  const int64_t f = width / kNumbers, depth = (count + kNumbers - 1) / kNumbers;
   int64_t k = 0;
   const bool whole = t + count - 1 <= strip.positions[0] && !(window && t <= strip.positions[kStrip - 1] - window);
-  for (; k + kTileRows <= count; k += kTileRows)
-    scores_of<kTileRows>(keys + k * width, width, strip.queries, weights + k * kStrip, largest);
-  for (; k + 4 <= count; k += 4) scores_of<4>(keys + k * width, width, strip.queries, weights + k * kStrip, largest);
-  for (; k < count; ++k) scores_of<1>(keys + k * width, width, strip.queries, weights + k * kStrip, largest);
+  for (; k + kTileRows <= count; k += kTileRows) scores_of<kTileRows>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
+  for (; k + 4 <= count; k += 4) scores_of<4>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
+  for (; k < count; ++k) scores_of<1>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
+  for (; k < depth * kNumbers; ++k)  // the last factor lacks a key
+    for (int v = 0; v < kVectors; ++v) store(scores + k * kStrip + v * kLanes, all(-INFINITY));
   if (!whole) {  // some lanes do not read all of these keys
     Integers newest[kVectors], oldest[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -126,7 +116,7 @@ void attend_to_keys(const Strip& strip, const float* keys, const float* values, 
     for (k = 0; k < count; ++k)
       for (int v = 0; v < kVectors; ++v) {
         const Integers key = oldest[v] * 0 + int32_t(k);
-        float* at = weights + k * kStrip + v * kLanes;
+        float* at = scores + k * kStrip + v * kLanes;
         const Vector score = (key <= newest[v]) & (key > oldest[v]) ? load(at) : all(-INFINITY);
         store(at, score);
         largest[v] = larger(score, largest[v]);
@@ -139,23 +129,17 @@ void attend_to_keys(const Strip& strip, const float* keys, const float* values, 
     factor[v] = power_of_two(larger(before[v], all(-3e38f)) - largest[v]);
     total[v] = load(strip.totals + v * kLanes) * factor[v];
   }
-  for (k = 0; k < count; ++k)
+  for (k = 0; k < depth; ++k)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      float* at = weights + k * kStrip + v * kLanes;
-      const Vector weight = power_of_two(load(at) - largest[v]);
-      store(at, weight);
-      total[v] += weight;
-    }
+    for (int v = 0; v < kVectors; ++v)
+      store(weights + k * kStrip + v * kLanes, weights_of(scores + k * kNumbers * kStrip + v * kLanes, largest[v], total[v]));
   for (int v = 0; v < kVectors; ++v) store(strip.totals + v * kLanes, total[v]);
   int64_t i = 0;
   for (; i + kTileRows <= width; i += kTileRows)
-    add_columns<kTileRows>(values + i, width, weights, count, factor, strip.sums + i * kStrip);
-  for (; i + 4 <= width; i += 4) add_columns<4>(values + i, width, weights, count, factor, strip.sums + i * kStrip);
-  for (; i < width; ++i) add_columns<1>(values + i, width, weights, count, factor, strip.sums + i * kStrip);
+    add_columns<kTileRows>(values + i, width, weights, depth, factor, strip.sums + i * kStrip);
+  for (; i + 4 <= width; i += 4) add_columns<4>(values + i, width, weights, depth, factor, strip.sums + i * kStrip);
+  for (; i < width; ++i) add_columns<1>(values + i, width, weights, depth, factor, strip.sums + i * kStrip);
 }
-
-typedef float Four __attribute__((vector_size(16)));
 
 INLINE void transpose(Four* rows) {
   const Four a = rows[0], b = rows[1], c = rows[2], d = rows[3];
@@ -167,11 +151,14 @@ INLINE void transpose(Four* rows) {
 }
 
 void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
-  const int64_t width = of.width, start = of.start + first, end = start + count, lanes = count * of.group;
+  const int64_t width = of.width, f = width / kNumbers, start = of.start + first, end = start + count, lanes = count * of.group;
   const int64_t strips = (lanes + kStrip - 1) / kStrip, size = width * kStrip;
-  float* const queries = static_cast<float*>(scratch<0>(strips * (2 * size + 3 * kStrip) * 4));
-  float *const sums = queries + strips * size, *const totals = sums + strips * size, *const largest = totals + strips * kStrip;
+  const int64_t words = strips * (size / kNumbers + size + 3 * kStrip) + (kNumbers > 1 ? kKeys * width : 0);
+  auto* const queries = static_cast<Factor*>(scratch<0>(words * 4));
+  float* const sums = reinterpret_cast<float*>(queries + strips * size / kNumbers);
+  float *const totals = sums + strips * size, *const largest = totals + strips * kStrip;
   auto* const positions = reinterpret_cast<int32_t*>(largest + strips * kStrip);
+  auto* const room = reinterpret_cast<Factor*>(positions + strips * kStrip);
   std::fill(sums, largest, 0.0f);
   std::fill_n(largest, strips * kStrip, -INFINITY);
 
@@ -182,32 +169,34 @@ void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
   };
   const float scale = of.scale * 1.44269504f;  // log2(e)
   for (int64_t lane = 0; lane < strips * kStrip; lane += 4) {
-    float* const to = queries + lane / kStrip * size + lane % kStrip;
+    Factor* const to = queries + lane / kStrip * (size / kNumbers) + lane % kStrip;
     const float* from[4];
     for (int j = 0; j < 4; ++j) {
       from[j] = of.queries + offset_of(lane + j);
       positions[lane + j] = int32_t(start + std::min(lane + j, lanes - 1) / of.group);
     }
     int64_t i = 0;
-    for (; i + 4 <= width; i += 4) {
+    for (; i + 4 <= f; i += 4) {
       Four rows[4];
-      for (int j = 0; j < 4; ++j) rows[j] = load<Four>(from[j] + i) * scale;
+      for (int j = 0; j < 4; ++j) rows[j] = four_factors(from[j] + i * kNumbers, scale);
       transpose(rows);
       for (int j = 0; j < 4; ++j) store(to + (i + j) * kStrip, rows[j]);
     }
-    for (; i < width; ++i)
-      for (int j = 0; j < 4; ++j) to[i * kStrip + j] = from[j][i] * scale;
+    for (; i < f; ++i)
+      for (int j = 0; j < 4; ++j) to[i * kStrip + j] = one_factor(from[j] + i * kNumbers, scale);
   }
 
   const int64_t begin = of.window ? std::max<int64_t>(0, start + 1 - of.window) : 0;
-  for (int64_t t = begin; t < end; t += kKeys)
+  for (int64_t t = begin; t < end; t += kKeys) {
+    const Brought brought = bring(of.keys + t * width, of.values + t * width, std::min(kKeys, end - t), width, room);
     for (int64_t s = 0; s < strips; ++s) {
       const int32_t* const at = positions + s * kStrip;
-      const Strip strip{queries + s * size, sums + s * size, largest + s * kStrip, totals + s * kStrip, at};
+      const Strip strip{queries + s * (size / kNumbers), sums + s * size, largest + s * kStrip, totals + s * kStrip, at};
       const int64_t oldest = of.window ? at[0] + 1 - of.window : 0, newest = at[kStrip - 1];
       if (t > newest || t + kKeys <= oldest) continue;
-      attend_to_keys(strip, of.keys + t * width, of.values + t * width, t, std::min(kKeys, newest + 1 - t), width, of.window);
+      attend_to_keys(strip, brought.keys, brought.values, t, std::min(kKeys, newest + 1 - t), width, of.window);
     }
+  }
 
   for (int64_t lane = 0; lane < lanes; lane += 4) {
     const float* const from = sums + lane / kStrip * size + lane % kStrip;

@@ -153,9 +153,33 @@ void fill_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask,
   }
 }
 
+// The panels of 16 rows in pairs. A value that a last group of 1:2 lacks stays zero, for column 3.
+template <int bytes>
+void fill_pairs_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float*, int64_t tile, uint8_t* data) {
+  const int rows = int(std::min<int64_t>(16, of.rows - 16 * tile));
+  for (int row = 0; row < rows; ++row) {
+    uint8_t* panel = data + tile * of.blocks() * of.panel_bytes();
+    const uint8_t* value = from + (16 * tile + row) * of.kept_row_bytes();
+    for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes()) {
+      const uint64_t bits = mask_of_block(of, mask + (16 * tile + row) * of.mask_row_bytes(), block);
+      uint32_t columns[2] = {0, 0};
+      for (int slot = 0; slot < kBlock / 2 && bits >> slot / 2 * 4; ++slot) {
+        unsigned kept = unsigned(bits >> slot / 2 * 4) & 15;
+        if (slot % 2) kept &= kept - 1;
+        columns[slot % 2] |= uint32_t(kept ? __builtin_ctz(kept) : 3) << slot / 2 * 2;
+        if (!kept) continue;
+        std::memcpy(panel + of.lane_mask_bytes() + bytes * index_of_pair(of, row, slot), value, bytes);
+        value += bytes;
+      }
+      for (int second = 0; second < 2; ++second) std::memcpy(panel + 64 * second + 4 * row, columns + second, 4);
+    }
+  }
+}
+
 void fill_lanes(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t first,
                 int64_t last, uint8_t* data) {
-  const auto fill = of.values == kInt4      ? fill_lanes_tile<kInt4>
+  const auto fill = of.in_pairs()           ? of.values == kFloat32 ? fill_pairs_tile<4> : fill_pairs_tile<2>
+                    : of.values == kInt4    ? fill_lanes_tile<kInt4>
                     : of.values == kInt8    ? fill_lanes_tile<kInt8>
                     : of.values == kFloat32 ? fill_lanes_tile<kFloat32>
                                             : fill_lanes_tile<kBFloat16>;
