@@ -88,8 +88,9 @@ def longest_free_group(n: int, m: int) -> int:
     """The longest group in which this processor's kernels take the share n / m of weights nearly as fast as in groups
     of four: `m` itself where no longer one is known to be.
 
-    With AVX2 alone this is 16 for half of the weights: 8:16 decodes at 0.8 to 1.0 of the speed of 2:4, 32:64 at 0.6 to
-    0.9 (docs/performance.md).
+    With AVX-512 integers of all groups have the speed of 2:4, and floats decode at 0.7 to 1.0 of it. With AVX2 alone
+    this is 16 for half of the weights: 8:16 decodes at 0.8 to 1.0 of the speed of 2:4, 32:64 at 0.6 to 0.9
+    (docs/performance.md).
     """
     if kernels() is None:
         return m
