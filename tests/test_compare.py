@@ -218,12 +218,15 @@ def test_a_failed_run_is_a_line_of_the_table_whatever_its_name(files, tmp_path, 
 
 
 @pytest.mark.slow
-def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process):
+def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process, capsys):
     tuning = tmp_path / "tuning.txt"
     tuning.write_text("a text of its own, for the choice of the rate\n" * 20)
     asked = {**SHORT, "learning_rates": "1e-4,2e-2", "seeds": 2, "tuning_dataset": str(tuning)}
     _, table = compare(files, tmp_path, **asked)
     assert len(in_process) == 8  # two trials and two seeds, of cast and of the control
+    lines = capsys.readouterr().err
+    assert "1/8  cast, seed 0, rate 0.0001, 384 tokens, on the tuning text" in lines
+    assert "\ncastlm: 4/8  cast, seed 1, rate" in lines
     trials = [t for t in table["trials"] if t["variant"] == "cast" and t["text"] == str(tuning)]
     row = table["rows"][0]
     assert row["learning_rate"] == min(trials, key=lambda t: t["perplexity"])["learning_rate"]

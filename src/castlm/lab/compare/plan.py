@@ -282,7 +282,7 @@ class Plan:
         """
         tuned = self._is_tuned(name)
         runs = [self.make(name, tokens, 0, rate, tuning=tuned) for rate in self._rates_of(name)]
-        candidates = [self.measure(run, root) for run in runs]
+        candidates = [self.measure(run, root, ", on the tuning text" if tuned else "") for run in runs]
         best = min(candidates, key=lambda r: r.perplexity if math.isfinite(r.perplexity) else math.inf)
         for candidate in candidates:
             candidate.trial = tuned or candidate is not best
@@ -290,10 +290,10 @@ class Plan:
         seeds = range(0 if tuned else 1, self._num_seeds(name))
         return candidates + [self.measure(self.make(name, tokens, s, rate), root) for s in seeds]
 
-    def measure(self, run: ComparedRun, root: Path) -> Result:
-        """The result of a run: reads a finished one, otherwise starts or resumes it."""
+    def measure(self, run: ComparedRun, root: Path, where: str = "") -> Result:
+        """The result of a run: reads a finished one, otherwise starts or resumes it; `where` ends the line about it."""
         self.num_begun += 1
-        self.say(f"{self.num_begun}/{self.num_runs}  {run}")
+        self.say(f"{self.num_begun}/{self.num_runs}  {run}{where}")
         try:
             outcome: Facts | Failure = execute(run, root, self.say)
         except InputError as error:
