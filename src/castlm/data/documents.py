@@ -282,7 +282,7 @@ def open_documents(
     with contextlib.ExitStack() as stack:
         progress = silent
         if shown is not None and total >= LARGE_BYTES:
-            progress = stack.enter_context(shown(f"reading {dataset}, MiB", rate="MiB/s"))
+            progress = stack.enter_context(shown(f"reading {Path(dataset).name}, MiB", rate="MiB/s"))
 
         def told(num_bytes: int) -> None:
             nonlocal read
