@@ -214,7 +214,13 @@ def set_up(
 
     # start; without a cache, no teacher takes memory yet
     is_for_cpu = world.device.type == "cpu"
-    if method_options.row.is_sparse and checkpoint is None and is_for_cpu and world.is_main:
+    if (
+        method_options.row.is_sparse
+        and checkpoint is None
+        and is_for_cpu
+        and world.is_main
+        and not config.is_finetuning
+    ):
         _note_longer_groups(model, pattern, filter_fn)
     if makes_start:
         passes = 3 + (eta > 0)  # forward, twice as much backward, and the teacher's forward
