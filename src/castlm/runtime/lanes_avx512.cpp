@@ -191,44 +191,61 @@ INLINE void multiply_float_rows(const uint8_t* panel, int64_t stride, int64_t by
     }
 }
 
-// The same of one row of x and pairs of fp16, by registers of 256 bits: Zen 4 widens 8 fp16 in 0.5 cycles and 16 in 1.3.
-INLINE void multiply_half_row(const uint8_t* panel, int64_t bytes, int64_t blocks, const float* x, __m512* to) {
-  __m256 sums[2][2][2];  // by group, slot and half of the outputs
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) sums[i / 4][i / 2 % 2][i % 2] = _mm256_setzero_ps();
-  for (int64_t i = 0; i < blocks; i++, panel += bytes) {
-    __m256i columns[2][2];
-#pragma GCC unroll 4
-    for (int h = 0; h < 4; h++) columns[h / 2][h % 2] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 * h));
-    const uint8_t* at = panel + 128;
+// Eight of the weights of a step of pairs at `at`: the first or second kept ones (`slot`) of eight outputs.
+template <int values>
+INLINE __m256 eight_of_pairs(const uint8_t* at, int slot, int half) {
+  if (values == kFloat32) return _mm256_loadu_ps(reinterpret_cast<const float*>(at + 64 * slot + 32 * half));
+  if (values == kFloat16) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 32 * slot + 16 * half)));
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * half));
+  return _mm256_castsi256_ps(slot ? _mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))) : _mm256_slli_epi32(both, 16));
+}
+
+// The same of pairs by registers of 256 bits, of which Zen 4 permutes, multiplies and widens more than half of those of 512.
+template <int values, int R>
+INLINE void multiply_halves(const uint8_t* panel, int64_t bytes, int64_t blocks, const float* x, __m512* to) {
+  constexpr int E = R == 1 ? 2 : 1;  // sums of an output and a slot
+  __m256 sums[R][E][4];              // the last by slot and half of the outputs
+#pragma GCC unroll 24
+  for (int i = 0; i < 4 * R * E; i++) sums[i / 4 / E][i / 4 % E][i % 4] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < blocks; i++, panel += bytes, x += R * kBlock) {
     if (is_intel) prefetch(panel + 4096, bytes);
+    __m256i columns[4];
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; h++) columns[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32 * h));
+    const uint8_t* at = panel + 128;
     for (int k = 0; k < kBlock; k += 8)
 #pragma GCC unroll 2
-      for (int group = 0; group < 2; group++, x += 4, at += 64) {
-        const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x));
+      for (int group = 0; group < 2; group++, at += kStepBytes<values>)
 #pragma GCC unroll 4
         for (int h = 0; h < 4; h++) {
-          __m256i& which = columns[h / 2][h % 2];
-          __m256& sum = sums[group][h / 2][h % 2];
-          const __m256 w = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 16 * h)));
-          sum = _mm256_fmadd_ps(w, _mm256_permutevar_ps(four, which), sum);
-          which = _mm256_srli_epi32(which, 2);
+          const __m256 w = eight_of_pairs<values>(at, h / 2, h % 2);
+#pragma GCC unroll 6
+          for (int r = 0; r < R; r++) {
+            const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x + r * kBlock + k + 4 * group));
+            __m256& sum = sums[r][group % E][h];
+            sum = _mm256_fmadd_ps(w, _mm256_permutevar_ps(four, columns[h]), sum);
+          }
+          columns[h] = _mm256_srli_epi32(columns[h], 2);
         }
-      }
   }
-  __m256 half[2];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++) {
+    __m256 half[2];
 #pragma GCC unroll 2
-  for (int h = 0; h < 2; h++)
-    half[h] = _mm256_add_ps(_mm256_add_ps(sums[0][0][h], sums[1][0][h]), _mm256_add_ps(sums[0][1][h], sums[1][1][h]));
-  *to = _mm512_insertf32x8(_mm512_castps256_ps512(half[0]), half[1], 1);
+    for (int h = 0; h < 2; h++) {
+      half[h] = _mm256_add_ps(sums[r][0][h], sums[r][0][2 + h]);
+      if (E == 2) half[h] = _mm256_add_ps(half[h], _mm256_add_ps(sums[r][E - 1][h], sums[r][E - 1][2 + h]));
+    }
+    to[r] = _mm512_insertf32x8(_mm512_castps256_ps512(half[0]), half[1], 1);
+  }
 }
 
 // Tiles are read one after the other, but for one wide row of x in turns with those half of all tiles further, which share each load of x.
 template <int values, Kept kept, int R>
 void multiply_float_groups(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  constexpr bool kIsHalfRow = values == kFloat16 && kept == kPairs && R == 1;
+  constexpr bool kByHalves = kept == kPairs && (R > 1 || values == kFloat16);
   const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes;
-  if constexpr (R == 1 && !kIsHalfRow) {
+  if constexpr (R == 1 && !kByHalves) {
     const int64_t half = blocks > kWideBlocks ? (last - first) / 2 : 0;
     for (int64_t tile = first; tile < first + half; tile++) {
       __m512 sums[2][R];
@@ -246,7 +263,7 @@ void multiply_float_groups(const Header& of, const uint8_t* data, const Activati
       for (int64_t b = b0; b < std::min(b0 + pass, x.batch); b += R) {
         const int64_t row = 16 * tile, rows = std::min<int64_t>(R, x.batch - b);
         __m512 sums[1][R];
-        if constexpr (kIsHalfRow) multiply_half_row(data + tile * stride, bytes, blocks, x.wide, sums[0]);
+        if constexpr (kByHalves) multiply_halves<values, R>(data + tile * stride, bytes, blocks, x.wide + b * of.padded(), sums[0]);
         else multiply_float_rows<values, kept, R, 1>(data + tile * stride, 0, bytes, blocks, x.wide + b * of.padded(), sums);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++)
@@ -422,15 +439,17 @@ template <int values, Kept kept, int... more>
 constexpr auto group_kernels(std::integer_sequence<int, more...>) {
   return std::array{group_kernel<values, kept, 1 + more>()...};
 }
+template <Kept kept>
+constexpr int kMostOf = kept == kPairs ? 6 : kMostTogether;  // 24 sums of 256 bits
 template <int values, Kept kept>
-constexpr auto kGroupKernels = group_kernels<values, kept>(std::make_integer_sequence<int, kMostTogether>{});
+constexpr auto kGroupKernels = group_kernels<values, kept>(std::make_integer_sequence<int, kMostOf<kept>>{});
 
 template <int values, Kept kept>
 Kernel kernel_of(int64_t batch) {
   if constexpr (kept != kPairs)
     if (batch >= kManyRows<kept>)
       return {values < kInt8 ? as_floats : in_groups<kRowsAtOnce, false>, multiply_many<values, kept>, 1, kTilesAtOnce};
-  const int64_t groups = (batch + kMostTogether - 1) / kMostTogether;
+  const int64_t groups = (batch + kMostOf<kept> - 1) / kMostOf<kept>;
   return kGroupKernels<values, kept>[(batch + groups - 1) / groups - 1];
 }
 
