@@ -116,7 +116,8 @@ def command_of(case: Mapping[str, Any], model: Path, text: Path, output: Path) -
     return PruneCommand(**own, **reads, **({"memory": "block"} | case))
 
 
-def predicted_peak(command: PruneCommand | QuantizeCommand) -> int:
+def planned_here(command: PruneCommand | QuantizeCommand) -> int:
+    """The child's part: the planned peak in bytes, which counts the process as it is."""
     if isinstance(command, QuantizeCommand):
         return plan_quantize_memory(
             command.model, command.kind, packed=command.packed, num_sequences=SEQUENCES, seq_len=SEQ_LEN
@@ -132,16 +133,21 @@ def predicted_peak(command: PruneCommand | QuantizeCommand) -> int:
     ).peak
 
 
-def measured_peak(command: PruneCommand | QuantizeCommand) -> tuple[int, float]:
-    """Bytes and seconds of the command. Exits where it fails."""
-    line = command_line("quantize" if isinstance(command, QuantizeCommand) else "prune", command)
-    arguments = shlex.split(line)[1:]  # behind "castlm"
-    started = time.perf_counter()
-    module = [sys.executable, "-m", "benchmarks.prune_memory", "--child"]
-    child = subprocess.run([*module, *arguments], stdout=subprocess.PIPE, check=False)
+def in_child(*arguments: str) -> int:
+    """The number that a process of its own prints last. Exits where it fails."""
+    module = [sys.executable, "-m", "benchmarks.prune_memory", *arguments]
+    child = subprocess.run(module, stdout=subprocess.PIPE, check=False)
     if child.returncode:
-        sys.exit(f"{line} ended with {child.returncode}")
-    return int(child.stdout.split()[-1]), time.perf_counter() - started
+        sys.exit(f"{shlex.join(arguments)} ended with {child.returncode}")
+    return int(child.stdout.split()[-1])
+
+
+def measured_peak(command: PruneCommand | QuantizeCommand) -> tuple[int, float]:
+    """Bytes and seconds of the command."""
+    line = command_line("quantize" if isinstance(command, QuantizeCommand) else "prune", command)
+    started = time.perf_counter()
+    peak = in_child("--child", *shlex.split(line)[1:])  # behind "castlm"
+    return peak, time.perf_counter() - started
 
 
 def prune_here(command: list[str]) -> int:
@@ -159,8 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--folder", help="for the model and the results; a temporary one by default")
     parser.add_argument("--json", metavar="OUT")
+    parser.add_argument("--planned", nargs=2, metavar=("CASE", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.planned:
+        name, folder = args.planned
+        print(planned_here(command_of(CASES[name], Path(folder), Path("text.txt"), Path("result"))))
+        return
     if args.child:
         sys.exit(prune_here(args.child))
     rows = []
@@ -174,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{'case':<46}{'predicted':>12}{'measured':>12}{'ratio':>8}{'seconds':>10}")
         for number, name in enumerate(args.case):
             command = command_of(CASES[name], model, text, folder / str(number))
-            predicted = predicted_peak(command)
+            predicted = in_child("--planned", name, str(model))
             measured, seconds = measured_peak(command)
             ratio = predicted / measured
             print(

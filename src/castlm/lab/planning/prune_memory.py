@@ -23,6 +23,7 @@ from castlm.core.sparsify import SparseLayer, sparse_linears, weight_parameter
 from castlm.hardware import resident_memory
 from castlm.lab.planning.memory import MemoryPlan, as_config_error, read_config
 from castlm.models.architecture import auto_class, backbone, linearize_
+from castlm.models.locate import gguf_bytes
 from castlm.oneshot.basis import permute_neurons_holds
 from castlm.oneshot.calibration import calibration_length, default_sequences
 from castlm.oneshot.options import EFFORTS, BasisOptions, Refinements
@@ -108,6 +109,7 @@ def plan_prune_memory(
     if not method_of(method, pattern).needs_text:
         known = ", ".join(name for name, row in methods_of(pattern).items() if row.needs_text)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
+    beside = bytes_beside_blocks(config)
     config = read_config(config)
     model = sizes_of(config, pattern)
     seq_len = seq_len or model.calibration_length
@@ -145,12 +147,13 @@ def plan_prune_memory(
     # While a text is read, the statistics of its part stand beside their sums.
     reading = max(seen + parts["statistics"], turned + parts.get("statistics of the basis", 0))
     phases = {"statistics": reading + parts["activations"], "solve": seen + parts["solver"]}
-    if memory == "block":  # beside the embeddings stands the file, in bf16, that they are read from, or a block
-        embeddings = (model.total - model.num_layers * model.block) * torch.bfloat16.itemsize
-        phases["enter"] = parts["process"] + embeddings + max(embeddings, parts["weights"] + parts["activations"])
+    outside = model.total - model.num_layers * model.block
+    if memory == "block":
+        blocks = parts["weights"] + parts["activations"]
+        phases["enter"] = parts["process"] + max(outside * beside, outside * torch.bfloat16.itemsize + blocks)
     else:
-        # the model that is read back and runs, and the pages of its files, which stay mapped
-        phases["verify"] = block + parts["weights"] + stored_bytes(config) * model.total + parts["activations"]
+        # the model that is read back, and the pages of its files, which stay mapped
+        phases["verify"] = block + parts["weights"] + stored_bytes(config) * model.total
     if method == "taylor":
         backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
         parts["gradients"] = 4 * model.num_layers * layers
@@ -168,6 +171,14 @@ def plan_prune_memory(
     # The inputs and outputs of a block, also of the dense model if that runs beside it.
     on_disk = 4 * num_sequences * seq_len * model.hidden * (4 if refinements.reconstruct_epochs else 2)
     return MemoryPlan(parts, phases, model.total, model.num_layers * layers, disk=on_disk)
+
+
+def bytes_beside_blocks(source: PretrainedConfig | str | Path) -> int:
+    """Bytes that a weight outside the blocks takes while it is read and written: in bf16, beside its file. Of a GGUF
+    file in fp32 and in bf16, and 4 that malloc keeps."""
+    named = not isinstance(source, PretrainedConfig) and Path(source).suffix != ".json"
+    is_gguf = named and gguf_bytes(str(source)) is not None
+    return 10 if is_gguf else 2 * torch.bfloat16.itemsize
 
 
 def stored_bytes(config: PretrainedConfig) -> int:

@@ -13,7 +13,14 @@ from castlm.formats.rounding import round_in_groups_holds
 from castlm.formats.table import FORMATS
 from castlm.hardware import resident_memory
 from castlm.lab.planning.memory import MemoryPlan, read_config
-from castlm.lab.planning.prune_memory import BLOCK_WIDTHS, LIBRARIES, MALLOC, sizes_of, stored_bytes
+from castlm.lab.planning.prune_memory import (
+    BLOCK_WIDTHS,
+    LIBRARIES,
+    MALLOC,
+    bytes_beside_blocks,
+    sizes_of,
+    stored_bytes,
+)
 from castlm.oneshot.walk import PASS_TOKENS_CPU
 
 _PACKING = 20 * 2**20  # bytes of code and buffers beyond those of a prune
@@ -48,6 +55,7 @@ def plan_quantize_memory(
     Raises:
         InputError: an unreadable config, not a causal LM, or a model with experts.
     """
+    beside = bytes_beside_blocks(config)
     config = read_config(config)
     model, has_text = sizes_of(config, _EVERY_LAYER), has_text and FORMATS[kind].reads_text
     seq_len = seq_len or min(512, model.calibration_length)
@@ -77,10 +85,9 @@ def plan_quantize_memory(
     outside = model.total - model.num_layers * model.block
     table = model.vocab * model.hidden
     if memory == "block":
-        if has_text:  # beside the embeddings stands the file, in bf16, that they are read from, or a block
-            embeddings = outside * torch.bfloat16.itemsize
+        if has_text:
             blocks = parts["weights"] + parts["activations"]
-            phases["enter"] = parts["process"] + embeddings + max(embeddings, blocks)
+            phases["enter"] = parts["process"] + max(outside * beside, outside * torch.bfloat16.itemsize + blocks)
         # a table of embeddings as it is stored, and where it is packed also as it is written
         phases["finish"] = parts["process"] + (2 if packed else 1) * table * stored_bytes(config)
     else:

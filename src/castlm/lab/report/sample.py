@@ -18,6 +18,7 @@ from castlm.data.tokens import first_tokens, text_encoder
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import record_file
 from castlm.files.reading import read_json_object
+from castlm.hardware import collect_garbage
 from castlm.lab.report.run_page import RunData
 from castlm.models.io import load_model
 from castlm.runtime.generate import encode_prompt, generate_text
@@ -58,6 +59,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
         ("Dense model", figures and figures.dense, config.model.model, dense),
         (f"After {config.method.method}", figures and figures.final, run.folder / "model", result),
     ):
+        collect_garbage("cpu")  # of the model before this one, or of the run that asks for its page
         loaded = load_model(name, **loading)
         tokens = first_tokens(documents, text_encoder(loaded.tokenizer, data), PROMPT_TOKENS)
         ids = torch.from_numpy(tokens.ids).long()
@@ -66,6 +68,7 @@ def write_sample(run: RunData) -> dict[str, Any]:
             generate_text(loaded.model, loaded.tokenizer, each, max_new_tokens=NEW_TOKENS).text
             for each in (ids[None], encode_prompt(loaded.tokenizer, QUESTION, raw=False))
         )
+        del loaded
         named = title if figure is None else f"{title}, perplexity {figure:.2f}"
         models.append({"name": named, "completion": found, "answer": answer})
     sample = {
