@@ -152,8 +152,8 @@ def plan_prune_memory(
         blocks = parts["weights"] + parts["activations"]
         phases["enter"] = parts["process"] + max(outside * beside, outside * torch.bfloat16.itemsize + blocks)
     else:
-        # the model that is read back, and the pages of its files, which stay mapped
-        phases["verify"] = block + parts["weights"] + stored_bytes(config) * model.total
+        # the model that is read back, the pages of its files, which stay mapped, and activations that malloc keeps
+        phases["verify"] = block + parts["weights"] + stored_bytes(config) * model.total + parts["activations"]
     if method == "taylor":
         backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
         parts["gradients"] = 4 * model.num_layers * layers
