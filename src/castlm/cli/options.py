@@ -171,7 +171,7 @@ def help_text(sections: Sections, name: str, everything: bool, about: type[Any],
 
 
 def _width() -> int:
-    """Columns of a help text: those of a terminal, at most `WIDTH`."""
+    """The width of a help text: as wide as the terminal, at most `WIDTH`."""
     return min(WIDTH, max(60, columns_of(sys.stdout) or WIDTH))
 
 

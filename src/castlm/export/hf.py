@@ -274,7 +274,8 @@ def export_blocks(
             stored_names = stored_layout.to_stored(group).keys()
             if stored_names <= known:
                 of_blocks |= stored_names
-                rest = {name: parameter for name, parameter in rest.items() if name not in group}
+                for name in group:
+                    del rest[name]
         # steps leave other tensors there, too
         inside = {file: {n: t for n, t in header.items() if n in of_blocks} for file, header in headers.items()}
         layout = {name: (STORED_NAMES[dtype], tuple(parameter.shape)) for name, parameter in rest.items()}

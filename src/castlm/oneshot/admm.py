@@ -38,7 +38,7 @@ def improve_masks(
         target: (rows, columns), the dense weights.
         hessian: X^T X, (columns, columns), damped, so that its diagonal is positive.
         iterations: each multiplies the weight by a (columns, columns) matrix, on a CPU twice.
-        by_rows: divides the rows into panels. On a CPU this bounds the memory to six times that of a panel.
+        by_rows: divides the rows into panels. On a CPU this bounds the memory to six times a panel.
         share_each: divides the inverses that a GPU takes.
 
     Returns:
@@ -134,7 +134,7 @@ class Inverses:
     rows, so that they take an iteration together, and one rank makes it for all. No GPU has run it yet.
 
     Args:
-        penalties: those of the calls of `begin`.
+        penalties: given to `begin` one after another, in this order.
     """
 
     at_once = True

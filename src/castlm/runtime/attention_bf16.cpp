@@ -1,5 +1,5 @@
 // Attention of tokens of a prompt with products of bf16, for processors that have `vdpbf16ps` beside AVX-512, where it does twice the
-// work of an FMA. The walk is that of prompt_attention.h, and a factor is two bf16:
+// work of an FMA. It walks as prompt_attention.h does, and a factor is two bf16:
 //
 //   queries:  (width / 2, lanes)   columns 2 i and 2 i + 1 of a query
 //   keys:     (64, width / 2)      columns 2 i and 2 i + 1 of a key

@@ -8,7 +8,7 @@
 // Few rows of x: weights are expanded in registers, for up to 12 rows at a time (`multiply_groups`). Many: two tiles are expanded to
 // the cache, and all rows of x pass them, six at a time (`multiply_many`).
 //
-// Floats of which every four columns keep two lie in pairs (matrix.h) and are never expanded: `vpermilps` moves to each lane the column
+// Floats in 2:4 and 1:2 lie in pairs (matrix.h) and are never expanded: `vpermilps` moves to each lane the column
 // that its weight meets, so that there are half as many products, and mostly in other units than those that multiply.
 
 #include "avx512.h"

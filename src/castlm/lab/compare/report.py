@@ -154,15 +154,14 @@ def rates_note(results: list[Result]) -> str:
 
 def _at_the_edge(final: list[Result], trials: list[Result]) -> str:
     """Names the variants whose rate is the smallest or the largest of the candidates, so that none beyond was tried."""
-    ends = {"smallest": min, "largest": max}
-    found: dict[str, dict[str, None]] = {end: {} for end in ends}
-    for result in final:
-        variant, rate = result.run.variant, result.run.config.get("learning_rate")
-        tried = [each.run.config["learning_rate"] for each in trials if each.run.variant == variant]
-        for end, of in ends.items():
-            if tried and rate == of([rate, *tried]):
-                found[end][variant] = None
-    parts = [f"the {end} candidate for {', '.join(variants)}" for end, variants in found.items() if variants]
+    tried: dict[str, list[float]] = {}
+    for each in trials:
+        tried.setdefault(each.run.variant, []).append(each.run.config["learning_rate"])
+    chosen = [(each.run.variant, each.run.config["learning_rate"]) for each in final if each.run.variant in tried]
+    parts = []
+    for end, of in (("smallest", min), ("largest", max)):
+        if found := dict.fromkeys(variant for variant, rate in chosen if rate == of([rate, *tried[variant]])):
+            parts.append(f"the {end} candidate for {', '.join(found)}")
     return f" The best rate is {' and '.join(parts)}: one beyond it may be better." if parts else ""
 
 

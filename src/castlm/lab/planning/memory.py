@@ -273,8 +273,8 @@ WORLD_SIZES = tuple(2**i for i in range(13))
 CONTEXT_GIB, FRAGMENTATION = 1.0, 0.05
 """Reserve on a card: the memory of CUDA and NCCL, and the share of the peak that the allocator loses."""
 MALLOC, KEPT = 0.07, 2**27
-"""What malloc loses on a CPU, since it keeps freed memory: a share of the peak, and bytes besides (docs/how-to/plan.md
-has figures)."""
+"""Freed memory that malloc keeps on a CPU: a share of the peak, and a number of bytes (docs/how-to/plan.md has
+figures)."""
 
 OPENED_LATER = 100 * 2**20
 """Bytes that a run on a CPU takes for what it opens later: tokenizer, logs, report, and pages of the result's files."""

@@ -109,8 +109,7 @@ def plan_prune_memory(
     if not method_of(method, pattern).needs_text:
         known = ", ".join(name for name, row in methods_of(pattern).items() if row.needs_text)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
-    beside = bytes_beside_blocks(config)
-    config = read_config(config)
+    source, config = config, read_config(config)
     model = sizes_of(config, pattern)
     seq_len = seq_len or model.calibration_length
     num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
@@ -149,8 +148,7 @@ def plan_prune_memory(
     phases = {"statistics": reading + parts["activations"], "solve": seen + parts["solver"]}
     outside = model.total - model.num_layers * model.block
     if memory == "block":
-        blocks = parts["weights"] + parts["activations"]
-        phases["enter"] = parts["process"] + max(outside * beside, outside * torch.bfloat16.itemsize + blocks)
+        phases["enter"] = parts["process"] + enter_holds(source, outside, parts["weights"] + parts["activations"])
     else:
         # the model that is read back, the pages of its files, which stay mapped, and activations that malloc keeps
         phases["verify"] = block + parts["weights"] + stored_bytes(config) * model.total + parts["activations"]
@@ -173,12 +171,20 @@ def plan_prune_memory(
     return MemoryPlan(parts, phases, model.total, model.num_layers * layers, disk=on_disk)
 
 
-def bytes_beside_blocks(source: PretrainedConfig | str | Path) -> int:
-    """Bytes that a weight outside the blocks takes while it is read and written: in bf16, beside its file. Of a GGUF
-    file in fp32 and in bf16, and 4 that malloc keeps."""
-    named = not isinstance(source, PretrainedConfig) and Path(source).suffix != ".json"
-    is_gguf = named and gguf_bytes(str(source)) is not None
-    return 10 if is_gguf else 2 * torch.bfloat16.itemsize
+def enter_holds(source: PretrainedConfig | str | Path, outside: int, block: int) -> int:
+    """Bytes while the text enters the model block by block.
+
+    A weight outside the blocks is read and written in bf16, beside its file. A GGUF file takes 4 bytes in fp32 and 2 in
+    bf16, and malloc keeps 4.
+
+    Args:
+        outside: number of weights outside the blocks.
+        block: bytes of a block at work.
+    """
+    is_named = not isinstance(source, PretrainedConfig) and Path(source).suffix != ".json"
+    is_gguf = is_named and gguf_bytes(str(source)) is not None
+    narrow = torch.bfloat16.itemsize
+    return max(outside * (10 if is_gguf else 2 * narrow), outside * narrow + block)
 
 
 def stored_bytes(config: PretrainedConfig) -> int:

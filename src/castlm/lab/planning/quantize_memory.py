@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers import PretrainedConfig
 
 from castlm.core.nm import NM
@@ -17,7 +16,7 @@ from castlm.lab.planning.prune_memory import (
     BLOCK_WIDTHS,
     LIBRARIES,
     MALLOC,
-    bytes_beside_blocks,
+    enter_holds,
     sizes_of,
     stored_bytes,
 )
@@ -55,8 +54,7 @@ def plan_quantize_memory(
     Raises:
         InputError: an unreadable config, not a causal LM, or a model with experts.
     """
-    beside = bytes_beside_blocks(config)
-    config = read_config(config)
+    source, config = config, read_config(config)
     model, has_text = sizes_of(config, _EVERY_LAYER), has_text and FORMATS[kind].reads_text
     seq_len = seq_len or min(512, model.calibration_length)
     widest = max(max(read.columns, read.rows) for read in model.reads)
@@ -86,8 +84,7 @@ def plan_quantize_memory(
     table = model.vocab * model.hidden
     if memory == "block":
         if has_text:
-            blocks = parts["weights"] + parts["activations"]
-            phases["enter"] = parts["process"] + max(outside * beside, outside * torch.bfloat16.itemsize + blocks)
+            phases["enter"] = parts["process"] + enter_holds(source, outside, parts["weights"] + parts["activations"])
         # a table of embeddings as it is stored, and where it is packed also as it is written
         phases["finish"] = parts["process"] + (2 if packed else 1) * table * stored_bytes(config)
     else:
