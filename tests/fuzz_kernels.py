@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parents[1] / "src" / "castlm"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "castlm"
 FLAGS = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
@@ -169,7 +170,7 @@ def search_inference(library: Path, seconds: float) -> None:
 KERNELS = {
     "training": (PACKAGE / "core", overrun_training, search_training),
     "start": (PACKAGE / "oneshot", overrun_start, search_start),
-    "inference": (PACKAGE / "runtime", overrun_inference, search_inference),
+    "inference": (ROOT / "runtime" / "src" / "castlm_runtime" / "kernels", overrun_inference, search_inference),
 }
 
 

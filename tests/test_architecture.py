@@ -8,10 +8,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_every_place_that_the_map_names_exists():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    source = ROOT / "src" / "castlm"
+    source, runtime = ROOT / "src" / "castlm", ROOT / "runtime" / "src"
     files = re.findall(r"`([\w/]+\.(?:py|cpp))`", page)
     for file in files:
-        assert (source / file).is_file() or (ROOT / file).is_file(), file
+        assert any((root / file).is_file() for root in (source, ROOT, runtime)), file
     places = re.findall(r"`([\w/]+\.py)`, `([\w.]+)`", page)
     assert len(places) >= 10
     for file, name in places:

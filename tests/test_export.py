@@ -208,8 +208,8 @@ def test_a_card_tells_each_step_by_which_the_model_was_made_and_names_base_and_l
     ("direct_url", "urls", "line"),
     [
         (None, [], "`pip install 'castlm==0.1.0'`"),
-        ({"url": "file:///home", "dir_info": {}}, [], "`pip install .` in a clone"),
-        ({"url": "file:///home", "dir_info": {}}, ["Repository, https://x.org/c"], "@ git+https://x.org/c'`"),
+        ({"url": "file:///home", "dir_info": {}}, [], "`pip install ./runtime .` in a clone"),
+        ({"url": "file:///home", "dir_info": {}}, ["Repository, https://x.org/c"], "castlm @ git+https://x.org/c'`"),
         ({"url": "https://x.org/c", "vcs_info": {"commit_id": "ab"}}, [], "@ git+https://x.org/c@ab'`"),
     ],
 )

@@ -12,7 +12,7 @@ from castlm.runtime import native
 pytestmark = pytest.mark.slow  # each compiles all kernels, and an emulator runs them
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "src" / "castlm" / "runtime").glob("*.cpp"))
+SOURCES = sorted((ROOT / "runtime" / "src" / "castlm_runtime" / "kernels").glob("*.cpp"))
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=fast", "-pthread", "-static"]
 ARM_COMPILER, ARM_EMULATOR, X86_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64", "qemu-x86_64"
 

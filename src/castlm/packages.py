@@ -35,7 +35,7 @@ def install_line() -> str:
     The address of the repository is the one that it was installed from, or `Repository` under `project.urls` in
     pyproject.toml, which `make repository URL=ADDRESS` fills in.
     """
-    clone = "`pip install .` in a clone of its repository"
+    clone = "`pip install ./runtime .` in a clone of its repository"
     try:
         found = importlib.metadata.distribution("castlm")
     except importlib.metadata.PackageNotFoundError:  # imported from its source, without an installation
@@ -47,4 +47,7 @@ def install_line() -> str:
     address, commit = urls.get("Repository"), ""
     if "vcs_info" in origin:
         address, commit = origin["url"], f"@{origin['vcs_info']['commit_id']}"
-    return clone if address is None else f"`pip install 'castlm @ git+{address}{commit}'`"
+    if address is None:
+        return clone
+    source = f"git+{address}{commit}"
+    return f"`pip install 'castlm-runtime @ {source}#subdirectory=runtime' 'castlm @ {source}'`"

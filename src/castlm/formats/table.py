@@ -2,7 +2,7 @@
 
 `FORMATS` is the table. A new format whose rows share a scale is a record here: `rounding.round_rows` follows from it. A
 format with other scales has a rounding of its own there, and one to multiply by has kernels (`Values` in
-castlm/runtime/matrix.h).
+castlm_runtime/kernels/matrix.h).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Calls the C++ kernels of this folder through ctypes: converts a weight to a buffer, and multiplies x by it.
+"""Calls the C++ kernels of castlm-runtime through ctypes: converts a weight to a buffer, and multiplies x by it.
 
-Installing castlm builds the kernels if there is a C++ compiler; otherwise `kernels()` returns None. The signatures
-match `kernels.cpp` and `decoder.cpp`, which check every size again.
+The signatures match `kernels.cpp` and `decoder.cpp`, which check every size again. Without the library, `kernels()`
+returns None.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.core.native import library_of, load_library
+from castlm.core.native import load_library
 from castlm.dtypes import STORED
 from castlm.formats.table import FORMATS
+from castlm_runtime import library as runtime_library
 
-NOT_BUILT = "the C++ kernels were not built: install castlm again on a machine with a C++ compiler"
+NOT_BUILT = runtime_library.NOT_BUILT
 
 VALUES = {form.name: form.kernel for form in FORMATS.values() if form.kernel is not None}
 """Codes of the stored values, as in `Values` of matrix.h."""
@@ -49,7 +50,7 @@ _BAD_MASK, _NO_MEMORY = 2, 3
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
     """The library, or None if it was not built. Raises `InputError` if it belongs to another version of castlm."""
-    file = library_of(__package__)
+    file = runtime_library.path()
     return load_kernels(file) if file else None
 
 

@@ -9,7 +9,7 @@
 #include <initializer_list>
 #include <vector>
 
-#include "../core/pool.h"
+#include "pool.h"
 
 namespace castlm {
 namespace {

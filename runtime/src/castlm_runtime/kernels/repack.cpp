@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "plain.h"
-#include "../core/pool.h"
+#include "pool.h"
 
 namespace castlm {
 namespace {

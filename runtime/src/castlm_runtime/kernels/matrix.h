@@ -8,7 +8,7 @@
 #include <exception>
 #include <vector>
 
-#include "../core/each_cpu.h"
+#include "each_cpu.h"
 
 namespace castlm {
 

@@ -1,0 +1,1 @@
+"""Runs language models that castlm has packed, on CPUs and without torch."""
