@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from setuptools.build_meta import *  # noqa: F403  # this module is the build backend
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
