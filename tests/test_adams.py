@@ -296,6 +296,45 @@ def test_a_sparse_weight_needs_a_gradient():
         AdamS(sparse_group(nn.Parameter(torch.randn(4, 8))), total_steps=10).step()
 
 
+@pytest.mark.parametrize("fused", EVERY_WAY)
+@pytest.mark.parametrize("numel", [8, 200_000])  # many small parameters are updated as one
+@pytest.mark.parametrize("on_host", [False, True])
+def test_moments_of_bf16_weights_are_those_of_fp32_weights(fused, numel, on_host):
+    made = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = [nn.Parameter(torch.zeros(numel, dtype=dtype)) for _ in range(2)]
+        sparse = nn.Parameter(torch.ones(1, 4))
+        groups = [*sparse_group(sparse), {"params": dense, "sparse": False}]
+        optimizer = AdamS(
+            groups,
+            lr=1e-3,
+            total_steps=1500,
+            fused=fused if dtype is torch.float32 else fused and None,
+            moments_on_host=on_host,
+        )
+        for _ in range(30):
+            for param in (sparse, *dense):
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        optimizer.wait_for_moments()
+        made[dtype] = [optimizer.state[param]["exp_avg_sq"] for param in dense]
+    for wide, narrow in zip(*made.values()):
+        assert narrow.dtype == torch.float32
+        assert torch.allclose(wide, narrow)
+
+
+def test_the_second_moment_of_a_bf16_weight_does_not_come_to_rest():
+    # squares of 1.3: v would rest in bf16 where a step adds less than 1/512 of it
+    dense = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    sparse = nn.Parameter(torch.ones(1, 4))
+    groups = [*sparse_group(sparse), {"params": [dense], "sparse": False}]
+    optimizer = AdamS(groups, lr=1e-3, total_steps=3000)
+    for _ in range(3000):
+        dense.grad, sparse.grad = torch.full_like(dense, 1.0), torch.ones_like(sparse)
+        optimizer.step()
+    assert float(optimizer.state[dense]["exp_avg_sq"][0]) == pytest.approx(1 - 0.999**3000, rel=1e-4)
+
+
 # ---- options
 
 BAD = {

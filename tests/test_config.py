@@ -118,10 +118,27 @@ def test_no_option_of_a_runs_own_yaml_is_without_effect(fields, tmp_path):
     assert again.as_dict() == config.as_dict()
 
 
+@pytest.mark.parametrize("ranks", [1, 8, 256])
+@pytest.mark.parametrize("at_once", [None, 4])
+def test_the_papers_batch_has_256_sequences_on_any_number_of_ranks(ranks, at_once, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    given = {**REQUIRED, "recipe": "paper"} | ({} if at_once is None else {"per_device_train_batch_size": at_once})
+    if ranks * (at_once or 1) > 256:
+        with pytest.raises(InputError, match="256 ranks of 4"):
+            TrainConfig.from_mapping(given)
+        return
+    assert TrainConfig.from_mapping(given).optimizer.sequences_per_step(ranks) == 256
+    changed = TrainConfig.from_mapping(given).changed(seed=1)
+    assert changed.optimizer.sequences_per_step(ranks) == 256
+    assert TrainConfig.from_layers([("", given)], ranks=2).optimizer.sequences_per_step(2) == 256
+
+
 def test_a_recipe_is_overridden_by_what_is_given():
     config = TrainConfig.from_mapping({**REQUIRED, "recipe": "paper", "seq_len": 77})
     assert config.data.seq_len == 77
     assert config.method.decay == RECIPES["paper"]["decay"]
+    config = TrainConfig.from_mapping({**REQUIRED, "recipe": "paper", "gradient_accumulation_steps": 2})
+    assert config.optimizer.sequences_per_step(1) == 2
     with pytest.raises(InputError, match=r"recipe = 'papr'.*did you mean paper"):
         TrainConfig.from_mapping({**REQUIRED, "recipe": "papr"})
 

@@ -24,7 +24,7 @@ from castlm.core.errors import InputError
 from castlm.data import columns, readers
 from castlm.data import documents as documents_module
 from castlm.data import packing as data_module
-from castlm.data.calibration import calibration_sequences
+from castlm.data.calibration import CalibrationText, calibration_sequences
 from castlm.data.columns import Columns
 from castlm.data.documents import Documents, HubDocuments, open_documents, split_documents
 from castlm.data.options import TextOptions
@@ -441,6 +441,20 @@ def test_a_limit_of_a_held_out_part_takes_documents_from_all_of_it(tmp_path):
 def places_of(dataset, num_sequences=4, seq_len=10):
     ids, _ = calibration_sequences(open_documents(dataset), ENCODER, num_sequences, seq_len)
     return [int(n) for row in ids for n in re.findall(r"<(\d+)>", TOKENIZER.decode(row))]
+
+
+def test_the_record_of_a_calibration_text_tells_other_images_apart():
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    images = [{"pixel_values": torch.rand(1, 3, 4, 4), "mask": torch.ones(3, dtype=torch.bool)} for _ in range(2)]
+    other = [images[0], {**images[1], "pixel_values": images[1]["pixel_values"].clone()}]
+    assert CalibrationText(ids, images).record() == CalibrationText(ids, other).record()
+    other[1]["pixel_values"][0, 0, 0, 0] += 1e-6
+    texts = [
+        *(CalibrationText(ids, extras) for extras in (images, other, images[::-1], images[:1], None)),
+        CalibrationText(ids, [images[0], {**images[1], "pixel_values": images[1]["pixel_values"].view(1, 3, 2, 8)}]),
+        CalibrationText(ids, [images[0], {**images[1], "pixel_values": images[1]["pixel_values"].half()}]),
+    ]
+    assert len({json.dumps(text.record()) for text in texts}) == len(texts)
 
 
 def test_calibration_comes_from_all_over_a_long_document_and_several_files(tmp_path, monkeypatch):

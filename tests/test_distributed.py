@@ -548,6 +548,28 @@ def test_an_export_that_a_rank_cannot_write_leaves_none(kills, gemma, text, tmp_
     assert not left
 
 
+def export_without_memory(config: TrainConfig, rank: int) -> int:
+    """The memory of `rank` runs out where it assembles a tensor that all ranks send."""
+    rows_to = export._rows_to
+
+    def failing(writer: int, folded: Any, result: Any) -> Any:
+        if os.environ["RANK"] == str(rank) and folded.name.endswith("layers.1.mlp.up_proj.weight"):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return rows_to(writer, folded, result)
+
+    export._rows_to = failing
+    return export_in_small_files(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_export_in_which_a_rank_cannot_send_ends_on_all_ranks(rank, gemma, text, tmp_path):
+    config = small(gemma, text, tmp_path / "run", 2, max_steps=1, timeout_s=600)  # far longer than the test waits
+    codes = wait_ranks(start_ranks(export_without_memory, 2, config, rank, log=tmp_path / "log"), 60)
+    assert all(codes), said(tmp_path / "log", 2)
+    assert not [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith((".model", "model"))]
+
+
 GENERATION = {"do_sample": False, "temperature": 0.6, "eos_token_id": [7, 256], "max_new_tokens": 5}
 """Settings that transformers warns about and would not save if they were built again."""
 
@@ -651,6 +673,65 @@ def test_a_rank_that_hangs_is_named(ground):
 # ---------------------------------------------------------------------- loading
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
+def test_the_fingerprint_is_of_every_weight_and_of_its_shape(family):
+    """And not of its dtype."""
+    model = tiny_model(family)
+    found = {fingerprint(model)}
+    stored = model.state_dict()
+    for name, tensor in [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in stored)]:
+        flat = tensor.detach().view(-1)  # the last weight, as a fine-tuning could leave the first ones alone
+        old = flat[-1].item()
+        flat[-1] = old + 0.5
+        found.add(fingerprint(model))
+        flat[-1] = old
+        assert len(found) > 1, name
+    names = {name for name, _ in model.named_parameters()}
+    assert len(found) >= 1 + len(names)
+    assert fingerprint(model) in found
+    before = fingerprint(model.bfloat16())
+    assert fingerprint(model.float()) == before
+    norm = next(module for module in model.modules() if "norm" in type(module).__name__.lower())
+    norm.weight = torch.nn.Parameter(norm.weight[None].detach())
+    assert fingerprint(model) != before
+
+
+def fingerprint_of_ranks(folder: str, other: str, odd: int) -> None:
+    """Writes the fingerprint that this rank finds, or its error; the rank `odd` reads other files."""
+    world = init_world("cpu", "full")
+    opened = open_sharded(other if world.rank == odd else folder, trust_remote_code=False, revision=None)
+    assert opened is not None
+    try:
+        found = opened[1].fingerprint(world)
+    except (InputError, SystemExit) as error:
+        found = str(error)
+    Path(folder, f"found-{world.rank}").write_text(found)
+    close_world(world)
+
+
+@pytest.mark.parametrize("odd", [None, slow(0), 1, slow(2)])
+def test_ranks_share_the_hashing_and_notice_other_weights(odd, tmp_path):
+    one, other = (save_tiny(tmp_path / str(seed), seed=seed) for seed in range(2))
+    run_ranks(fingerprint_of_ranks, 3, str(one), str(other), odd, folder=tmp_path)
+    found = [(one / f"found-{rank}").read_text() for rank in range(3)]
+    if odd is None:
+        assert found == [fingerprint(load_model(str(one)).model)] * 3
+    else:
+        assert str(one) in found[0] or str(other) in found[0]
+        assert found[1:] == ["2", "2"]  # `SystemExit`: only rank 0 reports it
+
+
+def test_a_weight_that_is_not_finite_is_found_before_the_work(tmp_path):
+    model = save_tiny(tmp_path)
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][-1, -1] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    opened = open_sharded(str(model), trust_remote_code=False, revision=None)
+    with pytest.raises(InputError, match=f"{name} .*NaN"):
+        opened[1].fingerprint(init_world("cpu", "full"))
+
+
 @pytest.mark.parametrize("family", slow_but(("llama", "gpt2", "gpt_oss"), [*FAMILIES, *EXPERTS]))
 def test_what_is_read_row_by_row_is_the_loaded_model_and_has_its_fingerprint(family, tmp_path):
     """From several files, whose rows have more and fewer than 64 numbers."""
@@ -660,7 +741,7 @@ def test_what_is_read_row_by_row_is_the_loaded_model_and_has_its_fingerprint(fam
     loaded, checkpoint = open_sharded(str(tmp_path), trust_remote_code=False, revision=None)
     model, expected = loaded.model, load_model(str(tmp_path)).model
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert checkpoint.fingerprint() == fingerprint(expected)
+    assert checkpoint.fingerprint(init_world("cpu", "full")) == fingerprint(expected)
     materialize_(model, torch.device("cpu"))
     load_rows_(model, checkpoint, init_world("cpu", "full"))
     found, right = ({**m.state_dict(), **dict(m.named_buffers())} for m in (model, expected))

@@ -6,6 +6,7 @@ import torch
 from castlm.core.errors import InputError
 from castlm.data.packing import document_positions
 from castlm.distributed.world import init_world
+from castlm.training.apart import way_to_keep_apart
 from castlm.training.objective import Objective
 from castlm.training.teacher import Teacher
 from castlm.training.train import set_up
@@ -52,6 +53,25 @@ def test_a_family_that_cannot_keep_documents_apart_is_refused_by_name(kind):
     with pytest.raises(InputError, match=f"{kind}ForCausalLM .*cross_document_attention"):
         Objective(model, None, 0.0, apart=True).check_documents_apart()
     Objective(model, None, 0.0).check_documents_apart()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+)
+@pytest.mark.parametrize("passes", [0, 1])
+def test_memory_that_runs_out_is_not_taken_for_a_family_that_cannot(error, passes, monkeypatch):
+    model, left = tiny_model("llama"), [passes]
+    forward = type(model.model).forward
+
+    def failing(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return forward(*args, **options)
+
+    monkeypatch.setattr(type(model.model), "forward", failing)
+    with pytest.raises(RuntimeError, match="memory"):
+        way_to_keep_apart(model)
 
 
 def test_a_teacher_cache_of_crossing_documents_is_refused_by_a_run_that_keeps_them_apart(llama, text, tmp_path):

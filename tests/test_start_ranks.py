@@ -12,10 +12,8 @@ from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core.shards import whole
-from castlm.distributed import loading
 from castlm.distributed.loading import Place
 from castlm.distributed.world import closing, init_world
-from castlm.files.stored import StoredTensor
 from castlm.oneshot import admm
 from castlm.oneshot import ranks as division
 from castlm.oneshot.folder import HiddenStates
@@ -132,23 +130,16 @@ def test_a_run_from_a_gguf_file_has_the_same_bits_on_1_and_2_ranks(text, tmp_pat
 
 
 def start_counted(config: TrainConfig) -> None:
-    """As `start`; saves the bytes that this rank reads for it: of the model by weight, in the check also by "check" and
-    the weight, and of hidden states."""
+    """As `start`; saves the bytes that this rank reads for it: of the model by weight, and of hidden states."""
     read: dict[str, int] = {}
-    count = loading.count_non_finite
     prune, read_place, read_states = TrainingStart._prune_together_, Place.read, HiddenStates.__getitem__
 
     def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
         read[name] = read.get(name, 0) + tensor.nbytes
         return tensor
 
-    def checked(tensor: StoredTensor) -> int:
-        read[f"check {tensor.name}"] = tensor.num_bytes
-        return count(tensor)
-
     def counted(*args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loading, "count_non_finite", checked)
             patch.setattr(Place, "read", lambda place, *which: add(place.key, read_place(place, *which)))
             patch.setattr(HiddenStates, "__getitem__", lambda states, n: add("states", read_states(states, n)))
             facts = prune(*args)
@@ -160,18 +151,16 @@ def start_counted(config: TrainConfig) -> None:
 
 
 def test_ranks_share_what_a_start_reads(llama, text, tmp_path):
-    """A weight of a block is read by one rank to check it, and by one for the block; the first one also by all."""
+    """A weight of a block is read by one rank for the block; the first one also by all."""
     run_ranks(start_counted, 2, config_of(tmp_path / "run", llama, text), folder=tmp_path)
     of_ranks = [torch.load(tmp_path / "run" / f"read-{rank}.pt") for rank in range(2)]
     stored = {name: tensor.nbytes for name, tensor in weights(llama).items()}
     for name, size in stored.items():
-        assert sum(f"check {name}" in read for read in of_ranks) == 1, name
         times = sum(read.get(name, 0) for read in of_ranks) / size
         assert times == {".0.": 3, ".1.": 1}.get(name[12:15], 2 - 2 * name.startswith("lm_head")), name
-    for check in ("", "check "):
-        in_block = [name for name in stored if ".1." in name]
-        shares = [sum(read.get(check + name, 0) for name in in_block) for read in of_ranks]
-        assert max(shares) < 0.7 * sum(stored[name] for name in in_block)
+    in_block = [name for name in stored if ".1." in name]
+    shares = [sum(read.get(name, 0) for name in in_block) for read in of_ranks]
+    assert max(shares) < 0.7 * sum(stored[name] for name in in_block)
     # batches of 14, 14 and 12 sequences: rank 0 has the first and the last
     states = [read["states"] for read in of_ranks]
     assert 26 / 14 * states[1] <= states[0] < 2.2 * states[1]

@@ -134,6 +134,8 @@ class DrawnText:
     seq_len: int
     tokens_sha256: str
     precision: str
+    extras_sha256: str | None = None
+    """A hash of the images of the sequences; None for plain text."""
 
 
 @dataclass(frozen=True)

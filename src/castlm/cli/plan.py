@@ -133,7 +133,8 @@ class MemoryOptions:
 
 
 def memory(arguments: list[str]) -> int:
-    config, options = parse_train(arguments, "plan memory", MemoryOptions, {"dataset": "none", "output_dir": "none"})
+    nothing = {"dataset": "none", "output_dir": "none"}
+    config, options = parse_train(arguments, "plan memory", MemoryOptions, nothing, lambda more: more.world_size)
     import torch
 
     from castlm.core.distill import default_chunk_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def parse_train(
     name: str = "train",
     more: type[Any] = PageOptions,
     unless_given: Mapping[str, Any] = types.MappingProxyType({}),
+    ranks_of: Callable[[Any], int | None] = lambda options: None,
 ) -> tuple[TrainConfig, Any]:
     """The options of a run: the recipe, then the files of `--config` in their order, then the command line.
 
@@ -53,6 +54,7 @@ def parse_train(
         name: the command; `finetune` makes a `FinetuneConfig`, which has no recipe.
         more: a dataclass of further options; its docstring describes a command other than `train` and `finetune`.
         unless_given: values of options of `castlm train` that this command needs no value for.
+        ranks_of: the number of ranks of the run by the further options; None: as torchrun started them.
 
     Returns:
         The config, and an instance of `more`.
@@ -71,7 +73,8 @@ def parse_train(
         raise InputError(f"castlm {name} does not read {found[0]}: leave it out, or use castlm {other}")
     layers = [(path, read_yaml_mapping(path)) for path in given.pop("config", [])]
     further = {field.name: given.pop(field.name) for field in fields(more) if field.name in given}
-    return kind.from_layers([("", unless_given), *layers, (COMMAND_LINE, given)]), build(more, further, COMMAND_LINE)
+    options = build(more, further, COMMAND_LINE)
+    return kind.from_layers([("", unless_given), *layers, (COMMAND_LINE, given)], ranks_of(options)), options
 
 
 def parse_finetune(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:

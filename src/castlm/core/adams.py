@@ -19,7 +19,7 @@ from castlm.core import native
 from castlm.core.decay import DECAYS
 from castlm.core.errors import DivergedError, InputError, one_line
 from castlm.core.host_moments import HostMoments
-from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, new_moments
+from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, moment_dtype, new_moments
 from castlm.core.native import Batch
 from castlm.core.nm import NM, Pattern, check_mask_form, pack_mask, parse_pattern, unpack_mask
 from castlm.core.shards import check_matrix, flat, like_rows, local
@@ -526,7 +526,9 @@ def _check_gradient(
     if grad is None:
         return
     # `model.half()` or `model.to(device)` after AdamS was built leaves moments of the old dtype or device behind.
-    is_dtype = moment.dtype in (param.dtype, torch.uint8) and param.dtype in _TRAINED and grad.dtype.is_floating_point
+    trained = (torch.float32, torch.float64) if group["sparse"] else _TRAINED
+    is_dtype = moment.dtype in (moment_dtype(param), torch.uint8) and param.dtype in trained
+    is_dtype &= grad.dtype.is_floating_point
     is_placed = param.shape == moment.shape == grad.shape and param.device == grad.device
     is_placed &= moment.device == (torch.device("cpu") if is_on_host else param.device)
     is_placed &= getattr(grad, "placements", None) == getattr(param, "placements", None)

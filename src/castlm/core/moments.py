@@ -1,4 +1,4 @@
-"""The two moments of AdamS as stored: in the dtype of the weight, or in 8 bits with a scale per block of weights.
+"""The two moments of AdamS as stored: in fp32, or in 8 bits with a scale per block of weights.
 
 The 8-bit codes are the same as in bitsandbytes and torchao (dynamic map, block-wise: Dettmers et al. 2021, arXiv
 2110.02861), but computed by arithmetic that vectorizes. They are plain tensors whose rows match the rows of the weight,
@@ -15,14 +15,14 @@ from castlm.core.shards import like_rows, local
 MOMENTS = ("fp32", "8bit")
 MOMENT_KEYS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
 LONGEST_BLOCK, _SHORTEST = 256, 32  # weights that share a scale
-_LEAST = 4096  # a parameter with fewer weights keeps its moments in its own dtype
+_LEAST = 4096  # a parameter with fewer weights keeps its moments in fp32
 
 
 def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     """Zero moments of `param` as optimizer state.
 
-    `exp_avg` and `exp_avg_sq` are shaped and placed like `param`, in its dtype. With `moments` "8bit", matrices (of
-    experts: all together) of at least 4,096 weights whose width divides by 32 get uint8 codes instead, with
+    `exp_avg` and `exp_avg_sq` are shaped and placed like `param`, in `moment_dtype`. With `moments` "8bit", matrices
+    (of experts: all together) of at least 4,096 weights whose width divides by 32 get uint8 codes instead, with
     `exp_avg_scale` and `exp_avg_sq_scale` (out, in / block) fp32 beside them.
 
     Examples:
@@ -32,7 +32,8 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
     """
     block = block_size(param) if moments == "8bit" else 0
     if not block:
-        zeros = (torch.zeros_like(param, memory_format=torch.preserve_format) for _ in range(2))
+        dtype = moment_dtype(param)
+        zeros = (torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format) for _ in range(2))
         return dict(zip(("exp_avg", "exp_avg_sq"), zeros))
     *rows, width = local(param).shape
     state = {}
@@ -40,6 +41,15 @@ def new_moments(param: Tensor, moments: str) -> dict[str, Tensor]:
         state[name] = torch.full_like(param, zero_code(signed), dtype=torch.uint8)
         state[f"{name}_scale"] = like_rows(torch.zeros(*rows, width // block, device=param.device), param)
     return state
+
+
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of moments that are not in 8 bits: fp32, also of bf16 weights, and fp64 of fp64 weights.
+
+    In bf16, whose spacing is 1/256, a second moment would stop to grow where a step adds less than 1/512 of it: at
+    beta2 = 0.999 this is far from its end.
+    """
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 def block_size(param: Tensor) -> int:

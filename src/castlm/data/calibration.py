@@ -67,8 +67,19 @@ class CalibrationText:
             "num_sequences": len(self.sequences),
             "seq_len": self.sequences.shape[1],
             "tokens_sha256": hashlib.sha256(self.sequences.numpy().tobytes()).hexdigest(),
+            "extras_sha256": None if self.extras is None else _hash_of_extras(self.extras),
             "precision": self.precision,
         }
+
+
+def _hash_of_extras(extras: Sequence[Mapping[str, Tensor]]) -> str:
+    """A SHA-256 of the further arguments of every sequence: name, dtype, shape and values."""
+    digest = hashlib.sha256()
+    for number, arguments in enumerate(extras):
+        for name, value in sorted(arguments.items()):
+            digest.update(f"{number} {name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def draw_calibration(token_ids: Tensor, num_sequences: int = 128, seq_len: int = 2048, seed: int = 0) -> Tensor:

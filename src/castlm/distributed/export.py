@@ -158,8 +158,9 @@ def _write_weights(result: ShardedResult, folder: Path) -> None:
             name = writers[world.rank]
             try:
                 write_file(folder / name, files[name], tensors)
-            except Exception as error:
+            except (InputError, OSError) as error:  # of the disk: this rank can still send what the others write
                 failure = str(error) if isinstance(error, InputError) else f"{name} cannot be written: {error!r}"
+        # Any other error is of the collectives, which cannot go on: it ends this process, and so the other ranks.
         deque(tensors, maxlen=0)  # sends what others write, also after a failure, so that none waits in vain
     world.check_all(failure, patient=True)
     num_parameters = sum(parameter.numel() for parameter in first_of)

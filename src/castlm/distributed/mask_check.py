@@ -38,20 +38,6 @@ SECOND_FORMULAS: dict[type[Pattern], Callable[..., Tensor]] = {NM: sorted_mask}
 """A second formula of the mask, by the class of a pattern; masks of other patterns are not compared."""
 
 
-def masked_samples(masks: Mapping[Tensor, Tensor], world: World) -> list[tuple[Tensor, Tensor]]:
-    """The weights and masks for `decay_budget`, the same on every rank.
-
-    With several ranks, they are an even sample of each rank's masked weights.
-    """
-    if world.mesh is None:
-        return list(masks.items())
-    parts = [weight[~mask] for weight, mask in masks.items()]
-    masked = torch.cat([part[:: len(part) // 4096 + 1] for part in parts]).abs()  # at most 4,096 of each layer
-    largest = torch.stack([part.abs().max() for part in parts if len(part)] or [masked.new_zeros(())]).max()
-    sample = torch.cat([masked[:: len(masked) // 4096 + 1], largest[None]]).cpu()  # 16 KiB a rank, with its maximum
-    return [(values, torch.zeros_like(values, dtype=torch.bool)) for values in world.gather(sample)]
-
-
 class SelfCheck:
     """Checks in the first step that all sparse weights are stepped, and at every refresh the masks of one block.
 

@@ -63,8 +63,9 @@ class World:
         return self.rank % (self.size // self.num_replicas)  # 2 replicas of 4 shards: rank 6 holds shard 2
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums `values` over all ranks, in place, and returns them."""
+        """Sums `values` over all ranks, and returns them on the device of this rank; in place if they are there."""
         if self.mesh is not None:
+            values = values.to(self.device)
             dist.all_reduce(values)
         return values
 

@@ -16,7 +16,7 @@ from castlm.core.sparsify import scope_of
 from castlm.data.calibration import CalibrationText
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import open_encoder
-from castlm.distributed.loading import Checkpoint, check_weights, fingerprint, open_sharded
+from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
@@ -95,12 +95,10 @@ def prune_folder(
         stored: StoredModel | None = None
         if checkpoint is None:
             check_export(model, pattern)
-            weights: Any = fingerprint(model)
+            weights = fingerprint(model)
         else:
             stored = StoredModel(model, checkpoint, layers, device, kept_dtype, scope.pattern, ranks=world)
-            weights = checkpoint.states()
-            world.check_alike({f"other weights of {name}": checkpoint.fingerprint()})
-            check_weights(checkpoint, world)  # later, a rank that stops would leave the others waiting
+            weights = checkpoint.fingerprint(world)
 
         def read_text() -> tuple[CalibrationText | None, DrawnText | None]:
             if draw is None:

@@ -23,7 +23,7 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
-from castlm.distributed.loading import Checkpoint, check_weights, open_sharded
+from castlm.distributed.loading import Checkpoint, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.folder import left_dense_reason, read_facts
@@ -164,7 +164,8 @@ def quantize_folder(
         rounded = _rounded_whole(loaded, step, tokens, device, progress)
     else:
         step = Round(kind, damping, "blocks" if packed else "none")
-        known = {"model": loaded.source, "weights": checkpoint.states(), **text}
+        weights = checkpoint.fingerprint(World(0, 1, torch.device(device), None))
+        known = {"model": loaded.source, "weights": weights, **text}
         rounded = _rounded_by_block(
             loaded, checkpoint, kept_dtype, step, tokens, device, progress, folder, known, overwrite
         )
@@ -251,7 +252,6 @@ def _rounded_by_block(
     """
     model, here = loaded.model, torch.device(device)
     source = StoredModel(model, checkpoint, layers_to_round(model), here, dtype)
-    check_weights(checkpoint, World(0, 1, here, None))  # before the work begins
     with begun_work(folder) as work:
         known = {**facts, "dtype": dtype_name(dtype)}
         report = round_blocks(source, step, tokens, work, facts=known, restart=restart, progress=progress)

@@ -77,16 +77,6 @@ class GgufWeights:
             self._mapped.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(np.ascontiguousarray(laid_out.weights))
 
-    def first_row(self, name: str) -> Tensor:
-        """The first row (columns,) of `read`, or the first number (1,) of a vector, without the other rows."""
-        import gguf
-
-        tensor = self._tensors[name]
-        if tensor.data.ndim == 1:
-            return self.read(name)[:1]
-        # transformers changes the values of vectors alone. Of matrices it moves rows of q and k, and the first stays.
-        return torch.from_numpy(gguf.dequantize(tensor.data[:1], tensor.tensor_type).flatten())
-
 
 def gguf_weights(file: Path, model: PreTrainedModel) -> GgufWeights | None:
     """The weights of a model, which may be on the meta device, in a GGUF file.

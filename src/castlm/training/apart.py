@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from castlm.core.errors import InputError
+from castlm.core.errors import InputError, is_out_of_memory
 from castlm.data.packing import DocumentOffsets, document_mask, document_offsets
 from castlm.models.architecture import backbone, embedding_weight
 from castlm.training.attention import can_lay_end_to_end, of_documents
@@ -87,8 +87,18 @@ def _keeps_apart(model: PreTrainedModel, way: Way) -> bool:
     try:
         # Not exactly 0: experts and low precision may round a little differently, far below a real influence.
         return influence(inputs_of(input_ids, positions, way)) <= 0.01 * influence({"input_ids": input_ids})
-    except (TypeError, ValueError, RuntimeError):  # the model takes no position ids, or no such mask
-        return False
+    except (TypeError, ValueError, RuntimeError) as error:  # the model takes no position ids, or no such mask
+        return _never_of_memory(error)
+
+
+def _never_of_memory(error: Exception) -> Literal[False]:
+    """False: the model cannot do what it was asked. Raises `error` again if memory ran out, which says nothing of it.
+
+    Another way would be tried otherwise, by this rank alone, and the other ranks would wait for it for ever.
+    """
+    if is_out_of_memory(error):
+        raise error
+    return False
 
 
 @torch.no_grad()
@@ -109,6 +119,6 @@ def agree_end_to_end(models: Sequence[PreTrainedModel]) -> bool:
             )
             if not (found - expected).abs().max() <= 0.05 * expected.abs().max():  # NaN is not, either
                 return False
-    except (TypeError, ValueError, RuntimeError):  # no such arguments, or no kernel for the dtype or the head's size
-        return False
+    except (TypeError, ValueError, RuntimeError) as error:  # no such arguments, or no kernel for dtype or head's size
+        return _never_of_memory(error)
     return True

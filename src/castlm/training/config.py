@@ -34,6 +34,7 @@ from castlm.keywords import FinetuneKeywords, TrainKeywords
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.oneshot.options import Refinements, part_of, with_effort
 from castlm.patterns import parse_pattern
+from castlm.signals import num_ranks
 from castlm.starts import applied, default_method, reads_of, trained_from
 from castlm.training.options import (
     HIDDEN_WEIGHT,
@@ -64,7 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_steps": 7500,
         "seq_len": 4096,
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 256,
+        "gradient_accumulation_steps": 256,  # on one rank: `_batch_on` keeps the 256 sequences of a step on any number
     },
 }
 """The values of each `recipe`; options that are given override them."""
@@ -133,8 +134,12 @@ class TrainConfig:
         return cls.from_layers([(source, mapping)])
 
     @classmethod
-    def from_layers(cls, layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Self:
-        """`from_mapping` for several sources, each with its mapping; later ones override earlier ones."""
+    def from_layers(cls, layers: Iterable[tuple[str, Mapping[str, Any]]], ranks: int | None = None) -> Self:
+        """`from_mapping` for several sources, each with its mapping; later ones override earlier ones.
+
+        Args:
+            ranks: the number of ranks that share a recipe's batch; by default, those that torchrun has started.
+        """
         values: dict[str, Any] = {}
         recipe, source = "castlm", ""
         for source, mapping in layers:
@@ -142,7 +147,7 @@ class TrainConfig:
             if "recipe" in options:
                 recipe = convert(label("recipe", source), options.pop("recipe"), str, tuple(RECIPES))
             values |= checked(list(cls.sections().values()), options, source)
-        values = {**RECIPES[recipe], **values}
+        values = {**_batch_on(ranks or num_ranks(), recipe, values), **values}
         check_complete(cls.sections().values(), values, source)
         return cls._made(values)
 
@@ -275,6 +280,22 @@ class TrainConfig:
         sections = [getattr(self, title) for title in self.sections()]
         reads = reads_of(trained_from(self.start.name, self.model.pattern), self.model.pattern)
         return Joined(SimpleNamespace(is_plain=is_plain), reads, *sections)
+
+
+def _batch_on(ranks: int, recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, whose number of sequences of a step stays the same on this number of ranks."""
+    row = dict(RECIPES[recipe])
+    accumulated = row.get("gradient_accumulation_steps")
+    if accumulated is None or "gradient_accumulation_steps" in given:
+        return row
+    batch = accumulated * row["per_device_train_batch_size"]
+    at_once = given.get("per_device_train_batch_size", row["per_device_train_batch_size"]) * ranks
+    if batch % at_once:
+        raise InputError(
+            f"recipe {recipe} has {batch} sequences in a step, which {ranks} ranks of {at_once // ranks} at a time do "
+            "not divide: give another per_device_train_batch_size, or gradient_accumulation_steps"
+        )
+    return row | {"gradient_accumulation_steps": batch // at_once}
 
 
 def names_of(section: type[Any]) -> list[str]:

@@ -14,7 +14,6 @@ import torch
 from castlm.core.decay import DecayBudget, decay_budget
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
-from castlm.distributed.mask_check import masked_samples
 from castlm.hardware import peak_memory
 from castlm.methods.options import schedule
 from castlm.training.recorder import Recorder
@@ -59,8 +58,8 @@ def measure(run: Run, recorder: Recorder, steps: int) -> FirstSteps:
     masks, budgets = method.masks(), {}
     for name, layer in method.layers.items():
         weight = weight_parameter(layer)
-        sample = masked_samples({local(weight.data): local(masks[weight])}, world)
-        budgets[name] = decay_budget(sample, lrs, alphas, options.decay)
+        own_rows = [(local(weight.data), local(masks[weight]))]
+        budgets[name] = decay_budget(own_rows, lrs, alphas, options.decay, world.sum)
     stepper, seconds, tokens = Stepper(run), [], 0
     for _ in range(min(steps, run.total_steps)):
         before, before_tokens = run.progress.seconds, run.progress.tokens

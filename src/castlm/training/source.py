@@ -96,8 +96,11 @@ def open_source(options: ModelOptions, world: World, *, whole_copies: bool = Fal
     if world.mesh is not None and not whole_copies:
         opened = open_sharded(options.model, **options.loading)
     loaded, stored = (load_model(options.model, **options.loading), None) if opened is None else opened
-    found = fingerprint(loaded.model) if stored is None else stored.fingerprint()
-    world.check_alike({f"other weights of {options.model}": found})
+    if stored is None:
+        found = fingerprint(loaded.model)
+        world.check_alike({f"other weights of {options.model}": found})
+    else:
+        found = stored.fingerprint(world)
     if stored is None:
         check_head(loaded.model)
     for parameter_name, parameter in loaded.model.named_parameters():

@@ -23,7 +23,7 @@ from castlm.core.errors import InputError, check_finite
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, scope_of, transformer_blocks, weight_parameter
-from castlm.distributed.loading import Checkpoint, Place, check_weights, open_sharded, opened_files
+from castlm.distributed.loading import Checkpoint, Place, open_sharded, opened_files
 from castlm.distributed.sharding import may_skip_modules
 from castlm.distributed.world import World, reporting_once
 from castlm.facts import Basis, Facts, Reconstructed, Start
@@ -175,7 +175,6 @@ class TrainingStart:
         """Prunes the model block by block; all ranks call it, and find the blocks in the folder `work`."""
         world, stored, model = self.world, self.source.stored, copy.deepcopy(self.source.model)
         assert stored is not None
-        check_weights(stored, world)  # later, a rank that stops would leave the others waiting
         scope = scope_of(model, self.pattern, self.filter_fn)
         keeps_dense = self.keeps_dense_values
         blocks = StoredModel(model, stored, scope.layers, world.device, None, scope.pattern, keeps_dense, ranks=world)

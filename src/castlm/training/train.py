@@ -22,7 +22,6 @@ from castlm.core.sparsify import FilterFn, sparse_linears
 from castlm.data.line_index import LineIndexes
 from castlm.data.packing import MixedSequences, document_offsets
 from castlm.data.tokens import check_vocabulary
-from castlm.distributed.mask_check import masked_samples
 from castlm.distributed.sharding import compile_blocks_
 from castlm.distributed.world import World, closing, init_world, naming_missing_ranks
 from castlm.export.hf import check_export, check_login
@@ -467,7 +466,7 @@ def _decay_budget(
     if not method.decays or not DECAYS[options.decay].reduces:
         return None
     masks = local_masks(method.masks())
-    budget = decay_budget(masked_samples(masks, world), *schedule(optimizer, options), options.decay)
+    budget = decay_budget(masks.items(), *schedule(optimizer, options), options.decay, world.sum)
     if not budget.reaches_zero and not options.ignore_decay_budget:
         raise InputError(f"{budget.explain()} (ignore_decay_budget trains anyway)")
     return budget
