@@ -46,7 +46,7 @@ docs: setup  # strict: a broken link or an undocumented name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 repository:  # fills in the address of the repository wherever it stands: make repository URL=https://...
-	sed -i 's#REPOSITORY#$(URL)#g; s#    \# $(URL): the address of th[a-z]* repository##' README.md docs/tutorial.md examples/*.ipynb
+	sed -i 's#REPOSITORY#$(URL)#g; s#    \# $(URL): the address of th[a-z]* repository##' README.md docs/install.md examples/*.ipynb
 	sed -i 's#^\[project.urls\]$$#&\nRepository = "$(URL)"#' pyproject.toml runtime/pyproject.toml
 
 clean:

@@ -40,12 +40,17 @@ from tests.tiny import TEXT, save_tiny, save_tiny_with_images, sparse_model, tin
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     page.name: page.read_text()
-    for page in (ROOT / "README.md", ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md")))
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs" / name for name in ("install.md", "tutorial.md", "formats.md")),
+        *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+    )
 }
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
 
 NOT_RUN = {
     "installs castlm": 2,
+    "takes ten minutes": 1,
     "installs vLLM": 1,
     "needs a GPU": 3,
     "needs a model of 3B": 1,

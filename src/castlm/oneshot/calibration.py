@@ -60,7 +60,7 @@ def default_sequences(layers: Mapping[str, SparseLayer], seq_len: int, effort: E
     """The number of calibration sequences if none is given: enough for 32,768 tokens, at most 128.
 
     Wide layers need more: 16 tokens for each input of the widest. An effort takes a share of this. On stories260K,
-    twice the tokens bring nothing after 100 steps, and half of them cost 2.7 % (docs/results/stories260k-start.md).
+    twice the tokens bring nothing after 100 steps, and half of them cost 2.7 % (docs/results/start.md).
     """
     widest = max(layer.weight.shape[-1] for layer in layers.values())
     # SmolLM2-135M: max(32768, 16 x 1536) = 32,768, 64 sequences of 512

@@ -21,7 +21,7 @@ from castlm.patterns import parse_pattern
 SEQ_LEN = 512
 """Tokens per sequence, wherever a command trains or plans a training."""
 HIDDEN_WEIGHT = 15.0
-"""Default weight of the distance of hidden states; docs/results/stories260k-start.md has the figures behind it."""
+"""Default weight of the distance of hidden states; docs/results/start.md has the figures behind it."""
 
 SPARSE = Needs("a method that makes weights sparse", lambda run: run.row.is_sparse)
 DISTILLED = Needs("eta above 0", lambda run: run.eta > 0)
