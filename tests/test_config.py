@@ -236,6 +236,9 @@ def test_yaml_numbers_mean_what_they_look_like(tmp_path):
     assert found.items() >= (expected | {"async_save": False, "revision": "2024"}).items()
     file = tmp_path / "plain.yaml"
     file.write_text("a: 2001-12-14\nb: 0o17\nc: 0x1F\nd: 1:20:30\ne: ~\nf: [1, 2.5, 'x']\ng: .inf\n")
+    with pytest.raises(InputError, match=r"learning_rate = '1\.5e-999' .*too small"):
+        from_yaml(tmp_path, "learning_rate: 1.5e-999\n", **REQUIRED)
+    assert from_yaml(tmp_path, "eta: 0e-999\n", **REQUIRED).teacher.eta == 0
     expected = {"a": "2001-12-14", "b": "0o17", "c": "0x1F", "d": "1:20:30", "e": None, "f": [1, 2.5, "x"], "g": ".inf"}
     assert read_yaml_mapping(file) == expected
 
@@ -279,6 +282,12 @@ def test_later_files_and_then_options_override(tmp_path):
         (["--lr", "1"], "there is no option --lr; did you mean --learning-rate?"),
         (["--max-step=3"], "there is no option --max-step; did you mean --max-steps?"),
         (["--num-train-epochs", "nan"], "--num-train-epochs = 'nan' is not a number: it must be finite"),
+        (
+            ["--learning-rate", "\uff10.\uff11"],
+            "--learning-rate = '\\uff10.\\uff11' is not a number: write its digits in ASCII",
+        ),
+        (["--learning-rate", "1e-1000"], "--learning-rate = '1e-1000' is not a number: it is too small for a float"),
+        (["--max-steps", "\uff110"], "--max-steps = '\\uff110' is not a whole number"),
         (["--max-steps"], "expected one argument"),
         (["--model", "m"], "dataset is missing: give --dataset"),
         (["m", "extra"], "unrecognized arguments: extra"),

@@ -91,6 +91,7 @@ def test_without_masked_weights_there_is_nothing_to_bring_to_zero(weights):
 def test_quantiles_of_any_dtype_are_of_its_values(dtype):
     weight = torch.tensor([[0.5, -4.0, 0.0, 1e-30, 3.0]], dtype=dtype)
     assert budget_of(weight).quantiles == pytest.approx((0.5, 3.0, 3.0, 4.0), rel=5e-4)
+    assert budget_of(torch.zeros(3, 4, dtype=dtype)).quantiles == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("name", DECAYS)

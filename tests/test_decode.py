@@ -21,6 +21,7 @@ from castlm.runtime.generate import generate_text
 from castlm.runtime.layers import PackedLinear, pack_model_
 from tests.fused import threads
 from tests.packed_weights import buffer_of, kernels_of, random_packed
+from tests.refusals import refusal
 from tests.slow import slow_but
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -208,6 +209,15 @@ def test_attention_does_not_depend_on_threads():
             with threads(number):
                 found.append(state.step(IDS[0, :1]))
     assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+def test_a_token_that_the_model_lacks_is_refused_by_name():
+    """As of a tokenizer with more tokens than the model."""
+    for model in (packed_model("llama"), tiny_model("llama")):
+        ids = IDS.clone()
+        ids[0, 1] = model.config.vocab_size
+        with refusal(f"token id {model.config.vocab_size} .*vocabulary"):
+            generate_text(model, tiny_tokenizer(), ids, max_new_tokens=2)
 
 
 def test_text_is_streamed():

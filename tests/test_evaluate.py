@@ -129,6 +129,11 @@ def test_autocast_and_progress():
         (some_ids(9), {"seq_len": 1}, "seq_len is 1"),
         (some_ids(9), {"seq_len": 8, "stride": 9}, "stride is 9"),
         (some_ids(9), {"seq_len": 8, "stride": 0}, "stride is 0"),
+        (some_ids(9), {"seq_len": "x"}, "seq_len = 'x'"),
+        (some_ids(9), {"stride": 2.5}, "stride = 2.5"),
+        (some_ids(9), {"batch_size": 0}, "batch_size = 0"),
+        (some_ids(9), {"batch_size": -1}, "batch_size = -1"),
+        (some_ids(9), {"batch_size": None}, "batch_size = null"),
     ],
 )
 def test_refusals_are_one_line_with_the_value(ids, options, message):

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from castlm.core.errors import InputError
-from castlm.files.atomic_file import atomic_write_json, is_disk_full, reporting_full_disk
+from castlm.files import atomic_file as files
+from castlm.files.atomic_file import (
+    atomic_file,
+    atomic_write_json,
+    is_disk_full,
+    remove_stale,
+    remove_stale_inside,
+    reporting_full_disk,
+)
 from castlm.files.output import atomic_dir, check_output
 from castlm.files.record import OUTPUT, check_result
 
@@ -217,6 +225,30 @@ def test_the_next_writer_removes_what_killed_ones_have_left_and_nothing_else(nam
         make(tmp_path / entry)
     begin(tmp_path / name)
     assert set(entries(tmp_path)) - {name} == set(keep)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "stale"),
+    [
+        ("out", atomic_dir, remove_stale),
+        ("a.json", atomic_file, remove_stale),
+        ("out", atomic_dir, lambda path: remove_stale_inside(path.parent)),
+    ],
+)
+def test_what_another_container_of_the_same_name_still_writes_is_left_alone(name, write, stale, tmp_path, monkeypatch):
+    """Its process has a number of its own, which this one does not know."""
+    with write(tmp_path / name) as temporary:
+        monkeypatch.setattr(files, "_is_alive", lambda pid: False)
+        stale(tmp_path / name)
+        assert temporary.exists()
+        monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    assert left.name == name
+    killed = temporary
+    killed.touch()
+    monkeypatch.setattr(files, "_is_alive", lambda pid: False)
+    stale(tmp_path / name)
+    assert not killed.exists()
 
 
 def test_a_record_cannot_name_what_is_outside(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.files.output import begin_output, check_output, output_folder, record_file, refuse_inputs_inside
+from castlm.files.reading import user_path
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
 from tests.ranks import start_process, wait_for
 from tests.refusals import disk_full, refuse_mkdir
@@ -268,7 +269,16 @@ def test_other_inputs_are_not_refused(tmp_path):
         refuse_inputs_inside(tmp_path / "out", {"dataset": value})
 
 
-@pytest.mark.parametrize("path", ["", "a\0b", "~nosuchuser/out", os.fsdecode(b"caf\xe9")])
+def test_a_home_that_does_not_exist_is_not_made(tmp_path, monkeypatch):
+    """As of `nobody`, whose home is /nonexistent."""
+    monkeypatch.setenv("HOME", str(tmp_path / "nonexistent"))
+    for begin in (check_output, user_path):
+        with pytest.raises(InputError, match="nonexistent"):
+            begin("~/x/out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "~nosuchuser/out", os.fsdecode(b"caf\xe9"), None, 3, b"x"])
 def test_unusable_names_are_one_line(path):
     with pytest.raises(InputError), output_folder(path, "train"):
         pass

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from castlm.cli.main import main
 from castlm.core.errors import DivergedError, InputError
 from castlm.core.sparsify import weight_parameter
+from castlm.data import tokens
 from castlm.data.calibration import draw_calibration
 from castlm.data.tokens import token_ids
 from castlm.export.verify import verify
@@ -47,7 +49,7 @@ from tests.runs import (
     train_until,
 )
 from tests.slow import slow, slow_but
-from tests.tiny import FAMILIES, TEXT, save_tiny
+from tests.tiny import FAMILIES, TEXT, save_tiny, tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", slow_but(("qwen3", "gpt2"), FAMILIES))
@@ -138,6 +140,23 @@ def test_a_run_is_not_resumed_with_other_options_data_or_weights(tmp_path):
     save_tiny(model, seed=1)
     with pytest.raises(InputError, match=r"model_fingerprint"):
         train(again)
+
+
+@pytest.mark.parametrize("name", ["eos_token", "bos_token"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_step_1(name, text, tmp_path, monkeypatch):
+    """Its special tokens alone are outside the vocabulary, and none of them is in the evaluation text."""
+    model, tokenizer = save_tiny(tmp_path / "model"), tiny_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(20)])
+    tokenizer.add_special_tokens({name: "<far>"})
+    monkeypatch.setattr(tokens, "_END_OF_TEXT", ())  # which the tiny tokenizer has too
+    if name == "bos_token":
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single="<far> $A", special_tokens=[("<far>", tokenizer.convert_tokens_to_ids("<far>"))]
+        )
+    tokenizer.save_pretrained(model)
+    with pytest.raises(InputError, match=rf"token id {tokenizer.convert_tokens_to_ids('<far>')} "):
+        train(small(str(model), text, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_resumed_with_other_threads_says_that_its_last_bits_may_differ(llama, text, tmp_path, capsys):

@@ -102,9 +102,12 @@ def test_hellaswag_is_read_in_sixes():
 
 
 def test_accuracy_is_that_of_the_logits(folder):
-    pytest.importorskip("lm_eval")
+    evaluator = pytest.importorskip("lm_eval.evaluator")
     model, tokenizer = tiny_model("llama", seed=3), tiny_tokenizer()
+    before = evaluator.get_git_commit_hash, torch.get_rng_state()
     record = zero_shot(model, tokenizer, ["piqa"], folder=folder)
+    assert evaluator.get_git_commit_hash is before[0]  # lm-eval stays as it is for the rest of the process
+    assert torch.equal(torch.get_rng_state(), before[1])
     right, right_norm = [], []
     for row in ROWS["piqa.jsonl"]:
         prompt, scores = row["query"] + "Answer:", []

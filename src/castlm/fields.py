@@ -440,11 +440,20 @@ def _converted(value: Any, option: Any) -> Any:
             number = float(value)
         except (ValueError, OverflowError):
             raise _WrongTypeError from None
+        if isinstance(value, str) and not value.isascii():  # `float` takes the digits of every script
+            raise _WrongTypeError("write its digits in ASCII")
+        if isinstance(value, str) and vanishes(value):
+            raise _WrongTypeError("it is too small for a float")
         if not math.isfinite(number):
             raise _WrongTypeError("it must be finite")
         return number
     text = _as_text(value)
     return Path(text) if option is Path else text
+
+
+def vanishes(text: str) -> bool:
+    """Whether the text of a number is above 0 and too small for a float, such as "1e-1000"."""
+    return float(text) == 0 and re.search("[1-9]", re.split("[eE]", text)[0]) is not None
 
 
 def _as_text(value: Any) -> str:

@@ -22,6 +22,7 @@ from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import IGNORED, Encoder, check_vocabulary
 from castlm.dtypes import dtype_name
 from castlm.facts import Conditions
+from castlm.fields import check_limits, convert
 from castlm.hardware import library_versions
 from castlm.models.architecture import (
     backbone,
@@ -95,6 +96,9 @@ def perplexity(
         raise InputError(
             f"text is a tensor of shape {tuple(text.shape)} and {text.dtype}: give (num_tokens,) token ids"
         )
+    seq_len, stride = convert("seq_len", seq_len, int | None), convert("stride", stride, int | None)
+    batch_size = convert("batch_size", batch_size, int)
+    check_limits("batch_size", batch_size, {"at_least": 1})
     if seq_len is None:
         seq_len = min(SEQ_LEN, context_length(model.config) or SEQ_LEN)
     stride = seq_len if stride is None else stride

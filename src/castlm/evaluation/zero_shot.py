@@ -95,21 +95,22 @@ def zero_shot(
         "acc_norm", "exact_match", "perplexity", ...), with `task`, `metric`, `value`, `stderr` (None if lm-eval has
         none), `num_docs`, `num_fewshot` (always 0), and the source of the data.
     """
-    from lm_eval import evaluator, simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
     configs = None if folder is None else [local_task(name, folder) for name in tasks]
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, mixed_precision_dtype=autocast_dtype)
-    evaluator.get_git_commit_hash = lambda: None  # else git complains outside a checkout
     try:
-        results: dict[str, Any] = simple_evaluate(
-            lm,
-            tasks=configs or list(tasks),
-            num_fewshot=0,
+        loaded = _task_manager(configs is None).load(configs or list(tasks))
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+        # Not `simple_evaluate`, which also asks git and the machine about themselves, and seeds this process.
+        results: dict[str, Any] = evaluator.evaluate(
+            lm=lm,
+            task_dict=loaded,
             limit=limit,
             log_samples=False,
             bootstrap_iters=1000,  # for perplexity's error; the error of accuracies is exact
-            task_manager=_task_manager(configs is None),
         )
     except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises all three if it cannot get its data
         raise InputError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import math
@@ -30,6 +31,37 @@ def temporary_name(name: str) -> str:
     return f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}"
 
 
+@contextlib.contextmanager
+def held(temporary: Path) -> Iterator[Path]:
+    """Holds a new temporary file or folder during the block, and yields it.
+
+    Two containers may have one host name, and neither knows the processes of the other. So a temporary name of a dead
+    process is stale only if nobody holds the lock of the kernel either, which ends with its process.
+    """
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without such locks: nobody can take it there either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temporary
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(temporary: Path) -> bool:
+    """Whether another process holds a temporary file or folder, or may hold it."""
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def remove_stale(path: Path) -> None:
     """Deletes the temporary files and folders beside `path` that dead writers on this machine left."""
     with contextlib.suppress(OSError):  # the folder may not be listed
@@ -46,9 +78,9 @@ def remove_stale_inside(folder: Path) -> None:
 
 
 def _remove_if_stale(path: Path) -> None:
-    """Deletes a file or folder with a `temporary_name` of a dead process on this machine."""
+    """Deletes a file or folder with a `temporary_name` of a dead process on this machine, which nobody holds."""
     found = _TEMPORARY.fullmatch(path.name)
-    if found is None or found["host"] != socket.gethostname() or _is_alive(found["pid"]):
+    if found is None or found["host"] != socket.gethostname() or _is_alive(found["pid"]) or _is_held(path):
         return
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
@@ -84,9 +116,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))  # follow a link and replace its target
     _remove_stale_once(path)
     temporary = path.with_name(temporary_name(path.name))
+    temporary.touch()
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with held(temporary):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -26,6 +26,7 @@ from castlm.files.atomic_file import (
     atomic_write_text,
     flush_file,
     flush_folder,
+    held,
     remove_stale,
     reporting_full_disk,
     temporary_name,
@@ -153,13 +154,14 @@ def begin_output(
         new = folder.with_name(temporary_name(folder.name))
         new.mkdir()
         try:
-            _write_start(new, files, about)
-            if (folder / LOCK).exists():  # this process holds it
-                try:
-                    os.link(folder / LOCK, new / LOCK)
-                except OSError:  # a file system without hard links
-                    os.rename(folder / LOCK, new / LOCK)
-            earlier = _publish(new, folder)
+            with held(new):
+                _write_start(new, files, about)
+                if (folder / LOCK).exists():  # this process holds it
+                    try:
+                        os.link(folder / LOCK, new / LOCK)
+                    except OSError:  # a file system without hard links
+                        os.rename(folder / LOCK, new / LOCK)
+                earlier = _publish(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
         assert earlier is not None
@@ -345,15 +347,16 @@ def atomic_dir(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
         _refuse_taken(final, overwrite)
         temporary.mkdir()
         try:
-            yield temporary
-            for root, _, names in os.walk(temporary):
-                for name in names:
-                    widen_access(Path(root, name), temporary)
-                    flush_file(Path(root, name))
-                flush_folder(Path(root))
-            record_output(temporary, command="result", complete=True, checksums=True)
-            _refuse_taken(final, overwrite)  # it may have appeared meanwhile
-            _publish(temporary, final)
+            with held(temporary):
+                yield temporary
+                for root, _, names in os.walk(temporary):
+                    for name in names:
+                        widen_access(Path(root, name), temporary)
+                        flush_file(Path(root, name))
+                    flush_folder(Path(root))
+                record_output(temporary, command="result", complete=True, checksums=True)
+                _refuse_taken(final, overwrite)  # it may have appeared meanwhile
+                _publish(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from castlm.core.errors import InputError, one_line
+from castlm.core.errors import InputError, check_type, one_line
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 
@@ -26,11 +26,16 @@ def user_path(path: str | Path) -> Path:
     """`path` with `~` and `~user` expanded; it need not exist.
 
     Raises:
-        InputError: it is empty, too long, holds a null character, names an unknown user, or may not be accessed.
+        InputError: it is no text, is empty, too long, holds a null character, names a user that is unknown or has no
+            home folder, or may not be accessed.
     """
+    check_type(path, (str, os.PathLike), "a path must be text", "name a file or a folder")
     text = os.fspath(path)
     if not text:
         raise InputError("a path is empty: name a file or a folder")
+    home = os.path.expanduser(text.partition("/")[0])
+    if text.startswith("~") and os.path.isabs(home) and not os.path.isdir(home):  # of `nobody`: it would be made, in /
+        raise InputError(f"the home folder {home} of {text[:200]!r} does not exist: name another place")
     try:
         path = Path(text).expanduser()
         os.stat(path)

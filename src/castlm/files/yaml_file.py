@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.core.errors import InputError
+from castlm.fields import vanishes
 from castlm.files.reading import check_regular, read_text
 
 MAX_BYTES = 1 << 17  # nested lists of this size take PyYAML two seconds
@@ -92,4 +93,4 @@ def _plain_value(text: str) -> Any:
         return text.lower() == "true"
     if _INT.fullmatch(text):
         return int(text)
-    return float(text) if _FLOAT.fullmatch(text) else text
+    return float(text) if _FLOAT.fullmatch(text) and not vanishes(text) else text

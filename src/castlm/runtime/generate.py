@@ -11,8 +11,9 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
+from castlm.data.tokens import check_vocabulary
 from castlm.hardware import choose_device, has_fast_bf16
-from castlm.models.architecture import check_context
+from castlm.models.architecture import check_context, vocab_size
 from castlm.models.io import load_weights, open_model, unpack_on_load_
 from castlm.runtime.decode import ONE_SEQUENCE, FiniteLogits, TokenTimes, decoding_method
 from castlm.say import Say, silent
@@ -122,10 +123,13 @@ def generate_text(
         say: called with a line if a packed model must decode in transformers' loop, with the reason.
 
     Raises:
-        InputError: more tokens than the model's context holds, or logits that are not finite.
+        InputError: more tokens than the model's context holds, a token outside its vocabulary, or logits that are not
+            finite.
     """
     assert max_new_tokens >= 1
     check_context(model.config, input_ids.shape[1], max_new_tokens)
+    if not extra:  # tokens of images may have no embedding
+        check_vocabulary(input_ids, vocab_size(model.config))
     stream = _Stream(tokenizer, write)
     sampling = {"do_sample": True, "temperature": temperature} if temperature >= 1e-6 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -337,6 +338,7 @@ def open_training_text(
     indexes = indexes or LineIndexes()
     documents, held_out = _open_splits(data, evaluation, indexes)
     encoder = open_encoder([documents, *held_out], tokenizer, model.model, data, **model.loading)
+    check_vocabulary(torch.tensor([encoder.eos, *encoder.bos]), vocab_size)  # they are not in every held-out text
     # All ranks read the same text, but each prepares only the images of its own rows.
     says = world.is_main or documents.kind is Kind.WITH_EXTRA
     loader = BatchLoader(
