@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from castlm_runtime.errors import InputError, check_type, is_panic, naming, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-class InputError(ValueError):
-    """The given input cannot be used. The message is one line that names the offending value and the remedy."""
-
-    on_all_ranks = False
-    """Whether every rank raises it at the same place, so that they may still act together before they end."""
+__all__ = [
+    "DivergedError",
+    "InputError",
+    "check_finite",
+    "check_type",
+    "is_out_of_memory",
+    "is_panic",
+    "naming",
+    "one_line",
+]
 
 
 def check_finite(what: str, value: Tensor, remedy: str = "the model is damaged") -> None:
@@ -23,36 +27,6 @@ def check_finite(what: str, value: Tensor, remedy: str = "the model is damaged")
     # `isfinite` would take three copies
     if value.numel() and not all(map(math.isfinite, value.aminmax())):
         raise InputError(f"{what} holds NaN or infinity: {remedy}")
-
-
-def check_type(value: object, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
-    """Raises `InputError` unless `value` is a `kind`.
-
-    Args:
-        what: the argument and what it must be, such as "model must be an nn.Module".
-    """
-    if not isinstance(value, kind):
-        raise InputError(f"{what}, not the {type(value).__name__} {' '.join(repr(value).split()):.100}: {remedy}")
-
-
-@contextlib.contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Puts `what`, such as the name of a layer, before the message of an `InputError` in the block."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{what}: {error}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """The reason of another library's error, in one line of at most 200 characters without the path of an OSError."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(reason.split())[:200]
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust panicked, as tokenizers does for some patterns: this is no `Exception`."""
-    return type(error).__name__ == "PanicException"
 
 
 class DivergedError(InputError):

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from castlm.core.errors import InputError, one_line
-from castlm.data.templates import EndlessError, RenderedText, render_template
 from castlm.files.reading import parse_json, read_text, user_path
+from castlm_runtime.templates import EndlessError, RenderedText, render_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

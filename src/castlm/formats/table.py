@@ -1,82 +1,19 @@
-"""The numeric formats of weights.
+"""The numeric formats of weights: the table is that of castlm-runtime, which has their kernels."""
 
-`FORMATS` is the table. A new format whose rows share a scale is a record here: `rounding.round_rows` follows from it. A
-format with other scales has a rounding of its own there, and one to multiply by has kernels (`Values` in
-castlm_runtime/kernels/matrix.h).
-"""
+from castlm_runtime.formats import (
+    FORMATS,
+    HEADS,
+    ITEM_BYTES,
+    PACKABLE,
+    Format,
+    rounded_formats,
+)
 
-from __future__ import annotations
-
-import math
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Format:
-    """A numeric format of weights.
-
-    Attributes:
-        name: its name in options and records.
-        stored: safetensors' name of the dtype of the values in a file.
-        bits: bits of a value.
-        kernel: its code in `Values` of matrix.h; None without kernels and without a packed form.
-        scale: safetensors' name of the dtype of the scales; empty if the values are the weights themselves.
-        group: columns of a row that share a scale; 0 is the whole row.
-        largest: end of the rounding grid, in units of the scale.
-        reads_text: whether its rounding is better with a calibration text.
-        needs_training: whether rounding alone loses too much, so that a model is trained with rounded weights.
-    """
-
-    name: str
-    stored: str
-    bits: int
-    kernel: int | None
-    scale: str = ""
-    group: int = 0
-    largest: float = math.inf
-    reads_text: bool = False
-    needs_training: bool = False
-
-    @property
-    def rounds(self) -> bool:
-        """Whether weights are rounded to a grid with scales."""
-        return bool(self.scale)
-
-    @property
-    def runs_as(self) -> str:
-        """The format of the kernels that multiply it: int3 is widened to int4 when it is loaded."""
-        return next(form.name for form in FORMATS.values() if form.kernel == self.kernel)
-
-    def groups(self, columns: int) -> list[slice]:
-        """The columns of each scale, in a row of `columns` weights."""
-        width = self.group or columns
-        return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
-
-    def num_scales(self, columns: int) -> int:
-        """Scales of a row of `columns` weights."""
-        return len(self.groups(columns))
-
-
-FORMATS = {
-    form.name: form
-    for form in (
-        Format("bf16", "BF16", 16, 0),
-        Format("fp16", "F16", 16, 1),
-        Format("fp32", "F32", 32, 2),
-        Format("int8", "I8", 8, 3, "F32", largest=127),
-        Format("int4", "U8", 4, 4, "BF16", group=64, largest=7, reads_text=True),
-        Format("int3", "U8", 3, 4, "BF16", group=64, largest=3, reads_text=True, needs_training=True),
-        Format("fp8", "F8_E4M3", 8, None, "F32", largest=448),
-    )
-}
-ITEM_BYTES = {form.stored: max(8, form.bits) // 8 for form in FORMATS.values()}
-"""Bytes of a stored item, by safetensors' name of its dtype."""
-PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
-"""The formats that a packed file can hold."""
-HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].reads_text)
-"""The formats that an output head can be rounded to."""
-
-
-def rounded_formats() -> tuple[str, ...]:
-    """The formats that `castlm quantize` rounds to."""
-    return tuple(form.name for form in FORMATS.values() if form.rounds)
+__all__ = [
+    "FORMATS",
+    "HEADS",
+    "ITEM_BYTES",
+    "PACKABLE",
+    "Format",
+    "rounded_formats",
+]

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from castlm.core.errors import InputError, one_line
+from castlm_runtime.errors import InputError, one_line
 
 _WALL_FACTOR = 12  # of the processor time, for a machine that others use, and for the start of the process
 _lock = threading.Lock()
@@ -73,11 +73,12 @@ def render_template(
     """
     request = {
         **variables,
-        "conversations": [messages],
+        "messages": messages,
         "tools": tools,
-        "chat_template": template,
+        "documents": None,
+        "template": template,
         "add_generation_prompt": reply,
-        "return_assistant_tokens_mask": marks,
+        "marks": marks,
         "num_bytes": num_bytes,
         "seconds": min(seconds, 86_400.0),
     }
@@ -101,6 +102,12 @@ def render_template(
     return RenderedText(found["text"], [(begin, end) for begin, end in found["spans"]])
 
 
+def start() -> None:
+    """Starts the process, so that the first rendering does not wait for it."""
+    with _lock:
+        _running()
+
+
 def _running() -> subprocess.Popen[bytes]:
     """The process, started if there is none of this process's own."""
     global _process
@@ -112,7 +119,6 @@ def _running() -> subprocess.Popen[bytes]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "USE_TORCH": "0"},
             )
         except OSError as error:
             raise InputError(f"cannot start a process for the chat template: {one_line(error)}") from error

@@ -1,0 +1,144 @@
+"""The process that renders chat templates for `castlm_runtime.templates`: a request on stdin, then a reply on stdout.
+
+It runs as a file, imports nothing but Jinja, and ends with its stdin. Both messages are 8 bytes of length,
+little-endian, and JSON. Templates see what transformers' `render_jinja_template` shows them; tests compare the two.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import resource
+import signal
+import sys
+
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import jinja2.utils
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first or second
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}`: marks what the assistant wrote; the spans of characters are in `environment.spans`."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller):
+        text = caller()
+        if self.environment.pieces is not None:
+            begin = len("".join(self.environment.pieces))
+            self.environment.spans.append((begin, begin + len(text)))
+        return text
+
+
+class Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace without names that begin with an underscore, which could reach Python's internals."""
+
+    def __init__(*args, **kwargs):  # as Jinja's, so that `namespace(self=...)` works
+        self, *given = args
+        found = dict(*given, **kwargs)
+        for name in found:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, found)
+
+    def __setitem__(self, name, value):
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name):
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a chat template stores {name!r}, which begins with an underscore")
+
+
+class Dict:
+    """`dict` without its attributes."""
+
+    def __call__(self, *args, **kwargs):
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args):
+        return dict.fromkeys(*args)
+
+
+def _raise(message):
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    # Jinja's own filter escapes the characters of HTML
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache
+def compiled(template):
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.pieces, environment.spans = None, []
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    environment.globals["dict"] = Dict()
+    environment.globals["namespace"] = Namespace
+    return environment.from_string(template)
+
+
+def _with_reasoning(message):
+    value = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    return message if value is None else {"thinking": value, **message, "reasoning_content": value}
+
+
+def render(template, messages, marks, **variables):
+    """The text, and the spans of its characters inside generation marks; none without `marks`."""
+    found = compiled(template)
+    environment = found.environment
+    environment.pieces, environment.spans = [] if marks else None, []
+    messages = [_with_reasoning(message) for message in messages]
+    if not marks:
+        return found.render(messages=messages, **variables), []
+    for piece in found.generate(messages=messages, **variables):
+        environment.pieces.append(piece)
+    return "".join(environment.pieces), environment.spans
+
+
+def main():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes stdin
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr
+    while head := requests.read(8):
+        request = json.loads(requests.read(int.from_bytes(head, "little")))
+        limit_memory(request.pop("num_bytes"))
+        signal.setitimer(signal.ITIMER_PROF, request.pop("seconds"))  # of processor time; SIGPROF ends this process
+        try:
+            text, spans = render(**request)
+            reply = json.dumps({"text": text, "spans": spans})
+        except MemoryError:
+            reply = json.dumps({"is_memory": True})
+        except BaseException as error:  # a template is a program and may raise anything
+            reply = json.dumps({"error": str(error) or type(error).__name__})
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        content = reply.encode()
+        replies.write(len(content).to_bytes(8, "little") + content)
+        replies.flush()
+
+
+def limit_memory(num_bytes):
+    """Makes an allocation of more than `num_bytes` above the present size fail with a MemoryError, on Linux."""
+    with contextlib.suppress(OSError):
+        with open("/proc/self/statm") as statm:
+            pages = int(statm.read().split()[0])
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = pages * resource.getpagesize() + num_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+if __name__ == "__main__":
+    main()
