@@ -70,6 +70,7 @@ def load_kernels(file: str) -> ctypes.CDLL:
     library.castlm_decode.argtypes = [pointer, pointer, size, pointer, pointer, number]
     library.castlm_read_prompt.argtypes = [pointer, size, size, pointer, pointer, number]
     library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
+    library.castlm_sample.argtypes = [pointer, size, size, pointer, size, size, pointer, pointer, pointer, number]
     if os.environ.get(_LEVEL_VARIABLE):
         use_level(os.environ[_LEVEL_VARIABLE], library)
     return library
