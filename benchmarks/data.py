@@ -51,10 +51,9 @@ def _wikipedia(first: int, count: int) -> Callable[[Path], None]:
         from datasets import load_dataset
 
         rows = load_dataset("wikimedia/wikipedia", "20231101.en", split="train", streaming=True)
-        opened = gzip.open(file, "wt") if file.suffix == ".gz" else file.open("w", encoding="utf-8")
-        with opened as out:
-            for row in itertools.islice(rows, first, first + count):
-                out.write(json.dumps({"text": row["text"]}) + "\n")
+        articles = itertools.islice(rows, first, first + count)
+        text = "".join(json.dumps({"text": row["text"]}) + "\n" for row in articles).encode()
+        file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
 
     return fetch
 
@@ -94,7 +93,7 @@ SOURCES = {
     "tinystories_selfgen.jsonl": Source(
         None,
         "dd443e9a301bc908f14856239b6608392beecb5085f50cfe0f5a9742ab9981ba",
-        how="castlm sample stories260K --output-file tinystories_selfgen.jsonl --num-tokens 1600000 --max-new-tokens 500",
+        how="castlm sample stories260K --output-file tinystories_selfgen.jsonl --num-tokens 1600000",
     ),
     "wikipedia_train.jsonl.gz": Source(
         _wikipedia(150, 7177), "c7ec456709cdd09172d8faa21514efbe8a87237bcc14b5e3db32a3e28bbf89e6", is_stand_in=True
@@ -140,7 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fetch the texts and models of the tables.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", default=list(SOURCES))
-    parser.add_argument("--stand-ins", action="store_true", help="fetch texts of the same kind where there is no source")
+    parser.add_argument(
+        "--stand-ins", action="store_true", help="fetch texts of the same kind where there is no source"
+    )
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     failed = 0
