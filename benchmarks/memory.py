@@ -61,8 +61,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
     from benchmarks.machine import proc_status
     from castlm.hardware import keep_freed_memory
     from castlm.training.config import TrainConfig
-    from castlm.training.stepper import Stepper
-    from castlm.training.train import set_up
+    from castlm.training.trainer import Trainer
 
     def start(model: str, name: str) -> Any:
         config = TrainConfig.of(
@@ -81,24 +80,24 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
             report_to=("none",),
             device="cpu",
         )
-        return Stepper(set_up(config, world))
+        return Trainer(config, world)
 
-    start(str(folder / "tiny"), "warm").step()
+    start(str(folder / "tiny"), "warm").train_step()
     gc.collect()
     baseline = proc_status("RssAnon")
-    stepper = start(str(folder / "model") if case["family"] else "demo", "run")
-    stepper.step()
+    trainer = start(str(folder / "model") if case["family"] else "demo", "run")
+    trainer.train_step()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    stepper.step()
+    trainer.train_step()
     # Pages of mapped files (libraries, safetensors) can be dropped by the kernel: they are no need of the run.
     peak, after = proc_status("VmHWM") - proc_status("RssFile") - baseline, proc_status("RssAnon") - baseline
     keep_freed_memory()  # from here on, as castlm's commands do
-    stepper.step()
+    trainer.train_step()
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        stepper.step()
+        trainer.train_step()
         seconds.append(time.perf_counter() - started)
     return {"peak": peak, "after": after, "seconds": statistics.median(seconds)}
 

@@ -39,9 +39,7 @@ from castlm.distributed import export
 from castlm.distributed.world import World
 from castlm.training.config import TrainConfig
 from castlm.training.finish import sharded_result
-from castlm.training.recorder import Recorder
-from castlm.training.stepper import Stepper
-from castlm.training.train import set_up
+from castlm.training.trainer import Trainer
 
 KIB = 2**10
 PHASES = ("opening", "step", "checkpoint", "result")
@@ -131,16 +129,15 @@ def count_here(ranks: int, hidden: int, layers: int, folder: Path) -> Counted:
     world = World(0, ranks, torch.device("cpu"), mesh, dist.group.WORLD, dist.group.WORLD)
     counted = Counted(ranks)
     with counted.objects(), counted, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        run = set_up(config, world)
-        with Recorder(run) as recorder:
-            stepper = Stepper(run)
-            counted.phase = "step"  # as in `take_steps`
+        run = Trainer(config, world)
+        with run.recording():
+            counted.phase = "step"  # as in `Trainer.train`
             world.meet("step 1")
-            recorder.log(stepper.step())
+            run.log(run.train_step())
             world.any(False)
             counted.phase = "checkpoint"
-            recorder.save()
-            recorder.saver.finish()
+            run.save()
+            run.saver.finish()
             counted.phase = "result"
             run.method.fold_()
             (folder / "result").mkdir()

@@ -33,9 +33,7 @@ from castlm.methods.options import OptimizerOptions
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.options import TeacherOptions
-from castlm.training.run import Run
-from castlm.training.stepper import Stepper
-from castlm.training.train import set_up
+from castlm.training.trainer import Trainer
 
 
 def bare_step(student, teacher, optimizer, batches, precision, eta):
@@ -66,7 +64,7 @@ def timed(run, *arguments):
     return time.perf_counter() - started
 
 
-def castlm_side(args: argparse.Namespace, scratch: Path) -> Run:
+def castlm_side(args: argparse.Namespace, scratch: Path) -> Trainer:
     text, held_out = write_texts(scratch / "text")
     config = TrainConfig.of(
         model=args.model,
@@ -83,7 +81,7 @@ def castlm_side(args: argparse.Namespace, scratch: Path) -> Run:
         device=args.device,
         report_to=("none",),
     )
-    return set_up(config, init_world(args.device, "full"))
+    return Trainer(config, init_world(args.device, "full"))
 
 
 def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.Module, nn.Module, torch.optim.AdamW]:
@@ -98,21 +96,21 @@ def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.
 def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     keep_freed_memory()  # as castlm train does; it serves both sides
     run = castlm_side(args, scratch)
-    stepper, bare = Stepper(run), bare_side(args, next(run.objective.teacher.parameters()).dtype)
+    bare = bare_side(args, next(run.objective.teacher.parameters()).dtype)
     seconds: dict[str, list[float]] = {"castlm": [], "bare": []}
     position = run.text.loader.state_dict()
     for step in range(args.steps + 1):
-        seconds["castlm"].append(timed(stepper.step))
+        seconds["castlm"].append(timed(run.train_step))
         run.text.loader.load_state_dict(position)  # the same batch for both
         batch = next(run.text.loader)
         position = run.text.loader.state_dict()
         batches = [(batch["input_ids"].to(args.device), batch["labels"].to(args.device))]
-        seconds["bare"].append(timed(bare_step, *bare, batches, run.evaluator.precision, run.config.teacher.eta))
+        seconds["bare"].append(timed(bare_step, *bare, batches, run.precision, run.config.teacher.eta))
         print(f"step {step}: castlm {seconds['castlm'][-1]:.2f} s, bare {seconds['bare'][-1]:.2f} s", flush=True)
     tokens = args.batch * args.seq_len
     rows = {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}
     ratio = rows["castlm"] / rows["bare"]
-    precision = run.evaluator.precision
+    precision = run.precision
     print(f"\n{args.model}, {args.batch} x {args.seq_len} tokens, {precision}, optimizer {run.optimizer_text}")
     print(f"castlm {rows['castlm']:,.0f} tokens/s, bare loop {rows['bare']:,.0f} tokens/s: {ratio:.3f} of it")
     return {"tokens_per_s": rows, "ratio": ratio, "seconds": seconds, "precision": precision}
@@ -143,8 +141,8 @@ def show_peak(args: argparse.Namespace, scratch: Path) -> None:
     if args.side == "castlm":
         keep_freed_memory()
         run = castlm_side(args, scratch)
-        precision, teacher_dtype = run.evaluator.precision, next(run.objective.teacher.parameters()).dtype
-        step = Stepper(run).step
+        precision, teacher_dtype = run.precision, next(run.objective.teacher.parameters()).dtype
+        step = run.train_step
     else:
         precision, teacher_dtype = args.precision, getattr(torch, args.teacher_dtype)
         bare = bare_side(args, teacher_dtype)

@@ -15,15 +15,11 @@ from castlm.cli.main import main
 from castlm.core.nm import NM
 from castlm.distributed.world import World, init_world
 from castlm.patterns import parse_pattern
-from castlm.signals import Interrupt
-from castlm.training import train as training
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.recorder import Recorder
-from castlm.training.run import Run
-from castlm.training.stepper import Stepper
-from castlm.training.teacher import Teacher
-from castlm.training.train import set_up, train
+from castlm.training.objective import Objective
+from castlm.training.train import train
+from castlm.training.trainer import Trainer
 
 SMALL: dict[str, Any] = {
     "max_steps": 8,
@@ -65,30 +61,29 @@ def prune_to(folder: Path, model: str | Path, text: str | Path | None = None, **
     return str(folder)
 
 
-def begin_run(config: TrainConfig, world: World | None = None) -> Run:
+def begin_run(config: TrainConfig, world: World | None = None) -> Trainer:
     """A run before its first step, on one rank by default, for tests that take the steps themselves."""
-    return set_up(config, world or init_world("cpu", "full"))
+    return Trainer(config, world or init_world("cpu", "full"))
 
 
-def take_steps(run: Run, number: int = 1) -> None:
+def take_steps(run: Trainer, number: int = 1) -> None:
     """Takes steps of a run that leave nothing in its folder."""
-    stepper = Stepper(run)
     for _ in range(number):
-        stepper.step()
+        run.train_step()
 
 
 @contextlib.contextmanager
 def teacher_batches() -> Iterator[list[tuple[int, ...]]]:
     """Gives the shapes of the batches that a teacher reads within the block."""
     read: list[tuple[int, ...]] = []
-    output_of = Teacher.read
+    output_of = Objective._read_teacher
 
-    def output_noted(self: Teacher, inputs: dict[str, torch.Tensor], *rest: Any) -> Any:
+    def output_noted(self: Objective, inputs: dict[str, torch.Tensor], *rest: Any) -> Any:
         read.append(tuple(inputs["input_ids"].shape))
         return output_of(self, inputs, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teacher, "read", output_noted)
+        patch.setattr(Objective, "_read_teacher", output_noted)
         yield read
 
 
@@ -96,32 +91,27 @@ class Stopped(Exception):  # noqa: N818
     """Stands for a kill."""
 
 
-def before_each_step(patch: pytest.MonkeyPatch, action: Callable[[Recorder], Any]) -> None:
-    """Lets every `train` call `action` before each of its steps; the recorder holds the run."""
-    loop, original = training.take_steps, Stepper.step
+def before_each_step(patch: pytest.MonkeyPatch, action: Callable[[Trainer], Any]) -> None:
+    """Lets every `train` call `action` before each of its steps, of a lam estimate too."""
+    original = Trainer.train_step
 
-    def take_steps(run: Run, recorder: Recorder, interrupt: Interrupt) -> None:
-        def step(self: Stepper) -> dict[str, float]:
-            action(recorder)
-            return original(self)
+    def train_step(self: Trainer) -> dict[str, float]:
+        action(self)
+        return original(self)
 
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Stepper, "step", step)
-            loop(run, recorder, interrupt)
-
-    patch.setattr(training, "take_steps", take_steps)
+    patch.setattr(Trainer, "train_step", train_step)
 
 
-def before_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[Recorder], Any]) -> None:
+def before_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[Trainer], Any]) -> None:
     """Lets every `train` call `action` after `step` steps, before the next one."""
-    before_each_step(patch, lambda recorder: action(recorder) if recorder.run.progress.step == step else None)
+    before_each_step(patch, lambda run: action(run) if run.step == step else None)
 
 
 def train_until(config: TrainConfig, step: int) -> None:
     """Trains, and ends as a kill would, right after step `step`, whose checkpoint is whole if it has one."""
 
-    def stop(recorder: Recorder) -> None:
-        recorder.saver.finish()
+    def stop(run: Trainer) -> None:
+        run.saver.finish()
         raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:

@@ -12,8 +12,7 @@ from castlm.data.packing import document_mask, document_offsets
 from castlm.training import attention
 from castlm.training.apart import agree_end_to_end
 from castlm.training.attention import attend, use_attention_
-from castlm.training.objective import Objective, checkpoint_activations_
-from castlm.training.teacher import Teacher, as_teacher_
+from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 TOKENS = 200
@@ -129,7 +128,7 @@ def loss_and_gradients(own_attention: bool, end_to_end: bool = False, saves: boo
     student, teacher = tiny_model("llama").train(), as_teacher_(tiny_model("llama", seed=1), torch.float32)
     if saves:
         checkpoint_activations_(student)
-    objective = Objective(student, Teacher(teacher, 1.0), 0.5, apart=True, own_attention=own_attention)
+    objective = Objective(student, teacher, 0.5, apart=True, own_attention=own_attention)
     if end_to_end:
         objective.way = "offsets"
     ids = torch.randint(0, VOCAB_SIZE, (2, TOKENS), generator=torch.Generator().manual_seed(0))

@@ -32,7 +32,7 @@ from castlm.lab.compare.runs import ComparedRun, Failure, Result, content_hash, 
 from castlm.methods.table import METHODS
 from castlm.progress import note
 from castlm.training.config import TrainConfig
-from castlm.training.stepper import Stepper
+from castlm.training.trainer import Trainer
 from tests.refusals import refusal
 from tests.runs import before_each_step, killed_in
 from tests.tiny import TEXT, save_tiny
@@ -238,10 +238,10 @@ def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process, capsys
 
 def test_a_killed_run_is_resumed(files, tmp_path, in_process, monkeypatch):
     asked = {"methods": "cast", "config": {**CONFIG, "init_from": "magnitude", "save_steps": 1}}
-    with killed_in(Stepper, "step", call=5):
+    with killed_in(Trainer, "train_step", call=5):
         compare(files, tmp_path, **asked)
     steps: list[int] = []
-    before_each_step(monkeypatch, lambda recorder: steps.append(recorder.run.progress.step))
+    before_each_step(monkeypatch, lambda run: steps.append(run.step))
     compare(files, tmp_path, **asked)
     first = steps[0]
     assert first in (3, 4)  # the newest save may not have been whole

@@ -12,7 +12,7 @@ from castlm.cli import demo, demo_payoff
 from castlm.cli.demo_payoff import Case, measure
 from castlm.cli.main import main
 from castlm.runtime import generate
-from castlm.training.stepper import Stepper
+from castlm.training.trainer import Trainer
 from tests.chats import save_chat_model
 from tests.refusals import refused
 from tests.runs import prune_to
@@ -28,16 +28,16 @@ def tiny_demo(no_charts, tmp_path, monkeypatch) -> str:
 
 
 def test_a_demo_that_was_stopped_says_how_to_go_on_and_does(tiny_demo, capsys, monkeypatch):
-    steps, original = [], Stepper.step
+    steps, original = [], Trainer.train_step
 
     def step(self):
-        steps.append((self.run.config.method.method, self.run.progress.step))
+        steps.append((self.config.method.method, self.step))
         figures = original(self)
         if steps == [("cast", 0), ("cast", 1), ("dense", 0)]:
             os.kill(os.getpid(), signal.SIGINT)
         return figures
 
-    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     assert main(["demo", "--output-dir", tiny_demo, "--max-steps", "2"]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     again = f"castlm demo --output-dir {tiny_demo} --max-steps 2 --resume"

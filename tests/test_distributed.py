@@ -38,15 +38,14 @@ from castlm.export.verify import verify
 from castlm.files import output
 from castlm.models.io import load_model
 from castlm.signals import Interrupt, stopped_by_sigterm
-from castlm.training import checkpoint, finish, source
+from castlm.training import checkpoint, finish, start
+from castlm.training import model as opening
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.objective import Objective, pruned
-from castlm.training.recorder import Recorder
-from castlm.training.run import Run
-from castlm.training.start import TrainingStart
-from castlm.training.teacher import Teacher, as_teacher_
-from castlm.training.train import calibrate, resolve, train
+from castlm.training.first_steps import measure_first_steps
+from castlm.training.objective import Objective, as_teacher_, pruned
+from castlm.training.train import resolve, train
+from castlm.training.trainer import Trainer
 from tests.faults import (
     Ground,
     check_hang,
@@ -88,11 +87,11 @@ def train_uneven(config: TrainConfig) -> None:
         labels[batch["input_ids"][:, 0] % 3 == 0, 8:] = -100
         return batch | {"labels": labels}
 
-    def keep_masks(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
+    def keep_masks(run: Trainer) -> dict[str, Any]:
         masks = {run.names[p]: whole(mask) for p, mask in run.method.masks().items()}
         if run.world.is_main:
             torch.save(masks, run.folder.path / "masks.pt")
-        return original_finish(run, say)
+        return original_finish(run)
 
     BatchLoader.__next__, training.finish = next_with_ignored_labels, keep_masks
     train(config)
@@ -274,17 +273,17 @@ def test_ranks_start_from_sparsegpt_as_one_rank_does(stored, calibrated_run, gem
 
 def train_after_a_slow_start(config: TrainConfig, whole_model: bool) -> None:
     """Trains; loading the model to prune takes longer than `timeout_s`, or the model is whole on each rank."""
-    load = source.load_model
+    load = opening.load_model
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(1.1 * config.runtime.timeout_s)
         return load(*args, **kwargs)
 
-    TrainingStart._why_whole = lambda self: "of a test"
+    start._why_one_rank = lambda *args: "of a test"
     if whole_model:
-        source.open_sharded = lambda *args, **kwargs: None
+        opening.open_sharded = lambda *args, **kwargs: None
     else:
-        source.load_model = slowly
+        opening.load_model = slowly
     train(config)
 
 
@@ -328,14 +327,14 @@ def test_a_failure_of_the_main_rank_alone_is_one_line(gemma, text, tmp_path):
 
 
 def train_with_a_defect_on_the_main_rank(config: TrainConfig) -> int:
-    make = Recorder.__init__
+    recording = Trainer.recording
 
-    def broken(self: Recorder, run: Run) -> None:
-        if run.world.is_main:
+    def broken(self: Trainer) -> Any:
+        if self.world.is_main:
             raise RuntimeError("two shapes that do not fit")
-        make(self, run)
+        return recording(self)
 
-    Recorder.__init__ = broken
+    Trainer.recording = broken
     return train_as_a_command(config)
 
 
@@ -378,7 +377,7 @@ def calibrate_lam(config: TrainConfig, file: Path) -> None:
     world = init_world("cpu", config.runtime.sharding)
     lam = resolve(config, world).method.lam
     assert set(world.gather(lam)) == {lam}
-    layers = calibrate(config, world, steps=1).layers
+    layers = measure_first_steps(config, world, steps=1).layers
     assert all(other == layers for other in world.gather(layers))
     if world.is_main:
         file.write_text(repr(lam))
@@ -493,7 +492,7 @@ def write_weights_alone(dense: str, folder: str, sharding: str) -> None:
         if parameter.shape[-1] == 2:
             parameter.data = torch.rand(parameter.shape, generator=generator)
     if world.size > 1:
-        shard_(Objective(model, None, 0.0), world)
+        shard_(Objective(model), world)
     write_file, written = export.write_file, []
     export.write_file = lambda file, *rest: (written.append(file.name), write_file(file, *rest))
     Path(folder).mkdir(exist_ok=True)
@@ -789,7 +788,7 @@ def see_what_is_gathered(folder: str) -> None:
     model = load_model(folder).model
     teacher = as_teacher_(copy.deepcopy(model), torch.bfloat16)
     add_weight_scaling(model)
-    objective = Objective(model, Teacher(teacher, 1.0), 0.5)
+    objective = Objective(model, teacher, 0.5)
     shard_(objective, world, "bf16")
     held = sum(local(parameter).numel() for parameter in objective.parameters())
     assert held <= 0.51 * sum(parameter.numel() for parameter in objective.parameters())
@@ -828,7 +827,7 @@ def compare_gradients_of_ends(folder: str) -> None:
     ids, gradients = torch.arange(32).view(2, 16), []
     for is_sharded in (False, True):
         student, teacher = copy.deepcopy(model), as_teacher_(copy.deepcopy(model), torch.float32)
-        objective = Objective(student, Teacher(teacher, 1.0), 0.5)
+        objective = Objective(student, teacher, 0.5)
         if is_sharded:
             shard_(objective, world)
         objective(ids, ids.roll(-1), 32).loss.backward()

@@ -222,7 +222,7 @@ def test_the_model_of_a_run_and_its_recorded_pattern_are_found(sparse, tmp_path)
 
 
 def test_a_packed_model_is_fine_tuned_and_its_folder_can_be_overwritten(sparse, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("castlm.training.train.longest_free_group", lambda n, m: 32)  # as on a CPU with AVX-512
+    monkeypatch.setattr("castlm.training.trainer.longest_free_group", lambda n, m: 32)  # as on a CPU with AVX-512
     castlm.pack_folder(sparse, tmp_path / "packed")
     over = {"adapter": "shira", "max_steps": 2, "overwrite": True, "report_to": ("none",)}
     pytest.importorskip("peft")

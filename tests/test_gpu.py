@@ -27,8 +27,6 @@ from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.sparsegpt import sparsegpt_by_factor
 from castlm.oneshot.steps.round import quantize_
 from castlm.starts import change_basis_, prune_oneshot_
-from castlm.training.recorder import Recorder
-from castlm.training.stepper import Stepper
 from tests.pretend_gpu import PretendTensor, pretend_gpu
 from tests.runs import assert_equal_weights, begin_run, killed_in, small
 from tests.tiny import tiny_model
@@ -57,12 +55,12 @@ def test_a_step_an_evaluation_and_a_checkpoint_of_a_run(more, gpu, llama, text, 
     options = more | {"init_from": "magnitude", "max_steps": 2, "mask_interval": 1, "eval_tokens": 128}
     run = begin_run(small(llama, text, tmp_path / "run", **options), init_world("auto", "full"))
     assert run.model.device.type == "cuda"
-    assert run.evaluator.precision == "bf16"
-    recorder = Recorder(run)
-    recorder.log(Stepper(run).step())
-    recorder.evaluate()
-    recorder.save()
-    recorder.saver.finish()
+    assert run.precision == "bf16"
+    with run.recording():
+        run.log(run.train_step())
+        run.evaluate()
+        run.save()
+        run.saver.finish()
     assert all(isinstance(p, PretendTensor) for p in run.optimizer.sparse_params())
     assert all(isinstance(mask, PretendTensor) for mask in run.method.masks().values())
 

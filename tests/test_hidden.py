@@ -8,8 +8,7 @@ import torch
 from castlm.core.hidden import hidden_distance
 from castlm.oneshot.options import BasisOptions
 from castlm.starts import change_basis_
-from castlm.training.objective import Objective
-from castlm.training.teacher import Teacher, as_teacher_
+from castlm.training.objective import Objective, as_teacher_
 from tests.runs import begin_run, small, take_steps
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -44,14 +43,14 @@ def test_the_distance_is_relative_for_each_token_and_averaged_over_those_that_co
 def test_the_same_function_in_another_basis_is_at_no_distance():
     model = tiny_model("llama")
     ids = torch.randint(0, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
-    teacher = Teacher(as_teacher_(copy.deepcopy(model), torch.float32), 1.0, keeps_stream=True)
-    objective = Objective(model, teacher, 0.5, hidden_weight=1.0)
+    teacher = as_teacher_(copy.deepcopy(model), torch.float32)
+    objective = Objective(model, teacher, 0.5, compares_hidden=True)
     change_basis_(model, ids, BasisOptions(rotation_iterations=5))
-    loss = objective(ids, ids, ids.numel())
+    loss = objective(ids, ids, ids.numel(), hidden_weight=1.0)
     assert loss.hidden < 1e-10
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
-    damaged = objective(ids, ids, ids.numel())
+    damaged = objective(ids, ids, ids.numel(), hidden_weight=1.0)
     assert damaged.hidden > 1e-4
     assert torch.allclose(damaged.loss, 0.5 * damaged.ce + 0.5 * damaged.kl + damaged.hidden)
 

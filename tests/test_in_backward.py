@@ -6,7 +6,8 @@ import torch
 from castlm.core.adams import AdamS
 from castlm.core.errors import InputError
 from castlm.distributed.gradients import NormInParts, gradient_norm, torch_norm_of
-from castlm.training.train import _obstacle_on_ranks, train
+from castlm.training.train import train
+from castlm.training.trainer import obstacle_on_ranks
 from tests.pretend_gpu import pretend_gpu
 from tests.runs import begin_run, metrics, small, stop_and_resume, take_steps
 from tests.slow import slow
@@ -79,4 +80,4 @@ def test_what_keeps_or_sums_all_gradients_is_refused_by_name(llama, text, tmp_pa
     config = small(llama, text, tmp_path / "run", step_in_backward=True)
     with pytest.raises(InputError, match="gradient_accumulation_steps 2"):
         config.changed(gradient_accumulation_steps=2)
-    assert "one rank" in _obstacle_on_ranks(config)
+    assert "one rank" in obstacle_on_ranks(config)

@@ -13,7 +13,7 @@ from castlm.data.line_index import LineIndexes
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import JsonRows
 from castlm.files.weights import layout_of, write_safetensors
-from castlm.training.source import steps_of_epochs
+from castlm.training.text import steps_of_epochs
 from castlm.training.train import train
 from tests.runs import small
 

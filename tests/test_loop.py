@@ -9,9 +9,9 @@ import pytest
 from castlm.core.errors import DivergedError, InputError
 from castlm.training import checkpoint
 from castlm.training.checkpoint import checkpoint_steps
-from castlm.training.recorder import Recorder
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.train import train
+from castlm.training.trainer import Trainer
 from tests.runs import assert_equal_weights, before_step, small, train_until
 from tests.slow import slow
 
@@ -46,7 +46,7 @@ def _slow_disk(monkeypatch):
 def test_an_error_leaves_the_checkpoint_that_is_being_written_whole(
     part, name, error, llama, text, tmp_path, monkeypatch
 ):
-    before_step(monkeypatch, 4, lambda recorder: setattr(getattr(recorder.run, part), name, raising(error)))
+    before_step(monkeypatch, 4, lambda run: setattr(getattr(run, part), name, raising(error)))
     with pytest.raises(type(error), match=str(error)):
         train(small(llama, text, tmp_path / "run", save_steps=2))
     assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [2, 4]
@@ -63,10 +63,10 @@ def test_a_checkpoint_holds_the_state_of_its_step_however_late_it_is_written(lla
 
 
 def test_a_save_that_fails_as_well_does_not_hide_the_error(llama, text, tmp_path, monkeypatch, capsys):
-    def broken(recorder: Recorder) -> None:
+    def broken(run: Trainer) -> None:
         monkeypatch.setattr(checkpoint, "size_and_crc", raising(OSError(28, "No space left on device")))
-        recorder.save()
-        recorder.run.method.before_forward = raising(InputError("a weight contains NaN"))
+        run.save()
+        run.method.before_forward = raising(InputError("a weight contains NaN"))
 
     before_step(monkeypatch, 4, broken)
     with pytest.raises(DivergedError, match=r"contains NaN.*no checkpoint"):

@@ -14,9 +14,9 @@ from castlm.data.packing import BatchLoader, MixedSequences, PackedSequences
 from castlm.data.readers import JsonRows
 from castlm.data.tokens import Encoder, Tokens
 from castlm.distributed.world import init_world
-from castlm.training import source as text_module
+from castlm.training import text as text_module
 from castlm.training.config import TrainConfig
-from castlm.training.source import open_training_text
+from castlm.training.text import open_training_text
 from castlm.training.train import train
 from tests.runs import metrics, small, stop_and_resume
 from tests.tiny import EOS, TEXT, tiny_tokenizer

@@ -12,7 +12,8 @@ from castlm.distributed.world import init_world
 from castlm.lab.planning.law import check_plot
 from castlm.oneshot.folder import StartFolder
 from castlm.training import start
-from castlm.training.train import calibrate, train
+from castlm.training.first_steps import measure_first_steps
+from castlm.training.train import train
 from tests.refusals import assert_refused
 from tests.runs import begin_run, small, take_steps
 
@@ -22,7 +23,7 @@ CHECK = ["plan", "check", "--model", "m", "--dataset", "d", "--output-dir", "o"]
 def test_calibration_measures_the_momentum_of_the_run_itself(llama, text, tmp_path):
     over = {"decay": "proportional", "max_steps": 30, "ignore_decay_budget": True, "init_from": "magnitude"}
     config = small(llama, text, tmp_path / "run", **over)
-    found = calibrate(config, init_world("cpu", "full"), steps=4)
+    found = measure_first_steps(config, init_world("cpu", "full"), steps=4)
     run = begin_run(config)
     take_steps(run, 4)
     name, layer = next(iter(run.method.layers.items()))

@@ -24,8 +24,7 @@ from castlm.lab.planning import memory
 from castlm.lab.planning.memory import PlannedRun, plan_memory, read_config
 from castlm.models.architecture import linearize_
 from castlm.training.in_backward import StepInBackward
-from castlm.training.objective import Objective, checkpoint_activations_
-from castlm.training.teacher import Teacher, as_teacher_
+from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
@@ -108,8 +107,7 @@ def test_the_plan_of_a_sharded_step_is_at_most_a_tenth_above_what_it_holds(name,
             student.train()
             if checkpointing:
                 checkpoint_activations_(student)
-            distilled = Teacher(teacher, 1.0, keeps_stream=True)
-            objective = Objective(student, distilled, 1 / 3, hidden_weight=1.0, own_attention=False)
+            objective = Objective(student, teacher, 1 / 3, compares_hidden=True, own_attention=False)
             shard_(objective, World(0, ranks, torch.device("cpu"), mesh), "bf16")
             ids = torch.zeros(1, run.seq_len, dtype=torch.int64)
             with Alive([*objective.parameters(), *objective.buffers()]) as alive:
@@ -137,7 +135,7 @@ def test_the_plan_of_one_card_that_steps_in_the_backward_pass(monkeypatch):
         add_weight_scaling(student, run.scale_groups)
         student.train()
         checkpoint_activations_(student)
-        objective = Objective(student, None, 0.0, own_attention=False)
+        objective = Objective(student, own_attention=False)
         parts = StepInBackward(MagicMock(), objective.trained_parameters(), 0.0)
         ids = torch.zeros(1, run.seq_len, dtype=torch.int64)
         with Alive([*objective.parameters(), *objective.buffers()]) as alive:

@@ -14,8 +14,8 @@ from castlm.lab.compare import runs
 from castlm.lab.planning import fit
 from castlm.lab.planning.law import Law
 from castlm.training.config import TrainConfig
-from castlm.training.stepper import Stepper
 from castlm.training.train import train
+from castlm.training.trainer import Trainer
 from tests.refusals import assert_refused
 from tests.runs import Killed, before_each_step, killed_in
 from tests.tiny import TEXT
@@ -239,10 +239,10 @@ def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     config.write_text(yaml.safe_dump({**fields, "calibration_sequences": 4, "rotation_iterations": 4}))
     base = ["plan", "sweep", *files, "--config", str(config), "--seeds", "1"]
     base += ["--tokens", ",".join(str(STEP * n) for n in (2, 4, 8, 40))]
-    with killed_in(Stepper, "step", call=2 + 4 + 8 + 25):  # in the last run
+    with killed_in(Trainer, "train_step", call=2 + 4 + 8 + 25):  # in the last run
         main([*base, "--output-dir", str(tmp_path / "killed")])
     steps: list[int] = []
-    before_each_step(monkeypatch, lambda recorder: steps.append(recorder.run.progress.step))
+    before_each_step(monkeypatch, lambda run: steps.append(run.step))
     assert main([*base, "--output-dir", str(tmp_path / "killed")]) == 0
     first = steps[0]
     assert first in (10, 20)  # it saves at every fourth of its steps; the newest save may not have been whole

@@ -8,8 +8,7 @@ from castlm.data.packing import document_positions
 from castlm.distributed.world import init_world
 from castlm.training.apart import way_to_keep_apart
 from castlm.training.objective import Objective
-from castlm.training.teacher import Teacher
-from castlm.training.train import set_up
+from castlm.training.trainer import Trainer
 from tests.runs import small
 from tests.slow import slow_but
 from tests.tiny import FAMILIES, tiny_model
@@ -33,12 +32,12 @@ def test_a_packed_document_is_trained_like_one_alone(family):
     labels = torch.full_like(packed, -100)
     labels[:, 8:-1] = packed[:, 9:]
     positions = torch.tensor([[*range(8), *range(9)]])
-    objective = Objective(model, Teacher(model, 1.0), 0.5, apart=True)
+    objective = Objective(model, model, 0.5, apart=True)
     objective.check_documents_apart()
     together = objective(packed, labels, 8, positions)
     alone = objective(second, labels[:, 8:], 8)
     assert together.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
-    crossing = Objective(model, Teacher(model, 1.0), 0.5)(packed, labels, 8)
+    crossing = Objective(model, model, 0.5)(packed, labels, 8)
     assert crossing.loss.item() != pytest.approx(alone.loss.item(), rel=1e-5)
     evaluated = objective(packed, labels, 8, positions, ce_only=True)
     assert evaluated.ce.item() == pytest.approx(crossing.ce.item(), rel=1e-5)  # the usual protocol
@@ -51,8 +50,8 @@ def test_a_family_that_cannot_keep_documents_apart_is_refused_by_name(kind):
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "n_layer": 1, "n_head": 2, "state_size": 4}
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
     with pytest.raises(InputError, match=f"{kind}ForCausalLM .*cross_document_attention"):
-        Objective(model, None, 0.0, apart=True).check_documents_apart()
-    Objective(model, None, 0.0).check_documents_apart()
+        Objective(model, apart=True).check_documents_apart()
+    Objective(model).check_documents_apart()
 
 
 @pytest.mark.parametrize(
@@ -77,6 +76,6 @@ def test_memory_that_runs_out_is_not_taken_for_a_family_that_cannot(error, passe
 def test_a_teacher_cache_of_crossing_documents_is_refused_by_a_run_that_keeps_them_apart(llama, text, tmp_path):
     fields = {"teacher_top_k": 4, "teacher_cache": str(tmp_path / "cache")}
     world = init_world("cpu", "full")
-    set_up(small(llama, text, tmp_path / "run", cross_document_attention=True, **fields), world)
+    Trainer(small(llama, text, tmp_path / "run", cross_document_attention=True, **fields), world)
     with pytest.raises(InputError, match="cross_document_attention True -> False"):
-        set_up(small(llama, text, tmp_path / "run", **fields), world)
+        Trainer(small(llama, text, tmp_path / "run", **fields), world)

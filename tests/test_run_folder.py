@@ -67,7 +67,7 @@ def test_a_start_that_could_not_be_saved_is_refused_before_the_model_is_loaded(t
     """As with a volume mounted at /out: the work of the start lies beside the folder, where a user may not write."""
     (tmp_path / "run").mkdir()
     refuse_mkdir(monkeypatch, tmp_path)
-    monkeypatch.setattr("castlm.training.source.open_source", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("castlm.training.trainer.open_dense", lambda *_, **__: pytest.fail("the model is loaded"))
     with pytest.raises(InputError, match=r"run\.partial .* choose another"):
         training.train(config_of(tmp_path / "run", device="cpu"))
 

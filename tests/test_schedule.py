@@ -19,8 +19,6 @@ from castlm.methods.options import SCHEDULES
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import peak_flops
-from castlm.training.recorder import Recorder
-from castlm.training.stepper import Stepper
 from castlm.training.train import resolve
 from tests.refusals import refused
 from tests.runs import begin_run, metrics, small
@@ -75,9 +73,8 @@ def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text
     run = begin_run(small(llama, text, tmp_path / "run", eta=0.0, init_from="magnitude"))
     config = run.model.config
     linears = sum(m.in_features * m.out_features for m in run.model.modules() if isinstance(m, torch.nn.Linear))
-    recorder = Recorder(run)
-    assert recorder.flops_per_token == 6 * linears + 12 * config.num_hidden_layers * config.hidden_size * 32
-    assert recorder.peak_flops is None
+    assert run.flops_per_token == 6 * linears + 12 * config.num_hidden_layers * config.hidden_size * 32
+    assert run.peak_flops is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     assert peak_flops(torch.device("cuda"), "bf16") == 312e12
     for name, peak in {
@@ -92,11 +89,11 @@ def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda"), "bf16") == peak
     assert peak_flops(torch.device("cuda"), "fp32") is None
-    recorder.peak_flops = 1e12
-    with recorder:
-        recorder.log(Stepper(run).step())
+    run.peak_flops = 1e12
+    with run.recording():
+        run.log(run.train_step())
     row = metrics(tmp_path / "run")[-1]
-    assert row["mfu"] == pytest.approx(recorder.flops_per_token * row["tokens_per_s"] / 1e12)
+    assert row["mfu"] == pytest.approx(run.flops_per_token * row["tokens_per_s"] / 1e12)
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from castlm.oneshot import admm
 from castlm.oneshot import ranks as division
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.steps import solve
+from castlm.training import trainer
 from castlm.training.config import TrainConfig
-from castlm.training.start import TrainingStart
 from tests.faults import train_as_a_command
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.runs import assert_equal_weights, begin_run, flags, small, weights
@@ -132,21 +132,21 @@ def test_a_run_from_a_gguf_file_has_the_same_bits_on_1_and_2_ranks(text, tmp_pat
 def start_counted(config: TrainConfig) -> None:
     """As `start`; saves the bytes that this rank reads for it: of the model by weight, and of hidden states."""
     read: dict[str, int] = {}
-    prune, read_place, read_states = TrainingStart._prune_together_, Place.read, HiddenStates.__getitem__
+    prune, read_place, read_states = trainer.prune_for_start, Place.read, HiddenStates.__getitem__
 
     def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
         read[name] = read.get(name, 0) + tensor.nbytes
         return tensor
 
-    def counted(*args):
+    def counted(*args, **options):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Place, "read", lambda place, *which: add(place.key, read_place(place, *which)))
             patch.setattr(HiddenStates, "__getitem__", lambda states, n: add("states", read_states(states, n)))
-            facts = prune(*args)
+            made = prune(*args, **options)
         torch.save(read, Path(config.checkpoint.output_dir).parent / f"read-{os.environ['RANK']}.pt")
-        return facts
+        return made
 
-    TrainingStart._prune_together_ = counted
+    trainer.prune_for_start = counted
     start(config)
 
 

@@ -13,9 +13,9 @@ from castlm.core.errors import InputError
 from castlm.distributed.world import World
 from castlm.lab.planning.memory import PlannedRun, plan_memory
 from castlm.models.io import load_model
-from castlm.training import source, teacher_cache
+from castlm.training import model as opening
+from castlm.training import teacher_cache
 from castlm.training.config import FinetuneConfig, TrainConfig
-from castlm.training.recorder import Recorder
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.train import train
 from tests.ranks import run_ranks
@@ -57,7 +57,7 @@ def test_the_loss_is_the_distance_to_that_model(llama, text, wider, tmp_path):
     expected = F.kl_div(ours.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean", log_target=True)
     torch.testing.assert_close(loss.kl, expected)
     own = begin_run(small(llama, text, tmp_path / "own", init_from="magnitude"))
-    assert Recorder(run).flops_per_token > Recorder(own).flops_per_token
+    assert run.flops_per_token > own.flops_per_token
 
 
 def test_a_resumed_run_has_the_same_teacher(llama, text, wider, tmp_path, capsys):
@@ -117,7 +117,7 @@ def test_a_model_that_cannot_teach_is_refused_before_any_weights_are_read(
         vocabulary = tokenizer["model"]["vocab"]
         vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
         (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
-    monkeypatch.setattr("castlm.training.source.open_source", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("castlm.training.trainer.open_dense", lambda *args, **kwargs: pytest.fail("weights were read"))
     with pytest.raises(InputError, match=says):
         train(run_in(tmp_path, llama, text, teacher, hidden_weight=2.0))
 
@@ -133,8 +133,8 @@ def test_memory_of_a_larger_teacher(llama, wider):
 
 def train_with_a_whole_teacher(config: TrainConfig) -> None:
     """Trains; the teacher's files cannot be read by rows, as those of GGUF."""
-    original = source.open_sharded
-    source.open_sharded = lambda name, **options: None if name == config.teacher.teacher else original(name, **options)
+    original = opening.open_sharded
+    opening.open_sharded = lambda name, **options: None if name == config.teacher.teacher else original(name, **options)
     train(config)
 
 
@@ -193,19 +193,19 @@ def test_a_run_from_the_cache_is_the_run_of_the_teacher(trained, tmp_path, lesso
 def test_another_run_over_the_same_text_needs_no_teacher(trained, tmp_path, lessons):
     shorter = in_folder(trained, tmp_path, "shorter", max_steps=6, learning_rate=3e-3, method="srste")
     run = begin_run(shorter)
-    assert run.objective.teacher_model is None
+    assert run.objective.teacher is None
     longer = begin_run(in_folder(trained, tmp_path, "longer", max_steps=9))
-    assert longer.objective.teacher_model is not None
+    assert longer.objective.teacher is not None
 
 
 @pytest.fixture
 def begun(config):
     """`config` as a kill leaves it that comes after a save of step 5."""
     run = begin_run(config)
-    recorder = Recorder(run)
-    take_steps(run, 5)
-    recorder.save()
-    recorder.saver.finish()
+    with run.recording():
+        take_steps(run, 5)
+        run.save()
+        run.saver.finish()
     return config
 
 
@@ -306,7 +306,7 @@ def test_ranks_write_and_read_as_one_rank_does(trained, tmp_path):
     fresh = ranks.changed(output_dir=str(tmp_path / "fresh"), teacher_cache=str(tmp_path / "cache2"))
     run_ranks(train, 2, fresh, folder=tmp_path)
     one = begin_run(in_folder(trained, tmp_path, "one", teacher_cache=fresh.teacher.teacher_cache))
-    assert one.objective.teacher_model is None
+    assert one.objective.teacher is None
     losses = []
     for name in ("run", "ranks", "fresh"):
         rows = metrics(tmp_path / name)

@@ -30,7 +30,6 @@ from castlm.training import run_folder, start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import pruned
-from castlm.training.recorder import Recorder
 from castlm.training.train import train
 from tests.ranks import start_command, wait_for, wait_ranks
 from tests.refusals import assert_refused
@@ -212,7 +211,7 @@ def test_signals_save_and_say_how_to_go_on(number, code, llama, text, tmp_path):
 def test_a_weight_that_became_nan_is_divergence_and_keeps_the_checkpoint(
     spoiled, message, llama, text, tmp_path, monkeypatch
 ):
-    before_step(monkeypatch, 3, lambda recorder: spoiled(recorder.run).data.view(-1)[0].fill_(float("nan")))
+    before_step(monkeypatch, 3, lambda run: spoiled(run).data.view(-1)[0].fill_(float("nan")))
     with pytest.raises(DivergedError, match=rf"step 4: {message}.*step-00000002"):
         train(small(llama, text, tmp_path / "run", save_steps=2, method="ste"))
     assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [2]
@@ -250,12 +249,13 @@ def test_an_evaluation_measures_twice_only_what_a_prune_would_change_and_changes
     run = begin_run(small(llama, text, tmp_path / "run", method=method))
     take_steps(run)
     measured = []
-    whole = run.evaluator.perplexity
-    monkeypatch.setattr(run.evaluator, "perplexity", lambda: measured.append(whole()) or measured[-1])
+    whole = run.perplexity
+    monkeypatch.setattr(run, "perplexity", lambda: measured.append(whole()) or measured[-1])
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    Recorder(run).evaluate()
+    with run.recording():
+        run.evaluate()
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
-    figures = run.progress.figures["1"]
+    figures = run.figures["1"]
     assert (figures["prune_now_ppl"] != figures["perplexity"]) == (method == "cast")
     with pruned(run.method.masks()):
         assert figures["prune_now_ppl"] == whole()
@@ -294,8 +294,9 @@ def test_rivals_start_from_the_same_weights(method, llama, text, tmp_path):
         assert torch.equal(mask, their_mask)
         assert torch.equal(weight * mask, theirs)
     take_steps(rival, config.optimizer.max_steps)
-    Recorder(rival).evaluate()
-    assert rival.progress.figures[str(config.optimizer.max_steps)]["initial_flip_rate"] > 0
+    with rival.recording():
+        rival.evaluate()
+    assert rival.figures[str(config.optimizer.max_steps)]["initial_flip_rate"] > 0
 
 
 @pytest.mark.parametrize(

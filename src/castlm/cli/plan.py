@@ -47,14 +47,14 @@ def check(arguments: list[str]) -> int:
         raise InputError(f"method {config.method.method} has no decay to check: plan check is for method cast")
     from castlm.distributed.world import closing, init_world
     from castlm.oneshot.folder import partial_folder
-    from castlm.training.train import calibrate
+    from castlm.training.first_steps import measure_first_steps
 
     runtime = config.runtime
     with closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world:
-        found = calibrate(config, world)
+        first = measure_first_steps(config, world)
     if not world.is_main:
         return 0
-    by_headroom = sorted(found.layers.items(), key=lambda item: item[1].headroom)
+    by_headroom = sorted(first.layers.items(), key=lambda item: item[1].headroom)
     has_headroom = config.method.decay != "horizon"  # reaches zero by construction, at any learning rate
     table = [["layer", "momentum rms", "99 % of masked", *(["headroom"] if has_headroom else [])]]
     for name, layer in by_headroom[:10]:
@@ -64,29 +64,29 @@ def check(arguments: list[str]) -> int:
     if len(by_headroom) > 10:
         to_stdout(f"... and {len(by_headroom) - 10} layers{' with more headroom' if has_headroom else ''}")
     max_steps = config.optimizer.max_steps
-    hours = max_steps * found.tokens_per_step / found.tokens_per_s / 3600
-    to_stdout(f"lam from the momentum's rms over {found.steps} steps: {found.lam:.2e}")
-    to_stdout(f"{found.tokens_per_s:,.0f} tokens/s: {duration(3600 * hours)} for {max_steps} steps of training alone")
-    if found.start_seconds:
-        steps = found.start_seconds * found.tokens_per_s / found.tokens_per_step
-        to_stdout(f"start: {found.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")
+    hours = max_steps * first.tokens_per_step / first.tokens_per_s / 3600
+    to_stdout(f"lam from the momentum's rms over {first.steps} steps: {first.lam:.2e}")
+    to_stdout(f"{first.tokens_per_s:,.0f} tokens/s: {duration(3600 * hours)} for {max_steps} steps of training alone")
+    if first.start_seconds:
+        steps = first.start_seconds * first.tokens_per_s / first.tokens_per_step
+        to_stdout(f"start: {first.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")
         kept = partial_folder(config.checkpoint.output_dir)
         to_stdout(f"its transformer blocks are in {kept}: castlm train with the same options takes them from there")
-        hours += found.start_seconds / 3600
+        hours += first.start_seconds / 3600
     if options.price_per_hour is not None:
         devices = options.devices or world.size
         cost = hours * devices * options.price_per_hour
         to_stdout(
             f"cost without evaluations: {cost:,.2f}, at {options.price_per_hour:g} an hour of each of {devices} devices"
         )
-    to_stdout(f"peak memory of this process: {found.peak_bytes / 2**30:.2f} GiB")
+    to_stdout(f"peak memory of this process: {first.peak_bytes / 2**30:.2f} GiB")
     worst = by_headroom[0][1].budget
     floor = f"; masked weights end near {worst.floor:.1e}, the last rate" if worst.floor else ""
     late = [name for name, layer in by_headroom if not layer.budget.reaches_zero]
     if not late:
         to_stdout(f"verdict: all {len(by_headroom)} layers reach zero{floor}")
         return 0
-    factor = max(found.layers[name].budget.factor for name in late)
+    factor = max(first.layers[name].budget.factor for name in late)
     to_stdout(
         f"verdict: {len(late)} of {len(by_headroom)} layers cannot reach zero; use decay='horizon', or "
         f"{factor:.1f}x the learning rate, or {factor:.1f}x the steps{floor}"

@@ -367,7 +367,7 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
             if rows.stop == rows.start:  # fewer rows than ranks
                 continue
             try:
-                value = _read_finite(checkpoint, stored_name, read, rows)
+                value = read_finite(checkpoint, stored_name, read, rows)
             except InputError as error:
                 failure = str(error)
                 break
@@ -375,8 +375,8 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
     world.check_all(failure)  # of any rank: all ranks call this, and all stop
 
 
-def _read_finite(checkpoint: Checkpoint, name: str, read: Reader, rows: slice) -> Tensor:
-    """Some rows of a weight. Raises `InputError` if they cannot be read or are not finite."""
+def read_finite(checkpoint: Checkpoint, name: str, read: Reader, rows: slice) -> Tensor:
+    """Reads some rows of a weight. Raises `InputError` if they cannot be read or are not finite."""
     what = f"{name} of {checkpoint.source}"
     try:
         value = checkpoint.places[name].read(read, rows)

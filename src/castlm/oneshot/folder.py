@@ -42,6 +42,8 @@ from castlm.oneshot.ranks import ONE_RANK, Ranks
 
 FORMAT = 3  # of the record; an unfinished start of another one is refused by name
 PROGRESS = "progress.json"
+COPY = "copy.safetensors"
+"""A given model whose own files cannot be read weight by weight."""
 
 
 def partial_folder(folder: Path) -> Path:
@@ -84,7 +86,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = 
 def remove_work(folder: Path) -> None:
     """Deletes the files of a `StartFolder` once the result is complete; other files in `folder` stay."""
     # The record goes first: without it the rest is no start, whenever this is killed.
-    for pattern in (PROGRESS, "block-?????.safetensors", "*-?????-?.bin", OUTPUT):
+    for pattern in (PROGRESS, COPY, "block-?????.safetensors", "*-?????-?.bin", OUTPUT):
         for file in folder.glob(pattern):
             file.unlink()
 

@@ -19,7 +19,7 @@ from castlm.core.rounding import fit_rounding_
 from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
-from castlm.distributed.sharding import free_blocks_, is_sharded, uncompile_blocks_
+from castlm.distributed.sharding import is_sharded, uncompile_blocks_
 from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
@@ -32,18 +32,15 @@ from castlm.models.io import save_dtype
 from castlm.progress import note
 from castlm.say import Say
 from castlm.starts import methods_of
-from castlm.training.metrics import masked_histogram
+from castlm.training.metrics import held_out_perplexity, masked_histogram
+from castlm.training.model import cut_of
 from castlm.training.objective import Objective
 from castlm.training.record import verdict
-from castlm.training.run import Run, local_masks
-from castlm.training.source import cut_of_source
+from castlm.training.trainer import Trainer, local_masks
 
 
-def finish(run: Run, say: Say) -> Facts:
+def finish(run: Trainer) -> Facts:
     """Prunes, folds, exports and verifies the model of a finished run; returns its facts, the same on every rank.
-
-    Args:
-        say: called with the lines that name the result and the verdict.
 
     Raises:
         DivergedError: the verification fails, and the perplexity of the pruned model is not finite.
@@ -61,42 +58,40 @@ def finish(run: Run, say: Say) -> Facts:
     del masks
     # Verifying the result takes up to two more copies of the model: the teacher and the moments are freed before.
     objective = run.objective
-    if objective.teacher is not None and is_sharded(objective):
-        free_blocks_(objective.teacher)
-    objective.teacher = None
+    objective.free_teacher()
     run.optimizer.state.clear()  # 8 bytes a weight
     uncompile_blocks_(objective)
     collect_garbage(run.world.device.type)
     is_cut = bool(run.method.layers) and pattern.cuts  # the cut needs the whole model
     is_remote_code = type(run.model).__module__.startswith("transformers_modules")  # only `save_pretrained` copies it
     try:
-        if run.source.stored is not None and not is_remote_code and not is_cut:
+        if run.dense.stored is not None and not is_remote_code and not is_cut:
             facts = export_sharded(sharded_result(run), run_facts(run, histogram))
         else:
             model = gathered(run) if is_sharded(objective) else run.model
             facts = run.world.on_main(lambda: write_result(run, model, histogram), patient=True)
     except InputError as error:
-        if math.isfinite(run.progress.figures[str(run.total_steps)].get("prune_now_ppl", 0.0)):
+        if math.isfinite(run.figures[str(run.total_steps)].get("prune_now_ppl", 0.0)):
             raise
         raise DivergedError(f"{error}: the run diverged in its last steps; lower learning_rate") from error
-    say_result(run, facts, say)
+    say_result(run, facts, run.telemetry.say)
     return facts
 
 
-def _save_dtype(run: Run) -> torch.dtype:
+def _save_dtype(run: Trainer) -> torch.dtype:
     """The dtype of the result's files."""
-    return save_dtype(run.config.checkpoint.save_dtype, run.source.loaded.dtype)
+    return save_dtype(run.config.checkpoint.save_dtype, run.dense.loaded.dtype)
 
 
-def sharded_result(run: Run) -> ShardedResult:
+def sharded_result(run: Trainer) -> ShardedResult:
     """The sharded model with its settings, for `export_sharded`."""
 
     def measure(objective: Objective) -> float:
-        return dataclasses.replace(run.evaluator, objective=objective, batch=1, precision="fp32").perplexity()
+        return held_out_perplexity(objective, run.text.held_out, run.config.data.seq_len, 1, "fp32", run.world)
 
     return ShardedResult(
         model=run.model,
-        tokenizer=run.source.tokenizer,
+        tokenizer=run.dense.tokenizer,
         folder=run.folder.model,
         world=run.world,
         pattern=run.config.model.pattern,
@@ -104,13 +99,13 @@ def sharded_result(run: Run) -> ShardedResult:
         dtype=_save_dtype(run),
         is_sparse=bool(run.method.layers),
         root=run.objective,
-        precision=run.evaluator.precision,
-        wrap=lambda model: Objective(model, None, 0.0),
+        precision=run.precision,
+        wrap=Objective,
         measure=measure,
     )
 
 
-def gathered(run: Run) -> PreTrainedModel | None:
+def gathered(run: Trainer) -> PreTrainedModel | None:
     """The whole model in the memory of the main rank; None on the other ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     with warnings.catch_warnings():  # the model it is loaded into has weight scaling, too
@@ -128,7 +123,7 @@ def gathered(run: Run) -> PreTrainedModel | None:
     return model
 
 
-def write_result(run: Run, model: PreTrainedModel | None, histogram: Histogram | None) -> Facts:
+def write_result(run: Trainer, model: PreTrainedModel | None, histogram: Histogram | None) -> Facts:
     """Folds the weight scaling, writes the model and verifies it. Only the main rank calls it, with the whole model."""
     assert model is not None
     fold_weight_scaling(model)
@@ -142,7 +137,7 @@ def write_result(run: Run, model: PreTrainedModel | None, histogram: Histogram |
 
     return export_model(
         model,
-        run.source.tokenizer,
+        run.dense.tokenizer,
         run.folder.model,
         pattern=run.config.model.pattern if run.method.layers else None,  # None for the dense control
         left_dense=run.method.left_dense,
@@ -167,7 +162,7 @@ def perplexities_when_sparse(
     return [values["prune_now_ppl"] for step, values in figures.items() if first <= int(step) < max_steps]
 
 
-def say_result(run: Run, facts: Facts, say: Say) -> None:
+def say_result(run: Trainer, facts: Facts, say: Say) -> None:
     """Says the folder of the result and, in the last line, whether training improved on the start."""
     if run.method.layers:
         say(f"{run.folder.model}: {run.config.model.pattern} verified in {len(run.method.layers)} layers")
@@ -179,14 +174,14 @@ def say_result(run: Run, facts: Facts, say: Say) -> None:
     say(found.reason if found.ok else f"THIS RUN {found.problem}: {found.reason}; {found.remedy}")
 
 
-def run_facts(run: Run, histogram: Histogram | None) -> Facts:
+def run_facts(run: Trainer, histogram: Histogram | None) -> Facts:
     """The entries of castlm.json about a run: its figures, its verdict, and the facts that are needed to compare them.
 
     Args:
         histogram: of the masked weights before the prune.
     """
     config, starts_dense = run.config, run.config.method.row.step0 == "dense"
-    first, last = run.progress.figures.get("0", {}), run.progress.figures[str(run.total_steps)]
+    first, last = run.figures.get("0", {}), run.figures[str(run.total_steps)]
     if config.is_finetuning:
         measures = {"start": first.get("prune_now_ppl")}
     else:
@@ -198,12 +193,12 @@ def run_facts(run: Run, histogram: Histogram | None) -> Facts:
     measures["pruned"] = last.get("prune_now_ppl")
     perplexities = Perplexities(**measures)
     measured = measured_on(
-        run.source.tokenizer,
+        run.dense.tokenizer,
         seq_len=run.config.data.seq_len,
         text=", ".join(config.evaluation.eval_datasets) or HELD_OUT_OF + ", ".join(config.data.datasets),
         text_sha256=run.text.eval_sha256,
         held_out=run.text.held_out,
-        precision=run.evaluator.precision,
+        precision=run.precision,
     )
     pattern, method, start = config.model.pattern, config.method.method, config.start.name
     pruned_by = f"pruned {'one-shot by' if start in methods_of(pattern) else 'as'} {start}"
@@ -219,12 +214,12 @@ def run_facts(run: Run, histogram: Histogram | None) -> Facts:
     ]
     if not run.method.layers:
         perplexities = dataclasses.replace(perplexities, trained=last["perplexity"])
-    earlier = perplexities_when_sparse(config.method, run.total_steps, run.progress.figures)
+    earlier = perplexities_when_sparse(config.method, run.total_steps, run.figures)
     mask_names = ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked")
     return Facts(
         pattern=None,  # the export writes it, and which layers are dense
         left_dense={},
-        cut=cut_of_source(config.model) if config.is_finetuning else None,
+        cut=cut_of(config.model) if config.is_finetuning else None,
         rounded=run.rounding,
         run_id=run.folder.run_id,
         **vars(origin_of(config.model.model, config.model.revision)),
@@ -237,9 +232,9 @@ def run_facts(run: Run, histogram: Histogram | None) -> Facts:
         mask=MaskFigures(**{name: last[name] for name in mask_names if name in last}),
         dataset=Dataset(name=" + ".join(config.data.datasets), sha256=run.text.train_sha256),
         num_params=sum(parameter.numel() for parameter in run.method.own_parameters(run.names)),
-        train_tokens=run.progress.tokens,
+        train_tokens=run.tokens,
         train_steps=run.total_steps,
-        train_seconds=round(run.progress.seconds, 1),
+        train_seconds=round(run.seconds, 1),
         start=run.start,
         world_size=run.world.size,
         peak_memory_bytes=peak_memory(run.world.device.type),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,39 +25,28 @@ from castlm.training.objective import Objective
 from castlm.training.record import HISTOGRAM_EDGES
 
 
-@dataclass
-class Evaluator:
-    """Measures the perplexity of the student on the held-out tokens of a run."""
+@torch.no_grad()
+def held_out_perplexity(
+    objective: Objective, text: ScoredText, seq_len: int, batch: int, precision: str, world: World
+) -> float:
+    """Perplexity of the student's current forward pass in sequences of `seq_len`; all ranks share the sequences.
 
-    objective: Objective
-    text: ScoredText
-    seq_len: int
-    batch: int
-    """Sequences per rank and forward pass."""
-    precision: str
-    world: World
+    They are the sequences of `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf or
+    NaN if the model diverged.
 
-    @torch.no_grad()
-    def perplexity(self, text: ScoredText | None = None) -> float:
-        """Perplexity of the current forward pass in sequences of `seq_len`; all ranks call it and share the sequences.
-
-        They are the sequences of `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf
-        or NaN if the model diverged.
-
-        Args:
-            text: a part of the held-out tokens; None for all of them.
-        """
-        world, objective = self.world, self.objective
-        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        objective.eval()
-        with autocast(world.device, self.precision):
-            for tensors in sequences(text or self.text, self.seq_len, self.batch, world):
-                on_device = {name: tensor.to(world.device) for name, tensor in tensors.items()}
-                nll = objective(num_tokens=1, ce_only=True, **on_device).ce
-                sums += torch.stack([nll.double(), (on_device["labels"] != -100).sum().double()])
-        reshard_(objective)  # FSDP leaves the parameters of the root whole after a forward pass
-        total, count = world.sum(sums)
-        return float((total / count).exp())
+    Args:
+        batch: sequences per rank and forward pass.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    objective.eval()
+    with autocast(world.device, precision):
+        for tensors in sequences(text, seq_len, batch, world):
+            on_device = {name: tensor.to(world.device) for name, tensor in tensors.items()}
+            nll = objective(num_tokens=1, ce_only=True, **on_device).ce
+            sums += torch.stack([nll.double(), (on_device["labels"] != -100).sum().double()])
+    reshard_(objective)  # FSDP leaves the parameters of the root whole after a forward pass
+    total, count = world.sum(sums)
+    return float((total / count).exp())
 
 
 def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[dict[str, Tensor]]:

@@ -30,8 +30,9 @@ from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_ful
 from castlm.files.reading import read_json_object, user_path
 from castlm.models.io import open_config
 from castlm.progress import note
+from castlm.training.model import OpenedModel, check_sizes
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
-from castlm.training.source import Source, TrainingText, check_sizes
+from castlm.training.text import TrainingText
 
 _FORMAT = 3
 
@@ -184,9 +185,9 @@ def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
 
 
 def open_teacher_cache(
-    options: TeacherOptions, data: DataOptions, text: TrainingText, source: Source, precision: str, world: World
+    options: TeacherOptions, data: DataOptions, text: TrainingText, teacher: OpenedModel, precision: str, world: World
 ) -> TeacherCache:
-    """The folder `teacher_cache` of a run whose teacher is `source`.
+    """The folder `teacher_cache` of a run whose teacher is `teacher`.
 
     Raises `InputError` for a cache of another teacher, or a text with images, which the key of a sequence does not
     contain.
@@ -195,14 +196,14 @@ def open_teacher_cache(
     if text.documents.kind is Kind.WITH_EXTRA:
         raise InputError("teacher_cache identifies a sequence by its tokens, not by images: omit teacher_cache")
     stream = [text.train_sha256, data.seed, data.seq_len, data.repeat_sequences, data.column, text.template_sha256]
-    teacher = {
-        "weights": source.fingerprint,
+    settings = {
+        "weights": teacher.fingerprint,
         "dtype": str(teacher_dtype(precision)),
         "top_k": options.teacher_top_k,
         "temperature": options.temperature,
         "cross_document_attention": data.cross_document_attention,
     }
-    return TeacherCache(options.teacher_cache, stream, teacher, world)
+    return TeacherCache(options.teacher_cache, stream, settings, world)
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
@@ -217,8 +218,8 @@ def check_teacher_pass(
 
     Raises `InputError` for a text, a folder or sizes that the pass over the text would refuse.
     """
-    of_model = open_config(model.model, **model.loading)
-    check_sizes(of_model, seq_len=data.seq_len, teacher_top_k=teacher.teacher_top_k)
+    config = open_config(model.model, **model.loading)
+    check_sizes(config, seq_len=data.seq_len, teacher_top_k=teacher.teacher_top_k)
     for text in evaluation.eval_datasets:
         open_documents(text, data)
     assert teacher.teacher_cache is not None

@@ -221,7 +221,7 @@ class Plan:
         run would fail.
         """
         from castlm.models.io import open_model
-        from castlm.training.source import check_sizes
+        from castlm.training.model import check_sizes
 
         revision = self.common.get("revision")
         _, config, _ = open_model(self.command.model, trust_remote_code=self._trusts, revision=revision)

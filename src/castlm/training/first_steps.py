@@ -7,18 +7,20 @@ speed.
 from __future__ import annotations
 
 import statistics
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from castlm.core.decay import DecayBudget, decay_budget
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
-from castlm.hardware import peak_memory
+from castlm.distributed.world import World
+from castlm.hardware import collect_garbage, peak_memory
 from castlm.methods.options import schedule
-from castlm.training.recorder import Recorder
-from castlm.training.run import Run
-from castlm.training.stepper import Stepper
+from castlm.training.config import TrainConfig
+from castlm.training.trainer import Trainer
 
 STEPS = 20
 PLACEHOLDER_LAM = 4e-7  # for the measured steps, in which lam has hardly an effect: the ramp is near 0
@@ -51,27 +53,50 @@ class FirstSteps:
     """Time before step 0, for the start."""
 
 
-def measure(run: Run, recorder: Recorder, steps: int) -> FirstSteps:
-    """Takes the first `steps` steps of a run, and measures them."""
-    options, method, world = run.config.method, run.method, run.world
-    lrs, alphas = schedule(run.config.optimizer, options)
+def measure_first_steps(config: TrainConfig, world: World, steps: int = STEPS) -> FirstSteps:
+    """Takes the first `steps` steps of `config` in a temporary folder, and measures them.
+
+    What remains are the sequences that it adds to the `teacher_cache` of `config`, and the finished blocks of a start
+    beside its output folder, from which the run itself takes its start.
+    """
+    with tempfile.TemporaryDirectory(prefix="castlm-first-steps-") as scratch:
+        scratch_config = config.changed(
+            output_dir=Path(scratch) / "run",
+            lam=PLACEHOLDER_LAM if config.method.lam == "auto" else config.method.lam,
+            ignore_decay_budget=True,
+            report_to=("none",),
+            push_to_hub=False,
+            resume=False,
+            overwrite=False,
+        )
+        trainer = Trainer(scratch_config, world, start_beside=config.checkpoint)
+        with trainer.recording(announce=False):
+            figures = _measure(trainer, steps)
+        del trainer
+        collect_garbage(world.device.type)
+    return figures
+
+
+def _measure(trainer: Trainer, steps: int) -> FirstSteps:
+    options, method, world = trainer.config.method, trainer.method, trainer.world
+    lrs, alphas = schedule(trainer.config.optimizer, options)
     masks, budgets = method.masks(), {}
     for name, layer in method.layers.items():
         weight = weight_parameter(layer)
         own_rows = [(local(weight.data), local(masks[weight]))]
         budgets[name] = decay_budget(own_rows, lrs, alphas, options.decay, world.sum)
-    stepper, seconds, tokens = Stepper(run), [], 0
-    for _ in range(min(steps, run.total_steps)):
-        before, before_tokens = run.progress.seconds, run.progress.tokens
-        recorder.log(stepper.step())
-        seconds.append(run.progress.seconds - before)
-        tokens = run.progress.tokens - before_tokens
-    momenta = [run.optimizer.momentum(weight_parameter(layer)) for layer in method.layers.values()]
+    seconds, tokens = [], 0
+    for _ in range(min(steps, trainer.total_steps)):
+        seconds_before, tokens_before = trainer.seconds, trainer.tokens
+        trainer.log(trainer.train_step())
+        seconds.append(trainer.seconds - seconds_before)
+        tokens = trainer.tokens - tokens_before
+    momenta = [trainer.optimizer.momentum(weight_parameter(layer)) for layer in method.layers.values()]
     # A rank holds some rows of each layer: squares and counts are added up, and the root is taken of the quotient.
     sums = [[float(momentum.square().sum()), momentum.numel()] for momentum in momenta]
     squares, counts = world.sum(torch.tensor(sums, dtype=torch.float64, device=world.device)).unbind(1)
     # mu_t / (1 - b1^t): Adam's moment starts at zero, and is too small in the first steps
-    correction = 1 - run.config.optimizer.adam_betas[0] ** run.progress.step
+    correction = 1 - trainer.config.optimizer.adam_betas[0] ** trainer.step
     rms = dict(zip(method.layers, ((squares / counts).sqrt() / correction).tolist()))
     per_step = statistics.median(seconds[1:] or seconds)  # the first compiles
     return FirstSteps(
@@ -81,5 +106,5 @@ def measure(run: Run, recorder: Recorder, steps: int) -> FirstSteps:
         tokens_per_step=tokens,
         peak_bytes=peak_memory(world.device.type),
         steps=len(seconds),
-        start_seconds=run.start.seconds or 0.0,
+        start_seconds=trainer.start.seconds or 0.0,
     )
