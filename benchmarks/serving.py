@@ -1,13 +1,15 @@
-"""Tokens per second of `castlm serve` for 1, 4 and 8 clients, beside `castlm generate`, and its memory under load.
+"""Tokens per second of `castlm serve`, for clients at the same time and in conversations, and its memory under load.
 
-    python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--minutes 10]
+    python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--turns 8] [--temperature 0.7] [--minutes 10]
 
-The speed: OpenAI's client streams the answer to the same prompt, in as many threads as there are clients. Tokens are
-counted per second, and per second of processor time of the server, which other work on the machine hardly changes.
-`castlm generate` runs in this process on as many threads. The load, for `--minutes`: ten clients at the same
-time; half of them send requests that must be refused (a body that is too long, no JSON, a prompt beyond the context,
-numbers that make no sense) or go away in the middle of an answer. Every good request must be answered. One process
-serves from the beginning to the end; its resident memory is printed once in a tenth of the time.
+The speed: OpenAI's client streams answers, sampled at `--temperature`, in as many threads as there are clients. Each
+has a prompt of its own of some 250 tokens. Tokens are counted per second, and per second of processor time of the
+server, which other work on the machine hardly changes. `castlm generate` runs in this process on as many threads.
+The conversation, if the model has a chat template: a user asks `--turns` times, and each request holds all that was
+said before; of each turn the time to the first text, and the speed of the rest. The load, for `--minutes`: ten clients
+at the same time; half of them send requests that must be refused (a body that is too long, no JSON, a prompt beyond the
+context, numbers that make no sense) or go away in the middle of an answer. Every good request must be answered. One
+process serves from the beginning to the end; its resident memory is printed once in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -25,12 +27,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, write_json
 
 PROMPT = "Once upon a time there was a little girl who lived near the forest, and one day"
+LONG_PROMPT = f"{PROMPT} she met a fox that could speak. " * 9
+QUESTION = (
+    "Please tell me more about it: who was there, what did they see on their way, what did they say to each other, and "
+    "how did it end? Name each animal that they met, and say what it had to eat. "
+)
 CLIENTS = (1, 4, 8)
 BAD: list[bytes] = [
     b"{",
@@ -107,25 +115,75 @@ Speed = tuple[float, float]
 """New tokens per second, and per second of processor time, prompts included."""
 
 
-def serving_speed(port: int, pid: int, clients: int, tokens: int) -> Speed:
-    """Speed over all clients, which begin at the same time."""
-    from openai import OpenAI
+def serving_speed(port: int, pid: int, clients: int, tokens: int, temperature: float = 0.7) -> Speed:
+    """Speed over all clients, which begin at the same time with prompts of their own."""
+    client, model = client_of(port)
+    counts = []
 
-    client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
-    model, counts = client.models.list().data[0].id, []
-
-    def ask() -> None:
-        options = {"max_tokens": tokens, "temperature": 0, "stream_options": {"include_usage": True}}
-        *_, last = client.completions.create(model=model, prompt=PROMPT, stream=True, **options)
+    def ask(number: int) -> None:
+        options = {"max_tokens": tokens, "temperature": temperature, "seed": number}
+        usage = {"stream_options": {"include_usage": True}}
+        prompt = f"{number + 1}. {LONG_PROMPT}"
+        *_, last = client.completions.create(model=model, prompt=prompt, stream=True, **options, **usage)
         counts.append(last.usage.completion_tokens)
 
-    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
     started, used = time.perf_counter(), processor_seconds(pid)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     return sum(counts) / (time.perf_counter() - started), sum(counts) / (processor_seconds(pid) - used)
+
+
+def client_of(port: int) -> tuple[Any, str]:
+    """OpenAI's client, and the name of the model."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+    return client, client.models.list().data[0].id
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of a conversation: tokens of the prompt and of the answer, and seconds by the clock."""
+
+    prompt_tokens: int
+    new_tokens: int
+    seconds_to_first: float
+    seconds: float
+    """From the first text to the last one."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the answer, after its first text."""
+        return (self.new_tokens - 1) / self.seconds if self.seconds else 0.0
+
+
+def conversation(port: int, turns: int, tokens: int, temperature: float = 0.7) -> list[Turn]:
+    """The turns of a conversation that grows; none of a model without a chat template."""
+    from openai import BadRequestError
+
+    client, model = client_of(port)
+    messages: list[dict[str, str]] = []
+    found = []
+    for number in range(turns):
+        messages.append({"role": "user", "content": (PROMPT + "? " if number == 0 else "") + QUESTION})
+        options = {"max_tokens": tokens, "temperature": temperature, "seed": number, "stream": True}
+        usage = {"stream_options": {"include_usage": True}}
+        text, times, started = "", [], time.perf_counter()
+        try:
+            for chunk in client.chat.completions.create(model=model, messages=messages, **options, **usage):
+                if chunk.choices and chunk.choices[0].delta.content:
+                    times.append(time.perf_counter())
+                    text += chunk.choices[0].delta.content
+        except BadRequestError:
+            return []
+        first, last = (times[0], times[-1]) if times else (time.perf_counter(),) * 2
+        sizes = (chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
+        found.append(Turn(*sizes, seconds_to_first=first - started, seconds=last - first))
+        messages.append({"role": "assistant", "content": text})
+    return found
 
 
 def generate_speed(model: str, threads: int, tokens: int) -> Speed:
@@ -202,6 +260,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -215,7 +275,16 @@ def main() -> None:
     with served(castlm_command(options.model, options.threads)) as (port, pid):
         serving_speed(port, pid, 1, 8)  # warms up
         for clients in CLIENTS:
-            show(f"castlm serve, {clients} clients", serving_speed(port, pid, clients, options.new_tokens))
+            speed = serving_speed(port, pid, clients, options.new_tokens, options.temperature)
+            show(f"castlm serve, {clients} clients", speed)
+        turns = conversation(port, options.turns, options.new_tokens, options.temperature)
+        result["conversation"] = [asdict(turn) for turn in turns]
+        for number, turn in enumerate(turns, 1):
+            print(
+                f"turn {number}: {turn.prompt_tokens:,} tokens of prompt, {turn.seconds_to_first:.2f} s to the first "
+                f"text, then {turn.tokens_per_second:.1f} tokens a second",
+                flush=True,
+            )
         if options.minutes:
             result["load"] = load(port, pid, options.minutes, options.new_tokens // 4)
     if options.json:
