@@ -28,6 +28,13 @@ def test_signatures_at_run_time_have_the_options_with_their_defaults():
     assert "lora_r" not in inspect.signature(castlm.train).parameters
 
 
+def test_the_stub_for_editors_has_the_public_names():
+    stub = (ROOT / "src" / "castlm" / "__init__.pyi").read_text(encoding="utf-8")
+    listed = re.findall(r"^from (castlm\.\S+) import (\w+) as (\w+)$", stub, re.M)
+    assert {name: module for module, name, _ in listed} == castlm._MODULE_OF
+    assert all(name == alias for _, name, alias in listed)
+
+
 def test_every_public_name_is_there():
     for name in castlm.__all__:
         assert getattr(castlm, name).__name__ == name

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from castlm.cli import compare as compare_command
 from castlm.cli.compare import show
 from castlm.cli.main import main
 from castlm.core.errors import InputError
@@ -58,7 +58,7 @@ def run_here(patch: pytest.MonkeyPatch) -> list[str]:
 
     def run(arguments, log):
         started.append(Path(arguments[-1]).stem)
-        code = main(arguments[1:]) if arguments[0] == "castlm" else compare_command.one_shot_row(arguments[-1])
+        code = main(arguments)
         log.write_text("castlm: error: as it said\n" if code else "done\n")
         return code
 
@@ -613,7 +613,28 @@ def test_a_model_is_known_by_all_that_can_matter_and_by_nothing_else(tmp_path):
         assert content_hash(str(model), None) == before
 
 
+@pytest.mark.slow  # starts three processes, each of which imports torch
+def test_a_method_of_ones_own_file_is_compared(files, tmp_path):
+    """Its processes are started by that file, because castlm alone does not know the method."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from castlm.cli.main import main\nfrom castlm.methods.ste import STE\n"
+        "from castlm.methods.table import METHODS, Method\n"
+        "class Own(STE):\n    pass\n"
+        "METHODS['own'] = Method(__name__, 'Own', 'mine')\n"
+        "if __name__ == '__main__':\n    raise SystemExit(main())\n"
+    )
+    arguments = ["--model", files["model"], "--dataset", files["dataset"], "--output-dir", str(tmp_path / "out")]
+    arguments += ["--eval-dataset", files["eval_dataset"], "--methods", "own,magnitude", "--seeds", "1"]
+    arguments += ["--budget-tokens", "64", "--seq-len", "16", "--per-device-train-batch-size", "2"]
+    done = subprocess.run(
+        [sys.executable, str(own), "compare", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^own +", done.stdout, re.M)
+
+
 def test_process_of_a_run(tmp_path):
     log = tmp_path / "log"
-    assert run_process(["castlm", "nonsense"], log) == 2
+    assert run_process(["nonsense"], log) == 2
     assert "there is no command 'nonsense'" in log.read_text()

@@ -385,7 +385,7 @@ def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
         "license: mit",
         "Do not use this model",
         "channels:0.75+2:4",
-        "import castlm",
+        "castlm.register()",
         "output head are dense, in int8",
     )
     for text in (*named, "castlm unpack"):
@@ -409,7 +409,7 @@ def test_the_card_of_anothers_model_comes_back(card, pruned, tmp_path):
         (source / "README.md").write_text(card)
     pack_folder(source, tmp_path / "packed")
     packed = (tmp_path / "packed" / "README.md").read_text()
-    assert "import castlm" in packed
+    assert "castlm.register()" in packed
     if card is not None and "license" in card:
         assert packed.startswith("---\nlicense: mit\n---\n")
     unpack_folder(tmp_path / "packed", tmp_path / "back")

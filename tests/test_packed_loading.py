@@ -226,23 +226,22 @@ def test_tables_that_scale_what_they_look_up_stay_in_fp32(tmp_path):
 
 
 @pytest.mark.slow
-def test_castlm_registers_before_transformers_is_imported_or_after_and_loading_fails_without(folders):
+def test_transformers_loads_a_packed_folder_once_castlm_is_registered(folders):
     code = (
-        "import importlib, sys, castlm\n"
+        "import sys, castlm\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-        "from transformers import AutoModelForCausalLM\nimport transformers.quantizers.auto as auto\n"
+        "from transformers import AutoModelForCausalLM\n"
         f"def load(): return AutoModelForCausalLM.from_pretrained({str(folders[1])!r})\n"
-        "print(type(load().model.layers[0].mlp.up_proj).__name__)\n"
-        "for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING): del mapping['castlm']\n"
         "try: load()\n"
         "except ValueError as error: print(error)\n"
-        "importlib.reload(castlm)\n"
-        "load()\n"
-        "assert 'castlm' in auto.AUTO_QUANTIZER_MAPPING"
+        f"castlm.load_model({str(folders[1])!r})\n"  # registers too
+        "castlm.register()\n"
+        "print(type(load().model.layers[0].mlp.up_proj).__name__)\n"
+        "assert not [f for f in sys.meta_path if 'castlm' in str(type(f))]\n"
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    loaded, refused = done.stdout.splitlines()[:2]
+    refused, loaded = done.stdout.splitlines()[:2]
     assert loaded in ("PackedLinear", "Linear")
     assert refused.endswith(PACKED_NOTICE)
 

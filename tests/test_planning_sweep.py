@@ -231,7 +231,7 @@ def test_a_method_without_training_is_refused(sweep, tmp_path, drawn, capsys):
 def test_real_runs_and_a_kill_amid_one_of_them(files, tmp_path, monkeypatch):
     def run_here(arguments, log):
         log.write_text("")
-        return main(arguments[1:])
+        return main(arguments)
 
     monkeypatch.setattr(runs, "run_process", run_here)
     config = tmp_path / "config.yaml"

@@ -67,7 +67,27 @@ def test_prune_by_magnitude_and_by_the_optimizers_masks():
     assert is_nm_sparse(weight)
     assert (weight.view(-1, 4)[:, :2] == 0).all()
     with pytest.raises(InputError, match="no mask for"):
-        prune_(model, masks={})
+        prune_(model, masks={}, filter_fn=lambda module, name: "proj" in name)
+
+
+def test_masks_of_ones_own_prune_their_weights_alone():
+    """In any module, without a filter."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.ModuleDict({"head": nn.Linear(8, 8)}))
+    model.odd = nn.Linear(8, 8)  # outside a numbered block
+    weight, mask = model.odd.weight, torch.tensor([True, False, False, True]).repeat(8, 2)
+    others = {name: p.detach().clone() for name, p in model.named_parameters() if p is not weight}
+    assert prune_(model, "2:4", masks={weight: mask}) == ["odd"]
+    assert torch.equal(weight != 0, mask)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in others.items())
+    with pytest.raises(InputError, match="1 of 2 masks are of tensors"):
+        prune_(model, masks={weight: mask, torch.ones(8, 8): mask})
+    with pytest.raises(InputError, match="16 places"):
+        prune_(model, masks={weight: torch.tensor([True, True, True, False]).repeat(8, 2)})
+    plain = nn.Module()
+    plain.odd = nn.Linear(8, 8)
+    with pytest.raises(InputError, match="filter_fn=lambda module, name: True"):
+        prune_(plain)
+    assert prune_(plain, filter_fn=lambda module, name: True) == ["odd"]
 
 
 # ---- which names are linear layers of a block

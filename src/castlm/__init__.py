@@ -1,22 +1,56 @@
 """From a dense language model to an n:m sparse one by continued training. The public names, imported when asked for.
 
-`__init__.pyi` lists them, where editors and type checkers read them too (as in scientific Python's SPEC 1). Importing
-castlm also lets transformers load packed folders: see `castlm.runtime.register`.
+`__init__.pyi` lists the same names for editors and type checkers, and a test holds the two equal.
 """
 
 import importlib
-import re
-from pathlib import Path
 
 import castlm.patterns  # noqa: F401  # functions of core parse its texts too
-from castlm.runtime.register import register
 
 __version__ = "0.1.0"
 
-_LINES = re.findall(r"^from (castlm\.\S+) import (\w+) as", Path(__file__).with_suffix(".pyi").read_text("utf-8"), re.M)
-_MODULE_OF = {name: module for module, name in _LINES}
+_NAMES = {
+    "castlm.api.evaluate": ("evaluate",),
+    "castlm.api.pack": ("pack",),
+    "castlm.api.prune": ("prune",),
+    "castlm.api.train": ("finetune", "train"),
+    "castlm.core.adams": ("AdamS",),
+    "castlm.core.decay": ("decay_budget",),
+    "castlm.core.distill": ("OutputHead", "TopTokens", "distillation_loss", "top_tokens"),
+    "castlm.core.errors": ("InputError",),
+    "castlm.core.experts": ("linearize_experts_",),
+    "castlm.core.nm": (
+        "NM",
+        "LayerPattern",
+        "Pattern",
+        "count_nm_violations",
+        "flip_rate",
+        "is_nm_sparse",
+        "nm_mask",
+        "sparse_weight_ratio",
+    ),
+    "castlm.core.scaling": ("add_weight_scaling", "fold_weight_scaling"),
+    "castlm.core.sparsify": ("is_sparse_linear", "prune_", "sparse_linears", "sparse_param_groups"),
+    "castlm.data.calibration": ("draw_calibration",),
+    "castlm.evaluation.perplexity": ("perplexity",),
+    "castlm.export.hf": ("export_model",),
+    "castlm.export.packed": ("pack_folder", "unpack_folder"),
+    "castlm.export.verify": ("verify",),
+    "castlm.methods.adapters": ("PatternCallback", "keep_pattern_", "shira_config"),
+    "castlm.models.io": ("load_model", "save_model"),
+    "castlm.oneshot.calibration": ("calibration_length",),
+    "castlm.oneshot.options": ("BasisOptions", "Refinements"),
+    "castlm.patterns": ("parse_pattern",),
+    "castlm.runtime.layers": ("pack_model_",),
+    "castlm.runtime.register": ("register",),
+    "castlm.runtime.semi_structured": ("to_semi_structured_",),
+    "castlm.starts": ("prune_oneshot_",),
+    "castlm.structured.pattern": ("Channels", "Heads"),
+    "castlm.training.config": ("FinetuneConfig", "TrainConfig"),
+}
+"""The public names by their modules."""
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULE_OF)
-register()
 
 
 def __getattr__(name: str) -> object:

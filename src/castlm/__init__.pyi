@@ -1,4 +1,4 @@
-"""The public names, by the module of each. `__init__.py` imports one when it is asked for."""
+"""The public names, by the module of each, as in `__init__.py`, which imports one when it is asked for."""
 
 from castlm.api.evaluate import evaluate as evaluate
 from castlm.api.pack import pack as pack
@@ -43,6 +43,7 @@ from castlm.oneshot.options import BasisOptions as BasisOptions
 from castlm.oneshot.options import Refinements as Refinements
 from castlm.patterns import parse_pattern as parse_pattern
 from castlm.runtime.layers import pack_model_ as pack_model_
+from castlm.runtime.register import register as register
 from castlm.runtime.semi_structured import to_semi_structured_ as to_semi_structured_
 from castlm.starts import prune_oneshot_ as prune_oneshot_
 from castlm.structured.pattern import Channels as Channels

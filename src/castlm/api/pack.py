@@ -53,7 +53,7 @@ class PackOptions:
 def pack(model: str | Path, *, output_dir: str | Path, **options: Unpack[PackKeywords]) -> PackReport:
     """Writes a model for castlm's CPU kernels to `output_dir`, and verifies it; an n:m one without its zeros.
 
-    transformers loads the folder after `import castlm`. For a model in memory, see `pack_model_`; `unpack_folder`
+    transformers loads the folder after `castlm.register()`. For a model in memory, see `pack_model_`; `unpack_folder`
     writes the plain folder again.
 
     Args:

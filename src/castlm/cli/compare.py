@@ -1,6 +1,6 @@
 """`castlm compare`: CAST and other methods in one harness, and their table on the screen.
 
-`python -m castlm.cli.compare CONFIG.yaml` is the process of a one-shot row.
+`castlm compare --row CONFIG.yaml` is the process of a one-shot row.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def _fitting(report: Report, room: int) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--row"]:
+        return one_shot_row(arguments[1])
     config = parse(CompareConfig, arguments, "compare")
     code, report = compare(config, command_line("compare", config), note)
     show(report, config.output_dir)
@@ -55,7 +57,3 @@ def one_shot_row(file: str) -> int:
         note(f"error: {' '.join(str(error).split())}")
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(one_shot_row(sys.argv[1]))

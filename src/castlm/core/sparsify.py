@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -149,7 +150,9 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
     sparse = {name: layer for name, layer in sparse.items() if name in inside}
     if not sparse:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
-        remedy = ""
+        remedy = ": filter_fn=lambda module, name: True takes the linear layers of any module"
+        if filter_fn is not is_sparse_linear:
+            remedy = ": filter_fn(module, name) chose none that fits"
         if any(type(module).__name__ == "Conv1D" for module in model.modules()):
             remedy = ": load it with castlm.load_model, which makes linear layers of its Conv1D"
         raise InputError(f"no linear layer to make {pattern} sparse in {type(model).__name__} ({reasons}){remedy}")
@@ -251,26 +254,34 @@ def sparse_param_groups(
     return groups
 
 
+def _is_masked(masks: Mapping[Tensor, Tensor], module: nn.Module, fqn: str) -> bool:
+    """A `filter_fn` that takes the layers whose weight has a mask."""
+    return isinstance(module, SparseLayer) and weight_parameter(module) in masks
+
+
 @torch.no_grad()
 def prune_(
     model: nn.Module,
     pattern: Pattern | str = "2:4",
     masks: Mapping[Tensor, Tensor] | None = None,
-    filter_fn: FilterFn = is_sparse_linear,
+    filter_fn: FilterFn | None = None,
 ) -> list[str]:
     """Sets masked weights to zero, in place.
 
     Args:
         pattern: a `Pattern` or its text.
-        masks: the bool mask of each sparse parameter, as `AdamS.masks()` returns; None prunes by magnitude.
-        filter_fn: as in `sparse_linears`.
+        masks: the bool mask of each sparse parameter (..., out, in), True = kept, as `AdamS.masks()` returns or from a
+            rule of your own; None prunes by magnitude.
+        filter_fn: as in `sparse_linears`. By default the layers that have a mask, and without `masks` those that
+            `is_sparse_linear` takes.
 
     Returns:
         The names of the pruned layers.
 
     Raises:
-        InputError: a bad pattern, no sparse layer, NaN in a weight, or a mask that is missing, of another shape or
-            dtype, or keeps more than the pattern does. No weight has been changed then.
+        InputError: a bad pattern, no sparse layer, NaN in a weight, or a mask that is missing, of a tensor that is no
+            weight of these layers, of another shape or dtype, or keeps more than the pattern does. No weight has been
+            changed then.
 
     Examples:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 1)])})
@@ -280,9 +291,17 @@ def prune_(
         >>> model["layers"][0].weight.tolist()
         [[0.0, -3.0, 2.0, 0.0]]
     """
-    scope = scope_of(model, pattern, filter_fn)
+    check_model(model)
     check_type(masks, (Mapping, NoneType), "masks must map each weight to its mask", "pass AdamS.masks()")
+    if filter_fn is None:
+        filter_fn = is_sparse_linear if masks is None else partial(_is_masked, masks)
+    scope = scope_of(model, pattern, filter_fn)
     weights = scope.weights
+    if masks is not None and (unknown := len(masks.keys() - set(weights.values()))):
+        raise InputError(
+            f"{unknown} of {len(masks)} masks are of tensors that are no weight of these layers of the model: pass the "
+            "masks of the optimizer that trained this model"
+        )
     for name, weight in weights.items():
         scope.pattern.check_placement(weight)
         if masks is not None and weight not in masks:

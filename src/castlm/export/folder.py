@@ -34,7 +34,7 @@ from castlm.files.stored import (
     read_weight_map,
 )
 from castlm.formats.table import FORMATS
-from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, input_axis, parts_of_config
+from castlm.models.layout import QUANT_METHOD, input_axis, names_no_weights, parts_of_config
 from castlm.models.locate import check_holds_model
 from castlm.models.weights import Place, loading_only, packed_weights, recording_places, stored_weights
 from castlm.patterns import parse_pattern
@@ -219,7 +219,7 @@ def check_redirections(folder: Path, config: Config) -> None:
     """
     for part in parts_of_config(config):
         for key, value in part.items():
-            is_redirection = key in _REDIRECTIONS and value not in (None, PACKED_NOTICE)
+            is_redirection = key in _REDIRECTIONS and not names_no_weights(value)
             if is_redirection or (key == "quantization_config" and part is not config):
                 raise InputError(f"{folder / 'config.json'} names other weights or fields in {key}: remove that entry")
     if parts := [file.name for file in folder.iterdir() if _DISTRIBUTED.match(file.name)]:

@@ -18,6 +18,7 @@ from castlm.hardware import available_memory
 from castlm.models.architecture import auto_class
 from castlm.models.io import check_no_kernels, quiet_transformers
 from castlm.progress import note
+from castlm.runtime.register import register
 
 _MEMORY_FACTOR = 1.5  # bytes to load a packed model and to compute with it, in bytes of its files
 
@@ -46,8 +47,7 @@ def check_loads(folder: Path) -> None:
 @torch.inference_mode()
 def load_and_compute(folder: Path, device: str = "cpu") -> None:
     """Loads a packed folder by transformers, and computes the logits of two tokens; on "meta", without its values."""
-    import castlm  # noqa: F401  # which registers the format
-
+    register()
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder)
         check_no_kernels(config, folder)

@@ -51,7 +51,7 @@ from castlm.formats.rounding import Rounded, on_grid, round_rows
 from castlm.formats.table import FORMATS
 from castlm.models.architecture import shape_model
 from castlm.models.io import load_model, open_config
-from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, input_axis
+from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, input_axis, names_no_weights
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.models.stored_layout import StoredLayout
 from castlm.patterns import DENSE, parse_pattern
@@ -424,8 +424,8 @@ def unpack_folder(
     named = str(config.get("dtype") or config.get("torch_dtype"))
     integers_as = next((dtype for dtype in FLOATS.values() if str(dtype) == f"torch.{named}"), torch.float32)
     config.pop("quantization_config", None)
-    if config.get("transformers_weights") == PACKED_NOTICE:
-        del config["transformers_weights"]
+    if names_no_weights(config.get("transformers_weights")):
+        config.pop("transformers_weights", None)
     facts = replace(read_facts(source), packed=None)
     with atomic_dir(folder, overwrite) as temporary:
         _write_weights(temporary, _Unpacking(stored, packed, integers_as), (SINGLE, INDEX), progress)

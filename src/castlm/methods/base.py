@@ -6,7 +6,7 @@ Data, teacher, token budget, seed and schedule belong to the loop and are the sa
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -208,10 +208,15 @@ class Retraining:
     def before_forward(self, step: int) -> None:
         """Refreshes the masks of the forward pass."""
         if self.mask_every and step % self.mask_every == 0:
-            self._set_masks(self.magnitude_masks())
+            self.set_masks(self.magnitude_masks())
 
     @torch.no_grad()
-    def _set_masks(self, new: dict[SparseLayer, Tensor]) -> None:
+    def set_masks(self, new: Mapping[SparseLayer, Tensor]) -> None:
+        """Replaces masks of the forward pass; a method with a rule of its own calls it in `before_forward`.
+
+        Args:
+            new: by layer, bool, True = kept, shaped like the rows of its weight that this rank holds.
+        """
         # Counted on the device; `flips` reads the number when the logs need it.
         flips = [(mask != forward_mask(layer)).sum() for layer, mask in new.items()]
         self._flips = torch.stack(flips).sum() if flips else 0

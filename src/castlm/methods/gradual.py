@@ -61,4 +61,4 @@ class GradualMagnitude(Retraining):
             still_dense = lost.argsort(stable=True)[round(share * len(lost)) :]
             mask.view(-1, m)[still_dense] = True
             new[layer] = mask
-        self._set_masks(new)
+        self.set_masks(new)

@@ -40,7 +40,7 @@ from castlm.files.stored import StoredTensor, read_header
 from castlm.files.weights import Batch, into_files, layout_of, write_weights
 from castlm.models.architecture import auto_class, check_of_transformers, is_vision_language, linearize_, vocab_size
 from castlm.models.gguf import fast_gguf, forget_gguf, num_elements
-from castlm.models.layout import OLD_BUFFERS, PACKED_NOTICE, QUANT_METHOD
+from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, names_no_weights
 from castlm.models.locate import Location, find
 from castlm.models.stored_layout import StoredLayout, by_block
 from castlm.models.weights import loading_only, packed_weights, stored_weights
@@ -289,6 +289,10 @@ def unpack_on_load_(config: PretrainedConfig) -> bool:
 
 def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """The model of an opened location, from safetensors or GGUF alone; `options` go to `from_pretrained`."""
+    if quantization_method(config) == QUANT_METHOD:
+        from castlm.runtime.register import register  # transformers asks for its quantizer while it loads
+
+        register()
     weights: dict[str, Any] = {"use_safetensors": True}
     only: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if where.gguf:
@@ -320,7 +324,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
 
 def weights_of(where: Location, config: PretrainedConfig) -> dict[str, StoredTensor]:
     """The stored tensors that transformers loads of an opened location, plain or packed, by name; not of GGUF."""
-    if (named := getattr(config, "transformers_weights", None)) not in (None, PACKED_NOTICE):
+    if not names_no_weights(named := getattr(config, "transformers_weights", None)):
         raise InputError(f"config.json of {where} names other weights ({named!r:.200}): remove transformers_weights")
     packed = packed_weights(getattr(config, "quantization_config", None))
     with quiet(where):

@@ -13,9 +13,15 @@ QUANT_METHOD = "castlm"
 """`quant_method` of a packed folder, in the `quantization_config` of its config.json."""
 
 PACKED_NOTICE = (
-    "castlm's packed format: install castlm and write import castlm before from_pretrained, or castlm unpack it"
+    "castlm's packed format: install castlm and call castlm.register() before from_pretrained, or castlm unpack it"
 )
 """`transformers_weights` of a packed folder. It names no file: transformers without castlm quotes it in its error."""
+
+
+def names_no_weights(transformers_weights: object) -> bool:
+    """Whether the entry `transformers_weights` of a config.json is absent, or the notice of any version of castlm."""
+    return transformers_weights is None or str(transformers_weights).startswith(PACKED_NOTICE.partition(":")[0])
+
 
 EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"})
 """`config.json` model types whose 3-D experts are stored (experts, in, out); all others have (experts, out, in)."""

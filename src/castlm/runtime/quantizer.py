@@ -2,8 +2,7 @@
 
 On a CPU the layers multiply by packed weights, with activations in fp32. On another device, or with `dequantize`, or
 where the kernels were not built, weights are unpacked to the dense layers that the model was written with;
-`castlm.to_semi_structured_` can convert these on an NVIDIA GPU. The imports at the top are limited to modules
-of transformers that are already loaded when `castlm.runtime.register` imports this one.
+`castlm.to_semi_structured_` can convert these on an NVIDIA GPU.
 """
 
 from __future__ import annotations

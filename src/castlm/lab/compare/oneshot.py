@@ -1,4 +1,4 @@
-"""Runs a one-shot row of `castlm compare`; `castlm.cli.compare` starts it in a process.
+"""Runs a one-shot row of `castlm compare`; `castlm compare --row` is its process.
 
 It prunes as published, as `castlm prune` does without its refinements, and measures the model before and after.
 """

@@ -216,10 +216,10 @@ def execute(run: ComparedRun, root: Path, say: Say) -> Facts | Failure:
     config_file = folder.with_suffix(".yaml")
     fields = {**run.config, "output_dir": str(folder)}
     if run.is_oneshot:
-        command = ["castlm.cli.compare", str(config_file)]
+        command = ["compare", "--row", str(config_file)]
     else:
         fields["resume"] = True
-        command = ["castlm", "train", "--no-report", "--config", str(config_file)]
+        command = ["train", "--no-report", "--config", str(config_file)]
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
     atomic_write_text(config_file, yaml.safe_dump(plain, sort_keys=False))
     started = time.monotonic()
@@ -241,14 +241,27 @@ def refuse_running(root: Path) -> None:
         refuse_locked(folder)
 
 
+def program() -> list[str]:
+    """The command that starts this program again: `python -m castlm`, or a user's own file that calls its `main`.
+
+    Such a file adds rows to the tables of castlm, such as a method (docs/how-to/extend.md), which each process needs.
+    """
+    main = sys.modules["__main__"]
+    calls_castlm = getattr(getattr(main, "main", None), "__module__", None) == "castlm.cli.main"
+    file = getattr(main, "__file__", None)
+    if calls_castlm and main.__spec__ is None and file is not None:  # with a spec, it was started as a module
+        return [sys.executable, str(Path(file).absolute())]
+    return [sys.executable, "-m", "castlm"]
+
+
 def run_process(arguments: Sequence[str], log: Path) -> int:
-    """Runs `python -m ...` with its output in `log`, and returns its exit code.
+    """Runs `castlm ARGUMENTS` with its output in `log`, and returns its exit code.
 
     Ctrl-C and SIGTERM are passed to the process, which gets time to save its state.
     """
     with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            [*program(), *arguments], stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
         try:
             return process.wait()
