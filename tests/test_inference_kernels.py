@@ -236,7 +236,7 @@ def use_up_memory() -> None:
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 @pytest.mark.slow
 def test_an_exception_on_a_helper_thread_arrives_in_the_caller(tmp_path):
-    source, program = Path(__file__).parent / "pool_errors.cpp", tmp_path / "pool_errors"
+    source, program = Path(__file__).parent / "team_errors.cpp", tmp_path / "team_errors"
     subprocess.run(["g++", "-std=c++17", "-pthread", str(source), "-o", str(program)], check=True)
     assert subprocess.run([program], timeout=60).returncode == 0
 

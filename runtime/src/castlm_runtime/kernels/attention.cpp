@@ -1,11 +1,11 @@
-// The attention of attention.h and prompt_attention.h with AVX2 and with the vectors of 16 bytes that x86-64 and 64-bit ARM
-// always have, that of prompts with AVX-512, too.
+// Attention by products of fp32 with AVX-512, with AVX2, and with the vectors of 16 bytes that x86-64 and 64-bit ARM always have;
+// and the choice of a level's kernels.
 
 #include <algorithm>
 #include <cmath>
 
+#include "attention.h"
 #include "avx2.h"
-#include "decoder.h"
 #include "plain.h"
 
 namespace castlm {
@@ -15,19 +15,21 @@ namespace {
 typedef float Vector __attribute__((vector_size(16)));
 typedef int32_t Integers __attribute__((vector_size(16)));
 #if defined(__aarch64__)
-constexpr int kLanes = 4, kTileRows = 4, kVectors = 4;  // of 32 registers
+constexpr int kLanes = 4, kRegisters = 32, kTileRows = 4, kVectors = 4;
 #else
-constexpr int kLanes = 4, kTileRows = 6, kVectors = 2;  // of 16
+constexpr int kLanes = 4, kRegisters = 16, kTileRows = 6, kVectors = 2;
 #endif
 
 INLINE Vector all(float value) { return Vector{value, value, value, value}; }
-INLINE void four_sums(const Vector* sums, float* to) {
-  for (int k = 0; k < 4; ++k) to[k] = (sums[k][0] + sums[k][2]) + (sums[k][1] + sums[k][3]);
-}
 
+#include "vectors.h"
 #include "prompt_floats.h"
+#include "token_attention.h"
 #include "prompt_attention.h"
-#include "attention.h"
+
+Attention attention(CacheKind kind) {
+  return {kind == kCacheBFloat16 ? attend_part_of<2> : kind == kCacheInt8 ? attend_part_of<4> : attend_part_of<1>, attend_to_prompt};
+}
 
 }  // namespace
 }  // namespace narrow
@@ -42,17 +44,18 @@ namespace {
 
 using Vector = __m256;
 typedef int32_t Integers __attribute__((vector_size(32)));
-constexpr int kLanes = 8, kTileRows = 6, kVectors = 2;
+constexpr int kLanes = 8, kRegisters = 16, kTileRows = 6, kVectors = 2;
 
 INLINE Vector all(float value) { return _mm256_set1_ps(value); }
-INLINE void four_sums(const Vector* sums, float* to) {
-  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-}
 
+#include "vectors.h"
 #include "prompt_floats.h"
+#include "token_attention.h"
 #include "prompt_attention.h"
-#include "attention.h"
+
+Attention attention(CacheKind kind) {
+  return {kind == kCacheBFloat16 ? attend_part_of<2> : kind == kCacheInt8 ? attend_part_of<4> : attend_part_of<1>, attend_to_prompt};
+}
 
 }  // namespace
 }  // namespace wide
@@ -67,12 +70,18 @@ namespace {
 
 using Vector = __m512;
 typedef int32_t Integers __attribute__((vector_size(64)));
-constexpr int kLanes = 16, kTileRows = 8, kVectors = 2;
+constexpr int kLanes = 16, kRegisters = 32, kTileRows = 8, kVectors = 2;
 
 INLINE Vector all(float value) { return _mm512_set1_ps(value); }
 
+#include "vectors.h"
 #include "prompt_floats.h"
+#include "token_attention.h"
 #include "prompt_attention.h"
+
+Attention attention(CacheKind kind) {
+  return {kind == kCacheBFloat16 ? attend_part_of<2> : kind == kCacheInt8 ? attend_part_of<4> : attend_part_of<1>, attend_to_prompt};
+}
 
 }  // namespace
 }  // namespace widest
@@ -82,20 +91,17 @@ END_TARGET
 
 namespace castlm {
 
-Attend attend_of(int64_t group) {
+Attention attention_of(CacheKind kind) {
 #if defined(CASTLM_AVX2)
-  if (level() >= kAvx2) return wide::attend_of(group);
+  if (level() >= kAvx512) {
+    Attention found = widest::attention(kind);
+    if (has_bf16_attention()) found.prompt = kind == kCacheFloat32 ? found.prompt : bf16_attention().prompt;
+    if (has_bf16_attention() && kind == kCacheBFloat16) found.part = bf16_attention().part;
+    return found;
+  }
+  if (level() >= kAvx2) return wide::attention(kind);
 #endif
-  return narrow::attend_of(group);
-}
-
-void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
-#if defined(CASTLM_AVX2)
-  if (level() >= kAvx512 && of.by_bf16 && has_bf16_attention()) return attend_to_prompt_by_bf16(of, first, count);
-  if (level() >= kAvx512) return widest::attend_to_prompt(of, first, count);
-  if (level() >= kAvx2) return wide::attend_to_prompt(of, first, count);
-#endif
-  narrow::attend_to_prompt(of, first, count);
+  return narrow::attention(kind);
 }
 
 }  // namespace castlm

@@ -1,18 +1,19 @@
-// Attention of tokens of a prompt with products of bf16, for processors that have `vdpbf16ps` beside AVX-512, where it does twice the
-// work of an FMA. It walks as prompt_attention.h does, and a factor is two bf16:
+// Attention with products of bf16, for processors that have `vdpbf16ps` beside AVX-512, where it does twice the work of an FMA. A factor
+// is a word of two bf16, as the blocks of a cache of bf16 have them (cache.h): kernels read these as they are. The prompt's walk is
+// that of prompt_attention.h, one token's that of token_attention.h:
 //
-//   queries:  (width / 2, lanes)   columns 2 i and 2 i + 1 of a query
-//   keys:     (64, width / 2)      columns 2 i and 2 i + 1 of a key
-//   weights:  (32, lanes)          of keys 2 j and 2 j + 1
-//   values:   (32, width)          of keys 2 j and 2 j + 1
+//   queries:  (width / 2, lanes)   dimensions 2 i and 2 i + 1 of a query
+//   keys:     (width / 2, 64)      the same of a key
+//   weights:  (32, lanes)          of positions 2 j and 2 j + 1
+//   values:   (32, width)          of positions 2 j and 2 j + 1
 //
 // A weight counts in its total as it was rounded, so that the weights of a query still add up to 1.
 
 #include <algorithm>
 #include <cmath>
 
+#include "attention.h"
 #include "avx512.h"
-#include "decoder.h"
 #include "plain.h"
 
 #if defined(CASTLM_AVX512) && (defined(__clang__) || __GNUC__ >= 10)
@@ -29,6 +30,8 @@ constexpr int kLanes = 16, kTileRows = 8, kVectors = 2;
 
 INLINE Vector all(float value) { return _mm512_set1_ps(value); }
 
+#include "vectors.h"
+
 using Factor = uint32_t;
 using Factors = __m512i;
 typedef float Four __attribute__((vector_size(16)));  // four factors, too
@@ -39,17 +42,11 @@ INLINE Factors load_factors(const Factor* at) { return castlm::load(at); }
 INLINE void add_products(Vector& sums, Factors a, Factors b) { sums = _mm512_dpbf16_ps(sums, (__m512bh)b, (__m512bh)a); }
 
 INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1 << count) - 1); }
 
 // Numbers times `scale` as factors.
 INLINE Four four_factors(const float* from, float scale) {
   return (Four)_mm256_cvtneps_pbh(_mm256_mul_ps(_mm256_loadu_ps(from), _mm256_set1_ps(scale)));
 }
-INLINE Factor one_factor(const float* from, float scale) {
-  const __m128 two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  return Factor(_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_mul_ps(two, _mm_set1_ps(scale)))));
-}
-
 // Two vectors of numbers as factors, one number of each.
 INLINE Factors factors_of(__m512 even, __m512 odd) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -79,29 +76,159 @@ INLINE Factors weights_of(const float* scores, Vector largest, Vector& totals) {
   return weights;
 }
 
-// Keys and values (count, width) as factors in `room`; the partner of an odd last value is 0.
+INLINE __m512 number(__m512i words, int j) {  // byte j of each word
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(words, _mm512_set1_epi32(24 - 8 * j)), 24));
+}
+
+// The keys (width / 2, 64) and values (32, width) of a block as factors: where they are, or of int8 in `room`.
 struct Brought {
   const Factor *keys, *values;
 };
-Brought bring(const float* keys, const float* values, int64_t count, int64_t width, Factor* room) {
-  Factor *of_keys = room, *of_values = room + (count + 1) / 2 * width;
-  const Brought brought{of_keys, of_values};
-  for (int64_t k = 0; k < count; k++, keys += width, of_keys += width / 2)
-    for (int64_t i = 0; i < width; i += 32) {
-      const __m512 low = _mm512_maskz_loadu_ps(first_lanes(width - i), keys + i);
-      const __m512 high = width - i > 16 ? _mm512_maskz_loadu_ps(first_lanes(width - i - 16), keys + i + 16) : _mm512_setzero_ps();
-      _mm512_mask_storeu_epi32(of_keys + i / 2, first_lanes((width - i) / 2), rounded(low, high));
+Brought bring(const HeadBlocks& of, int64_t t, Factor* room) {
+  const uint8_t* const at = of.at(t);
+  if (of.kind == kCacheBFloat16) return {reinterpret_cast<const Factor*>(at), reinterpret_cast<const Factor*>(at + of.half_bytes)};
+  const uint8_t* const values = at + of.half_bytes;
+  const auto* const scales = reinterpret_cast<const float*>(values + of.half_bytes);
+  Factor* const to_values = room + kBlockTokens / 2 * of.width;
+  for (int64_t i = 0; i < of.width / 4; i++)
+    for (int64_t k = 0; k < kBlockTokens; k += 16) {
+      const __m512i words = castlm::load(at + (i * kBlockTokens + k) * 4);
+      const __m512 scale = _mm512_loadu_ps(scales + k);
+      for (int j = 0; j < 4; j += 2)
+        _mm512_storeu_si512(room + (2 * i + j / 2) * kBlockTokens + k, factors_of(number(words, j) * scale, number(words, j + 1) * scale));
     }
-  for (int64_t k = 0; k < count; k += 2, values += 2 * width, of_values += width)
-    for (int64_t i = 0; i < width; i += 16) {
-      const __mmask16 here = first_lanes(width - i);
-      const __m512 odd = k + 1 < count ? _mm512_maskz_loadu_ps(here, values + width + i) : _mm512_setzero_ps();
-      _mm512_mask_storeu_epi32(of_values + i, here, factors_of(_mm512_maskz_loadu_ps(here, values + i), odd));
+  for (int64_t k = 0; k < kBlockTokens; k += 4)
+    for (int64_t i = 0; i < of.width; i += 16) {
+      const __m512i words = castlm::load(values + (k / 4 * of.width + i) * 4);
+      for (int j = 0; j < 4; j += 2) {
+        const float* const scale = scales + kBlockTokens + k + j;
+        _mm512_storeu_si512(to_values + (k + j) / 2 * of.width + i, factors_of(number(words, j) * scale[0], number(words, j + 1) * scale[1]));
+      }
     }
-  return brought;
+  return {room, to_values};
 }
 
 #include "prompt_attention.h"
+
+// ---- one token
+
+INLINE void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+
+// The scores of the 64 positions of a block for G heads: 4 G sums, whose products do not wait for each other. Asks for the keys
+// of the next block meanwhile, which lie elsewhere.
+template <int G>
+INLINE void scores_of_block(const Factor* queries, const Factor* keys, const Factor* next, int64_t factors, float (*scores)[kBlockTokens]) {
+  __m512 sums[G][4];
+#pragma GCC unroll 4
+  for (auto& of_head : sums)
+#pragma GCC unroll 4
+    for (__m512& sum : of_head) sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < factors; i++, keys += kBlockTokens, next += kBlockTokens) {
+    __m512i words[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) words[v] = castlm::load(keys + 16 * v), prefetch(next + 16 * v);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      const __m512i query = _mm512_set1_epi32(int(queries[g * factors + i]));
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) add_products(sums[g][v], query, words[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) _mm512_store_ps(scores[g] + 16 * v, sums[g][v]);
+}
+
+// Adds the values of pairs [begin, end) of positions, by their weights, to V vectors of columns.
+template <int G, int V>
+INLINE void add_columns_of(const Factor (*weights)[kBlockTokens / 2], const Factor* values, const Factor* next, int64_t begin, int64_t end,
+                           int64_t width, int64_t stride, float* to) {
+  __m512 sums[G][V];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) sums[g][v] = _mm512_loadu_ps(to + g * stride + 16 * v);
+  for (int64_t t = begin; t < end; t++) {
+    __m512i words[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) words[v] = castlm::load(values + t * width + 16 * v), prefetch(next + t * width + 16 * v);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) {
+      const __m512i weight = _mm512_set1_epi32(int(weights[g][t]));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) add_products(sums[g][v], weight, words[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) _mm512_storeu_ps(to + g * stride + 16 * v, sums[g][v]);
+}
+
+// Scores of positions [begin, end) to weights as factors; see `weights_of_block` of token_attention.h.
+INLINE void weights_of_block(const float* scores, int64_t begin, int64_t end, float& largest, float& total, float* to, int64_t width,
+                             Factor* weights) {
+  const uint64_t here = (end == 64 ? ~uint64_t(0) : (uint64_t(1) << end) - 1) >> begin << begin;
+  const __m512 none = _mm512_set1_ps(-INFINITY);
+  __m512 score[4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) score[v] = _mm512_mask_loadu_ps(none, __mmask16(here >> 16 * v), scores + 16 * v);
+  const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(score[0], score[1]), _mm512_max_ps(score[2], score[3])));
+  if (most > largest) {
+    const __m512 factor = power_of_two(_mm512_set1_ps(largest - most));
+    largest = most, total *= _mm512_cvtss_f32(factor);
+    for (int64_t i = 0; i < width; i += 16) _mm512_storeu_ps(to + i, _mm512_loadu_ps(to + i) * factor);
+  }
+  const __m512 shift = _mm512_set1_ps(largest);
+  __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 2
+  for (int v = 0; v < 4; v += 2) {
+    const __m512i both = rounded(power_of_two(score[v] - shift), power_of_two(score[v + 1] - shift));
+    add_products(sum, _mm512_set1_epi32(0x3f803f80), both);  // times 1: a weight counts as it was rounded
+    _mm512_storeu_si512(weights + 8 * v, both);
+  }
+  total += _mm512_reduce_add_ps(sum);
+}
+
+template <int G>
+void attend_part(const Part& part, int64_t head) {
+  const HeadBlocks& of = part.of;
+  const int64_t width = of.width, stride = width + kPartRest;
+  float* const to = part.to + head * stride;
+  alignas(64) Factor queries[G * kWidestHead / 2];
+  for (int64_t i = 0; i < G * width; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(queries + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(part.queries + head * width + i)));
+  float largest[G], total[G] = {};
+  std::fill_n(largest, G, -3e38f);
+  std::fill_n(to, G * stride, 0.0f);
+  for (int64_t t = part.first / kBlockTokens * kBlockTokens; t < part.last; t += kBlockTokens) {
+    const uint8_t* const at = of.at(t);
+    const uint8_t* const next = t + kBlockTokens < part.last ? of.at(t + kBlockTokens) : at;
+    const int64_t begin = std::max<int64_t>(0, part.first - t), end = std::min(kBlockTokens, part.last - t);
+    alignas(64) float scores[G][kBlockTokens];
+    alignas(64) Factor weights[G][kBlockTokens / 2];
+    scores_of_block<G>(queries, reinterpret_cast<const Factor*>(at), reinterpret_cast<const Factor*>(next), width / 2, scores);
+    for (int g = 0; g < G; g++) weights_of_block(scores[g], begin, end, largest[g], total[g], to + g * stride, width, weights[g]);
+    const auto* const values = reinterpret_cast<const Factor*>(at + of.half_bytes);
+    const auto* const next_values = reinterpret_cast<const Factor*>(next + of.half_bytes);
+    int64_t i = 0;
+    for (; i + 64 <= width; i += 64)
+      add_columns_of<G, 4>(weights, values + i, next_values + i, begin / 2, (end + 1) / 2, width, stride, to + i);
+    for (; i < width; i += 16)
+      add_columns_of<G, 1>(weights, values + i, next_values + i, begin / 2, (end + 1) / 2, width, stride, to + i);
+  }
+  for (int g = 0; g < G; g++) to[g * stride + width] = largest[g], to[g * stride + width + 1] = total[g];
+}
+
+void attend_part_of(const Part& part) {
+  for (int64_t head = 0; head < part.group; head += 4) switch (part.group - head) {
+    case 1: attend_part<1>(part, head); break;
+    case 2: attend_part<2>(part, head); break;
+    case 3: attend_part<3>(part, head); break;
+    default: attend_part<4>(part, head);
+  }
+}
 
 }  // namespace
 }  // namespace by_bf16
@@ -111,7 +238,7 @@ bool has_bf16_attention() {
   return has;
 }
 
-void attend_to_prompt_by_bf16(const Prompt& of, int64_t first, int64_t count) { by_bf16::attend_to_prompt(of, first, count); }
+Attention bf16_attention() { return {by_bf16::attend_part_of, by_bf16::attend_to_prompt}; }
 
 }  // namespace castlm
 END_TARGET
@@ -120,7 +247,7 @@ END_TARGET
 
 namespace castlm {
 bool has_bf16_attention() { return false; }
-void attend_to_prompt_by_bf16(const Prompt&, int64_t, int64_t) {}
+Attention bf16_attention() { return {}; }
 }  // namespace castlm
 
 #endif

@@ -9,7 +9,7 @@
 #include <initializer_list>
 #include <vector>
 
-#include "pool.h"
+#include "team.h"
 
 namespace castlm {
 namespace {
@@ -168,7 +168,7 @@ class Step {
       for (int64_t i = first; i < last; ++i) {
         const int64_t head = i / parts, token = i % parts * kPromptTokens, from = head * of_.capacity * width;
         const int64_t at = head * group * width;
-        attend_to_prompt({&query_[at], layer.keys + from, layer.values + from, &mixed_[at], of_.heads * width, group, width,
+        old_attend_to_prompt({&query_[at], layer.keys + from, layer.values + from, &mixed_[at], of_.heads * width, group, width,
                           positions_[0], layer.window, of_.scale, by_bf16},
                          token, std::min(kPromptTokens, count_ - token));
       }
@@ -187,7 +187,7 @@ class Step {
       for (int64_t i = first; i < last; ++i) {
         const int64_t kv_head = i / parts, begin = i % parts * group / parts, end = (i % parts + 1) * group / parts;
         const int64_t at = (kv_head * group + begin) * width, from = kv_head * stride + (position + 1 - length) * width;
-        attend_of(end - begin)(query + at, layer.keys + from, layer.values + from, length, width, of_.scale, mixed + at);
+        old_attend_of(end - begin)(query + at, layer.keys + from, layer.values + from, length, width, of_.scale, mixed + at);
       }
     });
   }

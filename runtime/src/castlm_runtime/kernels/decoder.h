@@ -52,11 +52,11 @@ INLINE float fast_exp(float x) {
 using Attend = void (*)(const float* queries, const float* keys, const float* values, int64_t length, int64_t width,
                         float scale, float* to);
 constexpr int64_t kMostTogether = 4;  // heads whose sums fit in the registers
-Attend attend_of(int64_t group);      // for 1 to kMostTogether heads
+Attend old_attend_of(int64_t group);      // for 1 to kMostTogether heads
 
 // Causal attention of the tokens of a prompt, for query heads that share keys and values. A token is `stride` floats after the
 // one before in `queries` and `to`, where it has (group, width).
-struct Prompt {
+struct OldPrompt {
   const float* queries;
   const float *keys, *values;  // (start + tokens, width), those of the prompt's own tokens among them
   float* to;
@@ -64,11 +64,11 @@ struct Prompt {
   float scale;
   bool by_bf16;  // whether products may be of bf16: where the layers round their inputs to int8, which is coarser
 };
-constexpr int64_t kPromptTokens = 64;  // tokens that `attend_to_prompt` takes at most
+constexpr int64_t kPromptTokens = 64;  // tokens that `old_attend_to_prompt` takes at most
 // Attention of the tokens [first, first + count) of the prompt.
-void attend_to_prompt(const Prompt&, int64_t first, int64_t count);
+void old_attend_to_prompt(const OldPrompt&, int64_t first, int64_t count);
 // The same by products of bf16, and whether this processor has them.
-bool has_bf16_attention();
-void attend_to_prompt_by_bf16(const Prompt&, int64_t first, int64_t count);
+bool old_has_bf16_attention();
+void old_attend_to_prompt_by_bf16(const OldPrompt&, int64_t first, int64_t count);
 
 }  // namespace castlm

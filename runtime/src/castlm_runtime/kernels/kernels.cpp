@@ -7,7 +7,7 @@
 #include <atomic>
 
 #include "plain.h"
-#include "pool.h"
+#include "team.h"
 
 namespace castlm {
 namespace {
@@ -78,15 +78,6 @@ bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t col
   return true;
 }
 
-bool checked(const uint8_t* packed, int64_t bytes, Header& of) {
-  if (!packed || bytes < kHeaderBytes) return false;
-  Header found;
-  std::memcpy(&found, packed, sizeof found);
-  if (found.magic != kMagic || !make_header(found.layout, found.values, found.n, found.m, found.rows, found.columns, of)) return false;
-  of.is_unsigned = found.is_unsigned;  // as at the level of its time
-  return found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
-}
-
 // x (batch, columns) as fp32 (rows, padded columns): x itself where it is so.
 const float* widen(const Header& of, const uint8_t* x, bool is_bfloat16, int64_t batch, int64_t rows) {
   const int64_t width = of.padded();
@@ -114,12 +105,22 @@ int32_t level_for(const Header& of) {
   return level();
 }
 
-// Whether kernels take the same form of x for two matrices.
-bool same_form(const Header& a, const Header& b) {
+}  // namespace
+
+bool castlm::read_header(const uint8_t* packed, int64_t bytes, Header& of) {
+  if (!packed || bytes < kHeaderBytes) return false;
+  Header found;
+  std::memcpy(&found, packed, sizeof found);
+  if (found.magic != kMagic || !make_header(found.layout, found.values, found.n, found.m, found.rows, found.columns, of)) return false;
+  of.is_unsigned = found.is_unsigned;  // as at the level of its time
+  return found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
+}
+
+bool castlm::same_form(const Header& a, const Header& b) {
   return a.layout == b.layout && a.values == b.values && a.n == b.n && a.m == b.m && a.is_unsigned == b.is_unsigned;
 }
 
-}  // namespace
+Kernel castlm::kernel_for(const Header& of, int64_t batch, bool is_bfloat16) { return kLevels[level_for(of)].kernel(of, batch, is_bfloat16); }
 
 bool castlm::has_integers(const uint8_t* packed) {
   Header of;
@@ -135,10 +136,13 @@ int castlm::multiply(const Product* products, int64_t count, const uint8_t* x, i
   Activations all{};
   for (int64_t i = 0; i < count; ++i, before = of) {
     const auto [packed, bytes, y, rows] = products[i];
-    if (!checked(packed, bytes, of) || of.rows != rows || of.columns != columns) return kBadSize;
-    const Kernel kernel = kLevels[level_for(of)].kernel(of, batch, is_bfloat16);
+    if (!read_header(packed, bytes, of) || of.rows != rows || of.columns != columns) return kBadSize;
+    const Kernel kernel = kernel_for(of, batch, is_bfloat16);
     const int64_t filled = whole(batch, kernel.multiple_of_rows), ldy = whole(rows, kernel.multiple_of_outputs);
-    if (i == 0 || !same_form(of, before)) all = kernel.form(of, widen(of, x, is_bfloat16, batch, filled), filled);
+    if (i == 0 || !same_form(of, before)) {
+      auto* const room = static_cast<uint8_t*>(scratch<2>(form_bytes(of, filled)));
+      all = kernel.form(of, widen(of, x, is_bfloat16, batch, filled), filled, 0, filled, room);
+    }
     const bool in_place = !is_bfloat16 && filled == batch && ldy == rows;
     float* sums = in_place ? reinterpret_cast<float*>(y) : static_cast<float*>(scratch<3>(filled * ldy * 4));
     const int64_t helped = std::min<int64_t>(threads, std::max<int64_t>(1, rows * columns * batch / kWeightsPerThread));
@@ -213,7 +217,7 @@ int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int 
 int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t last, float* to, int64_t count,
                   int threads) {
   Header of;
-  if (!checked(packed, bytes, of) || first < 0 || first >= last || last > of.rows) return kBadSize;
+  if (!read_header(packed, bytes, of) || first < 0 || first >= last || last > of.rows) return kBadSize;
   if (count != (last - first) * of.columns) return kBadSize;
   const uint8_t* data = packed + kHeaderBytes;
   const int64_t tile_rows = of.tile_rows(), first_tile = first / tile_rows;

@@ -201,33 +201,32 @@ namespace {
 // Many rows of x as tiles of 16 rows by 64 bytes, a row of tiles after the other: 32 bf16 or 64 int8. fp32 takes `parts` = 2
 // tiles: its bf16, and the rest that bf16 leaves of it.
 template <int parts>
-Activations floats_in_tiles(const Header& of, const float* x, int64_t rows) {
-  auto* const tiles = static_cast<uint8_t*>(scratch<4>(rows * of.padded() * 2 * parts));
-  uint8_t* to = tiles;
-  for (int64_t first = 0; first < rows; first += 16)
-    for (int64_t column = 0; column < of.padded(); column += 32, to += parts * kTileBytes)
-      for (int64_t b = 0; b < 16; b++) {
-        const float* from = x + (first + b) * of.padded() + column;
-        const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
-        const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        _mm512_storeu_si512(to + 64 * b, bits);
-        if (parts == 1) continue;
-        const __m512 low_rest = rest(low, _mm512_castsi512_si256(bits));
-        const __m512 high_rest = rest(high, _mm512_extracti64x4_epi64(bits, 1));
-        _mm512_storeu_si512(to + kTileBytes + 64 * b, (__m512i)_mm512_cvtne2ps_pbh(high_rest, low_rest));
-      }
-  return {x, reinterpret_cast<int8_t*>(tiles), nullptr, nullptr, rows};
+Activations floats_in_tiles(const Header& of, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
+  for (int64_t b = first; b < last; b++) {
+    uint8_t* to = room + b / 16 * (of.padded() / 32) * parts * kTileBytes + 64 * (b % 16);
+    for (int64_t column = 0; column < of.padded(); column += 32, to += parts * kTileBytes) {
+      const float* from = x + b * of.padded() + column;
+      const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+      const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+      _mm512_storeu_si512(to, bits);
+      if (parts == 1) continue;
+      const __m512 low_rest = rest(low, _mm512_castsi512_si256(bits));
+      const __m512 high_rest = rest(high, _mm512_extracti64x4_epi64(bits, 1));
+      _mm512_storeu_si512(to + kTileBytes, (__m512i)_mm512_cvtne2ps_pbh(high_rest, low_rest));
+    }
+  }
+  return {x, reinterpret_cast<int8_t*>(room), nullptr, nullptr, rows};
 }
 
-Activations integers_in_tiles(const Header& of, const float* x, int64_t rows) {
+Activations integers_in_tiles(const Header& of, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
   const int64_t blocks = of.blocks();
-  auto* const tiles = static_cast<int8_t*>(scratch<4>(rows * blocks * (kBlock + 4)));
+  auto* const tiles = reinterpret_cast<int8_t*>(room);
   auto* const scales = reinterpret_cast<float*>(tiles + rows * blocks * kBlock);
-  int8_t* to = tiles;
-  for (int64_t first = 0; first < rows; first += 16)
-    for (int64_t i = 0; i < blocks; i++)
-      for (int64_t b = first; b < first + 16; b++, to += kBlock)
-        _mm512_store_si512(to, rounded(x + b * of.padded() + i * kBlock, scales + b * blocks + i));
+  for (int64_t b = first; b < last; b++)
+    for (int64_t i = 0; i < blocks; i++) {
+      int8_t* const to = tiles + ((b / 16 * blocks + i) * 16 + b % 16) * kBlock;
+      _mm512_store_si512(to, rounded(x + b * of.padded() + i * kBlock, scales + b * blocks + i));
+    }
   return {x, tiles, scales, nullptr, rows};
 }
 

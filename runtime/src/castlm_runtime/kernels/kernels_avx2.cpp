@@ -247,7 +247,9 @@ static void quantize(const float* x, int64_t width, int8_t* narrow, float* scale
   }
 }
 
-Activations avx2_integers(const Header& of, const float* x, int64_t rows) { return as_integers(of, x, rows, quantize); }
+Activations avx2_integers(const Header& of, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
+  return as_integers(of, x, rows, first, last, room, quantize);
+}
 
 int32_t avx2_offset(const int8_t* narrow) {
   const __m256i* x = reinterpret_cast<const __m256i*>(narrow);

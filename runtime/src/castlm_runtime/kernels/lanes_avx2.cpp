@@ -544,12 +544,12 @@ Multiply of_pattern(const Header& of) { return of.m ? multiply_any<values, false
 }  // namespace
 
 // x of int8 beside its negative, eight columns of each in turns.
-static Activations with_negative(const Header& of, const float* wide, int64_t rows) {
-  const Activations x = avx2_integers(of, wide, rows);
-  const int8_t* from = x.narrow;
-  auto* const twice = static_cast<uint8_t*>(scratch<4>(2 * rows * of.padded()));
-  uint8_t* to = twice;
-  for (int64_t i = 0; i < rows * of.padded(); i += 32, from += 32, to += 64) {
+static Activations with_negative(const Header& of, const float* wide, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
+  const Activations x = avx2_integers(of, wide, rows, first, last, room);
+  const int8_t* from = x.narrow + first * of.padded();
+  auto* const twice = room + rows * of.blocks() * (kBlock + 4) / 64 * 64 + 64;
+  uint8_t* to = twice + 2 * first * of.padded();
+  for (int64_t i = first * of.padded(); i < last * of.padded(); i += 32, from += 32, to += 64) {
     const __m256i v = load_bytes(reinterpret_cast<const uint8_t*>(from)), negative = _mm256_sub_epi8(_mm256_setzero_si256(), v);
     const __m256i low = _mm256_unpacklo_epi64(v, negative), high = _mm256_unpackhi_epi64(v, negative);  // eights 0, 2 and 1, 3
     put(to, _mm256_permute2x128_si256(low, high, 0x20)), put(to + 32, _mm256_permute2x128_si256(low, high, 0x31));
@@ -558,10 +558,10 @@ static Activations with_negative(const Header& of, const float* wide, int64_t ro
 }
 
 // x with the offsets of int4.
-static Activations with_offsets(const Header& of, const float* wide, int64_t rows) {
-  Activations x = avx2_integers(of, wide, rows);
-  auto* const offsets = static_cast<int32_t*>(scratch<4>(4 * rows * of.blocks()));
-  for (int64_t i = 0; i < rows * of.blocks(); i++) offsets[i] = avx2_offset(x.narrow + i * kBlock);
+static Activations with_offsets(const Header& of, const float* wide, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
+  Activations x = avx2_integers(of, wide, rows, first, last, room);
+  auto* const offsets = reinterpret_cast<int32_t*>(room + rows * of.blocks() * (kBlock + 4));
+  for (int64_t i = first * of.blocks(); i < last * of.blocks(); i++) offsets[i] = avx2_offset(x.narrow + i * kBlock);
   x.offsets = offsets;
   return x;
 }

@@ -273,11 +273,12 @@ void multiply_float_groups(const Header& of, const uint8_t* data, const Activati
 
 // The form of x for floats: groups of R rows, block by block.
 template <int R>
-Activations floats_in_groups(const Header& of, const float* x, int64_t rows) {
-  if (R == 1) return as_floats(of, x, rows);
+Activations floats_in_groups(const Header& of, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
+  if (R == 1) return {x, nullptr, nullptr, nullptr, rows};
   const int64_t blocks = of.blocks();
-  auto* wide = static_cast<float*>(scratch<2>((rows + R - 1) / R * R * of.padded() * 4));
-  for (int64_t b = 0; b < rows; b++)
+  auto* wide = reinterpret_cast<float*>(room);
+  x += first * of.padded();
+  for (int64_t b = first; b < last; b++)
     for (int64_t i = 0; i < blocks; i++, x += kBlock) std::memcpy(wide + ((b / R * blocks + i) * R + b % R) * kBlock, x, kBlock * 4);
   return {wide, nullptr, nullptr, nullptr, rows};
 }

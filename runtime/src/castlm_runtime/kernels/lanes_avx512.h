@@ -187,14 +187,14 @@ INLINE __m512i rounded(const float* x, float* scale) {
 // The form of x for integers: groups of `group` rows, block by block, so that one address serves all rows of a group. With `added`,
 // 128 is added to x; otherwise there are offsets, which cancel what is added to weights.
 template <int64_t group, bool added>
-Activations in_groups(const Header& of, const float* x, int64_t rows) {
+Activations in_groups(const Header& of, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
   const int64_t blocks = of.blocks(), whole = (rows + group - 1) / group * group;
-  auto* narrow = static_cast<int8_t*>(scratch<4>(whole * blocks * (kBlock + 8)));
+  auto* narrow = reinterpret_cast<int8_t*>(room);
   auto* scales = reinterpret_cast<float*>(narrow + whole * blocks * kBlock);
   auto* offsets = reinterpret_cast<int32_t*>(scales + whole * blocks);
   const int32_t excess = of.values == kInt4 ? 8 : 128;
-  const float* from = x;
-  for (int64_t b = 0; b < rows; b++)
+  const float* from = x + first * of.padded();
+  for (int64_t b = first; b < last; b++)
     for (int64_t i = 0; i < blocks; i++, from += kBlock) {
       const int64_t at = (b / group * blocks + i) * group + b % group;
       const __m512i columns = rounded(from, scales + at);

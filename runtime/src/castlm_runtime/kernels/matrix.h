@@ -234,15 +234,25 @@ int multiply(const Product* products, int64_t count, const uint8_t* x, int is_bf
 using Multiply = void (*)(const Header&, const uint8_t* data, const Activations&, float* y, int64_t ldy, int64_t first,
                           int64_t last);
 
+// Brings rows [first, last) of fp32 x (rows, padded columns) into the order that a kernel reads, in `room` (`form_bytes`), and says
+// where all rows are or will be: several threads may fill rows of one room.
+using Form = Activations (*)(const Header&, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room);
+inline int64_t form_bytes(const Header& of, int64_t rows) { return (rows + 16) * of.padded() * 4; }  // that any of the forms needs
+
 // How a level multiplies rows of x by a matrix.
 struct Kernel {
-  // The form of x for `multiply`, from fp32 (rows, padded columns), in `scratch` 2 and 4 of this thread.
-  Activations (*form)(const Header&, const float* x, int64_t rows);
+  Form form;
   Multiply multiply;
   int64_t multiple_of_rows = 1;     // rows of x that it takes; more are filled up with zeros
   int64_t multiple_of_tiles = 1;    // tiles of the matrix that a thread should take
   int64_t multiple_of_outputs = 1;  // outputs that it writes: y has room for those that the matrix lacks
 };
+
+// The header of a buffer of `bytes` bytes; false where it is none.
+bool read_header(const uint8_t* packed, int64_t bytes, Header& of);
+// The kernel that multiplies `batch` rows of x, which are bf16 or fp32, and whether kernels take the same form of x for two matrices.
+Kernel kernel_for(const Header&, int64_t batch, bool is_bfloat16);
+bool same_form(const Header&, const Header&);
 
 // The instruction sets that there are kernels for, the faster ones later.
 enum Level : int32_t { kPlain = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3, kAmx = 4 };
@@ -283,8 +293,8 @@ Kernel avx2_prompt(const Header&);
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
 // A tile of panels as fp32, all of its rows, `padded()` columns of each, `ld` apart.
 void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
-// x (rows, padded columns) as int8 with a scale for each block, row by row.
-Activations avx2_integers(const Header&, const float* x, int64_t rows);
+// x as int8 with a scale for each block, row by row.
+Activations avx2_integers(const Header&, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room);
 // What a block of int8 activations adds to its products with int4 that have 8 added, negative.
 int32_t avx2_offset(const int8_t* narrow);
 // Whether the kernel that multiplies kept weights alone is faster for `batch` rows of x, and that kernel.

@@ -195,7 +195,9 @@ EACH_CPU void quantize(const float* x, int64_t width, int8_t* narrow, float* sca
 
 }  // namespace
 
-Activations plain_integers(const Header& of, const float* x, int64_t rows) { return as_integers(of, x, rows, quantize); }
+Activations plain_integers(const Header& of, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
+  return as_integers(of, x, rows, first, last, room, quantize);
+}
 
 bool has_plain() { return true; }
 Kernel plain_kernel(const Header&, int64_t, bool) { return {as_floats, plain_multiply}; }

@@ -8,7 +8,7 @@
 
 namespace castlm {
 
-constexpr int kScratchSlots = 5;
+constexpr int kScratchSlots = 4;
 constexpr size_t kLargeScratch = 2 << 20;  // bytes; many rows of x need more, one row does not
 
 inline std::vector<uint8_t>& scratch_of_thread(int slot) {
@@ -41,17 +41,17 @@ void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to);
 // The 16 rows of a tile of kLanes as fp32, `ld` apart and `padded()` long each.
 void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
 // x as it is, for kernels of floats.
-inline Activations as_floats(const Header&, const float* x, int64_t rows) { return {x, nullptr, nullptr, nullptr, rows}; }
+inline Activations as_floats(const Header&, const float* x, int64_t rows, int64_t, int64_t, uint8_t*) { return {x, nullptr, nullptr, nullptr, rows}; }
 // As `avx2_integers`.
-Activations plain_integers(const Header&, const float* x, int64_t rows);
+Activations plain_integers(const Header&, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room);
 
 // x as int8 with a scale for each block, row by row. `quantize(x, columns, narrow, scales)` rounds a row.
 template <class Quantize>
-Activations as_integers(const Header& of, const float* x, int64_t rows, Quantize quantize) {
+Activations as_integers(const Header& of, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room, Quantize quantize) {
   const int64_t width = of.padded(), blocks = of.blocks();
-  auto* narrow = static_cast<int8_t*>(scratch<2>(rows * (width + blocks * 4)));
+  auto* narrow = reinterpret_cast<int8_t*>(room);
   auto* scales = reinterpret_cast<float*>(narrow + rows * width);
-  for (int64_t b = 0; b < rows; ++b) quantize(x + b * width, width, narrow + b * width, scales + b * blocks);
+  for (int64_t b = first; b < last; ++b) quantize(x + b * width, width, narrow + b * width, scales + b * blocks);
   return {x, narrow, scales, nullptr, rows};
 }
 

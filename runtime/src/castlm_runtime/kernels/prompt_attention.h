@@ -12,24 +12,14 @@
 // in a row of `width` numbers:
 //
 //   queries transposed:  (f, lanes)   once
-//   scores:  (64 keys, lanes) = keys (64, f) times queries (f, lanes)
+//   scores:  (64 keys, lanes) = keys transposed (f, 64) times queries (f, lanes)
 //   sums:    (width, lanes)  += values transposed (width, 64 / kNumbers) times weights (64 / kNumbers, lanes)
 //
 // 64 keys and their values pass by all lanes of a call, a strip of `kStrip` lanes at a time: the scores of a strip, its queries
 // and its sums stay in the first-level cache. Scores, their exponentials, sums and totals are fp32.
 
 constexpr int64_t kStrip = kVectors * kLanes;
-constexpr int64_t kKeys = 64;  // whose scores are computed before they become weights
-
-template <class V = Vector>
-INLINE V load(const float* at) {
-  V v;
-  std::memcpy(&v, at, sizeof v);
-  return v;
-}
-template <class V, class To>
-INLINE void store(To* at, V v) { std::memcpy(at, &v, sizeof v); }
-INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+constexpr int64_t kKeys = kBlockTokens;  // whose scores are computed before they become weights
 
 // R rows by `kVectors` vectors of sums, which begin as `sums`: row r and step k of the first factor are at
 // a[r * row_step + k * step], step k of the second at b[k * kStrip].
@@ -56,7 +46,7 @@ INLINE void scores_of(const Factor* keys, int64_t depth, const Factor* queries, 
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = all(0.0f);
-  multiply<R>(keys, depth, 1, queries, depth, sums);
+  multiply<R>(keys, 1, kKeys, queries, depth, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -100,9 +90,9 @@ void attend_to_keys(const Strip& strip, const Factor* keys, const Factor* values
   const int64_t f = width / kNumbers, depth = (count + kNumbers - 1) / kNumbers;
   int64_t k = 0;
   const bool whole = t + count - 1 <= strip.positions[0] && !(window && t <= strip.positions[kStrip - 1] - window);
-  for (; k + kTileRows <= count; k += kTileRows) scores_of<kTileRows>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
-  for (; k + 4 <= count; k += 4) scores_of<4>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
-  for (; k < count; ++k) scores_of<1>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
+  for (; k + kTileRows <= count; k += kTileRows) scores_of<kTileRows>(keys + k, f, strip.queries, scores + k * kStrip, largest);
+  for (; k + 4 <= count; k += 4) scores_of<4>(keys + k, f, strip.queries, scores + k * kStrip, largest);
+  for (; k < count; ++k) scores_of<1>(keys + k, f, strip.queries, scores + k * kStrip, largest);
   for (; k < depth * kNumbers; ++k)  // the last factor lacks a key
     for (int v = 0; v < kVectors; ++v) store(scores + k * kStrip + v * kLanes, all(-INFINITY));
   if (!whole) {  // some lanes do not read all of these keys
@@ -151,9 +141,9 @@ INLINE void transpose(Four* rows) {
 }
 
 void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
-  const int64_t width = of.width, f = width / kNumbers, start = of.start + first, end = start + count, lanes = count * of.group;
+  const int64_t width = of.of.width, f = width / kNumbers, start = of.start + first, end = start + count, lanes = count * of.group;
   const int64_t strips = (lanes + kStrip - 1) / kStrip, size = width * kStrip;
-  const int64_t words = strips * (size / kNumbers + size + 3 * kStrip) + (kNumbers > 1 ? kKeys * width : 0);
+  const int64_t words = strips * (size / kNumbers + size + 3 * kStrip) + 2 * kKeys * width;
   auto* const queries = static_cast<Factor*>(scratch<0>(words * 4));
   float* const sums = reinterpret_cast<float*>(queries + strips * size / kNumbers);
   float *const totals = sums + strips * size, *const largest = totals + strips * kStrip;
@@ -162,33 +152,29 @@ void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
   std::fill(sums, largest, 0.0f);
   std::fill_n(largest, strips * kStrip, -INFINITY);
 
-  // Four lanes' rows of (width,) at a time; lanes past the last one repeat it.
+  // Four lanes' rows of (head_dim,) at a time, filled up to `width`; lanes past the last one repeat it.
+  alignas(64) float rows_of_lanes[4][kWidestHead] = {};
   const auto offset_of = [&](int64_t lane) {
     lane = std::min(lane, lanes - 1);
-    return (first + lane / of.group) * of.stride + lane % of.group * width;
+    return (first + lane / of.group) * of.stride + lane % of.group * of.head_dim;
   };
-  const float scale = of.scale * 1.44269504f;  // log2(e)
   for (int64_t lane = 0; lane < strips * kStrip; lane += 4) {
     Factor* const to = queries + lane / kStrip * (size / kNumbers) + lane % kStrip;
-    const float* from[4];
     for (int j = 0; j < 4; ++j) {
-      from[j] = of.queries + offset_of(lane + j);
+      std::copy_n(of.queries + offset_of(lane + j), of.head_dim, rows_of_lanes[j]);
       positions[lane + j] = int32_t(start + std::min(lane + j, lanes - 1) / of.group);
     }
-    int64_t i = 0;
-    for (; i + 4 <= f; i += 4) {
+    for (int64_t i = 0; i < f; i += 4) {
       Four rows[4];
-      for (int j = 0; j < 4; ++j) rows[j] = four_factors(from[j] + i * kNumbers, scale);
+      for (int j = 0; j < 4; ++j) rows[j] = four_factors(rows_of_lanes[j] + i * kNumbers, of.scale);
       transpose(rows);
       for (int j = 0; j < 4; ++j) store(to + (i + j) * kStrip, rows[j]);
     }
-    for (; i < f; ++i)
-      for (int j = 0; j < 4; ++j) to[i * kStrip + j] = one_factor(from[j] + i * kNumbers, scale);
   }
 
   const int64_t begin = of.window ? std::max<int64_t>(0, start + 1 - of.window) : 0;
-  for (int64_t t = begin; t < end; t += kKeys) {
-    const Brought brought = bring(of.keys + t * width, of.values + t * width, std::min(kKeys, end - t), width, room);
+  for (int64_t t = begin / kKeys * kKeys; t < end; t += kKeys) {
+    const Brought brought = bring(of.of, t, room);
     for (int64_t s = 0; s < strips; ++s) {
       const int32_t* const at = positions + s * kStrip;
       const Strip strip{queries + s * (size / kNumbers), sums + s * size, largest + s * kStrip, totals + s * kStrip, at};
@@ -201,16 +187,12 @@ void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
   for (int64_t lane = 0; lane < lanes; lane += 4) {
     const float* const from = sums + lane / kStrip * size + lane % kStrip;
     const Four factor = 1.0f / load<Four>(totals + lane);
-    float* to[4];
-    for (int j = 0; j < 4; ++j) to[j] = of.to + offset_of(lane + j);
-    int64_t i = 0;
-    for (; i + 4 <= width; i += 4) {
+    for (int64_t i = 0; i < width; i += 4) {
       Four rows[4];
       for (int j = 0; j < 4; ++j) rows[j] = load<Four>(from + (i + j) * kStrip) * factor;
       transpose(rows);
-      for (int j = 0; j < 4; ++j) store(to[j] + i, rows[j]);
+      for (int j = 0; j < 4; ++j) store(rows_of_lanes[j] + i, rows[j]);
     }
-    for (; i < width; ++i)
-      for (int j = 0; j < 4; ++j) to[j][i] = from[i * kStrip + j] * factor[j];
+    for (int j = 0; j < 4; ++j) std::copy_n(rows_of_lanes[j], of.head_dim, of.to + offset_of(lane + j));
   }
 }

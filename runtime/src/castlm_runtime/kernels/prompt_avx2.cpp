@@ -319,15 +319,15 @@ Multiply prompt_kernel(const Header& of) {
 }  // namespace
 
 // Rows of x as `multiply_prompt` takes them, in whole groups.
-static Activations in_groups(const Header& of, const float* wide, int64_t batch) {
-  const Activations x = avx2_integers(of, wide, batch);
+static Activations in_groups(const Header& of, const float* wide, int64_t batch, int64_t first, int64_t last, uint8_t* room) {
+  const Activations x = avx2_integers(of, wide, batch, first, last, room);
   const bool negative = panel_kind(of) != 8;
   const int64_t blocks = of.blocks(), rows = (batch + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
   const int64_t part = kRowsAtOnce * kRowBytes, parts = num_parts_of_x(negative);
-  auto* narrow = static_cast<int8_t*>(scratch<4>(rows * blocks * (parts * kRowBytes + 4)));
+  auto* narrow = reinterpret_cast<int8_t*>(room + batch * blocks * (kBlock + 4) / 64 * 64 + 64);
   auto* scales = reinterpret_cast<float*>(narrow + rows * blocks * parts * kRowBytes);
   const auto put = [](int8_t* to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); };
-  for (int64_t row = 0; row < rows; row++) {
+  for (int64_t row = first; row < (last == batch ? rows : last); row++) {
     const int64_t group = row / kRowsAtOnce, in_group = row % kRowsAtOnce;
     float* of_group = scales + group * blocks * kRowsAtOnce + in_group;
     if (row >= x.batch) {  // its sums are not written, whatever its integers

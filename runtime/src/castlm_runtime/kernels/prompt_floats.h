@@ -1,5 +1,24 @@
-// The factors of prompt_attention.h where products are of fp32: the numbers themselves. Included by attention.cpp before it, inside
-// the same namespace.
+// What attention by products of fp32 has for each instruction set. Included by attention.cpp before token_attention.h and
+// prompt_attention.h, inside the same namespace.
+
+// Number j of each word as fp32.
+template <int N>
+INLINE Vector number_of(Integers words, int j) {
+  Integers bits = words;
+  if (N == 2) bits = j ? words & int32_t(0xffff0000) : words << 16;
+  if (N == 4) return __builtin_convertvector((words << (24 - 8 * j)) >> 24, Vector);
+  Vector numbers;
+  std::memcpy(&numbers, &bits, sizeof numbers);
+  return numbers;
+}
+
+INLINE Integers load_words(const uint32_t* at) {
+  Integers words;
+  std::memcpy(&words, at, sizeof words);
+  return words;
+}
+
+// ---- the factors of prompt_attention.h: the numbers themselves
 
 using Factor = float;
 using Factors = Vector;
@@ -20,7 +39,6 @@ INLINE Four four_factors(const float* from, float scale) {
   std::memcpy(&four, from, sizeof four);
   return four * scale;
 }
-INLINE Factor one_factor(const float* from, float scale) { return *from * scale; }
 
 // 2^x to within 2e-7 of its value for x <= 0, and 0 below -126.
 INLINE Vector power_of_two(Vector x) {
@@ -48,8 +66,33 @@ INLINE Factors weights_of(const float* scores, Vector largest, Vector& totals) {
   return weights;
 }
 
-// Keys and values (count, width) as factors.
+// The keys (width, 64) and values (64, width) of a block as factors: where they are, or in `room`.
 struct Brought {
   const Factor *keys, *values;
 };
-INLINE Brought bring(const float* keys, const float* values, int64_t, int64_t, Factor*) { return {keys, values}; }
+template <int N>
+INLINE Brought bring_words(const uint8_t* at, int64_t half_bytes, int64_t width, Factor* room) {
+  const auto* const keys = reinterpret_cast<const uint32_t*>(at);
+  const auto* const values = reinterpret_cast<const uint32_t*>(at + half_bytes);
+  const auto* const scales = reinterpret_cast<const float*>(at + 2 * half_bytes);  // of int8
+  Factor* const to_values = room + kBlockTokens * width;
+  for (int64_t i = 0; i < width / N; ++i)
+    for (int64_t t = 0; t < kBlockTokens; t += kLanes)
+      for (int j = 0; j < N; ++j) {
+        const Vector numbers = number_of<N>(load_words(keys + i * kBlockTokens + t), j);
+        store(room + (i * N + j) * kBlockTokens + t, N == 4 ? numbers * load(scales + t) : numbers);
+      }
+  for (int64_t t = 0; t < kBlockTokens / N; ++t)
+    for (int64_t i = 0; i < width; i += kLanes)
+      for (int j = 0; j < N; ++j) {
+        const Vector numbers = number_of<N>(load_words(values + t * width + i), j);
+        store(to_values + (t * N + j) * width + i, N == 4 ? numbers * all(scales[kBlockTokens + t * N + j]) : numbers);
+      }
+  return {room, to_values};
+}
+INLINE Brought bring(const HeadBlocks& of, int64_t t, Factor* room) {
+  const uint8_t* const at = of.at(t);
+  if (of.kind == kCacheBFloat16) return bring_words<2>(at, of.half_bytes, of.width, room);
+  if (of.kind == kCacheInt8) return bring_words<4>(at, of.half_bytes, of.width, room);
+  return {reinterpret_cast<const Factor*>(at), reinterpret_cast<const Factor*>(at + of.half_bytes)};
+}

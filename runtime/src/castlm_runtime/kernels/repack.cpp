@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "plain.h"
-#include "pool.h"
+#include "team.h"
 
 namespace castlm {
 namespace {

@@ -100,6 +100,6 @@ void multiply_in_batches(const Header& of, const uint8_t* data, const Activation
 
 // The kernel of a matrix for `batch` rows of x.
 template <class Set>
-Kernel kernel_of(const Header& of, int64_t batch, Activations (*integers)(const Header&, const float*, int64_t)) {
+Kernel kernel_of(const Header& of, int64_t batch, Form integers) {
   return {of.values < kInt8 ? as_floats : integers, multiply_in_batches<Set>, batch <= 2 ? 1 : 4};
 }

@@ -1,0 +1,84 @@
+// The engine: a model whose weights are packed, a cache of keys and values in blocks, and one call that runs the new tokens of
+// many sequences through both. The structs are what Python fills (ctypes); `castlm_describe` names their sizes.
+//
+// Python owns every buffer that a `ModelSpec` points to and keeps it while the model lives; the spec and its array of layers are
+// copied. Nothing that `castlm_forward` gets is kept after it returns.
+
+#pragma once
+
+#include <cstdint>
+
+namespace castlm {
+
+constexpr int64_t kBlockTokens = 64;  // positions of a block of the cache
+
+// A packed weight (rows, columns), as `castlm_repack` fills its buffer.
+struct WeightRef {
+  const void* packed;
+  int64_t bytes, rows, columns;
+  const float* bias;  // (rows,), or null
+};
+
+// One transformer block. A pointer may be null where a family lacks the part. Norms are RMS norms; where a family adds 1 to their
+// weights (Gemma), Python has added it.
+//
+//   h = x + residual_scale * post_attention_norm(o(attention(attention_norm(x))))
+//   y = h + residual_scale * post_mlp_norm(down(activation(gate(n)) * up(n))),   n = mlp_norm(h)
+struct LayerSpec {
+  WeightRef q, k, v, o, gate, up, down;
+  const float *attention_norm, *mlp_norm;            // (hidden,), or null: no norm before
+  const float *q_norm, *k_norm;                      // (head_dim,) or, with `wide_head_norms`, (heads * head_dim,); or null
+  const float *post_attention_norm, *post_mlp_norm;  // (hidden,), or null
+  const float *cosines, *sines;                      // (max_positions, rotary_dim / 2), or null: no rotary embedding
+  int64_t window;                                    // positions that attention reads, the token's own among them; 0 for all
+};
+
+enum Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
+
+struct ModelSpec {
+  int64_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, max_positions;
+  int64_t rotary_dim;        // of a head, from its first dimension on: i turns with i + rotary_dim / 2; the others stay
+  int32_t activation;        // an `Activation`
+  int32_t wide_head_norms;   // whether q_norm and k_norm run over all heads together (OLMo 2)
+  float epsilon;             // of the norms
+  float attention_scale;     // of the products of queries and keys
+  float embedding_scale, residual_scale, logit_scale;  // 1 in most families
+  float logit_cap;           // logits become cap * tanh(logits / cap); 0 for none
+  const LayerSpec* layers;
+  const float* norm;         // (hidden,)
+  WeightRef head;            // (vocabulary, hidden)
+  WeightRef embedding;       // (vocabulary, hidden); the same buffer as the head where they are tied
+};
+
+// What the cache keeps of a key and a value. int8 has a scale for each position and head.
+enum CacheKind : int32_t { kCacheBFloat16 = 0, kCacheInt8 = 1, kCacheFloat32 = 2 };
+
+// The new tokens of one sequence in a pass: part of a prompt, or one token.
+struct Sequence {
+  const int32_t* tokens;  // (count,)
+  int64_t count;
+  int64_t position;       // tokens before them, whose keys and values are in the blocks
+  const int32_t* blocks;  // the numbers of the blocks of positions 0 to position + count - 1, ceil((position + count) / 64) of them
+  float* logits;          // (vocabulary,) after the last token; with `all_logits` (count, vocabulary); null: not wanted, as in the
+                          // middle of a prompt, which spares the output head
+  int64_t all_logits;
+};
+
+}  // namespace castlm
+
+// What all functions return: 0, or kBadSize 1 (a size, a token, a position or a block out of range), kNoMemory 3.
+//
+//   int castlm_model_new(const castlm::ModelSpec*, void** model);
+//   void castlm_model_free(void* model);
+//
+//   int64_t castlm_cache_block_bytes(void* model, int kind);       // of all layers; -1: no such kind
+//   int castlm_cache_new(void* model, int kind, int64_t num_blocks, void** cache);   // reserves addresses; memory comes as blocks are written
+//   void castlm_cache_free(void* cache);                           // before its model
+//   void castlm_cache_release(void* cache, const int32_t* blocks, int64_t count);    // gives the memory of blocks back to the system
+//
+//   int castlm_forward(void* model, void* cache, const castlm::Sequence* sequences, int64_t count, int threads);
+//
+// Passes of one model run one after another. A block must be written from its first position on; sequences may share blocks
+// that are before their `position`.
+//   const char* castlm_describe();                                 // JSON: sizes of these structs, codes, levels
+//   int64_t castlm_model_barriers(void* model);                    // of its last pass: steps in which threads waited for each other

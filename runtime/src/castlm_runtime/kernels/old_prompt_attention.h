@@ -1,0 +1,216 @@
+// Attention of tokens of a prompt. Included once for each instruction set, inside its target pragma and a namespace of its own that has
+//
+//   Vector, Integers, kLanes   `kLanes` floats with the arithmetic operators, as many int32
+//   all                        a number in every lane
+//   kTileRows, kVectors        the size of a tile of sums in registers, in vectors
+//
+// and says what a `Factor` is (prompt_floats.h, attention_bf16.cpp): the four bytes of `kNumbers` numbers that follow each other in the
+// direction of a sum, whose products with those of another factor are added at once.
+//
+// The lanes are queries: token by token, and of a token the heads that share keys and values. So scores, their maxima, their
+// exponentials and the sums of values need no operation across lanes, and a key or a value is a number for all lanes. With f factors
+// in a row of `width` numbers:
+//
+//   queries transposed:  (f, lanes)   once
+//   scores:  (64 keys, lanes) = keys (64, f) times queries (f, lanes)
+//   sums:    (width, lanes)  += values transposed (width, 64 / kNumbers) times weights (64 / kNumbers, lanes)
+//
+// 64 keys and their values pass by all lanes of a call, a strip of `kStrip` lanes at a time: the scores of a strip, its queries
+// and its sums stay in the first-level cache. Scores, their exponentials, sums and totals are fp32.
+
+constexpr int64_t kStrip = kVectors * kLanes;
+constexpr int64_t kKeys = 64;  // whose scores are computed before they become weights
+
+template <class V = Vector>
+INLINE V load(const float* at) {
+  V v;
+  std::memcpy(&v, at, sizeof v);
+  return v;
+}
+template <class V, class To>
+INLINE void store(To* at, V v) { std::memcpy(at, &v, sizeof v); }
+INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// R rows by `kVectors` vectors of sums, which begin as `sums`: row r and step k of the first factor are at
+// a[r * row_step + k * step], step k of the second at b[k * kStrip].
+template <int R>
+INLINE void multiply(const Factor* a, int64_t row_step, int64_t step, const Factor* b, int64_t depth, Vector (*sums)[kVectors]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Factors of_step[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) of_step[v] = load_factors(b + k * kStrip + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Factors factor = all_of(a[r * row_step + k * step]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) add_products(sums[r][v], factor, of_step[v]);
+    }
+  }
+}
+
+// Scores of R keys in `to` (R, kStrip); `largest` takes part in their maxima and becomes these.
+template <int R>
+INLINE void scores_of(const Factor* keys, int64_t depth, const Factor* queries, float* to, Vector* largest) {
+  Vector sums[R][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = all(0.0f);
+  multiply<R>(keys, depth, 1, queries, depth, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      store(to + r * kStrip + v * kLanes, sums[r][v]);
+      largest[v] = larger(sums[r][v], largest[v]);
+    }
+}
+
+// Adds the weighted sums of R columns of the values to `factor` times what `to` (R, kStrip) has.
+template <int R>
+INLINE void add_columns(const Factor* values, int64_t width, const Factor* weights, int64_t depth, const Vector* factor, float* to) {
+  Vector sums[R][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(to + r * kStrip + v * kLanes) * factor[v];
+  multiply<R>(values, 1, width, weights, depth, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(to + r * kStrip + v * kLanes, sums[r][v]);
+}
+
+// A strip of lanes while keys pass.
+struct Strip {
+  const Factor* queries;     // (width / kNumbers, kStrip), times `scale` and log2(e)
+  float* sums;               // (width, kStrip)
+  float* largest;            // (kStrip,) of the scores so far
+  float* totals;             // (kStrip,) of the weights so far
+  const int32_t* positions;  // (kStrip,) of the lanes' tokens
+};
+
+// `count` keys from position `t` on, and their values.
+void attend_to_keys(const Strip& strip, const Factor* keys, const Factor* values, int64_t t, int64_t count, int64_t width,
+                    int64_t window) {
+  alignas(64) float scores[kKeys * kStrip];  // and in their place the weights
+  auto* const weights = reinterpret_cast<Factor*>(scores);
+  Vector before[kVectors], largest[kVectors], factor[kVectors], total[kVectors];
+  for (int v = 0; v < kVectors; ++v) largest[v] = before[v] = load(strip.largest + v * kLanes);
+  const int64_t f = width / kNumbers, depth = (count + kNumbers - 1) / kNumbers;
+  int64_t k = 0;
+  const bool whole = t + count - 1 <= strip.positions[0] && !(window && t <= strip.positions[kStrip - 1] - window);
+  for (; k + kTileRows <= count; k += kTileRows) scores_of<kTileRows>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
+  for (; k + 4 <= count; k += 4) scores_of<4>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
+  for (; k < count; ++k) scores_of<1>(keys + k * f, f, strip.queries, scores + k * kStrip, largest);
+  for (; k < depth * kNumbers; ++k)  // the last factor lacks a key
+    for (int v = 0; v < kVectors; ++v) store(scores + k * kStrip + v * kLanes, all(-INFINITY));
+  if (!whole) {  // some lanes do not read all of these keys
+    Integers newest[kVectors], oldest[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      std::memcpy(&newest[v], strip.positions + v * kLanes, sizeof newest[v]);
+      newest[v] -= int32_t(t);
+      oldest[v] = newest[v] - int32_t(window ? std::min<int64_t>(window, 1 << 30) : 1 << 30);
+      largest[v] = before[v];
+    }
+    for (k = 0; k < count; ++k)
+      for (int v = 0; v < kVectors; ++v) {
+        const Integers key = oldest[v] * 0 + int32_t(k);
+        float* at = scores + k * kStrip + v * kLanes;
+        const Vector score = (key <= newest[v]) & (key > oldest[v]) ? load(at) : all(-INFINITY);
+        store(at, score);
+        largest[v] = larger(score, largest[v]);
+      }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(strip.largest + v * kLanes, largest[v]);
+    // A lane that has read no key yet has minus infinity twice; subtracting the lowest number keeps its weights 0.
+    largest[v] = larger(largest[v], all(-3e38f));
+    factor[v] = power_of_two(larger(before[v], all(-3e38f)) - largest[v]);
+    total[v] = load(strip.totals + v * kLanes) * factor[v];
+  }
+  for (k = 0; k < depth; ++k)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      store(weights + k * kStrip + v * kLanes, weights_of(scores + k * kNumbers * kStrip + v * kLanes, largest[v], total[v]));
+  for (int v = 0; v < kVectors; ++v) store(strip.totals + v * kLanes, total[v]);
+  int64_t i = 0;
+  for (; i + kTileRows <= width; i += kTileRows)
+    add_columns<kTileRows>(values + i, width, weights, depth, factor, strip.sums + i * kStrip);
+  for (; i + 4 <= width; i += 4) add_columns<4>(values + i, width, weights, depth, factor, strip.sums + i * kStrip);
+  for (; i < width; ++i) add_columns<1>(values + i, width, weights, depth, factor, strip.sums + i * kStrip);
+}
+
+INLINE void transpose(Four* rows) {
+  const Four a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  const Four ab = {a[0], b[0], a[1], b[1]}, cd = {c[0], d[0], c[1], d[1]};
+  const Four ab_high = {a[2], b[2], a[3], b[3]}, cd_high = {c[2], d[2], c[3], d[3]};
+  rows[0] = Four{ab[0], ab[1], cd[0], cd[1]}, rows[1] = Four{ab[2], ab[3], cd[2], cd[3]};
+  rows[2] = Four{ab_high[0], ab_high[1], cd_high[0], cd_high[1]};
+  rows[3] = Four{ab_high[2], ab_high[3], cd_high[2], cd_high[3]};
+}
+
+void old_attend_to_prompt(const OldPrompt& of, int64_t first, int64_t count) {
+  const int64_t width = of.width, f = width / kNumbers, start = of.start + first, end = start + count, lanes = count * of.group;
+  const int64_t strips = (lanes + kStrip - 1) / kStrip, size = width * kStrip;
+  const int64_t words = strips * (size / kNumbers + size + 3 * kStrip) + (kNumbers > 1 ? kKeys * width : 0);
+  auto* const queries = static_cast<Factor*>(scratch<0>(words * 4));
+  float* const sums = reinterpret_cast<float*>(queries + strips * size / kNumbers);
+  float *const totals = sums + strips * size, *const largest = totals + strips * kStrip;
+  auto* const positions = reinterpret_cast<int32_t*>(largest + strips * kStrip);
+  auto* const room = reinterpret_cast<Factor*>(positions + strips * kStrip);
+  std::fill(sums, largest, 0.0f);
+  std::fill_n(largest, strips * kStrip, -INFINITY);
+
+  // Four lanes' rows of (width,) at a time; lanes past the last one repeat it.
+  const auto offset_of = [&](int64_t lane) {
+    lane = std::min(lane, lanes - 1);
+    return (first + lane / of.group) * of.stride + lane % of.group * width;
+  };
+  const float scale = of.scale * 1.44269504f;  // log2(e)
+  for (int64_t lane = 0; lane < strips * kStrip; lane += 4) {
+    Factor* const to = queries + lane / kStrip * (size / kNumbers) + lane % kStrip;
+    const float* from[4];
+    for (int j = 0; j < 4; ++j) {
+      from[j] = of.queries + offset_of(lane + j);
+      positions[lane + j] = int32_t(start + std::min(lane + j, lanes - 1) / of.group);
+    }
+    int64_t i = 0;
+    for (; i + 4 <= f; i += 4) {
+      Four rows[4];
+      for (int j = 0; j < 4; ++j) rows[j] = four_factors(from[j] + i * kNumbers, scale);
+      transpose(rows);
+      for (int j = 0; j < 4; ++j) store(to + (i + j) * kStrip, rows[j]);
+    }
+    for (; i < f; ++i)
+      for (int j = 0; j < 4; ++j) to[i * kStrip + j] = one_factor(from[j] + i * kNumbers, scale);
+  }
+
+  const int64_t begin = of.window ? std::max<int64_t>(0, start + 1 - of.window) : 0;
+  for (int64_t t = begin; t < end; t += kKeys) {
+    const Brought brought = bring(of.keys + t * width, of.values + t * width, std::min(kKeys, end - t), width, room);
+    for (int64_t s = 0; s < strips; ++s) {
+      const int32_t* const at = positions + s * kStrip;
+      const Strip strip{queries + s * (size / kNumbers), sums + s * size, largest + s * kStrip, totals + s * kStrip, at};
+      const int64_t oldest = of.window ? at[0] + 1 - of.window : 0, newest = at[kStrip - 1];
+      if (t > newest || t + kKeys <= oldest) continue;
+      attend_to_keys(strip, brought.keys, brought.values, t, std::min(kKeys, newest + 1 - t), width, of.window);
+    }
+  }
+
+  for (int64_t lane = 0; lane < lanes; lane += 4) {
+    const float* const from = sums + lane / kStrip * size + lane % kStrip;
+    const Four factor = 1.0f / load<Four>(totals + lane);
+    float* to[4];
+    for (int j = 0; j < 4; ++j) to[j] = of.to + offset_of(lane + j);
+    int64_t i = 0;
+    for (; i + 4 <= width; i += 4) {
+      Four rows[4];
+      for (int j = 0; j < 4; ++j) rows[j] = load<Four>(from + (i + j) * kStrip) * factor;
+      transpose(rows);
+      for (int j = 0; j < 4; ++j) store(to[j] + i, rows[j]);
+    }
+    for (; i < width; ++i)
+      for (int j = 0; j < 4; ++j) to[j][i] = from[i * kStrip + j] * factor[j];
+  }
+}
