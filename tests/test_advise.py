@@ -184,12 +184,6 @@ def test_the_law_predicts_the_perplexity_of_n_m(quick, llama, tmp_path, capsys):
 
 
 @needs_kernels
-def test_the_layers_of_a_cut_model_are_timed_beside_those_of_the_whole(quick, llama, capsys):
-    assert main(["advise", llama, "--device", "cpu", "--tokens", "1", "--pattern", "channels:0.5"]) == 0
-    assert "channels:0.5: dense in bf16, times as fast as the whole model: " in capsys.readouterr().out
-
-
-@needs_kernels
 def test_bytes_are_those_of_the_packed_files(tmp_path):
     folder = save_tiny(tmp_path / "m", "llama")
     tiny_model("llama").bfloat16().save_pretrained(folder)

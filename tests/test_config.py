@@ -182,7 +182,6 @@ def test_values_that_are_refused(mapping, message):
         ({}, []),
         ({"mask_interval": 5}, []),
         ({"mask_interval": 5, "decay": "additive"}, ["mask_interval"]),
-        ({"mask_interval": 5, "pattern": "channels:0.5"}, ["mask_interval"]),
         ({"mask_interval": 5, "init_from": "magnitude"}, []),
         ({"mask_interval": 5, "method": "ast"}, []),
         ({"lam": 1e-3, "decay_end": 0.5}, ["lam"]),
@@ -200,7 +199,6 @@ def test_values_that_are_refused(mapping, message):
             {"permute_iterations": 2, "refit_iterations": 5, "init_from": "some/model"},
             ["permute_iterations", "refit_iterations"],
         ),
-        ({"permute_iterations": 2, "refit_iterations": 5, "pattern": "channels:0.5"}, ["permute_iterations"]),
         ({"permute_iterations": 2, "refit_iterations": 5}, []),
         ({"permute": False, "permute_iterations": 2}, ["permute_iterations"]),
         ({"permute": False, "mask_iterations": 0, "init_from": "some/model"}, []),  # off asks for nothing

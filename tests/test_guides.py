@@ -50,6 +50,7 @@ BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\
 
 NOT_RUN = {
     "installs castlm": 2,
+    "takes ten minutes": 1,
     "installs vLLM": 1,
     "needs a GPU": 3,
     "needs a model of 3B": 1,
@@ -233,8 +234,6 @@ def texts_of(page: str) -> None:
     match page:
         case "experts.md":
             save_tiny("experts", "mixtral")
-        case "structured.md":
-            Path("channels.yaml").write_text("pattern: channels:0.5\ncalibration_sequences: 4\n")
         case "compare.md":
             Path("small.yaml").write_text("calibration_sequences: 4\nrotation_iterations: 4\n")
         case "multi-gpu.md":

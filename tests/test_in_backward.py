@@ -21,7 +21,6 @@ from tests.slow import slow
         slow({"method": "ast", "max_grad_norm": 0.1}),
         {"method": "finetune", "weight_decay": 0.1},
         slow({"method": "dense", "weight_bits": 3}),
-        slow({"pattern": "channels:0.5"}),
     ],
 )
 def test_a_run_that_steps_in_the_backward_pass_and_is_resumed_has_the_bits_of_a_plain_one(

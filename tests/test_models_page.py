@@ -6,7 +6,7 @@ from benchmarks.render import ROOT
 
 from castlm.oneshot.families import LAYOUTS
 from castlm.runtime.decode import FAMILIES
-from castlm.structured.pattern import CHANNELS, HEADS
+from castlm.structured.units import CHANNELS, HEADS
 
 
 def test_the_page_of_models_has_every_family_with_what_it_can_do():

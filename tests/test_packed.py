@@ -374,7 +374,7 @@ def test_every_chat_template_goes_with_the_model(pruned, tmp_path):
 
 def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
     model = tiny_model("llama", intermediate_size=64)
-    pattern = parse_pattern("channels:0.75+2:4")
+    pattern = parse_pattern("2:4")
     prune_(model, pattern)
     record = {"base_model": "owner/base", "license": "mit", "verdict": {"ok": False, "reason": "it is bad"}}
     plain, packed, back = (tmp_path / name for name in ("plain", "packed", "back"))
@@ -384,14 +384,14 @@ def test_the_card_of_a_result_goes_with_it(tmp_path, capsys):
     named = (
         "license: mit",
         "Do not use this model",
-        "channels:0.75+2:4",
+        "made 2:4 sparse",
         "castlm.register()",
         "output head are dense, in int8",
     )
     for text in (*named, "castlm unpack"):
         assert text in card
     assert main(["verify", str(packed)]) == 0
-    assert "channels:0.75+2:4" in capsys.readouterr().out
+    assert "2:4 holds" in capsys.readouterr().out
     unpack_folder(packed, back)
     assert (back / "README.md").read_text() == (plain / "README.md").read_text()
     assert "packed" not in record_of(back)

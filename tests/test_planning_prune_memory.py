@@ -8,7 +8,6 @@ from castlm.core.errors import InputError
 from castlm.lab.planning.prune_memory import MALLOC, plan_prune_memory
 from castlm.lab.planning.quantize_memory import plan_quantize_memory
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
-from castlm.patterns import parse_pattern
 from tests.tiny import save_tiny
 
 HIDDEN, NEURONS, KEYS, VOCAB, LAYERS = 64, 176, 32, 256, 3
@@ -83,8 +82,6 @@ def test_wanda_needs_vectors_only_where_the_basis_stays_and_magnitude_has_no_pla
         assert len({*without_process}) == 1, phase
     with pytest.raises(InputError, match="magnitude"):
         plan_prune_memory(CONFIG, method="magnitude")
-    with pytest.raises(InputError, match="'sparsegpt'"):
-        plan_prune_memory(CONFIG, memory="model", pattern=parse_pattern("channels:0.5"))
 
 
 def test_quantizing_holds_a_block_its_statistics_and_the_layers_that_read_one_input():
@@ -122,8 +119,6 @@ def test_the_command_prints_the_phases_and_the_peak(llama, capsys):
     assert all(word in said for word in ("phase: solve", "phase: enter", "peak", "hidden states on disk"))
     assert command.memory([*arguments, "--memory", "model"]) == 0
     assert "phase: verify" in capsys.readouterr().out
-    assert command.memory([*arguments, "--pattern", "heads:0.5"]) == 0  # whose default is taylor
-    assert "phase: gradients" in capsys.readouterr().out
     assert command.memory([*arguments, "--reconstruct-epochs", "2"]) == 0
     assert "phase: reconstruction" in capsys.readouterr().out
     assert command.memory([*arguments[:2], "--quantize", "int4"]) == 0

@@ -109,16 +109,6 @@ def prune_tiny(folder, family="llama", **over):
     return prune_to(folder / "sparse", save_tiny(folder / "dense", family, **over))
 
 
-def test_a_structured_pattern_with_groups_stays_on_record_and_verifies(llama, tmp_path):
-    pattern = "channels:0.75+2:4"
-    sparse = prune_to(tmp_path / "sparse", llama, pattern=pattern)
-    for out, options in ((tmp_path / "plain", []), (tmp_path / "packed", ["--packed"])):
-        assert main(["quantize", sparse, "--output-dir", str(out), *options]) == 0
-        assert record_of(out)["pattern"] == pattern
-        assert pattern in (out / "README.md").read_text()
-        assert main(["verify", str(out)]) == 0
-
-
 @pytest.mark.parametrize("kind", ["int8", "int4", "int3"])
 @pytest.mark.parametrize("family", ["llama", slow("gpt2")])
 def test_both_folders_are_verified_and_the_packed_one_unpacks_to_the_plain_one(kind, family, text, tmp_path, capsys):

@@ -22,7 +22,6 @@ from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor
 from castlm.oneshot.steps import solve
 from castlm.oneshot.steps.reconstruct import reconstruct_
 from castlm.starts import applied, prune_oneshot_
-from castlm.structured.pattern import Channels
 from tests.fused import needs_kernels, threads
 from tests.tiny import VOCAB_SIZE, linear_model
 
@@ -233,18 +232,12 @@ def test_refinements_are_checked():
         prune_oneshot_(model, "sparsegpt", calibration=TOKENS[:1], refinements=Refinements(reconstruct_epochs=1))
     assert applied(Refinements(), "magnitude", NM(2, 4)) == NO_REFINEMENTS
     assert applied(NO_REFINEMENTS, "wanda", NM(2, 4)) == NO_REFINEMENTS
-    assert applied(Refinements(mask_iterations=0, refit_iterations=5), "flap", Channels(0.5)).refit_iterations == 5
-    with pytest.raises(InputError, match=r"mask_iterations = 5 .* channels:0\.5"):
-        prune_oneshot_(
-            model, "flap", pattern=Channels(0.5), calibration=TOKENS, refinements=Refinements(mask_iterations=5)
-        )
     with pytest.raises(InputError, match=r"mask_iterations = -1 is out of range"):
         prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(mask_iterations=-1))
     with pytest.raises(InputError, match=r"damping = 1\.5 is out of range: it must be between 0 and 1"):
         Refinements(damping=1.5)
     with pytest.raises(InputError, match=r"damping = 0.1 .* wanda"):
         applied(Refinements(damping=0.1), "wanda", NM(2, 4))
-    assert applied(Refinements(damping=0.1), "flap", Channels(0.5)).damping == 0.1
 
 
 def test_an_effort_sets_options_that_are_not_given():
@@ -260,7 +253,6 @@ def test_a_quick_start_does_not_ask_other_solvers_for_its_refinements():
     assert applied(Refinements(**quick), "wanda", NM(2, 4), "quick") == NO_REFINEMENTS
     with pytest.raises(InputError, match="refit_iterations"):
         applied(Refinements(**quick), "wanda", NM(2, 4))
-    assert applied(Refinements(**quick), "flap", Channels(0.25)).num_refits == 6
 
 
 @pytest.mark.parametrize(

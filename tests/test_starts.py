@@ -9,7 +9,7 @@ import torch
 import castlm
 from castlm.cli import prune as command
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, LayerPattern
+from castlm.core.nm import NM, Pattern
 from castlm.export.verify import verify
 from castlm.oneshot.solvers import SOLVERS
 from castlm.starts import methods_of, prune_oneshot_, reads_of
@@ -41,29 +41,17 @@ def test_a_solver_that_reads_no_text_needs_none(mine, llama, text, tmp_path):
 
 
 def test_what_a_start_reads():
-    heads, groups = castlm.parse_pattern("heads:0.5"), NM(2, 4)
-    assert list(methods_of(heads)) == ["magnitude", "flap", "taylor"]
+    groups = NM(2, 4)
+    assert list(methods_of(groups)) == ["magnitude", "wanda", "sparsegpt"]
     assert reads_of(None, groups) == (False, False, ())
-    assert not reads_of(methods_of(heads)["magnitude"], heads, has_text=False).is_calibrated
-    assert reads_of(methods_of(heads)["magnitude"], heads).read_refinements == ("refit_iterations", "damping")
+    assert not reads_of(methods_of(groups)["magnitude"], groups, has_text=False).is_calibrated
+    assert "refit_iterations" in reads_of(methods_of(groups)["sparsegpt"], groups).read_refinements
     assert TrainConfig.of("model", "text", "run", method="gradual_magnitude").method.row.patterns is NM
-    with pytest.raises(InputError, match=r"gradual_magnitude does not train to channels:0\.5"):
-        TrainConfig.of("model", "text", "run", method="gradual_magnitude", pattern="channels:0.5")
-
-
-def test_every_function_of_the_core_reads_the_text_of_a_structured_pattern():
-    model = tiny_model("llama")
-    assert len(castlm.sparse_linears(model, "channels:0.5")[0]) == 6
-    castlm.add_weight_scaling(model, pattern="channels:0.5")
-    optimizer = castlm.AdamS(castlm.sparse_param_groups(model, "channels:0.5"), total_steps=4)
-    assert len(castlm.prune_(model, "channels:0.5", masks=optimizer.masks())) == 6
 
 
 @dataclass(frozen=True)
-class ByLayer(LayerPattern):
+class ByLayer(Pattern):
     """1:4 in the up-projections, and 2:4 elsewhere."""
-
-    independent_rows = True
 
     def __str__(self) -> str:
         return "bylayer"

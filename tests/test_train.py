@@ -106,9 +106,6 @@ def test_accumulation_is_one_large_batch(llama, text, tmp_path):
         {"method": "dense", "weight_bits": 3},
         slow({"weight_bits": 3}),
         slow({"weight_bits": 3, "moments": "8bit"}),
-        {"pattern": "channels:0.5"},
-        slow({"pattern": "heads:0.5+2:4", "init_from": "magnitude"}),
-        slow({"pattern": "channels:0.5", "method": "finetune", "init_from": "flap"}),
     ],
 )
 def test_resumed_run_is_the_straight_run_bit_for_bit(fields, llama, text, tmp_path):
@@ -170,10 +167,9 @@ def test_a_run_that_is_resumed_with_other_threads_says_that_its_last_bits_may_di
     assert f"in another order (threads {threads} -> {threads + 1})" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("pattern", ["2:4", slow("channels:0.5+2:4")])
-def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(pattern, llama, text, tmp_path):
+def test_kill_in_the_middle_of_a_save_leaves_the_last_whole_one(llama, text, tmp_path):
     """SIGKILL at random moments of a run that saves every step; it continues each time and ends as the straight run."""
-    straight = small(llama, text, tmp_path / "straight", save_steps=1, pattern=pattern)
+    straight = small(llama, text, tmp_path / "straight", save_steps=1)
     train(straight)
     command = ["castlm", "train", "--config", str(tmp_path / "straight" / "config.yaml")]
     command += ["--output-dir", str(tmp_path / "killed")]

@@ -5,8 +5,6 @@
 
 import importlib
 
-import castlm.patterns  # noqa: F401  # functions of core parse its texts too
-
 __version__ = "0.1.0"
 
 _NAMES = {
@@ -21,7 +19,6 @@ _NAMES = {
     "castlm.core.experts": ("linearize_experts_",),
     "castlm.core.nm": (
         "NM",
-        "LayerPattern",
         "Pattern",
         "count_nm_violations",
         "flip_rate",
@@ -45,7 +42,7 @@ _NAMES = {
     "castlm.runtime.register": ("register",),
     "castlm.runtime.semi_structured": ("to_semi_structured_",),
     "castlm.starts": ("prune_oneshot_",),
-    "castlm.structured.pattern": ("Channels", "Heads"),
+    "castlm.structured.cut": ("cut_units",),
     "castlm.training.config": ("FinetuneConfig", "TrainConfig"),
 }
 """The public names by their modules."""

@@ -14,7 +14,6 @@ from castlm.core.distill import top_tokens as top_tokens
 from castlm.core.errors import InputError as InputError
 from castlm.core.experts import linearize_experts_ as linearize_experts_
 from castlm.core.nm import NM as NM
-from castlm.core.nm import LayerPattern as LayerPattern
 from castlm.core.nm import Pattern as Pattern
 from castlm.core.nm import count_nm_violations as count_nm_violations
 from castlm.core.nm import flip_rate as flip_rate
@@ -46,8 +45,7 @@ from castlm.runtime.layers import pack_model_ as pack_model_
 from castlm.runtime.register import register as register
 from castlm.runtime.semi_structured import to_semi_structured_ as to_semi_structured_
 from castlm.starts import prune_oneshot_ as prune_oneshot_
-from castlm.structured.pattern import Channels as Channels
-from castlm.structured.pattern import Heads as Heads
+from castlm.structured.cut import cut_units as cut_units
 from castlm.training.config import FinetuneConfig as FinetuneConfig
 from castlm.training.config import TrainConfig as TrainConfig
 

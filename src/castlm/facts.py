@@ -240,8 +240,9 @@ class Packing:
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut of channels or heads: fields of config.json before and after it."""
+    """A cut of channels or heads: the share that stays, and fields of config.json before and after it."""
 
+    units: str
     before: dict[str, int]
     after: dict[str, int]
     logits_moved: float | None = None
@@ -261,7 +262,6 @@ class Proof:
     violations: int
     zero_fraction: float
     non_finite: int
-    cut: int | None = None
     tensors_equal_in_bits: int | None = None
     perplexity_from_disk: float | None = None
 
@@ -276,6 +276,7 @@ class PastStep:
     refinements: dict[str, Any] | None = None
     changes_of_basis: list[str] | None = None
     """The kinds of change before the solver, such as "values rotated"."""
+    cut: Cut | None = None
     rounded: TrainedRounding | None = None
     train_steps: int | None = None
     train_tokens: int | None = None

@@ -1,24 +1,21 @@
-"""The starts of each kind of pattern: its one-shot methods, what they read, and the steps that they are made of.
+"""The one-shot methods of a pattern, what they read, and the steps that they are made of.
 
-A method is a row of `castlm.oneshot.solvers.SOLVERS`, or for patterns of whole units of
-`castlm.structured.scores.SCORES`. Whether it reads a text, needs one, and which refinements apply to it stands in its
-row, and everybody asks here. Importing this module does not import torch.
+A method is a row of `castlm.oneshot.solvers.SOLVERS`, which says whether it reads a text, needs one, and which
+refinements apply to it; everybody asks here. Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.core.errors import InputError, check_type
-from castlm.core.nm import NM, LayerPattern, Pattern, parse_pattern
+from castlm.core.nm import NM, Pattern, parse_pattern
 from castlm.fields import Joined, unmet, without_effect
 from castlm.oneshot.options import EFFORTS, NO_BASIS, NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.solvers import SOLVERS, Solver
 from castlm.say import Progress, Say, silent
-from castlm.structured.pattern import Units
-from castlm.structured.scores import SCORES, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,97 +27,27 @@ if TYPE_CHECKING:
     from castlm.oneshot.steps.base import Step
 
 
-class Starts(NamedTuple):
-    """A row of `STARTS`: how a model is pruned to one kind of pattern."""
-
-    pattern: type[Pattern]
-    methods: Callable[[Pattern], Mapping[str, Solver | Score]]
-    """The one-shot methods that prune to a pattern, by name."""
-    default: Callable[[Pattern], str]
-    """The method where no other is asked for."""
-    steps: Callable[[str, Pattern, BasisOptions, Refinements], list[Step]]
-    """The steps of a method, given the options that apply to it."""
-
-
-def _solvers(pattern: Pattern) -> dict[str, Solver | Score]:
-    return {name: solver for name, solver in SOLVERS.items() if isinstance(pattern, solver.patterns)}
-
-
-def _default_solver(pattern: Pattern) -> str:
-    return "sparsegpt" if "sparsegpt" in _solvers(pattern) else "magnitude"
-
-
-def _steps_by_layers(method: str, pattern: Pattern, basis: BasisOptions, refinements: Refinements) -> list[Step]:
-    from castlm.oneshot.steps.change_basis import ChangeBasis
-    from castlm.oneshot.steps.reconstruct import Reconstruct
-    from castlm.oneshot.steps.solve import Solve
-
-    assert isinstance(pattern, LayerPattern)
-    steps: list[Step] = [Solve(method, pattern, refinements)]
-    if not isinstance(pattern, NM):
-        _refuse_rotation(basis, f"is for n:m patterns, not for {pattern}")
-    elif not SOLVERS[method].reads_text:
-        _refuse_rotation(basis, f"needs a calibration text, and {method} reads none")
-    elif not basis.is_off:
-        steps.insert(0, ChangeBasis(pattern, basis))
-    if refinements.reconstruct_epochs:
-        steps.append(Reconstruct(refinements.reconstruct_epochs, refinements.reconstruct_rate))
-    return steps
-
-
-def _default_score(pattern: Pattern) -> str:
-    assert isinstance(pattern, Units)
-    return pattern.default_score
-
-
-def _steps_by_units(method: str, pattern: Pattern, basis: BasisOptions, refinements: Refinements) -> list[Step]:
-    from castlm.structured.prune_units import PruneUnits
-
-    assert isinstance(pattern, Units)
-    _refuse_rotation(basis, f"is for n:m patterns, not for {pattern}")
-    return [PruneUnits(method, pattern, refinements.num_refits, refinements.damping)]
-
-
-def _refuse_rotation(basis: BasisOptions, why: str) -> None:
-    if basis.rotate not in ("auto", "off"):
-        raise InputError(f"rotate {basis.rotate} {why}: use rotate auto")
-
-
-STARTS: list[Starts] = [
-    Starts(Units, lambda pattern: SCORES, _default_score, _steps_by_units),
-    Starts(LayerPattern, _solvers, _default_solver, _steps_by_layers),
-]
-"""The first row whose class a pattern has holds for it."""
-
-
-def _starts_of(pattern: Pattern) -> Starts:
-    found = next((starts for starts in STARTS if isinstance(pattern, starts.pattern)), None)
-    if found is None:
-        raise InputError(f"no one-shot method prunes to {pattern}: add its row to castlm.starts.STARTS")
-    return found
-
-
 def all_methods() -> tuple[str, ...]:
     """The one-shot methods of all patterns."""
-    return tuple(dict.fromkeys((*SOLVERS, *SCORES)))
+    return tuple(SOLVERS)
 
 
-def methods_of(pattern: Pattern) -> Mapping[str, Solver | Score]:
+def methods_of(pattern: Pattern) -> Mapping[str, Solver]:
     """The one-shot methods that prune to a pattern, by name.
 
     Examples:
         >>> list(methods_of(NM(2, 4)))
         ['magnitude', 'wanda', 'sparsegpt']
     """
-    return _starts_of(pattern).methods(pattern)
+    return {name: solver for name, solver in SOLVERS.items() if isinstance(pattern, solver.patterns)}
 
 
 def default_method(pattern: Pattern) -> str:
     """The one-shot method to start from where no other is asked for. Figures in docs/results decided it."""
-    return _starts_of(pattern).default(pattern)
+    return "sparsegpt" if "sparsegpt" in methods_of(pattern) else "magnitude"
 
 
-def method_of(name: str, pattern: Pattern) -> Solver | Score:
+def method_of(name: str, pattern: Pattern) -> Solver:
     """The row of a method; raises `InputError` if it does not prune to the pattern."""
     methods = methods_of(pattern)
     if name not in methods:
@@ -128,7 +55,7 @@ def method_of(name: str, pattern: Pattern) -> Solver | Score:
     return methods[name]
 
 
-def trained_from(name: str, pattern: Pattern) -> Solver | Score | None:
+def trained_from(name: str, pattern: Pattern) -> Solver | None:
     """The method that makes the start `init_from NAME` of a training run; None for magnitude and for a model.
 
     With magnitude, masks are made by the optimizer.
@@ -147,7 +74,7 @@ class Reads(NamedTuple):
     """The options of `Refinements` that it reads."""
 
 
-def reads_of(method: Solver | Score | None, pattern: Pattern, has_text: bool = True) -> Reads:
+def reads_of(method: Solver | None, pattern: Pattern, has_text: bool = True) -> Reads:
     """What the start by a method reads; None reads nothing.
 
     Args:
@@ -190,7 +117,24 @@ def steps_of(
     Raises:
         InputError: as `applied`, or a rotation that does not apply.
     """
-    return _starts_of(pattern).steps(method, pattern, basis, applied(refinements, method, pattern, effort))
+    from castlm.oneshot.steps.change_basis import ChangeBasis
+    from castlm.oneshot.steps.reconstruct import Reconstruct
+    from castlm.oneshot.steps.solve import Solve
+
+    refinements = applied(refinements, method, pattern, effort)
+    steps: list[Step] = []
+    reads_text = SOLVERS[method].reads_text
+    if isinstance(pattern, NM) and reads_text and not basis.is_off:
+        steps.append(ChangeBasis(pattern, basis))
+    elif basis.rotate not in ("auto", "off"):
+        why = (
+            f"needs a calibration text, and {method} reads none" if not reads_text else f"is for n:m, not for {pattern}"
+        )
+        raise InputError(f"rotate {basis.rotate} {why}: use rotate auto")
+    steps.append(Solve(method, pattern, refinements))
+    if refinements.reconstruct_epochs:
+        steps.append(Reconstruct(refinements.reconstruct_epochs, refinements.reconstruct_rate))
+    return steps
 
 
 def prune_oneshot_(
@@ -209,12 +153,11 @@ def prune_oneshot_(
 ) -> OneshotReport:
     """Prunes a model to a pattern in place, without training; by default with the method as published.
 
-    The weights keep their dtype. Structured patterns have methods of their own; method taylor holds the gradient of
-    every weight that may be pruned.
+    The weights keep their dtype.
 
     Args:
         pattern: a `Pattern` or its text.
-        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`; for structured patterns a row of `SCORES`.
+        method: "magnitude", "wanda" or "sparsegpt", see `SOLVERS`.
         calibration: int64, (num_sequences, seq_len), as from `draw_calibration`. A method that reads no text uses only
             its first 256 tokens, to measure reconstruction errors.
         extras: for each sequence, the further arguments of the model's forward, such as images.

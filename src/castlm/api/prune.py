@@ -37,7 +37,7 @@ class OwnOptions:
 
     method: str | None = choice(None, all_methods, essential=True)
     """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
-    Structured patterns rank their units by flap (the default of channels), taylor (of heads) or magnitude."""
+    """
 
     calibration: str | None = essential(None, needs=TEXT._replace(is_met=lambda options: options.takes_text))
     """Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as --dataset
@@ -128,7 +128,7 @@ def prune(
     Args:
         model: a Hugging Face folder, hub id, GGUF file, or "demo".
         calibration: a text, as `dataset` of `castlm.train`: a file, folder, glob or hub dataset; not for "magnitude".
-        pattern: n:m, where n of every m consecutive weights along the input axis are kept, or a structured pattern.
+        pattern: n:m, where n of every m consecutive weights along the input axis are kept.
         output_dir: the folder of the pruned model.
         options: as of `castlm prune`: `method`, `num_sequences`, `seq_len`, `start_effort`, `overwrite` and others.
 
@@ -202,7 +202,7 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
     folder = world.on_main(lambda: check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs))
     memory = "block" if world.size > 1 else options.memory
     if memory == "auto":
-        memory = choose_memory(options.model, options.revision, folder, pattern, world.device.type)
+        memory = choose_memory(options.model, options.revision, folder, world.device.type)
     return prune_folder(
         options.model,
         folder,

@@ -135,7 +135,5 @@ def of_recorded_pattern(config: TrainConfig) -> TrainConfig:
         raise InputError(f"{DEMO} is a dense model: fine-tune the folder that castlm prune or castlm train makes of it")
     pattern = config.model.pattern
     if "pattern" not in config.given and (recorded := pattern_of_files(model)) is not None:
-        if recorded.nm is None:
-            raise InputError(f"{model} is {recorded}, a smaller dense model: fine-tune it like any dense one")
-        pattern = recorded.nm
+        pattern = recorded
     return config.changed(model=model, init_from=model, pattern=pattern)

@@ -40,10 +40,9 @@ class AdviseCommand:
     """Device to time; auto takes the GPU if there is one."""
 
     pattern: Pattern | None = parsed(None, parse_pattern)
-    """n:m, or a structured pattern such as channels:0.5: then the cut model is timed, and compared with the whole one.
-    The default is the pattern of MODEL, if castlm made it. For a dense model it is 2:4, and on a CPU also two patterns
-    that keep half in longer groups: the longest that all layers allow, such as 32:64, and the longest that this
-    processor takes nearly as fast as 2:4, which is 8:16 with AVX2.
+    """n:m. The default is the pattern of MODEL, if castlm made it. For a dense model it is 2:4, and on a CPU also two
+    patterns that keep half in longer groups: the longest that all layers allow, such as 32:64, and the longest that
+    this processor takes nearly as fast as 2:4, which is 8:16 with AVX2.
     """
 
     law: str | None = option(
@@ -67,48 +66,40 @@ class AdviseCommand:
 
     def run(self) -> int:
         check_json_path(self.json)
-        cut = self.pattern if self.pattern is not None and self.pattern.cuts else None
         if self.law is not None and self.train_tokens is None:
             raise InputError("--law predicts for a number of training tokens: give --train-tokens too")
-        if cut is None and not isinstance(self.pattern, NM | None):
-            raise InputError(f"pattern {self.pattern}: advise knows n:m, and channels and heads that are cut out")
-        report, advice = self._on_gpu(cut) if self.is_on_gpu else self._on_cpu(cut)
+        if not isinstance(self.pattern, NM | None):
+            raise InputError(f"pattern {self.pattern}: advise knows n:m alone")
+        report, advice = self._on_gpu() if self.is_on_gpu else self._on_cpu()
         write_json(self.json, report)
         if self.json != "-":
             to_stdout(advice, keep="\n")
         return 0
 
-    def _on_cpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
+    def _on_cpu(self) -> tuple[dict[str, Any], str]:
         from castlm.lab.advice.cpu import SECONDS, WORKLOADS, check_can_time, patterns_for, rank, shapes_of
         from castlm.models.locate import gguf_bytes
         from castlm.progress import note, shown_progress
 
         check_can_time(self.dtype)
         name = result_folder(self.model)
-        shapes, quality = shapes_of(name, self.trust_remote_code, cut), self._quality(name)
+        shapes, quality = shapes_of(name, self.trust_remote_code), self._quality(name)
         pattern = self.pattern or quality.pattern
-        patterns = [pattern] if isinstance(pattern, NM) else [] if cut is not None else patterns_for(shapes)
+        patterns = [pattern] if isinstance(pattern, NM) else patterns_for(shapes)
         workloads = {f"{self.tokens} tokens": self.tokens} if self.tokens else WORKLOADS
         num_shapes = len(shapes.blocks) + (shapes.head is not None)
-        expected = 1.5 * SECONDS * (1 if cut is None else 2)
-        note(f"timing {num_shapes} layer shapes in every format takes about {expected:.0f} s")
+        note(f"timing {num_shapes} layer shapes in every format takes about {1.5 * SECONDS:.0f} s")
         with shown_progress("advise, layer shapes") as progress:
-            options = {"dtype": self.dtype, "workloads": workloads, "progress": progress}
-            found = rank(
+            advice = rank(
                 shapes,
                 patterns=patterns,
                 quality=quality,
                 file_bytes=gguf_bytes(name),
-                **options,
+                dtype=self.dtype,
+                workloads=workloads,
+                progress=progress,
             )
-            report, lines = found.as_dict(), [found.text()]
-            if cut is not None:
-                whole = rank(shapes_of(name, self.trust_remote_code), patterns=(), **options)
-                speeds = {w: whole.base.seconds[w] / found.base.seconds[w] for w in workloads}
-                report |= {"pattern": str(cut), "cut_speedup": speeds}
-                said = ", ".join(f"{speed:.2f} for {workload}" for workload, speed in speeds.items())
-                lines.append(f"{cut}: dense in {self.dtype}, times as fast as the whole model: {said}")
-        return report, "\n".join(lines)
+        return advice.as_dict(), advice.text()
 
     def _quality(self, name: str) -> Quality:
         """The perplexities of the result in the folder `name`, if it has the pattern that was asked for.
@@ -138,18 +129,12 @@ class AdviseCommand:
         source = f"{of} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"
         return Quality(found.dense, at.perplexity, source, of)
 
-    def _on_gpu(self, cut: Pattern | None) -> tuple[dict[str, Any], str]:
+    def _on_gpu(self) -> tuple[dict[str, Any], str]:
         from castlm.lab.advice.cpu import shapes_of
-        from castlm.lab.advice.gpu import DENSE, advise_on_gpu
+        from castlm.lab.advice.gpu import advise_on_gpu
 
-        if cut is None and self.pattern not in (None, NM(2, 4)):
+        if self.pattern not in (None, NM(2, 4)):
             raise InputError(f"pattern {self.pattern}: GPUs have hardware for 2:4 alone")
-        name, options = result_folder(self.model), {"tokens": self.tokens or 1, "dtype": self.dtype}
-        found = advise_on_gpu(shapes_of(name, self.trust_remote_code, cut), **options)
-        report, lines = found.as_dict(), [found.text()]
-        if cut is not None:
-            whole = advise_on_gpu(shapes_of(name, self.trust_remote_code), **options)
-            speedup = whole.totals[DENSE] / found.totals[DENSE]
-            report |= {"pattern": str(cut), "cut_speedup": speedup}
-            lines.append(f"{cut}: dense in {self.dtype}, {speedup:.2f} times as fast as the whole model")
-        return report, "\n".join(lines)
+        shapes = shapes_of(result_folder(self.model), self.trust_remote_code)
+        found = advise_on_gpu(shapes, tokens=self.tokens or 1, dtype=self.dtype)
+        return found.as_dict(), found.text()

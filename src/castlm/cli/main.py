@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("train.main", "train a dense model to a verified n:m sparse one"),
     "finetune": Command("train.finetune", "fine-tune an n:m sparse model; every zero stays"),
     "prune": Command("prune.main", "prune one-shot, without training: magnitude, Wanda, SparseGPT"),
+    "cut": Command("cut.CutCommand", "remove channels or heads: a smaller dense model, without training"),
     "eval": Command("evaluate.EvalCommand", "measure the perplexity of a model on a text, or its zero-shot accuracy"),
     "compare": Command("compare.main", "train CAST and its rivals under equal conditions and print one table"),
     "sample": Command("sample.SampleCommand", "let a model write its own training text, if you have no data"),

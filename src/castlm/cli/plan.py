@@ -169,7 +169,7 @@ def memory(arguments: list[str]) -> int:
     if options.prune:
         plan_of_prune = plan_prune_memory(
             model,
-            memory="model" if pattern.cuts else options.memory,
+            memory=options.memory,
             method=start.name,
             pattern=pattern,
             num_sequences=start.calibration_sequences,

@@ -21,11 +21,8 @@ class VerifyCommand:
     """Folder in Hugging Face format, run of `castlm train`, or one .safetensors file."""
 
     pattern: Pattern | None = parsed(None, parse_pattern)
-    """n:m, at most n non-zeros in every m along the input axis, or a structured pattern such as channels:0.5. Default:
-    the pattern in the folder's castlm.json, or 2:4 without one."""
-
-    base: str | None = None
-    """Folder of the dense model before channels or heads were cut out. The default takes its sizes from castlm.json."""
+    """n:m, at most n non-zeros in every m along the input axis. The default is the pattern in the folder's castlm.json,
+    or 2:4 without one."""
 
     json: str | None = None
     """File for the report as JSON; "-" prints it instead of the table."""
@@ -36,11 +33,7 @@ class VerifyCommand:
 
         path = _counted(self.path)
         check_json_path(self.json)
-        report = verify(
-            path,
-            self.pattern or pattern_of_files(path) or NM(2, 4),
-            base=None if self.base is None else _counted(self.base),
-        )
+        report = verify(path, self.pattern or pattern_of_files(path) or NM(2, 4))
         write_json(self.json, report.as_dict())
         if self.json != "-":
             to_stdout(report.text(), keep="\n")

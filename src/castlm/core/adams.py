@@ -21,7 +21,7 @@ from castlm.core.errors import DivergedError, InputError, one_line
 from castlm.core.host_moments import HostMoments
 from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, moment_dtype, new_moments
 from castlm.core.native import Batch
-from castlm.core.nm import NM, Pattern, check_mask_form, pack_mask, parse_pattern, unpack_mask
+from castlm.core.nm import NM, Pattern, pack_mask, parse_pattern, refresh_masks_, replace_mask_, unpack_mask
 from castlm.core.shards import check_matrix, flat, like_rows, local
 from castlm.core.update import SECOND_MOMENTS, hyperparameters, update_
 
@@ -153,7 +153,6 @@ class AdamS(Optimizer):
             "weight_decay": weight_decay,
             "sparse": False,
             "pattern": NM(2, 4),
-            "joint": None,
         }
         super().__init__(groups, defaults)
 
@@ -185,12 +184,6 @@ class AdamS(Optimizer):
         if group["second_moment"] is None and isinstance(group["decay"], str) and group["decay"] in DECAYS:
             group["second_moment"] = "mix" if DECAYS[group["decay"]].needs_lam else "gradient"
         _check_options(group)
-        places = range(len(group["params"]))
-        if not _is_joint(group["joint"], places):
-            raise InputError(
-                f"AdamS: joint = {group['joint']!r:.200} is not allowed: it must be None, or lists of the positions of "
-                f"parameters, from 0 to {len(places) - 1}"
-            )
         for param in group["params"]:
             _check_parameter(param, group)
             if self._fused and param.device.type == "cpu" and not native.runs_on(local(param)):
@@ -201,9 +194,8 @@ class AdamS(Optimizer):
             if self._host:
                 moments = self._host.on_host(moments)
             self.state[param] |= {"step": torch.tensor(0.0), **moments}
-        # Weights that are masked together, as the gate, up and down of a channel, get their masks in one call.
-        for params in _joint_params(group) if group["sparse"] else ():
-            for param, mask in zip(params, group["pattern"].own_masks(params)):
+            if group["sparse"]:
+                mask = group["pattern"].mask(local(param.detach()))
                 self.state[param]["mask"] = like_rows(pack_mask(mask), param)
 
     def mask(self, param: Tensor) -> Tensor:
@@ -219,14 +211,9 @@ class AdamS(Optimizer):
         Raises:
             InputError: another shape or dtype, or a mask that keeps more than the pattern does.
         """
-        packed = local(self.state[param]["mask"])
         group = next(group for group in self.param_groups if any(param is own for own in group["params"]))
-        together = next(params for params in _joint_params(group) if any(param is own for own in params))
-        if len(together) == 1:
-            group["pattern"].check_masks([local(mask)], [param])
-        else:  # the masks of the others may not fit to it yet: `prune_` counts all of them together
-            check_mask_form(local(mask), param)
-        packed.copy_(pack_mask(local(mask)))
+        group["pattern"].check_mask(local(mask), param)
+        local(self.state[param]["mask"]).copy_(pack_mask(local(mask)))
 
     def momentum(self, param: Tensor) -> Tensor:
         """A copy of this rank's part of the first moment of a parameter, (numel,), in fp32 however it is stored."""
@@ -258,9 +245,15 @@ class AdamS(Optimizer):
 
         Returns the number of mask entries on this rank that changed. Raises `InputError` if a weight is NaN.
         """
-        packed = {param: local(self.state[param]["mask"]) for param in group["params"]}
         pattern: Pattern = group["pattern"]
-        flips, has_nan = pattern.refresh_(_joint_params(group), packed, bool(self._fused))
+        params = [param for param in group["params"] if local(param).numel()]  # a rank may hold no rows of a parameter
+        weights = [local(param).detach() for param in params]
+        packed = [local(self.state[param]["mask"]) for param in params]
+        if not weights:
+            return 0
+        if not isinstance(pattern, NM):  # a pattern of your own, whose `mask` raises for NaN
+            return sum(replace_mask_(old, pack_mask(pattern.mask(weight))) for weight, old in zip(weights, packed))
+        flips, has_nan = refresh_masks_(weights, packed, pattern.n, pattern.m, bool(self._fused))
         if has_nan:
             raise DivergedError(
                 "a sparse weight is NaN, so the run has diverged: start it again with a lower learning rate"
@@ -382,7 +375,7 @@ class AdamS(Optimizer):
         states = {param: dict(state) for param, state in self.state.items()}
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, own_groups, strict=True):
-            group["pattern"], group["joint"] = own["pattern"], own["joint"]
+            group["pattern"] = own["pattern"]
         # torch has cast all state to the dtype of its parameter: packed masks and 8-bit codes are floats now. So each
         # tensor is taken again from the saved state.
         for param, saved in saved_state.items():
@@ -414,33 +407,16 @@ class AdamS(Optimizer):
                         "options"
                     )
                 _check_values(i, found[param])
-            for params in _joint_params(group) if group["sparse"] else ():
-                masks = [unpack_mask(local(found[param]["mask"]), param.shape[-1]) for param in params]
-                group["pattern"].check_masks(masks, params)
+                if group["sparse"]:
+                    group["pattern"].check_mask(unpack_mask(local(found[param]["mask"]), param.shape[-1]), param)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fused": self._fused, "_host": self._host, "_flips": self._flips}
 
 
-def _joint_params(group: dict[str, Any]) -> list[list[Tensor]]:
-    """The parameters of a sparse group, in lists of those that are masked together."""
-    params = group["params"]
-    if group["joint"] is None:
-        return [[param] for param in params]
-    return [[params[i] for i in positions] for positions in group["joint"]]
-
-
 def _is_bounded(value: Any, least: float = 0) -> bool:
     return bool(least <= value) and math.isfinite(value)
-
-
-def _is_joint(joint: Any, places: range) -> bool:
-    """Whether `joint` is None, or lists of positions."""
-    if joint is None:
-        return True
-    listed = isinstance(joint, list | tuple) and all(isinstance(each, list | tuple) for each in joint)
-    return listed and all(type(place) is int and place in places for each in joint for place in each)
 
 
 _NOT_NEGATIVE = (_is_bounded, "a finite number >= 0")

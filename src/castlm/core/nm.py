@@ -10,218 +10,20 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from castlm.core.errors import InputError, check_type
+from castlm.core.pattern import Pattern as Pattern
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
-
-
-class Pattern(ABC):
-    """A rule that says which weights are kept. Subclasses are frozen dataclasses, and `str(pattern)` parses back.
-
-    A pattern answers over lists of weights that are masked together: a channel of an MLP is a row of two weights and a
-    column of a third. A pattern that masks each weight on its own is a `LayerPattern`.
-    """
-
-    independent_rows: ClassVar[bool] = False
-    """Whether the mask of a row depends on that row alone, so that a weight may be sharded by rows."""
-    masks_experts: ClassVar[bool] = False
-    """Whether it is also defined for the stacked weights of experts, (experts, out, in)."""
-    zeros_can_return: ClassVar[bool] = True
-    """Whether a masked weight that is zero still gets a gradient, by which a refresh of the mask may keep it again."""
-    outside: ClassVar[str] = "not a layer of the pattern"
-    """Why a layer that `joint_layers` leaves out stays dense."""
-
-    @property
-    def nm(self) -> NM | None:
-        """The n:m part of the pattern; None if there is none."""
-        return None
-
-    @property
-    def stored(self) -> Pattern | None:
-        """The pattern of the weights of a finished model: itself, or the rest after whole units are cut out.
-
-        None if that rest is dense.
-        """
-        return self
-
-    @property
-    def cuts(self) -> bool:
-        """Whether a finished model is smaller than its base, because whole units are cut out of it."""
-        return self.stored is not self
-
-    @property
-    def tags(self) -> Sequence[str]:
-        """The tags of a model card."""
-        return ()
-
-    @property
-    def counted(self) -> str:
-        """The things that `verify` counts, in the plural."""
-        return "groups"
-
-    @abstractmethod
-    def misfit(self, shape: Sequence[int]) -> str | None:
-        """Why a weight of this shape cannot have the pattern, as a clause; None if it can."""
-
-    @abstractmethod
-    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        """Groups the layers of a model by which are masked together, in the order that `joint_masks` expects."""
-
-    @abstractmethod
-    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The masks by magnitude of weights (out, in) that are masked together: bool, True = kept.
-
-        Raises:
-            InputError: a shape does not fit the pattern, or a weight contains NaN.
-        """
-
-    @abstractmethod
-    def joint_violations(self, weights: Sequence[Tensor]) -> int:
-        """The number of places with more non-zeros than the pattern allows, in weights that are masked together.
-
-        NaN is a non-zero.
-        """
-
-    def for_model(self, model: nn.Module) -> Pattern:
-        """Binds the pattern to a model, such as to the size of its heads; by default returns itself.
-
-        `castlm.core.sparsify.scope_of` calls it, and everybody else takes the bound pattern from there.
-        """
-        return self
-
-    def at(self, name: str) -> Pattern:
-        """The pattern of one layer, by its name; the pattern itself unless it differs from layer to layer."""
-        return self
-
-    def parts(self, names: Iterable[str]) -> list[tuple[Pattern, tuple[str, ...]]]:
-        """The layers that are masked together, each list with its pattern."""
-        return [(self.at(together[0]), together) for together in self.joint_layers(names)]
-
-    def refresh_(
-        self, together: Sequence[Sequence[Tensor]], packed: Mapping[Tensor, Tensor], compile: bool = False
-    ) -> tuple[Tensor | int, bool]:
-        """Recomputes the packed masks of this rank's rows of parameters, in place.
-
-        Args:
-            together: the parameters of this pattern, in lists of those that are masked together.
-            packed: the mask of each in bits, (rows of this rank, ceil(in / 8)) uint8.
-            compile: go through `torch.compile` where that is faster.
-
-        Returns:
-            The number of entries that changed, and whether a weight has NaN, unless the masks raise for it.
-        """
-        flips: Tensor | int = 0
-        for params in together:
-            for param, mask in zip(params, self.own_masks(params)):
-                flips += replace_mask_(packed[param], pack_mask(mask))
-        return flips, False
-
-    def gathers(self, params: Sequence[Tensor]) -> bool:
-        """Whether the masks of `params` are made of whole weights that no rank holds, by all ranks together."""
-        from torch.distributed.tensor import DTensor
-
-        return not self.independent_rows and any(isinstance(param, DTensor) for param in params)
-
-    def own_masks(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """`joint_masks` for the rows of `params` that this rank holds.
-
-        If `gathers(params)`, the weights are gathered and all ranks call this; the masks are then bit for bit those
-        that a single process makes.
-        """
-        from castlm.core.shards import local, own_rows, whole
-
-        if not self.gathers(params):
-            return self.joint_masks([local(param.detach()) for param in params])
-        masks = self.joint_masks([whole(param.detach()) for param in params])
-        return [mask[own_rows(param)] for mask, param in zip(masks, params)]
-
-    def check_placement(self, param: Tensor) -> None:
-        """Raises `InputError` if a DTensor is sharded in another way than by rows."""
-        from torch.distributed.tensor import DTensor, Shard
-
-        placements = param.placements if isinstance(param, DTensor) else ()
-        if not all(placement.is_replicate() or placement == Shard(0) for placement in placements):
-            raise InputError(
-                f"a sparse parameter of shape {tuple(param.shape)} is placed as {placements}, which splits groups of "
-                f"{self}: shard sparse weights by rows, Shard(0)"
-            )
-
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Raises `InputError` if a weight of this shape cannot have the pattern."""
-        reason = self.misfit(shape)
-        if reason:
-            raise InputError(
-                f"a weight of shape {tuple(shape)} cannot be {self} sparse: {reason}; leave the layer dense or choose "
-                "another pattern"
-            )
-
-    def check_masks(self, masks: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        """Raises `InputError` unless the masks of weights that are masked together keep no more than the pattern does.
-
-        The masks are of this rank's rows of `params`. A pattern across rows is counted only where this process holds
-        all of them.
-        """
-        for mask, param in zip(masks, params):
-            check_mask_form(mask, param)
-        if not self.gathers(params) and (found := self.joint_violations(masks)):
-            shapes = " and ".join(str(tuple(mask.shape)) for mask in masks)
-            together = " together" if len(masks) > 1 else ""
-            raise InputError(f"masks of {shapes} are not {self}{together}: they keep too much in {found:,} places")
-
-
-class LayerPattern(Pattern):
-    """A pattern that masks each weight on its own. A subclass defines `misfit`, `mask` and `violations`."""
-
-    @abstractmethod
-    def mask(self, weight: Tensor) -> Tensor:
-        """The mask of `weight` (out, in) by magnitude: bool, of the same shape, True = kept.
-
-        Raises:
-            InputError: the shape does not fit the pattern, or `weight` contains NaN.
-        """
-
-    @abstractmethod
-    def violations(self, weight: Tensor) -> int:
-        """The number of places in `weight` (out, in) with more non-zeros than the pattern allows. NaN is a non-zero."""
-
-    def joint_layers(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        return [(name,) for name in names]
-
-    def joint_masks(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        return [self.mask(weight) for weight in weights]
-
-    def joint_violations(self, weights: Sequence[Tensor]) -> int:
-        return sum(self.violations(weight) for weight in weights)
-
-
-def check_mask_form(mask: Tensor, param: Tensor) -> None:
-    """Raises `InputError` unless a mask is bool and has the shape of this rank's rows of a parameter."""
-    import torch
-
-    from castlm.core.shards import local
-
-    if mask.dtype != torch.bool or mask.shape != local(param).shape:
-        raise InputError(
-            f"a mask of shape {tuple(mask.shape)} and {mask.dtype} does not fit a weight of shape "
-            f"{tuple(local(param).shape)}: pass a torch.bool mask of that shape, True where a weight is kept"
-        )
-
-
-def _check_tensor(value: object, name: str) -> None:
-    import torch
-
-    check_type(value, torch.Tensor, f"{name} must be a tensor", "pass the weight of a layer, or its mask")
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class NM(LayerPattern):
+class NM(Pattern):
     """At most `n` of every `m` consecutive weights along the input axis are kept, 1 <= n < m, as in 2:4.
 
     Examples:
@@ -235,9 +37,6 @@ class NM(LayerPattern):
 
     n: int
     m: int
-
-    independent_rows: ClassVar[bool] = True
-    masks_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (type(self.n) is int and type(self.m) is int and 1 <= self.n < self.m):
@@ -255,24 +54,6 @@ class NM(LayerPattern):
         if not colon or not all(part.isascii() and part.isdigit() and len(part) <= 9 for part in (n, m)):
             raise InputError(f"pattern {text!r} is not n:m (n weights kept of every m): try 2:4")
         return cls(int(n), int(m))
-
-    @property
-    def nm(self) -> NM:
-        return self
-
-    @property
-    def tags(self) -> Sequence[str]:
-        return (f"{self.n}of{self.m}-sparse",)
-
-    def refresh_(
-        self, together: Sequence[Sequence[Tensor]], packed: Mapping[Tensor, Tensor], compile: bool = False
-    ) -> tuple[Tensor | int, bool]:
-        from castlm.core.shards import local
-
-        params = [p for each in together for p in each if local(p).numel()]  # a rank may hold no rows of a parameter
-        if not params:
-            return 0, False
-        return refresh_masks_([local(p) for p in params], [packed[p] for p in params], self.n, self.m, compile)
 
     def misfit(self, shape: Sequence[int]) -> str | None:
         if not shape:
@@ -340,15 +121,18 @@ class NM(LayerPattern):
         return int((groups.count_nonzero(dim=-1) > self.n).sum())
 
 
-PARSERS: dict[str, Callable[[str], Pattern | None]] = {}
-"""The parsers of patterns other than n:m, by the form of their texts: each returns None for a text of another form.
+def _check_tensor(value: object, name: str) -> None:
+    import torch
 
-`castlm.patterns` adds the patterns of this package when it is imported.
-"""
+    check_type(value, torch.Tensor, f"{name} must be a tensor", "pass the weight of a layer, or its mask")
+
+
+PARSERS: dict[str, Callable[[str], Pattern | None]] = {}
+"""The parsers of patterns other than n:m, by the form of their texts: each returns None for a text of another form."""
 
 
 def parse_pattern(text: Pattern | str) -> Pattern:
-    """The pattern that a text describes: "2:4", "channels:0.5", "heads:0.5" or "channels:0.75+2:4".
+    """The pattern that a text describes: "2:4", or one of your own in `PARSERS`.
 
     A `Pattern` is returned as it is. All functions of castlm that take a pattern take its text, and read it here.
 
@@ -363,10 +147,12 @@ def parse_pattern(text: Pattern | str) -> Pattern:
         return text
     if not isinstance(text, str):
         raise InputError(f"pattern {text!r} is not a text: try 2:4")
-    found = next((pattern for parse in PARSERS.values() if (pattern := parse(text))), None)
-    if found is None and text[:1].isalpha():
+    for parse in PARSERS.values():
+        if (pattern := parse(text)) is not None:
+            return pattern
+    if PARSERS and text[:1].isalpha():
         raise InputError(f"pattern {text!r} is neither n:m nor {', '.join(PARSERS)}: try 2:4")
-    return found or NM.parse(text)
+    return NM.parse(text)
 
 
 def nm_mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:

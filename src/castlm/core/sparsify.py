@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from castlm.core.blocks import block_name, in_block, is_tower, why_dense
 from castlm.core.errors import InputError, check_type
 from castlm.core.experts import ExpertLinear
-from castlm.core.nm import Pattern, pack_mask, parse_pattern, unpack_mask
+from castlm.core.nm import NM, Pattern, pack_mask, parse_pattern, unpack_mask
 from castlm.core.shards import local
 
 SparseLayer = nn.Linear | ExpertLinear
@@ -73,7 +73,7 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class Scope:
-    """The layers of a model that become sparse, with the pattern that is bound to the model."""
+    """The layers of a model that become sparse, and their pattern."""
 
     pattern: Pattern
     layers: dict[str, SparseLayer]
@@ -84,11 +84,6 @@ class Scope:
     def weights(self) -> dict[str, Tensor]:
         """The trained weight of each layer, see `weight_parameter`."""
         return {name: weight_parameter(layer) for name, layer in self.layers.items()}
-
-    @property
-    def parts(self) -> list[tuple[Pattern, tuple[str, ...]]]:
-        """The layers that are masked together, each list with its pattern."""
-        return self.pattern.parts(self.layers)
 
 
 def sparse_linears(
@@ -121,9 +116,9 @@ def sparse_linears(
 
 
 def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: FilterFn = is_sparse_linear) -> Scope:
-    """The layers of `model` that become sparse, as `sparse_linears` finds them, with the bound pattern."""
+    """The layers of `model` that become sparse, as `sparse_linears` finds them, and their pattern."""
     check_model(model)
-    pattern = parse_pattern(pattern).for_model(model)
+    pattern = parse_pattern(pattern)
     sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}
     for fqn, module in model.named_modules(remove_duplicate=True):
@@ -133,7 +128,7 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
         if isinstance(module, SparseLayer) and filter_fn(module, fqn):
             own = pattern.at(fqn)
             misfit = own.misfit((module.out_features, module.in_features))
-            if isinstance(module, ExpertLinear) and not own.masks_experts:
+            if isinstance(module, ExpertLinear) and not isinstance(own, NM):
                 misfit = "only n:m patterns are defined for experts"
             if misfit:
                 dense[fqn] = misfit
@@ -144,10 +139,6 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
             reason = _why_dense(module, fqn, name, param)
             if reason:
                 dense[f"{fqn}.{name}".lstrip(".")] = reason
-    # A pattern of channels needs gate, up and down together: where one of them stays dense, the others do too.
-    inside = {name for names in pattern.joint_layers(sparse) for name in names}
-    dense |= {name: pattern.outside for name in sparse if name not in inside}
-    sparse = {name: layer for name, layer in sparse.items() if name in inside}
     if not sparse:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
         remedy = ": filter_fn=lambda module, name: True takes the linear layers of any module"
@@ -215,8 +206,8 @@ def sparse_param_groups(
     """The parameter groups of a model for `AdamS`: sparse weights, and all other trainable parameters.
 
     There is one group of sparse weights, unless the pattern differs from layer to layer. Each group has `param_names`
-    beside `params`. A sparse group has `"sparse": True`, `"pattern"` and, for a pattern that masks several weights
-    together, `"joint"`. Arguments and errors are as for `sparse_linears`.
+    beside `params`. A sparse group has `"sparse": True` and `"pattern"`. Arguments and errors are as for
+    `sparse_linears`.
 
     Examples:
         >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
@@ -227,26 +218,18 @@ def sparse_param_groups(
     # By identity, because a tensor compares element by element.
     name_of = {id(weight): name for name, weight in scope.weights.items()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    together: dict[Pattern, list[tuple[str, ...]]] = {}  # one entry unless the pattern differs from layer to layer
-    for part, names in scope.parts:
-        together.setdefault(part, []).append(names)
+    layers_of: dict[Pattern, set[str]] = {}  # one entry unless the pattern differs from layer to layer
+    for name in scope.layers:
+        layers_of.setdefault(scope.pattern.at(name), set()).add(name)
     groups: list[dict[str, Any]] = []
-    for part, units in together.items():
-        inside = {name for names in units for name in names}
-        chosen = [(name, p) for name, p in named if name_of.get(id(p)) in inside]
-        position = {name_of[id(p)]: i for i, (_, p) in enumerate(chosen)}  # of each layer in the group
-        # frozen weights are in no group
-        # Positions and not tensors, so that the group can be saved in a state dict.
-        joint = [[position[name] for name in names if name in position] for names in units]
-        joint = [positions for positions in joint if positions]
-        are_alone = all(len(positions) == 1 for positions in joint)
+    for part, layers in layers_of.items():
+        chosen = [(name, p) for name, p in named if name_of.get(id(p)) in layers]  # frozen weights are in no group
         groups.append(
             {
                 "params": [p for _, p in chosen],
                 "param_names": [name for name, _ in chosen],
                 "sparse": True,
                 "pattern": part,
-                "joint": None if are_alone else joint,
             }
         )
     others = [(name, p) for name, p in named if id(p) not in name_of]
@@ -306,11 +289,9 @@ def prune_(
         scope.pattern.check_placement(weight)
         if masks is not None and weight not in masks:
             raise InputError(f"there is no mask for {name}: pass the masks of the optimizer that trained this model")
-    if masks is not None:
-        for part, names in scope.parts:
-            params = [weights[name] for name in names]
+        if masks is not None:
             # All masks are checked before the first weight changes: an error leaves the model as it was.
-            part.check_masks([local(masks[param]) for param in params], params)
+            scope.pattern.at(name).check_mask(local(masks[weight]), weight)
     chosen: Iterable[tuple[str, Tensor]] = magnitude_masks(weights, scope.pattern)
     if masks is not None:
         chosen = ((name, local(masks[weight])) for name, weight in weights.items())
@@ -325,5 +306,5 @@ def prune_(
 
 def magnitude_masks(weights: Mapping[str, Tensor], pattern: Pattern) -> Iterator[tuple[str, Tensor]]:
     """Yields the name of each weight (out, in) and its mask by magnitude, for the rows that this rank holds."""
-    for part, names in pattern.parts(weights):
-        yield from zip(names, part.own_masks([weights[name] for name in names]))
+    for name, weight in weights.items():
+        yield name, pattern.at(name).mask(local(weight.detach()))

@@ -20,9 +20,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from castlm.core.blocks import in_block
+from castlm.core.nm import NM
 from castlm.export.folder import recorded_pattern
 from castlm.export.origin import described, made_by
-from castlm.facts import HELD_OUT_OF, Cut, Facts, Figure, PastStep
+from castlm.facts import HELD_OUT_OF, Facts, Figure, PastStep
 from castlm.names import markdown, markdown_code
 from castlm.packages import install_line
 
@@ -52,14 +53,12 @@ def model_card(folder_name: str, facts: Facts) -> str:
         "license": license_id,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["castlm", "sparsity", *pattern.tags],
+        "tags": ["castlm", "sparsity"],
     }
-    groups = pattern.nm
-    is_nm = groups is not None and groups is pattern
-    short = f"{groups.n} of {groups.m}" if groups is not None and is_nm else str(pattern)
-    cut = facts.cut or Cut({}, {})
-    is_dense = pattern.stored is None
-    made = f"made {'smaller' if is_dense else f'{pattern} sparse'} with castlm"
+    groups, short = None, str(pattern)
+    if isinstance(pattern, NM):
+        groups, short = pattern, f"{pattern.n} of {pattern.m}"
+        front_matter["tags"] = ["castlm", "sparsity", f"{pattern.n}of{pattern.m}-sparse"]
     figures = list(facts.figures or [])
     if proof.perplexity_from_disk is not None and figures:  # files may be rounded to a shorter dtype than in training
         name = f"as written, in {facts.dtype}" if facts.dtype else "as written"
@@ -72,23 +71,15 @@ def model_card(folder_name: str, facts: Facts) -> str:
         front_matter=_fenced(front_matter),
         title=markdown(f"{base_name}, {short}" if base_name else folder_name),
         base=_reference(source),
-        how=made,
         steps=[_step(step) for step in made_by(facts)],
         format=markdown(_format(facts)),
         install=install_line(),
         verdict=None if facts.verdict is None or facts.verdict.ok else facts.verdict,
         pattern=pattern,
         groups=groups,
-        is_nm=is_nm,
-        is_dense=is_dense,
         packed=facts.packed is not None,
         head=facts.packed and facts.packed.head,
         proof=proof,
-        changed=[  # fields of the config
-            f"{markdown_code(name)} from {old:,} to {cut.after[name]:,}"
-            for name, old in cut.before.items()
-            if cut.after[name] != old
-        ],
         left_dense={name: reason for name, reason in facts.left_dense.items() if in_block(name)},
         table=_table(figures),
         measured=proof.perplexity_from_disk is not None or facts.quantized is None,
@@ -155,8 +146,7 @@ def _format(facts: Facts) -> str:
     """The format of the weights in the files, in words."""
     if facts.packed is None:
         rounded = f", of values that {facts.quantized.kind} has" if facts.quantized else ""
-        pattern = recorded_pattern(facts)
-        zeros = ", with the zeros" if pattern is not None and pattern.stored is not None else ""  # none of a cut model
+        zeros = "" if facts.pattern is None else ", with the zeros"
         return f"safetensors in {facts.dtype or 'the dtype of the base model'}{rounded}{zeros}"
     integers = facts.quantized or facts.rounded
     kind = integers.kind if integers else facts.dtype

@@ -48,14 +48,12 @@ from castlm.models.io import (
 )
 from castlm.models.stored_layout import StoredLayout, by_block
 from castlm.patterns import parse_pattern
-from castlm.structured.cut import check_cut, cut_model
 
 _PROBE_TOKENS = 16  # on which the model in memory and the model read back must have the same logits
 
 
 def check_export(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
-    """Checks, before training, that the result of `model` can be cut, written and verified."""
-    check_cut(model, pattern, filter_fn)
+    """Checks, before training, that the result of `model` can be written and verified."""
     layers, _ = sparse_linears(model, pattern, filter_fn)
     layout = StoredLayout(model)
     for name in layers:
@@ -82,8 +80,7 @@ def export_model(
     """Writes `model` to `folder` with castlm.json and a model card, reads it back and verifies it.
 
     Args:
-        model: pruned and folded: its parameters are plain, without parametrizations. Masked channels and heads are cut
-            out of the files, but not of `model` itself.
+        model: pruned and folded: its parameters are plain, without parametrizations.
         folder: the output; it is replaced once everything is written and verified.
         pattern: the pattern of the sparse layers, such as 2:4. None for a dense model, whose values are only checked
             to be finite; it gets no model card.
@@ -118,9 +115,6 @@ def export_model(
         found = vars(origin_in_memory(model)).items()
         record = replace(record, **{name: value for name, value in found if getattr(record, name) is None})
     facts = completed(record, pattern, left_dense, dtype or model.dtype)
-    if pattern is not None and pattern.cuts:
-        model, done = cut_model(model, pattern)
-        facts = replace(facts, cut=done, num_params=sum(p.numel() for p in model.parameters()))
     with eval_mode(model), atomic_dir(folder, overwrite) as temporary:
         with parameters_in(model, dtype):
             save_model(model, tokenizer, temporary)

@@ -134,6 +134,8 @@ def described(step: PastStep, shown: Callable[[str], str] = str) -> str:
         calibrated = f", calibrated on {drawn}" if text else ""
         refined = _refined(step.refinements or {})
         refined += _in_basis(step)
+        if step.cut is not None:
+            return f"Cut to {step.cut.units} by {SOLVER_TITLES.get(method, method)}{calibrated}, without training"
         return f"Pruned one-shot by {SOLVER_TITLES.get(method, method)}{refined}{calibrated}, without training"
     steps = "1 step" if step.train_steps == 1 else f"{step.train_steps:,} steps"
     tokens = f"{step.train_tokens or 0:,} tokens"

@@ -109,10 +109,10 @@ def pattern_of(name: str | Path, given: Pattern | str | None) -> Pattern | None:
 
 
 def groups_of(name: str | Path, pattern: Pattern | None) -> NM | None:
-    """The n:m part of a model's pattern, which its packed or rounded weights keep; None for a dense model."""
-    if pattern is not None and pattern.nm is None:
+    """The n:m pattern that the packed or rounded weights of a model keep; None for a dense model."""
+    if pattern is not None and not isinstance(pattern, NM):
         raise InputError(f"{name} is {pattern}, which has no n:m to keep: pass --pattern n:m, or dense")
-    return None if pattern is None else pattern.nm
+    return pattern
 
 
 @contextlib.contextmanager
@@ -146,7 +146,7 @@ def pack_folder(
     Args:
         source: a model folder in safetensors (the result has as many files); or a hub id, a GGUF file or "demo".
         folder: the output.
-        pattern: n:m, or a structured pattern with n:m; None for a dense model.
+        pattern: n:m; None for a dense model.
         dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps their dtype.
         head: "int8" rounds the output head and the embedding, tied or not, to int8 with a scale for each row. None
             keeps them.
@@ -387,7 +387,7 @@ def _write_packed_rest(
         facts = replace(facts, pattern=None, proof=None)  # the card names a pattern
     else:
         recorded = recorded_pattern(facts) or pattern
-        is_counted = recorded.nm == pattern  # by `verify`, in a packed folder
+        is_counted = recorded == pattern  # by `verify`, in a packed folder
         facts = replace(facts, pattern=str(recorded if is_counted else pattern))
     packing = Packing(format=packed_file.VERSION, castlm=__version__, head=head)
     facts = replace(facts, schema_version=SCHEMA_VERSION, packed=packing)

@@ -1,4 +1,4 @@
-"""`castlm prune` as a function: from the name of a dense model to a verified folder of a sparse one."""
+"""`castlm prune` and `castlm cut` as functions: from the name of a dense model to a verified folder of the result."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import scope_of
+from castlm.core.sparsify import SparseLayer, scope_of
 from castlm.data.calibration import CalibrationText
 from castlm.data.options import DEFAULTS, TextOptions
-from castlm.data.tokens import open_encoder
+from castlm.data.tokens import Encoder, open_encoder
 from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
 from castlm.export.origin import origin_of
-from castlm.facts import DrawnText, Facts, Perplexities
+from castlm.facts import Cut, DrawnText, Facts, Perplexities
 from castlm.files.reading import read_json_object
 from castlm.files.record import command_of
 from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
 from castlm.models.architecture import is_vision_language, move_
-from castlm.models.io import Loaded, config_hash, fp32_bytes, load_model, save_dtype
+from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
 from castlm.oneshot.calibration import Draw
 from castlm.oneshot.folder import PROGRESS, begun_work, block_file, partial_folder, remove_work
 from castlm.oneshot.options import Refinements
@@ -36,6 +37,8 @@ from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.progress import note, shown_progress
 from castlm.say import silent
+from castlm.structured.cut import check_cut, cut_units
+from castlm.structured.units import Units
 
 Memory = Literal["model", "block"]
 
@@ -88,7 +91,7 @@ def prune_folder(
         works = world.context_on_main(begun_work(folder))
     with works as work:
         in_fp32 = draw is not None or evaluate is not None
-        loaded, checkpoint = _opened(name, pattern, memory, in_fp32, loading)
+        loaded, checkpoint = _opened(name, memory, in_fp32, loading)
         model, kept_dtype = loaded.model, save_dtype(dtype, loaded.dtype)
         scope = scope_of(model, pattern)
         layers, left_dense = scope.layers, scope.left_dense
@@ -104,19 +107,14 @@ def prune_folder(
             if draw is None:
                 return None, None
             encoder = open_encoder([draw.documents], loaded.tokenizer, name, options, **loading)
-            text = draw.text(model, layers, encoder, device, note)
-            if slow := why_slow(text.precision, device):
-                note(slow)
-            sha256 = draw.documents.text_hash()
-            return text, DrawnText(text=text_name, text_sha256=sha256, seed=draw.seed, **text.record())
+            return _drawn(draw, text_name, model, layers, encoder, device)
 
         text, calibration = world.on_main(read_text, patient=True)
         if stored is None:
             move_(model, device)
         source: Source = stored or MemoryModel(model, layers, scope.pattern)
         before = evaluate(loaded)[0] if evaluate else None
-        facts = {"model": loaded.source, "weights": weights, "config": config_hash(model.config)}
-        facts |= {"memory": memory, "dtype": dtype_name(kept_dtype)}
+        facts = {"model": loaded.source, "weights": weights, "memory": memory, "dtype": dtype_name(kept_dtype)}
         with shown_progress(f"{method}, transformer blocks", before=None, is_main=world.is_main) as progress:
             report = run_start(
                 source,
@@ -177,9 +175,7 @@ def prune_folder(
     return report
 
 
-def _opened(
-    name: str, pattern: Pattern, memory: Memory, in_fp32: bool, loading: Mapping[str, Any]
-) -> tuple[Loaded, Checkpoint | None]:
+def _opened(name: str, memory: Memory, in_fp32: bool, loading: Mapping[str, Any]) -> tuple[Loaded, Checkpoint | None]:
     """The model in memory and None; or the model without weights and the checkpoint that holds them.
 
     Args:
@@ -187,28 +183,103 @@ def _opened(
             stored dtype.
 
     Raises:
-        InputError: a pattern or a model that cannot be pruned with one block in memory.
+        InputError: a model that cannot be pruned with one block in memory.
     """
     if memory == "model":
         keep_freed_memory()
         return load_model(name, dtype=torch.float32 if in_fp32 else None, **loading), None
     return_freed_memory()
-    opened = None if pattern.cuts else open_sharded(name, **loading)
+    opened = open_sharded(name, **loading)
     if opened is None or is_vision_language(opened[0].model.config):
         raise InputError(
-            f"memory block is not for {name} with pattern {pattern}: it takes n:m, and weights that are read one by "
-            "one, without images; use memory model"
+            f"memory block is not for {name}: it takes weights that are read one by one, without images; use memory "
+            "model"
         )
     return opened
 
 
-def choose_memory(model: str, revision: str | None, folder: Path, pattern: Pattern, device: str) -> Memory:
+def _drawn(
+    draw: Draw,
+    text_name: str | None,
+    model: PreTrainedModel,
+    layers: Mapping[str, SparseLayer],
+    encoder: Encoder,
+    device: torch.device,
+) -> tuple[CalibrationText, DrawnText]:
+    """The calibration text for `layers`, and its record."""
+    text = draw.text(model, layers, encoder, device, note)
+    if slow := why_slow(text.precision, device):
+        note(slow)
+    sha256 = draw.documents.text_hash()
+    return text, DrawnText(text=text_name, text_sha256=sha256, seed=draw.seed, **text.record())
+
+
+def cut_folder(
+    name: str,
+    folder: Path,
+    units: Units,
+    score: str,
+    *,
+    draw: Draw | None,
+    text_name: str | None = None,
+    options: TextOptions = DEFAULTS,
+    refits: bool = True,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    dtype: str = "source",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Cut:
+    """Cuts channels or heads out of a dense model with `cut_units`, and writes the smaller model to `folder`.
+
+    Args:
+        draw, text_name, options, dtype, overwrite: as of `prune_folder`.
+
+    Raises:
+        InputError: as `cut_units`, `load_model` and `export_model`.
+    """
+    loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    keep_freed_memory()
+    loaded = load_model(name, dtype=torch.float32, **loading)
+    model, kept_dtype = loaded.model, save_dtype(dtype, loaded.dtype)
+    layers = check_cut(model, units)
+    text, calibration = None, None
+    if draw is not None:
+        encoder = open_encoder([draw.documents], loaded.tokenizer, name, options, **loading)
+        text, calibration = _drawn(draw, text_name, model, layers, encoder, device)
+    move_(model, device)
+    with shown_progress(f"{score}, transformer blocks", before=None) as progress:
+        small, cut, report = cut_units(
+            model,
+            units,
+            score,
+            calibration=None if text is None else text.sequences,
+            extras=None if text is None else text.extras,
+            refits=refits,
+            precision="fp32" if text is None else text.precision,
+            say=note,
+            progress=progress,
+        )
+    record = Facts(
+        pattern=None,
+        left_dense={},
+        **vars(origin_of(name, revision)),
+        **vars(report.solved()),
+        method=score,
+        calibration=calibration,
+        cut=cut,
+        num_params=sum(parameter.numel() for parameter in small.parameters()),
+    )
+    move_(small, "cpu")
+    export_model(small, loaded.tokenizer, folder, pattern=None, record=record, dtype=kept_dtype, overwrite=overwrite)
+    return cut
+
+
+def choose_memory(model: str, revision: str | None, folder: Path, device: str) -> Memory:
     """Chooses "block" if the whole model does not fit in memory, with a note why, else "model".
 
     A prune that continues keeps its choice.
     """
-    if pattern.cuts:
-        return "model"
     partial = partial_folder(folder)
     if command_of(partial) == "prune" and (partial / PROGRESS).is_file():
         begun = read_json_object(partial / PROGRESS).get("options", {}).get("memory")

@@ -44,7 +44,6 @@ from castlm.formats.packed_file import PackedSpec, read_specs, split_codes
 from castlm.formats.table import FORMATS
 from castlm.models.layout import OLD_BUFFERS, guess_model_type, input_axis
 from castlm.patterns import parse_pattern
-from castlm.structured.count import base_config, count_units
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Suffixes of the names of packed weights, in GPTQ and AWQ, compressed-tensors, and torchao."""
@@ -56,12 +55,8 @@ def verify(
     exclude: Iterable[str] = (),
     *,
     compare: bool = True,
-    base: str | None = None,
 ) -> VerifyReport:
     """Counts every n:m group of a Hugging Face checkpoint: a folder, sharded or not, or one .safetensors file.
-
-    For a structured pattern it counts the channels or heads that remain of the dense model's. They must be cut out: a
-    model in which they are zero does not have the pattern.
 
     The pattern applies to every 2-D weight inside the transformer blocks, whatever its name, except embeddings and the
     norms of queries and keys. Groups run along the input axis, which is the first one where the family stores Conv1D
@@ -73,10 +68,9 @@ def verify(
 
     Args:
         path: the checkpoint.
-        pattern: n:m, at most n non-zeros in every m consecutive weights, or a structured pattern.
+        pattern: n:m, at most n non-zeros in every m consecutive weights.
         exclude: globs of tensor names that the pattern does not apply to; the report lists them.
         compare: compare the list of layers with config.json; False where the caller has compared them with its model.
-        base: folder of the dense model before channels or heads were cut out; None takes its sizes from castlm.json.
 
     Returns:
         The counts by layer; `ok` says whether the checkpoint has the pattern.
@@ -91,12 +85,6 @@ def verify(
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
     tensors = stored_tensors(path, config)
-    cuts = pattern.cuts
-    if base is not None and not cuts:
-        raise InputError(f"--base is for patterns that cut channels or heads out, not for {pattern}: leave it out")
-    facts = read_facts(folder)
-    sizes = facts.cut.before if facts.cut else {}
-    dense_config, where = base_config(base, config, sizes, pattern) if cuts else ({}, "")
     packed = take_packed(tensors, config)
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
@@ -106,14 +94,14 @@ def verify(
     compared_with = _compare_layers(path, tensors, config, excluded) if compare else "the model in memory"
     report = VerifyReport(str(path), pattern, compared_with=compared_with)
     config["model_type"] = config.get("model_type") or guess_model_type({n: t.shape for n, t in tensors.items()})
-    left_dense = facts.left_dense
+    left_dense = read_facts(folder).left_dense
     dense = why_stored_dense({name: tensor.shape for name, tensor in tensors.items()})
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
         why_dense = dense.get(name, "a causal mask" if _is_causal_mask(tensor) else None)
         if name in excluded:
             why_dense = "excluded"
-        # Structured patterns are of matrices; n:m is counted in the 3-D tensor of a block's experts, too.
-        can_count = len(tensor.shape) == 2 or (pattern.masks_experts and is_block_weight(name, tensor.shape))
+        # A pattern of your own is of matrices; n:m is counted in the 3-D tensor of a block's experts, too.
+        can_count = len(tensor.shape) == 2 or (isinstance(pattern, NM) and is_block_weight(name, tensor.shape))
         axis = input_axis(config, name, tensor.shape) if can_count else None
         listed = left_dense_reason(name, left_dense)
         if why_dense is None and axis is not None:
@@ -130,27 +118,10 @@ def verify(
                 report.dense[name] = why_dense
         if num_non_finite := packed[name].num_non_finite() if name in packed else count_non_finite(tensor):
             report.non_finite_elsewhere[name] = num_non_finite
-    if cuts:
-        _count_units(report, dense_config)
-        report.base = where
     if not report.sparse_layers and not report.uncounted:
         found = f"{len(tensors)} tensors, {len(report.layers)} left dense, {len(report.dense)} outside the pattern"
         raise InputError(f"{path} has no layer that {pattern} applies to: {found}")
     return report
-
-
-def _count_units(report: VerifyReport, base: Mapping[str, Any]) -> None:
-    """Adds the channels or heads of every layer to the report; each unit beyond the share is one violation."""
-    layers = {layer.name.removesuffix(".weight"): layer for layer in report.layers}
-    shapes = {name: (layer.shape[::-1] if layer.axis == 0 else layer.shape) for name, layer in layers.items()}
-    counts = count_units(report.pattern, {name: (s[0], s[1]) for name, s in shapes.items()}, base, report.path)
-    for name, layer in layers.items():
-        if name in counts:
-            layer.num_groups += counts[name].num_units
-            layer.num_violations += counts[name].num_violations
-            layer.cut = counts[name].cut
-        elif report.pattern.nm is None and layer.left_dense is None:
-            layer.left_dense = report.pattern.outside
 
 
 def _compare_layers(
@@ -211,26 +182,26 @@ def check_dense(folder: Path) -> None:
 
 
 def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | None) -> LayerReport:
-    """Counts the values of one tensor, and the groups of the n:m part of `pattern`.
+    """Counts the values of one tensor, and its groups.
 
-    Units are counted over all layers, by `count_units`. A user's own pattern counts its violations in the mask of the
-    non-zeros of the whole matrix.
+    A pattern of your own counts its violations in the mask of the non-zeros of the whole matrix.
     """
-    groups = pattern.nm
+    groups = pattern if isinstance(pattern, NM) else None
     if packed is not None:
         if groups is None:
             raise InputError(f"{tensor.name} is packed, which is for n:m: verify {pattern} before the model is packed")
         return count_packed_layer(tensor, packed, groups)
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
     _count_groups(layer, tensor, groups)
-    if groups is None and not pattern.cuts:
-        import torch  # counting castlm's own patterns does not need it
+    if groups is None:
+        import torch  # counting n:m does not need it
 
         nonzero = np.concatenate([bits != 0 for bits in magnitude_chunks(tensor)]).reshape(tensor.shape)
         mask = torch.from_numpy(nonzero if layer.axis == 1 else nonzero.T)  # (out, in)
-        layer.problem = pattern.misfit(mask.shape)
+        own = pattern.at(tensor.name.removesuffix(".weight"))
+        layer.problem = own.misfit(mask.shape)
         layer.num_groups = mask.numel()
-        layer.num_violations = 0 if layer.problem else pattern.joint_violations([mask])
+        layer.num_violations = 0 if layer.problem else own.violations(mask)
     return layer
 
 

@@ -25,8 +25,6 @@ class LayerReport:
     num_groups: int = 0
     num_violations: int = 0
     num_zeros: int = 0
-    cut: int = 0
-    """Number of weights of the base that were cut out."""
     max_nonzeros: int = 0
     """The largest number of non-zeros in a group."""
     num_non_finite: int = 0
@@ -60,8 +58,6 @@ class VerifyReport:
     """The reference that the list of layers was compared with, to notice missing ones: config.json, transformers, or
     each other.
     """
-    base: str = ""
-    """The dense model before channels or heads were cut out, if the pattern does that."""
     uncounted: dict[str, str] = field(default_factory=dict)
     """Weights of transformer blocks whose groups could not be counted, with the reason: then the answer is no."""
     dense: dict[str, str] = field(default_factory=dict)
@@ -96,7 +92,6 @@ class VerifyReport:
             "violations": sum(layer.num_violations for layer in sparse),
             "zero_fraction": sum(layer.num_zeros for layer in sparse) / max(1, sum(layer.numel for layer in sparse)),
             "non_finite": self.num_non_finite,
-            **({"cut": sum(layer.cut for layer in sparse)} if self.base else {}),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -112,7 +107,6 @@ class VerifyReport:
             "totals": self.totals(),
             "layers": layers,
             "compared_with": self.compared_with,
-            **({"base": self.base} if self.base else {}),
             "uncounted": self.uncounted,
             "dense": self.dense,
             "non_finite_elsewhere": self.non_finite_elsewhere,
@@ -137,11 +131,8 @@ class VerifyReport:
         rest += f", {totals['uncounted']} not counted" if totals["uncounted"] else ""
         damaged = [*self.non_finite_elsewhere, *(layer.name for layer in self.layers if layer.num_non_finite)]
         rest += f", {totals['non_finite']:,} values not finite, as in {damaged[0]}" if damaged else ""
-        counted = f"{totals['violations']:,} of {totals['groups']:,} {self.pattern.counted} violate it"
+        counted = f"{totals['violations']:,} of {totals['groups']:,} groups violate it"
         zeros = f"{totals['zero_fraction']:.2%} zeros"
-        if self.base:
-            share = totals["cut"] / max(1, totals["cut"] + totals["weights"])
-            zeros += f", {share:.2%} of the base's weights in these layers cut out (base: {self.base})"
         return printable(
             f"{self.pattern} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
             f"{totals['layers']} layers, {zeros}{rest}"

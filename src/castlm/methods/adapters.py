@@ -109,17 +109,16 @@ def _check_pattern(layers: Mapping[str, SparseLayer], pattern: Pattern) -> None:
         return  # `KeptPattern` says why it cannot keep them
     for weight in weights.values():
         pattern.check_placement(weight)
-    parts = pattern.parts(weights)
-    firsts = [weights[unit[0]] for _, unit in parts]
-    counts = [part.joint_violations([local(weights[name]) for name in unit]) for part, unit in parts]
-    totals = sum_over_shards(
-        firsts, [torch.tensor(count, device=weight.device) for weight, count in zip(firsts, counts)]
-    )
-    found = [(unit, total) for (_, unit), total in zip(parts, totals) if total]
-    if found:
-        num_layers = sum(len(unit) for unit, _ in found)
+    counts = [
+        torch.tensor(pattern.at(name).violations(local(weight)), device=weight.device)
+        for name, weight in weights.items()
+    ]
+    totals = sum_over_shards(list(weights.values()), counts)
+    violating = {name: total for name, total in zip(weights, totals) if total}
+    if violating:
+        first, num_places = next(iter(violating.items()))
         raise InputError(
-            f"{num_layers} of {len(weights)} layers are not {pattern}, first {found[0][0][0]} with {found[0][1]:,} "
+            f"{len(violating)} of {len(weights)} layers are not {pattern}, first {first} with {num_places:,} "
             "places that hold more non-zeros: prune the model first (castlm prune), or exclude layers that are dense "
             "on purpose with filter_fn"
         )

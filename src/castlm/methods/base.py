@@ -113,7 +113,7 @@ class Retraining:
     @property
     def step0(self) -> Step0:
         """The model at step 0: dense, sparse or sparse with masked weights that are trained on from zero."""
-        return self.options.step0(self.start, self.pattern)
+        return self.options.step0(self.start)
 
     @classmethod
     def check(cls, method: MethodOptions, optimizer: OptimizerOptions) -> None:
@@ -180,8 +180,7 @@ class Retraining:
     def magnitude_masks(self) -> dict[SparseLayer, Tensor]:
         """The mask by magnitude of the rows of every sparse layer that this rank holds."""
         weights = {name: weight_parameter(layer) for name, layer in self.layers.items()}
-        # contiguous, as the masks of a unit may share their memory
-        return {self.layers[name]: mask.contiguous() for name, mask in magnitude_masks(weights, self.pattern)}
+        return {self.layers[name]: mask for name, mask in magnitude_masks(weights, self.pattern)}
 
     @contextmanager
     def unmasked(self) -> Iterator[None]:

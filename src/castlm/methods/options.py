@@ -12,7 +12,6 @@ from typing import Literal
 
 from castlm.core.decay import DECAYS, decay_alpha
 from castlm.core.errors import InputError
-from castlm.core.nm import Pattern
 from castlm.fields import Bounded, Needs, choice, essential, number, option
 from castlm.methods.table import METHODS, Method, Step0
 
@@ -74,17 +73,15 @@ class MethodOptions(Bounded):
         needs=(
             of_methods("mask_interval"),
             Needs(
-                "init_from magnitude, or an n:m pattern whose decay is horizon",
+                "init_from magnitude, or decay horizon",
                 lambda run: (
-                    not run.row.decays
-                    or run.init_from == "magnitude"
-                    or run.step0(run.init_from, run.pattern) == "from zero"
+                    not run.row.decays or run.init_from == "magnitude" or run.step0(run.init_from) == "from zero"
                 ),
             ),
         ),
     )
     """Steps between mask refreshes (T1). With a given n:m mask, masked weights start at zero, and a refresh keeps one
-    again if it has grown larger than a kept weight of its group. Structured patterns do not change a given mask."""
+    again if it has grown larger than a kept weight of its group."""
 
     srste_lam: float = number(5e-3, at_least=0, needs=of_methods("srste_lam"))
     """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight
@@ -120,17 +117,16 @@ class MethodOptions(Bounded):
         """Whether `decay_end` has an effect."""
         return self.row.decays and DECAYS[self.decay].uses_decay_end
 
-    def step0(self, start: str, pattern: Pattern) -> Step0:
+    def step0(self, start: str) -> Step0:
         """The model at step 0, from `start`, the option `init_from`.
 
-        A method that decays masked weights begins "from zero" if it is given an n:m mask and its decay ends at zero. A
+        A method that decays masked weights begins "from zero" if it is given a mask and its decay ends at zero. A
         refresh by magnitude then begins with the mask of the start, and a masked weight comes back once training has
-        made it larger than a kept one. In all other cases masked weights decay from their dense values. Structured
-        patterns decay under a fixed mask: a unit that is zero as a whole has no gradient and could never return.
+        made it larger than a kept one. In all other cases masked weights decay from their dense values.
         """
         if not self.row.decays:
             return self.row.step0
-        from_zero = start != "magnitude" and pattern.zeros_can_return and DECAYS[self.decay].exact_zero
+        from_zero = start != "magnitude" and DECAYS[self.decay].exact_zero
         return "from zero" if from_zero else "dense"
 
     def alpha(self, step: int, max_steps: int) -> float:

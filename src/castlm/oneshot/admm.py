@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from castlm.core.nm import LayerPattern
+from castlm.core.nm import Pattern
 from castlm.oneshot.ranks import ALONE, ALONE_EACH, MOST_ROWS, ByRows, ShareEach
 from castlm.oneshot.solvers import row_energies
 
@@ -22,7 +22,7 @@ def improve_masks(
     weight: Tensor,
     target: Tensor,
     hessian: Tensor,
-    pattern: LayerPattern,
+    pattern: Pattern,
     iterations: int,
     by_rows: ByRows = ALONE,
     share_each: ShareEach = ALONE_EACH,
@@ -85,7 +85,7 @@ class _Rows:
         dual   = dual + dense - sparse                           scaled by p / next p, as the penalty grows
     """
 
-    def __init__(self, sparse: Tensor, target: Tensor, system: System, pattern: LayerPattern) -> None:
+    def __init__(self, sparse: Tensor, target: Tensor, system: System, pattern: Pattern) -> None:
         self.sparse, self.dual, self.pattern = sparse, torch.zeros_like(sparse), pattern
         self.pull = system.pull(target)  # (512, 576)
 

@@ -130,7 +130,7 @@ class Refinements(Bounded):
         at_least=0,
         needs=(
             CALIBRATED,
-            _read("refit_iterations", "the solver sparsegpt, or channels or heads that are cut out", off=0),
+            _read("refit_iterations", "the solver sparsegpt", off=0),
         ),
     )
     """Conjugate gradient steps on the kept weights after the prune, without a pass over the text. The default is 20,

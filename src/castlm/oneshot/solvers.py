@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
-from castlm.core.nm import NM, LayerPattern
+from castlm.core.nm import NM, Pattern
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
 from castlm.oneshot.ranks import ALONE, ALONE_EACH, ByRows, ShareEach
 
@@ -28,7 +28,7 @@ _GRAM_COLUMNS, _GRAM_COLUMNS_NARROW = 128, 512
 class Settings(NamedTuple):
     """The settings of a start that solvers and refinements read."""
 
-    pattern: LayerPattern
+    pattern: Pattern
     refinements: Refinements = NO_REFINEMENTS
     by_rows: ByRows = ALONE
     """Solves the rows of a layer in panels: `by_rows(function, *matrices)` is `function(*rows)` for each of them."""
@@ -55,7 +55,7 @@ class Solver(NamedTuple):
     holds: Callable[[int, int], int] = lambda rows, columns: 2 * rows * columns
     """`holds(rows, columns)`: the elements that `prune` holds at its peak, beside its arguments. `castlm plan memory`
     reads it; by default, magnitudes and the new weight."""
-    patterns: type[LayerPattern] = LayerPattern  # type: ignore[type-abstract]  # of isinstance alone
+    patterns: type[Pattern] = Pattern  # type: ignore[type-abstract]  # of isinstance alone
     """The patterns that it prunes to: all that mask one weight at a time, or only those of a class, such as `NM`."""
     refined: bool = False
     """Whether the refinements of SparseGPT follow it. They need its Hessian."""

@@ -1,1 +1,1 @@
-"""Patterns of whole units, MLP channels and attention heads: their masks, scores, one-shot solver, cut and counting."""
+"""Channels and attention heads: scores, and a cut that leaves a smaller dense model."""

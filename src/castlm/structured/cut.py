@@ -1,7 +1,7 @@
-"""Cuts masked channels and heads out of a model: the result is a smaller dense model that loads anywhere as it is.
+"""Cuts channels or heads out of a model: the result is a smaller dense model that loads anywhere as it is.
 
-A unit whose weights are zero adds nothing to the residual stream, so removing it changes the output only by rounding in
-shorter sums. Every cut measures that difference.
+The units are chosen and set to zero block by block (`prune_units.py`). A unit whose weights are zero adds nothing to
+the residual stream, so removing it changes the output only by rounding in shorter sums. Every cut measures that.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, is_sparse_linear, scope_of, transformer_blocks
+from castlm.core.sparsify import SparseLayer, is_sparse_linear, transformer_blocks
+from castlm.data.calibration import CalibrationText, Extras
 from castlm.facts import Cut
-from castlm.models.architecture import context_length, eval_mode, linearize_
-from castlm.structured.pattern import Heads, Units, sizes_after, sizes_of, units_of
+from castlm.models.architecture import check_of_transformers, context_length, eval_mode, linearize_
+from castlm.oneshot.report import OneshotReport
+from castlm.oneshot.source import MemoryModel
+from castlm.oneshot.start import run_start
+from castlm.say import Progress, Say, silent
+from castlm.structured.prune_units import PruneUnits
+from castlm.structured.scores import SCORES
+from castlm.structured.units import DEFAULT_SCORE, Units, expand, number_in, sizes_after, sizes_of, sums
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit, between the masked model and the one that is cut, in
@@ -28,41 +34,102 @@ fp32."""
 _PROBE_TOKENS = 64
 
 
-def check_cut(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
-    """Checks before training that the units of `pattern` can be cut out of `model` afterwards; n:m always passes.
+def cut_units(
+    model: PreTrainedModel,
+    units: Units | str,
+    score: str | None = None,
+    *,
+    calibration: Tensor | None = None,
+    extras: Extras = None,
+    refits: bool = True,
+    precision: str = "fp32",
+    say: Say = silent,
+    progress: Progress = silent,
+) -> tuple[PreTrainedModel, Cut, OneshotReport]:
+    """Cuts a share of the MLP channels or attention heads out of a model, without training.
+
+    The result is trained on like any dense model, best with the large one as teacher.
+
+    Args:
+        model: a dense model of transformers. The units that it loses are zero in it afterwards; load it again where it
+            is needed whole, as for a teacher.
+        units: `Units` or a text, such as "channels:0.5" or "heads:0.5", with the share that stays in every transformer
+            block.
+        score: the score by which units are ranked, a name in `castlm.structured.scores.SCORES`; by default "flap" for
+            channels and "taylor" for heads. "taylor" holds the gradient of every weight of a unit.
+        calibration: int64, (num_sequences, seq_len), as from `draw_calibration`; not needed by "magnitude".
+        extras: for each sequence, the further arguments of the model's forward, such as images.
+        refits: solve for the kept weights of the output layers by least squares on `calibration`.
+        precision: see `castlm.data.calibration.CalibrationText`.
+        say: as for `castlm.oneshot.start.run_start`.
+        progress: as for `castlm.oneshot.start.run_start`.
+
+    Returns:
+        The smaller model, in the dtype and on the device of `model`; the sizes before and after; and the errors of the
+        output layers.
 
     Raises:
-        InputError: a family without a config for the smaller model, a block in which the units stay dense, a share that
-            keeps all units or none, or a number of heads that the family's config does not allow.
+        InputError: other units, a family without a config for the smaller model, a share that keeps all units or none,
+            a number of heads that the family's config does not allow, a score without its text, or NaN.
+
+    Examples:
+        >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
+        >>> small, cut, report = cut_units(model, "channels:0.5", calibration=tokens)  # doctest: +SKIP
     """
-    if not isinstance(pattern, Units):
-        return
-    _config_after(model, pattern)
-    layers = scope_of(model, pattern, filter_fn).layers
-    num_blocks, num_found = len(transformer_blocks(model)), len(pattern.unit_layers(layers))
-    if num_found != num_blocks:
+    check_of_transformers(model)
+    units = Units.parse(units)
+    layers = check_cut(model, units)
+    text = None if calibration is None else CalibrationText(calibration, extras, precision)
+    if text is not None:
+        text.check(len(model.get_input_embeddings().get_parameter("weight")))
+    step = PruneUnits(score_of(units, score), units, refits)
+    report = run_start(MemoryModel(model, layers), [step], text, say=say, progress=progress)
+    small, cut = without_zero_units(model, units)
+    return small, cut, report
+
+
+def score_of(units: Units, score: str | None) -> str:
+    """`score`, or the default of the units; raises `InputError` for a name that is not in `SCORES`."""
+    score = score or DEFAULT_SCORE[units.kind]
+    if score not in SCORES:
+        raise InputError(f"score {score!r} does not rank {units.kind}: choose one of {', '.join(SCORES)}")
+    return score
+
+
+def check_cut(model: PreTrainedModel, units: Units) -> dict[str, SparseLayer]:
+    """Checks that `units` can be cut out of `model`; returns the layers that hold them.
+
+    Raises:
+        InputError: as `cut_units`.
+    """
+    _config_after(model, units)
+    linear = {name: module for name, module in model.named_modules() if is_sparse_linear(module, name)}
+    groups = units.layers(linear)
+    num_blocks = len(transformer_blocks(model))
+    if len(groups) != num_blocks:
         raise InputError(
-            f"pattern {pattern} needs its units in each of the {num_blocks} transformer blocks, because one config "
-            f"describes them all, but {num_found} have them: make all of their layers sparse"
+            f"units {units}: {len(groups)} of the {num_blocks} transformer blocks have linear layers that hold "
+            f"{units.kind}, and one config must describe all blocks: castlm cannot cut {type(model).__name__}"
         )
     if type(model).__module__.startswith("transformers_modules"):
-        raise InputError(f"pattern {pattern} cannot be cut out of a model with code of its own: use 2:4")
+        raise InputError(f"units {units} cannot be cut out of a model with code of its own")
+    return {name: linear[name] for names in groups for name in names}
 
 
-def _config_after(model: PreTrainedModel, pattern: Units) -> PretrainedConfig:
+def _config_after(model: PreTrainedModel, units: Units) -> PretrainedConfig:
     """The config of the model that is cut; raises `InputError` if transformers refuses it, with shares that fit."""
-    sizes = sizes_of(pattern, model.config.to_dict())
-    after = sizes_after(pattern, sizes)
+    sizes = sizes_of(units, model.config.to_dict())
+    after = sizes_after(units, sizes)
     config = _with_sizes(model.config, after)
     if (reason := _refusal(config)) is None:
         return config
-    field, number = units_of(sizes)
-    assert isinstance(pattern, Heads)  # configs restrict no size but the number of heads
-    others = {k: _with_sizes(model.config, sizes_after(Heads(k / number), sizes)) for k in range(1, number)}
+    field, number = number_in(sizes)
+    assert units.kind == "heads"  # configs restrict no size but the number of heads
+    others = {k: _with_sizes(model.config, sizes_after(Units("heads", k / number), sizes)) for k in range(1, number)}
     fitting = [k for k, other in others.items() if _refusal(other) is None]
     shares = ", ".join(f"heads:{k / number:.3g}" for k in fitting) or "channels:0.5"
     raise InputError(
-        f"pattern {pattern} leaves {after[field]} of {number} KV heads, and transformers has no "
+        f"units {units} leave {after[field]} of {number} KV heads, and transformers has no "
         f"{model.config.model_type} of that size ({reason}): use {shares}"
     )
 
@@ -84,33 +151,24 @@ def _refusal(config: PretrainedConfig) -> str | None:
 
 
 @torch.no_grad()
-def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel, Cut]:
+def without_zero_units(model: PreTrainedModel, units: Units) -> tuple[PreTrainedModel, Cut]:
     """Returns a new model without the units of `model` that are zero, with a config of the new sizes.
-
-    Args:
-        model: pruned to `pattern` and folded; it stays as it is.
-        pattern: one that cuts: channels or heads, alone or with n:m.
-
-    Returns:
-        The smaller model, in the dtype and on the device of `model`, and the record of the cut.
 
     Raises:
         InputError: as `check_cut`, or the logits differ by more than `TOLERANCE` (fp32), because a unit was not zero.
     """
-    check_cut(model, pattern)
-    scope = scope_of(model, pattern)
-    pattern = scope.pattern
-    assert isinstance(pattern, Units)
-    before = sizes_of(pattern, model.config.to_dict())
+    layers = check_cut(model, units)
+    before = sizes_of(units, model.config.to_dict())
+    _, num_units = number_in(before)
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced
-        small = AutoModelForCausalLM.from_config(_config_after(model, pattern), dtype=model.dtype)
+        small = AutoModelForCausalLM.from_config(_config_after(model, units), dtype=model.dtype)
     linearize_(small)
-    layers = scope.layers
     state = model.state_dict()
-    for names in pattern.unit_layers(layers):
+    for names in units.layers(layers):
         weights = [layers[name].weight for name in names]
-        kept = pattern.kept_units(weights)
-        for name, mask in zip(names, pattern.expand(kept, weights)):
+        # the units with the largest norms are those that are not zero
+        kept = units.best(sums([weight.float().square() for weight in weights], num_units))
+        for name, mask in zip(names, expand(kept, weights)):
             rows, columns = mask.any(1), mask.any(0)  # of down (576, 1536): all 576 rows, the 768 kept columns
             state[f"{name}.weight"] = state[f"{name}.weight"][rows][:, columns].clone()
             if f"{name}.bias" in state:
@@ -121,8 +179,8 @@ def cut_model(model: PreTrainedModel, pattern: Pattern) -> tuple[PreTrainedModel
     small.generation_config = copy.deepcopy(model.generation_config)
     moved = _logits_moved(model, small)
     if model.dtype == torch.float32 and not moved <= TOLERANCE:
-        raise InputError(f"cutting {pattern} out moves the logits by {moved:.1g} of the largest: prune the model first")
-    return small, Cut(before, sizes_after(pattern, before), moved)
+        raise InputError(f"cutting {units} out moves the logits by {moved:.1g} of the largest: a lost unit is not zero")
+    return small, Cut(str(units), before, sizes_after(units, before), moved)
 
 
 def _logits_moved(model: PreTrainedModel, small: PreTrainedModel) -> float:
@@ -130,10 +188,10 @@ def _logits_moved(model: PreTrainedModel, small: PreTrainedModel) -> float:
     length = min(_PROBE_TOKENS, context_length(model.config) or _PROBE_TOKENS)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
 
-    def logits(of: nn.Module) -> Tensor:
-        with eval_mode(of):
-            found: Any = of(input_ids=ids, use_cache=False)
-        scores: Tensor = found.logits.float()
+    def logits(of_model: PreTrainedModel) -> Tensor:
+        with eval_mode(of_model):
+            output: Any = of_model(input_ids=ids, use_cache=False)
+        scores: Tensor = output.logits.float()
         return scores
 
     whole = logits(model)

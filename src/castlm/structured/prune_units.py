@@ -1,8 +1,8 @@
-"""One-shot pruning of whole units: chooses the channels or KV heads to keep, and lets the kept weights compensate.
+"""Chooses the channels or KV heads to keep, sets the others to zero, and lets the kept weights compensate.
 
-For each transformer block in turn, the inputs of its layers are collected while it is still dense; then its units are
-ranked by a row of `SCORES`, and the lowest are set to zero. With `refit_iterations`, the kept columns of the output
-layer are solved for by least squares on the calibration text.
+In each transformer block, the inputs of the layer that writes to the residual stream are collected while the block is
+still dense; then its units are ranked by a row of `SCORES`, and the lowest are set to zero. The kept columns of that
+layer are solved for by least squares on the calibration text. `castlm.structured.cut` removes what is zero.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from castlm.data.calibration import CalibrationText
 from castlm.hardware import autocast
 from castlm.models.architecture import replaced_forward
 from castlm.oneshot.inputs import check_finite_input, check_reached, see_inputs
-from castlm.oneshot.refit import refit
 from castlm.oneshot.report import LayerResult, OneshotReport
-from castlm.oneshot.solvers import MIN_DAMPING, damped, row_energies
+from castlm.oneshot.solvers import damped, row_energies
 from castlm.oneshot.source import Source, block_stack
-from castlm.oneshot.sparsegpt import sparsegpt
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import BACKWARD_TOKENS, Visit
-from castlm.structured.pattern import Units
 from castlm.structured.scores import SCORES
+from castlm.structured.units import Units, expand, number_in, sizes_of, sums
 
 GRADIENT_SEQUENCES = 32
 """Calibration sequences on which the gradient of the loss is computed, for scores that need it."""
+DAMPING = 0.01
+"""The ridge of the least squares, as a share of the mean diagonal."""
 
 
 @dataclass
@@ -63,9 +63,9 @@ class UnitAccumulator:
 
     def zeros(self, x: Tensor) -> InputStatistic:
         width = x.shape[-1]
-        sums = x.new_zeros(width, dtype=torch.float64)
+        total = x.new_zeros(width, dtype=torch.float64)
         num_tokens = x.new_zeros((), dtype=torch.int64)
-        return InputStatistic(x.new_zeros(width, width, dtype=torch.float32), sums, sums.clone(), num_tokens)
+        return InputStatistic(x.new_zeros(width, width, dtype=torch.float32), total, total.clone(), num_tokens)
 
     def tensors(self, statistic: InputStatistic) -> list[Tensor]:
         return [statistic.gram, statistic.total, statistic.squares, statistic.num_tokens]
@@ -78,127 +78,74 @@ class UnitAccumulator:
 
 
 class PruneUnits(Step):
-    """Sets the masked units of a structured pattern to zero, block by block; `castlm.structured.cut` removes them.
-
-    Combined with n:m, SparseGPT prunes the kept units further, or magnitude if there is no calibration text.
+    """Sets the lowest units of each transformer block to zero.
 
     Args:
         score: a name in `SCORES`.
-        refit_iterations: with 0 the kept weights stay as they are, as published. Above 0, the kept columns of an output
-            layer are solved for exactly, and it counts the steps of conjugate gradients on n:m weights. Without a
-            text, nothing is refitted.
-        damping: is added for the least squares, as a share of the mean diagonal.
+        refits: solve for the kept columns of the output layer by least squares. Without a text, nothing is refitted.
     """
 
-    def __init__(self, score: str, pattern: Units, refit_iterations: int, damping: float) -> None:
-        self.score, self.pattern = score, pattern
-        self.refit_iterations, self.damping = refit_iterations, damping
+    def __init__(self, score: str, units: Units, refits: bool = True) -> None:
+        self.score, self.units, self.refits = score, units, refits
         self.row = SCORES[score]
         self.needs_text = self.row.needs_text
+        self.num_units = 0
+        """Units of a transformer block of the dense model."""
         self.gradient_scores: dict[tuple[str, ...], Tensor] = {}
         """Scores (units,) by gradients, which are computed before the walk, by the names of the layers."""
 
     def __str__(self) -> str:
-        return f"method {self.score}"
+        return f"score {self.score}"
 
     def options(self) -> dict[str, Any]:
-        read = {"refit_iterations": self.refit_iterations, "damping": self.damping}
-        return {"method": self.score, "pattern": str(self.pattern), **read}
+        return {"score": self.score, "units": str(self.units), "refits": self.refits}
 
     def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
-        assert isinstance(source.pattern, Units)
-        self.pattern = source.pattern
-        report.damping = self.damping
-        layers = source.layers
-        scored = {name: layers[name] for names in self.pattern.unit_layers(layers) for name in names}
-        if self.row.needs_gradients and scored:
+        _, self.num_units = number_in(sizes_of(self.units, source.model.config.to_dict()))
+        if self.row.needs_gradients:
             assert text is not None
-            gradients = loss_gradients(source.model, scored, text.first(GRADIENT_SEQUENCES))
-            for names in self.pattern.unit_layers(scored):
-                weights = [scored[name].weight.float() for name in names]
+            gradients = loss_gradients(source.model, source.layers, text.first(GRADIENT_SEQUENCES))
+            for names in self.units.layers(source.layers):
+                weights = [source.layers[name].weight.float() for name in names]
                 values = self.row.values(weights, None, [gradients[name] for name in names])
                 # (units,): 4 bytes a unit, so that the gradients can be freed
-                self.gradient_scores[names] = self.pattern.sums(values)
+                self.gradient_scores[names] = sums(values, self.num_units)
 
     def __call__(self, visit: Visit, report: OneshotReport) -> None:
-        """Prunes the units of the block. The errors are on the whole calibration text."""
-        layers = visit.inside
-        statistics: dict[str, InputStatistic] = {}
-        if visit.inputs is not None and layers:
-            for seen in see_inputs(layers, visit.inputs, UnitAccumulator(), num_sequences=1):  # sums, not means
-                for entry in seen.entries():
-                    statistics |= dict.fromkeys(entry.names, entry.statistic)
-            for name in layers:
-                check_finite_input(name, statistics[name].gram)
-        for names in self.pattern.joint_layers(layers):
-            dense = {name: layers[name].weight.float().clone() for name in names}
-            for name, weight in dense.items():
+        for names in self.units.layers(visit.inside):
+            layers = {name: visit.inside[name] for name in names}
+            dense = [layer.weight.float().clone() for layer in layers.values()]
+            for name, weight in zip(names, dense):
                 check_finite(f"the weight of {name}", weight)
-            for name, (new, damping) in self._solved(names, dense, statistics).items():
+            statistic = None if visit.inputs is None else self._statistic(names[-1], visit)
+            if self.row.needs_gradients:
+                scores = self.gradient_scores.pop(names)
+            else:
+                values = self.row.values(dense, None if statistic is None else statistic.variance, None)
+                scores = sums(values, self.num_units)
+            masks = expand(self.units.best(scores), dense)
+            pruned = [weight.masked_fill(~mask, 0) for weight, mask in zip(dense, masks)]
+            error = None
+            if statistic is not None:
+                if self.refits:  # all rows of this mask are equal: the kept columns, (1536,)
+                    kept = masks[-1][0]
+                    pruned[-1][:, kept] = solve_columns(dense[-1], kept, statistic.gram, DAMPING)
+                # |X old^T - X new^T|^2 / |X old^T|^2 of the layer that writes
+                lost, whole = (row_energies(w, statistic.gram).sum() for w in (dense[-1] - pruned[-1], dense[-1]))
+                error = float(lost / whole) if whole > 0 else 0.0
+            for name, new in zip(names, pruned):
                 layers[name].weight.copy_(new)
-                error = None
-                if name in statistics:  # |X old^T - X new^T|^2 / |X old^T|^2
-                    gram = statistics[name].gram
-                    lost, whole = (row_energies(weight, gram).sum() for weight in (dense[name] - new, dense[name]))
-                    error = float(lost / whole) if whole > 0 else 0.0
                 zeros = int((new == 0).sum())
-                report.layers.append(LayerResult(name, tuple(new.shape), zeros, error, damping=damping))
+                report.layers.append(LayerResult(name, tuple(new.shape), zeros, error if name == names[-1] else None))
 
-    def _solved(
-        self, names: tuple[str, ...], dense: dict[str, Tensor], inputs: Mapping[str, InputStatistic]
-    ) -> dict[str, tuple[Tensor, float]]:
-        """The new weights of layers that are masked together, each with its damping."""
-        weights = list(dense.values())
-        if len(names) == 1:  # n:m alone
-            whole = torch.ones_like(weights[0], dtype=torch.bool)
-            return {name: self._groups_in(dense[name], whole, inputs.get(name)) for name in names}
-        if self.row.needs_gradients:
-            scores = self.gradient_scores.pop(names)
-        else:
-            variance = inputs[names[-1]].variance if names[-1] in inputs else None
-            scores = self.pattern.sums(self.row.values(weights, variance, None))
-        kept = self.pattern.best(scores)
-        damping = max(self.damping, MIN_DAMPING)
-        solved = {}
-        for name, weight, mask in zip(names, weights, self.pattern.expand(kept, weights)):
-            new = weight.masked_fill(~mask, 0)
-            if self.refit_iterations and name in inputs and name == names[-1]:
-                # Of the output layer alone: all rows of its mask are equal, (1536,) kept channels.
-                new[:, mask[0]] = solve_columns(weight, mask[0], inputs[name].gram, damping)
-            solved[name] = self._groups_in(new, mask, inputs.get(name)) if self.pattern.inner else (new, self.damping)
-        return solved
-
-    def _groups_in(self, weight: Tensor, mask: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float]:
-        """Prunes the kept rows and columns of a weight to n:m; returns the new weight and SparseGPT's damping.
-
-        Groups of m are counted as they lie after the cut.
-        """
-        inner = self.pattern.inner
-        damping = self.damping
-        assert inner is not None
-        rows, columns = mask.any(1), mask.any(0)
-        small = weight[rows][:, columns].contiguous()  # (576, 1536) -> (576, 768)
-        if statistic is None:
-            new = small.masked_fill(~inner.mask(small), 0)
-        else:
-            gram = statistic.gram[columns][:, columns]
-            inner.check_shape(small.shape)
-            new, damping = sparsegpt(small, gram.clone(), inner.n, inner.m, damping)
-            if self.refit_iterations:
-                new = refit(new, small, damped(gram, max(self.damping, MIN_DAMPING)), self.refit_iterations)
-        # back in its place: (576, 768) -> (576, 1536)
-        return torch.zeros_like(weight).masked_scatter_(mask, new), damping
-
-
-def prune_units_holds(sizes: Sequence[int], columns: int) -> int:
-    """Elements that `PruneUnits` holds at its peak, beside weights and statistics.
-
-    Args:
-        sizes: the weights of the layers of one block.
-        columns: of the widest layer.
-    """
-    # the layers as they were, their masks and new values; the damped Hessian, its factor and the right-hand side
-    return 3 * sum(sizes) + 3 * columns**2
+    def _statistic(self, name: str, visit: Visit) -> InputStatistic:
+        """The statistic of the input of the layer `name`."""
+        assert visit.inputs is not None
+        (seen,) = see_inputs({name: visit.inside[name]}, visit.inputs, UnitAccumulator(), num_sequences=1)  # sums
+        (entry,) = seen.entries()
+        statistic: InputStatistic = entry.statistic
+        check_finite_input(name, statistic.gram)
+        return statistic
 
 
 @torch.enable_grad()
@@ -228,13 +175,13 @@ def loss_gradients(
                 with autocast(model.device, text.precision):
                     output: Any = model(input_ids=ids, labels=labels, use_cache=False, **given)
                 (output.loss * (len(ids) / len(sequences))).backward()  # batches add up to the mean over sequences
-        found = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
+        gradients = {name: weight.grad.detach() for name, weight in weights.items() if weight.grad is not None}
     finally:
         for parameter, (flag, gradient) in before.items():
             parameter.requires_grad_(flag)
             parameter.grad = gradient
-    check_reached(weights, found)
-    return found
+    check_reached(weights, gradients)
+    return gradients
 
 
 @contextmanager

@@ -29,16 +29,6 @@ class Score(NamedTuple):
     needs_text: bool = True
     needs_gradients: bool = False
 
-    @property
-    def reads_text(self) -> bool:
-        """True: the kept weights are refitted on a text, whatever ranks the units."""
-        return True
-
-    @property
-    def refinements(self) -> tuple[str, ...]:
-        """The options of `Refinements` that a start reads with it."""
-        return ("refit_iterations", "damping")
-
 
 def _magnitude(weights: Sequence[Tensor], variance: Tensor | None, gradients: Sequence[Tensor] | None) -> list[Tensor]:
     return [weight.square() for weight in weights]

@@ -185,7 +185,7 @@ class TrainConfig:
             self._set("start", init_from=default_method(pattern) if method.row.starts_solved else "magnitude")
         if method.decay_end is None:
             # From zero, a masked weight needs some steps to outgrow a kept one: the mask stays open longer.
-            self._set("method", decay_end=0.3 if method.step0(self.start.name, pattern) == "from zero" else 0.1)
+            self._set("method", decay_end=0.3 if method.step0(self.start.name) == "from zero" else 0.1)
         if self.teacher.hidden_weight is None:
             reads_dense = self.teacher.teacher is None and self.teacher.teacher_cache is None
             changes = method.row.is_sparse or method.weight_bits is not None
@@ -208,7 +208,7 @@ class TrainConfig:
         if bits := self.method.weight_bits:
             if self.adapter.adapter != "none":
                 raise InputError(f"weight_bits {bits} rounds every weight: omit adapter {self.adapter.adapter}")
-            if self.method.row.is_sparse and (pattern.cuts or pattern.nm is None):
+            if self.method.row.is_sparse and not isinstance(pattern, NM):
                 raise InputError(f"weight_bits {bits} is for n:m and for method dense, not for {pattern}: use 2:4")
         if teacher.teacher_cache and not (teacher.teacher_top_k and teacher.eta):
             raise InputError("teacher_cache stores the teacher's top-k tokens: set teacher_top_k (64, say) and eta > 0")

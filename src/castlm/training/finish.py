@@ -33,7 +33,6 @@ from castlm.progress import note
 from castlm.say import Say
 from castlm.starts import methods_of
 from castlm.training.metrics import held_out_perplexity, masked_histogram
-from castlm.training.model import cut_of
 from castlm.training.objective import Objective
 from castlm.training.record import verdict
 from castlm.training.trainer import Trainer, local_masks
@@ -62,10 +61,9 @@ def finish(run: Trainer) -> Facts:
     run.optimizer.state.clear()  # 8 bytes a weight
     uncompile_blocks_(objective)
     collect_garbage(run.world.device.type)
-    is_cut = bool(run.method.layers) and pattern.cuts  # the cut needs the whole model
     is_remote_code = type(run.model).__module__.startswith("transformers_modules")  # only `save_pretrained` copies it
     try:
-        if run.dense.stored is not None and not is_remote_code and not is_cut:
+        if run.dense.stored is not None and not is_remote_code:
             facts = export_sharded(sharded_result(run), run_facts(run, histogram))
         else:
             model = gathered(run) if is_sharded(objective) else run.model
@@ -219,7 +217,6 @@ def run_facts(run: Trainer, histogram: Histogram | None) -> Facts:
     return Facts(
         pattern=None,  # the export writes it, and which layers are dense
         left_dense={},
-        cut=cut_of(config.model) if config.is_finetuning else None,
         rounded=run.rounding,
         run_id=run.folder.run_id,
         **vars(origin_of(config.model.model, config.model.revision)),

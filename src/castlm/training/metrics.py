@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from castlm.core.blocks import is_tower
-from castlm.core.nm import Pattern, unpack_mask
+from castlm.core.nm import NM, Pattern, unpack_mask
 from castlm.core.rounding import rounded_layers
 from castlm.core.sparsify import num_weights
 from castlm.data.scored import ScoredText
@@ -143,7 +143,7 @@ def trained_rounding(model: nn.Module, sparse: Collection[str], pattern: Pattern
         return None
     kind, total, stored = f"int{layers[0][2].bits}", 0, 0
     for name, layer, _ in layers:
-        n, m = (pattern.nm.n, pattern.nm.m) if name in sparse and pattern.nm else (0, 0)
+        n, m = (pattern.n, pattern.m) if name in sparse and isinstance(pattern, NM) else (0, 0)
         size = num_weights(layer)
         total += size
         stored += 8 * PackedSpec(size // layer.in_features, layer.in_features, n, m, kind).num_bytes

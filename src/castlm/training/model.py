@@ -17,13 +17,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from castlm.core.blocks import in_block, is_tower
 from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, is_sparse_linear
-from castlm.data.documents import joined_digest
 from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.export.folder import read_left_dense
-from castlm.facts import Cut, Facts
 from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
-from castlm.models.io import Loaded, config_hash, load_model, open_model
+from castlm.models.io import Loaded, load_model, open_model
 from castlm.models.locate import cached_snapshot, locate
 from castlm.training.options import ModelOptions, TeacherOptions
 
@@ -38,7 +36,7 @@ class OpenedModel:
     """The place of each parameter on disk, for a model without weights; None for a model in memory."""
     options: ModelOptions
     fingerprint: str
-    """A hash of the weights and the config, the same on all ranks."""
+    """A hash of the weights, the same on all ranks."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -81,7 +79,7 @@ def open_weights(options: ModelOptions, world: World, *, whole_copies: bool = Fa
     for parameter_name, parameter in loaded.model.named_parameters():
         if is_tower(parameter_name):  # text does not reach a vision tower
             parameter.requires_grad_(False)
-    return OpenedModel(loaded, stored, options, joined_digest([digest, config_hash(loaded.model.config)]))
+    return OpenedModel(loaded, stored, options, digest)
 
 
 def open_dense(
@@ -151,12 +149,6 @@ def _folder_of(model: ModelOptions) -> Path | None:
     """The folder with the files of a model; None for a hub model that is not in the cache."""
     where = locate(model.model)
     return cached_snapshot(where.target, model.revision) if where.is_hub else Path(where.target)
-
-
-def cut_of(model: ModelOptions) -> Cut | None:
-    """The sizes before and after channels or heads were cut out of the model, by its castlm.json; else None."""
-    folder = _folder_of(model)
-    return None if folder is None else Facts.read(folder).cut
 
 
 def layers_left_dense(model: ModelOptions) -> tuple[str, ...]:

@@ -51,9 +51,7 @@ class ModelOptions(Bounded):
     """Run the Python code that comes with a hub model."""
 
     pattern: Pattern = parsed(NM(2, 4), parse_pattern, needs=SPARSE)
-    """n:m, where n of every m consecutive weights along the input axis are kept. Or a share of whole units, as
-    channels:0.5 (of the MLPs) or heads:0.5 (KV heads with their query heads), each with n:m as in channels:0.75+2:4.
-    Channels and heads are cut out in the end."""
+    """n:m, where n of every m consecutive weights along the input axis are kept."""
 
     left_dense: tuple[str, ...] = option((), needs=SPARSE)
     """More layers to leave dense: every layer whose name contains one of these texts. In models with few key heads,

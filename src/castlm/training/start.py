@@ -208,9 +208,7 @@ def _why_one_rank(dense: OpenedModel, world: World, pattern: Pattern, steps: lis
     if any(map(may_skip_modules, transformer_blocks(dense.model).values())):
         return "its experts are modules of their own"
     whole = next((str(step) for step in steps if not step.is_divided), None)
-    if whole is not None or not pattern.independent_rows:
-        return f"{whole or pattern} takes the whole model"
-    return None
+    return None if whole is None else f"{whole} takes the whole model"
 
 
 def _check_memory(options: StartOptions, model: PreTrainedModel, world: World) -> None:
@@ -310,11 +308,11 @@ def check_pattern(
         InputError: on the main rank, if a layer is not. The other ranks raise `SystemExit`.
     """
     failure = None
-    for part, unit in list(scope_of(dense.model, pattern, filter_fn).parts)[world.rank :: world.size]:
-        weights = [read(f"{layer}.weight") for layer in unit]
-        if failure is None and part.joint_violations(weights):
+    for layer in list(scope_of(dense.model, pattern, filter_fn).layers)[world.rank :: world.size]:
+        weight = read(f"{layer}.weight")
+        if failure is None and pattern.at(layer).violations(weight):
             failure = (
-                f"{what} is not {pattern} in {unit[-1]}: give its own pattern, prune it first (castlm prune), or name "
+                f"{what} is not {pattern} in {layer}: give its own pattern, prune it first (castlm prune), or name "
                 "the layer in left_dense"
             )
     world.check_all(failure, patient=True)  # the others may read longer
@@ -376,17 +374,10 @@ def load_start_(model: nn.Module, method: Retraining, start: Checkpoint, world: 
                 key = f"{DENSE}{name}" if f"{DENSE}{name}" in start.places else name
                 if key in start.places and (key != name or name.removesuffix(".weight") not in method.layers):
                     local(parameter).copy_(rows_of(key, local(parameter), own_rows(parameter)))
-            for pattern, unit in method.pattern.parts(method.layers):
-                sparse = [weight_parameter(method.layers[layer]) for layer in unit]
-                own = [own_rows(parameter) for parameter in sparse]
-                weights = [rows_of(f"{layer}.weight", local(p), part) for layer, p, part in zip(unit, sparse, own)]
-                if pattern.gathers(sparse):  # the mask of a channel needs all rows of three weights
-                    whole = [start.read(f"{layer}.weight").float() for layer in unit]
-                    masks = [mask[part] for mask, part in zip(pattern.joint_masks(whole), own)]
-                else:
-                    masks = pattern.joint_masks(weights)
-                for layer, weight, mask in zip(unit, weights, masks):
-                    method.start_layer_(method.layers[layer], weight, mask.to(weight.device))
+            for name, layer in method.layers.items():
+                sparse = weight_parameter(layer)
+                weight = rows_of(f"{name}.weight", local(sparse), own_rows(sparse))
+                method.start_layer_(layer, weight, method.pattern.at(name).mask(weight))
         except InputError as error:
             failure = f"init_from {start.source}: {error}"
     world.check_all(failure)
@@ -395,7 +386,6 @@ def load_start_(model: nn.Module, method: Retraining, start: Checkpoint, world: 
 @torch.no_grad()
 def keep_own_masks_(method: Retraining) -> None:
     """Starts fine-tuning: masks the zeros of the model itself, each rank in its rows."""
-    for pattern, unit in method.pattern.parts(method.layers):
-        weights = [local(weight_parameter(method.layers[layer])).detach().clone() for layer in unit]
-        for layer, weight, mask in zip(unit, weights, pattern.joint_masks(weights)):
-            method.start_layer_(method.layers[layer], weight, mask)
+    for name, layer in method.layers.items():
+        weight = local(weight_parameter(layer)).detach().clone()
+        method.start_layer_(layer, weight, method.pattern.at(name).mask(weight))

@@ -34,7 +34,7 @@ from castlm.training.model import OpenedModel, check_sizes
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
 from castlm.training.text import TrainingText
 
-_FORMAT = 4
+_FORMAT = 3
 
 
 class TeacherCache:

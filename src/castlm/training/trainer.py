@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from castlm.core.adams import AdamS
 from castlm.core.decay import DECAYS, DecayBudget, decay_budget
 from castlm.core.errors import DivergedError, InputError
-from castlm.core.nm import pack_mask
+from castlm.core.nm import NM, pack_mask
 from castlm.core.rounding import fit_rounding_
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import dense_name, num_weights, sparse_linears
@@ -186,7 +186,7 @@ class Trainer:
         if is_new and config.is_finetuning:
             check_pattern(config.start.name, dense.read, dense, world, pattern=pattern, filter_fn=filter_fn)
         elif starts_solved:
-            keeps_dense = method.step0(config.start.name, pattern) == "dense"
+            keeps_dense = method.step0(config.start.name) == "dense"
             if trained_from(config.start.name, pattern) is None:
                 places = open_given(
                     config.start.name,
@@ -665,12 +665,11 @@ class Trainer:
     def _note_longer_groups(self) -> None:
         """Notes a pattern that this CPU runs as fast and that loses less, if there is one."""
         pattern = self.config.model.pattern
-        groups = pattern.nm
-        if groups is None or pattern.cuts or self.world.device.type != "cpu" or not self.world.is_main:
+        if not isinstance(pattern, NM) or self.world.device.type != "cpu" or not self.world.is_main:
             return
         layers, _ = sparse_linears(self.model, pattern, filter_of(self.config.model.left_dense))
-        longest = longest_free_group(groups.n, groups.m)
-        other = groups.with_longest_groups({layer.in_features for layer in layers.values()}, longest)
+        longest = longest_free_group(pattern.n, pattern.m)
+        other = pattern.with_longest_groups({layer.in_features for layer in layers.values()}, longest)
         if other != pattern:
             note(
                 f"this CPU runs {other} nearly as fast as {pattern}, and its freer masks lose less quality: "

@@ -34,7 +34,6 @@ from castlm.runtime import native
 from castlm.runtime.layers import packed_linear
 from castlm.runtime.packed import pack, pack_integers
 from castlm.say import Progress, silent
-from castlm.structured.pattern import sizes_after, sizes_of
 
 Shape = tuple[int, int]
 """(out_features, in_features)."""
@@ -107,22 +106,16 @@ def _shape(layer: nn.Linear) -> Shape:
     return layer.out_features, layer.in_features
 
 
-def shapes_of(name: str, trust_remote_code: bool = False, cut: Pattern | None = None) -> Shapes:
+def shapes_of(name: str, trust_remote_code: bool = False) -> Shapes:
     """`layer_shapes` of a model folder, hub id, GGUF file or "demo", from its config alone.
 
-    Args:
-        cut: a pattern whose channels or heads are cut out first.
-
     Raises:
-        InputError: as `castlm.models.io.open_config`, or a family that `cut` is not for.
+        InputError: as `castlm.models.io.open_config`.
     """
     from castlm.models.architecture import shape_model
     from castlm.models.io import open_config
 
     config = open_config(name, trust_remote_code=trust_remote_code)
-    if cut is not None:
-        for field_name, value in sizes_after(cut, sizes_of(cut, config.to_dict())).items():
-            setattr(config, field_name, value)
     return layer_shapes(shape_model(config, trust_remote_code=trust_remote_code))
 
 

@@ -84,8 +84,7 @@ class CompareConfig(SharedOptions):
 
     methods: str | None = essential(None)
     """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
-    sparsegpt; for structured patterns flap and taylor. The default is all of them, unless variants or a preset
-    are given.
+    sparsegpt. The default is all of them, unless variants or a preset are given.
     """
 
     published_starts: bool = False
@@ -93,10 +92,8 @@ class CompareConfig(SharedOptions):
     published: without rotation, permutation, ADMM and least squares, unless config sets them.
     """
 
-    preset: Literal["oscillation", "decay", "parts", "budgets", "structured"] | None = essential(None)
-    """A prepared set of variants: one of the paper's ablations, all methods at four budgets, or decay against cut for a
-    structured pattern.
-    """
+    preset: Literal["oscillation", "decay", "parts", "budgets"] | None = essential(None)
+    """A prepared set of variants: one of the paper's ablations, or all methods at four budgets."""
 
     variants: str | None = None
     """YAML file that maps the name of each variant to its own options of `castlm train`. Without the option
@@ -175,8 +172,6 @@ class Plan:
             if getattr(command, name) is not None:
                 self.common[name] = getattr(command, name)
         pattern = _pattern_of(self.common)
-        if command.preset == "structured" and not pattern.cuts:
-            raise InputError("preset structured needs a structured pattern: set pattern: channels:0.5 in --config")
         self.preset = PRESETS[command.preset] if command.preset else every_method(pattern)
         self.variants = _variants(command, self.preset)
         for name, options in self.variants.items():

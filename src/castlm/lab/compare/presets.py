@@ -45,9 +45,6 @@ _PUBLISHED = {**SPARSEGPT, "hidden_weight": 0.0}
 # The masks that the paper refreshes.
 _MAGNITUDE = {"init_from": "magnitude"}
 
-# The rivals among structured patterns: magnitude, FLAP's score, LLM-Pruner's.
-_TRAINED_SCORES = ("taylor", "flap", "magnitude")
-
 PRESETS: dict[str, Preset] = {
     "oscillation": Preset(
         "Does the mask settle? SR-STE against CAST",
@@ -91,14 +88,6 @@ PRESETS: dict[str, Preset] = {
         },
         plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),
-    ),
-    # needs a structured pattern in the options of all runs; a cut is fine-tuning of the units that the score keeps
-    "structured": Preset(
-        "Is a decay better than a cut at step 0?",
-        {
-            **{f"cast, {score}": {"method": "cast", "init_from": score} for score in _TRAINED_SCORES},
-            **{f"cut, {score}": {"method": "finetune", "init_from": score} for score in _TRAINED_SCORES},
-        },
     ),
 }
 

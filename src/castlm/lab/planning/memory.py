@@ -475,7 +475,7 @@ def read_config(config: PretrainedConfig | str | Path) -> PretrainedConfig:
 
 def _masked_share(pattern: Pattern) -> float:
     """The largest share of the sparse weights that is masked."""
-    return 1 - pattern.nm.n / pattern.nm.m if pattern.nm is not None and not pattern.cuts else 1.0
+    return 1 - pattern.n / pattern.m if isinstance(pattern, NM) else 1.0
 
 
 def _components(sizes: _Sizes, tutor: _Sizes, saved: Saved, run: PlannedRun, world_size: int) -> dict[str, int]:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
-from castlm.core.nm import NM, LayerPattern, Pattern
+from castlm.core.nm import NM, Pattern
 from castlm.core.sparsify import SparseLayer, sparse_linears, weight_parameter
 from castlm.hardware import resident_memory
 from castlm.lab.planning.memory import MemoryPlan, as_config_error, read_config
@@ -31,9 +31,8 @@ from castlm.oneshot.solvers import SOLVERS, Settings
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.steps.reconstruct import reconstruct_holds
 from castlm.oneshot.steps.solve import prune_layers_holds
-from castlm.oneshot.walk import BACKWARD_TOKENS, PASS_TOKENS_CPU
+from castlm.oneshot.walk import PASS_TOKENS_CPU
 from castlm.starts import applied, method_of, methods_of
-from castlm.structured.prune_units import prune_units_holds
 
 LIBRARIES = 40 * 2**20
 """Bytes of buffers that tokenizer, BLAS, LAPACK and oneDNN keep from their first call on."""
@@ -89,15 +88,12 @@ def plan_prune_memory(
 
     The phases: `enter` (the text passes through the embeddings, and once through the blocks), `statistics` (the inputs
     of a block are seen), `basis` (the neurons of its MLP are permuted), `solve`, `reconstruction`, and with the whole
-    model in memory `verify` (the result is read back beside it). Structured patterns have no `basis`, and with the
-    method taylor `gradients` (a backward pass of the whole model, whose blocks are run again). Blocks are taken to be
-    alike.
+    model in memory `verify` (the result is read back beside it). Blocks are taken to be alike.
 
     Args:
         config: a HF config, the path of a `config.json` or of a folder with one.
-        memory: "model" or "block", as in `castlm prune`; "model" for structured patterns.
-        method: one that reads a calibration text: "wanda" or "sparsegpt", and "wanda", "flap" or "taylor" for
-            structured patterns.
+        memory: "model" or "block", as in `castlm prune`.
+        method: one that reads a calibration text: "wanda" or "sparsegpt".
         num_sequences, seq_len: of the calibration text; by default as in `castlm prune`.
         effort: the `start_effort` that has set options of `refinements` which are not given.
 
@@ -114,17 +110,12 @@ def plan_prune_memory(
     seq_len = seq_len or model.calibration_length
     num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
     reads, layers = model.reads, sum(read.size for read in model.reads)
-    is_cut = pattern.cuts
-    turns_axes = not basis.is_off and not is_cut
+    turns_axes = not basis.is_off
     # Of the statistics: a vector or a matrix for each input.
-    of_reads = [read.columns ** (2 if is_cut else SOLVERS[method].axes) for read in reads]
+    of_reads = [read.columns ** SOLVERS[method].axes for read in reads]
     widest = max(max(read.columns, read.rows) for read in reads)
     tokens = max(PASS_TOKENS_CPU // seq_len, 1) * seq_len  # of a forward pass
-    if is_cut:
-        solver = prune_units_holds([read.size for read in reads], max(read.columns for read in reads))
-    else:
-        assert isinstance(pattern, LayerPattern)
-        solver = max(prune_layers_holds(*read, SOLVERS[method], Settings(pattern, refinements)) for read in reads)
+    solver = max(prune_layers_holds(*read, SOLVERS[method], Settings(pattern, refinements)) for read in reads)
     parts = {
         "process": resident_memory() + LIBRARIES,
         "weights": 4 * (model.block if memory == "block" else model.total),
@@ -152,13 +143,6 @@ def plan_prune_memory(
     else:
         # the model that is read back, the pages of its files, which stay mapped, and activations that malloc keeps
         phases["verify"] = block + parts["weights"] + stored_bytes(config) * model.total + parts["activations"]
-    if method == "taylor":
-        backward = max(BACKWARD_TOKENS // seq_len, 1) * seq_len
-        parts["gradients"] = 4 * model.num_layers * layers
-        # For each token: the input of every block, what one block saves, as many gradients, four times the logits.
-        of_token = model.num_layers * model.hidden + 2 * model.kept + 4 * model.vocab
-        parts["kept for backward"] = 4 * backward * of_token
-        phases["gradients"] = block + parts["gradients"] + parts["kept for backward"]
     if parts["basis"]:
         phases["basis"] = turned + parts["basis"]
     if refinements.reconstruct_epochs:

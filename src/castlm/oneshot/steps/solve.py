@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import check_finite, naming
-from castlm.core.nm import LayerPattern
+from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer, matrices
 from castlm.data.calibration import CalibrationText
 from castlm.oneshot.admm import improve_masks, improve_masks_holds
@@ -78,7 +78,7 @@ class Solve(Step):
 
     is_divided = True
 
-    def __init__(self, method: str, pattern: LayerPattern, refinements: Refinements) -> None:
+    def __init__(self, method: str, pattern: Pattern, refinements: Refinements) -> None:
         self.method, self.pattern, self.refinements = method, pattern, refinements
         self.solver = SOLVERS[method]
         self.needs_text = self.reads_text = self.solver.reads_text
@@ -94,11 +94,11 @@ class Solve(Step):
     def settings_of(self, layer: str) -> Settings:
         """The pattern and the refinements of a layer."""
         pattern = self.pattern.at(layer)
-        assert isinstance(pattern, LayerPattern)
+        assert isinstance(pattern, Pattern)
         return Settings(pattern, self.refinements)
 
     def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
-        assert isinstance(source.pattern, LayerPattern)
+        assert isinstance(source.pattern, Pattern)
         self.pattern = source.pattern
         if "damping" in self.solver.refinements:
             report.damping = self.refinements.damping
