@@ -50,7 +50,6 @@ BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\
 
 NOT_RUN = {
     "installs castlm": 2,
-    "takes ten minutes": 1,
     "installs vLLM": 1,
     "needs a GPU": 3,
     "needs a model of 3B": 1,

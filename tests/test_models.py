@@ -29,12 +29,20 @@ from castlm.distributed.loading import fingerprint, open_sharded
 from castlm.distributed.world import init_world
 from castlm.models.architecture import backbone, check_head, output_head
 from castlm.models.gguf import fast_gguf
-from castlm.models.io import load_model, save_model
+from castlm.models.io import config_hash, load_model, save_model
 from castlm.models.locate import find
 from tests.ranks import start_process, wait_ranks
 from tests.runs import assert_equal_weights, edit_json, edit_weights, weights
-from tests.slow import slow_but
-from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer, write_gguf
+from tests.slow import slow, slow_but
+from tests.tiny import (
+    FAMILIES,
+    VISION,
+    save_tiny,
+    save_tiny_with_images,
+    tiny_model,
+    tiny_tokenizer,
+    write_gguf,
+)
 
 IDS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))
 TEXT = "Hé llo\n\tx 🙂"
@@ -433,3 +441,15 @@ def test_buffers_of_old_checkpoints_are_no_left_over_weights(family, buffer, tmp
     folder = save_tiny(tmp_path, family)
     edit_weights(folder, lambda w: w.update({buffer: torch.ones(4)}))
     torch.testing.assert_close(logits(load_model(folder).model), logits(tiny_model(family)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", slow("gpt_oss"), slow("qwen2_vl")])
+def test_a_config_has_one_hash_however_the_model_is_loaded(family, tmp_path):
+    (save_tiny_with_images if family in VISION else save_tiny)(tmp_path, family)
+    opened = open_sharded(str(tmp_path), trust_remote_code=False, revision=None)
+    configs = [load_model(tmp_path).model.config, load_model(tmp_path, dtype=torch.bfloat16).model.config]
+    configs += [opened[0].model.config] if opened else []
+    known = {config_hash(config) for config in configs}
+    assert len(known) == 1
+    edit_json(tmp_path / "config.json", **{"initializer_range": 0.5})
+    assert config_hash(load_model(tmp_path).model.config) not in known

@@ -27,7 +27,7 @@ from castlm.files.reading import read_json_object
 from castlm.files.record import command_of
 from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
 from castlm.models.architecture import is_vision_language, move_
-from castlm.models.io import Loaded, fp32_bytes, load_model, save_dtype
+from castlm.models.io import Loaded, config_hash, fp32_bytes, load_model, save_dtype
 from castlm.oneshot.calibration import Draw
 from castlm.oneshot.folder import PROGRESS, begun_work, block_file, partial_folder, remove_work
 from castlm.oneshot.options import Refinements
@@ -114,7 +114,8 @@ def prune_folder(
             move_(model, device)
         source: Source = stored or MemoryModel(model, layers, scope.pattern)
         before = evaluate(loaded)[0] if evaluate else None
-        facts = {"model": loaded.source, "weights": weights, "memory": memory, "dtype": dtype_name(kept_dtype)}
+        facts = {"model": loaded.source, "weights": weights, "config": config_hash(model.config)}
+        facts |= {"memory": memory, "dtype": dtype_name(kept_dtype)}
         with shown_progress(f"{method}, transformer blocks", before=None, is_main=world.is_main) as progress:
             report = run_start(
                 source,

@@ -36,7 +36,7 @@ from castlm.formats.rounding import Rounded
 from castlm.formats.table import FORMATS
 from castlm.hardware import keep_freed_memory, return_freed_memory
 from castlm.models.architecture import is_vision_language, move_
-from castlm.models.io import Loaded, load_model, save_dtype
+from castlm.models.io import Loaded, config_hash, load_model, save_dtype
 from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.calibration import calibration_length
 from castlm.oneshot.folder import begun_work, block_file, remove_work
@@ -165,9 +165,9 @@ def quantize_folder(
     else:
         step = Round(kind, damping, "blocks" if packed else "none")
         weights = checkpoint.fingerprint(World(0, 1, torch.device(device), None))
-        known = {"model": loaded.source, "weights": weights, **text}
+        known = {"model": loaded.source, "weights": weights, "config": config_hash(model.config), **text}
         rounded = _rounded_by_block(
-            loaded, checkpoint, kept_dtype, step, tokens, device, progress, folder, known, overwrite
+            loaded, checkpoint, kept_dtype, step, tokens, device, progress, folder, known, overwrite, say
         )
     origin = origin_of(name)
     with rounded as (report, write, integers):
@@ -242,6 +242,7 @@ def _rounded_by_block(
     folder: Path,
     facts: Mapping[str, Any],
     restart: bool,
+    say: Say,
 ) -> Iterator[_Result]:
     """Rounds the layers of a model one block at a time; the finished blocks stay until the context ends without error.
 
@@ -254,7 +255,7 @@ def _rounded_by_block(
     source = StoredModel(model, checkpoint, layers_to_round(model), here, dtype)
     with begun_work(folder) as work:
         known = {**facts, "dtype": dtype_name(dtype)}
-        report = round_blocks(source, step, tokens, work, facts=known, restart=restart, progress=progress)
+        report = round_blocks(source, step, tokens, work, facts=known, restart=restart, progress=progress, say=say)
         blocks = [block_file(work, index) for index in range(len(source.blocks))]
         write = functools.partial(
             export_blocks, model, loaded.tokenizer, blocks=blocks, outside=source.outside(), linked=False

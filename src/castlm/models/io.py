@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
+import json
 import math
 import re
 import shutil
@@ -140,6 +142,23 @@ def parts_of_config(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     for value in vars(config).values():
         if isinstance(value, PretrainedConfig):
             yield from parts_of_config(value)
+
+
+_OF_A_COPY = frozenset(
+    ["_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "quantization_config"]
+)
+"""Entries of a config that differ between two copies of a model, or with how it was loaded."""
+
+
+def config_hash(config: PretrainedConfig) -> str:
+    """A SHA-256 of what a config says about the model, such as its rotary base, the same for each way of loading it."""
+
+    def said(part: Mapping[str, Any]) -> dict[str, Any]:
+        entries = {name: value for name, value in part.items() if name not in _OF_A_COPY}
+        return {name: said(value) if isinstance(value, Mapping) else value for name, value in entries.items()}
+
+    content = json.dumps(said(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def quantization_method(config: PretrainedConfig) -> str | None:

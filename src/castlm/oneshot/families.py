@@ -94,7 +94,7 @@ def describe(model: PreTrainedModel) -> list[Block]:
     family = (model.config.get_text_config() if sees_images else model.config).model_type
     layout, reason = LAYOUTS.get(family, Layout()), None
     if family not in LAYOUTS or (sees_images and layout.stack != Layout.stack):
-        reason = "it is not among the families that docs/method.md lists"
+        reason = "it is not among the families that docs/models.md lists"
     elif sees_images and "language_model" not in model.base_model._modules:
         reason = "it has no model.language_model"
     if reason:

@@ -32,6 +32,7 @@ from castlm.files.atomic_file import (
     atomic_write_json,
     flush_file,
     is_whole,
+    plain_json,
     reporting_full_disk,
     size_and_crc,
 )
@@ -40,7 +41,7 @@ from castlm.files.reading import read_json_object
 from castlm.files.record import OUTPUT, command_of
 from castlm.oneshot.ranks import ONE_RANK, Ranks
 
-FORMAT = 3  # of the record; an unfinished start of another one is refused by name
+FORMAT = 4  # of the record; an unfinished start of another one is refused by name
 PROGRESS = "progress.json"
 COPY = "copy.safetensors"
 """A given model whose own files cannot be read weight by weight."""
@@ -73,11 +74,17 @@ def drop_work(output: Path) -> None:
             remove_work(partial)
 
 
+_UNSET = "not set"
+
+
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The options of a start that differ, with both values; of an option with several entries, the entry."""
-    for name, value in now.items():
-        before = then.get(name)
-        if isinstance(before, dict) and isinstance(value, dict) and before.keys() == value.keys():
+    """The options of a start that differ, with both values; of an option with several entries, the entry.
+
+    A step or a text that is switched off takes its options with it, so that either side may lack some.
+    """
+    for name in dict.fromkeys((*now, *then)):
+        before, value = then.get(name, _UNSET), now.get(name, _UNSET)
+        if isinstance(before, dict) and isinstance(value, dict):
             yield from _differences(before, value, f"{within}{name}.")
         elif before != value:
             yield f"{within}{name}", before, value
@@ -102,7 +109,9 @@ class StartFolder:
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False, ranks: Ranks = ONE_RANK) -> None:
-        self.path, self.options, self.ranks = path, {"format": FORMAT, **options}, ranks
+        self.path, self.ranks = path, ranks
+        # Through JSON, as the saved ones went: tuples become lists.
+        self.options = plain_json({"format": FORMAT, **options})
         self.done = 0
         """The number of finished blocks."""
         self.results: dict[str, Any] = {}

@@ -86,7 +86,8 @@ def run_start(
         text = text.first(-(-ERROR_TOKENS // text.sequences.shape[1]))
     work = None
     if folder is not None:
-        options = {**(facts or {}), **(text.record() if text else {})}
+        # A GPU rounds otherwise than a CPU: blocks of both are not the start of either.
+        options = {"device": source.device.type, **(facts or {}), **(text.record() if text else {})}
         for step in steps:
             options |= step.options()
         work = StartFolder(folder, options, restart, ranks)

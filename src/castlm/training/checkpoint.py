@@ -45,7 +45,7 @@ from castlm.hardware import available_memory, trim_memory
 from castlm.say import Say
 from castlm.training.config import TrainConfig
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 _SHARDS = "shard-*.safetensors"

@@ -17,11 +17,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from castlm.core.blocks import in_block, is_tower
 from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.data.documents import joined_digest
 from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.export.folder import read_left_dense
 from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
-from castlm.models.io import Loaded, load_model, open_model
+from castlm.models.io import Loaded, config_hash, load_model, open_model
 from castlm.models.locate import cached_snapshot, locate
 from castlm.training.options import ModelOptions, TeacherOptions
 
@@ -36,7 +37,7 @@ class OpenedModel:
     """The place of each parameter on disk, for a model without weights; None for a model in memory."""
     options: ModelOptions
     fingerprint: str
-    """A hash of the weights, the same on all ranks."""
+    """A hash of the weights and the config, the same on all ranks."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -79,7 +80,7 @@ def open_weights(options: ModelOptions, world: World, *, whole_copies: bool = Fa
     for parameter_name, parameter in loaded.model.named_parameters():
         if is_tower(parameter_name):  # text does not reach a vision tower
             parameter.requires_grad_(False)
-    return OpenedModel(loaded, stored, options, digest)
+    return OpenedModel(loaded, stored, options, joined_digest([digest, config_hash(loaded.model.config)]))
 
 
 def open_dense(

@@ -34,7 +34,7 @@ from castlm.training.model import OpenedModel, check_sizes
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
 from castlm.training.text import TrainingText
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 class TeacherCache:

@@ -31,7 +31,7 @@ from castlm.oneshot.source import MemoryModel, Source
 from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import Visit
-from castlm.say import Progress, silent
+from castlm.say import Progress, Say, silent
 
 Codes = Literal["memory", "blocks", "none"]
 """Where codes and scales of rounded layers are kept: in memory, in the files of the blocks, or nowhere."""
@@ -205,6 +205,7 @@ def round_blocks(
     facts: Mapping[str, Any] | None = None,
     restart: bool = False,
     progress: Progress = silent,
+    say: Say = silent,
 ) -> QuantizeReport:
     """Rounds the layers of `source` block by block: a `MemoryModel` in place, a `StoredModel` into `folder`.
 
@@ -212,7 +213,7 @@ def round_blocks(
     """
     assert calibration is None or FORMATS[step.kind].reads_text
     text = None if calibration is None else CalibrationText(calibration)
-    done = run_start(source, [step], text, folder, facts=facts, restart=restart, progress=progress)
+    done = run_start(source, [step], text, folder, facts=facts, restart=restart, progress=progress, say=say)
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     return QuantizeReport(
         step.kind,
