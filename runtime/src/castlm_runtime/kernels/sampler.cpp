@@ -11,7 +11,7 @@
 
 #include "avx2.h"
 #include "matrix.h"
-#include "pool.h"
+#include "team.h"
 
 namespace castlm {
 namespace plain_sampler {
