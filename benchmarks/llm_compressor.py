@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Result]:
                 str(out), options.text, eval_tokens=options.eval_tokens, seq_len=options.seq_len, precision="fp32"
             )
             holds = castlm.verify(str(out), pattern=pattern).ok
-            results.append(Result(name, pattern, found["perplexity"], holds, seconds))
+            results.append(Result(name, pattern, found.perplexity, holds, seconds))
             print(results[-1], flush=True)
     return results
 

@@ -1,24 +1,23 @@
 """The calls of `castlm.api`: their options are those of the commands."""
 
 import inspect
+import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import castlm
 from castlm.core.errors import InputError
-from tests import keywords
-from tests.tiny import tiny_model, tiny_tokenizer
+from castlm.core.nm import is_nm_sparse
+from castlm.training.trainer import Trainer
+from tests.slow import slow
+from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_the_typed_keywords_are_the_fields_of_the_options():
-    assert keywords.FILE.read_text() == keywords.source(), "python -m tests.keywords writes it again"
 
 
 def test_signatures_at_run_time_have_the_options_with_their_defaults():
@@ -45,8 +44,8 @@ def test_every_public_name_is_there():
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: castlm.train("m", "t", "o", learning_rat=1), "learning_rate"),
-        (lambda: castlm.train("m", "t"), "output_dir"),
+        (lambda: castlm.train("m", "t", output_dir="o", learning_rat=1), "learning_rate"),
+        (lambda: castlm.train("m", output_dir="o"), "dataset is missing"),
         (lambda: castlm.train(castlm.TrainConfig.of("m", "t", "o"), "t"), "config alone"),
         (lambda: castlm.prune("m", output_dir="o"), "give calibration FILE, or method magnitude"),
         (
@@ -56,7 +55,7 @@ def test_every_public_name_is_there():
         (lambda: castlm.evaluate("m"), "give text FILE, tasks"),
         (lambda: castlm.evaluate("m", tasks="piqa", seq_len=8), "seq_len = 8 has an effect only with a text"),
         (lambda: castlm.pack("m", output_dir="o", head="int9"), "int9"),
-        (lambda: castlm.finetune("demo", "t", "o"), "demo is a dense model"),
+        (lambda: castlm.finetune("demo", "t", output_dir="o"), "demo is a dense model"),
     ],
 )
 def test_bad_calls_name_the_value_as_python_writes_it(call, named):
@@ -64,14 +63,132 @@ def test_bad_calls_name_the_value_as_python_writes_it(call, named):
         call()
 
 
-@pytest.mark.slow  # mypy reads torch
-def test_a_type_checker_sees_every_option(tmp_path):
-    calls = ['castlm.train("m", "t", "o", max_steps=2)', 'castlm.pack("m", output_dir="o").bytes_after.bit_length()']
-    wrong = ['castlm.train("m", "t", "o", max_step=2)', 'castlm.prune("m", "t", output_dir="o", rotate="of")']
-    (tmp_path / "calls.py").write_text("\n".join(["import castlm", *calls, *wrong]))
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "calls.py")]
-    done = subprocess.run(command, text=True, capture_output=True)
-    assert set(re.findall(r"calls\.py:(\d+): error", done.stdout)) == {"4", "5"}, done.stdout
+# ---- models and texts in memory
+
+SMALL = {"seq_len": 16, "num_sequences": 4, "rotate": "off", "permute": False}
+RUN = {"max_steps": 2, "seq_len": 16, "per_device_train_batch_size": 2, "eval_tokens": 64, "save_steps": 0}
+RUN |= {"init_from": "magnitude", "report_to": "none"}
+TEXTS = [story for story in TEXT.split("\n\n") if story.strip()]
+
+
+def written(folder: Path) -> str:
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(file)
+
+
+def of_kind(kind: str):
+    if kind == "Dataset":
+        return datasets.Dataset.from_dict({"text": TEXTS})
+    if kind == "IterableDataset":
+        return datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    return {"list": TEXTS, "generator": (text for text in TEXTS), "rows": [{"text": text} for text in TEXTS]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "rows", "Dataset", "IterableDataset"])
+def test_a_model_and_a_text_in_memory_are_pruned_like_their_files(kind, tmp_path):
+    folder = save_tiny(tmp_path / "dense")
+    castlm.prune(folder, written(tmp_path), output_dir=tmp_path / "named", **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = castlm.prune(model, of_kind(kind), **SMALL)  # its tokenizer is found where it was loaded from
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "named").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.model.state_dict().items())
+    assert found.folder is None
+    assert found.facts.base_model == str(folder)
+    assert found.facts.pattern == "2:4"
+    assert len(found.report.layers) == 14
+    assert found.tokenizer.encode("a b") == tiny_tokenizer().encode("a b")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"dense", "named", "texts.jsonl"}
+
+
+@pytest.mark.parametrize("family", ["llama", slow("gpt2"), slow("gpt_oss")])
+def test_a_run_in_memory_is_the_run_of_its_files(family, tmp_path):
+    folder = save_tiny(tmp_path / "dense", family)
+    named = castlm.train(folder, written(tmp_path), output_dir=tmp_path / "named", **RUN)
+    loaded = castlm.load_model(folder)
+    found = castlm.train(loaded, TEXTS, **RUN)
+    assert named.folder == tmp_path / "named" / "model"
+    for name, value in named.model.state_dict().items():
+        assert torch.equal(value, found.model.state_dict()[name]), name
+    assert found.perplexity == named.perplexity
+    assert found.verdict.ok == named.verdict.ok
+    assert not list(tmp_path.glob("*.given"))
+
+
+def test_results_go_from_call_to_call(tmp_path):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    pruned = castlm.prune(model, TEXTS, pattern="1:4", tokenizer=tokenizer, **SMALL)
+    tuned = castlm.finetune(pruned, TEXTS, max_steps=2, seq_len=16, per_device_train_batch_size=2, save_steps=0)
+    assert tuned.facts.pattern == "1:4"  # of the result before
+    assert [step.method for step in tuned.facts.earlier] == ["sparsegpt"]
+    rounded = castlm.quantize(tuned, kind="int8")
+    packed = castlm.pack(rounded, head="int8", output_dir=tmp_path / "packed")
+    assert packed.report.bytes_after < packed.report.bytes_before
+    plain = castlm.unpack(packed)
+    assert is_nm_sparse(plain.model.model.layers[0].mlp.up_proj.weight, 1, 4)
+    scores = [castlm.evaluate(each, TEXTS, seq_len=32).perplexity for each in (rounded, packed, plain)]
+    assert scores == pytest.approx([scores[0]] * 3, rel=0.05)
+    text = castlm.generate(packed, "The", max_new_tokens=4)
+    assert text.new_tokens == 4
+    assert castlm.generate(plain.model, "The", tokenizer=tokenizer, max_new_tokens=4).new_tokens == 4
+
+
+def test_a_run_of_objects_is_resumed_by_the_same_call(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    options = {**RUN, "max_steps": 4, "save_steps": 2, "tokenizer": tokenizer}
+    straight = castlm.train(model, TEXTS, output_dir=tmp_path / "straight", **options)
+    train_step = Trainer.train_step
+
+    def stopped(trainer):
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        castlm.train(model, TEXTS, output_dir=tmp_path / "run", **options)
+    monkeypatch.undo()
+    other = castlm.train(model, TEXTS, output_dir=tmp_path / "run", resume=True, **options)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    assert {entry.name for entry in tmp_path.iterdir()} == {"straight", "run"}
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda model: castlm.prune(model.model.layers[0].mlp, TEXTS), "not the LlamaMLP .*filter_fn"),
+        (lambda model: castlm.prune(3, TEXTS), "model must be .*, not the int 3"),
+        (lambda model: castlm.prune("m", TEXTS, tokenizer=tiny_tokenizer()), "name m"),
+        (lambda model: castlm.prune(model, TEXTS), "give tokenizer="),
+        (lambda model: castlm.train(model, 3, tokenizer=tiny_tokenizer()), "text must be .*, not the int 3"),
+        (lambda model: castlm.train(model, ["a", 3], tokenizer=tiny_tokenizer()), "document 2 of text"),
+        (lambda model: castlm.train(model, [], tokenizer=tiny_tokenizer(), seq_len=16), "no document with text"),
+        (lambda model: castlm.train(model, [{"text": object()}], tokenizer=tiny_tokenizer()), "document 1 of text"),
+        (lambda model: castlm.generate(model, 3, tokenizer=tiny_tokenizer()), "prompt must be text"),
+        (lambda model: castlm.generate(None, "a"), "model must be a name"),
+    ],
+)
+def test_objects_that_cannot_be_used_are_refused_with_a_way_out(call, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=named) as caught:
+        call(tiny_model("llama"))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_share_files_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    for call in (
+        lambda: castlm.train(model, "t", output_dir=tmp_path / "o", tokenizer=tokenizer),
+        lambda: castlm.train("m", ["a text"], output_dir=tmp_path / "o"),
+        lambda: castlm.prune("m", "t"),
+    ):
+        with pytest.raises(InputError, match="2 ranks, which share files alone"):
+            call()
 
 
 @pytest.mark.parametrize("given", ["demo", None, 3, torch.ones(4, 4)], ids=["name", "None", "int", "tensor"])

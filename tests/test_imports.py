@@ -25,7 +25,7 @@ TIERS = (
     ("models",),
     ("facts",),
     ("hardware", "files", "fields", "progress", "signals"),
-    ("names", "say", "dtypes", "packages", "devices", "keywords"),
+    ("names", "say", "dtypes", "packages", "devices"),
     ("core",),
 )
 TIER_OF = {room: len(TIERS) - number for number, rooms in enumerate(TIERS) for room in rooms}

@@ -8,14 +8,17 @@ import importlib
 __version__ = "0.1.0"
 
 _NAMES = {
-    "castlm.api.evaluate": ("evaluate",),
-    "castlm.api.pack": ("pack",),
+    "castlm.api.evaluate": ("Evaluation", "evaluate"),
+    "castlm.api.generate": ("generate",),
+    "castlm.api.objects": ("Result",),
+    "castlm.api.pack": ("pack", "unpack"),
     "castlm.api.prune": ("prune",),
+    "castlm.api.quantize": ("quantize",),
     "castlm.api.train": ("finetune", "train"),
     "castlm.core.adams": ("AdamS",),
     "castlm.core.decay": ("decay_budget",),
     "castlm.core.distill": ("OutputHead", "TopTokens", "distillation_loss", "top_tokens"),
-    "castlm.core.errors": ("InputError",),
+    "castlm.core.errors": ("DivergedError", "InputError"),
     "castlm.core.experts": ("linearize_experts_",),
     "castlm.core.nm": (
         "NM",
@@ -33,6 +36,7 @@ _NAMES = {
     "castlm.export.hf": ("export_model",),
     "castlm.export.packed": ("pack_folder", "unpack_folder"),
     "castlm.export.verify": ("verify",),
+    "castlm.facts": ("Facts",),
     "castlm.methods.adapters": ("PatternCallback", "keep_pattern_", "shira_config"),
     "castlm.models.io": ("load_model", "save_model"),
     "castlm.oneshot.calibration": ("calibration_length",),
@@ -41,6 +45,7 @@ _NAMES = {
     "castlm.runtime.layers": ("pack_model_",),
     "castlm.runtime.register": ("register",),
     "castlm.runtime.semi_structured": ("to_semi_structured_",),
+    "castlm.signals": ("Interrupted",),
     "castlm.starts": ("prune_oneshot_",),
     "castlm.structured.cut": ("cut_units",),
     "castlm.training.config": ("FinetuneConfig", "TrainConfig"),

@@ -1,8 +1,13 @@
 """The public names, by the module of each, as in `__init__.py`, which imports one when it is asked for."""
 
+from castlm.api.evaluate import Evaluation as Evaluation
 from castlm.api.evaluate import evaluate as evaluate
+from castlm.api.generate import generate as generate
+from castlm.api.objects import Result as Result
 from castlm.api.pack import pack as pack
+from castlm.api.pack import unpack as unpack
 from castlm.api.prune import prune as prune
+from castlm.api.quantize import quantize as quantize
 from castlm.api.train import finetune as finetune
 from castlm.api.train import train as train
 from castlm.core.adams import AdamS as AdamS
@@ -11,6 +16,7 @@ from castlm.core.distill import OutputHead as OutputHead
 from castlm.core.distill import TopTokens as TopTokens
 from castlm.core.distill import distillation_loss as distillation_loss
 from castlm.core.distill import top_tokens as top_tokens
+from castlm.core.errors import DivergedError as DivergedError
 from castlm.core.errors import InputError as InputError
 from castlm.core.experts import linearize_experts_ as linearize_experts_
 from castlm.core.nm import NM as NM
@@ -32,6 +38,7 @@ from castlm.export.hf import export_model as export_model
 from castlm.export.packed import pack_folder as pack_folder
 from castlm.export.packed import unpack_folder as unpack_folder
 from castlm.export.verify import verify as verify
+from castlm.facts import Facts as Facts
 from castlm.methods.adapters import PatternCallback as PatternCallback
 from castlm.methods.adapters import keep_pattern_ as keep_pattern_
 from castlm.methods.adapters import shira_config as shira_config
@@ -44,6 +51,7 @@ from castlm.patterns import parse_pattern as parse_pattern
 from castlm.runtime.layers import pack_model_ as pack_model_
 from castlm.runtime.register import register as register
 from castlm.runtime.semi_structured import to_semi_structured_ as to_semi_structured_
+from castlm.signals import Interrupted as Interrupted
 from castlm.starts import prune_oneshot_ as prune_oneshot_
 from castlm.structured.cut import cut_units as cut_units
 from castlm.training.config import FinetuneConfig as FinetuneConfig

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal
 
+from castlm.api.objects import Objects
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
 from castlm.fields import Needs, build, label, like, number, option, positional
-from castlm.keywords import EvaluateKeywords
 from castlm.training.options import ModelOptions, RuntimeOptions
+
+if TYPE_CHECKING:  # they import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from castlm.api.objects import Model, Text
 
 TEXT = Needs("a text", lambda options: options.reads_text)
 PROMPTS = Needs("prompts", lambda options: options.prompts is not None)
@@ -81,38 +85,63 @@ class EvaluateOptions(ScoredTextOptions):
         return self.text is not None
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `castlm.evaluate`.
+
+    Attributes:
+        perplexity: of the text; None without one.
+        zero_shot: a row for every metric of every task; empty without tasks.
+        figures: everything with its conditions (sequence length, stride, text and its hash, tokenizer, versions), as
+            `castlm eval --json` writes it.
+    """
+
+    figures: dict[str, Any]
+
+    @property
+    def perplexity(self) -> float | None:
+        return self.figures.get("perplexity")
+
+    @property
+    def zero_shot(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.figures.get("zero_shot", {}).get("results", [])
+        return found
+
+
 @with_keywords_of(EvaluateOptions)
 def evaluate(
-    model: str | Path,
-    text: str | Path | None = None,
+    model: Model,
+    text: Text | None = None,
     *,
     tasks: str | None = None,
-    **options: Unpack[EvaluateKeywords],
-) -> dict[str, Any]:
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Evaluation:
     """Measures the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, or its answers.
 
-    For a model in memory, see `perplexity`.
-
     Args:
-        model: a Hugging Face folder, plain or packed, a run of `train`, a hub id, a GGUF file, or "demo".
-        text: a file, folder, glob or hub dataset, as `dataset` of `castlm.train`.
+        model: a Hugging Face folder, plain or packed, a run of `train`, a hub id, a GGUF file, or "demo"; a
+            `PreTrainedModel`, or the result of another call. For a model in memory and token ids, see `perplexity`.
+        text: a file, folder, glob or hub dataset, a list of texts, a `datasets.Dataset`, or any other iterable of
+            documents.
         tasks: names of lm-eval, separated by commas, such as "piqa,arc_easy".
+        tokenizer: of a model in memory; by default the one where it was loaded from.
         options: as of `castlm eval`: `prompts`, `teacher`, `seq_len`, `stride`, `eval_tokens`, `limit` and others.
-
-    Returns:
-        `perplexity` with all that it depends on (sequence length, stride, text and its hash, tokenizer, versions), and
-        `zero_shot` for tasks, and `answers` for prompts; as `castlm eval --json` writes them.
 
     Raises:
         InputError: no text, tasks or prompts, an option out of range, or a model or text that cannot be read.
 
     Examples:
         >>> import castlm
-        >>> castlm.evaluate("run", "held_out.txt", seq_len=1024)["perplexity"]  # doctest: +SKIP
+        >>> castlm.evaluate("run", "held_out.txt", seq_len=1024).perplexity  # doctest: +SKIP
         19.26
     """
-    given = {"model": model, "text": text, "tasks": tasks, **options}
-    return run_evaluation(build(EvaluateOptions, {name: v for name, v in given.items() if v is not None}))
+    with Objects(None) as given:
+        values = {"model": given.model(model, tokenizer), "text": given.text(text), "tasks": tasks, **options}
+        if values.get("teacher") is not None:
+            values["teacher"] = given.model(values["teacher"], name="teacher")
+        values = {name: value for name, value in values.items() if value is not None}
+        return Evaluation(run_evaluation(build(EvaluateOptions, values)))
 
 
 def check(options: EvaluateOptions, source: str = "") -> None:

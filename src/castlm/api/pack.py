@@ -5,15 +5,18 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal
 
+from castlm.api.objects import Objects, Result
 from castlm.api.signature import with_keywords_of
 from castlm.core.nm import Pattern
 from castlm.fields import build, choice, parsed, positional
-from castlm.keywords import PackKeywords
 from castlm.patterns import parse_pattern_or_dense
 
-if typing.TYPE_CHECKING:  # it imports torch
+if typing.TYPE_CHECKING:  # they import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from castlm.api.objects import Model
     from castlm.export.packed import PackReport
 
 
@@ -50,31 +53,70 @@ class PackOptions:
 
 
 @with_keywords_of(PackOptions)
-def pack(model: str | Path, *, output_dir: str | Path, **options: Unpack[PackKeywords]) -> PackReport:
-    """Writes a model for castlm's CPU kernels to `output_dir`, and verifies it; an n:m one without its zeros.
+def pack(
+    model: Model,
+    *,
+    output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Result:
+    """Stores a model for castlm's CPU kernels, and verifies it; an n:m one without its zeros.
 
-    transformers loads the folder after `castlm.register()`. For a model in memory, see `pack_model_`; `unpack_folder`
-    writes the plain folder again.
+    transformers loads the folder after `castlm.register()`. `pack_model_` packs the layers of a model in memory in
+    place.
 
     Args:
-        model: a Hugging Face folder, a run of `train`, a hub id, a GGUF file, or "demo"; n:m or dense.
-        output_dir: the folder of the packed model.
+        model: a Hugging Face folder, a run of `train`, a hub id, a GGUF file, or "demo"; a `PreTrainedModel`, or the
+            result of another call; n:m or dense.
+        output_dir: the folder of the packed model; without one, the result is a model in memory.
+        tokenizer: of a model in memory; by default the one where it was loaded from.
         options: as of `castlm pack`: `pattern`, `dtype`, `head` and `overwrite`.
 
     Returns:
-        The number of packed tensors, and the bytes of the weight files before and after.
+        The result, whose `report` has the number of packed tensors, and the bytes of the weight files before and after.
 
     Raises:
         InputError: an option out of range, a model without the pattern, or `output_dir` taken.
 
     Examples:
         >>> import castlm
-        >>> report = castlm.pack("run", output_dir="packed", head="int8")  # doctest: +SKIP
+        >>> report = castlm.pack("run", output_dir="packed", head="int8").report  # doctest: +SKIP
         >>> report.bytes_after / report.bytes_before  # doctest: +SKIP
         0.34
     """
-    given = {"model": model, "output_dir": output_dir, **options}
-    return run_pack(build(PackOptions, {name: v for name, v in given.items() if v is not None}))
+    with Objects(output_dir) as given:
+        values = {"model": given.model(model, tokenizer), "output_dir": given.output_dir, **options}
+        chosen = build(PackOptions, {name: value for name, value in values.items() if value is not None})
+        report = run_pack(chosen)
+        return given.result(chosen.output_dir, report=report, unpack=False)
+
+
+def unpack(model: str | Path | Result, *, output_dir: str | Path | None = None, overwrite: bool = False) -> Result:
+    """Writes a packed model or a GGUF file as a plain Hugging Face folder, which loads without castlm.
+
+    Args:
+        model: the folder of a packed model, a GGUF file, or the result of `pack`.
+        output_dir: the folder of the plain model; without one, the result is a model in memory.
+        overwrite: replace an earlier result in `output_dir`.
+
+    Raises:
+        InputError: not a packed folder, damaged files, or `output_dir` taken.
+    """
+    with Objects(output_dir) as given:
+        source = given.model(model)
+        run_unpack(source, given.output_dir, overwrite)
+        return given.result(given.output_dir)
+
+
+def run_unpack(source: str, output_dir: str, overwrite: bool) -> int:
+    """`unpack` of a name into a folder; returns the number of tensors."""
+    from castlm.export.packed import unpack_folder
+    from castlm.files.output import check_output
+    from castlm.progress import shown_progress
+
+    folder = check_output(output_dir, overwrite=overwrite, inputs={"model": source})
+    with shown_progress("unpack, tensors") as progress:
+        return unpack_folder(source, folder, overwrite=overwrite, progress=progress)
 
 
 def run_pack(options: PackOptions) -> PackReport:

@@ -6,19 +6,22 @@ import functools
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal
 
+from castlm.api.objects import Objects, Result
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.fields import Needs, build, choice, essential, label, like, number, option
-from castlm.keywords import PruneKeywords
 from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, part_of, with_effort
 from castlm.starts import Reads, all_methods, default_method, method_of, reads_of, steps_of
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
 
-if typing.TYPE_CHECKING:  # it imports torch
+if typing.TYPE_CHECKING:  # they import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from castlm.api.objects import Model, Text
     from castlm.distributed.world import World
     from castlm.oneshot.report import OneshotReport
 
@@ -113,27 +116,30 @@ class PruneOptions(Refinements, BasisOptions, EffortOptions, TextOptions, OwnOpt
 
 @with_keywords_of(PruneOptions)
 def prune(
-    model: str | Path,
-    calibration: str | Path | None = None,
+    model: Model,
+    text: Text | None = None,
     *,
     pattern: Pattern | str = "2:4",
-    output_dir: str | Path,
-    **options: Unpack[PruneKeywords],
-) -> OneshotReport:
-    """Prunes a model one-shot, without training, verifies the result from the disk, and writes it to `output_dir`.
+    output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Result:
+    """Prunes a model one-shot, without training, and verifies the result from the disk.
 
-    Finished transformer blocks are kept in `OUTPUT_DIR.partial`, so that the same call continues after a kill. To prune
-    a model in memory, see `prune_oneshot_`.
+    With `output_dir`, finished transformer blocks are kept in `OUTPUT_DIR.partial`, so that the same call continues
+    after a kill. `prune_oneshot_` prunes a model in place, with sequences of token ids.
 
     Args:
-        model: a Hugging Face folder, hub id, GGUF file, or "demo".
-        calibration: a text, as `dataset` of `castlm.train`: a file, folder, glob or hub dataset; not for "magnitude".
+        model: a Hugging Face folder, hub id, GGUF file, or "demo"; a `PreTrainedModel`, which stays as it is.
+        text: the calibration text: a file, folder, glob or hub dataset, a list of texts, a `datasets.Dataset`, or any
+            other iterable of documents; not for "magnitude".
         pattern: n:m, where n of every m consecutive weights along the input axis are kept.
-        output_dir: the folder of the pruned model.
+        output_dir: the folder of the pruned model; without one, the result is a model in memory.
+        tokenizer: of a model in memory; by default the one where it was loaded from.
         options: as of `castlm prune`: `method`, `num_sequences`, `seq_len`, `start_effort`, `overwrite` and others.
 
     Returns:
-        The errors of all layers, and the changes of basis.
+        The result, whose `report` has the errors of all layers and the changes of basis.
 
     Raises:
         InputError: an option out of range, a model or text that cannot be read, or a failed verification.
@@ -141,10 +147,15 @@ def prune(
     Examples:
         >>> import castlm
         >>> castlm.prune("demo", "text.txt", pattern="2:4", output_dir="pruned", seq_len=512)  # doctest: +SKIP
+        >>> sparse = castlm.prune(model, ["One text.", "Another."], tokenizer=tokenizer).model  # doctest: +SKIP
     """
-    given = {"model": model, "calibration": calibration, "pattern": pattern, "output_dir": output_dir, **options}
-    given = {name: value for name, value in given.items() if value is not None}
-    return run_prune(build(PruneOptions, with_effort(given), asked=given))
+    with Objects(output_dir) as given:
+        values = {"pattern": pattern, "output_dir": given.output_dir, **options}
+        values |= {"model": given.model(model, tokenizer), "calibration": given.text(text)}
+        values = {name: value for name, value in values.items() if value is not None}
+        chosen = build(PruneOptions, with_effort(values), asked=values)
+        report = run_prune(chosen)
+        return given.result(chosen.output_dir, report=report)
 
 
 def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:

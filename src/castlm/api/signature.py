@@ -1,7 +1,4 @@
-"""Signatures of the public functions at run time, for `help`, notebooks and documentation.
-
-`castlm.keywords` types the same options for editors and type checkers.
-"""
+"""Signatures of the public functions at run time, for `help`, notebooks and documentation."""
 
 from __future__ import annotations
 
@@ -35,9 +32,10 @@ def with_keywords_of(*sections: type[Any]) -> Callable[[F], F]:
 
 
 def keywords_of(sections: Iterable[type[Any]], named: Iterable[str]) -> list[dataclasses.Field[Any]]:
-    """The fields of dataclasses that a function takes by `**options`, besides its parameters `named`."""
+    """The fields of dataclasses that a function takes by `**options`, besides its parameters `named`.
+
+    The required ones are parameters too, of which a text may have another name.
+    """
     fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
     without = {*named}
-    found = [field for name, field in fields.items() if name not in without]
-    assert not any(map(is_required, found))
-    return found
+    return [field for name, field in fields.items() if name not in without and not is_required(field)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import TYPE_CHECKING, Any
 
+from castlm.api.objects import Objects, Result
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
-from castlm.facts import Facts
 from castlm.fields import choice
-from castlm.keywords import FinetuneKeywords, TrainKeywords
 from castlm.training.config import RECIPES, FinetuneConfig, TrainConfig
+
+if TYPE_CHECKING:  # they import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from castlm.api.objects import Model, Text
 
 
 @dataclass
@@ -38,35 +41,33 @@ FINETUNE_OPTIONS = _own(FinetuneConfig, "finetune")
 """The dataclasses of the options of `train` and `finetune`."""
 
 
-@overload
-def train(model: TrainConfig) -> Facts: ...
-@overload
-def train(
-    model: str | Path,
-    dataset: str | Path | Sequence[str],
-    output_dir: str | Path,
-    **options: Unpack[TrainKeywords],
-) -> Facts: ...
 @with_keywords_of(*TRAIN_OPTIONS)
 def train(
-    model: str | Path | TrainConfig,
-    dataset: str | Path | Sequence[str] | None = None,
+    model: Model | TrainConfig,
+    text: Text | None = None,
+    *,
     output_dir: str | Path | None = None,
-    **options: Unpack[TrainKeywords],
-) -> Facts:
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Result:
     """Trains a dense model to an n:m sparse one, which is verified from the disk, in `output_dir/model`.
 
     Args:
-        model: a Hugging Face folder, hub id, GGUF file, or "demo"; or a `TrainConfig` or `FinetuneConfig`, alone.
-        dataset: the training text: a file, folder, glob or hub dataset; `castlm train --help` names the types of files.
-            Several are mixed by weights, as in `["a.txt:0.7", "b.jsonl:0.3"]`.
-        output_dir: a new folder for the run.
-        options: as of `castlm train`: `pattern`, `max_steps`, `learning_rate`, `seq_len`, `resume` and about 90 others;
-            `castlm train --help-all` describes them.
+        model: a Hugging Face folder, hub id, GGUF file, or "demo"; a `PreTrainedModel`, which stays as it is; or a
+            `TrainConfig` or `FinetuneConfig`, alone.
+        text: the training text: a file, folder, glob or hub dataset (`castlm train --help` names the types of files), a
+            list of texts, a `datasets.Dataset`, or any other iterable of documents, strings or rows with text or
+            messages. Several are mixed by weights, as in `{"a.txt": 0.7, "b.jsonl": 0.3}`.
+        output_dir: a new folder for the run; without one, the result is a model in memory.
+        tokenizer: of a model in memory; by default the one where it was loaded from.
+        options: as of `castlm train`: `pattern`, `max_steps`, `learning_rate`, `seq_len`, `eval_dataset` (which takes
+            the same as `text`), `teacher` (the same as `model`), `resume` and others; `castlm train --help-all`
+            describes them.
 
     Returns:
-        The facts of the run, which are also the castlm.json of the result: `facts.perplexity.pruned` is its
-        perplexity, and `facts.verdict.ok` is False if the run diverged or fell short.
+        The result: `result.model`, and `result.facts`, which are also the castlm.json of its folder.
+        `result.perplexity.pruned` is its perplexity, and `result.verdict.ok` is False if the run diverged or fell
+        short.
 
     Raises:
         InputError: any error that the user can correct; no result is half-written.
@@ -74,51 +75,77 @@ def train(
 
     Examples:
         >>> import castlm
-        >>> facts = castlm.train("demo", "text.txt", "run", max_steps=60, seq_len=128)  # doctest: +SKIP
-        >>> facts.perplexity.pruned  # doctest: +SKIP
+        >>> run = castlm.train("demo", "text.txt", output_dir="run", max_steps=60, seq_len=128)  # doctest: +SKIP
+        >>> run.perplexity.pruned  # doctest: +SKIP
         20.31
+        >>> sparse = castlm.train(model, dataset, tokenizer=tokenizer, max_steps=60).model  # doctest: +SKIP
     """
-    from castlm.training import train as loop  # imports torch
-
     if isinstance(model, TrainConfig):
-        if dataset is not None or output_dir is not None or options:
-            raise InputError("train takes a config alone, or a model, a dataset and an output_dir: give one of both")
-        return loop.train(model)
-    if dataset is None or output_dir is None:
-        lacking = "dataset" if dataset is None else "output_dir"
-        raise InputError(f"{lacking} is missing: train takes a model, a dataset and an output_dir")
-    return loop.train(TrainConfig.of(model, dataset, output_dir, **options))
+        if text is not None or output_dir is not None or options:
+            raise InputError("train takes a config alone, or a model, a text and options: give one of both")
+        from castlm.training import train as loop  # imports torch
+
+        return Result(model.checkpoint.output_dir / "model", loop.train(model))
+    return _run(TrainConfig, model, text, output_dir, tokenizer, options)
 
 
 @with_keywords_of(*FINETUNE_OPTIONS)
 def finetune(
-    model: str | Path,
-    dataset: str | Path | Sequence[str],
-    output_dir: str | Path,
-    **options: Unpack[FinetuneKeywords],
-) -> Facts:
+    model: Model,
+    text: Text | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Result:
     """Fine-tunes an n:m sparse model. Every zero stays zero, and the result is verified, in `output_dir/model`.
 
     Args:
-        model: an n:m sparse model: a folder, plain or packed, a run of `train`, or a hub id. The pattern is the one in
-            its castlm.json, unless `pattern` names another.
-        dataset: the training text, as for `train`; conversations count the assistant's tokens.
-        output_dir: a new folder for the run.
+        model: an n:m sparse model: a folder, plain or packed, a run of `train`, a hub id, a `PreTrainedModel`, or the
+            result of another call. The pattern is the one in its castlm.json, unless `pattern` names another.
+        text: the training text, as for `train`; conversations count the assistant's tokens.
+        output_dir: a new folder for the run; without one, the result is a model in memory.
+        tokenizer: of a model in memory; by default the one where it was loaded from.
         options: as of `castlm finetune`: `adapter`, `max_steps`, `learning_rate` and others.
 
     Returns:
-        The facts of the run, as `train` returns them; `facts.perplexity.start` is that of the model before.
+        The result, as `train` returns it; `result.perplexity.start` is that of the model before.
 
     Raises:
         InputError: as `train`, or a model that is dense.
 
     Examples:
         >>> import castlm
-        >>> facts = castlm.finetune("run", "chats.jsonl", "tuned", adapter="shira")  # doctest: +SKIP
+        >>> tuned = castlm.finetune("run", "chats.jsonl", output_dir="tuned", adapter="shira")  # doctest: +SKIP
     """
+    return _run(FinetuneConfig, model, text, output_dir, tokenizer, options)
+
+
+def _run(
+    kind: type[TrainConfig],
+    model: Model,
+    text: Text | None,
+    output_dir: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: dict[str, Any],
+) -> Result:
+    """Makes the config of a run whose models and texts may be objects, and runs it."""
     from castlm.training import train as loop  # imports torch
 
-    return loop.train(of_recorded_pattern(FinetuneConfig.of(model, dataset, output_dir, **options)))
+    with Objects(output_dir) as given:
+        values = {"output_dir": given.output_dir, **options}
+        values["model"] = given.model(model, tokenizer)
+        if text is not None:
+            values["dataset"] = given.text(text)
+        if values.get("eval_dataset") is not None:
+            values["eval_dataset"] = given.text(values["eval_dataset"], "eval_text")
+        if values.get("teacher") is not None:
+            values["teacher"] = given.model(values["teacher"], name="teacher")
+        config = kind.from_mapping(values)
+        if kind is FinetuneConfig:
+            config = of_recorded_pattern(config)
+        facts = loop.train(config)
+        return given.result(config.checkpoint.output_dir / "model", facts)
 
 
 def of_recorded_pattern(config: TrainConfig) -> TrainConfig:

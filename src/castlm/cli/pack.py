@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 
-from castlm.api.pack import PackOptions, run_pack
+from castlm.api.pack import PackOptions, run_pack, run_unpack
 from castlm.cli.options import to_stdout
 from castlm.fields import positional
 
@@ -43,12 +43,6 @@ class UnpackCommand:
     """Replace an earlier result in output_dir."""
 
     def run(self) -> int:
-        from castlm.export.packed import unpack_folder
-        from castlm.files.output import check_output
-        from castlm.progress import shown_progress
-
-        folder = check_output(self.output_dir, overwrite=self.overwrite, inputs={"path": self.path})
-        with shown_progress("unpack, tensors") as progress:
-            count = unpack_folder(self.path, folder, overwrite=self.overwrite, progress=progress)
-        to_stdout(f"{folder}: {count} tensors unpacked")
+        count = run_unpack(self.path, self.output_dir, self.overwrite)
+        to_stdout(f"{self.output_dir}: {count} tensors unpacked")
         return 0

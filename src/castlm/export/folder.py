@@ -76,7 +76,10 @@ def pattern_of_files(path: str | Path) -> Pattern | None:
     folder = place.parent if place.is_file() else place
     if not (folder / RESULT).is_file():
         return None
-    found = recorded_pattern(Facts.read(folder))
+    facts = Facts.read(folder)
+    found = recorded_pattern(facts)
+    if found is None and facts.schema_version is None:  # no command of castlm made this model
+        return None
     if found is None:
         raise InputError(f"{folder / RESULT} names no pattern, as of a dense model: give pattern 2:4 all the same")
     return found

@@ -318,6 +318,7 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
 
 
 _BY_CONTENT = {
+    "model": "model_fingerprint",
     "dataset": "dataset_sha256",
     "eval_dataset": "eval_sha256",
     "chat_template_path": "chat_template_sha256",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 from castlm.core.errors import InputError, check_type
 from castlm.core.nm import NM, Pattern
@@ -30,7 +30,6 @@ from castlm.fields import (
     without_effect,
 )
 from castlm.files.yaml_file import to_yaml
-from castlm.keywords import FinetuneKeywords, TrainKeywords
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.oneshot.options import Refinements, part_of, with_effort
 from castlm.patterns import parse_pattern
@@ -108,7 +107,7 @@ class TrainConfig:
         model: str | Path,
         dataset: str | Path | Sequence[str],
         output_dir: str | Path,
-        **options: Unpack[TrainKeywords],
+        **options: Any,
     ) -> Self:
         """The config with these options; see `castlm train --help-all` for all of them."""
         return cls.from_mapping({"model": model, "dataset": dataset, "output_dir": output_dir, **options})
@@ -384,17 +383,6 @@ class FinetuneConfig(TrainConfig):
     method: FixedMaskOptions
     teacher: FinetuneTeacherOptions
     optimizer: FinetuneOptimizerOptions
-
-    @classmethod
-    def of(  # type: ignore[override]  # it has some of the options, and `adapter`
-        cls,
-        model: str | Path,
-        dataset: str | Path | Sequence[str],
-        output_dir: str | Path,
-        **options: Unpack[FinetuneKeywords],
-    ) -> Self:
-        """The config with these options; see `castlm finetune --help-all` for all of them."""
-        return cls.from_mapping({"model": model, "dataset": dataset, "output_dir": output_dir, **options})
 
     def _fill_in(self) -> None:
         if self.start.init_from is None:

@@ -1,0 +1,162 @@
+"""`castlm.quantize`: round a model, sparse or dense, to int8, float8, int4 or int3, zeros kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from castlm.api.objects import Objects, Result
+from castlm.api.pack import head_formats
+from castlm.api.signature import with_keywords_of
+from castlm.core.nm import Pattern
+from castlm.data.options import TextOptions
+from castlm.fields import Needs, build, choice, like, number, option, parsed, positional
+from castlm.formats.table import rounded_formats
+from castlm.patterns import parse_pattern_or_dense
+from castlm.training.options import ModelOptions, RuntimeOptions
+
+if TYPE_CHECKING:  # they import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from castlm.api.objects import Model, Text
+    from castlm.oneshot.steps.round import QuantizeReport
+
+CALIBRATION = Needs("a calibration text, which int4 and int3 read", lambda options: options.reads_text)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions(TextOptions):
+    """The options of rounding a model."""
+
+    model: str = positional()
+    """Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense."""
+
+    output_dir: str = field(kw_only=True)
+    """Folder for the quantized model."""
+
+    kind: str = choice("int8", rounded_formats)
+    """int8 and fp8 round to the nearest, with one scale per row. int4 and int3 have a scale for every 64 columns of a
+    row and round by GPTQ with a calibration text. castlm train --weight-bits 3 loses far less than int3 here.
+    """
+
+    packed: bool = False
+    """Write codes and scales without zeros, in castlm's packed format (not fp8), instead of a plain model folder.
+    """
+
+    head: str | None = choice(None, head_formats)
+    """With --packed, int8 also rounds the output head and the embedding, tied or not, with one scale per row."""
+
+    calibration: str | None = None
+    """Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train. int3 needs one; int4 without
+    one is rounded to the nearest, which loses more.
+    """
+
+    pattern: Pattern | Literal["dense"] | None = parsed(None, parse_pattern_or_dense)
+    """n:m of the model, or dense. The default is the pattern in its castlm.json; without one, 2:4 if the first layer
+    has it, otherwise dense.
+    """
+
+    num_sequences: int = number(64, at_least=1, needs=CALIBRATION)
+    """Calibration sequences."""
+
+    seq_len: int = number(512, at_least=1, needs=CALIBRATION)
+    """Tokens per calibration sequence, at most the model's context length."""
+
+    seed: int = option(0, needs=CALIBRATION)
+    """Seed for drawing calibration sequences."""
+
+    damping: float = number(0.01, at_least=0, at_most=1, needs=CALIBRATION)
+    """int4, int3: add this fraction of the mean diagonal to the Hessian."""
+
+    device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
+
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
+    """Dtype of the dequantized values in a plain folder. source: the dtype of the stored model."""
+
+    overwrite: bool = False
+    """Replace an earlier result in output_dir."""
+
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
+
+    @property
+    def reads_text(self) -> bool:
+        return self.calibration is not None
+
+
+@with_keywords_of(QuantizeOptions)
+def quantize(
+    model: Model,
+    text: Text | None = None,
+    *,
+    kind: str = "int8",
+    output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Result:
+    """Rounds the linear layers of a model to int8, fp8, int4 or int3, and verifies the result. Zeros stay.
+
+    Args:
+        model: a Hugging Face folder, a run of `train`, a hub id, a GGUF file, or "demo"; a `PreTrainedModel`, or the
+            result of another call; n:m or dense.
+        text: the calibration text of int4 and int3: a file, folder, glob or hub dataset, a list of texts, a
+            `datasets.Dataset`, or any other iterable of documents.
+        kind: "int8" and "fp8" round to the nearest, "int4" and "int3" by GPTQ.
+        output_dir: the folder of the rounded model; without one, the result is a model in memory.
+        tokenizer: of a model in memory; by default the one where it was loaded from.
+        options: as of `castlm quantize`: `packed`, `head`, `pattern`, `num_sequences`, `seq_len` and others.
+
+    Returns:
+        The result, whose `report` has codes, scales and errors by layer. With `packed=True` castlm's kernels run its
+        `model`.
+
+    Raises:
+        InputError: an option out of range, a model without its pattern, or a text that is missing or has no use.
+
+    Examples:
+        >>> import castlm
+        >>> rounded = castlm.quantize("run", "text.txt", kind="int4", output_dir="small", packed=True)  # doctest: +SKIP
+    """
+    with Objects(output_dir) as given:
+        values = {"kind": kind, "output_dir": given.output_dir, **options}
+        values |= {"model": given.model(model, tokenizer), "calibration": given.text(text)}
+        chosen = build(QuantizeOptions, {name: value for name, value in values.items() if value is not None})
+        _, report = run_quantize(chosen)
+        return given.result(chosen.output_dir, report=report, unpack=not chosen.packed)
+
+
+def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeReport]:
+    """`quantize` with converted options; returns the pattern that was verified, and the report."""
+    from castlm.export.packed import pattern_of
+    from castlm.export.quantized import CalibrationOptions, quantize_folder
+    from castlm.files.output import check_output
+    from castlm.hardware import choose_device
+    from castlm.models.locate import result_folder
+    from castlm.progress import note, shown_progress
+
+    calibration = None
+    if options.calibration is not None:
+        calibration = CalibrationOptions(options.calibration, options.num_sequences, options.seq_len, options.seed)
+    source = result_folder(options.model)
+    pattern = pattern_of(source, options.pattern)
+    inputs = {"model": source, "calibration": options.calibration}
+    folder = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
+    with shown_progress(f"{options.kind}, blocks", before=None) as progress:
+        report = quantize_folder(
+            source,
+            folder,
+            options.kind,
+            pattern=pattern,
+            calibration=calibration,
+            packed=options.packed,
+            head=options.head,
+            damping=options.damping,
+            options=options,
+            dtype=options.save_dtype,
+            device=choose_device(options.device),
+            trust_remote_code=options.trust_remote_code,
+            overwrite=options.overwrite,
+            progress=progress,
+            say=note,
+        )
+    return pattern, report
