@@ -28,7 +28,7 @@ from safetensors.torch import save
 from castlm.cli.main import COMMANDS, main
 from castlm.core.errors import InputError
 from castlm.data.documents import open_documents, split_documents
-from castlm.data.images import read_image
+from castlm.data.images import open_images
 from castlm.export.card import model_card, packed_card
 from castlm.export.verify import verify
 from castlm.facts import Facts
@@ -424,9 +424,11 @@ CARD = {
     "verdict": {"ok": False, "problem": "diverged", "reason": "why"},
     "left_dense": {"model.layers.0.mlp.up_proj": "reason"},
     "quantized": {"kind": "int8", "text": "a.txt"},
-    "cut": {"before": {"intermediate_size": 100}, "after": {"intermediate_size": 50}},
     "figures": [{**CONDITIONS, "name": "dense", "perplexity": 3.0}],
-    "earlier": [{"method": "wanda", "pattern": "2:4", "calibration": CALIBRATION}],
+    "earlier": [
+        {"method": "flap", "cut": {"units": "channels:0.5", "before": {"width": 100}, "after": {"width": 50}}},
+        {"method": "wanda", "pattern": "2:4", "calibration": CALIBRATION},
+    ],
 }
 
 
@@ -471,10 +473,14 @@ def test_pipes_sockets_devices_and_folders_are_refused_at_once(here, monkeypatch
     Path("link.jsonl").symlink_to("pipe.jsonl")
     names = ("pipe.jsonl", "socket.jsonl", "device.jsonl", "link.jsonl", ".", "missing.jsonl", "a\0b", "x" * 5000, "")
     for name in names:
-        for read in (open_regular, open_documents, read_yaml_mapping, read_image, verify, read_metrics, plan):
+        for read in (open_regular, open_documents, read_yaml_mapping, open_image, verify, read_metrics, plan):
             assert isinstance(answers(read, name), Exception), (read, name)
         assert isinstance(answers(read_points, [name]), Exception)
     server.close()
+
+
+def open_image(path: str) -> None:
+    open_images([path])
 
 
 def plan(path: str) -> None:

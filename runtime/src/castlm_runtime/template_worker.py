@@ -1,16 +1,11 @@
-"""The process that renders chat templates for `castlm_runtime.templates`: a request on stdin, then a reply on stdout.
+"""Renders a chat template, in the process of `castlm_runtime.templates`.
 
-It runs as a file, imports nothing but Jinja, and ends with its stdin. Both messages are 8 bytes of length,
-little-endian, and JSON. Templates see what transformers' `render_jinja_template` shows them; tests compare the two.
+It imports nothing but Jinja. Templates see what transformers' `render_jinja_template` shows; tests compare the two.
 """
 
-import contextlib
 import datetime
 import functools
 import json
-import resource
-import signal
-import sys
 
 import jinja2.ext
 import jinja2.nodes
@@ -96,8 +91,12 @@ def _with_reasoning(message):
     return message if value is None else {"thinking": value, **message, "reasoning_content": value}
 
 
-def render(template, messages, marks, **variables):
-    """The text, and the spans of its characters inside generation marks; none without `marks`."""
+def render(request, _):
+    """The text, and the spans of its characters inside generation marks; none without `marks`. No bytes."""
+    return _render(**request), b""
+
+
+def _render(template, messages, marks, **variables):
     found = compiled(template)
     environment = found.environment
     environment.pieces, environment.spans = [] if marks else None, []
@@ -107,38 +106,3 @@ def render(template, messages, marks, **variables):
     for piece in found.generate(messages=messages, **variables):
         environment.pieces.append(piece)
     return "".join(environment.pieces), environment.spans
-
-
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes stdin
-    requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr
-    while head := requests.read(8):
-        request = json.loads(requests.read(int.from_bytes(head, "little")))
-        limit_memory(request.pop("num_bytes"))
-        signal.setitimer(signal.ITIMER_PROF, request.pop("seconds"))  # of processor time; SIGPROF ends this process
-        try:
-            text, spans = render(**request)
-            reply = json.dumps({"text": text, "spans": spans})
-        except MemoryError:
-            reply = json.dumps({"is_memory": True})
-        except BaseException as error:  # a template is a program and may raise anything
-            reply = json.dumps({"error": str(error) or type(error).__name__})
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        content = reply.encode()
-        replies.write(len(content).to_bytes(8, "little") + content)
-        replies.flush()
-
-
-def limit_memory(num_bytes):
-    """Makes an allocation of more than `num_bytes` above the present size fail with a MemoryError, on Linux."""
-    with contextlib.suppress(OSError):
-        with open("/proc/self/statm") as statm:
-            pages = int(statm.read().split()[0])
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = pages * resource.getpagesize() + num_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
-if __name__ == "__main__":
-    main()

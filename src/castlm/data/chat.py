@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from castlm.core.errors import InputError, one_line
 from castlm.files.reading import parse_json, read_text, user_path
-from castlm_runtime.templates import EndlessError, RenderedText, render_template
+from castlm_runtime.limited import OutOfTimeError
+from castlm_runtime.templates import RenderedText, render_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -234,7 +235,7 @@ class Chat:
     def _probe(self, content: Any) -> str:
         try:
             return self._apply([{"role": "user", "content": content}]).text
-        except EndlessError:
+        except OutOfTimeError:
             raise
         except Exception:  # of any type; rendering the conversation raises it again
             return ""

@@ -1,8 +1,9 @@
 """Conversations with images: the row that holds them, and what the processor of a vision-language model makes of them.
 
-A row is checked where file and line are known; its images are opened when a batch needs them. A processor replaces each
-image by a run of tokens and makes the tensors that the vision tower reads. It does not tell which tokens the assistant
-wrote: `castlm.data.chat` finds them before the images are inserted, and aligning the two texts carries them over.
+A row is checked where file and line are known; its images are decoded when a batch needs them, in a process with
+limits. A processor replaces each image by a run of tokens and makes the tensors that the vision tower reads. It does
+not tell which tokens the assistant wrote: `castlm.data.chat` finds them before the images are inserted, and aligning
+the two texts carries them over.
 
 The tensors of a conversation are a `castlm.data.extra.Extra`; nothing outside this file knows what they show.
 """
@@ -11,14 +12,12 @@ from __future__ import annotations
 
 import base64
 import copy
-import io
 import itertools
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
@@ -26,14 +25,14 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from castlm.core.errors import InputError, one_line
 from castlm.data.chat import Chat, Rendered, messages_of
 from castlm.data.extra import Extra
-from castlm.files.reading import open_regular, user_path
+from castlm.files.reading import check_regular, user_path
 from castlm.models.architecture import is_vision_language
 from castlm.models.io import PROCESSOR_FILES, as_input_error, load_config, quiet
 from castlm.models.locate import find
+from castlm_runtime.limited import CallError, LimitedProcess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.ImageFile import ImageFile
 
 IMAGE_COLUMNS = ("images", "image")
 BYTES = "data:image;base64,"
@@ -42,15 +41,13 @@ IMAGE_PART = '{"type": "image"'
 """Beginning of an image part in the JSON of a conversation."""
 _PLACEHOLDER = "<image>"
 _OF_TEXT = ("input_ids", "attention_mask")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Formats that hold pixels; JPEG includes MPO. Pillow hands EPS, which is a program, to Ghostscript."""
-MOST_PIXELS_OF_ONE = 64_000_000
-"""Most pixels of one image (its file may be 10,000 times smaller). Processors scale images down to a few million."""
 MOST_PIXELS = 256_000_000
 """Most pixels of all images of a conversation, which are in memory together."""
-_MOST_BYTES_OF_PIXEL = 8  # of a file, on average: four channels of 16 bits
-_MOST_SCANS = 100  # of a JPEG, as in libtiff: each takes a pass over all pixels, and may have 31 bytes
-_MEMORY_OF_JPEG2000 = 4  # its decoder takes some 24 bytes for each pixel and channel
+MOST_MEMORY = 1 << 30
+"""Bytes that decoding an image may take. A file may hold 10,000 times its size, or ask its decoder for more."""
+MOST_SECONDS = 10.0
+"""Seconds of processor time to decode an image: a JPEG of a megabyte may have thousands of scans."""
+_DECODER = LimitedProcess("castlm.data.image_worker:decode", "the images")
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
@@ -164,7 +161,7 @@ class ImageReader:
     Args:
         processor: as `open_processor` gives it.
         assistant_only: only the tokens of the assistant count; see `castlm.data.chat`.
-        document_limit: factor on `MOST_PIXELS` and `MOST_PIXELS_OF_ONE`.
+        document_limit: factor on `MOST_PIXELS`, `MOST_MEMORY` and `MOST_SECONDS`.
     """
 
     def __init__(self, processor: ProcessorMixin, assistant_only: bool, document_limit: float = 1.0) -> None:
@@ -271,7 +268,7 @@ def encode_image_prompt(
         paths: the images, which come before the text in the user's turn.
         raw: take the prompt as it is, with its own image placeholders.
     """
-    images = [read_image(path, document_limit) for path in paths]
+    images = open_images(paths, document_limit)
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
     parts += [{"type": "text", "text": prompt}] if prompt else []
     text = prompt if raw else Chat(processor.tokenizer).render([{"role": "user", "content": parts}], reply=True)
@@ -312,76 +309,39 @@ def _align(text: str, expanded: str, placeholders: Sequence[str]) -> list[tuple[
 
 
 def open_images(sources: Sequence[str], document_limit: float = 1.0) -> list[Image]:
-    """The images of a conversation.
+    """The images of a conversation, as RGB, rotated by their EXIF orientation.
 
-    Raises:
-        InputError: as `read_image`, or they have more than `document_limit` times `MOST_PIXELS` together.
-    """
-    images: list[Image] = []
-    most = MOST_PIXELS * document_limit
-    for source in sources:
-        images.append(read_image(source, document_limit))
-        if (total := sum(image.width * image.height for image in images)) > most:
-            raise InputError(
-                f"its images have {total:,} pixels together, more than {most:,.0f}: scale them down, or raise "
-                "document_limit"
-            )
-    return images
-
-
-def read_image(source: str, document_limit: float = 1.0) -> Image:
-    """Reads an image as RGB, rotated by its EXIF orientation.
+    Each is decoded in a process of its own, whose memory and time are limited.
 
     Args:
-        source: a path, or bytes as `collect_images` gives them.
+        sources: paths, or bytes as `collect_images` gives them.
+        document_limit: factor on the limits.
 
     Raises:
-        InputError: it cannot be read, is in no format of `FORMATS`, or has more than `document_limit` times
-            `MOST_PIXELS_OF_ONE`.
+        InputError: an image cannot be read, is in no format of `castlm.data.image_worker.FORMATS`, takes more than
+            `MOST_MEMORY` or `MOST_SECONDS`, or they have more than `MOST_PIXELS` together.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    is_inline = source.startswith(BYTES)
-    where = "in the dataset" if is_inline else source
-    try:
-        data = io.BytesIO(base64.b64decode(source.removeprefix(BYTES))) if is_inline else open_regular(source)
-        Image.init()
-        known = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack AVIF
-        warnings.filterwarnings("ignore", module="PIL")  # of its limit, which is higher, and of damaged EXIF data
-        with data as file:
-            _check_bytes(file, document_limit)  # some decoders begin by reading the whole file
-            with Image.open(file, formats=known) as image:
-                _check_cost(image, file, document_limit)  # before it is decoded
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # a decoder is a program, with errors of many types
-        reason = re.sub(r" <_io.*?>", " it", one_line(error))
-        raise InputError(f"cannot read the image {where}: {reason}; correct or remove it") from error
-
-
-def _check_bytes(file: BinaryIO, document_limit: float) -> None:
-    """Raises `ValueError` for a file larger than the largest image, which may be sparse on the disk."""
-    size, most = file.seek(0, io.SEEK_END), _MOST_BYTES_OF_PIXEL * MOST_PIXELS_OF_ONE * document_limit
-    file.seek(0)
-    if size > most:
-        raise ValueError(f"its file has {size:,} bytes, more than {most:,.0f}: scale it down; see document_limit")
-
-
-def _check_cost(image: ImageFile, file: BinaryIO, document_limit: float) -> None:
-    """Raises `ValueError` for an image whose decoding would take much more memory or time than its file tells."""
-    pixels, most = image.width * image.height, MOST_PIXELS_OF_ONE * document_limit
-    if image.format == "JPEG2000":
-        most /= _MEMORY_OF_JPEG2000
-    if pixels > most:
-        raise ValueError(f"it has {pixels:,} pixels, more than {most:,.0f}: scale it down; see document_limit")
-    strips = 8 * image.height + pixels // 256 + 8  # a row of each channel, or a tile of 16 x 16
-    if len(image.tile) > strips:
-        raise ValueError(f"it has {len(image.tile):,} strips, more than {strips:,}: save it again")
-    if image.format in ("JPEG", "MPO"):
-        scans, last, position = 0, b"", file.tell()
-        file.seek(0)
-        while chunk := file.read(1 << 20):
-            scans += (last + chunk).count(b"\xff\xda")
-            last = chunk[-1:]
-        file.seek(position)
-        if scans > _MOST_SCANS:
-            raise ValueError(f"it has {scans:,} scans, more than {_MOST_SCANS}: save it again")
+    images: list[Image.Image] = []
+    left = int(MOST_PIXELS * document_limit)
+    for source in sources:
+        is_inline = source.startswith(BYTES)
+        try:
+            size, pixels = _DECODER.call(
+                {"path": None if is_inline else str(check_regular(source)), "most_pixels": left},
+                source.removeprefix(BYTES).encode() if is_inline else b"",
+                num_bytes=int(MOST_MEMORY * document_limit),
+                seconds=MOST_SECONDS * document_limit,
+            )
+        except (CallError, MemoryError, InputError) as error:
+            where = "in the dataset" if is_inline else source
+            reason = re.sub(r" <_io.*?>", " it", one_line(error))
+            if isinstance(error, MemoryError):
+                reason = (
+                    f"it takes more than {MOST_MEMORY * document_limit / 2**30:g} GiB to decode; see document_limit"
+                )
+            raise InputError(f"cannot read the image {where}: {reason}; correct or remove it") from error
+        images.append(Image.frombytes("RGB", tuple(size), pixels))
+        left -= size[0] * size[1]
+    return images

@@ -29,8 +29,8 @@ class TextOptions(Bounded):
         1.0, above=0, needs=TEXT, may_change=True
     )  # a run that met a larger document continues
     """Factor on the limits of one document, to raise for data that you trust: 64 MiB for a line of .jsonl, 16 Mi
-    characters of text, 512 messages, 512 MiB of memory to render them, 64 million pixels for an image and 256 million
-    for all images."""
+    characters of text, 512 messages, 512 MiB of memory to render them, 1 GiB of memory and 10 seconds to decode an
+    image, and 256 million pixels for all images."""
 
     @property
     def reads_text(self) -> bool:
