@@ -79,7 +79,7 @@ def test_trainer_is_the_plain_loop(tmp_path):
     )
     trained = tiny_model("llama")
     data = [{"input_ids": block, "labels": block} for block in blocks]
-    example("trainer").CastTrainer(trained, args, train_dataset=data).train()
+    castlm.CastTrainer(trained, args, train_dataset=data).train()
 
     model = tiny_model("llama").train()
     castlm.add_weight_scaling(model)
@@ -111,7 +111,7 @@ def test_trainer_refuses_what_breaks_the_masks(setting, environment, reason, tmp
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(InputError, match=reason):
-        example("trainer").CastTrainer(tiny_model("llama"), args)
+        castlm.CastTrainer(tiny_model("llama"), args)
 
 
 def test_trainer_refuses_half_precision_weights(tmp_path):
@@ -119,7 +119,7 @@ def test_trainer_refuses_half_precision_weights(tmp_path):
     blocks = torch.zeros(4, 8, dtype=torch.long)
     data = [{"input_ids": block, "labels": block} for block in blocks]
     with pytest.raises(InputError, match="fp32"):
-        example("trainer").CastTrainer(tiny_model("llama").bfloat16(), args, train_dataset=data).train()
+        castlm.CastTrainer(tiny_model("llama").bfloat16(), args, train_dataset=data).train()
 
 
 def test_torch_loop(llama, text, tmp_path):

@@ -246,6 +246,47 @@ def sft_train(model, folder, callback, peft_config=None, **over):
     return trainer
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("is_sft", [False, True])
+def test_a_callback_makes_a_dense_model_sparse_in_a_trainer(is_sft, decay, tmp_path):
+    """Also in TRL's, whose model, data and loss are its own."""
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    args_kind = pytest.importorskip("trl").SFTConfig if is_sft else TrainingArguments
+    args = arguments(tmp_path, args_kind, max_steps=4, weight_decay=decay, **({"max_length": 64} if is_sft else {}))
+    cast = castlm.CastCallback(model, args, pattern="1:4", adams={"decay_end": 0.5})
+    kind, options = cast.optimizer
+    assert [group.get("weight_decay") for group in options["params"]] == [None, decay, 0.0]
+    assert options["decay_end"] == 0.5
+    if is_sft:
+        trl = pytest.importorskip("trl")
+        data = Dataset.from_list([{"text": story} for story in TEXT.split("\n\n")[:8]])
+        trainer = trl.SFTTrainer(
+            model,
+            args=args,
+            train_dataset=data,
+            processing_class=tiny_tokenizer(),
+            callbacks=[cast],
+            optimizer_cls_and_kwargs=(kind, options),
+        )
+    else:
+        trainer = Trainer(model, args, train_dataset=DATA, callbacks=[cast], optimizer_cls_and_kwargs=(kind, options))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert castlm.verify(tmp_path / "model", "1:4").ok
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert saved.keys() == before.keys()
+    assert all(not torch.equal(value, before[name]) for name, value in saved.items() if value.dim() > 1)
+
+
+def test_a_trainer_without_the_callbacks_optimizer_is_refused(tmp_path):
+    model, args = tiny_model("llama"), arguments(tmp_path)
+    trainer = Trainer(model, args, train_dataset=DATA, callbacks=[castlm.CastCallback(model, args)])
+    with pytest.raises(InputError, match=r"AdamW.*optimizer_cls_and_kwargs=callback\.optimizer"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("run", "optim"),
     [

@@ -38,6 +38,7 @@ _NAMES = {
     "castlm.export.verify": ("verify",),
     "castlm.facts": ("Facts",),
     "castlm.methods.adapters": ("PatternCallback", "keep_pattern_", "shira_config"),
+    "castlm.methods.trainer": ("CastCallback", "CastTrainer"),
     "castlm.models.io": ("load_model", "save_model"),
     "castlm.oneshot.calibration": ("calibration_length",),
     "castlm.oneshot.options": ("BasisOptions", "Refinements"),

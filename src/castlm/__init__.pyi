@@ -42,6 +42,8 @@ from castlm.facts import Facts as Facts
 from castlm.methods.adapters import PatternCallback as PatternCallback
 from castlm.methods.adapters import keep_pattern_ as keep_pattern_
 from castlm.methods.adapters import shira_config as shira_config
+from castlm.methods.trainer import CastCallback as CastCallback
+from castlm.methods.trainer import CastTrainer as CastTrainer
 from castlm.models.io import load_model as load_model
 from castlm.models.io import save_model as save_model
 from castlm.oneshot.calibration import calibration_length as calibration_length
