@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,10 +63,11 @@ from castlm.formats.rounding import Rounded, round_in_groups, round_rows
 from castlm.formats.table import FORMATS as VALUES
 from castlm.models.io import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.steps.round import quantize_
-from castlm.runtime.decode import DecoderState, decoding_method, greedy, prompt_rows, step_together
+from castlm.runtime.in_engine import Greedy
 from castlm.runtime.layers import PackedLinear, onto_kernels_, pack_model_
 from castlm.runtime.packed import kept_mask, pack_integers
 from castlm.starts import prune_oneshot_
+from castlm_runtime.model import Cache, Part
 
 
 class Format(NamedTuple):
@@ -207,20 +209,17 @@ def runner_of(model: PreTrainedModel) -> Runner:
     def forward(ids: Tensor) -> object:
         return model(ids, use_cache=False, logits_to_keep=1)
 
-    if decoding_method(model) is None:
-        return Runner(lambda ids: greedy(model, ids, NEW_TOKENS), forward, forward)
-
-    def read(ids: Tensor) -> object:
-        return DecoderState(model, None, ids.shape[1]).read(ids)
-
-    states = [DecoderState(model, None, 1) for _ in range(BATCH)]  # as a server keeps them from token to token
+    greedy = Greedy(model, kind="bf16")
+    if greedy.engine is None:
+        return Runner(lambda ids: greedy(ids, NEW_TOKENS), forward, forward)
+    engine, cache = greedy.engine, Cache(greedy.engine, "bf16", BATCH)
+    logits = np.empty((BATCH, engine.vocabulary), np.float32)
 
     def batch(ids: Tensor) -> object:
-        for state in states:
-            state.length = 0
-        return step_together(states, ids[:, 0])
+        engine.forward(cache, [Part(row.tolist(), 0, [i], logits[i]) for i, row in enumerate(ids)])
+        return logits
 
-    return Runner(lambda ids: greedy(model, ids, NEW_TOKENS), read if prompt_rows(model) else forward, batch)
+    return Runner(lambda ids: greedy(ids, NEW_TOKENS), lambda ids: greedy(ids, 1), batch)
 
 
 @torch.no_grad()

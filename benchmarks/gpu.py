@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
 from benchmarks.adams import step_rows
+from benchmarks.caches import cache_keyword
 from benchmarks.machine import machine, write_json
 from benchmarks.masks import refresh_rows, topk_mask
 from benchmarks.rows import Row, interleaved, ratio_row
@@ -50,7 +51,6 @@ from castlm.oneshot.axes import find_permutation
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.solvers import add_hessian, row_energies
 from castlm.oneshot.sparsegpt import sparsegpt_by_factor
-from castlm.runtime.decode import cache_keyword
 from castlm.runtime.semi_structured import Backend, Cusparselt, to_semi_structured_
 
 SHAPES = {  # (out_features, in_features) of LLaMA-2, and how many of them a block has

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from castlm.formats.rounding import round_rows
 from castlm.hardware import has_fast_bf16
 from castlm.models.io import load_model, save_model
 from castlm.runtime import native
-from castlm.runtime.decode import greedy
+from castlm.runtime.in_engine import Greedy
 from castlm.runtime.layers import pack_model_, packed_linear
 from castlm.runtime.packed import PackedTensor, pack, pack_integers
 
@@ -119,9 +120,10 @@ def model_rows(name: str, repeats: int, num_tokens: int, prompt: int, clock: str
     pack_model_(models["2:4, int8 head"], head="int8")
     pack_model_(models["dense kernels"], 0, 0)
     ids = torch.arange(1, 9)[None]
-    assert torch.equal(greedy(models["2:4"], ids, num_tokens), greedy(models["transformers fp32"], ids, num_tokens))
+    greedy = {key: Greedy(model) for key, model in models.items()}
+    assert torch.equal(greedy["2:4"](ids, num_tokens), greedy["transformers fp32"](ids, num_tokens))
     times = interleaved(
-        {key: lambda model=model: greedy(model, ids, num_tokens) for key, model in models.items()}, repeats, clock
+        {key: functools.partial(of_model, ids, num_tokens) for key, of_model in greedy.items()}, repeats, clock
     )
     long = torch.arange(prompt)[None] % 256
     peers = ["transformers fp32"] + ["transformers bf16"] * has_fast_bf16()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from benchmarks.caches import cache_keyword, cache_of
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import interleaved
 from castlm.data.calibration import calibration_sequences
@@ -28,7 +29,6 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.models.io import load_model
-from castlm.runtime.decode import cache_keyword, cache_of
 from castlm.structured.cut import cut_units
 from castlm.structured.scores import SCORES
 from castlm.structured.units import Units, sizes_after, sizes_of

@@ -1,4 +1,4 @@
-"""Who is served first, and who is refused: the model of `castlm.serving.admission` on whole days of requests."""
+"""Who is served first, and who is refused: the model of `castlm_runtime.admission` on whole days of requests."""
 
 import asyncio
 import random
@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from castlm.serving import admission
-from castlm.serving.admission import Bodies, BusyError, Line, Refusals, Worker, address_of
+from castlm_runtime import admission
+from castlm_runtime.admission import Bodies, BusyError, Line, Refusals, Worker, address_of
 
 
 def served_after(line: Line[str], item: str) -> float:

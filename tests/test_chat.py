@@ -300,7 +300,7 @@ def test_a_template_that_takes_all_memory_is_refused(template):
 
 
 def test_a_template_that_does_not_end_is_refused_and_the_next_one_is_rendered(monkeypatch):
-    monkeypatch.setattr("castlm.data.chat.TEMPLATE_SECONDS", 0.4)
+    monkeypatch.setattr("castlm_runtime.chat.TEMPLATE_SECONDS", 0.4)
     for template in (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% generation %}{{ (9 ** (9 ** 9)) % 7 }}{% endgeneration %}",  # one operation, which no thread can stop

@@ -14,7 +14,7 @@ ROOT = Path(castlm.__file__).parent
 TIERS = (
     ("cli", "__main__"),
     ("api",),
-    ("lab", "serving"),
+    ("lab",),
     ("training",),
     ("methods", "distributed", "export", "evaluation"),
     ("patterns", "starts"),

@@ -5,8 +5,8 @@ import re
 from benchmarks.render import ROOT
 
 from castlm.oneshot.families import LAYOUTS
-from castlm.runtime.decode import FAMILIES
 from castlm.structured.units import CHANNELS, HEADS
+from castlm_runtime.families import FAMILIES
 
 
 def test_the_page_of_models_has_every_family_with_what_it_can_do():

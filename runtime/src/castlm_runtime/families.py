@@ -121,7 +121,7 @@ def _has_rope(config: Config, layer: int) -> bool:
     listed = config.get("no_rope_layers")
     if listed is not None:
         return bool(listed[layer])
-    return (layer + 1) % config["no_rope_layer_interval"] != 0
+    return (layer + 1) % int(config["no_rope_layer_interval"]) != 0
 
 
 def _smollm3_windows(config: Config) -> list[int]:
@@ -188,7 +188,7 @@ def _default(parameters: Mapping[str, Any], base: np.ndarray, dim: int, context:
 
 
 def _linear(parameters: Mapping[str, Any], base: np.ndarray, dim: int, context: int) -> Rope:
-    return Rope(base / np.float32(parameters["factor"]))
+    return Rope((base / np.float32(parameters["factor"])).astype(np.float32))
 
 
 def _llama3(parameters: Mapping[str, Any], base: np.ndarray, dim: int, context: int) -> Rope:

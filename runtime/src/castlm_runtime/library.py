@@ -67,8 +67,6 @@ def load_kernels(file: str) -> ctypes.CDLL:
     library.castlm_packed_bytes.argtypes, library.castlm_packed_bytes.restype = matrix, size
     library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
     library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
-    library.castlm_decode.argtypes = [pointer, pointer, size, pointer, pointer, number]
-    library.castlm_read_prompt.argtypes = [pointer, size, size, pointer, pointer, number]
     library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
     library.castlm_sample.argtypes = [pointer, size, size, pointer, size, size, pointer, pointer, pointer, number]
     if os.environ.get(_LEVEL_VARIABLE):
@@ -86,7 +84,8 @@ def built() -> ctypes.CDLL:
 
 def level() -> str:
     """The name of the kernels in use: the fastest for this processor, unless `use_level` set another."""
-    return _level_names(built())[built().castlm_level()]
+    names = _level_names(built())
+    return names[int(built().castlm_level())]
 
 
 @functools.cache
@@ -213,26 +212,3 @@ def trim_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def physical_cores() -> int:
-    """The physical cores that this process may use: by its affinity and its cgroup, hyper-threads counted once."""
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:  # not on macOS
-        return max(1, os.cpu_count() or 1)
-    cores = set()
-    for number in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{number}/topology")
-        try:
-            cores.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
-        except OSError:
-            cores.add((str(number), ""))
-    count = len(cores)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, count)

@@ -306,8 +306,9 @@ class PackedArray:
 
     def check_finite(self) -> None:
         """Raises `InputError` if a value holds NaN or infinity, or an integer times its scale may."""
-        if self.scales is not None:
-            floats = self.scales_fp32 * np.float32(FORMATS[self.spec.values].largest + 1)
+        scales = self.scales_fp32
+        if scales is not None:
+            floats = scales * np.float32(FORMATS[self.spec.values].largest + 1)
         else:
             floats = to_fp32(self.values, FORMATS[self.spec.values].stored)
         if not np.isfinite(floats).all():

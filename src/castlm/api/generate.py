@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # they import torch
     from transformers import PreTrainedTokenizerBase
 
     from castlm.api.objects import Model
-    from castlm.runtime.generate import Generated
+    from castlm_runtime.generate import Generated
 
 
 def generate(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from castlm.cli.options import use_threads
+from castlm.cli.engine import engine_folder, has_gpu
+from castlm.cli.options import check_threads, use_threads
 from castlm.fields import like, number, positional
 from castlm.names import LAYOUT, printable
 from castlm.training.options import ModelOptions
+
+if TYPE_CHECKING:
+    from castlm_runtime.generate import Generated
 
 
 @dataclass
@@ -39,11 +45,37 @@ class GenerateCommand:
     """Continue the prompt as it is, without a chat template."""
 
     threads: int = number(0, at_least=0)
-    """Processor threads; 0 leaves the number to torch."""
+    """Processor threads; 0 takes the physical cores that the process may use."""
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     def run(self) -> int:
+        from castlm.progress import note
+
+        check_threads(self.threads)
+        folder = None if self.image or self.trust_remote_code or has_gpu() else engine_folder(self.path)
+        done = self._by_transformers() if folder is None else self._by_engine(folder)
+        print(flush=True)
+        note(
+            f"{done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
+            f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second"
+        )
+        return 0
+
+    def _by_engine(self, folder: Path) -> Generated:
+        """By castlm-runtime, which starts in the time that importing torch would take."""
+        from castlm_runtime.generate import Session
+
+        session = Session.open(folder, threads=self.threads)
+        return session.generate(
+            session.encode(self.prompt, self.raw),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            write=_print,
+        )
+
+    def _by_transformers(self) -> Generated:
         from castlm.data.images import encode_image_prompt, open_processor
         from castlm.progress import note
         from castlm.runtime.generate import encode_prompt, generate_text, load_to_generate
@@ -56,7 +88,7 @@ class GenerateCommand:
             ids, extra = encode_image_prompt(processor, self.prompt, self.image, self.raw, self.document_limit)
         else:
             ids, extra = encode_prompt(tokenizer, self.prompt, self.raw), {}
-        done = generate_text(
+        return generate_text(
             model,
             tokenizer,
             ids,
@@ -64,12 +96,10 @@ class GenerateCommand:
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
-            write=lambda text: print(printable(text, keep=LAYOUT), end="", flush=True),
+            write=_print,
             say=note,
         )
-        print(flush=True)
-        note(
-            f"{done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
-            f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second"
-        )
-        return 0
+
+
+def _print(text: str) -> None:
+    print(printable(text, keep=LAYOUT), end="", flush=True)

@@ -259,13 +259,18 @@ def to_stdout(text: object, keep: str = "") -> None:
     print(for_stream(printable(text, keep), sys.stdout), flush=True)
 
 
+def check_threads(number: int) -> None:
+    """Raises `InputError` for more threads than processors."""
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if number > most:
+        raise InputError(f"--threads {number} is more than the processors here: give at most {most}")
+
+
 def use_threads(number: int) -> None:
     """Sets the number of threads of torch; 0 leaves it. Raises `InputError` for more threads than processors."""
     import torch
 
-    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if number > most:
-        raise InputError(f"--threads {number} is more than the processors here: give at most {most}")
+    check_threads(number)
     if number > 0:
         torch.set_num_threads(number)
 

@@ -1,17 +1,20 @@
-"""`castlm serve`: the OpenAI API over a model, plain or packed, decoded as `castlm generate` does."""
+"""`castlm serve`: the OpenAI API over a model, plain or packed, in the engine of castlm-runtime."""
 
 from __future__ import annotations
 
-import socket
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from castlm.cli.options import to_stdout, use_threads
+from castlm.cli.engine import engine_folder
+from castlm.cli.options import check_threads, to_stdout
 from castlm.core.errors import InputError
-from castlm.fields import like, number, positional
+from castlm.fields import number, positional
 from castlm.packages import require
-from castlm.training.options import ModelOptions
+
+if TYPE_CHECKING:
+    from castlm_runtime.defaults import Defaults
+    from castlm_runtime.model import Model
+    from castlm_runtime.tokenizer import Tokenizer
 
 
 @dataclass
@@ -34,47 +37,54 @@ class ServeCommand:
     """Names of this server in requests, beside host, localhost and addresses; "*" allows any, and so every web page."""
 
     threads: int = number(0, at_least=0)
-    """Processor threads; 0 leaves the number to torch."""
+    """Processor threads; 0 takes the physical cores that the process may use."""
 
-    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
+    cache: Literal["bf16", "int8", "fp32"] = "bf16"
+    """What the cache keeps of keys and values: int8 takes half of the memory of bf16, fp32 twice as much."""
+
+    context: int = number(0, at_least=0)
+    """Most tokens of a request; 0 takes the model's context, or less where memory is short."""
+
+    prefix_cache: bool = True
+    """Share keys and values among requests that begin alike, such as the turns of a conversation."""
 
     def run(self) -> int:
-        require("serving needs", "starlette", "uvicorn")
-        try:  # before the model is loaded
-            family, *_, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            socket.create_server(address, family=family).close()
-        except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
-            reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
-            raise InputError(
-                f"cannot listen on {self.host}, port {self.port} ({reason}): choose another host or port"
-            ) from error
-        use_threads(self.threads)
-        from castlm.data.chat import Chat
-        from castlm.progress import note
-        from castlm.runtime.generate import load_to_generate
-        from castlm.serving.app import make_app
-        from castlm.serving.connections import Server
-        from castlm.serving.engine import Engine
+        from castlm_runtime.server.run import check_port, default_name, serve
 
-        code = {"trust_remote_code": self.trust_remote_code}
-        model, tokenizer = load_to_generate(self.path, as_stored=False, say=note, **code)
-        if not Chat(tokenizer).has_template:
-            note("the model has no chat template: /v1/chat/completions answers 400, use /v1/completions")
-        engine = Engine(model, tokenizer, say=note)
-        name = self.served_model_name or default_name(self.path)
-        app = make_app(engine, name, (self.host, *self.allowed_hosts))
-        # A thread that waits for Python's lock, as the engine does several times a token, has it after 0.5 ms.
-        sys.setswitchinterval(5e-4)
-        host = f"[{self.host}]" if ":" in self.host else self.host  # IPv6
-        to_stdout(f"castlm: model {name} at http://{host}:{self.port}/v1, until Ctrl-C")
-        try:
-            Server(app, engine, self.host, self.port).run()
-        finally:
-            engine.close()
+        require("serving needs", "starlette", "uvicorn")
+        check_port(self.host, self.port)  # before the model is loaded
+        check_threads(self.threads)
+        from castlm.progress import note
+
+        serve(
+            *self._opened(),
+            self.served_model_name or default_name(self.path),
+            host=self.host,
+            port=self.port,
+            allowed_hosts=self.allowed_hosts,
+            kind=self.cache,
+            context=self.context or None,
+            shares_prefixes=self.prefix_cache,
+            say=note,
+            ready=to_stdout,
+        )
         return 0
 
+    def _opened(self) -> tuple[Model, Tokenizer, Defaults]:
+        """The model of a folder without torch; of a GGUF file or the hub through transformers."""
+        from castlm_runtime.defaults import Defaults
+        from castlm_runtime.model import Model
+        from castlm_runtime.tokenizer import Tokenizer
 
-def default_name(path: str) -> str:
-    """The default name of a served model: the last part of its folder or file, or its hub id."""
-    place = Path(path).expanduser()
-    return place.resolve().name if place.exists() else path
+        folder = engine_folder(self.path)
+        if folder is not None:
+            return Model.open(folder, self.threads), Tokenizer.open(folder), Defaults.open(folder)
+        from castlm.models.io import load_weights, open_model
+        from castlm.runtime.in_engine import model_in_engine, tokenizer_in_engine, why_not_in_engine
+
+        where, config, tokenizer = open_model(self.path)
+        model = load_weights(where, config, dtype="auto").eval()
+        if reason := why_not_in_engine(model):
+            raise InputError(f"castlm serve does not run {self.path}, because {reason}: castlm generate does")
+        defaults = Defaults.of(model.generation_config.to_diff_dict())
+        return model_in_engine(model, self.threads), tokenizer_in_engine(tokenizer), defaults

@@ -11,16 +11,14 @@ others follow (Qwen3 drops its reasoning) is refused, because the shorter texts 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from castlm.core.errors import InputError, one_line
+from castlm.core.errors import InputError
 from castlm.files.reading import parse_json, read_text, user_path
-from castlm_runtime.limited import OutOfTimeError
-from castlm_runtime.templates import RenderedText, render_template
+from castlm_runtime.chat import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,16 +26,10 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SOURCES = ("image", "path", "url")
 """Keys of a message part that may hold its image."""
-_PROBE = "castlm"
-"""A probe that shows whether a template renders message content given as a string."""
 _STAND_IN = 9041735286
 """Replaces the text of a message, with its number added, to see whether a template renders it."""
 MOST_MESSAGES = 512
 """Most messages of a conversation without generation marks, whose turns are each rendered with all turns before."""
-TEMPLATE_BYTES = 512 << 20
-"""Most memory for rendering: a chat template is a program by the model's author and may build any text."""
-TEMPLATE_SECONDS = 10.0
-"""Most processor time for rendering: the program may never end."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -135,7 +127,7 @@ class Rendered(NamedTuple):
     """Whether a chat template rendered it, which adds its own first and last tokens."""
 
 
-class Chat:
+class Chat(ChatTemplate):
     """Renders and tokenizes the conversations that `castlm.data.chat` checks.
 
     In `messages` the assistant's turns count, each with the token that ends it; in `prompt` and `completion`, the
@@ -149,12 +141,10 @@ class Chat:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True, document_limit: float = 1.0
     ) -> None:
-        self._tokenizer, self._assistant_only = tokenizer, assistant_only
+        super().__init__(tokenizer, document_limit)
+        self._assistant_only = assistant_only
         self._most_messages = round(min(MOST_MESSAGES * document_limit, 1e18))  # no infinity
-        self._template_bytes = round(min(TEMPLATE_BYTES * document_limit, 1e18))
-        self._template_seconds = TEMPLATE_SECONDS * document_limit
         self._special = tuple(tokenizer.all_special_tokens)
-        self._reads_text: bool | None = None  # whether the template does, or lists of parts alone
 
     def __call__(self, document: str) -> Rendered:
         """The tokens of a conversation, given as JSON.
@@ -182,80 +172,6 @@ class Chat:
             spans = [self._turn(whole, messages, number, tools) for number in turns]
         return self._counted(whole, spans, is_rendered=True)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, reply: bool = False) -> str:
-        """Renders messages by the chat template; with `reply`, also the header that asks the assistant for an answer.
-
-        Args:
-            messages: each with a role and its content, a text or a list of parts of type text or image.
-            tools: JSON schemas.
-        """
-        return self._rendered(messages, tools, reply=reply).text
-
-    def _rendered(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, *, reply: bool = False, marks: bool = False
-    ) -> RenderedText:
-        self._template(tools)
-        try:
-            return self._apply(self._as_read(messages), tools, reply=reply, marks=marks)
-        except Exception as error:
-            raise self._refused(messages, error) from error
-
-    @property
-    def has_template(self) -> bool:
-        """Whether the tokenizer has a template for conversations without tools."""
-        with contextlib.suppress(InputError):
-            return bool(self._template())
-        return False
-
-    def _template(self, tools: Any = None) -> str:
-        try:
-            return str(self._tokenizer.get_chat_template(tools=tools))
-        except ValueError as error:
-            raise InputError(
-                f"the tokenizer {self._tokenizer.name_or_path} has no chat template, which conversations need: give "
-                "one with chat_template_path"
-            ) from error
-
-    def _as_read(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """`messages` with each text as a list of parts, if the template reads only those: some vision-language
-        templates drop plain texts without an error.
-        """
-        if self._reads_text is None:
-            as_text, as_parts = self._probe(_PROBE), self._probe([{"type": "text", "text": _PROBE}])
-            self._reads_text = _PROBE in as_text or _PROBE not in as_parts or "{'" in as_parts  # a list, printed
-        if self._reads_text:
-            return list(messages)
-        return [
-            {**message, "content": [{"type": "text", "text": content}]}
-            if isinstance(content := message.get("content"), str)
-            else message
-            for message in messages
-        ]
-
-    def _probe(self, content: Any) -> str:
-        try:
-            return self._apply([{"role": "user", "content": content}]).text
-        except OutOfTimeError:
-            raise
-        except Exception:  # of any type; rendering the conversation raises it again
-            return ""
-
-    def _apply(
-        self, messages: list[Mapping[str, Any]], tools: Any = None, *, reply: bool = False, marks: bool = False
-    ) -> RenderedText:
-        if not messages:
-            raise InputError("a conversation without a message")
-        return render_template(
-            self._template(tools),
-            messages,
-            tools=tools,
-            reply=reply,
-            marks=marks,
-            variables=self._tokenizer.special_tokens_map,
-            num_bytes=self._template_bytes,
-            seconds=self._template_seconds,
-        )
-
     def _check_whole(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
         """Raises `InputError` if the template leaves out the text of a message.
 
@@ -281,13 +197,6 @@ class Chat:
                 f"the chat template leaves out the text of message {left_out + 1} ({messages[left_out]['role']}): "
                 "remove it, or give a template that renders it (chat_template_path)"
             )
-
-    def _refused(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> InputError:
-        roles = ", ".join(str(message["role"]) for message in messages[:6])
-        reason = one_line(error)
-        if isinstance(error, MemoryError):
-            reason = f"it takes more than {self._template_bytes >> 20} MiB of memory; see document_limit"
-        return InputError(f"the chat template cannot render the messages (roles {roles}): {reason}")
 
     def _marked(self, messages: list[Any], tools: Any) -> Rendered:
         """Finds the assistant's tokens by the `{% generation %}` marks of the template."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
@@ -15,20 +22,45 @@ from castlm.data.tokens import check_vocabulary
 from castlm.hardware import choose_device, has_fast_bf16
 from castlm.models.architecture import check_context, vocab_size
 from castlm.models.io import load_weights, open_model, unpack_on_load_
-from castlm.runtime.decode import ONE_SEQUENCE, FiniteLogits, TokenTimes, decoding_method
+from castlm.runtime.in_engine import is_packed, session_of, why_not_in_engine
 from castlm.say import Say, silent
+from castlm_runtime.generate import Generated
+
+ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+"""Options of `generate` to return the tokens of one sequence, overriding the model's generation config."""
 
 
-@dataclass(frozen=True)
-class Generated:
-    """A generated text, the numbers of its tokens, and its times as in `TokenTimes`."""
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits from which no token can be chosen: finite weights may be too large for a finite product."""
 
-    text: str
-    """The continuation, without special tokens."""
-    prompt_tokens: int
-    new_tokens: int
-    prompt_seconds: float
-    tokens_per_second: float
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool(scores.amax().isfinite()):  # -inf alone is a token that is left out
+            raise InputError("the logits of the model are not finite: its weights are damaged, or too large")
+        return scores
+
+
+class TokenTimes(BaseStreamer):
+    """A streamer that records the times of the prompt and of each new token, in seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Seconds until the first new token."""
+        return self.times[1] - self.times[0]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the tokens after the first one, which comes with the prompt; 0 for a single token."""
+        seconds = self.times[-1] - self.times[1]
+        return (len(self.times) - 2) / seconds if seconds > 0 else 0.0
 
 
 def load_to_generate(
@@ -120,7 +152,7 @@ def generate_text(
         extra: further arguments of the model's forward, such as images.
         temperature: 0 always takes the most probable token, as does less than 1e-6; above, tokens are sampled.
         seed: seed of the samples.
-        say: called with a line if a packed model must decode in transformers' loop, with the reason.
+        say: called with a line if a packed model decodes in transformers' loop, which is slower, with the reason.
 
     Raises:
         InputError: more tokens than the model's context holds, a token outside its vocabulary, or logits that are not
@@ -130,6 +162,14 @@ def generate_text(
     check_context(model.config, input_ids.shape[1], max_new_tokens)
     if not extra:  # tokens of images may have no embedding
         check_vocabulary(input_ids, vocab_size(model.config))
+    if not extra and is_packed(model):
+        reason = why_not_in_engine(model)
+        if reason is None:
+            session = session_of(model, tokenizer, kind="fp32")  # to the tokens of transformers
+            return session.generate(
+                input_ids[0].tolist(), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, write=write
+            )
+        say(f"castlm's engine is not used, which makes decoding slower: {reason}")
     stream = _Stream(tokenizer, write)
     sampling = {"do_sample": True, "temperature": temperature} if temperature >= 1e-6 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -147,7 +187,6 @@ def generate_text(
             pad_token_id=pad,
             tokenizer=tokenizer,  # for stop_strings of the generation config
             **ONE_SEQUENCE,
-            custom_generate=decoding_method(model, stream, say, **ONE_SEQUENCE),
             **beside,
             **sampling,
         )

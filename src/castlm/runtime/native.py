@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from castlm_runtime.library import (
     HEADER_BYTES,
     INTEGERS,
     LAYOUTS,
+    LONGEST_GROUP,
     NOT_BUILT,
     VALUES,
     built,
@@ -35,6 +35,7 @@ from castlm_runtime.library import (
 
 __all__ = [
     "LAYOUTS",
+    "LONGEST_GROUP",
     "NOT_BUILT",
     "VALUES",
     "built",
@@ -198,47 +199,6 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
     )
     check_memory(code)
     assert not code, f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight"
-
-
-def decode(decoders: Sequence[int], positions: Sequence[int], embeddings: Tensor, logits: Tensor) -> None:
-    """Computes the logits of one token of each sequence by `castlm_decode`.
-
-    Args:
-        decoders: addresses of the `Decoder` (decoder.h) of each of `count` sequences of one model.
-        positions: the number of tokens before the new one, for each sequence.
-        embeddings: embeddings of the tokens, (count, hidden) fp32, contiguous.
-        logits: (count, vocabulary) fp32, contiguous; written.
-
-    Raises:
-        MemoryError: there is no memory for the activations.
-    """
-    _check_plain("embeddings", embeddings, torch.float32)
-    _check_plain("logits", logits, torch.float32)
-    lib, threads, count = built(), torch.get_num_threads(), len(decoders)
-    addresses, places = (ctypes.c_void_p * count)(*decoders), (ctypes.c_int64 * count)(*positions)
-    code = lib.castlm_decode(addresses, places, count, embeddings.data_ptr(), logits.data_ptr(), threads)
-    check_memory(code)
-    assert not code, "a size does not fit"
-
-
-def read_prompt(decoder: int, position: int, embeddings: Tensor, logits: Tensor) -> None:
-    """Computes the logits of the last of some tokens of a prompt by `castlm_read_prompt`.
-
-    Args:
-        decoder: address of the `Decoder` (decoder.h) of the sequence.
-        position: the number of tokens before these.
-        embeddings: embeddings of the tokens, (count, hidden) fp32, contiguous.
-        logits: (1, vocabulary) fp32, contiguous; written.
-
-    Raises:
-        MemoryError: there is no memory for the activations.
-    """
-    _check_plain("embeddings", embeddings, torch.float32)
-    _check_plain("logits", logits, torch.float32)
-    lib, threads, count = built(), torch.get_num_threads(), len(embeddings)
-    code = lib.castlm_read_prompt(decoder, position, count, embeddings.data_ptr(), logits.data_ptr(), threads)
-    check_memory(code)
-    assert not code, "a size does not fit"
 
 
 def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -20,11 +20,11 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from castlm.serving.admission import address_of
-from castlm.serving.engine import Engine
+from castlm_runtime.admission import address_of
+from castlm_runtime.engine import Engine
 
 MOST_CONNECTIONS = 256
-"""Connections without a whole request; those that are being answered are limited by `castlm.serving.admission`."""
+"""Connections without a whole request; those that are being answered are limited by `castlm_runtime.admission`."""
 _AT_ONCE = 100
 REQUEST_SECONDS = 10.0
 """For a client to send the head of a request, or the rest of one that is answered already; the application limits the
@@ -169,4 +169,4 @@ class Server(uvicorn.Server):
 
     def _cut(self) -> None:
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()

@@ -33,8 +33,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from anyio import to_thread
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -134,6 +132,8 @@ class Worker:
 
     async def run(self, function: Callable[..., Result], *arguments: Any, address: str, cost: float) -> Result:
         """The result of `function(*arguments)`. Raises `BusyError` if it is refused."""
+        from anyio import to_thread  # comes with Starlette, which only the server needs
+
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for refused in self._line.join(turn, address, cost):
             if not refused.done():

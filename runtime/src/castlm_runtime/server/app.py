@@ -1,7 +1,7 @@
 """The OpenAI API over an `Engine`: chat completions and completions, whole or streamed, checked before the model runs.
 
 Whatever a request holds, it is answered: 413 where its body is too long for any prompt of the model, 400 where a field
-makes no sense, 404 for another model, 429 where too much waits (`castlm.serving.admission`). A field that is not
+makes no sense, 404 for another model, 429 where too much waits (`castlm_runtime.admission`). A field that is not
 supported is refused and not ignored. A client that goes away ends its request.
 
 A web page in a browser on this machine reaches the server too. It cannot send JSON to another site than its own, so
@@ -15,14 +15,12 @@ import asyncio
 import contextlib
 import ipaddress
 import json
-import math
 import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from typing import Any, TypeVar
 
-import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -31,12 +29,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from castlm.core.errors import InputError, is_out_of_memory, is_panic, one_line
-from castlm.data.chat import Chat
-from castlm.files.reading import parse_json
-from castlm.models.architecture import vocab_size
-from castlm.serving.admission import RETRY_SECONDS, Bodies, BusyError, Refusals, Worker, address_of
-from castlm.serving.engine import Answer, Engine
+from castlm_runtime.admission import RETRY_SECONDS, Bodies, BusyError, Refusals, Worker, address_of
+from castlm_runtime.chat import ChatTemplate
+from castlm_runtime.engine import Answer, Engine
+from castlm_runtime.errors import InputError, is_panic, one_line
+from castlm_runtime.reading import parse_json
+from castlm_runtime.sampler import Sampling
 
 _BYTES_PER_TOKEN = 32  # of the body, for each token of the context: JSON may write a character as \u1234
 _LEAST_BODY = 1 << 16
@@ -174,7 +172,7 @@ class _Api:
     def __init__(self, engine: Engine, name: str):
         self.engine, self.name, self.started = engine, name, int(time.time())
         self.tokenizer = engine.tokenizer
-        self.chat = Chat(engine.tokenizer)
+        self.chat = ChatTemplate(engine.tokenizer)
         self.most_bytes = max(_LEAST_BODY, _BYTES_PER_TOKEN * engine.context)
         self.prompts = Worker(_MOST_READ, most_work=4 * self.most_bytes)
         self.chats = Worker(_MOST_READ, most_work=4 * self.most_bytes)  # apart: a chat template may take its time
@@ -275,7 +273,7 @@ class _Api:
         if isinstance(prompt, str):
             _check_text(prompt, "prompt")
             return prompt
-        size = vocab_size(self.engine.model.config)
+        size = self.engine.model.vocabulary
         if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < size for token in prompt):
             raise RefusedError(400, f"prompt must be one text, or a list of token ids from 0 to {size - 1}", "prompt")
         _check_room(len(prompt), self.engine.context)  # before a long one waits in the memory
@@ -293,7 +291,7 @@ class _Api:
 
     def _tokenize(self, text: str, field: str, add_special_tokens: bool) -> list[int]:
         try:
-            return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         except BaseException as error:
             if not is_panic(error):
                 raise
@@ -323,7 +321,7 @@ class _Api:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
                 loop.call_soon_threadsafe(function, *arguments)
 
-        answer = _request(settings, ids, self.engine.context)
+        answer = _request(settings, ids, self.engine)
         answer.address = _address(request)
         answer.begun = lambda: later(has_begun.set)
         answer.heard = lambda text: later(pieces.put_nowait, text)
@@ -387,7 +385,7 @@ class _Reply:
             raise RefusedError(429, "others asked for less: try again later, or ask for less")
         if self.answer.reason == "error":
             error = self.answer.error
-            if error is not None and is_out_of_memory(error):
+            if isinstance(error, MemoryError):
                 raise RefusedError(503, "there is not enough memory for this request: try a shorter one")
             if isinstance(error, InputError):  # of the model's files: the request has been checked
                 raise RefusedError(500, str(error))
@@ -470,10 +468,11 @@ def _checked_message(message: Any) -> dict[str, Any]:
         raise RefusedError(400, "a message is an object with a role and a content", "messages")
     content = message.get("content")
     if isinstance(content, list):
-        texts = [
+        found = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
         ]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        texts = [text for text in found if isinstance(text, str)]
+        content = "".join(texts) if len(texts) == len(found) else None
     if not isinstance(content, str):
         raise RefusedError(400, "a content is a text, or a list of parts of the type text", "messages")
     _check_text(message["role"] + content, "messages")
@@ -510,8 +509,9 @@ def _check_room(num_prompt: int, context: int) -> int:
     return context - num_prompt
 
 
-def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
+def _request(body: Mapping[str, Any], ids: list[int], engine: Engine) -> Answer:
     """The request for the engine, with every number in its range."""
+    context, of = engine.context, engine.defaults
     room = _check_room(len(ids), context)
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     wanted = _number(body, name, min(_MAX_TOKENS, room), 1 << 53, whole=True)
@@ -537,13 +537,11 @@ def _request(body: Mapping[str, Any], ids: list[int], context: int) -> Answer:
         raise RefusedError(400, "stop must be a text, or a list of texts, none of them empty", "stop")
     if len(stops) > _MOST_STOPS or sum(map(len, stops)) > 1024:
         raise RefusedError(400, f"stop must be at most {_MOST_STOPS} texts, of 1,024 characters together", "stop")
-    return Answer(
-        torch.tensor([ids]),
-        wanted,
-        temperature if temperature >= 1e-6 else 0.0,
-        max(float(_number(body, "top_p", 1.0, 1)), math.ulp(1.0)),
-        _number(body, "seed", None, (1 << 63) - 1, whole=True),
-        tuple(stops),
-        None if top_k is None else max(top_k, 0),
-        None if penalty is None else float(penalty),
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=of.top_k if top_k is None else max(top_k, 0),
+        top_p=float(_number(body, "top_p", of.top_p, 1)),
+        repetition_penalty=of.repetition_penalty if penalty is None else float(penalty),
+        seed=_number(body, "seed", None, (1 << 63) - 1, whole=True),
     )
+    return Answer(ids, wanted, sampling, (*stops, *of.stop))

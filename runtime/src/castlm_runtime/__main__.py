@@ -1,0 +1,108 @@
+"""`python -m castlm_runtime serve|generate FOLDER`: runs the model of a folder, packed or plain."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from castlm_runtime.errors import InputError
+from castlm_runtime.model import CACHE_KINDS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _serve(options) if options.command == "serve" else _generate(options)
+    except InputError as error:
+        print(f"castlm_runtime: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m castlm_runtime", description="Runs a model packed by castlm.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve a model over the OpenAI API")
+    generate = commands.add_parser("generate", help="continue a prompt, or answer it by the model's chat template")
+    for command in (serve, generate):
+        command.add_argument("folder", help="folder of a model, packed or plain")
+        command.add_argument("--threads", type=int, default=0, help="0: the physical cores that it may use")
+        command.add_argument("--cache", choices=CACHE_KINDS, default="bf16", help="format of keys and values")
+        command.add_argument("--context", type=int, help="most tokens of a request; default: the model's, or what fits")
+    serve.add_argument("--host", default="localhost")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--served-model-name", help="name in requests; default: the last part of the folder")
+    serve.add_argument("--allowed-hosts", nargs="*", default=(), help='further names of this server; "*" for any')
+    serve.add_argument("--no-prefix-cache", action="store_true", help="requests share no keys and values")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
+    return parser
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from castlm_runtime.defaults import Defaults
+    from castlm_runtime.model import Model
+    from castlm_runtime.server.run import check_installed, check_port, default_name, serve
+    from castlm_runtime.tokenizer import Tokenizer
+
+    check_installed()
+    check_port(options.host, options.port)
+    serve(
+        Model.open(options.folder, options.threads),
+        Tokenizer.open(options.folder),
+        Defaults.open(options.folder),
+        options.served_model_name or default_name(options.folder),
+        host=options.host,
+        port=options.port,
+        allowed_hosts=options.allowed_hosts,
+        kind=options.cache,
+        context=options.context,
+        shares_prefixes=not options.no_prefix_cache,
+        say=_note,
+        ready=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from castlm_runtime.defaults import Defaults
+    from castlm_runtime.generate import Session
+    from castlm_runtime.model import Model
+    from castlm_runtime.tokenizer import Tokenizer
+
+    folder = options.folder
+    session = Session(
+        Model.open(folder, options.threads),
+        Tokenizer.open(folder),
+        Defaults.open(folder),
+        kind=options.cache,
+        context=options.context,
+        say=_note,
+    )
+    done = session.generate(
+        session.encode(options.prompt, options.raw),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        write=lambda text: print(text, end="", flush=True),
+    )
+    print(flush=True)
+    _note(
+        f"{done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
+        f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

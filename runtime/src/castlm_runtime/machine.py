@@ -1,0 +1,50 @@
+"""What this process may use of the machine: cores and memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def physical_cores() -> int:
+    """The physical cores that this process may use: by its affinity and its cgroup, hyper-threads counted once."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # not on macOS
+        return max(1, os.cpu_count() or 1)
+    cores = set()
+    for number in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{number}/topology")
+        try:
+            cores.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
+        except OSError:
+            cores.add((str(number), ""))
+    count = len(cores)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, count)
+
+
+def available_memory() -> float:
+    """Bytes of memory that are free, or can be made free, within the limit of the process's cgroup."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2)
+    for limit, used in _CGROUPS:
+        try:
+            found.append(max(0.0, float(Path(limit).read_text()) - float(Path(used).read_text())))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(found)

@@ -1,0 +1,516 @@
+"""A model in the engine: weights from a folder, packed or plain, in the order in which this processor reads them.
+
+`Model.open` reads config.json and the weight files. A model of transformers in memory comes in through `Model`, which
+asks a `Weights` for each matrix and vector by its name in the files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from castlm_runtime import library
+from castlm_runtime.errors import InputError, naming
+from castlm_runtime.families import Description, Family, describe
+from castlm_runtime.formats import FORMATS, PACKABLE
+from castlm_runtime.machine import physical_cores
+from castlm_runtime.packed import PackedArray, PackedSpec, read_array, read_specs, to_fp32
+from castlm_runtime.reading import read_json_object
+from castlm_runtime.stored import (
+    INDEX,
+    PACKED_INDEX,
+    PACKED_SINGLE,
+    SINGLE,
+    check_weight_files,
+    read_headers,
+    read_weight_map,
+)
+
+BLOCK = 64
+"""Positions of a block of the cache (`kBlockTokens` of engine.h)."""
+
+CACHE_KINDS = {"bf16": 0, "int8": 1, "fp32": 2}
+"""What the cache keeps of keys and values, by their codes in `CacheKind` of engine.h."""
+
+_ALIGNMENT = 64
+_FLOATS = ("F32", "F16", "BF16")
+_QKV, _GATE_UP = ("q", "k", "v"), ("gate", "up")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight whose buffer is in the order of the kernels already, as `castlm`'s packed layers hold it.
+
+    Attributes:
+        owner: keeps the buffer alive.
+    """
+
+    address: int
+    num_bytes: int
+    rows: int
+    columns: int
+    owner: object
+
+
+class Weights(Protocol):
+    """Where the weights of a model come from, by their names in the files."""
+
+    def spec(self, name: str) -> PackedSpec | None:
+        """The shape and format of a matrix; None if there is none of this name."""
+
+    def matrix(self, name: str, rows: slice | None) -> PackedArray | Prepared:
+        """A matrix, or some of its rows."""
+
+    def vector(self, name: str) -> np.ndarray | None:
+        """A norm or a bias in fp32; None if there is none of this name."""
+
+
+class StoredWeights:
+    """The weights of a folder. Raises `InputError` where its files are damaged or incomplete."""
+
+    def __init__(self, folder: Path):
+        packed = [name for name in (PACKED_SINGLE, PACKED_INDEX) if (folder / name).is_file()]
+        plain = [name for name in (SINGLE, INDEX) if (folder / name).is_file()]
+        if not packed + plain:
+            raise InputError(f"{folder} has neither {PACKED_SINGLE} nor {SINGLE}: name the folder of a model")
+        name = (packed or plain)[0]
+        if name in (PACKED_INDEX, INDEX):
+            weight_map = read_weight_map(folder / name)
+            files = [folder / file for file in sorted(set(weight_map.values()))]
+        else:
+            weight_map, files = {}, [folder / name]
+        check_weight_files(files, folder)
+        self.tensors = read_headers(files, weight_map, folder / name)
+        self.specs = read_specs(self.tensors)
+
+    def spec(self, name: str) -> PackedSpec | None:
+        if name in self.specs:
+            return self.specs[name]
+        tensor = self.tensors.get(f"{name}.weight")
+        if tensor is None:
+            return None
+        values = next((kind for kind in PACKABLE if FORMATS[kind].stored == tensor.dtype), None)
+        if len(tensor.shape) != 2 or tensor.dtype not in _FLOATS or values is None:
+            raise InputError(
+                f"{name}.weight is {tensor.dtype} {tensor.shape}: a matrix of bf16, fp16 or fp32 is needed"
+            )
+        return PackedSpec(tensor.shape[0], tensor.shape[1], 0, 0, values)
+
+    def matrix(self, name: str, rows: slice | None) -> PackedArray:
+        spec = self.spec(name)
+        assert spec is not None
+        if name in self.specs:
+            parts = {suffix: self.tensors[f"{name}.{suffix}"] for suffix in spec.tensors()}
+        else:
+            parts = {"values": self.tensors[f"{name}.weight"]}
+        if rows is not None:
+            parts = {suffix: tensor.rows(rows.start, rows.stop) for suffix, tensor in parts.items()}
+            spec = replace(spec, rows=rows.stop - rows.start)
+        return PackedArray.read(spec, parts)
+
+    def vector(self, name: str) -> np.ndarray | None:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            return None
+        if tensor.dtype not in _FLOATS or len(tensor.shape) != 1:
+            raise InputError(f"{name} is {tensor.dtype} {tensor.shape}: a vector of floats is needed")
+        return to_fp32(read_array(tensor), tensor.dtype)
+
+
+# ---- the structs of engine.h
+
+
+class _WeightRef(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bytes", "rows", "columns")),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class _LayerSpec(ctypes.Structure):
+    _fields_ = (
+        *((name, _WeightRef) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, ctypes.c_void_p) for name in ("post_attention_norm", "post_mlp_norm", "cosines", "sines")),
+        ("window", ctypes.c_int64),
+    )
+
+
+class _ModelSpec(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("intermediate", "vocabulary", "max_positions", "rotary_dim")),
+        *((name, ctypes.c_int32) for name in ("activation", "wide_head_norms")),
+        *((name, ctypes.c_float) for name in ("epsilon", "attention_scale")),
+        *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap")),
+        ("layers", ctypes.POINTER(_LayerSpec)),
+        ("norm", ctypes.c_void_p),
+        ("head", _WeightRef),
+        ("embedding", _WeightRef),
+    )
+
+
+class _Sequence(ctypes.Structure):
+    _fields_ = (
+        ("tokens", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+        ("blocks", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("all_logits", ctypes.c_int64),
+    )
+
+
+@dataclass
+class Part:
+    """The new tokens of one sequence in a pass: part of a prompt, or one token.
+
+    Attributes:
+        tokens: their ids.
+        position: the number of tokens before them, whose keys and values are in `blocks`.
+        blocks: the numbers of the blocks of all positions, those of the new tokens among them.
+        logits: fp32, written: (vocabulary,) after the last token, or (tokens, vocabulary); None if none are wanted.
+    """
+
+    tokens: Sequence[int]
+    position: int
+    blocks: Sequence[int]
+    logits: np.ndarray | None = None
+
+
+class Model:
+    """A model in the engine.
+
+    Args:
+        description: see `castlm_runtime.families.describe`.
+        weights: its weights, read once.
+        threads: of the passes; 0 takes the physical cores that the process may use.
+        progress: takes the finished matrices and all of them.
+
+    Raises:
+        InputError: a weight that is missing, has another shape than the config says, or is not finite; or kernels
+            that were not built.
+    """
+
+    def __init__(
+        self,
+        description: Description,
+        weights: Weights,
+        threads: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        self.description = description
+        self.threads = threads or physical_cores()
+        self._library = _functions()
+        self._kept: list[object] = []
+        spec = self._spec(description, weights, progress)
+        self._handle = ctypes.c_void_p()
+        code = self._library.castlm_model_new(ctypes.byref(spec), ctypes.byref(self._handle))
+        library.check_memory(code)
+        if code:
+            raise InputError("the sizes in config.json do not fit the weights: fetch or pack the model again")
+        self._free = weakref.finalize(self, self._library.castlm_model_free, self._handle)
+        library.trim_memory()
+
+    @classmethod
+    def open(cls, folder: str | Path, threads: int = 0) -> Model:
+        """The model of a folder, packed or plain. Raises `InputError` as `describe` and `Model` do."""
+        folder = Path(folder)
+        config = read_json_object(folder / "config.json", "name the folder of a model")
+        return cls(describe(config), StoredWeights(folder), threads)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.description.vocabulary
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a sequence."""
+        return self.description.context
+
+    # ---- weights
+
+    def _spec(self, of: Description, weights: Weights, progress: Callable[[int, int], None]) -> _ModelSpec:
+        plan = _plan(of, weights)
+        wanted = sum(-(-plan_bytes // _ALIGNMENT) * _ALIGNMENT for plan_bytes in plan.sizes.values())
+        arena, offset = library.allocate(wanted), 0
+        self._kept.append(arena)
+        references: dict[str, _WeightRef] = {}
+        for number, (place, (name, rows, size)) in enumerate(plan.matrices.items(), 1):
+            with naming(name):
+                found = weights.matrix(name, rows)
+                if isinstance(found, Prepared):
+                    self._kept.append(found.owner)
+                    references[place] = _WeightRef(found.address, found.num_bytes, found.rows, found.columns, None)
+                else:
+                    buffer = arena[offset : offset + size]
+                    self._repack(found, buffer)
+                    references[place] = _WeightRef(library.address(buffer), size, *_shape(found), None)
+                    offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+                bias = weights.vector(f"{name}.bias")
+                if bias is not None:
+                    references[place].bias = self._vector(bias if rows is None else bias[rows], of_name=f"{name}.bias")
+            progress(number, len(plan.matrices))
+        layers = (_LayerSpec * of.num_layers)()
+        tables = self._rotary_tables(of)
+        for i in range(of.num_layers):
+            at, names = f"model.layers.{i}", of.family.norms
+            norms = [None if norm is None else self._norm(weights, f"{at}.{norm}.weight", of.hidden) for norm in names]
+            width = of.heads * of.head_dim if of.family.wide_head_norms else of.head_dim
+            kv_width = of.kv_heads * of.head_dim if of.family.wide_head_norms else of.head_dim
+            cosines, sines = tables.get(id(of.ropes[i]), (None, None))
+            layers[i] = _LayerSpec(
+                **{part: references[f"{i}.{part}"] for part in (*_QKV, "o", *_GATE_UP, "down")},
+                attention_norm=norms[0],
+                mlp_norm=norms[1],
+                post_attention_norm=norms[2],
+                post_mlp_norm=norms[3],
+                q_norm=self._norm(weights, f"{at}.self_attn.q_norm.weight", width, is_needed=False),
+                k_norm=self._norm(weights, f"{at}.self_attn.k_norm.weight", kv_width, is_needed=False),
+                cosines=cosines,
+                sines=sines,
+                window=of.windows[i],
+            )
+        self._kept.append(layers)
+        rotary = next((2 * len(rope.frequencies) for rope in of.ropes if rope is not None), of.head_dim)
+        return _ModelSpec(
+            num_layers=of.num_layers,
+            hidden=of.hidden,
+            heads=of.heads,
+            kv_heads=of.kv_heads,
+            head_dim=of.head_dim,
+            intermediate=of.intermediate,
+            vocabulary=of.vocabulary,
+            max_positions=of.context,
+            rotary_dim=rotary,
+            activation=of.activation,
+            wide_head_norms=of.family.wide_head_norms,
+            epsilon=of.epsilon,
+            attention_scale=of.attention_scale,
+            embedding_scale=of.embedding_scale,
+            residual_scale=of.residual_scale,
+            logit_scale=of.logit_scale,
+            logit_cap=of.logit_cap,
+            layers=layers,
+            norm=self._norm(weights, "model.norm.weight", of.hidden),
+            head=references["head"],
+            embedding=references.get("embedding", references["head"]),
+        )
+
+    def _repack(self, weight: PackedArray, buffer: np.ndarray) -> None:
+        spec = weight.spec
+        weight.check_finite()
+        values, scales = weight.values_to_multiply, weight.scales_fp32
+        mask = None if weight.mask is None else np.ascontiguousarray(spec.mask_to_bits(weight.mask))
+        library.repack(
+            (library.address(buffer), len(buffer)),
+            (library.address(values), values.nbytes),
+            (library.address(mask), 0 if mask is None else mask.nbytes),
+            (library.address(scales), 0 if scales is None else scales.size),
+            FORMATS[spec.values].runs_as,
+            spec.n,
+            spec.m,
+            (spec.rows, spec.columns),
+            self.threads,
+        )
+
+    def _vector(self, values: np.ndarray, of_name: str) -> int:
+        if not np.isfinite(values).all():
+            raise InputError(f"{of_name} holds NaN or infinity: the model is damaged")
+        values = np.ascontiguousarray(values, np.float32)
+        self._kept.append(values)
+        return library.address(values)
+
+    def _norm(self, weights: Weights, name: str, width: int, is_needed: bool = True) -> int | None:
+        values = weights.vector(name)
+        if values is None and not is_needed:
+            return None
+        if values is None or values.shape != (width,):
+            found = "missing" if values is None else f"of shape {values.shape}"
+            raise InputError(f"{name} is {found}, and config.json asks for {width}: fetch or pack the model again")
+        return self._vector(values + np.float32(self.description.family.norm_offset), name)
+
+    # ---- rotary embeddings: a table for the whole context is reserved, and filled as far as sequences come
+
+    def _rotary_tables(self, of: Description) -> dict[int, tuple[int, int]]:
+        self._tables: list[tuple[Any, np.ndarray, np.ndarray]] = []
+        self._num_filled = 0
+        found = {}
+        for rope in of.ropes:
+            if rope is not None and id(rope) not in found:
+                width = len(rope.frequencies)
+                both = [np.frombuffer(library.allocate(4 * of.context * width), np.float32) for _ in range(2)]
+                cosines, sines = (table.reshape(of.context, width) for table in both)
+                self._tables.append((rope, cosines, sines))
+                found[id(rope)] = (library.address(cosines), library.address(sines))
+        return found
+
+    def _fill(self, num_positions: int) -> None:
+        """Computes cosines and sines of the first `num_positions` positions."""
+        if num_positions <= self._num_filled:
+            return
+        last = min(self.context, max(num_positions, self._num_filled + 1024))
+        positions = np.arange(self._num_filled, last, dtype=np.float32)[:, None]
+        for rope, cosines, sines in self._tables:
+            angles = positions * rope.frequencies
+            cosines[self._num_filled : last] = np.cos(angles) * np.float32(rope.factor)
+            sines[self._num_filled : last] = np.sin(angles) * np.float32(rope.factor)
+        self._num_filled = last
+
+    # ---- passes
+
+    def forward(self, cache: Cache, parts: Sequence[Part]) -> None:
+        """Runs the new tokens of many sequences in one pass; writes the logits that they ask for.
+
+        Raises:
+            MemoryError: there is no memory for the activations, or for the cache.
+        """
+        rows = (_Sequence * len(parts))()
+        held: list[np.ndarray] = []
+        for row, part in zip(rows, parts):
+            tokens, blocks = np.asarray(part.tokens, np.int32), np.asarray(part.blocks, np.int32)
+            held += [tokens, blocks]
+            self._fill(part.position + len(tokens))
+            assert len(blocks) == -(-(part.position + len(tokens)) // BLOCK)
+            row.tokens, row.count, row.position = library.address(tokens), len(tokens), part.position
+            row.blocks = library.address(blocks)
+            if part.logits is not None:
+                assert part.logits.dtype == np.float32
+                row.logits, row.all_logits = library.address(part.logits), int(part.logits.ndim == 2)
+                assert part.logits.shape in ((self.vocabulary,), (len(tokens), self.vocabulary))
+        code = self._library.castlm_forward(self._handle, cache.handle, rows, len(parts), self.threads)
+        library.check_memory(code)
+        assert not code, f"the engine refused a pass: {code}"
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """The logits (tokens, vocabulary) after each of the tokens of one sequence, in a cache of its own in fp32."""
+        count = -(-len(tokens) // BLOCK)
+        cache = Cache(self, "fp32", count)
+        try:
+            logits = np.empty((len(tokens), self.vocabulary), np.float32)
+            self.forward(cache, [Part(tokens, 0, range(count), logits)])
+        finally:
+            cache.close()
+        return logits
+
+
+class Cache:
+    """Keys and values of all layers in blocks of 64 positions; memory is taken as blocks are written.
+
+    Args:
+        kind: bf16, int8 or fp32.
+    """
+
+    def __init__(self, model: Model, kind: str, num_blocks: int):
+        self._model = model
+        self.kind, self.num_blocks = kind, num_blocks
+        self.handle = ctypes.c_void_p()
+        code = model._library.castlm_cache_new(model._handle, CACHE_KINDS[kind], num_blocks, ctypes.byref(self.handle))
+        library.check_memory(code)
+        assert not code, "the engine refused the cache"
+        self._free = weakref.finalize(self, model._library.castlm_cache_free, self.handle)
+
+    def close(self) -> None:
+        """Frees the memory, as the end of the object does."""
+        self._free()
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Gives the memory of blocks back to the system."""
+        numbers = np.asarray(blocks, np.int32)
+        self._model._library.castlm_cache_release(self.handle, library.address(numbers), len(numbers))
+
+
+def block_bytes(model: Model, kind: str) -> int:
+    """Bytes of a block of the cache."""
+    return int(model._library.castlm_cache_block_bytes(model._handle, CACHE_KINDS[kind]))
+
+
+# ---- which matrices a model has
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The matrices of a model by their place in the engine: the name in the files, the rows, the bytes in memory."""
+
+    matrices: Mapping[str, tuple[str, slice | None, int]]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {place: size for place, (_, _, size) in self.matrices.items()}
+
+
+def _plan(of: Description, weights: Weights) -> _Plan:
+    found: dict[str, tuple[str, slice | None, int]] = {}
+
+    def add(place: str, name: str, rows: int, columns: int, part: slice | None = None, whole: int = 0) -> None:
+        spec = weights.spec(name)
+        wanted = (whole or rows, columns)
+        if spec is None or (spec.rows, spec.columns) != wanted or spec.transposed or spec.experts:
+            shape = "missing" if spec is None else f"of shape {spec.rows} x {spec.columns}"
+            raise InputError(
+                f"{name} is {shape}, and config.json asks for {wanted[0]} x {wanted[1]}: fetch or pack the model again"
+            )
+        runs_as = FORMATS[spec.values].runs_as
+        found[place] = (name, part, library.packed_bytes(runs_as, spec.n, spec.m, rows, columns))
+
+    queries, keys = of.heads * of.head_dim, of.kv_heads * of.head_dim
+    for i in range(of.num_layers):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        for name, parts in _split(of.family, attention, mlp, queries, keys, of.intermediate):
+            whole = sum(parts.values())
+            first = 0
+            for part, rows in parts.items():
+                is_fused = len(parts) > 1
+                slice_of = slice(first, first + rows) if is_fused else None
+                add(f"{i}.{part}", name, rows, of.hidden, slice_of, whole if is_fused else 0)
+                first += rows
+        add(f"{i}.o", f"{attention}.o_proj", of.hidden, queries)
+        add(f"{i}.down", f"{mlp}.down_proj", of.hidden, of.intermediate)
+    if of.is_tied:
+        add("head", "model.embed_tokens", of.vocabulary, of.hidden)
+    else:
+        add("head", "lm_head", of.vocabulary, of.hidden)
+        add("embedding", "model.embed_tokens", of.vocabulary, of.hidden)
+    return _Plan(found)
+
+
+def _split(
+    family: Family, attention: str, mlp: str, queries: int, keys: int, intermediate: int
+) -> list[tuple[str, dict[str, int]]]:
+    """The stored matrices that take the hidden state: (name, rows of each of its parts)."""
+    qkv, gate_up = {"q": queries, "k": keys, "v": keys}, {"gate": intermediate, "up": intermediate}
+    if family.fused:
+        return [(f"{attention}.qkv_proj", qkv), (f"{mlp}.gate_up_proj", gate_up)]
+    alone = [(f"{attention}.{part}_proj", {part: rows}) for part, rows in qkv.items()]
+    return alone + [(f"{mlp}.{part}_proj", {part: rows}) for part, rows in gate_up.items()]
+
+
+def _shape(weight: PackedArray) -> tuple[int, int]:
+    return weight.spec.rows, weight.spec.columns
+
+
+def _functions() -> ctypes.CDLL:
+    """The library with the signatures of engine.h."""
+    found = library.built()
+    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    found.castlm_model_new.argtypes = [pointer, pointer]
+    found.castlm_model_free.argtypes, found.castlm_model_free.restype = [pointer], None
+    found.castlm_cache_block_bytes.argtypes, found.castlm_cache_block_bytes.restype = [pointer, number], size
+    found.castlm_cache_new.argtypes = [pointer, number, size, pointer]
+    found.castlm_cache_free.argtypes, found.castlm_cache_free.restype = [pointer], None
+    found.castlm_cache_release.argtypes, found.castlm_cache_release.restype = [pointer, pointer, size], None
+    found.castlm_forward.argtypes = [pointer, pointer, pointer, size, number]
+    return found
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks of the cache for so many tokens."""
+    return math.ceil(num_tokens / BLOCK)

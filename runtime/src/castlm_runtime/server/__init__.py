@@ -1,0 +1,1 @@
+"""The HTTP server: the OpenAI API over an engine (extra `serve`)."""
