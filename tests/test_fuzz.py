@@ -420,7 +420,7 @@ CARD = {
     "license": "mit",
     "dtype": "bfloat16",
     "packed": {"format": 1, "castlm": "0"},
-    "proof": {**PROOF, "cut": 1},
+    "proof": {**PROOF},
     "verdict": {"ok": False, "problem": "diverged", "reason": "why"},
     "left_dense": {"model.layers.0.mlp.up_proj": "reason"},
     "quantized": {"kind": "int8", "text": "a.txt"},

@@ -88,7 +88,6 @@ SMALLER = [
     ("compare", "", f"{ONE_SHOT} --eval-tokens 128 --seeds 1"),
     ("compare", "--max-steps", "--max-steps 2 --methods cast,wanda --config small.yaml"),
     ("compare", "--budget-tokens", "--budget-tokens 1024"),
-    ("plan sweep", "", f"{BATCH} --largest-tokens 2048 --smallest-tokens 256 --budgets 4 --seeds 1"),
     ("plan predict", "--tokens", "--tokens 8192"),
     ("plan check", "", f"{RUN} {START}"),
 ]

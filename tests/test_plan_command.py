@@ -66,22 +66,19 @@ def arguments(llama: str, text: str, *more: str) -> list[str]:
     return [*base, "--max-steps", "30", "--per-device-train-batch-size", "2", *start, *more]
 
 
-def test_check_says_whether_a_run_can_converge_and_what_it_costs(llama, text, capsys, tmp_path, monkeypatch):
+def test_check_says_whether_a_run_can_converge_and_how_long_it_takes(llama, text, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments(llama, text, "--price-per-hour", "3600000", "--devices", "8")) == 0
+    assert main(arguments(llama, text)) == 0
     out = capsys.readouterr().out
     assert "reach zero" in out
-    per_s = float(out.partition(" tokens/s")[0].splitlines()[-1].replace(",", ""))
-    cost = float(out.partition("cost without evaluations: ")[2].partition(", at")[0].replace(",", ""))
-    start = float(out.partition("start: ")[2].partition(" s before")[0])
-    assert cost == pytest.approx((30 * 2 * 32 / per_s + start) * 1000 * 8, abs=0.06 * 1000 * 8)  # the start is rounded
+    assert float(out.partition(" tokens/s")[0].splitlines()[-1].replace(",", "")) > 0
+    assert float(out.partition("start: ")[2].partition(" s before")[0]) > 0
     assert main(arguments(llama, text, "--decay", "proportional")) == 2  # another start is in the folder
     assert "unused.partial" in capsys.readouterr().err
     assert main(arguments(llama, text, "--decay", "proportional", "--overwrite")) == 1
     out = capsys.readouterr().out
     assert "14 of 14 layers cannot reach zero" in out
     assert "the learning rate" in out
-    assert "cost" not in out
     assert main(arguments(llama, text, "--method", "ste")) == 2
     assert [folder.name for folder in tmp_path.iterdir()] == ["unused.partial"]
 
@@ -97,11 +94,6 @@ def test_fit_and_predict(law, capsys):
     out = capsys.readouterr().out
     assert f"{math.exp(2.0 + 50 * 1e7**-0.4):.3f}" in out
     assert "2.78 hours" in out
-    assert "cost" not in out
-    assert main([*predict, "--tokens", "1e7", "--tokens-per-s", "1000", "--price-per-hour", "2.5"]) == 0
-    assert "cost: 6.94, at 2.5 an hour" in capsys.readouterr().out
-    assert main([*predict, "--tokens", "1e7", "--price-per-hour", "2.5"]) == 2
-    assert "give --tokens-per-s" in capsys.readouterr().err
     assert main([*predict, "--target-ppl", "5"]) == 1
     assert "cannot be reached" in capsys.readouterr().out
 
@@ -173,11 +165,7 @@ def test_memory(llama, capsys):
         (["plan", "memory", "--model", "/nowhere.json"], "/nowhere.json"),
         (["plan", "memory", "--model", "m", "--gpu", "abacus"], "abacus"),
         (["plan", "check", "--model", "m"], "dataset"),
-        ([*CHECK, "--price-per-hour", "0"], "--price-per-hour = 0.0"),
-        ([*CHECK, "--price-per-hour", "2.5", "--devices", "0"], "devices = 0"),
-        ([*CHECK, "--devices", "8"], "give --price-per-hour"),
         ([*CHECK, "--max-steps", "0"], "--max-steps = 0 is out of range"),
-        ([*CHECK, "--price-per-hour", "much"], "much"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments, named, capsys):

@@ -50,9 +50,8 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("compare.main", "train CAST and its rivals under equal conditions and print one table"),
     "sample": Command("sample.SampleCommand", "let a model write its own training text, if you have no data"),
     "report": Command("report.ReportCommand", "write an HTML page about a run: verdict, charts, sample text"),
-    "plan check": Command("plan.check", "run the first steps: will the run converge, and what does it cost?"),
+    "plan check": Command("plan.check", "run the first steps: will the run converge, and how long does it take?"),
     "plan memory": Command("plan.memory", "predict the memory on each rank from the model's config"),
-    "plan sweep": Command("plan.sweep", "find the scaling law of a model and text with few runs"),
     "plan fit": Command("plan.FitCommand", "fit a scaling law to finished runs"),
     "plan predict": Command("plan.PredictCommand", "predict a perplexity, or the tokens that it takes"),
     "quantize": Command(

@@ -108,7 +108,7 @@ def _model_in_place(unnamed: Sequence[str], named: Sequence[str], arguments: Seq
 
 
 def _options_of_runs() -> set[str]:
-    """The options of `castlm train`, which `compare` and `plan sweep` read from the file of `--config`."""
+    """The options of `castlm train`, which `compare` reads from the file of `--config`."""
     from castlm.training.config import TrainConfig, names_of
 
     return {name for section in TrainConfig.sections().values() for name in names_of(section)}

@@ -1,14 +1,13 @@
-"""`castlm plan`: whether a run converges and what it costs, its memory, and the scaling law of a model and text."""
+"""`castlm plan`: whether a run converges and how long it takes, its memory, and the scaling law of a model and text."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from castlm.cli.options import check_json_path, command_line, parse, to_stdout, write_json
+from castlm.cli.options import check_json_path, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
 from castlm.fields import choice, essential, number, positional
@@ -29,20 +28,12 @@ MOST_SEQUENCES = 128
 
 @dataclass
 class CheckOptions:
-    """Run and discard the first steps of a training, to predict whether it will converge and its cost."""
-
-    price_per_hour: float | None = number(None, above=0)
-    """Price of one device per hour; adds the cost of the run."""
-
-    devices: int | None = number(None, at_least=1)
-    """Number of devices to pay for, at the speed measured here. The default is one per rank."""
+    """Run and discard the first steps of a training, to predict whether it will converge and how long it takes."""
 
 
 def check(arguments: list[str]) -> int:
     """Prints the findings. Returns the exit code: 1 if the masked weights cannot reach zero."""
-    config, options = parse_train(arguments, "plan check", CheckOptions)
-    if options.devices is not None and options.price_per_hour is None:
-        raise InputError(f"devices is {options.devices} without a price: give --price-per-hour too")
+    config, _ = parse_train(arguments, "plan check", CheckOptions)
     if not config.method.row.decays:
         raise InputError(f"method {config.method.method} has no decay to check: plan check is for method cast")
     from castlm.distributed.world import closing, init_world
@@ -72,13 +63,6 @@ def check(arguments: list[str]) -> int:
         to_stdout(f"start: {first.start_seconds:,.1f} s before step 0, as long as {steps:,.0f} steps")
         kept = partial_folder(config.checkpoint.output_dir)
         to_stdout(f"its transformer blocks are in {kept}: castlm train with the same options takes them from there")
-        hours += first.start_seconds / 3600
-    if options.price_per_hour is not None:
-        devices = options.devices or world.size
-        cost = hours * devices * options.price_per_hour
-        to_stdout(
-            f"cost without evaluations: {cost:,.2f}, at {options.price_per_hour:g} an hour of each of {devices} devices"
-        )
     to_stdout(f"peak memory of this process: {first.peak_bytes / 2**30:.2f} GiB")
     worst = by_headroom[0][1].budget
     floor = f"; masked weights end near {worst.floor:.1e}, the last rate" if worst.floor else ""
@@ -112,9 +96,6 @@ class MemoryOptions:
     """GB per second at which a rank receives weights from other ranks; adds the time of a step, if a GPU is named.
     About 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots and moments on the
     host."""
-
-    price_per_hour: float | None = number(None, above=0)
-    """Price of one GPU per hour; adds the cost of the steps, if a GPU is named."""
 
     prune: bool = essential(False)
     """Predict `castlm prune` on a CPU instead of a training run."""
@@ -229,9 +210,6 @@ def memory(arguments: list[str]) -> int:
         steps = config.optimizer.max_steps
         to_stdout(hours.explain(), keep="\n")
         to_stdout(f"{steps:,} steps take {duration(3600 * hours.hours(steps))}, without start and evaluations")
-        if options.price_per_hour is not None:
-            price = hours.hours(steps) * options.world_size * options.price_per_hour
-            to_stdout(f"cost: {price:,.2f}, at {options.price_per_hour:g} an hour of each of {options.world_size} GPUs")
     return 0 if plan.fits in (True, None) else 1
 
 
@@ -280,8 +258,7 @@ class PredictCommand:
     """Predict the perplexity of a token budget, or the tokens that a perplexity needs, from a scaling law."""
 
     runs: tuple[str, ...] = positional()
-    """A law from `castlm plan fit --json` or `plan sweep`, or the runs to fit one to: folders of runs, of `castlm
-    compare` or `plan sweep`, or CSVs.
+    """A law from `castlm plan fit --json`, or the runs to fit one to: folders of runs, or of `castlm compare`, or CSVs.
     """
 
     method: str | None = None
@@ -296,9 +273,6 @@ class PredictCommand:
     tokens_per_s: float | None = number(None, above=0)
     """Measured throughput of one GPU or CPU; adds the hours of training."""
 
-    price_per_hour: float | None = number(None, above=0)
-    """Price of one hour of that device; adds the cost."""
-
     force: bool = False
     """Predict more than 10 times beyond the largest run of the law, too."""
 
@@ -309,10 +283,6 @@ class PredictCommand:
 
         if (self.tokens is None) == (self.target_ppl is None):
             raise InputError("give one of --tokens and --target-ppl")
-        if self.price_per_hour is not None and self.tokens_per_s is None:
-            raise InputError(
-                f"price_per_hour is {self.price_per_hour:g}, but the hours are unknown: give --tokens-per-s too"
-            )
         file = Path(self.runs[0])
         content = read_json(file) if len(self.runs) == 1 and file.suffix == ".json" else None
         if isinstance(content, dict) and "draws" in content:
@@ -340,8 +310,6 @@ class PredictCommand:
         if tokens is not None and self.tokens_per_s is not None:
             hours = tokens / self.tokens_per_s / 3600
             to_stdout(f"{duration(3600 * hours)} at {self.tokens_per_s:,.0f} tokens/s")
-            if self.price_per_hour is not None:
-                to_stdout(f"cost: {hours * self.price_per_hour:,.2f}, at {self.price_per_hour:g} an hour")
         return 0 if tokens is not None else 1
 
     def _check_reach(self, law: Law, tokens: float, what: str) -> None:
@@ -352,12 +320,3 @@ class PredictCommand:
                 f"{what} is {tokens / largest:,.0f} times the largest run of the law, {largest:.3g} tokens, and a law "
                 f"tells little beyond {FARTHEST} times: add longer runs, or give --force"
             )
-
-
-def sweep(arguments: list[str]) -> int:
-    from castlm.lab.planning.sweep import SweepConfig, sweep
-    from castlm.progress import note
-
-    config = parse(SweepConfig, arguments, "plan sweep")
-    command = command_line("plan sweep", config)
-    return sweep(config, command, partial(to_stdout, keep="\n"), note)

@@ -38,8 +38,12 @@ from castlm.training.options import SEQ_LEN, ModelOptions
 
 
 @dataclass(kw_only=True)
-class SharedOptions:
-    """Options that all runs of a comparison or a sweep share."""
+class CompareConfig:
+    """Compare methods that make a model n:m, with the same start, data, teacher, token budget and seeds, in one table.
+
+    A dense control with the same training is always included. Finished runs are not repeated. The exit code is 1 if a
+    run failed or diverged; the table gives the reason, and lists runs that fell short.
+    """
 
     model: str = essential()
     """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
@@ -64,15 +68,6 @@ class SharedOptions:
 
     eval_tokens: int | None = None
     """Maximum number of tokens to evaluate on. 0 is all of them."""
-
-
-@dataclass(kw_only=True)
-class CompareConfig(SharedOptions):
-    """Compare methods that make a model n:m, with the same start, data, teacher, token budget and seeds, in one table.
-
-    A dense control with the same training is always included. Finished runs are not repeated. The exit code is 1 if a
-    run failed or diverged; the table gives the reason, and lists runs that fell short.
-    """
 
     budget_tokens: int | None = essential(None)
     """Training tokens of each run; with `--preset budgets`, of the largest runs."""
@@ -118,6 +113,8 @@ class CompareConfig(SharedOptions):
     """Number of calibration sequences of one-shot methods."""
 
 
+EVALUATIONS = 4
+"""Evaluations of a run; the verdict on a run that becomes sparse in training compares the last ones."""
 _NAMED = ("model", "dataset", "eval_dataset", "output_dir", "seed")
 _OF_COMPARE = (*_NAMED, "max_steps", "num_train_epochs", "resume", "overwrite")
 """Options of a run that a comparison sets itself."""
@@ -148,7 +145,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
             for tokens in plan.budgets(name):
                 results += plan.settle(name, tokens, root)
                 report = Report(plan.preset.question, results, command, plan.hashes)
-                report.write(root, plan.preset)
+                report.write(root)
     has_failed = any(r.failure is not None or (r.problem == "diverged" and not r.trial) for r in results)
     return int(has_failed), report
 
@@ -323,7 +320,7 @@ class Plan:
             raise InputError(f"a budget of {budget} tokens is less than one step of {batch}: raise it")
         config = config.changed(
             max_steps=steps,
-            eval_steps=config.evaluation.eval_steps or max(1, steps // self.preset.evaluations),
+            eval_steps=config.evaluation.eval_steps or max(1, steps // EVALUATIONS),
             # a short run saves at its end alone: a checkpoint of SmolLM2-135M is 1.5 GiB
             save_steps=config.checkpoint.save_steps if "save_steps" in fields else max(10, steps // 4),
             save_total_limit=1,

@@ -15,18 +15,14 @@ ONESHOT = all_methods()
 
 @dataclass(frozen=True)
 class Preset:
-    """The variants of a `castlm compare --preset`, and the charts of its report."""
+    """The variants of a `castlm compare --preset`."""
 
     question: str
     """The heading of the report."""
     variants: dict[str, dict[str, Any]]
     """Fields of TrainConfig by the name of the variant."""
-    plots: tuple[str, ...] = ("gaps",)
-    """Names in `castlm.lab.compare.plots.PLOTS`. Learning curves ("losses") are always added."""
     budget_shares: tuple[float, ...] = (1.0,)
     """Token budgets to run, as fractions of the given one."""
-    evaluations: int = 4
-    """Number of evaluations in a run: the points of charts over time."""
 
 
 # Two of the decays may not bring masked weights to zero within the budget; these presets show the effect.
@@ -49,14 +45,10 @@ PRESETS: dict[str, Preset] = {
     "oscillation": Preset(
         "Does the mask settle? SR-STE against CAST",
         {"srste": {"method": "srste", **_MAGNITUDE}, "cast": {"method": "cast", **_MAGNITUDE}},
-        plots=("masks",),
-        evaluations=20,
     ),
     "decay": Preset(
         "Where do masked weights end? Additive, proportional and horizon decay",
         {kind: {**_ANY_BUDGET, **_MAGNITUDE, "decay": kind} for kind in ("additive", "proportional", "horizon")},
-        plots=("histograms", "masks"),
-        evaluations=10,
     ),
     "parts": Preset(
         "What does each part of CAST contribute?",
@@ -86,7 +78,6 @@ PRESETS: dict[str, Preset] = {
             "cast from plain SparseGPT": {"method": "cast", **_PUBLISHED},
             "srste from plain SparseGPT": {"method": "srste", **_PUBLISHED},
         },
-        plots=("budgets",),
         budget_shares=(1 / 8, 1 / 4, 1 / 2, 1.0),
     ),
 }

@@ -16,11 +16,10 @@ from typing import Any
 
 from castlm.facts import to_json
 from castlm.files.atomic_file import atomic_write_json, atomic_write_text
-from castlm.lab.compare.plots import PLOTS
-from castlm.lab.compare.presets import Preset
+from castlm.lab.compare.plots import chart
 from castlm.lab.compare.rows import Row, behind, ranked, summarize, untouched_perplexity
 from castlm.lab.compare.runs import Result
-from castlm.lab.report.charts import Picture, can_draw, render
+from castlm.lab.report.charts import can_draw, render
 from castlm.methods.table import METHODS, is_control
 from castlm.training.options import StartOptions
 
@@ -318,22 +317,20 @@ class Report:
             "one_shot_results": [record for r, record in done if not r.run.tokens],
         }
 
-    def write(self, root: Path, preset: Preset) -> None:
-        """Writes table.md, table.json, table.html and the charts as .svg into `root`."""
-        pictures: dict[str, Picture] = {}
-        for name in dict.fromkeys((*preset.plots, "losses")) if can_draw() else ():
-            pictures |= PLOTS[name](self.rows, self.final)
+    def write(self, root: Path) -> None:
+        """Writes table.md, table.json, table.html and its chart as gaps.svg into `root`."""
+        picture = chart(self.rows) if can_draw() else None
         atomic_write_json(root / "table.json", self.as_dict())
         atomic_write_text(root / "table.md", self.markdown())
-        for name, picture in pictures.items():
-            atomic_write_text(root / f"{name}.svg", picture.svg)
+        if picture is not None:
+            atomic_write_text(root / "gaps.svg", picture.svg)
         page = render(
             "compare.html.jinja",
             title=self.question,
             report=self,
             headings=self.page_headings,
             lines=self.table(self.page_headings),
-            pictures=pictures.values(),
+            pictures=[] if picture is None else [picture],
             glossary=self.glossary(self.page_headings),
             best=next(iter(self.order), None),
         )
