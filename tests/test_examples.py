@@ -26,7 +26,6 @@ from castlm.formats.table import FORMATS
 from castlm.methods.table import METHODS
 from castlm.oneshot.families import LAYOUTS
 from castlm.oneshot.solvers import SOLVERS
-from castlm.oneshot.steps.solve import REFINEMENTS
 from tests.chats import save_chat_model
 from tests.ranks import run_ranks, start_process
 from tests.runs import assert_same_but_for_sums
@@ -187,7 +186,7 @@ COMMANDS = re.findall(r"^python (.*)$", PAGE.replace("\\\n", " "), re.M)
 SMALL = "--max-steps 4 --seq-len 32 --per-device-train-batch-size 4 --eval-tokens 128 --save-steps 0 --report-to none"
 SMALL += " --calibration-sequences 4 --rotation-iterations 4 --no-report"
 SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32 --rotation-iterations 4"}
-TABLES = (DECAYS, METHODS, SOLVERS, PARSERS, REFINEMENTS, CASTLM_COMMANDS, OPENERS, LAYOUTS, FORMATS)
+TABLES = (DECAYS, METHODS, SOLVERS, PARSERS, CASTLM_COMMANDS, OPENERS, LAYOUTS, FORMATS)
 
 
 @pytest.fixture
@@ -202,7 +201,7 @@ def tables(monkeypatch):
 
 def test_the_page_has_a_file_for_each_row_of_its_table():
     assert set(FILES) == {command.split()[0] for command in COMMANDS}
-    assert len(FILES) == 9
+    assert len(FILES) == 8
 
 
 @pytest.mark.parametrize("name", FILES)

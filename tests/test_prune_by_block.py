@@ -9,7 +9,6 @@ import torch
 
 from castlm.cli import prune as command
 from castlm.core.errors import InputError
-from castlm.core.nm import NM
 from castlm.export import pruned as prune_module
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import StoredModel
@@ -248,4 +247,4 @@ def test_a_block_is_held_where_the_model_does_not_fit(llama, tmp_path, text, mon
 def test_a_block_is_held_where_the_model_does_not_fit_on_the_gpu(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
     for device, memory in (("cpu", "model"), ("cuda", "block")):
-        assert prune_module.choose_memory(str(llama), None, tmp_path / "out", NM(2, 4), device) == memory
+        assert prune_module.choose_memory(str(llama), None, tmp_path / "out", device) == memory

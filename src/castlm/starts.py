@@ -74,16 +74,11 @@ class Reads(NamedTuple):
     """The options of `Refinements` that it reads."""
 
 
-def reads_of(method: Solver | None, pattern: Pattern, has_text: bool = True) -> Reads:
-    """What the start by a method reads; None reads nothing.
-
-    Args:
-        has_text: whether a text is given, for a method that can do without.
-    """
+def reads_of(method: Solver | None, pattern: Pattern) -> Reads:
+    """What the start by a method reads; None reads nothing."""
     if method is None:
         return Reads()
-    is_calibrated = method.needs_text or (method.reads_text and has_text)
-    return Reads(is_calibrated, isinstance(pattern, NM), method.refinements)
+    return Reads(method.reads_text, isinstance(pattern, NM), method.refinements)
 
 
 def applied(refinements: Refinements, method: str, pattern: Pattern, effort: str = "best") -> Refinements:

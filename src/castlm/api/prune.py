@@ -99,7 +99,7 @@ class PruneOptions(Refinements, BasisOptions, EffortOptions, TextOptions, OwnOpt
 
     @property
     def _reads(self) -> Reads:
-        return reads_of(method_of(self.solver, self.pattern), self.pattern, has_text=self.calibration is not None)
+        return reads_of(method_of(self.solver, self.pattern), self.pattern)
 
     @property
     def is_calibrated(self) -> bool:
@@ -192,7 +192,7 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
         if options.memory == "model" or whole is not None:
             why = f"{label('memory', source)} model" if options.memory == "model" else whole
             raise InputError(f"{why} takes the whole model in one process, not {world.size} ranks: leave out torchrun")
-    if method_of(method, pattern).needs_text and options.calibration is None:
+    if method_of(method, pattern).reads_text and options.calibration is None:
         raise InputError(
             f"method {method} needs a calibration text: give {label('calibration', source)} FILE, or "
             f"{label('method', source)} magnitude"

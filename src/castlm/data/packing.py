@@ -159,7 +159,9 @@ class PackedSequences(Resumable):
     def _read(self) -> Iterator[_Encoded]:
         epoch, position = self._start
         skipped = self._token  # tokens of the first piece that earlier sequences hold
-        place = -skipped % self.seq_len  # place of the next token in its sequence
+        # Where in its sequence the first piece begins: the next sequence begins at the token `skipped` of the piece,
+        # which therefore began `skipped` tokens before a border. With seq_len 8 and 3 skipped: at 5, as 5 + 3 = 8.
+        place = -skipped % self.seq_len
         while True:
             whole, num_tokens = position is None, 0
             pieces = self._encode(epoch, 0 if self.repeat else epoch, position, place)

@@ -117,6 +117,8 @@ def norm_of(squares: Iterable[Tensor], sharded_like: Tensor) -> Tensor:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     if not math.isfinite(largest):
         return largest.float()
+    # 2^(e-1) <= largest < 2^e: each square times 2^(_BITS - e) is below 2^_BITS. Rounded to int64, their sum is exact,
+    # and so the same in any order and on any number of ranks. A square loses half a unit at most, 2^-36 of the largest.
     shift = _BITS - math.frexp(float(largest))[1]
     total = (mine * 2.0**shift).round().long().sum()
     for group in groups:

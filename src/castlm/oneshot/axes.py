@@ -59,8 +59,12 @@ def find_permutation(score: Tensor, pattern: NM, rounds: int) -> Tensor:
 def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, generator: torch.Generator) -> Tensor:
     """`order` after one round: one column leaves each group, and a linear assignment puts all of them back.
 
-    More than `_MOST_GROUPS` groups are divided at random into parts of that size, with one assignment each. In each
-    row, a candidate replaces the n-th best of the rest of a group if it is larger, so a group keeps their maximum.
+    More than `_MOST_GROUPS` groups are divided at random into parts of that size, with one assignment each.
+
+    A row keeps the n best of a group's m columns. With n of 2 and a rest of m - 1 columns, the best of the rest stays
+    whichever column comes, and the second best, the threshold, stays unless the new column is larger: the row keeps the
+    best n - 1 of the rest, and max(threshold, candidate). The first part does not depend on the assignment, so the sum
+    of the maxima over the rows is what an assignment gains.
     """
     m, device = pattern.m, columns.device
     groups = order.view(-1, m)  # (384, 4)
@@ -79,9 +83,10 @@ def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, genera
         parts = torch.randperm(num_groups, generator=generator).split(_MOST_GROUPS)
     new = groups.clone()
     for part in parts:
-        # The n-th best of the rest: (384, 3, 256) -> (384, 256)
+        # The threshold of each group and row, the n-th best of the rest: (384, 3, 256) -> (384, 256)
         cut = columns[rest[part].to(device)].topk(pattern.n, dim=1).values[:, pattern.n - 1]
         candidates = columns[leavers[part].to(device)]  # (384, 256)
+        # cost[i, j] = -sum over rows of max(threshold of group i, candidate j)
         cost = -torch.stack([torch.maximum(threshold, candidates).sum(1) for threshold in cut])  # (384, 384)
         cost -= cost.amin(1, keepdim=True)  # leaves the solution as it is, and finds it two to four times as fast
         cost -= cost.amin(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,13 +16,8 @@ ERROR_TOKENS = 256
 class Accumulator(Protocol):
     """Sums a statistic over the inputs of a layer: a `Solver`, or another object with these methods."""
 
-    @property
-    def add(self) -> Callable[[Any, Tensor, int], None] | None: ...
-
-    @property
-    def takes_bf16(self) -> bool:
-        """Whether `add` also takes x in bf16."""
-        ...
+    def add(self, statistic: Any, x: Tensor, num_sequences: int) -> None:
+        """Adds x (tokens, in), fp32 or bf16."""
 
     def zeros(self, x: Tensor) -> Any: ...
 
@@ -54,13 +48,12 @@ class LayerInput:
 
     def add(self, x: Tensor, accumulator: Accumulator | None, num_sequences: int) -> None:
         """Adds x (..., in) to the statistic of this part, which is fp32 even if the block runs under autocast."""
-        if accumulator is not None and accumulator.add is not None:
+        if accumulator is not None:
             if self._part is None:
                 self._part = accumulator.zeros(x)
             rows = x.reshape(-1, x.shape[-1])
             with torch.autocast(x.device.type, enabled=False):
-                is_taken = rows.dtype == torch.bfloat16 and accumulator.takes_bf16
-                accumulator.add(self._part, rows if is_taken else rows.float(), num_sequences)
+                accumulator.add(self._part, rows, num_sequences)
 
     def end_part(self, ranks: Ranks, accumulator: Accumulator, num_ranks: int) -> None:
         """Adds the parts of the first `num_ranks` ranks to the statistic of rank 0, in order."""

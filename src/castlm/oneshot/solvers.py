@@ -6,9 +6,8 @@ import torch, so that a command can ask a row what its solver reads before any w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from castlm.core.nm import NM, Pattern
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
@@ -43,41 +42,46 @@ class Pruned(NamedTuple):
     damping: float | None = None
 
 
-class Solver(NamedTuple):
-    """A row of `SOLVERS`."""
+class Solver:
+    """Prunes a weight, given a statistic of its input; a row of `SOLVERS`. By default it reads no text."""
 
-    prune: Callable[[Tensor, Tensor, Settings], Pruned]
-    """`prune(weight, statistic, settings)` prunes an fp32 weight (rows, columns); it may overwrite the statistic."""
-    add: Callable[[Tensor, Tensor, int], None] | None = None
-    """`add(statistic, x, num_sequences)` adds x (tokens, columns) fp32; None for a solver that reads no text."""
-    axes: int = 0
-    """The number of axes of the statistic: 1 for (columns,), 2 for (columns, columns)."""
-    holds: Callable[[int, int], int] = lambda rows, columns: 2 * rows * columns
-    """`holds(rows, columns)`: the elements that `prune` holds at its peak, beside its arguments. `castlm plan memory`
-    reads it; by default, magnitudes and the new weight."""
-    patterns: type[Pattern] = Pattern  # type: ignore[type-abstract]  # of isinstance alone
-    """The patterns that it prunes to: all that mask one weight at a time, or only those of a class, such as `NM`."""
-    refined: bool = False
+    axes: ClassVar[int] = 0
+    """The number of axes of the statistic: 1 for (columns,), 2 for (columns, columns), 0 for a solver without text."""
+    patterns: ClassVar[type[Pattern]] = Pattern  # type: ignore[type-abstract]  # of isinstance alone
+    """The patterns that it prunes to: all, or only those of a class, such as `NM`."""
+    is_refined: ClassVar[bool] = False
     """Whether the refinements of SparseGPT follow it. They need its Hessian."""
-    from_hessian: Callable[[Tensor], Tensor] | None = None
-    """Makes its statistic of SparseGPT's Hessian (columns, columns), whole, which a change of basis has collected. None
-    collects the statistic in another pass."""
-    takes_bf16: bool = False
-    """Whether `add` also takes x in bf16, as layers read it under autocast."""
+
+    def prune(self, weight: Tensor, statistic: Tensor, settings: Settings) -> Pruned:
+        """Prunes an fp32 weight (rows, columns); may overwrite the statistic."""
+        raise NotImplementedError
+
+    def add(self, statistic: Tensor, x: Tensor, num_sequences: int) -> None:
+        """Adds x (tokens, columns), fp32 or, under autocast, bf16, to the statistic."""
+
+    def holds(self, rows: int, columns: int) -> int:
+        """The elements that `prune` holds at its peak, beside its arguments; `castlm plan memory` reads it.
+
+        By default, magnitudes and the new weight.
+        """
+        return 2 * rows * columns
+
+    def from_hessian(self, hessian: Tensor) -> Tensor | None:
+        """The statistic, made of SparseGPT's Hessian (columns, columns), whole, which a change of basis has collected.
+
+        None, the default, collects it in another pass.
+        """
+        return None
 
     @property
     def reads_text(self) -> bool:
         """Whether it reads a calibration text, which it then requires."""
-        return self.add is not None
-
-    @property
-    def needs_text(self) -> bool:
-        return self.reads_text
+        return self.axes > 0
 
     @property
     def refinements(self) -> tuple[str, ...]:
         """The options of `Refinements` that it reads: all if it is refined, the damping if it has a Hessian."""
-        if self.refined:
+        if self.is_refined:
             return tuple(option.name for option in fields(Refinements))
         return ("damping",) if self.axes == 2 else ()
 
@@ -92,18 +96,66 @@ class Solver(NamedTuple):
         return [statistic]
 
 
-def _magnitude(weight: Tensor, statistic: Tensor, settings: Settings) -> Pruned:
-    return Pruned(weight.masked_fill(~settings.pattern.mask(weight), 0))
+class Magnitude(Solver):
+    """Keeps the largest weights."""
+
+    def prune(self, weight: Tensor, statistic: Tensor, settings: Settings) -> Pruned:
+        return Pruned(weight.masked_fill(~settings.pattern.mask(weight), 0))
 
 
-def _add_squared_norms(squared_norms: Tensor, x: Tensor, num_sequences: int) -> None:
-    squared_norms.add_(x.square().sum(0), alpha=1 / num_sequences)  # a mean over sequences, (576,)
+class Wanda(Solver):
+    """Keeps the largest |W_ij| * |X_j| (Sun et al. 2023, arXiv 2306.11695, Eq. 1); kept weights do not change.
+
+    The statistic is the mean of |X_j|^2 over sequences, (columns,).
+    """
+
+    axes = 1
+
+    def prune(self, weight: Tensor, statistic: Tensor, settings: Settings) -> Pruned:
+        mask = settings.pattern.mask(weight * statistic.sqrt())  # (1536, 576) * (576,)
+        return Pruned(weight.masked_fill(~mask, 0))
+
+    def add(self, statistic: Tensor, x: Tensor, num_sequences: int) -> None:
+        statistic.add_(x.float().square().sum(0), alpha=1 / num_sequences)  # (576,)
+
+    def holds(self, rows: int, columns: int) -> int:
+        return 3 * rows * columns  # scores, their magnitudes, and the new weight
+
+    def from_hessian(self, hessian: Tensor) -> Tensor:
+        return hessian.diagonal() / 2  # H = 2 X^T X / num_sequences
 
 
-def _wanda(weight: Tensor, squared_norms: Tensor, settings: Settings) -> Pruned:
-    """Keeps the largest |W_ij| * |X_j| (Sun et al. 2023, arXiv 2306.11695, Eq. 1); kept weights do not change."""
-    mask = settings.pattern.mask(weight * squared_norms.sqrt())  # (1536, 576) * (576,)
-    return Pruned(weight.masked_fill(~mask, 0))
+class SparseGPT(Solver):
+    """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774); see `castlm.oneshot.sparsegpt`.
+
+    The statistic is the Hessian, (columns, columns), of which only the upper triangle is summed.
+    """
+
+    axes = 2
+    patterns = NM
+    is_refined = True
+
+    def prune(self, weight: Tensor, statistic: Tensor, settings: Settings) -> Pruned:
+        from castlm.oneshot.sparsegpt import sparsegpt
+
+        assert isinstance(settings.pattern, NM)
+        pattern, damping = settings.pattern, settings.refinements.damping
+        hessian = whole_hessian(statistic)
+        return Pruned(*sparsegpt(weight, hessian, pattern.n, pattern.m, damping, by_rows=settings.by_rows))
+
+    def add(self, statistic: Tensor, x: Tensor, num_sequences: int) -> None:
+        add_hessian(statistic, x, num_sequences)
+
+    def holds(self, rows: int, columns: int) -> int:
+        from castlm.oneshot.sparsegpt import sparsegpt_holds
+
+        return sparsegpt_holds(rows, columns)
+
+    def from_hessian(self, hessian: Tensor) -> Tensor:
+        return hessian
+
+
+SOLVERS: dict[str, Solver] = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT()}
 
 
 def add_hessian(hessian: Tensor, x: Tensor, num_sequences: int) -> None:
@@ -133,43 +185,6 @@ def whole_hessian(hessian: Tensor) -> Tensor:
     hessian.triu_()  # below the diagonal blocks `add_hessian` has left parts of products
     hessian += hessian.triu(1).T
     return hessian
-
-
-def _sparsegpt(weight: Tensor, hessian: Tensor, settings: Settings) -> Pruned:
-    from castlm.oneshot.sparsegpt import sparsegpt
-
-    assert isinstance(settings.pattern, NM)
-    pattern, damping = settings.pattern, settings.refinements.damping
-    hessian = whole_hessian(hessian)
-    return Pruned(*sparsegpt(weight, hessian, pattern.n, pattern.m, damping, by_rows=settings.by_rows))
-
-
-def _sparsegpt_holds(rows: int, columns: int) -> int:
-    from castlm.oneshot.sparsegpt import sparsegpt_holds
-
-    return sparsegpt_holds(rows, columns)
-
-
-SOLVERS: dict[str, Solver] = {
-    "magnitude": Solver(_magnitude),
-    "wanda": Solver(
-        _wanda,
-        _add_squared_norms,
-        axes=1,
-        holds=lambda rows, columns: 3 * rows * columns,  # scores, their magnitudes, and the new weight
-        from_hessian=lambda hessian: hessian.diagonal() / 2,  # H = 2 X^T X / num_sequences; Wanda has the mean |X_j|^2
-    ),
-    "sparsegpt": Solver(
-        _sparsegpt,
-        add_hessian,
-        axes=2,
-        holds=_sparsegpt_holds,
-        patterns=NM,
-        refined=True,
-        from_hessian=lambda hessian: hessian,
-        takes_bf16=True,
-    ),
-}
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

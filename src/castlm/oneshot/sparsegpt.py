@@ -81,12 +81,15 @@ class _Sweep:
     def __init__(self, factor: Tensor, n: int, m: int, block_size: int) -> None:
         self.n, self.m, self.block_size = n, m, block_size
         columns = len(factor)
-        # The diagonal blocks R_gg: (576, 576) -> (144, 4, 144, 4) -> (144, 4, 4)
+        # U is the inverse of R, and both are upper triangular: block g of U's diagonal is the inverse of R_gg alone,
+        # and U_jj = 1 / R_jj. The diagonal blocks R_gg: (576, 576) -> (144, 4, 144, 4) -> (144, 4, 4)
         blocks = factor.view(columns // m, m, columns // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         identity = torch.eye(m, dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)  # U_gg, (144, 4, 4)
         self.inverse = inverse.contiguous()
-        # Row j is column j of R_:g R_gg^-1: the share of each earlier column's loss that column j inherits, (576, 576).
+        # w_g + D R_:g R_gg^-1 adds to column j of group g the losses D, each times its entry of column j of R_:g U_gg.
+        # Row j of `pull` is that column, so that one product, pull[j] @ D^T, adds all of them:
+        # (144, 4, 4) @ (144, 4, 576) -> (576, 576)
         self.pull = (self.inverse.mT @ factor.T.reshape(-1, m, columns)).view(columns, columns)
         self.scale = factor.diagonal().contiguous()  # 1 / U_jj
 

@@ -59,8 +59,6 @@ class InputStatistic:
 class UnitAccumulator:
     """Sums up an `InputStatistic`, for `see_inputs`."""
 
-    takes_bf16 = False
-
     def zeros(self, x: Tensor) -> InputStatistic:
         width = x.shape[-1]
         total = x.new_zeros(width, dtype=torch.float64)
@@ -71,6 +69,7 @@ class UnitAccumulator:
         return [statistic.gram, statistic.total, statistic.squares, statistic.num_tokens]
 
     def add(self, statistic: InputStatistic, x: Tensor, num_sequences: int) -> None:
+        x = x.float()
         statistic.gram.addmm_(x.T, x)  # (4096, 1536) -> (1536, 1536)
         statistic.total += x.sum(0, dtype=torch.float64)
         statistic.squares += x.double().square().sum(0)

@@ -102,8 +102,8 @@ def plan_prune_memory(
             plan for.
     """
     basis, refinements = basis or BasisOptions(), applied(refinements or Refinements(), method, pattern, effort)
-    if not method_of(method, pattern).needs_text:
-        known = ", ".join(name for name, row in methods_of(pattern).items() if row.needs_text)
+    if not method_of(method, pattern).reads_text:
+        known = ", ".join(name for name, row in methods_of(pattern).items() if row.reads_text)
         raise InputError(f"method {method!r} reads no calibration text for {pattern}: the plan is for {known}")
     source, config = config, read_config(config)
     model = sizes_of(config, pattern)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,43 +30,6 @@ from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, wh
 from castlm.oneshot.source import Source
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import Visit
-
-
-class Refinement(NamedTuple):
-    """A row of `REFINEMENTS`: it improves a layer that a solver has pruned, without a pass over the text."""
-
-    improve: Callable[[Tensor, Tensor, Tensor, Settings], Tensor]
-    """`improve(weight, target, hessian, settings)` returns a better weight (rows, columns) of the pattern: one with a
-    lower |X weight^T - X target^T|^2. `target` is the dense weight, `hessian` is X^T X up to a factor, damped."""
-    is_on: Callable[[Settings], bool] = lambda settings: True
-    """Whether the options of a start ask for it."""
-    holds: Callable[[int, int], int] = lambda rows, columns: 3 * rows * columns + columns**2
-    """`holds(rows, columns)`: the elements that it holds at its peak, with its arguments."""
-
-
-REFINEMENTS: dict[str, Refinement] = {
-    "masks": Refinement(
-        lambda weight, target, hessian, settings: improve_masks(
-            weight,
-            target,
-            hessian,
-            settings.pattern,
-            settings.refinements.mask_iterations,
-            settings.by_rows,
-            settings.share_each,
-        ),
-        lambda settings: settings.refinements.mask_iterations > 0,
-        improve_masks_holds,
-    ),
-    "refit": Refinement(
-        lambda weight, target, hessian, settings: refit(
-            weight, target, hessian, settings.refinements.num_refits, settings.by_rows
-        ),
-        lambda settings: settings.refinements.num_refits > 0,
-        refit_holds,
-    ),
-}
-"""The refinements after a solver that is `refined`, in this order."""
 
 
 class Solve(Step):
@@ -138,10 +101,11 @@ class Solve(Step):
 
     def _with_statistics(self, seen: Seen) -> Seen:
         """Turns the Hessians in `seen` into the statistics of the solver; drops them if it has others."""
-        if self.solver.from_hessian is None:
-            return []
         for entry in entries_of(seen):
-            entry.statistic = self.solver.from_hessian(entry.statistic)
+            statistic = self.solver.from_hessian(entry.statistic)
+            if statistic is None:
+                return []
+            entry.statistic = statistic
         return seen
 
 
@@ -232,8 +196,8 @@ def prune_layers(
     with naming(names):
         if has_zero_input:  # any mask gives the same output, the bias
             pruned = SOLVERS["magnitude"].prune(dense, statistic, settings)
-        elif refinements := refinements_after(solver, settings):
-            pruned = _solve_refined(dense, statistic, solver, settings, refinements)
+        elif _is_refined(solver, settings):
+            pruned = _solve_refined(dense, statistic, solver, settings)
         else:
             pruned = solver.prune(dense, statistic, settings)
     num_rows = [len(weight) for weight in weights.values()]
@@ -256,32 +220,44 @@ def prune_layers(
     return results
 
 
-def refinements_after(solver: Solver, settings: Settings) -> list[Refinement]:
-    """The rows of `REFINEMENTS` that follow a solver with these settings."""
-    return [row for row in REFINEMENTS.values() if solver.refined and row.is_on(settings)]
+def _is_refined(solver: Solver, settings: Settings) -> bool:
+    """Whether a refinement follows a solver with these settings."""
+    return solver.is_refined and bool(settings.refinements.mask_iterations or settings.refinements.num_refits)
 
 
 def prune_layers_holds(rows: int, columns: int, solver: Solver, settings: Settings) -> int:
     """Elements that `prune_layers` holds at its peak beside weights and statistic, for weights of `rows` in all."""
     size = rows * columns
-    refinements = refinements_after(solver, settings)
     phases = [size + solver.holds(rows, columns)]  # the dense weights together, and the solver
-    if refinements:
+    if _is_refined(solver, settings):
         phases[0] += size + columns**2  # copies, of which the solver overwrites one
-    return max(*phases, *(row.holds(rows, columns) for row in refinements), 0)
+        if settings.refinements.mask_iterations:
+            phases.append(improve_masks_holds(rows, columns))
+        if settings.refinements.num_refits:
+            phases.append(refit_holds(rows, columns))
+    return max(phases)
 
 
-def _solve_refined(
-    dense: Tensor, statistic: Tensor, solver: Solver, settings: Settings, refinements: list[Refinement]
-) -> Pruned:
-    """Solves for masks and weights, then improves them by one refinement after another."""
+def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, settings: Settings) -> Pruned:
+    """Solves for masks and weights, then for better masks and for better weights, as the options ask."""
+    options = settings.refinements
     # The solver overwrites its statistic; the refinements need it whole.
     hessian = whole_hessian(statistic).clone()
     pruned = solver.prune(dense.clone(), statistic, settings)
     weight = pruned.weight
     dead = hessian.diagonal() == 0  # where the input is always 0, no weight is worth a place in a mask
     target = dense.masked_fill(dead, 0) if dead.any() else dense
-    hessian = damped(hessian, settings.refinements.damping if pruned.damping is None else pruned.damping)
-    for refinement in refinements:
-        weight = refinement.improve(weight, target, hessian, settings)
+    hessian = damped(hessian, options.damping if pruned.damping is None else pruned.damping)
+    if options.mask_iterations:
+        weight = improve_masks(
+            weight,
+            target,
+            hessian,
+            settings.pattern,
+            options.mask_iterations,
+            settings.by_rows,
+            settings.share_each,
+        )
+    if options.num_refits:
+        weight = refit(weight, target, hessian, options.num_refits, settings.by_rows)
     return pruned._replace(weight=weight)
