@@ -31,6 +31,8 @@ from castlm_runtime.model import block_bytes
 from castlm_runtime.server import app as app_module
 from castlm_runtime.server import connections
 from castlm_runtime.server.app import make_app
+from castlm_runtime.server.fields import Wanted
+from castlm_runtime.server.reply import Piece, Reply
 from castlm_runtime.server.run import default_name
 from tests.hostile_clients import attack
 from tests.ranks import free_port, start_command, wait_ranks
@@ -194,21 +196,35 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(engine):
 
 GOOD = {"prompt": "a", "max_tokens": 2}
 REFUSED = {
-    "prompt": (None, "", [], ["a", "b"], [10**9], [-1], [1.5], [True], {"a": 1}, "a" * 500),
+    "prompt": (
+        *(None, "", [], ["a", 3], [["a"]], [[]], [[1], []], ["a"] * 65, [10**9], [-1], [1.5], [True], {"a": 1}),
+        "a" * 500,
+    ),
     "max_tokens": (0, -1, 1.5, "9", 10**9, 1 << 70, True, [1], float("nan")),
     "temperature": (-1, 3, "hot", float("nan"), float("inf"), [0], True),
     "top_p": (-1, 1.1, "a", float("nan")),
     "top_k": (-2, 1.5, "a", 1 << 40, True),
     "repetition_penalty": (0, -1, 11, "a", float("nan"), True),
     "repeat_penalty": (0,),
+    "min_p": (-0.1, 2, "a", float("nan")),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (2.1, -3, "a", float("nan"), True)),
+    "logit_bias": ([5], {"5": 101}, {"5": "a"}, {"5": float("nan")}, {"-1": 1}, {"a": 1}, {"99999": 1}, {"²": 1}),
     "seed": (-1, 1.5, "a", 1 << 70),
+    "n": (0, 65, 1.5, "a", True),
+    "stop_token_ids": (3, [-1], [1.5], ["a"], [10**9], [1] * 65),
+    **dict.fromkeys(("ignore_eos", "echo"), (1, "yes", [])),
+    "logprobs": (-1, 21, 1.5, "a", True),
+    "response_format": (
+        *("json", {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "a"}}),
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}},
+        {"type": "json_object", "schema": {}},
+    ),
+    **dict.fromkeys(("tools", "chat_template_kwargs", "top_logprobs"), (1,)),
     "stop": ("", [""], [1], 3, ["a"] * 9, ["a" * 2000], {}),
     "stream": (1, "yes", []),
-    **dict.fromkeys(("n", "best_of", "logprobs", "frequency_penalty", "presence_penalty"), (2,)),
-    "stream_options": ([], {"include_usage": "yes"}, {"other": True}),
-    "echo": (True,),
+    "best_of": (2,),
+    "stream_options": ([], {"include_usage": "yes"}, {"other": True}, {"include_usage": True}),
     "suffix": ("b",),
-    "logit_bias": ({"5": 100},),
     "temprature": (1,),
 }
 """Values of the fields of a completion."""
@@ -225,6 +241,9 @@ BAD = [
     *((GOOD | {field: value}, 400) for field, values in REFUSED.items() for value in values),
 ]
 USER = {"role": "user", "content": "a"}
+USER_PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = {"id": "b", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
 BAD_CHAT = [
     {},
@@ -236,9 +255,20 @@ BAD_CHAT = [
         {"messages": [USER | {"content": content}]}
         for content in (3, [IMAGE], [{"type": "text", "text": 3}], "a" * 400, "\ud800")
     ),
-    {"messages": [USER], "tools": [{"type": "function"}]},
-    {"messages": [USER], "response_format": {"type": "json_object"}},
+    *({"messages": [USER], "tools": tools} for tools in (3, ["a"], [{"type": "function"}], [TOOL])),  # no form for it
+    *({"messages": [USER], "tool_choice": choice} for choice in ("required", {"type": "function"})),
+    *({"messages": [USER], "chat_template_kwargs": given} for given in ([], {"a-b": 1}, {"messages": 1}, {"other": 1})),
+    {"messages": [USER], "top_logprobs": 3},
+    *({"messages": [USER], "logprobs": given} for given in (3, "yes")),
+    {"messages": [USER], "logprobs": True, "top_logprobs": 21},
     {"messages": [USER], "prompt": "a"},
+    {"messages": [USER], "echo": True},
+    # What a template leaves out is not silently left out.
+    *({"messages": [USER | {name: "b"}]} for name in ("name", "reasoning_content", "tool_call_id", "tool_calls", "x")),
+    {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]},
+    {"messages": [USER, {"role": "tool", "content": "a", "tool_call_id": "b"}]},
+    {"messages": [USER, {"role": "tool", "content": "a"}]},
+    {"messages": [USER, {"role": "assistant", "content": None}]},
 ]
 
 
@@ -329,19 +359,20 @@ def test_what_a_request_holds_beside_its_text_is_freed_before_the_answer(engine,
 
     def parsed(content: bytes, name: str) -> dict[str, object]:
         body = parse(content, name)
-        more = Watched()
-        references.append(weakref.ref(more))
-        for place in (body, *body.get("messages", [])):
-            place["metadata"] = more
+        body["metadata"] = Watched()
+        references.append(weakref.ref(body["metadata"]))
+        for message in body.get("messages", []):
+            message["content"] = Watched(message["content"])
+            references.append(weakref.ref(message["content"]))
         return body
 
     monkeypatch.setattr(app_module, "parse_json", parsed)
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda a: (held.append([r() for r in references]), submit(a)))
-    for path, text in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [USER]})):
+    for path, text in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [USER_PARTS]})):
         (response,) = ask(engine, ("POST", f"/v1/{path}", text | {"max_tokens": 2}))
         assert response.status_code == 200
-    assert held == [[None], [None, None]]
+    assert held == [[None], [None, None, None]]
 
 
 def test_the_queue_and_the_caches_are_bounded(engine, monkeypatch):
@@ -493,23 +524,24 @@ def test_the_openai_client_is_answered(server):
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "a"}])
 
 
-def test_pieces_that_wait_leave_the_loop_a_turn_each():
+def test_pieces_that_wait_leave_the_loop_a_turn_each(engine):
     """Without one, a connection that has broken is not closed before all pieces are written, with a warning each."""
 
     async def read() -> list[str]:
-        pieces: asyncio.Queue[str] = asyncio.Queue()
-        for piece in ("a", "b", "c", ""):
-            pieces.put_nowait(piece)
+        pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        for text in ("a", "b", "c", ""):
+            pieces.put_nowait(Piece(0, text, 0))
         found: list[str] = []
         asyncio.get_running_loop().call_soon(found.append, "closed")
         answer = Answer([1], 3)
         answer.reason = "length"
-        reply = app_module._Reply(answer, pieces, False, "m")
-        async for text in reply._texts():
-            found.append(text)
+        reply = Reply([answer], pieces, Wanted(), engine.tokenizer, is_chat=False, model="m", fingerprint="f")
+        async for event in reply.events():
+            if event != "data: [DONE]\n\n":
+                found.append(json.loads(event[6:])["choices"][0]["text"])
         return found
 
-    assert asyncio.run(read()) == ["a", "closed", "b", "c"]
+    assert asyncio.run(read()) == ["closed", "a", "b", "c", ""]
 
 
 def test_a_client_that_goes_away_ends_its_request(server):
@@ -790,4 +822,29 @@ def test_serve_refuses_an_address_before_it_loads_a_model(tmp_path, capsys):
 def test_serve_names_the_packages_that_are_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["serve", str(tmp_path)]) == 2
-    assert "pip install starlette uvicorn" in capsys.readouterr().err
+    assert "pip install starlette uvicorn prometheus_client" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_tokens", [True, False])
+def test_lm_eval_measures_what_is_served_as_castlm_eval_does(server, tmp_path, as_tokens):
+    """Its model `local-completions` asks for the log probabilities of prompts, by `echo` and `logprobs`."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    folder = save_tiny(tmp_path / "small")  # as the server's
+    pairs = [("Once upon a time", " there was"), ("A", " b"), ("x" * 90, "yz"), ("two", " " + "words " * 9)]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    served = LocalCompletionsAPI(
+        base_url=f"{server[0]}/v1/completions",
+        model="small",
+        tokenizer=str(folder),
+        tokenizer_backend="huggingface",
+        tokenized_requests=as_tokens,
+        batch_size=3,
+    )
+    expected = HFLM(pretrained=tiny_model("llama").eval(), tokenizer=tiny_tokenizer()).loglikelihood(requests)
+    for (value, is_greedy), (exact, is_exact) in zip(served.loglikelihood(requests), expected, strict=True):
+        assert value == pytest.approx(exact, rel=2e-2)  # the cache is bf16
+        assert is_greedy == is_exact

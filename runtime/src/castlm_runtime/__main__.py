@@ -37,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--served-model-name", help="name in requests; default: the last part of the folder")
     serve.add_argument("--allowed-hosts", nargs="*", default=(), help='further names of this server; "*" for any')
     serve.add_argument("--no-prefix-cache", action="store_true", help="requests share no keys and values")
+    serve.add_argument("--api-key", help="asked for by /v1; or in the environment, as CASTLM_API_KEY")
+    serve.add_argument("--access-log", action="store_true", help="a line for each request")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0)
@@ -68,6 +70,8 @@ def _serve(options: argparse.Namespace) -> int:
         kind=options.cache,
         context=options.context,
         shares_prefixes=not options.no_prefix_cache,
+        api_key=options.api_key,
+        has_log=options.access_log,
         say=_note,
         ready=lambda line: print(line, flush=True),
     )

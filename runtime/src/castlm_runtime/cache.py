@@ -44,11 +44,15 @@ class Blocks:
         """Whether a sequence of so many tokens fits beside those that are there, to their ends."""
         return blocks_for(num_tokens) <= self.num_blocks - self._reserved
 
-    def open(self, tokens: Sequence[int], most_tokens: int) -> CachedSequence:
-        """A sequence that begins with `tokens` and has at most `most_tokens`; it must fit."""
+    def open(self, tokens: Sequence[int], most_tokens: int, finds_prefix: bool = True) -> CachedSequence:
+        """A sequence that begins with `tokens` and has at most `most_tokens`; it must fit.
+
+        Args:
+            finds_prefix: whether it takes blocks that begin alike; otherwise all tokens are read.
+        """
         assert self.fits(most_tokens)
         self._reserved += blocks_for(most_tokens)
-        return CachedSequence(self, tokens, blocks_for(most_tokens))
+        return CachedSequence(self, tokens, blocks_for(most_tokens), finds_prefix)
 
     def _take(self) -> int:
         if self._unused:
@@ -90,12 +94,12 @@ class CachedSequence:
         num_read: how many of them have their keys and values in the blocks.
     """
 
-    def __init__(self, pool: Blocks, tokens: Sequence[int], num_reserved: int):
+    def __init__(self, pool: Blocks, tokens: Sequence[int], num_reserved: int, finds_prefix: bool = True):
         self._pool, self._num_reserved = pool, num_reserved
         self.tokens = list(tokens)
         self.blocks: list[int] = []
         self._keys: list[bytes] = []
-        if pool.shares_prefixes:
+        if pool.shares_prefixes and finds_prefix:
             # The last token is always read, because its logits are wanted.
             for number in range((len(self.tokens) - 1) // BLOCK):
                 block = pool._share(self._key(number))

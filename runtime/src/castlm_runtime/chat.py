@@ -32,21 +32,35 @@ class ChatTemplate:
         self._template_seconds = TEMPLATE_SECONDS * document_limit
         self._reads_text: bool | None = None  # whether the template does, or lists of parts alone
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, reply: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any = None,
+        *,
+        reply: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Renders messages by the chat template; with `reply`, also the header that asks the assistant for an answer.
 
         Args:
             messages: each with a role and its content, a text or a list of parts of type text or image.
             tools: JSON schemas.
+            variables: more variables of the template.
         """
-        return self._rendered(messages, tools, reply=reply).text
+        return self._rendered(messages, tools, reply=reply, variables=variables).text
 
     def _rendered(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, *, reply: bool = False, marks: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any,
+        *,
+        reply: bool = False,
+        marks: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> RenderedText:
-        self._template(tools)
+        self.template(tools)
         try:
-            return self._apply(self._as_read(messages), tools, reply=reply, marks=marks)
+            return self._apply(self._as_read(messages), tools, reply=reply, marks=marks, variables=variables)
         except Exception as error:
             raise self._refused(messages, error) from error
 
@@ -54,10 +68,11 @@ class ChatTemplate:
     def has_template(self) -> bool:
         """Whether the tokenizer has a template for conversations without tools."""
         with contextlib.suppress(InputError):
-            return bool(self._template())
+            return bool(self.template())
         return False
 
-    def _template(self, tools: Any = None) -> str:
+    def template(self, tools: Any = None) -> str:
+        """The template for conversations with or without tools. Raises `InputError` if there is none."""
         try:
             return str(self._tokenizer.get_chat_template(tools=tools))
         except ValueError as error:
@@ -91,17 +106,23 @@ class ChatTemplate:
             return ""
 
     def _apply(
-        self, messages: list[Mapping[str, Any]], tools: Any = None, *, reply: bool = False, marks: bool = False
+        self,
+        messages: list[Mapping[str, Any]],
+        tools: Any = None,
+        *,
+        reply: bool = False,
+        marks: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> RenderedText:
         if not messages:
             raise InputError("a conversation without a message")
         return render_template(
-            self._template(tools),
+            self.template(tools),
             messages,
             tools=tools,
             reply=reply,
             marks=marks,
-            variables=self._tokenizer.special_tokens_map,
+            variables={**self._tokenizer.special_tokens_map, **(variables or {})},
             num_bytes=self._template_bytes,
             seconds=self._template_seconds,
         )

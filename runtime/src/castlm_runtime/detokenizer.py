@@ -42,13 +42,14 @@ class Detokenizer:
         self._read = 0  # tokens whose text has been handed out
         self._held = ""  # text that the clean-up may still change
 
-    def put(self, token: int, is_last: bool = False) -> str:
-        """The text that has become certain with this token.
+    def put(self, token: int | None, is_last: bool = False) -> str:
+        """The text that has become certain with this token; None adds none.
 
         Args:
             is_last: no further token comes: all text is handed out.
         """
-        self._tokens.append(token)
+        if token is not None:
+            self._tokens.append(token)
         text = self._decode(self._tokens[self._first :])
         end = len(self._tokens)
         if text.endswith(_BROKEN) and not is_last:

@@ -22,9 +22,10 @@ from castlm_runtime.cache import Blocks, CachedSequence
 from castlm_runtime.defaults import Defaults
 from castlm_runtime.detokenizer import Detokenizer
 from castlm_runtime.errors import InputError, is_panic
+from castlm_runtime.grammar import Grammar
 from castlm_runtime.machine import available_memory
 from castlm_runtime.model import BLOCK, Cache, Model, Part, block_bytes, blocks_for
-from castlm_runtime.sampler import Chooser, Sampling, choose
+from castlm_runtime.sampler import NOT_FINITE, Chooser, Logprob, Sampling, choose, score
 from castlm_runtime.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -43,6 +44,7 @@ _SHORT_PART = 0.5  # and more for short ones
 _LEAST_CACHE = 32_768  # tokens, where memory allows: many short requests, and prefixes that come again
 _MEMORY_SHARE = 0.8  # of the memory that is free once the model is loaded, for the cache
 _PROMPT_PART = 512  # tokens of prompts in a pass
+_SCORED_PART = 64  # of a prompt whose logits are all wanted: 152,000 of them a token in fp32
 
 
 _log = logging.getLogger(__name__)
@@ -57,9 +59,16 @@ def silent(*_: object) -> None:
 
 @dataclass(eq=False)
 class Running:
-    """A sequence in a batch, from `Batch.add` to `Batch.remove`."""
+    """A sequence in a batch, from `Batch.add` to `Batch.remove`.
+
+    Attributes:
+        num_scored: of the first tokens the logits after each one are wanted.
+        scored: those of the last step, (tokens, vocabulary) fp32; None where the step read other tokens.
+    """
 
     cached: CachedSequence
+    num_scored: int = 0
+    scored: np.ndarray | None = None
 
     @property
     def num_unread(self) -> int:
@@ -90,9 +99,14 @@ class Batch:
         """Frees the cache."""
         self.cache.close()
 
-    def add(self, tokens: Sequence[int], most_tokens: int) -> Running:
-        """A sequence that begins with `tokens` and has at most `most_tokens`, which must fit (`blocks.fits`)."""
-        return Running(self.blocks.open(tokens, most_tokens))
+    def add(self, tokens: Sequence[int], most_tokens: int, is_scored: bool = False) -> Running:
+        """A sequence that begins with `tokens` and has at most `most_tokens`, which must fit (`blocks.fits`).
+
+        Args:
+            is_scored: the logits after each of `tokens` are wanted, so that each of them is read.
+        """
+        cached = self.blocks.open(tokens, most_tokens, finds_prefix=not is_scored)
+        return Running(cached, len(tokens) if is_scored else 0)
 
     def remove(self, sequence: Running) -> None:
         """Gives the blocks of a sequence back."""
@@ -110,10 +124,14 @@ class Batch:
         """
         parts = self._schedule(sequences)
         self.model.forward(self.cache, [part for _, part in parts])
-        found = []
+        found: list[Running] = []
         for sequence, part in parts:
-            sequence.cached.have_read(part.position + len(part.tokens))
-            if part.logits is not None:
+            end = part.position + len(part.tokens)
+            sequence.cached.have_read(end)
+            sequence.scored = part.logits if part.position < sequence.num_scored else None
+            if end == len(sequence.cached.tokens):
+                if sequence.scored is not None:
+                    self.logits[len(found)] = sequence.scored[-1]
                 found.append(sequence)
         return found
 
@@ -130,8 +148,12 @@ class Batch:
             if sequence.num_unread > 1:
                 room -= count
             first = cached.num_read
+            is_scored = first < sequence.num_scored
+            if is_scored:
+                count = min(count, _SCORED_PART)
             cached.make_room(first + count)
-            logits = next(free) if count == sequence.num_unread else None
+            row = next(free) if count == sequence.num_unread else None
+            logits = np.empty((count, self.model.vocabulary), np.float32) if is_scored else row
             tokens = cached.tokens[first : first + count]
             parts.append((sequence, Part(tokens, first, cached.blocks[: blocks_for(first + count)], logits)))
         return parts
@@ -146,13 +168,19 @@ class Answer:
 
     Attributes:
         ids: the tokens of the prompt.
-        max_new_tokens: at least 1; prompt and answer fit the model's context.
+        max_new_tokens: prompt and answer fit the model's context; 0 only where the prompt is scored.
         sampling: how its tokens are chosen.
         stop: texts that end the answer; they are no part of it.
+        stop_tokens: tokens that end it, beside those that end a text of the model; they are no part of the text.
+        ignores_end: whether the tokens that end a text of the model do not end the answer.
+        is_scored: whether the log probabilities of the prompt are wanted; `sampling.num_logprobs` says how many.
+        grammar: what the answer must follow.
         begun: called when the request has been taken from the line, and when it ends.
         heard: called with each new text, and with an empty one at the end.
         address: of the client, for `castlm_runtime.admission`.
         tokens: that were generated.
+        prompt_logprobs: of the tokens of the prompt, if it is scored.
+        logprobs: of `tokens`, if `sampling` wants them.
         reason: why the answer ended: "stop", "length", "cancelled", "refused" or "error"; None before.
         error: what went wrong.
     """
@@ -161,10 +189,16 @@ class Answer:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    stop_tokens: frozenset[int] = frozenset()
+    ignores_end: bool = False
+    is_scored: bool = False
+    grammar: Grammar | None = None
     begun: Callable[[], None] = silent
     heard: Say = silent
     address: str = ""
     tokens: list[int] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     reason: str | None = None
     error: BaseException | None = None
     is_cancelled: bool = False
@@ -184,18 +218,20 @@ class Answer:
     @property
     def cost(self) -> float:
         """The work that it takes, in tokens to decode."""
-        return _REQUEST_COST + _PROMPT_COST * self.num_prompt + self.max_new_tokens
+        prompt = _PROMPT_COST * self.num_prompt * (2 if self.is_scored else 1)
+        return _REQUEST_COST + prompt + self.max_new_tokens
 
-    def take(self, token: int, tokenizer: Tokenizer, reason: str | None) -> None:
+    def take(self, token: int, tokenizer: Tokenizer, reason: str | None, is_shown: bool = True) -> None:
         """Adds a token. Text is handed on once no later token can change it or make it part of a stop text.
 
         Args:
             reason: why this token is the last one; None where it is not.
+            is_shown: whether it is part of the text.
         """
         self.tokens.append(token)
         if self._text is None:
             self._text = tokenizer.detokenizer()
-        self._held += self._text.put(token, is_last=reason is not None)
+        self._held += self._text.put(token if is_shown else None, is_last=reason is not None)
         found = [at for at in map(self._held.find, self.stop) if at >= 0]
         if found:
             self._held, reason = self._held[: min(found)], "stop"
@@ -212,7 +248,7 @@ class Answer:
 
     def reason_after(self, token: int, ends: Collection[int]) -> str | None:
         """Why the answer ends with `token`, its next one; None if it goes on. `ends` are tokens that end a text."""
-        if token in ends:
+        if token in self.stop_tokens or (token in ends and not self.ignores_end):
             return "stop"
         return "length" if len(self.tokens) + 1 == self.max_new_tokens else None
 
@@ -261,7 +297,7 @@ class Engine:
 
     def submit(self, answer: Answer) -> None:
         """Queues a request; cancels it after `close`. Raises `BusyError` if it is refused; another one may be, too."""
-        assert answer.max_new_tokens >= 1
+        assert answer.max_new_tokens >= 1 or answer.is_scored
         assert answer.num_cached <= self.context
         with self._changed:
             if self._is_closed:
@@ -274,6 +310,27 @@ class Engine:
             if answer in refused:
                 raise BusyError(f"{len(self._line.waiting())} requests wait already: try again later, or ask for less")
             self._changed.notify()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        with self._changed:
+            return len(self._line.waiting())
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being read or decoded."""
+        return len(self._running)
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """The tokens whose keys and values the cache holds."""
+        return self.batch.blocks.num_blocks * BLOCK
+
+    @property
+    def cache_used(self) -> float:
+        """The share of the cache that running requests use."""
+        return self.batch.blocks.num_used / self.batch.blocks.num_blocks
 
     def cancel(self, answer: Answer) -> None:
         """Ends a request at the next token; nothing of one that has ended."""
@@ -353,7 +410,7 @@ class Engine:
 
     def _begin(self, answer: Answer) -> None:
         chooser = Chooser(answer.sampling, answer.ids, self.model.vocabulary)
-        self._running[answer] = self.batch.add(answer.ids, answer.num_cached), chooser
+        self._running[answer] = self.batch.add(answer.ids, answer.num_cached, answer.is_scored), chooser
 
     def _advance(self) -> int:
         """Runs a pass for the requests that are served, and chooses their next tokens.
@@ -377,23 +434,57 @@ class Engine:
         with _failing(*in_order):
             found = self.batch.step([self._running[answer][0] for answer in in_order])
             by_running = {self._running[answer][0]: answer for answer in in_order}
+            for running, answer in by_running.items():
+                with _failing(answer):
+                    self._score(running, answer)
             answers = [by_running[running] for running in found]
+            for answer in answers:
+                with _failing(answer):
+                    if answer.max_new_tokens == 0:
+                        answer.finish("length")
+                    elif answer.grammar is not None:
+                        self._running[answer][1].allow(answer.grammar.allowed())
             choosers = [self._running[answer][1] for answer in answers]
             chosen = choose(self.batch.logits[: len(found)], choosers, self.model.threads)
             for row, answer in enumerate(answers):
+                if answer.reason is not None:
+                    continue
                 with _failing(answer):
                     if row in chosen.errors:
                         raise InputError(chosen.errors[row])
+                    if answer.sampling.num_logprobs is not None:
+                        answer.logprobs.append(chosen.logprob(row, answer.sampling.num_logprobs))
                     self._take(answer, int(chosen.tokens[row]))
             count = len(found)
         self._remove_finished()
         return count
 
+    def _score(self, running: Running, answer: Answer) -> None:
+        """The log probabilities of the tokens of a prompt that the last step has read."""
+        if running.scored is None:
+            return
+        done = running.cached.num_read
+        given = answer.ids[done - len(running.scored) + 1 : done + 1]  # row i is of the token after token i
+        num_best = answer.sampling.num_logprobs or 0
+        scored = score(running.scored[: len(given)], given, num_best, self.model.threads)
+        if scored.errors:
+            raise InputError(NOT_FINITE)
+        if not answer.prompt_logprobs:
+            answer.prompt_logprobs.append(Logprob(answer.ids[0], None, ()))
+        answer.prompt_logprobs += [scored.logprob(row, num_best) for row in range(len(given))]
+        running.scored = None
+
     def _take(self, answer: Answer, token: int) -> None:
         running, chooser = self._running[answer]
         running.append(token)
         chooser.add(token)
-        answer.take(token, self.tokenizer, answer.reason_after(token, self.defaults.ends))
+        reason = answer.reason_after(token, self.defaults.ends)
+        is_shown = reason != "stop"  # a token that ends a text is no part of it
+        if answer.grammar is not None and is_shown:
+            answer.grammar.take(token)
+            if answer.grammar.is_done:
+                reason = "stop"
+        answer.take(token, self.tokenizer, reason, is_shown)
 
     def _remove_finished(self) -> None:
         for answer in [answer for answer in self._is_short if answer.reason is not None]:

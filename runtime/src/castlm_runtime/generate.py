@@ -139,7 +139,8 @@ class Session:
                 running.append(token)
                 chooser.add(token)
                 times.append(time.perf_counter())
-                answer.take(token, self.tokenizer, answer.reason_after(token, () if ignores_end else of.ends))
+                reason = answer.reason_after(token, () if ignores_end else of.ends)
+                answer.take(token, self.tokenizer, reason, is_shown=reason != "stop")
         finally:
             self._batch.remove(running)
         seconds = times[-1] - times[1]

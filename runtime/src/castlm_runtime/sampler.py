@@ -10,6 +10,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,6 +164,15 @@ class Chooser:
         return spec
 
 
+class Logprob(NamedTuple):
+    """A token and its log probability, by the logits as the model gave them, with the most probable tokens."""
+
+    token: int
+    value: float | None
+    """None of the first token of a text."""
+    best: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The tokens of the rows of a batch.
@@ -178,6 +188,11 @@ class Chosen:
     errors: Mapping[int, str]
     logprobs: Floats
     best: Ints
+
+    def logprob(self, row: int, num_best: int) -> Logprob:
+        """That of the token of a row, and of the `num_best` most probable ones."""
+        value, *best = self.logprobs[row, : 1 + num_best].tolist()
+        return Logprob(int(self.tokens[row]), value, tuple(zip(self.best[row, :num_best].tolist(), best)))
 
 
 def choose(logits: Floats, choosers: Sequence[Chooser], threads: int = 1) -> Chosen:

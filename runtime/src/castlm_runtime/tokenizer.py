@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ from castlm_runtime.errors import InputError, one_line
 from castlm_runtime.reading import check_regular, read_json_object, read_text
 
 _FILE, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level BPE: printable ones for themselves, others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
 
 
 class Tokenizer:
@@ -66,6 +77,32 @@ class Tokenizer:
     def detokenizer(self) -> Detokenizer:
         """The text of tokens as they come."""
         return Detokenizer(lambda ids: str(self._backend.decode(list(ids), skip_special_tokens=True)), self.cleans_up)
+
+    def token_text(self, token: int) -> str:
+        """The text that a token adds to a text, also a special token; "\ufffd" for part of a character."""
+        text = str(self._backend.decode([*self._anchor, token], skip_special_tokens=False))
+        return text[len(self._backend.decode(self._anchor, skip_special_tokens=False)) :]
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes that a token adds to a text; None where they are not known."""
+        text = self.token_text(token)
+        if "\ufffd" not in text:
+            return text.encode()
+        name = str(self._backend.id_to_token(token))
+        if name.startswith("<0x") and len(name) == 6:  # of SentencePiece
+            return bytes([int(name[3:5], 16)])
+        if all(character in _BYTES for character in name):  # of byte-level BPE
+            return bytes(_BYTES[character] for character in name)
+        return None
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        """A token before which another one keeps the space that it begins with."""
+        return list(self._backend.encode("a", add_special_tokens=False).ids[-1:])
+
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        return str(self._backend.to_str())
 
     def token_id(self, text: str) -> int | None:
         """The id of a token by its text; None if there is none."""

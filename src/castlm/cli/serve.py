@@ -48,10 +48,16 @@ class ServeCommand:
     prefix_cache: bool = True
     """Share keys and values among requests that begin alike, such as the turns of a conversation."""
 
+    api_key: str | None = None
+    """Key that requests must have. The environment variable CASTLM_API_KEY sets it unseen by other users."""
+
+    access_log: bool = False
+    """Print a line for each request: time, address, method, path, status and seconds."""
+
     def run(self) -> int:
         from castlm_runtime.server.run import check_port, default_name, serve
 
-        require("serving needs", "starlette", "uvicorn")
+        require("serving needs", "starlette", "uvicorn", "prometheus_client")
         check_port(self.host, self.port)  # before the model is loaded
         check_threads(self.threads)
         from castlm.progress import note
@@ -65,6 +71,8 @@ class ServeCommand:
             kind=self.cache,
             context=self.context or None,
             shares_prefixes=self.prefix_cache,
+            api_key=self.api_key,
+            has_log=self.access_log,
             say=note,
             ready=to_stdout,
         )

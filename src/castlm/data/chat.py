@@ -158,7 +158,7 @@ class Chat(ChatTemplate):
             start, whole = len(content["prompt"]), content["prompt"] + content["completion"]
             return self._counted(whole, [(start, len(whole))], is_rendered=False)
         messages, tools, prompt = messages_of(content), content.get("tools"), content.get("prompt", [])
-        if self._assistant_only and not prompt and _MARK.search(self._template()):
+        if self._assistant_only and not prompt and _MARK.search(self.template()):
             return self._marked(messages, tools)
         whole = self.render(messages, tools)
         self._check_whole(messages, tools)

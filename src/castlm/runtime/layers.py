@@ -365,7 +365,8 @@ def onto_kernels_(
     elif isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Identity):
         shared = PackedLinear(embedding.spec)  # the tied head of a packed table: see `CastlmQuantizer`
     if shared is not None:
-        model.all_tied_weights_keys = {}  # they share a buffer from here on, not a parameter
+        # They share a buffer from here on, not a parameter, also for `tie_weights`, which lm-eval calls.
+        model.all_tied_weights_keys, model._tied_weights_keys = {}, None
         model.set_output_embeddings(nn.Identity())
     elif plain and isinstance(head, nn.Linear):
         packed = packed_table(head.weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import socket
 import sys
 from collections.abc import Callable, Collection
@@ -28,11 +30,9 @@ def check_port(host: str, port: int) -> None:
 
 def check_installed() -> None:
     """Raises `InputError` without the libraries of the extra `serve`."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InputError("serving needs starlette and uvicorn: pip install starlette uvicorn") from error
+    lacking = [name for name in ("starlette", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise InputError(f"serving needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
 
 
 def serve(
@@ -47,6 +47,8 @@ def serve(
     kind: str = "bf16",
     context: int | None = None,
     shares_prefixes: bool = True,
+    api_key: str | None = None,
+    has_log: bool = False,
     say: Callable[[str], None] = silent,
     ready: Callable[[str], None] = silent,
 ) -> None:
@@ -56,6 +58,9 @@ def serve(
         name: of the model in requests.
         allowed_hosts: names of this server in requests, beside host, localhost and addresses; "*" for any.
         kind, context, shares_prefixes: as for `Engine`.
+        api_key: that requests to /v1 must have; None takes the environment variable CASTLM_API_KEY, which other users
+            of the machine do not see in the list of processes, or asks for none.
+        has_log: `say` takes a line for each request.
         say: takes a line for the user.
         ready: takes the line with the address, once the model is there.
     """
@@ -67,7 +72,8 @@ def serve(
     else:
         say("the model has no chat template: /v1/chat/completions answers 400, use /v1/completions")
     engine = Engine(model, tokenizer, defaults, kind=kind, context=context, shares_prefixes=shares_prefixes, say=say)
-    app = make_app(engine, name, (host, *allowed_hosts))
+    key = api_key or os.environ.get("CASTLM_API_KEY") or None
+    app = make_app(engine, name, (host, *allowed_hosts), api_key=key, log=say if has_log else None)
     # A thread that waits for Python's lock, as the engine does several times a token, has it after 0.5 ms.
     sys.setswitchinterval(5e-4)
     shown = f"[{host}]" if ":" in host else host  # IPv6
