@@ -360,7 +360,7 @@ def test_a_parquet_file_that_repeats_a_text_without_end_is_refused(tmp_path, mon
     documents = open_documents(path)
     assert len(texts_of(documents, 0)) == 5000
     (source,), pool = documents._sources, documents._pool
-    assert source.memory_of(0) > 2_500_000 > source.unit_bytes[0]
+    assert pool._bytes > 2 * 2_400_000 > 2 * source.unit_bytes[0]
     assert len(pool._held) == 2
     documents = open_documents(path)
     documents._pool.limit = 4_000_000

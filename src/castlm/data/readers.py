@@ -70,10 +70,6 @@ class Pieces:
         """The content of a piece; only `Documents` knows whether it begins and ends its document."""
         raise NotImplementedError
 
-    def memory_of(self, unit: int) -> int:
-        """The memory of a unit that has been read."""
-        return int(self.unit_bytes[unit])
-
     def sha256(self) -> str:
         """The hash of the file, in hexadecimal."""
         return sha256_file(self.path)
@@ -102,7 +98,8 @@ class Pool:
                 return self._held[key][0]
             self._make_room(num_bytes)
             value = load(unit)
-            num_bytes = source.memory_of(unit)
+            # a table of equal texts takes far more memory than its file tells
+            num_bytes = max(num_bytes, len(value) if isinstance(value, bytes) else value.nbytes)
             self._make_room(num_bytes)
             self._held[key] = (value, num_bytes)
             self._bytes += num_bytes
@@ -308,7 +305,11 @@ class JsonLines(Spans):
 
 
 class GzipJsonLines(Pieces):
-    """Gzipped JSON lines with random access: a copy of the decompressor is kept every `SEGMENT_BYTES`."""
+    """Gzipped JSON lines with random access: a copy of the decompressor is kept every `SEGMENT_BYTES`.
+
+    A run reads documents in a random order and resumes in the middle of it. Without these seek points each of them
+    would take the decompression of all before it, or a copy of the text on the disk.
+    """
 
     def __init__(self, path: Path, options: TextOptions, pool: Pool) -> None:
         self.path, self._rows, self._pool = path, JsonRows(path, options), pool
@@ -452,7 +453,6 @@ class ParquetRows(Pieces):
         if columns is None:  # no row holds anything
             rows, columns = rows * 0, Columns("text", is_chat=False)
         self._columns, self._most = columns, MAX_GROUP_BYTES * options.document_limit
-        self._decoded: dict[int, int] = {}  # apart from `unit_bytes`, which decide the order of documents
         text_names = [name for name in columns.text_columns if name in holding]
         self._names = [*text_names, *(name for name in columns.extra if name in holding)]
         self._first = np.cumsum(rows) - rows
@@ -507,11 +507,7 @@ class ParquetRows(Pieces):
                 f"{self.path}: row group {unit} takes more than {self._most:,.0f} bytes of memory: write it with "
                 "smaller row groups, or raise document_limit"
             )
-        self._decoded[unit] = num_bytes
         return table
-
-    def memory_of(self, unit: int) -> int:
-        return max(self._decoded.get(unit, 0), super().memory_of(unit))
 
 
 @contextlib.contextmanager
