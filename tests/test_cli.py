@@ -1,14 +1,10 @@
 """The command as a process and in a pipe, `--json`, and its lines of progress."""
 
-import fcntl
 import json
 import os
 import re
-import shlex
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +19,6 @@ from castlm.cli.train import run_training
 from castlm.core.errors import DivergedError, InputError
 from castlm.facts import Facts, Verdict
 from castlm.files.atomic_file import atomic_write_json
-from castlm.names import for_stream
 from castlm.progress import shown_progress
 from castlm.signals import Interrupted, resume_command
 from tests.slow import slow
@@ -277,42 +272,6 @@ def test_one_rank_tells_how_a_stopped_run_goes_on(capsys, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         assert run_training(None, report=False) == 130
         assert capsys.readouterr().err == told
-
-
-def test_a_terminal_breaks_lines_at_words_and_a_copied_command_stays_one_line(tmp_path, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    text = "castlm: stopped after step 2, saved; continue with: castlm train --config 'my run/config.yaml' --resume"
-    with (tmp_path / "log").open("w") as log:
-        assert for_stream(text, log) == text  # a line of a log stays as it is
-    assert for_stream(text, log) == for_stream(text, None) == text  # closed, as by 2>&-
-    master, slave = os.openpty()
-    with os.fdopen(master), os.fdopen(slave, "w") as terminal:
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
-        shown = for_stream(text, terminal)
-    rows = [shown[start : start + 30] for start in range(0, len(shown), 30)]
-    assert [row.strip() for row in rows] == [
-        "castlm: stopped after step 2,",
-        "saved; continue with: castlm",
-        "train --config",
-        "'my run/config.yaml' --resume",
-    ]
-    assert shlex.split(shown) == shlex.split(text)
-
-
-def test_a_bar_of_80_columns_keeps_count_and_eta_of_slow_parts(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "80")
-    with shown_progress("starting from sparsegpt, transformer blocks", before=None) as told:
-        for done in range(3):
-            now[0] = 3600.0 * done
-            told(done, 126)
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
-    last = [line for line in re.split(r"[\r\n]+", shown) if "transformer blocks" in line][-1]
-    assert "2/126" in last
-    assert "ETA 124:00:00" in last
-    assert len(last) <= 80
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(capsys, monkeypatch):

@@ -211,13 +211,12 @@ def test_the_report_says_what_was_left_dense_and_which_damping_was_raised():
     assert len(report.layers) == 12
     assert report.zero_fraction == 0.5
     assert report.raised_damping == {}
-    assert report.seconds > 0
     undamped = replace(NO_REFINEMENTS, damping=0)
     few = prune_oneshot_(tiny_model("llama"), "sparsegpt", calibration=tokens(1, 8), refinements=undamped)  # of rank 8
     solved = few.solved()
     assert solved.damping == 0
     assert solved.raised_damping["model.layers.0.self_attn.q_proj"] == 0.01
-    assert any("14 of 14 layers took more damping than 0, up to 0.01" in line for line in few.notes())
+    assert any("14 of 14 layers" in line and "0.01" in line for line in few.notes())
 
 
 def test_dtype_and_modes_stay_and_progress_is_told():

@@ -2,10 +2,8 @@
 
 import importlib
 import importlib.machinery
-import io
 import json
 import math
-import re
 import sys
 import threading
 import types
@@ -17,7 +15,6 @@ import pytest
 from castlm.core.errors import InputError
 from castlm.export.hf import push
 from castlm.files.record import LOCK, OUTPUT
-from castlm.progress import Screen
 from castlm.training import telemetry as trackers
 from castlm.training.record import read_metrics, read_series
 from castlm.training.telemetry import Telemetry, TrackedRun, chosen_trackers, open_trackers
@@ -67,21 +64,6 @@ def test_every_installed_tracker_gets_the_figures_of_metrics_jsonl(clients, llam
         for (_, values), row in zip(client.logged, rows):
             assert values.items() <= row.items()
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-
-
-def test_a_terminal_of_80_columns_shows_step_eta_and_whole_figures(tmp_path, monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr(
-        trackers, "Screen", lambda **options: Screen(**options, file=out, force_terminal=True, width=80)
-    )
-    with Telemetry(tmp_path, 30_000, is_main=True, start_step=0) as telemetry:
-        telemetry.log(12, dict.fromkeys(trackers.SHOWN, 1234.5) | {"eta_s": 50_000.0})
-        telemetry.evaluated(12, dict.fromkeys([*trackers.EVALUATION, "perplexity/a b"], 1234.5), {})
-    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line).rstrip() for line in out.getvalue().splitlines()]
-    assert max(map(len, lines)) <= 80
-    assert any("12/30000 ETA 13:53:20 loss 1234.5000" in line for line in lines)
-    figures = [form.format(1234.5) for form in trackers.EVALUATION.values()] + ["perplexity/a b 1234.500"]
-    assert all(any(figure in line for line in lines) for figure in figures)
 
 
 def test_tensorboard_keeps_the_step_that_a_resumed_run_starts_from(tmp_path):

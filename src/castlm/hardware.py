@@ -171,7 +171,7 @@ def describe(device: torch.device, num_ranks: int, precision: str, optimizer: st
 
 
 def arithmetic(device: torch.device) -> dict[str, str | int]:
-    """What decides the order in which torch adds, and with it the last bits of a result, by name."""
+    """The properties of torch and the machine that determine the order of sums, and so the last bits of a result."""
     found: dict[str, str | int] = {"torch": torch.__version__}
     if device.type == "cuda":
         return found | {"GPU": torch.cuda.get_device_name(device)}

@@ -49,24 +49,24 @@ class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        of_x, of_weight, of_scale, of_bias = (None,) * 4
+        grad_x, grad_weight, grad_scale, grad_bias = (None,) * 4
         rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         if ctx.needs_input_grad[0]:
             # dL/dx = dL/dy (W * A): (4096, 1536) @ (1536, 576)
-            of_x = (rows @ scale_weight(weight, scale).to(x.dtype)).view(x.shape)
+            grad_x = (rows @ scale_weight(weight, scale).to(x.dtype)).view(x.shape)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             blocks = weight.view(*scale.shape, weight.shape[-1] // scale.shape[-1])  # (1536, 576) -> (1536, 2, 288)
             product = torch.promote_types(weight.dtype, scale.dtype)
             # dL/d(W * A) = dL/dy^T x: (1536, 4096) @ (4096, 576) -> (1536, 2, 288)
-            of_blocks = (rows.T @ x.reshape(-1, x.shape[-1])).to(product).view(blocks.shape)
+            grad_blocks = (rows.T @ x.reshape(-1, x.shape[-1])).to(product).view(blocks.shape)
             # the product rule: dL/dW = dL/d(W * A) A, and dL/dA = dL/d(W * A) W, summed over the block of a factor
             if ctx.needs_input_grad[1]:
-                of_weight = (of_blocks * scale.unsqueeze(-1)).flatten(-2).to(weight.dtype)
+                grad_weight = (grad_blocks * scale.unsqueeze(-1)).flatten(-2).to(weight.dtype)
             if ctx.needs_input_grad[2]:
-                of_scale = (of_blocks * blocks).sum(-1).to(scale.dtype)
+                grad_scale = (grad_blocks * blocks).sum(-1).to(scale.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-            of_bias = rows.sum(0).to(ctx.bias_dtype)
-        return of_x, of_weight, of_scale, of_bias
+            grad_bias = rows.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_scale, grad_bias
 
 
 class WeightScaling(nn.Module):

@@ -100,8 +100,8 @@ def squares_of(parameter: Tensor) -> Tensor:
 def norm_of(squares: Iterable[Tensor], sharded_like: Tensor) -> Tensor:
     """The norm of all gradients, () float32, from their `squares_of`; inf where one is not finite.
 
-    The sum is exact, in whole numbers of 2^-36 of the power of two above the largest square, so its order does not
-    matter.
+    Squares are rounded to whole multiples of a fixed power of two, 2^-36 of the one above the largest square, and added
+    as int64. Sums of whole numbers are exact, so neither the order nor the number of ranks changes a bit.
 
     Args:
         sharded_like: a parameter that is sharded as all are.

@@ -254,7 +254,7 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
     return World(rank, size, here, mesh, control, patient, timeout_s)
 
 
-_ELSEWHERE = "192.0.2.1"  # an address of documentation (RFC 5737): the way there is the default route
+_ELSEWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737), so packets to it take the default route
 
 
 def interface_to(address: str) -> str | None:

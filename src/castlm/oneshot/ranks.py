@@ -153,9 +153,9 @@ def panels_of(num_rows: int) -> list[slice]:
 
 
 def by_rows(ranks: Ranks, function: Callable[..., Any], *matrices: Tensor, at_once: bool = False) -> Tensor:
-    """`function(*rows)` for the rows of `matrices` (rows, columns), where each row needs itself alone; (rows, columns).
+    """Applies a function of rows that does not mix them to all rows of `matrices`, (rows, columns).
 
-    Each rank does some panels of rows, and gets the others.
+    Each rank computes some panels of rows and receives the others.
 
     Args:
         function: returns new rows; called for one panel after another. With `at_once`, called with a list of the rows
@@ -215,7 +215,7 @@ ALONE_EACH: ShareEach = partial(share_each, ONE_RANK)
 
 
 def each_by_one(ranks: Ranks, tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """Runs each of `tasks` on one rank, and returns the results of all on every rank; they are small, and on a CPU.
+    """Runs each of `tasks` on one rank, and returns all results, which are small and on a CPU, on every rank.
 
     One rank decides for all, because processors of two kinds may round to two different decisions.
     """

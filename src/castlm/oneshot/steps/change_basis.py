@@ -47,9 +47,9 @@ class ChangeBasis(Step):
         if not self.is_known or visit.inputs is None or not visit.inside:
             return
         began = time.perf_counter()
-        # Left for the solver, in the new basis: it saves `Solve` its first pass over the text.
+        # The statistics stay in `visit`, in the new basis, and save `Solve` its first pass over the text.
         visit.seen = see_inputs(visit.inside, visit.inputs, SOLVERS["sparsegpt"], visit.inputs.num_sequences)
-        # described again: its views are of the weights that are in memory now
+        # Described again, because the earlier views may be of weights that have left the memory.
         block = describe(visit.source.model)[visit.index]
         change_block_basis_(block, visit.seen, visit.inputs, self.basis, self.pattern, report.basis, visit.ranks)
         report.basis.seconds += time.perf_counter() - began
