@@ -243,7 +243,9 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from castlm.models.io import check_loading_info, check_no_kernels, quiet_transformers
+    from castlm.runtime.register import register
 
+    register()  # the class of a packed folder is asked of transformers too
     try:
         with (
             loading_only(tensors.values()),
