@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command] = {
     "unpack": Command("pack.UnpackCommand", "write a packed model as a plain model folder again"),
     "generate": Command("generate.GenerateCommand", "continue a prompt with a model, plain or packed"),
     "serve": Command("serve.ServeCommand", "serve a model, plain or packed, over the OpenAI API"),
-    "demo": Command("demo.DemoCommand", "train the bundled SmolLM2-135M-Instruct to 2:4 on a laptop, in minutes"),
+    "demo": Command("demo.DemoCommand", "train the bundled SmolLM2-135M-Instruct to 32:64 on a laptop, in minutes"),
 }
 
 

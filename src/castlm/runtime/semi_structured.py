@@ -100,6 +100,7 @@ def to_semi_structured_(
     raced: dict[tuple[object, ...], tuple[dict[str, float], str]] = {}
     choices = []
     for done, (name, layer) in enumerate(layers.items(), 1):
+        assert backend is not None  # there are layers
         choices.append(_convert(model, name, layer, tokens, backend, raced))
         progress(done, len(layers))
     return choices
