@@ -188,13 +188,13 @@ def test_hidden_states_stay_in_the_memory_of_the_host_where_they_fit(free, gpu, 
     monkeypatch.setattr(np, "fromfile", lambda file, *args, **more: read.append(file) or fromfile(file, *args, **more))
     sizes = {"num_sequences": 20, "seq_len": 64, "reconstruct_epochs": 1, "memory": "block", "device": "cuda"}
     with killed_in(HiddenStates, "move_on", 2):
-        prune(model=llama, calibration=text, output_dir=tmp_path / "killed", **sizes)
+        prune(llama, text, output_dir=tmp_path / "killed", **sizes)
     assert bool(read) == (free == 0)
     read.clear()
-    prune(model=llama, calibration=text, output_dir=tmp_path / "killed", **sizes)
+    prune(llama, text, output_dir=tmp_path / "killed", **sizes)
     assert free == 0 or len(read) == len(set(read)) == 2  # what enters the second block, also of the dense model
     monkeypatch.undo()
-    prune(model=llama, calibration=text, output_dir=tmp_path / "straight", **sizes)
+    prune(llama, text, output_dir=tmp_path / "straight", **sizes)
     assert_equal_weights(tmp_path / "straight", tmp_path / "killed")
 
 
