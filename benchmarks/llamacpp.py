@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 FORMATS = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 """Name of the format, and of llama_cpp's constant of it."""
-LEAST_CONTEXT = 512
+MIN_CONTEXT = 512
 """Tokens that a runner takes at least, whatever its `seq_len`."""
 
 
@@ -43,7 +43,7 @@ class LlamaCpp:
     """The most that `batch` takes."""
 
     def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), max(self.seq_len, LEAST_CONTEXT))
+        sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), max(self.seq_len, MIN_CONTEXT))
         threads = {"n_threads": self.threads, "n_threads_batch": self.threads}
         self._scoring = llama_cpp.Llama(str(self.file), logits_all=True, verbose=False, **sizes, **threads)
         self._decoding = llama_cpp.Llama(str(self.file), verbose=False, **sizes, **threads)
@@ -51,7 +51,7 @@ class LlamaCpp:
             atexit.register(model.close)  # Python's own clean-up comes too late for it
 
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = LEAST_CONTEXT
+        params.n_ctx = params.n_batch = params.n_ubatch = MIN_CONTEXT
         params.n_seq_max = self.sequences
         params.n_threads = params.n_threads_batch = self.threads
         self._together = llama_cpp.llama_init_from_model(self._decoding.model, params)

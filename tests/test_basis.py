@@ -164,7 +164,7 @@ def test_the_search_in_parts_finds_most_of_the_gain(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     score = (torch.randn(64, 256, generator=generator) * torch.randn(256, generator=generator).exp()).square()
     whole = kept_score(score[:, find_permutation(score, NM(2, 4), rounds=6)])
-    monkeypatch.setattr(axes, "_MOST_GROUPS", 16)
+    monkeypatch.setattr(axes, "_MAX_GROUPS", 16)
     order = find_permutation(score, NM(2, 4), rounds=6)
     assert sorted(order.tolist()) == list(range(256))
     start = kept_score(score)

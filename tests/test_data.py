@@ -118,7 +118,7 @@ def test_a_line_that_expands_to_more_than_a_text_can_be_is_refused(tmp_path, mon
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_text_that_cannot_be_tokenized_at_once_is_refused(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(columns, "MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(columns, "MAX_CHARACTERS", 1000)
     path = write_texts(tmp_path / name, ["short", "a" * 1001])
     with pytest.raises(InputError, match=r"1,001 .*1,000.*document_limit"):
         texts_of(open_documents(path))

@@ -433,11 +433,11 @@ def test_images_of_too_many_pixels_or_too_much_memory_are_refused(dataset, encod
         open_images([str(tmp_path / "large.png")])
     Image.new("L", (4_000, 4_000)).save(tmp_path / "a.jp2")
     assert open_images([str(tmp_path / "a.jp2")])[0].size == (4_000, 4_000)
-    monkeypatch.setattr(image_reader, "MOST_MEMORY", 100 << 20)  # its decoder takes 24 bytes for each pixel
+    monkeypatch.setattr(image_reader, "MAX_MEMORY", 100 << 20)  # its decoder takes 24 bytes for each pixel
     with pytest.raises(InputError, match=r"a.jp2.*GiB to decode"):
         open_images([str(tmp_path / "a.jp2")])
     assert open_images([str(tmp_path / "a.jp2")], document_limit=8)[0].size == (4_000, 4_000)
-    monkeypatch.setattr(image_reader, "MOST_PIXELS", 2 * 32 * 32 - 1)
+    monkeypatch.setattr(image_reader, "MAX_PIXELS", 2 * 32 * 32 - 1)
     row = json.loads(dataset.read_text().splitlines()[0])
     with pytest.raises(InputError, match=r"'which\? and'.*1,024 pixels, more than 1,023"):
         encoder.conversation(document_of(row, dataset.parent))
@@ -472,7 +472,7 @@ def test_an_image_that_takes_more_time_or_memory_than_its_file_tells_is_refused(
         return BYTES + base64.b64encode(content).decode()
 
     assert open_images([inline(many_scans(3, 64))])[0].size == (64, 64)
-    monkeypatch.setattr(image_reader, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(image_reader, "MAX_SECONDS", 0.5)
     with pytest.raises(InputError, match=r"in the dataset: it takes longer than 0.5 seconds"):
         open_images([inline(many_scans(2_000, 2_000))])  # 1 MB, and 8 billion pixels in its scans
     assert open_images([inline(many_scans(3, 64))])[0].size == (64, 64)  # by a new process

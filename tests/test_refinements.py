@@ -92,7 +92,7 @@ def by_the_letter(weight, target, hessian, iterations):
 @pytest.mark.parametrize("system", [Eigenvectors, Inverses])  # a CPU's, and a GPU's
 def test_masks_are_those_of_admm_by_the_letter_where_that_is_better(system, monkeypatch):
     monkeypatch.setattr(admm, "system_of", system)
-    monkeypatch.setattr(division, "LEAST_ROWS", 4)  # three panels
+    monkeypatch.setattr(division, "MIN_ROWS", 4)  # three panels
     improved = 0
     for seed in range(6):
         x, weight = (tensor.double() for tensor in layer(seed))

@@ -32,7 +32,7 @@ TEXT = {"seq_len": 64, "calibration_sequences": 40, "per_device_train_batch_size
 
 def start(config: TrainConfig) -> None:
     """Makes the start of a run, and saves the student's whole weights and masks as they are before step 0."""
-    division.LEAST_ROWS = 4  # the rows of a tiny layer are divided, too
+    division.MIN_ROWS = 4  # the rows of a tiny layer are divided, too
     with closing(init_world("cpu", "full")) as world:
         run = begin_run(config, world)
         weights = {name: whole(p.detach()).clone() for name, p in run.model.named_parameters()}
@@ -181,7 +181,7 @@ def test_a_rank_killed_in_a_block_continues_on_any_number_of_ranks_to_the_same_b
 
 
 def prune(*options: str) -> int:
-    division.LEAST_ROWS = 4
+    division.MIN_ROWS = 4
     return main(["prune", *options])
 
 

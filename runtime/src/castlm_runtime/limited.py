@@ -25,7 +25,7 @@ from typing import IO, Any
 from castlm_runtime.errors import InputError, one_line
 
 _WALL_FACTOR = 12  # of the processor time, for a machine that others use, and for the start of the process
-_MOST_SECONDS = 86_400.0
+_MAX_SECONDS = 86_400.0
 
 
 class CallError(Exception):
@@ -71,7 +71,7 @@ class LimitedProcess:
             MemoryError: it takes more memory.
             InputError: the process cannot be started.
         """
-        seconds = min(seconds, _MOST_SECONDS)
+        seconds = min(seconds, _MAX_SECONDS)
         content = json.dumps(
             {"request": request, "num_bytes": num_bytes, "seconds": seconds},
             default=lambda value: f"<{type(value).__name__}>",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FARTHEST = 10
 """How far beyond the largest run of a law `plan predict` predicts without --force, as a factor."""
-MOST_SEQUENCES = 128
+MAX_SEQUENCES = 128
 """Calibration sequences of a start that names no number; it reads at most as many."""
 
 
@@ -135,7 +135,7 @@ def memory(arguments: list[str]) -> int:
     if start.name not in methods_of(pattern) and not Path(start.name).expanduser().is_dir():
         solvers = ", ".join(methods_of(pattern))
         raise InputError(f"init_from {start.name} is neither {solvers} nor the folder of a model of {pattern}")
-    num_sequences, seq_len = start.calibration_sequences or MOST_SEQUENCES, config.data.seq_len
+    num_sequences, seq_len = start.calibration_sequences or MAX_SEQUENCES, config.data.seq_len
     if options.quantize is not None:
         plan_of_quantize = plan_quantize_memory(
             model,

@@ -385,7 +385,7 @@ class AdamS(Optimizer):
 
     def _checked(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
         """The saved state of each parameter, after checking that all of it fits this optimizer."""
-        found: dict[Tensor, Mapping[str, Any]] = {}  # torch checks the number and sizes of the groups
+        states: dict[Tensor, Mapping[str, Any]] = {}  # torch checks the number and sizes of the groups
         for saved, group in zip(state_dict["param_groups"], self.param_groups):
             if not isinstance(saved["params"], list):
                 raise InputError(
@@ -399,17 +399,17 @@ class AdamS(Optimizer):
                 )
             _check_options({**saved, "pattern": group["pattern"]})
             for i, param in zip(saved["params"], group["params"]):
-                found[param] = state_dict["state"].get(i, {})
-                then, now = _shapes_and_dtypes(found[param]), _shapes_and_dtypes(self.state[param])
+                states[param] = state_dict["state"].get(i, {})
+                then, now = _shapes_and_dtypes(states[param]), _shapes_and_dtypes(self.state[param])
                 if then != now:
                     raise InputError(
                         f"the saved state of parameter {i} is {then}, not {now}: load the state of the same model and "
                         "options"
                     )
-                _check_values(i, found[param])
+                _check_values(i, states[param])
                 if group["sparse"]:
-                    group["pattern"].check_mask(unpack_mask(local(found[param]["mask"]), param.shape[-1]), param)
-        return found
+                    group["pattern"].check_mask(unpack_mask(local(states[param]["mask"]), param.shape[-1]), param)
+        return states
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fused": self._fused, "_host": self._host, "_flips": self._flips}

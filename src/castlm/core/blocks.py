@@ -140,8 +140,8 @@ def why_stored_dense(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         shapes: of all tensors of the checkpoint. A layer with a router's name routes only where experts are beside it.
     """
     owners = owners_of_experts(shapes)
-    found = {name: _why_stored_dense(name, shape, owners) for name, shape in shapes.items() if len(shape) >= 2}
-    return {name: reason for name, reason in found.items() if reason is not None}
+    reasons = {name: _why_stored_dense(name, shape, owners) for name, shape in shapes.items() if len(shape) >= 2}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _why_stored_dense(name: str, shape: Sequence[int], owners: Collection[str]) -> str | None:

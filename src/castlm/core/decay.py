@@ -168,9 +168,9 @@ def decay_budget(
     num_masked = int(below[-1])
     # The position of each quantile among the sorted weights: 0.99 of 400 is position 395, counted from 0.
     positions = torch.tensor([int(q * (num_masked - 1)) for q in QUANTILES])
-    found = torch.searchsorted(below, positions, right=True).to(torch.int32)
-    ends = ((found << _DROPPED_BITS) + (1 << _DROPPED_BITS) - 1).view(torch.float32)  # the largest of each bin
-    ends[found == 0] = 0.0  # exact zeros, and what is below 6e-42
+    chosen = torch.searchsorted(below, positions, right=True).to(torch.int32)
+    ends = ((chosen << _DROPPED_BITS) + (1 << _DROPPED_BITS) - 1).view(torch.float32)  # the largest of each bin
+    ends[chosen == 0] = 0.0  # exact zeros, and what is below 6e-42
     quantiles = tuple(ends.tolist()) if num_masked else (0.0,) * len(QUANTILES)
     travel = sum(lr * alpha for lr, alpha in zip(lrs, alphas, strict=True))  # sum_t lr_t a_t, in units of a weight
     return DecayBudget(decay, travel, quantiles, 0.0 if DECAYS[decay].exact_zero else lrs[-1])

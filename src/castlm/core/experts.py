@@ -73,8 +73,8 @@ def linearize_experts_(model: nn.Module) -> list[str]:
     made = []
     for fqn, module in list(model.named_modules()):
         transposed = getattr(module, "is_transposed", None)
-        found = {name: module._parameters.get(name) for name in PROJECTIONS}
-        names = [name for name, weight in found.items() if weight is not None and weight.dim() == 3]
+        weights = {name: module._parameters.get(name) for name in PROJECTIONS}
+        names = [name for name, weight in weights.items() if weight is not None and weight.dim() == 3]
         if not names or not isinstance(transposed, bool) or not in_block(fqn):
             continue
         for name in names:

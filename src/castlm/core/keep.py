@@ -100,9 +100,9 @@ class KeptPattern:
         """
         self.num_checks += 1
         values = self.weights.values()
-        found = [(local(weight.parameter) != 0).logical_and_(weight.masked()).sum() for weight in values]
+        violating = [(local(weight.parameter) != 0).logical_and_(weight.masked()).sum() for weight in values]
         # All counts in one collective; each rank then raises or none does.
-        counts = sum_over_shards([weight.parameter for weight in values], found)
+        counts = sum_over_shards([weight.parameter for weight in values], violating)
         broken = [f"{count:,} masked weights of {name}" for name, count in zip(self.weights, counts) if count]
         if broken:
             more = f" (and of {len(broken) - 1} more tensors)" if len(broken) > 1 else ""

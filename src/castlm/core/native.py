@@ -19,7 +19,7 @@ from castlm.core.errors import InputError
 from castlm.core.moments import LONGEST_BLOCK, code_pieces, code_values, zero_code
 
 NOT_BUILT = "the C++ kernels were not compiled: reinstall castlm on a machine with a C++ compiler"
-MOST_GROUPED = 256
+MAX_GROUPED = 256
 """The largest m of an n:m pattern for which the kernels make masks."""
 
 _VERSION = 4  # of kernels.cpp
@@ -150,7 +150,7 @@ def refresh_(weights: Sequence[Tensor], masks: Sequence[Tensor], n: int, m: int)
     """
     library = kernels()
     assert library is not None
-    assert 1 <= n < m <= MOST_GROUPED
+    assert 1 <= n < m <= MAX_GROUPED
     assert all(weight.dim() and weight.shape[-1] % m == 0 for weight in weights)
     parameters = _parameters(weights, masks)
     flips = library.castlm_refresh(parameters, len(parameters), n, m, torch.get_num_threads())

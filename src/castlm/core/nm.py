@@ -77,7 +77,7 @@ class NM(Pattern):
 
         self._check(weight)
         weight = weight.detach()
-        if weight.numel() and self.m <= native.MOST_GROUPED and native.runs_on(weight):
+        if weight.numel() and self.m <= native.MAX_GROUPED and native.runs_on(weight):
             packed = pack_mask(torch.zeros_like(weight, dtype=torch.bool))
             _, has_nan = native.refresh_([weight.contiguous()], [packed], self.n, self.m)
             mask = unpack_mask(packed, weight.shape[-1])
@@ -185,7 +185,7 @@ def is_nm_sparse(weight: Tensor, n: int = 2, m: int = 4) -> bool:
     return NM(n, m).violations(weight) == 0
 
 
-_MOST_COMPARED = 32  # weights of a group; comparisons grow with its square, and sorting longer groups is faster
+_MAX_COMPARED = 32  # weights of a group; comparisons grow with its square, and sorting longer groups is faster
 
 
 def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
@@ -200,7 +200,7 @@ def rank_mask(score: Tensor, n: int, m: int) -> Tensor:
     groups = score.reshape(*score.shape[:-1], score.shape[-1] // m, m)  # (4096, 11008) -> (4096, 2752, 4)
     # The pairs of a group of 64 are 2,016, which a stable sort of 64 scores beats. Stable: the earlier of equals is
     # kept.
-    if m > _MOST_COMPARED:
+    if m > _MAX_COMPARED:
         best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(-2)
     scores = groups.unbind(-1)  # m views of (..., groups)
@@ -329,7 +329,7 @@ def refresh_masks_(
 
     from castlm.core import native
 
-    if m <= native.MOST_GROUPED and all(map(native.runs_on, weights)):
+    if m <= native.MAX_GROUPED and all(map(native.runs_on, weights)):
         return native.refresh_(weights, packed, n, m)
     refresh = compiled(refresh_mask_) if compile else refresh_mask_
     results = [refresh(weight.detach(), mask.detach(), n, m) for weight, mask in zip(weights, packed)]

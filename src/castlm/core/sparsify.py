@@ -42,13 +42,13 @@ def num_weights(layer: SparseLayer) -> int:
 
 def matrices(layers: Mapping[str, SparseLayer]) -> dict[str, Tensor]:
     """The weights (out, in) of layers by name; of experts one for each, named by the layer and the number."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if layer.weight.dim() == 2:
-            found[name] = layer.weight
+            weights[name] = layer.weight
         else:
-            found |= {f"{name}.{expert}": weight for expert, weight in enumerate(layer.weight)}
-    return found
+            weights |= {f"{name}.{expert}": weight for expert, weight in enumerate(layer.weight)}
+    return weights
 
 
 def is_sparse_linear(module: nn.Module, fqn: str) -> bool:

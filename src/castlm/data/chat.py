@@ -28,7 +28,7 @@ _SOURCES = ("image", "path", "url")
 """Keys of a message part that may hold its image."""
 _STAND_IN = 9041735286
 """Replaces the text of a message, with its number added, to see whether a template renders it."""
-MOST_MESSAGES = 512
+MAX_MESSAGES = 512
 """Most messages of a conversation without generation marks, whose turns are each rendered with all turns before."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -135,7 +135,7 @@ class Chat(ChatTemplate):
 
     Args:
         assistant_only: False counts every token.
-        document_limit: factor on `MOST_MESSAGES`, `TEMPLATE_BYTES` and `TEMPLATE_SECONDS`.
+        document_limit: factor on `MAX_MESSAGES`, `TEMPLATE_BYTES` and `TEMPLATE_SECONDS`.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Chat(ChatTemplate):
     ) -> None:
         super().__init__(tokenizer, document_limit)
         self._assistant_only = assistant_only
-        self._most_messages = round(min(MOST_MESSAGES * document_limit, 1e18))  # no infinity
+        self._most_messages = round(min(MAX_MESSAGES * document_limit, 1e18))  # no infinity
         self._special = tuple(tokenizer.all_special_tokens)
 
     def __call__(self, document: str) -> Rendered:

@@ -19,7 +19,7 @@ _NEITHER = ("video", "videos", "audio", "audios")
 """Columns that castlm does not read; nothing would tell that they are lost."""
 CUT_COLUMN = "is_cut"
 """Column that `castlm sample` writes beside a text: true if `max_new_tokens` cut the text off."""
-MOST_CHARACTERS = 16 << 20
+MAX_CHARACTERS = 16 << 20
 """Most characters of a row's text, times `document_limit`. Tokenizing takes some 40 times its size in memory."""
 
 
@@ -108,7 +108,7 @@ class Columns(NamedTuple):
         return Document(text, kind=Kind.WITH_EXTRA if has_images else Kind.CHAT, extra=extra)
 
     def _checked(self, text: str) -> str:
-        most = MOST_CHARACTERS * self.document_limit
+        most = MAX_CHARACTERS * self.document_limit
         if len(text) > most:
             raise InputError(
                 f"a text of {len(text):,} characters, more than {most:,.0f}: divide it, put it into a .txt "

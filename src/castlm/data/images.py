@@ -41,11 +41,11 @@ IMAGE_PART = '{"type": "image"'
 """Beginning of an image part in the JSON of a conversation."""
 _PLACEHOLDER = "<image>"
 _OF_TEXT = ("input_ids", "attention_mask")
-MOST_PIXELS = 256_000_000
+MAX_PIXELS = 256_000_000
 """Most pixels of all images of a conversation, which are in memory together."""
-MOST_MEMORY = 1 << 30
+MAX_MEMORY = 1 << 30
 """Bytes that decoding an image may take. A file may hold 10,000 times its size, or ask its decoder for more."""
-MOST_SECONDS = 10.0
+MAX_SECONDS = 10.0
 """Seconds of processor time to decode an image: a JPEG of a megabyte may have thousands of scans."""
 _DECODER = LimitedProcess("castlm.data.image_worker:decode", "the images")
 
@@ -161,7 +161,7 @@ class ImageReader:
     Args:
         processor: as `open_processor` gives it.
         assistant_only: only the tokens of the assistant count; see `castlm.data.chat`.
-        document_limit: factor on `MOST_PIXELS`, `MOST_MEMORY` and `MOST_SECONDS`.
+        document_limit: factor on `MAX_PIXELS`, `MAX_MEMORY` and `MAX_SECONDS`.
     """
 
     def __init__(self, processor: ProcessorMixin, assistant_only: bool, document_limit: float = 1.0) -> None:
@@ -319,28 +319,26 @@ def open_images(sources: Sequence[str], document_limit: float = 1.0) -> list[Ima
 
     Raises:
         InputError: an image cannot be read, is in no format of `castlm.data.image_worker.FORMATS`, takes more than
-            `MOST_MEMORY` or `MOST_SECONDS`, or they have more than `MOST_PIXELS` together.
+            `MAX_MEMORY` or `MAX_SECONDS`, or they have more than `MAX_PIXELS` together.
     """
     from PIL import Image
 
     images: list[Image.Image] = []
-    left = int(MOST_PIXELS * document_limit)
+    left = int(MAX_PIXELS * document_limit)
     for source in sources:
         is_inline = source.startswith(BYTES)
         try:
             size, pixels = _DECODER.call(
                 {"path": None if is_inline else str(check_regular(source)), "most_pixels": left},
                 source.removeprefix(BYTES).encode() if is_inline else b"",
-                num_bytes=int(MOST_MEMORY * document_limit),
-                seconds=MOST_SECONDS * document_limit,
+                num_bytes=int(MAX_MEMORY * document_limit),
+                seconds=MAX_SECONDS * document_limit,
             )
         except (CallError, MemoryError, InputError) as error:
             where = "in the dataset" if is_inline else source
             reason = re.sub(r" <_io.*?>", " it", one_line(error))
             if isinstance(error, MemoryError):
-                reason = (
-                    f"it takes more than {MOST_MEMORY * document_limit / 2**30:g} GiB to decode; see document_limit"
-                )
+                reason = f"it takes more than {MAX_MEMORY * document_limit / 2**30:g} GiB to decode; see document_limit"
             raise InputError(f"cannot read the image {where}: {reason}; correct or remove it") from error
         images.append(Image.frombytes("RGB", tuple(size), pixels))
         left -= size[0] * size[1]

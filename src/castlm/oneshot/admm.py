@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from castlm.core.nm import Pattern
-from castlm.oneshot.ranks import ALONE, ALONE_EACH, MOST_ROWS, ByRows, ShareEach
+from castlm.oneshot.ranks import ALONE, ALONE_EACH, MAX_ROWS, ByRows, ShareEach
 from castlm.oneshot.solvers import row_energies
 
 FIRST_PENALTY, LAST_PENALTY = 0.1, 1.0
@@ -71,7 +71,7 @@ def improve_masks_holds(rows: int, columns: int) -> int:
     """Elements that `improve_masks` holds on a CPU at its peak, with its arguments."""
     size, square = rows * columns, columns**2
     find = 3 * size + 5 * square  # start, target and dense weight; H, damped and scaled, in the eigendecomposition
-    iterate = 7 * size + 4 * min(rows, MOST_ROWS) * columns + 3 * square  # new rows and their dual; H and its vectors
+    iterate = 7 * size + 4 * min(rows, MAX_ROWS) * columns + 3 * square  # new rows and their dual; H and its vectors
     return max(find, iterate)
 
 

@@ -31,7 +31,7 @@ _RATE = 0.03  # of Adam, for the skew matrix of a rotation
 _ROWS = 512  # rows of a weight that are used in one iteration, or in an estimate of the solved error
 _SCORE_ROWS = 1024
 """The largest number of rows of a score that the search uses. More rows lower the error more than more rounds do."""
-_MOST_GROUPS = 512
+_MAX_GROUPS = 512
 """The largest number of groups in one assignment, whose time grows with its cube: for 2,048 groups in parts of 512, the
 search finds 95 % of the gain in a twelfth of the time (random scores, one thread, AMD EPYC)."""
 
@@ -59,7 +59,7 @@ def find_permutation(score: Tensor, pattern: NM, rounds: int) -> Tensor:
 def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, generator: torch.Generator) -> Tensor:
     """`order` after one round: one column leaves each group, and a linear assignment puts all of them back.
 
-    More than `_MOST_GROUPS` groups are divided at random into parts of that size, with one assignment each.
+    More than `_MAX_GROUPS` groups are divided at random into parts of that size, with one assignment each.
 
     A row keeps the n best of a group's m columns. With n of 2 and a rest of m - 1 columns, the best of the rest stays
     whichever column comes, and the second best, the threshold, stays unless the new column is larger: the row keeps the
@@ -79,8 +79,8 @@ def _reassigned(columns: Tensor, order: Tensor, number: int, pattern: NM, genera
     leavers = groups[all_groups, leaving]  # (384,)
     rest = groups[stays].view(-1, m - 1)  # (384, 3)
     parts: Sequence[Tensor] = (all_groups,)
-    if num_groups > _MOST_GROUPS:
-        parts = torch.randperm(num_groups, generator=generator).split(_MOST_GROUPS)
+    if num_groups > _MAX_GROUPS:
+        parts = torch.randperm(num_groups, generator=generator).split(_MAX_GROUPS)
     new = groups.clone()
     for part in parts:
         # The threshold of each group and row, the n-th best of the rest: (384, 3, 256) -> (384, 256)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 PARTS = 8
 """Parts of a text; fewer if there are fewer batches."""
-LEAST_ROWS, MOST_ROWS = 128, 512
+MIN_ROWS, MAX_ROWS = 128, 512
 """Rows of a panel. Below the least, the matrix products of a CPU take longer; the most bounds the memory of ADMM."""
 _PANELS = 8  # of a layer with enough rows
 _SENT = 2**24  # elements that are sent at a time
@@ -147,7 +147,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 def panels_of(num_rows: int) -> list[slice]:
     """The panels of a layer's rows: of about equal size, at most 8 unless they would be too large."""
     # 960 rows (q, k, v): min(8, 960 // 128) = 7 panels of 138. 14,336 rows: 28 panels of 512.
-    num = max(1, min(_PANELS, num_rows // LEAST_ROWS), math.ceil(num_rows / MOST_ROWS))
+    num = max(1, min(_PANELS, num_rows // MIN_ROWS), math.ceil(num_rows / MAX_ROWS))
     size = math.ceil(num_rows / num)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 

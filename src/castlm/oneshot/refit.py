@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from castlm.oneshot.ranks import ALONE, MOST_ROWS, ByRows
+from castlm.oneshot.ranks import ALONE, MAX_ROWS, ByRows
 
 
 def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int, by_rows: ByRows = ALONE) -> Tensor:
@@ -22,7 +22,7 @@ def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int, by_r
 def refit_holds(rows: int, columns: int) -> int:
     """Elements that `refit` holds at its peak, with its arguments."""
     # start, target and result; of the rows at work, mask, loss, residual, direction, step and new weight; H, damped
-    return 3 * rows * columns + 7 * min(rows, MOST_ROWS) * columns + 2 * columns**2
+    return 3 * rows * columns + 7 * min(rows, MAX_ROWS) * columns + 2 * columns**2
 
 
 def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:

@@ -15,7 +15,7 @@ from castlm.hardware import captured
 from castlm.oneshot import sweep
 from castlm.oneshot.ranks import ALONE, ByRows
 
-_MOST_COMPARED = 16
+_MAX_COMPARED = 16
 """Weights of a group whose pairs are compared; longer groups are sorted."""
 
 
@@ -195,7 +195,7 @@ class _LowestOfGroup:
     """
 
     def __init__(self, n: int, m: int, rows: int, like: Tensor) -> None:
-        self.n, self.is_sorted = n, m > _MOST_COMPARED
+        self.n, self.is_sorted = n, m > _MAX_COMPARED
         if self.is_sorted:
             return
         earlier, later = torch.triu_indices(m, m, 1, device=like.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from castlm.core.native import in_reach, library_of, load_library, pointer
 
-MOST_COLUMNS = 256
+MAX_COLUMNS = 256
 """The most columns of one `sweep_`, and the largest m of its patterns."""
 
 _VERSION = 1  # of sweep.cpp
@@ -44,7 +44,7 @@ def load_kernels(path: str) -> ctypes.CDLL:
 
 def runs_on(weight: Tensor, columns: int) -> bool:
     """Whether the kernel exists and sweeps this weight, so many columns at a time."""
-    return in_reach(weight) and columns <= MOST_COLUMNS and kernels() is not None
+    return in_reach(weight) and columns <= MAX_COLUMNS and kernels() is not None
 
 
 def sweep_(
@@ -58,15 +58,15 @@ def sweep_(
         pull: (columns, columns).
         scale: (columns,), the diagonal of the factor.
         inverse: (columns / m, m, m).
-        columns: the columns, in whole groups of m, at most `MOST_COLUMNS`.
+        columns: the columns, in whole groups of m, at most `MAX_COLUMNS`.
     """
     library = kernels()
     assert library is not None
-    assert 1 <= n < m <= MOST_COLUMNS
+    assert 1 <= n < m <= MAX_COLUMNS
     num_columns, num_rows = weight.shape
     assert 0 <= columns.start <= columns.stop <= num_columns
     assert columns.start % m == columns.stop % m == num_columns % m == 0
-    assert columns.stop - columns.start <= MOST_COLUMNS
+    assert columns.stop - columns.start <= MAX_COLUMNS
     sweep = _Call(rows=num_rows, columns=num_columns)
     parts = {"weight": weight, "lost": lost, "pull": pull, "scale": scale, "inverse": inverse}
     sizes = (weight.numel(), weight.numel(), num_columns**2, num_columns, num_columns * m)

@@ -51,8 +51,8 @@ SECONDS = 30.0
 """Default seconds of timing for all shapes, without the time to make the weights."""
 
 _COLD_BYTES = 48 << 20  # more than most last-level caches: each call reads its weight from memory, as in a model
-_MOST_WEIGHTS = 4 << 20  # of a timed layer; of a larger one, only some rows are timed
-_LEAST_ROUNDS = 3
+_MAX_WEIGHTS = 4 << 20  # of a timed layer; of a larger one, only some rows are timed
+_MIN_ROUNDS = 3
 _IDLE = 0.8  # of the time of a thread that nobody disturbs: what the others of its pool take longer, it waits
 
 
@@ -239,7 +239,7 @@ def time_layer(
     Returns:
         The least seconds of one multiplication, by number of rows and format.
     """
-    share = min(1.0, _MOST_WEIGHTS / math.prod(shape))
+    share = min(1.0, _MAX_WEIGHTS / math.prod(shape))
     out = max(4, int(shape[0] * share) // 4 * 4) if share < 1 else shape[0]
     weights = {form: _cold_weights(form, (out, shape[1])) for form in stored}
     # One thread has a time of its own, in which what other programs take does not count.
@@ -248,7 +248,7 @@ def time_layer(
     for num_rows in rows:
         x, times = torch.randn(num_rows, shape[1]), {form: list[float]() for form in weights}
         began, ran, number = time.perf_counter(), time.thread_time(), 0
-        while number < _LEAST_ROUNDS or time.perf_counter() - began < seconds:
+        while number < _MIN_ROUNDS or time.perf_counter() - began < seconds:
             for form, copies in weights.items():
                 count = max(1, math.ceil(len(copies) / num_rows / 2))  # fewer where the multiplications take longer
                 chosen = [copies[(number * count + i) % len(copies)] for i in range(count)]
