@@ -4,8 +4,9 @@
     python -m benchmarks.PEER answer FOLDER THREADS      # reads requests, prints answers, both JSON, one a line
 
 Peers want other packages than castlm, or other versions, so a module of a peer imports nothing of castlm. A request is
-{"format": a name in sizes.json, "what": "decode", "read", "batch" or "perplexity", "ids": lists of tokens} and for
-some "new_tokens" or "seq_len". The answer has seconds by clock, or the perplexity.
+{"format": a name in sizes.json, "what": "decode", "read", "steps", "batch" or "perplexity", "ids": lists of tokens} and
+for some "new_tokens" or "seq_len". The answer has seconds by clock, or the perplexity. "steps" takes one token of each
+of the sequences that "read" has read before.
 """
 
 from __future__ import annotations
@@ -69,10 +70,14 @@ def answer(folder: str, threads: int, runner_of: RunnerOf) -> None:
             if name not in runners:
                 runners[name] = runner_of(folder, name, threads, False)
             runner = runners[name]
-            runner.reset()
+            if what != "steps":
+                runner.reset()
             wall, cpu = time.perf_counter(), time.process_time()
             if what == "decode":
                 decode(runner, ids, request["new_tokens"])
+            elif what == "steps":
+                for _ in range(request["new_tokens"]):
+                    runner.step(ids)
             else:
                 runner.step(ids)
             found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}

@@ -122,12 +122,6 @@ bool castlm::same_form(const Header& a, const Header& b) {
 
 Kernel castlm::kernel_for(const Header& of, int64_t batch, bool is_bfloat16) { return kLevels[level_for(of)].kernel(of, batch, is_bfloat16); }
 
-bool castlm::has_integers(const uint8_t* packed) {
-  Header of;
-  std::memcpy(&of, packed, sizeof of);
-  return of.values >= kInt8;
-}
-
 int castlm::multiply(const Product* products, int64_t count, const uint8_t* x, int is_bfloat16, int64_t batch, int64_t columns,
                      int threads) {
   if (batch < 1) return kBadSize;

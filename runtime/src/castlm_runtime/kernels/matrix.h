@@ -216,9 +216,6 @@ std::vector<uint8_t> dense_int4(const Header&, const uint8_t* values, const uint
 // Writes the tensors of a file to `data`, which is zero, in the layout of the header.
 void repack(const Header&, const uint8_t* values, const uint8_t* mask, const float* scales, uint8_t* data, int threads);
 
-// Whether a packed weight has integers, by which x is multiplied as int8.
-bool has_integers(const uint8_t* packed);
-
 // A packed weight, and where its product with x goes.
 struct Product {
   const uint8_t* packed;

@@ -17,6 +17,8 @@
 //
 // 64 keys and their values pass by all lanes of a call, a strip of `kStrip` lanes at a time: the scores of a strip, its queries
 // and its sums stay in the first-level cache. Scores, their exponentials, sums and totals are fp32.
+//
+// The two products are functions of their own: inlined, GCC 12 keeps their sums in memory.
 
 constexpr int64_t kStrip = kVectors * kLanes;
 constexpr int64_t kKeys = kBlockTokens;  // whose scores are computed before they become weights
@@ -24,7 +26,7 @@ constexpr int64_t kKeys = kBlockTokens;  // whose scores are computed before the
 // R rows by `kVectors` vectors of sums, which begin as `sums`: row r and step k of the first factor are at
 // a[r * row_step + k * step], step k of the second at b[k * kStrip].
 template <int R>
-INLINE void multiply(const Factor* a, int64_t row_step, int64_t step, const Factor* b, int64_t depth, Vector (*sums)[kVectors]) {
+INLINE void multiply(const Factor* a, int64_t row_step, int64_t step, const Factor* b, int64_t depth, Vector (&sums)[R][kVectors]) {
   for (int64_t k = 0; k < depth; ++k) {
     Factors of_step[kVectors];
 #pragma GCC unroll 4
@@ -40,7 +42,7 @@ INLINE void multiply(const Factor* a, int64_t row_step, int64_t step, const Fact
 
 // Scores of R keys in `to` (R, kStrip); `largest` takes part in their maxima and becomes these.
 template <int R>
-INLINE void scores_of(const Factor* keys, int64_t depth, const Factor* queries, float* to, Vector* largest) {
+__attribute__((noinline)) void scores_of(const Factor* keys, int64_t depth, const Factor* queries, float* to, Vector* largest) {
   Vector sums[R][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -58,7 +60,7 @@ INLINE void scores_of(const Factor* keys, int64_t depth, const Factor* queries, 
 
 // Adds the weighted sums of R columns of the values to `factor` times what `to` (R, kStrip) has.
 template <int R>
-INLINE void add_columns(const Factor* values, int64_t width, const Factor* weights, int64_t depth, const Vector* factor, float* to) {
+__attribute__((noinline)) void add_columns(const Factor* values, int64_t width, const Factor* weights, int64_t depth, const Vector* factor, float* to) {
   Vector sums[R][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -175,7 +177,11 @@ void attend_to_prompt(const Prompt& of, int64_t first, int64_t count) {
   const int64_t begin = of.window ? std::max<int64_t>(0, start + 1 - of.window) : 0;
   for (int64_t t = begin / kKeys * kKeys; t < end; t += kKeys) {
     const Brought brought = bring(of.of, t, room);
+    const int64_t bytes = t + kKeys < end ? 2 * of.of.half_bytes : 0;
+    const uint8_t* const following = bytes ? of.of.at(t + kKeys) : nullptr;
     for (int64_t s = 0; s < strips; ++s) {
+      // The next block lies elsewhere, and its keys are not read line by line.
+      for (int64_t at = bytes * s / strips / 64 * 64; at < bytes * (s + 1) / strips; at += 64) __builtin_prefetch(following + at, 0, 2);
       const int32_t* const at = positions + s * kStrip;
       const Strip strip{queries + s * (size / kNumbers), sums + s * size, largest + s * kStrip, totals + s * kStrip, at};
       const int64_t oldest = of.window ? at[0] + 1 - of.window : 0, newest = at[kStrip - 1];

@@ -1,0 +1,237 @@
+"""Speeds where people work: thousands of tokens in the context, one thread and all cores, batches of sequences.
+
+    python -m benchmarks.speeds FOLDER ... [--gguf FILE ...] [--openvino PYTHON --dense FOLDER] [--threads 1 2]
+                                [--contexts 32 2048 7900] [--batches 8 32] [--prompts 512 2048 7900] [--json OUT]
+
+FOLDER is a model that castlm-runtime runs, as `castlm quantize --packed` writes it. Peers run the dense model, each at
+its best: a GGUF file in llama.cpp with flash attention, once with a cache of f16 and once of q8_0, and a model folder
+in OpenVINO (see `openvino_peer.py`) with its cache of u8. Every row is a speed in tokens per second by the clock, the
+median of rounds in turns, A B A B; "batch of 8" is one token of each of 8 sequences with 512 tokens each. The tokens
+are random, and the same for all: speeds do not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks.machine import machine, write_json
+from benchmarks.peer_process import MissingPeerError, PeerProcess, has_packages
+from castlm_runtime.machine import physical_cores
+from castlm_runtime.model import BLOCK, CACHE_KINDS, Cache, Model, Part
+
+BATCH_CONTEXT = 512
+STEPS = 8  # that are timed together
+PROMPT_PART = 512  # tokens that castlm and llama.cpp read at a time
+
+
+class Contestant(Protocol):
+    """A model in a program: it reads prompts, then takes one token of each sequence at a time."""
+
+    def read(self, ids: np.ndarray) -> float:
+        """Forgets all, and reads prompts (sequences, tokens); the seconds."""
+
+    def steps(self, count: int) -> float:
+        """Takes `count` tokens of each sequence after the prompts; the seconds of one step."""
+
+
+class Castlm:
+    """A folder in castlm-runtime."""
+
+    def __init__(self, model: Model, kind: str, num_tokens: int):
+        self.model = model
+        self.cache = Cache(model, kind, -(-num_tokens // BLOCK) + 1)
+        self.logits = np.empty((1, model.vocabulary), np.float32)
+
+    def read(self, ids: np.ndarray) -> float:
+        count, length = ids.shape
+        blocks = -(-(length + 2 * STEPS * 16) // BLOCK)  # of a sequence, with room for its steps
+        self.tables = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks)
+        self.logits, self.length = np.empty((count, self.model.vocabulary), np.float32), 0
+        began = time.perf_counter()
+        for row in range(count):
+            for start in range(0, length, PROMPT_PART):
+                self._pass([row], ids[row : row + 1, start : start + PROMPT_PART], start, start + PROMPT_PART >= length)
+        self.length = length
+        return time.perf_counter() - began
+
+    def _pass(self, rows: Sequence[int], ids: np.ndarray, position: int, wants_logits: bool) -> None:
+        used = -(-(position + ids.shape[1]) // BLOCK)
+        self.model.forward(
+            self.cache,
+            [
+                Part(part, position, self.tables[row][:used], self.logits[row] if wants_logits else None)
+                for row, part in zip(rows, ids)
+            ],
+        )
+
+    def steps(self, count: int) -> float:
+        rows = range(len(self.tables))
+        began = time.perf_counter()
+        for _ in range(count):
+            self._pass(rows, np.full((len(rows), 1), 1000), self.length, True)
+            self.length += 1
+        return (time.perf_counter() - began) / count
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp with flash attention."""
+
+    def __init__(self, file: str, cache: str, threads: int, num_tokens: int, sequences: int):
+        import llama_cpp
+
+        self.api = llama_cpp
+        llama_cpp.llama_log_set(_silent(llama_cpp), None)
+        self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = num_tokens, sequences
+        params.n_batch = params.n_ubatch = PROMPT_PART
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type, params.kv_unified, params.no_perf = 1, True, True
+        params.type_k = params.type_v = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}[cache]
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise MissingPeerError(f"llama.cpp made no context for {file}")
+        self.batch = llama_cpp.llama_batch_init(max(PROMPT_PART, sequences), 0, 1)
+
+    def _decode(self, tokens: Sequence[tuple[int, int, int, bool]]) -> None:
+        """Runs (token, position, sequence, whether its logits are wanted)."""
+        self.batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wants_logits) in enumerate(tokens):
+            self.batch.token[i], self.batch.pos[i], self.batch.logits[i] = token, position, wants_logits
+            self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, sequence
+        code = self.api.llama_decode(self.context, self.batch)
+        assert not code, code
+        self.api.llama_synchronize(self.context)
+
+    def read(self, ids: np.ndarray) -> float:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        began, (self.count, self.length) = time.perf_counter(), ids.shape
+        for row in range(self.count):
+            for start in range(0, self.length, PROMPT_PART):
+                part = range(start, min(start + PROMPT_PART, self.length))
+                self._decode([(int(ids[row, at]), at, row, at + 1 == self.length) for at in part])
+        return time.perf_counter() - began
+
+    def steps(self, count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            self._decode([(1000, self.length, row, True) for row in range(self.count)])
+            self.length += 1
+        return (time.perf_counter() - began) / count
+
+
+def _silent(llama_cpp: Any) -> Any:
+    @llama_cpp.llama_log_callback
+    def ignore(level: int, text: bytes, data: object) -> None:
+        pass
+
+    _KEPT.append(ignore)
+    return ignore
+
+
+_KEPT: list[object] = []
+"""Callbacks that a library holds."""
+
+
+class Peer:
+    """A format of a peer in a process of its own."""
+
+    def __init__(self, process: PeerProcess, form: str):
+        self.process, self.form = process, form
+
+    def read(self, ids: np.ndarray) -> float:
+        self.count = len(ids)
+        return float(self.process.ask(self.form, "read", ids)["wall"])
+
+    def steps(self, count: int) -> float:
+        tokens = np.full((self.count, 1), 1000)
+        return float(self.process.ask(self.form, "steps", tokens, new_tokens=count)["wall"]) / count
+
+
+def contestants(options: argparse.Namespace, threads: int, num_tokens: int) -> dict[str, Contestant]:
+    """Castlm's folders and the peers by name, with room for `num_tokens` in all sequences together."""
+    found: dict[str, Contestant] = {}
+    for folder in options.folders:
+        model = Model.open(folder, threads)
+        for kind in options.caches:
+            found[f"{Path(folder).name}, castlm, {kind} cache"] = Castlm(model, kind, num_tokens)
+    for file in options.gguf:
+        for cache in ("f16", "q8_0"):
+            found[f"{Path(file).stem}, llama.cpp, {cache} cache"] = LlamaCpp(
+                file, cache, threads, num_tokens, max(options.batches, default=1)
+            )
+    if options.openvino:
+        process = PeerProcess(
+            "openvino_peer", options.openvino, threads, Path(options.dense), Path(options.scratch) / "openvino"
+        )
+        for form in options.openvino_formats:
+            found[f"dense {form}, OpenVINO"] = Peer(process, form)
+    return found
+
+
+def measure(options: argparse.Namespace, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Rows of {work, contestant, threads, per_second, low, high}."""
+    rows: list[dict[str, Any]] = []
+    random, longest = np.random.default_rng(0), max([*options.contexts, *options.prompts])
+    ids = random.integers(100, 40_000, (max(options.batches, default=1), max(longest, BATCH_CONTEXT)))
+    work = [(f"prompt of {length:,}", 1, length, True) for length in options.prompts]
+    work += [(f"decoding at {length:,}", 1, length, False) for length in options.contexts]
+    work += [(f"batch of {count} at {BATCH_CONTEXT}", count, BATCH_CONTEXT, False) for count in options.batches]
+    room = max(count * (length + 512) for _, count, length, _ in work)
+    for threads in options.threads:
+        rivals = contestants(options, threads, room)
+        for name, count, length, is_prompt in work:
+            seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
+            prompts = ids[:count, :length]
+            for round_number in range(options.rounds + 1):
+                for rival, runner in rivals.items():
+                    if is_prompt or round_number == 0:
+                        spent = runner.read(prompts)
+                    if not is_prompt:
+                        spent = runner.steps(STEPS)
+                    if round_number:
+                        seconds[rival].append(spent)
+            tokens = length if is_prompt else count
+            for rival, times in seconds.items():
+                low, *_, high = speeds = sorted(tokens / spent for spent in times)
+                row = {"work": name, "name": rival, "threads": threads, "per_second": statistics.median(speeds)}
+                rows.append(row | {"low": low, "high": high})
+                say(f"{threads} threads, {name}: {rival} {row['per_second']:,.1f} ({low:,.1f} to {high:,.1f})")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", metavar="FOLDER")
+    parser.add_argument("--caches", nargs="+", choices=CACHE_KINDS, default=["bf16"], help="of castlm")
+    parser.add_argument("--gguf", nargs="+", default=[], help="dense files for llama.cpp (needs llama-cpp-python)")
+    parser.add_argument("--openvino", metavar="PYTHON", help="of an environment with openvino, nncf, optimum-intel")
+    parser.add_argument("--openvino-formats", nargs="+", default=["int4"])
+    parser.add_argument("--dense", metavar="FOLDER", help="the dense model that OpenVINO converts")
+    parser.add_argument("--scratch", metavar="FOLDER", help="keeps the converted model for another run")
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, physical_cores()}))
+    parser.add_argument("--contexts", nargs="*", type=int, default=[32, 2048, 7900])
+    parser.add_argument("--prompts", nargs="*", type=int, default=[512, 2048, 7900])
+    parser.add_argument("--batches", nargs="*", type=int, default=[8, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="OUT")
+    options = parser.parse_args(arguments)
+    if options.openvino and not (options.dense and has_packages(options.openvino, "openvino, nncf, optimum.intel")):
+        sys.exit("--openvino needs --dense, and an environment with openvino, nncf and optimum-intel")
+    with tempfile.TemporaryDirectory() as scratch:
+        options.scratch = options.scratch or scratch
+        rows = measure(options, lambda line: print(line, flush=True))
+    write_json(options.json, {"machine": machine(), "options": vars(options), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
