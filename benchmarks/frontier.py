@@ -62,11 +62,11 @@ from castlm.formats.packed_file import PackedSpec
 from castlm.formats.rounding import Rounded, round_in_groups, round_rows
 from castlm.formats.table import FORMATS as VALUES
 from castlm.models.io import Loaded, load_model, parameters_in, save_model
+from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.steps.round import quantize_
 from castlm.runtime.in_engine import Greedy
 from castlm.runtime.layers import PackedLinear, onto_kernels_, pack_model_
 from castlm.runtime.packed import kept_mask, pack_integers
-from castlm.starts import prune_oneshot_
 from castlm_runtime.model import Cache, Part
 
 

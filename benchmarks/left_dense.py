@@ -28,8 +28,8 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.tokens import Encoder
 from castlm.models.io import load_model, save_model
+from castlm.oneshot.methods import change_basis_, prune_oneshot_
 from castlm.oneshot.options import BasisOptions, Refinements
-from castlm.starts import change_basis_, prune_oneshot_
 from castlm.training.train import train
 
 SHARES = {"2:4": 0.0, "the chosen dense": 0.05, "the chosen 3:4": 0.10}

@@ -30,11 +30,11 @@ from castlm.data.tokens import token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.hardware import keep_freed_memory
 from castlm.models.io import load_model
-from castlm.oneshot.calibration import calibration_length
+from castlm.oneshot.draw import calibration_length
+from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import BlockCall
-from castlm.starts import prune_oneshot_
 
 
 class _FirstBlock(Exception):  # noqa: N818

@@ -29,7 +29,6 @@ from benchmarks.machine import machine, write_json
 from benchmarks.texts import write_texts
 from castlm.distributed.world import init_world
 from castlm.hardware import autocast, keep_freed_memory, peak_memory
-from castlm.methods.options import OptimizerOptions
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.options import TeacherOptions
@@ -90,7 +89,7 @@ def bare_side(args: argparse.Namespace, teacher_dtype: torch.dtype) -> tuple[nn.
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     teacher = copy.deepcopy(student).to(teacher_dtype).eval().requires_grad_(False)
-    return student, teacher, torch.optim.AdamW(student.parameters(), lr=OptimizerOptions.learning_rate, fused=True)
+    return student, teacher, torch.optim.AdamW(student.parameters(), lr=3e-4, fused=True)
 
 
 def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from castlm.oneshot import axes, basis
 from castlm.oneshot.axes import Term, find_permutation, learn_rotations, sampled_energies, solved_errors
 from castlm.oneshot.basis import Statistic
 from castlm.oneshot.families import LAYOUTS, describe
+from castlm.oneshot.methods import change_basis_, prune_oneshot_
 from castlm.oneshot.options import BasisOptions
 from castlm.oneshot.solvers import damped
-from castlm.starts import change_basis_, prune_oneshot_
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, tiny_model
 

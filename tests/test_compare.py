@@ -277,7 +277,11 @@ def test_a_hub_model_counts_by_its_commit_before_a_run_has_fetched_it_too(files,
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("castlm.models.io.open_config", fetch)
-    over = {"model": "someone/tiny", "variants": {"cast": {"init_from": "someone/start"}}}
+    over = {
+        "model": "someone/tiny",
+        "variants": {"cast": {"init_from": "someone/start"}},
+        "config": {**CONFIG, "learning_rate": 1e-3},
+    }
     first, second = (plan_of(files, tmp_path, **over).make("cast", 6 * 64, 0, None).key for _ in range(2))
     assert first == second
     assert fetched == ["someone/tiny", "someone/start"]

@@ -10,12 +10,12 @@ from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.export.verify import verify
 from castlm.oneshot.inputs import see_inputs
+from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.routed import RoutedInputs, calibrated_on_all_note
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import BlockInputs
-from castlm.starts import prune_oneshot_
 from tests.runs import prune_to, record_of
 from tests.slow import slow, slow_but
 from tests.tiny import EXPERTS, linear_model, save_tiny, tiny_model

@@ -43,7 +43,7 @@ from castlm.lab.planning.points import Point, read_points
 from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.training.config import TrainConfig
-from castlm.training.record import read_metrics
+from castlm.training.telemetry import read_metrics
 from tests.runs import CONDITIONS, PROOF
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json

@@ -22,11 +22,11 @@ from castlm.oneshot import sparsegpt, walk
 from castlm.oneshot.axes import find_permutation
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.layer_input import LayerInput
+from castlm.oneshot.methods import change_basis_, prune_oneshot_
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.sparsegpt import sparsegpt_by_factor
 from castlm.oneshot.steps.round import quantize_
-from castlm.starts import change_basis_, prune_oneshot_
 from tests.pretend_gpu import PretendTensor, pretend_gpu
 from tests.runs import assert_equal_weights, begin_run, killed_in, small
 from tests.tiny import tiny_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from castlm.core.hidden import hidden_distance
+from castlm.oneshot.methods import change_basis_
 from castlm.oneshot.options import BasisOptions
-from castlm.starts import change_basis_
 from castlm.training.objective import Objective, as_teacher_
 from tests.runs import begin_run, small, take_steps
 from tests.tiny import VOCAB_SIZE, tiny_model

@@ -38,10 +38,10 @@ from castlm.evaluation.perplexity import perplexity
 from castlm.export.verify import verify
 from castlm.models.io import load_model
 from castlm.names import printable
+from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.walk import BlockInputs
-from castlm.starts import prune_oneshot_
 from castlm.training.train import train
 from tests.ranks import run_ranks
 from tests.refusals import assert_refused, refusal

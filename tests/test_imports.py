@@ -17,7 +17,7 @@ TIERS = (
     ("lab",),
     ("training",),
     ("methods", "distributed", "export", "evaluation"),
-    ("patterns", "starts"),
+    ("patterns",),
     ("structured", "runtime"),
     ("oneshot",),
     ("formats",),

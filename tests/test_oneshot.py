@@ -14,10 +14,10 @@ from castlm.core.nm import count_nm_violations, nm_mask
 from castlm.core.sparsify import is_sparse_linear, prune_, sparse_linears
 from castlm.data.calibration import draw_calibration
 from castlm.oneshot import walk
-from castlm.oneshot.calibration import calibration_length
+from castlm.oneshot.draw import calibration_length
+from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
 from castlm.oneshot.sparsegpt import sparsegpt
-from castlm.starts import prune_oneshot_
 from tests.slow import slow, slow_but
 from tests.tiny import FAMILIES, VOCAB_SIZE, linear_model, tiny_model
 

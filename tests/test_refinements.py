@@ -13,7 +13,8 @@ from castlm.core.nm import NM, nm_mask
 from castlm.oneshot import admm, sweep
 from castlm.oneshot import ranks as division
 from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks
-from castlm.oneshot.calibration import default_sequences
+from castlm.oneshot.draw import default_sequences
+from castlm.oneshot.methods import applied, prune_oneshot_
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
 from castlm.oneshot.ranks import OneRank, by_rows
 from castlm.oneshot.refit import refit
@@ -21,7 +22,6 @@ from castlm.oneshot.solvers import damped, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor
 from castlm.oneshot.steps import solve
 from castlm.oneshot.steps.reconstruct import reconstruct_
-from castlm.starts import applied, prune_oneshot_
 from tests.fused import needs_kernels, threads
 from tests.tiny import VOCAB_SIZE, linear_model
 

@@ -15,11 +15,11 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.distributed.sharding import compile_blocks_, uncompile_blocks_
 from castlm.distributed.world import init_world
-from castlm.methods.options import SCHEDULES
+from castlm.methods.options import SCHEDULES, default_learning_rate
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import peak_flops
-from castlm.training.train import resolve
+from castlm.training.train import resolve, train
 from tests.refusals import refused
 from tests.runs import begin_run, metrics, small
 from tests.tiny import TEXT, tiny_model
@@ -67,6 +67,16 @@ def test_epochs_are_as_many_steps_as_their_tokens_fill(llama, text, tmp_path):
     assert found.num_train_epochs is None
     with pytest.raises(InputError, match="max_steps and num_train_epochs"):
         TrainConfig.of("m", "d", "o", max_steps=10, num_train_epochs=1)
+
+
+def test_the_default_rate_follows_the_size_of_the_model_and_is_named(llama, text, tmp_path, capsys):
+    config = small(llama, text, tmp_path / "run", learning_rate=None, max_steps=1, init_from="magnitude")
+    facts = train(config)
+    assert facts.config["learning_rate"] == default_learning_rate(facts.num_params) == 3e-3
+    assert "learning_rate 0.003, by the size of the model" in capsys.readouterr().err
+    rates = [default_learning_rate(round(num)) for num in (135e6, 494e6, 8e9)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] < 2e-4
 
 
 def test_utilization_counts_the_matrices_once_and_needs_a_known_peak(llama, text, tmp_path, monkeypatch):

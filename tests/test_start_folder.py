@@ -84,6 +84,18 @@ def test_a_run_from_a_folder_in_another_basis_resumes_exactly(rotated, llama, te
     stop_and_resume(config, 3)
 
 
+def test_a_given_model_whose_files_cannot_be_read_by_rows_is_copied_once(rotated, llama, text, tmp_path, monkeypatch):
+    config = small(llama, text, tmp_path / "run", init_from=rotated)
+    train(config)
+    monkeypatch.setattr(start, "open_sharded", lambda *_, **__: None)
+    other = config.changed(output_dir=str(tmp_path / "other"))
+    begin_run(other)
+    assert (tmp_path / "other.partial" / "copy.safetensors").is_file()
+    train(other)
+    assert not (tmp_path / "other.partial").exists()
+    assert_equal_weights(tmp_path / "run" / "model", tmp_path / "other" / "model")
+
+
 def train_without_a_whole_model(config: TrainConfig) -> int:
     start.load_model = None  # what a rank that reads the whole model would call
     return train_as_a_command(config)

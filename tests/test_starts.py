@@ -11,8 +11,8 @@ from castlm.cli import prune as command
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.export.verify import verify
+from castlm.oneshot.methods import methods_of, prune_oneshot_, reads_of
 from castlm.oneshot.solvers import SOLVERS
-from castlm.starts import methods_of, prune_oneshot_, reads_of
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
 from tests.runs import record_of, small

@@ -16,8 +16,7 @@ from castlm.core.errors import InputError
 from castlm.export.hf import push
 from castlm.files.record import LOCK, OUTPUT
 from castlm.training import telemetry as trackers
-from castlm.training.record import read_metrics, read_series
-from castlm.training.telemetry import Telemetry, TrackedRun, chosen_trackers, open_trackers
+from castlm.training.telemetry import Telemetry, TrackedRun, chosen_trackers, open_trackers, read_metrics, read_series
 from castlm.training.train import train
 from tests.runs import metrics, small
 

@@ -23,14 +23,15 @@ from castlm.facts import Facts
 from castlm.files.output import begin_output
 from castlm.files.record import LOCK
 from castlm.models.io import load_model
+from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.signals import Interrupt, Interrupted, ending_on_sigterm
-from castlm.starts import prune_oneshot_
 from castlm.training import run_folder, start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import pruned
 from castlm.training.train import train
+from castlm.training.trainer import Trainer
 from tests.ranks import start_command, wait_for, wait_ranks
 from tests.refusals import assert_refused
 from tests.runs import (
@@ -78,8 +79,8 @@ def test_every_family_ends_proved(family, text, tmp_path):
 def test_a_run_names_longer_groups_where_they_are_as_fast(
     level, pattern, named, llama, text, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("castlm.runtime.native.level", lambda: level)
-    monkeypatch.setattr("castlm.runtime.native.kernels", lambda: "a library")
+    monkeypatch.setattr("castlm_runtime.library.level", lambda: level)
+    monkeypatch.setattr("castlm_runtime.library.kernels", lambda: "a library")
     train(small(llama, text, tmp_path / "run", init_from="magnitude", max_steps=2, pattern=pattern))
     noted = capsys.readouterr().err
     assert (f"--pattern {named} " in noted) == bool(named)
@@ -256,6 +257,31 @@ def test_an_evaluation_measures_twice_only_what_a_prune_would_change_and_changes
     with pruned(run.method.masks()):
         assert figures["prune_now_ppl"] == whole()
     assert len(measured) == (2 if method == "cast" else 1)
+
+
+def test_a_run_that_rises_far_above_its_start_is_stopped(llama, text, tmp_path, monkeypatch):
+    """In two evaluations in a row, before its last step; a checkpoint of the steps before stays."""
+    perplexities = iter([10.0, 10.0, 15.1, 14.9, 15.1, 15.2])  # of the dense model, then of steps 0, 2, 4, 6 and 8
+    monkeypatch.setattr(Trainer, "perplexity", lambda self: next(perplexities))
+    config = small(llama, text, tmp_path / "run", max_steps=20, eval_steps=2, save_steps=6, method="finetune")
+    with pytest.raises(DivergedError, match=r"step 8: .*15\.100 and 15\.200, .*start \(10\.000\).*step-00000006"):
+        train(config)
+    assert next(perplexities, None) is None
+
+
+def test_a_general_text_is_measured_at_step_0_and_at_the_end(llama, text, tmp_path, capsys):
+    general = tmp_path / "general.txt"
+    general.write_text("Something else altogether. " * 40)
+    facts = train(small(llama, text, tmp_path / "run", general_dataset=str(general)))
+    names = [row.name for row in facts.general_figures]
+    assert names == ["dense", "pruned one-shot by sparsegpt", "cast, pruned"]
+    assert {row.text for row in facts.general_figures} == {str(general)}
+    assert facts.general_figures[0].text_sha256 != facts.measured.text_sha256
+    assert [row.perplexity for row in facts.general_figures] != [row.perplexity for row in facts.figures[:3]]
+    assert f"on {general}: dense " in capsys.readouterr().err
+    rows = [row for row in metrics(tmp_path / "run") if "general_ppl" in row]
+    assert [row["step"] for row in rows] == [0, 8]
+    assert rows[-1]["general_ppl"] == facts.general_figures[-1].perplexity
 
 
 @pytest.mark.parametrize("initial", [slow("wanda"), "sparsegpt"])

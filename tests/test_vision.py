@@ -14,9 +14,9 @@ from castlm.core.sparsify import prune_, sparse_linears
 from castlm.export.verify import verify
 from castlm.models.architecture import auto_class, check_head, is_vision_language
 from castlm.models.io import load_model
+from castlm.oneshot.methods import change_basis_
 from castlm.oneshot.options import BasisOptions
 from castlm.runtime import native
-from castlm.starts import change_basis_
 from tests.runs import assert_equal_weights, edit_json, prune_to, record_of, small_command
 from tests.slow import slow_but
 from tests.tiny import VISION, save_tiny, tiny_model

@@ -46,7 +46,8 @@ from castlm.methods.trainer import CastCallback as CastCallback
 from castlm.methods.trainer import CastTrainer as CastTrainer
 from castlm.models.io import load_model as load_model
 from castlm.models.io import save_model as save_model
-from castlm.oneshot.calibration import calibration_length as calibration_length
+from castlm.oneshot.draw import calibration_length as calibration_length
+from castlm.oneshot.methods import prune_oneshot_ as prune_oneshot_
 from castlm.oneshot.options import BasisOptions as BasisOptions
 from castlm.oneshot.options import Refinements as Refinements
 from castlm.patterns import parse_pattern as parse_pattern
@@ -54,7 +55,6 @@ from castlm.runtime.layers import pack_model_ as pack_model_
 from castlm.runtime.register import register as register
 from castlm.runtime.semi_structured import to_semi_structured_ as to_semi_structured_
 from castlm.signals import Interrupted as Interrupted
-from castlm.starts import prune_oneshot_ as prune_oneshot_
 from castlm.structured.cut import cut_units as cut_units
 from castlm.training.config import FinetuneConfig as FinetuneConfig
 from castlm.training.config import TrainConfig as TrainConfig

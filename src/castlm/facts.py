@@ -79,7 +79,7 @@ class Figure(Conditions):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether training improved the model, and why; see `castlm.training.record.verdict`."""
+    """Whether training improved the model, and why; see `castlm.training.verdict.verdict`."""
 
     ok: bool
     reason: str
@@ -328,6 +328,8 @@ class Facts(Origin, Solved):
     perplexity: Perplexities = Perplexities()
     figures: list[Figure] | None = None
     measured: Conditions | None = None
+    general_figures: list[Figure] | None = None
+    """Perplexities on a text of another kind than the training text."""
     mask: MaskFigures = MaskFigures()
     dataset: Dataset | None = None
     num_params: int | None = None

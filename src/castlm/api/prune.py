@@ -14,8 +14,8 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.fields import Needs, build, choice, essential, label, like, number, option
+from castlm.oneshot.methods import Reads, all_methods, default_method, method_of, reads_of, steps_of
 from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, part_of, with_effort
-from castlm.starts import Reads, all_methods, default_method, method_of, reads_of, steps_of
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
 
 if typing.TYPE_CHECKING:  # they import torch
@@ -179,7 +179,7 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
     from castlm.export.pruned import choose_memory, prune_folder
     from castlm.files.output import check_output
     from castlm.models.locate import local_folder, locate
-    from castlm.oneshot.calibration import Draw
+    from castlm.oneshot.draw import Draw
     from castlm.progress import shown_progress
 
     pattern, method = options.pattern, options.solver

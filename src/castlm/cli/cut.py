@@ -79,7 +79,7 @@ class CutCommand(TextOptions, _OwnOptions):
         from castlm.export.pruned import cut_folder
         from castlm.files.output import check_output
         from castlm.hardware import choose_device
-        from castlm.oneshot.calibration import Draw
+        from castlm.oneshot.draw import Draw
         from castlm.progress import shown_progress
 
         score = self.score or DEFAULT_SCORE[self.units.kind]

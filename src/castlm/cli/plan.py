@@ -14,8 +14,8 @@ from castlm.fields import choice, essential, number, positional
 from castlm.files.reading import read_json
 from castlm.formats.table import rounded_formats
 from castlm.names import aligned, duration
+from castlm.oneshot.methods import methods_of, trained_from
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
-from castlm.starts import methods_of, trained_from
 
 if TYPE_CHECKING:
     from castlm.lab.planning.law import Law
@@ -39,10 +39,11 @@ def check(arguments: list[str]) -> int:
     from castlm.distributed.world import closing, init_world
     from castlm.oneshot.folder import partial_folder
     from castlm.training.first_steps import measure_first_steps
+    from castlm.training.model import with_learning_rate
 
     runtime = config.runtime
     with closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world:
-        first = measure_first_steps(config, world)
+        first = measure_first_steps(with_learning_rate(config, world), world)
     if not world.is_main:
         return 0
     by_headroom = sorted(first.layers.items(), key=lambda item: item[1].headroom)

@@ -81,7 +81,7 @@ def model_card(folder_name: str, facts: Facts) -> str:
         head=facts.packed and facts.packed.head,
         proof=proof,
         left_dense={name: reason for name, reason in facts.left_dense.items() if in_block(name)},
-        table=_table(figures),
+        table=_table([*figures, *_of_base(facts.general_figures or [], hub_id or base_name)]),
         measured=proof.perplexity_from_disk is not None or facts.quantized is None,
         has_options=facts.config is not None,
         has_texts=any(text is not None for text in (facts.dataset, facts.calibration, facts.measured)),

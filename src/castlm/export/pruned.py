@@ -28,12 +28,12 @@ from castlm.files.record import command_of
 from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
 from castlm.models.architecture import is_vision_language, move_
 from castlm.models.io import Loaded, config_hash, fp32_bytes, load_model, save_dtype
-from castlm.oneshot.calibration import Draw
+from castlm.oneshot.draw import Draw
 from castlm.oneshot.folder import PROGRESS, begun_work, block_file, partial_folder, remove_work
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.report import OneshotReport
+from castlm.oneshot.run import run_start
 from castlm.oneshot.source import MemoryModel, Source, StoredModel
-from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.progress import note, shown_progress
 from castlm.say import silent
@@ -69,7 +69,7 @@ def prune_folder(
 
     Args:
         name: a model folder, hub id, GGUF file or "demo".
-        method: the name of the method, for castlm.json; `castlm.starts.steps_of` gives its `steps`.
+        method: the name of the method, for castlm.json; `castlm.oneshot.methods.steps_of` gives its `steps`.
         draw: the calibration text; `text_name` is its name in castlm.json, and `options` say how it is read.
         memory: "block" keeps one transformer block at a time in memory.
         dtype: "bf16", "fp16" or "fp32", the dtype of the files; "source" is the dtype of the stored model.

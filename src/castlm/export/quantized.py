@@ -38,7 +38,7 @@ from castlm.hardware import keep_freed_memory, return_freed_memory
 from castlm.models.architecture import is_vision_language, move_
 from castlm.models.io import Loaded, config_hash, load_model, save_dtype
 from castlm.models.stored_layout import StoredLayout
-from castlm.oneshot.calibration import calibration_length
+from castlm.oneshot.draw import calibration_length
 from castlm.oneshot.folder import begun_work, block_file, remove_work
 from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.steps.round import (

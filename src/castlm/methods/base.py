@@ -133,7 +133,7 @@ class Retraining:
             groups = [part for group in groups for part in self._with_weight_decay(group)]
         self.optimizer = AdamS(
             groups,
-            lr=optimizer.learning_rate,
+            lr=optimizer.learning_rate,  # type: ignore[arg-type]  # a run has filled the default in by now
             betas=optimizer.adam_betas,
             eps=optimizer.adam_epsilon,
             lam=options.lam,  # type: ignore[arg-type]  # a run has measured "auto" by now

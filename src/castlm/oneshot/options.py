@@ -13,7 +13,7 @@ from castlm.fields import Bounded, Needs, essential, number, option
 
 T = TypeVar("T")
 
-# The conditions of the options below. They ask the options for the facts in `castlm.starts.Reads`.
+# The conditions of the options below. They ask the options for the facts in `castlm.oneshot.methods.Reads`.
 CALIBRATED = Needs("a solver that reads text, such as sparsegpt", lambda options: options.is_calibrated)
 TURNED = Needs(
     "an n:m pattern and a solver that reads text, such as sparsegpt",

@@ -21,8 +21,8 @@ from castlm.data.calibration import CalibrationText, Extras
 from castlm.facts import Cut
 from castlm.models.architecture import check_of_transformers, context_length, eval_mode, linearize_
 from castlm.oneshot.report import OneshotReport
+from castlm.oneshot.run import run_start
 from castlm.oneshot.source import MemoryModel
-from castlm.oneshot.start import run_start
 from castlm.say import Progress, Say, silent
 from castlm.structured.prune_units import PruneUnits
 from castlm.structured.scores import SCORES
@@ -61,8 +61,8 @@ def cut_units(
         extras: for each sequence, the further arguments of the model's forward, such as images.
         refits: solve for the kept weights of the output layers by least squares on `calibration`.
         precision: see `castlm.data.calibration.CalibrationText`.
-        say: as for `castlm.oneshot.start.run_start`.
-        progress: as for `castlm.oneshot.start.run_start`.
+        say: as for `castlm.oneshot.run.run_start`.
+        progress: as for `castlm.oneshot.run.run_start`.
 
     Returns:
         The smaller model, in the dtype and on the device of `model`; the sizes before and after; and the errors of the

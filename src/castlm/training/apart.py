@@ -110,14 +110,14 @@ def agree_end_to_end(models: Sequence[PreTrainedModel]) -> bool:
     documents = document_offsets(positions.cpu())
     try:
         for model in models:
-            expected, found = (
+            expected, states = (
                 backbone(model)(**inputs, use_cache=False).last_hidden_state.float()
                 for inputs in (
                     inputs_of(input_ids, positions, "positions"),
                     inputs_of(input_ids, positions, "offsets", documents),
                 )
             )
-            if not (found - expected).abs().max() <= 0.05 * expected.abs().max():  # NaN is not, either
+            if not (states - expected).abs().max() <= 0.05 * expected.abs().max():  # NaN is not, either
                 return False
     except (TypeError, ValueError, RuntimeError) as error:  # no such arguments, or no kernel for dtype or head's size
         return _never_of_memory(error)

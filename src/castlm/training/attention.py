@@ -135,12 +135,12 @@ def attend(
     rows = []
     for row, blocks in enumerate(_blocks_of(mask)):
         of = slice(row, row + 1) if len(mask) > 1 else slice(None)  # one mask can serve all rows
-        found = []
+        parts = []
         for queries, keys in blocks:
             inputs = query[of, :, queries], key[of, :, keys], value[of, :, keys]
             part = mask[of, :, queries, keys]
-            found.append(scaled_dot_product_attention(*inputs, part, scale=scaling, enable_gqa=shares))
-        rows.append(torch.cat(found, dim=-2))
+            parts.append(scaled_dot_product_attention(*inputs, part, scale=scaling, enable_gqa=shares))
+        rows.append(torch.cat(parts, dim=-2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
@@ -183,8 +183,8 @@ def _blocks_of(mask: Tensor) -> list[list[tuple[slice, slice]]]:
                 blocks.append((queries, slice(seen[0], seen[-1] + 1) if seen else slice(None)))
             rows.append(blocks)
         _BLOCKS[mask] = rows
-    found: list[list[tuple[slice, slice]]] = _BLOCKS[mask]
-    return found
+    blocks_of_rows: list[list[tuple[slice, slice]]] = _BLOCKS[mask]
+    return blocks_of_rows
 
 
 def _is_whole(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:

@@ -54,8 +54,8 @@ _RESERVE = 1.1  # memory that must be free for a copy in the background, in copi
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """The whole checkpoints in `folder` by step, oldest first. An unfinished one has another name."""
-    found = {int(m[1]): entry for entry in folder.glob("step-*") if (m := _NAME.fullmatch(entry.name))}
-    return {step: found[step] for step in sorted(found) if (found[step] / MANIFEST).is_file()}
+    named = {int(m[1]): entry for entry in folder.glob("step-*") if (m := _NAME.fullmatch(entry.name))}
+    return {step: named[step] for step in sorted(named) if (named[step] / MANIFEST).is_file()}
 
 
 def newest(folder: Path) -> Path | None:
@@ -214,8 +214,8 @@ class Saver:
         return None
 
     def _explain(self, step: int, error: BaseException) -> str:
-        found = newest(self.folder)
-        last = f"the last whole checkpoint is {found}" if found else "there is no earlier checkpoint"
+        path = newest(self.folder)
+        last = f"the last whole checkpoint is {path}" if path else "there is no earlier checkpoint"
         why = "the disk is full" if is_disk_full(error) else str(error)
         return f"step {step} could not be saved in {self.folder}: {why}; {last}"
 

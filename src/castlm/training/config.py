@@ -31,10 +31,10 @@ from castlm.fields import (
 )
 from castlm.files.yaml_file import to_yaml
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
+from castlm.oneshot.methods import applied, default_method, reads_of, trained_from
 from castlm.oneshot.options import Refinements, part_of, with_effort
 from castlm.patterns import parse_pattern
 from castlm.signals import num_ranks
-from castlm.starts import applied, default_method, reads_of, trained_from
 from castlm.training.options import (
     HIDDEN_WEIGHT,
     CheckpointOptions,
@@ -230,8 +230,9 @@ class TrainConfig:
     @property
     def inputs(self) -> dict[str, str | None]:
         """The models, texts and folders that the run reads, by option; an output folder may hold none of them."""
-        texts = {f"dataset {text}": text for text in self.data.datasets}
+        texts: dict[str, str | None] = {f"dataset {text}": text for text in self.data.datasets}
         texts |= {f"eval_dataset {text}": text for text in self.evaluation.eval_datasets}
+        texts |= {"general_dataset": self.evaluation.general_dataset}
         folders = {"teacher_cache": self.teacher.teacher_cache, "init_from": self.start.init_from}
         return {"model": self.model.model, "teacher": self.teacher.teacher, **texts, **folders}
 
@@ -308,14 +309,14 @@ def without_sections(mapping: Mapping[str, Any], source: str = "") -> dict[str, 
     Raises:
         InputError: an option that is given twice.
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for key, value in mapping.items():
         is_section = isinstance(value, Mapping) and key in TrainConfig.sections()
         for name, item in value.items() if is_section else [(key, value)]:
-            if name in found:
+            if name in options:
                 raise InputError(f"{label(name, source)} is given twice: once is enough")
-            found[name] = item
-    return found
+            options[name] = item
+    return options
 
 
 def _plain(value: Any) -> Any:
@@ -356,7 +357,7 @@ class FinetuneTeacherOptions(TeacherOptions):
 class FinetuneOptimizerOptions(OptimizerOptions):
     """Optimizer, schedule and batch of fine-tuning."""
 
-    learning_rate: float | None = essential(None, above=0)  # type: ignore[assignment]
+    learning_rate: float | None = essential(None, above=0)
     """Peak learning rate. The default is 5e-5, and 5e-4 for adapters."""
 
     adam_betas: tuple[float, float] = number((0.9, 0.999), at_least=0, below=1)

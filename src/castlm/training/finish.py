@@ -24,18 +24,18 @@ from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
 from castlm.export.origin import origin_of
-from castlm.facts import HELD_OUT_OF, Dataset, Facts, Figure, Histogram, MaskFigures, Perplexities
+from castlm.facts import HELD_OUT_OF, Conditions, Dataset, Facts, Figure, Histogram, MaskFigures, Perplexities
 from castlm.hardware import collect_garbage, peak_memory
 from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_, move_
 from castlm.models.io import save_dtype
+from castlm.oneshot.methods import methods_of
 from castlm.progress import note
 from castlm.say import Say
-from castlm.starts import methods_of
 from castlm.training.metrics import held_out_perplexity, masked_histogram
 from castlm.training.objective import Objective
-from castlm.training.record import verdict
 from castlm.training.trainer import Trainer, local_masks
+from castlm.training.verdict import verdict as verdict_on
 
 
 def finish(run: Trainer) -> Facts:
@@ -167,9 +167,11 @@ def say_result(run: Trainer, facts: Facts, say: Say) -> None:
     else:
         dense = f"dense, {run.rounding.kind} for castlm pack" if run.rounding else "the dense control"
         say(f"{run.folder.model}: {dense}")
-    found = facts.verdict
-    assert found is not None  # it is a run's
-    say(found.reason if found.ok else f"THIS RUN {found.problem}: {found.reason}; {found.remedy}")
+    if rows := facts.general_figures:
+        say(f"on {rows[0].text}: " + ", ".join(f"{row.name} {row.perplexity:,.3f}" for row in rows))
+    verdict = facts.verdict
+    assert verdict is not None  # it is a run's
+    say(verdict.reason if verdict.ok else f"THIS RUN {verdict.problem}: {verdict.reason}; {verdict.remedy}")
 
 
 def run_facts(run: Trainer, histogram: Histogram | None) -> Facts:
@@ -210,6 +212,19 @@ def run_facts(run: Trainer, histogram: Histogram | None) -> Facts:
     figures = [
         Figure(name=labels[name], perplexity=ppl, **vars(measured)) for name, ppl in perplexities.known().items()
     ]
+    general: dict[str, float | None] = {}
+    if config.is_finetuning:
+        general[labels["start"]] = first.get("general_ppl")
+    else:
+        general["dense"] = first.get("general_dense_ppl", first.get("general_ppl"))
+        if not starts_dense:
+            general[pruned_by] = first.get("general_ppl")
+    general[labels["pruned"] if run.method.layers else f"{method}, trained"] = last.get("general_ppl")
+    general_figures = [
+        Figure(name=name, perplexity=perplexity, **vars(_general_conditions(run)))
+        for name, perplexity in general.items()
+        if perplexity is not None
+    ]
     if not run.method.layers:
         perplexities = dataclasses.replace(perplexities, trained=last["perplexity"])
     earlier = perplexities_when_sparse(config.method, run.total_steps, run.figures)
@@ -226,6 +241,7 @@ def run_facts(run: Trainer, histogram: Histogram | None) -> Facts:
         perplexity=perplexities,
         figures=figures,
         measured=measured,
+        general_figures=general_figures or None,
         mask=MaskFigures(**{name: last[name] for name in mask_names if name in last}),
         dataset=Dataset(name=" + ".join(config.data.datasets), sha256=run.text.train_sha256),
         num_params=sum(parameter.numel() for parameter in run.method.own_parameters(run.names)),
@@ -237,7 +253,22 @@ def run_facts(run: Trainer, histogram: Histogram | None) -> Facts:
         peak_memory_bytes=peak_memory(run.world.device.type),
         machine=f"{platform.machine()} {run.world.device.type}",
         masked_histogram=histogram,
-        verdict=verdict(perplexities, earlier),
+        verdict=verdict_on(perplexities, earlier),
+    )
+
+
+def _general_conditions(run: Trainer) -> Conditions:
+    """The conditions of the perplexities on the general text."""
+    text, options = run.text, run.config.evaluation
+    assert text.general is not None
+    assert text.general_sha256 is not None
+    return measured_on(
+        run.dense.tokenizer,
+        seq_len=run.config.data.seq_len,
+        text=str(options.general_dataset),
+        text_sha256=text.general_sha256,
+        held_out=text.general,
+        precision=run.precision,
     )
 
 

@@ -22,7 +22,9 @@ from castlm.facts import Histogram, TrainedRounding
 from castlm.formats.packed_file import PackedSpec
 from castlm.hardware import autocast
 from castlm.training.objective import Objective
-from castlm.training.record import HISTOGRAM_EDGES
+
+HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
+"""Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""
 
 
 @torch.no_grad()
@@ -55,15 +57,15 @@ def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Itera
     Every rank gets the same number of batches; the last ones are filled up with rows that score nothing. Documents
     scored one by one are sorted by length, and a batch is as long as its longest document.
     """
-    found = text.sequences(seq_len, seq_len)
+    all_sequences = text.sequences(seq_len, seq_len)
     if text.by_document:
         # the longest first: a batch wastes little on filler
-        found.sort(key=lambda sequence: sequence.begin - sequence.end)
+        all_sequences.sort(key=lambda sequence: sequence.begin - sequence.end)
     per_step = batch * world.size
-    for step in range(0, len(found), per_step):
-        width = found[step].end - found[step].begin if text.by_document else seq_len
+    for step in range(0, len(all_sequences), per_step):
+        width = all_sequences[step].end - all_sequences[step].begin if text.by_document else seq_len
         start = step + world.rank * batch  # 2 ranks with batches of 8: rank 1 takes 8 to 15 of 16
-        yield text.batch(found[start : start + batch], width, rows=batch)
+        yield text.batch(all_sequences[start : start + batch], width, rows=batch)
 
 
 @torch.no_grad()
@@ -126,8 +128,8 @@ def masked_shares(masks: Mapping[Tensor, Tensor], world: World) -> list[float]:
     if not masks:
         return []
     sums = [torch.stack([(w * ~mask).square().sum(), w.square().sum()]).double() for w, mask in masks.items()]
-    found: list[list[float]] = world.sum(torch.stack(sums)).tolist()
-    return [masked / whole if whole else 0.0 for masked, whole in found]
+    shares: list[list[float]] = world.sum(torch.stack(sums)).tolist()
+    return [masked / whole if whole else 0.0 for masked, whole in shares]
 
 
 def trained_rounding(model: nn.Module, sparse: Collection[str], pattern: Pattern) -> TrainedRounding | None:

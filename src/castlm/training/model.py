@@ -18,12 +18,15 @@ from castlm.core.blocks import in_block, is_tower
 from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, is_sparse_linear
 from castlm.data.documents import joined_digest
-from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded
+from castlm.distributed.loading import Checkpoint, empty_model, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.export.folder import read_left_dense
+from castlm.methods.options import default_learning_rate
 from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
-from castlm.models.io import Loaded, config_hash, load_model, open_model
+from castlm.models.io import Loaded, config_hash, load_model, open_config, open_model
 from castlm.models.locate import cached_snapshot, locate
+from castlm.progress import note
+from castlm.training.config import TrainConfig
 from castlm.training.options import ModelOptions, TeacherOptions
 
 
@@ -91,6 +94,24 @@ def open_dense(
     check_sizes(opened.model.config, seq_len=seq_len, teacher_top_k=teacher_top_k)
     check_left_dense(options.left_dense, opened.model)
     return opened
+
+
+def with_learning_rate(config: TrainConfig, world: World) -> TrainConfig:
+    """The config with the default learning rate of its model, unless it has one."""
+    if config.optimizer.learning_rate is not None:
+        return config
+    num_weights = world.on_main(lambda: num_weights_of(config.model))
+    rate = default_learning_rate(num_weights)
+    if world.is_main:
+        note(f"learning_rate {rate:g}, by the size of the model ({num_weights / 1e6:,.1f}M weights)")
+    return config.changed(learning_rate=rate)
+
+
+def num_weights_of(options: ModelOptions) -> int:
+    """The number of weights of a model, from its config alone; without a vision tower."""
+    config = open_config(options.model, **options.loading)
+    model = empty_model(config, trust_remote_code=options.trust_remote_code)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not is_tower(name))
 
 
 def check_sizes(config: PretrainedConfig, *, seq_len: int, teacher_top_k: int) -> None:

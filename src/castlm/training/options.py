@@ -183,6 +183,10 @@ class EvaluationOptions(Bounded):
     """Text for the perplexity. With several texts, each is reported; the main figure is over all of them. Without it,
     eval_fraction of the training documents are held out."""
 
+    general_dataset: str | None = option(None)
+    """Text of another kind than the training text, such as WikiText-2. Its perplexity is reported beside, at step 0 and
+    at the end: training on one kind of text can cost what the model knew of others."""
+
     eval_split: str = option(
         "validation", needs=Needs("an eval_dataset of the hub", lambda run: any(map(is_on_hub, run.eval_datasets)))
     )
@@ -313,9 +317,9 @@ def weighted_texts(dataset: str | Sequence[str]) -> dict[str, float]:
     """
     if isinstance(dataset, str):
         return {dataset: 1.0}
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for text in dataset:
         name, _, weight = text.rpartition(":")
         has_weight = bool(name) and re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) is not None
-        found[name if has_weight else text] = float(weight) if has_weight else 1.0
-    return found
+        weights[name if has_weight else text] = float(weight) if has_weight else 1.0
+    return weights

@@ -52,8 +52,8 @@ class RunFolder:
     @property
     def run_id(self) -> str | None:
         """The id of the run in this folder, as in trackers; None if none has begun."""
-        found = read_record(self.path / OUTPUT).get("run_id")
-        return found if isinstance(found, str) and found.isalnum() else None
+        run_id = read_record(self.path / OUTPUT).get("run_id")
+        return run_id if isinstance(run_id, str) and run_id.isalnum() else None
 
     @contextlib.contextmanager
     def begun(self, config_yaml: str, *, resume: bool) -> Iterator[None]:
@@ -81,12 +81,12 @@ class RunFolder:
 
         Raises `InputError` if the earlier start belongs to a run with other `options`.
         """
-        found = newest(self.checkpoints)
+        checkpoint = newest(self.checkpoints)
         begun = self.path / "config.yaml"
-        if found is None and begun.is_file():
+        if checkpoint is None and begun.is_file():
             saved = TrainConfig.from_mapping(read_yaml_mapping(begun), str(begun)).as_dict()
             check_same_run({"config": json.loads(json.dumps(saved)), "facts": {}}, options, {})
-        return found
+        return checkpoint
 
     def is_finished(self) -> bool:
         """Whether the result exists. It gets its name only when it is complete."""
@@ -100,14 +100,14 @@ class RunFolder:
         Raises:
             InputError: `options` describe another run, or a file of the result is missing or has changed.
         """
-        found = Facts.read_result(self.model)
-        written = found.config or {}
-        facts = {"save_dtype": written.get("save_dtype"), "world_batch": found.world_batch}
+        facts_of_result = Facts.read_result(self.model)
+        written = facts_of_result.config or {}
+        facts = {"save_dtype": written.get("save_dtype"), "world_batch": facts_of_result.world_batch}
         now = {"save_dtype": options["save_dtype"], "world_batch": world_batch}
         check_same_run({"config": written, "facts": facts}, options, now)
         with self.begun(config_yaml, resume=True):
             note(f"{self.model} is finished already")
-        return found
+        return facts_of_result
 
 
 def _job() -> str | None:
@@ -158,12 +158,12 @@ def check_shared(folder: Path, world: World) -> None:
     deadline = time.monotonic() + world.timeout_s / 10  # NFS may know for a minute that there is no such folder
     while not (is_there := (folder / probe.name).is_dir()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    found = world.gather(is_there)
+    seen = world.gather(is_there)
     world.on_main(probe.rmdir)
     failure = None
-    if not all(found):
+    if not all(seen):
         failure = (
-            f"rank {found.index(False)} does not see the output folder {folder} of rank 0: choose an output_dir on a "
+            f"rank {seen.index(False)} does not see the output folder {folder} of rank 0: choose an output_dir on a "
             "file system that all ranks share"
         )
     world.check_all(failure)

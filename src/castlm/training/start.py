@@ -43,16 +43,16 @@ from castlm.models.architecture import embedding_weight, is_vision_language, mov
 from castlm.models.io import load_model
 from castlm.models.locate import locate
 from castlm.names import duration
-from castlm.oneshot.calibration import Draw
+from castlm.oneshot.draw import Draw
 from castlm.oneshot.folder import COPY, begun_work, block_file, partial_folder
+from castlm.oneshot.methods import all_methods, method_of, methods_of, steps_of
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.oneshot.ranks import ONE_RANK, Ranks
+from castlm.oneshot.run import run_start
 from castlm.oneshot.source import DENSE, MemoryModel, StoredModel, block_stack
-from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.progress import note, shown_progress
 from castlm.say import silent
-from castlm.starts import all_methods, method_of, methods_of, steps_of
 from castlm.training.model import OpenedModel
 from castlm.training.options import StartOptions
 from castlm.training.text import TrainingText

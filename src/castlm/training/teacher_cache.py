@@ -112,8 +112,8 @@ class TeacherCache:
         no teacher to do so, or a rank could not write a sequence.
         """
         # A batch is served whole or not at all: on all ranks, since a teacher that runs gathers its weights from all.
-        found = [self._read(row) for row in _rows(input_ids, position_ids)]
-        missing = any(top is None for top in found)
+        cached = [self._read(row) for row in _rows(input_ids, position_ids)]
+        missing = any(top is None for top in cached)
         if missing and self.complete:
             self._failure = f"{self.folder} lacks a sequence of this run: remove {self._coverage}, to load the teacher"
         states = self.world.sum(torch.tensor([missing, self._failure is not None], device=self.world.device).float())
@@ -121,7 +121,7 @@ class TeacherCache:
             self.world.check_all(self._failure)
         if states[0]:
             return None
-        columns = (torch.stack(column).to(input_ids.device) for column in zip(*(top for top in found if top)))
+        columns = (torch.stack(column).to(input_ids.device) for column in zip(*(top for top in cached if top)))
         return TopTokens(*columns)
 
     def put(self, input_ids: Tensor, top: TopTokens, position_ids: Tensor | None = None) -> None:
@@ -160,10 +160,10 @@ class TeacherCache:
             with safe_open(path, "pt") as file:
                 checksum = (file.metadata() or {}).get("checksum")
                 content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = TopTokens(**content)
+            top = TopTokens(**content)
             if checksum != self._checksum(row, **content):
                 raise ValueError("its checksum does not match")
-            return found
+            return top
         except (OSError, SafetensorError, TypeError, ValueError) as error:
             note(f"{path} is damaged ({error}): the teacher reads the sequence again")
             return None

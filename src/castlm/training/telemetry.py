@@ -1,8 +1,8 @@
 """The reports of a run in progress: a live line on the screen, metrics.jsonl, and the trackers of `report_to`.
 
 Only the main rank writes. In metrics.jsonl, a figure that is not finite is null. A resumed run first cuts the file back
-to its checkpoint, so that the file looks as if the run had never stopped. To add a tracker, add a row to `TRACKERS`;
-its client is imported only when a run reports to it.
+to its checkpoint, so that the file looks as if the run had never stopped. `read_metrics` reads it, without torch. To
+add a tracker, add a row to `TRACKERS`; its client is imported only when a run reports to it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.table import Column
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text, plain_json, reporting_full_disk
+from castlm.files.reading import read_text, user_path
 from castlm.names import clock, filled, printable
 from castlm.packages import missing
 from castlm.progress import Screen
@@ -45,6 +46,7 @@ WIDE = 110
 EVALUATION = {
     "perplexity": "perplexity {:.3f}",
     "prune_now_ppl": "pruned now {:.3f}",
+    "general_ppl": "general text {:.3f}",
     "sparse_weight_ratio": "sparse-weight ratio {:.4f}",
     "flip_rate": "flips {:.2e}",
     "initial_flip_rate": "flips since step 0 {:.2e}",
@@ -210,6 +212,46 @@ def cut_back(path: Path, step: int) -> None:
             break
         kept.append(line + "\n")
     atomic_write_text(path, "".join(kept))
+
+
+_FIGURES = ("tokens", "loss", "perplexity", "prune_now_ppl", "dense_ppl", "alpha")
+"""The figures that readers compute with."""
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """All rows of a run's `metrics.jsonl`, in file order. Null, which stands for a figure that was not finite, is inf.
+
+    Args:
+        run: the folder of the run, or the file. A last line cut short by a kill is dropped.
+
+    Raises:
+        InputError: the file cannot be read, or another line is malformed (with its number).
+    """
+    path = user_path(run)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    lines = read_text(path).splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            row = None
+        figures: list[Any] = [None]
+        if isinstance(row, dict):
+            figures = [row.get("step"), *(row[name] for name in _FIGURES if row.get(name) is not None)]
+        if not all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in figures):
+            raise InputError(f"{path}, line {number} is not a row that castlm writes: {line[:60]!r}")
+        rows.append({name: math.inf if value is None else value for name, value in row.items()})
+    return rows
+
+
+def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have `key`; empty where the run has no metrics.jsonl."""
+    if not (Path(run) / "metrics.jsonl").is_file():
+        return []
+    return [(row["step"], row[key]) for row in read_metrics(run) if key in row]
 
 
 class Tracker(Protocol):

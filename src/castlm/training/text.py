@@ -45,6 +45,8 @@ class TrainingText:
     """Tokens of all evaluation texts."""
     eval_parts: dict[str, ScoredText]
     """Tokens of each evaluation text by its file name, or its path if names are equal; empty if there is only one."""
+    general: ScoredText | None
+    """Tokens of the general text; None without one."""
     indexes: LineIndexes
     """The places of the documents in its .jsonl files."""
     is_plain: bool
@@ -53,6 +55,7 @@ class TrainingText:
     """Turns documents into tokens. The loader has its own copy."""
     train_sha256: str
     eval_sha256: str
+    general_sha256: str | None
     template_sha256: str | None
     """Hash of the chat template of the training documents; None for plain text."""
 
@@ -139,7 +142,11 @@ def open_training_text(
     """
     indexes = indexes or LineIndexes()
     documents, held_out = _open_splits(data, evaluation, indexes)
-    encoder = open_encoder([documents, *held_out], tokenizer, model.model, data, **model.loading)
+    general = None
+    if evaluation.general_dataset is not None:
+        general = open_documents(evaluation.general_dataset, data, split=evaluation.eval_split, indexes=indexes)
+    scored = [*held_out, *([] if general is None else [general])]
+    encoder = open_encoder([documents, *scored], tokenizer, model.model, data, **model.loading)
     check_vocabulary(torch.tensor([encoder.eos, *encoder.bos]), vocab_size)  # they are not in every held-out text
     # All ranks read the same text, but each prepares only the images of its own rows.
     says = world.is_main or documents.kind is Kind.WITH_EXTRA
@@ -152,14 +159,15 @@ def open_training_text(
     )
     # A held-out part of the training text is sampled with a fixed seed: its hash does not depend on the run's seed.
     seed = None if evaluation.eval_datasets else 0
-    parts = {each.name: scored_text(each, encoder, evaluation.eval_tokens or None, seed=seed) for each in held_out}
-    for name, part in parts.items():
+    tokens = [scored_text(each, encoder, evaluation.eval_tokens or None, seed=seed) for each in scored]
+    for name, part in zip((each.name for each in scored), tokens):
         check_vocabulary(part.ids, vocab_size)
         if len(part.ids) < 2 or not part.sequences(data.seq_len, data.seq_len):
             raise InputError(
                 f"the evaluation text {name} of {len(part.ids)} tokens has none that counts within seq_len "
                 f"{data.seq_len}: give more text, or raise seq_len"
             )
+    parts = {each.name: part for each, part in zip(held_out, tokens)}
     num_named = Counter(Path(name).name for name in parts)
     short = {name: Path(name).name if num_named[Path(name).name] == 1 else name for name in parts}
     train_sha256 = documents.text_hash()
@@ -171,10 +179,12 @@ def open_training_text(
         loader=loader,
         held_out=ScoredText.joined(list(parts.values())),
         eval_parts={short[name]: part for name, part in parts.items()} if len(parts) > 1 else {},
+        general=None if general is None else tokens[-1],
         indexes=indexes,
-        is_plain=all(text.kind is Kind.TEXT for text in (documents, *held_out)),
+        is_plain=all(text.kind is Kind.TEXT for text in (documents, *scored)),
         encoder=encoder,
         train_sha256=train_sha256,
         eval_sha256=eval_sha256,
+        general_sha256=None if general is None else general.text_hash(),
         template_sha256=None if documents.kind is Kind.TEXT else encoder.template_sha256,
     )

@@ -25,7 +25,7 @@ from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
 from castlm.training.first_steps import measure_first_steps
-from castlm.training.model import layers_left_dense, open_dense
+from castlm.training.model import layers_left_dense, open_dense, with_learning_rate
 from castlm.training.objective import Objective, as_teacher_
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
@@ -76,10 +76,11 @@ def train(config: TrainConfig) -> Facts:
 
 
 def resolve(config: TrainConfig, world: World, indexes: LineIndexes | None = None) -> TrainConfig:
-    """`config` with the values that depend on files: `left_dense`, `max_steps` of the epochs, `lam`.
+    """`config` with the values that depend on files: `learning_rate`, `left_dense`, `max_steps` of the epochs, `lam`.
 
     For `indexes` see `Trainer`.
     """
+    config = with_learning_rate(config, world)
     if config.is_finetuning:
         config = config.changed(left_dense=world.on_main(lambda: layers_left_dense(config.model)))
     epochs = config.optimizer.num_train_epochs

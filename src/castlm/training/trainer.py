@@ -49,12 +49,12 @@ from castlm.hardware import (
 from castlm.methods.base import class_of
 from castlm.methods.options import schedule
 from castlm.models.architecture import vocab_size
-from castlm.oneshot.calibration import Draw
+from castlm.oneshot.draw import Draw
+from castlm.oneshot.methods import trained_from
 from castlm.oneshot.options import EFFORTS
 from castlm.progress import note
 from castlm.runtime.native import longest_free_group
 from castlm.signals import Interrupt
-from castlm.starts import trained_from
 from castlm.training.checkpoint import Saver, check_same_run, load_checkpoint, newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.in_backward import StepInBackward
@@ -72,12 +72,11 @@ from castlm.training.objective import Objective, as_teacher_, checkpoint_activat
 from castlm.training.options import CheckpointOptions
 from castlm.training.run_folder import RunFolder, check_shared
 from castlm.training.start import check_pattern, check_start, keep_own_masks_, load_start_, open_given, prune_for_start
-from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
+from castlm.training.teacher_cache import TeacherCache, open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import Telemetry, TrackedRun, Tracker, chosen_trackers, open_trackers
 from castlm.training.text import open_training_text
+from castlm.training.verdict import has_risen
 
-LARGE = 300e6
-"""Weights from which on the default learning rate is too high: one of 0.5B went from 21.7 to 46.4 in 4 steps."""
 _MAX_UNCOUNTED = 100
 """A run ends after this many consecutive steps in which no token counts."""
 
@@ -89,7 +88,7 @@ class Trainer:
     first, and nothing in the output folder changes before `recording`.
 
     Args:
-        config: a config whose `lam` is a number.
+        config: a config whose `lam` and `learning_rate` are numbers.
         start_beside: the output folder beside which the start leaves its finished blocks; by default that of `config`.
         indexes: the places of the documents in .jsonl files that have been opened; by default, no file has.
 
@@ -101,6 +100,8 @@ class Trainer:
         names: the name of every trained parameter.
         initial_masks: the masks of step 0 in bits, (out, in / 8) uint8, by parameter name.
         start: the report of the start.
+        teacher_fingerprint: a hash of the weights of the option `teacher`; None if the dense model is the teacher.
+        dense_perplexity: the perplexity of the dense model, if step 0 has other weights.
         rounding: the format of trained rounding; None without it.
         budget: the decay budget; None if no weights decay, or in a resumed run.
         resumed_from: the checkpoint that the run continues; None if it has started at step 0.
@@ -108,6 +109,10 @@ class Trainer:
         tokens, seconds: tokens that they have read, and their time.
         figures: the figures of each evaluation, by step.
     """
+
+    start: Start
+    dense_perplexity: float | None
+    _dense_general: float | None
 
     def __init__(
         self,
@@ -118,180 +123,203 @@ class Trainer:
         indexes: LineIndexes | None = None,
     ) -> None:
         self.config, self.world, self.folder = config, world, RunFolder(config.checkpoint.output_dir)
-        data, method, optimizer = config.data, config.method, config.optimizer
-        teacher, runtime = config.teacher, config.runtime
         self.step = self.first_step = self.tokens = 0
         self.seconds = self._eval_seconds = self._save_seconds = 0.0
         self.figures: dict[str, dict[str, float]] = {}
         self._new_arithmetic: list[str] = []
+        self._filter_fn = filter_of(config.model.left_dense)
+        self._method_class = class_of(config.method.method, config.adapter.adapter)
+        start_beside = start_beside or config.checkpoint
 
-        # what can be refused in the first second
-        method_class, start_beside = class_of(method.method, config.adapter.adapter), start_beside or config.checkpoint
-        method_class.check(method, optimizer)
-        check_compile(runtime.torch_compile, world.device)
-        self._check_device()
+        self._check(user_path(start_beside.output_dir))
+        self._open_model_and_text(indexes)
+        start = self._make_start(user_path(start_beside.output_dir), start_beside.overwrite)
+        self._build_objective()
+        self._build_optimizer()
+        self._set_step_0(start)
+        if self.resumed_from is not None:
+            self._restore(self.resumed_from)
+
+    def _check(self, start_output: Path) -> None:
+        """Refuses in the first second whatever it can, and finds the checkpoint that the run continues."""
+        config, world = self.config, self.world
+        self._method_class.check(config.method, config.optimizer)
+        check_compile(config.runtime.torch_compile, world.device)
+        if config.optimizer.moments_on_host and world.device.type == "cpu":
+            raise InputError("moments_on_host: this run is on a CPU, where all memory is the host's: omit it")
+        if world.size > 1:
+            world.check_all(obstacle_on_ranks(config))
         self.trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
         self.resumed_from: Path | None = None
-        self.start = Start()
         if config.checkpoint.resume:
             self.resumed_from = world.on_main(lambda: self.folder.newest_checkpoint(config.as_dict()))
-        is_new, start_output = self.resumed_from is None, user_path(start_beside.output_dir)
-        starts_solved = is_new and config.start.name != "magnitude"
-        if starts_solved:
+        if self.resumed_from is None and config.start.name != "magnitude":
             check_start(config.start.name, start_output, world)
-        check_teacher(teacher, config.model, seq_len=data.seq_len)
+        check_teacher(config.teacher, config.model, seq_len=config.data.seq_len)
 
-        # model and text
-        whole_copies = method_class.whole_copies
-        self.dense = dense = open_dense(
+    def _open_model_and_text(self, indexes: LineIndexes | None) -> None:
+        """Opens the dense model and the texts, and the teacher cache: one that cannot serve is refused here."""
+        config, world, teacher = self.config, self.world, self.config.teacher
+        self.dense = open_dense(
             config.model,
             world,
-            seq_len=data.seq_len,
+            seq_len=config.data.seq_len,
             teacher_top_k=teacher.teacher_top_k,
-            whole_copies=whole_copies,
+            whole_copies=self._method_class.whole_copies,
         )
-        model = self.model
         self.text = open_training_text(
             config.model,
-            data,
+            config.data,
             config.evaluation,
-            dense.tokenizer,
-            vocab_size(model.config),
+            self.dense.tokenizer,
+            vocab_size(self.model.config),
             world,
-            rows_per_rank=optimizer.per_device_train_batch_size,
+            rows_per_rank=config.optimizer.per_device_train_batch_size,
             indexes=indexes,
         )
-        self.precision = choose_precision(runtime.precision, world.device, model.config)
-        pattern, filter_fn = config.model.pattern, filter_of(config.model.left_dense)
-        if method.row.is_sparse:
-            check_export(model, pattern, filter_fn)
-            if is_new and not config.is_finetuning:
+        self.precision = choose_precision(config.runtime.precision, world.device, self.model.config)
+        if config.method.row.is_sparse:
+            check_export(self.model, config.model.pattern, self._filter_fn)
+            if self.resumed_from is None and not config.is_finetuning:
                 self._note_longer_groups()
-
-        # teacher cache: one that cannot serve is refused before the start
-        def open_teacher() -> OpenedModel:
-            if teacher.teacher is None or not teacher.eta:
-                return dense
-            return open_weights(teacher_options(teacher, config.model), world, whole_copies=whole_copies)
-
-        num_sequences = optimizer.max_steps * optimizer.sequences_per_step(world.size)  # of the run, on all ranks
-        opened_teacher = cache = None
+        self._opened_teacher: OpenedModel | None = None
+        self._cache: TeacherCache | None = None
         if teacher.teacher_cache is not None:
-            opened_teacher = open_teacher()
-            cache = open_teacher_cache(teacher, data, self.text, opened_teacher, self.precision, world)
-            cache.complete = cache.covers(num_sequences)
+            self._opened_teacher = self._open_teacher()
+            self._cache = open_teacher_cache(
+                teacher, config.data, self.text, self._opened_teacher, self.precision, world
+            )
+            self._cache.complete = self._cache.covers(self._num_sequences)
 
-        # start; without a cache, no teacher takes memory yet
-        places: Checkpoint | None = None
-        if is_new and config.is_finetuning:
-            check_pattern(config.start.name, dense.read, dense, world, pattern=pattern, filter_fn=filter_fn)
-        elif starts_solved:
-            keeps_dense = method.step0(config.start.name) == "dense"
-            if trained_from(config.start.name, pattern) is None:
-                places = open_given(
-                    config.start.name,
-                    dense,
-                    world,
-                    start_output,
-                    pattern=pattern,
-                    filter_fn=filter_fn,
-                    keeps_dense=keeps_dense,
-                    compares_hidden=bool(teacher.hidden_weight),
-                )
-            else:
-                passes = 3 + (teacher.eta > 0)  # forward, twice as much backward, and the teacher's forward
-                places, self.start = prune_for_start(
-                    config.start,
-                    dense,
-                    self.text,
-                    world,
-                    start_output,
-                    pattern=pattern,
-                    filter_fn=filter_fn,
-                    draw=Draw(
-                        documents=self.text.documents,
-                        num_sequences=config.start.calibration_sequences,
-                        seq_len=data.seq_len,
-                        seed=data.seed,
-                        precision=runtime.precision,
-                        effort=EFFORTS[config.start.start_effort],
-                    ),
-                    keeps_dense=keeps_dense,
-                    training_tokens=passes * num_sequences * data.seq_len / world.size,
-                    overwrite=start_beside.overwrite,
-                )
+    def _open_teacher(self) -> OpenedModel:
+        """The model that is distilled from: the dense one, unless another is named."""
+        teacher, whole_copies = self.config.teacher, self._method_class.whole_copies
+        if teacher.teacher is None or not teacher.eta:
+            return self.dense
+        return open_weights(teacher_options(teacher, self.config.model), self.world, whole_copies=whole_copies)
 
-        # objective: student and teacher. The order is fixed: the teacher copies the dense weights, then the method
-        # parametrizes, then the model is sharded.
-        opened_teacher = opened_teacher or open_teacher()
-        self.teacher_fingerprint = None if opened_teacher is dense else opened_teacher.fingerprint
-        """A hash of the weights of the option `teacher`; None if the dense model is the teacher."""
+    def _make_start(self, output: Path, overwrite: bool) -> Checkpoint | None:
+        """Makes the start, or opens the given one; without a cache, no teacher takes memory yet.
+
+        Returns the places of its weights; None for magnitude, for fine-tuning and in a resumed run.
+        """
+        config, world, start = self.config, self.world, self.config.start
+        self.start = Start()
+        if self.resumed_from is not None or start.name == "magnitude":
+            return None
+        scope: dict[str, Any] = {"pattern": config.model.pattern, "filter_fn": self._filter_fn}
+        if config.is_finetuning:
+            check_pattern(start.name, self.dense.read, self.dense, world, **scope)
+            return None
+        keeps_dense = config.method.step0(start.name) == "dense"
+        if trained_from(start.name, config.model.pattern) is None:
+            compares_hidden = bool(config.teacher.hidden_weight)
+            return open_given(
+                start.name,
+                self.dense,
+                world,
+                output,
+                **scope,
+                keeps_dense=keeps_dense,
+                compares_hidden=compares_hidden,
+            )
+        passes = 3 + (config.teacher.eta > 0)  # forward, twice as much backward, and the teacher's forward
+        places, self.start = prune_for_start(
+            start,
+            self.dense,
+            self.text,
+            world,
+            output,
+            **scope,
+            draw=Draw(
+                documents=self.text.documents,
+                num_sequences=start.calibration_sequences,
+                seq_len=config.data.seq_len,
+                seed=config.data.seed,
+                precision=config.runtime.precision,
+                effort=EFFORTS[start.start_effort],
+            ),
+            keeps_dense=keeps_dense,
+            training_tokens=passes * self._num_sequences * config.data.seq_len / world.size,
+            overwrite=overwrite,
+        )
+        return places
+
+    def _build_objective(self) -> None:
+        """Builds student and teacher in a fixed order: the teacher copies the dense weights, then the method
+        parametrizes, then the model is sharded."""
+        config, teacher, runtime = self.config, self.config.teacher, self.config.runtime
+        opened, self._opened_teacher = self._opened_teacher or self._open_teacher(), None
+        self.teacher_fingerprint = None if opened is self.dense else opened.fingerprint
         teacher_model = None
-        if teacher.eta > 0 and not (cache and cache.complete):
-            teacher_model = copy.deepcopy(model) if opened_teacher is dense else opened_teacher.model
+        if teacher.eta > 0 and not (self._cache and self._cache.complete):
+            teacher_model = copy.deepcopy(self.model) if opened is self.dense else opened.model
             as_teacher_(teacher_model, teacher_dtype(self.precision))
-        self.method = method_class(
-            model,
-            pattern,
-            filter_fn,
-            method=method,
-            optimizer=optimizer,
+        self.method = self._method_class(
+            self.model,
+            config.model.pattern,
+            self._filter_fn,
+            method=config.method,
+            optimizer=config.optimizer,
             adapter=config.adapter,
             start=config.start.name,
-            seed=data.seed,
+            seed=config.data.seed,
         )
         if runtime.gradient_checkpointing:
-            checkpoint_activations_(model)
+            checkpoint_activations_(self.model)
         self.objective = Objective(
-            model,
+            self.model,
             teacher_model,
             teacher.eta,
             temperature=teacher.temperature,
             top_k=teacher.teacher_top_k,
-            cache=cache,
-            apart=not data.cross_document_attention,
+            cache=self._cache,
+            apart=not config.data.cross_document_attention,
             compares_hidden=bool(teacher.hidden_weight),
             own_attention=not runtime.torch_compile,
         )
         if runtime.torch_compile:
             compile_blocks_(self.objective)
-        shard_objective_(self.objective, dense.stored, opened_teacher.stored, self.precision, world, whole_copies)
+        whole_copies = self._method_class.whole_copies
+        shard_objective_(self.objective, self.dense.stored, opened.stored, self.precision, self.world, whole_copies)
         self.names = self.objective.trained_parameters()
 
-        # optimizer, which takes sharded parameters
+    def _build_optimizer(self) -> None:
+        """Builds the optimizer over the sharded parameters, and the parts of a step."""
+        optimizer, method, world = self.config.optimizer, self.method, self.world
         fused, self.optimizer_text = choose_fused(world.device, sum(p.numel() for p in self.names))
-        self.method.build_optimizer(model, fused)
-        self._self_check = SelfCheck(self.optimizer, self.method.layers if self.method.decays else {}, pattern, world)
+        method.build_optimizer(self.model, fused)
+        watched = method.layers if method.decays else {}
+        self._self_check = SelfCheck(self.optimizer, watched, self.config.model.pattern, world)
         self._sums = SumsInOrder(self.objective, self.names, world)
         self._in_backward: StepInBackward | None = None
         if optimizer.step_in_backward:
-            self._in_backward = StepInBackward(self.method, self.names, optimizer.max_grad_norm)
-        self._num_uncounted = 0
-        """Consecutive steps in which no token counted."""
+            self._in_backward = StepInBackward(method, self.names, optimizer.max_grad_norm)
+        self._num_uncounted = 0  # consecutive steps in which no token counted
 
-        # step 0: the start sets weights and masks
-        self.dense_perplexity: float | None = None
-        """Perplexity of the dense model, if step 0 has other weights."""
-        if is_new:
-            changes_weights = starts_solved or self.method.step0 != "dense" or method.weight_bits
-            if changes_weights and not config.is_finetuning:
-                with self.method.unmasked():
-                    self.dense_perplexity = self.perplexity()
-            if config.is_finetuning:
-                keep_own_masks_(self.method)
-            elif places is not None:
-                load_start_(model, self.method, places, world)
-            else:
-                self.method.start_from_magnitude_()
-        # After the start, whose weights the scales must fit; on resume they are read with the checkpoint below.
-        fit_rounding_(model, keep_scales=not is_new)
-        masks = self.method.masks()
-        self.initial_masks = {self.names[p]: like_rows(pack_mask(local(mask)), p) for p, mask in masks.items()}
-        self.rounding = trained_rounding(model, self.method.layers, pattern)
-        # A resumed run was judged at its step 0, and has the weights of the dense model until they are restored.
+    def _set_step_0(self, start: Checkpoint | None) -> None:
+        """Measures the dense model, and lets the start set weights and masks; in a resumed run, only finds the masks.
+
+        A resumed run was judged at its step 0, and has the weights of the dense model until they are restored.
+        """
+        config, method, is_new = self.config, self.method, self.resumed_from is None
+        self.dense_perplexity = self._dense_general = None
+        changes_weights = start is not None or method.step0 != "dense" or config.method.weight_bits
+        if is_new and changes_weights and not config.is_finetuning:
+            with method.unmasked():
+                self.dense_perplexity = self.perplexity()
+                self._dense_general = None if self.text.general is None else self.perplexity(self.text.general)
+        if is_new and config.is_finetuning:
+            keep_own_masks_(method)
+        elif start is not None:
+            load_start_(self.model, method, start, self.world)
+        elif is_new:
+            method.start_from_magnitude_()
+        # After the start, whose weights the scales must fit; on resume they are read with the checkpoint.
+        fit_rounding_(self.model, keep_scales=not is_new)
+        self.initial_masks = {self.names[p]: like_rows(pack_mask(local(m)), p) for p, m in method.masks().items()}
+        self.rounding = trained_rounding(self.model, method.layers, config.model.pattern)
         self.budget = self._decay_budget() if is_new else None
-        if self.resumed_from is not None:
-            self._restore(self.resumed_from)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -305,6 +333,11 @@ class Trainer:
     def total_steps(self) -> int:
         return self.config.optimizer.max_steps
 
+    @property
+    def _num_sequences(self) -> int:
+        """Sequences of the run, on all ranks."""
+        return self.total_steps * self.config.optimizer.sequences_per_step(self.world.size)
+
     # ------------------------------------------------------------------ the recipe
 
     def train(self, interrupt: Interrupt) -> None:
@@ -314,8 +347,8 @@ class Trainer:
             Interrupted: after a signal to any rank, once the state after the current step is saved.
             DivergedError: the run diverged; the last checkpoint is published before.
         """
-        last = self.total_steps
-        eval_steps, save_steps = self.config.evaluation.steps_between(last), self.config.checkpoint.save_steps
+        config, last = self.config, self.total_steps
+        eval_steps, save_steps = config.evaluation.steps_between(last), config.checkpoint.save_steps
         with self.saver:
             if self.step == 0:
                 self.evaluate()
@@ -330,6 +363,10 @@ class Trainer:
                 is_last = self.step == last
                 if self.step % eval_steps == 0 or is_last:
                     self.evaluate()
+                    if not is_last and (rise := has_risen(config.method.row.step0 == "dense", self.figures)):
+                        risen = DivergedError(f"step {self.step}: {rise}; lower learning_rate")
+                        risen.on_all_ranks = True
+                        raise self._stopped_by(risen)
                 # A signal may reach one rank alone: all agree to stop, or the others would wait in their next
                 # collective.
                 is_stopped = self.world.any(interrupt.requested)
@@ -533,7 +570,10 @@ class Trainer:
             if state["largest_masked"] != 0 and not self.method.masks_forward:  # otherwise the prune changes nothing
                 with pruned(masks, on_host=self.config.optimizer.moments_on_host):
                     values["prune_now_ppl"] = self.perplexity()
+                    values |= self._general_figures()
             values |= state
+        if "general_ppl" not in values:
+            values |= self._general_figures()
         if self.step == 0 and self.dense_perplexity is not None:
             values["dense_ppl"] = self.dense_perplexity
         for name, part in self.text.eval_parts.items():
@@ -549,6 +589,15 @@ class Trainer:
             details["masked_share"] = dict(zip(names, masked_shares(masks, self.world)))
         self.telemetry.evaluated(self.step, values, details)
         self._eval_seconds = time.perf_counter() - started
+
+    def _general_figures(self) -> dict[str, float]:
+        """The perplexity of the general text, at step 0 and at the end; at step 0 also of the dense model."""
+        if self.text.general is None or self.step not in (0, self.total_steps):
+            return {}
+        figures = {"general_ppl": self.perplexity(self.text.general)}
+        if self.step == 0 and self._dense_general is not None:
+            figures["general_dense_ppl"] = self._dense_general
+        return figures
 
     def log(self, figures: Mapping[str, float]) -> None:
         """Shows and writes the figures of the step that just ended, with the time that is left."""
@@ -654,20 +703,12 @@ class Trainer:
 
     # ------------------------------------------------------------------ checks and lines before the first step
 
-    def _check_device(self) -> None:
-        """Raises `InputError` for options that this device, or this number of ranks, does not allow."""
-        config, world = self.config, self.world
-        if config.optimizer.moments_on_host and world.device.type == "cpu":
-            raise InputError("moments_on_host: this run is on a CPU, where all memory is the host's: omit it")
-        if world.size > 1:
-            world.check_all(obstacle_on_ranks(config))
-
     def _note_longer_groups(self) -> None:
         """Notes a pattern that this CPU runs as fast and that loses less, if there is one."""
         pattern = self.config.model.pattern
         if not isinstance(pattern, NM) or self.world.device.type != "cpu" or not self.world.is_main:
             return
-        layers, _ = sparse_linears(self.model, pattern, filter_of(self.config.model.left_dense))
+        layers, _ = sparse_linears(self.model, pattern, self._filter_fn)
         longest = longest_free_group(pattern.n, pattern.m)
         other = pattern.with_longest_groups({layer.in_features for layer in layers.values()}, longest)
         if other != pattern:
@@ -722,11 +763,6 @@ class Trainer:
             yield f"hidden states: their distance to the teacher's has weight {teacher.hidden_weight:g}, falling to 0"
         if self.budget is not None:
             yield self.budget.explain()
-        if "learning_rate" not in config.given and not config.is_finetuning and total > LARGE:
-            yield (
-                f"learning_rate {config.optimizer.learning_rate:g} is the default, which suits models of about 100M "
-                f"weights: with {total / 1e6:,.0f}M try 1e-4 (2e-5 from 7B on), or the file of its family in configs/"
-            )
         yield from (f"no effect: {reason}" for reason in config.without_effect(is_plain=self.text.is_plain).values())
         if self.trackers:
             yield f"metrics: metrics.jsonl, {', '.join(self.trackers)}"

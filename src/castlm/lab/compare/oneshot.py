@@ -21,8 +21,8 @@ from castlm.files.output import begin_output, output_folder
 from castlm.hardware import choose_device, choose_precision, peak_memory
 from castlm.lab.compare.runs import OneshotConfig
 from castlm.models.io import Loaded
-from castlm.oneshot.calibration import Draw
-from castlm.starts import method_of, steps_of
+from castlm.oneshot.draw import Draw
+from castlm.oneshot.methods import method_of, steps_of
 
 
 def run_oneshot(config: OneshotConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,11 @@ from castlm.lab.compare.runs import (
     refuse_running,
     run_key,
 )
+from castlm.methods.options import default_learning_rate
 from castlm.methods.table import METHODS, is_control
+from castlm.oneshot.methods import default_method, methods_of
 from castlm.progress import shown_progress
 from castlm.say import Say
-from castlm.starts import default_method, methods_of
 from castlm.training.config import TrainConfig, without_sections
 from castlm.training.options import SEQ_LEN, ModelOptions
 
@@ -42,7 +44,7 @@ class CompareConfig:
     """Compare methods that make a model n:m, with the same start, data, teacher, token budget and seeds, in one table.
 
     A dense control with the same training is always included. Finished runs are not repeated. The exit code is 1 if a
-    run failed or diverged; the table gives the reason, and lists runs that fell short.
+    run failed; the table gives the reason, and lists runs that diverged or fell short.
     """
 
     model: str = essential()
@@ -146,7 +148,7 @@ def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]
                 results += plan.settle(name, tokens, root)
                 report = Report(plan.preset.question, results, command, plan.hashes)
                 report.write(root)
-    has_failed = any(r.failure is not None or (r.problem == "diverged" and not r.trial) for r in results)
+    has_failed = any(r.failure is not None and not r.failure.has_diverged for r in results)
     return int(has_failed), report
 
 
@@ -218,6 +220,14 @@ class Plan:
         revision = self.common.get("revision")
         _, config, _ = open_model(self.command.model, trust_remote_code=self._trusts, revision=revision)
         check_sizes(config, seq_len=self.common.get("seq_len", SEQ_LEN), teacher_top_k=0)
+
+    @functools.cached_property
+    def _default_rate(self) -> float:
+        """The learning rate that `castlm train` would take."""
+        from castlm.training.model import num_weights_of
+
+        options = ModelOptions(self.command.model, revision=self.common.get("revision"), trust_remote_code=self._trusts)
+        return default_learning_rate(num_weights_of(options))
 
     @property
     def _trusts(self) -> bool:
@@ -314,6 +324,8 @@ class Plan:
         if rate is not None:
             fields["learning_rate"] = rate
         config = TrainConfig.from_mapping(fields, f"variant {name}")
+        if config.optimizer.learning_rate is None:
+            config = config.changed(learning_rate=self._default_rate)
         batch = config.tokens_per_step
         steps = budget // batch
         if steps < 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 from castlm.core.nm import Pattern
 from castlm.methods.table import METHODS
-from castlm.starts import all_methods, methods_of
+from castlm.oneshot.methods import all_methods, methods_of
 
 RETRAINING = tuple(METHODS)
 ONESHOT = all_methods()

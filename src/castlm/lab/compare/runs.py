@@ -107,6 +107,11 @@ class Failure:
     exit_code: int | None = None
     """The exit code of its process; None if none was started."""
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the run was stopped because it diverged: no other error ends a run with this exit code."""
+        return self.exit_code == 1
+
 
 @dataclass
 class Result:
@@ -135,7 +140,9 @@ class Result:
 
     @property
     def problem(self) -> str | None:
-        """The problem in the run's own verdict: "diverged", "fell short" or None."""
+        """The problem of the run: "diverged", "fell short" or None."""
+        if self.failure is not None and self.failure.has_diverged:
+            return "diverged"
         return None if self.facts.verdict is None else self.facts.verdict.outcome
 
 

@@ -19,12 +19,14 @@ from castlm.fields import build
 from castlm.files.reading import parse_json, read_text, user_path
 from castlm.files.record import command_of
 from castlm.progress import note
-from castlm.training.record import MEASURED_ALIKE
 
 _OF_COLUMNS = {"train_tokens": "tokens", "num_params": "params", "dense_perplexity": "dense"}
 """Fields of a point by further names that a column may have."""
 OF_TABLE = ("seed", "key")
 """Entries that a comparison adds to castlm.json of a run in its table.json."""
+
+MEASURED_ALIKE = ("seq_len", "stride", "text_sha256", "num_tokens", "tokens")
+"""The attributes of `Conditions` that must agree before two perplexities may be compared."""
 
 
 @dataclass(frozen=True)

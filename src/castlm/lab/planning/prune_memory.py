@@ -25,14 +25,14 @@ from castlm.lab.planning.memory import MemoryPlan, as_config_error, read_config
 from castlm.models.architecture import auto_class, backbone, linearize_
 from castlm.models.locate import gguf_bytes
 from castlm.oneshot.basis import permute_neurons_holds
-from castlm.oneshot.calibration import calibration_length, default_sequences
+from castlm.oneshot.draw import calibration_length, default_sequences
+from castlm.oneshot.methods import applied, method_of, methods_of
 from castlm.oneshot.options import EFFORTS, BasisOptions, Refinements
 from castlm.oneshot.solvers import SOLVERS, Settings
 from castlm.oneshot.source import block_stack
 from castlm.oneshot.steps.reconstruct import reconstruct_holds
 from castlm.oneshot.steps.solve import prune_layers_holds
 from castlm.oneshot.walk import PASS_TOKENS_CPU
-from castlm.starts import applied, method_of, methods_of
 
 LIBRARIES = 40 * 2**20
 """Bytes of buffers that tokenizer, BLAS, LAPACK and oneDNN keep from their first call on."""

@@ -27,7 +27,8 @@ from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.report.charts import HALF, WHOLE, Picture, Series, can_draw, heat_map, line_chart, render, short
 from castlm.names import duration
 from castlm.training.config import TrainConfig
-from castlm.training.record import CLOSE_FACTOR, read_metrics, verdict
+from castlm.training.telemetry import read_metrics
+from castlm.training.verdict import verdict
 
 REFRESH_SECONDS = 10
 _MARK = b'<meta name="generator" content="castlm">'
@@ -175,12 +176,7 @@ def _verdict(run: RunData) -> dict[str, str]:
     if not run.is_finished:
         sentence = f"Step {run.step:,} of {run.config.optimizer.max_steps:,}. So far: {_sentence(run, found)}"
         return {"kind": "running" if found.ok else "bad", "badge": "running", "sentence": sentence}
-    final, dense = known.final, known.dense
-    is_close = dense is None or (final is not None and final <= CLOSE_FACTOR * dense)
-    kind = "bad"
-    if found.ok:
-        kind = "good" if is_close else "done"
-    return {"kind": kind, "badge": found.outcome or "done", "sentence": _sentence(run, found)}
+    return {"kind": "good" if found.ok else "bad", "badge": found.outcome or "done", "sentence": _sentence(run, found)}
 
 
 def _sentence(run: RunData, found: Verdict) -> str:
@@ -202,12 +198,14 @@ def _headline(run: RunData) -> list[dict[str, str]]:
     if facts is not None and facts.peak_memory_bytes is not None:
         memory = facts.peak_memory_bytes
     seconds = None if facts is None else facts.train_seconds
+    general = (facts and facts.general_figures) or []
     gap = math.log(final / dense) if final and dense and math.isfinite(final) else None
     figures = [
         ("perplexity after the prune" if known.trained is None else "perplexity", final, "{:,.3f}"),
         ("dense model", dense, "{:,.3f}"),
         ("one-shot start", known.one_shot, "{:,.3f}"),
         ("before fine-tuning", known.start, "{:,.3f}"),
+        *((f"{row.name}, on {_short_name(row.text)}", row.perplexity, "{:,.3f}") for row in general),
         ("gap to dense, nats per token", gap, "{:+.3f}"),
         ("training tokens", short(tokens) if tokens else None, "{}"),
         ("tokens per second, median", statistics.median(speeds) if speeds else None, "{:,.0f}"),

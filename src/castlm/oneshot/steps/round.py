@@ -26,9 +26,9 @@ from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.inputs import check_finite_input, see_inputs
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.routed import calibrated_on_all_note
+from castlm.oneshot.run import run_start
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import MemoryModel, Source
-from castlm.oneshot.start import run_start
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import Visit
 from castlm.say import Progress, Say, silent

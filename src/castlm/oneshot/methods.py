@@ -160,8 +160,8 @@ def prune_oneshot_(
         refinements: beyond the method as published; off by default, see `applied`.
         filter_fn: chooses the layers to prune, as for `sparse_linears`.
         precision: see `castlm.data.calibration.CalibrationText`.
-        say: as for `castlm.oneshot.start.run_start`.
-        progress: as for `castlm.oneshot.start.run_start`.
+        say: as for `castlm.oneshot.run.run_start`.
+        progress: as for `castlm.oneshot.run.run_start`.
 
     Raises:
         InputError: as `steps_of` and `run_start`. Blocks before the one that the message names are pruned already.
@@ -231,8 +231,8 @@ def _run(
     from castlm.core.sparsify import is_sparse_linear, scope_of
     from castlm.data.calibration import CalibrationText
     from castlm.models.architecture import check_of_transformers
+    from castlm.oneshot.run import run_start
     from castlm.oneshot.source import MemoryModel
-    from castlm.oneshot.start import run_start
 
     check_of_transformers(model)
     scope = scope_of(model, pattern, filter_fn or is_sparse_linear)

@@ -4,8 +4,8 @@
         for each step:                                    steps/: ChangeBasis, Solve, Reconstruct, Round
             the step changes the block, with the inputs that the changed blocks before it give
 
-`train`, `prune`, `quantize` and `compare` call `run_start` with their steps; `castlm.starts` lists those of each
-pattern.
+`train`, `prune`, `quantize` and `compare` call `run_start` with their steps; `castlm.oneshot.methods` lists those of
+each pattern.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from castlm.core.errors import InputError
 from castlm.data.calibration import CalibrationText
 from castlm.models.architecture import eval_mode
 from castlm.names import duration
-from castlm.oneshot.calibration import check_calibration
+from castlm.oneshot.draw import check_calibration
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.inputs import check_plain_weights
 from castlm.oneshot.layer_input import ERROR_TOKENS
