@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -30,6 +31,7 @@ from castlm.core.errors import InputError
 from castlm.data.documents import open_documents, split_documents
 from castlm.data.images import open_images
 from castlm.export.card import model_card, packed_card
+from castlm.export.folder import StoredUse
 from castlm.export.verify import verify
 from castlm.facts import Facts
 from castlm.fields import choices_of, hints_of
@@ -164,9 +166,14 @@ SPEC = PackedSpec(rows=8, columns=8, n=2, m=4, values="bf16").as_dict()
 PACKED = {"version": 2, "tensors": {"model.layers.0.x": SPEC}}
 
 
+NAME = "model.layers.0.x.weight"
+USES = {NAME: StoredUse(NAME, 1, 8, "a sum over axis -1", True, True)}
+
+
 def test_the_packed_file_that_is_fuzzed_is_valid(here):
     content = packed_file(to_json(PACKED))
-    assert verify(put(new(here), a__safetensors=content) / "a.safetensors").totals()["groups"] == 16
+    report = verify(put(new(here), a__safetensors=content) / "a.safetensors", uses=USES)
+    assert report.totals()["groups"] == 16
     with pytest.raises(InputError, match="which transformers does not read"):
         verify(put(new(here), model__safetensors=content, config__json=to_json(CONFIG)))
 
@@ -177,7 +184,7 @@ METADATA = objects(PACKED) | objects(SPEC).map(lambda spec: to_json(PACKED).repl
 @fuzz
 @given(content=METADATA.map(packed_file) | damaged(packed_file(to_json(PACKED))))
 def test_packed_weights(here, content):
-    answers(verify, put(new(here), a__safetensors=content) / "a.safetensors")
+    answers(functools.partial(verify, uses=USES), put(new(here), a__safetensors=content) / "a.safetensors")
 
 
 @fuzz

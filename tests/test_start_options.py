@@ -117,6 +117,7 @@ NO_EFFECT_OF_PRUNE = {
     "output_dir": "another folder has another start",
     "device": "a GPU is recorded as the device of the work",
     "overwrite": "begins again",
+    "allow_dense": "refuses a model, and changes none",
     "revision": "is part of the name of the model",
     "trust_remote_code": "refuses a model, and changes none",
     "chat_template_path": "of conversations, whose tokens are compared",

@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import count_nm_violations, nm_mask
+from castlm.core.sparsify import prune_
+from castlm.export.folder import StoredUse
 from castlm.export.verify import verify
+from castlm.export.verify_report import VerifyReport
 from castlm.files import stored
+from castlm.models.io import save_model
+from tests.runs import edit_weights
+from tests.tiny import linear_model, tiny_tokenizer
 
 Q0, Q1 = (f"model.layers.{block}.self_attn.q_proj.weight" for block in (0, 1))
 DOWN0, DOWN1 = (f"model.layers.{block}.mlp.down_proj.weight" for block in (0, 1))
@@ -48,14 +56,19 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, object] = 
     return folder
 
 
-def part(folder: Path, tensors: dict[str, Tensor], model_type: str | None = None, **castlm: object) -> Path:
+def part(folder: Path, tensors: dict[str, Tensor], **castlm: object) -> Path:
     """One file that holds any layers; no config.json says which there should be."""
     folder.mkdir(exist_ok=True)
-    if model_type:
-        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     if castlm:
         (folder / "castlm.json").write_text(json.dumps(castlm))
     return save(tensors, folder / "part.safetensors")
+
+
+def counted(file: Path, pattern: str = "2:4") -> VerifyReport:
+    """The report of a file whose 2-D weights all belong to plain linear layers, whatever their names."""
+    shapes = {name: tensor.shape for name, tensor in stored.read_header(file).items() if len(tensor.shape) == 2}
+    uses = {name: StoredUse(name, 1, shape[1], "a sum over axis -1", True, True) for name, shape in shapes.items()}
+    return verify(file, pattern, uses=uses, allow_dense=1.0)
 
 
 def llama(**changes: Tensor) -> dict[str, Tensor]:
@@ -78,7 +91,8 @@ def llama(**changes: Tensor) -> dict[str, Tensor]:
 def test_holds_and_reports_each_layer(tmp_path):
     report = verify(write(tmp_path, llama()))
     assert report.ok
-    assert report.compared_with == "transformers"
+    assert report.share == 1.0
+    assert report.text().startswith("2:4 in 100.00% of the weights")
     assert len(report.layers) == 14
     assert {report.layers[0].name, report.layers[7].name} == {DOWN0, DOWN1}
     assert [layer.num_groups for layer in report.layers if layer.name in (Q0, DOWN0)] == [32, 16]
@@ -99,7 +113,7 @@ def test_counts_equal_torchs_in_every_dtype(tmp_path, dtype, n, m):
     weight[weight.abs() < 0.8] = 0
     weight[0, 0], weight[0, 1] = -0.0, 1e-30  # a negative zero, and what underflows to zero in the short dtypes
     weight = weight.to(dtype)
-    layer = verify(part(tmp_path, {Q0: weight}), f"{n}:{m}").layers[0]
+    layer = counted(part(tmp_path, {Q0: weight}), f"{n}:{m}").layers[0]
     wide = weight.double()
     assert layer.num_violations == count_nm_violations(wide, n, m) > 0
     assert layer.max_nonzeros == int(wide.unflatten(-1, (-1, m)).count_nonzero(-1).max())
@@ -113,25 +127,23 @@ def test_one_weight_too_many_is_found_where_it_is(tmp_path):
     report = verify(write(tmp_path, llama(**{Q1: bad})))
     assert not report.ok
     assert {layer.name: layer.num_violations for layer in report.layers if layer.num_violations} == {Q1: 1}
-    assert report.text().splitlines()[1].startswith(Q1)  # violations first
-    assert "max" in report.text().splitlines()[0]
+    assert report.text().splitlines()[2].startswith(Q1)  # violations first
+    assert "max" in report.text().splitlines()[1]
     assert "DOES NOT HOLD" in report.summary()
 
 
 def test_gpt2_groups_run_down_the_columns(tmp_path):
-    right = pruned(24, 8).T  # stored (in, out) = (8, 24)
-    wrong = pruned(8, 24, seed=4)
-    name = "transformer.h.0.attn.c_attn.weight"
-    assert not count_nm_violations(right.T.contiguous())
-    good, bad = (verify(part(tmp_path / key, {name: w}, "gpt2")) for key, w in (("a", right), ("b", wrong)))
-    assert good.ok
-    assert good.layers[0].axis == 0
-    assert not bad.ok
-    assert bad.layers[0].num_violations == count_nm_violations(wrong.T.contiguous())
-    # the same name over nn.Linear, as GPT-BigCode has it
-    assert verify(part(tmp_path / "c", {name: wrong}, "gpt_bigcode")).ok
-    # without a config.json, the shape of the fused projection decides
-    assert verify(part(tmp_path / "d", {name: right})).ok
+    model = linear_model("gpt2")
+    prune_(model)
+    save_model(model, tiny_tokenizer(), tmp_path)
+    report = verify(tmp_path)
+    assert report.ok
+    assert {layer.axis for layer in report.layers} == {0}
+    name = "transformer.h.0.attn.c_attn.weight"  # stored (in, out) = (32, 96)
+    wrong = pruned(32, 96, seed=4)
+    edit_weights(tmp_path, lambda tensors: tensors.update({name: wrong}))
+    (bad,) = [layer for layer in verify(tmp_path).layers if not layer.ok]
+    assert bad.num_violations == count_nm_violations(wrong.T.contiguous()) > 0
 
 
 def test_sharded_equals_single(tmp_path):
@@ -168,17 +180,17 @@ def test_sharded_equals_single(tmp_path):
 
 def test_width_that_does_not_divide_fails_unless_left_dense(tmp_path):
     tensors = {Q0: torch.randn(8, 6), Q1: pruned(8, 8)}
-    report = verify(part(tmp_path / "a", tensors))
+    report = counted(part(tmp_path / "a", tensors))
     assert [layer.name for layer in report.layers if not layer.ok] == [Q0]
     assert "width of 6 does not divide by 4" in report.text()
     for listed in (Q0, Q0.removesuffix(".weight"), "model.layers.0"):
-        report = verify(part(tmp_path / "b", tensors, left_dense={listed: "too odd"}))
+        report = counted(part(tmp_path / "b", tensors, left_dense={listed: "too odd"}))
         assert report.ok
         assert report.totals()["left_dense"] == 1
         assert "left dense: too odd" in report.text()
     # a layer left dense does not hide a NaN
     tensors[Q0][0, 0] = torch.nan
-    assert not verify(part(tmp_path / "b", tensors, left_dense={Q0: "too odd"})).ok
+    assert not counted(part(tmp_path / "b", tensors, left_dense={Q0: "too odd"})).ok
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
@@ -187,7 +199,7 @@ def test_non_finite_values_are_counted(tmp_path, dtype, value):
     weight = pruned(4, 8).double()
     weight[weight != 0] = 3.0
     weight[2] = torch.tensor([value, value, 0, 0, 0, 0, 0, value])
-    report = verify(part(tmp_path, {Q0: weight.to(dtype), Q1: pruned(8, 8)}))
+    report = counted(part(tmp_path, {Q0: weight.to(dtype), Q1: pruned(8, 8)}))
     assert not report.ok
     assert report.layers[0].num_non_finite == 3
     assert report.num_non_finite == 3
@@ -201,7 +213,7 @@ def test_non_finite_values_outside_the_layers_are_counted_too(tmp_path):
     assert not report.ok
     assert all(layer.ok for layer in report.layers)
     largest = torch.finfo(torch.float8_e4m3fn).max
-    assert verify(part(tmp_path, {Q0: torch.full((4, 8), largest).to(torch.float8_e4m3fn)})).num_non_finite == 0
+    assert counted(part(tmp_path, {Q0: torch.full((4, 8), largest).to(torch.float8_e4m3fn)})).num_non_finite == 0
 
 
 def test_exclude(tmp_path):
@@ -220,26 +232,49 @@ def test_exclude(tmp_path):
 # ---- what must not be passed over
 
 
-def test_every_2d_weight_of_a_block_counts_whatever_its_name(tmp_path):
-    for name in ("attn.in_proj_weight", "mlp.norm_proj.weight", "embedder.weight", "mlp.experts.gate_up"):
-        tensors = {f"model.layers.0.{name}": torch.randn(8, 8), Q0: pruned(8, 8)}
-        report = verify(part(tmp_path, tensors))
+def test_a_weight_counts_by_its_use_whatever_its_name(tmp_path):
+    for name in ("attn.in_proj_weight", "mlp.norm_proj.weight", "embedder.weight", "self_attn.q_norm.weight"):
+        report = counted(part(tmp_path, {f"model.layers.0.{name}": torch.randn(8, 8), Q0: pruned(8, 8)}))
         assert not report.ok, name
         assert len(report.layers) == 2
-    tensors = {"model.layers.0.self_attn.q_norm.weight": torch.randn(8, 8), Q0: pruned(8, 8)}
-    assert verify(part(tmp_path, tensors)).dense == {"model.layers.0.self_attn.q_norm.weight": "a norm or an embedding"}
 
 
-def test_fused_experts_make_the_answer_no_unless_left_dense(tmp_path):
+@pytest.mark.parametrize(
+    "use",
+    [
+        StoredUse("", None, 0, "a sum over axis -2 and a sum over axis -1", False, False),
+        StoredUse("", None, 0, "einsum", False, False),
+        StoredUse("", 0, 8, "a sum over axis -3", True, False),
+    ],
+)
+def test_an_axis_that_is_not_known_makes_the_answer_no_and_left_dense_does_not_hide_it(use, tmp_path):
     experts = "model.layers.0.mlp.experts.gate_up_proj"
-    tensors = {experts: torch.randn(2, 8, 8), Q0: pruned(8, 8)}
-    report = verify(part(tmp_path, tensors))
+    tensors = {experts: torch.randn(8, 8, 8), Q0: pruned(8, 8)}
+    uses = {Q0: StoredUse(Q0, 1, 8, "", True, True), experts: replace(use, parameter=experts)}
+    report = verify(part(tmp_path, tensors), uses=uses)
     assert not report.ok
-    assert report.uncounted == {experts: "3-D of shape 2x8x8, F32"}
+    assert list(report.uncounted) == [experts]
     assert "1 not counted" in report.summary()
-    report = verify(part(tmp_path, tensors, left_dense={experts: "fused"}))
-    assert report.ok
+    assert experts in report.text()
+    file = part(tmp_path, tensors, left_dense={experts: "fused"})
+    report = verify(file, uses=uses)
     assert report.dense == {experts: "fused"}
+    assert report.share == 64 / 576
+    assert not report.ok
+    assert verify(file, uses=uses, allow_dense=0.9).ok
+
+
+def test_a_left_dense_of_the_judged_folder_hides_nothing(tmp_path, capsys):
+    dense = {name: torch.randn(tensor.shape) for name, tensor in llama().items() if "mlp" in name}
+    listed = dict.fromkeys((name.removesuffix(".weight") for name in dense), "fine")
+    folder = write(tmp_path, llama(**dense), left_dense=listed, pattern="2:4")
+    report = verify(folder)
+    assert not report.ok
+    assert report.share == pytest.approx(2 * 4 * 64 / (2 * (4 * 64 + 3 * 128)))
+    assert main(["verify", str(folder)]) == 1
+    assert "40.00%" in capsys.readouterr().out.splitlines()[0]
+    assert main(["verify", str(folder), "--allow-dense", "0.6"]) == 0
+    assert report.as_dict()["totals"]["share"] == report.share
 
 
 @pytest.mark.parametrize(
@@ -387,12 +422,6 @@ def test_a_missing_or_renamed_layer_is_refused(tmp_path, name):
     refused(write(tmp_path / "huge", llama(), LLAMA | {"num_hidden_layers": 10**9}), "num_hidden_layers = 1000000000")
 
 
-def test_a_file_of_its_own_does_not_depend_on_an_index_beside_it(tmp_path):
-    save_file(llama(), tmp_path / "other.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    assert verify(tmp_path / "other.safetensors").ok
-
-
 def test_only_counts_of_layers_and_experts_are_bounded_by_the_number_of_tensors(tmp_path):
     sizes = {"block_size": 2048, "vocab_size_per_layer_input": 262_144, "num_experts": 16_384}
     assert verify(write(tmp_path / "sizes", llama(), LLAMA | sizes)).ok
@@ -407,11 +436,8 @@ def test_a_checkpoint_without_the_base_prefix_is_compared_too(tmp_path):
     refused(write(tmp_path / "b", tensors), f"lacks {Q1}")
 
 
-def test_blocks_that_differ_are_refused_where_no_config_describes_them(tmp_path):
-    refused(part(tmp_path, {Q0: pruned(8, 8), Q1: pruned(8, 8), DOWN1: pruned(8, 8)}), "layers.0 of .* lacks mlp.down")
-    later = Q0.replace(".0.", ".2.")
-    refused(part(tmp_path, {Q0: pruned(8, 8), later: pruned(8, 8)}), "layers.1 of .* lacks every layer")
-    refused(write(tmp_path / "own", {Q0: pruned(8, 8), DOWN1: pruned(8, 8)}, {"auto_map": {"a": "b"}}), "lacks")
+def test_a_folder_whose_model_is_not_known_is_refused(tmp_path):
+    refused(write(tmp_path / "own", llama(), {"auto_map": {"AutoConfig": "a.B"}}), "pass trust_remote_code")
     folder = write(tmp_path / "none", llama())
     (folder / "config.json").unlink()
     refused(folder, "has no config.json")
@@ -419,7 +445,7 @@ def test_blocks_that_differ_are_refused_where_no_config_describes_them(tmp_path)
 
 def test_names_are_printed_without_terminal_escapes(tmp_path):
     name = "model.layers.0.\x1b[2K\x1b[1Aevil\u202e.weight"
-    report = verify(part(tmp_path, {name: torch.randn(8, 8), Q0: pruned(8, 8)}))
+    report = counted(part(tmp_path, {name: torch.randn(8, 8), Q0: pruned(8, 8)}))
     assert report.layers[0].name == name
     assert "\x1b" not in report.text()
     assert "\\x1b[2K" in report.text()
@@ -440,15 +466,17 @@ def test_nothing_there(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     refused(tmp_path, "it holds pytorch_model.bin: .* convert")
     save_file({Q0: pruned(4, 4)}, tmp_path / "a.safetensors")
-    assert verify(tmp_path / "a.safetensors").ok
+    refused(tmp_path / "a.safetensors", "verify a folder with its config.json")
     refused(tmp_path, "it holds a.safetensors: name")
     (tmp_path / "adapter_config.json").write_text("{}")
     refused(tmp_path, "adapter")
 
 
 def test_no_linear_layer(tmp_path):
-    refused(part(tmp_path, {"model.embed_tokens.weight": torch.randn(8, 8)}), "no layer that 2:4 applies to")
-    refused(part(tmp_path, {Q0: torch.randn(8, 8)}, left_dense={Q0: "all"}), r"no layer .* 1 left dense")
+    with pytest.raises(InputError, match="no layer that 2:4 applies to"):
+        counted(part(tmp_path, {"model.embed_tokens.weight": torch.randn(8, 8)}))
+    with pytest.raises(InputError, match=r"no layer .* 1 left dense"):
+        counted(part(tmp_path, {Q0: torch.randn(8, 8)}, left_dense={Q0: "all"}))
 
 
 ONE = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
@@ -486,6 +514,8 @@ def test_records_and_configs_that_are_no_such_thing_are_refused(tmp_path):
 def test_quantized_checkpoints_are_refused_by_name(tmp_path):
     quantized = LLAMA | {"quantization_config": {"quant_method": "compressed-tensors"}}
     int8 = write(tmp_path / "int8", llama(**{Q0: torch.ones(8, 8, dtype=torch.int8)}), quantized)
+    refused(int8, "compressed-tensors")
+    int8 = write(tmp_path / "plain int8", llama(**{Q0: torch.ones(8, 8, dtype=torch.int8)}))
     refused(int8, rf"{Q0} \(I8\)")
     packed = "model.layers.0.self_attn.q_proj.qweight"
     refused(write(tmp_path / "float", llama(), quantized), "compressed-tensors")
@@ -497,9 +527,9 @@ def test_quantized_checkpoints_are_refused_by_name(tmp_path):
 
 
 def test_memory_is_a_few_chunks(tmp_path):
-    folder = part(tmp_path, {Q0: torch.zeros(4096, 4096)})  # 64 MiB
+    file = part(tmp_path, {Q0: torch.zeros(4096, 4096)})  # 64 MiB
     tracemalloc.start()
-    assert verify(folder).ok
+    assert counted(file).ok
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 * stored.CHUNK_BYTES

@@ -71,7 +71,12 @@ def test_towers_and_projectors_are_known_by_their_names():
     towers = (
         *("vision_tower.vision_model.encoder.layers.0.mlp.fc1", "visual.blocks.3.attn.qkv", "audio_tower.layers.0.fc1"),
         *("model.multi_modal_projector.linear_1", "mm_projector.0", "model.connector.modality_projection.proj"),
-        *("model.vision_model.encoder.layers.1.self_attn.q_proj", "resampler.layers.0.fc1", "qformer.layer.0.x"),
+        *(
+            "vit.layers.0.attention.qkv",
+            "model.vision_model.encoder.layers.1.self_attn.q_proj",
+            "resampler.layers.0.fc1",
+            "qformer.layer.0.x",
+        ),
     )
     assert all(is_tower(name) and not is_block_linear(f"{name}.weight", (8, 8)) for name in towers)
     language = (

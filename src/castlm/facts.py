@@ -262,6 +262,8 @@ class Proof:
     violations: int
     zero_fraction: float
     non_finite: int
+    share: float | None = None
+    """The share of the pattern in the weights by which the transformer blocks multiply; None in older files."""
     tensors_equal_in_bits: int | None = None
     perplexity_from_disk: float | None = None
 

@@ -13,6 +13,7 @@ from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
+from castlm.export.verify_report import ALLOW_DENSE
 from castlm.fields import Needs, build, choice, essential, label, like, number, option
 from castlm.oneshot.methods import Reads, all_methods, default_method, method_of, reads_of, steps_of
 from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, part_of, with_effort
@@ -71,6 +72,10 @@ class OwnOptions:
     """
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = like(CheckpointOptions, "save_dtype")
+
+    allow_dense: float = number(ALLOW_DENSE, at_least=0, at_most=1)
+    """The largest share of the weights by which the transformer blocks multiply that may stay dense. A model of which
+    more would, such as one with experts that castlm does not make sparse, is refused with exit code 1."""
 
     overwrite: bool = essential(False)
     """Replace an earlier result in output_dir."""
@@ -226,6 +231,7 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
         memory=memory,
         device=world.device,
         dtype=options.save_dtype,
+        allow_dense=options.allow_dense,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         overwrite=options.overwrite,

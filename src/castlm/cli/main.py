@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable
 from typing import NamedTuple, TextIO
 
-from castlm.core.errors import DivergedError, InputError, is_out_of_memory, is_panic
+from castlm.core.errors import DivergedError, InputError, MostlyDenseError, is_out_of_memory, is_panic
 from castlm.names import columns_of, for_stream, printable
 from castlm.signals import TERMINATED, ending_on_sigterm, stopped_by_sigterm
 
@@ -182,7 +182,7 @@ def _main(arguments: list[str]) -> int:
         if isinstance(error, BrokenPipeError) or is_output_full or os.environ.get("CASTLM_TRACEBACK"):
             raise
         _complain(_describe(error))
-        return 1 if isinstance(error, DivergedError) else 2
+        return 1 if isinstance(error, DivergedError | MostlyDenseError) else 2
     except KeyboardInterrupt:
         print("castlm: stopped", file=sys.stderr)
         return 130

@@ -28,7 +28,8 @@ class PruneCommand(PruneOptions):
         for line in report.notes():
             to_stdout(line)
         measure = f"castlm eval {shlex.quote(self.output_dir)} --text FILE"
-        to_stdout(f"{self.output_dir}: {self.pattern} by {self.solver}, verified; measure it with: {measure}")
+        share = f"in {report.share:.2%} of the weights that the transformer blocks multiply by"
+        to_stdout(f"{self.output_dir}: {self.pattern} {share}, by {self.solver}, verified; measure it with: {measure}")
         return 0
 
 

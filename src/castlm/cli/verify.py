@@ -6,23 +6,30 @@ from dataclasses import dataclass
 
 from castlm.cli.options import check_json_path, to_stdout, write_json
 from castlm.core.nm import NM, Pattern
-from castlm.fields import parsed, positional
+from castlm.export.verify_report import ALLOW_DENSE
+from castlm.fields import like, number, parsed, positional
 from castlm.files.reading import user_path
 from castlm.patterns import parse_pattern
+from castlm.training.options import ModelOptions
 
 
 @dataclass
 class VerifyCommand:
     """Count every group of every sparse layer of a model folder. The exit code is 0 if all have the pattern, otherwise
-    1.
+    1. The first line of the answer is the share of the pattern in all weights that the transformer blocks multiply by.
     """
 
     path: str = positional()
-    """Folder in Hugging Face format, run of `castlm train`, or one .safetensors file."""
+    """Folder in Hugging Face format, or run of `castlm train`."""
 
     pattern: Pattern | None = parsed(None, parse_pattern)
     """n:m, at most n non-zeros in every m along the input axis. The default is the pattern in the folder's castlm.json,
     or 2:4 without one."""
+
+    allow_dense: float = number(ALLOW_DENSE, at_least=0, at_most=1)
+    """The largest share of the weights by which the transformer blocks multiply that may lack the pattern."""
+
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
     json: str | None = None
     """File for the report as JSON; "-" prints it instead of the table."""
@@ -33,7 +40,12 @@ class VerifyCommand:
 
         path = _counted(self.path)
         check_json_path(self.json)
-        report = verify(path, self.pattern or pattern_of_files(path) or NM(2, 4))
+        report = verify(
+            path,
+            self.pattern or pattern_of_files(path) or NM(2, 4),
+            allow_dense=self.allow_dense,
+            trust_remote_code=self.trust_remote_code,
+        )
         write_json(self.json, report.as_dict())
         if self.json != "-":
             to_stdout(report.text(), keep="\n")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DivergedError",
     "InputError",
+    "MostlyDenseError",
     "check_finite",
     "check_type",
     "is_out_of_memory",
@@ -31,6 +32,10 @@ def check_finite(what: str, value: Tensor, remedy: str = "the model is damaged")
 
 class DivergedError(InputError):
     """The numbers of a run are no longer finite. The command line exits with code 1."""
+
+
+class MostlyDenseError(InputError):
+    """Too small a share of a model would have its pattern. The command line exits with code 1."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,11 +18,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from castlm.core.blocks import block_name, in_block, is_tower, why_dense
+from castlm.core.blocks import block_name, in_block, is_tower, owners_of_experts, why_dense
 from castlm.core.errors import InputError, check_type
 from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern, pack_mask, parse_pattern, unpack_mask
 from castlm.core.shards import local
+
+
+class LinearOfConv1D(nn.Linear):
+    """A linear layer whose weight (out, in) transformers stores as (in, out), in a `Conv1D` as GPT-2 has them."""
+
 
 SparseLayer = nn.Linear | ExpertLinear
 """A layer that may become sparse: a module with `weight` (..., out, in), `in_features` and `out_features`."""
@@ -121,11 +126,15 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
     pattern = parse_pattern(pattern)
     sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}
+    owners = owners_of_experts(name for name, _ in model.named_modules())
     for fqn, module in model.named_modules(remove_duplicate=True):
         # The inside of a parametrized layer, such as its scales; the layer itself is met under its own name.
         if "parametrizations" in fqn.split("."):
             continue
-        if isinstance(module, SparseLayer) and filter_fn(module, fqn):
+        chosen = isinstance(module, SparseLayer) and filter_fn(module, fqn)
+        if filter_fn is is_sparse_linear:
+            chosen = isinstance(module, SparseLayer) and why_dense(fqn, owners) is None
+        if chosen:
             own = pattern.at(fqn)
             misfit = own.misfit((module.out_features, module.in_features))
             if isinstance(module, ExpertLinear) and not isinstance(own, NM):

@@ -3,7 +3,7 @@
 A folder with two sets of weights is refused: verifying one says nothing about the other, and which one is loaded
 depends on the program. The counts of `verify` would also mean nothing if transformers opened other files or filled
 layers with random numbers. So transformers itself builds the config and the model, on the meta device, where weights
-take no memory. Without a config.json, the blocks of a file are compared with each other.
+take no memory, and the model is asked how it multiplies by each of them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import contextlib
 import io
 import os
 import re
-from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from castlm.core.blocks import is_block_weight, is_tower, why_stored_dense
+from castlm.core.blocks import in_block
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.facts import Facts
@@ -34,10 +34,13 @@ from castlm.files.stored import (
     read_weight_map,
 )
 from castlm.formats.table import FORMATS
-from castlm.models.layout import QUANT_METHOD, input_axis, names_no_weights, parts_of_config
+from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, names_no_weights, parts_of_config
 from castlm.models.locate import check_holds_model
-from castlm.models.weights import Place, loading_only, packed_weights, recording_places, stored_weights
+from castlm.models.weights import loading_only, packed_weights, places_in, stored_weights
 from castlm.patterns import parse_pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|pkl|pickle|onnx|tflite|mar|distcp|ot)$"
@@ -165,21 +168,45 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 """Files that transformers takes for a distributed checkpoint before it looks for model.safetensors."""
 
 
-def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config, ignored: Collection[str] = ()) -> str:
-    """Checks that transformers loads `tensors`, and that they are exactly the linear layers of the model.
+@dataclass(frozen=True)
+class StoredUse:
+    """How a model multiplies by a stored tensor."""
+
+    parameter: str
+    """The parameter that is made of it, or a part of it."""
+    axis: int | None
+    """The axis of the stored tensor that products sum over; None if there is no product, or if it is not known."""
+    width: int
+    """The number of terms of a sum; fewer than the length of the axis where the tensor holds several matrices."""
+    what: str
+    """The uses in words."""
+    is_known: bool
+    can_pack: bool
+    """Whether a packed layer can take the place of the module that multiplies by it."""
+
+
+def check_layers(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    config: Config,
+    ignored: Collection[str] = (),
+    trust_remote_code: bool = False,
+) -> dict[str, StoredUse]:
+    """Checks that transformers loads `tensors`, and that they are exactly the weights of the model.
 
     Args:
         path: the model folder.
-        tensors: the stored tensors.
+        tensors: the stored tensors; of a packed folder by their names and shapes in a plain one.
         config: the content of config.json.
         ignored: names of tensors that may be stored though the model does not have them.
+        trust_remote_code: run the code of a model that transformers does not have.
 
     Returns:
-        A description of what the layers were compared with.
+        How the model multiplies by each tensor with two axes or more that becomes a parameter, by the tensor's name.
 
     Raises:
-        InputError: config.json sends transformers to other weights, or a layer is missing, has no place in the model,
-            has another shape, or is made of a tensor that would be counted as something else.
+        InputError: config.json sends transformers to other weights, the model has code of its own that is not trusted,
+            or a weight is missing, has no place in the model, or has another shape.
     """
     check_redirections(path, config)
     fields = (field for part in parts_of_config(config) for field in part.items())
@@ -191,27 +218,59 @@ def check_layers(path: Path, tensors: Mapping[str, StoredTensor], config: Config
             continue
         if value < 0 or value > (65_536 if count[1] == "expert" else max(1000, len(tensors))):
             raise InputError(f"config.json of {path} says {name} = {value}, and it holds {len(tensors)} tensors")
-    if config.get("auto_map"):
+    if config.get("auto_map") and not trust_remote_code:
         import transformers
 
         named = config.get("architectures")
         is_native = all(hasattr(transformers, str(name)) for name in (named if isinstance(named, list) else []))
         if not is_native or config.get("model_type") not in transformers.CONFIG_MAPPING:
-            check_uniform(path, tensors)  # its own code makes its layers
-            return "each other"
+            raise InputError(
+                f"{path} has its own code, which alone says how its weights are multiplied by: pass trust_remote_code "
+                "if you have read it and trust it"
+            )
     from castlm.models.io import some_of
 
-    unexpected = load_on_meta(path, config, tensors)
-    linear = [
+    model, unexpected = load_on_meta(path, config, tensors, trust_remote_code)
+    unknown = [
         name
         for name in sorted(tensors.keys() & unexpected - set(ignored))
-        if is_block_weight(name, tensors[name].shape)
+        if len(tensors[name].shape) >= 2 and in_block(name) and not OLD_BUFFERS.search(name)
     ]
-    if linear:
+    if unknown:
         raise InputError(
-            f"{path} holds {some_of(linear)}, which its config.json does not describe: fetch or write it again"
+            f"{path} holds {some_of(unknown)}, which its config.json does not describe: fetch or write it again"
         )
-    return "transformers"
+    return _stored_uses(model, tensors)
+
+
+def _stored_uses(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredUse]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from castlm.models.products import uses_of
+
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if len(tensor.shape) >= 2}
+    places, uses = places_in(model, shapes), uses_of(model)
+    found: dict[str, StoredUse] = {}
+    for name, shape in shapes.items():
+        place = places[name]
+        if (use := uses.get(place.name)) is None:
+            continue
+        module = model.get_submodule(place.name.rpartition(".")[0])
+        axis = use.axis
+        if axis is not None and place.is_turned and axis in (-1, -2):
+            axis = -3 - axis
+        is_counted = axis is not None and -axis <= len(shape) and place.is_known
+        is_layer = type(module) in (nn.Linear, Conv1D) or isinstance(getattr(module, "is_transposed", None), bool)
+        found[name] = StoredUse(
+            place.name,
+            len(shape) + axis if axis is not None and is_counted else None,
+            use.width,
+            str(use) if place.is_known else f"{use}, in another order than in the file",
+            is_counted if use.summed else use.is_known,
+            is_layer and is_counted and use.is_called,
+        )
+    return found
 
 
 def check_redirections(folder: Path, config: Config) -> None:
@@ -229,7 +288,9 @@ def check_redirections(folder: Path, config: Config) -> None:
         raise InputError(f"{folder} holds {parts[0]}, a part of a distributed checkpoint: save the whole model")
 
 
-def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTensor]) -> set[str]:
+def load_on_meta(
+    folder: Path, described: Config, tensors: Mapping[str, StoredTensor], trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, set[str]]:
     """Loads the model folder without its data, as the class that its config.json names.
 
     Args:
@@ -237,23 +298,23 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
         tensors: the stored tensors, whose files transformers must load, all of them and no others.
 
     Returns:
-        The names of the stored tensors that the class does not have.
+        The model on the meta device, plain if the folder is packed, and the names of the stored tensors that the class
+        does not have.
     """
+    import torch
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from castlm.models.architecture import auto_class
     from castlm.models.io import check_loading_info, check_no_kernels, quiet_transformers
     from castlm.runtime.register import register
 
     register()  # the class of a packed folder is asked of transformers too
     try:
-        with (
-            loading_only(tensors.values()),
-            recording_places() as places,
-            quiet_transformers(),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with loading_only(tensors.values()), quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
             check_no_kernels(config, folder)
             text = config.get_text_config(decoder=True)
             for key in ("transformers_weights", "quantization_config", "model_type"):
@@ -262,15 +323,21 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
                     raise InputError(
                         f"{folder / 'config.json'}: transformers reads {key} = {value!r:.100}: write it again"
                     )
-            named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
-            kind = getattr(transformers, str(named[0]), None)
-            if not (
+            of_family = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
+            named = str((config.architectures or [of_family])[0])
+            kind: Any = getattr(transformers, named, None)
+            # Families such as EXAONE 3 have a config of their own and another family's class.
+            is_of_config = (
                 isinstance(kind, type)
                 and issubclass(kind, transformers.PreTrainedModel)
-                and kind.config_class is type(config)
-            ):
+                and (kind.config_class is type(config) or named == of_family)
+            )
+            remote: dict[str, Any] = {}
+            if trust_remote_code and getattr(config, "auto_map", None):
+                kind, is_of_config, remote = auto_class(config), True, {"trust_remote_code": True}
+            if not is_of_config:
                 raise InputError(
-                    f"{folder}: transformers has no architecture {named[0]!r} of a {config.model_type}: which layers "
+                    f"{folder}: transformers has no architecture {named!r} of a {config.model_type}: which layers "
                     "it holds is unknown"
                 )
             loaded: Any = kind.from_pretrained(
@@ -281,65 +348,16 @@ def load_on_meta(folder: Path, described: Config, tensors: Mapping[str, StoredTe
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
                 use_safetensors=True,
+                **remote,
             )
             model, info = loaded  # as `output_loading_info` asks
+            if is_packed(described):  # its layers are packed ones
+                del config.quantization_config
+                with torch.device("meta"):
+                    model = type(model)(config)
     except InputError:
         raise
     except Exception as error:  # configs fail with errors of any type
         raise InputError(f"transformers cannot say which layers {folder} should hold: {one_line(error)}") from error
     check_loading_info(folder, info)
-    _check_places(folder, described, tensors, model, places)
-    return set(info["unexpected_keys"])
-
-
-def _check_places(
-    folder: Path, described: Config, tensors: Mapping[str, StoredTensor], model: Any, places: Mapping[str, Place]
-) -> None:
-    """Refuses a stored tensor whose name hides the layer that it becomes, or the axis of the layer's inputs.
-
-    By its name, a tensor is counted or stays dense; in the model, it may have another one. The tensors of a packed
-    folder have no place in `places`, because castlm's own loader reads them and compares them with their layers.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    dense, dense_there = (why_stored_dense(of) for of in ({name: t.shape for name, t in tensors.items()}, shapes))
-    for name, place in places.items():
-        if name not in tensors or place.name not in shapes:
-            continue
-        shape, loaded = tensors[name].shape, shapes[place.name]
-        if name in dense and place.name not in dense_there and len(loaded) >= 2:
-            raise InputError(
-                f"{folder} holds {name}, by its name {dense[name]}, which transformers loads into {place.name}: write "
-                "the model again"
-            )
-        axis = input_axis(described, name, shape) if is_block_weight(name, shape) else None
-        if axis is None or len(shape) != len(loaded):
-            continue
-        module = model.get_submodule(place.name.rpartition(".")[0])
-        is_transposed = getattr(module, "is_transposed", None) if len(shape) == 3 else isinstance(module, Conv1D)
-        if not isinstance(is_transposed, bool):
-            continue  # as in Llama 4, whose experts do not state their order
-        is_transposed ^= place.is_turned and not (place.by_shape and shape == loaded)
-        if is_transposed != (axis == len(shape) - 2):
-            order = "in, out" if is_transposed else "out, in"
-            raise InputError(
-                f"{name} of {folder} is stored as ({order}), which castlm does not know of a {described['model_type']}"
-            )
-
-
-def check_uniform(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuses transformer blocks that differ in their layers, or whose numbers have a gap."""
-    blocks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name, tensor in tensors.items():
-        if len(tensor.shape) >= 2 and not is_tower(name) and (match := re.match(r"(|.*?\.)(\d{1,9})\.(.+)", name)):
-            blocks[match[1]][int(match[2])].add(match[3])
-    for stem, of_index in blocks.items():
-        everything = set().union(*of_index.values())
-        for index in range(max(of_index) + 1 if len(of_index) > 1 else 0):
-            if index not in of_index or (lacking := sorted(everything - of_index[index])):
-                what = f"{lacking[0]}, which other blocks have" if index in of_index else "every layer"
-                raise InputError(
-                    f"{stem}{index} of {path} lacks {what}: without a config.json that names the layers, "
-                    "only a checkpoint of equal blocks can be verified"
-                )
+    return model, set(info["unexpected_keys"])

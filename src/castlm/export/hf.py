@@ -8,6 +8,7 @@ from files of its transformer blocks, with at most one tensor in memory.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import shutil
@@ -21,10 +22,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.core.blocks import is_block_weight
-from castlm.core.errors import InputError, one_line
+from castlm.core.blocks import in_block, is_tower
+from castlm.core.errors import InputError, MostlyDenseError, one_line
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, sparse_linears
+from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, num_weights, scope_of, sparse_linears
 from castlm.dtypes import STORED_NAMES, dtype_name, equal_in_bits
 from castlm.export.card import model_card
 from castlm.export.origin import origin_in_memory
@@ -43,26 +44,55 @@ from castlm.models.io import (
     check_tokenizer,
     load_model,
     parameters_in,
+    quiet_transformers,
     save_model,
+    some_of,
     write_all_but_weights,
 )
+from castlm.models.products import uses_of
 from castlm.models.stored_layout import StoredLayout, by_block
 from castlm.patterns import parse_pattern
 
 _PROBE_TOKENS = 16  # on which the model in memory and the model read back must have the same logits
 
 
-def check_export(model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear) -> None:
-    """Checks, before training, that the result of `model` can be written and verified."""
-    layers, _ = sparse_linears(model, pattern, filter_fn)
-    layout = StoredLayout(model)
-    for name in layers:
-        for part in layout.parts(name):
-            if not is_block_weight(part.name, part.shape):
-                raise InputError(
-                    f"{name} is stored as {part.name} of shape {part.shape}, whose groups castlm verify does not "
-                    "count: leave it dense (left_dense)"
-                )
+def check_export(
+    model: PreTrainedModel, pattern: Pattern, filter_fn: FilterFn = is_sparse_linear, allow_dense: float = 1.0
+) -> float:
+    """Checks, before the work, that the result of `model` can be verified: in what products its weights are used.
+
+    Args:
+        allow_dense: see `verify`.
+
+    Returns:
+        The share of the weights in products of the transformer blocks that become sparse.
+
+    Raises:
+        InputError: the model multiplies by a layer along another axis than a linear layer does.
+        MostlyDenseError: a larger share than `allow_dense` would stay dense.
+    """
+    scope = scope_of(model, pattern, filter_fn)
+    layout, sparse, multiplied = StoredLayout(model), 0, 0
+    with torch.device("meta"), quiet_transformers():
+        plain = type(model)(copy.deepcopy(model.config))  # without layers in place of Conv1D and experts
+    shapes = {name: parameter.numel() for name, parameter in plain.named_parameters()}
+    uses = uses_of(plain)
+    for name, layer in scope.layers.items():
+        key = layout.key(f"{name}.weight")
+        if uses[key].axis != (-2 if layout.is_transposed(f"{name}.weight") else -1):
+            raise InputError(f"{name} cannot be made {pattern}: it has {uses[key]}; leave it dense (left_dense)")
+        sparse += num_weights(layer)
+    for name, use in uses.items():
+        is_inside = in_block(name) and not is_tower(name)
+        multiplied += shapes[name] if is_inside and (use.axis is not None or not use.is_known) else 0
+    share = sparse / max(1, multiplied)
+    if share < 1 - allow_dense:
+        dense = [name for name in scope.left_dense if in_block(name) and not is_tower(name)]
+        raise MostlyDenseError(
+            f"only {share:.2%} of the weights that the transformer blocks multiply by would be {pattern}, and "
+            f"{some_of(dense)} would stay dense: allow_dense {math.ceil(100 * (1 - share)) / 100:g} permits it"
+        )
+    return share
 
 
 def export_model(
@@ -203,9 +233,10 @@ def verify_pattern(folder: Path, model: PreTrainedModel, pattern: Pattern, left_
     """Raises `InputError` unless every sparse layer of `model` has the pattern in the files; completes `left_dense`.
 
     The names of a layer in the files and in memory may differ, as for experts; transformers' conversions map them.
-    Returns the counts.
+    Returns the counts, among them the share of dense weights, whatever it is.
     """
-    report = verify(folder, pattern, compare=False)  # with `model`, here
+    code_is_trusted = type(model).__module__.startswith("transformers_modules")  # its code runs already
+    report = verify(folder, pattern, allow_dense=1.0, trust_remote_code=code_is_trusted)
     layout, sparse = StoredLayout(model), set[str]()
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():

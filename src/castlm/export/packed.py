@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from castlm import __version__
-from castlm.core.blocks import is_block_linear, is_block_weight
+from castlm.core.blocks import is_block_linear, owners_of_experts, why_dense
 from castlm.core.errors import InputError, naming
 from castlm.core.nm import NM, Pattern, is_nm_sparse
 from castlm.dtypes import FLOATS, STORED, STORED_NAMES, dtype_name
 from castlm.export.card import packed_card, unpacked_card
 from castlm.export.folder import (
+    StoredUse,
     check_layers,
     check_redirections,
     is_packed,
@@ -38,7 +39,7 @@ from castlm.export.folder import (
 from castlm.export.hf import export_model
 from castlm.export.loads import check_loads
 from castlm.export.origin import origin_of
-from castlm.export.verify import Packed, check_dense, check_ok, take_packed, verify
+from castlm.export.verify import Packed, check_dense, check_ok, check_order, take_packed, verify
 from castlm.facts import SCHEMA_VERSION, Facts, Packing
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
@@ -51,7 +52,7 @@ from castlm.formats.rounding import Rounded, on_grid, round_rows
 from castlm.formats.table import FORMATS
 from castlm.models.architecture import shape_model
 from castlm.models.io import load_model, open_config
-from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, input_axis, names_no_weights
+from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, names_no_weights
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.models.stored_layout import StoredLayout
 from castlm.patterns import DENSE, parse_pattern
@@ -220,9 +221,7 @@ def pack_into(
         raise InputError(f"{source} is packed or quantized already: give the model that was")
     check_redirections(source, config)
     stored = dict(sorted(stored_tensors(source, config).items()))
-    if not config.get("auto_map"):  # the layers of a model with its own code are unknown
-        check_layers(source, stored, config)
-    specs = _specs(source, stored, config, pattern, dtype, rounded)
+    specs = _specs(source, stored, check_layers(source, stored, config), pattern, dtype, rounded)
     if head is not None:
         for table in _tables(source, stored):
             rows, columns = stored[table].shape  # (49152, 576)
@@ -236,11 +235,8 @@ def pack_into(
     if pattern is None:
         check_dense(folder)
     else:
-        check_ok(verify(folder, pattern, compare=False))
-    if config.get("auto_map"):
-        note(f"{source} has its own code, so the packed model is not loaded to check it")
-    else:
-        check_loads(folder)
+        check_ok(verify(folder, pattern, allow_dense=1.0))
+    check_loads(folder)
     before = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
     after = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return PackReport(len(specs), before, after, pattern)
@@ -284,31 +280,31 @@ class _Packing:
 def _specs(
     source: Path,
     stored: Mapping[str, StoredTensor],
-    config: Mapping[str, Any],
+    uses: Mapping[str, StoredUse],
     pattern: NM | None,
     dtype: str | None,
     integers: Mapping[str, Rounded],
 ) -> dict[str, PackedSpec]:
-    """The specs of the tensors to pack, by name: all linear layers inside the transformer blocks."""
+    """The specs of the tensors to pack, by name: all linear layers inside the transformer blocks.
+
+    A layer by whose weight other code multiplies, as Mamba's does, is copied.
+    """
     facts = read_facts(source)
     left_dense, trained = facts.left_dense, facts.rounded.kind if facts.rounded else None
     specs: dict[str, PackedSpec] = {}
+    owners = owners_of_experts(use.parameter for use in uses.values())
     for name, tensor in stored.items():
-        is_packed_here = is_block_weight(name, tensor.shape)
+        use = uses.get(name)
+        is_packed_here = (
+            use is not None and use.can_pack and why_dense(use.parameter.removesuffix(".weight"), owners) is None
+        )
         if tensor.dtype not in STORED or (is_packed_here and dtype is None and _float_name(tensor) is None):
             raise InputError(f"{name} of {source} is stored as {tensor.dtype}: pass dtype bf16 to cast a wider one")
-        if not is_packed_here:
+        if not is_packed_here or use is None or use.axis is None:
             continue
         groups = pattern if left_dense_reason(name, left_dense) is None else None
-        # Groups run along the input: the last axis of a Linear, the first of GPT-2's Conv1D, the second of gpt-oss's
-        # experts.
-        axis = input_axis(config, name, tensor.shape)
-        if axis is None and groups is None:
-            continue  # is copied
-        if axis is None:
-            raise InputError(f"which axis of {name} is its input is not known: name it in left_dense of castlm.json")
         n, m = (groups.n, groups.m) if groups else (0, 0)
-        spec = PackedSpec.of_stored(tensor.shape, axis, n, m, values="")
+        spec = PackedSpec.of_stored(tensor.shape, use.axis, n, m, values="")
         rounded = integers.get(spec.stem(name))
         # Codes that `quantize` hands over, then the rounding that the model was trained with, then the dtype.
         specs[name] = replace(spec, values=rounded.kind if rounded else trained or dtype or str(_float_name(tensor)))
@@ -417,10 +413,13 @@ def unpack_folder(
     source = local_folder(source)
     config = read_config(source)
     stored = stored_tensors(source, config) if is_packed(config) else {}
-    packed = take_packed(stored, config)  # `stored` has the tensors of the plain folder now
+    packed = take_packed(stored)  # `stored` has the tensors of the plain folder now
     stored = dict(sorted(stored.items()))  # so that packing again writes the same file
     if not packed:
         raise InputError(f"{source} is not a packed model folder: `castlm pack` writes one")
+    uses = check_layers(source, stored, config)
+    for name in packed:
+        check_order(name, packed, uses[name])
     named = str(config.get("dtype") or config.get("torch_dtype"))
     integers_as = next((dtype for dtype in FLOATS.values() if str(dtype) == f"torch.{named}"), torch.float32)
     config.pop("quantization_config", None)
@@ -431,12 +430,11 @@ def unpack_folder(
         _write_weights(temporary, _Unpacking(stored, packed, integers_as), (SINGLE, INDEX), progress)
         _write_small_files(source, temporary, config, facts, unpacked_card(source, facts))
         with naming_instead(temporary, source):  # verifies the plain folder
-            if not config.get("auto_map"):  # the layers of a model with its own code are unknown
-                check_layers(temporary, stored_tensors(temporary, config), config)
+            uses = check_layers(temporary, stored_tensors(temporary, config), config)
             check_dense(temporary)
             dense = [name for name, of in packed.items() if not of.spec.m]
             for n, m in {(of.spec.n, of.spec.m) for of in packed.values() if of.spec.m}:
-                check_ok(verify(temporary, NM(n, m), dense, compare=False))
+                check_ok(verify(temporary, NM(n, m), dense, allow_dense=1.0, uses=uses))
     return len(packed)
 
 

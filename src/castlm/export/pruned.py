@@ -22,6 +22,7 @@ from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
 from castlm.export.origin import origin_of
+from castlm.export.verify_report import ALLOW_DENSE
 from castlm.facts import Cut, DrawnText, Facts, Perplexities
 from castlm.files.reading import read_json_object
 from castlm.files.record import command_of
@@ -56,6 +57,7 @@ def prune_folder(
     memory: Memory = "model",
     device: torch.device = torch.device("cpu"),  # noqa: B008
     dtype: str = "source",
+    allow_dense: float = ALLOW_DENSE,
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -73,6 +75,7 @@ def prune_folder(
         draw: the calibration text; `text_name` is its name in castlm.json, and `options` say how it is read.
         memory: "block" keeps one transformer block at a time in memory.
         dtype: "bf16", "fp16" or "fp32", the dtype of the files; "source" is the dtype of the stored model.
+        allow_dense: see `castlm.export.verify.verify`.
         overwrite: replace an earlier result in `folder`, and begin again if an unfinished prune has other options or is
             damaged.
         evaluate: measures the model in memory before and after it is pruned: returns its perplexity, and further
@@ -96,8 +99,8 @@ def prune_folder(
         scope = scope_of(model, pattern)
         layers, left_dense = scope.layers, scope.left_dense
         stored: StoredModel | None = None
+        share = check_export(model, pattern, allow_dense=allow_dense)
         if checkpoint is None:
-            check_export(model, pattern)
             weights = fingerprint(model)
         else:
             stored = StoredModel(model, checkpoint, layers, device, kept_dtype, scope.pattern, ranks=world)
@@ -173,6 +176,7 @@ def prune_folder(
             world.on_main(export, patient=True)
         if work is not None and world.is_main:
             remove_work(work)
+    report.share = share
     return report
 
 

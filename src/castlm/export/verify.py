@@ -8,6 +8,7 @@ Memory stays at a few chunks of a tensor for a model of any size; numpy alone co
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -16,19 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from castlm.core.blocks import in_block, is_block_weight, why_stored_dense
+from castlm.core.blocks import in_block, is_tower, owners_of_experts, why_dense
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.export.folder import (
+    StoredUse,
     check_layers,
-    check_uniform,
     is_packed,
     left_dense_reason,
     read_config,
     read_facts,
     stored_tensors,
 )
-from castlm.export.verify_report import LayerReport, VerifyReport
+from castlm.export.verify_report import ALLOW_DENSE, LayerReport, VerifyReport
 from castlm.files.reading import user_path
 from castlm.files.stored import (
     FLOATS,
@@ -42,7 +43,7 @@ from castlm.files.stored import (
 )
 from castlm.formats.packed_file import PackedSpec, read_specs, split_codes
 from castlm.formats.table import FORMATS
-from castlm.models.layout import OLD_BUFFERS, guess_model_type, input_axis
+from castlm.models.layout import OLD_BUFFERS
 from castlm.patterns import parse_pattern
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
@@ -54,23 +55,28 @@ def verify(
     pattern: Pattern | str = "2:4",
     exclude: Iterable[str] = (),
     *,
-    compare: bool = True,
+    allow_dense: float = ALLOW_DENSE,
+    trust_remote_code: bool = False,
+    uses: Mapping[str, StoredUse] | None = None,
 ) -> VerifyReport:
-    """Counts every n:m group of a Hugging Face checkpoint: a folder, sharded or not, or one .safetensors file.
+    """Counts every n:m group of a Hugging Face checkpoint: a folder, sharded or not, or its model.safetensors.
 
-    The pattern applies to every 2-D weight inside the transformer blocks, whatever its name, except embeddings and the
-    norms of queries and keys. Groups run along the input axis, which is the first one where the family stores Conv1D
-    (GPT-2). Experts are counted one matrix at a time, or as the 3-D tensor of all experts of a block; their router is
-    dense. Layers that the folder's castlm.json lists under `left_dense` are counted but may violate the pattern.
-    Verification fails if a block has other weights of more than two dimensions, which cannot be counted. Reads f64,
-    f32, f16, bf16 and f8, where a value of -0.0 is a zero, and castlm's packed format, whose masks must keep exactly n
-    of every m.
+    The pattern applies to every weight that a product inside the transformer blocks of the language model sums over,
+    whatever its name, except routers of experts. Groups run along the axis that the sums run over, which a forward pass
+    of the model's class without values shows. Experts are counted one matrix at a time, or as the 3-D tensor of all
+    experts of a block. Layers that the folder's castlm.json lists under `left_dense` are counted but may violate the
+    pattern, as long as `allow_dense` holds. A weight of which the axis is not known is not counted, and makes the
+    answer no. Reads f64, f32, f16, bf16 and f8, where a value of -0.0 is a zero, and castlm's packed format, whose
+    masks must keep exactly n of every m.
 
     Args:
         path: the checkpoint.
         pattern: n:m, at most n non-zeros in every m consecutive weights.
         exclude: globs of tensor names that the pattern does not apply to; the report lists them.
-        compare: compare the list of layers with config.json; False where the caller has compared them with its model.
+        allow_dense: the largest share of the weights in products of the transformer blocks that may not have the
+            pattern, from 0 to 1.
+        trust_remote_code: run the code of a model that transformers does not have.
+        uses: how the model multiplies by each tensor, where the caller has asked `check_layers` already.
 
     Returns:
         The counts by layer; `ok` says whether the checkpoint has the pattern.
@@ -85,37 +91,41 @@ def verify(
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
     tensors = stored_tensors(path, config)
-    packed = take_packed(tensors, config)
+    packed = take_packed(tensors)
     if packed and path.is_dir() and not is_packed(config):
         raise InputError(f"{next(iter(packed))} is packed, which transformers does not read from a plain folder")
     _refuse_packed(path, tensors, config)
     globs = tuple(exclude)
     excluded = {name for name in tensors if any(fnmatchcase(name, glob) for glob in globs)}
-    compared_with = _compare_layers(path, tensors, config, excluded) if compare else "the model in memory"
-    report = VerifyReport(str(path), pattern, compared_with=compared_with)
-    config["model_type"] = config.get("model_type") or guess_model_type({n: t.shape for n, t in tensors.items()})
+    if uses is None:
+        _check_described(path, config)
+        uses = check_layers(folder, tensors, config, excluded, trust_remote_code)
+    _refuse_integers(tensors, uses)
+    report = VerifyReport(str(path), pattern, allow_dense=allow_dense)
     left_dense = read_facts(folder).left_dense
-    dense = why_stored_dense({name: tensor.shape for name, tensor in tensors.items()})
+    owners = owners_of_experts(use.parameter for use in uses.values())
     for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
-        why_dense = dense.get(name, "a causal mask" if _is_causal_mask(tensor) else None)
-        if name in excluded:
-            why_dense = "excluded"
-        # A pattern of your own is of matrices; n:m is counted in the 3-D tensor of a block's experts, too.
-        can_count = len(tensor.shape) == 2 or (isinstance(pattern, NM) and is_block_weight(name, tensor.shape))
-        axis = input_axis(config, name, tensor.shape) if can_count else None
+        use = uses.get(name)
+        why = "excluded" if name in excluded else _why_dense(tensor, use, owners)
         listed = left_dense_reason(name, left_dense)
-        if why_dense is None and axis is not None:
-            layer = _count(tensor, pattern, axis, packed.get(name))
-            layer.left_dense = listed
-            report.layers.append(layer)
-            continue
-        why_dense = listed if why_dense is None else why_dense
-        if len(tensor.shape) >= 2:
-            if why_dense is None:
-                shape = "x".join(map(str, tensor.shape))
-                report.uncounted[name] = f"{len(tensor.shape)}-D of shape {shape}, {tensor.dtype}"
+        if why is None and use is not None and use.axis is not None:
+            check_order(name, packed, use)
+            if problem := _why_uncounted(tensor, pattern, use.axis):
+                report.uncounted[name] = problem
             else:
-                report.dense[name] = why_dense
+                layer = _count(tensor, pattern, use.axis, use.width, packed.get(name))
+                layer.left_dense = listed
+                report.layers.append(layer)
+                continue
+        elif why is None and use is not None:
+            report.uncounted[name] = use.what
+        elif why is not None:
+            report.dense[name] = why
+        if name in report.uncounted and listed is not None:
+            report.dense[name] = listed
+            del report.uncounted[name]
+        if name in report.uncounted or _is_multiplied(use):
+            report.num_dense_elsewhere += math.prod(tensor.shape)
         if num_non_finite := packed[name].num_non_finite() if name in packed else count_non_finite(tensor):
             report.non_finite_elsewhere[name] = num_non_finite
     if not report.sparse_layers and not report.uncounted:
@@ -124,19 +134,56 @@ def verify(
     return report
 
 
-def _compare_layers(
-    path: Path, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], ignored: Collection[str]
-) -> str:
-    """Refuses missing and additional layers; returns a description of what the list of layers was compared with."""
-    if path.is_dir() and not config:
+def _why_dense(tensor: StoredTensor, use: StoredUse | None, owners: Collection[str]) -> str | None:
+    """Why a stored tensor with two axes or more is no layer of the pattern; None for layers, and for smaller ones."""
+    if len(tensor.shape) < 2:
+        return None
+    if use is None:
+        return "a causal mask" if _is_causal_mask(tensor) else "not a parameter"
+    if (why := why_dense(use.parameter.removesuffix(".weight"), owners)) is not None:
+        return why
+    return None if use.axis is not None or not use.is_known else use.what
+
+
+def _is_multiplied(use: StoredUse | None) -> bool:
+    """Whether products inside the transformer blocks of the language model sum over a tensor."""
+    if use is None or not in_block(use.parameter) or is_tower(use.parameter):
+        return False
+    return use.axis is not None or not use.is_known
+
+
+def _why_uncounted(tensor: StoredTensor, pattern: Pattern, axis: int) -> str | None:
+    """Why the groups of a weight cannot be counted, though its axis is known."""
+    shape = "x".join(map(str, tensor.shape))
+    if axis < len(tensor.shape) - 2 or len(tensor.shape) > 3:
+        return f"{len(tensor.shape)}-D of shape {shape}, with sums over axis {axis}"
+    if not isinstance(pattern, NM) and len(tensor.shape) != 2:
+        return f"{len(tensor.shape)}-D of shape {shape}, which {pattern} does not mask"
+    return None
+
+
+def check_order(name: str, packed: Mapping[str, Packed], use: StoredUse) -> None:
+    """Raises `InputError` for a packed tensor that is stored the other way round than the model multiplies by it."""
+    if name not in packed:
+        return
+    spec, parts = packed[name]
+    if (use.axis == len(spec.unpacked_shape) - 2) != spec.transposed:
+        is_transposed = "is" if spec.transposed else "is not"
         raise InputError(
-            f"{path} has no config.json, so its layers are unknown: copy the model's config.json, or verify one "
-            ".safetensors file by its own path"
+            f"the castlm metadata of {parts['values'].file} say that {name} {is_transposed} transposed, unlike in the "
+            "model: pack the model again"
         )
-    if path.is_dir() or (config and path.name == (PACKED_SINGLE if is_packed(config) else SINGLE)):
-        return check_layers(path if path.is_dir() else path.parent, tensors, config, ignored)
-    check_uniform(path, tensors)
-    return "each other"
+
+
+def _check_described(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses files of which no config.json names the model that multiplies by them."""
+    if path.is_dir() and not config:
+        raise InputError(f"{path} has no config.json, so its layers are unknown: copy the model's config.json")
+    if not path.is_dir() and not (config and path.name == (PACKED_SINGLE if is_packed(config) else SINGLE)):
+        raise InputError(
+            f"{path} is one file, and only the model knows along which axis it multiplies by a weight: verify a folder "
+            f"with its config.json, where the file is {SINGLE}"
+        )
 
 
 def _is_causal_mask(tensor: StoredTensor) -> bool:
@@ -150,17 +197,23 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _refuse_packed(path: Path, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> None:
-    """Refuses quantized, packed and integer tensors, whose zeros are not the zeros of the weights."""
+    """Refuses quantized and packed tensors, whose zeros are not the zeros of the weights."""
     what, quantization = None, config.get("quantization_config")
     if quantization and not is_packed(config):
         what = f"{path} ({quantization.get('quant_method') if isinstance(quantization, dict) else quantization})"
     for name, tensor in tensors.items():
-        is_weight = len(tensor.shape) >= 2 and in_block(name) and not _is_causal_mask(tensor)
-        if name.endswith(PACKED_SUFFIXES) or (is_weight and tensor.dtype not in FLOATS):
+        if name.endswith(PACKED_SUFFIXES):
             what = f"{name} ({tensor.dtype})"
             break
     if what is not None:
         raise InputError(f"{what} is quantized or packed by another program: verify the model before")
+
+
+def _refuse_integers(tensors: Mapping[str, StoredTensor], uses: Mapping[str, StoredUse]) -> None:
+    """Refuses weights of integers; tables of integers that nothing is multiplied by may be there."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and _is_multiplied(uses.get(name)):
+            raise InputError(f"{name} ({tensor.dtype}) is quantized by another program: verify the model before")
 
 
 def check_ok(report: VerifyReport) -> None:
@@ -175,13 +228,13 @@ def check_dense(folder: Path) -> None:
     """
     config = read_config(folder)
     tensors = stored_tensors(folder, config)
-    packed = take_packed(tensors, config)
+    packed = take_packed(tensors)
     for name, tensor in tensors.items():
         if damaged := packed[name].num_non_finite() if name in packed else count_non_finite(tensor):
             raise InputError(f"{name} of {folder} holds {damaged:,} values that are NaN or infinite")
 
 
-def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | None) -> LayerReport:
+def _count(tensor: StoredTensor, pattern: Pattern, axis: int, terms: int, packed: Packed | None) -> LayerReport:
     """Counts the values of one tensor, and its groups.
 
     A pattern of your own counts its violations in the mask of the non-zeros of the whole matrix.
@@ -192,7 +245,7 @@ def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | N
             raise InputError(f"{tensor.name} is packed, which is for n:m: verify {pattern} before the model is packed")
         return count_packed_layer(tensor, packed, groups)
     layer = LayerReport(tensor.name, tensor.shape, tensor.dtype, axis)
-    _count_groups(layer, tensor, groups)
+    _count_groups(layer, tensor, groups, terms)
     if groups is None:
         import torch  # counting n:m does not need it
 
@@ -205,15 +258,18 @@ def _count(tensor: StoredTensor, pattern: Pattern, axis: int, packed: Packed | N
     return layer
 
 
-def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None) -> None:
+def _count_groups(layer: LayerReport, tensor: StoredTensor, pattern: NM | None, terms: int) -> None:
     """Counts the values, and the groups if the pattern has any, of a 2-D tensor or the 3-D tensor of a block's experts.
 
     The experts' matrices are read as one tall matrix. If groups run down its columns, none spans two experts, because m
     divides the number of rows of each.
+
+    Args:
+        terms: of the sums along the axis; fewer than its length where matrices of experts are stored end to end.
     """
     n, m = (pattern.n, pattern.m) if pattern else (1, 1)
     columns, axis = tensor.shape[-1], layer.axis
-    width = tensor.shape[axis]
+    width = math.gcd(tensor.shape[axis], terms)
     axis -= len(tensor.shape) - 2
     step = m if axis == 1 else m * max(1, columns)  # whole groups
     if width % m:
@@ -266,30 +322,18 @@ class Packed(NamedTuple):
         return int(np.count_nonzero(magnitudes > largest))
 
 
-def take_packed(tensors: dict[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, Packed]:
+def take_packed(tensors: dict[str, StoredTensor]) -> dict[str, Packed]:
     """Replaces, in place, the parts of each packed tensor in `tensors` by one entry under its own name.
 
-    Returns the packed tensors by that name. In `tensors` they have their unpacked shape.
-
-    Args:
-        config: the content of config.json.
-
-    Raises:
-        InputError: damaged metadata, as `read_specs`, or a tensor that its family stores the other way round.
+    Returns the packed tensors by that name. In `tensors` they have their unpacked shape. Raises `InputError` as
+    `read_specs`, for damaged metadata.
     """
     packed = {}
     for stem, spec in read_specs(tensors).items():
         parts = {suffix: tensors.pop(f"{stem}.{suffix}") for suffix in spec.tensors()}
-        shape, name = spec.unpacked_shape, spec.tensor_name(stem)
-        axis = input_axis(config, name, shape) if config.get("model_type") else None
-        if axis is not None and (axis == len(shape) - 2) != spec.transposed:
-            is_transposed = "is" if spec.transposed else "is not"
-            raise InputError(
-                f"the castlm metadata of {parts['values'].file} say that {name} {is_transposed} transposed, unlike in "
-                f"a {config['model_type']}: pack the model again"
-            )
+        name = spec.tensor_name(stem)
         dtype = "F32" if spec.rounded else parts["values"].dtype
-        tensors[name] = parts["values"]._replace(name=name, dtype=dtype, shape=shape)
+        tensors[name] = parts["values"]._replace(name=name, dtype=dtype, shape=spec.unpacked_shape)
         packed[name] = Packed(spec, parts)
     return packed
 

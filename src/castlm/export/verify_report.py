@@ -9,6 +9,8 @@ from typing import Any
 from castlm.core.nm import Pattern
 from castlm.names import printable
 
+ALLOW_DENSE = 0.1
+"""The default of `allow_dense`: the largest share of the multiplied weights that may stay dense."""
 _DENSE = 0.1
 """A layer that violates its pattern is reported as dense if its share of zeros is below this."""
 
@@ -54,10 +56,9 @@ class VerifyReport:
     path: str
     pattern: Pattern
     layers: list[LayerReport] = field(default_factory=list)
-    compared_with: str = ""
-    """The reference that the list of layers was compared with, to notice missing ones: config.json, transformers, or
-    each other.
-    """
+    allow_dense: float = ALLOW_DENSE
+    num_dense_elsewhere: int = 0
+    """Number of weights outside `layers` that products inside the transformer blocks sum over, such as routers."""
     uncounted: dict[str, str] = field(default_factory=dict)
     """Weights of transformer blocks whose groups could not be counted, with the reason: then the answer is no."""
     dense: dict[str, str] = field(default_factory=dict)
@@ -72,8 +73,16 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every layer that must have the pattern was counted and has it, and every value is finite."""
-        return all(layer.ok for layer in self.layers) and not self.uncounted and not self.non_finite_elsewhere
+        """Whether every layer that must have the pattern was counted and has it, every value is finite, and the share
+        of dense weights is at most `allow_dense`."""
+        is_whole = all(layer.ok for layer in self.layers) and not self.uncounted and not self.non_finite_elsewhere
+        return is_whole and self.share >= 1 - self.allow_dense
+
+    @property
+    def share(self) -> float:
+        """The share of the pattern in the weights by which the transformer blocks of the language model multiply."""
+        multiplied = self.num_dense_elsewhere + sum(layer.numel for layer in self.layers)
+        return sum(layer.numel for layer in self.sparse_layers if layer.ok) / max(1, multiplied)
 
     @property
     def num_non_finite(self) -> int:
@@ -92,6 +101,7 @@ class VerifyReport:
             "violations": sum(layer.num_violations for layer in sparse),
             "zero_fraction": sum(layer.num_zeros for layer in sparse) / max(1, sum(layer.numel for layer in sparse)),
             "non_finite": self.num_non_finite,
+            "share": self.share,
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +116,7 @@ class VerifyReport:
             "ok": self.ok,
             "totals": self.totals(),
             "layers": layers,
-            "compared_with": self.compared_with,
+            "allow_dense": self.allow_dense,
             "uncounted": self.uncounted,
             "dense": self.dense,
             "non_finite_elsewhere": self.non_finite_elsewhere,
@@ -124,6 +134,12 @@ class VerifyReport:
             "adapter (plain LoRA) has filled its zeros, which castlm finetune --adapter shira does not"
         )
 
+    @property
+    def headline(self) -> str:
+        """The share of the pattern, and whether it is enough."""
+        lacks = "" if self.share >= 1 - self.allow_dense else f", less than {1 - self.allow_dense:.4g} (--allow-dense)"
+        return f"{self.pattern} in {self.share:.2%} of the weights that the transformer blocks multiply by{lacks}"
+
     def summary(self) -> str:
         """The answer and its counts, in one line."""
         totals = self.totals()
@@ -135,11 +151,12 @@ class VerifyReport:
         zeros = f"{totals['zero_fraction']:.2%} zeros"
         return printable(
             f"{self.pattern} {'holds' if self.ok else 'DOES NOT HOLD'} in {self.path}: {counted} in "
-            f"{totals['layers']} layers, {zeros}{rest}"
+            f"{totals['layers']} layers, {zeros}{rest}, {self.headline}"
         )
 
     def text(self, max_good: int = 12) -> str:
-        """A table: all layers that fail, at most `max_good` that hold, what was not counted, and `summary()`.
+        """`headline`, then a table of all layers that fail and at most `max_good` that hold, what was not counted, and
+        `summary()`.
 
         If no layer fails, the largest number of non-zeros in a group and the values that are not finite are left out.
 
@@ -152,7 +169,8 @@ class VerifyReport:
         if not bad:  # two columns say nothing then, and the table fits in 80 columns without them
             rows = [(*row[:4], row[5], row[7]) for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
+        lines = [self.headline]
+        lines += [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip()
             for row in rows
         ]
@@ -165,7 +183,6 @@ class VerifyReport:
         lines += [f"dense: {name} ({reason})" for name, reason in self.dense.items() if name in by_reason[reason][:3]]
         lines += [f"dense: {len(of) - 3} more ({reason})" for reason, of in by_reason.items() if len(of) > 3]
         lines += [f"not finite: {name} ({count:,} values)" for name, count in self.non_finite_elsewhere.items()]
-        lines.append(f"the list of layers was compared with {self.compared_with}")
         lines += [self.hint] if self.hint else []
         return "\n".join([*map(printable, lines), self.summary()])
 

@@ -20,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from castlm.core.distill import OutputHead
 from castlm.core.errors import InputError, check_type
 from castlm.core.experts import linearize_experts_
-from castlm.core.sparsify import check_model
-from castlm.models.layout import stored_transposed
+from castlm.core.sparsify import LinearOfConv1D, check_model
 
 
 def check_of_transformers(model: object) -> None:
@@ -101,19 +100,16 @@ def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
     Returns:
         The names of the replaced layers.
     """
-    linear_of: dict[Conv1D, nn.Linear] = {}
+    linear_of: dict[Conv1D, LinearOfConv1D] = {}
     transposed: dict[nn.Parameter, nn.Parameter] = {}
     names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Conv1D)]
-    for name in names:
-        if not stored_transposed(model.config.model_type, f"{name}.weight"):
-            raise InputError(f"{name} is a Conv1D, which is not supported in the family {model.config.model_type}")
     for name in names:
         old = model.get_submodule(name)
         if old not in linear_of:
             if old.weight not in transposed:
                 weight = nn.Parameter(old.weight.T.contiguous(), requires_grad=old.weight.requires_grad)
                 transposed[old.weight] = weight
-            linear_of[old] = nn.Linear(*old.weight.shape, device="meta").train(old.training)
+            linear_of[old] = LinearOfConv1D(*old.weight.shape, device="meta").train(old.training)
             linear_of[old].weight, linear_of[old].bias = transposed[old.weight], old.bias
         model.set_submodule(name, linear_of[old])
     return names

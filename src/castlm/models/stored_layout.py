@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from castlm.core.blocks import block_name
 from castlm.core.experts import ExpertLinear
-from castlm.core.sparsify import SparseLayer, weight_parameter
-from castlm.models.layout import stored_transposed
+from castlm.core.sparsify import LinearOfConv1D, SparseLayer, weight_parameter
 
 if TYPE_CHECKING:  # the loader of packed folders is imported while transformers is
     from transformers import PreTrainedModel
@@ -75,7 +74,7 @@ class StoredLayout:
         found = layer or self.model.get_submodule(fqn)
         assert isinstance(found, SparseLayer)
         shape = weight_parameter(found).shape  # not `layer.weight`, which gathers a scaled weight from all ranks
-        is_transposed = self._is_transposed(fqn, found)
+        is_transposed = _is_transposed(found)
         if isinstance(found, ExpertLinear) and not found.transposed and (each := self._parts_of_experts(fqn, found)):
             return each
         if is_transposed:
@@ -105,10 +104,6 @@ class StoredLayout:
             found.append(Part(name, (count, layer.in_features), expert, slice(row, row + count), 1))
         return sorted(found, key=lambda part: (part.expert or 0, part.rows.start))
 
-    def _is_transposed(self, fqn: str, layer: nn.Module) -> bool:
-        of_experts = isinstance(layer, ExpertLinear) and layer.transposed
-        return of_experts or stored_transposed(self.model.config.model_type, f"{fqn}.weight")
-
     # ---- all weights
 
     def key(self, parameter_name: str) -> str:
@@ -119,7 +114,7 @@ class StoredLayout:
     def is_transposed(self, parameter_name: str) -> bool:
         """Whether files hold a parameter as (in, out) or (experts, in, out): of Conv1D layers, and of some experts."""
         fqn, _, leaf = parameter_name.rpartition(".")
-        return leaf == "weight" and self._is_transposed(fqn, self.model.get_submodule(fqn))
+        return leaf == "weight" and _is_transposed(self.model.get_submodule(fqn))
 
     def to_stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The stored tensors for values of parameters and buffers, by their names on disk; contiguous copies or views.
@@ -168,6 +163,10 @@ def by_block(names: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     for name, value in names.items():
         groups.setdefault(block_name(name), {})[name] = value
     yield from groups.values()
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, LinearOfConv1D) or (isinstance(layer, ExpertLinear) and layer.transposed)
 
 
 def _state_dict_name(module: nn.Module, fqn: str) -> str:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.core.errors import InputError, one_line
 from castlm.files.stored import (
@@ -28,6 +28,9 @@ from castlm.files.stored import (
 )
 from castlm.models.layout import QUANT_METHOD
 from castlm.models.locate import check_holds_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LOADING = threading.RLock()
 
@@ -94,40 +97,43 @@ class Place(NamedTuple):
     name: str
     """In the model's state dict; a tensor for which the model has no place keeps its own name, or gets one."""
     is_turned: bool
-    """Whether two of its axes are swapped while it is loaded."""
-    by_shape: bool
-    """Whether they are only if its shape asks for it."""
+    """Whether its last two axes are swapped while it is loaded."""
+    is_known: bool
+    """Whether its axes keep their order and their parts; where they may not, as in a permutation, no axis is known."""
 
 
-@contextlib.contextmanager
-def recording_places() -> Iterator[dict[str, Place]]:
-    """Yields a record of where `from_pretrained`, in this thread and inside the context, loads each stored tensor.
+def places_in(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """Where `from_pretrained` loads each stored tensor of a model.
 
-    transformers renames tensors by patterns, of which many match more names than those that a family writes. So the
-    record is taken from its own function while it loads.
+    transformers renames tensors by patterns, of which many match more names than those that a family writes. So its own
+    function is asked for each name.
 
-    Yields:
-        The place of each stored tensor by its name, complete once the model is loaded.
+    Args:
+        model: as its class makes it, on the meta device.
+        stored: the shapes of the tensors, by name.
     """
-    from transformers import core_model_loading
+    from transformers import core_model_loading as loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
-    rename, thread = core_model_loading.rename_source_key, threading.get_ident()
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    keeps_axes = (loading.MergeModulelist, loading.Concatenate, loading.SplitModulelist, loading.Chunk, loading.Split)
+    prefix, inside = model.base_model_prefix, model.state_dict()
     places: dict[str, Place] = {}
-
-    def rename_recorded(source_key: str, renamings: Any, converters: Any, *rest: Any, **named: Any) -> Any:
-        place, pattern = found = rename(source_key, renamings, converters, *rest, **named)
-        if threading.get_ident() == thread:
-            steps = [step for each in converters if pattern in each.source_patterns for step in each.operations]
-            turns = [step for step in steps if isinstance(step, core_model_loading.Transpose)]
-            places[source_key] = Place(place, bool(turns), all(step.check_dims for step in turns))
-        return found
-
-    with _LOADING:
-        core_model_loading.rename_source_key = rename_recorded
-        try:
-            yield places
-        finally:
-            core_model_loading.rename_source_key = rename
+    for key, shape in stored.items():
+        name, pattern = loading.rename_source_key(key, renamings, converters, prefix, inside)
+        if name not in inside and key in inside:
+            name, pattern = loading.rename_source_key(key, [], [], prefix, inside)
+        operations = [step for each in converters if pattern in each.source_patterns for step in each.operations]
+        turns = [step for step in operations if isinstance(step, loading.Transpose)]
+        others = [step for step in operations if step not in turns and not isinstance(step, keeps_axes)]
+        # Some transpose only a tensor that has another shape than the parameter.
+        is_turned = any(not (step.check_dims and shape == shapes.get(name)) for step in turns)
+        of_last = all({step.dim0, step.dim1} in ({1, 2}, {-1, -2}) or len(shape) == 2 for step in turns)
+        places[key] = Place(name, is_turned, len(turns) <= 1 and of_last and not others)
+    return places
 
 
 @contextlib.contextmanager
@@ -141,7 +147,7 @@ def loading_only(stored: Iterable[StoredTensor]) -> Iterator[None]:
     from transformers import PreTrainedModel
 
     wanted = {os.path.abspath(tensor.file) for tensor in stored}
-    load, thread = PreTrainedModel._load_pretrained_model, threading.get_ident()
+    thread = threading.get_ident()
     compared = False
 
     def load_compared(model: Any, state_dict: Any, checkpoint_files: Any, *rest: Any, **named: Any) -> Any:
@@ -159,6 +165,7 @@ def loading_only(stored: Iterable[StoredTensor]) -> Iterator[None]:
         return load(model, state_dict, checkpoint_files, *rest, **named)
 
     with _LOADING:
+        load = PreTrainedModel._load_pretrained_model  # once no other thread's is in its place
         PreTrainedModel._load_pretrained_model = staticmethod(load_compared)  # type: ignore[method-assign]
         try:
             yield

@@ -112,6 +112,8 @@ class OneshotReport:
     """The reason for each layer that stays dense, by name."""
     reconstructions: list[Reconstruction] = field(default_factory=list)
     """One for each block, if blocks are reconstructed."""
+    share: float = 1.0
+    """The share of the layers in the weights by which the transformer blocks multiply; of `castlm prune`."""
     seconds: float = 0.0
     """Time without the changes of basis."""
     basis: BasisReport = field(default_factory=BasisReport)
