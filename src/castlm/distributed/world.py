@@ -116,15 +116,6 @@ class World:
             yield self.on_main(lambda: stack.enter_context(context), patient=True)
             self.on_main(stack.close, patient=True)
 
-    def from_main(self, tensor: Tensor | None, shape: torch.Size) -> Tensor:
-        """The main rank's fp32 `tensor` of `shape` on every rank; in host memory if there are several ranks."""
-        if self.mesh is None:
-            assert tensor is not None
-            return tensor
-        there = torch.empty(shape) if tensor is None else tensor.float().cpu().contiguous()
-        dist.broadcast(there, src=0, group=self.control)
-        return there
-
     def add_in_order_(self, total: Tensor, part: Tensor, num_ranks: int) -> None:
         """On the main rank, adds the `part` of ranks 0, 1, ... `num_ranks` - 1 to `total`, one after another.
 
