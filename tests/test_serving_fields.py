@@ -85,7 +85,7 @@ def write(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     def chosen(logits: np.ndarray, choosers: list, threads: int) -> Chosen:
         places = [len(chooser_tokens(chooser)) for chooser in choosers]
         nothing = np.zeros((len(choosers), 1), np.float32), np.zeros((len(choosers), 0), np.int32)
-        return Chosen(np.array([tokens[place] for place in places]), {}, *nothing)
+        return Chosen([tokens[place] for place in places], {}, *nothing)
 
     def chooser_tokens(chooser: Any) -> range:
         return range(chooser.num_tokens - chooser._spec.num_prompt)

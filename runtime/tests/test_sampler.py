@@ -27,7 +27,7 @@ def draws(
         choosers.append(chooser)
     chosen = choose(np.tile(logits, (count, 1)), choosers, threads)
     assert not chosen.errors
-    return chosen.tokens
+    return np.array(chosen.tokens)
 
 
 def transformers_probabilities(logits: np.ndarray, prompt=(), answer=(), **settings) -> np.ndarray:
@@ -146,12 +146,12 @@ def test_the_sample_is_the_same_in_any_batch_on_any_number_of_threads_and_at_any
     ]
     alone = [choose(logits[row : row + 1], [choosers[row]]).tokens[0] for row in range(24)]
     for threads in range(1, 9):
-        assert choose(logits, choosers, threads).tokens.tolist() == alone
+        assert choose(logits, choosers, threads).tokens == alone
     used = library.level()
     try:
         for level in library.levels():
             library.use_level(level)
-            assert choose(logits, choosers).tokens.tolist() == alone
+            assert choose(logits, choosers).tokens == alone
     finally:
         library.use_level(used)
 
@@ -237,7 +237,7 @@ def test_log_probabilities_are_of_the_logits_as_they_came(vocabulary):
         np.testing.assert_allclose(chosen.logprobs[row, 1 : 1 + number], exact[row, order], atol=1e-5)
     given = score(rows, [4, 3, 2, 1], num_best=2)
     np.testing.assert_allclose(given.logprobs[:, 0], exact[range(4), [4, 3, 2, 1]], atol=1e-5)
-    assert given.tokens.tolist() == [4, 3, 2, 1]
+    assert given.tokens == [4, 3, 2, 1]
     assert given.best[:, 0].tolist() == rows.argmax(1).tolist()
 
 

@@ -44,7 +44,7 @@ _SHORT_PART = 0.5  # and more for short ones
 _LEAST_CACHE = 32_768  # tokens, where memory allows: many short requests, and prefixes that come again
 _MEMORY_SHARE = 0.8  # of the memory that is free once the model is loaded, for the cache
 _PROMPT_PART = 512  # tokens of prompts in a pass
-_SCORED_PART = 64  # of a prompt whose logits are all wanted: 152,000 of them a token in fp32
+_SCORED_PART = 64  # tokens in a pass whose logits are all wanted: up to 152,000 each, in fp32
 
 
 _log = logging.getLogger(__name__)
@@ -136,21 +136,23 @@ class Batch:
         return found
 
     def _schedule(self, sequences: Sequence[Running]) -> list[tuple[Running, Part]]:
-        """A token of each sequence that has one new, and prompts as far as `_PROMPT_PART` goes."""
+        """A token of each sequence that has one new, and prompts as far as `_PROMPT_PART` and `_SCORED_PART` go."""
         parts: list[tuple[Running, Part]] = []
-        room = _PROMPT_PART
+        room, scored_room = _PROMPT_PART, _SCORED_PART
         free = iter(self.logits)
         for sequence in sequences:
-            cached = sequence.cached
-            count = 1 if sequence.num_unread == 1 else min(room, sequence.num_unread)
-            if count < 1 or len(parts) == MOST_TOGETHER:
-                continue
-            if sequence.num_unread > 1:
-                room -= count
-            first = cached.num_read
+            cached, first = sequence.cached, sequence.cached.num_read
             is_scored = first < sequence.num_scored
             if is_scored:
-                count = min(count, _SCORED_PART)
+                count = min(scored_room, sequence.num_unread)
+            else:
+                count = 1 if sequence.num_unread == 1 else min(room, sequence.num_unread)
+            if count < 1 or len(parts) == MOST_TOGETHER:
+                continue
+            if is_scored:
+                scored_room -= count
+            elif sequence.num_unread > 1:
+                room -= count
             cached.make_room(first + count)
             row = next(free) if count == sequence.num_unread else None
             logits = np.empty((count, self.model.vocabulary), np.float32) if is_scored else row
@@ -454,7 +456,7 @@ class Engine:
                         raise InputError(chosen.errors[row])
                     if answer.sampling.num_logprobs is not None:
                         answer.logprobs.append(chosen.logprob(row, answer.sampling.num_logprobs))
-                    self._take(answer, int(chosen.tokens[row]))
+                    self._take(answer, chosen.tokens[row])
             count = len(found)
         self._remove_finished()
         return count

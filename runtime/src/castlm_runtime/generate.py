@@ -135,7 +135,7 @@ class Session:
                 chosen = choose(self._batch.logits[:1], [chooser], self.model.threads)
                 if chosen.errors:
                     raise InputError(chosen.errors[0])
-                token = int(chosen.tokens[0])
+                token = chosen.tokens[0]
                 running.append(token)
                 chooser.add(token)
                 times.append(time.perf_counter())

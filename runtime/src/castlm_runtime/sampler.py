@@ -22,6 +22,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 NOT_FINITE = "the logits of the model are not finite: its weights are damaged, or too large"
+_NO_TOKENS, _NO_VALUES = np.empty((0, 0), np.int32), np.empty((0, 1), np.float32)
 _NOT_FINITE = -1  # in place of a token; -2 where none is allowed
 
 
@@ -178,13 +179,13 @@ class Chosen:
     """The tokens of the rows of a batch.
 
     Attributes:
-        tokens: (count,) int32.
+        tokens: one for each row.
         errors: why a row has no token, by row.
         logprobs: (count, 1 + most) fp32: of the token, then of the most probable ones, of rows that want them.
         best: (count, most) int32: the most probable tokens, the first one of equals first.
     """
 
-    tokens: Ints
+    tokens: list[int]
     errors: Mapping[int, str]
     logprobs: Floats
     best: Ints
@@ -192,7 +193,7 @@ class Chosen:
     def logprob(self, row: int, num_best: int) -> Logprob:
         """That of the token of a row, and of the `num_best` most probable ones."""
         value, *best = self.logprobs[row, : 1 + num_best].tolist()
-        return Logprob(int(self.tokens[row]), value, tuple(zip(self.best[row, :num_best].tolist(), best)))
+        return Logprob(self.tokens[row], value, tuple(zip(self.best[row, :num_best].tolist(), best)))
 
 
 def choose(logits: Floats, choosers: Sequence[Chooser], threads: int = 1) -> Chosen:
@@ -201,8 +202,8 @@ def choose(logits: Floats, choosers: Sequence[Chooser], threads: int = 1) -> Cho
     Raises:
         MemoryError: there is no memory for a copy of a row.
     """
-    most = max((chooser.sampling.num_logprobs or 0 for chooser in choosers), default=0)
-    return _sample(logits, [bytes(chooser.spec()) for chooser in choosers], most, threads)
+    wanted = [number for chooser in choosers if (number := chooser.sampling.num_logprobs) is not None]
+    return _sample(logits, [bytes(chooser.spec()) for chooser in choosers], max(wanted, default=None), threads)
 
 
 def score(logits: Floats, tokens: Sequence[int] | Ints, num_best: int = 0, threads: int = 1) -> Chosen:
@@ -218,20 +219,26 @@ def score(logits: Floats, tokens: Sequence[int] | Ints, num_best: int = 0, threa
     return _sample(logits, [bytes(chooser.spec(int(token))) for token in tokens], num_best, threads)
 
 
-def _sample(logits: Floats, specs: Sequence[bytes], most: int, threads: int) -> Chosen:
+def _sample(logits: Floats, specs: Sequence[bytes], num_best: int | None, threads: int) -> Chosen:
     count, vocabulary = logits.shape
     assert logits.dtype == np.float32, logits.dtype
     assert logits.flags.c_contiguous
     assert len(specs) == count, (len(specs), count)
-    tokens, best = np.empty(count, np.int32), np.empty((count, most), np.int32)
-    logprobs = np.empty((count, 1 + most), np.float32)
+    # Between two passes through a model Python's own code is not in the cache: a call of numpy takes 10 us, not 1.
+    tokens, best, logprobs, most = (ctypes.c_int32 * count)(), _NO_TOKENS, _NO_VALUES, num_best or 0
+    if num_best is not None:
+        best, logprobs = np.empty((count, most), np.int32), np.empty((count, 1 + most), np.float32)
     code = library.built().castlm_sample(
         *(logits.ctypes.data, count, vocabulary, b"".join(specs), ctypes.sizeof(_Spec), most),
-        *(tokens.ctypes.data, logprobs.ctypes.data, best.ctypes.data, threads),
+        *(tokens, library.address(logprobs) if num_best is not None else None),
+        *(library.address(best) if num_best is not None else None, threads),
     )
     library.check_memory(code)
     assert not code, "a setting of a row does not fit"
-    errors = {}
-    for row in np.flatnonzero(tokens < 0):
-        errors[int(row)] = NOT_FINITE if tokens[row] == _NOT_FINITE else "no token is allowed here"
-    return Chosen(tokens, errors, logprobs, best)
+    found = list(tokens)
+    errors = {
+        row: NOT_FINITE if token == _NOT_FINITE else "no token is allowed here"
+        for row, token in enumerate(found)
+        if token < 0
+    }
+    return Chosen(found, errors, logprobs, best)

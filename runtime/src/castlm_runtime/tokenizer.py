@@ -80,8 +80,8 @@ class Tokenizer:
 
     def token_text(self, token: int) -> str:
         """The text that a token adds to a text, also a special token; "\ufffd" for part of a character."""
-        text = str(self._backend.decode([*self._anchor, token], skip_special_tokens=False))
-        return text[len(self._backend.decode(self._anchor, skip_special_tokens=False)) :]
+        anchor, length = self._anchor
+        return str(self._backend.decode([*anchor, token], skip_special_tokens=False))[length:]
 
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes that a token adds to a text; None where they are not known."""
@@ -96,9 +96,10 @@ class Tokenizer:
         return None
 
     @functools.cached_property
-    def _anchor(self) -> list[int]:
-        """A token before which another one keeps the space that it begins with."""
-        return list(self._backend.encode("a", add_special_tokens=False).ids[-1:])
+    def _anchor(self) -> tuple[list[int], int]:
+        """A token after which another one keeps the space that it begins with, and the length of its text."""
+        anchor = list(self._backend.encode("a", add_special_tokens=False).ids[-1:])
+        return anchor, len(self._backend.decode(anchor, skip_special_tokens=False))
 
     def to_json(self) -> str:
         """The content of tokenizer.json."""

@@ -331,8 +331,12 @@ int castlm_sample(const float* logits, int64_t count, int64_t vocabulary, const 
     in_parallel(count, 1, threads, [&](int64_t first, int64_t last) {
       static thread_local Room room;
       for (int64_t row = first; row < last; ++row) {
-        float* values = logprobs + row * (1 + most_best);
-        tokens[row] = sample(logits + row * vocabulary, vocabulary, specs[row], {values, best + row * most_best, values + 1}, room);
+        LogProbabilities to{};
+        if (specs[row].num_best >= 0) {
+          float* values = logprobs + row * (1 + most_best);
+          to = {values, best + row * most_best, values + 1};
+        }
+        tokens[row] = sample(logits + row * vocabulary, vocabulary, specs[row], to, room);
       }
     });
     return kOk;
