@@ -1,7 +1,7 @@
 // Multiplication by n:m and dense weights on a CPU: the entry points with their checks, the threads, the
 // choice among instruction sets, and the conversion of activations. The `kernels_*.cpp` have the fast paths, `plain.cpp`
 // the one that takes any pattern and any processor.
-// Called through ctypes from castlm/runtime/native.py, whose signatures are these.
+// Called through ctypes from castlm_runtime/library.py, whose signatures are these.
 
 #include <algorithm>
 #include <atomic>
