@@ -284,7 +284,7 @@ DAMAGES = {  # exit code of verify, and what all readers name
     "older": (lambda _, m: m.update({METADATA_KEY: '{"version": 1, "tensors": {}}'}), 2, "1.*castlm pack"),
     "broken JSON": (lambda _, m: m.update({METADATA_KEY: m[METADATA_KEY][:-5]}), 2, "metadata of"),
     "lost entry": (drop_entry, 2, r"up_proj\.mask"),
-    "lost layer": (drop_layer, 2, r"up_proj\.weight"),
+    "lost layer": (drop_layer, 2, r"up_proj"),
     "lost norm": (lambda t, _: t.pop("model.norm.weight"), 2, r"norm\.weight"),
     "two experts": (two_experts, 2, r"up_proj"),
     "stray mask": (lambda t, _: t.update({"model.layers.9.mlp.up_proj.mask": t[f"{UP}.mask"].clone()}), 2, r"9\S+mask"),

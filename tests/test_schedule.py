@@ -152,7 +152,8 @@ def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsy
     assert main(["verify", str(tmp_path / "out")]) == 0  # castlm.json says 4:8
     assert "4:8" in capsys.readouterr().out
 
-    (tmp_path / "out" / "castlm.json").write_text("{}")
+    record = json.loads((tmp_path / "out" / "castlm.json").read_text())
+    (tmp_path / "out" / "castlm.json").write_text(json.dumps(record | {"pattern": None}))
     assert "names no pattern" in refused(["verify", str(tmp_path / "out")], capsys)
 
 

@@ -124,6 +124,23 @@ class StoredWeights:
         return to_fp32(read_array(tensor), tensor.dtype)
 
 
+def _check_weights_named(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a config.json that names weights other than the files that `StoredWeights` reads."""
+    packing, other = config.get("quantization_config"), config.get("transformers_weights")
+    if packing is None and other is not None:
+        raise InputError(f"config.json of {folder} names the weights {other!r:.200}: remove transformers_weights")
+    if packing is None:
+        return
+    method = packing.get("quant_method") if isinstance(packing, dict) else packing
+    if method != "castlm":
+        raise InputError(f"{folder} is quantized by {method!r:.40}, which castlm-runtime does not read: pack the model")
+    if packing.get("weights") not in (PACKED_SINGLE, PACKED_INDEX):
+        raise InputError(
+            f"config.json of {folder} names the weights {packing.get('weights')!r:.200}, and only {PACKED_SINGLE} or "
+            f"{PACKED_INDEX} is read: pack the model again"
+        )
+
+
 # ---- the structs of engine.h
 
 
@@ -225,6 +242,7 @@ class Model:
         """The model of a folder, packed or plain. Raises `InputError` as `describe` and `Model` do."""
         folder = Path(folder)
         config = read_json_object(folder / "config.json", "name the folder of a model")
+        _check_weights_named(config, folder)
         return cls(describe(config), StoredWeights(folder), threads)
 
     @property
