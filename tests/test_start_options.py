@@ -18,7 +18,7 @@ import castlm
 from castlm.api.prune import PruneOptions
 from castlm.cli.quantize import QuantizeCommand
 from castlm.core.errors import InputError
-from castlm.oneshot import start as start_module
+from castlm.oneshot import run as start_module
 from castlm.oneshot.folder import PROGRESS, StartFolder, partial_folder
 from castlm.training.config import TrainConfig
 from castlm.training.options import StartOptions

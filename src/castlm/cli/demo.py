@@ -128,8 +128,9 @@ def one_shot_perplexity(folder: Path, pattern: str) -> float:
         text = str(texts / "train.jsonl")
         prune(DEMO, text, pattern=pattern, output_dir=pruned, start_effort="quick", seq_len=512)
     held_out = str(texts / "held_out.jsonl")
-    figures = evaluate(pruned, held_out, seq_len=512, eval_tokens=2048, precision="auto")
-    return float(figures["perplexity"])
+    perplexity = evaluate(pruned, held_out, seq_len=512, eval_tokens=2048, precision="auto").perplexity
+    assert perplexity is not None
+    return perplexity
 
 
 def results_table(sparse: Facts, control: Facts, of_gpus: float) -> Table:
