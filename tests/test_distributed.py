@@ -318,7 +318,8 @@ def test_ranks_with_other_weights_of_the_model_are_refused(sharding, text, tmp_p
         save_tiny(tmp_path / str(rank) / "model", "llama", seed=rank)
     whole = {"sharding": "replicate", "adapter": "shira", "eta": 0.0, "method": "finetune", "init_from": "model"}
     config = small("model", text, tmp_path / "run", 2, **(START if sharding == "full" else whole))
-    assert_refused(tmp_path / "log", "rank 1 has (another|other) .* ?of model", train_on_a_disk_of_its_own, config, tmp_path)
+    message = "rank 1 has (another|other) .* ?of model"
+    assert_refused(tmp_path / "log", message, train_on_a_disk_of_its_own, config, tmp_path)
 
 
 def test_a_failure_of_the_main_rank_alone_is_one_line(gemma, text, tmp_path):

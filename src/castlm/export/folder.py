@@ -84,7 +84,7 @@ def pattern_of_files(path: str | Path) -> Pattern | None:
     if found is None and facts.schema_version is None:  # no command of castlm made this model
         return None
     if found is None:
-        raise InputError(f"{folder / RESULT} names no pattern: the model is dense. Pass a pattern to count its groups, as 2:4")
+        raise InputError(f"{folder / RESULT} names no pattern, as the model is dense: pass the pattern to count")
     return found
 
 
