@@ -4,7 +4,7 @@ FUZZ_SECONDS ?= 3600
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test pytest test-slow fuzz lint bench docs repository clean
+.PHONY: setup wheels demo test pytest test-slow fuzz lint bench docs repository clean
 
 CPP := $(wildcard $(addprefix src/castlm/*/*,.cpp .h) $(addprefix runtime/src/castlm_runtime/kernels/*,.cpp .h))
 
@@ -41,6 +41,10 @@ lint: setup
 
 bench: setup  # every benchmark on small shapes: whether it runs, no figures
 	$(BIN)/python -m benchmarks --quick
+
+wheels: setup  # of castlm-runtime, for x86-64 and 64-bit ARM; zig compiles for the other processor
+	$(BIN)/pip install --quiet ziglang
+	$(BIN)/python runtime/wheels.py --output-dir dist
 
 docs: setup  # strict: a broken link or an undocumented name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site

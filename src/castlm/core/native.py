@@ -1,6 +1,6 @@
 """The C++ kernels of `kernels.cpp`, called through ctypes on fp32 tensors of a CPU.
 
-They are compiled when castlm is installed, if there is a C++ compiler; `kernels()` is None otherwise. The structures
+They are compiled when castlm is installed; `kernels()` is None where it was not. The structures
 and signatures here mirror the C++ file. C++ trusts its pointers, so every tensor passes `pointer` on its way there.
 """
 

@@ -1,6 +1,6 @@
 """The C++ sweep of SparseGPT in `sweep.cpp`, called through ctypes on fp32 tensors of a CPU.
 
-It is compiled when castlm is installed, if there is a C++ compiler; `kernels()` is None otherwise.
+It is compiled when castlm is installed; `kernels()` is None where it was not.
 """
 
 from __future__ import annotations
