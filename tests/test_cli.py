@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from castlm import progress
 from castlm.cli.main import COMMANDS, Command, main
@@ -21,18 +20,18 @@ from castlm.facts import Facts, Verdict
 from castlm.files.atomic_file import atomic_write_json
 from castlm.progress import shown_progress
 from castlm.signals import Interrupted, resume_command
+from tests.runs import prune_to
 from tests.slow import slow
 from tests.tiny import save_tiny
 
 ARGUMENTS = [["--help"], ["verify", "--help"], ["plan"], ["verify", "{file}"], ["verify", "{file}", "--json", "-"]]
-"""Commands that import no torch: each of them is a process of its own."""
+"""Quick commands: each of them is a process of its own."""
 
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    """A weight at 2:4."""
-    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 8)}, tmp_path / "a.safetensors")
-    return tmp_path / "a.safetensors"
+    """The folder of a model at 2:4."""
+    return Path(prune_to(tmp_path / "sparse", save_tiny(tmp_path / "dense")))
 
 
 def castlm(arguments, file="", unbuffered="", **streams):

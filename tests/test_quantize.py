@@ -139,7 +139,9 @@ def test_both_folders_are_verified_and_the_packed_one_unpacks_to_the_plain_one(k
 
 
 def test_a_layer_whose_width_does_not_divide_is_packed_as_it_is(tmp_path):
-    command = ["quantize", str(prune_tiny(tmp_path, intermediate_size=90)), "--kind", "int8", "--output-dir"]
+    dense = save_tiny(tmp_path / "dense", "llama", intermediate_size=90)
+    sparse = prune_to(tmp_path / "sparse", dense, allow_dense=0.5)
+    command = ["quantize", sparse, "--kind", "int8", "--output-dir"]
     assert main([*command, str(tmp_path / "plain")]) == 0
     assert main([*command, str(tmp_path / "packed"), "--packed"]) == 0
     unpack_folder(tmp_path / "packed", tmp_path / "unpacked")

@@ -69,7 +69,7 @@ def test_a_start_that_could_not_be_saved_is_refused_before_the_model_is_loaded(t
     refuse_mkdir(monkeypatch, tmp_path)
     monkeypatch.setattr("castlm.training.trainer.open_dense", lambda *_, **__: pytest.fail("the model is loaded"))
     with pytest.raises(InputError, match=r"run\.partial .* choose another"):
-        training.train(config_of(tmp_path / "run", device="cpu"))
+        training.train(config_of(tmp_path / "run", device="cpu", learning_rate=3e-4))
 
 
 def test_a_start_that_has_saved_nothing_is_not_continued_as_another_run(tmp_path):

@@ -180,8 +180,6 @@ class Trainer:
         self.precision = choose_precision(config.runtime.precision, world.device, self.model.config)
         if config.method.row.is_sparse:
             check_export(self.model, config.model.pattern, self._filter_fn)
-            if self.resumed_from is None and not config.is_finetuning:
-                self._note_longer_groups()
         self._opened_teacher: OpenedModel | None = None
         self._cache: TeacherCache | None = None
         if teacher.teacher_cache is not None:
@@ -190,6 +188,8 @@ class Trainer:
                 teacher, config.data, self.text, self._opened_teacher, self.precision, world
             )
             self._cache.complete = self._cache.covers(self._num_sequences)
+        if config.method.row.is_sparse and self.resumed_from is None and not config.is_finetuning:
+            self._note_longer_groups()
 
     def _open_teacher(self) -> OpenedModel:
         """The model that is distilled from: the dense one, unless another is named."""

@@ -39,8 +39,6 @@ Attention attention_of(CacheKind kind);  // of the level in use
 // The same for processors with `vdpbf16ps` beside AVX-512, and whether this is one.
 bool has_bf16_attention();
 Attention bf16_attention();
-// Of one token over int8 with `vpdpbusd`.
-void attend_part_int8(const Part&);
 
 // Sums of parts of one head to its output (width,).
 INLINE void combine_parts(const float* parts, int64_t count, int64_t stride, int64_t width, float* to) {
