@@ -56,6 +56,8 @@ NOT_RUN = {
     "needs several GPUs": 1,
     "needs several machines": 1,
     "needs slurm": 1,
+    "needs a server": 1,
+    "takes hours": 1,
     "needs llama.cpp": 1,
     "needs TensorRT": 1,
     "reads the hub": 1,

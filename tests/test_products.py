@@ -91,7 +91,7 @@ def counted(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     "family",
     [
         *("gpt_oss", "dbrx", "mixtral", "gpt2"),
-        *map(slow, ("phi3", "qwen2_moe", "aria_text", "granitemoe", "granitemoeshared", "llama4_text", "jetmoe")),
+        *map(slow, ("phi3", "qwen2_moe", "aria_text", "granitemoe", "granitemoeshared", "llama4_text")),
         *map(slow, ("olmoe", "qwen3_moe", "glm4_moe", "opt", "gemma2")),
     ],
 )

@@ -77,13 +77,13 @@ def test_repeated_sequences_serve_more_than_one_epoch(chat_llama, own, tmp_path,
     num_sequences = fill_teacher_cache(config)
     assert 2 * num_sequences < 300 * 4
     run = begin_run(config)
-    assert run.objective.teacher_model is None
+    assert run.objective.teacher is None
     read = len(lessons)
     take_steps(run, 2 * num_sequences // 4)
     assert len(lessons) == read
     once = config.changed(output_dir=str(tmp_path / "once"), repeat_sequences=False)
     fill_teacher_cache(once)
-    assert begin_run(once).objective.teacher_model is not None
+    assert begin_run(once).objective.teacher is not None
 
 
 def test_a_stopped_pass_goes_on_with_what_is_missing(chat_llama, tmp_path, lessons, capsys, monkeypatch):
