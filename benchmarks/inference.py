@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+import castlm
 from benchmarks.machine import proc_status
 from benchmarks.rows import Row, Times, interleaved, ratio_row
 from castlm.core.nm import nm_mask
@@ -181,6 +182,7 @@ def show_resident(folder: str) -> None:
     torch.set_num_threads(1)
     small = torch.nn.Linear(64, 64)(torch.randn(2, 64))  # the libraries are loaded, and their buffers made
     AutoModelForCausalLM._model_mapping.keys()
+    castlm.register()
     native.kernels()
     native.trim_memory()
     before = proc_status("VmRSS")

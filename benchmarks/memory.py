@@ -77,6 +77,7 @@ def measure(case: dict[str, Any], folder: Path, world: Any) -> dict[str, float]:
             moments=case["moments"],
             gradient_checkpointing=case["gradient_checkpointing"],
             init_from="magnitude",
+            learning_rate=3e-4,
             report_to=("none",),
             device="cpu",
         )

@@ -121,6 +121,7 @@ def count_here(ranks: int, hidden: int, layers: int, folder: Path) -> Counted:
         eval_tokens=64 * ranks,
         save_steps=0,
         init_from="magnitude",
+        learning_rate=3e-4,
         ignore_decay_budget=True,
         report_to=("none",),
     )

@@ -72,6 +72,7 @@ def castlm_side(args: argparse.Namespace, scratch: Path) -> Trainer:
         output_dir=str(scratch / "run"),
         init_from="magnitude",
         max_steps=args.steps + 1,
+        learning_rate=3e-4,  # as in the bare loop
         seq_len=args.seq_len,
         per_device_train_batch_size=args.batch,
         precision=args.precision,
