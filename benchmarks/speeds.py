@@ -49,7 +49,6 @@ class Castlm:
     def __init__(self, model: Model, kind: str, num_tokens: int):
         self.model = model
         self.cache = Cache(model, kind, -(-num_tokens // BLOCK) + 1)
-        self.logits = np.empty((1, model.vocabulary), np.float32)
 
     def read(self, ids: np.ndarray) -> float:
         count, length = ids.shape
