@@ -112,7 +112,9 @@ def bits_of(run, **over):
     "fields",
     [
         {"method": "dense"},
-        {},
+        {"weight_bits": 4},
+        slow({}),
+        slow({"method": "dense", "weight_bits": 4}),
         slow({"method": "finetune", "pattern": "3:4"}),
         slow({"method": "srste"}),
         slow({"method": "gradual_magnitude"}),
@@ -120,20 +122,21 @@ def bits_of(run, **over):
         slow({"method": "dense", "save_dtype": "bf16"}),
     ],
 )
-def test_a_run_of_three_bits_is_packed_to_what_it_evaluated(fields, llama, text, tmp_path):
-    config = small(llama, text, tmp_path / "run", weight_bits=3, **fields)
+def test_a_run_of_few_bits_is_packed_to_what_it_evaluated(fields, llama, text, tmp_path):
+    config = small(llama, text, tmp_path / "run", **{"weight_bits": 3, **fields})
+    kind = f"int{config.method.weight_bits}"
     facts = train(config)
     sparse = config.method.row.is_sparse
     last = metrics(tmp_path / "run")[-1]
     measured = last.get("prune_now_ppl", last["perplexity"])
-    assert facts.rounded.kind == "int3"
+    assert facts.rounded.kind == kind
     assert facts.rounded.layers > 0
     assert facts.perplexity.dense != facts.perplexity.one_shot
     assert facts.perplexity.final == measured
     pattern = config.model.pattern if sparse else None
-    assert bits_of(tmp_path / "run", pattern=pattern) == {"int3"}
+    assert bits_of(tmp_path / "run", pattern=pattern) == {kind}
     if sparse:
-        assert "int3" in (tmp_path / "run" / "model" / "README.md").read_text()
+        assert kind in (tmp_path / "run" / "model" / "README.md").read_text()
         assert verify(tmp_path / "run" / "packed", config.model.pattern).ok
     unpack_folder(tmp_path / "run" / "packed", tmp_path / "unpacked")
     pack_folder(tmp_path / "unpacked", tmp_path / "repacked", pattern)
@@ -192,7 +195,7 @@ def test_what_three_bits_are_not_for(llama, text, tmp_path, capsys):
     command = ["train", "--model", llama, "--dataset", text, "--output-dir", str(tmp_path / "run"), "--weight-bits"]
     assert_refused(
         [
-            ([*command, "4"], "--weight-bits"),
+            ([*command, "5"], "--weight-bits"),
             ([*command, "3", "--pattern", "channels:0.5"], "channels:0.5"),
         ],
         capsys,

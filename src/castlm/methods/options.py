@@ -91,9 +91,9 @@ class MethodOptions(Bounded):
     scale_groups: int = number(2, at_least=0, needs=of_methods("scale_groups"))
     """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
 
-    weight_bits: Literal[3] | None = None
-    """3 trains weights of 3 bits, with a trained scale for each 64 columns of a row; castlm pack stores them as int3.
-    By default, weights are not rounded."""
+    weight_bits: Literal[4, 3] | None = None
+    """4 or 3 trains weights of so many bits, with a trained scale for each 64 columns of a row; castlm pack stores them
+    as int4 or int3. By default, weights are not rounded."""
 
     ignore_decay_budget: bool = option(
         False,
