@@ -137,23 +137,26 @@ def search_inference(library: Path, seconds: float) -> None:
 
     from castlm.core.errors import InputError
     from castlm.runtime import native
-    from tests.packed_weights import PATTERNS, buffer_of, check_product, random_packed
+    from tests.packed_weights import DENSE_ONLY, PATTERNS, buffer_of, check_product, random_packed
 
     loaded = native.load_kernels(str(library))
     native.kernels = lambda: loaded  # type: ignore[assignment]
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         native.use_level(random.choice(native.levels()))
-        n, m = random.choice(PATTERNS)
+        values = random.choice([*native.VALUES])
+        n, m = (0, 0) if values in DENSE_ONLY else random.choice(PATTERNS)
         groups = random.randint(1, 40) if random.randrange(5) else random.randint(500, 900)  # wide ones too
         rows, columns = random.randint(1, 40), groups * (m or 5)
-        packed = random_packed(random.choice([*native.VALUES]), n, m, rows, columns, seed=count)
+        packed = random_packed(values, n, m, rows, columns, seed=count)
         layouts = ["best", *(["rows"] if m else []), *(["lanes"] if m == 0 or 64 % m == 0 else [])]
         buffer = buffer_of(packed, random.choice(layouts)).clone()  # without room after it
         x = torch.randn(random.choice([1, random.randint(1, 40), random.randint(41, 100)]), columns)  # prompts too
         check_product(packed, buffer, x)
         out = torch.empty(rows, columns)
         native.unpack(buffer, 0, rows, out)
+        numbers = torch.randint(rows, (random.randint(1, 20),))
+        assert torch.equal(native.gather(buffer, numbers, columns), out[numbers])
         damaged = buffer.clone()
         for _ in range(random.randint(1, 3)):
             damaged[random.randrange(64)] = random.randrange(256)
@@ -161,6 +164,8 @@ def search_inference(library: Path, seconds: float) -> None:
             native.multiply(x, damaged, rows)
         with contextlib.suppress(AssertionError):
             native.unpack(damaged, 0, rows, out)
+        with contextlib.suppress(IndexError):
+            native.gather(damaged, numbers, columns)
         count += 1
     print(f"{count:,} random weights", flush=True)
 

@@ -25,7 +25,7 @@ int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t l
 namespace {
 
 constexpr const char* kLevels[] = {"plain", "neon", "avx2", "avx512", "amx"};
-constexpr int kNumLevels = 5, kFloat32 = 2, kInt8 = 3, kInt4 = 4;
+constexpr int kNumLevels = 5, kFloat32 = 2, kInt8 = 3, kInt4 = 4, kInt6 = 5;
 std::mt19937 random_bits(0);
 
 struct Case {
@@ -51,7 +51,7 @@ std::vector<uint8_t> random_mask(const Case& of) {
 std::vector<uint8_t> random_values(const Case& of) {
   const int64_t kept = of.m ? of.columns / of.m * of.n : of.columns, count = of.rows * kept;
   if (of.values >= kInt8) {
-    std::vector<uint8_t> bytes(of.values == kInt8 ? count : of.rows * ((kept + 1) / 2));
+    std::vector<uint8_t> bytes(of.values == kInt8 ? count : of.rows * ((kept * (of.values == kInt4 ? 4 : 6) + 7) / 8));
     for (uint8_t& byte : bytes) byte = uint8_t(random_bits());
     return bytes;
   }
@@ -87,7 +87,7 @@ std::vector<float> product(const Case& of, const std::vector<uint8_t>& values, c
 
 // What a level makes of a case against the plain path.
 void compare(int level, const Case& of) {
-  const int64_t blocks = (of.columns + 63) / 64, num_scales = of.values == kInt8 ? 1 : of.values == kInt4 ? blocks : 0;
+  const int64_t blocks = (of.columns + 63) / 64, num_scales = of.values == kInt8 ? 1 : of.values >= kInt4 ? blocks : 0;
   const std::vector<uint8_t> mask = random_mask(of), values = random_values(of);
   std::vector<float> scales(of.rows * num_scales), x(of.batch * of.columns), plain_dense, dense;
   for (float& scale : scales) scale = float(1 + random_bits() % 8) / 16;
@@ -116,12 +116,12 @@ int main() {
   const int patterns[][2] = {{2, 4}, {1, 4}, {3, 4}, {4, 8}, {7, 8}, {8, 16}, {5, 16}, {20, 32}, {1, 64}, {32, 64}, {63, 64}, {0, 0}};
   for (int level = 0; level < kNumLevels; ++level) {
     if (!castlm_runs(level)) continue;
-    for (int values = 0; values <= kInt4; ++values)
+    for (int values = 0; values <= kInt6; ++values)
       for (const auto& pattern : patterns)
         for (const int64_t rows : {13, 32})
           for (const int64_t columns : {44, 64, 320})
             for (const int64_t batch : {1, 2, 3, 8, 17})
-              if (!pattern[1] || columns % pattern[1] == 0) compare(level, {values, pattern[0], pattern[1], rows, columns, batch});
+              if (!pattern[1] || (columns % pattern[1] == 0 && values != kInt6)) compare(level, {values, pattern[0], pattern[1], rows, columns, batch});
     std::printf("%s\n", kLevels[level]);
   }
   return 0;

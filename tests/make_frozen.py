@@ -28,6 +28,7 @@ CASES = {
     "int4-2of4": ("int4", 2, 4),
     "int3-8of16": ("int3", 8, 16),
     "int4-dense": ("int4", 0, 0),
+    "int6-head": ("int4", 32, 64),
 }
 IDS = [5, 80, 200, 13, 99, 100, 7, 31, 64, 2, 250, 17]
 
@@ -45,7 +46,7 @@ def rounded(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor
 
 
 @torch.no_grad()
-def freeze(folder: Path, values: str, n: int, m: int) -> None:
+def freeze(folder: Path, values: str, n: int, m: int, head: str) -> None:
     model = tiny_model("llama", hidden_size=64, intermediate_size=64, head_dim=16, num_hidden_layers=1)
     stored, specs = {}, {}
     for name, parameter in model.named_parameters():
@@ -55,7 +56,7 @@ def freeze(folder: Path, values: str, n: int, m: int) -> None:
             stored[name] = parameter.to(torch.bfloat16)
             parameter.copy_(stored[name])
             continue
-        kind, weight = (values if is_layer else "int8"), parameter.detach()
+        kind, weight = (values if is_layer else head), parameter.detach()
         if is_layer and m:
             weight = weight * NM(n, m).mask(weight)
         if FORMATS[kind].rounds:
@@ -84,4 +85,4 @@ def freeze(folder: Path, values: str, n: int, m: int) -> None:
 
 if __name__ == "__main__":
     for name, case in CASES.items():
-        freeze(Path(sys.argv[1]) / name, *case)
+        freeze(Path(sys.argv[1]) / name, *case, head="int6" if name == "int6-head" else "int8")

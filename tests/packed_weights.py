@@ -16,6 +16,7 @@ from castlm.runtime.layers import packed_linear
 from castlm.runtime.packed import PackedTensor, pack, pack_integers, unpack
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
+DENSE_ONLY = {name for name, form in FORMATS.items() if form.of_tables}
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (8, 16), (2, 3), (7, 16), (20, 32), (32, 64), (0, 0)]
 
 

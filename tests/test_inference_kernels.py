@@ -20,7 +20,7 @@ from castlm.runtime import native
 from castlm.runtime.layers import DIRECT_ROWS, PackedEmbedding, PackedLinear, packed_linear, prepare_layers_
 from castlm.runtime.packed import pack_integers, unpack
 from tests.fused import threads
-from tests.packed_weights import PATTERNS, buffer_of, check_product, kernels_of, random_packed
+from tests.packed_weights import DENSE_ONLY, PATTERNS, buffer_of, check_product, kernels_of, random_packed
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 
@@ -40,12 +40,16 @@ def test_products_and_rows_of_every_format(values, n, m, layout, level):
         pytest.skip("a dense weight has one layout")
     if layout == "rows" and level in ("avx512", "amx"):
         pytest.skip("rows have no kernel of this level")
+    if m and values in DENSE_ONLY:
+        pytest.skip("this format is dense")
     for rows, columns in ((8, 192), (5, 24), (13, 96)):
         packed = random_packed(values, n, m, rows, columns)
         buffer = buffer_of(packed, layout)
         out = torch.empty(rows, columns)
         native.unpack(buffer, 0, rows, out)
         assert torch.equal(out, unpack(packed).float())
+        numbers = torch.tensor([[rows - 1, 0], [3, 3]])
+        assert torch.equal(native.gather(buffer, numbers, columns), out[numbers])
         middle = torch.empty(rows - 3, columns)
         native.unpack(buffer, 2, rows - 1, middle)
         assert torch.equal(middle, out[2:-1])
@@ -59,6 +63,8 @@ def test_products_and_rows_of_every_format(values, n, m, layout, level):
 @pytest.mark.parametrize("layout", ["best", "lanes"])
 def test_every_pattern_is_multiplied_exactly(values, m, layout, level):
     """Products of integers are those of whole numbers: x has integers up to 127, 127 in each block."""
+    if m and values in DENSE_ONLY:
+        pytest.skip("this format is dense")
     for n in {1, m // 2, m - 1} if m else {0}:
         for rows, columns, batch in ((19, 2 * m + 64, 3), (33, 3 * (m or 7), 1), (80, 128, 29), (35, 2 * m + 64, 77)):
             packed = random_packed(values, n, m, rows, columns)
@@ -85,7 +91,7 @@ def test_every_pattern_is_multiplied_exactly(values, m, layout, level):
     seed=st.integers(0, 2**31),
 )
 def test_products_of_any_shape(values, pattern, rows, groups, batch, num_threads, level, seed):
-    n, m = pattern
+    n, m = (0, 0) if values in DENSE_ONLY else pattern
     packed = random_packed(values, n, m, rows, groups * (m or 5), seed)
     x = torch.randn(batch, packed.spec.columns, generator=torch.Generator().manual_seed(seed))
     with kernels_of(level), threads(num_threads):
@@ -115,6 +121,8 @@ def test_a_result_does_not_depend_on_threads(n, m, batch, rows, columns, level):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_are_not_hidden(values, bad, level):
     for n, m, batch in ((2, 4, 1), (0, 0, 1), (2, 4, 16), (0, 0, 16)):
+        if m and values in DENSE_ONLY:
+            continue
         packed = random_packed(values, n, m, 8, 128)
         x = torch.randn(batch, 128)
         x[0, 70] = bad
@@ -125,7 +133,7 @@ def test_activations_that_are_not_finite_are_not_hidden(values, bad, level):
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (8, 16), (0, 0)])
 def test_integers_at_the_ends_of_their_range_do_not_overflow(n, m, level):
-    for values, low, high in (("int8", -128, 127), ("int4", -8, 7)):
+    for values, low, high in (("int8", -128, 127), ("int4", -8, 7), *([] if m else [("int6", -32, 31)])):
         for code in (low, high):
             mask = torch.arange(256).expand(8, -1) % m < n if m else None
             codes = torch.full((8, 256), code, dtype=torch.int8)
@@ -156,6 +164,7 @@ def test_the_level_is_chosen_by_name_or_in_the_environment(level, monkeypatch):
         *itertools.product(("int8", "bf16", "int4"), (8,), (16,)),
         ("int4", 2, 4),
         ("int3", 0, 0),
+        ("int6", 0, 0),
         ("int8", 0, 0),
         ("bf16", 0, 0),
     ],
@@ -174,7 +183,8 @@ def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, lev
 
 @pytest.mark.parametrize(("rows", "columns"), [(24, 128), (21, 1104), (8, 64)])
 @pytest.mark.parametrize(
-    ("values", "n", "m"), [*itertools.product(("int8", "int4"), (2, 1, 0), (4,)), ("int8", 4, 8), ("int8", 8, 16)]
+    ("values", "n", "m"),
+    [*itertools.product(("int8", "int4"), (2, 1, 0), (4,)), ("int6", 0, 0), ("int8", 4, 8), ("int8", 8, 16)],
 )
 def test_any_number_of_rows_of_integers_has_the_bits_of_four(values, n, m, rows, columns, level):
     """AVX-512 has kernels for groups of 1 to 12 rows. Prompts have kernels of their own: with AVX2 for up to 64 rows,

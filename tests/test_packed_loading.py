@@ -17,6 +17,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
+from castlm.formats.table import FORMATS, HEADS
 from castlm.models.io import load_model
 from castlm.models.layout import PACKED_NOTICE
 from castlm.runtime import generate, native
@@ -60,8 +61,9 @@ def test_a_packed_model_gives_the_logits_and_tokens_of_the_plain_one(family, tie
 def test_a_tied_table_is_held_once(folders, tmp_path):
     source = pruned_folder(tmp_path / "source", tie_word_embeddings=True)
     pack_folder(source, tmp_path / "packed")
-    pack_folder(source, tmp_path / "int8", head="int8")
-    for name in ("packed", "int8"):
+    for head in HEADS:
+        pack_folder(source, tmp_path / head, head=head)
+    for name in ("packed", *HEADS):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert isinstance(model.model.embed_tokens, PackedEmbedding)
         assert model.lm_head.packed.data_ptr() == model.model.embed_tokens.packed.data_ptr()
@@ -72,20 +74,21 @@ def test_a_tied_table_is_held_once(folders, tmp_path):
 
 
 @needs_kernels
-def test_an_untied_embedding_is_rounded_beside_its_head_and_decodes(tmp_path):
+@pytest.mark.parametrize("head", HEADS)
+def test_an_untied_embedding_is_rounded_beside_its_head_and_decodes(head, tmp_path):
     source = pruned_folder(tmp_path / "source", tie_word_embeddings=False)
-    pack_folder(source, tmp_path / "int8", head="int8")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
-    assert (model.lm_head.spec.values, model.model.embed_tokens.spec.values) == ("int8", "int8")
+    pack_folder(source, tmp_path / "packed", head=head)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert (model.lm_head.spec.values, model.model.embed_tokens.spec.values) == (head, head)
     assert model.lm_head.packed.data_ptr() != model.model.embed_tokens.packed.data_ptr()
     assert why_not_in_engine(model) is None
-    exact = load_model(tmp_path / "int8").model
+    exact = load_model(tmp_path / "packed").model
     torch.testing.assert_close(model(IDS).logits, exact(IDS).logits, rtol=0.05, atol=0.05)
-    verified = verify(tmp_path / "int8")
+    verified = verify(tmp_path / "packed")
     assert verified.ok, verified.summary()
-    unpack_folder(tmp_path / "int8", tmp_path / "plain")
+    unpack_folder(tmp_path / "packed", tmp_path / "plain")
     table, before = (load_model(folder).model.model.embed_tokens.weight for folder in (tmp_path / "plain", source))
-    half_step = float(before.detach().abs().max()) / 254
+    half_step = float(before.detach().abs().max()) / FORMATS[head].largest / 2
     assert 0 < float((table - before).detach().abs().max()) <= 2 * half_step  # the plain folder is bf16
 
 

@@ -54,8 +54,8 @@ from castlm.files.stored import (
     read_weight_map,
 )
 from castlm.formats.packed_file import PackedSpec, read_specs
-from castlm.formats.rounding import round_rows
-from castlm.formats.table import FORMATS
+from castlm.formats.rounding import round_rows, round_table
+from castlm.formats.table import FORMATS, HEADS
 from castlm.runtime import native
 from castlm.runtime.layers import PackedEmbedding, PackedLinear, prepare_layers_
 from castlm.runtime.packed import PackedTensor, pack, pack_integers, read_packed, unpack
@@ -86,16 +86,19 @@ class CastlmConfig(QuantizationConfig):
         weights: the file of a packed folder, or the index of several; None is a plain folder.
         pattern: n:m of a plain folder; None reads its castlm.json.
         values: "int8" rounds the layers of a plain folder; None keeps their dtype.
-        head: "int8" rounds the head of a plain folder, and an embedding tied to it; None leaves both to vLLM.
+        head: "int8", "int6" or "int4" rounds the head of a plain folder, and an embedding tied to it; None leaves both
+            to vLLM.
     """
 
     def __init__(
         self, weights: str | None = None, pattern: str | None = None, values: str | None = None, head: str | None = None
     ):
         super().__init__()
-        for name, value in (("values", values), ("head", head)):
-            if value not in (None, "int8"):
-                raise InputError(f"{name} {value!r} is not int8: castlm quantize --packed makes other formats")
+        for name, value, known in (("values", values, ("int8",)), ("head", head, HEADS)):
+            if value is not None and value not in known:
+                raise InputError(
+                    f"{name} {value!r} is not {' or '.join(known)}: castlm quantize --packed makes other formats"
+                )
         self.weights, self.pattern, self.values, self.head = weights, pattern, values, head
         self.is_tied = False
         self.packed: dict[str, StoredWeight] = {}
@@ -182,7 +185,7 @@ class CastlmConfig(QuantizationConfig):
 
     def _table_method(self, is_head: bool, prefix: str) -> QuantizeMethodBase | None:
         if self.weights is None:
-            return RoundedTableMethod(prefix) if self.head else None
+            return RoundedTableMethod(prefix, self.head) if self.head else None
         tables = [name for name in self.packed if name.rpartition(".")[2].startswith(_EMBEDDINGS)]
         if not prefix and not is_head and len(tables) == 1:  # some models do not tell their embedding its name
             prefix = tables[0]
@@ -418,7 +421,11 @@ class PackedTableMethod(TableMethod):
 
 
 class RoundedTableMethod(TableMethod, UnquantizedEmbeddingMethod):
-    """A table of a plain folder, rounded to int8 after loading."""
+    """A table of a plain folder, rounded after loading."""
+
+    def __init__(self, prefix: str, kind: str):
+        super().__init__(prefix)
+        self.kind = kind
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         layer.weight = embed_tokens.weight
@@ -429,8 +436,8 @@ class RoundedTableMethod(TableMethod, UnquantizedEmbeddingMethod):
         del layer.weight
 
     def packed_table(self, layer: VocabParallelEmbedding) -> PackedTensor:
-        rounded = round_rows(layer.weight.detach(), "int8")
-        return pack_integers(rounded.codes, rounded.scales, "int8", 0, 0)
+        rounded = round_table(layer.weight.detach(), self.kind)
+        return pack_integers(rounded.codes, rounded.scales, self.kind, 0, 0)
 
 
 # ---- files

@@ -25,6 +25,7 @@ class Format:
         largest: end of the rounding grid, in units of the scale.
         reads_text: whether its rounding is better with a calibration text.
         needs_training: whether rounding alone loses too much, so that a model is trained with rounded weights.
+        of_tables: whether only an output head and an embedding take it, which are dense.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Format:
     largest: float = math.inf
     reads_text: bool = False
     needs_training: bool = False
+    of_tables: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -64,6 +66,7 @@ FORMATS = {
         Format("fp16", "F16", 16, 1),
         Format("fp32", "F32", 32, 2),
         Format("int8", "I8", 8, 3, "F32", largest=127),
+        Format("int6", "U8", 6, 5, "BF16", group=64, largest=31, reads_text=True, of_tables=True),
         Format("int4", "U8", 4, 4, "BF16", group=64, largest=7, reads_text=True),
         Format("int3", "U8", 3, 4, "BF16", group=64, largest=3, reads_text=True, needs_training=True),
         Format("fp8", "F8_E4M3", 8, None, "F32", largest=448),
@@ -73,10 +76,10 @@ ITEM_BYTES = {form.stored: max(8, form.bits) // 8 for form in FORMATS.values()}
 """Bytes of a stored item, by safetensors' name of its dtype."""
 PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
 """The formats that a packed file can hold."""
-HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].reads_text)
+HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].needs_training)
 """The formats that an output head can be rounded to."""
 
 
 def rounded_formats() -> tuple[str, ...]:
-    """The formats that `castlm quantize` rounds to."""
-    return tuple(form.name for form in FORMATS.values() if form.rounds)
+    """The formats that `castlm quantize` rounds layers to."""
+    return tuple(form.name for form in FORMATS.values() if form.rounds and not form.of_tables)

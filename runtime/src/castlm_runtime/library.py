@@ -37,7 +37,7 @@ INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
 HEADER = struct.Struct("6i")  # a buffer begins with its magic number, layout, values, n, m, and whether it is unsigned
 HEADER_BYTES = 64
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 9  # of kernels.cpp
+_VERSION = 10  # of kernels.cpp
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # of Linux; the module mmap has it where it was built with it
 _BAD_MASK, _NO_MEMORY = 2, 3
@@ -68,6 +68,7 @@ def load_kernels(file: str) -> ctypes.CDLL:
     library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
     library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
     library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
+    library.castlm_gather.argtypes = [pointer, size, pointer, size, pointer, size, number]
     library.castlm_sample.argtypes = [pointer, size, size, pointer, size, size, pointer, pointer, pointer, number]
     if os.environ.get(_LEVEL_VARIABLE):
         use_level(os.environ[_LEVEL_VARIABLE], library)

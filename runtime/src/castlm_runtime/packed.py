@@ -2,15 +2,15 @@
 
 A packed tensor `X.weight` of shape (out, in) is stored in safetensors as
 - `X.values`, (out, in / m * n): the kept values of each row in the order of their columns, exactly n of every m, as
-  bf16, fp16, fp32 or int8; or as codes of int4 or int3 in uint8 (out, ceil(in / m * n * bits / 8)): the codes of a row,
-  in two's complement, follow each other without gaps from the lowest bit on, and a row begins at a byte.
+  bf16, fp16, fp32 or int8; or as codes of int6, int4 or int3 in uint8 (out, ceil(in / m * n * bits / 8)): the codes of
+  a row, in two's complement, follow each other without gaps from the lowest bit on, and a row begins at a byte.
 - `X.mask`, uint8: which weights are kept. Where m is 2, 4 or 8, each group is a code: its number among the masks that
   keep n of m, in the order of the masks as binary numbers whose bit i is column i. A code has as few bits as the
   numbers need (3 at 2:4, 7 at 4:8, 5 at 6:8, 2 at 3:4); the codes of a row follow each other without gaps from the
   lowest bit on, and a row begins at a byte. For other m, bit i of byte j is column 8 j + i, and 0 past `in`.
-- `X.scales`, fp32 (out, 1) for int8, bf16 (out, ceil(in / 64)) for int4 and int3: weight = value * scale.
-A dense tensor has no mask. The order is the same for every processor; `native.repack_` converts it to the order in
-which this processor reads.
+- `X.scales`, fp32 (out, 1) for int8, bf16 (out, ceil(in / 64)) for int6, int4 and int3: weight = value * scale.
+A dense tensor has no mask, and int6 is dense. The order is the same for every processor; `native.repack_` converts it
+to the order in which this processor reads.
 
 The entry "castlm" of the file's metadata is JSON: {"version": 2, "tensors": {X: {"shape", "pattern", "values",
 "transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor that holds the matrices of
@@ -265,7 +265,7 @@ def _spec(entry: Mapping[str, Any]) -> PackedSpec:
         and values in PACKABLE
         and 0 < rows <= _MOST_COLUMNS
         and 0 < columns <= _MOST_COLUMNS
-        and (1 <= n < m and columns % m == 0 if m else n == 0)
+        and (1 <= n < m and columns % m == 0 and not FORMATS[values].of_tables if m else n == 0)
         and (experts == 0 or (experts > 0 and rows % experts == 0))
     ):
         raise ValueError

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from castlm.files.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, SINGLE, Stor
 from castlm.files.weights import Batch, Layout, file_names, write_weights
 from castlm.formats import packed_file
 from castlm.formats.packed_file import PackedSpec
-from castlm.formats.rounding import Rounded, on_grid, round_rows
+from castlm.formats.rounding import Rounded, on_grid, round_table
 from castlm.formats.table import FORMATS
 from castlm.models.architecture import shape_model
 from castlm.models.io import load_model, open_config
@@ -149,8 +149,8 @@ def pack_folder(
         folder: the output.
         pattern: n:m; None for a dense model.
         dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps their dtype.
-        head: "int8" rounds the output head and the embedding, tied or not, to int8 with a scale for each row. None
-            keeps them.
+        head: "int8" (a scale for each row), "int6" or "int4" (a scale for each 64 columns) rounds the output head and
+            the embedding, tied or not. None keeps them.
         overwrite: replace an earlier result in `folder`.
         progress: called with (tensors done, tensors in all).
 
@@ -222,12 +222,12 @@ def pack_into(
     check_redirections(source, config)
     stored = dict(sorted(stored_tensors(source, config).items()))
     specs = _specs(source, stored, check_layers(source, stored, config), pattern, dtype, rounded)
-    if head is not None:
-        for table in _tables(source, stored):
-            rows, columns = stored[table].shape  # (49152, 576)
-            specs[table] = PackedSpec(rows, columns, 0, 0, head)
+    tables = set() if head is None else _tables(source, stored)
+    for table in tables:
+        rows, columns = stored[table].shape  # (49152, 576)
+        specs[table] = PackedSpec(rows, columns, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
-    how = _Packing(stored, specs, rounded, cast)
+    how = _Packing(stored, specs, rounded, tables, cast)
     # one tensor of the model in memory at a time
     weights = _write_weights(folder, how, (PACKED_SINGLE, PACKED_INDEX), progress)
     # config.json comes after the weights that it names, and the checks read what has been written
@@ -251,6 +251,8 @@ class _Packing:
     """The specs of the tensors to pack; the others are copied."""
     rounded: Mapping[str, Rounded]
     """Codes and scales to store in place of weights, by the name of the layer."""
+    tables: Collection[str]
+    """The tensors among `specs` that are head or embedding."""
     cast: torch.dtype | None
     """The dtype of all floating-point tensors; None keeps theirs."""
 
@@ -270,7 +272,10 @@ class _Packing:
                 tensor = cast_weight(tensor, self.cast)
             if spec is None:
                 return [tensor]
-            return _packed(spec, tensor, self.rounded.get(spec.stem(name))).tensors().values()
+            rounded = self.rounded.get(spec.stem(name))
+            if name in self.tables:
+                rounded = round_table(tensor, spec.values)
+            return _packed(spec, tensor, rounded).tensors().values()
 
     def metadata(self, names: Iterable[str]) -> dict[str, str]:
         specs = {name: self.specs[name] for name in names if name in self.specs}
@@ -347,10 +352,8 @@ def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> Packed
         # The proof for each tensor, before it is written; 0.0 and -0.0 are equal here.
         assert not spec.m or torch.equal(unpack(packed), weight), "it does not come back from its packed form"
         return packed
-    if rounded is None and FORMATS[spec.values].group:
+    if rounded is None:
         rounded = on_grid(weight, spec.values)
-    if rounded is None:  # a table
-        rounded = round_rows(weight, spec.values)
     # Of the codes, because integers cannot keep the sign of a zero: so packing again gives the same mask.
     mask = kept_mask(rounded.codes, spec.n, spec.m) if spec.m else None
     return replace(pack_integers(rounded.codes, rounded.scales, spec.values, spec.n, spec.m, mask), spec=spec)

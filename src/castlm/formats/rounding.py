@@ -1,11 +1,11 @@
-"""Rounds weights to int8, float8, int4 or int3 with every zero kept exactly, so that a mask survives quantization.
+"""Rounds weights to int8, float8, int6, int4 or int3 with every zero kept, so that a mask survives quantization.
 
-All scales are symmetric, without a zero point. int4 and int3 have one for each row and 64 columns, and are rounded by
-GPTQ (Frantar et al. 2023, arXiv 2210.17323), column by column: later columns compensate for the error of a column.
-A masked weight has the single grid point 0 and passes its share of the error to later columns, as in SparseGPT (arXiv
-2301.00774). GPTQ relies on columns that turn out to be masked, so a few passes of coordinate descent follow (QuantEase,
-arXiv 2309.01885): each code in turn becomes the best for the layer's output with all others fixed, and each scale the
-best for its codes. They never increase the error.
+All scales are symmetric, without a zero point. int6, int4 and int3 have one for each row and 64 columns, and are
+rounded by GPTQ (Frantar et al. 2023, arXiv 2210.17323), column by column: later columns compensate for the error of a
+column. A masked weight has the single grid point 0 and passes its share of the error to later columns, as in SparseGPT
+(arXiv 2301.00774). GPTQ relies on columns that turn out to be masked, so a few passes of coordinate descent follow
+(QuantEase, arXiv 2309.01885): each code in turn becomes the best for the layer's output with all others fixed, and each
+scale the best for its codes. They never increase the error.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Rounded:
     """A weight (rows, columns) on a grid: `codes * scales`."""
 
     kind: str
-    """A format of `rounded_formats()`."""
+    """A format of `FORMATS` that rounds."""
     codes: Tensor
-    """(rows, columns): int8 holds int8, int4 (-8 to 7) and int3 (-4 to 3), float8_e4m3fn holds fp8."""
+    """(rows, columns): int8 holds int8, int6 (-32 to 31), int4 (-8 to 7) and int3, float8_e4m3fn holds fp8."""
     scales: Tensor
-    """fp32: (rows, 1), or for int4 and int3 (rows, ceil(columns / 64)) with values that are exact in bf16."""
+    """fp32: (rows, 1), or for int6, int4 and int3 (rows, ceil(columns / 64)) with values that are exact in bf16."""
 
     def dequantized(self) -> Tensor:
         """(rows, columns), fp32. Every zero is 0.0, because the packed format cannot always store -0.0."""
@@ -88,7 +88,7 @@ def round_in_groups(
         hessian: X^T X of the input up to a factor, (columns, columns), fp32, symmetric; overwritten.
         damping: fraction of the Hessian's mean diagonal to add to it.
         passes: passes of coordinate descent over all columns.
-        kind: "int4" or "int3".
+        kind: "int6", "int4" or "int3".
 
     Raises:
         InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
@@ -122,6 +122,26 @@ def round_in_groups(
     if hessian is not None:
         _descend(codes, scales, target, kept, hessian, passes, kind)
     return Rounded(kind, codes.T.to(torch.int8).contiguous(), scales.T.contiguous())
+
+
+_TABLE_ROWS = 16_384
+
+
+def round_table(weight: Tensor, kind: str, hessian: Tensor | None = None, damping: float = 0.01) -> Rounded:
+    """Rounds an output head or an embedding, some rows at a time, as a table has many.
+
+    Args:
+        weight: (vocabulary, hidden).
+        kind: a format of `HEADS`.
+        hessian: of the head's input, as of `round_in_groups`; None rounds to the nearest. int8 has no use for it.
+    """
+    if not FORMATS[kind].group:
+        return round_rows(weight, kind)
+    parts = [
+        round_in_groups(rows, None if hessian is None else hessian.clone(), damping, kind=kind)
+        for rows in weight.split(_TABLE_ROWS)
+    ]
+    return Rounded(kind, torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
 
 
 def round_in_groups_holds(rows: int, columns: int) -> int:

@@ -7,7 +7,7 @@ At first a layer holds the stored tensors (`values`, `mask`, `scales`, as in a f
 
 `torch.ops.castlm.packed_linear` multiplies activations by that buffer, with a shape that `torch.compile` can trace: by
 castlm's kernels where they are fastest; otherwise, for many rows of x, by the library's GEMM, unpacking one part of the
-weight at a time to an fp32 scratch that stays in the cache.
+weight at a time to an fp32 scratch that stays in the cache. `torch.ops.castlm.packed_rows` looks up rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from castlm.core.sparsify import check_model, is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES, STORED
 from castlm.files.stored import StoredTensor
 from castlm.formats.packed_file import PackedSpec
-from castlm.formats.rounding import round_rows
+from castlm.formats.rounding import round_table
 from castlm.formats.table import FORMATS
 from castlm.runtime import native
 from castlm.runtime.packed import PackedTensor, cast_weight, pack, pack_integers, read_packed, unpack
@@ -47,6 +47,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 _LIBRARY = torch.library.Library("castlm", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor packed, int out_features) -> Tensor")
+_LIBRARY.define("packed_rows(Tensor rows, Tensor packed, int columns) -> Tensor")
 
 
 @torch.library.impl(_LIBRARY, "packed_linear", "CPU")
@@ -91,6 +92,16 @@ def multiply_by_gemm(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
 @torch.library.impl(_LIBRARY, "packed_linear", "Meta")
 def _shape_of_packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.impl(_LIBRARY, "packed_rows", "CPU")
+def _packed_rows(rows: Tensor, packed: Tensor, columns: int) -> Tensor:
+    return native.gather(packed, rows.long().contiguous(), columns)
+
+
+@torch.library.impl(_LIBRARY, "packed_rows", "Meta")
+def _shape_of_packed_rows(rows: Tensor, packed: Tensor, columns: int) -> Tensor:
+    return torch.empty(*rows.shape, columns, device="meta")
 
 
 def packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
@@ -229,23 +240,9 @@ class PackedEmbedding(PackedModule):
         super().__init__(spec)
         self.dtype = dtype  # of the looked-up rows
 
-    def share_(self, buffer: Tensor) -> None:
-        super().share_(buffer)
-        self.order = native.dense_order(buffer, self.spec.values)
-
     def forward(self, input_ids: Tensor) -> Tensor:
-        spec = self.spec
-        if input_ids.numel() and not torch.compiler.is_compiling():  # a traced graph cannot branch on values
-            low, high = (int(bound) for bound in input_ids.aminmax())
-            if low < 0 or high >= spec.rows:
-                raise IndexError(f"token ids from {low} to {high}: the table has {spec.rows} rows")
-        order = self.order
-        table, scales = native.dense_table(self.packed, order, spec.values, spec.rows, spec.columns)
-        rows = table[input_ids // order.rows, :, :, input_ids % order.rows]  # (..., blocks, steps, columns of a step)
-        found = rows.flatten(-3)[..., : spec.columns].to(self.dtype)
-        if order.added:
-            found -= order.added
-        return found if scales is None else found * scales[input_ids].to(self.dtype).unsqueeze(-1)
+        rows: Tensor = torch.ops.castlm.packed_rows.default(input_ids, self.packed, self.spec.columns)
+        return rows.to(self.dtype)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
         """`nn.Embedding` of the stored tensors."""
@@ -290,7 +287,7 @@ def pack_model_(
         n: kept weights of each group; 0, with m 0, uses the kernels for dense weights.
         m: weights of a group.
         dtype: bf16, fp16 or fp32, which weights are cast to.
-        head: "int8" rounds the output head and the embedding, tied or not, to int8 with a scale for each row.
+        head: "int8", "int6" or "int4" rounds the output head and the embedding, tied or not.
         filter_fn: `filter_fn(module, fqn)` selects the layers to pack.
         left_dense: names of those layers that are not n:m; they use the kernels for dense weights.
 
@@ -348,7 +345,7 @@ def onto_kernels_(
         weight = weight.detach() if table_dtype is None else cast_weight(weight.detach(), table_dtype)
         if head_as is None:
             return pack(weight, 0, 0)
-        rounded = round_rows(weight, head_as)
+        rounded = round_table(weight, head_as)
         return pack_integers(rounded.codes, rounded.scales, head_as, 0, 0)
 
     model.requires_grad_(False)

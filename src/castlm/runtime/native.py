@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from castlm.formats.table import FORMATS
 from castlm_runtime import library
 from castlm_runtime.library import (
     HEADER,
-    HEADER_BYTES,
     INTEGERS,
     LAYOUTS,
     LONGEST_GROUP,
@@ -51,8 +49,6 @@ __all__ = [
 ]
 
 _DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
-_BLOCK = 64  # as in matrix.h
-_LANE_COLUMNS = {"int8": 4, "bf16": 2}  # columns in a lane of the layout "lanes", of others than int4; 1 of the rest
 
 
 def allocate(num_bytes: int) -> Tensor:
@@ -75,9 +71,10 @@ def repack_(
 
     Args:
         buffer: uint8 (packed_bytes(...),), contiguous.
-        values: (rows, kept) bf16, fp16, fp32 or int8; or uint8 (rows, ceil(kept / 2)) of int4.
+        values: (rows, kept) bf16, fp16, fp32 or int8; or uint8 (rows, ceil(kept * bits / 8))
+            of int6 and int4.
         mask: uint8 (rows, ceil(columns / 8)); None for a dense matrix.
-        scales: (rows, 1) of int8, (rows, ceil(columns / 64)) of int4; else None.
+        scales: (rows, 1) of int8, (rows, ceil(columns / 64)) of int6 and int4; else None.
         kind: a name of VALUES.
 
     Raises:
@@ -104,46 +101,6 @@ def repack_(
         torch.get_num_threads(),
         layout,
     )
-
-
-@dataclass(frozen=True)
-class DenseOrder:
-    """Where the buffer of a dense matrix (rows, columns) has its values.
-
-    Attributes:
-        rows: rows of a tile.
-        columns: columns of a step, in which the rows of a tile follow each other.
-        added: what is added to each value of int8.
-    """
-
-    rows: int
-    columns: int
-    added: int
-
-
-def dense_order(packed: Tensor, values: str) -> DenseOrder:
-    """The order of the buffer of a dense matrix of any values but int4."""
-    _, layout, _, _, _, is_unsigned = HEADER.unpack(ctypes.string_at(packed.data_ptr(), HEADER.size))
-    if layout == LAYOUTS["lanes"]:
-        return DenseOrder(16, _LANE_COLUMNS.get(values, 1), 128 * is_unsigned)
-    return DenseOrder(4, _BLOCK, 0)
-
-
-def dense_table(
-    packed: Tensor, order: DenseOrder, values: str, rows: int, columns: int
-) -> tuple[Tensor, Tensor | None]:
-    """Views of the buffer of a dense matrix (rows, columns) of any values but int4.
-
-    Returns:
-        The values (tiles, blocks, steps, tile rows, step columns), with row r, column c of a block of 64 columns at
-        [r // tile rows, block, c // step columns, r % tile rows, c % step columns]; and the scales (rows,) fp32 for
-        int8, None for floats.
-    """
-    dtype, tiles, blocks = _DTYPES[values], -(-rows // order.rows), -(-columns // _BLOCK)
-    end = HEADER_BYTES + tiles * order.rows * blocks * _BLOCK * dtype.itemsize
-    shape = (tiles, blocks, _BLOCK // order.columns, order.rows, order.columns)
-    table = packed[HEADER_BYTES:end].view(torch.uint8 if order.added else dtype).view(shape)
-    return table, packed[end : end + 4 * rows].view(torch.float32) if FORMATS[values].rounds else None
 
 
 def rows_at_a_time(packed: Tensor) -> int:
@@ -199,6 +156,28 @@ def unpack(packed: Tensor, first: int, last: int, out: Tensor) -> None:
     )
     check_memory(code)
     assert not code, f"rows {first} to {last} of shape {tuple(out.shape)} do not fit this packed weight"
+
+
+def gather(packed: Tensor, rows: Tensor, columns: int) -> Tensor:
+    """Rows of the matrix in `packed`, fp32 (*rows.shape, columns).
+
+    Args:
+        rows: their numbers, int64, contiguous.
+
+    Raises:
+        IndexError: a number that the matrix does not have.
+        MemoryError: there is no memory for the threads.
+    """
+    _check_plain("a packed weight", packed, torch.uint8)
+    _check_plain("numbers of rows", rows, torch.int64)
+    out = torch.empty(*rows.shape, columns, device="cpu")
+    data, size, threads = packed.data_ptr(), packed.numel(), torch.get_num_threads()
+    code = built().castlm_gather(data, size, rows.data_ptr(), rows.numel(), out.data_ptr(), columns, threads)
+    check_memory(code)
+    if code:
+        low, high = map(int, rows.aminmax())
+        raise IndexError(f"a table of {columns} columns has not all of the rows {low} to {high}")
+    return out
 
 
 def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

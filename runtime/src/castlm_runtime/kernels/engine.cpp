@@ -222,29 +222,6 @@ struct Cache {
 
 namespace {
 
-// Row `row` of a weight as fp32 in `to`, padded to whole blocks.
-void gather_row(const Weight& from, int64_t row, float* to) {
-  const Header& of = from.of;
-  if (of.layout != kLanes) return expand_row(of, from.data, row, to);
-  const int64_t tile = row / 16, in_tile = row % 16, columns = of.lane_columns(), blocks = of.blocks();
-  if (of.m || of.values == kInt4) {
-    float* const rows = static_cast<float*>(scratch<0>(16 * of.padded() * 4));
-    expand_lanes(of, from.data, tile, rows, of.padded());
-    std::copy_n(rows + in_tile * of.padded(), of.padded(), to);
-    return;
-  }
-  float scale = 1;
-  if (of.values == kInt8) std::memcpy(&scale, from.data + of.tiles() * blocks * of.panel_bytes() + 4 * row, 4);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const uint8_t* const panel = from.data + (tile * blocks + block) * of.panel_bytes();
-    for (int64_t k = 0; k < kBlock; ++k) {
-      const int64_t index = (k / columns * 16 + in_tile) * columns + k % columns;
-      const float number = of.values == kInt8 ? float(int8_t(panel[index] ^ (of.is_unsigned ? 0x80 : 0))) : load_value(panel, of.values, index);
-      to[block * kBlock + k] = scale * number;
-    }
-  }
-}
-
 class Pass {
  public:
   Pass(Model& model, const Cache& cache, const Sequence* sequences, int64_t count, int threads)
@@ -498,7 +475,7 @@ class Pass {
     const auto [first, last] = few_ ? std::pair<int64_t, int64_t>{0, count_} : share(count_, me);
     for (int64_t row = first; row < last; ++row) {
       const Sequence& of = sequences_[rows_[row].sequence];
-      gather_row(model_.embedding, of.tokens[rows_[row].position - of.position], x + row * hidden);
+      gather_row(model_.embedding.of, model_.embedding.data, of.tokens[rows_[row].position - of.position], x + row * hidden);
       if (spec_.embedding_scale != 1) scale_by(x + row * hidden, spec_.embedding_scale, spec_.hidden);
     }
     for (int64_t i = 0; i < spec_.num_layers; ++i) step_through(me, i);

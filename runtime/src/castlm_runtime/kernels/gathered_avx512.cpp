@@ -39,7 +39,7 @@ int64_t block_bytes(int steps) { return 64 + 128 * steps; }  // the first sums, 
 // The blocks of a tile with their kept weights first, `block_bytes` each.
 template <int values>
 void gather(const uint8_t* panel, int64_t bytes, int64_t blocks, int steps, uint8_t* to) {
-  const __m512i added = _mm512_set1_epi8(char(values == kInt4 ? 8 : 128));
+  const __m512i added = _mm512_set1_epi8(char(kExcess<values>));
   alignas(64) uint8_t places[kBlock];
   for (int i = 0; i < kBlock; i++) places[i] = uint8_t(i);
   const __m512i columns = load(places);

@@ -59,21 +59,23 @@ int64_t data_bytes(const Header& of) {
 
 bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {
   const int64_t limit = int64_t(1) << 31, most_weights = int64_t(1) << 48;  // whose bytes do not overflow
-  if (values < kBFloat16 || values > kInt4 || rows < 1 || columns < 1 || rows >= limit || columns >= limit) return false;
+  if (values < kBFloat16 || values > kInt6 || rows < 1 || columns < 1 || rows >= limit || columns >= limit) return false;
   if (rows > most_weights / columns) return false;
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
+  if (values == kInt6 && (m || (layout >= 0 && layout != kLanes))) return false;
   const bool is_half = values != kInt4 && keeps_half(n, m) && level() >= kAvx2;
   const bool fits_panels = (m == 4 && n <= 2) || is_half;
   if (layout < 0) {
     const bool by_avx2 = level() == kAvx2 && !fits_panels, by_neon = level() == kNeon && m && !fits_panels;
-    const bool in_lanes = fits_lanes(m) && (by_avx2 || by_neon || level() >= kAvx512);
+    const bool in_lanes = values == kInt6 || (fits_lanes(m) && (by_avx2 || by_neon || level() >= kAvx512));
     layout = in_lanes ? kLanes : m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
   }
   // With AVX2 an expansion of int4 takes longer than the multiplication by zeros.
   if (layout == kLanes && values == kInt4 && level() == kAvx2) n = m = 0;
   if (layout > kLanes || (layout == kLanes ? !fits_lanes(m) : (layout == kDense) != (m == 0))) return false;
   if (layout == kPanels && !(fits_panels && level() != kPlain)) return false;
-  of = Header{kMagic, layout, values, n, m, layout == kLanes && values >= kInt8 && level() >= kAvx512, rows, columns, 0};
+  const bool is_unsigned = values == kInt6 || (layout == kLanes && values >= kInt8 && level() >= kAvx512);
+  of = Header{kMagic, layout, values, n, m, is_unsigned, rows, columns, 0};
   of.data_bytes = data_bytes(of);
   return true;
 }
@@ -95,6 +97,7 @@ const float* widen(const Header& of, const uint8_t* x, bool is_bfloat16, int64_t
 
 // The level whose kernels take a matrix.
 int32_t level_for(const Header& of) {
+  if (of.values == kInt6) return level();
   if (of.layout == kRows) return kPlain;
   if (of.layout == kDense) return level() == kNeon ? kNeon : kPlain;
   if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
@@ -112,7 +115,7 @@ bool castlm::read_header(const uint8_t* packed, int64_t bytes, Header& of) {
   Header found;
   std::memcpy(&found, packed, sizeof found);
   if (found.magic != kMagic || !make_header(found.layout, found.values, found.n, found.m, found.rows, found.columns, of)) return false;
-  of.is_unsigned = found.is_unsigned;  // as at the level of its time
+  of.is_unsigned = found.is_unsigned || of.values == kInt6;  // as at the level of its time
   return found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
 }
 
@@ -155,7 +158,7 @@ int castlm::multiply(const Product* products, int64_t count, const uint8_t* x, i
 extern "C" {
 
 extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 9;
+const int32_t castlm_inference_version = 10;
 
 // The level in use.
 int castlm_level() { return level(); }
@@ -205,6 +208,24 @@ int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int 
                     int64_t columns, uint8_t* y, int64_t rows, int threads) {
   const Product product{packed, bytes, y, rows};
   return guarded([&] { return multiply(&product, 1, x, is_bfloat16, batch, columns, threads); });
+}
+
+// The rows `numbers` of the matrix as fp32, (count, columns).
+int castlm_gather(const uint8_t* packed, int64_t bytes, const int64_t* numbers, int64_t count, float* to, int64_t columns, int threads) {
+  Header of;
+  if (!read_header(packed, bytes, of) || of.columns != columns) return kBadSize;
+  for (int64_t i = 0; i < count; ++i)
+    if (numbers[i] < 0 || numbers[i] >= of.rows) return kBadSize;
+  return guarded([&] {
+    in_parallel(count, 16, threads, [&](int64_t first, int64_t last) {
+      float* const row = static_cast<float*>(scratch<1>(of.padded() * 4));
+      for (int64_t i = first; i < last; ++i) {
+        gather_row(of, packed + kHeaderBytes, numbers[i], row);
+        std::copy_n(row, columns, to + i * columns);
+      }
+    });
+    return kOk;
+  });
 }
 
 // Rows [first, last) of the matrix as fp32, (last - first, columns).

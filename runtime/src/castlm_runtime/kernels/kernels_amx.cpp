@@ -82,8 +82,8 @@ INLINE void add_floats(const uint8_t* x, int64_t x_stride, const uint8_t* w, int
   }
 }
 
-// 16 rows of x and 16 rows of the matrix, added to y. `scales` of x are (16, ld_scales), `w_scales` of int4 (steps, 32).
-template <bool is_int4>
+// 16 rows of x and 16 rows of the matrix, added to y. `scales` of x are (16, ld_scales), `w_scales` of int4 and int6 (steps, 32).
+template <bool has_scales>
 INLINE void add_integers(const uint8_t* x, const float* scales, int64_t ld_scales, const uint8_t* w, const float* w_scales,
                          int64_t steps, float* y, int64_t ldy, bool is_first) {
   alignas(64) int32_t products[2][16][16];
@@ -91,11 +91,11 @@ INLINE void add_integers(const uint8_t* x, const float* scales, int64_t ld_scale
 #pragma GCC unroll 16
   for (int b = 0; b < 16; b++) sums[b] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(y + b * ldy);
   const auto add = [&](const int32_t (*of)[16], int64_t k) {
-    const __m512 row_scales = is_int4 ? _mm512_loadu_ps(w_scales + 32 * k) : _mm512_setzero_ps();
+    const __m512 row_scales = has_scales ? _mm512_loadu_ps(w_scales + 32 * k) : _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int b = 0; b < 16; b++) {
       const __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(of[b])), scale = _mm512_set1_ps(scales[b * ld_scales + k]);
-      sums[b] = _mm512_fmadd_ps(is_int4 ? _mm512_mul_ps(whole, row_scales) : whole, scale, sums[b]);
+      sums[b] = _mm512_fmadd_ps(has_scales ? _mm512_mul_ps(whole, row_scales) : whole, scale, sums[b]);
     }
   };
   for (int64_t k = 0; k < steps; k += 2) {
@@ -133,7 +133,7 @@ INLINE void multiply_rows(const Header& of, const Activations& x, const uint8_t*
   } else {
     for (int64_t b = 0; b < x.batch; b += 16)
       for (int half = 0; half < 2; half++)
-        add_integers<values == kInt4>(at + b / 16 * x_stride, x.scales + b * of.blocks() + block, of.blocks(),
+        add_integers<in_nibbles(values)>(at + b / 16 * x_stride, x.scales + b * of.blocks() + block, of.blocks(),
                                       w + half * blocks * kTileBytes, w_scales + 16 * half, blocks, y + b * ldy + 16 * half,
                                       ldy, block == 0);
   }
@@ -237,6 +237,7 @@ Kernel amx_kernel(const Header& of, int64_t batch, bool is_bfloat16) {
   if (batch <= 12 || of.values == kFloat16 || of.values == kFloat32) return avx512_kernel(of, batch, is_bfloat16);
   Kernel kernel{integers_in_tiles, multiply_pattern<kInt8, 1>, 16, 2, 32};
   if (of.values == kInt4) kernel.multiply = multiply_pattern<kInt4, 1>;
+  if (of.values == kInt6) kernel.multiply = multiply_tiles<kWhole, kInt6, 1>;
   if (of.values == kBFloat16) {
     kernel.form = is_bfloat16 ? floats_in_tiles<1> : floats_in_tiles<2>;
     kernel.multiply = is_bfloat16 ? multiply_pattern<kBFloat16, 1> : multiply_pattern<kBFloat16, 2>;

@@ -7,12 +7,12 @@
 // rows by 16 outputs. Steps of these:
 //
 //   int8: | controls of 8 outputs | of 8 more | magnitudes | of 8 more |     128 bytes: 4 columns, or 4 of 8
-//   int4: | codes + 8 of 8 outputs by 4 columns | of 8 more |                64 bytes
+//   int4: | codes + 8 of 8 outputs by 4 columns | of 8 more |                64 bytes, int6 likewise with 32 added
 //
 // `vpmaddubsw` takes one unsigned factor: |w|, or the codes of int4 with 8 added, whose excess the offset of x takes off. For
 // |w|, x lies beside its negative, eight columns of each in turns, and a shuffle (the control) picks the sign, which
 // is faster than `vpsignb` on Zen 4. That shuffle can as well pick columns: a pattern that never keeps more than 4 of 8 columns
-// takes half of the steps. Of int4, 16 bits hold the sums of 32 columns.
+// takes half of the steps. 16 bits hold the sums of 32 columns of int4, and of 8 columns of int6.
 
 #include <algorithm>
 #include <array>
@@ -103,11 +103,14 @@ INLINE __m256 expand_singles(uint32_t mask, const uint8_t*& kept) {
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(take, 31)), all);
 }
 
-// The nibbles of one half of a panel, as codes with 8 added.
-template <int half>
-INLINE __m256i codes_of(__m256i bytes) {
+// The codes of one half of a step of int4 or int6, with 8 or 32 added: part 0 or 1 of the half, whose nibbles are in `bytes`.
+template <int values, int half>
+INLINE __m256i codes_of(__m256i bytes, const uint8_t* panel, int step, int part) {
   const __m256i nibbles = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
-  return _mm256_xor_si256(nibbles, _mm256_set1_epi8(8));
+  if (values == kInt4) return _mm256_xor_si256(nibbles, _mm256_set1_epi8(8));
+  const __m256i four = load_bytes(panel + kHighBits + 32 * step);  // the two highest bits, from bit 4 half + 2 part on
+  const __m256i high = half ? part ? _mm256_srli_epi16(four, 2) : four : _mm256_slli_epi16(four, part ? 2 : 4);
+  return _mm256_or_si256(nibbles, _mm256_and_si256(high, _mm256_set1_epi8(0x30)));
 }
 
 // The 64 bytes of a step of a panel of bytes: of a half of int4, or of int8.
@@ -121,7 +124,7 @@ INLINE void prefetch(const uint8_t* at, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(at + kPrefetchAhead + line), _MM_HINT_T0);
 }
 
-// fp32 scales of the rows of a panel of int4, eight at a time.
+// fp32 scales of the rows of a panel of int4 or int6, eight at a time.
 INLINE __m256 eight_scales(const uint8_t* at) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_of(at)), 16));
 }
@@ -192,26 +195,32 @@ INLINE void few_of_int8(const Header& of, const uint8_t* panel, const Activation
   }
 }
 
-// A dense weight. A step is eight columns of eight rows of a half; 16 bits hold all steps.
-template <int B>
-INLINE void few_of_int4(const Header& of, const uint8_t* panel, const Activations& x, __m256 (*sums)[2]) {
+// A dense weight of int4 or int6. A step is eight columns of eight rows of a half; 16 bits hold all steps of int4.
+template <int values, int B>
+INLINE void few_of_codes(const Header& of, const uint8_t* panel, const Activations& x, __m256 (*sums)[2]) {
   const int64_t blocks = of.blocks(), width = of.padded(), bytes = of.panel_bytes();
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t block = 0; block < blocks; block++, panel += bytes) {
     prefetch(panel, bytes);
-    const uint8_t* values = panel;
+    const uint8_t* nibbles = panel;
     __m256i total[B][4];
     for (int b = 0; b < B; b++)
       for (auto& sum : total[b]) sum = _mm256_setzero_si256();
     const int8_t* at = x.narrow + block * kBlock;
-    for (int step = 0; step < kSteps; step += 2, at += 8, values += 64) {
+    for (int step = 0; step < kSteps / 2; step++, at += 8, nibbles += 64) {
 #pragma GCC unroll 2
       for (int part = 0; part < 2; part++) {
-        const __m256i both = load_bytes(values + 32 * part), low = codes_of<0>(both), high = codes_of<1>(both);
+        const __m256i both = load_bytes(nibbles + 32 * part);
+        const __m256i low = codes_of<values, 0>(both, panel, step, part), high = codes_of<values, 1>(both, panel, step, part);
 #pragma GCC unroll 4
         for (int b = 0; b < B; b++) {
           const __m256i eight = _mm256_set1_epi64x(int64_t(load64(reinterpret_cast<const uint8_t*>(at + b * width))));
-          add_codes(total[b][part], low, eight), add_codes(total[b][2 + part], high, eight);
+          if constexpr (values == kInt4) {
+            add_codes(total[b][part], low, eight), add_codes(total[b][2 + part], high, eight);
+          } else {
+            total[b][part] = _mm256_add_epi32(total[b][part], _mm256_madd_epi16(_mm256_maddubs_epi16(low, eight), ones));
+            total[b][2 + part] = _mm256_add_epi32(total[b][2 + part], _mm256_madd_epi16(_mm256_maddubs_epi16(high, eight), ones));
+          }
         }
       }
     }
@@ -220,7 +229,9 @@ INLINE void few_of_int4(const Header& of, const uint8_t* panel, const Activation
       const __m256 scale = _mm256_broadcast_ss(x.scales + b * blocks + block);
 #pragma GCC unroll 2
       for (int part = 0; part < 2; part++) {
-        const __m256i pairs = _mm256_hadd_epi32(_mm256_madd_epi16(total[b][part], ones), _mm256_madd_epi16(total[b][2 + part], ones));
+        __m256i low = total[b][part], high = total[b][2 + part];
+        if (values == kInt4) low = _mm256_madd_epi16(low, ones), high = _mm256_madd_epi16(high, ones);
+        const __m256i pairs = _mm256_hadd_epi32(low, high);
         const __m256 whole = _mm256_cvtepi32_ps(_mm256_add_epi32(pairs, offset));
         const __m256 w_scale = eight_scales(panel + bytes - 32 + 16 * part);
         sums[b][part] = _mm256_fmadd_ps(whole, _mm256_mul_ps(scale, w_scale), sums[b][part]);
@@ -303,7 +314,7 @@ void multiply_few(const Header& of, const uint8_t* data, const Activations& x, f
     __m256 sums[B][2];
     for (int b = 0; b < B; b++) sums[b][0] = sums[b][1] = _mm256_setzero_ps();
     if constexpr (values == kInt8) few_of_int8<is_dense, B>(of, panels, x, sums);
-    else if constexpr (values == kInt4) few_of_int4<B>(of, panels, x, sums);
+    else if constexpr (in_nibbles(values)) few_of_codes<values, B>(of, panels, x, sums);
     else few_of_floats<values, is_dense, B>(of, panels, x, sums);
     const Outputs outputs(of, data, tile);
     for (int b = 0; b < B; b++) outputs.write(sums[b][0], sums[b][1], y + b * ldy);
@@ -313,9 +324,10 @@ void multiply_few(const Header& of, const uint8_t* data, const Activations& x, f
 // ---- many rows of x
 
 // Steps of an expanded block: of four columns, or of eight of which at most four are kept.
-enum Kind { kCodes, kAll, kFourOfEight };
+enum Kind { kCodes, kSixBits, kAll, kFourOfEight };
+constexpr bool is_code(Kind kind) { return kind <= kSixBits; }  // of int4 or int6
 constexpr int num_steps(Kind kind) { return kind == kFourOfEight ? 8 : 16; }
-constexpr int64_t expanded_bytes(Kind kind) { return num_steps(kind) * (kind == kCodes ? 64 : 128); }
+constexpr int64_t expanded_bytes(Kind kind) { return num_steps(kind) * (is_code(kind) ? 64 : 128); }
 
 INLINE void put(uint8_t* to, __m256i bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); }
 
@@ -348,14 +360,16 @@ INLINE void expand_panel(const uint8_t* panel, int64_t bytes, uint8_t* to) {
   for (int step = 0; step < kSteps; step += 2) {
     __m256i w[2], more[2];
     step_of<is_dense>(panel, step, kept, w);
-    step_of<is_dense>(panel, step + 1, kind == kCodes ? kept_high : kept, more);
+    step_of<is_dense>(panel, step + 1, is_code(kind) ? kept_high : kept, more);
     if constexpr (kind == kFourOfEight) {
       put_four_of_eight(to, load64(panel + 8 * step), load64(panel + 8 * step + 8), w, more), to += 128;
       continue;
     }
     for (int half = 0; half < 2; half++) {
-      if constexpr (kind == kCodes) {
-        const __m256 a = _mm256_castsi256_ps(codes_of<0>(w[half])), b = _mm256_castsi256_ps(codes_of<1>(more[half]));
+      if constexpr (is_code(kind)) {
+        constexpr int values = kind == kCodes ? kInt4 : kInt6;
+        const __m256 a = _mm256_castsi256_ps(codes_of<values, 0>(w[half], panel, step / 2, half));
+        const __m256 b = _mm256_castsi256_ps(codes_of<values, 1>(more[half], panel, step / 2, half));
         put(to + 32 * half, _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)));
         put(to + 64 + 32 * half, _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
       } else {
@@ -363,29 +377,29 @@ INLINE void expand_panel(const uint8_t* panel, int64_t bytes, uint8_t* to) {
         put_signed(to + 128 + 32 * half, _mm256_set1_epi32(0x07060504), more[half]);
       }
     }
-    to += kind == kCodes ? 128 : 256;
+    to += is_code(kind) ? 128 : 256;
   }
 }
 
-// B rows of x by `count` expanded blocks, added to `sums` (B, 16). The bf16 scales of int4 of a block are `stride` bytes before
+// B rows of x by `count` expanded blocks, added to `sums` (B, 16). The bf16 scales of int4 or int6 of a block are `stride` bytes before
 // those of the next one. The loops over steps are unrolled, as GCC keeps the sums in memory otherwise.
 template <Kind kind, int B>
 INLINE void multiply_expanded(const uint8_t* expanded, const uint8_t* w_scales, int64_t stride, int64_t count, const int8_t* x,
                               int64_t width, const float* scales, const int32_t* offsets, int64_t blocks, float* sums) {
-  constexpr int kNum = num_steps(kind);
+  constexpr int kNum = num_steps(kind), kParts = kind == kCodes ? 2 : 8;  // whose sums are of 16 bits
   const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
   for (int64_t block = 0; block < count; block++, expanded += expanded_bytes(kind), w_scales += stride) {
     __m256i total[B][2];
 #pragma GCC unroll 4
-    for (int b = 0; b < B; b++) total[b][0] = total[b][1] = kind == kCodes ? _mm256_set1_epi32(offsets[b * blocks + block]) : zero;
+    for (int b = 0; b < B; b++) total[b][0] = total[b][1] = is_code(kind) ? _mm256_set1_epi32(offsets[b * blocks + block]) : zero;
     const uint8_t* at = expanded;
-    if constexpr (kind == kCodes) {
-      for (int part = 0; part < 2; part++) {
+    if constexpr (is_code(kind)) {
+      for (int part = 0; part < kParts; part++) {
         __m256i pairs[B][2];
 #pragma GCC unroll 4
         for (int b = 0; b < B; b++) pairs[b][0] = pairs[b][1] = zero;
 #pragma GCC unroll 8
-        for (int step = 0; step < kSteps / 2; step++, at += 64, x += 4) {
+        for (int step = 0; step < kSteps / kParts; step++, at += 64, x += 4) {
           const __m256i first = load_bytes(at), second = load_bytes(at + 32);
 #pragma GCC unroll 4
           for (int b = 0; b < B; b++) {
@@ -413,13 +427,13 @@ INLINE void multiply_expanded(const uint8_t* expanded, const uint8_t* w_scales, 
       }
       x += 2 * kBlock;
     }
-    const __m256 first_scale = kind == kCodes ? eight_scales(w_scales) : _mm256_setzero_ps();
-    const __m256 second_scale = kind == kCodes ? eight_scales(w_scales + 16) : _mm256_setzero_ps();
+    const __m256 first_scale = is_code(kind) ? eight_scales(w_scales) : _mm256_setzero_ps();
+    const __m256 second_scale = is_code(kind) ? eight_scales(w_scales + 16) : _mm256_setzero_ps();
 #pragma GCC unroll 4
     for (int b = 0; b < B; b++) {
       const __m256 scale = _mm256_broadcast_ss(scales + b * blocks + block);
-      const __m256 first = kind == kCodes ? _mm256_mul_ps(scale, first_scale) : scale;
-      const __m256 second = kind == kCodes ? _mm256_mul_ps(scale, second_scale) : scale;
+      const __m256 first = is_code(kind) ? _mm256_mul_ps(scale, first_scale) : scale;
+      const __m256 second = is_code(kind) ? _mm256_mul_ps(scale, second_scale) : scale;
       float* const to = sums + 16 * b;
       _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[b][0]), first, _mm256_load_ps(to)));
       _mm256_store_ps(to + 8, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[b][1]), second, _mm256_load_ps(to + 8)));
@@ -429,7 +443,7 @@ INLINE void multiply_expanded(const uint8_t* expanded, const uint8_t* w_scales, 
 
 template <Kind kind, bool is_dense>
 void multiply_many(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  constexpr int kWide = kind == kCodes ? 1 : 2;  // bytes of x for a column
+  constexpr int kWide = is_code(kind) ? 1 : 2;  // bytes of x for a column
   constexpr int64_t kBytes = expanded_bytes(kind), kMostBlocks = kExpandedBytes / kBytes;
   alignas(64) uint8_t expanded[kExpandedBytes];
   const int64_t blocks = of.blocks(), width = of.padded() * kWide, bytes = of.panel_bytes();
@@ -517,8 +531,8 @@ void multiply_many_floats(const Header& of, const uint8_t* data, const Activatio
 
 template <int values, bool is_dense>
 void multiply_any(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first, int64_t last) {
-  if constexpr (values == kInt4)
-    if (x.batch > kFew) return multiply_many<kCodes, true>(of, data, x, y, ldy, first, last);
+  if constexpr (in_nibbles(values))
+    if (x.batch > kFew) return multiply_many<values == kInt4 ? kCodes : kSixBits, true>(of, data, x, y, ldy, first, last);
   if constexpr (values == kInt8)
     if (x.batch > most_few(of)) {
       if (!is_dense && of.m <= 8 && 2 * of.n <= of.m) return multiply_many<kFourOfEight, is_dense>(of, data, x, y, ldy, first, last);
@@ -557,11 +571,11 @@ static Activations with_negative(const Header& of, const float* wide, int64_t ro
   return {wide, reinterpret_cast<int8_t*>(twice), x.scales, nullptr, rows};
 }
 
-// x with the offsets of int4.
+// x with the offsets of int4 or int6, which has 32 added and not 8.
 static Activations with_offsets(const Header& of, const float* wide, int64_t rows, int64_t first, int64_t last, uint8_t* room) {
   Activations x = avx2_integers(of, wide, rows, first, last, room);
   auto* const offsets = reinterpret_cast<int32_t*>(room + rows * of.blocks() * (kBlock + 4));
-  for (int64_t i = first * of.blocks(); i < last * of.blocks(); i++) offsets[i] = avx2_offset(x.narrow + i * kBlock);
+  for (int64_t i = first * of.blocks(); i < last * of.blocks(); i++) offsets[i] = (of.values == kInt6 ? 4 : 1) * avx2_offset(x.narrow + i * kBlock);
   x.offsets = offsets;
   return x;
 }
@@ -572,7 +586,8 @@ Kernel avx2_lanes(const Header& of, int64_t batch) {
     case kFloat16: return {as_floats, of_pattern<kFloat16>(of)};
     case kFloat32: return {as_floats, of_pattern<kFloat32>(of)};
     case kInt8: return {batch > most_few(of) ? with_negative : avx2_integers, of_pattern<kInt8>(of)};
-    default: return {with_offsets, multiply_any<kInt4, true>};
+    case kInt4: return {with_offsets, multiply_any<kInt4, true>};
+    default: return {with_offsets, multiply_any<kInt6, true>};
   }
 }
 

@@ -3,7 +3,8 @@
 //
 // `vpexpandb` puts the kept weights of a step to the places that 64 bits of the mask name, and the next step begins as many
 // bytes further as there are bits. `vpdpbusd` multiplies unsigned by signed bytes: 128 is added to weights of int8, 8 to those
-// of int4, and masked places hold that much, too. The sums start at -128 (or -8) times the sum of x, which makes them exact.
+// of int4, 32 to those of int6, and masked places hold that much, too. The sums start at so many times the negative sum of x, which
+// makes them exact.
 //
 // Few rows of x: weights are expanded in registers, for up to 12 rows at a time (`multiply_groups`). Many: two tiles are expanded to
 // the cache, and all rows of x pass them, six at a time (`multiply_many`).
@@ -64,7 +65,7 @@ constexpr int kMostTogether = 12;  // rows of x, whose sums of integers and of f
 template <int values, bool is_masked, int R>
 INLINE void multiply_rows(const uint8_t* panel, int64_t bytes, int64_t blocks, int64_t ahead, const int8_t* x, const float* scales,
                           const int32_t* offsets, __m512* to) {
-  constexpr bool by_halves = values == kInt4 && R <= 6;  // sums of eight columns, whose halves come together after a block
+  constexpr bool by_halves = in_nibbles(values) && R <= 6;  // sums of eight columns, whose halves come together after a block
   constexpr int kParts = by_halves ? 2 : 1, kColumns = 4 * kParts, kSteps = kBlock / kColumns;
   constexpr int E = R * kParts >= 4 ? 1 : 4 / (R * kParts);  // sums of an output: `vpdpbusd` takes 4 cycles
   constexpr int kTogether = E < 2 ? 2 : E;                     // steps
@@ -107,7 +108,7 @@ INLINE void multiply_rows(const uint8_t* panel, int64_t bytes, int64_t blocks, i
           }
         }
     }
-    const __m512 of_rows = values == kInt4 ? short_scales(panel + bytes - 32) : _mm512_setzero_ps();
+    const __m512 of_rows = in_nibbles(values) ? short_scales(panel + bytes - 32) : _mm512_setzero_ps();
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
@@ -115,7 +116,7 @@ INLINE void multiply_rows(const uint8_t* panel, int64_t bytes, int64_t blocks, i
 #pragma GCC unroll 2
         for (int half = 0; half < kParts; half++) c[0][r][half] = _mm512_add_epi32(c[0][r][half], c[e][r][half]);
       const __m512 whole = whole_sums<by_halves>(c[0][r]), scale = _mm512_set1_ps(scales[r]);
-      sums[r] = _mm512_fmadd_ps(values == kInt4 ? _mm512_mul_ps(whole, of_rows) : whole, scale, sums[r]);
+      sums[r] = _mm512_fmadd_ps(in_nibbles(values) ? _mm512_mul_ps(whole, of_rows) : whole, scale, sums[r]);
     }
   }
 #pragma GCC unroll 12
@@ -334,11 +335,11 @@ void multiply_tile(const Header& of, const uint8_t* w, int64_t w_stride, const u
     }
 #pragma GCC unroll 4
     for (int t = 0; t < kTilesAtOnce; t++) {
-      const __m512 of_rows = values == kInt4 ? short_scales(panel + t * stride) : _mm512_setzero_ps();
+      const __m512 of_rows = in_nibbles(values) ? short_scales(panel + t * stride) : _mm512_setzero_ps();
 #pragma GCC unroll 6
       for (int r = 0; r < R; r++) {
         const __m512 whole = _mm512_cvtepi32_ps(c[r][t]);
-        sums[r][t] = _mm512_fmadd_ps(values == kInt4 ? _mm512_mul_ps(whole, of_rows) : whole, _mm512_set1_ps(scales[r]), sums[r][t]);
+        sums[r][t] = _mm512_fmadd_ps(in_nibbles(values) ? _mm512_mul_ps(whole, of_rows) : whole, _mm512_set1_ps(scales[r]), sums[r][t]);
       }
     }
   }
@@ -396,7 +397,7 @@ constexpr auto kFloatTile = std::array{multiply_float_tile<1>, multiply_float_ti
 template <int values, Kept kept>
 void multiply_many(const Header& of, const uint8_t* data, const Activations& x, float* y, int64_t ldy, int64_t first,
                    int64_t last) {
-  constexpr bool kIsFloat = values < kInt8, kExpands = kIsFloat || values == kInt4 || kept == kMasked;
+  constexpr bool kIsFloat = values < kInt8, kExpands = kIsFloat || in_nibbles(values) || kept == kMasked;
   const int64_t blocks = of.blocks(), bytes = of.panel_bytes(), stride = blocks * bytes, width = of.padded();
   const int64_t pass = std::max<int64_t>(96, kPassBytes / (width * (kIsFloat ? 4 : 1)) / kRowsAtOnce * kRowsAtOnce);
   const int64_t step_bytes = blocks * 1024 * (kIsFloat ? 4 : 1);  // of a tile, expanded
@@ -470,7 +471,8 @@ Kernel avx512_kernel(const Header& of, int64_t batch, bool) {
     case kFloat16: return of_values<kFloat16>(of, batch);
     case kFloat32: return of_values<kFloat32>(of, batch);
     case kInt8: return of_values<kInt8>(of, batch);
-    default: return of_values<kInt4>(of, batch);
+    case kInt4: return of_values<kInt4>(of, batch);
+    default: return kernel_of<kInt6, kWhole>(batch);
   }
 }
 

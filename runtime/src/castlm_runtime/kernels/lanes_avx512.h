@@ -2,21 +2,26 @@
 // by the files of kernels inside their target pragma and their unnamed namespace.
 
 template <int values>
-constexpr int kHalves = values == kInt4 ? 2 : 1;  // registers of a step
+constexpr int kHalves = in_nibbles(values) ? 2 : 1;  // registers of a step
+template <int values>
+constexpr int kExcess = values == kInt4 ? 8 : values == kInt6 ? 32 : 128;  // what is added to integers
 
 // Reads the registers of a panel in turn, half by half of each step.
 template <int values, bool is_masked>
 struct Reader {
-  const uint8_t *mask, *at[kHalves<values>];
+  const uint8_t *mask, *at[kHalves<values>], *high;
 
   INLINE void start(const uint8_t* panel) {
     mask = panel;
     for (const uint8_t*& half : at) half = panel + (is_masked ? 128 : 0);
+    high = panel + kHighBits;
   }
   INLINE __m512i next(int half) {
     const uint8_t* from = at[half];
+    static_assert(values != kInt6 || !is_masked, "int6 is dense");
     if (!is_masked) {
       at[half] += 64;
+      if (values == kInt6) return six_bits(from, half);
       return values == kInt4 ? nibbles(from, half) : load(from);
     }
     const auto* bits = reinterpret_cast<const uint64_t*>(mask);
@@ -34,9 +39,18 @@ struct Reader {
     const __m512i both = load(from);
     return _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
   }
+  // The two highest bits go to bits 4 and 5: each half of a register turns its copy of the same 32 bytes by as many bits as it needs.
+  INLINE __m512i six_bits(const uint8_t* from, int half) {
+    const __m512i four = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    const __m512i left = half ? _mm512_setr_epi64(0, 0, 0, 0, kBy30, kBy30, kBy30, kBy30) : _mm512_setr_epi64(kBy4, kBy4, kBy4, kBy4, kBy2, kBy2, kBy2, kBy2);
+    high += half ? 32 : 0;
+    constexpr int kOrAnd = 0xf8;  // a | (b & c)
+    return _mm512_ternarylogic_epi32(nibbles(from, half), _mm512_rolv_epi32(four, left), _mm512_set1_epi8(0x30), kOrAnd);
+  }
+  static constexpr int64_t kBy2 = 0x200000002, kBy4 = 0x400000004, kBy30 = 0x1e0000001e;
 };
 
-// Columns 0 to 3 of both halves of int4, or columns 4 to 7, as a step of int8 has them.
+// Columns 0 to 3 of both halves of int4 or int6, or columns 4 to 7, as a step of int8 has them.
 template <int odd>
 INLINE __m512i half_step(__m512i half0, __m512i half1) {
   constexpr int kTake = odd ? 0xdd : 0x88;
@@ -47,7 +61,7 @@ INLINE __m512i half_step(__m512i half0, __m512i half1) {
 template <int values, bool is_masked>
 INLINE void next_steps(Reader<values, is_masked>& reader, __m512i& first, __m512i& second) {
   first = reader.next(0), second = reader.next(kHalves<values> - 1);
-  if constexpr (values == kInt4) {
+  if constexpr (in_nibbles(values)) {
     const __m512i halves[2] = {first, second};
     first = half_step<0>(halves[0], halves[1]), second = half_step<1>(halves[0], halves[1]);
   }
@@ -192,7 +206,7 @@ Activations in_groups(const Header& of, const float* x, int64_t rows, int64_t fi
   auto* narrow = reinterpret_cast<int8_t*>(room);
   auto* scales = reinterpret_cast<float*>(narrow + whole * blocks * kBlock);
   auto* offsets = reinterpret_cast<int32_t*>(scales + whole * blocks);
-  const int32_t excess = of.values == kInt4 ? 8 : 128;
+  const int32_t excess = of.values == kInt4 ? kExcess<kInt4> : of.values == kInt6 ? kExcess<kInt6> : kExcess<kInt8>;
   const float* from = x + first * of.padded();
   for (int64_t b = first; b < last; b++)
     for (int64_t i = 0; i < blocks; i++, from += kBlock) {

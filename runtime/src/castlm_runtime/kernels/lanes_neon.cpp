@@ -6,7 +6,7 @@
 // for more, a tile is expanded once, integers to a byte and floats to fp32:
 //
 //   int8, a step of 4 columns:   | rows 0 .. 3, 4 columns each | rows 4 .. 7 | rows 8 .. 11 | rows 12 .. 15 |     16 bytes each
-//   int4, a step of 8 columns:   | rows 0, 1 | 4, 5 | 8, 9 | 12, 13 |, 8 columns each, then | rows 2, 3 | 6, 7 | 10, 11 | 14, 15 |
+//   int4 and int6, of 8 columns: | rows 0, 1 | 4, 5 | 8, 9 | 12, 13 |, 8 columns each, then | rows 2, 3 | 6, 7 | 10, 11 | 14, 15 |
 //   floats, a column:            | rows 0 .. 3 | 4 .. 7 | 8 .. 11 | 12 .. 15 |
 //
 // Written from the instruction set's manual and run under an emulator, never timed.
@@ -59,24 +59,36 @@ INLINE void add_products(int32x4_t& sums, int8x16_t w, int8x16_t x) {
 // Reads the registers of a panel of integers in turn.
 template <int values, Source source>
 struct Reader {
-  const uint8_t *mask, *at[2];  // the halves of int4; others use the first
+  const uint8_t *mask, *at[2];  // the halves of int4 and int6; others use the first
+  const uint8_t* first;         // of the panel
 
   INLINE void start(const uint8_t* panel) {
-    mask = panel;
+    mask = first = panel;
     at[0] = at[1] = panel + (source == kMasked ? 128 : 0);
   }
   INLINE int8x16_t next(int half) {
     if (source == kExpanded) half = 0;
     int8x16_t bytes = vld1q_s8(reinterpret_cast<const int8_t*>(at[half]));
     if (values == kInt4 && source != kExpanded) bytes = vshrq_n_s8(half ? bytes : vshlq_n_s8(bytes, 4), 4);
+    if (values == kInt6 && source != kExpanded) bytes = six_bits(vreinterpretq_u8_s8(bytes), half);
     if (source != kMasked) {
       at[half] += 16;
       return bytes;
     }
-    const uint8_t *first = kTables.low[mask[0]], *second = kTables.low[mask[1]];
-    const uint8x16_t control = vaddq_u8(vld1q_u8(first), vld1q_u8(kTables.high[mask[1]]));
-    mask += 2, at[half] += first[8] + second[8];
+    const uint8_t *low = kTables.low[mask[0]], *second = kTables.low[mask[1]];
+    const uint8x16_t control = vaddq_u8(vld1q_u8(low), vld1q_u8(kTables.high[mask[1]]));
+    mask += 2, at[half] += low[8] + second[8];
     return vqtbl1q_s8(bytes, control);
+  }
+
+ private:
+  INLINE int8x16_t six_bits(uint8x16_t both, int half) const {
+    const int64_t byte = at[half] - first;  // of the 64 of each step
+    const uint8x16_t nibbles = half ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
+    const uint8x16_t four = vld1q_u8(first + kHighBits + byte / 64 * 32 + byte % 32);
+    const uint8x16_t high = vshlq_u8(four, vdupq_n_s8(int8_t(4 - 4 * half - byte / 32 % 2 * 2)));  // a negative count shifts right
+    const uint8x16_t code = vorrq_u8(nibbles, vandq_u8(high, vdupq_n_u8(0x30)));
+    return vsubq_s8(vreinterpretq_s8_u8(code), vdupq_n_s8(32));
   }
 };
 
@@ -140,11 +152,11 @@ INLINE float32x4_t four_scales(const uint8_t* at) {  // of bf16
 }
 
 // The panels of a tile times B rows of x, added to `sums`. `panels` are expanded ones or those of the matrix, whose scales of int4
-// `w_scales` are, `stride` bytes apart.
+// and int6 `w_scales` are, `stride` bytes apart.
 template <int values, Source source, bool has_dot, int B>
 void add_integers(const uint8_t* panels, int64_t bytes, const uint8_t* w_scales, int64_t stride, int64_t blocks, const Activations& x,
                   int64_t first_row, float32x4_t (*sums)[4]) {
-  constexpr int kHalves = values == kInt4 ? 2 : 1, kColumns = 4 * kHalves;
+  constexpr int kHalves = in_nibbles(values) ? 2 : 1, kColumns = 4 * kHalves;
   const int64_t width = blocks * kBlock;
   for (int64_t block = 0; block < blocks; block++, panels += bytes, w_scales += stride) {
     Reader<values, source> reader;
@@ -163,9 +175,9 @@ void add_integers(const uint8_t* panels, int64_t bytes, const uint8_t* w_scales,
         }
     }
     for (int quarter = 0; quarter < 4; quarter++) {
-      const float32x4_t of_rows = values == kInt4 ? four_scales(w_scales + 8 * quarter) : vdupq_n_f32(1.0f);
+      const float32x4_t of_rows = in_nibbles(values) ? four_scales(w_scales + 8 * quarter) : vdupq_n_f32(1.0f);
       for (int b = 0; b < B; b++) {
-        const int32x4_t whole = values == kInt4 ? vpaddq_s32(products[b][0][quarter], products[b][kHalves - 1][quarter])
+        const int32x4_t whole = in_nibbles(values) ? vpaddq_s32(products[b][0][quarter], products[b][kHalves - 1][quarter])
                                                 : products[b][0][quarter];
         const float32x4_t scale = vmulq_n_f32(of_rows, x.scales[(first_row + b) * blocks + block]);
         sums[b][quarter] = vfmaq_f32(sums[b][quarter], vcvtq_f32_s32(whole), scale);
@@ -233,7 +245,7 @@ void multiply_lanes(const Header& of, const uint8_t* data, const Activations& x,
         if (expands) add_floats<values, kExpanded, B>(room, expanded_bytes(values), blocks, x, b, sums);
         else add_floats<values, kFrom, B>(panels, bytes, blocks, x, b, sums);
       } else {
-        const uint8_t* const scales = panels + bytes - 32;  // of int4
+        const uint8_t* const scales = panels + bytes - 32;  // of int4 and int6
         if (expands) add_integers<values, kExpanded, has_dot, B>(room, expanded_bytes(values), scales, bytes, blocks, x, b, sums);
         else add_integers<values, kFrom, has_dot, B>(panels, bytes, scales, bytes, blocks, x, b, sums);
       }
@@ -258,6 +270,8 @@ Multiply of_pattern(const Header& of) {
   return of.m ? multiply_lanes<values, true, false> : multiply_lanes<values, false, false>;
 }
 
+Multiply of_dense_int6() { return has_dot_products() ? multiply_lanes<kInt6, false, true> : multiply_lanes<kInt6, false, false>; }
+
 }  // namespace
 
 Kernel neon_lanes(const Header& of) {
@@ -266,7 +280,8 @@ Kernel neon_lanes(const Header& of) {
     case kFloat16: return {as_floats, of_pattern<kFloat16>(of)};
     case kFloat32: return {as_floats, of_pattern<kFloat32>(of)};
     case kInt8: return {plain_integers, of_pattern<kInt8>(of)};
-    default: return {plain_integers, of_pattern<kInt4>(of)};
+    case kInt4: return {plain_integers, of_pattern<kInt4>(of)};
+    default: return {plain_integers, of_dense_int6()};
   }
 }
 

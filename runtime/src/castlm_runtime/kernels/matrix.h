@@ -17,14 +17,18 @@ constexpr int64_t kBlock = 64;  // columns that share a panel, a scale of int4, 
 constexpr int64_t kMaxBatch = 16;  // rows of x that are multiplied at once
 constexpr int64_t kHeaderBytes = 64;
 
-enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4 };
+enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kInt4 = 4, kInt6 = 5 };
+
+// Whether values are integers with a scale for each block, whose lowest four bits lie in halves of bytes.
+INLINE constexpr bool in_nibbles(int32_t values) { return values >= kInt4; }
 
 // kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
 // kPanels: 1:4 and 2:4, and with AVX2 patterns that keep 8 of every 16 columns (8:16, 4:8, 1:2), of all values but int4: a few rows
 // by 64 columns at a time in the order in which vector kernels read them.
-// kDense: all values, four rows by 64 columns at a time; for NEON and the plain path.
+// kDense: all values but int6, four rows by 64 columns at a time; for NEON and the plain path.
 // kLanes: every n:m whose m divides 64, and dense weights: 16 rows by 64 columns at a time, a bit mask before the kept values. With
-// AVX2 int4 is dense there, whatever its pattern. Floats in 2:4 have columns in place of the mask (`in_pairs`).
+// AVX2 int4 is dense there, whatever its pattern. Floats in 2:4 have columns in place of the mask (`in_pairs`). int6 is always dense,
+// and lies so for every level.
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2, kLanes = 3 };
 
 // Whether every four columns of a weight keep two: 2:4 and 1:2.
@@ -34,7 +38,7 @@ INLINE bool keeps_two_of_four(int n, int m) { return m && 4 % m == 0 && 2 * n ==
 struct Header {
   uint32_t magic;
   int32_t layout, values, n, m;
-  int32_t is_unsigned;  // of integers in kLanes: int8 has 128 added, int4 8
+  int32_t is_unsigned;  // of integers in kLanes: int8 has 128 added, int4 8; int6 always 32
   int64_t rows, columns;
   int64_t data_bytes;
 
@@ -48,25 +52,26 @@ struct Header {
   int64_t panel_bytes() const {  // of a tile of rows by 64 columns
     if (layout == kLanes) {
       const int64_t count = 16 * (m ? kBlock / m * n : kBlock);
-      return lane_mask_bytes() + (values == kInt4 ? count / 2 + 32 : count * value_bytes());
+      return lane_mask_bytes() + (in_nibbles(values) ? count * bits() / 8 + 32 : count * value_bytes());
     }
     if (m == 0) return tile_rows() * dense_block_bytes();
     if (group() == 16) return 64 + 128 * value_bytes();
     return 32 + (values == kInt8 ? 128 : values == kInt4 ? 64 + 2 * tile_rows() : 128 * value_bytes());
   }
   int64_t lane_mask_bytes() const { return m ? 128 : 0; }  // of a panel of kLanes
-  int64_t lane_columns() const { return values == kInt4 ? 8 : values == kInt8 ? 4 : values == kBFloat16 ? 2 : 1; }
+  int64_t lane_columns() const { return in_nibbles(values) ? 8 : values == kInt8 ? 4 : values == kBFloat16 ? 2 : 1; }
   int64_t dense_block_bytes() const { return values == kInt4 ? kBlock / 2 + 2 : kBlock * value_bytes(); }
-  int64_t value_bytes() const { return values == kFloat32 ? 4 : values == kInt8 ? 1 : 2; }  // of all but int4
-  int64_t kept_row_bytes() const { return values == kInt4 ? (kept() + 1) / 2 : kept() * value_bytes(); }
+  int64_t value_bytes() const { return values == kFloat32 ? 4 : values == kInt8 ? 1 : 2; }  // of all but int4 and int6
+  int64_t bits() const { return values == kInt4 ? 4 : values == kInt6 ? 6 : 8 * value_bytes(); }  // of a value
+  int64_t kept_row_bytes() const { return (kept() * bits() + 7) / 8; }
   int64_t mask_row_bytes() const { return (columns + 7) / 8; }
-  int64_t scales_per_row() const { return values == kInt8 ? 1 : values == kInt4 ? blocks() : 0; }
+  int64_t scales_per_row() const { return values == kInt8 ? 1 : in_nibbles(values) ? blocks() : 0; }
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the data begin after the header");
 
 // Rows of x as a kernel takes them; what of this is there, and in which order, is the kernel's own matter (`Kernel::form`). Rows are
 // padded to whole blocks. Integers are int8 with a scale for each block of 64 columns. `offsets` cancels the constants that are
-// added to weights: 8 to int4 in kLanes, and with AVX-512 128 to int8.
+// added to weights: 8 to int4 and 32 to int6 in kLanes, and with AVX-512 128 to int8.
 struct Activations {
   const float* wide;
   const int8_t* narrow;
@@ -173,6 +178,11 @@ INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) 
 // its bits of the bytes, and 16 bf16 scales end the panel. So even columns of four, as 32-bit words of both halves, make the
 // same 16 lanes as a step of int8. Of int8, fp32 scales of the rows follow all panels.
 //
+// int6 has its lowest four bits like a dense int4, 32 added. Behind those 512 bytes are 32 bytes for each step with the two highest bits:
+//
+//   bits of byte i of 32    0, 1                 2, 3                   4, 5                 6, 7
+//   of byte of the step     i, half 0            32 + i, half 0         i, half 1            32 + i, half 1
+//
 // Floats of which every four columns keep two need no mask. The first 64 bytes are a word for each row, with 2 bits for each group of
 // four columns, the lowest ones for the first group: the column of its first kept value. The next 64 bytes are those of its
 // second kept value. The values follow like those of a dense weight of 32 columns, of which a group takes two (`index_of_pair`).
@@ -181,8 +191,18 @@ struct Lane {
 };
 INLINE Lane lane_of_bit(const Header& of, int bit) {  // of the mask of a panel
   const int columns = int(of.lane_columns()), lane = bit / columns % 16, column = bit / columns / 16 * columns + bit % columns;
-  return {of.values == kInt4 ? lane % 8 / 2 * 4 + lane / 8 * 2 + lane % 2 : lane, column};
+  return {in_nibbles(of.values) ? lane % 8 / 2 * 4 + lane / 8 * 2 + lane % 2 : lane, column};
 }
+INLINE int bit_of_lane(const Header& of, int row, int column) {  // the opposite
+  const int columns = int(of.lane_columns()), lane = in_nibbles(of.values) ? row % 4 / 2 * 8 + row / 4 * 2 + row % 2 : row;
+  return (column / columns * 16 + lane) * columns + column % columns;
+}
+// The two highest bits of value `bit` of a panel of int6: the byte of the panel, and where in it they begin.
+constexpr int kHighBits = 512;  // bytes before them
+struct HighBits {
+  int byte, shift;
+};
+INLINE HighBits high_bits(int bit) { return {kHighBits + bit / 128 * 32 + bit % 32, bit % 128 / 32 * 2}; }
 INLINE int64_t index_of_pair(const Header& of, int row, int slot) {  // of kept value `slot` of 32 among the values of a panel of pairs
   const int64_t columns = of.lane_columns();
   return (slot / columns * 16 + row) * columns + slot % columns;

@@ -86,6 +86,12 @@ void expand_panels(const Header& of, const uint8_t* data, int64_t row, float* to
   }
 }
 
+// Value `bit` of a panel of int6, whose lowest four bits are `low`.
+int six_bits(const uint8_t* panel, int bit, int low) {
+  const auto [byte, shift] = high_bits(bit);
+  return (low | (panel[byte] >> shift & 3) << 4) - 32;
+}
+
 // The kept values of a panel of kLanes to 64 columns of 16 rows, without their scales.
 template <int values>
 void expand_lanes_panel(const Header& of, const uint8_t* panel, float* to, int64_t ld) {
@@ -96,10 +102,11 @@ void expand_lanes_panel(const Header& of, const uint8_t* panel, float* to, int64
     float& value = to[lane.row * ld + lane.column];
     value = 0;
     if (of.m && !(mask[bit / 8] >> (bit % 8) & 1)) continue;
-    const int half = values == kInt4 ? bit / 64 % 2 : 0;
+    const int half = in_nibbles(values) ? bit / 64 % 2 : 0;
     const int64_t index = taken[half]++;
     if (values == kInt8) value = float(int8_t(kept[index] ^ (of.is_unsigned ? 0x80 : 0)));
     else if (values == kInt4) value = float(((kept[index] >> 4 * half & 15) ^ (of.is_unsigned ? 0 : 8)) - 8);
+    else if (values == kInt6) value = float(six_bits(kept, bit, kept[index] >> 4 * half & 15));
     else value = load_value(kept, values, index);
   }
 }
@@ -140,6 +147,30 @@ void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
       scale_row(to + i * kBlock, short_scale(scales + 2 * (row * of.blocks() + i)), kBlock);
 }
 
+void gather_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
+  if (of.layout != kLanes) return expand_row(of, data, row, to);
+  const int64_t tile = row / 16, blocks = of.blocks();
+  const int in_tile = int(row % 16);
+  if (of.m) {
+    float* const rows = static_cast<float*>(scratch<0>(16 * of.padded() * 4));
+    expand_lanes(of, data, tile, rows, of.padded());
+    std::copy_n(rows + in_tile * of.padded(), of.padded(), to);
+    return;
+  }
+  const uint8_t* panel = data + tile * blocks * of.panel_bytes();
+  for (int64_t block = 0; block < blocks; ++block, panel += of.panel_bytes(), to += kBlock) {
+    for (int k = 0; k < kBlock; ++k) {
+      const int bit = bit_of_lane(of, in_tile, k), nibble = panel[bit / 128 * 64 + bit % 64] >> bit % 128 / 64 * 4 & 15;
+      if (of.values == kInt8) to[k] = float(int8_t(panel[bit] ^ (of.is_unsigned ? 0x80 : 0)));
+      else if (of.values == kInt4) to[k] = float((nibble ^ (of.is_unsigned ? 0 : 8)) - 8);
+      else if (of.values == kInt6) to[k] = float(six_bits(panel, bit, nibble));
+      else to[k] = load_value(panel, of.values, bit);
+    }
+    if (in_nibbles(of.values)) scale_row(to, short_scale(panel + of.panel_bytes() - 32 + 2 * in_tile), kBlock);
+    if (of.values == kInt8) scale_row(to, stored_scale(row_scales(of, data) + 4 * row), kBlock);
+  }
+}
+
 void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld) {
   const uint8_t *panel = data + tile * of.blocks() * of.panel_bytes(), *of_rows = row_scales(of, data) + 64 * tile;
   for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes(), to += kBlock) {
@@ -152,9 +183,10 @@ void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to
       case kFloat16: expand_lanes_panel<kFloat16>(of, panel, to, ld); break;
       case kFloat32: expand_lanes_panel<kFloat32>(of, panel, to, ld); break;
       case kInt8: expand_lanes_panel<kInt8>(of, panel, to, ld); break;
-      default: expand_lanes_panel<kInt4>(of, panel, to, ld);
+      case kInt4: expand_lanes_panel<kInt4>(of, panel, to, ld); break;
+      default: expand_lanes_panel<kInt6>(of, panel, to, ld);
     }
-    const uint8_t* of_block = panel + of.panel_bytes() - 32;  // scales of int4
+    const uint8_t* of_block = panel + of.panel_bytes() - 32;  // scales of int4 and int6
     for (int row = 0; row < 16 && of.values >= kInt8; ++row)
       scale_row(to + row * ld, of.values == kInt8 ? stored_scale(of_rows + 4 * row) : short_scale(of_block + 2 * row), kBlock);
   }

@@ -38,6 +38,8 @@ inline void release_large_scratch() {
 float load_value(const uint8_t* row, int32_t values, int64_t index);
 // Row `row` of a matrix as fp32 in `to`, `padded()` long, in any layout but kLanes.
 void expand_row(const Header& of, const uint8_t* data, int64_t row, float* to);
+// Row `row` of a matrix as fp32 in `to`, `padded()` long, in any layout.
+void gather_row(const Header& of, const uint8_t* data, int64_t row, float* to);
 // The 16 rows of a tile of kLanes as fp32, `ld` apart and `padded()` long each.
 void expand_lanes(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
 // x as it is, for kernels of floats.

@@ -96,6 +96,31 @@ uint64_t mask_of_block(const Header& of, const uint8_t* mask, int64_t block) {  
   return bits;
 }
 
+// Code `index` of a row of int6, 32 added: flipping the highest bit of two's complement adds it.
+INLINE int six_bits(const uint8_t* row, int64_t index) {
+  int code = 0;
+  for (int64_t bit = 6 * index; bit < 6 * index + 6; bit += 2) code |= (row[bit / 8] >> bit % 8 & 3) << (bit - 6 * index);
+  return code ^ 32;
+}
+
+// The panels of 16 rows of int6. A column that a row lacks has 0, for which 32 stands.
+void fill_int6_tile(const Header& of, const uint8_t* from, const uint8_t*, const float* scales, int64_t tile, uint8_t* data) {
+  const int64_t rows = std::min<int64_t>(16, of.rows - 16 * tile);
+  uint8_t* panel = data + tile * of.blocks() * of.panel_bytes();
+  for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes()) {
+    for (int bit = 0; bit < 1024; ++bit) {
+      const Lane lane = lane_of_bit(of, bit);
+      const int64_t row = 16 * tile + lane.row, column = block * kBlock + lane.column;
+      const int code = lane.row < rows && column < of.columns ? six_bits(from + row * of.kept_row_bytes(), column) : 32;
+      const auto [byte, shift] = high_bits(bit);
+      panel[bit / 128 * 64 + bit % 64] |= uint8_t((code & 15) << bit % 128 / 64 * 4);
+      panel[byte] |= uint8_t(code >> 4 << shift);
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      store_short_scale(panel + of.panel_bytes() - 32 + 2 * row, scales[(16 * tile + row) * of.blocks() + block]);
+  }
+}
+
 // Up to eight nibbles of a row from `index` on, as the bytes of a word from the lowest on. `end` is the end of all values.
 INLINE uint64_t eight_nibbles(const uint8_t* row, int64_t index, const uint8_t* end) {
   const uint8_t* at = row + index / 2;
@@ -180,6 +205,7 @@ void fill_lanes(const Header& of, const uint8_t* values, const uint8_t* mask, co
                 int64_t last, uint8_t* data) {
   const auto fill = of.in_pairs()           ? of.values == kFloat32 ? fill_pairs_tile<4> : fill_pairs_tile<2>
                     : of.values == kInt4    ? fill_lanes_tile<kInt4>
+                    : of.values == kInt6    ? fill_int6_tile
                     : of.values == kInt8    ? fill_lanes_tile<kInt8>
                     : of.values == kFloat32 ? fill_lanes_tile<kFloat32>
                                             : fill_lanes_tile<kBFloat16>;

@@ -34,7 +34,7 @@ INLINE void expand_panel(const uint8_t* panel, uint8_t* to) {
     for (int step = 0; step < 16; step += 2, to += 128) {
       __m512i first, second;
       next_steps(reader, first, second);
-      const __m512i added = _mm512_set1_epi8(values == kInt4 ? 8 : char(128));
+      const __m512i added = _mm512_set1_epi8(char(kExcess<values>));
       _mm512_storeu_si512(to, _mm512_sub_epi8(first, added));
       _mm512_storeu_si512(to + 64, _mm512_sub_epi8(second, added));
     }
@@ -42,7 +42,7 @@ INLINE void expand_panel(const uint8_t* panel, uint8_t* to) {
 }
 
 // Rows [row, row + 32) of the matrix, `blocks` of their blocks from `block` on: the tiles of the first 16 rows, then those
-// of the others, and of int4 the scales (blocks, 32).
+// of the others, and of int4 and int6 the scales (blocks, 32).
 template <int values, Kept kept>
 INLINE void expand(const Header& of, const uint8_t* data, int64_t row, int64_t block, int64_t blocks, uint8_t* to,
                    float* scales) {
@@ -55,7 +55,7 @@ INLINE void expand(const Header& of, const uint8_t* data, int64_t row, int64_t b
     const uint8_t* panel = data + (tile * of.blocks() + block) * bytes;
     for (int64_t k = 0; k < blocks; k++, panel += bytes) {
       if (is_here) expand_panel<values, kept>(panel, to + k * kBytes);
-      if (values == kInt4)
+      if (in_nibbles(values))
         _mm512_storeu_ps(scales + 32 * k + 16 * half, is_here ? short_scales(panel + bytes - 32) : _mm512_setzero_ps());
     }
   }

@@ -27,7 +27,7 @@ from castlm.core.nm import NM, Pattern, nm_mask
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOATS
 from castlm.formats.packed_file import PackedSpec
-from castlm.formats.table import FORMATS, HEADS
+from castlm.formats.table import FORMATS, HEADS, rounded_formats
 from castlm.hardware import cpu_name, has_fast_bf16
 from castlm.names import aligned
 from castlm.runtime import native
@@ -163,7 +163,7 @@ def options(dtype: str = "bf16", patterns: Sequence[NM] = (TWO_OF_FOUR,)) -> lis
         dtype: "bf16", "fp16" or "fp32", for weights that are not rounded.
         patterns: n:m of the sparse options.
     """
-    rounded = [form.name for form in FORMATS.values() if form.rounds and form.kernel is not None]
+    rounded = [name for name in rounded_formats() if FORMATS[name].kernel is not None]
     by_torch = "bf16" if dtype == "bf16" and has_fast_bf16() else "fp32"
     found = [Option(by_torch, head=by_torch, by_torch=True)]
     if has_dynamic_int8():
