@@ -23,7 +23,7 @@ from benchmarks.machine import machine, write_json
 from benchmarks.short_run import add_run_options
 from castlm.cli.main import main as castlm
 from castlm.facts import Facts
-from castlm.formats.packed_file import PackedSpec
+from castlm_runtime.packed import PackedSpec
 
 CELLS = ("dense/4", "dense/3", "2:4/4", "3:4/4", "3:4/3", "2:4/3")
 DENSE_RATE, RATE = 5e-4, 3e-3

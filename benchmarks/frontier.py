@@ -58,16 +58,16 @@ from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
 from castlm.export.packed import groups_of, pattern_of
-from castlm.formats.packed_file import PackedSpec
 from castlm.formats.rounding import Rounded, round_in_groups, round_rows
-from castlm.formats.table import FORMATS as VALUES
 from castlm.models.io import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.steps.round import quantize_
-from castlm.runtime.in_engine import Greedy
-from castlm.runtime.layers import PackedLinear, onto_kernels_, pack_model_
-from castlm.runtime.packed import kept_mask, pack_integers
+from castlm.packed.in_engine import Greedy
+from castlm.packed.layers import PackedLinear, onto_kernels_, pack_model_
+from castlm.packed.tensor import kept_mask, pack_integers
+from castlm_runtime.formats import FORMATS as VALUES
 from castlm_runtime.model import Cache, Part
+from castlm_runtime.packed import PackedSpec
 
 
 class Format(NamedTuple):

@@ -51,7 +51,7 @@ from castlm.oneshot.axes import find_permutation
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.solvers import add_hessian, row_energies
 from castlm.oneshot.sparsegpt import sparsegpt_by_factor
-from castlm.runtime.semi_structured import Backend, Cusparselt, to_semi_structured_
+from castlm.packed.semi_structured import Backend, Cusparselt, to_semi_structured_
 
 SHAPES = {  # (out_features, in_features) of LLaMA-2, and how many of them a block has
     "7B": {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1},

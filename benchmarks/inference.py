@@ -32,10 +32,10 @@ from castlm.export.packed import pack_folder
 from castlm.formats.rounding import round_rows
 from castlm.hardware import has_fast_bf16
 from castlm.models.io import load_model, save_model
-from castlm.runtime import native
-from castlm.runtime.in_engine import Greedy
-from castlm.runtime.layers import pack_model_, packed_linear
-from castlm.runtime.packed import PackedTensor, pack, pack_integers
+from castlm.packed import native
+from castlm.packed.in_engine import Greedy
+from castlm.packed.layers import pack_model_, packed_linear
+from castlm.packed.tensor import PackedTensor, pack, pack_integers
 
 SHAPES = [(1536, 576), (4096, 4096)]
 COPIES_BYTES = 96 << 20  # three times a last-level cache of 32 MB

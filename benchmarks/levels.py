@@ -22,11 +22,11 @@ from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, interleaved
 from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
-from castlm.formats.table import FORMATS
 from castlm.hardware import keep_freed_memory
-from castlm.runtime import native
-from castlm.runtime.layers import multiply_by_gemm
-from castlm.runtime.packed import pack, pack_integers
+from castlm.packed import native
+from castlm.packed.layers import multiply_by_gemm
+from castlm.packed.tensor import pack, pack_integers
+from castlm_runtime.formats import FORMATS
 
 KINDS = [(values, n, m) for values in ("bf16", "fp16", "int8", "int4") for n, m in ((2, 4), (32, 64), (0, 0))]
 FEW_ROWS, MANY_ROWS = (1, 2, 4, 8, 16, 32, 128), 1024

@@ -27,7 +27,7 @@ from benchmarks.levels import random_buffer
 from benchmarks.machine import machine, write_json
 from benchmarks.rows import CLOCKS, interleaved
 from castlm.hardware import keep_freed_memory
-from castlm.runtime import native
+from castlm.packed import native
 
 COPIES_BYTES = 96 << 20
 KINDS = [

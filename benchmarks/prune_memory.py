@@ -32,11 +32,11 @@ from castlm.cli.options import command_line
 from castlm.cli.prune import PruneCommand
 from castlm.cli.quantize import QuantizeCommand
 from castlm.core.blocks import in_block
-from castlm.formats.table import FORMATS
 from castlm.lab.compare.presets import SPARSEGPT
 from castlm.lab.planning.prune_memory import plan_prune_memory
 from castlm.lab.planning.quantize_memory import plan_quantize_memory
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm_runtime.formats import FORMATS
 
 GIB = 2**30
 SEQUENCES, SEQ_LEN = 4, 256

@@ -190,7 +190,7 @@ def generate_speed(model: str, threads: int, tokens: int) -> Speed:
     """Speed of `castlm generate`, without loading."""
     import torch
 
-    from castlm.runtime.generate import generate_text, load_to_generate
+    from castlm.packed.generate import generate_text, load_to_generate
 
     torch.set_num_threads(threads)
     loaded, tokenizer = load_to_generate(model, as_stored=False)

@@ -27,7 +27,7 @@ def _one_thread():
 def _packed_models_are_loaded_here() -> Iterator[None]:
     """What `castlm pack` writes is loaded in this process: a fresh one takes seconds, and one test starts it."""
     from castlm.export import loads, packed
-    from castlm.runtime.register import register
+    from castlm.packed.register import register
 
     register()
     with pytest.MonkeyPatch.context() as patch:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from castlm.runtime import native
-from castlm.runtime.packed import pack
+from castlm.packed import native
+from castlm.packed.tensor import pack
 
 KINDS = {"bf16": 0, "int8": 1, "fp32": 2}
 BLOCK = 64

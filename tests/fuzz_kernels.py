@@ -117,7 +117,7 @@ def overrun_inference(library: Path) -> None:
     """Claims that a buffer is as long as its header says when it is cut: the sanitizer has to end the process."""
     import torch
 
-    from castlm.runtime import native
+    from castlm.packed import native
     from tests.packed_weights import buffer_of, random_packed
 
     loaded = native.load_kernels(str(library))
@@ -136,7 +136,7 @@ def search_inference(library: Path, seconds: float) -> None:
     import torch
 
     from castlm.core.errors import InputError
-    from castlm.runtime import native
+    from castlm.packed import native
     from tests.packed_weights import DENSE_ONLY, PATTERNS, buffer_of, check_product, random_packed
 
     loaded = native.load_kernels(str(library))

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from castlm.core.nm import NM
 from castlm.dtypes import FLOATS
-from castlm.formats.packed_file import to_metadata
 from castlm.formats.rounding import round_rows
-from castlm.formats.table import FORMATS
-from castlm.models.layout import QUANT_METHOD
-from castlm.runtime.packed import cast_weight, pack, pack_integers, unpack
+from castlm.packed.tensor import cast_weight, pack, pack_integers, unpack
+from castlm_runtime.formats import FORMATS
+from castlm_runtime.packed import to_metadata
+from castlm_runtime.stored import QUANT_METHOD
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CASES = {

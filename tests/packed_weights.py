@@ -10,10 +10,10 @@ from torch import Tensor
 
 from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
-from castlm.formats.table import FORMATS
-from castlm.runtime import native
-from castlm.runtime.layers import packed_linear
-from castlm.runtime.packed import PackedTensor, pack, pack_integers, unpack
+from castlm.packed import native
+from castlm.packed.layers import packed_linear
+from castlm.packed.tensor import PackedTensor, pack, pack_integers, unpack
+from castlm_runtime.formats import FORMATS
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 DENSE_ONLY = {name for name, form in FORMATS.items() if form.of_tables}

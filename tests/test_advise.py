@@ -14,9 +14,6 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.export.packed import pack_folder
-from castlm.files.stored import PACKED_SINGLE as FILE
-from castlm.files.stored import read_header
-from castlm.formats.table import FORMATS
 from castlm.lab.advice import cpu as advise_module
 from castlm.lab.advice.cpu import (
     Load,
@@ -35,6 +32,9 @@ from castlm.lab.advice.cpu import (
 from castlm.lab.advice.gpu import advise_on_gpu
 from castlm.lab.planning.fit import fit_law
 from castlm.lab.planning.points import Point
+from castlm_runtime.formats import FORMATS
+from castlm_runtime.stored import PACKED_SINGLE as FILE
+from castlm_runtime.stored import read_header
 from tests.packed_weights import needs_kernels
 from tests.refusals import assert_refused
 from tests.runs import edit_json

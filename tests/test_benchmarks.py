@@ -14,7 +14,7 @@ from castlm.cli.main import main
 from castlm.core import native
 from castlm.core.nm import nm_mask
 from castlm.evaluation.perplexity import perplexity
-from castlm.runtime import native as inference_native
+from castlm.packed import native as inference_native
 from tests.ranks import start_command, wait_ranks
 from tests.runs import prune_to
 from tests.tiny import TEXT, save_tiny, tiny_model

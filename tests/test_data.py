@@ -31,7 +31,7 @@ from castlm.data.options import TextOptions
 from castlm.data.packing import BatchLoader, PackedSequences
 from castlm.data.scored import scored_text
 from castlm.data.tokens import Encoder, end_of_text_id, token_ids
-from castlm.files.reading import read_text
+from castlm_runtime.reading import read_text
 from tests.chats import chat_tokenizer, talks, write_talks
 from tests.refusals import refusal
 from tests.slow import slow_but

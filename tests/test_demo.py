@@ -11,7 +11,7 @@ from rich.table import Table
 from castlm.cli import demo, demo_payoff
 from castlm.cli.demo_payoff import Case, measure
 from castlm.cli.main import main
-from castlm.runtime import generate
+from castlm.packed import generate
 from castlm.training.trainer import Trainer
 from tests.chats import save_chat_model
 from tests.refusals import refused

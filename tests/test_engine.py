@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from castlm.core.sparsify import prune_
-from castlm.runtime import native
-from castlm.runtime.layers import pack_model_
+from castlm.packed import native
+from castlm.packed.layers import pack_model_
 from tests.engine_model import BLOCK, Engine, RefusedError, SequenceSpec
 from tests.packed_weights import kernels_of, needs_kernels
 from tests.tiny import tiny_model

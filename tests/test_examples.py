@@ -22,10 +22,10 @@ from castlm.core.errors import InputError
 from castlm.core.nm import PARSERS
 from castlm.data.documents import OPENERS
 from castlm.export.verify import verify
-from castlm.formats.table import FORMATS
 from castlm.methods.table import METHODS
 from castlm.oneshot.families import LAYOUTS
 from castlm.oneshot.solvers import SOLVERS
+from castlm_runtime.formats import FORMATS
 from tests.chats import save_chat_model
 from tests.ranks import run_ranks, start_process
 from tests.runs import assert_same_but_for_sums

@@ -33,12 +33,12 @@ from castlm.export.folder import StoredUse
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
-from castlm.files.stored import PACKED_SINGLE as FILE
-from castlm.files.stored import read_header
-from castlm.formats.packed_file import read_specs, to_metadata
 from castlm.models.io import load_model, save_model
 from castlm.training.config import TrainConfig
 from castlm.training.train import train
+from castlm_runtime.packed import read_specs, to_metadata
+from castlm_runtime.stored import PACKED_SINGLE as FILE
+from castlm_runtime.stored import read_header
 from tests.packed_weights import needs_kernels
 from tests.ranks import run_ranks
 from tests.runs import (

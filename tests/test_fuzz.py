@@ -35,9 +35,7 @@ from castlm.export.folder import StoredUse
 from castlm.export.verify import verify
 from castlm.facts import Facts
 from castlm.fields import choices_of, hints_of
-from castlm.files.reading import open_regular
 from castlm.files.yaml_file import parse_yaml_mapping, read_yaml_mapping, to_yaml
-from castlm.formats.packed_file import PackedSpec
 from castlm.lab.compare.plan import CompareConfig, Plan
 from castlm.lab.planning.fit import fit_law
 from castlm.lab.planning.memory import PlannedRun, plan_memory
@@ -46,6 +44,8 @@ from castlm.models.io import load_model
 from castlm.names import markdown, markdown_code, printable
 from castlm.training.config import TrainConfig
 from castlm.training.telemetry import read_metrics
+from castlm_runtime.packed import PackedSpec
+from castlm_runtime.reading import open_regular
 from tests.runs import CONDITIONS, PROOF
 
 from .fuzzing import EXAMPLES, HOSTILE_JSON, NUMBERS, VALUES, answers, damaged, fuzz, objects, to_json

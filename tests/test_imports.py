@@ -18,7 +18,7 @@ TIERS = (
     ("training",),
     ("methods", "distributed", "export", "evaluation"),
     ("patterns",),
-    ("structured", "runtime"),
+    ("structured", "packed"),
     ("oneshot",),
     ("formats",),
     ("data",),
@@ -79,7 +79,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 def test_no_import_runs_up_but_the_one_that_transformers_asks_for():
     """Its table of quantizers must have castlm's row before a packed folder is loaded."""
-    assert arrows_up(graph()) == ["castlm.models.io -> castlm.runtime.register"]
+    assert arrows_up(graph()) == ["castlm.models.io -> castlm.packed.register"]
 
 
 def test_the_search_finds_an_arrow_that_runs_up():

@@ -10,10 +10,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
-from castlm.runtime import native
-from castlm.runtime.generate import generate_text
-from castlm.runtime.in_engine import model_in_engine, session_of, why_not_in_engine
-from castlm.runtime.layers import pack_model_
+from castlm.packed import native
+from castlm.packed.generate import generate_text
+from castlm.packed.in_engine import model_in_engine, session_of, why_not_in_engine
+from castlm.packed.layers import pack_model_
 from castlm_runtime import families
 from castlm_runtime.families import FAMILIES, describe
 from castlm_runtime.generate import Session

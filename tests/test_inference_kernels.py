@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS
-from castlm.runtime import native
-from castlm.runtime.layers import DIRECT_ROWS, PackedEmbedding, PackedLinear, packed_linear, prepare_layers_
-from castlm.runtime.packed import pack_integers, unpack
+from castlm.packed import native
+from castlm.packed.layers import DIRECT_ROWS, PackedEmbedding, PackedLinear, packed_linear, prepare_layers_
+from castlm.packed.tensor import pack_integers, unpack
 from tests.fused import threads
 from tests.packed_weights import DENSE_ONLY, PATTERNS, buffer_of, check_product, kernels_of, random_packed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from castlm.runtime import native
+from castlm.packed import native
 
 pytestmark = pytest.mark.slow  # each compiles all kernels, and an emulator runs them
 

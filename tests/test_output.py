@@ -13,8 +13,8 @@ import torch
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.files.output import begin_output, check_output, output_folder, record_file, refuse_inputs_inside
-from castlm.files.reading import user_path
 from castlm.files.record import LOCK, OUTPUT, command_of, unrecorded
+from castlm_runtime.reading import user_path
 from tests.ranks import start_process, wait_for
 from tests.refusals import disk_full, refuse_mkdir
 from tests.replaced import killed_at

@@ -23,13 +23,13 @@ from castlm.export.hf import export_model
 from castlm.export.loads import check_loads
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
-from castlm.files.stored import PACKED_INDEX as INDEX
-from castlm.files.stored import PACKED_SINGLE as FILE
-from castlm.files.stored import read_header
-from castlm.formats.packed_file import METADATA_KEY, PackedSpec, read_specs
 from castlm.models.io import load_model, save_model
+from castlm.packed.tensor import pack, pack_integers, unpack
 from castlm.patterns import parse_pattern
-from castlm.runtime.packed import pack, pack_integers, unpack
+from castlm_runtime.packed import METADATA_KEY, PackedSpec, read_specs
+from castlm_runtime.stored import PACKED_INDEX as INDEX
+from castlm_runtime.stored import PACKED_SINGLE as FILE
+from castlm_runtime.stored import read_header
 from tests.refusals import assert_refused, disk_full
 from tests.runs import assert_equal_weights, edit_json, edit_weights, record_of, weights
 from tests.slow import slow

@@ -17,12 +17,12 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
-from castlm.formats.table import FORMATS, HEADS
 from castlm.models.io import load_model
 from castlm.models.layout import PACKED_NOTICE
-from castlm.runtime import generate, native
-from castlm.runtime.in_engine import Greedy, why_not_in_engine
-from castlm.runtime.layers import PackedEmbedding, PackedLinear, PackedModule, pack_model_
+from castlm.packed import generate, native
+from castlm.packed.in_engine import Greedy, why_not_in_engine
+from castlm.packed.layers import PackedEmbedding, PackedLinear, PackedModule, pack_model_
+from castlm_runtime.formats import FORMATS, HEADS
 from tests.packed_weights import needs_kernels
 from tests.runs import edit_json, edit_weights
 from tests.slow import slow, slow_but

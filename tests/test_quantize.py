@@ -20,14 +20,14 @@ from castlm.data.calibration import draw_calibration
 from castlm.export import quantized
 from castlm.export.packed import unpack_folder
 from castlm.export.verify import verify
-from castlm.files.stored import read_header
-from castlm.formats.packed_file import read_specs
 from castlm.formats.rounding import round_in_groups, round_rows
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.steps.round import quantize_
-from castlm.runtime.packed import pack_integers, unpack
+from castlm.packed.tensor import pack_integers, unpack
+from castlm_runtime.packed import read_specs
+from castlm_runtime.stored import read_header
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.refusals import assert_refused
 from tests.runs import assert_equal_weights, killed_in, prune_to, record_of, weights

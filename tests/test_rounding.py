@@ -14,12 +14,12 @@ from castlm.core.sparsify import is_sparse_linear
 from castlm.evaluation.perplexity import perplexity
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
-from castlm.files.stored import PACKED_SINGLE as FILE
-from castlm.files.stored import read_header
-from castlm.formats.packed_file import read_specs
 from castlm.formats.rounding import on_grid
 from castlm.models.io import load_model
 from castlm.training.train import train
+from castlm_runtime.packed import read_specs
+from castlm_runtime.stored import PACKED_SINGLE as FILE
+from castlm_runtime.stored import read_header
 from tests.packed_weights import needs_kernels
 from tests.ranks import run_ranks
 from tests.ranks import small as small_on

@@ -8,7 +8,7 @@ from torch import nn
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_, sparse_linears
-from castlm.runtime.semi_structured import Cusparselt, to_semi_structured_
+from castlm.packed.semi_structured import Cusparselt, to_semi_structured_
 from tests.stub_backend import StubBackend, StubLinear
 from tests.tiny import tiny_model
 

@@ -21,9 +21,9 @@ import torch
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
-from castlm.runtime.generate import generate_text
-from castlm.runtime.in_engine import model_in_engine, tokenizer_in_engine
-from castlm.runtime.layers import pack_model_
+from castlm.packed.generate import generate_text
+from castlm.packed.in_engine import model_in_engine, tokenizer_in_engine
+from castlm.packed.layers import pack_model_
 from castlm_runtime import engine as engine_module
 from castlm_runtime.defaults import Defaults
 from castlm_runtime.engine import Answer, Batch, BusyError, Engine

@@ -18,8 +18,8 @@ from castlm.core.sparsify import prune_
 from castlm.export.folder import StoredUse
 from castlm.export.verify import verify
 from castlm.export.verify_report import VerifyReport
-from castlm.files import stored
 from castlm.models.io import save_model
+from castlm_runtime import stored
 from tests.runs import edit_weights
 from tests.tiny import linear_model, tiny_tokenizer
 

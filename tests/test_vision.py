@@ -16,7 +16,7 @@ from castlm.models.architecture import auto_class, check_head, is_vision_languag
 from castlm.models.io import load_model
 from castlm.oneshot.methods import change_basis_
 from castlm.oneshot.options import BasisOptions
-from castlm.runtime import native
+from castlm.packed import native
 from tests.runs import assert_equal_weights, edit_json, prune_to, record_of, small_command
 from tests.slow import slow_but
 from tests.tiny import VISION, save_tiny, tiny_model

@@ -18,11 +18,11 @@ from castlm.distributed.loading import open_sharded
 from castlm.export.packed import pack_folder, pattern_of, unpack_folder
 from castlm.export.quantized import quantize_folder
 from castlm.export.verify import verify
-from castlm.files.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, SINGLE, check_weight_files
 from castlm.models.io import load_config, load_model
 from castlm.models.locate import find
 from castlm.models.weights import loading_only, stored_weights
-from castlm.runtime.generate import load_to_generate
+from castlm.packed.generate import load_to_generate
+from castlm_runtime.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, SINGLE, check_weight_files
 from tests.runs import edit_json
 from tests.tiny import save_tiny, sparse_model, tiny_tokenizer
 

@@ -50,10 +50,10 @@ from castlm.oneshot.draw import calibration_length as calibration_length
 from castlm.oneshot.methods import prune_oneshot_ as prune_oneshot_
 from castlm.oneshot.options import BasisOptions as BasisOptions
 from castlm.oneshot.options import Refinements as Refinements
+from castlm.packed.layers import pack_model_ as pack_model_
+from castlm.packed.register import register as register
+from castlm.packed.semi_structured import to_semi_structured_ as to_semi_structured_
 from castlm.patterns import parse_pattern as parse_pattern
-from castlm.runtime.layers import pack_model_ as pack_model_
-from castlm.runtime.register import register as register
-from castlm.runtime.semi_structured import to_semi_structured_ as to_semi_structured_
 from castlm.signals import Interrupted as Interrupted
 from castlm.structured.cut import cut_units as cut_units
 from castlm.training.config import FinetuneConfig as FinetuneConfig

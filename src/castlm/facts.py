@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from castlm.core.errors import InputError
-from castlm.files.reading import read_json_object
 from castlm.files.record import RESULT, check_result
+from castlm_runtime.reading import read_json_object
 
 SCHEMA_VERSION = 1
 """The version of the entries of castlm.json."""

@@ -44,7 +44,13 @@ from castlm.core.blocks import why_dense
 from castlm.core.errors import InputError, naming
 from castlm.core.nm import NM, unpack_mask
 from castlm.facts import Facts
-from castlm.files.stored import (
+from castlm.formats.rounding import round_rows, round_table
+from castlm.packed import native
+from castlm.packed.layers import PackedEmbedding, PackedLinear, prepare_layers_
+from castlm.packed.tensor import PackedTensor, pack, pack_integers, read_packed, unpack
+from castlm_runtime.formats import FORMATS, HEADS
+from castlm_runtime.packed import PackedSpec, read_specs
+from castlm_runtime.stored import (
     INDEX,
     PACKED_INDEX,
     PACKED_SINGLE,
@@ -53,12 +59,6 @@ from castlm.files.stored import (
     read_headers,
     read_weight_map,
 )
-from castlm.formats.packed_file import PackedSpec, read_specs
-from castlm.formats.rounding import round_rows, round_table
-from castlm.formats.table import FORMATS, HEADS
-from castlm.runtime import native
-from castlm.runtime.layers import PackedEmbedding, PackedLinear, prepare_layers_
-from castlm.runtime.packed import PackedTensor, pack, pack_integers, read_packed, unpack
 
 logger = init_logger(__name__)
 

@@ -26,9 +26,9 @@ from castlm_runtime.reading import read_json_object
 from castlm_runtime.stored import (
     INDEX,
     PACKED_INDEX,
-    PACKED_SINGLE,
     SINGLE,
     check_weight_files,
+    packed_weights,
     read_headers,
     read_weight_map,
 )
@@ -73,21 +73,15 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """The weights of a folder. Raises `InputError` where its files are damaged or incomplete."""
+    """The weights of a file, or of the files of an index. Raises `InputError` where they are damaged or incomplete."""
 
-    def __init__(self, folder: Path):
-        packed = [name for name in (PACKED_SINGLE, PACKED_INDEX) if (folder / name).is_file()]
-        plain = [name for name in (SINGLE, INDEX) if (folder / name).is_file()]
-        if not packed + plain:
-            raise InputError(f"{folder} has neither {PACKED_SINGLE} nor {SINGLE}: name the folder of a model")
-        name = (packed or plain)[0]
-        if name in (PACKED_INDEX, INDEX):
-            weight_map = read_weight_map(folder / name)
-            files = [folder / file for file in sorted(set(weight_map.values()))]
-        else:
-            weight_map, files = {}, [folder / name]
-        check_weight_files(files, folder)
-        self.tensors = read_headers(files, weight_map, folder / name)
+    def __init__(self, file: Path):
+        if not file.is_file():
+            raise InputError(f"{file} does not exist: name the folder of a model in safetensors")
+        weight_map = read_weight_map(file) if file.name in (PACKED_INDEX, INDEX) else {}
+        files = [file.parent / name for name in sorted({*weight_map.values()} or {file.name})]
+        check_weight_files(files, file.parent)
+        self.tensors = read_headers(files, weight_map, file)
         self.specs = read_specs(self.tensors)
 
     def spec(self, name: str) -> PackedSpec | None:
@@ -124,21 +118,17 @@ class StoredWeights:
         return to_fp32(read_array(tensor), tensor.dtype)
 
 
-def _check_weights_named(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a config.json that names weights other than the files that `StoredWeights` reads."""
+def _weight_file(config: Mapping[str, Any], folder: Path) -> Path:
+    """The file or index of the weights that config.json names: of a packed folder, or else of a plain one."""
     packing, other = config.get("quantization_config"), config.get("transformers_weights")
-    if packing is None and other is not None:
-        raise InputError(f"config.json of {folder} names the weights {other!r:.200}: remove transformers_weights")
-    if packing is None:
-        return
-    method = packing.get("quant_method") if isinstance(packing, dict) else packing
-    if method != "castlm":
+    if name := packed_weights(packing, f"config.json of {folder}"):
+        return folder / name
+    if packing is not None:
+        method = packing.get("quant_method") if isinstance(packing, dict) else packing
         raise InputError(f"{folder} is quantized by {method!r:.40}, which castlm-runtime does not read: pack the model")
-    if packing.get("weights") not in (PACKED_SINGLE, PACKED_INDEX):
-        raise InputError(
-            f"config.json of {folder} names the weights {packing.get('weights')!r:.200}, and only {PACKED_SINGLE} or "
-            f"{PACKED_INDEX} is read: pack the model again"
-        )
+    if other is not None:
+        raise InputError(f"config.json of {folder} names the weights {other!r:.200}: remove transformers_weights")
+    return folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
 
 
 # ---- the structs of engine.h
@@ -242,8 +232,7 @@ class Model:
         """The model of a folder, packed or plain. Raises `InputError` as `describe` and `Model` do."""
         folder = Path(folder)
         config = read_json_object(folder / "config.json", "name the folder of a model")
-        _check_weights_named(config, folder)
-        return cls(describe(config), StoredWeights(folder), threads)
+        return cls(describe(config), StoredWeights(_weight_file(config, folder)), threads)
 
     @property
     def vocabulary(self) -> int:

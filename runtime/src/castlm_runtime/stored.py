@@ -26,6 +26,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PACKED_SINGLE, PACKED_INDEX = "castlm.safetensors", "castlm.safetensors.index.json"
 """The same of a packed folder. transformers does not look for these names, so without castlm it finds no weights."""
 
+QUANT_METHOD = "castlm"
+"""`quant_method` of a packed folder, in the `quantization_config` of its config.json."""
+
 _WEIGHT_FILE = re.compile(r"[A-Za-z0-9_][!-.0-\[\]-~]*\.safetensors")
 """Visible ASCII without / and \\: two names of other characters can be one file, or look like one."""
 
@@ -75,6 +78,22 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for name in weight_map.values():
         check_weight_name(name, index)
     return weight_map
+
+
+def packed_weights(quantization: object, where: object) -> str | None:
+    """The weight file of a packed folder, or the index of several, as the `quantization_config` of its config names it.
+
+    None for a folder that castlm did not pack. Raises `InputError` for a name that castlm does not write.
+    """
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        return None
+    name = quantization.get("weights", PACKED_SINGLE)
+    if name not in (PACKED_SINGLE, PACKED_INDEX):
+        raise InputError(
+            f"{where} names the weights {name!r:.200}, and only {PACKED_SINGLE} or {PACKED_INDEX} is read: pack the "
+            "model again"
+        )
+    return str(name)
 
 
 def check_weight_name(name: object, where: object) -> None:

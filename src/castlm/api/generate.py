@@ -55,7 +55,7 @@ def generate(
     from castlm.fields import check_limits, convert
     from castlm.models.io import Loaded
     from castlm.models.locate import result_folder
-    from castlm.runtime.generate import encode_prompt, generate_text, load_to_generate
+    from castlm.packed.generate import encode_prompt, generate_text, load_to_generate
 
     check_type(prompt, str, "prompt must be text", "give one")
     check_limits("max_new_tokens", convert("max_new_tokens", max_new_tokens, int), {"at_least": 1})

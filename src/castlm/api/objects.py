@@ -120,7 +120,7 @@ class Objects:
         if self._temporary is not None:
             folder = Path(self._temporary.name) / "given"
         else:
-            from castlm.files.reading import user_path
+            from castlm_runtime.reading import user_path
 
             output = user_path(self.output_dir).absolute()
             folder = self._beside = output.with_name(output.name + GIVEN)

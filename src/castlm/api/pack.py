@@ -22,7 +22,7 @@ if typing.TYPE_CHECKING:  # they import torch
 
 def head_formats() -> tuple[str, ...]:
     """The choices of `head`."""
-    from castlm.formats.table import HEADS
+    from castlm_runtime.formats import HEADS
 
     return HEADS
 

@@ -12,9 +12,9 @@ from castlm.api.signature import with_keywords_of
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.fields import Needs, build, choice, like, number, option, parsed, positional
-from castlm.formats.table import rounded_formats
 from castlm.patterns import parse_pattern_or_dense
 from castlm.training.options import ModelOptions, RuntimeOptions
+from castlm_runtime.formats import rounded_formats
 
 if TYPE_CHECKING:  # they import torch
     from transformers import PreTrainedTokenizerBase

@@ -10,9 +10,9 @@ from castlm.cli.options import check_json_path, result_folder, to_stdout, write_
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.fields import Needs, like, number, option, parsed, positional
-from castlm.files.reading import read_json_object
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
+from castlm_runtime.reading import read_json_object
 
 if TYPE_CHECKING:
     from castlm.lab.advice.cpu import Quality

@@ -33,8 +33,8 @@ from castlm.files.output import begin_output, output_folder
 from castlm.hardware import keep_freed_memory
 from castlm.models.io import Loaded, load_model
 from castlm.models.locate import DEMO
+from castlm.packed.generate import encode_prompt, generate_text
 from castlm.progress import Screen, note
-from castlm.runtime.generate import encode_prompt, generate_text
 from castlm.signals import Interrupted
 from castlm.training.config import TrainConfig
 from castlm.training.train import train

@@ -55,7 +55,7 @@ def payoff_table(dense: Path, sparse: Path, packed: Path, prompt: str, say: Say)
 
 def measure(case: Case, prompt: str) -> Measured:
     """Loads a model on the CPU, generates greedily once to warm up, and `REPEATS` times for the figures."""
-    from castlm.runtime.generate import encode_prompt, generate_text, load_to_generate
+    from castlm.packed.generate import encode_prompt, generate_text, load_to_generate
 
     model, tokenizer = load_to_generate(str(case.folder), device="cpu")
     if case.in_fp32:

@@ -77,8 +77,8 @@ class GenerateCommand:
 
     def _by_transformers(self) -> Generated:
         from castlm.data.images import encode_image_prompt, open_processor
+        from castlm.packed.generate import encode_prompt, generate_text, load_to_generate
         from castlm.progress import note
-        from castlm.runtime.generate import encode_prompt, generate_text, load_to_generate
 
         use_threads(self.threads)
         code = {"trust_remote_code": self.trust_remote_code}

@@ -32,8 +32,8 @@ from castlm.fields import (
     is_required,
     unknown,
 )
-from castlm.files.reading import read_json_object, user_path
 from castlm.names import columns_of, for_stream, printable
+from castlm_runtime.reading import read_json_object, user_path
 
 T = TypeVar("T")
 

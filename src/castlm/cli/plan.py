@@ -11,11 +11,11 @@ from castlm.cli.options import check_json_path, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
 from castlm.fields import choice, essential, number, positional
-from castlm.files.reading import read_json
-from castlm.formats.table import rounded_formats
 from castlm.names import aligned, duration
 from castlm.oneshot.methods import methods_of, trained_from
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm_runtime.formats import rounded_formats
+from castlm_runtime.reading import read_json
 
 if TYPE_CHECKING:
     from castlm.lab.planning.law import Law

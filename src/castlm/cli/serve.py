@@ -88,7 +88,7 @@ class ServeCommand:
         if folder is not None:
             return Model.open(folder, self.threads), Tokenizer.open(folder), Defaults.open(folder)
         from castlm.models.io import load_weights, open_model
-        from castlm.runtime.in_engine import model_in_engine, tokenizer_in_engine, why_not_in_engine
+        from castlm.packed.in_engine import model_in_engine, tokenizer_in_engine, why_not_in_engine
 
         where, config, tokenizer = open_model(self.path)
         model = load_weights(where, config, dtype="auto").eval()

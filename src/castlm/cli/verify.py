@@ -8,9 +8,9 @@ from castlm.cli.options import check_json_path, to_stdout, write_json
 from castlm.core.nm import NM, Pattern
 from castlm.export.verify_report import ALLOW_DENSE
 from castlm.fields import like, number, parsed, positional
-from castlm.files.reading import user_path
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
+from castlm_runtime.reading import user_path
 
 
 @dataclass

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from castlm.core.errors import InputError
-from castlm.files.reading import parse_json, read_text, user_path
 from castlm_runtime.chat import ChatTemplate
+from castlm_runtime.reading import parse_json, read_text, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -32,8 +32,8 @@ from castlm.data.readers import (
     open_text,
     texts_in_memory,
 )
-from castlm.files.reading import check_regular, user_path
 from castlm.say import Progress, silent
+from castlm_runtime.reading import check_regular, user_path
 
 OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Pieces]] = {
     ".txt": lambda file, options, pool, indexes: open_text(file, pool.told),

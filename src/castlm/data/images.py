@@ -25,11 +25,11 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from castlm.core.errors import InputError, one_line
 from castlm.data.chat import Chat, Rendered, messages_of
 from castlm.data.extra import Extra
-from castlm.files.reading import check_regular, user_path
 from castlm.models.architecture import is_vision_language
 from castlm.models.io import PROCESSOR_FILES, as_input_error, load_config, quiet
 from castlm.models.locate import find
 from castlm_runtime.limited import CallError, LimitedProcess
+from castlm_runtime.reading import check_regular, user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image

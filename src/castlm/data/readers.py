@@ -27,8 +27,8 @@ from castlm.core.errors import InputError, naming, one_line
 from castlm.data.columns import Columns, Document, Kind, find_columns
 from castlm.data.line_index import LineIndex, LineIndexes, key_of
 from castlm.data.options import TextOptions
-from castlm.files.reading import check_regular, open_regular, parse_json, sha256_file
 from castlm.say import silent
+from castlm_runtime.reading import check_regular, open_regular, parse_json, sha256_file
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 256 << 10  # a longer document of a text file is read and tokenized in pieces of about this size

@@ -40,10 +40,10 @@ from castlm.dtypes import equal_in_bits
 from castlm.export.hf import completed, verification, verify_pattern, write_facts
 from castlm.facts import Facts
 from castlm.files.output import atomic_dir
-from castlm.files.stored import INDEX
 from castlm.files.weights import Layout, into_files, layout_of, write_file, write_index_of
 from castlm.models.io import write_all_but_weights
 from castlm.models.stored_layout import StoredLayout
+from castlm_runtime.stored import INDEX
 
 MAX_SHARD_BYTES = 5 * 10**9
 _EVAL_TOLERANCE = 1e-6  # relative: the weights are equal bit for bit, but kernels may sum in another order

@@ -28,12 +28,12 @@ from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import SparseLayer, dense_name
 from castlm.distributed.world import World
 from castlm.dtypes import STORED
-from castlm.files.stored import StoredTensor, byte_chunks, read_header
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.gguf import GgufWeights, forget_gguf, gguf_weights
 from castlm.models.io import Loaded, as_input_error, open_model, quiet, stored_dtype, weights_of
 from castlm.models.layout import OLD_BUFFERS
 from castlm.models.stored_layout import Part, StoredLayout
+from castlm_runtime.stored import StoredTensor, byte_chunks, read_header
 
 _PIECE = 1 << 22
 """The number of weights that are hashed at a time."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError
 from castlm.models.architecture import eval_mode
-from castlm.runtime.generate import encode_prompt, generate_text
+from castlm.packed.generate import encode_prompt, generate_text
 from castlm.say import Progress, silent
 
 NGRAM = 4

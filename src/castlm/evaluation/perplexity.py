@@ -32,7 +32,7 @@ from castlm.models.architecture import (
     logit_scale,
     output_head,
 )
-from castlm.runtime.layers import PackedLinear
+from castlm.packed.layers import PackedLinear
 from castlm.say import Progress, silent
 
 _HEAD_ROWS = 192  # tokens whose logits are in memory at once

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.core.errors import InputError, one_line
 from castlm.dtypes import dtype_name
-from castlm.files.reading import sha256_file, user_path
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.hardware import library_versions
 from castlm.packages import require
+from castlm_runtime.reading import sha256_file, user_path
 
 SHIPPED = Path(__file__).parent / "tasks"
 """The folder of the tasks that castlm ships, a file each, with the name, prompt and metrics of lm-eval's task."""

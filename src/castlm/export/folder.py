@@ -21,23 +21,25 @@ from castlm.core.blocks import in_block
 from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.facts import Facts
-from castlm.files.reading import read_json_object, user_path
 from castlm.files.record import RESULT
-from castlm.files.stored import (
+from castlm.models.layout import OLD_BUFFERS, names_no_weights, parts_of_config
+from castlm.models.locate import check_holds_model
+from castlm.models.weights import loading_only, places_in, stored_weights
+from castlm.patterns import parse_pattern
+from castlm_runtime.formats import FORMATS
+from castlm_runtime.reading import read_json_object, user_path
+from castlm_runtime.stored import (
     INDEX,
     PACKED_INDEX,
     PACKED_SINGLE,
+    QUANT_METHOD,
     SINGLE,
     StoredTensor,
     check_weight_files,
+    packed_weights,
     read_header,
     read_weight_map,
 )
-from castlm.formats.table import FORMATS
-from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, names_no_weights, parts_of_config
-from castlm.models.locate import check_holds_model
-from castlm.models.weights import loading_only, packed_weights, places_in, stored_weights
-from castlm.patterns import parse_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,7 +130,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, StoredTen
                 raise InputError(f"{path} is one of several files of a model: verify the folder {path.parent}")
         return tensors
     check_holds_model(path)
-    packed = packed_weights(config.get("quantization_config"))
+    packed = packed_weights(config.get("quantization_config"), f"config.json of {path}")
     names = (SINGLE, INDEX) if packed is None else (PACKED_SINGLE, PACKED_INDEX)
     if not any((path / name).exists() for name in names):
         other = _other_weights(path)
@@ -307,7 +309,7 @@ def load_on_meta(
 
     from castlm.models.architecture import auto_class
     from castlm.models.io import check_loading_info, check_no_kernels, quiet_transformers
-    from castlm.runtime.register import register
+    from castlm.packed.register import register
 
     register()  # the class of a packed folder is asked of transformers too
     try:

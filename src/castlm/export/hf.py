@@ -33,9 +33,7 @@ from castlm.export.verify import check_dense, check_ok, verify
 from castlm.facts import SCHEMA_VERSION, Facts, Proof
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir
-from castlm.files.reading import user_path
 from castlm.files.record import RESULT
-from castlm.files.stored import INDEX, StoredTensor, read_header
 from castlm.files.weights import Batch, file_names, into_files, write_file, write_index_of, write_weights
 from castlm.hardware import model_versions, trim_memory
 from castlm.models.architecture import check_of_transformers, eval_mode
@@ -52,6 +50,8 @@ from castlm.models.io import (
 from castlm.models.products import uses_of
 from castlm.models.stored_layout import StoredLayout, by_block
 from castlm.patterns import parse_pattern
+from castlm_runtime.reading import user_path
+from castlm_runtime.stored import INDEX, StoredTensor, read_header
 
 _PROBE_TOKENS = 16  # on which the model in memory and the model read back must have the same logits
 

@@ -17,8 +17,8 @@ from castlm.core.errors import InputError, check_finite, one_line
 from castlm.hardware import available_memory
 from castlm.models.architecture import auto_class
 from castlm.models.io import check_no_kernels, quiet_transformers
+from castlm.packed.register import register
 from castlm.progress import note
-from castlm.runtime.register import register
 
 _MEMORY_FACTOR = 1.5  # bytes to load a packed model and to compute with it, in bytes of its files
 

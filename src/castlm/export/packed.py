@@ -44,21 +44,15 @@ from castlm.facts import SCHEMA_VERSION, Facts, Packing
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
-from castlm.files.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, SINGLE, StoredTensor
 from castlm.files.weights import Batch, Layout, file_names, write_weights
-from castlm.formats import packed_file
-from castlm.formats.packed_file import PackedSpec
 from castlm.formats.rounding import Rounded, on_grid, round_table
-from castlm.formats.table import FORMATS
 from castlm.models.architecture import shape_model
 from castlm.models.io import load_model, open_config
-from castlm.models.layout import PACKED_NOTICE, QUANT_METHOD, names_no_weights
+from castlm.models.layout import PACKED_NOTICE, names_no_weights
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.models.stored_layout import StoredLayout
-from castlm.patterns import DENSE, parse_pattern
-from castlm.progress import note
-from castlm.runtime.layers import can_pack_tables
-from castlm.runtime.packed import (
+from castlm.packed.layers import can_pack_tables
+from castlm.packed.tensor import (
     PackedTensor,
     cast_weight,
     kept_mask,
@@ -68,7 +62,12 @@ from castlm.runtime.packed import (
     read_tensor,
     unpack,
 )
+from castlm.patterns import DENSE, parse_pattern
+from castlm.progress import note
 from castlm.say import Progress, silent
+from castlm_runtime.formats import FORMATS
+from castlm_runtime.packed import VERSION, PackedSpec, to_metadata
+from castlm_runtime.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, QUANT_METHOD, SINGLE, StoredTensor
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
 
@@ -279,7 +278,7 @@ class _Packing:
 
     def metadata(self, names: Iterable[str]) -> dict[str, str]:
         specs = {name: self.specs[name] for name in names if name in self.specs}
-        return packed_file.to_metadata({spec.stem(name): spec for name, spec in specs.items()})
+        return to_metadata({spec.stem(name): spec for name, spec in specs.items()})
 
 
 def _specs(
@@ -373,7 +372,7 @@ def _write_packed_rest(
     config = read_config(source)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "version": packed_file.VERSION,
+        "version": VERSION,
         "pattern": name,
         "weights": weights,
     }
@@ -388,7 +387,7 @@ def _write_packed_rest(
         recorded = recorded_pattern(facts) or pattern
         is_counted = recorded == pattern  # by `verify`, in a packed folder
         facts = replace(facts, pattern=str(recorded if is_counted else pattern))
-    packing = Packing(format=packed_file.VERSION, castlm=__version__, head=head)
+    packing = Packing(format=VERSION, castlm=__version__, head=head)
     facts = replace(facts, schema_version=SCHEMA_VERSION, packed=packing)
     _write_small_files(source, folder, config, facts, packed_card(source, facts, name))
 

@@ -24,7 +24,6 @@ from castlm.export.hf import check_export, export_blocks, export_model
 from castlm.export.origin import origin_of
 from castlm.export.verify_report import ALLOW_DENSE
 from castlm.facts import Cut, DrawnText, Facts, Perplexities
-from castlm.files.reading import read_json_object
 from castlm.files.record import command_of
 from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
 from castlm.models.architecture import is_vision_language, move_
@@ -40,6 +39,7 @@ from castlm.progress import note, shown_progress
 from castlm.say import silent
 from castlm.structured.cut import check_cut, cut_units
 from castlm.structured.units import Units
+from castlm_runtime.reading import read_json_object
 
 Memory = Literal["model", "block"]
 

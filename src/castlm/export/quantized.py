@@ -33,7 +33,6 @@ from castlm.export.packed import groups_of, naming_instead, pack_into
 from castlm.facts import Facts, Perplexities
 from castlm.files.output import atomic_dir
 from castlm.formats.rounding import Rounded
-from castlm.formats.table import FORMATS
 from castlm.hardware import keep_freed_memory, return_freed_memory
 from castlm.models.architecture import is_vision_language, move_
 from castlm.models.io import Loaded, config_hash, load_model, save_dtype
@@ -51,6 +50,7 @@ from castlm.oneshot.steps.round import (
     stored_layers,
 )
 from castlm.say import Progress, Say, silent
+from castlm_runtime.formats import FORMATS
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,12 @@ from castlm.export.folder import (
     stored_tensors,
 )
 from castlm.export.verify_report import ALLOW_DENSE, LayerReport, VerifyReport
-from castlm.files.reading import user_path
-from castlm.files.stored import (
+from castlm.models.layout import OLD_BUFFERS
+from castlm.patterns import parse_pattern
+from castlm_runtime.formats import FORMATS
+from castlm_runtime.packed import PackedSpec, read_specs, split_codes
+from castlm_runtime.reading import user_path
+from castlm_runtime.stored import (
     FLOATS,
     PACKED_SINGLE,
     SINGLE,
@@ -41,10 +45,6 @@ from castlm.files.stored import (
     magnitude_chunks,
     non_finite_of,
 )
-from castlm.formats.packed_file import PackedSpec, read_specs, split_codes
-from castlm.formats.table import FORMATS
-from castlm.models.layout import OLD_BUFFERS
-from castlm.patterns import parse_pattern
 
 PACKED_SUFFIXES = (".qweight", ".weight_packed", ".compressed", ".bitmask", ".qdata")
 """Suffixes of the names of packed weights, in GPTQ and AWQ, compressed-tensors, and torchao."""

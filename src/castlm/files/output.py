@@ -32,7 +32,6 @@ from castlm.files.atomic_file import (
     temporary_name,
     widen_access,
 )
-from castlm.files.reading import read_record, user_path
 from castlm.files.record import (
     LOCK,
     OUTPUT,
@@ -45,6 +44,7 @@ from castlm.files.record import (
     update_record,
 )
 from castlm.progress import note
+from castlm_runtime.reading import read_record, user_path
 
 Inputs = Mapping[str, str | Path | None]
 

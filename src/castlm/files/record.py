@@ -13,7 +13,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_json, is_whole, remove_stale_inside, size_and_crc
-from castlm.files.reading import read_record
+from castlm_runtime.reading import read_record
 
 OUTPUT = "castlm-output.json"
 """The record: `command`, `complete`, `files`, and what the command adds, as `run_id` and the `job` of torchrun."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from castlm.dtypes import STORED, STORED_NAMES, bytes_of
 from castlm.files.atomic_file import atomic_file, atomic_write_json, reporting_full_disk
-from castlm.files.stored import INDEX
+from castlm_runtime.stored import INDEX
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype (safetensors' name) and shape by tensor, in the order in which they are written."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.fields import vanishes
-from castlm.files.reading import check_regular, read_text
+from castlm_runtime.reading import check_regular, read_text
 
 MAX_BYTES = 1 << 17  # nested lists of this size take PyYAML two seconds
 

@@ -1,1 +1,1 @@
-"""Numeric formats of weights, their rounding, and the format of packed files. Reading a packed file needs no torch."""
+"""The rounding of weights to numeric formats, of which castlm-runtime has the table."""

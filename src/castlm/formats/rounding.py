@@ -19,7 +19,7 @@ from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError, check_finite
 from castlm.core.rounding import best_scale, in_groups
 from castlm.dtypes import STORED
-from castlm.formats.table import FORMATS
+from castlm_runtime.formats import FORMATS
 
 
 @dataclass

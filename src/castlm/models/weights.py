@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.core.errors import InputError, one_line
-from castlm.files.stored import (
+from castlm.models.locate import check_holds_model
+from castlm_runtime.stored import (
     INDEX,
     PACKED_INDEX,
-    PACKED_SINGLE,
     SINGLE,
     StoredTensor,
     check_weight_files,
@@ -26,22 +26,11 @@ from castlm.files.stored import (
     read_headers,
     read_weight_map,
 )
-from castlm.models.layout import QUANT_METHOD
-from castlm.models.locate import check_holds_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LOADING = threading.RLock()
-
-
-def packed_weights(quantization: object) -> str | None:
-    """The name of a packed folder's weight file, or index, in the `quantization_config` of its config.json.
-
-    None of a folder that castlm did not pack.
-    """
-    is_packed = isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-    return quantization.get("weights", PACKED_SINGLE) if is_packed else None
 
 
 def stored_weights(
@@ -62,8 +51,6 @@ def stored_weights(
     """
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-    if packed not in (None, PACKED_SINGLE, PACKED_INDEX):
-        raise InputError(f"config.json of {target} names the weights {packed!r:.200}, which castlm does not write")
     index = Path(target, packed or INDEX)
     if index.name in (INDEX, PACKED_INDEX) and index.is_file() and (packed or not Path(target, SINGLE).exists()):
         read_weight_map(index)  # reports a damaged index better than transformers

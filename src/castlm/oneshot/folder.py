@@ -37,9 +37,9 @@ from castlm.files.atomic_file import (
     size_and_crc,
 )
 from castlm.files.output import begin_output, output_folder
-from castlm.files.reading import read_json_object
 from castlm.files.record import OUTPUT, command_of
 from castlm.oneshot.ranks import ONE_RANK, Ranks
+from castlm_runtime.reading import read_json_object
 
 FORMAT = 4  # of the record; an unfinished start of another one is refused by name
 PROGRESS = "progress.json"

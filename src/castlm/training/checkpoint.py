@@ -40,10 +40,10 @@ from castlm.files.atomic_file import (
     size_and_crc,
     widen_access,
 )
-from castlm.files.reading import read_json_object
 from castlm.hardware import available_memory, trim_memory
 from castlm.say import Say
 from castlm.training.config import TrainConfig
+from castlm_runtime.reading import read_json_object
 
 FORMAT = 5
 MANIFEST = "manifest.json"

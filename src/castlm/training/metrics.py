@@ -19,9 +19,9 @@ from castlm.devices import device_of
 from castlm.distributed.sharding import reshard_
 from castlm.distributed.world import World
 from castlm.facts import Histogram, TrainedRounding
-from castlm.formats.packed_file import PackedSpec
 from castlm.hardware import autocast
 from castlm.training.objective import Objective
+from castlm_runtime.packed import PackedSpec
 
 HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 """Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""

@@ -17,13 +17,13 @@ from castlm.core.errors import InputError
 from castlm.distributed.world import World
 from castlm.facts import Facts
 from castlm.files.output import Inputs, begin_output, output_folder
-from castlm.files.reading import read_record, user_path
 from castlm.files.record import OUTPUT, PROBE, RESULT
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.progress import note
 from castlm.training.checkpoint import check_same_run, newest
 from castlm.training.config import TrainConfig
 from castlm.training.options import CheckpointOptions
+from castlm_runtime.reading import read_record, user_path
 
 _NO_JOB = "none"  # the default of --rdzv-id; on a single node torchrun generates one instead
 _OF_TRACKERS = ("tensorboard", "wandb")

@@ -36,7 +36,6 @@ from castlm.distributed.world import World, reporting_once
 from castlm.facts import Basis, Facts, Reconstructed, Start
 from castlm.files.atomic_file import atomic_file, flush_file, reporting_full_disk
 from castlm.files.output import check_beside
-from castlm.files.stored import read_header
 from castlm.hardware import available_memory
 from castlm.methods.base import Retraining
 from castlm.models.architecture import embedding_weight, is_vision_language, move_
@@ -56,6 +55,7 @@ from castlm.say import silent
 from castlm.training.model import OpenedModel
 from castlm.training.options import StartOptions
 from castlm.training.text import TrainingText
+from castlm_runtime.stored import read_header
 
 _FARTHEST = 0.5  # largest relative distance by which training may have moved the embeddings
 

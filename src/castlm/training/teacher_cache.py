@@ -27,12 +27,12 @@ from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.distributed.world import World
 from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_full, widen_access
-from castlm.files.reading import read_json_object, user_path
 from castlm.models.io import open_config
 from castlm.progress import note
 from castlm.training.model import OpenedModel, check_sizes
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
 from castlm.training.text import TrainingText
+from castlm_runtime.reading import read_json_object, user_path
 
 _FORMAT = 4
 

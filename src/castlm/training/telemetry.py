@@ -25,10 +25,10 @@ from rich.table import Column
 
 from castlm.core.errors import InputError
 from castlm.files.atomic_file import atomic_write_text, plain_json, reporting_full_disk
-from castlm.files.reading import read_text, user_path
 from castlm.names import clock, filled, printable
 from castlm.packages import missing
 from castlm.progress import Screen
+from castlm_runtime.reading import read_text, user_path
 
 SHOWN = {
     "loss": "loss {:.4f}",

@@ -35,7 +35,6 @@ from castlm.distributed.sharding import average_gradients_, compile_blocks_, sum
 from castlm.distributed.world import World
 from castlm.export.hf import check_export
 from castlm.facts import Start, from_json, to_json
-from castlm.files.reading import user_path
 from castlm.hardware import (
     arithmetic,
     autocast,
@@ -52,8 +51,8 @@ from castlm.models.architecture import vocab_size
 from castlm.oneshot.draw import Draw
 from castlm.oneshot.methods import trained_from
 from castlm.oneshot.options import EFFORTS
+from castlm.packed.native import longest_free_group
 from castlm.progress import note
-from castlm.runtime.native import longest_free_group
 from castlm.signals import Interrupt
 from castlm.training.checkpoint import Saver, check_same_run, load_checkpoint, newest, read_manifest
 from castlm.training.config import TrainConfig
@@ -76,6 +75,7 @@ from castlm.training.teacher_cache import TeacherCache, open_teacher_cache, teac
 from castlm.training.telemetry import Telemetry, TrackedRun, Tracker, chosen_trackers, open_trackers
 from castlm.training.text import open_training_text
 from castlm.training.verdict import has_risen
+from castlm_runtime.reading import user_path
 
 _MAX_UNCOUNTED = 100
 """A run ends after this many consecutive steps in which no token counts."""

@@ -26,14 +26,14 @@ from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern, nm_mask
 from castlm.core.sparsify import is_sparse_linear
 from castlm.dtypes import FLOATS
-from castlm.formats.packed_file import PackedSpec
-from castlm.formats.table import FORMATS, HEADS, rounded_formats
 from castlm.hardware import cpu_name, has_fast_bf16
 from castlm.names import aligned
-from castlm.runtime import native
-from castlm.runtime.layers import packed_linear
-from castlm.runtime.packed import pack, pack_integers
+from castlm.packed import native
+from castlm.packed.layers import packed_linear
+from castlm.packed.tensor import pack, pack_integers
 from castlm.say import Progress, silent
+from castlm_runtime.formats import FORMATS, HEADS, rounded_formats
+from castlm_runtime.packed import PackedSpec
 
 Shape = tuple[int, int]
 """(out_features, in_features)."""

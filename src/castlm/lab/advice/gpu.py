@@ -18,7 +18,7 @@ from castlm.core.nm import nm_mask
 from castlm.dtypes import FLOATS
 from castlm.lab.advice.cpu import NOTICEABLE, Shape, Shapes, untimed_note
 from castlm.names import aligned
-from castlm.runtime.semi_structured import Backend, Cusparselt, race
+from castlm.packed.semi_structured import Backend, Cusparselt, race
 
 DENSE, SPARSE = "dense", "2:4"
 """The two ways to multiply a layer, as `race` names them."""

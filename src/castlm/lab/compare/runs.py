@@ -26,13 +26,13 @@ from castlm.facts import Facts
 from castlm.fields import like, without_result
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import refuse_locked
-from castlm.files.reading import sha256_file
 from castlm.files.record import OUTPUT, RESULT, command_of
 from castlm.lab.compare.presets import ONESHOT
 from castlm.models.locate import cached_snapshot, locate
 from castlm.say import Say
 from castlm.training.config import TrainConfig
 from castlm.training.options import SEQ_LEN, ModelOptions
+from castlm_runtime.reading import sha256_file
 
 # Fields that always name a model or a text; the key hashes their content.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")

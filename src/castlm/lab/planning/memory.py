@@ -39,14 +39,14 @@ from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import num_weights, sparse_linears, transformer_blocks
 from castlm.distributed.sharding import beside_linears, is_gathered_narrow
 from castlm.export.hf import check_export
-from castlm.files.reading import read_json_object, user_path
-from castlm.formats.table import FORMATS
 from castlm.hardware import resident_memory
 from castlm.models.architecture import backbone, is_vision_language, linearize_, shape_model
 from castlm.models.io import check_no_kernels, check_num_layers, open_config
 from castlm.names import aligned
 from castlm.oneshot.ranks import PARTS
 from castlm.training.attention import can_lay_end_to_end, use_attention_
+from castlm_runtime.formats import FORMATS
+from castlm_runtime.reading import read_json_object, user_path
 
 # HF writes out a causal mask for fake tensors, where a run has none; for an attention of its own it leaves that alone.
 _ATTENTION = "castlm_causal_sdpa"

@@ -16,9 +16,9 @@ from typing import Any
 from castlm.core.errors import InputError
 from castlm.facts import Facts
 from castlm.fields import build
-from castlm.files.reading import parse_json, read_text, user_path
 from castlm.files.record import command_of
 from castlm.progress import note
+from castlm_runtime.reading import parse_json, read_text, user_path
 
 _OF_COLUMNS = {"train_tokens": "tokens", "num_params": "params", "dense_perplexity": "dense"}
 """Fields of a point by further names that a column may have."""

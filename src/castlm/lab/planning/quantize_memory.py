@@ -9,7 +9,6 @@ from transformers import PretrainedConfig
 
 from castlm.core.nm import NM
 from castlm.formats.rounding import round_in_groups_holds
-from castlm.formats.table import FORMATS
 from castlm.hardware import resident_memory
 from castlm.lab.planning.memory import MemoryPlan, read_config
 from castlm.lab.planning.prune_memory import (
@@ -21,6 +20,7 @@ from castlm.lab.planning.prune_memory import (
     stored_bytes,
 )
 from castlm.oneshot.walk import PASS_TOKENS_CPU
+from castlm_runtime.formats import FORMATS
 
 _PACKING = 20 * 2**20  # bytes of code and buffers beyond those of a prune
 _EVERY_LAYER = NM(1, 2)  # leaves out layers of odd widths alone

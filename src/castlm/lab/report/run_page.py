@@ -21,7 +21,6 @@ from castlm.facts import Facts, Perplexities, Verdict
 from castlm.fields import default_of, is_required
 from castlm.files.atomic_file import atomic_write_text
 from castlm.files.output import record_file
-from castlm.files.reading import read_bytes
 from castlm.files.record import RESULT
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.report.charts import HALF, WHOLE, Picture, Series, can_draw, heat_map, line_chart, render, short
@@ -29,6 +28,7 @@ from castlm.names import duration
 from castlm.training.config import TrainConfig
 from castlm.training.telemetry import read_metrics
 from castlm.training.verdict import verdict
+from castlm_runtime.reading import read_bytes
 
 REFRESH_SECONDS = 10
 _MARK = b'<meta name="generator" content="castlm">'

@@ -17,11 +17,11 @@ from castlm.data.documents import open_documents
 from castlm.data.tokens import first_tokens, text_encoder
 from castlm.files.atomic_file import atomic_write_json
 from castlm.files.output import record_file
-from castlm.files.reading import read_json_object
 from castlm.hardware import collect_garbage
 from castlm.lab.report.run_page import RunData
 from castlm.models.io import load_model
-from castlm.runtime.generate import encode_prompt, generate_text
+from castlm.packed.generate import encode_prompt, generate_text
+from castlm_runtime.reading import read_json_object
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 QUESTION = "What is the capital of France?"

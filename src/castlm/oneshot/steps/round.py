@@ -21,7 +21,6 @@ from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, matric
 from castlm.data.calibration import CalibrationText
 from castlm.facts import Quantized
 from castlm.formats.rounding import Rounded, round_in_groups, round_rows
-from castlm.formats.table import FORMATS
 from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.inputs import check_finite_input, see_inputs
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
@@ -32,6 +31,7 @@ from castlm.oneshot.source import MemoryModel, Source
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import Visit
 from castlm.say import Progress, Say, silent
+from castlm_runtime.formats import FORMATS
 
 Codes = Literal["memory", "blocks", "none"]
 """Where codes and scales of rounded layers are kept: in memory, in the files of the blocks, or nowhere."""

@@ -22,7 +22,7 @@ from castlm.data.tokens import check_vocabulary
 from castlm.hardware import choose_device, has_fast_bf16
 from castlm.models.architecture import check_context, vocab_size
 from castlm.models.io import load_weights, open_model, unpack_on_load_
-from castlm.runtime.in_engine import is_packed, session_of, why_not_in_engine
+from castlm.packed.in_engine import is_packed, session_of, why_not_in_engine
 from castlm.say import Say, silent
 from castlm_runtime.generate import Generated
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from castlm.core.errors import InputError
 from castlm.dtypes import STORED
-from castlm.formats.table import FORMATS
 from castlm_runtime import library
+from castlm_runtime.formats import FORMATS
 from castlm_runtime.library import (
     HEADER,
     INTEGERS,

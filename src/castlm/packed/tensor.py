@@ -14,17 +14,17 @@ from torch import Tensor
 from castlm.core.errors import InputError, check_finite
 from castlm.core.nm import NM, pack_mask, rank_mask, unpack_mask
 from castlm.dtypes import FLOAT_NAMES, STORED
-from castlm.files.stored import StoredTensor, read_bytes
-from castlm.formats.packed_file import PackedSpec, join_codes, split_codes
-from castlm.formats.table import FORMATS
-from castlm.runtime import native
+from castlm.packed import native
+from castlm_runtime.formats import FORMATS
+from castlm_runtime.packed import PackedSpec, join_codes, split_codes
+from castlm_runtime.stored import StoredTensor, read_bytes
 
 _WIDER = {"fp16": "bf16", "bf16": "fp32"}  # in range
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A weight in the packed format: see `castlm.formats.packed_file` for shapes and dtypes."""
+    """A weight in the packed format: see `castlm_runtime.packed` for shapes and dtypes."""
 
     spec: PackedSpec
     values: Tensor

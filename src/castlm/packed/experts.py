@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.core.experts import PROJECTIONS, ExpertLinear
-from castlm.formats.packed_file import PackedSpec
 from castlm.models.stored_layout import StoredLayout
-from castlm.runtime.layers import PackedLinear, PackedModule
-from castlm.runtime.packed import PackedTensor, unpack
+from castlm.packed.layers import PackedLinear, PackedModule
+from castlm.packed.tensor import PackedTensor, unpack
+from castlm_runtime.packed import PackedSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

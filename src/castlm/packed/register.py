@@ -17,8 +17,8 @@ def register() -> None:
     """
     from transformers.quantizers import auto
 
-    from castlm.models.layout import QUANT_METHOD
-    from castlm.runtime.quantizer import CastlmConfig, CastlmQuantizer
+    from castlm.packed.quantizer import CastlmConfig, CastlmQuantizer
+    from castlm_runtime.stored import QUANT_METHOD
 
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(QUANT_METHOD)(CastlmConfig)

@@ -21,13 +21,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS, STORED
-from castlm.files.stored import PACKED_INDEX, PACKED_SINGLE, StoredTensor, check_weight_files, read_header
-from castlm.formats.packed_file import VERSION, PackedSpec, read_specs
-from castlm.models.layout import QUANT_METHOD
 from castlm.models.stored_layout import StoredLayout
-from castlm.runtime import native
-from castlm.runtime.experts import replace_experts_, take_stacks_apart_, unpack_experts_
-from castlm.runtime.layers import PackedEmbedding, PackedLinear, PackedModule, can_pack_tables, onto_kernels_
+from castlm.packed import native
+from castlm.packed.experts import replace_experts_, take_stacks_apart_, unpack_experts_
+from castlm.packed.layers import PackedEmbedding, PackedLinear, PackedModule, can_pack_tables, onto_kernels_
+from castlm_runtime.packed import VERSION, PackedSpec, read_specs
+from castlm_runtime.stored import (
+    PACKED_SINGLE,
+    QUANT_METHOD,
+    StoredTensor,
+    check_weight_files,
+    packed_weights,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -70,11 +76,7 @@ class CastlmQuantizer(HfQuantizer):
     quantization_config: CastlmConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        weights = self.quantization_config.weights
-        if weights not in (PACKED_SINGLE, PACKED_INDEX):
-            raise InputError(
-                f"quantization_config names the weights {weights!r}: only {PACKED_SINGLE} or {PACKED_INDEX} is read"
-            )
+        packed_weights(self.quantization_config.to_dict(), "quantization_config")
 
     def update_device_map(self, device_map: Any) -> Any:
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]

@@ -26,12 +26,12 @@ from castlm.core.errors import InputError, check_finite, naming
 from castlm.core.nm import NM
 from castlm.core.sparsify import check_model, is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES, STORED
-from castlm.files.stored import StoredTensor
-from castlm.formats.packed_file import PackedSpec
 from castlm.formats.rounding import round_table
-from castlm.formats.table import FORMATS
-from castlm.runtime import native
-from castlm.runtime.packed import PackedTensor, cast_weight, pack, pack_integers, read_packed, unpack
+from castlm.packed import native
+from castlm.packed.tensor import PackedTensor, cast_weight, pack, pack_integers, read_packed, unpack
+from castlm_runtime.formats import FORMATS
+from castlm_runtime.packed import PackedSpec
+from castlm_runtime.stored import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

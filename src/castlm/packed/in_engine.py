@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.dtypes import FLOAT_NAMES
-from castlm.runtime import native
-from castlm.runtime.layers import PackedModule
+from castlm.packed import native
+from castlm.packed.layers import PackedModule
 from castlm_runtime.defaults import Defaults
 from castlm_runtime.families import describe, why_not
 from castlm_runtime.generate import Session
