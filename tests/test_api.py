@@ -55,6 +55,8 @@ def test_every_public_name_is_there():
         (lambda: castlm.evaluate("m"), "give text FILE, tasks"),
         (lambda: castlm.evaluate("m", tasks="piqa", seq_len=8), "seq_len = 8 has an effect only with a text"),
         (lambda: castlm.pack("m", output_dir="o", head="int9"), "int9"),
+        (lambda: castlm.sample("m", num_tokens=0), "num_tokens"),
+        (lambda: castlm.sample("m", top_p=2), "top_p"),
         (lambda: castlm.finetune("demo", "t", output_dir="o"), "demo is a dense model"),
     ],
 )
@@ -134,6 +136,14 @@ def test_results_go_from_call_to_call(tmp_path):
     text = castlm.generate(packed, "The", max_new_tokens=4)
     assert text.new_tokens == 4
     assert castlm.generate(plain.model, "The", tokenizer=tokenizer, max_new_tokens=4).new_tokens == 4
+
+
+def test_what_a_model_writes_is_a_text_for_the_next_call():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    texts = castlm.sample(model, num_tokens=400, tokenizer=tokenizer, max_new_tokens=40, batch_size=4)
+    assert all(text["text"].strip() for text in texts)
+    assert texts == castlm.sample(model, num_tokens=400, tokenizer=tokenizer, max_new_tokens=40, batch_size=4)
+    assert castlm.prune(model, texts, tokenizer=tokenizer, **SMALL).facts.pattern == "2:4"
 
 
 def test_a_run_of_objects_is_resumed_by_the_same_call(tmp_path, monkeypatch):

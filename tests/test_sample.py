@@ -13,7 +13,7 @@ from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.lab import sampling
-from castlm.lab.sampling import Sampler, open_samples, read_prompts, sample
+from castlm.lab.sampling import Sampler, fill, open_samples, read_prompts
 from tests.chats import CHATML, chat_tokenizer, write_rows
 from tests.ranks import start_command, wait_for
 from tests.refusals import assert_refused
@@ -114,7 +114,7 @@ def written(path, sampler, num_tokens=150, stop_after=None, **options):
             return count
 
         file.add = add_until
-        sample(sampler, file, num_tokens=num_tokens)
+        fill(file, sampler, num_tokens=num_tokens)
     return json.loads(path.with_name(f"{path.name}.castlm.json").read_text())
 
 
@@ -311,7 +311,7 @@ def test_a_file_of_others_at_the_name_of_the_output_is_never_overwritten(when, s
         with open_samples(stopped, {"seed": 0}, dedup_prefix=5, resume=True) as file:
             stopped.write_text("mine")
             with pytest.raises(InputError, match="move it away"):
-                sample(sampler_of(), file, num_tokens=150)
+                fill(file, sampler_of(), num_tokens=150)
     assert stopped.read_text() == "mine"
     stopped.unlink()
     written(stopped, sampler_of(), resume=True)

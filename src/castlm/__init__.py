@@ -14,6 +14,7 @@ _NAMES = {
     "castlm.api.pack": ("pack", "unpack"),
     "castlm.api.prune": ("prune",),
     "castlm.api.quantize": ("quantize",),
+    "castlm.api.sample": ("sample",),
     "castlm.api.train": ("finetune", "train"),
     "castlm.core.adams": ("AdamS",),
     "castlm.core.decay": ("decay_budget",),

@@ -8,6 +8,7 @@ from castlm.api.pack import pack as pack
 from castlm.api.pack import unpack as unpack
 from castlm.api.prune import prune as prune
 from castlm.api.quantize import quantize as quantize
+from castlm.api.sample import sample as sample
 from castlm.api.train import finetune as finetune
 from castlm.api.train import train as train
 from castlm.core.adams import AdamS as AdamS

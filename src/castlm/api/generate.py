@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from castlm.api.objects import Result
 
 if TYPE_CHECKING:  # they import torch
     from transformers import PreTrainedTokenizerBase
@@ -48,26 +45,19 @@ def generate(
         >>> import castlm
         >>> castlm.generate("run", "Name three rivers.").text  # doctest: +SKIP
     """
-    from transformers import PreTrainedModel
-
-    from castlm.api.objects import known_tokenizer
+    from castlm.api.objects import in_memory_or_named
     from castlm.core.errors import check_type
     from castlm.fields import check_limits, convert
-    from castlm.models.io import Loaded
     from castlm.models.locate import result_folder
     from castlm.packed.generate import encode_prompt, generate_text, load_to_generate
 
     check_type(prompt, str, "prompt must be text", "give one")
     check_limits("max_new_tokens", convert("max_new_tokens", max_new_tokens, int), {"at_least": 1})
     check_limits("temperature", convert("temperature", temperature, float), {"at_least": 0})
-    if isinstance(model, (Result, Loaded)):
-        tokenizer = tokenizer or model.tokenizer
-        model = model.model
-    if isinstance(model, PreTrainedModel):
-        loaded, tokenizer = model, tokenizer or known_tokenizer(model, "model")
-    else:
-        check_type(model, (str, Path), "model must be a name, a path or a PreTrainedModel", "give one")
-        name = result_folder(str(model))
-        loaded, tokenizer = load_to_generate(name, device=device, as_stored=False, trust_remote_code=trust_remote_code)
+    given = in_memory_or_named(model, tokenizer)
+    if isinstance(given, str):
+        name = result_folder(given)
+        given = load_to_generate(name, device=device, as_stored=False, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = given
     ids = encode_prompt(tokenizer, prompt, raw)
     return generate_text(loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

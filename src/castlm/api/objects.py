@@ -228,6 +228,27 @@ def known_tokenizer(model: PreTrainedModel, name: str) -> PreTrainedTokenizerBas
         raise InputError(f"{name} is in memory, and its tokenizer is not known ({error}): give tokenizer=") from None
 
 
+def in_memory_or_named(
+    model: Model, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | str:
+    """A model in memory with its tokenizer, or the name of one that is to be loaded.
+
+    Raises:
+        InputError: something else, or a model in memory whose tokenizer is not known.
+    """
+    from transformers import PreTrainedModel
+
+    from castlm.models.io import Loaded
+
+    if isinstance(model, (Result, Loaded)):
+        tokenizer = tokenizer or model.tokenizer
+        model = model.model
+    if isinstance(model, PreTrainedModel):
+        return model, tokenizer or known_tokenizer(model, "model")
+    check_type(model, (str, Path), "model must be a name, a path or a PreTrainedModel", "give one")
+    return str(model)
+
+
 def _write_record(model: PreTrainedModel, folder: Path, facts: Facts | None) -> None:
     """Writes beside a model what is known of it and its results take over: base model, licence, steps and pattern.
 

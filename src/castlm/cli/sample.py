@@ -139,7 +139,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
 
         from castlm.data.chat import with_template
         from castlm.hardware import choose_device
-        from castlm.lab.sampling import Sampler, sample
+        from castlm.lab.sampling import Sampler, fill
         from castlm.models.io import load_model
         from castlm.progress import note, shown_progress
 
@@ -156,7 +156,7 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
             note(f"continuing after {file.samples:,} texts" if file.batches else "nothing to continue: starting")
         try:
             with shown_progress("sampling, tokens", rate="tokens/s", before=file.tokens) as progress:
-                sample(sampler, file, num_tokens=self.num_tokens, progress=progress, say=note)
+                fill(file, sampler, num_tokens=self.num_tokens, progress=progress, say=note)
         except (KeyboardInterrupt, SystemExit):
             if file.batches:
                 note(f"{file.samples:,} texts are saved; the same command with --resume continues")

@@ -405,9 +405,9 @@ def open_samples(
             lock.unlink(missing_ok=True)
 
 
-def sample(
-    sampler: Sampler,
+def fill(
     file: SampleFile,
+    sampler: Sampler,
     *,
     num_tokens: int,
     progress: Progress = silent,
