@@ -95,6 +95,7 @@ Attention attention_of(CacheKind kind) {
 #if defined(CASTLM_AVX2)
   if (level() >= kAvx512) {
     Attention found = widest::attention(kind);
+    if (kind == kCacheInt8) found.part = attend_part_of_int8;
     if (has_bf16_attention()) found.prompt = kind == kCacheFloat32 ? found.prompt : bf16_attention().prompt;
     if (has_bf16_attention() && kind == kCacheBFloat16) found.part = bf16_attention().part;
     return found;

@@ -17,6 +17,7 @@ struct Part {
   int64_t first, last, group;
   const float* queries;  // (group, width)
   float* to;             // (group, width + kPartRest): values summed by weights 2^(score - largest), the largest score, the total
+  const uint8_t* next;   // a block that this thread reads after the part, which kernels may ask for meanwhile
 };
 using AttendPart = void (*)(const Part&);
 
@@ -39,6 +40,7 @@ Attention attention_of(CacheKind kind);  // of the level in use
 // The same for processors with `vdpbf16ps` beside AVX-512, and whether this is one.
 bool has_bf16_attention();
 Attention bf16_attention();
+void attend_part_of_int8(const Part& part);  // by products of bytes, with AVX-512
 
 // Sums of parts of one head to its output (width,).
 INLINE void combine_parts(const float* parts, int64_t count, int64_t stride, int64_t width, float* to) {

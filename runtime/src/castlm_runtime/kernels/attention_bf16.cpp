@@ -122,7 +122,8 @@ Brought bring(const HeadBlocks& of, int64_t t, Factor* room) {
 
 // ---- one token
 
-INLINE void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+// Asks for the cache line `at` in the second level: the first holds the block that is read.
+INLINE void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
 
 // The scores of the 64 positions of a block for G heads: 4 G sums, whose products do not wait for each other. Asks for the keys
 // of the next block meanwhile, which lie elsewhere.
@@ -214,7 +215,7 @@ void attend_part(const Part& part, int64_t head) {
   std::fill_n(to, G * stride, 0.0f);
   for (int64_t t = part.first / kBlockTokens * kBlockTokens; t < part.last; t += kBlockTokens) {
     const uint8_t* const at = of.at(t);
-    const uint8_t* const next = t + kBlockTokens < part.last ? of.at(t + kBlockTokens) : at;
+    const uint8_t* const next = t + kBlockTokens < part.last ? of.at(t + kBlockTokens) : part.next;
     const int64_t begin = std::max<int64_t>(0, part.first - t), end = std::min(kBlockTokens, part.last - t);
     alignas(64) float scores[G][kBlockTokens];
     alignas(64) Factor weights[G][kBlockTokens / 2];

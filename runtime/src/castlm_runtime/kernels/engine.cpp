@@ -427,7 +427,8 @@ class Pass {
 
   int64_t first_position(const Layer& of, int64_t position) const { return of.window ? std::max<int64_t>(0, position + 1 - of.window) : 0; }
 
-  void attend(int64_t layer, const Item& item) const {
+  // `next`: the item that this thread takes next, most likely.
+  void attend(int64_t layer, const Item& item, const Item& next) const {
     const Layer& of = model_.layers[layer];
     const int64_t dim = spec_.head_dim, stride = padded(heads_wide()), position = rows_[item.row].position;
     if (item.count) {
@@ -449,7 +450,8 @@ class Pass {
       else place(of, from, spec_.heads, head, count, of.q_norm, position, queries, width_);
       scale_by(queries, spec_.attention_scale * kLog2E, count * width_);
       float* const to = parts_ + (rows_[item.row].parts + item.part * spec_.heads + head) * part_stride();
-      attention_.part({blocks_of(layer, item.row, item.head), first, last, count, queries, to});
+      attention_.part({blocks_of(layer, item.row, item.head), first, last, count, queries, to,
+                       blocks_of(layer, next.row, next.head).at(std::max(next.part * kPartTokens, first_position(of, rows_[next.row].position)))});
     }
   }
   static constexpr int64_t kMostGroup = 16;
@@ -507,7 +509,8 @@ class Pass {
     if (me.rank == 0) next_item_[1 - index % 2].store(0, std::memory_order_relaxed);
     if (has_prompts_) place_all(me, index);
     const int64_t items = int64_t(items_.size());
-    for (int64_t i = next.fetch_add(1); i < items; i = next.fetch_add(1)) attend(index, items_[i]);
+    for (int64_t i = next.fetch_add(1); i < items; i = next.fetch_add(1))
+      attend(index, items_[i], items_[std::min(i + me.team.size(), items - 1)]);
     me.team.barrier();
 
     const std::initializer_list<Product> o = {{of.o_weight, added_}};
