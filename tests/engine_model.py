@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from castlm.core.sparsify import prune_
 from castlm.packed import native
+from castlm.packed.layers import pack_model_
 from castlm.packed.tensor import pack
+from tests.tiny import tiny_model
 
 KINDS = {"bf16": 0, "int8": 1, "fp32": 2}
 BLOCK = 64
+ERRORS = {"fp32": 1e-5, "bf16": 6e-3, "int8": 3e-2}  # of all logits together, beside their size
 
 _pointer, _size, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 _WEIGHTS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -53,6 +57,24 @@ class SequenceSpec(ctypes.Structure):
         *((name, _pointer) for name in ("blocks", "logits")),
         ("all_logits", _size),
     ]
+
+
+def packed_model(family: str, n: int = 2, m: int = 4, **over: Any) -> PreTrainedModel:
+    """A tiny model with packed layers."""
+    model = tiny_model(family, **over)
+    prune_(model)
+    pack_model_(model, n, m, dtype=torch.float32)
+    return model
+
+
+def ids_of(count: int, seed: int = 0) -> Tensor:
+    """Random tokens (count,)."""
+    return torch.randint(264, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def difference(found: Tensor, exact: Tensor) -> float:
+    """The size of the error of all numbers together, beside theirs."""
+    return float((found - exact).norm() / exact.norm())
 
 
 def library() -> ctypes.CDLL:

@@ -1,9 +1,9 @@
 """Builds the C++ kernels with AddressSanitizer and UndefinedBehaviorSanitizer, and feeds them random input.
 
-    python -m tests.fuzz_kernels [--minutes 10]
+    python -m tests.fuzz_kernels [--minutes 10] [--kernels engine]
 
-The kernels of training, of the start and of inference have so many minutes each. They are called as castlm calls them,
-through the `native` modules and ctypes, and their results are compared with torch's. Before each search, one call that
+Training, the start, weights, the engine and the sampler have so many minutes each. Their kernels are called as castlm
+calls them, through its modules and ctypes, and the results are compared with torch's. Before each search, one call that
 reads past a buffer shows that the sanitizer would have stopped it. Not collected by pytest.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "castlm"
+RUNTIME = ROOT / "runtime" / "src" / "castlm_runtime" / "kernels"
 FLAGS = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
@@ -110,25 +111,32 @@ def search_start(library: Path, seconds: float) -> None:
     run_checks({"sweep": (cases.sweeps(), cases.check_sweep)}, seconds)
 
 
-# Inference
+# Weights
 
 
-def overrun_inference(library: Path) -> None:
+def use_runtime(file: Path) -> ctypes.CDLL:
+    """Loads a library of the runtime's kernels in place of the installed one."""
+    from castlm_runtime import library
+
+    loaded = library.load_kernels(str(file))
+    library.kernels = lambda: loaded  # type: ignore[assignment]
+    return loaded
+
+
+def overrun_weights(library: Path) -> None:
     """Claims that a buffer is as long as its header says when it is cut: the sanitizer has to end the process."""
     import torch
 
-    from castlm.packed import native
     from tests.packed_weights import buffer_of, random_packed
 
-    loaded = native.load_kernels(str(library))
-    native.kernels = lambda: loaded  # type: ignore[assignment]
+    loaded = use_runtime(library)
     whole = buffer_of(random_packed("bf16", 2, 4, 64, 512))
     cut = (ctypes.c_uint8 * 4096).from_buffer_copy(bytes(whole[:4096].tolist()))
     x, y = torch.randn(1, 512), torch.empty(1, 64)
     loaded.castlm_multiply(ctypes.addressof(cut), whole.numel(), x.data_ptr(), 0, 1, 512, y.data_ptr(), 64, 1)
 
 
-def search_inference(library: Path, seconds: float) -> None:
+def search_weights(library: Path, seconds: float) -> None:
     """Tries random levels, weights, shapes, batches and damaged headers until the time is over, and prints how many.
 
     A buffer with random bytes in its header must be refused or multiplied within its bounds.
@@ -139,8 +147,7 @@ def search_inference(library: Path, seconds: float) -> None:
     from castlm.packed import native
     from tests.packed_weights import DENSE_ONLY, PATTERNS, buffer_of, check_product, random_packed
 
-    loaded = native.load_kernels(str(library))
-    native.kernels = lambda: loaded  # type: ignore[assignment]
+    use_runtime(library)
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         native.use_level(random.choice(native.levels()))
@@ -170,12 +177,140 @@ def search_inference(library: Path, seconds: float) -> None:
     print(f"{count:,} random weights", flush=True)
 
 
+# The engine and the sampler
+
+
+def overrun_engine(library: Path) -> None:
+    """Says that there are more tokens than the array has: the sanitizer has to end the process."""
+    from tests.engine_model import Engine, SequenceSpec, packed_model
+
+    use_runtime(library)
+    engine = Engine(packed_model("llama"))
+    blocks, tokens, logits = (ctypes.c_int32 * 4)(), (ctypes.c_int32 * 4)(), (ctypes.c_float * 264)()
+    ctypes.CDLL(None).malloc.restype = ctypes.c_void_p
+    short = ctypes.CDLL(None).malloc(ctypes.c_size_t(ctypes.sizeof(tokens)))
+    ctypes.memset(short, 0, ctypes.sizeof(tokens))
+    sequence = SequenceSpec(short, 200, 0, ctypes.addressof(blocks), ctypes.addressof(logits), 0)
+    engine.library.castlm_forward(engine.handle, engine.cache, ctypes.byref(sequence), 1, 1)
+
+
+def search_engine(library: Path, seconds: float) -> None:
+    """Reads random sequences in random parts, some together, and compares all logits with those of transformers."""
+    import torch
+
+    from castlm.packed import native
+    from tests.engine_model import BLOCK, ERRORS, Engine, difference, ids_of, packed_model
+
+    use_runtime(library)
+    count, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        level, kind, kv_heads = random.choice(native.levels()), random.choice([*ERRORS]), random.randint(1, 3)
+        heads = kv_heads * random.randint(1, 16)
+        sizes = {
+            "head_dim": random.choice([64, 80, 96, 128, 256, 2 * random.randint(1, 60)]),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "sliding_window": random.choice([None, random.randint(1, 400)]),
+            "num_hidden_layers": random.randint(1, 2),
+        }
+        native.use_level(level)
+        with torch.inference_mode():
+            model = packed_model("mistral", max_position_embeddings=1024, **sizes)
+            texts = [ids_of(random.choice([random.randint(1, 80), random.randint(1, 700)])) for _ in range(3)]
+            numbers = iter(random.sample(range(64), 36))
+            tables = [[next(numbers) for _ in range(-(-len(text) // BLOCK))] for text in texts]
+            exact = [model(text[None]).logits[0] for text in texts]
+            engine, read = Engine(model, kind), [0] * len(texts)
+            while left := [row for row, text in enumerate(texts) if read[row] < len(text)]:
+                parts = {}
+                for row in random.sample(left, random.randint(1, len(left))):
+                    length = random.choice([1, random.randint(1, 6), random.randint(1, 300)])
+                    part = texts[row][read[row] : read[row] + length]
+                    parts[row] = (part, read[row], tables[row][: -(-(read[row] + len(part)) // BLOCK)])
+                found = engine.forward([*parts.values()], random.randint(1, 8), every=True)
+                for logits, (row, (part, position, _)) in zip(found, parts.items()):
+                    expected = exact[row][position : position + len(part)]
+                    error = difference(logits, expected)
+                    assert error < 3 * ERRORS[kind], (level, kind, sizes, row, position, len(part), error)
+                    read[row] += len(part)
+        count += 1
+    print(f"{count:,} random models", flush=True)
+
+
+def overrun_sampler(library: Path) -> None:
+    """Says that a row has more logits than there are: the sanitizer has to end the process."""
+    from castlm_runtime.sampler import Chooser, Sampling
+
+    loaded = use_runtime(library)
+    ctypes.CDLL(None).malloc.restype = ctypes.c_void_p
+    short = ctypes.CDLL(None).malloc(ctypes.c_size_t(64))
+    spec, token = bytes(Chooser(Sampling(), [], 4096).spec()), (ctypes.c_int32 * 1)()
+    loaded.castlm_sample(short, 1, 4096, spec, len(spec), 0, token, None, None, 1)
+
+
+def search_sampler(library: Path, seconds: float) -> None:
+    """Samples from random logits by random settings; a token must be one that the settings allow."""
+    import numpy as np
+
+    from castlm.packed import native
+    from castlm_runtime.sampler import Chooser, Sampling, choose, score
+
+    use_runtime(library)
+    count, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        native.use_level(random.choice(native.levels()))
+        rng, rows = np.random.default_rng(count), random.randint(1, 6)
+        vocabulary = random.choice([random.randint(1, 200), random.randint(1, 5000)])
+        logits = (rng.standard_normal((rows, vocabulary)) * random.choice([0, 0.01, 1, 30, 1e6])).astype(np.float32)
+        logits[rng.random(logits.shape) < random.choice([0, 0, 0.5, 0.99])] = -np.inf
+        if random.randrange(8) == 0:
+            logits[random.randrange(rows), random.randrange(vocabulary)] = random.choice([np.nan, np.inf])
+        choosers = []
+        for _ in range(rows):
+            settings = Sampling(
+                temperature=random.choice([0.0, 1e-3, 0.7, 1.0, 50.0]),
+                top_k=random.choice([0, 1, random.randint(1, 2 * vocabulary)]),
+                top_p=random.choice([1.0, 0.0, random.random()]),
+                min_p=random.choice([0.0, 1.0, random.random()]),
+                repetition_penalty=random.choice([1.0, 1e-3, 1.3, 1e3]),
+                presence_penalty=random.choice([0.0, random.uniform(-1e3, 1e3)]),
+                frequency_penalty=random.choice([0.0, random.uniform(-2, 2)]),
+                logit_bias={
+                    random.randrange(vocabulary): random.uniform(-1e3, 1e3) for _ in range(random.randint(0, 5))
+                },
+                seed=random.getrandbits(64),
+                num_logprobs=random.choice([None, random.randint(0, vocabulary)]),
+            )
+            chooser = Chooser(settings, rng.integers(vocabulary, size=random.randint(0, 300)), vocabulary)
+            for token in rng.integers(vocabulary, size=random.randint(0, 100)).tolist():
+                chooser.add(token)
+            if random.randrange(3) == 0:
+                allowed = rng.integers(1 << 32, size=-(-vocabulary // 32), dtype=np.uint32)
+                chooser.allow(allowed)
+            choosers.append(chooser)
+        chosen = choose(logits, choosers, random.randint(1, 8))
+        is_sound = np.isfinite(logits.max(1)) & ~np.isnan(logits).any(1)
+        for row, (token, chooser) in enumerate(zip(chosen.tokens, choosers)):
+            if row in chosen.errors:
+                assert chooser._allowed is not None or not is_sound[row]
+                continue
+            assert is_sound[row], (count, row, token)
+            assert np.isfinite(logits[row, token]), (count, row, token)
+            assert chooser._allowed is None or chooser._allowed[token // 32] >> token % 32 & 1, (count, row, token)
+        if is_sound.all():
+            score(logits, rng.integers(vocabulary, size=rows), random.randint(0, vocabulary), random.randint(1, 8))
+        count += 1
+    print(f"{count:,} random batches", flush=True)
+
+
 # The program. A search runs in a process of its own, whose allocations the sanitizer watches
 
 KERNELS = {
     "training": (PACKAGE / "core", overrun_training, search_training),
     "start": (PACKAGE / "oneshot", overrun_start, search_start),
-    "inference": (ROOT / "runtime" / "src" / "castlm_runtime" / "kernels", overrun_inference, search_inference),
+    "weights": (RUNTIME, overrun_weights, search_weights),
+    "engine": (RUNTIME, overrun_engine, search_engine),
+    "sampler": (RUNTIME, overrun_sampler, search_sampler),
 }
 
 
@@ -206,12 +341,13 @@ def build_and_search(kernels: str, minutes: float) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz_kernels")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--kernels", choices=KERNELS, help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", choices=KERNELS, help="some of them; all by default")
     parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--overrun", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.library is None:
-        return int(any(build_and_search(kernels, options.minutes) for kernels in KERNELS))
+        chosen = [options.kernels] if options.kernels else KERNELS
+        return int(any(build_and_search(kernels, options.minutes) for kernels in chosen))
     _, overrun, search = KERNELS[options.kernels]
     if options.overrun:
         overrun(options.library)

@@ -4,14 +4,10 @@ import ctypes
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from castlm.core.sparsify import prune_
 from castlm.packed import native
-from castlm.packed.layers import pack_model_
-from tests.engine_model import BLOCK, Engine, RefusedError, SequenceSpec
+from tests.engine_model import BLOCK, ERRORS, Engine, RefusedError, SequenceSpec, difference, ids_of, packed_model
 from tests.packed_weights import kernels_of, needs_kernels
-from tests.tiny import tiny_model
 
 pytestmark = needs_kernels
 
@@ -27,22 +23,6 @@ FAMILIES = [
     ("seed_oss", {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}),
     ("smollm3", {"no_rope_layers": [1, 0]}),
 ]
-ERRORS = {"fp32": 1e-5, "bf16": 6e-3, "int8": 3e-2}  # of all logits together, beside their size
-
-
-def packed_model(family: str, n: int = 2, m: int = 4, **over) -> PreTrainedModel:
-    model = tiny_model(family, **over)
-    prune_(model)
-    pack_model_(model, n, m, dtype=torch.float32)
-    return model
-
-
-def ids_of(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(264, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def difference(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(("family", "over"), FAMILIES)
