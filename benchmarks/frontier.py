@@ -8,11 +8,10 @@
 Without `--sparse` the sparse models are the dense one pruned to each `--pattern` by SparseGPT, without training; with
 it, folders or runs of castlm train. Weights are rounded as `castlm quantize` rounds them; perplexity and zero-shot
 accuracy are of the rounded weights in fp32. Bytes count the tensors in a file: packed layers, embedding and head in
-bf16 (fp32 for fp32), norms. Speeds are measured in turns, A B A B, by castlm's kernels, fp32 by transformers alone:
-greedy decoding of one sequence, a prompt of 512 tokens with the logits of the last one, and one token of each of 8
-sequences, as `castlm generate` and `castlm serve` compute them. They depend on the formats alone: `--speeds-only`
-prunes by magnitude, rounds to the nearest, and leaves quality out, or takes it from files of `--quality-only`, which
-may run for long on a busy machine.
+bf16 (fp32 for fp32), norms. Speeds are measured by `benchmarks.speeds` in turns, A B A B, fp32 by transformers alone:
+one token after 32, a prompt of 512 tokens, and one token of each of 8 sequences of 512. They depend on the formats
+alone: `--speeds-only` prunes by magnitude, rounds to the nearest, and leaves quality out, or takes it from files of
+`--quality-only`, which may run for long on a busy machine.
 
 The peers are the dense model in OpenVINO, in llama.cpp, in ik_llama.cpp and in torch's dynamic int8; those that are
 not installed are named and left out.
@@ -27,14 +26,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import math
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,9 +44,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks import gguf_files
+from benchmarks.caches import cache_keyword, cache_of
 from benchmarks.machine import machine, write_json
 from benchmarks.peer_process import MissingPeerError, PeerProcess, has_packages
-from benchmarks.rows import CLOCKS, Times, interleaved
+from benchmarks.speeds import Castlm, Contestant, LlamaCpp, Peer, in_turns, num_tokens
 from castlm.cli.options import result_folder
 from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear, prune_
@@ -62,11 +61,10 @@ from castlm.formats.rounding import Rounded, round_in_groups, round_rows
 from castlm.models.io import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.steps.round import quantize_
-from castlm.packed.in_engine import Greedy
+from castlm.packed.in_engine import is_packed, model_in_engine
 from castlm.packed.layers import PackedLinear, onto_kernels_, pack_model_
 from castlm.packed.tensor import kept_mask, pack_integers
 from castlm_runtime.formats import FORMATS as VALUES
-from castlm_runtime.model import Cache, Part
 from castlm_runtime.packed import PackedSpec
 
 
@@ -84,10 +82,30 @@ class Format(NamedTuple):
 
 FORMATS = tuple(map(Format, ("fp32", "bf16", "int8", "int4", "int3")))
 WITH_HEADS = tuple(form._replace(head="int8") for form in FORMATS[2:])
-PROMPT, NEW_TOKENS = 32, 48
-LONG_PROMPT, BATCH = 512, 8
-WORK = {"decode": "decoding", "read": f"prompt of {LONG_PROMPT}", "batch": f"batch of {BATCH}"}
-"""What is timed: the fields of `Runner`, and their names."""
+PROMPT, LONG_PROMPT, BATCH = 32, 512, 8
+ROOM = num_tokens(BATCH, LONG_PROMPT)
+"""Tokens of all sequences together."""
+
+
+class Work(NamedTuple):
+    """What is timed: of `count` sequences of `length` tokens, reading them or one token of each after them."""
+
+    name: str
+    count: int
+    length: int
+    is_prompt: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed in the time."""
+        return self.length if self.is_prompt else self.count
+
+
+WORK = {
+    "decode": Work("decoding", 1, PROMPT, False),
+    "read": Work(f"prompt of {LONG_PROMPT}", 1, LONG_PROMPT, True),
+    "batch": Work(f"batch of {BATCH}", BATCH, LONG_PROMPT, False),
+}
 
 Codes = dict[str, Rounded]
 """The codes of the layers with integers, by name."""
@@ -111,8 +129,7 @@ class Point:
         """Tokens per second, the median of the rounds; NaN if no speed was measured."""
         if work not in self.seconds:
             return math.nan
-        tokens = {"decode": NEW_TOKENS, "read": LONG_PROMPT, "batch": BATCH}[work]
-        return tokens / statistics.median(self.seconds[work])
+        return WORK[work].num_tokens / statistics.median(self.seconds[work])
 
     def __str__(self) -> str:
         return f"{self.name:22} perplexity {self.perplexity:.3f}  {self.num_bytes / 1e6:.1f} MB"
@@ -190,36 +207,34 @@ def onto_kernels(model: PreTrainedModel, form: Format, pattern: NM | None, codes
     onto_kernels_(model, torch.float32, form.head)
 
 
-class Runner(NamedTuple):
-    """A model in one format, ready to be timed. Each function takes token ids (sequences, tokens)."""
-
-    decode: Callable[[Tensor], object]
-    """Greedy decoding of `NEW_TOKENS` after a prompt."""
-    read: Callable[[Tensor], object]
-    """The logits of the last token of one prompt."""
-    batch: Callable[[Tensor], object]
-    """The logits of one token of each sequence."""
-
-
-Runners = dict[str, Runner]
+Runners = dict[str, Contestant]
 """By name of the point."""
 
 
-def runner_of(model: PreTrainedModel) -> Runner:
-    def forward(ids: Tensor) -> object:
-        return model(ids, use_cache=False, logits_to_keep=1)
+class Transformers:
+    """A model of transformers, with its own cache."""
 
-    greedy = Greedy(model, kind="bf16")
-    if greedy.engine is None:
-        return Runner(lambda ids: greedy(ids, NEW_TOKENS), forward, forward)
-    engine, cache = greedy.engine, Cache(greedy.engine, "bf16", BATCH)
-    logits = np.empty((BATCH, engine.vocabulary), np.float32)
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.keyword = model, cache_keyword(model)
 
-    def batch(ids: Tensor) -> object:
-        engine.forward(cache, [Part(row.tolist(), 0, [i], logits[i]) for i, row in enumerate(ids)])
-        return logits
+    def _forward(self, ids: np.ndarray) -> float:
+        began = time.perf_counter()
+        output = self.model(
+            torch.from_numpy(ids), use_cache=True, logits_to_keep=1, **{self.keyword: getattr(self, "cache", None)}
+        )
+        self.cache = cache_of(output)
+        return time.perf_counter() - began
 
-    return Runner(lambda ids: greedy(ids, NEW_TOKENS), lambda ids: greedy(ids, 1), batch)
+    def read(self, ids: np.ndarray) -> float:
+        self.cache, self.count = None, len(ids)
+        return self._forward(ids)
+
+    def steps(self, count: int) -> float:
+        return sum(self._forward(np.full((self.count, 1), 1000)) for _ in range(count)) / count
+
+
+def runner_of(model: PreTrainedModel) -> Contestant:
+    return Castlm(model_in_engine(model), "bf16", ROOM) if is_packed(model) else Transformers(model)
 
 
 @torch.no_grad()
@@ -295,18 +310,13 @@ def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) 
     source, points, runners = bf16_gguf(options, loaded), [], {}
     for form in llamacpp.FORMATS:
         file = llamacpp.quantize(source, form, source.with_name(f"{form}.gguf"))
-        runner = llamacpp.LlamaCpp(file, options.seq_len, torch.get_num_threads(), BATCH)
         point = Point(f"dense {form}, llama.cpp", math.nan, gguf_files.tensor_bytes(file))
         if not options.speeds_only:
-            point.perplexity = runner.perplexity(text)
+            point.perplexity = llamacpp.LlamaCpp(file, options.seq_len, torch.get_num_threads()).perplexity(text)
         if options.tasks_from:
             point.zero_shot = accuracy(options, load_model(file).model, loaded)
         points.append(point)
-        runners[point.name] = Runner(
-            lambda ids, runner=runner: runner.greedy(ids[0], NEW_TOKENS),
-            lambda ids, runner=runner: runner.greedy(ids[0], 1),
-            lambda ids, runner=runner: runner.batch(ids[:, 0]),
-        )
+        runners[point.name] = LlamaCpp(str(file), "f16", torch.get_num_threads(), ROOM, BATCH)
     return points, runners
 
 
@@ -320,11 +330,7 @@ def process_points(
         if not options.speeds_only:
             point.perplexity = peer.ask(form, "perplexity", text, seq_len=options.seq_len)["perplexity"]
         points.append(point)
-        runners[point.name] = Runner(
-            lambda ids, form=form: peer.time(form, "decode", ids, new_tokens=NEW_TOKENS),
-            lambda ids, form=form: peer.time(form, "read", ids),
-            lambda ids, form=form: peer.time(form, "batch", ids),
-        )
+        runners[point.name] = Peer(peer, form)
     return points, runners
 
 
@@ -407,12 +413,11 @@ def frontier(options: argparse.Namespace) -> list[Point]:
     if options.quality_only:
         return points
     take_quality(points, options.quality)
-    inputs = {"decode": text[None, :PROMPT], "read": text[None, :LONG_PROMPT], "batch": text[:BATCH, None]}
-    for work, ids in inputs.items():
-        contestants = {name: functools.partial(getattr(runner, work), ids) for name, runner in runners.items()}
-        found: Times = interleaved(contestants, options.rounds, options.clock)
+    ids = np.random.default_rng(0).integers(0, loaded.model.config.get_text_config().vocab_size, (BATCH, LONG_PROMPT))
+    for key, work in WORK.items():
+        found = in_turns(runners, ids[: work.count, : work.length], work.is_prompt, options.rounds)
         for point in points:
-            point.seconds[work] = found[point.name]
+            point.seconds[key] = found[point.name]
     return points
 
 
@@ -430,7 +435,7 @@ def table(points: list[Point]) -> str:
     """Markdown: tokens per second of each kind of work."""
     tasks = [f" {row['task']}, {row['num_docs']} questions |" for row in points[0].zero_shot]
     lines = [
-        f"| format | perplexity |{''.join(tasks)} MB |" + "".join(f" {name}, tokens/s |" for name in WORK.values())
+        f"| format | perplexity |{''.join(tasks)} MB |" + "".join(f" {work.name}, tokens/s |" for work in WORK.values())
     ]
     lines.append("|---|" + "---:|" * (2 + len(WORK) + len(tasks)))
     for p in points:
@@ -446,7 +451,7 @@ def against_dense(points: list[Point]) -> str:
     """Markdown: each sparse format in units of the fastest dense one of all, with the spread of the rounds."""
     dense = [point for point in points if point.pattern is None]
     best = {work: max(dense, key=lambda point: point.per_second(work)) for work in WORK}
-    lines = ["| in units of the fastest dense |" + "".join(f" {name} |" for name in WORK.values())]
+    lines = ["| in units of the fastest dense |" + "".join(f" {work.name} |" for work in WORK.values())]
     lines.append("|---|" + "---:|" * len(WORK))
     lines.append("| which is |" + "".join(f" {best[work].name.removeprefix('dense ')} |" for work in WORK))
     for point in points:
@@ -523,7 +528,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--openvino", metavar="PYTHON", help="of an environment with OpenVINO")
     parser.add_argument("--scratch", metavar="FOLDER", help="keeps the peers' models for another run with this --model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread beside other work")
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--plot", metavar="OUT")
     options = parser.parse_args(arguments)

@@ -5,8 +5,7 @@
 The wheel of the package index is not compiled for this processor, and its source archive lacks a file. Compiled so,
 `LD_LIBRARY_PATH` names the folder `ik_llama_cpp/lib` of the environment. A process of its own, since its libraries have
 the names of llama.cpp's. The source of `make` is a GGUF file. Weights are repacked into interleaved rows while they
-are loaded (its option -rtr). Attention is its flash attention, as by default, but not in a batch of first tokens,
-where it ends with "GGML_ASSERT(S > 0) failed".
+are loaded (its option -rtr). Attention is its flash attention, as by default.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from benchmarks.peer import main
 
 FORMATS = ("Q8_0", "Q4_0")
 """Formats with groups of 256 weights do not divide the rows of SmolLM2-135M; IQ4_NL has NaN on an AMD EPYC (Zen 4)."""
-CONTEXT = 2048
-"""Tokens that a runner takes, in all sequences together."""
-SEQUENCES = 8
-"""The most sequences of one step."""
+CONTEXT, SEQUENCES = 8192, 8
+"""Tokens that a runner takes, in all sequences together, and the most sequences."""
+PART = 2048
+"""Tokens that it takes in one step."""
 
 
 def make(source: str, folder: str) -> None:
@@ -53,35 +52,39 @@ class Runner:
         self.vocabulary = ik.llama_vocab_n_tokens(ik.llama_model_get_vocab(self.model))
         self.all_logits, self.length = all_logits, 0
         options = ik.llama_context_default_params()
-        options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
+        options.n_ctx, options.n_batch, options.n_ubatch = CONTEXT, PART, PART
         options.n_threads = options.n_threads_batch = threads
-        options.logits_all = all_logits
-        self.alone = ik.llama_init_from_model(self.model, options)
-        options.n_seq_max, options.flash_attn = SEQUENCES, False
-        self.together = ik.llama_init_from_model(self.model, options)
+        options.logits_all, options.n_seq_max = all_logits, SEQUENCES
+        self.context = ik.llama_init_from_model(self.model, options)
 
     def reset(self) -> None:
-        ik.llama_kv_cache_clear(self.alone)
-        ik.llama_kv_cache_clear(self.together)
+        ik.llama_kv_cache_clear(self.context)
         self.length = 0
 
     def step(self, ids: np.ndarray) -> np.ndarray:
-        """The logits of new tokens (sequences, tokens), after those since `reset`."""
         rows, tokens = ids.shape
-        context = self.alone if rows == 1 else self.together
+        at_once = max(1, PART // tokens)  # sequences
+        found = [self._step(ids[row : row + at_once], row) for row in range(0, rows, at_once)]
+        self.length += tokens
+        return np.concatenate(found)
+
+    def _step(self, ids: np.ndarray, first: int) -> np.ndarray:
+        """The logits of new tokens of the sequences from number `first` on."""
+        rows, tokens = ids.shape
         shown = range(tokens) if self.all_logits else (tokens - 1,)
         batch = ik.llama_batch_init(ids.size, 0, 1)
         batch.n_tokens = ids.size
         for at, (row, column) in enumerate(np.ndindex(rows, tokens)):
             batch.token[at], batch.pos[at] = int(ids[row, column]), self.length + column
-            batch.n_seq_id[at], batch.seq_id[at][0] = 1, row
+            batch.n_seq_id[at], batch.seq_id[at][0] = 1, first + row
             batch.logits[at] = column in shown
-        code = ik.llama_decode(context, batch)
+        code = ik.llama_decode(self.context, batch)
         ik.llama_batch_free(batch)
         if code:
             raise RuntimeError(f"ik_llama.cpp took no batch of {ids.shape}: code {code}")
-        self.length += tokens
-        found = [ik.llama_get_logits_ith(context, row * tokens + column) for row in range(rows) for column in shown]
+        found = [
+            ik.llama_get_logits_ith(self.context, row * tokens + column) for row in range(rows) for column in shown
+        ]
         logits = np.stack([np.ctypeslib.as_array(pointer, (self.vocabulary,)) for pointer in found])
         return logits.reshape(rows, len(shown), self.vocabulary)
 

@@ -4,8 +4,8 @@
     python -m benchmarks.PEER answer FOLDER THREADS      # reads requests, prints answers, both JSON, one a line
 
 Peers want other packages than castlm, or other versions, so a module of a peer imports nothing of castlm. A request is
-{"format": a name in sizes.json, "what": "decode", "read", "steps", "batch" or "perplexity", "ids": lists of tokens} and
-for some "new_tokens" or "seq_len". The answer has seconds by clock, or the perplexity. "steps" takes one token of each
+{"format": a name in sizes.json, "what": "read", "steps" or "perplexity", "ids": lists of tokens} and for some
+"new_tokens" or "seq_len". The answer has the seconds by the clock, or the perplexity. "steps" takes one token of each
 of the sequences that "read" has read before.
 """
 
@@ -38,13 +38,6 @@ RunnerOf = Callable[[str, str, int, bool], Runner]
 """Makes a runner of a folder, a format, a number of threads, and whether all tokens have logits."""
 
 
-def decode(runner: Runner, ids: np.ndarray, new_tokens: int) -> None:
-    """The next tokens after a prompt (1, tokens), each the most probable one."""
-    logits = runner.step(ids)
-    for _ in range(new_tokens - 1):
-        logits = runner.step(np.array([[logits[0, -1].argmax()]]))
-
-
 def perplexity(runner: Runner, ids: np.ndarray, seq_len: int) -> float:
     """As `LlamaCpp.perplexity`: sequences side by side, all tokens but the first of each scored."""
     total, count = 0.0, 0
@@ -70,17 +63,13 @@ def answer(folder: str, threads: int, runner_of: RunnerOf) -> None:
             if name not in runners:
                 runners[name] = runner_of(folder, name, threads, False)
             runner = runners[name]
-            if what != "steps":
+            began = time.perf_counter()
+            if what == "read":
                 runner.reset()
-            wall, cpu = time.perf_counter(), time.process_time()
-            if what == "decode":
-                decode(runner, ids, request["new_tokens"])
-            elif what == "steps":
-                for _ in range(request["new_tokens"]):
-                    runner.step(ids)
-            else:
                 runner.step(ids)
-            found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+            for _ in range(request.get("new_tokens", 0)):
+                runner.step(ids)
+            found = {"seconds": time.perf_counter() - began}
         print(json.dumps(found), flush=True)
 
 

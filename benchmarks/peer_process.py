@@ -9,9 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
-
-from benchmarks.rows import Elsewhere
 
 _ROOT = Path(__file__).parents[1]
 
@@ -48,7 +47,7 @@ class PeerProcess:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
         atexit.register(self._process.kill)
 
-    def ask(self, form: str, what: str, ids: Tensor, **options: int) -> dict[str, Any]:
+    def ask(self, form: str, what: str, ids: Tensor | np.ndarray, **options: int) -> dict[str, Any]:
         """The answer to one request."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -56,6 +55,3 @@ class PeerProcess:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
-
-    def time(self, form: str, what: str, ids: Tensor, **options: int) -> Elsewhere:
-        return Elsewhere(**self.ask(form, what, ids, **options))

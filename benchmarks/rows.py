@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,6 @@ Times = dict[str, list[float]]
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """Wall time, or processor time of this process: use the second with one thread on a shared machine."""
-
-
-class Elsewhere(NamedTuple):
-    """The seconds of a contestant that runs in a process of its own, by clock."""
-
-    wall: float
-    cpu: float
 
 
 @dataclass
@@ -55,19 +48,17 @@ class Row:
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], repeats: int, clock: str = "wall") -> Times:
-    """Seconds of each contestant in each of `repeats` rounds A B A B, after a warm-up round. A contestant that returns
-    `Elsewhere` has measured itself.
-    """
+    """Seconds of each contestant in each of `repeats` rounds A B A B, after a warm-up round."""
     now = CLOCKS[clock]
     times: Times = {name: [] for name in contestants}
     for round_number in range(repeats + 1):
         for name, run in contestants.items():
             started = now()
-            result = run()
+            run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_number:
-                times[name].append(getattr(result, clock) if isinstance(result, Elsewhere) else now() - started)
+                times[name].append(now() - started)
     return times
 
 

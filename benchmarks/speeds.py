@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,24 +149,29 @@ class Peer:
 
     def read(self, ids: np.ndarray) -> float:
         self.count = len(ids)
-        return float(self.process.ask(self.form, "read", ids)["wall"])
+        return float(self.process.ask(self.form, "read", ids)["seconds"])
 
     def steps(self, count: int) -> float:
         tokens = np.full((self.count, 1), 1000)
-        return float(self.process.ask(self.form, "steps", tokens, new_tokens=count)["wall"]) / count
+        return float(self.process.ask(self.form, "steps", tokens, new_tokens=count)["seconds"]) / count
 
 
-def contestants(options: argparse.Namespace, threads: int, num_tokens: int) -> dict[str, Contestant]:
-    """Castlm's folders and the peers by name, with room for `num_tokens` in all sequences together."""
+def num_tokens(count: int, length: int) -> int:
+    """Places that `count` sequences take in a cache, with the steps that are timed after `length` tokens."""
+    return count * (length + 512)
+
+
+def contestants(options: argparse.Namespace, threads: int, room: int) -> dict[str, Contestant]:
+    """Castlm's folders and the peers by name, with room for so many tokens in all sequences together."""
     found: dict[str, Contestant] = {}
     for folder in options.folders:
         model = Model.open(folder, threads)
         for kind in options.caches:
-            found[f"{Path(folder).name}, castlm, {kind} cache"] = Castlm(model, kind, num_tokens)
+            found[f"{Path(folder).name}, castlm, {kind} cache"] = Castlm(model, kind, room)
     for file in options.gguf:
         for cache in ("f16", "q8_0"):
             found[f"{Path(file).stem}, llama.cpp, {cache} cache"] = LlamaCpp(
-                file, cache, threads, num_tokens, max(options.batches, default=1)
+                file, cache, threads, room, max(options.batches, default=1)
             )
     if options.openvino:
         process = PeerProcess(
@@ -177,6 +182,24 @@ def contestants(options: argparse.Namespace, threads: int, num_tokens: int) -> d
     return found
 
 
+def in_turns(rivals: Mapping[str, Contestant], ids: np.ndarray, is_prompt: bool, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each rival in every round, A B A B after a warm-up round.
+
+    Args:
+        ids: prompts (sequences, tokens).
+        is_prompt: whether reading them is timed, or one token of each sequence after them.
+    """
+    seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
+    for round_number in range(rounds + 1):
+        for rival, runner in rivals.items():
+            spent = runner.read(ids) if is_prompt or round_number == 0 else 0.0
+            if not is_prompt:
+                spent = runner.steps(STEPS)
+            if round_number:
+                seconds[rival].append(spent)
+    return seconds
+
+
 def measure(options: argparse.Namespace, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Rows of {work, contestant, threads, per_second, low, high}."""
     rows: list[dict[str, Any]] = []
@@ -185,22 +208,12 @@ def measure(options: argparse.Namespace, say: Callable[[str], None] = print) -> 
     work = [(f"prompt of {length:,}", 1, length, True) for length in options.prompts]
     work += [(f"decoding at {length:,}", 1, length, False) for length in options.contexts]
     work += [(f"batch of {count} at {BATCH_CONTEXT}", count, BATCH_CONTEXT, False) for count in options.batches]
-    room = max(count * (length + 512) for _, count, length, _ in work)
+    room = max(num_tokens(count, length) for _, count, length, _ in work)
     for threads in options.threads:
         rivals = contestants(options, threads, room)
         for name, count, length, is_prompt in work:
-            seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
-            prompts = ids[:count, :length]
-            for round_number in range(options.rounds + 1):
-                for rival, runner in rivals.items():
-                    if is_prompt or round_number == 0:
-                        spent = runner.read(prompts)
-                    if not is_prompt:
-                        spent = runner.steps(STEPS)
-                    if round_number:
-                        seconds[rival].append(spent)
             tokens = length if is_prompt else count
-            for rival, times in seconds.items():
+            for rival, times in in_turns(rivals, ids[:count, :length], is_prompt, options.rounds).items():
                 low, *_, high = speeds = sorted(tokens / spent for spent in times)
                 row = {"work": name, "name": rival, "threads": threads, "per_second": statistics.median(speeds)}
                 rows.append(row | {"low": low, "high": high})

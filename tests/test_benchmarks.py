@@ -47,15 +47,15 @@ def test_a_peer_answers_with_the_perplexity_of_castlm_and_seconds(monkeypatch, c
     ids = torch.randint(64, (40,))
     requests = [
         {"format": "x", "what": "perplexity", "ids": ids.tolist(), "seq_len": 16},
-        {"format": "x", "what": "decode", "ids": [ids[:4].tolist()], "new_tokens": 3},
-        {"format": "x", "what": "batch", "ids": ids[:8, None].tolist()},
+        {"format": "x", "what": "read", "ids": ids[:8].reshape(2, 4).tolist()},
+        {"format": "x", "what": "steps", "ids": [[1], [2]], "new_tokens": 3},
     ]
     monkeypatch.setattr("sys.stdin", map(json.dumps, requests))
     monkeypatch.setattr("sys.argv", ["peer", "answer", "folder", "1"])
     peer.main(lambda source, folder: None, _Runner)
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert answers[0]["perplexity"] == pytest.approx(perplexity(tiny_model("llama"), ids, seq_len=16).perplexity)
-    assert [answer.keys() for answer in answers[1:]] == [{"wall", "cpu"}] * 2
+    assert [answer.keys() for answer in answers[1:]] == [{"seconds"}] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -75,7 +75,7 @@ def test_gpu_checks_hold_on_a_cpu():
 @pytest.mark.skipif(inference_native.kernels() is None, reason="the C++ kernels are not built")
 @pytest.mark.slow
 def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(frontier, "NEW_TOKENS", 2)
+    monkeypatch.setattr(frontier, "LONG_PROMPT", 32)
     folder = save_tiny(tmp_path / "m", "llama", hidden_size=64, head_dim=16)
     (tmp_path / "t.txt").write_text(TEXT)
     sizes = ["--sequences", "2", "--eval-tokens", "256", "--seq-len", "64", "--calibration-len", "64", "--rounds", "1"]
