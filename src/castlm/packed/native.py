@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -12,8 +10,6 @@ from castlm.dtypes import STORED
 from castlm_runtime import library
 from castlm_runtime.formats import FORMATS
 from castlm_runtime.library import (
-    HEADER,
-    INTEGERS,
     LAYOUTS,
     LONGEST_GROUP,
     NOT_BUILT,
@@ -104,19 +100,9 @@ def repack_(
 
 
 def rows_at_a_time(packed: Tensor) -> int:
-    """The number of rows of x that `multiply` should take at once, if x has many; 0 if the library's GEMM is faster.
-
-    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding, and floats with AVX-512, or with
-    AVX2 in the layout "lanes".
-    docs/performance.md has the speeds, measured by `benchmarks.levels`.
-    """
+    """The number of rows of x that `multiply` should take at once: see `castlm_runtime.library.rows_at_a_time`."""
     _check_plain("a packed weight", packed, torch.uint8)
-    if packed.numel() < HEADER.size:
-        return 0  # both ways refuse it
-    _, layout, values, _, _, _ = HEADER.unpack(ctypes.string_at(packed.data_ptr(), HEADER.size))
-    if layout == LAYOUTS["lanes"] and level() in ("avx2", "avx512", "amx"):
-        return 512
-    return 512 if layout != LAYOUTS["rows"] and level() == "avx2" and values in INTEGERS else 0
+    return library.rows_at_a_time(packed.data_ptr(), packed.numel())
 
 
 def multiply(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
