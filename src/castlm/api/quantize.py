@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.api.objects import Objects, Result
 from castlm.api.pack import head_formats
 from castlm.api.signature import with_keywords_of
+from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
+from castlm.facts import Facts
 from castlm.fields import Needs, build, choice, like, number, option, parsed, positional
 from castlm.patterns import parse_pattern_or_dense
 from castlm.training.options import ModelOptions, RuntimeOptions
 from castlm_runtime.formats import rounded_formats
+from castlm_runtime.reading import user_path
 
 if TYPE_CHECKING:  # they import torch
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +26,7 @@ if TYPE_CHECKING:  # they import torch
     from castlm.api.objects import Model, Text
     from castlm.oneshot.steps.round import QuantizeReport
 
+FOLDER = Needs("output_dir", lambda options: options.output_dir is not None)
 CALIBRATION = Needs("a calibration text, which int4 and int3 read", lambda options: options.reads_text)
 
 
@@ -32,19 +37,24 @@ class QuantizeOptions(TextOptions):
     model: str = positional()
     """Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense."""
 
-    output_dir: str = field(kw_only=True)
+    output_dir: str | None = option(None)
     """Folder for the quantized model."""
+
+    gguf: str | None = option(None)
+    """Write this GGUF file, for llama.cpp, Ollama and LM Studio, instead of a folder: int4 as Q4_0, int8 as Q8_0. The
+    model is a GGUF file too; its metadata, tokenizer, embedding and head stay as they are.
+    """
 
     kind: str = choice("int8", rounded_formats)
     """int8 and fp8 round to the nearest, with one scale per row. int4 and int3 have a scale for every 64 columns of a
     row and round by GPTQ with a calibration text. castlm train --weight-bits 3 loses far less than int3 here.
     """
 
-    packed: bool = False
+    packed: bool = option(False, needs=FOLDER)
     """Write codes and scales without zeros, in castlm's packed format (not fp8), instead of a plain model folder.
     """
 
-    head: str | None = choice(None, head_formats)
+    head: str | None = choice(None, head_formats, needs=FOLDER)
     """With --packed, int8 also rounds the output head and the embedding, tied or not, with one scale per row."""
 
     calibration: str | None = None
@@ -71,11 +81,11 @@ class QuantizeOptions(TextOptions):
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
-    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = option("source", needs=FOLDER)
     """Dtype of the dequantized values in a plain folder. source: the dtype of the stored model."""
 
     overwrite: bool = False
-    """Replace an earlier result in output_dir."""
+    """Replace an earlier result in output_dir, or the file of --gguf."""
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
@@ -102,7 +112,7 @@ def quantize(
         text: the calibration text of int4 and int3: a file, folder, glob or hub dataset, a list of texts, a
             `datasets.Dataset`, or any other iterable of documents.
         kind: "int8" and "fp8" round to the nearest, "int4" and "int3" by GPTQ.
-        output_dir: the folder of the rounded model; without one, the result is a model in memory.
+        output_dir: the folder of the rounded model; without it and the option `gguf`, the result is a model in memory.
         tokenizer: of a model in memory; by default the one where it was loaded from.
         options: as of `castlm quantize`: `packed`, `head`, `pattern`, `num_sequences`, `seq_len` and others.
 
@@ -118,37 +128,48 @@ def quantize(
         >>> rounded = castlm.quantize("run", "text.txt", kind="int4", output_dir="small", packed=True)  # doctest: +SKIP
     """
     with Objects(output_dir) as given:
-        values = {"kind": kind, "output_dir": given.output_dir, **options}
+        values = {"kind": kind, "output_dir": None if options.get("gguf") else given.output_dir, **options}
         values |= {"model": given.model(model, tokenizer), "calibration": given.text(text)}
         chosen = build(QuantizeOptions, {name: value for name, value in values.items() if value is not None})
         _, report = run_quantize(chosen)
-        return given.result(chosen.output_dir, report=report, unpack=not chosen.packed)
+        if chosen.gguf is not None:
+            return Result(Path(chosen.gguf), Facts(pattern=None, left_dense={}, quantized=report.facts()), report)
+        return given.result(str(chosen.output_dir), report=report, unpack=not chosen.packed)
 
 
 def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeReport]:
     """`quantize` with converted options; returns the pattern that was verified, and the report."""
+    from castlm.export.gguf import gguf_source
     from castlm.export.packed import pattern_of
     from castlm.export.quantized import CalibrationOptions, quantize_folder
-    from castlm.files.output import check_output
+    from castlm.files.output import check_beside, check_output
     from castlm.hardware import choose_device
     from castlm.models.locate import result_folder
     from castlm.progress import note, shown_progress
 
+    if (options.output_dir is None) == (options.gguf is None):
+        raise InputError("quantize writes a folder or a GGUF file: pass --output-dir FOLDER or --gguf FILE")
     calibration = None
     if options.calibration is not None:
         calibration = CalibrationOptions(options.calibration, options.num_sequences, options.seq_len, options.seed)
     source = result_folder(options.model)
+    if options.gguf is not None:
+        output = Path(os.path.realpath(user_path(options.gguf)))
+        gguf_source(source, options.kind, output, options.overwrite)
+        check_beside(output)
     pattern = pattern_of(source, options.pattern)
-    inputs = {"model": source, "calibration": options.calibration}
-    folder = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
+    if options.output_dir is not None:
+        inputs = {"model": source, "calibration": options.calibration}
+        output = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
     with shown_progress(f"{options.kind}, blocks", before=None) as progress:
         report = quantize_folder(
             source,
-            folder,
+            output,
             options.kind,
             pattern=pattern,
             calibration=calibration,
             packed=options.packed,
+            gguf=options.gguf is not None,
             head=options.head,
             damping=options.damping,
             options=options,

@@ -23,9 +23,10 @@ class QuantizeCommand(QuantizeOptions):
         pattern, report = run_quantize(self)
         for line in report.notes:
             note(line)
+        output = self.gguf or str(self.output_dir)
         to_stdout(
-            f"{self.output_dir}: {self.kind} in {len(report.errors)} layers, mean relative error "
+            f"{output}: {self.kind} in {len(report.errors)} layers, mean relative error "
             f"{report.mean_error:.2e}, {'dense' if pattern is None else f'{pattern} verified'}; "
-            f"measure it with: castlm eval {shlex.quote(self.output_dir)} --text FILE"
+            f"measure it with: castlm eval {shlex.quote(output)} --text FILE"
         )
         return 0

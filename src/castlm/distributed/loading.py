@@ -172,6 +172,12 @@ class Checkpoint:
     source: str
     places: Mapping[str, AnyPlace]
 
+    @property
+    def gguf(self) -> GgufWeights | None:
+        """The weights of the GGUF file that holds the parameters; None if other files do."""
+        place = next(iter(self.places.values()))
+        return place.weights if isinstance(place, GgufPlace) else None
+
     def read(self, name: str) -> Tensor:
         """Reads a whole parameter, in its stored dtype."""
         with opened_files() as read:

@@ -27,6 +27,7 @@ from castlm.distributed.loading import Checkpoint, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.folder import left_dense_reason, read_facts
+from castlm.export.gguf import check_layers, write_gguf
 from castlm.export.hf import export_blocks, export_model
 from castlm.export.origin import origin_of
 from castlm.export.packed import groups_of, naming_instead, pack_into
@@ -35,6 +36,7 @@ from castlm.files.output import atomic_dir
 from castlm.formats.rounding import Rounded
 from castlm.hardware import keep_freed_memory, return_freed_memory
 from castlm.models.architecture import is_vision_language, move_
+from castlm.models.gguf import GgufWeights
 from castlm.models.io import Loaded, config_hash, load_model, save_dtype
 from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.draw import calibration_length
@@ -73,6 +75,7 @@ def quantize_folder(
     pattern: Pattern | None,
     calibration: CalibrationOptions | None = None,
     packed: bool = False,
+    gguf: bool = False,
     head: str | None = None,
     damping: float = 0.01,
     options: TextOptions = DEFAULTS,
@@ -90,11 +93,12 @@ def quantize_folder(
 
     Args:
         name: a model folder, hub id, GGUF file or "demo".
-        folder: the output, a plain model folder with the rounded values, or a packed one.
+        folder: the output, a plain model folder with the rounded values, or a packed one; with `gguf`, a file.
         kind: "int8" or "fp8", to the nearest with a scale per row; "int4", "int3", by GPTQ with a scale per 64 columns.
         pattern: the model's pattern, verified before and after; None for a dense model.
         calibration: int3 needs it; without it int4 is rounded to the nearest.
         packed: store the integers and scales in castlm's packed format.
+        gguf: write a GGUF file, as `castlm.export.gguf`, from the GGUF file `name`.
         head: with `packed`, "int8" also rounds the output head and the embedding.
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         options: how the calibration text is read; a chat template is also saved.
@@ -131,6 +135,12 @@ def quantize_folder(
     sharded = open_sharded(name, trust_remote_code=trust_remote_code, revision=None)
     if sharded is not None and not _goes_by_block(sharded[0].model):
         sharded = None
+    of_file: GgufWeights | None = None
+    if gguf:
+        of_file = None if sharded is None else sharded[1].gguf
+        if sharded is None or of_file is None:
+            raise InputError(f"the layers of {name} are not each one tensor of its file: leave --gguf out")
+        check_layers(of_file, sharded[0].model)
     if sharded is None:
         keep_freed_memory()
         # GPTQ computes in fp32; rounding to the nearest takes fp32 a layer at a time, and what is written is the same.
@@ -163,7 +173,7 @@ def quantize_folder(
         step = Round(kind, damping, "memory" if packed else "none")
         rounded = _rounded_whole(loaded, step, tokens, device, progress)
     else:
-        step = Round(kind, damping, "blocks" if packed else "none")
+        step = Round(kind, damping, "blocks" if packed or gguf else "none")
         weights = checkpoint.fingerprint(World(0, 1, torch.device(device), None))
         known = {"model": loaded.source, "weights": weights, "config": config_hash(model.config), **text}
         rounded = _rounded_by_block(
@@ -171,6 +181,9 @@ def quantize_folder(
         )
     origin = origin_of(name)
     with rounded as (report, write, integers):
+        if of_file is not None:
+            write_gguf(of_file, integers(), folder, say)
+            return report
         record = replace(
             facts,  # their `earlier` and their own step stay: `quantized` is a step after it
             base_model=origin.base_model,

@@ -31,7 +31,7 @@ def fast_gguf() -> Iterator[None]:
     import gguf
 
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = _reader, functools.cache(name_map)
+    gguf.GGUFReader, gguf.get_tensor_name_map = reader_of, functools.cache(name_map)
     try:
         yield
     finally:
@@ -56,6 +56,23 @@ class GgufWeights:
         """The shape of a weight by its name in the state dict; None if the file lacks it."""
         tensor = self._tensors.get(name)
         return None if tensor is None else tuple(int(size) for size in reversed(tensor.shape))
+
+    def tensor(self, name: str) -> Any:
+        """gguf's tensor of a weight."""
+        return self._tensors[name]
+
+    def row_order(self, name: str) -> np.ndarray:
+        """For each row of a matrix, the number of the row of the file that holds it.
+
+        llama.cpp has the rotary pairs of q and k beside each other in some families.
+        """
+        tensor = self._tensors[name]
+        numbers = np.arange(int(tensor.shape[-1]))[:, None]
+        moved = self._processor.process(
+            weights=numbers, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}
+        ).weights
+        assert np.array_equal(np.sort(moved, axis=0), numbers), tensor.name
+        return moved[:, 0]
 
     def read(self, name: str) -> Tensor:
         """A weight in fp32, with the bits that transformers gives it."""
@@ -87,7 +104,7 @@ def gguf_weights(file: Path, model: PreTrainedModel) -> GgufWeights | None:
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
     with fast_gguf():
-        reader = _reader(file)
+        reader = reader_of(file)
         (architecture,) = loader.read_field(reader, "general.architecture")
         kind = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)
         by_one = (
@@ -105,16 +122,17 @@ def gguf_weights(file: Path, model: PreTrainedModel) -> GgufWeights | None:
 
 def num_elements(file: Path) -> int:
     """The number of weights in a GGUF file."""
-    return sum(int(tensor.n_elements) for tensor in _reader(file).tensors)
+    return sum(int(tensor.n_elements) for tensor in reader_of(file).tensors)
 
 
 def read_fields(path: str | os.PathLike[str], *names: str) -> dict[str, str]:
     """Those of the text fields `names` that the header of a GGUF file has."""
-    fields = _reader(path).fields
+    fields = reader_of(path).fields
     return {name: str(fields[name].contents()) for name in names if name in fields}
 
 
-def _reader(path: str | os.PathLike[str]) -> Any:
+def reader_of(path: str | os.PathLike[str]) -> Any:
+    """gguf's reader of a file, on plain arrays; kept until `forget_gguf`."""
     return _reader_of_version(os.fspath(path), os.stat(path).st_mtime_ns)
 
 
