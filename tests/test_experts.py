@@ -34,7 +34,9 @@ from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.models.io import load_model, save_model
+from castlm.oneshot.steps.round import layers_to_round
 from castlm.training.config import TrainConfig
+from castlm.training.model import filter_of
 from castlm.training.train import train
 from castlm_runtime.packed import read_specs, to_metadata
 from castlm_runtime.stored import PACKED_SINGLE as FILE
@@ -260,6 +262,8 @@ def test_a_gate_without_experts_beside_it_is_a_layer_in_memory_and_in_files(tmp_
                 at = at._modules.setdefault(owner, nn.Module())
             at.add_module(leaf, nn.Linear(8, 8))
         assert (gate in sparse_linears(model)[0]) is is_layer
+        assert (gate in sparse_linears(model, filter_fn=filter_of((), model))[0]) is is_layer
+        assert (gate in layers_to_round(model)) is is_layer
         tensors = {f"{name}.weight": torch.ones(8, 8) for name in names}
         save_file(tensors, tmp_path / "one.safetensors")
         uses = {name: StoredUse(name, 1, 8, "a sum over axis -1", True, True) for name in tensors}

@@ -356,3 +356,10 @@ def test_a_calibration_that_is_none_is_refused_before_anything_changes(named, ov
     with pytest.raises(InputError, match=named):
         prune_oneshot_(model, "sparsegpt", **{"calibration": tokens(), **over})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("other", [4, 3.0, True, None, "3", torch.tensor(3)])
+def test_arguments_of_a_block_are_the_same_only_if_their_plain_values_are(other):
+    one = {"mask": torch.ones(2), "scale": (3, object())}
+    assert walk._same(one, {"mask": torch.ones(2), "scale": (3, object())})
+    assert not walk._same(one, {"mask": torch.ones(2), "scale": (other, object())})

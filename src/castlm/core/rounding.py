@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from castlm.core.shards import local
-from castlm.core.sparsify import FilterFn, SparseLayer, computed_weight, is_sparse_linear, weight_parameter
+from castlm.core.sparsify import FilterFn, SparseLayer, computed_weight, filter_for, is_sparse_linear, weight_parameter
 
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of the largest magnitude: clipping it may cost less than a coarse grid
 
@@ -141,7 +141,8 @@ def add_weight_rounding(
     have the values of step 0. `fold_weight_scaling` leaves plain layers with the rounded weights.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
-    chosen = {name: layer for name, layer in layers.items() if filter_fn(layer, name)}
+    chooses = filter_for(model, filter_fn)
+    chosen = {name: layer for name, layer in layers.items() if chooses(layer, name)}
     for layer in chosen.values():
         rounding = WeightRounding(weight_parameter(layer), bits, group)
         parametrize.register_parametrization(layer, "weight", rounding, unsafe=True)

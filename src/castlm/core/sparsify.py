@@ -7,7 +7,7 @@ Embeddings and the output head stay dense. Every weight that stays dense is list
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType
@@ -71,6 +71,17 @@ def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
     return isinstance(module, SparseLayer) and why_dense(fqn) is None
 
 
+def filter_for(model: nn.Module, filter_fn: FilterFn = is_sparse_linear) -> FilterFn:
+    """`filter_fn`; for the default, the same rule once it knows which modules of `model` hold experts.
+
+    A layer with a router's name outside them, such as `mlp.gate`, is a layer like any other.
+    """
+    if filter_fn is not is_sparse_linear:
+        return filter_fn
+    owners = owners_of_experts(name for name, _ in model.named_modules())
+    return lambda module, fqn: isinstance(module, SparseLayer) and why_dense(fqn, owners) is None
+
+
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The transformer blocks of a model by name, in order: the numbered modules that are not inside another."""
     return {fqn: module for fqn, module in model.named_modules() if fqn and block_name(fqn) == fqn}
@@ -126,15 +137,13 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
     pattern = parse_pattern(pattern)
     sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}
+    chooses = filter_for(model, filter_fn)
     owners = owners_of_experts(name for name, _ in model.named_modules())
     for fqn, module in model.named_modules(remove_duplicate=True):
         # The inside of a parametrized layer, such as its scales; the layer itself is met under its own name.
         if "parametrizations" in fqn.split("."):
             continue
-        chosen = isinstance(module, SparseLayer) and filter_fn(module, fqn)
-        if filter_fn is is_sparse_linear:
-            chosen = isinstance(module, SparseLayer) and why_dense(fqn, owners) is None
-        if chosen:
+        if isinstance(module, SparseLayer) and chooses(module, fqn):
             own = pattern.at(fqn)
             misfit = own.misfit((module.out_features, module.in_features))
             if isinstance(module, ExpertLinear) and not isinstance(own, NM):
@@ -145,7 +154,7 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
                 sparse[fqn] = module
             continue
         for name, param in module.named_parameters(recurse=False):
-            reason = _why_dense(module, fqn, name, param)
+            reason = _why_dense(module, fqn, name, param, owners)
             if reason:
                 dense[f"{fqn}.{name}".lstrip(".")] = reason
     if not sparse:
@@ -159,8 +168,8 @@ def scope_of(model: nn.Module, pattern: Pattern | str = "2:4", filter_fn: Filter
     return Scope(pattern, sparse, dense)
 
 
-def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor) -> str | None:
-    why = why_dense(fqn)
+def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor, owners: Collection[str]) -> str | None:
+    why = why_dense(fqn, owners)
     if isinstance(module, SparseLayer) and name == "weight":
         return why or "excluded by the filter"
     if param.dim() >= 2 and why and (in_block(fqn) or is_tower(fqn)):

@@ -25,7 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from castlm.core.blocks import in_block, is_tower
 from castlm.core.errors import InputError, MostlyDenseError, one_line
 from castlm.core.nm import Pattern
-from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, num_weights, scope_of, sparse_linears
+from castlm.core.sparsify import (
+    FilterFn,
+    SparseLayer,
+    filter_for,
+    is_sparse_linear,
+    num_weights,
+    scope_of,
+    sparse_linears,
+)
 from castlm.dtypes import STORED_NAMES, dtype_name, equal_in_bits
 from castlm.export.card import model_card
 from castlm.export.origin import origin_in_memory
@@ -237,7 +245,7 @@ def verify_pattern(folder: Path, model: PreTrainedModel, pattern: Pattern, left_
     """
     code_is_trusted = type(model).__module__.startswith("transformers_modules")  # its code runs already
     report = verify(folder, pattern, allow_dense=1.0, trust_remote_code=code_is_trusted)
-    layout, sparse = StoredLayout(model), set[str]()
+    layout, sparse, chooses = StoredLayout(model), set[str](), filter_for(model)
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, SparseLayer):
@@ -245,7 +253,7 @@ def verify_pattern(folder: Path, model: PreTrainedModel, pattern: Pattern, left_
         reason = left_dense.get(name, left_dense.get(f"{name}.weight"))
         if reason is not None:
             reasons |= dict.fromkeys((part.name for part in layout.parts(name)), reason)
-        elif is_sparse_linear(module, name):
+        elif chooses(module, name):
             sparse |= {part.name for part in layout.parts(name)}
     other = "not a linear layer of its own in memory"
     for name in report.uncounted.keys() - sparse:

@@ -27,7 +27,7 @@ from castlm.facts import Cut, DrawnText, Facts, Perplexities
 from castlm.files.record import command_of
 from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
 from castlm.models.architecture import is_vision_language, move_
-from castlm.models.io import Loaded, config_hash, fp32_bytes, load_model, save_dtype
+from castlm.models.io import Loaded, config_hash, fp32_bytes, load_model, save_dtype, tokenizer_hash
 from castlm.oneshot.draw import Draw
 from castlm.oneshot.folder import PROGRESS, begun_work, block_file, partial_folder, remove_work
 from castlm.oneshot.options import Refinements
@@ -100,6 +100,7 @@ def prune_folder(
         layers, left_dense = scope.layers, scope.left_dense
         stored: StoredModel | None = None
         share = check_export(model, pattern, allow_dense=allow_dense)
+        tokenizer_sha256 = tokenizer_hash(loaded.tokenizer)  # before `options` give it another template
         if checkpoint is None:
             weights = fingerprint(model)
         else:
@@ -118,7 +119,7 @@ def prune_folder(
         source: Source = stored or MemoryModel(model, layers, scope.pattern)
         before = evaluate(loaded)[0] if evaluate else None
         facts = {"model": loaded.source, "weights": weights, "config": config_hash(model.config)}
-        facts |= {"memory": memory, "dtype": dtype_name(kept_dtype)}
+        facts |= {"tokenizer": tokenizer_sha256, "memory": memory, "dtype": dtype_name(kept_dtype)}
         with shown_progress(f"{method}, transformer blocks", before=None, is_main=world.is_main) as progress:
             report = run_start(
                 source,

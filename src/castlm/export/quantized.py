@@ -37,7 +37,7 @@ from castlm.formats.rounding import Rounded
 from castlm.hardware import keep_freed_memory, return_freed_memory
 from castlm.models.architecture import is_vision_language, move_
 from castlm.models.gguf import GgufWeights
-from castlm.models.io import Loaded, config_hash, load_model, save_dtype
+from castlm.models.io import Loaded, config_hash, load_model, save_dtype, tokenizer_hash
 from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.draw import calibration_length
 from castlm.oneshot.folder import begun_work, block_file, remove_work
@@ -150,6 +150,7 @@ def quantize_folder(
         return_freed_memory()
         loaded, checkpoint = sharded
     model, kept_dtype = loaded.model, save_dtype(dtype, loaded.dtype)
+    tokenizer_sha256 = tokenizer_hash(loaded.tokenizer)  # before `options` give it another template
     encoder = text_encoder(loaded.tokenizer, options)
     left_dense: dict[str, str] = {}
     if groups is not None:
@@ -175,7 +176,8 @@ def quantize_folder(
     else:
         step = Round(kind, damping, "blocks" if packed or gguf else "none")
         weights = checkpoint.fingerprint(World(0, 1, torch.device(device), None))
-        known = {"model": loaded.source, "weights": weights, "config": config_hash(model.config), **text}
+        known = {"model": loaded.source, "weights": weights, "config": config_hash(model.config)}
+        known |= {"tokenizer": tokenizer_sha256, **text}
         rounded = _rounded_by_block(
             loaded, checkpoint, kept_dtype, step, tokens, device, progress, folder, known, overwrite, say
         )

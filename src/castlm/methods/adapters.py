@@ -24,7 +24,7 @@ from castlm.core.errors import InputError
 from castlm.core.keep import KeptPattern
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, sum_over_shards
-from castlm.core.sparsify import FilterFn, SparseLayer, check_model, is_sparse_linear, scope_of, weight_parameter
+from castlm.core.sparsify import FilterFn, SparseLayer, check_model, filter_for, scope_of, weight_parameter
 from castlm.export.card import adapter_card
 from castlm.export.folder import left_dense_reason, read_left_dense
 from castlm.facts import Facts
@@ -81,12 +81,14 @@ def pattern_layers(
     folder = getattr(getattr(model, "config", None), "_name_or_path", "")  # that the model was loaded from
     left_dense = read_left_dense(Path(folder)) if folder and Path(folder).is_dir() else {}
 
+    chooses = filter_for(model)
+
     def is_sparse(module: nn.Module, fqn: str) -> bool:
         if fqn in adapters:
             return False
         if filter_fn is not None:
             return filter_fn(module, fqn)
-        return is_sparse_linear(module, fqn) and left_dense_reason(f"{plain_name(fqn)}.weight", left_dense) is None
+        return chooses(module, fqn) and left_dense_reason(f"{plain_name(fqn)}.weight", left_dense) is None
 
     scope = scope_of(model, pattern, is_sparse)
     parameters = dict(model.named_parameters())

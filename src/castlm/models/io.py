@@ -15,6 +15,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,24 @@ def config_hash(config: PretrainedConfig) -> str:
 
     content = json.dumps(said(config.to_dict()), sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+_OF_A_LOAD = frozenset(["name_or_path", "is_local", "local_files_only", "transformers_version"])
+"""Entries of tokenizer_config.json that depend on where a tokenizer was loaded from."""
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A SHA-256 of the files that a tokenizer is saved as, the same for each way of loading it."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = file.read_bytes()
+            if file.name == "tokenizer_config.json":
+                kept = {name: value for name, value in json.loads(content).items() if name not in _OF_A_LOAD}
+                content = json.dumps(kept, sort_keys=True).encode()
+            digest.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def quantization_method(config: PretrainedConfig) -> str | None:

@@ -154,7 +154,7 @@ class Inverses:
     def _inverse(self, penalty: float) -> Tensor:
         system = self.hessian.clone()
         system.diagonal().add_(penalty)
-        # `cholesky_ex` does not wait for the GPU to say whether it failed: rows from a wrong inverse are not better.
+        # `cholesky_ex` does not raise if it fails: rows from a wrong inverse are not better, and stay as they are.
         factor = torch.linalg.cholesky_ex(system).L
         del system  # (28672, 28672) of a 70B model is 3 GiB
         return torch.cholesky_inverse(factor).contiguous()

@@ -41,7 +41,7 @@ from castlm.files.record import OUTPUT, command_of
 from castlm.oneshot.ranks import ONE_RANK, Ranks
 from castlm_runtime.reading import read_json_object
 
-FORMAT = 4  # of the record; an unfinished start of another one is refused by name
+FORMAT = 5  # of the record; an unfinished start of another one is refused by name
 PROGRESS = "progress.json"
 COPY = "copy.safetensors"
 """A given model whose own files cannot be read weight by weight."""

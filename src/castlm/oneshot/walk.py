@@ -448,12 +448,15 @@ def _hidden_of(output: Tensor | tuple[Any, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+_COMPARED = bool, int, float, complex, str, bytes, torch.dtype, torch.device
+
+
 def _same(a: Any, b: Any) -> bool:
-    """Equal in every tensor they hold; objects of other types are not looked into."""
+    """Equal in every tensor and every plain value that they hold; other objects need only be of one type."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or torch.equal(a, b)  # the rotary tables are one tensor in most models
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return type(a) is type(b)
+    return type(a) is type(b) and (not isinstance(a, _COMPARED) or a == b)

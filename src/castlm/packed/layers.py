@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 
 from castlm.core.errors import InputError, check_finite, naming
 from castlm.core.nm import NM
-from castlm.core.sparsify import check_model, is_sparse_linear
+from castlm.core.sparsify import check_model, filter_for, is_sparse_linear
 from castlm.dtypes import FLOAT_NAMES, STORED
 from castlm.formats.rounding import round_table
 from castlm.packed import native
@@ -299,7 +299,8 @@ def pack_model_(
             nothing is replaced then. Also weights that are not finite; some layers may then have been replaced.
     """
     check_model(model)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and filter_fn(m, name)}
+    chooses = filter_for(model, filter_fn)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and chooses(m, name)}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to pack")
     if dtype not in FLOAT_NAMES:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
-from castlm.core.sparsify import SparseLayer, is_sparse_linear, transformer_blocks
+from castlm.core.sparsify import SparseLayer, filter_for, transformer_blocks
 from castlm.data.calibration import CalibrationText, Extras
 from castlm.facts import Cut
 from castlm.models.architecture import check_of_transformers, context_length, eval_mode, linearize_
@@ -103,7 +103,8 @@ def check_cut(model: PreTrainedModel, units: Units) -> dict[str, SparseLayer]:
         InputError: as `cut_units`.
     """
     _config_after(model, units)
-    linear = {name: module for name, module in model.named_modules() if is_sparse_linear(module, name)}
+    chooses = filter_for(model)
+    linear = {name: module for name, module in model.named_modules() if chooses(module, name)}
     groups = units.layers(linear)
     num_blocks = len(transformer_blocks(model))
     if len(groups) != num_blocks:

@@ -45,7 +45,7 @@ from castlm.say import Say
 from castlm.training.config import TrainConfig
 from castlm_runtime.reading import read_json_object
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 _SHARDS = "shard-*.safetensors"

@@ -16,14 +16,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from castlm.core.blocks import in_block, is_tower
 from castlm.core.errors import InputError
-from castlm.core.sparsify import FilterFn, is_sparse_linear
+from castlm.core.sparsify import FilterFn, filter_for
 from castlm.data.documents import joined_digest
 from castlm.distributed.loading import Checkpoint, empty_model, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.export.folder import read_left_dense
 from castlm.methods.options import default_learning_rate
 from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
-from castlm.models.io import Loaded, config_hash, load_model, open_config, open_model
+from castlm.models.io import Loaded, config_hash, load_model, open_config, open_model, tokenizer_hash
 from castlm.models.locate import cached_snapshot, locate
 from castlm.progress import note
 from castlm.training.config import TrainConfig
@@ -40,7 +40,7 @@ class OpenedModel:
     """The place of each parameter on disk, for a model without weights; None for a model in memory."""
     options: ModelOptions
     fingerprint: str
-    """A hash of the weights and the config, the same on all ranks."""
+    """A hash of the weights, the config and the tokenizer, the same on all ranks."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -83,7 +83,8 @@ def open_weights(options: ModelOptions, world: World, *, whole_copies: bool = Fa
     for parameter_name, parameter in loaded.model.named_parameters():
         if is_tower(parameter_name):  # text does not reach a vision tower
             parameter.requires_grad_(False)
-    return OpenedModel(loaded, stored, options, joined_digest([digest, config_hash(loaded.model.config)]))
+    whole = joined_digest([digest, config_hash(loaded.model.config), tokenizer_hash(loaded.tokenizer)])
+    return OpenedModel(loaded, stored, options, whole)
 
 
 def open_dense(
@@ -186,18 +187,16 @@ def layers_left_dense(model: ModelOptions) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*model.left_dense, *recorded]))
 
 
-def filter_of(left_dense: Sequence[str]) -> FilterFn:
-    """The filter of a run: `is_sparse_linear`, except names that contain a part of `left_dense`."""
-
-    def is_sparse(module: nn.Module, fqn: str) -> bool:
-        return is_sparse_linear(module, fqn) and not any(part in fqn for part in left_dense)
-
-    return is_sparse
+def filter_of(left_dense: Sequence[str], model: nn.Module) -> FilterFn:
+    """The filter of a run: `filter_for` the model, except names that contain a part of `left_dense`."""
+    chooses = filter_for(model)
+    return lambda module, fqn: chooses(module, fqn) and not any(part in fqn for part in left_dense)
 
 
 def check_left_dense(left_dense: Sequence[str], model: nn.Module) -> None:
     """Raises `InputError` if a part of `left_dense` matches no layer that could be sparse."""
-    names = [name for name, module in model.named_modules() if is_sparse_linear(module, name)]
+    chooses = filter_for(model)
+    names = [name for name, module in model.named_modules() if chooses(module, name)]
     for part in left_dense:
         if not any(part in name for name in names):
             raise InputError(f"left_dense {part} matches no sparse layer; a name of one is {names[-1]}")

@@ -127,7 +127,6 @@ class Trainer:
         self.seconds = self._eval_seconds = self._save_seconds = 0.0
         self.figures: dict[str, dict[str, float]] = {}
         self._new_arithmetic: list[str] = []
-        self._filter_fn = filter_of(config.model.left_dense)
         self._method_class = class_of(config.method.method, config.adapter.adapter)
         start_beside = start_beside or config.checkpoint
 
@@ -167,6 +166,7 @@ class Trainer:
             teacher_top_k=teacher.teacher_top_k,
             whole_copies=self._method_class.whole_copies,
         )
+        self._filter_fn = filter_of(config.model.left_dense, self.model)
         self.text = open_training_text(
             config.model,
             config.data,

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.nm import NM, Pattern, nm_mask
-from castlm.core.sparsify import is_sparse_linear
+from castlm.core.sparsify import filter_for
 from castlm.dtypes import FLOATS
 from castlm.hardware import cpu_name, has_fast_bf16
 from castlm.names import aligned
@@ -79,10 +79,11 @@ def layer_shapes(model: PreTrainedModel) -> Shapes:
         InputError: no linear layer inside numbered blocks.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    blocks = Counter(_shape(m) for name, m in linears.items() if is_sparse_linear(m, name))
+    chooses = filter_for(model)
+    blocks = Counter(_shape(m) for name, m in linears.items() if chooses(m, name))
     if not blocks:
         raise InputError(f"{type(model).__name__} has no linear layer inside transformer blocks: nothing to advise on")
-    outside = [m for name, m in linears.items() if not is_sparse_linear(m, name)]
+    outside = [m for name, m in linears.items() if not chooses(m, name)]
     head = max(outside, key=lambda m: m.weight.numel(), default=None)
     experts = sum(m.weight.numel() for m in model.modules() if isinstance(m, ExpertLinear))
     tables = {id(model.get_input_embeddings().weight), id(None if head is None else head.weight)}

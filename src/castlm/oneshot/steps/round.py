@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from castlm.core.errors import InputError, naming
 from castlm.core.experts import ExpertLinear
-from castlm.core.sparsify import FilterFn, SparseLayer, is_sparse_linear, matrices
+from castlm.core.sparsify import FilterFn, SparseLayer, filter_for, is_sparse_linear, matrices
 from castlm.data.calibration import CalibrationText
 from castlm.facts import Quantized
 from castlm.formats.rounding import Rounded, round_in_groups, round_rows
@@ -188,8 +188,9 @@ def quantize_(
 
 def layers_to_round(model: PreTrainedModel, filter_fn: FilterFn = is_sparse_linear) -> dict[str, SparseLayer]:
     """The linear layers of a model that `filter_fn` selects, by name. Raises `InputError` if there are none."""
+    chooses = filter_for(model, filter_fn)
     layers: dict[str, SparseLayer] = {
-        n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and filter_fn(m, n)
+        n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, ExpertLinear)) and chooses(m, n)
     }
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer to quantize: check filter_fn")
