@@ -348,4 +348,4 @@ def test_generate_refuses_weights_that_are_missing_or_not_finite(change, said, f
 
 def test_generate_takes_no_more_threads_than_there_are_processors(folders, capsys):
     assert main(["generate", str(folders[1]), "--prompt", "a", "--threads", "5000"]) == 2
-    assert "--threads 5000 is more than the processors here" in capsys.readouterr().err
+    assert "--threads 5000" in capsys.readouterr().err

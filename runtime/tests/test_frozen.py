@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from castlm_runtime import library, packed
 from castlm_runtime.generate import Session
+from castlm_runtime.machine import processors
 from castlm_runtime.model import Model
 
 FROZEN = sorted(path for path in (Path(__file__).parent / "frozen").iterdir() if path.is_dir())
@@ -36,6 +37,11 @@ def test_a_frozen_folder_has_its_logits(folder):
     worst = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert worst < 3e-2, worst
     assert Session.open(folder).generate(ids, max_new_tokens=5, ignores_end=True).new_tokens == 5
+
+
+def test_threads_beyond_the_processors_would_wait_for_each_other():
+    most = len(processors())
+    assert [Model.open(FROZEN[0], threads).threads for threads in (1, most + 3)] == [1, most]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

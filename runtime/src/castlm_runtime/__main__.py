@@ -53,11 +53,13 @@ def _note(text: str) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     from castlm_runtime.defaults import Defaults
+    from castlm_runtime.machine import check_threads
     from castlm_runtime.model import Model
     from castlm_runtime.server.run import check_installed, check_port, default_name, serve
     from castlm_runtime.tokenizer import Tokenizer
 
     check_installed()
+    check_threads(options.threads)
     check_port(options.host, options.port)
     serve(
         Model.open(options.folder, options.threads),
@@ -81,9 +83,11 @@ def _serve(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from castlm_runtime.defaults import Defaults
     from castlm_runtime.generate import Session
+    from castlm_runtime.machine import check_threads
     from castlm_runtime.model import Model
     from castlm_runtime.tokenizer import Tokenizer
 
+    check_threads(options.threads)
     folder = options.folder
     session = Session(
         Model.open(folder, options.threads),

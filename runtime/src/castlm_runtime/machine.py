@@ -5,20 +5,33 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from castlm_runtime.errors import InputError
+
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 
 
+def processors() -> set[int]:
+    """The numbers of the processors that this process may use by its affinity, hyper-threads among them."""
+    try:
+        return os.sched_getaffinity(0)
+    except AttributeError:  # on macOS
+        return set(range(os.cpu_count() or 1))
+
+
+def check_threads(number: int) -> None:
+    """Raises `InputError` for more threads than processors, or less than none."""
+    most = len(processors())
+    if not 0 <= number <= most:
+        raise InputError(f"--threads {number} is not from 0 to {most}, the number of processors here")
+
+
 def physical_cores() -> int:
     """The physical cores that this process may use: by its affinity and its cgroup, hyper-threads counted once."""
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:  # not on macOS
-        return max(1, os.cpu_count() or 1)
     cores = set()
-    for number in allowed:
+    for number in processors():
         topology = Path(f"/sys/devices/system/cpu/cpu{number}/topology")
         try:
             cores.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))

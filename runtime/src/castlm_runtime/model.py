@@ -20,7 +20,7 @@ from castlm_runtime import library
 from castlm_runtime.errors import InputError, naming
 from castlm_runtime.families import Description, Family, describe
 from castlm_runtime.formats import FORMATS, PACKABLE
-from castlm_runtime.machine import physical_cores
+from castlm_runtime.machine import physical_cores, processors
 from castlm_runtime.packed import PackedArray, PackedSpec, read_array, read_specs, to_fp32
 from castlm_runtime.reading import read_json_object
 from castlm_runtime.stored import (
@@ -199,7 +199,8 @@ class Model:
     Args:
         description: see `castlm_runtime.families.describe`.
         weights: its weights, read once.
-        threads: of the passes; 0 takes the physical cores that the process may use.
+        threads: of the passes, at most as many as the process may use processors: more would wait for each other; 0
+            takes the physical cores.
         progress: takes the finished matrices and all of them.
 
     Raises:
@@ -215,7 +216,7 @@ class Model:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.description = description
-        self.threads = threads or physical_cores()
+        self.threads = min(threads or physical_cores(), len(processors()))
         self._library = _functions()
         self._kept: list[object] = []
         spec = self._spec(description, weights, progress)

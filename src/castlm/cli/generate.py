@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castlm.cli.engine import engine_folder, has_gpu
-from castlm.cli.options import check_threads, use_threads
+from castlm.cli.options import use_threads
 from castlm.fields import like, number, positional
 from castlm.names import LAYOUT, printable
 from castlm.training.options import ModelOptions
+from castlm_runtime.machine import check_threads
 
 if TYPE_CHECKING:
     from castlm_runtime.generate import Generated

@@ -33,6 +33,7 @@ from castlm.fields import (
     unknown,
 )
 from castlm.names import columns_of, for_stream, printable
+from castlm_runtime.machine import check_threads
 from castlm_runtime.reading import read_json_object, user_path
 
 T = TypeVar("T")
@@ -257,13 +258,6 @@ def to_stdout(text: object, keep: str = "") -> None:
     A terminal breaks it at words.
     """
     print(for_stream(printable(text, keep), sys.stdout), flush=True)
-
-
-def check_threads(number: int) -> None:
-    """Raises `InputError` for more threads than processors."""
-    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if number > most:
-        raise InputError(f"--threads {number} is more than the processors here: give at most {most}")
 
 
 def use_threads(number: int) -> None:

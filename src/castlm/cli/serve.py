@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.engine import engine_folder
-from castlm.cli.options import check_threads, to_stdout
+from castlm.cli.options import to_stdout
 from castlm.core.errors import InputError
 from castlm.fields import number, positional
 from castlm.packages import require
+from castlm_runtime.machine import check_threads
 
 if TYPE_CHECKING:
     from castlm_runtime.defaults import Defaults
