@@ -1,12 +1,17 @@
 """Trained rounding against rounding after training, of dense and n:m weights of few bits: a table.
 
-    python -m benchmarks.bits --model stories260K --text TEXT --eval-text HELD_OUT [--json O]
+    python -m benchmarks.bits --model stories260K --text TEXT --eval-text HELD_OUT --output-dir DIR
+    python -m benchmarks.bits --model demo --text TEXT --eval-text HELD_OUT --output-dir DIR --seeds 1 --first-seed 1 \\
+      --steps 100 --seq-len 512 --batch 1 --eval-tokens 8192 --rate 3e-4 --dense-rate 1e-4 --cells dense/4 32:64/4
 
-Both ways are castlm's own commands, with the same steps, teacher and loss. They end in a packed folder, which `castlm
-eval` measures:
+Both ways are castlm's own commands, with the same steps, teacher and loss. They end in a packed folder for each head,
+which `castlm eval` measures:
 
 - train, then round: `castlm train`, then `castlm quantize --packed`, by GPTQ and coordinate descent;
-- trained rounding: `castlm train --weight-bits`, then `castlm pack`; of 3 bits alone.
+- trained rounding: `castlm train --weight-bits`, then `castlm pack`.
+
+DIR keeps the start of each pattern, every run, and the rows in rows.json, each at once. The same command goes on where
+it was stopped: a finished part is not made again, and a run resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -26,9 +31,11 @@ from castlm.facts import Facts
 from castlm_runtime.packed import PackedSpec
 
 CELLS = ("dense/4", "dense/3", "2:4/4", "3:4/4", "3:4/3", "2:4/3")
-DENSE_RATE, RATE = 5e-4, 3e-3
-"""Learning rates: of dense weights without rounding, which a higher rate makes worse, and of all others."""
 WAYS = ("train, then round", "trained rounding")
+SAVES = 4
+"""Checkpoints of a run, from which it resumes."""
+
+Row = dict[str, Any]
 
 
 def bits_per_weight(pattern: str, bits: int) -> float:
@@ -37,69 +44,110 @@ def bits_per_weight(pattern: str, bits: int) -> float:
     return 8 * PackedSpec(1, 4096, n, m, f"int{bits}").num_bytes / 4096
 
 
-def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str) -> dict[str, Any]:
-    """One run: its perplexity as trained, and that of its packed folder."""
+def start_of(args: argparse.Namespace, pattern: str, seed: int) -> Path:
+    """The pruned model from which all runs of a pattern begin."""
+    folder = args.output_dir / f"start-{_name(pattern)}-seed{seed}"
+    if not folder.exists():
+        text = {"calibration": args.text, "seq-len": args.seq_len, "seed": seed}
+        _run("prune", model=args.model, output_dir=folder, pattern=pattern, **text)
+    return folder
+
+
+def run_of(args: argparse.Namespace, pattern: str, bits: int | None, seed: int) -> Path:
+    """The run with trained rounding to `bits`, or without rounding."""
+    folder = args.output_dir / f"{_name(pattern)}-{f'int{bits}' if bits else 'unrounded'}-seed{seed}"
+    if pattern == "dense":
+        method = {"method": "dense", "learning-rate": args.rate if bits else args.dense_rate}
+    else:
+        start = start_of(args, pattern, seed)
+        method = {"pattern": pattern, "init-from": start, "learning-rate": args.rate}
+    _run(
+        "train",
+        *(["--resume"] if folder.exists() else []),
+        **method,
+        **({"weight-bits": bits} if bits else {}),
+        **{"model": args.model, "dataset": args.text, "eval-dataset": args.eval_text, "output-dir": folder},
+        **{"seq-len": args.seq_len, "per-device-train-batch-size": args.batch, "max-steps": args.steps},
+        **{"eval-tokens": args.eval_tokens, "eval-steps": 100_000, "save-steps": -(-args.steps // SAVES)},
+        **{"hidden-weight": 15, "report-to": "none", "seed": seed},
+    )
+    return folder
+
+
+def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str, head: str | None) -> Row:
+    """One row: the perplexity of a run as trained, and that of its packed folder, with its bytes."""
     is_trained = way == WAYS[1]
-    rate = DENSE_RATE if pattern == "dense" and not is_trained else RATE
+    run = run_of(args, pattern, bits if is_trained else None, seed)
     with tempfile.TemporaryDirectory() as folder:
-        run, packed, figures = (str(Path(folder) / name) for name in ("run", "packed", "figures.json"))
-        options = {
-            **({"method": "dense"} if pattern == "dense" else {"pattern": pattern}),
-            **({"weight-bits": bits} if is_trained else {}),
-            **{"model": args.model, "dataset": args.text, "eval-dataset": args.eval_text, "output-dir": run},
-            **{"seq-len": args.seq_len, "per-device-train-batch-size": args.batch, "max-steps": args.steps},
-            **{"eval-tokens": 0, "eval-steps": 100_000, "save-steps": 0, "report-to": "none"},
-            **{"learning-rate": rate, "hidden-weight": 15, "seed": seed},
-        }
-        _run("train", *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items()))
+        packed, figures = Path(folder) / "packed", Path(folder) / "figures.json"
+        tables = {"head": head} if head else {}
         if is_trained:
-            _run("pack", run, "--output-dir", packed)
+            _run("pack", run, output_dir=packed, **tables)
         else:
-            calibration = ["--calibration", args.text, "--num-sequences", 128, "--seq-len", args.seq_len]
-            _run("quantize", run, "--output-dir", packed, "--packed", "--kind", f"int{bits}", *calibration)
-        measured = ["--seq-len", args.seq_len, "--eval-tokens", 0, "--json", figures]
-        _run("eval", packed, "--text", args.eval_text, *measured)
-        as_trained = Facts.read(Path(run) / "model").perplexity.final
-        found = json.loads(Path(figures).read_text())["perplexity"]
-    row = {"pattern": pattern, "bits": bits, "seed": seed, "way": way, "learning_rate": rate}
-    return {**row, "as_trained": as_trained, "perplexity": found}
+            text = {"calibration": args.text, "num-sequences": args.calibration, "seq-len": args.seq_len}
+            _run("quantize", run, "--packed", output_dir=packed, kind=f"int{bits}", **text, **tables)
+        measured = {"seq-len": args.seq_len, "eval-tokens": args.eval_tokens}
+        _run("eval", packed, text=args.eval_text, json=figures, **measured)
+        found = json.loads(figures.read_text())["perplexity"]
+        num_bytes = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
+    facts = Facts.read(run / "model")
+    key = {"pattern": pattern, "bits": bits, "seed": seed, "way": way, "head": head}
+    return {**key, "as_trained": facts.perplexity.final, "perplexity": found, "mb": num_bytes / 1e6}
 
 
-def _run(*arguments: object) -> None:
-    assert castlm(list(map(str, arguments))) == 0, arguments
+def _name(pattern: str) -> str:
+    return pattern.replace(":", "of")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _run(command: str, *arguments: object, **options: object) -> None:
+    named = ([f"--{name.replace('_', '-')}", value] for name, value in options.items())
+    words = [command, *arguments, *itertools.chain.from_iterable(named)]
+    assert castlm(list(map(str, words))) == 0, words
+
+
+def table(rows: list[Row]) -> str:
     """Markdown; perplexities of the seeds, and the gain of their means."""
-    lines = ["| weights | bits a weight | unrounded | train, then round | trained rounding | gain |"]
-    lines.append("|---|" + "---:|" * 5)
-    for pattern, bits in dict.fromkeys((row["pattern"], row["bits"]) for row in rows):
-        after, trained = (
-            [r for r in rows if (r["pattern"], r["bits"], r["way"]) == (pattern, bits, way)] for way in WAYS
-        )
-        shown = [", ".join(f"{r['as_trained']:.2f}" for r in after)]
+    lines = ["| weights | bits a weight | MB | unrounded | train, then round | trained rounding | gain |"]
+    lines.append("|---|" + "---:|" * 6)
+    for pattern, bits, head in dict.fromkeys((row["pattern"], row["bits"], row["head"]) for row in rows):
+        of_weights = [r for r in rows if (r["pattern"], r["bits"], r["head"]) == (pattern, bits, head)]
+        after, trained = ([r for r in of_weights if r["way"] == way] for way in WAYS)
+        name = f"{pattern} int{bits}{f', {head} head' if head else ''}"
+        shown = [name, f"{bits_per_weight(pattern, bits):.2f}", f"{of_weights[0]['mb']:.1f}"]
+        shown += [", ".join(f"{r['as_trained']:.2f}" for r in after)]
         shown += [", ".join(f"{r['perplexity']:.2f}" for r in found) for found in (after, trained)]
         means = [statistics.mean(r["perplexity"] for r in found) if found else None for found in (after, trained)]
-        gain = f"{1 - means[1] / means[0]:.1%}" if means[0] and means[1] else ""
-        lines.append(f"| {pattern} int{bits} | {bits_per_weight(pattern, bits):.2f} | {' | '.join(shown)} | {gain} |")
+        shown += [f"{1 - means[1] / means[0]:.1%}" if means[0] and means[1] else ""]
+        lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--eval-tokens", type=int, default=0)
+    parser.add_argument("--calibration", type=int, default=128, help="sequences, for rounding after training")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of n:m and of rounded weights")
+    parser.add_argument("--dense-rate", type=float, default=5e-4, help="of dense weights that are not rounded")
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--heads", nargs="+", default=[], help="formats of head and embedding; by default not rounded")
     options = parser.parse_args(arguments)
-    rows = []
-    for seed, name, way in itertools.product(range(options.seeds), options.cells, options.ways):
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    file = options.output_dir / "rows.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    keys = ("pattern", "bits", "seed", "way", "head")
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for seed, name, way, head in itertools.product(seeds, options.cells, options.ways, options.heads or [None]):
         pattern, _, bits = name.rpartition("/")
-        if bits != "3" and way == WAYS[1]:
+        if (pattern, int(bits), seed, way, head) in [tuple(row[key] for key in keys) for row in rows]:
             continue
-        rows.append(cell(options, pattern, int(bits), seed, way))
+        rows.append(cell(options, pattern, int(bits), seed, way, head))
         print(rows[-1], flush=True)
-        write_json(options.json, {"machine": machine(), "options": vars(options), "rows": rows})
+        write_json(str(file), {"machine": machine(), "options": {**vars(options), "output_dir": ""}, "rows": rows})
     print(table(rows))
 
 

@@ -123,6 +123,7 @@ def table(models: Mapping[str, dict[str, Any]], rows: list[dict[str, Any]]) -> s
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser)
+    parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 400])
     parser.add_argument("--sequences", type=int, default=128, help="of calibration text")
     parser.add_argument("--rate", type=float, default=3e-3)

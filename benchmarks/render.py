@@ -1,5 +1,7 @@
 """Renders the tables of README and docs from the results in docs/results/*.json, so that a figure has one source.
 
+`castlm advise` reads a copy of sizes.json in the package, which is written with them.
+
     python -m benchmarks.render            # writes the tables into the pages
     python -m benchmarks.render --check    # names the pages whose tables differ, and exits with 1
 
@@ -35,6 +37,11 @@ TABLE = re.compile(
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.S,
 )
+
+
+def packaged() -> tuple[Path, Path]:
+    """The results that the package holds a copy of, and the copy."""
+    return RESULTS / "sizes.json", ROOT / "src" / "castlm" / "lab" / "advice" / "sizes.json"
 
 
 def pages() -> list[Path]:
@@ -83,11 +90,15 @@ def render(page: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the pages, or with `--check` names those that differ."""
+    """Writes the pages and the copy, or with `--check` names those that differ."""
     differ = []
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        rendered = render(text)
+    results, copy = packaged()
+    written = {
+        copy: results.read_text(encoding="utf-8"),
+        **{page: render(page.read_text(encoding="utf-8")) for page in pages()},
+    }
+    for page, rendered in written.items():
+        text = page.read_text(encoding="utf-8") if page.is_file() else ""
         if rendered != text:
             differ.append(page.relative_to(ROOT))
             if "--check" not in arguments:

@@ -10,14 +10,13 @@ from castlm.training.config import TrainConfig
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `short_run` reads, the number of seeds, and the file of results."""
+    """Adds the options that `short_run` reads, and the number of seeds."""
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="training and calibration text")
     parser.add_argument("--eval-text", required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--json", metavar="OUT")
 
 
 def short_run(args: argparse.Namespace, output_dir: Path, **options: Any) -> TrainConfig:

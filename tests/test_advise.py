@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import shutil
 import time
 from dataclasses import replace
 from itertools import count
@@ -9,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks.render import RESULTS, ROOT
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.export.packed import pack_folder
 from castlm.lab.advice import cpu as advise_module
+from castlm.lab.advice import recipes as recipes_module
 from castlm.lab.advice.cpu import (
     Load,
     Option,
@@ -30,9 +34,11 @@ from castlm.lab.advice.cpu import (
     time_layer,
 )
 from castlm.lab.advice.gpu import advise_on_gpu
+from castlm.lab.advice.recipes import Limits, Recipe, choose, parse_option
 from castlm.lab.planning.fit import fit_law
 from castlm.lab.planning.points import Point
 from castlm_runtime.formats import FORMATS
+from castlm_runtime.packed import read_specs
 from castlm_runtime.stored import PACKED_SINGLE as FILE
 from castlm_runtime.stored import read_header
 from tests.packed_weights import needs_kernels
@@ -250,3 +256,94 @@ def test_what_other_programs_take_of_a_thread_does_not_count(monkeypatch):
         torch.set_num_threads(threads)
     assert found[1][torch.float32] < 0.1
     assert "other programs" in load.note[0].lower()
+
+
+# ---- recipes for a size
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """A folder with the config of SmolLM2-135M alone."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    (folder / "config.json").write_text((ROOT / "configs" / "models" / "smollm2-135m.json").read_text())
+    return shapes_of(str(folder))
+
+
+def test_the_bytes_of_a_recipe_are_those_of_the_table(smollm2):
+    table = json.loads((RESULTS / "sizes.json").read_text())["smollm2"]
+    assert smollm2.num_weights == recipes_module.NUM_WEIGHTS
+    for name, megabytes, *_ in table["rows"]:
+        option = parse_option(name)
+        assert num_bytes(option, smollm2, "bf16") / 1e6 == pytest.approx(megabytes, abs=0.1)
+        assert option.name == name
+
+
+def test_the_best_recipe_is_that_of_least_perplexity_or_the_smallest_where_perplexity_alone_is_limited(smollm2):
+    def recipe(values, factor, n=0, m=0):
+        return Recipe(Option(values, n, m, "int8"), factor)
+
+    int8, int4, sparse, int3 = found = [
+        recipe("int8", 1.01),
+        recipe("int4", 1.2),
+        recipe("int4", 1.6, 32, 64),
+        recipe("int3", 1.5),
+    ]
+
+    def best(**limits):
+        return choose(smollm2, Limits(**limits), among=found).best
+
+    assert best(megabytes=200) is int8
+    assert best(megabytes=100) is int4
+    assert best(megabytes=80) is int3
+    assert best(factor=1.3) is int4
+    assert best(factor=1.7) in (int3, sparse)
+    for limits in ({"megabytes": 10}, {"factor": 1.001}, {"megabytes": 80, "factor": 1.3}):
+        with pytest.raises(InputError, match=str(next(iter(limits.values())))):
+            best(**limits)
+
+
+def test_a_pattern_that_divides_few_widths_is_no_recipe(tmp_path):
+    shapes = shapes_of(str(save_tiny(tmp_path / "m", "llama")))  # widths of 32 and 64
+    choice = choose(shapes, Limits(megabytes=1), among=[Recipe(Option("int4", 32, 64, "int8"), 1.1), INT8])
+    assert [recipe for recipe, *_ in choice.found] == [INT8]
+
+
+INT8 = Recipe(Option("int8", head="int8"), 1.01)
+
+
+@needs_kernels
+def test_the_command_shows_the_recipe_for_a_size_as_commands(quick, llama, capsys):
+    assert main(["advise", llama, "--megabytes", "1", "--tokens-per-second", "1", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sum(row["is_best"] for row in report["recipes"]) == 1
+    assert all(row["tokens_per_second"] > 0 for row in report["recipes"])
+    assert report["commands"][0][:3] == ["castlm", "quantize", llama]
+    assert main(["advise", llama, "--megabytes", "1"]) == 0
+    assert shlex.join(report["commands"][0]) in capsys.readouterr().out
+
+
+def test_limits_that_no_recipe_keeps_are_refused(llama, capsys):
+    command = ["shrink", llama, "text.txt", "--output-dir", "out"]
+    assert_refused(
+        [
+            ([*command, "--megabytes", "0.001"], "0.001"),
+            ([*command, "--perplexity-at-most", "0.5x"], "0.5x"),
+            ([*command], "--megabytes"),
+        ],
+        capsys,
+    )
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_shrink_makes_the_packed_folder_and_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatch, capsys):
+    trained = Recipe(Option("int4", 2, 4, "int8"), 1.0)
+    monkeypatch.setattr(recipes_module, "recipes", lambda: (INT8, trained))
+    command = ["shrink", llama, text, "--megabytes", "1", "--output-dir", str(tmp_path / "out"), "--max-steps", "2"]
+    assert main(command) == 0
+    specs = read_specs(read_header(tmp_path / "out" / "packed" / FILE)).values()
+    assert {(spec.values, spec.pattern) for spec in specs} == {("int4", "2:4"), ("int8", "dense")}
+    assert_refused([(command, "--resume")], capsys)
+    shutil.rmtree(tmp_path / "out" / "packed")
+    assert main([*command, "--resume"]) == 0
+    assert (tmp_path / "out" / "packed" / FILE).is_file()

@@ -4,12 +4,14 @@ import json
 import re
 
 import pytest
-from benchmarks.render import RESULTS, ROOT, TABLE, cell, main, pages, render, table
+from benchmarks.render import RESULTS, ROOT, TABLE, cell, main, packaged, pages, render, table
 
 
 def test_the_tables_of_the_pages_are_the_results():
     differ = [str(page.relative_to(ROOT)) for page in pages() if render(page.read_text()) != page.read_text()]
     assert not differ, "python -m benchmarks.render"
+    results, copy = packaged()
+    assert copy.read_bytes() == results.read_bytes(), "python -m benchmarks.render"
 
 
 def test_every_table_of_results_is_shown():
@@ -47,12 +49,14 @@ def test_a_page_that_differs_is_named_and_then_written(tmp_path, monkeypatch, ca
     (tmp_path / "docs" / "results").mkdir(parents=True)
     results = {"speeds": {"columns": [{"name": "format"}, {"name": "MB", "digits": 0}], "rows": [["int4", 85]]}}
     (tmp_path / "docs" / "results" / "f.json").write_text(json.dumps(results))
+    (tmp_path / "docs" / "results" / "sizes.json").write_text("{}")
+    (tmp_path / "src" / "castlm" / "lab" / "advice").mkdir(parents=True)
     page = tmp_path / "README.md"
     page.write_text("A\n\n<!-- results: f speeds -->\n<!-- end -->\n\nB\n")
     monkeypatch.setattr("benchmarks.render.ROOT", tmp_path)
     monkeypatch.setattr("benchmarks.render.RESULTS", tmp_path / "docs" / "results")
     assert main(["--check"]) == 1
-    assert capsys.readouterr().out.split() == ["README.md"]
+    assert capsys.readouterr().out.split() == ["src/castlm/lab/advice/sizes.json", "README.md"]
     assert "85" not in page.read_text()
     assert main([]) == 0
     assert "| int4 | 85 |" in page.read_text()

@@ -1,8 +1,10 @@
-"""`castlm advise`: recommends a format for a model on the CPU or GPU of this machine."""
+"""`castlm advise` recommends a format for a model on this machine, or a recipe for a size; `castlm shrink` runs it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +18,58 @@ from castlm_runtime.reading import read_json_object
 
 if TYPE_CHECKING:
     from castlm.lab.advice.cpu import Quality
+    from castlm.lab.advice.recipes import Choice
+
+
+def parse_factor(text: Any) -> float:
+    """A perplexity in units of the dense model's: "1.2x" is 1.2."""
+    try:
+        factor = float(str(text).removesuffix("x"))
+    except ValueError:
+        factor = 0.0
+    if not 1 < factor < math.inf:
+        raise InputError(f"perplexity_at_most {text!r}: give a factor above 1 of the dense model's, such as 1.2x")
+    return factor
+
+
+@dataclass(kw_only=True)
+class LimitOptions:
+    """The limits that a recipe keeps."""
+
+    megabytes: float | None = number(None, above=0)
+    """The most MB of the packed weights. The recipe of least perplexity is chosen."""
+
+    perplexity_at_most: float | None = parsed(None, parse_factor)
+    """The most perplexity as a factor of the dense model's, such as 1.2x. Alone, it chooses the smallest model."""
+
+    tokens_per_second: float | None = number(None, above=0)
+    """The least speed of decoding on this CPU, by the linear layers alone, which are timed."""
+
+    @property
+    def has_limits(self) -> bool:
+        return (self.megabytes, self.perplexity_at_most, self.tokens_per_second) != (None, None, None)
+
+    def choose(self, model: str, trust_remote_code: bool, is_timed: bool) -> Choice:
+        """The best recipe for a model. Speeds are timed if asked for, or if they are limited."""
+        from castlm.lab.advice.cpu import SECONDS, check_can_time, shapes_of
+        from castlm.lab.advice.recipes import Limits, choose
+        from castlm.progress import shown_progress
+
+        is_timed = is_timed or self.tokens_per_second is not None
+        if is_timed:
+            check_can_time("bf16")
+        limits = Limits(self.megabytes, self.perplexity_at_most, self.tokens_per_second)
+        with shown_progress("layer shapes timed") as progress:
+            seconds = SECONDS if is_timed else None
+            return choose(shapes_of(model, trust_remote_code), limits, seconds=seconds, progress=progress)
 
 
 @dataclass
-class AdviseCommand:
+class AdviseCommand(LimitOptions):
     """Show the speed and size of a model in every format, dense and n:m, and which to use for what.
 
-    On a CPU every format is timed, in about a minute; on an NVIDIA GPU each layer is timed dense and 2:4.
+    On a CPU every format is timed, in about a minute; on an NVIDIA GPU each layer is timed dense and 2:4. With
+    --megabytes, --perplexity-at-most or --tokens-per-second, show the best recipe for that on a CPU, as commands.
     """
 
     model: str = positional()
@@ -70,10 +117,21 @@ class AdviseCommand:
             raise InputError("--law predicts for a number of training tokens: give --train-tokens too")
         if not isinstance(self.pattern, NM | None):
             raise InputError(f"pattern {self.pattern}: advise knows n:m alone")
+        if self.has_limits:
+            return self._recipe()
         report, advice = self._on_gpu() if self.is_on_gpu else self._on_cpu()
         write_json(self.json, report)
         if self.json != "-":
             to_stdout(advice, keep="\n")
+        return 0
+
+    def _recipe(self) -> int:
+        name = result_folder(self.model)
+        choice = self.choose(name, self.trust_remote_code, is_timed=True)
+        commands = choice.best.commands(self.model, "TEXT", "FOLDER")
+        write_json(self.json, choice.as_dict(commands))
+        if self.json != "-":
+            to_stdout(choice.text(commands), keep="\n")
         return 0
 
     def _on_cpu(self) -> tuple[dict[str, Any], str]:
@@ -138,3 +196,53 @@ class AdviseCommand:
         shapes = shapes_of(result_folder(self.model), self.trust_remote_code)
         found = advise_on_gpu(shapes, tokens=self.tokens or 1, dtype=self.dtype)
         return found.as_dict(), found.text()
+
+
+@dataclass
+class ShrinkCommand(LimitOptions):
+    """Make a model small by the best recipe for a size: train it if the recipe does, and pack it for castlm's CPU
+    kernels.
+
+    OUTPUT_DIR/packed is the result, and OUTPUT_DIR/run the run of castlm train with its page. The commands are printed
+    before they run; the same command with --resume continues after a stop.
+    """
+
+    model: str = positional()
+    """Local Hugging Face folder, hub id, GGUF file, or "demo"; dense."""
+
+    dataset: str = positional()
+    """Text to train on: a file, folder, glob or hub dataset, as --dataset of castlm train."""
+
+    output_dir: str = field(kw_only=True)
+    """Folder of the run and of the packed model."""
+
+    max_steps: int = number(100, at_least=1)
+    """Steps of 512 tokens. The expected perplexity is that of 100."""
+
+    resume: bool = field(default=False, kw_only=True)
+    """Continue where an earlier start with the same options stopped."""
+
+    trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
+
+    def run(self) -> int:
+        from castlm.cli.main import main
+        from castlm.progress import note
+
+        if not self.has_limits:
+            raise InputError("no size: give --megabytes, --perplexity-at-most or --tokens-per-second")
+        folder = Path(self.output_dir).expanduser()
+        if folder.exists() and not self.resume:
+            raise InputError(f"output_dir {folder} exists: name another one, or continue with --resume")
+        choice = self.choose(result_folder(self.model), self.trust_remote_code, is_timed=False)
+        commands = choice.best.commands(self.model, self.dataset, str(folder), self.max_steps)
+        to_stdout(choice.text(commands), keep="\n")
+        for words in commands:
+            made = folder / ("run" if words[0] == "train" else "packed")
+            if made.exists() and words[0] != "train":
+                continue
+            remote = ["--trust-remote-code"] if self.trust_remote_code and self.model in words else []
+            resumed = ["--resume"] if made.exists() else []
+            note(shlex.join(["castlm", *words]))
+            if code := main([*words, *remote, *resumed]):
+                return code
+        return 0

@@ -58,6 +58,7 @@ COMMANDS: dict[str, Command] = {
         "quantize.QuantizeCommand", "round a model, sparse or dense, to int8, fp8, int4 or int3; every zero stays"
     ),
     "advise": Command("advise.AdviseCommand", "time every format of a model here, and tell which to use for what"),
+    "shrink": Command("advise.ShrinkCommand", "make a model small by the best recipe for a size"),
     "verify": Command("verify.VerifyCommand", "count every n:m group of a model folder"),
     "pack": Command("pack.PackCommand", "store a model for castlm's CPU kernels; an n:m one without its zeros"),
     "unpack": Command("pack.UnpackCommand", "write a packed model as a plain model folder again"),

@@ -71,6 +71,13 @@ class Shapes:
     num_others: int = 0
     """All weights outside `blocks`, the tables of embedding and head, and the experts."""
 
+    @property
+    def num_weights(self) -> int:
+        """All weights of the model."""
+        tables = math.prod(self.head) * (1 if self.is_tied else 2) if self.head else 0
+        in_blocks = sum(math.prod(shape) * count for shape, count in self.blocks.items())
+        return in_blocks + tables + self.num_others + self.num_untimed
+
 
 def layer_shapes(model: PreTrainedModel) -> Shapes:
     """The shapes of a model's weights; the model may be on the meta device.
@@ -142,11 +149,16 @@ class Option:
         return self.m > 0
 
     @property
+    def pattern(self) -> str:
+        """n:m, or "dense"."""
+        return f"{self.n}:{self.m}" if self.m else "dense"
+
+    @property
     def name(self) -> str:
         if self.by_torch:
             return "torch's dynamic int8" if FORMATS[self.values].rounds else f"transformers, {self.values}"
         head = f", {self.head} head" if FORMATS[self.head].rounds else ""
-        return f"{f'{self.n}:{self.m}' if self.m else 'dense'} {self.values}{head}"
+        return f"{self.pattern} {self.values}{head}"
 
     def spec(self, shape: Shape, is_head: bool = False) -> PackedSpec:
         """The storage of a layer, dense if m does not divide its width, or of the output head."""
@@ -491,25 +503,8 @@ def rank(
         InputError: as `check_can_time`.
     """
     check_can_time(dtype)
-    assert min(workloads.values()) >= 1
     compared, load = options(dtype, patterns), Load()
-    totals = {option: dict.fromkeys(workloads, 0.0) for option in compared}
-    parts = [(shape, count, False) for shape, count in shapes.blocks.items()]
-    parts += [(shapes.head, 1, True)] if shapes.head else []
-    for done, (shape, count, is_head) in enumerate(parts, 1):
-        rows = {name: 1 if is_head and name.startswith("prompt") else number for name, number in workloads.items()}
-        # By the timed product, so that a layer that several options multiply alike is timed once.
-        specs = {o: o.spec(shape, is_head) for o in compared}
-        timed = {
-            o: FLOATS.get(o.values, torch.int8) if o.by_torch else replace(spec, values=FORMATS[spec.values].runs_as)
-            for o, spec in specs.items()
-        }
-        distinct = sorted(set(rows.values()))
-        found = time_layer(set(timed.values()), shape, distinct, seconds / len(parts) / len(distinct), load)
-        for option in compared:
-            for name, number in rows.items():
-                totals[option][name] += count * found[number][timed[option]]
-        progress(done, len(parts))
+    totals = time_options(compared, shapes, workloads, seconds, load, progress)
     ranked = [
         Ranked(option, totals[option], num_bytes(option, shapes, dtype), quality.of(option, dtype))
         for option in compared
@@ -527,6 +522,36 @@ def rank(
     return Ranking(
         cpu_name(), dtype, sorted(ranked, key=lambda row: row.seconds[first]), notes, quality, file_bytes, load
     )
+
+
+def time_options(
+    compared: Sequence[Option],
+    shapes: Shapes,
+    workloads: Mapping[str, int],
+    seconds: float,
+    load: Load,
+    progress: Progress = silent,
+) -> dict[Option, dict[str, float]]:
+    """Seconds of all linear layers of a model in each option, by workload; see `rank`."""
+    assert min(workloads.values()) >= 1
+    totals = {option: dict.fromkeys(workloads, 0.0) for option in compared}
+    parts = [(shape, count, False) for shape, count in shapes.blocks.items()]
+    parts += [(shapes.head, 1, True)] if shapes.head else []
+    for done, (shape, count, is_head) in enumerate(parts, 1):
+        rows = {name: 1 if is_head and name.startswith("prompt") else number for name, number in workloads.items()}
+        # By the timed product, so that a layer that several options multiply alike is timed once.
+        specs = {o: o.spec(shape, is_head) for o in compared}
+        timed = {
+            o: FLOATS.get(o.values, torch.int8) if o.by_torch else replace(spec, values=FORMATS[spec.values].runs_as)
+            for o, spec in specs.items()
+        }
+        distinct = sorted(set(rows.values()))
+        found = time_layer(set(timed.values()), shape, distinct, seconds / len(parts) / len(distinct), load)
+        for option in compared:
+            for name, number in rows.items():
+                totals[option][name] += count * found[number][timed[option]]
+        progress(done, len(parts))
+    return totals
 
 
 def check_can_time(dtype: str) -> None:

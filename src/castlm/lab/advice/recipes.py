@@ -1,0 +1,225 @@
+"""Recipes for a size: the ways to make a model small that were measured, and the best of them under some limits.
+
+`sizes.json` is docs/results/sizes.json as `python -m benchmarks.render` copies it: the perplexities of one model after
+each recipe. For another model the bytes follow from its shapes, and the loss is taken over as a factor of perplexity,
+beside that of a second, smaller model: how far the two differ is how far to trust it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from castlm.core.errors import InputError
+from castlm.lab.advice.cpu import Load, Option, Shapes, num_bytes, time_options
+from castlm.names import aligned
+from castlm.say import Progress, silent
+from castlm_runtime.formats import FORMATS, HEADS
+
+MODEL, NUM_WEIGHTS, STEPS, TOKENS = "SmolLM2-135M", 134_515_008, 100, 512
+"""The model of the table, and its training: steps, and tokens of a step."""
+
+Commands = list[list[str]]
+"""Arguments of commands, without the first word `castlm`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table: a way to store a model, how it gets there, and what that costs."""
+
+    option: Option
+    factor: float
+    """The perplexity of SmolLM2-135M, in units of the dense bf16 model after the same training."""
+    smaller: float | None = None
+    """The same of stories260K, if it was measured."""
+    minutes: float = 0.0
+    """Processor minutes of SmolLM2-135M for the start and the training."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is trained with rounded weights; int8 loses too little for that."""
+        return FORMATS[self.option.values].group > 0
+
+    def commands(self, model: str, text: str, folder: str, max_steps: int = STEPS) -> Commands:
+        """The commands that make it: a run in `folder`/run, if it trains, and the packed model in `folder`/packed."""
+        run, ends = f"{folder}/run", ["--head", self.option.head, "--output-dir", f"{folder}/packed"]
+        if not self.trains:
+            return [["quantize", model, "--kind", self.option.values, "--packed", *ends]]
+        train = ["train", "--model", model, "--dataset", text, "--output-dir", run]
+        train += ["--pattern", self.option.pattern] if self.option.is_sparse else ["--method", "dense"]
+        train += ["--weight-bits", str(FORMATS[self.option.values].bits), "--max-steps", str(max_steps)]
+        train += ["--seq-len", str(TOKENS), "--per-device-train-batch-size", "1"]
+        return [train, ["pack", run, *ends]]
+
+
+def parse_option(name: str) -> Option:
+    """The option of a name in the table; the opposite of `Option.name`.
+
+    Examples:
+        >>> parse_option("32:64 int4, int8 head")
+        Option(values='int4', n=32, m=64, head='int8', by_torch=False)
+    """
+    weights, _, head = name.removesuffix(" head").partition(", ")
+    pattern, values = weights.split(" ")
+    n, m = (0, 0) if pattern == "dense" else map(int, pattern.split(":"))
+    return Option(values, n, m, head or values)
+
+
+@cache
+def recipes() -> tuple[Recipe, ...]:
+    """The recipes of the table that end in a smaller file than bf16."""
+    tables = json.loads(files("castlm.lab.advice").joinpath("sizes.json").read_text(encoding="utf-8"))
+    factors = {}
+    for model, table in tables.items():
+        place = [column["name"] for column in table["columns"]].index("perplexity")
+        rows = {row[0]: _mean(row[place]) for row in table["rows"]}
+        factors[model] = {name: found / rows["dense bf16"] for name, found in rows.items()}
+    large = tables["smollm2"]
+    place = [column["name"] for column in large["columns"]].index("processor minutes")
+    return tuple(
+        Recipe(parse_option(row[0]), factors["smollm2"][row[0]], _smaller(factors, row[0]), row[place] or 0.0)
+        for row in large["rows"]
+        if row[0] != "dense bf16"
+    )
+
+
+def _mean(value: float | Sequence[float]) -> float:
+    """The geometric mean of the seeds."""
+    values = [value] if isinstance(value, int | float) else value
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _smaller(factors: Mapping[str, Mapping[str, float]], name: str) -> float | None:
+    """The factor of stories260K, whose head was not rounded."""
+    weights = name.rpartition(", ")[0] if name.endswith(" head") else name
+    return factors["stories260k"].get(weights)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The wishes of a user; None is no wish."""
+
+    megabytes: float | None = None
+    factor: float | None = None
+    """The most perplexity, in units of the dense model's."""
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The recipes for a model, and the best one under the limits."""
+
+    found: Sequence[tuple[Recipe, int, float | None]]
+    """Each recipe with its bytes and the seconds of a token's linear layers on this machine, None if not timed."""
+    best: Recipe
+    num_weights: int
+    load: Load = field(default_factory=Load)
+
+    @property
+    def minutes(self) -> float:
+        """Processor minutes of the best recipe, if they grow like the weights."""
+        return self.best.minutes * self.num_weights / NUM_WEIGHTS
+
+    def text(self, commands: Commands) -> str:
+        """The table, the recipe as commands, and what they cost."""
+        is_timed = self.found[0][2] is not None
+        table = [["", "recipe", "MB", f"perplexity, {MODEL}", "stories260K", *(["tokens/s"] if is_timed else [])]]
+        for recipe, size, seconds in self.found:
+            smaller = "" if recipe.smaller is None else f"{recipe.smaller:.2f}x"
+            speed = [] if seconds is None else [f"{1 / seconds:,.0f}"]
+            mark = "->" if recipe is self.best else ""
+            table.append([mark, recipe.option.name, f"{size / 1e6:,.1f}", f"{recipe.factor:.2f}x", smaller, *speed])
+        lines = [*aligned(table), "", *(shlex.join(["castlm", *words]) for words in commands), ""]
+        cost = f"About {self.minutes:,.0f} processor minutes" if self.best.trains else "A minute or two"
+        best, errors = self.best, [abs(math.log(r.factor / r.smaller)) for r, *_ in self.found if r.smaller]
+        differ = f", which differ by up to {math.expm1(max(errors)):.0%}" if errors else ""
+        lines += [
+            f"{cost}, and {best.factor:.2f} times the perplexity of the dense model after the same training.",
+            f"Perplexities were measured on {MODEL} and stories260K{differ}; on another model expect at least such an "
+            "error. More training loses less.",
+            *(["Tokens per second of one sequence are of the linear layers alone, timed here."] if is_timed else []),
+            *self.load.note,
+        ]
+        return "\n".join(lines)
+
+    def as_dict(self, commands: Commands) -> dict[str, Any]:
+        """The choice as plain JSON."""
+        rows = [
+            {
+                "name": recipe.option.name,
+                "bytes": size,
+                "perplexity_factor": recipe.factor,
+                "stories260k_factor": recipe.smaller,
+                "tokens_per_second": None if seconds is None else 1 / seconds,
+                "is_best": recipe is self.best,
+            }
+            for recipe, size, seconds in self.found
+        ]
+        return {"recipes": rows, "commands": [["castlm", *words] for words in commands], "minutes": self.minutes}
+
+
+def choose(
+    shapes: Shapes,
+    limits: Limits,
+    *,
+    among: Iterable[Recipe] | None = None,
+    seconds: float | None = None,
+    progress: Progress = silent,
+) -> Choice:
+    """The recipe of least perplexity within the limits; with a limit on perplexity alone, the smallest one.
+
+    Args:
+        among: by default those of `recipes` whose pattern and head fit the model.
+        seconds: of timing on this machine; None times nothing.
+
+    Raises:
+        InputError: no recipe keeps the limits.
+    """
+    fitting = [r for r in (recipes() if among is None else among) if _fits(r.option, shapes)]
+    sizes = {recipe: num_bytes(recipe.option, shapes, "bf16") for recipe in fitting}
+    timed: dict[Option, float] = {}
+    load = Load()
+    if seconds is not None:
+        options = list(dict.fromkeys(recipe.option for recipe in fitting))
+        totals = time_options(options, shapes, {"one token": 1}, seconds, load, progress)
+        timed = {option: found["one token"] for option, found in totals.items()}
+    found = sorted(((r, sizes[r], timed.get(r.option)) for r in fitting), key=lambda row: -row[1])
+    kept = [
+        (recipe, size)
+        for recipe, size, time in found
+        if (limits.megabytes is None or size <= limits.megabytes * 1e6)
+        and (limits.factor is None or recipe.factor <= limits.factor)
+        and (limits.tokens_per_second is None or (time is not None and 1 / time >= limits.tokens_per_second))
+    ]
+    if not kept:
+        raise InputError(_refusal(limits, found))
+    only_factor = limits.megabytes is None and limits.tokens_per_second is None
+    best, _ = min(kept, key=lambda row: (row[1], row[0].factor) if only_factor else (row[0].factor, row[1]))
+    return Choice(found, best, shapes.num_weights, load)
+
+
+def _fits(option: Option, shapes: Shapes) -> bool:
+    """Whether the kernels have the head, and the pattern divides the widths of at least half of the layers."""
+    widths = [columns for (_, columns), count in shapes.blocks.items() for _ in range(count)]
+    divided = sum(not option.m or columns % option.m == 0 for columns in widths)
+    return option.head in HEADS and 2 * divided >= len(widths)
+
+
+def _refusal(limits: Limits, found: Sequence[tuple[Recipe, int, float | None]]) -> str:
+    """The limits that no recipe keeps, with the best value of each."""
+    parts = []
+    if limits.megabytes is not None:
+        parts.append(f"megabytes {limits.megabytes:g} (the smallest recipe has {found[-1][1] / 1e6:,.1f})")
+    if limits.factor is not None:
+        least = min(recipe.factor for recipe, *_ in found)
+        parts.append(f"perplexity_at_most {limits.factor:g}x (the best has {least:.3f}x)")
+    if limits.tokens_per_second is not None:
+        fastest = max(1 / time for *_, time in found if time is not None)
+        parts.append(f"tokens_per_second {limits.tokens_per_second:g} (the fastest has {fastest:,.0f})")
+    return f"no recipe has {' and '.join(parts)}: allow more"
