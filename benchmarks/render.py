@@ -93,10 +93,8 @@ def main(arguments: list[str]) -> int:
     """Writes the pages and the copy, or with `--check` names those that differ."""
     differ = []
     results, copy = packaged()
-    written = {
-        copy: results.read_text(encoding="utf-8"),
-        **{page: render(page.read_text(encoding="utf-8")) for page in pages()},
-    }
+    written = {page: render(page.read_text(encoding="utf-8")) for page in pages()}
+    written[copy] = results.read_text(encoding="utf-8")
     for page, rendered in written.items():
         text = page.read_text(encoding="utf-8") if page.is_file() else ""
         if rendered != text:

@@ -334,12 +334,15 @@ def test_limits_that_no_recipe_keeps_are_refused(llama, capsys):
     )
 
 
+SHORT = ("--max-steps", "2", "--seq-len", "64")
+
+
 @needs_kernels
 @pytest.mark.slow
 def test_shrink_makes_the_packed_folder_and_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatch, capsys):
     trained = Recipe(Option("int4", 2, 4, "int8"), 1.0)
     monkeypatch.setattr(recipes_module, "recipes", lambda: (INT8, trained))
-    command = ["shrink", llama, text, "--megabytes", "1", "--output-dir", str(tmp_path / "out"), "--max-steps", "2"]
+    command = ["shrink", llama, text, "--megabytes", "1", "--output-dir", str(tmp_path / "out"), *SHORT]
     assert main(command) == 0
     specs = read_specs(read_header(tmp_path / "out" / "packed" / FILE)).values()
     assert {(spec.values, spec.pattern) for spec in specs} == {("int4", "2:4"), ("int8", "dense")}

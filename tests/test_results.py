@@ -56,7 +56,7 @@ def test_a_page_that_differs_is_named_and_then_written(tmp_path, monkeypatch, ca
     monkeypatch.setattr("benchmarks.render.ROOT", tmp_path)
     monkeypatch.setattr("benchmarks.render.RESULTS", tmp_path / "docs" / "results")
     assert main(["--check"]) == 1
-    assert capsys.readouterr().out.split() == ["src/castlm/lab/advice/sizes.json", "README.md"]
+    assert capsys.readouterr().out.split() == ["README.md", "src/castlm/lab/advice/sizes.json"]
     assert "85" not in page.read_text()
     assert main([]) == 0
     assert "| int4 | 85 |" in page.read_text()

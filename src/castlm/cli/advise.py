@@ -43,7 +43,7 @@ class LimitOptions:
     """The most perplexity as a factor of the dense model's, such as 1.2x. Alone, it chooses the smallest model."""
 
     tokens_per_second: float | None = number(None, above=0)
-    """The least speed of decoding on this CPU, by the linear layers alone, which are timed."""
+    """The least speed of decoding one sequence on this CPU, by the linear layers alone, which are timed."""
 
     @property
     def has_limits(self) -> bool:
@@ -217,7 +217,10 @@ class ShrinkCommand(LimitOptions):
     """Folder of the run and of the packed model."""
 
     max_steps: int = number(100, at_least=1)
-    """Steps of 512 tokens. The expected perplexity is that of 100."""
+    """Steps of training. The expected perplexity is that of 100 steps of 512 tokens."""
+
+    seq_len: int = number(512, at_least=1)
+    """Tokens of a step, which is one sequence."""
 
     resume: bool = field(default=False, kw_only=True)
     """Continue where an earlier start with the same options stopped."""
@@ -234,7 +237,7 @@ class ShrinkCommand(LimitOptions):
         if folder.exists() and not self.resume:
             raise InputError(f"output_dir {folder} exists: name another one, or continue with --resume")
         choice = self.choose(result_folder(self.model), self.trust_remote_code, is_timed=False)
-        commands = choice.best.commands(self.model, self.dataset, str(folder), self.max_steps)
+        commands = choice.best.commands(self.model, self.dataset, str(folder), self.max_steps, self.seq_len)
         to_stdout(choice.text(commands), keep="\n")
         for words in commands:
             made = folder / ("run" if words[0] == "train" else "packed")

@@ -46,7 +46,7 @@ class Recipe:
         """Whether the model is trained with rounded weights; int8 loses too little for that."""
         return FORMATS[self.option.values].group > 0
 
-    def commands(self, model: str, text: str, folder: str, max_steps: int = STEPS) -> Commands:
+    def commands(self, model: str, text: str, folder: str, max_steps: int = STEPS, seq_len: int = TOKENS) -> Commands:
         """The commands that make it: a run in `folder`/run, if it trains, and the packed model in `folder`/packed."""
         run, ends = f"{folder}/run", ["--head", self.option.head, "--output-dir", f"{folder}/packed"]
         if not self.trains:
@@ -54,7 +54,7 @@ class Recipe:
         train = ["train", "--model", model, "--dataset", text, "--output-dir", run]
         train += ["--pattern", self.option.pattern] if self.option.is_sparse else ["--method", "dense"]
         train += ["--weight-bits", str(FORMATS[self.option.values].bits), "--max-steps", str(max_steps)]
-        train += ["--seq-len", str(TOKENS), "--per-device-train-batch-size", "1"]
+        train += ["--seq-len", str(seq_len), "--per-device-train-batch-size", "1"]
         return [train, ["pack", run, *ends]]
 
 
@@ -78,14 +78,14 @@ def recipes() -> tuple[Recipe, ...]:
     factors = {}
     for model, table in tables.items():
         place = [column["name"] for column in table["columns"]].index("perplexity")
-        rows = {row[0]: _mean(row[place]) for row in table["rows"]}
+        rows = {row[0]: _mean(row[place]) for row in table["rows"] if row[place] is not None}
         factors[model] = {name: found / rows["dense bf16"] for name, found in rows.items()}
     large = tables["smollm2"]
     place = [column["name"] for column in large["columns"]].index("processor minutes")
     return tuple(
         Recipe(parse_option(row[0]), factors["smollm2"][row[0]], _smaller(factors, row[0]), row[place] or 0.0)
         for row in large["rows"]
-        if row[0] != "dense bf16"
+        if row[0] in factors["smollm2"] and row[0] != "dense bf16"
     )
 
 
