@@ -145,13 +145,14 @@ def search_weights(library: Path, seconds: float) -> None:
 
     from castlm.core.errors import InputError
     from castlm.packed import native
+    from castlm_runtime.formats import PACKABLE
     from tests.packed_weights import DENSE_ONLY, PATTERNS, buffer_of, check_product, random_packed
 
     use_runtime(library)
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         native.use_level(random.choice(native.levels()))
-        values = random.choice([*native.VALUES])
+        values = random.choice([*PACKABLE])
         n, m = (0, 0) if values in DENSE_ONLY else random.choice(PATTERNS)
         groups = random.randint(1, 40) if random.randrange(5) else random.randint(500, 900)  # wide ones too
         rows, columns = random.randint(1, 40), groups * (m or 5)

@@ -19,6 +19,7 @@ from castlm.dtypes import FLOATS
 from castlm.packed import native
 from castlm.packed.layers import DIRECT_ROWS, PackedEmbedding, PackedLinear, packed_linear, prepare_layers_
 from castlm.packed.tensor import pack_integers, unpack
+from castlm_runtime.formats import PACKABLE
 from tests.fused import threads
 from tests.packed_weights import DENSE_ONLY, PATTERNS, buffer_of, check_product, kernels_of, random_packed
 
@@ -32,7 +33,7 @@ def level(request):
         yield request.param
 
 
-@pytest.mark.parametrize("values", native.VALUES)
+@pytest.mark.parametrize("values", PACKABLE)
 @pytest.mark.parametrize(("n", "m"), [(n, m) for n, m in PATTERNS if 24 % (m or 1) == 0])
 @pytest.mark.parametrize("layout", ["best", "rows"])
 def test_products_and_rows_of_every_format(values, n, m, layout, level):
@@ -58,7 +59,7 @@ def test_products_and_rows_of_every_format(values, n, m, layout, level):
                 check_product(packed, buffer, torch.randn(batch, columns).to(dtype))
 
 
-@pytest.mark.parametrize("values", native.VALUES)
+@pytest.mark.parametrize("values", PACKABLE)
 @pytest.mark.parametrize("m", [0, 2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("layout", ["best", "lanes"])
 def test_every_pattern_is_multiplied_exactly(values, m, layout, level):
@@ -81,7 +82,7 @@ def test_every_pattern_is_multiplied_exactly(values, m, layout, level):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    values=st.sampled_from(list(native.VALUES)),
+    values=st.sampled_from(list(PACKABLE)),
     pattern=st.sampled_from(PATTERNS),
     rows=st.integers(1, 40),
     groups=st.integers(1, 60),
@@ -117,7 +118,7 @@ def test_a_result_does_not_depend_on_threads(n, m, batch, rows, columns, level):
         assert all(torch.equal(packed_linear(x, buffer, rows), one) for _ in range(20))
 
 
-@pytest.mark.parametrize("values", native.VALUES)
+@pytest.mark.parametrize("values", PACKABLE)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_are_not_hidden(values, bad, level):
     for n, m, batch in ((2, 4, 1), (0, 0, 1), (2, 4, 16), (0, 0, 16)):
@@ -155,6 +156,17 @@ def test_the_level_is_chosen_by_name_or_in_the_environment(level, monkeypatch):
     for other in ("sse2", "avx2" if platform.machine() == "aarch64" else "neon"):
         with pytest.raises(InputError, match=f"{other}.*choose one of plain"):
             native.use_level(other)
+
+
+def test_a_weight_keeps_its_kernels_when_the_level_changes(level):
+    """The entry of the table is chosen when a weight is repacked."""
+    for values in PACKABLE:
+        packed = random_packed(values, *((0, 0) if values in DENSE_ONLY else (8, 16)), 24, 128)
+        buffer, x = buffer_of(packed), torch.randn(50, 128)
+        expected = packed_linear(x, buffer, 24)
+        for other in native.levels():
+            with kernels_of(other):
+                assert torch.equal(packed_linear(x, buffer, 24), expected)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from castlm_runtime import library, packed
+from castlm_runtime.formats import PACKABLE
 from castlm_runtime.generate import Session
 from castlm_runtime.machine import processors
 from castlm_runtime.model import Model
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(library.kernels() is None, reason=library.NOT_BU
 
 
 def test_there_is_a_folder_of_each_format():
-    assert {path.name.partition("-")[0] for path in FROZEN} == set(library.VALUES) | {"int3"}
+    assert {path.name.partition("-")[0] for path in FROZEN} == set(PACKABLE)
 
 
 @pytest.mark.parametrize("folder", FROZEN, ids=lambda path: path.name)

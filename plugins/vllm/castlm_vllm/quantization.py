@@ -39,6 +39,7 @@ from castlm_runtime.packed import PackedArray, PackedSpec, read_specs
 from castlm_runtime.stored import (
     INDEX,
     PACKED_INDEX,
+    OpenFiles,
     StoredTensor,
     check_weight_files,
     packed_weights,
@@ -63,7 +64,7 @@ class StoredWeight:
     def rows(self, begin: int, end: int) -> PackedArray:
         """Reads some of its rows."""
         parts = {suffix: part.rows(begin, end) for suffix, part in self.parts.items()}
-        return PackedArray.read(replace(self.spec, rows=end - begin), parts)
+        return PackedArray.read(replace(self.spec, rows=end - begin), parts, OpenFiles())
 
 
 class CastlmConfig(QuantizationConfig):

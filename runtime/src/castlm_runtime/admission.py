@@ -24,14 +24,15 @@ Beyond 20 refusals a second they are sent a second later. Answers are never held
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import ipaddress
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,6 +50,8 @@ class BusyError(Exception):
 
 def address_of(host: str | None) -> str:
     """The address that shares are counted by: of IPv6 the network of 64 bits, as each client has one."""
+    import ipaddress
+
     try:
         address = ipaddress.ip_address((host or "").partition("%")[0])
     except ValueError:
@@ -132,6 +135,8 @@ class Worker:
 
     async def run(self, function: Callable[..., Result], *arguments: Any, address: str, cost: float) -> Result:
         """The result of `function(*arguments)`. Raises `BusyError` if it is refused."""
+        import asyncio  # imported where it is used: the engine alone starts sooner
+
         from anyio import to_thread  # comes with Starlette, which only the server needs
 
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -193,6 +198,8 @@ class Refusals:
 
     async def wait(self) -> None:
         """Returns when the next refusal may be sent."""
+        import asyncio
+
         now = time.monotonic()
         level = max(0.0, self._level - _PER_SECOND * (now - self._then)) + 1
         self._level = min(level, 2 * _PER_SECOND)  # soon forgotten

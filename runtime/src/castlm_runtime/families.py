@@ -17,8 +17,7 @@ from castlm_runtime.errors import InputError
 
 Config = Mapping[str, Any]
 
-_ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
-"""Codes of activations, as in `Activation` of engine.h."""
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Description:
     vocabulary: int
     context: int
     epsilon: float
-    activation: int
+    activation: str
     attention_scale: float
     is_tied: bool
     """Whether the embedding is the output head."""
@@ -386,7 +385,7 @@ def describe(config: Config) -> Description:
             vocabulary=int(config["vocab_size"]),
             context=context,
             epsilon=float(config["rms_norm_eps"]),
-            activation=_ACTIVATIONS[name],
+            activation=name,
             is_tied=bool(config["tie_word_embeddings"]),
             windows=tuple(family.windows(config)),
             ropes=tuple(of_layers),

@@ -19,7 +19,8 @@ class Format:
         name: its name in options and records.
         stored: safetensors' name of the dtype of the values in a file.
         bits: bits of a value.
-        kernel: its code in `Values` of matrix.h; None without kernels and without a packed form.
+        runs_as: the format of the kernels that multiply it: int3 is widened to int4 when it is loaded. Empty without
+            kernels and without a packed form.
         scale: safetensors' name of the dtype of the scales; empty if the values are the weights themselves.
         group: columns of a row that share a scale; 0 is the whole row.
         largest: end of the rounding grid, in units of the scale.
@@ -31,7 +32,7 @@ class Format:
     name: str
     stored: str
     bits: int
-    kernel: int | None
+    runs_as: str
     scale: str = ""
     group: int = 0
     largest: float = math.inf
@@ -43,11 +44,6 @@ class Format:
     def rounds(self) -> bool:
         """Whether weights are rounded to a grid with scales."""
         return bool(self.scale)
-
-    @property
-    def runs_as(self) -> str:
-        """The format of the kernels that multiply it: int3 is widened to int4 when it is loaded."""
-        return next(form.name for form in FORMATS.values() if form.kernel == self.kernel)
 
     def groups(self, columns: int) -> list[slice]:
         """The columns of each scale, in a row of `columns` weights."""
@@ -62,19 +58,19 @@ class Format:
 FORMATS = {
     form.name: form
     for form in (
-        Format("bf16", "BF16", 16, 0),
-        Format("fp16", "F16", 16, 1),
-        Format("fp32", "F32", 32, 2),
-        Format("int8", "I8", 8, 3, "F32", largest=127),
-        Format("int6", "U8", 6, 5, "BF16", group=64, largest=31, reads_text=True, of_tables=True),
-        Format("int4", "U8", 4, 4, "BF16", group=64, largest=7, reads_text=True),
-        Format("int3", "U8", 3, 4, "BF16", group=64, largest=3, reads_text=True, needs_training=True),
-        Format("fp8", "F8_E4M3", 8, None, "F32", largest=448),
+        Format("bf16", "BF16", 16, "bf16"),
+        Format("fp16", "F16", 16, "fp16"),
+        Format("fp32", "F32", 32, "fp32"),
+        Format("int8", "I8", 8, "int8", "F32", largest=127),
+        Format("int6", "U8", 6, "int6", "BF16", group=64, largest=31, reads_text=True, of_tables=True),
+        Format("int4", "U8", 4, "int4", "BF16", group=64, largest=7, reads_text=True),
+        Format("int3", "U8", 3, "int4", "BF16", group=64, largest=3, reads_text=True, needs_training=True),
+        Format("fp8", "F8_E4M3", 8, "", "F32", largest=448),
     )
 }
 ITEM_BYTES = {form.stored: max(8, form.bits) // 8 for form in FORMATS.values()}
 """Bytes of a stored item, by safetensors' name of its dtype."""
-PACKABLE = tuple(form.name for form in FORMATS.values() if form.kernel is not None)
+PACKABLE = tuple(form.name for form in FORMATS.values() if form.runs_as)
 """The formats that a packed file can hold."""
 HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].needs_training)
 """The formats that an output head can be rounded to."""

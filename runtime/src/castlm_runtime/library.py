@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import json
 import mmap
 import os
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,22 @@ from castlm_runtime.formats import FORMATS
 
 NOT_BUILT = "the C++ kernels of castlm-runtime were not built: install it again (pip install ./runtime in the clone)"
 
-VALUES = {form.name: form.kernel for form in FORMATS.values() if form.kernel is not None}
-"""Codes of the stored values, as in `Values` of matrix.h."""
-
-LAYOUTS = {"best": -1, "rows": 0, "panels": 1, "dense": 2, "lanes": 3}
-"""Codes of the layouts in memory; "best" is the fastest that this processor and the pattern allow."""
-
 LONGEST_GROUP = 64
 """Columns of a mask that the kernels read at a time: they take every n:m whose m divides it."""
 
-INTEGERS = {code for name, code in VALUES.items() if FORMATS[name].rounds}
-"""Codes of the values that have scales."""
-HEADER = struct.Struct("6i")  # a buffer begins with its magic number, layout, values, n, m, and whether it is unsigned
-HEADER_BYTES = 64
 _LEVEL_VARIABLE = "CASTLM_CPU_LEVEL"
-_VERSION = 10  # of kernels.cpp
 _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # of Linux; the module mmap has it where it was built with it
-_BAD_MASK, _NO_MEMORY = 2, 3
+_TYPES: dict[str, Any] = {
+    "void": None,
+    "text": ctypes.c_char_p,
+    "pointer": ctypes.c_void_p,
+    "float": ctypes.c_float,
+    "int32": ctypes.c_int32,
+    "int64": ctypes.c_int64,
+    "uint64": ctypes.c_uint64,
+}
+"""The types of the library's description."""
 
 
 def path() -> str | None:
@@ -59,20 +57,39 @@ def kernels() -> ctypes.CDLL | None:
 def load_kernels(file: str) -> ctypes.CDLL:
     """Loads the library in `file`. Raises `InputError` if it is of another version."""
     library = ctypes.CDLL(file)
-    if ctypes.c_int32.in_dll(library, "castlm_inference_version").value != _VERSION:
-        raise InputError(f"{file} belongs to another version of castlm-runtime: install it again")
-    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    matrix = [number, number, number, number, size, size]
-    library.castlm_level_name.restype = ctypes.c_char_p
-    library.castlm_packed_bytes.argtypes, library.castlm_packed_bytes.restype = matrix, size
-    library.castlm_repack.argtypes = [*matrix, pointer, size, pointer, size, pointer, size, pointer, size, number]
-    library.castlm_multiply.argtypes = [pointer, size, pointer, number, size, size, pointer, size, number]
-    library.castlm_unpack.argtypes = [pointer, size, size, size, pointer, size, number]
-    library.castlm_gather.argtypes = [pointer, size, pointer, size, pointer, size, number]
-    library.castlm_sample.argtypes = [pointer, size, size, pointer, size, size, pointer, pointer, pointer, number]
+    try:
+        for name, (result, *arguments) in description(library)["functions"].items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = _TYPES[result], [_TYPES[argument] for argument in arguments]
+    except (AttributeError, KeyError, ValueError) as error:
+        raise InputError(f"{file} belongs to another version of castlm-runtime: install it again") from error
     if os.environ.get(_LEVEL_VARIABLE):
         use_level(os.environ[_LEVEL_VARIABLE], library)
     return library
+
+
+@functools.cache
+def description(library: ctypes.CDLL) -> dict[str, Any]:
+    """The sizes, codes, structs and signatures of the library, which describe.cpp documents."""
+    library.castlm_describe.restype = ctypes.c_char_p
+    found: dict[str, Any] = json.loads(library.castlm_describe())
+    return found
+
+
+def codes(kind: str) -> dict[str, int]:
+    """The codes of values, layouts, caches, activations or errors, by name."""
+    found: dict[str, int] = description(built())[kind]
+    return found
+
+
+@functools.cache
+def structure(name: str) -> type[ctypes.Structure]:
+    """A struct of engine.h or sampler.h, with its fields."""
+    described = description(built())["structs"][name]
+    fields = [(field, structure(kind) if kind not in _TYPES else _TYPES[kind]) for field, kind in described["fields"]]
+    found = type(name, (ctypes.Structure,), {"_fields_": fields})
+    assert ctypes.sizeof(found) == described["bytes"], f"describe.cpp lacks a field of {name}"
+    return found
 
 
 def built() -> ctypes.CDLL:
@@ -85,32 +102,24 @@ def built() -> ctypes.CDLL:
 
 def level() -> str:
     """The name of the kernels in use: the fastest for this processor, unless `use_level` set another."""
-    names = _level_names(built())
-    return names[int(built().castlm_level())]
+    return str(_level_facts(built())[int(built().castlm_level())]["name"])
 
 
-@functools.cache
-def _level_names(library: ctypes.CDLL) -> tuple[str, ...]:
-    """The instruction sets that there are kernels for, the faster ones later: `kLevels` of matrix.h."""
-    found: list[str] = []
-    while name := library.castlm_level_name(len(found)):
-        found.append(name.decode())
-    return tuple(found)
+def _level_facts(library: ctypes.CDLL) -> list[dict[str, Any]]:
+    """The instruction sets that there are kernels for, the faster ones later."""
+    found: list[dict[str, Any]] = description(library)["levels"]
+    return found
 
 
 def longest_free_group(n: int, m: int) -> int:
     """The longest group in which this processor's kernels take the share n / m of weights nearly as fast as in groups
     of four: `m` itself where no longer one is known to be.
-
-    With AVX-512 integers of all groups have the speed of 2:4, and floats decode at 0.7 to 1.0 of it. With AVX2 alone
-    this is 16 for half of the weights: 8:16 decodes at 0.8 to 1.0 of the speed of 2:4, 32:64 at 0.6 to 0.9
-    (docs/performance.md).
     """
-    if kernels() is None:
+    library = kernels()
+    if library is None:
         return m
-    if level() in ("avx512", "amx"):
-        return LONGEST_GROUP
-    return 16 if level() == "avx2" and 2 * n == m else m
+    facts = _level_facts(library)[int(library.castlm_level())]
+    return max(m, facts["longest_of_half" if 2 * n == m else "longest_group"])
 
 
 def levels(library: ctypes.CDLL | None = None) -> tuple[str, ...]:
@@ -118,19 +127,19 @@ def levels(library: ctypes.CDLL | None = None) -> tuple[str, ...]:
     library = library or kernels()
     if library is None:
         return ()
-    return tuple(level for number, level in enumerate(_level_names(library)) if library.castlm_runs(number))
+    return tuple(str(of["name"]) for number, of in enumerate(_level_facts(library)) if library.castlm_runs(number))
 
 
 def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
     """Selects the kernels of an instruction set in this process, as the environment variable `CASTLM_CPU_LEVEL` does.
 
-    Buffers from another level may be refused afterwards: pack again.
+    A weight that is packed already keeps its kernels.
 
     Raises:
         InputError: an unknown name, or an instruction set that this processor lacks.
     """
     library = library or built()
-    names = _level_names(library)
+    names = [of["name"] for of in _level_facts(library)]
     if name not in names or library.castlm_set_level(names.index(name)):
         raise InputError(f"there are no kernels of {name!r} here: choose one of {', '.join(levels(library))}")
 
@@ -138,19 +147,12 @@ def use_level(name: str, library: ctypes.CDLL | None = None) -> None:
 def rows_at_a_time(buffer: int, num_bytes: int) -> int:
     """The number of rows of x that the kernels should take at once, if x has many; 0 if a library's GEMM is faster.
 
-    The kernels take integers from AVX2 on, so that prompts are rounded as in decoding, and floats with AVX-512, or with
-    AVX2 in the layout "lanes".
     docs/performance.md has the speeds, measured by `benchmarks.levels`.
 
     Args:
         buffer: the address of a weight that `repack` wrote.
     """
-    if num_bytes < HEADER.size:
-        return 0  # both ways refuse it
-    _, layout, values, _, _, _ = HEADER.unpack(ctypes.string_at(buffer, HEADER.size))
-    if layout == LAYOUTS["lanes"] and level() in ("avx2", "avx512", "amx"):
-        return 512
-    return 512 if layout != LAYOUTS["rows"] and level() == "avx2" and values in INTEGERS else 0
+    return int(built().castlm_rows_at_once(buffer, num_bytes))
 
 
 def has_kernels(m: int) -> bool:
@@ -158,9 +160,13 @@ def has_kernels(m: int) -> bool:
     return m == 0 or LONGEST_GROUP % m == 0
 
 
+def _values_code(values: str) -> int:
+    return codes("values")[FORMATS[values].runs_as]
+
+
 def packed_bytes(values: str, n: int, m: int, rows: int, columns: int, layout: str = "best") -> int:
     """Bytes of the buffer of a matrix (rows, columns), whose width divides by `m`; `m` = 0 means dense."""
-    size = int(built().castlm_packed_bytes(LAYOUTS[layout], VALUES[values], n, m, rows, columns))
+    size = int(built().castlm_packed_bytes(codes("layouts")[layout], _values_code(values), n, m, rows, columns))
     assert size >= 0, f"there is no kernel for a {rows} x {columns} weight, {n}:{m} of {values}, layout {layout}"
     return size
 
@@ -184,23 +190,24 @@ def repack(
         values: address and bytes of the stored values.
         mask: address and bytes of the mask, a bit for each weight; (0, 0) of a dense matrix.
         scales: address and number of the scales, fp32; (0, 0) of floats.
-        kind: a name of VALUES.
+        kind: a name of PACKABLE.
         shape: (rows, columns).
 
     Raises:
         InputError: a mask that does not keep exactly `n` of every `m`.
         MemoryError: there is no memory for the threads.
     """
-    code = built().castlm_repack(LAYOUTS[layout], VALUES[kind], n, m, *shape, *values, *mask, *scales, *to, threads)
+    form = (codes("layouts")[layout], _values_code(kind), n, m)
+    code = built().castlm_repack(*form, *shape, *values, *mask, *scales, *to, threads)
     check_memory(code)
-    if code == _BAD_MASK:
+    if code == codes("errors")["mask"]:
         raise InputError(f"the mask does not keep exactly {n} of every {m} weights: the file is damaged")
     assert not code, f"values, mask and scales do not fit a {n}:{m} {kind} weight of width {shape[1]}"
 
 
 def check_memory(code: int) -> None:
     """Raises MemoryError if a function of the library returned the code for it."""
-    if code == _NO_MEMORY:
+    if code and code == codes("errors")["memory"]:
         raise MemoryError("not enough memory for the CPU kernels: take fewer tokens at a time, or free memory")
 
 

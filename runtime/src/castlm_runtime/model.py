@@ -27,6 +27,7 @@ from castlm_runtime.stored import (
     INDEX,
     PACKED_INDEX,
     SINGLE,
+    OpenFiles,
     check_weight_files,
     packed_weights,
     read_headers,
@@ -36,8 +37,8 @@ from castlm_runtime.stored import (
 BLOCK = 64
 """Positions of a block of the cache (`kBlockTokens` of engine.h)."""
 
-CACHE_KINDS = {"bf16": 0, "int8": 1, "fp32": 2}
-"""What the cache keeps of keys and values, by their codes in `CacheKind` of engine.h."""
+CACHE_KINDS = ("bf16", "int8", "fp32")
+"""What the cache keeps of keys and values."""
 
 _ALIGNMENT = 64
 _FLOATS = ("F32", "F16", "BF16")
@@ -81,6 +82,7 @@ class StoredWeights:
         weight_map = read_weight_map(file) if file.name in (PACKED_INDEX, INDEX) else {}
         files = [file.parent / name for name in sorted({*weight_map.values()} or {file.name})]
         check_weight_files(files, file.parent)
+        self._files = OpenFiles()
         self.tensors = read_headers(files, weight_map, file)
         self.specs = read_specs(self.tensors)
 
@@ -107,7 +109,7 @@ class StoredWeights:
         if rows is not None:
             parts = {suffix: tensor.rows(rows.start, rows.stop) for suffix, tensor in parts.items()}
             spec = replace(spec, rows=rows.stop - rows.start)
-        return PackedArray.read(spec, parts)
+        return PackedArray.read(spec, parts, self._files)
 
     def vector(self, name: str) -> np.ndarray | None:
         tensor = self.tensors.get(name)
@@ -115,7 +117,7 @@ class StoredWeights:
             return None
         if tensor.dtype not in _FLOATS or len(tensor.shape) != 1:
             raise InputError(f"{name} is {tensor.dtype} {tensor.shape}: a vector of floats is needed")
-        return to_fp32(read_array(tensor), tensor.dtype)
+        return to_fp32(read_array(tensor, self._files), tensor.dtype)
 
 
 def _weight_file(config: Mapping[str, Any], folder: Path) -> Path:
@@ -129,51 +131,6 @@ def _weight_file(config: Mapping[str, Any], folder: Path) -> Path:
     if other is not None:
         raise InputError(f"config.json of {folder} names the weights {other!r:.200}: remove transformers_weights")
     return folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
-
-
-# ---- the structs of engine.h
-
-
-class _WeightRef(ctypes.Structure):
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("bytes", "rows", "columns")),
-        ("bias", ctypes.c_void_p),
-    )
-
-
-class _LayerSpec(ctypes.Structure):
-    _fields_ = (
-        *((name, _WeightRef) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, ctypes.c_void_p) for name in ("post_attention_norm", "post_mlp_norm", "cosines", "sines")),
-        ("window", ctypes.c_int64),
-    )
-
-
-class _ModelSpec(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("intermediate", "vocabulary", "max_positions", "rotary_dim")),
-        *((name, ctypes.c_int32) for name in ("activation", "wide_head_norms")),
-        *((name, ctypes.c_float) for name in ("epsilon", "attention_scale")),
-        *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap")),
-        ("layers", ctypes.POINTER(_LayerSpec)),
-        ("norm", ctypes.c_void_p),
-        ("head", _WeightRef),
-        ("embedding", _WeightRef),
-    )
-
-
-class _Sequence(ctypes.Structure):
-    _fields_ = (
-        ("tokens", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("position", ctypes.c_int64),
-        ("blocks", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("all_logits", ctypes.c_int64),
-    )
 
 
 @dataclass
@@ -217,7 +174,7 @@ class Model:
     ):
         self.description = description
         self.threads = min(threads or physical_cores(), len(processors()))
-        self._library = _functions()
+        self._library = library.built()
         self._kept: list[object] = []
         spec = self._spec(description, weights, progress)
         self._handle = ctypes.c_void_p()
@@ -246,28 +203,29 @@ class Model:
 
     # ---- weights
 
-    def _spec(self, of: Description, weights: Weights, progress: Callable[[int, int], None]) -> _ModelSpec:
+    def _spec(self, of: Description, weights: Weights, progress: Callable[[int, int], None]) -> ctypes.Structure:
         plan = _plan(of, weights)
         wanted = sum(-(-plan_bytes // _ALIGNMENT) * _ALIGNMENT for plan_bytes in plan.sizes.values())
         arena, offset = library.allocate(wanted), 0
         self._kept.append(arena)
-        references: dict[str, _WeightRef] = {}
+        weight_ref, layer_spec = library.structure("WeightRef"), library.structure("LayerSpec")
+        references: dict[str, Any] = {}
         for number, (place, (name, rows, size)) in enumerate(plan.matrices.items(), 1):
             with naming(name):
                 found = weights.matrix(name, rows)
                 if isinstance(found, Prepared):
                     self._kept.append(found.owner)
-                    references[place] = _WeightRef(found.address, found.num_bytes, found.rows, found.columns, None)
+                    references[place] = weight_ref(found.address, found.num_bytes, found.rows, found.columns, None)
                 else:
                     buffer = arena[offset : offset + size]
                     found.repack_(buffer, self.threads)
-                    references[place] = _WeightRef(library.address(buffer), size, *_shape(found), None)
+                    references[place] = weight_ref(library.address(buffer), size, *_shape(found), None)
                     offset += -(-size // _ALIGNMENT) * _ALIGNMENT
                 bias = weights.vector(f"{name}.bias")
                 if bias is not None:
                     references[place].bias = self._vector(bias if rows is None else bias[rows], of_name=f"{name}.bias")
             progress(number, len(plan.matrices))
-        layers = (_LayerSpec * of.num_layers)()
+        layers = (layer_spec * of.num_layers)()
         tables = self._rotary_tables(of)
         for i in range(of.num_layers):
             at, names = f"model.layers.{i}", of.family.norms
@@ -275,7 +233,7 @@ class Model:
             width = of.heads * of.head_dim if of.family.wide_head_norms else of.head_dim
             kv_width = of.kv_heads * of.head_dim if of.family.wide_head_norms else of.head_dim
             cosines, sines = tables.get(id(of.ropes[i]), (None, None))
-            layers[i] = _LayerSpec(
+            layers[i] = layer_spec(
                 **{part: references[f"{i}.{part}"] for part in (*_QKV, "o", *_GATE_UP, "down")},
                 attention_norm=norms[0],
                 mlp_norm=norms[1],
@@ -289,7 +247,7 @@ class Model:
             )
         self._kept.append(layers)
         rotary = next((2 * len(rope.frequencies) for rope in of.ropes if rope is not None), of.head_dim)
-        return _ModelSpec(
+        return library.structure("ModelSpec")(
             num_layers=of.num_layers,
             hidden=of.hidden,
             heads=of.heads,
@@ -299,7 +257,7 @@ class Model:
             vocabulary=of.vocabulary,
             max_positions=of.context,
             rotary_dim=rotary,
-            activation=of.activation,
+            activation=library.codes("activations")[of.activation],
             wide_head_norms=of.family.wide_head_norms,
             epsilon=of.epsilon,
             attention_scale=of.attention_scale,
@@ -307,7 +265,7 @@ class Model:
             residual_scale=of.residual_scale,
             logit_scale=of.logit_scale,
             logit_cap=of.logit_cap,
-            layers=layers,
+            layers=ctypes.addressof(layers),
             norm=self._norm(weights, "model.norm.weight", of.hidden),
             head=references["head"],
             embedding=references.get("embedding", references["head"]),
@@ -364,7 +322,7 @@ class Model:
         Raises:
             MemoryError: there is no memory for the activations, or for the cache.
         """
-        rows = (_Sequence * len(parts))()
+        rows: Any = (library.structure("Sequence") * len(parts))()
         held: list[np.ndarray] = []
         for row, part in zip(rows, parts):
             tokens, blocks = np.asarray(part.tokens, np.int32), np.asarray(part.blocks, np.int32)
@@ -404,7 +362,9 @@ class Cache:
         self._model = model
         self.kind, self.num_blocks = kind, num_blocks
         self.handle = ctypes.c_void_p()
-        code = model._library.castlm_cache_new(model._handle, CACHE_KINDS[kind], num_blocks, ctypes.byref(self.handle))
+        code = model._library.castlm_cache_new(
+            model._handle, library.codes("caches")[kind], num_blocks, ctypes.byref(self.handle)
+        )
         library.check_memory(code)
         assert not code, "the engine refused the cache"
         self._free = weakref.finalize(self, model._library.castlm_cache_free, self.handle)
@@ -421,7 +381,7 @@ class Cache:
 
 def block_bytes(model: Model, kind: str) -> int:
     """Bytes of a block of the cache."""
-    return int(model._library.castlm_cache_block_bytes(model._handle, CACHE_KINDS[kind]))
+    return int(model._library.castlm_cache_block_bytes(model._handle, library.codes("caches")[kind]))
 
 
 # ---- which matrices a model has
@@ -449,8 +409,7 @@ def _plan(of: Description, weights: Weights) -> _Plan:
             raise InputError(
                 f"{name} is {shape}, and config.json asks for {wanted[0]} x {wanted[1]}: fetch or pack the model again"
             )
-        runs_as = FORMATS[spec.values].runs_as
-        found[place] = (name, part, library.packed_bytes(runs_as, spec.n, spec.m, rows, columns))
+        found[place] = (name, part, library.packed_bytes(spec.values, spec.n, spec.m, rows, columns))
 
     queries, keys = of.heads * of.head_dim, of.kv_heads * of.head_dim
     for i in range(of.num_layers):
@@ -486,20 +445,6 @@ def _split(
 
 def _shape(weight: PackedArray) -> tuple[int, int]:
     return weight.spec.rows, weight.spec.columns
-
-
-def _functions() -> ctypes.CDLL:
-    """The library with the signatures of engine.h."""
-    found = library.built()
-    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    found.castlm_model_new.argtypes = [pointer, pointer]
-    found.castlm_model_free.argtypes, found.castlm_model_free.restype = [pointer], None
-    found.castlm_cache_block_bytes.argtypes, found.castlm_cache_block_bytes.restype = [pointer, number], size
-    found.castlm_cache_new.argtypes = [pointer, number, size, pointer]
-    found.castlm_cache_free.argtypes, found.castlm_cache_free.restype = [pointer], None
-    found.castlm_cache_release.argtypes, found.castlm_cache_release.restype = [pointer, pointer, size], None
-    found.castlm_forward.argtypes = [pointer, pointer, pointer, size, number]
-    return found
 
 
 def blocks_for(num_tokens: int) -> int:

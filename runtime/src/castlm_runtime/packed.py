@@ -35,7 +35,7 @@ from safetensors import safe_open
 from castlm_runtime import library
 from castlm_runtime.errors import InputError
 from castlm_runtime.formats import FORMATS, ITEM_BYTES, PACKABLE
-from castlm_runtime.stored import StoredTensor, read_bytes
+from castlm_runtime.stored import OpenFiles, StoredTensor
 
 VERSION = 2
 METADATA_KEY = "castlm"
@@ -283,9 +283,9 @@ class PackedArray:
     scales: np.ndarray | None = None
 
     @classmethod
-    def read(cls, spec: PackedSpec, parts: Mapping[str, StoredTensor]) -> PackedArray:
+    def read(cls, spec: PackedSpec, parts: Mapping[str, StoredTensor], files: OpenFiles) -> PackedArray:
         """The stored tensors of a file, by suffix."""
-        arrays = {suffix: read_array(part) for suffix, part in parts.items()}
+        arrays = {suffix: read_array(part, files) for suffix, part in parts.items()}
         return cls(spec, arrays["values"], arrays.get("mask"), arrays.get("scales"))
 
     @property
@@ -319,7 +319,7 @@ class PackedArray:
     def repacked_bytes(self) -> int:
         """Bytes of the buffer that `repack_` fills."""
         spec = self.spec
-        return library.packed_bytes(FORMATS[spec.values].runs_as, spec.n, spec.m, spec.rows, spec.columns)
+        return library.packed_bytes(spec.values, spec.n, spec.m, spec.rows, spec.columns)
 
     def repack_(self, buffer: np.ndarray, threads: int) -> None:
         """Writes the weight to `buffer`, uint8 (repacked_bytes,), in the order in which this processor reads it.
@@ -336,7 +336,7 @@ class PackedArray:
             (library.address(values), values.nbytes),
             (library.address(mask), 0 if mask is None else mask.nbytes),
             (library.address(scales), 0 if scales is None else scales.size),
-            FORMATS[spec.values].runs_as,
+            spec.values,
             spec.n,
             spec.m,
             (spec.rows, spec.columns),
@@ -369,9 +369,9 @@ class PackedArray:
         return PackedArray(part, values, mask, scales)
 
 
-def read_array(tensor: StoredTensor) -> np.ndarray:
+def read_array(tensor: StoredTensor, files: OpenFiles) -> np.ndarray:
     """A tensor of a file; bf16 as uint16 bits."""
-    return read_bytes(tensor).view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
+    return files.read_bytes(tensor).view(_NUMPY[tensor.dtype]).reshape(tensor.shape)
 
 
 def to_fp32(array: np.ndarray, dtype: str) -> np.ndarray:

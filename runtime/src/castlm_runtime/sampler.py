@@ -10,7 +10,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,19 +79,6 @@ class Sampling:
             raise InputError(f"seed {self.seed} must be from 0 to 2^64 - 1")
 
 
-class _Spec(ctypes.Structure):
-    """`SampleSpec` of sampler.h, which has the meaning of each field."""
-
-    _fields_ = [
-        ("seed", ctypes.c_uint64),
-        ("position", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("history", "bias_tokens", "biases", "allowed")),
-        *((name, ctypes.c_int64) for name in ("num_history", "num_prompt", "num_biases")),
-        *((name, ctypes.c_float) for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")),
-        *((name, ctypes.c_int32) for name in ("top_k", "num_best", "given")),
-    ]
-
-
 class Chooser:
     """The choice of tokens of one sequence: its settings, and the tokens that it has so far.
 
@@ -119,7 +106,7 @@ class Chooser:
         self._vocabulary, self._num_tokens = vocabulary, len(self._history)
         penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
         self._needs_history = penalties != (1, 0, 0)
-        self._spec = _Spec(
+        self._spec: Any = library.structure("SampleSpec")(
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             bias_tokens=self._bias_tokens.ctypes.data,
             biases=self._biases.ctypes.data,
@@ -156,9 +143,9 @@ class Chooser:
         self._allowed = allowed
         self._spec.allowed = None if allowed is None else allowed.ctypes.data
 
-    def spec(self, given: int = -1) -> _Spec:
+    def spec(self, given: int = -1) -> ctypes.Structure:
         """The settings of the next token; `given` is there already, and its log probability is wanted."""
-        spec = self._spec
+        spec: ctypes.Structure = self._spec
         spec.position, spec.given = self._num_tokens, given
         if self._needs_history:
             spec.history, spec.num_history = self._history.ctypes.data, self._num_tokens
@@ -229,7 +216,7 @@ def _sample(logits: Floats, specs: Sequence[bytes], num_best: int | None, thread
     if num_best is not None:
         best, logprobs = np.empty((count, most), np.int32), np.empty((count, 1 + most), np.float32)
     code = library.built().castlm_sample(
-        *(logits.ctypes.data, count, vocabulary, b"".join(specs), ctypes.sizeof(_Spec), most),
+        *(logits.ctypes.data, count, vocabulary, b"".join(specs), ctypes.sizeof(library.structure("SampleSpec")), most),
         *(tokens, library.address(logprobs) if num_best is not None else None),
         *(library.address(best) if num_best is not None else None, threads),
     )

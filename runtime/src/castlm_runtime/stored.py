@@ -8,9 +8,11 @@ JSON header, the data (github.com/huggingface/safetensors).
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,6 +211,26 @@ def byte_chunks(tensor: StoredTensor, step: int = 1) -> Iterator[np.ndarray]:
 def read_bytes(tensor: StoredTensor) -> np.ndarray:
     """All bytes of a tensor, uint8, 1-D. Unlike the pages of a mapped file, they are freed with the result."""
     return next(byte_chunks(tensor, max(1, tensor.num_bytes)), np.empty(0, np.uint8))
+
+
+class OpenFiles:
+    """Reads whole tensors of a model's files, each of which is opened once."""
+
+    def __init__(self) -> None:
+        self._streams: dict[Path, BufferedReader] = {}
+
+    def read_bytes(self, tensor: StoredTensor) -> np.ndarray:
+        """All bytes of a tensor, uint8, 1-D. Unlike the pages of a mapped file, they are freed with the result."""
+        if tensor.file not in self._streams:
+            self._streams[tensor.file] = open_regular(tensor.file)
+        found = np.empty(tensor.num_bytes, np.uint8)
+        done, descriptor = 0, self._streams[tensor.file].fileno()
+        while done < tensor.num_bytes:
+            count = os.preadv(descriptor, [found[done:]], tensor.offset + done)
+            if not count:
+                raise InputError(f"{tensor.file} was cut short while {tensor.name} was read")
+            done += count
+        return found
 
 
 def non_finite_of(bits: np.ndarray, dtype: str) -> int:

@@ -114,7 +114,7 @@ def quantize_folder(
         InputError: a model without the pattern, a kind that cannot be packed, or a missing or superfluous calibration
             text, or `folder` holds something (without `overwrite`). `folder` stays unchanged after any error.
     """
-    if packed and FORMATS[kind].kernel is None:
+    if packed and not FORMATS[kind].runs_as:
         raise InputError(f"the packed format does not hold {kind}: leave --packed out")
     if head is not None and not packed:
         raise InputError(f"--head {head} is for the packed format: pass --packed, or leave it out")

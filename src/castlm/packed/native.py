@@ -8,12 +8,10 @@ from torch import Tensor
 from castlm.core.errors import InputError
 from castlm.dtypes import STORED
 from castlm_runtime import library
-from castlm_runtime.formats import FORMATS
+from castlm_runtime.formats import FORMATS, PACKABLE
 from castlm_runtime.library import (
-    LAYOUTS,
     LONGEST_GROUP,
     NOT_BUILT,
-    VALUES,
     built,
     check_memory,
     has_kernels,
@@ -28,10 +26,8 @@ from castlm_runtime.library import (
 )
 
 __all__ = [
-    "LAYOUTS",
     "LONGEST_GROUP",
     "NOT_BUILT",
-    "VALUES",
     "built",
     "has_kernels",
     "kernels",
@@ -44,7 +40,7 @@ __all__ = [
     "use_level",
 ]
 
-_DTYPES = {name: STORED[FORMATS[name].stored] for name in VALUES}
+_DTYPES = {name: STORED[FORMATS[name].stored] for name in PACKABLE}
 
 
 def allocate(num_bytes: int) -> Tensor:
@@ -71,7 +67,7 @@ def repack_(
             of int6 and int4.
         mask: uint8 (rows, ceil(columns / 8)); None for a dense matrix.
         scales: (rows, 1) of int8, (rows, ceil(columns / 64)) of int6 and int4; else None.
-        kind: a name of VALUES.
+        kind: a name of PACKABLE.
 
     Raises:
         InputError: a mask that does not keep exactly `n` of every `m`.

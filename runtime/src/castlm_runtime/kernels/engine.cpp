@@ -18,17 +18,15 @@
 // Results do not depend on the number of threads: tiles are summed in the same order whoever takes them, parts of the context are
 // fixed, and attention's work items, which threads take in turn as they are not equally long, are independent.
 
-#include "engine.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
-#include <string>
 #include <vector>
 
+#include "api.h"
 #include "attention.h"
 #include "plain.h"
 #include "team.h"
@@ -617,21 +615,6 @@ using namespace castlm;
 
 extern "C" {
 
-// What Python must agree with, as JSON: the sizes of the structs of engine.h, and the codes.
-const char* castlm_describe() {
-  static const std::string text = [] {
-    const auto size = [](const char* name, size_t bytes) { return std::string("\"") + name + "\": " + std::to_string(bytes); };
-    std::string levels;
-    for (const LevelKernels& of : kLevels) levels += std::string(levels.empty() ? "\"" : ", \"") + of.name + "\"";
-    return "{\"structs\": {" + size("WeightRef", sizeof(WeightRef)) + ", " + size("LayerSpec", sizeof(LayerSpec)) + ", " +
-           size("ModelSpec", sizeof(ModelSpec)) + ", " + size("Sequence", sizeof(Sequence)) + "}, \"levels\": [" + levels +
-           "], \"caches\": {\"bf16\": 0, \"int8\": 1, \"fp32\": 2}, " + size("block_tokens", kBlockTokens) + ", " +
-           size("widest_head", kWidestHead) + ", " + size("header_bytes", kHeaderBytes) + ", " + size("block", kBlock) + "}";
-  }();
-  return text.c_str();
-}
-
-// Checks the sizes of a model and keeps its description; engine.h says what lives how long.
 int castlm_model_new(const ModelSpec* spec, void** model) {
   return guarded([&] {
     auto made = std::make_unique<Model>();
@@ -643,7 +626,6 @@ int castlm_model_new(const ModelSpec* spec, void** model) {
 
 void castlm_model_free(void* model) { delete static_cast<Model*>(model); }
 
-// Barriers of the last pass of a model: what a token costs on many threads.
 int64_t castlm_model_barriers(void* model) { return static_cast<Model*>(model)->barriers; }
 
 int64_t castlm_cache_block_bytes(void* model, int kind) {
@@ -651,7 +633,6 @@ int64_t castlm_cache_block_bytes(void* model, int kind) {
   return static_cast<Model*>(model)->layout(CacheKind(kind)).block_bytes();
 }
 
-// Reserves addresses for a pool of blocks on huge pages; a page is there when it is first written.
 int castlm_cache_new(void* model, int kind, int64_t num_blocks, void** cache) {
   const int64_t block_bytes = castlm_cache_block_bytes(model, kind);
   if (block_bytes < 0 || num_blocks < 1 || num_blocks > (int64_t(1) << 46) / block_bytes || num_blocks >= int64_t(1) << 31) return kBadSize;
@@ -681,7 +662,6 @@ void castlm_cache_free(void* cache) {
   delete of;
 }
 
-// Gives the memory of blocks back to the system; what they held is lost.
 void castlm_cache_release(void* cache, const int32_t* blocks, int64_t count) {
   const auto& of = *static_cast<Cache*>(cache);
   const int64_t bytes = of.layout.block_bytes(), page = 4096;
@@ -692,7 +672,6 @@ void castlm_cache_release(void* cache, const int32_t* blocks, int64_t count) {
   }
 }
 
-// One pass: the new tokens of `count` sequences, whose keys and values join the cache, on `threads` threads.
 int castlm_forward(void* model, void* cache, const Sequence* sequences, int64_t count, int threads) {
   auto& of = *static_cast<Model*>(model);
   const auto& blocks = *static_cast<Cache*>(cache);

@@ -1,8 +1,7 @@
 // The engine: a model whose weights are packed, a cache of keys and values in blocks, and one call that runs the new tokens of
-// many sequences through both. The structs are what Python fills (ctypes); `castlm_describe` names their sizes.
+// many sequences through both. The structs are what Python fills by ctypes, as `castlm_describe` describes them.
 //
-// Python owns every buffer that a `ModelSpec` points to and keeps it while the model lives; the spec and its array of layers are
-// copied. Nothing that `castlm_forward` gets is kept after it returns.
+// Python keeps every buffer that a `ModelSpec` points to while the model lives; the spec and its array of layers are copied.
 
 #pragma once
 
@@ -65,20 +64,3 @@ struct Sequence {
 };
 
 }  // namespace castlm
-
-// What all functions return: 0, or kBadSize 1 (a size, a token, a position or a block out of range), kNoMemory 3.
-//
-//   int castlm_model_new(const castlm::ModelSpec*, void** model);
-//   void castlm_model_free(void* model);
-//
-//   int64_t castlm_cache_block_bytes(void* model, int kind);       // of all layers; -1: no such kind
-//   int castlm_cache_new(void* model, int kind, int64_t num_blocks, void** cache);   // reserves addresses; memory comes as blocks are written
-//   void castlm_cache_free(void* cache);                           // before its model
-//   void castlm_cache_release(void* cache, const int32_t* blocks, int64_t count);    // gives the memory of blocks back to the system
-//
-//   int castlm_forward(void* model, void* cache, const castlm::Sequence* sequences, int64_t count, int threads);
-//
-// Passes of one model run one after another. A block must be written from its first position on; sequences may share blocks
-// that are before their `position`.
-//   const char* castlm_describe();                                 // JSON: sizes of these structs, codes, levels
-//   int64_t castlm_model_barriers(void* model);                    // of its last pass: steps in which threads waited for each other

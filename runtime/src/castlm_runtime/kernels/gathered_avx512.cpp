@@ -30,8 +30,6 @@ namespace {
 
 constexpr int kRowsAtOnce = 12;          // 12 sums of integers and 12 of fp32, all in registers
 constexpr int64_t kPassBytes = 1 << 20;  // of x for each rearrangement: half as much is 4 % slower, though x alone fills Zen 4's second level
-constexpr int64_t kFewestRows = 48;      // fewer do not pay for the rearrangement
-constexpr int kMostSteps = 8;
 
 int steps_of(const Header& of) { return int((kBlock / of.m * of.n + 3) / 4); }
 int64_t block_bytes(int steps) { return 64 + 128 * steps; }  // the first sums, then columns and weights of each step
@@ -128,14 +126,20 @@ void multiply(const Header& of, const uint8_t* data, const Activations& x, float
 
 }  // namespace
 
-bool avx512_gathers(const Header& of, int64_t batch) {
-  static const bool permutes = __builtin_cpu_supports("avx512vbmi") && !is_intel;  // Intel's permute where they multiply
-  return permutes && batch >= kFewestRows && of.m && of.values >= kInt8 && steps_of(of) <= kMostSteps;
-}
+bool has_fast_vpermb() { return __builtin_cpu_supports("avx512vbmi") && !is_intel; }
 
-Kernel avx512_gathered(const Header& of) { return {in_groups<kRowsAtOnce, true>, of.values == kInt8 ? multiply<kInt8> : multiply<kInt4>, 1, 2}; }
+Kernel avx512_gathered(const Header& of, int64_t, bool) {
+  return {in_groups<kRowsAtOnce, true>, of.values == kInt8 ? multiply<kInt8> : multiply<kInt4>, 1, 2};
+}
 
 }  // namespace castlm
 END_TARGET
+
+#else
+
+namespace castlm {
+bool has_fast_vpermb() { return false; }
+Kernel avx512_gathered(const Header&, int64_t, bool) { return {}; }
+}  // namespace castlm
 
 #endif

@@ -1,27 +1,14 @@
-// Multiplication by n:m and dense weights on a CPU: the entry points with their checks, the threads, the
-// choice among instruction sets, and the conversion of activations. The `kernels_*.cpp` have the fast paths, `plain.cpp`
-// the one that takes any pattern and any processor.
-// Called through ctypes from castlm_runtime/library.py, whose signatures are these.
+// Weights: the entry points with their checks, the threads, and the conversion of activations. table.cpp chooses the kernel, the
+// `kernels_*.cpp`, `lanes_*.cpp` and their like have the fast ones, `plain.cpp` those that take any pattern and any processor.
 
 #include <algorithm>
-#include <atomic>
 
+#include "api.h"
 #include "plain.h"
 #include "team.h"
 
 namespace castlm {
 namespace {
-
-bool runs(int32_t level) { return level >= 0 && level < kNumLevels && kLevels[level].is_here(); }
-
-std::atomic<int32_t>& level_in_use() {
-  static std::atomic<int32_t> used{[] {
-    int32_t best = kNumLevels - 1;
-    while (!runs(best)) --best;
-    return best;
-  }()};
-  return used;
-}
 
 constexpr int64_t kWeightsPerThread = 1 << 16;  // fewer are multiplied sooner than a thread wakes
 
@@ -41,8 +28,6 @@ const bool is_intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
 const bool is_intel = false;
 #endif
 
-int32_t level() { return level_in_use().load(std::memory_order_relaxed); }
-
 }  // namespace castlm
 
 using namespace castlm;
@@ -57,27 +42,24 @@ int64_t data_bytes(const Header& of) {
   return of.rows * (of.kept_row_bytes() + of.mask_row_bytes() + scale_bytes) + 32;  // and room for a read past the end
 }
 
-bool make_header(int layout, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {
+// The header of a weight that an entry of the table takes; n:m of a file becomes dense where the entry does not keep it.
+bool make_header(int32_t entry, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {
   const int64_t limit = int64_t(1) << 31, most_weights = int64_t(1) << 48;  // whose bytes do not overflow
-  if (values < kBFloat16 || values > kInt6 || rows < 1 || columns < 1 || rows >= limit || columns >= limit) return false;
-  if (rows > most_weights / columns) return false;
+  if (rows < 1 || columns < 1 || rows >= limit || columns >= limit || rows > most_weights / columns) return false;
   if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
-  if (values == kInt6 && (m || (layout >= 0 && layout != kLanes))) return false;
-  const bool is_half = values != kInt4 && keeps_half(n, m) && level() >= kAvx2;
-  const bool fits_panels = (m == 4 && n <= 2) || is_half;
-  if (layout < 0) {
-    const bool by_avx2 = level() == kAvx2 && !fits_panels, by_neon = level() == kNeon && m && !fits_panels;
-    const bool in_lanes = values == kInt6 || (fits_lanes(m) && (by_avx2 || by_neon || level() >= kAvx512));
-    layout = in_lanes ? kLanes : m == 0 ? kDense : fits_panels && level() != kPlain ? kPanels : kRows;
-  }
-  // With AVX2 an expansion of int4 takes longer than the multiplication by zeros.
-  if (layout == kLanes && values == kInt4 && level() == kAvx2) n = m = 0;
-  if (layout > kLanes || (layout == kLanes ? !fits_lanes(m) : (layout == kDense) != (m == 0))) return false;
-  if (layout == kPanels && !(fits_panels && level() != kPlain)) return false;
-  const bool is_unsigned = values == kInt6 || (layout == kLanes && values >= kInt8 && level() >= kAvx512);
-  of = Header{kMagic, layout, values, n, m, is_unsigned, rows, columns, 0};
+  const Entry* const found = entry_at(entry, values, n, m);
+  if (!found) return false;
+  if (found->expands) n = m = 0;
+  const bool is_unsigned = values == kInt6 || (found->layout == kLanes && values >= kInt8 && found->level >= kAvx512);
+  of = Header{kMagic, entry, found->layout, values, n, m, is_unsigned, rows, columns, 0};
   of.data_bytes = data_bytes(of);
   return true;
+}
+
+// The same for a weight of a file, in the wanted layout or the best one (-1).
+bool choose_header(int layout, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {
+  if (values < kBFloat16 || values > kInt6 || m < 0) return false;
+  return make_header(entry_for(layout, values, n, m), values, n, m, rows, columns, of);
 }
 
 // x (batch, columns) as fp32 (rows, padded columns): x itself where it is so.
@@ -95,35 +77,16 @@ const float* widen(const Header& of, const uint8_t* x, bool is_bfloat16, int64_t
   return wide;
 }
 
-// The level whose kernels take a matrix.
-int32_t level_for(const Header& of) {
-  if (of.values == kInt6) return level();
-  if (of.layout == kRows) return kPlain;
-  if (of.layout == kDense) return level() == kNeon ? kNeon : kPlain;
-  if (of.layout != kLanes) return std::min<int32_t>(level(), kAvx2);
-  if (level() == kNeon && !of.is_unsigned && !of.in_pairs()) return kNeon;
-  if (level() < (of.is_unsigned || of.in_pairs() ? kAvx512 : kAvx2)) return kPlain;
-  if (of.values == kInt4 && of.m && !of.is_unsigned) return kPlain;  // of a level before AVX2
-  if (of.values >= kInt8 && !of.is_unsigned) return kAvx2;
-  return level();
-}
-
 }  // namespace
 
 bool castlm::read_header(const uint8_t* packed, int64_t bytes, Header& of) {
   if (!packed || bytes < kHeaderBytes) return false;
   Header found;
   std::memcpy(&found, packed, sizeof found);
-  if (found.magic != kMagic || !make_header(found.layout, found.values, found.n, found.m, found.rows, found.columns, of)) return false;
-  of.is_unsigned = found.is_unsigned || of.values == kInt6;  // as at the level of its time
+  if (found.magic != kMagic || found.values < kBFloat16 || found.values > kInt6 || found.m < 0) return false;
+  if (!make_header(found.entry, found.values, found.n, found.m, found.rows, found.columns, of)) return false;
   return found.data_bytes == of.data_bytes && bytes >= kHeaderBytes + of.data_bytes;
 }
-
-bool castlm::same_form(const Header& a, const Header& b) {
-  return a.layout == b.layout && a.values == b.values && a.n == b.n && a.m == b.m && a.is_unsigned == b.is_unsigned;
-}
-
-Kernel castlm::kernel_for(const Header& of, int64_t batch, bool is_bfloat16) { return kLevels[level_for(of)].kernel(of, batch, is_bfloat16); }
 
 int castlm::multiply(const Product* products, int64_t count, const uint8_t* x, int is_bfloat16, int64_t batch, int64_t columns,
                      int threads) {
@@ -157,38 +120,26 @@ int castlm::multiply(const Product* products, int64_t count, const uint8_t* x, i
 
 extern "C" {
 
-extern const int32_t castlm_inference_version;
-const int32_t castlm_inference_version = 10;
-
-// The level in use.
 int castlm_level() { return level(); }
 
-// The name of a level; null after the last one.
-const char* castlm_level_name(int level) { return level >= 0 && level < kNumLevels ? kLevels[level].name : nullptr; }
-
-// Whether this processor has a level.
 int castlm_runs(int level) { return runs(level); }
 
-// Takes another level; 1 where this processor lacks it. Buffers of the level before may not fit, as the plain path reads no
-// panels.
 int castlm_set_level(int level) {
   if (!runs(level)) return 1;
-  level_in_use() = level;
+  use_level(level);
   return 0;
 }
 
-// Bytes of the buffer that `castlm_repack` fills; -1 where there is no such matrix. `layout` -1 takes the best one.
 int64_t castlm_packed_bytes(int layout, int values, int n, int m, int64_t rows, int64_t columns) {
   Header of;
-  return make_header(layout, values, n, m, rows, columns, of) ? kHeaderBytes + of.data_bytes : -1;
+  return choose_header(layout, values, n, m, rows, columns, of) ? kHeaderBytes + of.data_bytes : -1;
 }
 
-// Builds the buffer `to` from the tensors of a file: values (rows, kept), mask (rows, columns / 8), fp32 scales.
 int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t columns, const uint8_t* from,
                   int64_t from_bytes, const uint8_t* mask, int64_t mask_bytes, const float* scales, int64_t num_scales,
                   uint8_t* to, int64_t to_bytes, int threads) {
   Header of;
-  if (!make_header(layout, values, n, m, rows, columns, of) || to_bytes != kHeaderBytes + of.data_bytes) return kBadSize;
+  if (!choose_header(layout, values, n, m, rows, columns, of) || to_bytes != kHeaderBytes + of.data_bytes) return kBadSize;
   Header stored = of;  // in the file, which may be n:m where the buffer is dense
   stored.n = n, stored.m = m;
   if (from_bytes != rows * stored.kept_row_bytes() || num_scales != rows * of.scales_per_row()) return kBadSize;
@@ -203,14 +154,17 @@ int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t co
   });
 }
 
-// y (batch, rows) = x (batch, columns) times the transposed matrix; both are fp32, or both bf16.
+int castlm_rows_at_once(const uint8_t* packed, int64_t bytes) {
+  Header of;
+  return read_header(packed, bytes, of) ? entry_at(of.entry, of.values, of.n, of.m)->at_once : 0;
+}
+
 int castlm_multiply(const uint8_t* packed, int64_t bytes, const uint8_t* x, int is_bfloat16, int64_t batch,
                     int64_t columns, uint8_t* y, int64_t rows, int threads) {
   const Product product{packed, bytes, y, rows};
   return guarded([&] { return multiply(&product, 1, x, is_bfloat16, batch, columns, threads); });
 }
 
-// The rows `numbers` of the matrix as fp32, (count, columns).
 int castlm_gather(const uint8_t* packed, int64_t bytes, const int64_t* numbers, int64_t count, float* to, int64_t columns, int threads) {
   Header of;
   if (!read_header(packed, bytes, of) || of.columns != columns) return kBadSize;
@@ -228,7 +182,6 @@ int castlm_gather(const uint8_t* packed, int64_t bytes, const int64_t* numbers, 
   });
 }
 
-// Rows [first, last) of the matrix as fp32, (last - first, columns).
 int castlm_unpack(const uint8_t* packed, int64_t bytes, int64_t first, int64_t last, float* to, int64_t count,
                   int threads) {
   Header of;

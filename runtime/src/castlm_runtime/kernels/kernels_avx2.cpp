@@ -216,10 +216,7 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c();
 }
 
-Kernel avx2_kernel(const Header& of, int64_t batch, bool) {
-  if (of.layout == kLanes) return avx2_lanes(of, batch);
-  return of.values >= kInt8 && batch > kMaxBatch ? avx2_prompt(of) : kernel_of<Avx2>(of, batch, avx2_integers);
-}
+Kernel avx2_panels(const Header& of, int64_t rows, bool) { return kernel_of<Avx2>(of, rows, avx2_integers); }
 
 // Blocks of x as int8 with the largest magnitude at 127. NaN and infinity make the scale NaN, and so the outputs.
 static void quantize(const float* x, int64_t width, int8_t* narrow, float* scales) {
@@ -269,7 +266,7 @@ END_TARGET
 
 namespace castlm {
 bool has_avx2() { return false; }
-Kernel avx2_kernel(const Header&, int64_t, bool) { return {}; }
+Kernel avx2_panels(const Header&, int64_t, bool) { return {}; }
 int32_t avx2_offset(const int8_t*) { return 0; }
 }  // namespace castlm
 

@@ -178,9 +178,7 @@ struct Neon {
 }  // namespace
 
 bool has_neon() { return true; }
-Kernel neon_kernel(const Header& of, int64_t batch, bool) {
-  return of.layout == kLanes ? neon_lanes(of) : kernel_of<Neon>(of, batch, plain_integers);
-}
+Kernel neon_panels(const Header& of, int64_t rows, bool) { return kernel_of<Neon>(of, rows, plain_integers); }
 
 }  // namespace castlm
 
@@ -188,7 +186,7 @@ Kernel neon_kernel(const Header& of, int64_t batch, bool) {
 
 namespace castlm {
 bool has_neon() { return false; }
-Kernel neon_kernel(const Header&, int64_t, bool) { return {}; }
+Kernel neon_panels(const Header&, int64_t, bool) { return {}; }
 }  // namespace castlm
 
 #endif

@@ -580,7 +580,7 @@ static Activations with_offsets(const Header& of, const float* wide, int64_t row
   return x;
 }
 
-Kernel avx2_lanes(const Header& of, int64_t batch) {
+Kernel avx2_lanes(const Header& of, int64_t batch, bool) {
   switch (of.values) {
     case kBFloat16: return {as_floats, of_pattern<kBFloat16>(of)};
     case kFloat16: return {as_floats, of_pattern<kFloat16>(of)};
@@ -593,5 +593,11 @@ Kernel avx2_lanes(const Header& of, int64_t batch) {
 
 }  // namespace castlm
 END_TARGET
+
+#else
+
+namespace castlm {
+Kernel avx2_lanes(const Header&, int64_t, bool) { return {}; }
+}  // namespace castlm
 
 #endif

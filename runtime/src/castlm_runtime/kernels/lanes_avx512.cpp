@@ -286,8 +286,6 @@ Activations floats_in_groups(const Header& of, const float* x, int64_t rows, int
 
 // ---- many rows of x
 
-template <Kept kept>
-constexpr int64_t kManyRows = kept == kWhole ? 96 : 37;  // from which on tiles are expanded; dense ones are as fast until then
 constexpr int kRowsAtOnce = 6, kTilesAtOnce = 2;  // 12 sums of integers and 12 of fp32, all in registers
 
 // A tile as steps of 16 outputs by 4 columns, one byte each: (blocks, 16, 64).
@@ -446,33 +444,46 @@ constexpr int kMostOf = kept == kPairs ? 6 : kMostTogether;  // 24 sums of 256 b
 template <int values, Kept kept>
 constexpr auto kGroupKernels = group_kernels<values, kept>(std::make_integer_sequence<int, kMostOf<kept>>{});
 
+// As few groups of rows as registers allow, of as equal a size as can be.
 template <int values, Kept kept>
-Kernel kernel_of(int64_t batch) {
-  if constexpr (kept != kPairs)
-    if (batch >= kManyRows<kept>)
-      return {values < kInt8 ? as_floats : in_groups<kRowsAtOnce, false>, multiply_many<values, kept>, 1, kTilesAtOnce};
-  const int64_t groups = (batch + kMostOf<kept> - 1) / kMostOf<kept>;
-  return kGroupKernels<values, kept>[(batch + groups - 1) / groups - 1];
+Kernel in_few_groups(int64_t rows) {
+  const int64_t groups = (rows + kMostOf<kept> - 1) / kMostOf<kept>;
+  return kGroupKernels<values, kept>[(rows + groups - 1) / groups - 1];
 }
-
 template <int values>
-Kernel of_values(const Header& of, int64_t batch) {
+Kernel groups_of_values(const Header& of, int64_t rows) {
   if constexpr (values < kInt8)
-    if (of.in_pairs()) return kernel_of<values, kPairs>(batch);
-  return of.m ? kernel_of<values, kMasked>(batch) : kernel_of<values, kWhole>(batch);
+    if (of.in_pairs()) return in_few_groups<values, kPairs>(rows);
+  return of.m ? in_few_groups<values, kMasked>(rows) : in_few_groups<values, kWhole>(rows);
 }
+template <int values, Kept kept>
+Kernel many_of() {
+  return {values < kInt8 ? as_floats : in_groups<kRowsAtOnce, false>, multiply_many<values, kept>, 1, kTilesAtOnce};
+}
+template <int values>
+Kernel many_of_values(const Header& of) { return of.m ? many_of<values, kMasked>() : many_of<values, kWhole>(); }
 
 }  // namespace
 
-Kernel avx512_kernel(const Header& of, int64_t batch, bool) {
-  if (avx512_gathers(of, batch)) return avx512_gathered(of);
+Kernel avx512_groups(const Header& of, int64_t rows, bool) {
   switch (of.values) {
-    case kBFloat16: return of_values<kBFloat16>(of, batch);
-    case kFloat16: return of_values<kFloat16>(of, batch);
-    case kFloat32: return of_values<kFloat32>(of, batch);
-    case kInt8: return of_values<kInt8>(of, batch);
-    case kInt4: return of_values<kInt4>(of, batch);
-    default: return kernel_of<kInt6, kWhole>(batch);
+    case kBFloat16: return groups_of_values<kBFloat16>(of, rows);
+    case kFloat16: return groups_of_values<kFloat16>(of, rows);
+    case kFloat32: return groups_of_values<kFloat32>(of, rows);
+    case kInt8: return groups_of_values<kInt8>(of, rows);
+    case kInt4: return groups_of_values<kInt4>(of, rows);
+    default: return in_few_groups<kInt6, kWhole>(rows);
+  }
+}
+
+Kernel avx512_many(const Header& of, int64_t, bool) {
+  switch (of.values) {
+    case kBFloat16: return many_of_values<kBFloat16>(of);
+    case kFloat16: return many_of_values<kFloat16>(of);
+    case kFloat32: return many_of_values<kFloat32>(of);
+    case kInt8: return many_of_values<kInt8>(of);
+    case kInt4: return many_of_values<kInt4>(of);
+    default: return many_of<kInt6, kWhole>();
   }
 }
 
@@ -488,7 +499,8 @@ END_TARGET
 
 namespace castlm {
 bool has_avx512() { return false; }
-Kernel avx512_kernel(const Header&, int64_t, bool) { return {}; }
+Kernel avx512_groups(const Header&, int64_t, bool) { return {}; }
+Kernel avx512_many(const Header&, int64_t, bool) { return {}; }
 }  // namespace castlm
 
 #endif

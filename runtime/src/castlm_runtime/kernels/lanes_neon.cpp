@@ -34,8 +34,10 @@ const LaneTables kTables;
 
 enum Source { kMasked, kUnmasked, kExpanded };
 
-// Whether the processor has `sdot`, which sums four products of bytes at once (most since 2018).
-bool has_dot_products() {
+}  // namespace
+
+// Most processors since 2018.
+bool has_sdot() {
 #if defined(__APPLE__)
   return true;
 #elif defined(__linux__) && defined(AT_HWCAP)
@@ -44,6 +46,8 @@ bool has_dot_products() {
   return false;
 #endif
 }
+
+namespace {
 
 // Adds the products of 16 bytes, four to a lane.
 template <bool has_dot>
@@ -264,7 +268,7 @@ void multiply_lanes(const Header& of, const uint8_t* data, const Activations& x,
 template <int values>
 Multiply of_pattern(const Header& of) {
   if constexpr (values >= kInt8) {
-    static const bool has_dot = has_dot_products();
+    static const bool has_dot = has_sdot();
     if (has_dot) return of.m ? multiply_lanes<values, true, true> : multiply_lanes<values, false, true>;
   }
   return of.m ? multiply_lanes<values, true, false> : multiply_lanes<values, false, false>;
@@ -274,7 +278,7 @@ Multiply of_dense_int6() { return has_dot_products() ? multiply_lanes<kInt6, fal
 
 }  // namespace
 
-Kernel neon_lanes(const Header& of) {
+Kernel neon_lanes(const Header& of, int64_t, bool) {
   switch (of.values) {
     case kBFloat16: return {as_floats, of_pattern<kBFloat16>(of)};
     case kFloat16: return {as_floats, of_pattern<kFloat16>(of)};
@@ -290,7 +294,8 @@ Kernel neon_lanes(const Header& of) {
 #else
 
 namespace castlm {
-Kernel neon_lanes(const Header&) { return {}; }
+bool has_sdot() { return false; }
+Kernel neon_lanes(const Header&, int64_t, bool) { return {}; }
 }  // namespace castlm
 
 #endif

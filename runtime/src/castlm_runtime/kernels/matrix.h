@@ -1,5 +1,6 @@
 // How a weight lies in memory while it is multiplied by: a header, then the data in one of four layouts. The buffer is
-// built for the processor at hand (`repack` in repack.cpp) and never written to a file.
+// built for the processor at hand (`repack` in repack.cpp) and never written to a file. table.h says which layout a weight takes, and
+// which kernels multiply by it.
 
 #pragma once
 
@@ -23,12 +24,12 @@ enum Values : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3, kI
 INLINE constexpr bool in_nibbles(int32_t values) { return values >= kInt4; }
 
 // kRows: kept values row by row, then the bits of the mask, then the scales; any pattern, plain C++.
-// kPanels: 1:4 and 2:4, and with AVX2 patterns that keep 8 of every 16 columns (8:16, 4:8, 1:2), of all values but int4: a few rows
-// by 64 columns at a time in the order in which vector kernels read them.
-// kDense: all values but int6, four rows by 64 columns at a time; for NEON and the plain path.
-// kLanes: every n:m whose m divides 64, and dense weights: 16 rows by 64 columns at a time, a bit mask before the kept values. With
-// AVX2 int4 is dense there, whatever its pattern. Floats in 2:4 have columns in place of the mask (`in_pairs`). int6 is always dense,
-// and lies so for every level.
+// kPanels: 1:4 and 2:4, and patterns that keep 8 of every 16 columns, of all values but int4: a few rows by 64 columns at a time in the
+// order in which vector kernels read them.
+// kDense: all values but int6, four rows by 64 columns at a time.
+// kLanes: every n:m whose m divides 64, and dense weights: 16 rows by 64 columns at a time, a bit mask before the kept values. Floats of
+// which every four columns keep two have columns in place of the mask (`in_pairs`). int6
+// is always dense, and lies so for every level.
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2, kLanes = 3 };
 
 // Whether every four columns of a weight keep two: 2:4 and 1:2.
@@ -37,6 +38,7 @@ INLINE bool keeps_two_of_four(int n, int m) { return m && 4 % m == 0 && 2 * n ==
 // m = 0 is a dense weight. `columns` may be any number; a row is padded with zeros to `padded()` columns.
 struct Header {
   uint32_t magic;
+  int32_t entry;  // of table.h, chosen when the weight was repacked
   int32_t layout, values, n, m;
   int32_t is_unsigned;  // of integers in kLanes: int8 has 128 added, int4 8; int6 always 32
   int64_t rows, columns;
@@ -225,10 +227,6 @@ int guarded(Entry entry) {
   }
 }
 
-// Whether vectors of 64 columns hold whole groups of a pattern, or a weight is dense: what kLanes takes.
-INLINE bool fits_lanes(int m) { return m == 0 || kBlock % m == 0; }
-// Whether every 16 columns of a weight keep 8, by groups of another size than four.
-INLINE bool keeps_half(int n, int m) { return m && m != 4 && 16 % m == 0 && 2 * n == m; }
 // Whether the mask of a file keeps exactly n of every m.
 bool mask_is_nm(const Header&, const uint8_t* mask);
 // Rows of int4 with the zeros between the kept values, as a file has them where a weight is dense.
@@ -267,46 +265,11 @@ struct Kernel {
 
 // The header of a buffer of `bytes` bytes; false where it is none.
 bool read_header(const uint8_t* packed, int64_t bytes, Header& of);
-// The kernel that multiplies `batch` rows of x, which are bf16 or fp32, and whether kernels take the same form of x for two matrices.
-Kernel kernel_for(const Header&, int64_t batch, bool is_bfloat16);
-bool same_form(const Header&, const Header&);
 
-// The instruction sets that there are kernels for, the faster ones later.
-enum Level : int32_t { kPlain = 0, kNeon = 1, kAvx2 = 2, kAvx512 = 3, kAmx = 4 };
-int32_t level();  // the one in use
 extern const bool is_intel;  // whether the processor is Intel's
 
-// Of each level whether this processor has it, and its kernel for `batch` rows of x, which are bf16 or fp32. The plain path takes all
-// layouts, NEON and AVX2 all but kRows, AVX-512 and AMX kLanes alone.
-bool has_plain();
-bool has_neon();
-bool has_avx2();
-bool has_avx512();
-bool has_amx();
-Kernel plain_kernel(const Header&, int64_t batch, bool is_bfloat16);
-Kernel neon_kernel(const Header&, int64_t batch, bool is_bfloat16);
-Kernel avx2_kernel(const Header&, int64_t batch, bool is_bfloat16);
-Kernel avx512_kernel(const Header&, int64_t batch, bool is_bfloat16);
-Kernel amx_kernel(const Header&, int64_t batch, bool is_bfloat16);
+// ---- what the files for AVX2 share with others
 
-struct LevelKernels {
-  const char* name;
-  bool (*is_here)();
-  Kernel (*kernel)(const Header&, int64_t batch, bool is_bfloat16);
-};
-constexpr LevelKernels kLevels[] = {  // by `Level`
-    {"plain", has_plain, plain_kernel},    {"neon", has_neon, neon_kernel}, {"avx2", has_avx2, avx2_kernel},
-    {"avx512", has_avx512, avx512_kernel}, {"amx", has_amx, amx_kernel},
-};
-constexpr int32_t kNumLevels = sizeof kLevels / sizeof kLevels[0];
-
-// ---- what the files of a level share
-
-// Kernels of kLanes, for any number of rows of x.
-Kernel neon_lanes(const Header&);
-Kernel avx2_lanes(const Header&, int64_t batch);
-// The AVX2 kernel of panels of integers for many rows of x, a multiple of 4.
-Kernel avx2_prompt(const Header&);
 int64_t avx2_expand(const Header&, const uint8_t* from, const uint8_t* mask, int64_t num_bytes, float* to);
 // A tile of panels as fp32, all of its rows, `padded()` columns of each, `ld` apart.
 void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float* to, int64_t ld);
@@ -314,8 +277,5 @@ void avx2_expand_tile(const Header& of, const uint8_t* data, int64_t tile, float
 Activations avx2_integers(const Header&, const float* x, int64_t rows, int64_t first, int64_t last, uint8_t* room);
 // What a block of int8 activations adds to its products with int4 that have 8 added, negative.
 int32_t avx2_offset(const int8_t* narrow);
-// Whether the kernel that multiplies kept weights alone is faster for `batch` rows of x, and that kernel.
-bool avx512_gathers(const Header&, int64_t batch);
-Kernel avx512_gathered(const Header&);
 
 }  // namespace castlm

@@ -231,7 +231,6 @@ Activations plain_integers(const Header& of, const float* x, int64_t rows, int64
   return as_integers(of, x, rows, first, last, room, quantize);
 }
 
-bool has_plain() { return true; }
-Kernel plain_kernel(const Header&, int64_t, bool) { return {as_floats, plain_multiply}; }
+Kernel plain_kernels(const Header&, int64_t, bool) { return {as_floats, plain_multiply}; }
 
 }  // namespace castlm

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "matrix.h"
+#include "table.h"
 
 namespace castlm {
 

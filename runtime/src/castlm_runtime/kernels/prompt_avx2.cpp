@@ -349,11 +349,17 @@ static Activations in_groups(const Header& of, const float* wide, int64_t batch,
   return {wide, narrow, scales, nullptr, batch};
 }
 
-Kernel avx2_prompt(const Header& of) {
+Kernel avx2_panels_of_many(const Header& of, int64_t, bool) {
   return {in_groups, of.values == kInt4 ? prompt_kernel<kInt4>(of) : prompt_kernel<kInt8>(of), 4, 4};
 }
 
 }  // namespace castlm
 END_TARGET
+
+#else
+
+namespace castlm {
+Kernel avx2_panels_of_many(const Header&, int64_t, bool) { return {}; }
+}  // namespace castlm
 
 #endif

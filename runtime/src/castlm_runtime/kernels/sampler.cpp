@@ -1,7 +1,5 @@
 // The choice of tokens of sampler.h: the loops for each level, the steps of a row, and the entry point.
 
-#include "sampler.h"
-
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -9,8 +7,9 @@
 #include <functional>
 #include <vector>
 
+#include "api.h"
 #include "avx2.h"
-#include "matrix.h"
+#include "table.h"
 #include "team.h"
 
 namespace castlm {
@@ -318,10 +317,6 @@ using namespace castlm;
 
 extern "C" {
 
-// Chooses a token for each row of `logits` (count, vocabulary), as its `specs` says. In place of a token, a row has -1 where a logit
-// is NaN or +inf, or all are -inf, and -2 where the spec allows none that is not -inf. `logprobs` (count, 1 + most_best) takes the log
-// probabilities of the chosen token and of the most probable ones, `best` (count, most_best) these tokens, of rows whose `num_best` is
-// not negative; the places that a row does not need stay as they are. `spec_bytes` is the size of a spec.
 int castlm_sample(const float* logits, int64_t count, int64_t vocabulary, const SampleSpec* specs, int64_t spec_bytes, int64_t most_best,
                   int32_t* tokens, float* logprobs, int32_t* best, int threads) {
   if (spec_bytes != sizeof(SampleSpec) || count < 0 || vocabulary < 1 || vocabulary > INT32_MAX - kChunk || most_best < 0) return kBadSize;

@@ -27,7 +27,7 @@
 
 namespace castlm {
 
-// How one row is sampled. `castlm_describe` gives Python the places of the fields.
+// How one row is sampled.
 struct SampleSpec {
   uint64_t seed;
   int64_t position;             // of the new token: the tokens before it

@@ -176,7 +176,7 @@ def options(dtype: str = "bf16", patterns: Sequence[NM] = (TWO_OF_FOUR,)) -> lis
         dtype: "bf16", "fp16" or "fp32", for weights that are not rounded.
         patterns: n:m of the sparse options.
     """
-    rounded = [name for name in rounded_formats() if FORMATS[name].kernel is not None]
+    rounded = [name for name in rounded_formats() if FORMATS[name].runs_as]
     by_torch = "bf16" if dtype == "bf16" and has_fast_bf16() else "fp32"
     found = [Option(by_torch, head=by_torch, by_torch=True)]
     if has_dynamic_int8():
