@@ -1,7 +1,8 @@
 """Quality, bytes and speed of one model in every format, dense and n:m, beside what a user would otherwise run.
 
     python -m benchmarks.frontier --text TEXT --calibration TEXT [--model demo] [--sparse FOLDER ...] [--json O]
-                                  [--plot O] [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]]
+                                  [--heads int8 int6 int4] [--plot O]
+                                  [--tasks-from FOLDER [--tasks arc_easy] [--limit 200]]
     python -m benchmarks.frontier --text TEXT --calibration TEXT --quality-only --json QUALITY ...
     python -m benchmarks.frontier --text TEXT --speeds-only [--pattern 2:4 32:64] [--quality QUALITY ...] ...
 
@@ -57,7 +58,7 @@ from castlm.data.tokens import Encoder, token_ids
 from castlm.evaluation.perplexity import perplexity
 from castlm.evaluation.zero_shot import zero_shot
 from castlm.export.packed import groups_of, pattern_of
-from castlm.formats.rounding import Rounded, round_in_groups, round_rows
+from castlm.formats.rounding import Rounded, round_in_groups, round_rows, round_table
 from castlm.models.io import Loaded, load_model, parameters_in, save_model
 from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.steps.round import quantize_
@@ -65,6 +66,7 @@ from castlm.packed.in_engine import is_packed, model_in_engine
 from castlm.packed.layers import PackedLinear, onto_kernels_, pack_model_
 from castlm.packed.tensor import kept_mask, pack_integers
 from castlm_runtime.formats import FORMATS as VALUES
+from castlm_runtime.formats import HEADS
 from castlm_runtime.packed import PackedSpec
 
 
@@ -74,14 +76,13 @@ class Format(NamedTuple):
     values: str
     """Format of the layers: fp32, bf16, int8, int4 or int3."""
     head: str | None = None
-    """int8: of head and embedding, as in llama.cpp's formats. None: fp32 with fp32, else bf16."""
+    """Format of head and embedding, int8, int6 or int4. None: fp32 with fp32, else bf16."""
 
     def __str__(self) -> str:
         return f"{self.values}, {self.head} head" if self.head else self.values
 
 
 FORMATS = tuple(map(Format, ("fp32", "bf16", "int8", "int4", "int3")))
-WITH_HEADS = tuple(form._replace(head="int8") for form in FORMATS[2:])
 PROMPT, LONG_PROMPT, BATCH = 32, 512, 8
 ROOM = num_tokens(BATCH, LONG_PROMPT)
 """Tokens of all sequences together."""
@@ -152,7 +153,7 @@ def stored_bytes(model: nn.Module, form: Format, pattern: NM | None) -> int:
     inside = {id(layer.weight) for layer in layers.values()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside) * (4 if form.values == "fp32" else 2)
     if form.head:
-        rest -= sum(table.numel() - 4 * len(table) for table in tables(model))
+        rest -= sum(2 * table.numel() - PackedSpec(*table.shape, 0, 0, form.head).num_bytes for table in tables(model))
     n, m = (pattern.n, pattern.m) if pattern else (0, 0)
     return rest + sum(PackedSpec(*layer.weight.shape, n, m, form.values).num_bytes for layer in layers.values())
 
@@ -182,10 +183,14 @@ def rounded(model: PreTrainedModel, values: str, calibration: Tensor | None) -> 
     return made, codes
 
 
-def round_head_(model: PreTrainedModel) -> None:
-    """Rounds head and embedding to int8, in fp32."""
-    for table in tables(model):
-        table.data = round_rows(table.data, "int8").dequantized()
+def round_head_(model: PreTrainedModel, kind: str, calibration: Tensor | None) -> None:
+    """Rounds head and embedding, in fp32; the head by the hidden states of the calibration text, if it reads one."""
+    hessian = None
+    if calibration is not None and VALUES[kind].reads_text:
+        states = [model.base_model(part[None], use_cache=False)[0][0] for part in calibration]
+        hessian = sum(x.T @ x for x in states)
+    for table in tables(model):  # the head first
+        table.data, hessian = round_table(table.data, kind, hessian).dequantized(), None
 
 
 def onto_kernels(model: PreTrainedModel, form: Format, pattern: NM | None, codes: Codes | None) -> None:
@@ -260,14 +265,19 @@ def castlm_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) -> 
     for pattern, model in models:
         label = str(pattern or "dense")
         of_codes: dict[str, tuple[PreTrainedModel, Codes | None]] = {}
-        forms = (*(FORMATS[1:] if pattern else FORMATS), *WITH_HEADS)
+        with_heads = [form._replace(head=head) for head in options.heads for form in FORMATS[2:]]
+        forms = (*(FORMATS[1:] if pattern else FORMATS), *with_heads)
         chosen = [form for form in forms if not options.formats or str(form) in options.formats]
-        for form in chosen:
-            made, codes = of_codes.pop(form.values, None) or rounded(model, form.values, calibration)
+        for number, form in enumerate(chosen):
+            if form.values not in of_codes:
+                of_codes[form.values] = rounded(model, form.values, calibration)
+            made, codes = of_codes[form.values]
+            if any(later.values == form.values for later in chosen[number + 1 :]):  # it has the same codes
+                made = copy.deepcopy(made)
+            else:
+                del of_codes[form.values]
             if form.head:
-                round_head_(made)
-            elif form._replace(head="int8") in chosen:  # it has the same codes
-                of_codes[form.values] = (copy.deepcopy(made), codes)
+                round_head_(made, form.head, calibration)
             point = Point(f"{label} {form}", math.nan, stored_bytes(made, form, pattern), pattern and label)
             if not options.speeds_only:
                 point.perplexity = perplexity(made, text, seq_len=options.seq_len).perplexity
@@ -508,6 +518,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparse", nargs="+", default=[], help="n:m model folders, or runs of castlm train")
     parser.add_argument("--pattern", nargs="+", default=["2:4", "32:64"], help="of the models that are pruned here")
     parser.add_argument("--formats", nargs="+", help="some of castlm's, as 'int8, int8 head'; all by default")
+    parser.add_argument("--heads", nargs="*", choices=HEADS, default=["int8"], help="formats of head and embedding")
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", help="text that int4 and int3 are rounded by; needed unless --speeds-only")
     parser.add_argument("--speeds-only", action="store_true")

@@ -145,7 +145,7 @@ def test_on_a_cpu_every_format_is_timed_for_one_token_a_batch_and_a_prompt(quick
     assert {
         f"{kind} {values}"
         for kind in ("dense", "2:4")
-        for values in ("bf16", "int8, int8 head", "int4, int8 head", "int3, int8 head")
+        for values in ("bf16", "int8, int6 head", "int4, int6 head", "int3, int6 head")
     } <= set(names)
     for row in report["rows"]:
         assert set(row["seconds"]) == set(advise_module.WORKLOADS)
@@ -210,24 +210,24 @@ def made_up(**speeds):
 
 
 def test_the_verdict_names_dense_int4_for_one_sequence_and_2_4_where_products_count():
-    found = made_up(dense_int4_int8_head=(2.1, 1, 0.9), **{"2of4_int8_int8_head": (1.5, 2.75, 1.3)})
-    assert all(words in found.peers for words in ("2.10", "dense int4, int8 head", "2.75", "2:4 int8, int8 head"))
-    assert all(words in found.verdict for words in ("dense int4, int8 head", "2.10", "2:4 int8, int8 head", "1.30"))
+    found = made_up(dense_int4_int6_head=(2.1, 1, 0.9), **{"2of4_int8_int6_head": (1.5, 2.75, 1.3)})
+    assert all(words in found.peers for words in ("2.10", "dense int4, int6 head", "2.75", "2:4 int8, int6 head"))
+    assert all(words in found.verdict for words in ("dense int4, int6 head", "2.10", "2:4 int8, int6 head", "1.30"))
     known = replace(found, quality=Quality(sparse=19.5, pattern=NM(2, 4)))
     assert "19.50" in known.verdict
-    smaller = made_up(dense_int3_int8_head=(2.1, 1, 1), dense_int4_int8_head=(2.1, 1, 1))
+    smaller = made_up(dense_int3_int6_head=(2.1, 1, 1), dense_int4_int6_head=(2.1, 1, 1))
     assert "dense int4" in smaller.verdict
     assert "int3" not in smaller.verdict.partition(".")[0]  # int3 needs training
     wide = replace(found, rows=[*found.rows, replace(found.best(True, "batch of 8"), option=Option("int8", 32, 64))])
     assert wide.best(True, "batch of 8").option.name == "32:64 int8"  # as fast as 2:4, and loses less
-    slow = made_up(**{"2of4_int8_int8_head": (0.5, 0.5, 0.5)})
+    slow = made_up(**{"2of4_int8_int6_head": (0.5, 0.5, 0.5)})
     assert "it does not pay" in slow.verdict
-    prompts = made_up(dense_int4_int8_head=(2, 3, 1), **{"2of4_int8_int8_head": (1.5, 2, 1.3)})
+    prompts = made_up(dense_int4_int6_head=(2, 3, 1), **{"2of4_int8_int6_head": (1.5, 2, 1.3)})
     assert all(speed in prompts.verdict for speed in ("0.67", "1.30"))
 
 
 def test_speeds_of_a_busy_machine_are_not_trusted():
-    found = made_up(dense_int4_int8_head=(2.1, 1, 0.9))
+    found = made_up(dense_int4_int6_head=(2.1, 1, 0.9))
     found.load.add(wall=10.0, ran=9.5)
     assert "Other programs" not in found.text()
     found.load.add(wall=10.0, ran=1.5)

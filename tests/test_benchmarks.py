@@ -81,10 +81,10 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
     sizes = ["--sequences", "2", "--eval-tokens", "256", "--seq-len", "64", "--calibration-len", "64", "--rounds", "1"]
     text = str(tmp_path / "t.txt")
     out = str(tmp_path / "out.json")
-    chosen = ["--pattern", "2:4", "8:16", "--peers", "torch", "--json", out]
+    chosen = ["--pattern", "2:4", "8:16", "--heads", "int6", "--peers", "torch", "--json", out]
     frontier.main(["--model", str(folder), "--text", text, "--calibration", text, *sizes, *chosen])
     points = {point["name"]: point for point in json.loads(Path(out).read_text())["points"]}
-    forms = [*frontier.FORMATS, *frontier.WITH_HEADS]
+    forms = [*frontier.FORMATS, *(form._replace(head="int6") for form in frontier.FORMATS[2:])]
     sparse = [f"{pattern} {form}" for pattern in ("2:4", "8:16") for form in forms[1:]]
     assert list(points) == [*(f"dense {form}" for form in forms), *sparse, "dense int8, torch dynamic"]
     assert all(min(point["seconds"]["batch"]) > 0 and point["perplexity"] > 1 for point in points.values())
@@ -103,8 +103,8 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
     assert figure.stat().st_size > 0
 
     prune_to(tmp_path / "s", folder)
-    for head, name in (([], "2:4 int8"), (["--head", "int8"], "2:4 int8, int8 head")):
+    for head, name in (("source", "2:4 int8"), ("int6", "2:4 int8, int6 head")):
         command = ["quantize", str(tmp_path / "s"), "--output-dir", str(tmp_path / "q"), "--save-dtype", "bf16"]
-        assert main([*command, "--packed", *head, "--overwrite"]) == 0
+        assert main([*command, "--packed", "--head", head, "--overwrite"]) == 0
         packed = load_file(tmp_path / "q" / "castlm.safetensors")
         assert sum(tensor.nbytes for tensor in packed.values()) == points[name]["num_bytes"]

@@ -18,9 +18,11 @@ from castlm.core.sparsify import prune_, sparse_linears
 from castlm.data import calibration as calibration_module
 from castlm.data.calibration import draw_calibration
 from castlm.export import quantized
-from castlm.export.packed import unpack_folder
+from castlm.export.packed import pack_folder, unpack_folder
+from castlm.export.quantized import quantize_folder
 from castlm.export.verify import verify
-from castlm.formats.rounding import round_in_groups, round_rows
+from castlm.formats import rounding
+from castlm.formats.rounding import round_in_groups, round_rows, round_table
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
@@ -115,7 +117,7 @@ def test_both_folders_are_verified_and_the_packed_one_unpacks_to_the_plain_one(k
     sparse = prune_tiny(tmp_path, family)
     command = ["quantize", str(sparse), "--kind", kind]
     command += ["--calibration", text, "--seq-len", "64", "--num-sequences", "4"] if kind in GPTQ else []
-    for name, options in (("plain", []), ("packed", ["--packed"])):
+    for name, options in (("plain", []), ("packed", ["--packed", "--head", "source"])):
         assert main([*command, "--output-dir", str(tmp_path / name), *options]) == 0
         assert "2:4 verified" in capsys.readouterr().out
         assert verify(tmp_path / name).ok
@@ -143,9 +145,19 @@ def test_a_layer_whose_width_does_not_divide_is_packed_as_it_is(tmp_path):
     sparse = prune_to(tmp_path / "sparse", dense, allow_dense=0.5)
     command = ["quantize", sparse, "--kind", "int8", "--output-dir"]
     assert main([*command, str(tmp_path / "plain")]) == 0
-    assert main([*command, str(tmp_path / "packed"), "--packed"]) == 0
+    assert main([*command, str(tmp_path / "packed"), "--packed", "--head", "source"]) == 0
     unpack_folder(tmp_path / "packed", tmp_path / "unpacked")
     assert_equal_weights(tmp_path / "plain", tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize(("sizes", "head"), [({}, "int6"), ({"intermediate_size": 4096}, None)])
+def test_a_large_head_becomes_int6_beside_integers(sizes, head, tmp_path, capsys):
+    dense = save_tiny(tmp_path / "dense", "llama", **sizes)
+    quantize_folder(str(dense), tmp_path / "packed", "int8", pattern=None, packed=True, say=print)
+    assert record_of(tmp_path / "packed")["packed"].get("head") == head
+    assert ("become int6: --head source" in capsys.readouterr().out) == (head is not None)
+    pack_folder(dense, tmp_path / "floats", None)
+    assert record_of(tmp_path / "floats")["packed"].get("head") is None
 
 
 def quantize(model, folder, text, kind, *options) -> None:
@@ -255,11 +267,11 @@ def test_a_run_does_not_lose_its_model_to_a_quantized_one(sparse, tmp_path, caps
     assert (sparse / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", [slow("int8"), "int4"])
-def test_a_dense_model_is_quantized_packed_with_an_int8_head_and_runs(kind, llama, text, tmp_path, capsys):
+@pytest.mark.parametrize(("kind", "head"), [slow("int8", "int8"), ("int4", "int4"), slow("int8", "int6")])
+def test_a_dense_model_is_quantized_packed_with_its_head_and_runs(kind, head, llama, text, tmp_path, capsys):
     packed = tmp_path / "packed"
-    command = ["quantize", llama, "--kind", kind, "--packed", "--head", "int8", "--output-dir", str(packed)]
-    if kind == "int4":
+    command = ["quantize", llama, "--kind", kind, "--packed", "--head", head, "--output-dir", str(packed)]
+    if head != "int8":
         command += ["--calibration", text, "--seq-len", "64", "--num-sequences", "4"]
     assert main(command) == 0
     assert "dense" in capsys.readouterr().out
@@ -268,7 +280,7 @@ def test_a_dense_model_is_quantized_packed_with_an_int8_head_and_runs(kind, llam
     assert {spec.pattern for spec in specs.values()} == {"dense"}
     tables = {"lm_head", "model.embed_tokens"}
     assert {spec.values for stem, spec in specs.items() if stem not in tables} == {kind}
-    assert {specs[table].values for table in tables} == {"int8"}
+    assert {specs[table].values for table in tables} == {head}
     eval_options = ["--text", text, "--seq-len", "64"]
     figures = []
     for folder in (llama, packed):
@@ -362,7 +374,7 @@ def test_int8_errs_by_half_a_step_and_fp8_by_a_sixteenth():
     assert ((fp8.dequantized() - weight).abs() <= weight.abs() / 16 + fp8.scales * 2**-10 + 1e-7).all()
 
 
-@pytest.mark.parametrize(("kind", "largest"), [("int4", 7), ("int3", 3)])
+@pytest.mark.parametrize(("kind", "largest"), [("int6", 31), ("int4", 7), ("int3", 3)])
 def test_scales_of_groups_are_exact_in_bf16_and_codes_in_range(kind, largest):
     rounded = round_in_groups(sparse_weight(), kind=kind)
     assert rounded.scales.shape == (24, 3)
@@ -414,6 +426,16 @@ def test_gptq_loses_less_of_the_output_than_the_nearest_and_every_pass_of_descen
     assert by_passes[0] < 0.6 * nearest
     assert by_passes == sorted(by_passes, reverse=True)
     assert by_passes[3] < 0.4 * by_passes[0]
+
+
+def test_a_table_is_rounded_in_parts_of_its_rows_each_by_the_hessian(monkeypatch):
+    weight, x = sparse_weight(), correlated_inputs()
+    hessian = x.T @ x
+    whole = round_in_groups(weight, hessian.clone(), kind="int6")
+    monkeypatch.setattr(rounding, "_TABLE_ROWS", 10)
+    in_parts = round_table(weight, "int6", hessian)
+    assert torch.equal(in_parts.codes, whole.codes)
+    assert torch.equal(in_parts.scales, whole.scales)
 
 
 def test_columns_that_no_input_reaches_are_rounded_to_the_nearest():

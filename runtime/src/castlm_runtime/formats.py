@@ -74,6 +74,8 @@ PACKABLE = tuple(form.name for form in FORMATS.values() if form.runs_as)
 """The formats that a packed file can hold."""
 HEADS = tuple(name for name in PACKABLE if FORMATS[name].rounds and not FORMATS[name].needs_training)
 """The formats that an output head can be rounded to."""
+DEFAULT_HEAD = "int6"
+"""The one of head and embedding where the layers are integers, and head and embedding a large part of the file."""
 
 
 def rounded_formats() -> tuple[str, ...]:

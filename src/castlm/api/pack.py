@@ -24,7 +24,7 @@ def head_formats() -> tuple[str, ...]:
     """The choices of `head`."""
     from castlm_runtime.formats import HEADS
 
-    return HEADS
+    return (*HEADS, "source")
 
 
 @dataclass
@@ -46,7 +46,9 @@ class PackOptions:
     """Cast all weights to this dtype first. By default they keep their bits, except that -0.0 may become 0.0."""
 
     head: str | None = choice(None, head_formats)
-    """int8 rounds the output head and the embedding, tied or not, with one scale per row."""
+    """int8 rounds the output head and the embedding, tied or not, with one scale per row, int6 and int4 with a scale
+    for every 64 columns; source keeps them. The default is int6 where the layers are integers and head and embedding
+    more than a tenth of the file, otherwise source."""
 
     overwrite: bool = False
     """Replace an earlier result in output_dir."""
@@ -124,7 +126,7 @@ def run_pack(options: PackOptions) -> PackReport:
     from castlm.export.packed import groups_of, pack_folder, pattern_of
     from castlm.files.output import check_output
     from castlm.models.locate import result_folder
-    from castlm.progress import shown_progress
+    from castlm.progress import note, shown_progress
 
     groups = groups_of(options.model, pattern_of(options.model, options.pattern))
     inputs = {"model": result_folder(options.model)}
@@ -138,4 +140,5 @@ def run_pack(options: PackOptions) -> PackReport:
             head=options.head,
             overwrite=options.overwrite,
             progress=progress,
+            say=note,
         )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # they import torch
     from castlm.oneshot.steps.round import QuantizeReport
 
 FOLDER = Needs("output_dir", lambda options: options.output_dir is not None)
-CALIBRATION = Needs("a calibration text, which int4 and int3 read", lambda options: options.reads_text)
+CALIBRATION = Needs("a calibration text, which int6, int4 and int3 read", lambda options: options.reads_text)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class QuantizeOptions(TextOptions):
     """
 
     head: str | None = choice(None, head_formats, needs=FOLDER)
-    """With --packed, int8 also rounds the output head and the embedding, tied or not, with one scale per row."""
+    """With --packed, int8 also rounds the output head and the embedding, tied or not, with one scale per row, int6 and
+    int4 with a scale for every 64 columns, better with a calibration text; source keeps them. The default is int6 where
+    head and embedding are more than a tenth of the file, otherwise source."""
 
     calibration: str | None = None
     """Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train. int3 needs one; int4 without

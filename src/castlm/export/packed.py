@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ from castlm.packed.tensor import (
 )
 from castlm.patterns import DENSE, parse_pattern
 from castlm.progress import note
-from castlm.say import Progress, silent
-from castlm_runtime.formats import FORMATS
+from castlm.say import Progress, Say, silent
+from castlm_runtime.formats import DEFAULT_HEAD, FORMATS, HEADS, ITEM_BYTES
 from castlm_runtime.packed import VERSION, PackedSpec, to_metadata
 from castlm_runtime.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, QUANT_METHOD, SINGLE, StoredTensor
 
@@ -136,6 +137,7 @@ def pack_folder(
     head: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
+    say: Say = silent,
 ) -> PackReport:
     """Writes the n:m or dense model in `source` to `folder` in the packed format, and verifies what was written.
 
@@ -149,9 +151,11 @@ def pack_folder(
         pattern: n:m; None for a dense model.
         dtype: "bf16", "fp16" or "fp32" casts all floating-point tensors first; None keeps their dtype.
         head: "int8" (a scale for each row), "int6" or "int4" (a scale for each 64 columns) rounds the output head and
-            the embedding, tied or not. None keeps them.
+            the embedding, tied or not; "source" keeps them. None is int6 where the layers are integers and the tables
+            more than a tenth of the file, otherwise source.
         overwrite: replace an earlier result in `folder`.
         progress: called with (tensors done, tensors in all).
+        say: called with a line about the head where None chooses.
 
     Returns:
         How many tensors were packed, and the bytes of the weight files before and after.
@@ -166,7 +170,7 @@ def pack_folder(
         _model_folder(source, temporary) as place,
     ):
         groups = groups_of(source, None if pattern is None else parse_pattern(pattern))
-        return pack_into(temporary, place, groups, dtype=dtype, head=head, progress=progress)
+        return pack_into(temporary, place, groups, dtype=dtype, head=head, progress=progress, say=say)
 
 
 @contextlib.contextmanager
@@ -207,13 +211,16 @@ def pack_into(
     dtype: str | None = None,
     head: str | None = None,
     integers: Mapping[str, Rounded] | None = None,
+    hessian: Tensor | None = None,
     progress: Progress = silent,
+    say: Say = silent,
 ) -> PackReport:
     """`pack_folder` into an existing empty folder.
 
     Args:
         integers: codes and scales to store instead of the weights, by the name of the layer in the files; the weights
             in `source` are their products.
+        hessian: of the output head's input, by which int6 and int4 are rounded; None rounds them to the nearest.
     """
     config, rounded = read_config(source), integers or {}
     if config.get("quantization_config"):
@@ -221,16 +228,20 @@ def pack_into(
     check_redirections(source, config)
     stored = dict(sorted(stored_tensors(source, config).items()))
     specs = _specs(source, stored, check_layers(source, stored, config), pattern, dtype, rounded)
-    tables = set() if head is None else _tables(source, stored)
+    if head is None:
+        head = _default_head(source, stored, specs, say)
+    tables = _tables(source, stored) if head in HEADS else {}
     for table in tables:
         rows, columns = stored[table].shape  # (49152, 576)
         specs[table] = PackedSpec(rows, columns, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
-    how = _Packing(stored, specs, rounded, tables, cast)
+    how = _Packing(
+        stored, specs, rounded, {name: hessian if is_head else None for name, is_head in tables.items()}, cast
+    )
     # one tensor of the model in memory at a time
     weights = _write_weights(folder, how, (PACKED_SINGLE, PACKED_INDEX), progress)
     # config.json comes after the weights that it names, and the checks read what has been written
-    _write_packed_rest(source, folder, weights, pattern, cast, head)
+    _write_packed_rest(source, folder, weights, pattern, cast, head if tables else None)
     if pattern is None:
         check_dense(folder)
     else:
@@ -250,8 +261,8 @@ class _Packing:
     """The specs of the tensors to pack; the others are copied."""
     rounded: Mapping[str, Rounded]
     """Codes and scales to store in place of weights, by the name of the layer."""
-    tables: Collection[str]
-    """The tensors among `specs` that are head or embedding."""
+    tables: Mapping[str, Tensor | None]
+    """The tensors among `specs` that are head or embedding, each with the Hessian of its input if it has one."""
     cast: torch.dtype | None
     """The dtype of all floating-point tensors; None keeps theirs."""
 
@@ -273,7 +284,7 @@ class _Packing:
                 return [tensor]
             rounded = self.rounded.get(spec.stem(name))
             if name in self.tables:
-                rounded = round_table(tensor, spec.values)
+                rounded = round_table(tensor, spec.values, self.tables[name])
             return _packed(spec, tensor, rounded).tensors().values()
 
     def metadata(self, names: Iterable[str]) -> dict[str, str]:
@@ -322,8 +333,36 @@ def _float_name(tensor: StoredTensor) -> str | None:
     return next((name for name in FLOATS if FORMATS[name].stored == tensor.dtype), None)
 
 
-def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> set[str]:
-    """The names of the weights of output head and embedding, which are plain tables; one name where they are tied."""
+_LARGE_SHARE = 0.1  # of a file
+
+
+def _default_head(
+    source: Path, stored: Mapping[str, StoredTensor], specs: Mapping[str, PackedSpec], say: Say
+) -> str | None:
+    """`DEFAULT_HEAD` where the layers are integers and the tables more than a tenth of the file; None keeps them."""
+    if not any(spec.rounded for spec in specs.values()):
+        return None
+
+    def plain_bytes(names: Iterable[str]) -> int:
+        return sum(math.prod(stored[name].shape) * ITEM_BYTES.get(stored[name].dtype, 4) for name in names)
+
+    try:
+        tables = _tables(source, stored)
+    except InputError:
+        return None
+    packed = sum(spec.num_bytes for spec in specs.values())
+    share = plain_bytes(tables) / (plain_bytes(stored.keys() - specs.keys()) + packed)
+    if share <= _LARGE_SHARE:
+        return None
+    say(f"head and embedding, {share:.0%} of the file, become {DEFAULT_HEAD}: --head source keeps them as they are")
+    return DEFAULT_HEAD
+
+
+def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> dict[str, bool]:
+    """The names of the weights of output head and embedding, which are plain tables, and whether each is the head's.
+
+    One name where they are tied.
+    """
     opened = open_config(source)
     model = shape_model(opened)
     tables = [module for module in (model.get_output_embeddings(), model.get_input_embeddings()) if module is not None]
@@ -340,7 +379,7 @@ def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> set[str]:
             f"{source} stores {' and '.join(found) or 'no plain head'}, and --head is for a head and an embedding that "
             "look up and multiply alone, and are one table without a bias where config.json ties them: leave --head out"
         )
-    return set(found)
+    return {name: name == found[0] for name in found}
 
 
 def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> PackedTensor:

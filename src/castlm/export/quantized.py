@@ -44,6 +44,7 @@ from castlm.oneshot.folder import begun_work, block_file, remove_work
 from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.steps.round import (
     CODES,
+    HEAD_HESSIAN,
     SCALES,
     QuantizeReport,
     Round,
@@ -99,7 +100,7 @@ def quantize_folder(
         calibration: int3 needs it; without it int4 is rounded to the nearest.
         packed: store the integers and scales in castlm's packed format.
         gguf: write a GGUF file, as `castlm.export.gguf`, from the GGUF file `name`.
-        head: with `packed`, "int8" also rounds the output head and the embedding.
+        head: with `packed`, as of `pack_folder`. A calibration text serves int6 and int4 too.
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
         options: how the calibration text is read; a chat template is also saved.
         dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.
@@ -119,7 +120,8 @@ def quantize_folder(
     if head is not None and not packed:
         raise InputError(f"--head {head} is for the packed format: pass --packed, or leave it out")
     form = FORMATS[kind]
-    if calibration is not None and not form.reads_text:
+    head_reads = head in FORMATS and FORMATS[head].reads_text
+    if calibration is not None and not (form.reads_text or head_reads):
         raise InputError(f"{kind} needs no calibration text: leave --calibration out")
     if calibration is None and form.needs_training:
         raise InputError(f"{kind} needs a calibration text: pass --calibration")
@@ -170,11 +172,12 @@ def quantize_folder(
         seq_len, seed = min(calibration.seq_len, calibration_length(model)), calibration.seed
         tokens, _ = calibration_sequences(documents, encoder, calibration.num_sequences, seq_len, seed, say)
         text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": seed}
+    sees_head = packed and tokens is not None and (head is None or head_reads)
     if checkpoint is None:
-        step = Round(kind, damping, "memory" if packed else "none")
+        step = Round(kind, damping, "memory" if packed else "none", sees_head)
         rounded = _rounded_whole(loaded, step, tokens, device, progress)
     else:
-        step = Round(kind, damping, "blocks" if packed or gguf else "none")
+        step = Round(kind, damping, "blocks" if packed or gguf else "none", sees_head)
         weights = checkpoint.fingerprint(World(0, 1, torch.device(device), None))
         known = {"model": loaded.source, "weights": weights, "config": config_hash(model.config)}
         known |= {"tokenizer": tokenizer_sha256, **text}
@@ -182,7 +185,7 @@ def quantize_folder(
             loaded, checkpoint, kept_dtype, step, tokens, device, progress, folder, known, overwrite, say
         )
     origin = origin_of(name)
-    with rounded as (report, write, integers):
+    with rounded as (report, write, integers, hessian):
         if of_file is not None:
             write_gguf(of_file, integers(), folder, say)
             return report
@@ -217,7 +220,7 @@ def quantize_folder(
             plain = temporary / ".plain" / folder.name
             with naming_instead(temporary, folder), naming_instead(plain, name):
                 write_plain(plain)
-                pack_into(temporary, plain, groups, head=head, integers=integers())
+                pack_into(temporary, plain, groups, head=head, integers=integers(), hessian=hessian(), say=say)
             shutil.rmtree(plain.parent)
     return report
 
@@ -230,6 +233,8 @@ class _Result(NamedTuple):
     """Writes it as a plain folder: `export_model` or `export_blocks`, with the model."""
     integers: Callable[[], Mapping[str, Rounded]]
     """Codes and scales by the name of the layer in the files."""
+    hessian: Callable[[], Tensor | None]
+    """The Hessian of the output head's input; None without a calibration text for it."""
 
 
 @contextlib.contextmanager
@@ -242,7 +247,7 @@ def _rounded_whole(
     report = round_blocks(MemoryModel(model, layers_to_round(model)), step, tokens, progress=progress)
     move_(model, "cpu")
     write = functools.partial(export_model, model, loaded.tokenizer)
-    yield _Result(report, write, lambda: stored_layers(model, report.layers))
+    yield _Result(report, write, lambda: stored_layers(model, report.layers), lambda: step.head_hessian)
 
 
 @contextlib.contextmanager
@@ -275,8 +280,13 @@ def _rounded_by_block(
         write = functools.partial(
             export_blocks, model, loaded.tokenizer, blocks=blocks, outside=source.outside(), linked=False
         )
-        yield _Result(report, write, lambda: _codes_of(model, step.kind, blocks))
+        yield _Result(report, write, lambda: _codes_of(model, step.kind, blocks), lambda: _head_hessian(blocks[-1]))
         remove_work(work)
+
+
+def _head_hessian(last_block: Path) -> Tensor | None:
+    with safe_open(last_block, "pt") as opened:
+        return opened.get_tensor(HEAD_HESSIAN) if HEAD_HESSIAN in opened.keys() else None  # noqa: SIM118
 
 
 def _goes_by_block(model: PreTrainedModel) -> bool:

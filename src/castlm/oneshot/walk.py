@@ -285,6 +285,22 @@ class BlockInputs(Sequence[Tensor]):
             self.dense[batch] = self.run(self._entering(hidden, batch), batch)
         return self.dense.of_next_block() if isinstance(self.dense, HiddenStates) else self.dense
 
+    def leaving(self, source: Source) -> Iterator[Tensor]:
+        """The hidden states that the output head reads, batch by batch: the outputs of the current block, which is the
+        last one, behind the model's last norm.
+        """
+        forward = self.blocks[self.block_index].forward  # of the block in memory
+        with source.entering():
+            for batch in range(len(self)):
+                call = self.call(batch)
+                with autocast(self.device, self.precision):
+                    output = forward(self[batch], *call.args, **call.kwargs)
+                tokens = torch.zeros(_hidden_of(output).shape[:2], dtype=torch.int64, device=self.device)
+                with ExitStack() as replaced:
+                    for block in self.blocks:  # all return that output, so the tokens do not matter
+                        replaced.enter_context(replaced_forward(block, lambda *_, output=output, **__: output))
+                    yield source.model.base_model(input_ids=tokens, use_cache=False)[0]
+
     def forget_outputs(self) -> None:
         """Ends `keep_outputs`: later passes run all modules of the current block again."""
         self._outputs.clear()

@@ -32,7 +32,7 @@ from castlm.packed import native
 from castlm.packed.layers import packed_linear
 from castlm.packed.tensor import pack, pack_integers
 from castlm.say import Progress, silent
-from castlm_runtime.formats import FORMATS, HEADS, rounded_formats
+from castlm_runtime.formats import DEFAULT_HEAD, FORMATS, rounded_formats
 from castlm_runtime.packed import PackedSpec
 
 Shape = tuple[int, int]
@@ -182,7 +182,7 @@ def options(dtype: str = "bf16", patterns: Sequence[NM] = (TWO_OF_FOUR,)) -> lis
     if has_dynamic_int8():
         found.append(Option("int8", head="int8", by_torch=True))
     for n, m in [(0, 0), *((pattern.n, pattern.m) for pattern in patterns)]:
-        found += [Option(dtype, n, m, head=dtype), *(Option(values, n, m, head=HEADS[0]) for values in rounded)]
+        found += [Option(dtype, n, m, head=dtype), *(Option(values, n, m, head=DEFAULT_HEAD) for values in rounded)]
     return found
 
 
