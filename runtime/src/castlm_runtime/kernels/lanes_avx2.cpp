@@ -108,16 +108,16 @@ template <int values, int half>
 INLINE __m256i codes_of(__m256i bytes, const uint8_t* panel, int step, int part) {
   const __m256i nibbles = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
   if (values == kInt4) return _mm256_xor_si256(nibbles, _mm256_set1_epi8(8));
-  const __m256i four = load_bytes(panel + kHighBits + 32 * step);  // the two highest bits, from bit 4 half + 2 part on
+  const __m256i four = load_bytes(panel + kInt6Step * step + 64);  // the two highest bits, from bit 4 half + 2 part on
   const __m256i high = half ? part ? _mm256_srli_epi16(four, 2) : four : _mm256_slli_epi16(four, part ? 2 : 4);
   return _mm256_or_si256(nibbles, _mm256_and_si256(high, _mm256_set1_epi8(0x30)));
 }
 
 // The 64 bytes of a step of a panel of bytes: of a half of int4, or of int8.
-template <bool is_dense>
+template <bool is_dense, int bytes = 64>
 INLINE void step_of(const uint8_t* panel, int step, const uint8_t*& kept, __m256i* w) {
   if (!is_dense) return expand_bytes(load64(panel + 8 * step), kept, w[0], w[1]);
-  w[0] = load_bytes(kept), w[1] = load_bytes(kept + 32), kept += 64;
+  w[0] = load_bytes(kept), w[1] = load_bytes(kept + 32), kept += bytes;
 }
 
 INLINE void prefetch(const uint8_t* at, int64_t bytes) {
@@ -207,7 +207,7 @@ INLINE void few_of_codes(const Header& of, const uint8_t* panel, const Activatio
     for (int b = 0; b < B; b++)
       for (auto& sum : total[b]) sum = _mm256_setzero_si256();
     const int8_t* at = x.narrow + block * kBlock;
-    for (int step = 0; step < kSteps / 2; step++, at += 8, nibbles += 64) {
+    for (int step = 0; step < kSteps / 2; step++, at += 8, nibbles += values == kInt6 ? kInt6Step : 64) {
 #pragma GCC unroll 2
       for (int part = 0; part < 2; part++) {
         const __m256i both = load_bytes(nibbles + 32 * part);
@@ -356,11 +356,12 @@ INLINE void put_four_of_eight(uint8_t* to, uint64_t mask, uint64_t more_mask, co
 template <Kind kind, bool is_dense>
 INLINE void expand_panel(const uint8_t* panel, int64_t bytes, uint8_t* to) {
   const uint8_t *kept = panel + (is_dense ? 0 : kMaskBytes), *kept_high = kept;
+  constexpr int kStep = kind == kSixBits ? kInt6Step : 64;
   prefetch(panel, bytes);
   for (int step = 0; step < kSteps; step += 2) {
     __m256i w[2], more[2];
-    step_of<is_dense>(panel, step, kept, w);
-    step_of<is_dense>(panel, step + 1, is_code(kind) ? kept_high : kept, more);
+    step_of<is_dense, kStep>(panel, step, kept, w);
+    step_of<is_dense, kStep>(panel, step + 1, is_code(kind) ? kept_high : kept, more);
     if constexpr (kind == kFourOfEight) {
       put_four_of_eight(to, load64(panel + 8 * step), load64(panel + 8 * step + 8), w, more), to += 128;
       continue;

@@ -9,18 +9,17 @@ constexpr int kExcess = values == kInt4 ? 8 : values == kInt6 ? 32 : 128;  // wh
 // Reads the registers of a panel in turn, half by half of each step.
 template <int values, bool is_masked>
 struct Reader {
-  const uint8_t *mask, *at[kHalves<values>], *high;
+  const uint8_t *mask, *at[kHalves<values>];
 
   INLINE void start(const uint8_t* panel) {
     mask = panel;
     for (const uint8_t*& half : at) half = panel + (is_masked ? 128 : 0);
-    high = panel + kHighBits;
   }
   INLINE __m512i next(int half) {
     const uint8_t* from = at[half];
     static_assert(values != kInt6 || !is_masked, "int6 is dense");
     if (!is_masked) {
-      at[half] += 64;
+      at[half] += values == kInt6 ? kInt6Step : 64;
       if (values == kInt6) return six_bits(from, half);
       return values == kInt4 ? nibbles(from, half) : load(from);
     }
@@ -40,10 +39,9 @@ struct Reader {
     return _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
   }
   // The two highest bits go to bits 4 and 5: each half of a register turns its copy of the same 32 bytes by as many bits as it needs.
-  INLINE __m512i six_bits(const uint8_t* from, int half) {
-    const __m512i four = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+  static INLINE __m512i six_bits(const uint8_t* from, int half) {
+    const __m512i four = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 64)));
     const __m512i left = half ? _mm512_setr_epi64(0, 0, 0, 0, kBy30, kBy30, kBy30, kBy30) : _mm512_setr_epi64(kBy4, kBy4, kBy4, kBy4, kBy2, kBy2, kBy2, kBy2);
-    high += half ? 32 : 0;
     constexpr int kOrAnd = 0xf8;  // a | (b & c)
     return _mm512_ternarylogic_epi32(nibbles(from, half), _mm512_rolv_epi32(four, left), _mm512_set1_epi8(0x30), kOrAnd);
   }

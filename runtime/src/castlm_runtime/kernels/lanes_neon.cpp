@@ -77,6 +77,7 @@ struct Reader {
     if (values == kInt6 && source != kExpanded) bytes = six_bits(vreinterpretq_u8_s8(bytes), half);
     if (source != kMasked) {
       at[half] += 16;
+      if (values == kInt6 && source != kExpanded && (at[half] - first) % kInt6Step == 64) at[half] += kInt6Step - 64;
       return bytes;
     }
     const uint8_t *low = kTables.low[mask[0]], *second = kTables.low[mask[1]];
@@ -87,10 +88,10 @@ struct Reader {
 
  private:
   INLINE int8x16_t six_bits(uint8x16_t both, int half) const {
-    const int64_t byte = at[half] - first;  // of the 64 of each step
+    const int64_t step = (at[half] - first) / kInt6Step * kInt6Step, byte = at[half] - first - step;  // 0 to 48
     const uint8x16_t nibbles = half ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
-    const uint8x16_t four = vld1q_u8(first + kHighBits + byte / 64 * 32 + byte % 32);
-    const uint8x16_t high = vshlq_u8(four, vdupq_n_s8(int8_t(4 - 4 * half - byte / 32 % 2 * 2)));  // a negative count shifts right
+    const uint8x16_t four = vld1q_u8(first + step + 64 + byte % 32);
+    const uint8x16_t high = vshlq_u8(four, vdupq_n_s8(int8_t(4 - 4 * half - byte / 32 * 2)));  // a negative count shifts right
     const uint8x16_t code = vorrq_u8(nibbles, vandq_u8(high, vdupq_n_u8(0x30)));
     return vsubq_s8(vreinterpretq_s8_u8(code), vdupq_n_s8(32));
   }

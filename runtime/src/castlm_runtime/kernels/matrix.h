@@ -180,10 +180,10 @@ INLINE Place place_in_panel(const Header& of, int64_t row, int group, int slot) 
 // its bits of the bytes, and 16 bf16 scales end the panel. So even columns of four, as 32-bit words of both halves, make the
 // same 16 lanes as a step of int8. Of int8, fp32 scales of the rows follow all panels.
 //
-// int6 has its lowest four bits like a dense int4, 32 added. Behind those 512 bytes are 32 bytes for each step with the two highest bits:
+// int6 has 32 added, and its lowest four bits like a dense int4. Behind those 64 bytes of a step are 32 with the two highest bits:
 //
-//   bits of byte i of 32    0, 1                 2, 3                   4, 5                 6, 7
-//   of byte of the step     i, half 0            32 + i, half 0         i, half 1            32 + i, half 1
+//   bits of byte i of 32        0, 1                 2, 3                   4, 5                 6, 7
+//   of byte of the 64           i, half 0            32 + i, half 0         i, half 1            32 + i, half 1
 //
 // Floats of which every four columns keep two need no mask. The first 64 bytes are a word for each row, with 2 bits for each group of
 // four columns, the lowest ones for the first group: the column of its first kept value. The next 64 bytes are those of its
@@ -199,12 +199,16 @@ INLINE int bit_of_lane(const Header& of, int row, int column) {  // the opposite
   const int columns = int(of.lane_columns()), lane = in_nibbles(of.values) ? row % 4 / 2 * 8 + row / 4 * 2 + row % 2 : row;
   return (column / columns * 16 + lane) * columns + column % columns;
 }
-// The two highest bits of value `bit` of a panel of int6: the byte of the panel, and where in it they begin.
-constexpr int kHighBits = 512;  // bytes before them
-struct HighBits {
-  int byte, shift;
+// The bytes of value `bit` of a dense panel of int4 or int6: its lowest four bits are at `shift` of byte `low`, and the two highest of
+// int6 at `high_shift` of byte `high`.
+struct Nibble {
+  int low, shift, high, high_shift;
 };
-INLINE HighBits high_bits(int bit) { return {kHighBits + bit / 128 * 32 + bit % 32, bit % 128 / 32 * 2}; }
+INLINE Nibble nibble_of_bit(const Header& of, int bit) {
+  const int step = bit / 128 * int(of.panel_bytes() - 32) / 8;
+  return {step + bit % 64, bit % 128 / 64 * 4, step + 64 + bit % 32, bit % 128 / 32 * 2};
+}
+constexpr int kInt6Step = 96;  // bytes of a step of int6
 INLINE int64_t index_of_pair(const Header& of, int row, int slot) {  // of kept value `slot` of 32 among the values of a panel of pairs
   const int64_t columns = of.lane_columns();
   return (slot / columns * 16 + row) * columns + slot % columns;

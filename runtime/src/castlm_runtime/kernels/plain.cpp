@@ -86,10 +86,12 @@ void expand_panels(const Header& of, const uint8_t* data, int64_t row, float* to
   }
 }
 
-// Value `bit` of a panel of int6, whose lowest four bits are `low`.
-int six_bits(const uint8_t* panel, int bit, int low) {
-  const auto [byte, shift] = high_bits(bit);
-  return (low | (panel[byte] >> shift & 3) << 4) - 32;
+// Value `bit` of a panel of dense int4 or int6.
+int code_of_bit(const Header& of, const uint8_t* panel, int bit) {
+  const Nibble at = nibble_of_bit(of, bit);
+  const int low = panel[at.low] >> at.shift & 15;
+  if (of.values == kInt4) return (low ^ (of.is_unsigned ? 0 : 8)) - 8;
+  return (low | (panel[at.high] >> at.high_shift & 3) << 4) - 32;
 }
 
 // The kept values of a panel of kLanes to 64 columns of 16 rows, without their scales.
@@ -106,7 +108,7 @@ void expand_lanes_panel(const Header& of, const uint8_t* panel, float* to, int64
     const int64_t index = taken[half]++;
     if (values == kInt8) value = float(int8_t(kept[index] ^ (of.is_unsigned ? 0x80 : 0)));
     else if (values == kInt4) value = float(((kept[index] >> 4 * half & 15) ^ (of.is_unsigned ? 0 : 8)) - 8);
-    else if (values == kInt6) value = float(six_bits(kept, bit, kept[index] >> 4 * half & 15));
+    else if (values == kInt6) value = float(code_of_bit(of, panel, bit));
     else value = load_value(kept, values, index);
   }
 }
@@ -160,10 +162,9 @@ void gather_row(const Header& of, const uint8_t* data, int64_t row, float* to) {
   const uint8_t* panel = data + tile * blocks * of.panel_bytes();
   for (int64_t block = 0; block < blocks; ++block, panel += of.panel_bytes(), to += kBlock) {
     for (int k = 0; k < kBlock; ++k) {
-      const int bit = bit_of_lane(of, in_tile, k), nibble = panel[bit / 128 * 64 + bit % 64] >> bit % 128 / 64 * 4 & 15;
+      const int bit = bit_of_lane(of, in_tile, k);
       if (of.values == kInt8) to[k] = float(int8_t(panel[bit] ^ (of.is_unsigned ? 0x80 : 0)));
-      else if (of.values == kInt4) to[k] = float((nibble ^ (of.is_unsigned ? 0 : 8)) - 8);
-      else if (of.values == kInt6) to[k] = float(six_bits(panel, bit, nibble));
+      else if (in_nibbles(of.values)) to[k] = float(code_of_bit(of, panel, bit));
       else to[k] = load_value(panel, of.values, bit);
     }
     if (in_nibbles(of.values)) scale_row(to, short_scale(panel + of.panel_bytes() - 32 + 2 * in_tile), kBlock);

@@ -112,9 +112,9 @@ void fill_int6_tile(const Header& of, const uint8_t* from, const uint8_t*, const
       const Lane lane = lane_of_bit(of, bit);
       const int64_t row = 16 * tile + lane.row, column = block * kBlock + lane.column;
       const int code = lane.row < rows && column < of.columns ? six_bits(from + row * of.kept_row_bytes(), column) : 32;
-      const auto [byte, shift] = high_bits(bit);
-      panel[bit / 128 * 64 + bit % 64] |= uint8_t((code & 15) << bit % 128 / 64 * 4);
-      panel[byte] |= uint8_t(code >> 4 << shift);
+      const Nibble at = nibble_of_bit(of, bit);
+      panel[at.low] |= uint8_t((code & 15) << at.shift);
+      panel[at.high] |= uint8_t(code >> 4 << at.high_shift);
     }
     for (int64_t row = 0; row < rows; ++row)
       store_short_scale(panel + of.panel_bytes() - 32 + 2 * row, scales[(16 * tile + row) * of.blocks() + block]);
