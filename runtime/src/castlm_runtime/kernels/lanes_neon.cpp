@@ -275,7 +275,7 @@ Multiply of_pattern(const Header& of) {
   return of.m ? multiply_lanes<values, true, false> : multiply_lanes<values, false, false>;
 }
 
-Multiply of_dense_int6() { return has_dot_products() ? multiply_lanes<kInt6, false, true> : multiply_lanes<kInt6, false, false>; }
+Multiply of_dense_int6() { return has_sdot() ? multiply_lanes<kInt6, false, true> : multiply_lanes<kInt6, false, false>; }
 
 }  // namespace
 
