@@ -10,6 +10,7 @@ import atexit
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import torch
@@ -22,10 +23,15 @@ MIN_CONTEXT = 512
 """Tokens that a model takes at least, whatever its `seq_len`."""
 
 
-def quantize(source: Path, form: str, file: Path) -> Path:
-    """Rounds a GGUF file to `form`, as llama.cpp's `llama-quantize` does without options."""
+def quantize(source: Path, form: str, file: Path, **options: Any) -> Path:
+    """Rounds a GGUF file to `form`, as llama.cpp's `llama-quantize` does.
+
+    Args:
+        options: fields of `llama_model_quantize_params`.
+    """
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, FORMATS[form])
+    for name, value in {"ftype": getattr(llama_cpp, FORMATS[form]), **options}.items():
+        setattr(params, name, value)
     if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), params):
         raise RuntimeError(f"llama.cpp could not quantize {source} to {form}")
     return file

@@ -59,6 +59,7 @@ NOT_RUN = {
     "needs a server": 1,
     "takes hours": 1,
     "needs llama.cpp": 1,
+    "needs a GGUF file": 1,
     "needs TensorRT": 1,
     "reads the hub": 1,
 }

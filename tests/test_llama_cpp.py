@@ -1,6 +1,6 @@
-"""llama.cpp reads what castlm writes: its converter takes a cut model, and its logits are those of transformers.
+"""llama.cpp reads what castlm writes, a folder through its converter and a GGUF file, and has the logits of castlm.
 
-Runs where llama-cpp-python is installed and LLAMA_CPP names a checkout of llama.cpp, as in CI.
+Runs where llama-cpp-python is installed and, for the converter, LLAMA_CPP names a checkout of llama.cpp, as in CI.
 """
 
 import os
@@ -15,6 +15,7 @@ from castlm.models.io import load_model
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 from benchmarks import gguf_files, llamacpp
+from tests.tiny import tiny_model, write_gguf
 
 IDS = torch.tensor([1, 403, 407, 261, 378, 383, 269, 413, 286, 261, 265, 267, 408, 419, 270, 299])
 
@@ -43,6 +44,18 @@ def test_a_cut_model_is_converted_and_computes_the_same_logits(stories260k, sour
     with torch.no_grad():
         expected = model(IDS[:8, None]).logits[:, 0]
     assert float((runner.batch(IDS[:8]) - expected).abs().max() / expected.abs().max()) < 0.002
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_a_gguf_file_of_castlm_has_the_logits_that_castlm_computes_from_it(tmp_path, kind):
+    write_gguf(tmp_path / "source.gguf", tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=16))
+    file = tmp_path / "out.gguf"
+    assert main(["quantize", str(tmp_path / "source.gguf"), "--kind", kind, "--gguf", str(file)]) == 0
+    runner, model = llamacpp.LlamaCpp(file, 32, 1), load_model(file).model
+    ids = IDS % model.config.vocab_size
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0].float()
+    assert float((runner.logits(ids) - expected).norm() / expected.norm()) < 0.05  # it rounds activations to int8
 
 
 def test_a_folder_without_the_converter_is_refused(tmp_path):
