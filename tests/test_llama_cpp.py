@@ -15,6 +15,7 @@ from castlm.models.io import load_model
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 from benchmarks import gguf_files, llamacpp
+
 from tests.tiny import tiny_model, write_gguf
 
 IDS = torch.tensor([1, 403, 407, 261, 378, 383, 269, 413, 286, 261, 265, 267, 408, 419, 270, 299])
