@@ -1,10 +1,13 @@
 """Tokens per second of `castlm serve`, for clients at the same time and in conversations, and its memory under load.
 
     python -m benchmarks.serving MODEL [--threads N] [--new-tokens N] [--turns 8] [--temperature 0.7] [--minutes 10]
+                                 [--llama-server PROGRAM --gguf FILE] [--rounds 3] [--json OUT]
 
 The speed: OpenAI's client streams answers, sampled at `--temperature`, in as many threads as there are clients. Each
 has a prompt of its own of some 250 tokens. Tokens are counted per second, and per second of processor time of the
 server, which other work on the machine hardly changes. `castlm generate` runs in this process on as many threads.
+llama.cpp's `llama-server` is asked the same in turns with castlm, with flash attention, a slot for each client and a
+context as long as castlm's; each figure is the median of `--rounds`.
 The conversation, if the model has a chat template: a user asks `--turns` times, and each request holds all that was
 said before; of each turn the time to the first text, and the speed of the rest. The load, for `--minutes`: ten clients
 at the same time; half of them send requests that must be refused (a body that is too long, no JSON, a prompt beyond the
@@ -21,6 +24,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -60,6 +64,14 @@ Command = Callable[[int], list[str]]
 def castlm_command(model: str, threads: int) -> Command:
     return lambda port: [
         *(sys.executable, "-m", "castlm", "serve", model, "--port", str(port), "--threads", str(threads)),
+    ]
+
+
+def llama_command(program: str, file: str, threads: int) -> Command:
+    """llama.cpp's server with flash attention and its cache of f16, one slot for each client."""
+    return lambda port: [
+        *(program, "--model", file, "--port", str(port), "--threads", str(threads), "--flash-attn", "on"),
+        *("--parallel", str(max(CLIENTS)), "--ctx-size", "8192", "--kv-unified", "--log-disable"),
     ]
 
 
@@ -263,8 +275,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama-server", metavar="PROGRAM", help="of llama.cpp, compiled for this processor")
+    parser.add_argument("--gguf", metavar="FILE", help="the model of llama-server")
     parser.add_argument("--json")
     options = parser.parse_args()
+    if (options.llama_server is None) != (options.gguf is None):
+        parser.error("--llama-server and --gguf go together")
     result: dict[str, Any] = {"machine": machine(), "columns": ["a second", "a second of processor time"]}
 
     def show(name: str, speed: Speed) -> None:
@@ -272,21 +289,32 @@ def main() -> None:
         print(f"{name}: {speed[0]:.1f} tokens a second, {speed[1]:.1f} a second of processor time", flush=True)
 
     show("castlm generate", generate_speed(options.model, options.threads, options.new_tokens))
-    with served(castlm_command(options.model, options.threads)) as (port, pid):
-        serving_speed(port, pid, 1, 8)  # warms up
+    commands = {"castlm serve": castlm_command(options.model, options.threads)}
+    if options.llama_server:
+        commands["llama-server"] = llama_command(options.llama_server, options.gguf, options.threads)
+    with contextlib.ExitStack() as stack:
+        servers = {name: stack.enter_context(served(command)) for name, command in commands.items()}
+        for port, pid in servers.values():
+            serving_speed(port, pid, 1, 8)  # warms up
         for clients in CLIENTS:
-            speed = serving_speed(port, pid, clients, options.new_tokens, options.temperature)
-            show(f"castlm serve, {clients} clients", speed)
-        turns = conversation(port, options.turns, options.new_tokens, options.temperature)
-        result["conversation"] = [asdict(turn) for turn in turns]
-        for number, turn in enumerate(turns, 1):
-            print(
-                f"turn {number}: {turn.prompt_tokens:,} tokens of prompt, {turn.seconds_to_first:.2f} s to the first "
-                f"text, then {turn.tokens_per_second:.1f} tokens a second",
-                flush=True,
-            )
+            speeds: dict[str, list[Speed]] = {name: [] for name in servers}
+            for _ in range(options.rounds):
+                for name, (port, pid) in servers.items():
+                    speeds[name].append(serving_speed(port, pid, clients, options.new_tokens, options.temperature))
+            for name, found in speeds.items():
+                medians = [statistics.median(column) for column in zip(*found)]
+                show(f"{name}, {clients} clients", (medians[0], medians[1]))
+        for name, (port, _) in servers.items():
+            turns = conversation(port, options.turns, options.new_tokens, options.temperature)
+            result[f"conversation, {name}"] = [asdict(turn) for turn in turns]
+            for number, turn in enumerate(turns, 1):
+                print(
+                    f"{name}, turn {number}: {turn.prompt_tokens:,} tokens of prompt, {turn.seconds_to_first:.2f} s to "
+                    f"the first text, then {turn.tokens_per_second:.1f} tokens a second",
+                    flush=True,
+                )
         if options.minutes:
-            result["load"] = load(port, pid, options.minutes, options.new_tokens // 4)
+            result["load"] = load(*servers["castlm serve"], options.minutes, options.new_tokens // 4)
     if options.json:
         write_json(options.json, result)
 
