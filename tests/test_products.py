@@ -90,7 +90,7 @@ def counted(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize(
     "family",
     [
-        *("gpt_oss", "dbrx", "mixtral", "gpt2"),
+        *("gpt_oss", "dbrx", "jetmoe", "mixtral", "gpt2"),
         *map(slow, ("phi3", "qwen2_moe", "aria_text", "granitemoe", "granitemoeshared", "llama4_text")),
         *map(slow, ("olmoe", "qwen3_moe", "glm4_moe", "opt", "gemma2")),
     ],

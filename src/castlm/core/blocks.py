@@ -82,7 +82,7 @@ def why_dense(module: str, owners: Collection[str] | None = None) -> str | None:
     """Why a linear layer of this name stays dense; None inside a transformer block, if it is no router.
 
     Args:
-        owners: `owners_of_experts` of the model: a layer with a router's name outside them is a layer like any other.
+        owners: `owners_of_experts` of the model: a layer named `gate` outside them is a layer like any other.
 
     Examples:
         >>> why_dense("lm_head"), why_dense("model.layers.3.mlp.up_proj")
@@ -94,11 +94,12 @@ def why_dense(module: str, owners: Collection[str] | None = None) -> str | None:
         return "outside the transformer blocks"
     parts = module.split(".")
     routes = owners is None or any(".".join(parts[:length]) in owners for length in range(len(parts)))
+    routes = routes or any("router" in part for part in parts)  # JetMoE's experts are no module of their own
     return "a router of experts" if routes and is_router(module) else None
 
 
 def owners_of_experts(names: Iterable[str]) -> set[str]:
-    """The modules of a checkpoint that hold experts. A layer with a router's name outside them is not a router."""
+    """The modules of a checkpoint that hold experts. A layer named `gate` outside them is not a router."""
     return {name[: part.start()] for name in names for part in _EXPERTS.finditer(name)}
 
 

@@ -74,7 +74,7 @@ def is_sparse_linear(module: nn.Module, fqn: str) -> bool:
 def filter_for(model: nn.Module, filter_fn: FilterFn = is_sparse_linear) -> FilterFn:
     """`filter_fn`; for the default, the same rule once it knows which modules of `model` hold experts.
 
-    A layer with a router's name outside them, such as `mlp.gate`, is a layer like any other.
+    A layer named `gate` outside them is a layer like any other.
     """
     if filter_fn is not is_sparse_linear:
         return filter_fn
