@@ -32,7 +32,7 @@ from castlm_runtime.packed import read_specs
 from castlm_runtime.stored import read_header
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
 from tests.refusals import assert_refused
-from tests.runs import assert_equal_weights, killed_in, prune_to, record_of, weights
+from tests.runs import assert_equal_weights, edit_json, killed_in, prune_to, record_of, weights
 from tests.slow import slow
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -445,3 +445,20 @@ def test_columns_that_no_input_reaches_are_rounded_to_the_nearest():
     assert rounded.isfinite().all()
     step = round_in_groups(weight, x.T @ x).scales[:, :1].abs()
     assert ((rounded - weight)[:, 10:20].abs() <= 1.5 * step).all()
+
+
+def test_a_model_with_its_own_code_is_not_packed_and_says_so_first(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "model", "llama")
+    code = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.OwnModel"}
+    edit_json(folder / "config.json", model_type="own", architectures=["OwnModel"], auto_map=code)
+    (folder / "code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("castlm.export.quantized.open_sharded", lambda *_, **__: pytest.fail("the weights are read"))
+    with pytest.raises(InputError, match="own code, which the packed format"):
+        quantized.quantize_folder(
+            str(folder), tmp_path / "out", "int8", pattern=None, packed=True, trust_remote_code=True
+        )

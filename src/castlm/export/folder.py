@@ -220,16 +220,11 @@ def check_layers(
             continue
         if value < 0 or value > (65_536 if count[1] == "expert" else max(1000, len(tensors))):
             raise InputError(f"config.json of {path} says {name} = {value}, and it holds {len(tensors)} tensors")
-    if config.get("auto_map") and not trust_remote_code:
-        import transformers
-
-        named = config.get("architectures")
-        is_native = all(hasattr(transformers, str(name)) for name in (named if isinstance(named, list) else []))
-        if not is_native or config.get("model_type") not in transformers.CONFIG_MAPPING:
-            raise InputError(
-                f"{path} has its own code, which alone says how its weights are multiplied by: pass trust_remote_code "
-                "if you have read it and trust it"
-            )
+    if not trust_remote_code and has_own_code(config):
+        raise InputError(
+            f"{path} has its own code, which alone says how its weights are multiplied by: pass trust_remote_code "
+            "if you have read it and trust it"
+        )
     from castlm.models.io import some_of
 
     model, unexpected = load_on_meta(path, config, tensors, trust_remote_code)
@@ -273,6 +268,17 @@ def _stored_uses(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
             is_layer and is_counted and use.is_called,
         )
     return found
+
+
+def has_own_code(config: Config) -> bool:
+    """Whether config.json names code of the model's own, and a class or a family that transformers does not have."""
+    if not config.get("auto_map"):
+        return False
+    import transformers
+
+    named = config.get("architectures")
+    is_native = all(hasattr(transformers, str(name)) for name in (named if isinstance(named, list) else []))
+    return not is_native or config.get("model_type") not in transformers.CONFIG_MAPPING
 
 
 def check_redirections(folder: Path, config: Config) -> None:

@@ -26,7 +26,7 @@ from castlm.data.tokens import text_encoder
 from castlm.distributed.loading import Checkpoint, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
-from castlm.export.folder import left_dense_reason, read_facts
+from castlm.export.folder import has_own_code, left_dense_reason, read_facts
 from castlm.export.gguf import check_layers, write_gguf
 from castlm.export.hf import export_blocks, export_model
 from castlm.export.origin import origin_of
@@ -37,7 +37,7 @@ from castlm.formats.rounding import Rounded
 from castlm.hardware import keep_freed_memory, return_freed_memory
 from castlm.models.architecture import is_vision_language, move_
 from castlm.models.gguf import GgufWeights
-from castlm.models.io import Loaded, config_hash, load_model, save_dtype, tokenizer_hash
+from castlm.models.io import Loaded, config_hash, load_model, open_config, save_dtype, tokenizer_hash
 from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.draw import calibration_length
 from castlm.oneshot.folder import begun_work, block_file, remove_work
@@ -133,6 +133,8 @@ def quantize_folder(
         raise InputError(
             f"{name} was trained as {facts.rounded.kind}, which castlm pack stores: quantize another model"
         )
+    if packed and has_own_code(open_config(name, trust_remote_code=trust_remote_code).to_dict()):
+        raise InputError(f"{name} has its own code, which the packed format does not hold: leave --packed out")
     documents = None if calibration is None else open_documents(calibration.text, options)
     sharded = open_sharded(name, trust_remote_code=trust_remote_code, revision=None)
     if sharded is not None and not _goes_by_block(sharded[0].model):
