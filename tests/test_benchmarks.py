@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import frontier, gpu, peer
+from benchmarks import bits, frontier, gpu, peer
 from benchmarks.masks import apex_mask, topk_mask
 from safetensors.torch import load_file
 
@@ -108,3 +108,23 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
         assert main([*command, "--packed", "--head", head, "--overwrite"]) == 0
         packed = load_file(tmp_path / "q" / "castlm.safetensors")
         assert sum(tensor.nbytes for tensor in packed.values()) == points[name]["num_bytes"]
+
+
+@pytest.mark.skipif(inference_native.kernels() is None, reason="the C++ kernels are not built")
+@pytest.mark.slow
+def test_bits_makes_each_row_once_and_runs_from_one_start(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "m", "llama", hidden_size=64, head_dim=16)
+    (tmp_path / "t.txt").write_text(TEXT)
+    texts = ["--text", str(tmp_path / "t.txt"), "--eval-text", str(tmp_path / "t.txt"), "--seq-len", "32"]
+    command = ["--model", str(folder), *texts, "--output-dir", str(tmp_path / "out"), "--seeds", "1", "--steps", "2"]
+    command += ["--rate", "1e-5", "--ways", "trained rounding", "--cells", "2:4/4", "2:4/3"]
+    ran = []
+    monkeypatch.setattr(bits, "castlm", lambda words: ran.append(words[0]) or main(words))
+    bits.main([*command, "--heads", "int8"])
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
+    assert [(row["pattern"], row["bits"], row["head"]) for row in rows] == [("2:4", 4, "int8"), ("2:4", 3, "int8")]
+    assert all(row["perplexity"] == pytest.approx(row["as_trained"], rel=0.02) for row in rows)
+    assert ran == ["prune", "train", "pack", "eval", "train", "pack", "eval"]
+    bits.main([*command, "--heads", "int8"])
+    assert json.loads((tmp_path / "out" / "rows.json").read_text())["rows"] == rows
+    assert len(ran) == 7

@@ -8,7 +8,15 @@ from torch import nn
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.core.rounding import add_weight_rounding, best_scale, fit_rounding_, in_groups, round_weight, rounded_layers
+from castlm.core.rounding import (
+    SCALE_RATE,
+    add_weight_rounding,
+    best_scale,
+    fit_rounding_,
+    in_groups,
+    round_weight,
+    rounded_layers,
+)
 from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.core.sparsify import is_sparse_linear
 from castlm.evaluation.perplexity import perplexity
@@ -160,6 +168,19 @@ def test_bits_a_weight_are_those_of_the_packed_file(llama, text, tmp_path):
     total = sum(m.weight.numel() for name, m in model.named_modules() if is_sparse_linear(m, name))
     assert facts.rounded.bits_per_weight == pytest.approx(bits / total)
     assert facts.rounded.layers == len(stems)
+
+
+def test_scales_have_one_learning_rate_whatever_that_of_the_weights_is(llama, text, tmp_path):
+    for rate in (1e-3, 1e-5):
+        run = begin_run(small(llama, text, tmp_path / str(rate), weight_bits=4, learning_rate=rate))
+        run.train_step()
+        rates = {}
+        for group in run.optimizer.param_groups:
+            for name in group["param_names"]:
+                rates.setdefault(name.endswith("log_scale"), set()).add(group["lr"])
+        at_first = run.config.optimizer.learning_rate_at(0)
+        assert rates[False] == {at_first}
+        assert list(rates[True]) == [pytest.approx(at_first / rate * SCALE_RATE)]
 
 
 @pytest.mark.parametrize(

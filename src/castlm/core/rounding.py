@@ -26,6 +26,8 @@ from torch.nn.utils import parametrize
 from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, SparseLayer, computed_weight, filter_for, is_sparse_linear, weight_parameter
 
+SCALE_RATE = 3e-3
+"""Peak learning rate of the logarithm of a scale. It is a ratio, so its rate does not fall with the size of a model."""
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of the largest magnitude: clipping it may cost less than a coarse grid
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from castlm.core.adams import AdamS
 from castlm.core.nm import Pattern
-from castlm.core.rounding import add_weight_rounding
+from castlm.core.rounding import SCALE_RATE, add_weight_rounding
 from castlm.core.sparsify import (
     FilterFn,
     SparseLayer,
@@ -129,6 +129,8 @@ class Retraining:
     def optimize(self, groups: list[dict[str, Any]], fused: bool) -> AdamS:
         """Builds the optimizer over groups of parameters with their `param_names`."""
         options, optimizer = self.options, self.optimizer_options
+        if options.weight_bits:
+            groups = [part for group in groups for part in self._with_scales_apart(group)]
         if optimizer.weight_decay:
             groups = [part for group in groups for part in self._with_weight_decay(group)]
         self.optimizer = AdamS(
@@ -147,6 +149,23 @@ class Retraining:
             fused=fused,
         )
         return self.optimizer
+
+    def _with_scales_apart(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Splits a group in two: the scales of trained rounding, with a learning rate of their own, and others."""
+        rate: float = self.optimizer_options.learning_rate  # type: ignore[assignment]  # filled in by now
+        parts: dict[bool, list[tuple[Tensor, str]]] = {False: [], True: []}
+        for p, name in zip(group["params"], group["param_names"]):
+            parts[name.endswith(".log_scale")].append((p, name))
+        return [
+            {
+                **group,
+                "params": [p for p, _ in part],
+                "param_names": [name for _, name in part],
+                "rate_factor": SCALE_RATE / rate if of_scales else 1.0,
+            }
+            for of_scales, part in parts.items()
+            if part
+        ]
 
     def _with_weight_decay(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         """Splits a group in two: dense weight matrices with weight decay, and all other parameters without."""

@@ -387,7 +387,7 @@ class Trainer:
         config, step, started = self.config, self.step, time.perf_counter()
         lr = config.optimizer.learning_rate_at(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate_factor", 1.0)
         micro_batches = [next(self.text.loader) for _ in range(config.optimizer.gradient_accumulation_steps)]
         check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(self.model.config))
         # tokens read, and tokens that count, of each micro-batch

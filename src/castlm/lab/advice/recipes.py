@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -73,32 +73,38 @@ def parse_option(name: str) -> Option:
 
 @cache
 def recipes() -> tuple[Recipe, ...]:
-    """The recipes of the table that end in a smaller file than bf16."""
+    """The recipes of the table that end in a smaller file than bf16, with the head of the table and with others.
+
+    Another head multiplies the perplexity as it does that of the dense bf16 model, see the table of heads.
+    """
     tables = json.loads(files("castlm.lab.advice").joinpath("sizes.json").read_text(encoding="utf-8"))
-    factors = {}
-    for model, table in tables.items():
-        place = [column["name"] for column in table["columns"]].index("perplexity")
-        rows = {row[0]: _mean(row[place]) for row in table["rows"] if row[place] is not None}
-        factors[model] = {name: found / rows["dense bf16"] for name, found in rows.items()}
-    large = tables["smollm2"]
-    place = [column["name"] for column in large["columns"]].index("processor minutes")
-    return tuple(
-        Recipe(parse_option(row[0]), factors["smollm2"][row[0]], _smaller(factors, row[0]), row[place] or 0.0)
-        for row in large["rows"]
-        if row[0] in factors["smollm2"] and row[0] != "dense bf16"
-    )
+    large, smaller, heads = (_column(tables[name], "perplexity") for name in ("smollm2", "stories260k", "heads"))
+    minutes = _column(tables["smollm2"], "processor minutes")
+    found = {}
+    for name, perplexity in large.items():
+        option = parse_option(name)
+        others = [head for head in heads if name != "dense bf16" and head != option.head]
+        for head in [option.head, *others]:
+            factor = perplexity / large["dense bf16"] * heads.get(head, 1.0) / heads.get(option.head, 1.0)
+            # the head of stories260K was not rounded
+            of_smaller = smaller.get(f"{option.pattern} {option.values}")
+            again = None if of_smaller is None else of_smaller / smaller["dense bf16"]
+            recipe = Recipe(replace(option, head=head), factor, again, minutes.get(name, 0.0))
+            if head == option.head or recipe.option not in found:
+                found[recipe.option] = recipe
+    return tuple(recipe for recipe in found.values() if recipe.option.head != "bf16")
+
+
+def _column(table: Mapping[str, Any], name: str) -> dict[str, float]:
+    """A column of results by the first cell of the row, without its empty cells."""
+    place = [column["name"] for column in table["columns"]].index(name)
+    return {row[0]: _mean(row[place]) for row in table["rows"] if row[place] is not None}
 
 
 def _mean(value: float | Sequence[float]) -> float:
     """The geometric mean of the seeds."""
     values = [value] if isinstance(value, int | float) else value
     return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def _smaller(factors: Mapping[str, Mapping[str, float]], name: str) -> float | None:
-    """The factor of stories260K, whose head was not rounded."""
-    weights = name.rpartition(", ")[0] if name.endswith(" head") else name
-    return factors["stories260k"].get(weights)
 
 
 @dataclass(frozen=True)
