@@ -58,6 +58,7 @@ NOT_RUN = {
     "needs slurm": 1,
     "needs a server": 1,
     "takes hours": 1,
+    "trains for minutes": 1,
     "needs llama.cpp": 1,
     "needs a GGUF file": 1,
     "needs TensorRT": 1,

@@ -111,7 +111,7 @@ def test_the_fold_leaves_the_rounded_weights_in_plain_layers():
 
 def bits_of(run, **over):
     """Packs the model of a run; returns the formats of its tensors."""
-    pack_folder(run / "model", run / "packed", **over)
+    pack_folder(run / "model", run / "packed", head="source", **over)
     return {spec.values for spec in read_specs(read_header(run / "packed" / FILE)).values()}
 
 
@@ -147,7 +147,7 @@ def test_a_run_of_few_bits_is_packed_to_what_it_evaluated(fields, llama, text, t
         assert kind in (tmp_path / "run" / "model" / "README.md").read_text()
         assert verify(tmp_path / "run" / "packed", config.model.pattern).ok
     unpack_folder(tmp_path / "run" / "packed", tmp_path / "unpacked")
-    pack_folder(tmp_path / "unpacked", tmp_path / "repacked", pattern)
+    pack_folder(tmp_path / "unpacked", tmp_path / "repacked", pattern, head="source")
     assert (tmp_path / "repacked" / FILE).read_bytes() == (tmp_path / "run" / "packed" / FILE).read_bytes()
     held_out = begin_run(config.changed(output_dir=str(tmp_path / "again"))).text.held_out
     plain, packed = (load_model(str(folder)) for folder in (tmp_path / "unpacked", tmp_path / "run" / "packed"))
@@ -160,7 +160,7 @@ def test_a_run_of_few_bits_is_packed_to_what_it_evaluated(fields, llama, text, t
 
 def test_bits_a_weight_are_those_of_the_packed_file(llama, text, tmp_path):
     facts = train(small(llama, text, tmp_path / "run", weight_bits=3, method="dense", max_steps=1))
-    pack_folder(tmp_path / "run" / "model", tmp_path / "packed", None)
+    pack_folder(tmp_path / "run" / "model", tmp_path / "packed", None, head="source")
     stored = read_header(tmp_path / "packed" / FILE)
     stems = {name.removesuffix(".values") for name in stored if name.endswith(".values")}
     bits = 8 * sum(tensor.num_bytes for name, tensor in stored.items() if name.rpartition(".")[0] in stems)
@@ -235,5 +235,6 @@ def test_a_folder_that_is_not_of_three_bits_is_refused_where_it_says_so(llama, t
     for rounded in ({"kind": "int3"}, {"kind": "int9"}, {"kind": "fp8"}, {"kind": [3]}, {"bits": 3}, "int3"):
         (changed / "castlm.json").write_text(json.dumps({**record, "rounded": rounded}))
         named = "int3" if rounded == {"kind": "int3"} else "castlm.json: rounded"
-        assert_refused([(["pack", str(changed), "--output-dir", str(tmp_path / "out")], named)], capsys)
+        command = ["pack", str(changed), "--head", "source", "--output-dir", str(tmp_path / "out")]
+        assert_refused([(command, named)], capsys)
     assert main(["pack", str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0

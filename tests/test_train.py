@@ -32,6 +32,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.objective import pruned
 from castlm.training.train import train
 from castlm.training.trainer import Trainer
+from castlm_runtime import library
 from tests.ranks import start_command, wait_for, wait_ranks
 from tests.refusals import assert_refused
 from tests.runs import (
@@ -79,8 +80,8 @@ def test_every_family_ends_proved(family, text, tmp_path):
 def test_a_run_names_longer_groups_where_they_are_as_fast(
     level, pattern, named, llama, text, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("castlm_runtime.library.level", lambda: level)
-    monkeypatch.setattr("castlm_runtime.library.kernels", lambda: "a library")
+    facts = {each["name"]: each for each in library._level_facts(library.built())}
+    monkeypatch.setattr(library, "_level_facts", lambda _: {library.built().castlm_level(): facts[level]})
     train(small(llama, text, tmp_path / "run", init_from="magnitude", max_steps=2, pattern=pattern))
     noted = capsys.readouterr().err
     assert (f"--pattern {named} " in noted) == bool(named)

@@ -119,7 +119,7 @@ def longest_free_group(n: int, m: int) -> int:
     if library is None:
         return m
     facts = _level_facts(library)[int(library.castlm_level())]
-    return max(m, facts["longest_of_half" if 2 * n == m else "longest_group"])
+    return max(m, int(facts["longest_of_half" if 2 * n == m else "longest_group"]))
 
 
 def levels(library: ctypes.CDLL | None = None) -> tuple[str, ...]:

@@ -226,7 +226,7 @@ class OpenFiles:
         found = np.empty(tensor.num_bytes, np.uint8)
         done, descriptor = 0, self._streams[tensor.file].fileno()
         while done < tensor.num_bytes:
-            count = os.preadv(descriptor, [found[done:]], tensor.offset + done)
+            count = os.preadv(descriptor, [found[done:].data], tensor.offset + done)
             if not count:
                 raise InputError(f"{tensor.file} was cut short while {tensor.name} was read")
             done += count

@@ -68,7 +68,8 @@ def sample(
     if isinstance(given, str):
         device = choose_device("auto")
         found = load_model(result_folder(given), dtype=torch.float32 if device == "cpu" else None)
-        given = found.model.to(device), found.tokenizer
+        torch.nn.Module.to(found.model, device)
+        given = found.model, found.tokenizer
     sampler = Sampler(*given, chosen, prompts=prompts, chat=chat)
     with tempfile.TemporaryDirectory(prefix="castlm-") as folder:
         file = Path(folder) / "sampled.jsonl"

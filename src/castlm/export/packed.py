@@ -232,6 +232,7 @@ def pack_into(
         head = _default_head(source, stored, specs, say)
     tables = _tables(source, stored) if head in HEADS else {}
     for table in tables:
+        assert head is not None
         rows, columns = stored[table].shape  # (49152, 576)
         specs[table] = PackedSpec(rows, columns, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
