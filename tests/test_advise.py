@@ -274,7 +274,7 @@ def test_the_bytes_of_a_recipe_are_those_of_the_table(smollm2):
     assert smollm2.num_weights == recipes_module.NUM_WEIGHTS
     for name, megabytes, *_ in table["rows"]:
         option = parse_option(name)
-        assert num_bytes(option, smollm2, "bf16") / 1e6 == pytest.approx(megabytes, abs=0.1)
+        assert num_bytes(option, smollm2, "bf16") / 1e6 == pytest.approx(megabytes, abs=0.13)  # and headers
         assert option.name == name
 
 
