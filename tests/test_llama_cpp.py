@@ -35,16 +35,11 @@ def test_a_cut_model_is_converted_and_computes_the_same_logits(stories260k, sour
     command = ["cut", "--model", str(stories260k), "--score", "magnitude", "--units", units]
     assert main([*command, "--output-dir", str(folder)]) == 0
     file = gguf_files.convert(folder, sources, tmp_path / "cut.gguf", dtype="f32")
-    runner, model = llamacpp.LlamaCpp(file, 32, 1, sequences=8), load_model(str(folder)).model
+    runner, model = llamacpp.LlamaCpp(file, 32, 1), load_model(str(folder)).model
     with torch.no_grad():
         expected = model(IDS[None]).logits[0]
     assert float((runner.logits(IDS) - expected).abs().max() / expected.abs().max()) < 0.002  # keys and values are fp16
     assert runner.perplexity(IDS) == pytest.approx(perplexity(model, IDS, seq_len=32).perplexity, rel=0.002)
-    ids = model.generate(IDS[None], max_new_tokens=8, do_sample=False)[0, len(IDS) :]
-    assert runner.greedy(IDS, 8) == ids.tolist()
-    with torch.no_grad():
-        expected = model(IDS[:8, None]).logits[:, 0]
-    assert float((runner.batch(IDS[:8]) - expected).abs().max() / expected.abs().max()) < 0.002
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])

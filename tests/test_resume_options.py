@@ -87,7 +87,15 @@ OTHER: dict[str, Any] = {
 }
 """Another value of options that are names of things, or whose first other value does not suit a tiny run."""
 
-OF_THE_HUB = ("revision", "dataset_split", "eval_split", "eval_config", "hub_model_id", "hub_private_repo")
+OF_THE_HUB = (
+    "revision",
+    "dataset_split",
+    "dataset_config",
+    "eval_split",
+    "eval_config",
+    "hub_model_id",
+    "hub_private_repo",
+)
 PLACES = ("output_dir", "resume", "overwrite")
 UNTRIED = {
     **dict.fromkeys((*OF_THE_HUB, "push_to_hub"), "asks the hub"),
