@@ -48,7 +48,7 @@ from benchmarks import gguf_files
 from benchmarks.caches import cache_keyword, cache_of
 from benchmarks.machine import machine, write_json
 from benchmarks.peer_process import MissingPeerError, PeerProcess, has_packages
-from benchmarks.speeds import Castlm, Contestant, LlamaCpp, Peer, in_turns, num_tokens
+from benchmarks.speeds import TOKEN, Castlm, Contestant, LlamaCpp, Peer, in_turns, num_tokens
 from castlm.cli.options import result_folder
 from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear, prune_
@@ -235,7 +235,7 @@ class Transformers:
         return self._forward(ids)
 
     def steps(self, count: int) -> float:
-        return sum(self._forward(np.full((self.count, 1), 1000)) for _ in range(count)) / count
+        return sum(self._forward(np.full((self.count, 1), TOKEN)) for _ in range(count)) / count
 
 
 def runner_of(model: PreTrainedModel) -> Contestant:

@@ -30,6 +30,7 @@ from castlm_runtime.model import BLOCK, CACHE_KINDS, Cache, Model, Part
 
 BATCH_CONTEXT = 512
 STEPS = 8  # that are timed together
+TOKEN = 100  # of each step
 PROMPT_PART = 512  # tokens that castlm and llama.cpp read at a time
 
 
@@ -76,7 +77,7 @@ class Castlm:
         rows = range(len(self.tables))
         began = time.perf_counter()
         for _ in range(count):
-            self._pass(rows, np.full((len(rows), 1), 1000), self.length, True)
+            self._pass(rows, np.full((len(rows), 1), TOKEN), self.length, True)
             self.length += 1
         return (time.perf_counter() - began) / count
 
@@ -123,7 +124,7 @@ class LlamaCpp:
     def steps(self, count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
-            self._decode([(1000, self.length, row, True) for row in range(self.count)])
+            self._decode([(TOKEN, self.length, row, True) for row in range(self.count)])
             self.length += 1
         return (time.perf_counter() - began) / count
 
@@ -152,7 +153,7 @@ class Peer:
         return float(self.process.ask(self.form, "read", ids)["seconds"])
 
     def steps(self, count: int) -> float:
-        tokens = np.full((self.count, 1), 1000)
+        tokens = np.full((self.count, 1), TOKEN)
         return float(self.process.ask(self.form, "steps", tokens, new_tokens=count)["seconds"]) / count
 
 

@@ -96,7 +96,7 @@ OF_THE_HUB = (
     "hub_model_id",
     "hub_private_repo",
 )
-PLACES = ("output_dir", "resume", "overwrite")
+PLACES = ("output_dir", "gguf", "resume", "overwrite")
 UNTRIED = {
     **dict.fromkeys((*OF_THE_HUB, "push_to_hub"), "asks the hub"),
     **dict.fromkeys(PLACES, "names the place of the work, and whether it continues"),
