@@ -52,12 +52,8 @@ def sample(
         >>> texts = castlm.sample("demo", num_tokens=20_000)  # doctest: +SKIP
         >>> run = castlm.train("demo", texts, output_dir="run", max_steps=60)  # doctest: +SKIP
     """
-    import torch
-
     from castlm.fields import build, check_limits, convert
-    from castlm.hardware import choose_device
-    from castlm.lab.sampling import Sampler, fill, open_samples
-    from castlm.models.io import load_model
+    from castlm.lab.sampling import Sampler, fill, load_to_sample, open_samples
     from castlm.models.locate import result_folder
     from castlm.progress import note, shown_progress
 
@@ -66,10 +62,8 @@ def sample(
     chosen = build(SamplingOptions, options)
     given = in_memory_or_named(model, tokenizer)
     if isinstance(given, str):
-        device = choose_device("auto")
-        found = load_model(result_folder(given), dtype=torch.float32 if device == "cpu" else None)
-        torch.nn.Module.to(found.model, device)
-        given = found.model, found.tokenizer
+        loaded = load_to_sample(result_folder(given))
+        given = loaded.model, loaded.tokenizer
     sampler = Sampler(*given, chosen, prompts=prompts, chat=chat)
     with tempfile.TemporaryDirectory(prefix="castlm-") as folder:
         file = Path(folder) / "sampled.jsonl"

@@ -135,23 +135,18 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
         return TrainConfig.of(result_folder(self.path), self.output_file, "RUN", **options)
 
     def _sample(self, file: Any, prompts: list[str] | None) -> None:
-        import torch
-
         from castlm.data.chat import with_template
-        from castlm.hardware import choose_device
-        from castlm.lab.sampling import Sampler, fill
-        from castlm.models.io import load_model
+        from castlm.lab.sampling import Sampler, fill, load_to_sample
         from castlm.progress import note, shown_progress
 
-        device = choose_device(self.device)
-        loaded = load_model(
+        loaded = load_to_sample(
             result_folder(self.path),
-            dtype=torch.float32 if device == "cpu" else None,
+            self.device,
             trust_remote_code=self.trust_remote_code,
             revision=self.revision,
         )
         with_template(loaded.tokenizer, self.chat_template_path)
-        sampler = Sampler(loaded.model.to(device), loaded.tokenizer, self, prompts=prompts, chat=self.chat)
+        sampler = Sampler(loaded.model, loaded.tokenizer, self, prompts=prompts, chat=self.chat)
         if self.resume:
             note(f"continuing after {file.samples:,} texts" if file.batches else "nothing to continue: starting")
         try:

@@ -228,11 +228,12 @@ def pack_into(
     check_redirections(source, config)
     stored = dict(sorted(stored_tensors(source, config).items()))
     specs = _specs(source, stored, check_layers(source, stored, config), pattern, dtype, rounded)
+    tables: dict[str, bool] = {}
     if head is None:
-        head = _default_head(source, stored, specs, say)
-    tables = _tables(source, stored) if head in HEADS else {}
+        head, tables = DEFAULT_HEAD, _large_tables(source, stored, specs, say)
+    elif head in HEADS:
+        tables = _tables(source, stored)
     for table in tables:
-        assert head is not None
         rows, columns = stored[table].shape  # (49152, 576)
         specs[table] = PackedSpec(rows, columns, 0, 0, head)
     cast = None if dtype is None else FLOATS[dtype]
@@ -337,12 +338,12 @@ def _float_name(tensor: StoredTensor) -> str | None:
 _LARGE_SHARE = 0.1  # of a file
 
 
-def _default_head(
+def _large_tables(
     source: Path, stored: Mapping[str, StoredTensor], specs: Mapping[str, PackedSpec], say: Say
-) -> str | None:
-    """`DEFAULT_HEAD` where the layers are integers and the tables more than a tenth of the file; None keeps them."""
+) -> dict[str, bool]:
+    """`_tables` where the layers are integers and the tables more than a tenth of the file; otherwise none."""
     if not any(spec.rounded for spec in specs.values()):
-        return None
+        return {}
 
     def plain_bytes(names: Iterable[str]) -> int:
         return sum(math.prod(stored[name].shape) * ITEM_BYTES.get(stored[name].dtype, 4) for name in names)
@@ -350,13 +351,13 @@ def _default_head(
     try:
         tables = _tables(source, stored)
     except InputError:
-        return None
+        return {}
     packed = sum(spec.num_bytes for spec in specs.values())
     share = plain_bytes(tables) / (plain_bytes(stored.keys() - specs.keys()) + packed)
     if share <= _LARGE_SHARE:
-        return None
+        return {}
     say(f"head and embedding, {share:.0%} of the file, become {DEFAULT_HEAD}: --head source keeps them as they are")
-    return DEFAULT_HEAD
+    return tables
 
 
 def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> dict[str, bool]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
@@ -31,7 +32,9 @@ from castlm.data.options import SamplingOptions, TextOptions
 from castlm.data.tokens import Encoder
 from castlm.files.atomic_file import atomic_write_json, flush_folder, reporting_full_disk
 from castlm.files.output import locked
+from castlm.hardware import choose_device
 from castlm.models.architecture import check_context, context_length
+from castlm.models.io import Loaded, load_model
 from castlm.say import Progress, Say, silent
 from castlm_runtime.reading import read_record, read_text, sha256_file, user_path
 
@@ -191,6 +194,17 @@ class Sampler:
             end = next((place for place, token in enumerate(row) if token in ends), None)
             found.append((row[:end], end is not None))
         return found
+
+
+def load_to_sample(
+    name: str, device: str = "auto", *, trust_remote_code: bool = False, revision: str | None = None
+) -> Loaded:
+    """A model on a device, as of `choose_device`: in its own dtype on a GPU, in fp32 on a CPU."""
+    device = choose_device(device)
+    dtype = torch.float32 if device == "cpu" else None
+    loaded = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
+    nn.Module.to(loaded.model, device)
+    return loaded
 
 
 def prompt_of(prompts: Sequence[str] | None, place: int) -> str:

@@ -69,15 +69,6 @@ INLINE Vector power_of_two(Vector x) {
   return _mm512_maskz_scalef_ps(normal, p, whole);
 }
 
-// The same to within 8e-5, which is less than bf16 keeps of a weight.
-INLINE Vector short_power_of_two(Vector x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(5.517166853e-2f), r, _mm512_set1_ps(2.426111549e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.932609677e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999280572e-1f));
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_US), p, whole);
-}
-
 // The weights of scores of two keys as a factor of each lane, which are added to the totals.
 INLINE Factors weights_of(const float* scores, Vector largest, Vector& totals) {
   const Vector first = _mm512_load_ps(scores), second = _mm512_load_ps(scores + kVectors * kLanes);

@@ -36,15 +36,6 @@ INLINE __m512 numbers(__m512i high, __m512i low) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low));
 }
 
-// 2^x to within 8e-5 of its value for x <= 0, and 0 below -126; NaN stays.
-INLINE __m512 power_of_two(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(5.517166853e-2f), r, _mm512_set1_ps(2.426111549e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.932609677e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999280572e-1f));
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_US), p, whole);
-}
-
 // A query (width,) as bytes.
 struct Query {
   Word high[kWidestHead / 4], low[kWidestHead / 4];
@@ -161,14 +152,14 @@ INLINE void weights_of_block(const float* scores, const Scales& scales, float& l
   }
   const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(score[0], score[1]), _mm512_max_ps(score[2], score[3])));
   if (most > largest) {
-    const __m512 factor = power_of_two(_mm512_set1_ps(largest - most));
+    const __m512 factor = short_power_of_two(_mm512_set1_ps(largest - most));
     largest = most, total *= factor;
     for (int64_t i = 0; i < width; i += 16) _mm512_storeu_ps(to + i, _mm512_loadu_ps(to + i) * factor);
   }
   const __m512 shift = _mm512_set1_ps(largest), factor = _mm512_set1_ps(scales.largest > 0 ? 255 * 256 / scales.largest : 0.0f);
 #pragma GCC unroll 4
   for (int v = 0; v < 4; v++) {
-    const __m512 weight = power_of_two(score[v] - shift);
+    const __m512 weight = short_power_of_two(score[v] - shift);
     total += weight;
     const __m512i whole = _mm512_cvtps_epi32(weight * (_mm512_loadu_ps(scales.of_values + 16 * v) * factor));
     _mm_store_si128(reinterpret_cast<__m128i*>(weights.high + 4 * v), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));

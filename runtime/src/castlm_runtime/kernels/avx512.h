@@ -1,4 +1,4 @@
-// What the files for AVX-512 share: whether they can be compiled, and how registers are read and transposed.
+// What the files for AVX-512 share: whether they can be compiled, and how registers are read and transposed, and 2^x.
 
 #pragma once
 
@@ -42,6 +42,15 @@ INLINE void transpose(__m512i (&of)[16]) {
     of[i] = _mm512_shuffle_i32x4(eights[i], eights[i + 8], 0x88);
     of[i + 8] = _mm512_shuffle_i32x4(eights[i], eights[i + 8], 0xdd);
   }
+}
+
+// 2^x to within 8e-5 of its value for x <= 0, and 0 below -126; NaN stays. The error is less than bf16 keeps.
+INLINE __m512 short_power_of_two(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(5.517166853e-2f), r, _mm512_set1_ps(2.426111549e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.932609677e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999280572e-1f));
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_US), p, whole);
 }
 
 }  // namespace castlm
