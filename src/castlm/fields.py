@@ -244,13 +244,26 @@ def free_on_resume(kinds: Iterable[type[Any]]) -> frozenset[str]:
     return without_result(kinds) | {field.name for field in fields if field.metadata.get("may_change")}
 
 
-@functools.cache
+def _once(function: Callable[[type[Any]], T]) -> Callable[[type[Any]], T]:
+    """`functools.cache` for a function of a class, with its types: to mypy, `type[Any]` has no hash."""
+    found: dict[type[Any], T] = {}
+
+    @functools.wraps(function)
+    def first_or_kept(kind: type[Any]) -> T:
+        if kind not in found:
+            found[kind] = function(kind)
+        return found[kind]
+
+    return first_or_kept
+
+
+@_once
 def hints_of(kind: type[Any]) -> dict[str, Any]:
     """The type of each field, resolved."""
     return typing.get_type_hints(kind)
 
 
-@functools.cache
+@_once
 def docs_of(kind: type[Any]) -> dict[str, str]:
     """The docstrings after the fields of a dataclass and its bases, in one line each."""
     docs: dict[str, str] = {}

@@ -182,6 +182,7 @@ class AdviseCommand(LimitOptions):
             raise InputError(
                 f"{self.law} is the law of {of}, and --pattern is {self.pattern}: give the one or the other"
             )
+        assert self.train_tokens is not None  # checked in `run`
         at = predict_perplexity(law, self.train_tokens)
         interval = f"90 %: {at.low:.2f} to {at.high:.2f}"
         source = f"{of} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"

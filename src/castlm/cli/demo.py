@@ -158,6 +158,7 @@ def results_table(sparse: Facts, control: Facts, of_gpus: float) -> Table:
         (f"{PATTERN} castlm, before the prune", ppl.before_prune),
         (f"{PATTERN} castlm, pruned", ppl.pruned),
     ):
+        assert value is not None, name
         distance = math.log(value / ppl.dense)
         table.add_row(name, f"{value:,.2f}", f"{distance:+.3f}", f"{distance / one_shot:.0%}")
     return table

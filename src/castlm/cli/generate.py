@@ -82,10 +82,11 @@ class GenerateCommand:
         from castlm.progress import note
 
         use_threads(self.threads)
-        code = {"trust_remote_code": self.trust_remote_code}
-        model, tokenizer = load_to_generate(self.path, as_stored=False, say=note, **code)
+        model, tokenizer = load_to_generate(
+            self.path, as_stored=False, say=note, trust_remote_code=self.trust_remote_code
+        )
         if self.image:
-            processor = open_processor(self.path, tokenizer, **code)
+            processor = open_processor(self.path, tokenizer, trust_remote_code=self.trust_remote_code)
             ids, extra = encode_image_prompt(processor, self.prompt, self.image, self.raw, self.document_limit)
         else:
             ids, extra = encode_prompt(tokenizer, self.prompt, self.raw), {}

@@ -176,8 +176,14 @@ def _width() -> int:
     return min(WIDTH, max(60, columns_of(sys.stdout) or WIDTH))
 
 
-def _wrap(text: str, width: int | None = None, **indents: str) -> list[str]:
-    return textwrap.wrap(text, width or _width(), break_on_hyphens=False, **indents)
+def _wrap(text: str, width: int | None = None, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        width or _width(),
+        break_on_hyphens=False,
+        initial_indent=initial_indent,
+        subsequent_indent=subsequent_indent,
+    )
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> str:

@@ -163,7 +163,7 @@ def memory(arguments: list[str]) -> int:
         to_stdout(plan_of_prune.table(), keep="\n")
         return 0
     on_cpu = options.gpu is None and choose_device(config.runtime.device) == "cpu"
-    precision = config.runtime.precision
+    precision: str = config.runtime.precision
     if on_cpu:
         precision = choose_precision(precision, torch.device("cpu"), read_config(model))
     dtype = FLOATS["fp32" if precision == "fp32" else "bf16"]

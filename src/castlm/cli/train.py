@@ -59,13 +59,15 @@ def parse_train(
     Returns:
         The config, and an instance of `more`.
     """
+    kind: type[TrainConfig]
+    files: type[Any]
     if name == "finetune":
         kind, files, other = FinetuneConfig, FileOptions, "train"
     else:
         kind, files, other = TrainConfig, RecipeAndFileOptions, "finetune"
     sections, of_other = kind.sections(), FOREIGN["train" if kind is TrainConfig else "finetune"]
     foreign = [option for title in of_other for option in names_of(sections[title])]
-    titled = [*sections.items(), ("options", files), ("options", more)]
+    titled: list[tuple[str, type[Any]]] = [*sections.items(), ("options", files), ("options", more)]
     given = read_arguments(
         titled, arguments, name, about=kind if more is PageOptions else more, hidden=[*foreign, *unless_given]
     )

@@ -284,7 +284,7 @@ def distillation_loss(
     )
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     if needs_grad:
-        return DistillationLoss(*_ChunkedLoss.apply(hidden, *student_head, plan))  # type: ignore[no-untyped-call]
+        return DistillationLoss(*_ChunkedLoss.apply(hidden, *student_head, plan))
     return _chunked_loss(hidden, student_head, plan, (False, False, False))[0]
 
 

@@ -50,7 +50,7 @@ def hidden_distance(
     count = real.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=labels.device)
     weights = real / count.clamp(min=1) / len(student)  # (8, 512): the mean over tokens, then over blocks
     pairs = zip(student, teacher, strict=True)
-    distances = [_Distance.apply(ours, theirs.detach(), weights) for ours, theirs in pairs]  # type: ignore[no-untyped-call]
+    distances = [_Distance.apply(ours, theirs.detach(), weights) for ours, theirs in pairs]
     return torch.stack(distances).sum()
 
 

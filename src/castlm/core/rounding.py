@@ -117,7 +117,7 @@ def round_weight(weight: Tensor, log_scale: Tensor, bits: int, group: int) -> Te
         >>> round_weight(torch.tensor([[0.9, -0.1, 5.0, -2.6]]), torch.zeros(1, 1), bits=3, group=64)
         tensor([[ 1., -0.,  4., -3.]])
     """
-    rounded: Tensor = _Round.apply(weight, log_scale, bits, group)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _Round.apply(weight, log_scale, bits, group)
     return rounded
 
 

@@ -84,7 +84,7 @@ class WeightScaling(nn.Module):
         if x is None:
             return scale_weight(weight, self.scale)
         x = x.to(matmul_dtype(x))  # as autocast does, and as it is kept
-        output: Tensor = _ScaledLinear.apply(x, weight, self.scale, bias)  # type: ignore[no-untyped-call]
+        output: Tensor = _ScaledLinear.apply(x, weight, self.scale, bias)
         return output
 
 

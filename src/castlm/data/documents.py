@@ -89,7 +89,8 @@ class Documents:
             position: of the piece to start with; None for the first.
         """
         order = np.arange(len(self._piece)) if seed is None else self._order(seed, epoch)
-        start = position or 0
+        start = 0 if position is None else position
+        assert isinstance(start, int)
         for here, index in enumerate(order[start:].tolist(), start):
             first, last = index == 0 or bool(self._last[index - 1]), bool(self._last[index])
             document = self._read(index)
@@ -113,12 +114,14 @@ class Documents:
                 held += num_bytes
                 pool_of_unit[unit] = pool
         key = rng.random(len(self))[self._document]  # one draw a document: its pieces stay together, in their order
-        return np.lexsort((key, pool_of_unit[self._unit]))
+        order: np.ndarray = np.lexsort((key, pool_of_unit[self._unit]))
+        return order
 
     @property
     def _document(self) -> np.ndarray:
         """The number of the document of each piece."""
-        return np.cumsum(self._last) - self._last
+        numbers: np.ndarray = np.cumsum(self._last) - self._last
+        return numbers
 
     def _read(self, index: int) -> Document:
         piece = int(self._piece[index])
@@ -175,6 +178,7 @@ class HubDocuments:
         stream = self._open_stream()
         state, buffer, start = stream.state_dict(), 0, 0
         if position is not None:
+            assert isinstance(position, dict)
             state, buffer, start = position["stream"], position["buffer"], position["index"]
             stream.load_state_dict(state)
         rows = iter(stream)
@@ -280,7 +284,7 @@ def open_documents(
         raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
     total, read = sum(file.stat().st_size for file in files), 0
     with contextlib.ExitStack() as stack:
-        progress = silent
+        progress: Progress = silent
         if shown is not None and total >= LARGE_BYTES:
             progress = stack.enter_context(shown(f"reading {Path(dataset).name}, MiB", rate="MiB/s"))
 
@@ -372,10 +376,10 @@ def open_hub(name: str, options: TextOptions, split: str, data_config: str | Non
 
     repository, _, revision = name.partition("@")
     try:
-        revision = HfApi().dataset_info(repository, revision=revision or None).sha
+        commit = HfApi().dataset_info(repository, revision=revision or None).sha
 
         def open_stream() -> Any:
-            found = datasets.load_dataset(repository, data_config, split=split, revision=revision, streaming=True)
+            found = datasets.load_dataset(repository, data_config, split=split, revision=commit, streaming=True)
             return found if found.features is None else found.decode(False)  # images stay bytes, as in a file
 
         stream, columns = open_stream(), None
@@ -396,5 +400,5 @@ def open_hub(name: str, options: TextOptions, split: str, data_config: str | Non
     with naming(f"{name}, its first row with a text"):
         document = columns.document(row)
     kind = max(document.kind, columns.kind_of(stream.features or row))
-    identity = f"{repository}@{revision} {data_config} {split} {columns.name}"
+    identity = f"{repository}@{commit} {data_config} {split} {columns.name}"
     return HubDocuments(open_stream, columns, name, identity, kind)

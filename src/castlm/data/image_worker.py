@@ -3,6 +3,7 @@
 import base64
 import io
 import warnings
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -15,7 +16,7 @@ Image.init()
 _KNOWN = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack AVIF
 
 
-def decode(request, content):
+def decode(request: dict[str, Any], content: str) -> tuple[tuple[int, int], bytes]:
     """The size and the RGB bytes of an image, rotated by its EXIF orientation.
 
     Args:
@@ -27,5 +28,5 @@ def decode(request, content):
         pixels = image.width * image.height
         if pixels > request["most_pixels"]:  # before it is decoded
             raise ValueError(f"it has {pixels:,} pixels, more than {request['most_pixels']:,}: scale it down")
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        return image.size, image.tobytes()
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        return upright.size, upright.tobytes()

@@ -171,7 +171,7 @@ class ImageReader:
         self._document_limit = document_limit
         known = self._tokenizer.get_vocab()
         names = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
-        self._placeholders = {name: known[name] for name in names if name in known}
+        self._placeholders = {name: known[name] for name in names if name is not None and name in known}
 
     def __call__(self, document: str, sources: Sequence[str]) -> tuple[Rendered, Extra | None]:
         """The tokens of a conversation, given as JSON, and what its images add to them; None without images.

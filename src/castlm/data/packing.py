@@ -111,6 +111,8 @@ class PackedSequences(Resumable):
     With `repeat`, the last incomplete sequence of an epoch is dropped.
     """
 
+    _token: int
+
     def __init__(self, documents: Documents | HubDocuments, encoder: Encoder, **options: Any) -> None:
         super().__init__(documents, encoder, **options)
         self._fill(self.seq_len + 1)  # raises before a run if the text is too short
@@ -313,11 +315,10 @@ class MixedSequences:
         weights: the share of each.
     """
 
-    def __init__(
-        self, parts: Sequence[PackedSequences] | Sequence[UnpackedSequences], weights: Sequence[float]
-    ) -> None:
+    def __init__(self, parts: Sequence[PackedSequences | UnpackedSequences], weights: Sequence[float]) -> None:
         self.batch = parts[0].batch
-        self._parts, self._weights = list(parts), list(weights)
+        self._parts: list[PackedSequences | UnpackedSequences] = list(parts)
+        self._weights = list(weights)
 
     def take(self, num_sequences: int) -> list[Any]:
         """The next sequences, for `batch`."""

@@ -466,8 +466,8 @@ class ParquetRows(Pieces):
             self.kind = columns.kind_of(holding)
             for unit, first in enumerate(self._first.tolist()):
                 table = self._group(unit, text_names)
-                for row in range(len(table)):
-                    self.kind = max(self.kind, self._document(table, row, first + row, text_alone=True).kind)
+                for at in range(len(table)):
+                    self.kind = max(self.kind, self._document(table, at, first + at, text_alone=True).kind)
                 pool.told(groups[unit].total_byte_size)
 
     def read(self, piece: int) -> Document:

@@ -176,7 +176,8 @@ class Encoder:
                 f"the tokenizer cannot read one of {len(texts)} texts, of which the first begins {texts[0][:40]!r}: "
                 f"{one_line(error)}"
             ) from error
-        return encoded["input_ids"]
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
 
     def joined(self, documents: Documents | HubDocuments, seed: int | None = None) -> Iterator[Tokens]:
         """The pieces of the documents, in file order or shuffled by `seed`. The separator stands before each document;
@@ -280,7 +281,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     found = next((added[token] for token in _END_OF_TEXT if token in added), tokenizer.eos_token_id)
     if found is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token: set its eos_token")
-    return found
+    return int(found)
 
 
 def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:

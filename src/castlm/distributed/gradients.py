@@ -64,7 +64,7 @@ class _InOrder(ReduceScatter):
     def __init__(self) -> None:
         self.so_far: Tensor | None = None
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -94,7 +94,8 @@ def squares_of(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     mine = local(parameter.grad)
     rows = mine.flatten(0, -2) if mine.dim() > 1 else mine.view(-1, 1)  # (1536, 576), or (576, 1)
-    return torch.linalg.vector_norm(rows, dim=-1).double().square()
+    squares: Tensor = torch.linalg.vector_norm(rows, dim=-1).double().square()
+    return squares
 
 
 def norm_of(squares: Iterable[Tensor], sharded_like: Tensor) -> Tensor:
@@ -165,7 +166,8 @@ class NormInParts:
         found = [self._measures[parameter] for parameter in self._parameters if parameter in self._measures]
         if self._is_exact:
             return norm_of(found, self._parameters[0])
-        return torch.linalg.vector_norm(torch.stack(found))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(found))
+        return norm
 
 
 def torch_norm_of(parameters: Iterable[Tensor]) -> Tensor:

@@ -68,7 +68,8 @@ def _digest(pieces: Iterable[Tensor]) -> str:
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:
     """A tensor in pieces of whole rows, so that no fp32 copy of all of it is made; a scalar as one number."""
     tensor = tensor[None] if not tensor.dim() else tensor
-    return tensor.split(max(1, _PIECE // max(1, tensor[:1].numel())))
+    pieces: tuple[Tensor, ...] = tensor.split(max(1, _PIECE // max(1, tensor[:1].numel())))
+    return pieces
 
 
 def _stored_pieces(tensor: StoredTensor, transposed: bool) -> Iterator[Tensor]:
@@ -107,11 +108,14 @@ class Place:
     def read(self, read: Reader, rows: slice) -> Tensor:
         """Reads some rows of the parameter; some experts of a 3-D one."""
         stored = read(self.file).get_slice(self.key)
-        if not self.transposed:
-            return stored[rows]  # rows 768 to 1536 of (1536, 576): only their bytes are read
-        # Conv1D's (in, out): our rows are columns of the file, (96, 32) <- (32, 96). Experts, (experts, in, out), are
-        # sharded by their first axis.
-        return stored[:, rows].T if len(stored.get_shape()) == 2 else stored[rows].mT
+        part: Tensor
+        if self.transposed and len(stored.get_shape()) == 2:  # Conv1D's (in, out): our rows are columns of the file
+            part = stored[:, rows].T  # (96, 32) <- (32, 96)
+        elif self.transposed:  # experts, (experts, in, out), are sharded by their first axis
+            part = stored[rows].mT
+        else:
+            part = stored[rows]  # rows 768 to 1536 of (1536, 576): only their bytes are read
+        return part
 
     def pieces(self, header_of: HeaderOf) -> Iterable[Tensor]:
         """The parameter in pieces of whole rows."""
@@ -245,7 +249,7 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
         return None
     if model.can_generate() and not where.gguf:
         with quiet(where), contextlib.suppress(OSError):  # the model may have no generation config
-            model.generation_config = GenerationConfig.from_pretrained(where.target, revision=where.revision)
+            model.generation_config = GenerationConfig.from_pretrained(where.target, revision=where.revision or "main")
     return Loaded(model.eval(), tokenizer, where.source, dtype), Checkpoint(where.source, places)
 
 
@@ -253,7 +257,9 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     """A model with fp32 parameters on the meta device and real buffers; Conv1D and experts are layers."""
     # `torch.device("meta")` would leave buffers without values too, and they cannot be read from the files.
     with _WeightsOnMeta():
-        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = auto_class(config).from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
     made = {p: nn.Parameter(p.to("meta")) for p in model.parameters() if not p.is_meta}  # norms, of `torch.ones`
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -353,7 +359,7 @@ def materialize_(module: nn.Module, device: torch.device) -> None:
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, module.get_parameter(first))
     with torch.no_grad():
-        tensors = dict(module.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         tensors |= dict(module.named_buffers(remove_duplicate=False))
         for name, tensor in held.items():
             local(tensors[name]).copy_(tensor)

@@ -44,10 +44,11 @@ def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:
         else:
             fully_shard(block, mesh=world.mesh)
         if may_skip_modules(block):  # else ranks that called different experts would sum gradients of different ones
-            block.set_reduce_scatter_unused_params(True)  # type: ignore[attr-defined]
+            assert isinstance(block, FSDPModule)
+            block.set_reduce_scatter_unused_params(True)
     for end in separate_ends(module):
         narrow = precision == "bf16" and any(p.dtype == torch.float32 for p in end.parameters())
-        fully_shard(end, mesh=world.mesh, **({"mp_policy": _NARROW_END} if narrow else {}))
+        fully_shard(end, mesh=world.mesh, mp_policy=_NARROW_END if narrow else MixedPrecisionPolicy())
     fully_shard(module, mesh=world.mesh)  # the root: what is left, such as the last norm and tied ends
     assert isinstance(module, FSDPModule)
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from castlm.core.errors import InputError, is_out_of_memory
@@ -228,7 +229,7 @@ def init_world(device: str, sharding: str, timeout_s: float = 600) -> World:
         # `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, which makes torchrun create a new store instead.
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         if per_node == size and "LOCAL_WORLD_SIZE" in os.environ:
-            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # gloo takes the address of the host's name, which can be 127.0.1.1 (Debian), where no other node reaches it.
         interface = interface_to(os.environ["MASTER_ADDR"]) if per_node != size else None
         if interface is not None:

@@ -98,10 +98,10 @@ def zero_shot(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    configs = None if folder is None else [local_task(name, folder) for name in tasks]
+    wanted: list[Any] = list(tasks) if folder is None else [local_task(name, folder) for name in tasks]
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, mixed_precision_dtype=autocast_dtype)
     try:
-        loaded = _task_manager(configs is None).load(configs or list(tasks))
+        loaded = _task_manager(folder is None).load(wanted)
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
         # Not `simple_evaluate`, which also asks git and the machine about themselves, and seeds this process.
@@ -120,8 +120,8 @@ def zero_shot(
     rows = []
     for name, figures in results["results"].items():
         source = {"data": "hub"}
-        if configs is not None:
-            config = next(c for c in configs if c["task"] == name)
+        if folder is not None:
+            config = next(c for c in wanted if c["task"] == name)
             file = next(iter(config["dataset_kwargs"]["data_files"].values()))
             source = {"data": Path(file).name, "sha256": sha256_file(file)}
         num_docs = results["n-samples"][name]["effective"] if name in results["n-samples"] else None

@@ -33,7 +33,7 @@ from castlm.data.tokens import Encoder
 from castlm.files.atomic_file import atomic_write_json, flush_folder, reporting_full_disk
 from castlm.files.output import locked
 from castlm.hardware import choose_device
-from castlm.models.architecture import check_context, context_length
+from castlm.models.architecture import check_context, context_length, generating
 from castlm.models.io import Loaded, load_model
 from castlm.say import Progress, Say, silent
 from castlm_runtime.reading import read_record, read_text, sha256_file, user_path
@@ -186,7 +186,7 @@ class Sampler:
         own = self.model.generation_config
         self.model.generation_config = config  # transformers would fill unset options from it
         try:
-            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            output = generating(self.model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
         finally:
             self.model.generation_config = own
         found, ends = [], set(self._ends)

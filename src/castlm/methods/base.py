@@ -60,7 +60,7 @@ class ForwardMask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.passes_gradient:
             return weight * self.mask
-        masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
+        masked: Tensor = _StraightThrough.apply(weight, self.mask)
         return masked
 
 

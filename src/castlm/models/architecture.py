@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -37,9 +43,9 @@ def check_of_transformers(model: object) -> None:
 
 def is_vision_language(config: PretrainedConfig) -> bool:
     """Whether the config describes a vision-language model (`AutoModelForImageTextToText`)."""
-    named = config.architectures or [None]
+    named = config.architectures[0] if config.architectures else None
     of_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
-    return of_images is not None and named[0] in (of_images, None) and not config.is_encoder_decoder
+    return of_images is not None and named in (of_images, None) and not config.is_encoder_decoder
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
@@ -50,6 +56,17 @@ def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoMode
 def move_(model: nn.Module, device: torch.device | str) -> None:
     """Moves a model to a device, as `model.to` does, whose type a decorator of transformers hides."""
     model.to(device)
+
+
+def generating(model: PreTrainedModel) -> GenerationMixin:
+    """The model, as one whose `generate` continues text.
+
+    Raises:
+        InputError: its class, which may be a model's own code, cannot.
+    """
+    if not isinstance(model, GenerationMixin):
+        raise InputError(f"{type(model).__name__} is no GenerationMixin of transformers, so it generates no text")
+    return model
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
@@ -65,7 +82,9 @@ def shape_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     To read weights into a model, use `castlm.distributed.loading.empty_model`.
     """
     with torch.device("meta"):
-        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = auto_class(config).from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
     linearize_(model)
     return model
 
@@ -105,11 +124,12 @@ def linearize_conv1d_(model: PreTrainedModel) -> list[str]:
     names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, Conv1D)]
     for name in names:
         old = model.get_submodule(name)
+        assert isinstance(old, Conv1D)
         if old not in linear_of:
             if old.weight not in transposed:
                 weight = nn.Parameter(old.weight.T.contiguous(), requires_grad=old.weight.requires_grad)
                 transposed[old.weight] = weight
-            linear_of[old] = LinearOfConv1D(*old.weight.shape, device="meta").train(old.training)
+            linear_of[old] = LinearOfConv1D(old.nx, old.nf, device="meta").train(old.training)
             linear_of[old].weight, linear_of[old].bias = transposed[old.weight], old.bias
         model.set_submodule(name, linear_of[old])
     return names
@@ -131,13 +151,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Runs `forward` in place of the `forward` of `module` during the block."""
     own = vars(module).get("forward")  # some libraries replace the method of the class
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
-        del module.forward  # type: ignore[method-assign]
+        del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 def context_length(config: PretrainedConfig) -> int | None:

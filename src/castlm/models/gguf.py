@@ -30,12 +30,12 @@ def fast_gguf() -> Iterator[None]:
     """
     import gguf
 
-    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = reader_of, functools.cache(name_map)
+    own = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    vars(gguf).update(GGUFReader=reader_of, get_tensor_name_map=functools.cache(gguf.get_tensor_name_map))
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
+        vars(gguf).update(own)
 
 
 def forget_gguf() -> None:
@@ -72,7 +72,8 @@ class GgufWeights:
             weights=numbers, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}
         ).weights
         assert np.array_equal(np.sort(moved, axis=0), numbers), tensor.name
-        return moved[:, 0]
+        order: np.ndarray = moved[:, 0]
+        return order
 
     def read(self, name: str) -> Tensor:
         """A weight in fp32, with the bits that transformers gives it."""
@@ -83,7 +84,7 @@ class GgufWeights:
         if data.ndim == 1:
             weight = np.copy(gguf.dequantize(data, kind))  # a part of the file's map, where that is in fp32
         else:
-            weight = np.empty(self.shape(name), np.float32)
+            weight = np.empty([int(size) for size in reversed(tensor.shape)], np.float32)
             for start in range(0, len(data), _ROWS):
                 rows = slice(start, start + _ROWS)
                 weight[rows] = gguf.dequantize(data[rows], kind)
@@ -140,13 +141,13 @@ def reader_of(path: str | os.PathLike[str]) -> Any:
 def _reader_of_version(path: str, modified_ns: int) -> Any:
     from gguf.gguf_reader import GGUFReader
 
-    class Reader(GGUFReader):  # type: ignore[misc]
+    class Reader(GGUFReader):
         @property
-        def data(self) -> np.ndarray:
+        def data(self) -> Any:  # an array in place of the reader's `np.memmap`
             return self._data
 
         @data.setter
-        def data(self, mapped: np.memmap) -> None:
+        def data(self, mapped: Any) -> None:
             self._data = mapped.view(np.ndarray)  # the same memory
             self.mapped: mmap.mmap = mapped._mmap
 

@@ -40,7 +40,14 @@ from transformers.utils.hub import cached_file
 from castlm.core.errors import InputError, check_finite, check_type, is_panic
 from castlm.dtypes import FLOATS, STORED, dtype_name
 from castlm.files.weights import Batch, into_files, layout_of, write_weights
-from castlm.models.architecture import auto_class, check_of_transformers, is_vision_language, linearize_, vocab_size
+from castlm.models.architecture import (
+    auto_class,
+    check_of_transformers,
+    embedding_weight,
+    is_vision_language,
+    linearize_,
+    vocab_size,
+)
 from castlm.models.gguf import fast_gguf, forget_gguf, num_elements
 from castlm.models.layout import OLD_BUFFERS, names_no_weights
 from castlm.models.locate import Location, find
@@ -90,7 +97,7 @@ def open_config(name: str | Path, *, trust_remote_code: bool = False, revision: 
 def load_config(where: Location, trust_remote_code: bool) -> PretrainedConfig:
     """The config of a model at a place; otherwise as `open_config`."""
     with quiet(where), as_input_error(where):
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             where.target, **where.gguf, revision=where.revision, trust_remote_code=trust_remote_code
         )
     check_num_layers(config, where)
@@ -306,7 +313,7 @@ def load_model(
     if unpack:
         unpack_on_load_(config)
     model = load_weights(where, config, dtype=dtype or stored, trust_remote_code=trust_remote_code)
-    num_embeddings = vocab_size(config) if runs_packed else model.get_input_embeddings().weight.shape[0]
+    num_embeddings = vocab_size(config) if runs_packed else len(embedding_weight(model))
     if tokenizer.vocab_size > num_embeddings:
         raise InputError(
             f"the tokenizer of {where} has {tokenizer.vocab_size} entries, its model {num_embeddings}: "
@@ -338,7 +345,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
     else:
         only = loading_only(weights_of(where, config).values())
     with quiet(where), as_input_error(where), only:
-        model, loading_info = auto_class(config).from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             where.target,
             config=config,
             output_loading_info=True,
@@ -348,6 +355,8 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
             **options,
         )
     forget_gguf()
+    model: PreTrainedModel = loaded[0]
+    loading_info: dict[str, Any] = loaded[1]
     check_loading_info(where, loading_info)
     unexpected = sorted(name for name in loading_info["unexpected_keys"] if not OLD_BUFFERS.search(name))
     if unexpected:
@@ -391,7 +400,7 @@ def stored_dtype(where: Location, config: PretrainedConfig) -> torch.dtype:
         stored = weights_of(where, config).values()
         largest = max(stored, key=lambda tensor: math.prod(tensor.shape), default=None)
         dtype = None if largest is None else STORED.get(largest.dtype)
-    return dtype if dtype in FLOATS.values() else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) and dtype in FLOATS.values() else torch.float32
 
 
 def save_dtype(wanted: str, stored: torch.dtype) -> torch.dtype:
@@ -479,7 +488,8 @@ def write_all_but_weights(
     config.architectures, config.dtype = [type(model).__name__], dtype_name(dtype)
     with quiet_transformers(progress=False):
         if model._auto_class is not None:
-            custom_object_save(model, folder, config=config)
+            noted: Any = config  # a config too, whatever its annotation says
+            custom_object_save(model, folder, config=noted)
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

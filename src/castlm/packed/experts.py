@@ -97,7 +97,8 @@ class PackedExperts(nn.Module):
         places = {}
         for part in parts:  # in the order of rows
             below = layout.loaded_name(part.stem).removeprefix(f"{fqn}.")
-            _add(self, below, PackedLinear(_spec_of_shape(specs, part.stem, (*part.shape, 0), path)))
+            rows, columns = part.shape
+            _add(self, below, PackedLinear(_spec_of_shape(specs, part.stem, (rows, columns, 0), path)))
             pieces[part.expert or 0].append(below)
             places[part.stem] = f"{fqn}.{below}"
         self.projections.append(_Projection(name, like.num_experts, like.transposed, tuple(map(tuple, pieces))))

@@ -20,7 +20,7 @@ from castlm.core.errors import InputError
 from castlm.data.chat import Chat
 from castlm.data.tokens import check_vocabulary
 from castlm.hardware import choose_device, has_fast_bf16
-from castlm.models.architecture import check_context, vocab_size
+from castlm.models.architecture import check_context, generating, vocab_size
 from castlm.models.io import load_weights, open_model, unpack_on_load_
 from castlm.packed.in_engine import is_packed, session_of, why_not_in_engine
 from castlm.say import Say, silent
@@ -112,7 +112,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) ->
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.numel() == 0:
         raise InputError("the prompt is empty: give some text")
-    return ids.to(torch.int64)
+    tokens: Tensor = ids.to(torch.int64)
+    return tokens
 
 
 class _Stream(TextStreamer):
@@ -178,7 +179,7 @@ def generate_text(
     beside = {name: t.to(ids.device, dtypes[name]) for name, t in (extra or {}).items()}
     with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         torch.manual_seed(seed)
-        output = model.generate(
+        output = generating(model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from castlm.dtypes import FLOAT_NAMES
+from castlm.models.architecture import generating
 from castlm.packed import native
 from castlm.packed.layers import PackedModule
 from castlm_runtime.defaults import Defaults
@@ -33,7 +34,7 @@ class MemoryWeights:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in FLOAT_NAMES:
             return None
-        return PackedSpec(*weight.shape, 0, 0, FLOAT_NAMES[weight.dtype])
+        return _dense_spec(weight)
 
     def matrix(self, name: str, rows: slice | None) -> PackedArray | Prepared:
         module = self.modules[name]
@@ -43,12 +44,17 @@ class MemoryWeights:
             return Prepared(packed.data_ptr(), packed.numel(), module.spec.rows, module.spec.columns, packed)
         weight = module.get_parameter("weight").detach()
         weight = (weight if rows is None else weight[rows]).cpu().contiguous()
-        return PackedArray(PackedSpec(*weight.shape, 0, 0, FLOAT_NAMES[weight.dtype]), _array(weight))
+        return PackedArray(_dense_spec(weight), _array(weight))
 
     def vector(self, name: str) -> np.ndarray | None:
         path, _, which = name.rpartition(".")
         found = getattr(self.modules.get(path), which, None)
         return None if found is None else found.detach().float().cpu().numpy()
+
+
+def _dense_spec(weight: Tensor) -> PackedSpec:
+    rows, columns = weight.shape
+    return PackedSpec(rows, columns, 0, 0, FLOAT_NAMES[weight.dtype])
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -108,7 +114,7 @@ class Greedy:
     def __call__(self, ids: Tensor, num_tokens: int) -> Tensor:
         """`ids` (1, num_prompt), continued by exactly `num_tokens`."""
         if self.engine is None:
-            found = self.model.generate(
+            found = generating(self.model).generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=num_tokens,

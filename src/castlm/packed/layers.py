@@ -121,7 +121,8 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
         and not (is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() or _get_tracing_state())
     ):
         return _packed_linear(x, packed, out_features)
-    return torch.ops.castlm.packed_linear.default(x, packed, out_features)
+    out: Tensor = torch.ops.castlm.packed_linear.default(x, packed, out_features)
+    return out
 
 
 class PackedModule(nn.Module):
@@ -214,7 +215,9 @@ class PackedLinear(PackedModule):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = packed_linear(x, self._buffers["packed"], self.out_features)  # `self.packed` is a slower search
+        packed = self._buffers["packed"]  # `self.packed` is a slower search
+        assert packed is not None
+        out = packed_linear(x, packed, self.out_features)
         bias = self._parameters["bias"]
         return out if bias is None else out + bias.to(out.dtype)
 
@@ -246,7 +249,8 @@ class PackedEmbedding(PackedModule):
 
     def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
         """`nn.Embedding` of the stored tensors."""
-        return nn.Embedding.from_pretrained(unpack(self.stored, dtype), freeze=False)
+        table: nn.Embedding = nn.Embedding.from_pretrained(unpack(self.stored, dtype), freeze=False)
+        return table
 
 
 def prepare_layers_(layers: Mapping[str, PackedModule]) -> None:
@@ -355,7 +359,7 @@ def onto_kernels_(
     plain = can_pack_tables(model)
     if plain:
         tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
-        packed = packed_table(embedding.weight)
+        packed = packed_table(embedding.get_parameter("weight"))
         if tied:
             shared = PackedLinear(packed.spec, head.bias)
         model.set_input_embeddings(PackedEmbedding(packed.spec, dtype).hold_(packed))
@@ -364,7 +368,7 @@ def onto_kernels_(
         shared = PackedLinear(embedding.spec)  # the tied head of a packed table: see `CastlmQuantizer`
     if shared is not None:
         # They share a buffer from here on, not a parameter, also for `tie_weights`, which lm-eval calls.
-        model.all_tied_weights_keys, model._tied_weights_keys = {}, None
+        model.all_tied_weights_keys, model._tied_weights_keys = {}, {}
         model.set_output_embeddings(nn.Identity())
     elif plain and isinstance(head, nn.Linear):
         packed = packed_table(head.weight)
@@ -373,5 +377,5 @@ def onto_kernels_(
     del embedding, head  # so that a table is freed when its layer is prepared
     prepare_layers_({name: module for name, module in model.named_modules() if isinstance(module, PackedModule)})
     if shared is not None:
-        shared.share_(model.get_input_embeddings().packed)
+        shared.share_(model.get_input_embeddings().get_buffer("packed"))
         model.set_output_embeddings(shared)

@@ -65,7 +65,7 @@ class CastlmConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         **_: Any,
     ):
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # their enum has the methods of transformers alone
         self.version, self.pattern, self.weights, self.dequantize = version, pattern, weights, dequantize
 
 
@@ -108,7 +108,7 @@ class CastlmQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         files = checkpoint_files or []
-        folder = Path(model.config.name_or_path)
+        folder = Path(str(model.config.name_or_path))
         # transformers unpickles files of other names, and reads those outside the folder
         check_weight_files([Path(file) for file in files], folder if folder.is_dir() else None)
         tensors = {name: tensor for file in files for name, tensor in read_header(Path(file)).items()}
@@ -145,10 +145,10 @@ class CastlmQuantizer(HfQuantizer):
         from transformers.pytorch_utils import Conv1D
 
         path = _path_in(model, StoredLayout(model).loaded_name(name))
-        module = model.get_submodule(path) if path is not None else None
+        module = None if path is None else model.get_submodule(path)
         weight = getattr(module, "weight", None)
         is_alike = weight is not None and tuple(weight.shape) == spec.unpacked_shape
-        if path is None or not is_alike or isinstance(module, Conv1D) != spec.transposed:
+        if path is None or module is None or not is_alike or isinstance(module, Conv1D) != spec.transposed:
             order = "in, out" if spec.transposed else "out, in"
             raise InputError(
                 f"{type(model).__name__} has no layer {name} of shape {spec.unpacked_shape} = ({order}): pack the "
@@ -161,7 +161,7 @@ class CastlmQuantizer(HfQuantizer):
                 model.set_output_embeddings(nn.Identity())
                 model.all_tied_weights_keys = {}
         else:
-            model.set_submodule(path, PackedLinear(spec, module.bias))
+            model.set_submodule(path, PackedLinear(spec, dict(module.named_parameters(recurse=False)).get("bias")))
         return path
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -176,8 +176,9 @@ class CastlmQuantizer(HfQuantizer):
             if isinstance(module, (PackedLinear, PackedEmbedding)):
                 model.set_submodule(path, module.to_dense(self.dtype))
         if isinstance(model.get_output_embeddings(), nn.Identity):
-            table = model.get_input_embeddings().weight
-            head = nn.Linear(table.shape[1], table.shape[0], bias=False, device="meta")
+            table = model.get_input_embeddings().get_parameter("weight")
+            rows, columns = table.shape
+            head = nn.Linear(columns, rows, bias=False, device="meta")
             head.weight = table
             model.set_output_embeddings(head)
         return model

@@ -112,7 +112,7 @@ def gathered(run: Trainer) -> PreTrainedModel | None:
     if not run.world.is_main:
         return None
     kind = auto_class(run.model.config)
-    model: PreTrainedModel = kind.from_config(run.model.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = kind.from_config(run.model.config, dtype=torch.float32)
     linearize_(model)  # the same modules as the trained one, so that the names of the state fit
     run.method.parametrize_(model)
     model.load_state_dict(state)

@@ -85,7 +85,7 @@ def _documents_end_to_end(module: Any, query: Tensor, key: Tensor, value: Tensor
     """Attention without a mask, as `castlm.training.attention` has it on a GPU."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     parts = (part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value))
-    states: Tensor = _Varlen.apply(*parts)  # type: ignore[no-untyped-call]
+    states: Tensor = _Varlen.apply(*parts)
     return states.unflatten(0, (query.shape[0], query.shape[2])), None
 
 

@@ -186,7 +186,7 @@ def sizes_of(config: PretrainedConfig, pattern: Pattern) -> Model:
         shorter = copy.deepcopy(config)
         shorter.get_text_config().num_hidden_layers = num
         with FakeTensorMode(), as_config_error(shorter):
-            model: PreTrainedModel = auto_class(shorter).from_config(shorter, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = auto_class(shorter).from_config(shorter, dtype=torch.float32)
             linearize_(model)
         return model
 
