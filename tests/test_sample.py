@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
@@ -31,7 +32,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-class Scripted(torch.nn.Module):
+class Scripted(GenerationMixin, torch.nn.Module):
     """Generates the given token ids, whatever it is given."""
 
     def __init__(self, *answers):
