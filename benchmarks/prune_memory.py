@@ -63,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "refit": {"mask_iterations": 0, "refit_iterations": 2},
     "the default": {},
     "wanda": {"method": "wanda"},
-    "reconstruction": {**AS_PUBLISHED, "reconstruct_epochs": 2, "reconstruct_rate": 1e-5},
+    "reconstruction": {**AS_PUBLISHED, "reconstruct_epochs": 2},
     "SparseGPT as published, the model in memory": {**AS_PUBLISHED, "memory": "model"},
     "the default, the model in memory": {"memory": "model"},
     "int4, packed": {"kind": "int4", "packed": True},

@@ -95,6 +95,16 @@ def lessons() -> Iterator[list[tuple[int, ...]]]:
 
 
 @pytest.fixture
+def users_effort() -> Iterator[None]:
+    """Starts as users get them, and not with the few rotations of `tests.efforts`, also in processes of `ranks`."""
+    from tests import efforts
+
+    efforts.use(efforts.AS_USERS_GET_IT)
+    yield
+    efforts.use(efforts.SHORT)
+
+
+@pytest.fixture
 def no_charts(monkeypatch) -> None:
     """Pages and tables as without matplotlib: charts take longer than all the rest of a small run."""
     for place in ("report.charts", "report.run_page", "compare.report"):
@@ -115,7 +125,10 @@ LONGEST_FIRST = (
 
 
 def pytest_configure() -> None:
+    from tests import efforts
+
     gc.disable()  # until all is imported: a million objects that stay, which each collection would walk through
+    efforts.use(efforts.SHORT)
 
 
 def pytest_collection_finish() -> None:

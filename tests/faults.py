@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 from castlm.core.errors import InputError
 from castlm.training.config import TrainConfig
+from tests import efforts
 from tests.ranks import PATIENCE_S, run_ranks, said, start_ranks, wait_for, wait_ranks
 from tests.runs import num_rows, small
 from tests.tiny import TEXT, save_tiny
@@ -35,6 +36,7 @@ def train_as_a_command(config: TrainConfig) -> int:
     from castlm.signals import Interrupted
     from castlm.training.train import train
 
+    efforts.use(efforts.AS_USERS_GET_IT)  # as the ranks of torchrun have it
     try:
         train(config)
     except InputError as error:

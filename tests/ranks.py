@@ -28,9 +28,10 @@ from tqdm import tqdm
 from castlm.core.adams import AdamS
 from castlm.core.shards import whole
 from castlm.core.sparsify import prune_
+from castlm.oneshot.options import EFFORTS, Effort
 from castlm.patterns import parse_pattern
 from castlm.training.config import TrainConfig
-from tests import runs
+from tests import efforts, runs
 
 PATIENCE_S = 240  # on a machine that does other things too
 _FORKS = multiprocessing.get_context("forkserver")
@@ -90,7 +91,7 @@ def start_ranks(
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})},
         }
         here = {name: str(value) for name, value in variables.items()}
-        target = (function, args, here, None if log is None else f"{log}.{rank}")
+        target = (function, args, here, None if log is None else f"{log}.{rank}", EFFORTS["best"])
         ranks.append(_FORKS.Process(target=_rank, args=target, daemon=True))
         ranks[-1].start()
     return ranks
@@ -108,7 +109,7 @@ def run_ranks(
 
 def start_process(function: Callable[..., Any], *args: Any, log: Path) -> BaseProcess:
     """Starts `function(*args)` in a process that is no rank; what it says goes to `log`."""
-    process = _FORKS.Process(target=_rank, args=(function, args, {}, str(log)), daemon=True)
+    process = _FORKS.Process(target=_rank, args=(function, args, {}, str(log), EFFORTS["best"]), daemon=True)
     process.start()
     return process
 
@@ -201,8 +202,11 @@ def assert_pruned_alike(
         assert torch.equal(whole(q), p)
 
 
-def _rank(function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: str | None) -> None:
+def _rank(
+    function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: str | None, effort: Effort
+) -> None:
     os.environ.update(environment)
+    efforts.use(effort)
     descriptor = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

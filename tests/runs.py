@@ -12,9 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castlm.cli.main import main
-from castlm.core.nm import NM
 from castlm.distributed.world import World, init_world
-from castlm.patterns import parse_pattern
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective
@@ -24,7 +22,6 @@ from castlm.training.trainer import Trainer
 SMALL: dict[str, Any] = {
     "max_steps": 8,
     "calibration_sequences": 4,
-    "rotation_iterations": 4,
     "decay_end": 0.75,  # still decaying where a run is stopped
     "seq_len": 32,
     "per_device_train_batch_size": 4,
@@ -54,8 +51,6 @@ def small_command(command: str, model: str | Path, dataset: str | Path, output_d
 def prune_to(folder: Path, model: str | Path, text: str | Path | None = None, **over: Any) -> str:
     """Runs `castlm prune`, by magnitude where there is no text, and returns the folder."""
     sizes = {"calibration": text, "num_sequences": 4, "seq_len": 32}
-    if isinstance(parse_pattern(over.get("pattern", "2:4")), NM):  # which is rotated
-        sizes["rotation_iterations"] = 4
     options = {"model": model, "output_dir": folder, **(sizes if text else {"method": "magnitude"}), **over}
     assert main(["prune", *flags(options)]) == 0
     return str(folder)
@@ -235,7 +230,7 @@ SUM_NOISE_OF_ADAM = 3e-5
 """Largest difference of any weight between two such runs, at a learning rate of 1e-3 and up to 8 steps.
 
 Adam divides by the size of the gradient, and so amplifies the noise where a gradient is nearly zero. Measured on
-`tiny_model("gemma")`: a weight with a gradient of 9e-9, about `adam_epsilon`, moves by 2.1e-6 between one rank and two,
+`tiny_model("gemma")`: a weight with a gradient of 9e-9, about AdamS's `eps`, moves by 2.1e-6 between one rank and two,
 and by 7e-7 between 2 x 6 and 4 x 3 sequences in one process. A weight that gets another rank's row or a token twice
 moves by a share of the learning rate, 1e-4 and more."""
 

@@ -112,7 +112,7 @@ def test_frontier_has_a_row_a_format_and_counts_the_bytes_of_a_packed_folder(tmp
 
 @pytest.mark.skipif(inference_native.kernels() is None, reason="the C++ kernels are not built")
 @pytest.mark.slow
-def test_bits_makes_each_row_once_and_runs_from_one_start(tmp_path, monkeypatch):
+def test_bits_makes_each_row_once_and_runs_from_one_start(tmp_path, monkeypatch, users_effort):
     folder = save_tiny(tmp_path / "m", "llama", hidden_size=64, head_dim=16)
     (tmp_path / "t.txt").write_text(TEXT)
     texts = ["--text", str(tmp_path / "t.txt"), "--eval-text", str(tmp_path / "t.txt"), "--seq-len", "32"]

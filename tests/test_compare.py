@@ -36,7 +36,7 @@ from tests.runs import before_each_step, killed_in
 from tests.tiny import TEXT, save_tiny
 
 CONFIG = {"mask_interval": 2, "eval_tokens": 256, "seq_len": 32, "per_device_train_batch_size": 2}
-CONFIG |= {"calibration_sequences": 4, "rotation_iterations": 4}
+CONFIG |= {"calibration_sequences": 4}
 
 
 SHORT = {"methods": "cast", "config": {**CONFIG, "init_from": "magnitude", "save_steps": 0}}
@@ -162,7 +162,7 @@ def test_a_row_names_its_start_and_the_options_that_have_an_effect(compared):
     assert {name: row["start"] for name, row in compared.rows.items()} == starts
     assert {name: set(row["options"]) for name, row in compared.rows.items()} == {
         "cast": {"decay", "decay_end", "hidden_weight", "mask_interval", "scale_groups"},
-        "srste": {"hidden_weight", "srste_lam"},
+        "srste": {"hidden_weight", "lam"},
         "magnitude": set(),
         "dense": {"hidden_weight"},  # in which the trained variants differ
     }
@@ -231,14 +231,14 @@ def test_each_text_is_opened_as_its_runs_open_it(files, tmp_path, monkeypatch):
     real, opened = documents.open_documents, {}
 
     def open_documents(text, options, **how):
-        opened[Path(text).name] = (how.get("split"), how.get("data_config"))
+        opened[Path(text).name] = how.get("split")
         return real(text, options)
 
     monkeypatch.setattr(documents, "open_documents", open_documents)
-    config = {**CONFIG, "dataset_split": "a", "eval_split": "b", "eval_config": "c"}
+    config = {**CONFIG, "dataset_split": "a", "eval_split": "b"}
     (tmp_path / "calibration.txt").write_text(TEXT)
     plan_of(files, tmp_path, methods="magnitude", config=config, calibration=str(tmp_path / "calibration.txt"))
-    assert opened == {"stories.txt": ("a", None), "eval.txt": ("b", "c"), "calibration.txt": ("train", None)}
+    assert opened == {"stories.txt": "a", "eval.txt": "b", "calibration.txt": "train"}
 
 
 def test_key_has_all_that_matters(tmp_path):

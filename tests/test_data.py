@@ -566,7 +566,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
     monkeypatch.setattr(documents_module, "HUB_BUFFER", 7)
     monkeypatch.setattr(documents_module, "HUB_HELD_OUT", 4)
-    documents = open_documents("some/name@v1", data_config="small")
+    documents = open_documents("some/name:small@v1")
     texts = [text for i in range(3) for text in make_texts(9, seed=i)]
     assert texts_of(documents) == texts
     assert sorted(texts_of(documents, 1)) == sorted(texts)
@@ -576,7 +576,7 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     stopped = stream_of(train)
     sequences(stopped, 41)
     assert texts_of(held_out) == texts[:4]  # reading one part leaves the other's position alone
-    resumed = stream_of(split_documents(open_documents("some/name", data_config="small"), 0.1, 0)[0])
+    resumed = stream_of(split_documents(open_documents("some/name:small"), 0.1, 0)[0])
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert same(sequences(resumed, 59), straight[41:])
     assert same(sequences(stopped, 59), straight[41:])
@@ -585,9 +585,9 @@ def test_hub_dataset_is_streamed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: load("json", data_files=files, split="train", streaming=True)
     )
-    assert open_documents("some/name", data_config="small").text_hash() != first_hash
+    assert open_documents("some/name:small").text_hash() != first_hash
     with pytest.raises(InputError, match=r"no column 'body'; there are: id, text"):
-        open_documents("some/name", TextOptions(column="body"), data_config="small")
+        open_documents("some/name:small", TextOptions(column="body"))
 
 
 def test_unreachable_hub_dataset():
@@ -658,8 +658,8 @@ def test_missing_and_empty_places(tmp_path):
         open_documents(tmp_path)
     with pytest.raises(InputError, match="cannot read"):
         read_text(tmp_path / "no.txt")
-    with pytest.raises(InputError, match="for hub datasets"):
-        open_documents(bad(tmp_path, "a.txt", b"text"), data_config="small")
+    with pytest.raises(InputError, match=r"a\.txt:small: no such file"):
+        open_documents(f"{bad(tmp_path, 'a.txt', b'text')}:small")
 
 
 def test_text_shorter_than_one_sequence():

@@ -184,8 +184,8 @@ FILES = {code.splitlines()[0].removeprefix("# "): code for code in re.findall(r"
 COMMANDS = re.findall(r"^python (.*)$", PAGE.replace("\\\n", " "), re.M)
 
 SMALL = "--max-steps 4 --seq-len 32 --per-device-train-batch-size 4 --eval-tokens 128 --save-steps 0 --report-to none"
-SMALL += " --calibration-sequences 4 --rotation-iterations 4 --no-report"
-SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32 --rotation-iterations 4"}
+SMALL += " --calibration-sequences 4 --no-report"
+SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32"}
 TABLES = (DECAYS, METHODS, SOLVERS, PARSERS, CASTLM_COMMANDS, OPENERS, LAYOUTS, FORMATS)
 
 

@@ -109,7 +109,7 @@ def test_every_solver_makes_experts_sparse_and_more_knowledge_loses_less(family)
 
 
 def test_refinements_and_reconstruction_work_on_experts():
-    refined = Refinements(staged_statistics=True, refit_iterations=5, reconstruct_epochs=1)
+    refined = Refinements(refit_iterations=5, reconstruct_epochs=1)
     model = linear_model("mixtral")
     before = model.model.layers[0].mlp.gate.weight.clone()
     report = prune_oneshot_(model, "sparsegpt", calibration=calibration(), refinements=refined)

@@ -66,7 +66,7 @@ class Ground:
         sizes = {"max_steps": 4, "save_steps": 1, "seq_len": 32, "per_device_train_batch_size": 2, "eval_tokens": 128}
         config = TrainConfig.of(
             *(str(folder / "dense"), str(folder / "text.txt"), str(folder / "straight-0")),
-            **{**sizes, "eval_steps": 4, "calibration_sequences": 2, "rotation_iterations": 4, "device": "cpu"},
+            **{**sizes, "eval_steps": 4, "calibration_sequences": 2, "device": "cpu"},
         )
         self.configs = [config.changed(seed=seed, output_dir=str(folder / f"straight-{seed}")) for seed in (0, 1)]
         self.weights = []

@@ -69,7 +69,7 @@ def test_a_stopped_run_is_resumed_to_its_end(golden):
     castlm("verify", "run")
 
 
-def test_the_default_is_as_good_as_it_was(golden, tmp_path):
+def test_the_default_is_as_good_as_it_was(golden, tmp_path, users_effort):
     """5 % of perplexity more than before fails. A default that got better: write the golden files again."""
     found = make_golden.quality(tmp_path / "run")
     assert found["dense"] == pytest.approx(EXPECTED["dense"], rel=0.01)

@@ -79,7 +79,7 @@ READ_AS: dict[str, str] = {
 
 BATCH = "--seq-len 64 --per-device-train-batch-size 4 --eval-tokens 128"
 RUN = f"{BATCH} --max-steps 8 --learning-rate 1e-3 --save-steps 0 --report-to none"
-START = "--calibration-sequences 4 --rotation-iterations 4"
+START = "--calibration-sequences 4"
 ONE_SHOT = "--num-sequences 4 --seq-len 64"
 SMALLER = [
     ("train", "", f"{RUN} {START} --no-report"),
@@ -237,7 +237,7 @@ def texts_of(page: str) -> None:
         case "experts.md":
             save_tiny("experts", "mixtral")
         case "compare.md":
-            Path("small.yaml").write_text("calibration_sequences: 4\nrotation_iterations: 4\n")
+            Path("small.yaml").write_text("calibration_sequences: 4\n")
         case "multi-gpu.md":
             Path("run.yaml").write_text("model: dense\ndataset: text.txt\noutput_dir: run\n")
         case "tutorial.md":

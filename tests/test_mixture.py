@@ -81,13 +81,12 @@ def test_weights_are_read_from_the_names():
         return TrainConfig.of("m", names, "o").data.datasets
 
     assert of("a.txt:0.7", "b.jsonl:3") == {"a.txt": 0.7, "b.jsonl": 3.0}
-    assert of("a.txt", "owner/name@v1:0.5") == {"a.txt": 1.0, "owner/name@v1": 0.5}
+    assert of("a.txt", "owner/name:en@v1:0.5") == {"a.txt": 1.0, "owner/name:en@v1": 0.5}
+    assert of("a.txt", "owner/name:20231101.en") == {"a.txt": 1.0, "owner/name:20231101.en": 1.0}
     assert TrainConfig.of("m", ["a:1"], "o").data.dataset == "a:1"  # a single text has no weight
     for names, message in ((("a", "a:2"), "names a text twice"), (("a", ""), "is not text or a list"), ((), "dataset")):
         with pytest.raises(InputError, match=message):
             of(*names)
-    with pytest.raises(InputError, match="needs a single dataset"):
-        TrainConfig.of("m", ("a", "b"), "o", repeat_sequences=True)
     for weight in (0, -2):
         with pytest.raises(InputError, match=r"dataset .*above 0"):
             of(f"a.txt:{weight}", "b.txt")

@@ -62,7 +62,7 @@ def test_a_start_that_does_not_fit_is_refused_before_it_loads_the_model(llama, t
 
 def arguments(llama: str, text: str, *more: str) -> list[str]:
     base = ["plan", "check", "--model", llama, "--dataset", text, "--output-dir", "unused", "--seq-len", "32"]
-    start = ["--calibration-sequences", "4", "--rotation-iterations", "4"]
+    start = ["--calibration-sequences", "4"]
     return [*base, "--max-steps", "30", "--per-device-train-batch-size", "2", *start, *more]
 
 

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 from castlm.cli import plan as command
 from castlm.core.errors import InputError
 from castlm.lab.planning.prune_memory import plan_prune_memory
-from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions, Refinements
+from castlm.oneshot.options import NO_REFINEMENTS, BasisOptions
 from tests.tiny import save_tiny
 
 HIDDEN, NEURONS, LAYERS = 64, 176, 3
@@ -19,7 +19,7 @@ CONFIG = AutoConfig.for_model(
     num_hidden_layers=LAYERS,
     vocab_size=256,
 )
-PLAIN = {"basis": BasisOptions(rotate="off", permute=False), "refinements": NO_REFINEMENTS}
+PLAIN = {"basis": BasisOptions(rotate="off", permute=False), "refinements": NO_REFINEMENTS, "effort": "published"}
 
 
 def test_the_defaults_are_those_of_castlm_prune():
@@ -40,9 +40,7 @@ def test_wanda_needs_vectors_only_where_the_basis_stays_and_magnitude_has_no_pla
     assert plain.components["statistics"] == 4 * (3 * HIDDEN + NEURONS)
     turned = plan_prune_memory(CONFIG, method="wanda", num_sequences=4, seq_len=32)
     assert turned.components["statistics"] == plain.components["statistics"]
-    of_sparsegpt = plan_prune_memory(
-        CONFIG, num_sequences=4, seq_len=32, refinements=Refinements(staged_statistics=False)
-    )
+    of_sparsegpt = plan_prune_memory(CONFIG, num_sequences=4, seq_len=32, effort="quick")
     for phase in ("basis", "statistics"):
         without_process = (plan.phases[phase] - plan.components["process"] for plan in (turned, of_sparsegpt))
         assert len({*without_process}) == 1, phase

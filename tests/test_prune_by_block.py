@@ -30,7 +30,6 @@ def prune(model, text: str, output: Path, *options: str, memory: str = "block") 
     arguments = ["--model", str(model), "--output-dir", str(output), "--memory", memory]
     if "magnitude" not in options:
         arguments += ["--calibration", text, "--num-sequences", "19", "--seq-len", "64"]  # passes of 10 and of 9
-        arguments += [] if "off" in options else ["--rotation-iterations", "2"]
     assert command.main([*arguments, *options]) == 0
     return output
 
@@ -60,7 +59,7 @@ def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, famil
         slow(PLAIN),
         ["--method", "wanda"],
         slow(["--method", "magnitude"]),
-        slow(["--no-staged-statistics"]),
+        slow(["--start-effort", "published"]),
         slow(["--precision", "bf16"]),
         ["--reconstruct-epochs", "2"],
     ],

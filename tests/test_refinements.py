@@ -160,7 +160,7 @@ def test_staged_statistics_are_those_of_the_layers_pruned_before(monkeypatch):
     original = solve.see_inputs
     monkeypatch.setattr(solve, "see_inputs", spy)
     model, name = linear_model("llama"), "model.layers.0.mlp.down_proj"
-    prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(staged_statistics=True))
+    prune_oneshot_(model, "sparsegpt", calibration=TOKENS, refinements=Refinements(), effort="best")
     entered = []
     with torch.no_grad(), model.get_submodule(name).register_forward_pre_hook(lambda _, args: entered.append(args[0])):
         model(input_ids=TOKENS, use_cache=False)
@@ -174,8 +174,8 @@ def test_attention_runs_no_more_once_it_is_pruned_until_the_block_is_trained(epo
     block = model.model.layers[0]
     for layer in (block.self_attn.q_proj, block.mlp.gate_proj):
         layer.register_forward_hook(lambda layer, *_: runs.update([layer]))
-    refinements = Refinements(staged_statistics=True, reconstruct_epochs=epochs)
-    prune_oneshot_(model, "sparsegpt", calibration=TOKENS[:2], refinements=refinements)
+    refinements = Refinements(reconstruct_epochs=epochs)
+    prune_oneshot_(model, "sparsegpt", calibration=TOKENS[:2], refinements=refinements, effort="best")
     # The pass for the statistics of `down_proj`; without training, also the one for the outputs of the pruned block.
     assert runs[block.mlp.gate_proj] - runs[block.self_attn.q_proj] == skipped
     assert "forward" not in vars(block.self_attn)
@@ -241,14 +241,14 @@ def test_refinements_are_checked():
 
 
 def test_an_effort_sets_options_that_are_not_given():
-    given = {"start_effort": "quick", "rotation_iterations": 3}
+    given = {"start_effort": "quick", "refit_iterations": 3}
     assert with_effort(given) == {**EFFORTS["quick"].options, **given}
     assert with_effort({}) == {}
     assert with_effort({"start_effort": "best"}) == {"start_effort": "best"}
 
 
 def test_a_quick_start_does_not_ask_other_solvers_for_its_refinements():
-    quick = {k: v for k, v in EFFORTS["quick"].options.items() if hasattr(NO_REFINEMENTS, k)}
+    quick = EFFORTS["quick"].options
     assert applied(Refinements(**quick), "sparsegpt", NM(2, 4)) == Refinements(**quick)
     assert applied(Refinements(**quick), "wanda", NM(2, 4), "quick") == NO_REFINEMENTS
     with pytest.raises(InputError, match="refit_iterations"):

@@ -74,7 +74,6 @@ OTHER: dict[str, Any] = {
     "seq_len": 16,
     "num_sequences": 5,
     "mask_iterations": 2,
-    "rotation_iterations": 3,
     "num_train_epochs": 0.5,
     "report_to": ("none",),
     "timeout_s": 900.0,
@@ -90,11 +89,8 @@ OTHER: dict[str, Any] = {
 OF_THE_HUB = (
     "revision",
     "dataset_split",
-    "dataset_config",
     "eval_split",
-    "eval_config",
     "hub_model_id",
-    "hub_private_repo",
 )
 PLACES = ("output_dir", "gguf", "resume", "overwrite")
 UNTRIED = {
@@ -195,9 +191,7 @@ def assert_no_mixture(run: Callable[[Path, Change], Any], context: Change, chang
 
 
 def prune(ground: Path, output: Path, options: Change) -> None:
-    options = {"model": "model", "num_sequences": 4, "seq_len": 32, "rotation_iterations": 2, **options}
-    if options.get("rotate") == "off" or "start_effort" in options:
-        del options["rotation_iterations"]
+    options = {"model": "model", "num_sequences": 4, "seq_len": 32, **options}
     if options.get("method") != "magnitude":
         options.setdefault("calibration", "a.jsonl")
     given = placed(ground, options)
@@ -292,10 +286,10 @@ TRAIN_VALUES: Change = {"init_from": "magnitude", "max_steps": 4, "save_steps": 
 TRAIN_CONTEXTS: list[Change] = [
     {},
     {"decay": "proportional"},
-    {"init_from": "sparsegpt", "rotation_iterations": 2},
+    {"init_from": "sparsegpt"},
     {"method": "srste", "decay_end": None},
     {"teacher_top_k": 8, "hidden_weight": 0.0},
-    {"init_from": "sparsegpt", "rotation_iterations": 2, "reconstruct_epochs": 1},
+    {"init_from": "sparsegpt", "reconstruct_epochs": 1},
     {"eval_dataset": "b.jsonl"},
 ]
 FACTS = {
@@ -315,9 +309,7 @@ def config_of(ground: Path, output: Path, options: Change) -> TrainConfig:
     given = placed(ground, {"model": "model", "dataset": "a.jsonl", "ignore_decay_budget": True, **options})
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("init_from") == "magnitude":
-        given = {"calibration_sequences": None, "rotation_iterations": 100} | given
-    if given.get("start_effort") == "quick":
-        given.pop("rotation_iterations", None)
+        given = {"calibration_sequences": None} | given
     if "num_train_epochs" in given:
         given["max_steps"] = 300
     return small(given.pop("model"), given.pop("dataset"), output, **given)
@@ -336,11 +328,11 @@ def changed_run(ground: Path, name: str) -> tuple[Change, Change]:
 def test_the_start_of_a_run_is_not_continued_with_another(name, ground, tmp_path):
     context, change = changed_run(ground, name)
     if name == "init_from":
-        context = {"init_from": "sparsegpt", "rotation_iterations": 2}
+        context = {"init_from": "sparsegpt"}
     elif "init_from" in context or name in ("method", "decay", "decay_end") or context.get("method"):
         context = {**TRAIN_VALUES, **context}
     else:
-        context = {"init_from": "sparsegpt", "rotation_iterations": 2, **context}
+        context = {"init_from": "sparsegpt", **context}
 
     def run(output: Path, options: Change) -> None:
         if name == "num_train_epochs":

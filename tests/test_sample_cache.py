@@ -51,7 +51,7 @@ def content(folder) -> dict[str, bytes]:
     "more",
     [
         pytest.param((), id="text"),
-        slow(("--repeat-sequences", "--precision", "bf16"), id="repeated in bf16"),
+        slow(("--precision", "bf16"), id="in bf16"),
         slow(("--chat", "--batch-size", "64"), id="chat"),
     ],
 )
@@ -61,8 +61,7 @@ def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(chat_ll
     assert (open_documents(path).kind is Kind.CHAT) == ("--chat" in more)
     from_sample, num_read = content(tmp_path / "cache"), len(lessons)
     assert num_read > 5
-    over = {"repeat_sequences": "--repeat-sequences" in more, "precision": "bf16" if "bf16" in more else "auto"}
-    over |= {"max_steps": num_read} if over["repeat_sequences"] else {"num_train_epochs": 1}
+    over = {"precision": "bf16" if "bf16" in more else "auto", "max_steps": num_read}
     train(run_on(chat_llama, path, tmp_path, "cached", **over))
     assert len(lessons) == num_read
     train(run_on(chat_llama, path, tmp_path, "taught", **over, teacher_cache=str(tmp_path / "written")))
@@ -73,7 +72,7 @@ def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(chat_ll
 
 @pytest.mark.slow
 def test_repeated_sequences_serve_more_than_one_epoch(chat_llama, own, tmp_path, lessons):
-    config = run_on(chat_llama, own, tmp_path, repeat_sequences=True, max_steps=300)
+    config = run_on(chat_llama, own, tmp_path, max_steps=300)
     num_sequences = fill_teacher_cache(config)
     assert 2 * num_sequences < 300 * 4
     run = begin_run(config)
@@ -81,9 +80,6 @@ def test_repeated_sequences_serve_more_than_one_epoch(chat_llama, own, tmp_path,
     read = len(lessons)
     take_steps(run, 2 * num_sequences // 4)
     assert len(lessons) == read
-    once = config.changed(output_dir=str(tmp_path / "once"), repeat_sequences=False)
-    fill_teacher_cache(once)
-    assert begin_run(once).objective.teacher is not None
 
 
 def test_a_stopped_pass_goes_on_with_what_is_missing(chat_llama, tmp_path, lessons, capsys, monkeypatch):

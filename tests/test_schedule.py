@@ -148,7 +148,7 @@ def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsy
     rows.write_text("".join(json.dumps({"body": TEXT[at : at + 500]}) + "\n" for at in range(0, 8000, 500)))
     wanda = [*base, "--method", "wanda", "--calibration", str(rows), "--num-sequences", "4", "--seq-len", "32"]
     assert "text" in refused(wanda, capsys)  # the default column is not there
-    assert main([*wanda, "--column", "body", "--pattern", "4:8", "--rotation-iterations", "4"]) == 0
+    assert main([*wanda, "--column", "body", "--pattern", "4:8"]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0  # castlm.json says 4:8
     assert "4:8" in capsys.readouterr().out
 

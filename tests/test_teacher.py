@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(begun, tmp_path):
 
 def test_epochs_that_repeat_are_taught_once(config, tmp_path, lessons):
     (tmp_path / "short.txt").write_text("a few words of a text, \n" * 30)
-    train(config.changed(dataset=str(tmp_path / "short.txt"), eval_fraction=0.3, repeat_sequences=True))
+    train(config.changed(dataset=str(tmp_path / "short.txt"), eval_fraction=0.3))
     assert 0 < len(lessons) < 8
 
 

@@ -440,7 +440,7 @@ def test_the_config_of_an_overwritten_run_may_be_the_config_that_overwrites(llam
 
 def test_parts_of_a_checkpoint_that_was_being_removed_go_with_the_next_save(llama, text, tmp_path):
     fields = {"max_steps": 4, "save_steps": 2}
-    config = small(llama, text, tmp_path / "run", save_total_limit=1, **fields)
+    config = small(llama, text, tmp_path / "run", **fields)
     train_until(config, 2)
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "step-00000001").mkdir()

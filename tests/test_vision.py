@@ -15,7 +15,6 @@ from castlm.export.verify import verify
 from castlm.models.architecture import auto_class, check_head, is_vision_language
 from castlm.models.io import load_model
 from castlm.oneshot.methods import change_basis_
-from castlm.oneshot.options import BasisOptions
 from castlm.packed import native
 from tests.runs import assert_equal_weights, edit_json, prune_to, record_of, small_command
 from tests.slow import slow_but
@@ -129,7 +128,7 @@ def test_the_basis_inside_the_blocks_changes_and_the_stream_that_images_enter_do
     model = tiny_model(family)
     ids = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(0))
     before, embeddings = model(ids).logits, model.get_input_embeddings().weight.clone()
-    report = change_basis_(model, ids, BasisOptions(rotation_iterations=5))
+    report = change_basis_(model, ids)
     assert [change.what for change in report.changes] == ["values rotated", "MLP neurons permuted"]
     assert report.changes[1].num_tried == 2
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)

@@ -35,9 +35,6 @@ class EvaluateOptions(ScoredTextOptions):
     eval_split: str = option("validation", needs=TEXT)
     """Split of a hub dataset."""
 
-    eval_config: str | None = option(None, needs=TEXT)
-    """Configuration of a hub dataset."""
-
     eval_tokens: int = number(0, at_least=0, needs=TEXT)
     """Maximum number of tokens of the text. 0 scores all of it."""
 
@@ -175,9 +172,7 @@ def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]
 
     prompts = [] if options.prompts is None else read_prompts(options.prompts, options)
     if options.text is not None:
-        documents = open_documents(
-            options.text, options, split=options.eval_split, data_config=options.eval_config, shown=shown_progress
-        )
+        documents = open_documents(options.text, options, split=options.eval_split, shown=shown_progress)
     device = choose_device(options.device)
     code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
     loaded = load_model(options.model, unpack=device != "cpu", **code)  # measures the computation of castlm generate

@@ -64,7 +64,6 @@ class CacheOptions:
     teacher_top_k: int = _of_cache(TeacherOptions, "teacher_top_k", default=64)
     seq_len: int = _of_cache(DataOptions, "seq_len", essential=False)
     per_device_train_batch_size: int = _of_cache(OptimizerOptions, "per_device_train_batch_size")
-    repeat_sequences: bool = _of_cache(DataOptions, "repeat_sequences")
     eval_dataset: str | None = _of_cache(EvaluationOptions, "eval_dataset", essential=False)
     precision: Literal["auto", "fp32", "bf16"] = _of_cache(RuntimeOptions, "precision")
 
@@ -117,10 +116,9 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
                 remedy = "" if isinstance(error, InputError) else ": the same command with --resume continues there"
                 note(f"the text is finished, {self.teacher_cache} is not{remedy}")
                 raise
-            serves = "any number of steps" if config.data.repeat_sequences else "one epoch"
             to_stdout(
                 f"{self.teacher_cache}: the teacher's top {self.teacher_top_k} tokens for {num_sequences:,} sequences "
-                f"of {self.seq_len} tokens, for {serves} without a teacher"
+                f"of {self.seq_len} tokens, for any number of steps without a teacher"
             )
         to_stdout(f"train on it with: {command_with('train', config.given)}")
         return 0
@@ -131,7 +129,6 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
         options: dict[str, Any] = {name: getattr(self, name) for name in given(self, passed_on)}
         if self.teacher_cache is not None:
             options |= {name: getattr(self, name) for name in (*names_of(CacheOptions), "seed", "device")}
-            options |= {} if self.repeat_sequences else {"num_train_epochs": 1}  # the first epoch, or all
         return TrainConfig.of(result_folder(self.path), self.output_file, "RUN", **options)
 
     def _sample(self, file: Any, prompts: list[str] | None) -> None:

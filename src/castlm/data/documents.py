@@ -44,6 +44,8 @@ OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Piece
 """The reader of a file by its suffix: a function of the file, the options, the cache of decompressed units, and the
 places of lines that an earlier start of the run has found."""
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
+HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?")
+"""The name of a hub dataset: repository, configuration and revision."""
 LARGE_BYTES = 64 << 20  # of files, from which on opening them takes seconds
 HUB_HELD_OUT = 200  # documents of a stream
 HUB_BUFFER = 1000  # documents of a stream that are held and shuffled together
@@ -255,7 +257,6 @@ def open_documents(
     options: TextOptions = DEFAULTS,
     *,
     split: str = "train",
-    data_config: str | None = None,
     indexes: LineIndexes | None = None,
     shown: Shown | None = None,
 ) -> Documents | HubDocuments:
@@ -265,10 +266,11 @@ def open_documents(
     - .jsonl, .jsonl.gz: a document is the string in `column` of each line, or its conversation, with its images.
     - .parquet: a document is a row of `column`.
     - A folder: all files of these types directly in it except hidden ones, sorted by name. A glob likewise.
-    - Otherwise the name of a hub dataset, `owner/name` or `owner/name@revision`, which is streamed.
+    - Otherwise the name of a hub dataset, which is streamed: `owner/name`, `owner/name:config`, `owner/name@revision`
+      or `owner/name:config@revision`.
 
     Args:
-        split, data_config: of a hub dataset.
+        split: of a hub dataset.
         indexes: of .jsonl files, from an earlier start of a run; takes those of the files that are opened.
         shown: shows the progress of opening files of `LARGE_BYTES` and more.
 
@@ -279,9 +281,7 @@ def open_documents(
     """
     files = find_files(dataset)
     if files is None:
-        return open_hub(str(dataset), options, split, data_config)
-    if data_config is not None:
-        raise InputError(f"data_config {data_config!r} is for hub datasets, and {dataset} is local: remove it")
+        return open_hub(str(dataset), options, split)
     total, read = sum(file.stat().st_size for file in files), 0
     with contextlib.ExitStack() as stack:
         progress: Progress = silent
@@ -319,7 +319,7 @@ def find_files(dataset: str | Path) -> list[Path] | None:
         found = [path]
     elif glob.has_magic(str(path)):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-    elif _suffix(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?", str(dataset)):
+    elif _suffix(path) or not HUB_NAME.fullmatch(str(dataset)):
         raise InputError(f"{dataset}: no such file or folder; name a file ({known}), a folder or a glob of them")
     else:
         return None
@@ -369,14 +369,16 @@ def joined_digest(digests: Sequence[str]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def open_hub(name: str, options: TextOptions, split: str, data_config: str | None) -> HubDocuments:
-    """The split of `name`, owner/name or owner/name@revision; see `open_documents`."""
+def open_hub(name: str, options: TextOptions, split: str) -> HubDocuments:
+    """A split of a hub dataset; see `open_documents` for its name."""
     import datasets  # slow to import
     from huggingface_hub import HfApi
 
-    repository, _, revision = name.partition("@")
+    parts = HUB_NAME.fullmatch(name)
+    assert parts is not None
+    repository, data_config, revision = parts.groups()
     try:
-        commit = HfApi().dataset_info(repository, revision=revision or None).sha
+        commit = HfApi().dataset_info(repository, revision=revision).sha
 
         def open_stream() -> Any:
             found = datasets.load_dataset(repository, data_config, split=split, revision=commit, streaming=True)

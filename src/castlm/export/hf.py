@@ -366,7 +366,7 @@ def check_login(repo_id: str) -> None:
         ) from None
 
 
-def push(folder: Path, repo_id: str, *, private: bool) -> str:
+def push(folder: Path, repo_id: str) -> str:
     """Creates the repository `repo_id` if needed and uploads all files of a model folder in one commit.
 
     The commit removes weights of an earlier upload under other names, which would be loaded instead of these.
@@ -378,7 +378,7 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
 
     api = HfApi()
     try:
-        created = api.create_repo(repo_id, private=private, exist_ok=True)
+        created = api.create_repo(repo_id, exist_ok=True)
         commit: Any = api.upload_folder(
             folder_path=folder,
             repo_id=created.repo_id,

@@ -17,7 +17,7 @@ from castlm.methods.ste import SRSTE
 class AST(SRSTE):
     """The equation of AST under plain Adam: SR-STE with an annealed decay, without the extra weights of that paper.
 
-    The decay enters the gradient and grows linearly to `srste_lam` over the first quarter of the run. The mask is the
+    The decay enters the gradient and grows linearly to `lam` over the first quarter of the run. The mask is the
     one by magnitude, refreshed every `mask_interval` steps.
     """
 
@@ -27,4 +27,4 @@ class AST(SRSTE):
 
     def before_update(self, step: int, parameters: Iterable[Tensor]) -> None:
         ramp = min(1.0, step / (0.25 * self.optimizer_options.max_steps))  # t / T0 with T0 = T / 4, then 1
-        self.add_decay_(parameters, self.options.srste_lam * ramp)
+        self.add_decay_(parameters, self.lam * ramp)

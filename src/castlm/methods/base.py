@@ -137,8 +137,7 @@ class Retraining:
             groups,
             lr=optimizer.learning_rate,  # type: ignore[arg-type]  # a run has filled the default in by now
             betas=optimizer.adam_betas,
-            eps=optimizer.adam_epsilon,
-            lam=options.lam,  # type: ignore[arg-type]  # a run has measured "auto" by now
+            lam=options.lam or 0.0,  # type: ignore[arg-type]  # a run has measured "auto" by now
             total_steps=optimizer.max_steps,
             mask_interval=self.mask_interval,
             decay=options.decay,

@@ -59,13 +59,15 @@ class MethodOptions(Bounded):
     """Fraction of max_steps after which "horizon" has every masked weight at zero and the mask is final. The default is
     0.3 for n:m from a given mask, else 0.1."""
 
-    lam: float | Literal["auto"] = number(
-        4e-7,
+    lam: float | Literal["auto"] | None = number(
+        None,
         at_least=0,
         needs=(of_methods("lam"), Needs("a decay that uses lam", lambda run: run.reads_lam)),
     )
-    """Decay coefficient of "proportional" and "additive", about the size of the gradient. auto measures the momentum
-    first."""
+    """Decay coefficient. Of "proportional" and "additive" it is about the size of the gradient: by default 4e-7, and
+    auto measures the momentum first. In the methods srste and ast the gradient of a masked weight gains lam times the
+    weight (ast: AST's equation under plain Adam, not its authors' optimizer): by default 0.005; our tables use 0.05 for
+    stories260K."""
 
     mask_interval: int = number(
         10,
@@ -82,11 +84,6 @@ class MethodOptions(Bounded):
     )
     """Steps between mask refreshes (T1). With a given n:m mask, masked weights start at zero, and a refresh keeps one
     again if it has grown larger than a kept weight of its group."""
-
-    srste_lam: float = number(5e-3, at_least=0, needs=of_methods("srste_lam"))
-    """Decay coefficient of the methods srste and ast: the gradient of a masked weight gains srste_lam times the weight
-    (ast: AST's equation under plain Adam, not its authors' optimizer).
-    Our tables use 0.005 for SmolLM2-135M and 0.05 for stories260K."""
 
     scale_groups: int = number(2, at_least=0, needs=of_methods("scale_groups"))
     """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
@@ -110,7 +107,12 @@ class MethodOptions(Bounded):
     @property
     def reads_lam(self) -> bool:
         """Whether `lam` has an effect."""
-        return self.row.decays and DECAYS[self.decay].needs_lam
+        return "lam" in self.row.options and (not self.row.decays or DECAYS[self.decay].needs_lam)
+
+    @property
+    def default_lam(self) -> float:
+        """The decay coefficient where none is given: of the mix in AdamS, or of a weight in a gradient (SR-STE)."""
+        return 4e-7 if self.row.decays else 5e-3
 
     @property
     def reads_decay_end(self) -> bool:
@@ -190,9 +192,6 @@ class OptimizerOptions(Bounded):
 
     adam_betas: tuple[float, float] = number((0.5, 0.99), at_least=0, below=1)
     """Decay rates of Adam's moments."""
-
-    adam_epsilon: float = number(1e-8, above=0)
-    """Added to the square root of the second moment."""
 
     max_grad_norm: float = number(1.0, at_least=0)
     """Gradient norm above which gradients are scaled down. 0 turns clipping off."""

@@ -19,8 +19,14 @@ class STE(Retraining):
 class SRSTE(STE):
     """STE whose gradient also decays the masked weights (Zhou et al. 2021, arXiv 2102.04010, Eq. 9)."""
 
+    @property
+    def lam(self) -> float:
+        """The decay coefficient."""
+        assert isinstance(self.options.lam, float)  # a config has filled it in, and refuses "auto"
+        return self.options.lam
+
     def before_update(self, step: int, parameters: Iterable[Tensor]) -> None:
-        self.add_decay_(parameters, self.options.srste_lam)
+        self.add_decay_(parameters, self.lam)
 
     @torch.no_grad()
     def add_decay_(self, parameters: Iterable[Tensor], coefficient: float) -> None:

@@ -69,14 +69,14 @@ METHODS: dict[str, Method] = {
         "castlm.methods.ste", "STE", "straight-through estimator, a new mask at every step (arXiv 1308.3432)"
     ),
     "srste": Method(
-        "castlm.methods.ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("srste_lam",)
+        "castlm.methods.ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("lam",)
     ),
     "ast": Method(
         "castlm.methods.ast",
         "AST",
         "SR-STE with an annealed decay: the equation of AST (arXiv 2407.20584) under plain Adam, masks by magnitude; "
         "its authors' optimizer adds the decay after the momentum and takes masks by Wanda's metric",
-        ("srste_lam", "mask_interval"),
+        ("lam", "mask_interval"),
     ),
     "gradual_magnitude": Method(
         "castlm.methods.gradual",

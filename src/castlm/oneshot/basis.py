@@ -31,7 +31,7 @@ from castlm.oneshot.axes import (
 )
 from castlm.oneshot.families import Attention, Block, Mlp, describe
 from castlm.oneshot.inputs import entries_of
-from castlm.oneshot.options import BasisOptions
+from castlm.oneshot.options import BasisOptions, Effort
 from castlm.oneshot.ranks import ONE_RANK, Ranks, each_by_one
 from castlm.oneshot.report import BasisReport
 from castlm.oneshot.routed import Seen
@@ -121,6 +121,7 @@ def change_block_basis_(
     seen: Seen,
     inputs: BlockInputs,
     options: BasisOptions,
+    effort: Effort,
     pattern: NM,
     report: BasisReport,
     ranks: Ranks = ONE_RANK,
@@ -133,10 +134,10 @@ def change_block_basis_(
     attention, turns_values = block.attention, options.rotates_values or options.permute
     mlps = [mlp for mlp in block.mlps if mlp.down.layer in statistics] if options.permute else []
     searches: list[Callable[[], Found | None]] = [
-        partial(find_order, mlp, statistics, pattern, options.permute_iterations) for mlp in mlps
+        partial(find_order, mlp, statistics, pattern, effort.permute_iterations) for mlp in mlps
     ]
     if turns_values:
-        searches.insert(0, partial(find_turn, attention, statistics, pattern, options))
+        searches.insert(0, partial(find_turn, attention, statistics, pattern, options, effort))
     found = each_by_one(ranks, searches)
     # rank 0 has the first batch
     before = inputs.first_outputs(is_unchanged=True) if ranks.rank == 0 else None
@@ -185,7 +186,9 @@ class Found(NamedTuple):
     after: float
 
 
-def find_turn(attention: Attention, statistics: Statistics, pattern: NM, options: BasisOptions) -> Found | None:
+def find_turn(
+    attention: Attention, statistics: Statistics, pattern: NM, options: BasisOptions, effort: Effort
+) -> Found | None:
     """A rotation of the values of each KV head (a permutation with rotate off), for a lower error of v and o.
 
     None if no change applies.
@@ -207,11 +210,11 @@ def find_turn(attention: Attention, statistics: Statistics, pattern: NM, options
             attention.num_kv_heads,
             attention.head_dim,
             pattern,
-            iterations=options.rotation_iterations,
+            iterations=effort.rotation_iterations,
         )
     elif attention.head_dim % pattern.m == 0:
         score = importance(outputs, output_factor)
-        rotations = _value_permutations(attention, score, pattern, options.permute_iterations)
+        rotations = _value_permutations(attention, score, pattern, effort.permute_iterations)
     else:
         return None
     new_value = rotate_columns(values.T, rotations, writers).T

@@ -105,9 +105,12 @@ def steps_of(
     pattern: Pattern,
     basis: BasisOptions = NO_BASIS,
     refinements: Refinements = NO_REFINEMENTS,
-    effort: str = "best",
+    effort: str = "published",
 ) -> list[Step]:
-    """The steps that prune a model by a method, for `run_start`.
+    """The steps that prune a model by a method, for `run_start`; by default as published.
+
+    Args:
+        effort: the `start_effort`, a row of `EFFORTS`. Its options are in `basis` and `refinements` already.
 
     Raises:
         InputError: as `applied`, or a rotation that does not apply.
@@ -120,15 +123,15 @@ def steps_of(
     steps: list[Step] = []
     reads_text = SOLVERS[method].reads_text
     if isinstance(pattern, NM) and reads_text and not basis.is_off:
-        steps.append(ChangeBasis(pattern, basis))
+        steps.append(ChangeBasis(pattern, basis, EFFORTS[effort]))
     elif basis.rotate not in ("auto", "off"):
         why = (
             f"needs a calibration text, and {method} reads none" if not reads_text else f"is for n:m, not for {pattern}"
         )
         raise InputError(f"rotate {basis.rotate} {why}: use rotate auto")
-    steps.append(Solve(method, pattern, refinements))
+    steps.append(Solve(method, pattern, refinements, EFFORTS[effort].is_staged))
     if refinements.reconstruct_epochs:
-        steps.append(Reconstruct(refinements.reconstruct_epochs, refinements.reconstruct_rate))
+        steps.append(Reconstruct(refinements.reconstruct_epochs))
     return steps
 
 
@@ -141,6 +144,7 @@ def prune_oneshot_(
     extras: Extras = None,
     basis: BasisOptions = NO_BASIS,
     refinements: Refinements = NO_REFINEMENTS,
+    effort: str = "published",
     filter_fn: FilterFn | None = None,
     precision: str = "fp32",
     say: Say = silent,
@@ -158,6 +162,7 @@ def prune_oneshot_(
         extras: for each sequence, the further arguments of the model's forward, such as images.
         basis: changes of basis before the prune; off by default.
         refinements: beyond the method as published; off by default, see `applied`.
+        effort: "published", "quick" or "best", as the option `start_effort`; it sets none of `basis` and `refinements`.
         filter_fn: chooses the layers to prune, as for `sparse_linears`.
         precision: see `castlm.data.calibration.CalibrationText`.
         say: as for `castlm.oneshot.run.run_start`.
@@ -175,7 +180,9 @@ def prune_oneshot_(
     check_type(basis, BasisOptions, "basis must be BasisOptions", "leave it out for none")
     check_type(refinements, Refinements, "refinements must be Refinements", "leave it out for none")
     pattern = parse_pattern(pattern)
-    steps = steps_of(method, pattern, basis, refinements)
+    if effort not in EFFORTS:
+        raise InputError(f"effort {effort!r} is unknown: use one of {', '.join(EFFORTS)}")
+    steps = steps_of(method, pattern, basis, refinements, effort)
     text = None if calibration is None else (calibration, extras, precision)
     return _run(model, steps, pattern, text, filter_fn, say, progress)
 
@@ -214,7 +221,7 @@ def change_basis_(
     pattern = parse_pattern(pattern)
     if not isinstance(pattern, NM):
         raise InputError(f"a change of basis is for n:m patterns, not for {pattern}: use 2:4")
-    steps: list[Step] = [ChangeBasis(pattern, basis or BasisOptions())]
+    steps: list[Step] = [ChangeBasis(pattern, basis or BasisOptions(), EFFORTS["best"])]
     return _run(model, steps, pattern, (calibration, extras, precision), filter_fn, say, progress).basis
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from castlm.fields import Bounded, Needs, essential, number, option
+from castlm.fields import Bounded, Needs, choice, number, option
 
 T = TypeVar("T")
 
@@ -26,7 +26,6 @@ def _read(name: str, words: str, **more: Any) -> Needs:
     return Needs(words, lambda options: name in options.read_refinements, **more)
 
 
-_EPOCHS = Needs("reconstruct_epochs above 0", lambda options: options.reconstruct_epochs > 0)
 _DAMPED = "a solver that inverts a Hessian, such as sparsegpt"
 _REFINED = "a solver that refinements follow, such as sparsegpt, and an n:m pattern"
 
@@ -41,22 +40,29 @@ class Effort(NamedTuple):
 
     options: dict[str, Any]
     """The options that it sets; options that are given override them."""
-    calibration: float
+    calibration: float = 1.0
     """The share of the default calibration text that it reads."""
+    is_staged: bool = True
+    """Whether the statistics of a layer are collected after the layers before it in its transformer block are pruned,
+    as --true-sequential of SparseGPT's published code does. This takes one partial pass over the text for each input
+    of a block."""
+    rotation_iterations: int = 100
+    """Optimization steps for each rotation."""
+    permute_iterations: int = 6
+    """Rounds of the search for a permutation, each with one linear assignment."""
 
 
 EFFORTS = {
-    "best": Effort({}, 1.0),
+    "best": Effort({}),
     "quick": Effort(
-        {
-            "rotation_iterations": 20,
-            "permute_iterations": 4,
-            "staged_statistics": False,
-            "mask_iterations": 0,
-            "refit_iterations": 6,
-            "damping": 0.03,
-        },
-        0.25,
+        {"mask_iterations": 0, "refit_iterations": 6, "damping": 0.03},
+        calibration=0.25,
+        is_staged=False,
+        rotation_iterations=20,
+        permute_iterations=4,
+    ),
+    "published": Effort(
+        {"rotate": "off", "permute": False, "mask_iterations": 0, "refit_iterations": 0}, is_staged=False
     ),
 }
 """The settings of each `start_effort`."""
@@ -64,18 +70,19 @@ EFFORTS = {
 
 def with_effort(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values`, the options that are given, with those that their `start_effort` sets."""
-    effort = EFFORTS.get(str(values.get("start_effort")))
-    return {**effort.options, **values} if effort else dict(values)
+    effort = EFFORTS.get(str(values.get("start_effort")), EFFORTS["best"])
+    return {**effort.options, **values}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EffortOptions:
     """The effort of a start, which sets the options of its solver."""
 
-    start_effort: Literal["best", "quick"] = essential("best", needs=CALIBRATED)
+    start_effort: str = choice("best", EFFORTS, essential=True, needs=CALIBRATED)
     """Effort of the one-shot start. quick takes a fifth of the time, for demonstrations: it reads a quarter of the
     calibration text, once for each transformer block, and refits kept weights in place of ADMM. SmolLM2-135M has 11 to
-    15 % more perplexity with it after 100 steps."""
+    15 % more perplexity with it after 100 steps. published is the solver as its authors describe it: no change of
+    basis, no refinements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +95,6 @@ class BasisOptions(Bounded):
 
     permute: bool = option(True, needs=TURNED._replace(off=False))
     """Permute the MLP neurons before the prune, and the values of attention heads if they are not rotated."""
-
-    rotation_iterations: int = number(
-        100, at_least=1, needs=(TURNED, Needs("a rotation", lambda options: options.rotates_values))
-    )
-    """Optimization steps for each rotation."""
-
-    permute_iterations: int = number(6, at_least=1, needs=(TURNED, Needs("permute", lambda options: options.permute)))
-    """Rounds of the search for a permutation, each with one linear assignment."""
 
     @property
     def rotates_values(self) -> bool:
@@ -112,11 +111,6 @@ NO_BASIS = BasisOptions(rotate="off", permute=False)
 @dataclass(frozen=True, kw_only=True)
 class Refinements(Bounded):
     """The damping of SparseGPT, and refinements beyond its published form."""
-
-    staged_statistics: bool = option(True, needs=(CALIBRATED, _read("staged_statistics", _REFINED, off=False)))
-    """Collect the statistics of a layer after the layers before it in its transformer block are pruned, as
-    --true-sequential of SparseGPT's published code does. This takes one partial pass over the text for each input of
-    a transformer block."""
 
     mask_iterations: int = number(
         16, at_least=0, at_most=10_000, needs=(CALIBRATED, _read("mask_iterations", _REFINED, off=0))
@@ -140,13 +134,6 @@ class Refinements(Bounded):
     """Epochs over the calibration text in which each transformer block learns the outputs of the dense block. They
     stop early when the error on held-out sequences rises. An epoch costs as much as training on that text."""
 
-    reconstruct_rate: float = number(
-        1e-3,
-        above=0,
-        needs=(_read("reconstruct_rate", _REFINED), _EPOCHS),
-    )
-    """Learning rate of the reconstruction."""
-
     damping: float = number(
         0.01,
         at_least=0,
@@ -163,5 +150,5 @@ class Refinements(Bounded):
         return 0 if self.mask_iterations else 20
 
 
-NO_REFINEMENTS = Refinements(staged_statistics=False, mask_iterations=0, refit_iterations=0)
+NO_REFINEMENTS = Refinements(mask_iterations=0, refit_iterations=0)
 """SparseGPT as published."""

@@ -71,18 +71,21 @@ def _half_removed(folder: Path) -> list[Path]:
     return [entry for entry in named if entry.is_dir() and not entry.is_symlink()]
 
 
+KEPT = 2
+"""The number of checkpoints that a run keeps: the older one is whole where the newer one is damaged."""
+
+
 class Saver:
     """Writes the checkpoints of a run into `folder/step-XXXXXXXX`, one at a time. All ranks call each method together.
 
     Args:
-        keep: number of checkpoints that are kept.
         background: write during the following steps, from a copy in host memory; at once where there is no memory for
             a copy.
         say: called with a line for each complete checkpoint.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World, *, background: bool, say: Say) -> None:
-        self.folder, self.keep, self.world, self.background, self.say = folder, keep, world, background, say
+    def __init__(self, folder: Path, world: World, *, background: bool, say: Say) -> None:
+        self.folder, self.world, self.background, self.say = folder, world, background, say
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._half_removed = _half_removed(folder) if world.is_main else []  # the main rank publishes, and removes
         self._pending: tuple[int, str, Future[dict[str, tuple[int, int]]]] | None = None
@@ -206,7 +209,7 @@ class Saver:
             # The rename makes it a checkpoint, at once and whole; what was killed before it is a hidden folder.
             os.rename(temporary, final)
             flush_folder(self.folder)
-            for old in [*list(checkpoint_steps(self.folder).values())[: -self.keep], *self._half_removed]:
+            for old in [*list(checkpoint_steps(self.folder).values())[:-KEPT], *self._half_removed]:
                 _remove(old)
             self._half_removed = []
         except (OSError, InputError) as error:

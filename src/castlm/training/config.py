@@ -54,7 +54,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "second_moment": "mix",
         "init_from": "magnitude",
         "learning_rate": 2e-5,
-        "lam": 4e-7,
         "mask_interval": 10,
         "scale_groups": 2,
         "eta": 1 / 3,
@@ -185,6 +184,8 @@ class TrainConfig:
         if method.decay_end is None:
             # From zero, a masked weight needs some steps to outgrow a kept one: the mask stays open longer.
             self._set("method", decay_end=0.3 if method.step0(self.start.name) == "from zero" else 0.1)
+        if method.lam is None and method.reads_lam:
+            self._set("method", lam=method.default_lam)
         if self.teacher.hidden_weight is None:
             reads_dense = self.teacher.teacher is None and self.teacher.teacher_cache is None
             changes = method.row.is_sparse or method.weight_bits is not None
@@ -198,6 +199,10 @@ class TrainConfig:
             applied(part_of(self.start, Refinements), start, pattern, self.start.start_effort)
         if self.method.row.is_sparse and not isinstance(pattern, self.method.row.patterns):
             raise InputError(f"method {self.method.method} does not train to {pattern}: use another method, or 2:4")
+        if self.method.lam == "auto" and self.method.reads_lam and not self.method.row.decays:
+            raise InputError(
+                f"lam auto measures the momentum, which method {self.method.method} does not decay: give a number"
+            )
         if start != "magnitude" and self.method.row.step0 == "dense":
             raise InputError(f"init_from {start}: method {self.method.method} starts dense; omit init_from")
         if self.adapter.adapter != "none" and not self.is_finetuning:

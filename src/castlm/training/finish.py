@@ -272,12 +272,12 @@ def _general_conditions(run: Trainer) -> Conditions:
     )
 
 
-def upload(model: Path, repo: str, facts: Facts, world: World, *, private: bool) -> None:
+def upload(model: Path, repo: str, facts: Facts, world: World) -> None:
     """Uploads the result, unless the run diverged or fell short: the repository may hold a better one."""
     if facts.verdict is not None and (wrong := facts.verdict.outcome):
         if world.is_main:
             note(f"not uploaded, because the run {wrong}; hf upload {repo} {model} uploads it anyway")
         return
-    url = world.on_main(functools.partial(push, model, repo, private=private), patient=True)
+    url = world.on_main(functools.partial(push, model, repo), patient=True)
     if world.is_main:
         note(f"uploaded: {url}")

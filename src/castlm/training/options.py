@@ -25,7 +25,6 @@ HIDDEN_WEIGHT = 15.0
 
 SPARSE = Needs("a method that makes weights sparse", lambda run: run.row.is_sparse)
 DISTILLED = Needs("eta above 0", lambda run: run.eta > 0)
-HELD_OUT = Needs("an eval_dataset", lambda run: bool(run.eval_datasets))
 CHECKPOINTS = Needs("save_steps above 0", lambda run: run.save_steps > 0)
 UPLOAD = Needs("push_to_hub", lambda run: run.push_to_hub)
 
@@ -68,27 +67,21 @@ class DataOptions(ScoredTextOptions):
     """The training text."""
 
     dataset: str | tuple[str, ...] = essential()
-    """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub name (streamed). Several
-    are mixed by their weights, which are shares of the tokens: a.txt:0.7 b.jsonl:0.3, or equally without weights. A
-    .txt file is one document, or several separated by <|endoftext|>."""
+    """Training text: .txt, .jsonl, .jsonl.gz or .parquet, a folder or glob of these, or a hub dataset (streamed),
+    owner/name, owner/name:config or owner/name:config@revision. Several are mixed by their weights, which are shares of
+    the tokens: a.txt:0.7 b.jsonl:0.3, or equally without weights. A .txt file is one document, or several separated by
+    <|endoftext|>."""
 
     dataset_split: str = option(
         "train", needs=Needs("a dataset of the hub", lambda run: any(map(is_on_hub, run.datasets)))
     )
     """Split of a hub dataset."""
 
-    dataset_config: str | None = option(None)
-    """Configuration of a hub dataset."""
-
     seq_len: int = essential(SEQ_LEN, at_least=2)
     """Tokens per sequence."""
 
     cross_document_attention: bool = option(False)
     """Let the documents that are packed into one training sequence attend to each other."""
-
-    repeat_sequences: bool = option(False)
-    """Cut every epoch into the same sequences, in the same order, so that teacher_cache serves all epochs after the
-    first."""
 
     seed: int = number(0, at_least=0)
     """Seed of the data order, the dropout and the held-out split."""
@@ -102,10 +95,6 @@ class DataOptions(ScoredTextOptions):
                 raise InputError(f"dataset = {list(self.dataset)}: give at least one text, and weights above 0")
             if len(self.datasets) < len(self.dataset):
                 raise InputError("dataset names a text twice: give it once, with a larger weight")
-            if self.repeat_sequences:
-                raise InputError(
-                    "repeat_sequences needs a single dataset: the texts of a mixture have their own epochs"
-                )
 
     @property
     def datasets(self) -> dict[str, float]:
@@ -162,8 +151,9 @@ class TeacherOptions(Bounded):
     """Distill from the teacher's top-k tokens; the rest of the distribution is pooled into one bucket. 0 uses the full
     distribution."""
 
-    teacher_cache: str | None = option(None, changes_result=False)
-    """Folder that stores the teacher's top-k tokens, 8 bytes each, for later epochs and runs on the same text."""
+    teacher_cache: str | None = option(None, may_change=True)  # a repetition may not: `repeats_sequences`
+    """Folder that stores the teacher's top-k tokens, 8 bytes each, for later epochs and runs on the same text. Of a
+    single dataset, every epoch then has the sequences of the first."""
 
     def hidden_weight_at(self, step: int, max_steps: int) -> float:
         """The weight of the distance of hidden states at the 0-based `step`: linear from its full value down to 0.
@@ -191,9 +181,6 @@ class EvaluationOptions(Bounded):
         "validation", needs=Needs("an eval_dataset of the hub", lambda run: any(map(is_on_hub, run.eval_datasets)))
     )
     """Split of an eval_dataset on the hub."""
-
-    eval_config: str | None = option(None, needs=HELD_OUT)
-    """Configuration of an eval_dataset on the hub."""
 
     eval_fraction: float = number(
         0.02,
@@ -244,10 +231,8 @@ class CheckpointOptions(Bounded):
     """Dtype of the result's files. source: the dtype in which the dense model is stored."""
 
     save_steps: int = number(100, at_least=0, changes_result=False)
-    """Steps between checkpoints; the last step is also saved. 0 saves only on Ctrl-C and SIGTERM."""
-
-    save_total_limit: int = number(2, at_least=1, needs=CHECKPOINTS, changes_result=False)
-    """Number of checkpoints that are kept."""
+    """Steps between checkpoints, of which the newest two are kept; the last step is also saved. 0 saves only on Ctrl-C
+    and SIGTERM."""
 
     async_save: bool = option(True, needs=CHECKPOINTS, changes_result=False)
     """Write checkpoints during training, in the background. It takes one more copy of weights and moments in host
@@ -268,10 +253,8 @@ class CheckpointOptions(Bounded):
     """Upload the verified model to the Hugging Face Hub when the run ends, unless it diverged or fell short."""
 
     hub_model_id: str | None = option(None, needs=UPLOAD, changes_result=False)
-    """Repository to upload to, owner/name. The default is the name of output_dir."""
-
-    hub_private_repo: bool = option(False, needs=UPLOAD, changes_result=False)
-    """Make the repository private if it is created."""
+    """Repository to upload to, owner/name. The default is the name of output_dir. One that does not exist is created as
+    a public one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -195,7 +195,7 @@ def open_teacher_cache(
     assert options.teacher_cache is not None
     if text.documents.kind is Kind.WITH_EXTRA:
         raise InputError("teacher_cache identifies a sequence by its tokens, not by images: omit teacher_cache")
-    stream = [text.train_sha256, data.seed, data.seq_len, data.repeat_sequences, data.column, text.template_sha256]
+    stream = [text.train_sha256, data.seed, data.seq_len, data.column, text.template_sha256]
     settings = {
         "weights": teacher.fingerprint,
         "dtype": str(teacher_dtype(precision)),

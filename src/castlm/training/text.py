@@ -23,13 +23,13 @@ from castlm.data.documents import (
     split_documents,
 )
 from castlm.data.line_index import LineIndexes
-from castlm.data.packing import BatchLoader, MixedSequences, Sequences, open_sequences
+from castlm.data.packing import BatchLoader, MixedSequences, open_sequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
 from castlm.distributed.world import World, is_main_rank
 from castlm.models.io import open_model
 from castlm.progress import note, shown_progress
-from castlm.say import Say, silent
+from castlm.say import silent
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions
 
 
@@ -58,6 +58,8 @@ class TrainingText:
     general_sha256: str | None
     template_sha256: str | None
     """Hash of the chat template of the training documents; None for plain text."""
+    repeats: bool
+    """Whether every epoch has the sequences of the first."""
 
     @property
     def is_masked(self) -> bool:
@@ -89,7 +91,7 @@ def steps_of_epochs(
         raise InputError(f"num_train_epochs: {data.dataset} is streamed or a mixture, without epochs: give max_steps")
     _, _, tokenizer = open_model(model.model, **model.loading)
     encoder = open_encoder([documents], tokenizer, model.model, data, **model.loading)
-    sequences = _sequences(data, documents, encoder, silent)
+    sequences = open_sequences(documents, encoder, seq_len=data.seq_len, seed=data.seed)
     assert not isinstance(sequences, MixedSequences)  # a mixture has no end
     tokens = sequences.tokens_per_epoch()
     return max(1, math.ceil(num_epochs * tokens / (global_batch * data.seq_len)))
@@ -101,22 +103,13 @@ def _open_splits(
     """The training documents, and the texts of the evaluation."""
     shown = functools.partial(shown_progress, is_main=is_main_rank())
     opened = functools.partial(open_documents, options=data, indexes=indexes, shown=shown)
-    parts = [opened(text, split=data.dataset_split, data_config=data.dataset_config) for text in data.datasets]
-    held_out = [
-        opened(text, split=evaluation.eval_split, data_config=evaluation.eval_config)
-        for text in evaluation.eval_datasets
-    ]
+    parts = [opened(text, split=data.dataset_split) for text in data.datasets]
+    held_out = [opened(text, split=evaluation.eval_split) for text in evaluation.eval_datasets]
     if not held_out:
         splits = [split_documents(part, evaluation.eval_fraction, data.seed) for part in parts]
         parts, held_out = [part for part, _ in splits], [part for _, part in splits]
     mixed = parts[0] if len(parts) == 1 else Mixture(parts, list(data.datasets.values()))
     return mixed, held_out
-
-
-def _sequences(data: DataOptions, documents: AnyDocuments, encoder: Encoder, say: Say) -> Sequences:
-    return open_sequences(
-        documents, encoder, seq_len=data.seq_len, seed=data.seed, repeat=data.repeat_sequences, say=say
-    )
 
 
 def open_training_text(
@@ -128,6 +121,7 @@ def open_training_text(
     world: World,
     *,
     rows_per_rank: int,
+    repeats: bool = False,
     indexes: LineIndexes | None = None,
 ) -> TrainingText:
     """Opens the texts of a run and tokenizes the held-out text.
@@ -135,6 +129,8 @@ def open_training_text(
     Args:
         tokenizer: receives the chat template of `data`, if there is one.
         rows_per_rank: sequences of a batch on one rank.
+        repeats: every epoch of a single dataset has the sequences of the first. The texts of a mixture have epochs of
+            their own and are cut anew in each.
         indexes: the places of the documents in .jsonl files, of which those that are opened here are kept.
 
     Raises:
@@ -149,9 +145,10 @@ def open_training_text(
     encoder = open_encoder([documents, *scored], tokenizer, model.model, data, **model.loading)
     check_vocabulary(torch.tensor([encoder.eos, *encoder.bos]), vocab_size)  # they are not in every held-out text
     # All ranks read the same text, but each prepares only the images of its own rows.
-    says = world.is_main or documents.kind is Kind.WITH_EXTRA
+    say = note if world.is_main or documents.kind is Kind.WITH_EXTRA else silent
+    repeats = repeats and not isinstance(documents, Mixture)
     loader = BatchLoader(
-        _sequences(data, documents, encoder, note if says else silent),
+        open_sequences(documents, encoder, seq_len=data.seq_len, seed=data.seed, repeat=repeats, say=say),
         rows_per_rank=rows_per_rank,
         rank=world.rank,
         world_size=world.size,
@@ -187,4 +184,5 @@ def open_training_text(
         eval_sha256=eval_sha256,
         general_sha256=None if general is None else general.text_hash(),
         template_sha256=None if documents.kind is Kind.TEXT else encoder.template_sha256,
+        repeats=repeats,
     )

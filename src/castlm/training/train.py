@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Facts:
                     facts = finish(trainer)
                     world.on_main(lambda: drop_work(folder.path))
             if output.push_to_hub:  # also for a finished run, which may have been stopped before the upload
-                upload(folder.model, output.hub_repo, facts, world, private=output.hub_private_repo)
+                upload(folder.model, output.hub_repo, facts, world)
             return facts
 
 
@@ -131,7 +131,9 @@ def fill_teacher_cache(config: TrainConfig, progress: Progress = silent) -> int:
     dense = open_dense(config.model, world, seq_len=data.seq_len, teacher_top_k=options.teacher_top_k)
     vocab = vocab_size(dense.model.config)
     rows = config.optimizer.per_device_train_batch_size
-    text = open_training_text(config.model, data, config.evaluation, dense.tokenizer, vocab, world, rows_per_rank=rows)
+    text = open_training_text(
+        config.model, data, config.evaluation, dense.tokenizer, vocab, world, rows_per_rank=rows, repeats=True
+    )
     precision = choose_precision(runtime.precision, world.device, dense.model.config)
     cache = open_teacher_cache(options, data, text, dense, precision, world)
     model = as_teacher_(dense.model, teacher_dtype(precision))
@@ -159,6 +161,6 @@ def fill_teacher_cache(config: TrainConfig, progress: Progress = silent) -> int:
             objective.teacher_tokens(inputs)
         # The loader's position is that of the next sequence: in the second epoch, the first one is covered.
         done, is_whole = done + len(batch["input_ids"]), text.loader.state_dict()["epoch"] > 0
-        cache.cover(0, done, every_epoch=is_whole and data.repeat_sequences)
+        cache.cover(0, done, every_epoch=is_whole)
         progress(min(done, total), total)
     return done

@@ -175,6 +175,7 @@ class Trainer:
             vocab_size(self.model.config),
             world,
             rows_per_rank=config.optimizer.per_device_train_batch_size,
+            repeats=teacher.teacher_cache is not None,
             indexes=indexes,
         )
         self.precision = choose_precision(config.runtime.precision, world.device, self.model.config)
@@ -539,7 +540,7 @@ class Trainer:
             hidden=self.method.fixed_figures,
         )
         say = self.telemetry.say
-        self.saver = Saver(folder.checkpoints, options.save_total_limit, world, background=options.async_save, say=say)
+        self.saver = Saver(folder.checkpoints, world, background=options.async_save, say=say)
         if announce:
             for line in self._introduction():
                 say(line)
@@ -643,7 +644,7 @@ class Trainer:
         """Records the sequences that the teacher cache now holds."""
         if (cache := self.objective.cache) is not None:
             batch = self.config.optimizer.sequences_per_step(self.world.size)
-            whole_epoch = self.config.data.repeat_sequences and self.text.loader.state_dict()["epoch"] > 0
+            whole_epoch = self.text.repeats and self.text.loader.state_dict()["epoch"] > 0
             cache.cover(self.first_step * batch, self.step * batch, every_epoch=whole_epoch)
 
     # ------------------------------------------------------------------ the state of a checkpoint
@@ -657,6 +658,8 @@ class Trainer:
             "eval_sha256": self.text.eval_sha256,
             "precision_used": self.precision,
         }
+        if self.text.repeats:
+            facts["repeats_sequences"] = True
         if self.teacher_fingerprint:
             facts["teacher_fingerprint"] = self.teacher_fingerprint
         if self.text.template_sha256:

@@ -29,9 +29,7 @@ def run_oneshot(config: OneshotConfig) -> None:
     """Prunes, measures and writes the verified model."""
     pattern, device = config.pattern, choose_device(config.device)
     options = TextOptions.of(asdict(config))
-    text = open_documents(
-        config.calibration, options, split=config.calibration_split, data_config=config.calibration_config
-    )
+    text = open_documents(config.calibration, options, split=config.calibration_split)
     draw = Draw(documents=text, num_sequences=config.num_sequences, seed=config.seed, precision=config.precision)
     inputs = {name: getattr(config, name) for name in ("model", "calibration", "eval_dataset")}
     with output_folder(config.output_dir, "oneshot", resume=True, inputs=inputs) as folder:
@@ -56,7 +54,7 @@ def run_oneshot(config: OneshotConfig) -> None:
 def _measure(config: OneshotConfig, loaded: Loaded, device: str) -> tuple[float, dict[str, Any]]:
     """The perplexity of one model, and the entries of castlm.json about its measurement."""
     precision = choose_precision(config.precision, torch.device(device), loaded.model.config)
-    documents = open_documents(config.eval_dataset, config, split=config.eval_split, data_config=config.eval_config)
+    documents = open_documents(config.eval_dataset, config, split=config.eval_split)
     encoder = text_encoder(loaded.tokenizer, config)
     held_out = scored_text(documents, encoder, config.eval_tokens or None)
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None

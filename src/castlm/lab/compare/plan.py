@@ -120,7 +120,7 @@ EVALUATIONS = 4
 _NAMED = ("model", "dataset", "eval_dataset", "output_dir", "seed")
 _OF_COMPARE = (*_NAMED, "max_steps", "num_train_epochs", "resume", "overwrite")
 """Options of a run that a comparison sets itself."""
-_OF_ALL = ("seq_len", "eval_tokens", "eval_split", "eval_config", "assistant_only_loss")
+_OF_ALL = ("seq_len", "eval_tokens", "eval_split", "assistant_only_loss")
 """Options that define what a perplexity measures; perplexities that differ in one are not compared."""
 
 _OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "seq_len")
@@ -196,18 +196,18 @@ class Plan:
         shared = {name: self.common[name] for name in _OF_STEP if name in self.common}
         return command.max_steps * TrainConfig.from_mapping({**named, **shared}).tokens_per_step
 
-    def _texts(self) -> dict[str, tuple[str, str, str | None]]:
-        """The texts of the runs, by option: name, split and configuration."""
+    def _texts(self) -> dict[str, tuple[str, str]]:
+        """The texts of the runs, by option: name and split."""
         command, common = self.command, self.common
-        dataset = command.dataset, common.get("dataset_split", "train"), common.get("dataset_config")
-        held_out = common.get("eval_split", "validation"), common.get("eval_config")
+        dataset = command.dataset, common.get("dataset_split", "train")
+        held_out = common.get("eval_split", "validation")
         texts = {
             "dataset": dataset,
-            "eval_dataset": (command.eval_dataset, *held_out),
-            "calibration": dataset if command.calibration is None else (command.calibration, "train", None),
+            "eval_dataset": (command.eval_dataset, held_out),
+            "calibration": dataset if command.calibration is None else (command.calibration, "train"),
         }
         if command.tuning_dataset:
-            texts["tuning_dataset"] = (command.tuning_dataset, *held_out)
+            texts["tuning_dataset"] = (command.tuning_dataset, held_out)
         return texts
 
     def check_model(self) -> None:
@@ -240,8 +240,8 @@ class Plan:
 
         command, options = self.command, TextOptions.of(self.common)
         digests = {
-            name: open_documents(text, options, split=split, data_config=data_config, shown=shown_progress).text_hash()
-            for name, (text, split, data_config) in self.texts.items()
+            name: open_documents(text, options, split=split, shown=shown_progress).text_hash()
+            for name, (text, split) in self.texts.items()
         }
         if digests.get("tuning_dataset") == digests["eval_dataset"]:
             raise InputError(
@@ -335,7 +335,6 @@ class Plan:
             eval_steps=config.evaluation.eval_steps or max(1, steps // EVALUATIONS),
             # a short run saves at its end alone: a checkpoint of SmolLM2-135M is 1.5 GiB
             save_steps=config.checkpoint.save_steps if "save_steps" in fields else max(10, steps // 4),
-            save_total_limit=1,
         )
         content = {k: v for k, v in config.as_dict().items() if k not in ("output_dir", "resume", "overwrite")}
         if config.start.name not in ONESHOT:
@@ -360,7 +359,7 @@ class Plan:
     def _make_oneshot(self, name: str, named: dict[str, Any]) -> ComparedRun:
         variant = self.variants[name]
         fields = {**self.common, **variant}
-        calibration = ("calibration", "calibration_split", "calibration_config")
+        calibration = ("calibration", "calibration_split")
         shared = {option.name for option in dataclasses.fields(OneshotConfig)} - {*calibration, "num_sequences"}
         unused = [option for option in variant if option not in shared]
         unused += ["left_dense"] if fields.get("left_dense") else []

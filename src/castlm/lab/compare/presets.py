@@ -27,14 +27,7 @@ class Preset:
 
 # Two of the decays may not bring masked weights to zero within the budget; these presets show the effect.
 _ANY_BUDGET = {"method": "cast", "ignore_decay_budget": True}
-SPARSEGPT = {
-    "init_from": "sparsegpt",
-    "rotate": "off",
-    "permute": False,
-    "staged_statistics": False,
-    "mask_iterations": 0,
-    "refit_iterations": 0,
-}
+SPARSEGPT = {"init_from": "sparsegpt", "start_effort": "published"}
 """The start of the rivals: SparseGPT as published."""
 # The strongest recipe without castlm's own parts.
 _PUBLISHED = {**SPARSEGPT, "hidden_weight": 0.0}

@@ -53,9 +53,7 @@ class OneshotConfig(ScoredTextOptions):
     num_sequences: int = 128
     eval_tokens: int = 32768
     calibration_split: str = "train"
-    calibration_config: str | None = None
     eval_split: str = "validation"
-    eval_config: str | None = None
     device: str = "auto"
     precision: str = "auto"
     """Compute type of the evaluation and of the passes over the calibration text."""

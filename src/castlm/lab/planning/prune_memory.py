@@ -95,7 +95,7 @@ def plan_prune_memory(
         memory: "model" or "block", as in `castlm prune`.
         method: one that reads a calibration text: "wanda" or "sparsegpt".
         num_sequences, seq_len: of the calibration text; by default as in `castlm prune`.
-        effort: the `start_effort` that has set options of `refinements` which are not given.
+        effort: the `start_effort`, whose options are in `basis` and `refinements` already.
 
     Raises:
         InputError: an unreadable config, not a causal LM, nothing to prune, or a method or a memory that there is no
@@ -111,6 +111,7 @@ def plan_prune_memory(
     num_sequences = num_sequences or default_sequences(model.layers, seq_len, EFFORTS[effort])
     reads, layers = model.reads, sum(read.size for read in model.reads)
     turns_axes = not basis.is_off
+    is_staged = EFFORTS[effort].is_staged and SOLVERS[method].is_refined
     # Of the statistics: a vector or a matrix for each input.
     of_reads = [read.columns ** SOLVERS[method].axes for read in reads]
     widest = max(max(read.columns, read.rows) for read in reads)
@@ -119,7 +120,7 @@ def plan_prune_memory(
     parts = {
         "process": resident_memory() + LIBRARIES,
         "weights": 4 * (model.block if memory == "block" else model.total),
-        "statistics": 4 * (max(of_reads) if refinements.staged_statistics else sum(of_reads)),
+        "statistics": 4 * (max(of_reads) if is_staged else sum(of_reads)),
         "activations": 4 * tokens * (BLOCK_WIDTHS * widest // 2 + 4 * model.hidden),
         "solver": 4 * solver,
         "basis": 0,
@@ -131,7 +132,7 @@ def plan_prune_memory(
         # It is chosen by SparseGPT's statistics, whatever solves the layers after that.
         parts["statistics of the basis"] = 4 * sum(read.columns**2 for read in reads)
         turned += parts["statistics of the basis"]
-    if memory == "model" and refinements.staged_statistics:
+    if memory == "model" and is_staged:
         parts["attention outputs"] = 4 * num_sequences * seq_len * model.hidden
     seen = block + parts["statistics"] + parts.get("attention outputs", 0)
     # While a text is read, the statistics of its part stand beside their sums.

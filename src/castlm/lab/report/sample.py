@@ -45,10 +45,10 @@ def write_sample(run: RunData) -> dict[str, Any]:
     """
     config, data, evaluation = run.config, run.config.data, run.config.evaluation
     if evaluation.eval_datasets:
-        text, split, data_config = evaluation.eval_datasets[0], evaluation.eval_split, evaluation.eval_config
+        text, split = evaluation.eval_datasets[0], evaluation.eval_split
     else:
-        text, split, data_config = next(iter(data.datasets)), data.dataset_split, data.dataset_config
-    documents = open_documents(text, data, split=split, data_config=data_config)
+        text, split = next(iter(data.datasets)), data.dataset_split
+    documents = open_documents(text, data, split=split)
     if documents.kind is Kind.WITH_EXTRA:
         raise InputError(f"{text} has images, and the sample continues text alone")
     models: list[dict[str, str]] = []

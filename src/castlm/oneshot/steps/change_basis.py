@@ -11,7 +11,7 @@ from castlm.data.calibration import CalibrationText
 from castlm.oneshot.basis import change_block_basis_, why_unchanged
 from castlm.oneshot.families import describe
 from castlm.oneshot.inputs import see_inputs
-from castlm.oneshot.options import BasisOptions
+from castlm.oneshot.options import BasisOptions, Effort
 from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.solvers import SOLVERS
 from castlm.oneshot.source import Source
@@ -27,8 +27,8 @@ class ChangeBasis(Step):
 
     is_divided = True
 
-    def __init__(self, pattern: NM, basis: BasisOptions) -> None:
-        self.pattern, self.basis = pattern, basis
+    def __init__(self, pattern: NM, basis: BasisOptions, effort: Effort) -> None:
+        self.pattern, self.basis, self.effort = pattern, basis, effort
         self.is_known = False
         """Whether the family of the model allows the changes."""
 
@@ -36,7 +36,12 @@ class ChangeBasis(Step):
         return "a change of basis"
 
     def options(self) -> dict[str, Any]:
-        return asdict(self.basis)
+        effort = self.effort
+        iterations = {
+            "rotation_iterations": effort.rotation_iterations,
+            "permute_iterations": effort.permute_iterations,
+        }
+        return {**asdict(self.basis), **iterations}
 
     def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
         note = why_unchanged(source.model, self.basis)
@@ -51,5 +56,7 @@ class ChangeBasis(Step):
         visit.seen = see_inputs(visit.inside, visit.inputs, SOLVERS["sparsegpt"], visit.inputs.num_sequences)
         # Described again, because the earlier views may be of weights that have left the memory.
         block = describe(visit.source.model)[visit.index]
-        change_block_basis_(block, visit.seen, visit.inputs, self.basis, self.pattern, report.basis, visit.ranks)
+        change_block_basis_(
+            block, visit.seen, visit.inputs, self.basis, self.effort, self.pattern, report.basis, visit.ranks
+        )
         report.basis.seconds += time.perf_counter() - began

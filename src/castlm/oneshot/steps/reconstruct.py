@@ -25,6 +25,7 @@ from castlm.oneshot.walk import Visit
 
 _HELD_OUT = 8  # one batch in 8 is held out; with a single batch, one sequence in 8
 _BETAS = (0.9, 0.99)
+_RATE = 1e-3
 _FINAL_RATE = 0.05  # share of the learning rate that the cosine ends at
 
 
@@ -37,14 +38,14 @@ class Reconstruct(Step):
 
     follows_dense = is_divided = True
 
-    def __init__(self, epochs: int, learning_rate: float) -> None:
-        self.epochs, self.learning_rate = epochs, learning_rate
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
 
     def __str__(self) -> str:
         return "reconstruct_epochs"
 
     def options(self) -> dict[str, Any]:
-        return {"reconstruct_epochs": self.epochs, "reconstruct_rate": self.learning_rate}
+        return {"reconstruct_epochs": self.epochs}
 
     def check(self, source: Source, text: CalibrationText | None) -> None:
         if text is not None and len(text) < 2:
@@ -62,7 +63,7 @@ class Reconstruct(Step):
             visit.dense_outputs,
             {layer.get_parameter("weight"): layer.weight != 0 for layer in visit.inside.values()},
             epochs=self.epochs,
-            learning_rate=self.learning_rate,
+            learning_rate=_RATE,
             division=inputs.division,
         )
         report.reconstructions.append(result)

@@ -36,23 +36,25 @@ class Solve(Step):
     """Prunes the layers of each block with a row of `SOLVERS`, and refines them.
 
     Args:
-        refinements: of these, the step reads staged_statistics, the iterations and the damping.
+        refinements: of these, the step reads the iterations and the damping.
+        is_staged: see `Effort.is_staged`. A solver without refinements reads the text once for each block.
     """
 
     is_divided = True
 
-    def __init__(self, method: str, pattern: Pattern, refinements: Refinements) -> None:
+    def __init__(self, method: str, pattern: Pattern, refinements: Refinements, is_staged: bool) -> None:
         self.method, self.pattern, self.refinements = method, pattern, refinements
         self.solver = SOLVERS[method]
+        self.is_staged = is_staged and self.solver.is_refined
         self.needs_text = self.reads_text = self.solver.reads_text
 
     def __str__(self) -> str:
         return f"method {self.method}"
 
     def options(self) -> dict[str, Any]:
-        read = ("staged_statistics", "mask_iterations", "refit_iterations", "damping")
+        read = ("mask_iterations", "refit_iterations", "damping")
         options = {name: getattr(self.refinements, name) for name in read}
-        return {"method": self.method, "pattern": str(self.pattern), **options}
+        return {"method": self.method, "pattern": str(self.pattern), "staged_statistics": self.is_staged, **options}
 
     def settings_of(self, layer: str) -> Settings:
         """The pattern and the refinements of a layer."""
@@ -77,7 +79,7 @@ class Solve(Step):
             return
         seen, visit.seen = visit.seen, []
         stages = [list(inside)]
-        if self.refinements.staged_statistics:
+        if self.is_staged:
             # No pruned layer comes before the first stage, so its statistics are still right; the others are freed.
             if seen:
                 by_stage = stages_of(seen)
