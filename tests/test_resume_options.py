@@ -297,6 +297,7 @@ FACTS = {
     "dataset": "dataset_sha256",
     "eval_dataset": "eval_sha256",
     "teacher": "teacher_fingerprint",
+    "teacher_cache": "repeats_sequences",
     "per_device_train_batch_size": "world_batch",
     "gradient_accumulation_steps": "world_batch",
     "precision": "precision_used",
